@@ -1,0 +1,340 @@
+"""Allocate: how many LoRA experts each weight matrix gets (formula 2 of DESIGN.md).
+
+LoRA-SMoE (Xu and Diao 2025, arXiv 2505.06272) lets the tasks vote. s[t, W] is how sensitive matrix
+W is to task t (`sensitivity.py` measures it). Matrices are ranked within a group, and each task
+gives one expert to each of its most sensitive ones:
+
+    E[W] = number of tasks t for which s[t, W] is in the top `keep` of W's group
+
+A matrix that many tasks lean on gets many experts, one that none does gets no adapter, and none
+gets more than there are tasks. Only the order within a task counts, so tasks whose gradients differ
+a thousandfold in size have the same say. An example, with keep = 0.5 of one group of four:
+
+    sensitivity    q     k     v     o
+    task 1       9.0   1.0   5.0   2.0     votes for q and v
+    task 2       0.1   0.2   0.9   0.3     votes for v and o
+    experts        1     0     2     1
+
+The other strategies are an experiment's controls: what the vote spends, spent elsewhere. Each is a
+row of allocations from small to large, numbered by a whole number, and a budget takes the largest
+that fits. No count depends on the order of tasks or matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+Scores = Mapping[str, Mapping[str, float]]  # {task: {module: sensitivity}}
+Groups = list[list[str]]  # modules that are ranked together, each group in the order of names
+Counts = dict[str, int]  # {module: experts}
+STRATEGIES = ("votes", "proportional", "uniform", "mola", "random", "lora")
+GROUPS = ("attention_mlp", "kind", "all")
+FORMAT = "minismoe.allocation/1"
+
+
+def _whole(value: Any, least: float) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**50
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The content of allocation.json: each module's experts, and how they are built."""
+
+    experts: Counts  # only modules with >= 1
+    rank: int = 8  # of each expert
+    alpha: float = 16  # an expert's output is scaled by alpha / rank
+    top_k: int = 2  # experts active a token, in modules that have more
+    strategy: str = "custom"
+    group: str | None = None
+    keep: float | None = None  # share of its group that a task votes for
+    trainable_parameters: int | None = None  # None where the shapes are unknown
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, an entry each; a count of 0 is allowed."""
+        keep, trainable = self.keep, self.trainable_parameters
+        checks = [
+            ("rank", _whole(self.rank, 1), "a whole number >= 1"),
+            ("alpha", _number(self.alpha) and self.alpha > 0, "a number > 0"),
+            ("top_k", _whole(self.top_k, 1), "a whole number >= 1"),
+            ("strategy", isinstance(self.strategy, str), "text"),
+            ("group", self.group is None or isinstance(self.group, str), "text or null"),
+            ("keep", keep is None or _number(keep) and 0 < keep <= 1, "in (0, 1]"),
+            ("trainable_parameters", trainable is None or _whole(trainable, 0), "a whole number")]
+        return [f"{name} must be {what}, got {getattr(self, name)!r}"
+                for name, good, what in checks if not good] + [
+            f"experts must map names to whole numbers >= 0, got {module!r}: {count!r}"
+            for module, count in self.experts.items()
+            if not (isinstance(module, str) and module and _whole(count, 0))]
+
+    def to_json(self) -> dict[str, Any]:
+        """The form of allocation.json, for `json.dump`."""
+        settings = asdict(self)
+        experts = settings.pop("experts")
+        return {"format": FORMAT, **settings, "experts": experts}
+
+    @classmethod
+    def from_json(cls, value: object) -> Allocation:
+        """Read `to_json`'s form, or a bare {module: count}, the form of the paper's published code.
+
+        A count of 0 means no adapter. Raises one ValueError that names everything wrong.
+        """
+        if not isinstance(value, Mapping):
+            raise ValueError(f"an allocation is a JSON object, got {value!r}")  # noqa: TRY004
+        settings: dict[str, Any] = dict(value) if "format" in value else {"experts": value}
+        found, experts = settings.pop("format", FORMAT), settings.pop("experts", None)
+        known = {f.name: settings.pop(f.name) for f in fields(cls) if f.name in settings}
+        problems = [f"format must be {FORMAT!r}, got {found!r}"] if found != FORMAT else []
+        problems += [f"unknown field {name!r}" for name in settings]
+        if not isinstance(experts, Mapping) or not any(experts.values()):
+            problems.append(f"experts must give some module an expert, got {experts!r}")
+            experts = {}
+        problems += cls(dict(experts), **known).problems()
+        if problems:
+            raise ValueError("not an allocation: " + "; ".join(problems))
+        known.setdefault("alpha", 2 * known.get("rank", cls.rank))  # as allocate() does
+        return cls({module: count for module, count in experts.items() if count}, **known)
+
+
+def parameters(shape: tuple[int, int], experts: int, rank: int) -> int:
+    """Trainable parameters of one module: lora_A, lora_B, and a router where there is a choice.
+
+    `shape` is that of the frozen weight, (out, in).
+    """
+    d_out, d_in = shape
+    return experts * rank * (d_in + d_out) + (experts * d_in if experts > 1 else 0)
+
+
+def _natural(module: str) -> tuple[list[Any], str]:
+    """Sort key in which layer 10 follows layer 9; the name itself keeps "01" apart from "1"."""
+    parts = re.split(r"(\d+)", module)  # odd places hold the digits, so like meets like
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], module
+
+
+def _place(module: str) -> tuple[int | None, str, str]:
+    """model.layers.3.self_attn.q_proj -> (3, "self_attn", "q_proj"); None without a number."""
+    *parents, kind = module.split(".")
+    numbers = [i for i, part in enumerate(parents) if part.isdecimal()]
+    layer = int(parents[numbers[0]]) if numbers else None
+    return layer, ".".join(parents[numbers[0] + 1 if numbers else 0:]), kind
+
+
+def _select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[str]:
+    """By name, the modules whose last component is a target, or whose whole name matches one."""
+    everything = sorted(modules, key=_natural)
+    if targets is None:
+        return everything
+    words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)]
+
+    def hit(module: str, word: str) -> bool:
+        return _place(module)[2] == word or fnmatchcase(module, word)
+
+    missed = [word for word in words if not any(hit(module, word) for module in everything)]
+    if missed or not words:
+        present = sorted({_place(module)[2] for module in everything})
+        raise ValueError(f"no module matches targets {missed}; projections present: {present}")
+    return [module for module in everything if any(hit(module, word) for word in words)]
+
+
+def _grouped(modules: list[str], group: str) -> Groups:
+    """What is ranked together: attention and MLP apart, each projection kind apart, or all."""
+    groups: dict[str, list[str]] = {}
+    for module in modules:
+        _, parent, kind = _place(module)
+        half = "attention" if re.search("attn|attention", parent.lower()) else "mlp"
+        name = {"attention_mlp": half, "kind": kind, "all": "all"}[group]
+        groups.setdefault(name, []).append(module)
+    return list(groups.values())
+
+
+def _kept(keep: float, size: int) -> int:
+    """Modules that a task votes for in a group: keep * size, halves up, and never none."""
+    # 0.145 * 100 is a little below 14.5 in floating point; the 1e-9 takes a decimal as written.
+    return min(size, max(1, math.floor(keep * size + 0.5 + 1e-9)))
+
+
+def _keeps(groups: Groups) -> list[float]:
+    """Every keep at which some group takes one module more: where `_kept` begins to round up."""
+    return sorted({(2 * i - 1) / (2 * len(g)) for g in groups for i in range(1, len(g) + 1)})
+
+
+def _votes(scores: Scores, groups: Groups, keep: float, low: int, high: int) -> Counts:
+    """The paper's rule. Of equal scores the first by name wins: groups and sort keep that order."""
+    votes = {module: 0 for members in groups for module in members}
+    for values in scores.values():
+        for members in groups:
+            ranked = sorted(members, key=values.__getitem__, reverse=True)
+            for module in ranked[:_kept(keep, len(members))]:
+                votes[module] += 1
+    return {module: min(max(count, low), high) for module, count in votes.items()}
+
+
+def _shares(scores: Scores, groups: Groups) -> dict[str, float]:
+    """Weights of "proportional": a module's part of its group's sensitivity, summed over tasks.
+
+    A task's parts sum to 1 in each group, and a group weighs as much as it has modules.
+    """
+    shares: dict[str, float] = {}
+    for members in groups:
+        columns = [[values[module] for module in members] for values in scores.values()]
+        totals = [math.fsum(column) for column in columns]  # fsum is exact, so order is no matter
+        parts = [[score / total if total else 1 / len(members) for score in column]
+                 for column, total in zip(columns, totals, strict=True)]
+        shares |= {module: len(members) * math.fsum(part[i] for part in parts)
+                   for i, module in enumerate(members)}
+    return shares
+
+
+def _ramp(modules: list[str]) -> dict[str, float]:
+    """Weights of "mola", a line from 2 at the lowest layer to 8 at the highest.
+
+    The inverted triangle "2468" of MoLA (Gao et al. 2024, arXiv 2402.08562), without its steps.
+    """
+    layers = {module: layer for module in modules if (layer := _place(module)[0]) is not None}
+    if unplaced := [module for module in modules if module not in layers]:
+        raise ValueError(f"strategy 'mola' finds no layer number in {unplaced}")
+    low, high = min(layers.values()), max(layers.values())
+    return {module: 2 + 6 * (layer - low) / max(1, high - low) for module, layer in layers.items()}
+
+
+def _largest_remainder(weights: Mapping[str, float], total: int, low: int, high: int) -> Counts:
+    """Share `total` experts by weight (Hamilton's method), from low to high of them a module.
+
+    Each gets its quota rounded down, then one goes at a time to whichever is furthest below its
+    quota (or leaves whichever is furthest above, where `low` gave out too many). Ties go in the
+    order of `weights`. Needs low * modules <= total <= high * modules.
+    """
+    whole = math.fsum(weights.values())
+    quota = {module: total * (weight / whole) for module, weight in weights.items()}
+    counts = {module: min(max(math.floor(quota[module]), low), high) for module in weights}
+    while left := total - sum(counts.values()):
+        step = 1 if left > 0 else -1
+        able = [module for module in weights if low <= counts[module] + step <= high]
+        counts[max(able, key=lambda module: step * (quota[module] - counts[module]))] += step
+    return counts
+
+
+def _draw(modules: list[str], total: int, low: int, high: int, seed: int) -> Counts:
+    """Drop `total` experts one by one on modules chosen at random among those below `high`.
+
+    A larger total with the same seed only adds experts, so what it costs only grows.
+    """
+    generator, counts = random.Random(seed), dict.fromkeys(modules, low)
+    for _ in range(total - low * len(modules)):
+        counts[generator.choice([module for module in modules if counts[module] < high])] += 1
+    return counts
+
+
+def _row(draft: Allocation, scores: Scores, groups: Groups, low: int, high: int, most: int,
+         seed: int) -> tuple[range, Callable[[int], Allocation]]:
+    """A strategy's allocations from small to large: their numbers, and a number's allocation.
+
+    Numbers above `most` are left out: they fit no budget.
+    """
+    modules = sorted((module for members in groups for module in members), key=_natural)
+    if draft.strategy == "votes":  # numbered by place in `keeps`
+        keeps = [draft.keep] if draft.keep else _keeps(groups)
+        return range(len(keeps)), lambda i: replace(
+            draft, keep=keeps[i], experts=_votes(scores, groups, keeps[i], low, high))
+    if draft.strategy == "lora":  # by rank
+        ones = dict.fromkeys(modules, 1)
+        return range(1, max(1, most) + 1), lambda rank: replace(
+            draft, experts=ones, rank=rank, alpha=draft.alpha * rank / draft.rank)
+    if draft.strategy == "uniform":  # by experts a module
+        return range(max(1, low), high + 1), lambda experts: replace(
+            draft, experts=dict.fromkeys(modules, experts))
+    first = max(1, low * len(modules))  # by experts in total
+    totals = range(first, max(first, min(high * len(modules), most)) + 1)
+    if draft.strategy == "random":
+        return totals, lambda total: replace(draft, experts=_draw(modules, total, low, high, seed))
+    weights = _shares(scores, groups) if draft.strategy == "proportional" else _ramp(modules)
+    weights = {module: weights[module] for module in modules}  # in the order that settles ties
+    return totals, lambda total: replace(
+        draft, experts=_largest_remainder(weights, total, low, high))
+
+
+def _check(scores: Scores, draft: Allocation, budgets: tuple[int | None, int | None], low: int,
+           high: int | None) -> None:
+    """Raise one ValueError that names everything wrong with the arguments of `allocate`."""
+    modules: set[str] = set().union(*scores.values())
+    given = [budget for budget in budgets if budget is not None]
+    checks = [
+        (draft.strategy in STRATEGIES, f"strategy {draft.strategy!r} is none of {STRATEGIES}"),
+        (draft.group in GROUPS, f"group {draft.group!r} is none of {GROUPS}"),
+        (_whole(low, 0), f"min_experts must be a whole number >= 0, got {low!r}"),
+        (high is None or _whole(high, 1), f"max_experts must be a whole number >= 1, got {high!r}"),
+        (not (_whole(low, 0) and _whole(high, 1)) or _whole(high, low),
+         f"min_experts {low!r} is above max_experts {high!r}"),
+        (draft.strategy != "lora" or low in (0, 1), f"'lora' is 1 expert a module, not {low!r}"),
+        (len(given) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),
+        *((_whole(budget, -math.inf), f"a budget must be a whole number < 2**50, got {budget!r}")
+          for budget in given),
+        (modules, "the scores hold no module"),
+        *((modules == set(values), f"task {task!r} lacks {sorted(modules - set(values))}")
+          for task, values in scores.items()),
+        *((_number(score), f"{module!r} of task {task!r} must be finite and >= 0, got {score!r}")
+          for task, values in scores.items() for module, score in values.items())]
+    if problems := draft.problems() + [problem for good, problem in checks if not good]:
+        raise ValueError("; ".join(problems))
+
+
+def allocate(scores: Scores, *, strategy: str = "votes", group: str = "attention_mlp",
+             keep: float | None = None, budget_experts: int | None = None,
+             budget_params: int | None = None, min_experts: int = 0, max_experts: int | None = None,
+             targets: Iterable[str] | str | None = None, rank: int = 8, alpha: float | None = None,
+             top_k: int = 2, seed: int = 0, shapes: Mapping[str, tuple[int, int]] | None = None
+             ) -> Allocation:
+    """Give each scored module its number of experts: the rule at the top of this file.
+
+    It spends what votes give at `keep` (a share of each group, 0.6 by default), or at most
+    `budget_experts` experts, or at most `budget_params` trainable parameters. Counts are clamped to
+    min_experts..max_experts; no max_experts means the number of tasks for votes and random, and no
+    limit for the others. "lora" is one expert a module, of the largest rank that fits, alpha / rank
+    kept; in experts, one of twice the `rank` counts as two. `alpha` is 2 * rank by default.
+    `seed` is for "random". `shapes`, {module: (out, in)}, is `scores.shapes` by default.
+    Raises ValueError for wrong arguments and, saying the nearest possible, a budget too small.
+    """
+    alpha = (2 * rank if _whole(rank, 1) else 1) if alpha is None else alpha
+    draft = Allocation({}, rank, alpha, top_k, strategy, group, keep)
+    _check(scores, draft, (budget_experts, budget_params), min_experts, max_experts)
+    modules = _select(next(iter(scores.values())), targets)
+    groups = _grouped(modules, group)
+    sizes = (getattr(scores, "shapes", None) if shapes is None else shapes) or {}
+    unknown = [module for module in modules if module not in sizes]
+    if budget_params is not None and unknown:
+        raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
+    in_params = budget_params is not None or (
+        strategy == "lora" and budget_experts is None and not unknown)
+
+    def trainable(found: Allocation) -> int:
+        return sum(parameters(sizes[m], count, found.rank) for m, count in found.experts.items())
+
+    def cost(found: Allocation) -> int:  # in the budget's unit; rounded up, for ranks of "lora"
+        experts = sum(found.experts.values())
+        return trainable(found) if in_params else -(-experts * found.rank // rank)
+
+    high = max_experts or max(min_experts, len(scores))
+    budget, source = budget_experts if budget_params is None else budget_params, "the budget"
+    if budget is None:
+        keep, source = 0.6 if keep is None else keep, "what votes spend"
+        draft = replace(draft, keep=keep, experts=_votes(scores, groups, keep, min_experts, high))
+        budget = cost(draft)
+    if strategy not in ("votes", "random"):
+        high = max_experts or max(min_experts, budget, 1)
+    numbers, at = _row(draft, scores, groups, min_experts, high, budget * rank, seed)
+    if (least := cost(at(numbers[0]))) > budget:
+        raise ValueError(f"{budget} {'parameters' if in_params else 'experts'} ({source}) are too "
+                         f"few for {strategy!r}: the nearest possible is {least}")
+    best = at(numbers[bisect_right(numbers, budget, key=lambda number: cost(at(number))) - 1])
+    return replace(best, trainable_parameters=None if unknown else trainable(best), experts={
+        m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})

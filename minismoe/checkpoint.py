@@ -1,0 +1,236 @@
+"""Files in and out: Hugging Face checkpoints, hub names, adapters, and safe writing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .allocate import Allocation
+from .experts import add_experts, expert_layers
+from .model import CausalLM, Config
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ADAPTER_FORMAT = "minismoe.adapter/1"
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A temporary name beside `path`; what is written there replaces `path`, or nothing does."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        with open(name, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read JSON; ValueError names the file and the place where it is broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of a checkpoint: a folder as it is, `org/name` by the hub or from its cache.
+
+    huggingface_hub honours HF_HUB_OFFLINE; only weights, configuration and tokenizer are fetched,
+    and no code of a repository is ever run.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no such model folder: {model}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"{model} is no folder here; to fetch it by name: pip install 'minismoe[hub]'") from None
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=[
+            "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+            "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+            "chat_template.jinja"]))
+    except Exception as e:       # the hub has many ways to fail; each says itself what it was
+        reason = " ".join(str(e).split())[:300]
+        raise FileNotFoundError(f"{model} is no folder here, and the hub says: {reason}") from None
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
+               device: str | torch.device = "cpu") -> CausalLM:
+    """A frozen decoder from a folder or hub name, its weights as `dtype` on `device`.
+
+    Weights are memory-mapped and converted one at a time: the peak is one copy of them. Raises
+    ValueError that lists every missing, surplus and misshapen tensor, and all that config.json
+    asks for and is not implemented.
+    """
+    folder = resolve(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} holds no JSON object")
+    try:
+        cfg = Config.from_dict(config)
+    except ValueError as e:
+        raise ValueError(f"{folder / 'config.json'}: {e}") from None
+    with torch.device("meta"):
+        model = CausalLM(cfg)
+    digest = hashlib.sha256(repr(cfg).encode())
+    wanted = dict(model.named_parameters())
+    ignored = {"lm_head.weight"} if cfg.tie_word_embeddings else set()
+    problems: list[str] = []
+    seen: set[str] = set()
+    for file in _weight_files(folder):
+        digest.update(_start(file))
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():
+                    seen.add(name)
+                    if name in ignored or name.endswith("rotary_emb.inv_freq"):
+                        continue
+                    if problem := _mismatch(name, f.get_slice(name), wanted.get(name)):
+                        problems.append(problem)
+                    elif not problems:
+                        _assign(model, name, f.get_tensor(name).to(device=device, dtype=dtype))
+        except SafetensorError as e:
+            raise ValueError(f"{file} is no valid safetensors file: {e}") from None
+    problems += [f"{name} is missing" for name in wanted if name not in seen]
+    if problems:
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{folder} does not fit its config.json: " + "; ".join(problems[:20]) + more)
+    if cfg.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.fingerprint, model.name = digest.hexdigest()[:16], str(path)
+    return model.eval()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards that its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}")
+    names = set(read_json(index).get("weight_map", {}).values())
+    if bad := [n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."]:
+        raise ValueError(f"{index} points out of its folder: {bad}")
+    if absent := [n for n in sorted(names) if not (folder / n).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {index.name}")
+    return [folder / n for n in sorted(names)]
+
+
+def _start(file: Path) -> bytes:
+    """The header (names, types, shapes) and the first 64 KiB of weights, to know a file again."""
+    with open(file, "rb") as f:
+        length = f.read(8)
+        return length + f.read(min(int.from_bytes(length, "little"), 1 << 26) + (1 << 16))
+
+
+def _mismatch(name: str, found: Any, wanted: Tensor | None) -> str | None:
+    if wanted is None:
+        return f"{name} is surplus"
+    if found.get_dtype() not in DTYPES:
+        return f"{name} is {found.get_dtype()}, not one of {', '.join(DTYPES)}"
+    if found.get_shape() != list(wanted.shape):
+        return f"{name} is {found.get_shape()} instead of {list(wanted.shape)}"
+    return None
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
+
+
+def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
+                 tasks: Sequence[str] = ()) -> None:
+    """Write the experts of `model`, and all that loading them needs, to `folder`."""
+    tensors = {f"{name}.{part}": parameter.detach().contiguous()
+               for name, layer in expert_layers(model).items()
+               for part, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B),
+                                       ("router", layer.router)) if parameter is not None}
+    with replacing(Path(folder) / "adapter.safetensors") as tmp:
+        save_file(tensors, tmp, metadata={"format": "pt"})
+    write_json(Path(folder) / "adapter.json", {
+        "format": ADAPTER_FORMAT, "base_model": getattr(model, "name", None),
+        "fingerprint": getattr(model, "fingerprint", None), "tasks": list(tasks),
+        "allocation": allocation.to_json(), "versions": versions()})
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
+    """Add the experts of `folder` to `model`, in place, and give back their allocation.
+
+    Raises ValueError where the adapter was trained on another base, naming both fingerprints, or
+    where its tensors do not fit its allocation.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter.json")
+    meta = read_json(folder / "adapter.json")
+    if not isinstance(meta, dict) or meta.get("format") != ADAPTER_FORMAT:
+        raise ValueError(f"{folder / 'adapter.json'} is not of the form {ADAPTER_FORMAT}")
+    ours, its = getattr(model, "fingerprint", None), meta.get("fingerprint")
+    if ours and its and ours != its:
+        raise ValueError(f"the adapter was trained on another base: {its} ({meta['base_model']}), "
+                         f"and this one is {ours} ({getattr(model, 'name', '?')})")
+    allocation = Allocation.from_json(meta["allocation"])
+    add_experts(model, allocation)
+    load_experts(model, folder / "adapter.safetensors")
+    return allocation
+
+
+def load_experts(model: nn.Module, file: Path) -> None:
+    """Copy adapter tensors from `file` into the experts that `model` has."""
+    wanted: Mapping[str, Tensor] = {
+        name: p for name, p in model.named_parameters()
+        if name.rpartition(".")[2] in ("lora_A", "lora_B", "router")}
+    try:
+        with safe_open(file, framework="pt") as f, torch.no_grad():
+            found = set(f.keys())
+            problems = [f"{n} is surplus" for n in sorted(found - set(wanted))]
+            problems += [f"{n} is missing" for n in wanted if n not in found]
+            problems += [m for n in wanted if n in found
+                         and (m := _mismatch(n, f.get_slice(n), wanted[n]))]
+            if problems:
+                raise ValueError(f"{file} does not fit: " + "; ".join(problems[:20]))
+            for name, parameter in wanted.items():
+                parameter.copy_(f.get_tensor(name))
+    except SafetensorError as e:
+        raise ValueError(f"{file} is no valid safetensors file: {e}") from None
+
+
+def versions() -> dict[str, str]:
+    """Library versions that a result depends on."""
+    return {name: version(name) for name in ("torch", "safetensors")}

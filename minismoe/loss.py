@@ -1,0 +1,68 @@
+"""Cross-entropy of the supervised tokens alone, without the full logits tensor.
+
+A vocabulary of 50,000 makes logits the largest tensor of a training step, and most positions of a
+fine-tuning batch are prompt, which no loss reads. So only supervised positions meet the head, a
+chunk at a time, and each chunk leaves the gradient of its hidden states behind instead of logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100                   # the label of an unsupervised token
+CHUNK = 1 << 24                 # logits held at a time: 64 MiB of float32
+
+
+class _HeadLoss(torch.autograd.Function):
+    """losses (S,) of hidden (S, D) under a frozen head (V, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        losses = torch.empty(len(targets), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        step = max(1, CHUNK // head.shape[0])
+        for i in range(0, len(targets), step):
+            part, target = slice(i, i + step), targets[i:i + step, None]
+            logits = (hidden[part] @ head.T).float()
+            total = logits.logsumexp(-1, keepdim=True)
+            losses[part] = (total - logits.gather(1, target)).squeeze(1)
+            if gradient is not None:                # d loss / d logits = softmax - one-hot
+                p = logits.sub_(total).exp_()
+                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+                gradient[part] = p.to(head.dtype) @ head
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * d_losses[:, None].to(gradient.dtype), None, None
+
+
+def supervised_losses(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
+                      ) -> tuple[Tensor, Tensor]:
+    """Loss (S,) of each supervised token of a batch, and the batch row (S,) that it is in.
+
+    input_ids, attention_mask and labels are (B, T); labels are IGNORE where unsupervised, and
+    aligned with input_ids (the shift happens here). `model` is ours or a `transformers` causal
+    model: a decoder `.model` under a bias-free `.lm_head`.
+    """
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(getattr(model, "config", None), name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{type(model).__name__} transforms its logits ({name}), "
+                             "which the chunked loss does not know")
+    hidden = model.model(input_ids=input_ids, attention_mask=attention_mask)
+    hidden = getattr(hidden, "last_hidden_state", hidden)                         # (B, T, D)
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    hidden, targets = hidden[rows, columns], labels[rows, columns + 1]
+    head = model.lm_head.weight
+    if head.requires_grad and torch.is_grad_enabled():       # the head itself is being trained
+        return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none"), rows
+    return _HeadLoss.apply(hidden, head, targets), rows

@@ -1,0 +1,338 @@
+"""The Llama-family decoder, with the module names of Hugging Face checkpoints.
+
+One class serves Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2/2.5 and Qwen3: they differ in the
+biases, in a norm on q and k, in the rotary frequencies, and in a sliding window, all of which
+`Config` reads from config.json. What it does not know it refuses, all of it in one error.
+
+Pads never reach a matrix multiplication: the real tokens of a batch are packed to rows (N, D), and
+only attention, which needs sequences, sees them as (B, T).
+
+Letters: B batch, T time, N real tokens, D hidden, H query heads, K key/value heads, C head size,
+S cached positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the decoder needs of config.json, under the names that it has there."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None    # None, or llama3's four numbers
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()             # a layer: tokens that it sees, None = all
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Config:
+        """Read a config.json; ValueError names everything in it that is not implemented."""
+        kind = config.get("model_type")
+        if kind not in MODEL_TYPES:
+            raise ValueError(f"model_type {kind!r} is not implemented, only {', '.join(MODEL_TYPES)}")
+        wrong = []
+        sizes = {}
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim",
+                     "max_position_embeddings"):
+            size = config.get(name)
+            if size is None:
+                size = {"num_key_value_heads": sizes.get("num_attention_heads"),
+                        "head_dim": sizes.get("hidden_size", 0)
+                        // max(sizes.get("num_attention_heads") or 1, 1),
+                        "max_position_embeddings": 2048}.get(name)
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 31:
+                wrong.append(f"{name} = {size!r} is not a positive integer")
+                size = 1
+            sizes[name] = size
+        if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+            wrong.append("num_attention_heads is no multiple of num_key_value_heads")
+        if sizes["head_dim"] % 2:
+            wrong.append(f"head_dim = {sizes['head_dim']} is odd")
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):
+            wrong.append(f"hidden_act {config['hidden_act']!r}: only silu")
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "quantised")
+            wrong.append(f"quantization_config ({method}): only bf16, fp16 and fp32 weights")
+        if config.get("partial_rotary_factor", 1.0) != 1.0:
+            wrong.append(f"partial_rotary_factor {config['partial_rotary_factor']}: only 1.0")
+        theta, scaling = _rope(config, wrong)
+        bias = bool(config.get("attention_bias", False))
+        windows = _windows(config, kind, sizes["num_hidden_layers"], wrong)
+        if wrong:
+            raise ValueError("this model is not implemented: " + "; ".join(wrong))
+        return cls(**sizes, rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)), rope_theta=theta,
+                   rope_scaling=scaling,
+                   tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                   qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
+                   mlp_bias=bool(config.get("mlp_bias", False)), qk_norm=kind == "qwen3",
+                   windows=windows)
+
+
+def _rope(config: Mapping[str, Any], wrong: list[str]) -> tuple[float, dict[str, Any] | None]:
+    """theta and llama3 scaling, from the older `rope_scaling` or the newer `rope_parameters`."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if kind != "llama3":
+        wrong.append(f"rope type {kind!r}: only default and llama3")
+    elif missing := [name for name in needed if name not in rope]:
+        wrong.append(f"rope type llama3 without {', '.join(missing)}")
+    return theta, rope
+
+
+def _windows(config: Mapping[str, Any], kind: str, layers: int, wrong: list[str],
+             ) -> tuple[int | None, ...]:
+    """Sliding window of each layer. A Mistral config that is silent means 4096, as published."""
+    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+    if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window", False):
+        window = None
+    if window is None or kind == "llama":
+        return (None,) * layers
+    default = ["full_attention" if kind != "mistral" and i < config.get("max_window_layers", 28)
+               else "sliding_attention" for i in range(layers)]
+    types = config.get("layer_types") or default
+    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        wrong.append(f"layer_types {unknown}: only full_attention and sliding_attention")
+    return tuple(window if t == "sliding_attention" else None for t in types)
+
+
+class Cache:
+    """Keys and values of the tokens so far, each row from position 0 on, whatever its padding."""
+
+    def __init__(self, model: CausalLM, batch: int, capacity: int):
+        """Room for `capacity` tokens in each of `batch` rows."""
+        cfg, weight = model.config, model.model.norm.weight
+        shape = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
+        self.keys = [weight.new_zeros(shape) for _ in range(cfg.num_hidden_layers)]
+        self.values = [weight.new_zeros(shape) for _ in range(cfg.num_hidden_layers)]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.used = 0        # upper bound of lengths, known without asking the device
+
+
+class Tokens:
+    """Where the real tokens of one (B, T) batch are, as rows of a packed (N, ...) tensor."""
+
+    def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None):
+        mask = attention_mask.bool()
+        self.shape, self.device = mask.shape, mask.device
+        self.where = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
+        order = mask.cumsum(1) - 1                                       # (B, T) place in its row
+        rows = torch.arange(mask.shape[0], device=self.device)[:, None].expand_as(mask)
+        self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
+        self.slots = self.rows * mask.shape[1] + local                   # right-padded places
+        self.positions = local if cache is None else local + cache.lengths[self.rows]
+        self.cache, self.masks = cache, {}
+        if cache is not None:
+            cache.lengths += mask.sum(1)
+            cache.used = min(cache.used + mask.shape[1], cache.keys[0].shape[2])
+        longest = mask.shape[1] if cache is None else cache.used
+        self.masks = {w: self._mask(w, longest) for w in set(config.windows)}
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B*T, ...) -> (N, ...), without the pads."""
+        return x if self.where is None else x.index_select(0, self.where)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (B, T, ...), zeros at the pads."""
+        if self.where is not None:
+            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.where, x)
+        return x.unflatten(0, self.shape)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        """(N, heads, C) -> (B, heads, T, C), each row's tokens from the left."""
+        if self.where is not None:
+            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.slots, x)
+        return x.unflatten(0, self.shape).transpose(1, 2)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(B, heads, T, C) -> (N, heads * C), the inverse of `sequences`."""
+        x = x.transpose(1, 2).flatten(2).flatten(0, 1)
+        return x if self.where is None else x.index_select(0, self.slots)
+
+    def _mask(self, window: int | None, keys: int) -> Tensor | None:
+        """Which of `keys` each query sees, (B, 1, T, keys); None where causality says it all."""
+        if self.cache is None and (window is None or window >= keys):
+            return None
+        query = self.sequences(self.positions[:, None, None]).to(self.device)     # (B, 1, T, 1)
+        key = torch.arange(keys, device=self.device)
+        seen = key <= query
+        return seen if window is None else seen & (key > query - window)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 whatever the dtype of x."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries and rotary positions."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.layer, self.window, self.size = layer, cfg.windows[layer], cfg.head_dim
+        q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
+        self.q_proj = nn.Linear(cfg.hidden_size, q, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(q, cfg.hidden_size, bias=cfg.o_bias)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+
+    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = (proj(x).unflatten(1, (-1, self.size))                 # (N, H or K, C)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, mask = rotate(q, rope), rotate(k, rope), tokens.masks[self.window]
+        if tokens.cache is None:
+            keys, values = tokens.sequences(k), tokens.sequences(v)
+        else:
+            keys, values = (c[self.layer] for c in (tokens.cache.keys, tokens.cache.values))
+            keys[tokens.rows, :, tokens.positions] = k
+            values[tokens.rows, :, tokens.positions] = v
+            keys, values = keys[:, :, :tokens.cache.used], values[:, :, :tokens.cache.used]
+        y = attend(tokens.sequences(q), keys, values, mask)
+        return self.o_proj(tokens.flat(y))
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + C/2) of (N, heads, C) by their position's angles (RoPE, Su 2021)."""
+    cos, sin = rope                                     # (N, 1, C), the first half of sin negated
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v, causal where there is no mask: (B, H, T, C)."""
+    dtype = q.dtype
+    if q.device.type == "cpu" and q.requires_grad:      # CPU kernels' backward is slow in bf16
+        q, k, v = q.float(), k.float(), v.float()
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                       enable_gqa=q.shape[1] != k.shape[1])
+    return y.to(dtype)
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), tokens, rope)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.config = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.recompute = False       # activation checkpointing: slower, far less memory
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        """Hidden states (B, T, D) of input_ids (B, T); zeros where attention_mask (B, T) is 0."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        tokens = Tokens(mask, self.config, cache)
+        x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
+        rope = self._rope(tokens.positions, x.dtype)
+        for block in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, tokens, rope, use_reentrant=False)
+            else:
+                x = block(x, tokens, rope)
+        return tokens.unpack(self.norm(x))
+
+    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions.float()[:, None] * rope_frequencies(self.config).to(positions.device)
+        cos, sin = angles.cos(), angles.sin()                            # (N, C / 2), float32
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+
+
+def rope_frequencies(cfg: Config) -> Tensor:
+    """Radians a token of each rotary pair, (C / 2,); llama3 stretches the slow ones."""
+    frequencies = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
+    if (s := cfg.rope_scaling) is None:
+        return frequencies
+    turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)   # 0: fewer turns than low; 1: more than high
+    return frequencies * (smooth + (1 - smooth) / s["factor"])
+
+
+class CausalLM(nn.Module):
+    """The decoder and its head: model(input_ids, attention_mask) -> logits."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V) of input_ids (B, T).
+
+        attention_mask (B, T) is 0 at pads, on either side; logits at pads mean nothing. With a
+        cache, input_ids follow on the tokens that it holds, and it grows by the real ones.
+        """
+        return self.lm_head(self.model(input_ids, attention_mask, cache))

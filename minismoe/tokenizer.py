@@ -1,0 +1,198 @@
+"""Text to tokens and back, and chat templates; needs neither torch nor, for bytes, anything else.
+
+A real checkpoint's tokenizer.json is read by the `tokenizers` library, and its own chat template
+is rendered in jinja2's sandbox. Where a checkpoint has no template, DEFAULT_TEMPLATE is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Message = Mapping[str, str]                  # {"role": ..., "content": ...}
+
+# Plain text that every tokenizer can spell; an assistant turn ends with the end-of-text token.
+DEFAULT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
+    "{% else %}{{ message.role | capitalize }}: {{ message.content }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
+
+
+class ByteTokenizer:
+    """UTF-8 bytes and three special tokens, for models without a tokenizer.json."""
+
+    special = {"<|bos|>": 256, "<|end|>": 257, "<|pad|>": 258}
+    vocab_size = 259
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids, and the character where each starts."""
+        ids, starts, i = [], [], 0
+        while i < len(text):
+            name = next((s for s in self.special if text.startswith(s, i)), None)
+            new = [self.special[name]] if name else list(text[i].encode("utf-8", "replace"))
+            ids += new
+            starts += [i] * len(new)
+            i += len(name or text[i])
+        return ids, starts
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without the special tokens."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+
+class FileTokenizer:
+    """A tokenizer.json, with the interface of ByteTokenizer."""
+
+    def __init__(self, file: Path):
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError:
+            raise ModuleNotFoundError(
+                f"{file} needs the tokenizers library: pip install 'minismoe[hub]'") from None
+        try:
+            self.backend = Backend.from_file(str(file))
+        except Exception as e:               # the library raises bare Exception
+            raise ValueError(f"{file} is no valid tokenizer: {e}") from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        added = self.backend.get_added_tokens_decoder()
+        self.special = {t.content: i for i, t in added.items() if t.special}
+        self.vocab_size = self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+class Tokenizer:
+    """A tokenizer with its chat template and its special tokens.
+
+    stop_ids are all tokens that end a turn: those that the checkpoint declares, and the one with
+    which its template closes an assistant's message.
+    """
+
+    def __init__(self, backend: ByteTokenizer | FileTokenizer, template: str | None, bos: str,
+                 eos: str, pad_id: int | None = None, stop_ids: Sequence[int] = ()):
+        self.backend, self.bos, self.eos = backend, bos, eos
+        self.has_template = template is not None
+        self._template = _compile(DEFAULT_TEMPLATE if template is None else template)
+        stops = {*stop_ids, *(i for i in [backend.special.get(eos)] if i is not None)}
+        self.stop_ids = sorted(stops | self._turn_end())
+        self.pad_id = pad_id if pad_id is not None else (self.stop_ids or [0])[0]
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids, and the character of `text` where each starts; special tokens are parsed."""
+        return self.backend.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self.backend.decode(ids)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the model reads it; ValueError says what the template refuses."""
+        try:
+            return self._template.render(messages=messages, bos_token=self.bos, eos_token=self.eos,
+                                         add_generation_prompt=add_generation_prompt)
+        except Exception as e:               # a template can raise anything
+            raise ValueError(f"the chat template fails: {type(e).__name__}: {e}") from None
+
+    def _turn_end(self) -> set[int]:
+        """The special token that closes an assistant's turn in the template, if one does."""
+        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        try:
+            tail = self.render([user, answer])[len(self.render([user], True)):]
+        except ValueError:
+            return set()
+        ids = (i for i in self.encode(tail)[0] if i in set(self.backend.special.values()))
+        return set(list(ids)[:1])
+
+
+def _compile(template: str) -> Any:
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what is supervised in some templates; here it is plain text."""
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+
+    # Trimming as in transformers, for which templates are written.
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[
+        Generation, "jinja2.ext.loopcontrols"])
+    env.globals.update(raise_exception=raise_exception)
+    env.filters["tojson"] = tojson
+    try:
+        return env.from_string(template)
+    except TemplateError as e:
+        raise ValueError(f"the chat template is broken: {e}") from None
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder; bytes where it has no tokenizer.json."""
+    if not Path(folder).is_dir():            # a hub name: fetched once, then in its cache
+        from .checkpoint import resolve
+        folder = resolve(folder)
+    folder = Path(folder)
+    config, settings, generation = (_read(folder / name) for name in (
+        "config.json", "tokenizer_config.json", "generation_config.json"))
+    stops = {i for source in (config, generation)
+             for i in _as_list(source.get("eos_token_id")) if isinstance(i, int)}
+    if not (folder / "tokenizer.json").is_file():
+        if config.get("vocab_size") != ByteTokenizer.vocab_size:
+            raise FileNotFoundError(f"{folder} holds no tokenizer.json")
+        return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, sorted(stops))
+    backend = FileTokenizer(folder / "tokenizer.json")
+    if backend.vocab_size > config.get("vocab_size", backend.vocab_size):
+        raise ValueError(f"{folder / 'tokenizer.json'} has {backend.vocab_size} tokens, "
+                         f"and the model only {config['vocab_size']}")
+    bos, eos, pad = (_content(settings.get(f"{k}_token")) for k in ("bos", "eos", "pad"))
+    return Tokenizer(backend, _chat_template(folder, settings), bos, eos,
+                     backend.special.get(pad), sorted(stops))
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):           # several, named: [{"name": ..., "template": ...}]
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return template
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{file} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _content(token: Any) -> str:
+    """A token's text: a string, an {"content": ...} object, or "" where there is none."""
+    return (token.get("content") if isinstance(token, dict) else token) or ""
