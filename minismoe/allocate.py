@@ -187,9 +187,10 @@ def _shares(scores: Scores, groups: Groups) -> dict[str, float]:
     shares: dict[str, float] = {}
     for members in groups:
         columns = [[values[module] for module in members] for values in scores.values()]
-        totals = [math.fsum(column) for column in columns]  # fsum is exact, so order is no matter
+        totals = [math.fsum(column) for column in columns]
         parts = [[score / total if total else 1 / len(members) for score in column]
                  for column, total in zip(columns, totals, strict=True)]
+        # fsum is exact, so that the order of tasks cannot show in the last digit.
         shares |= {module: len(members) * math.fsum(part[i] for part in parts)
                    for i, module in enumerate(members)}
     return shares
@@ -275,7 +276,8 @@ def _check(scores: Scores, draft: Allocation, budgets: tuple[int | None, int | N
         (high is None or _whole(high, 1), f"max_experts must be a whole number >= 1, got {high!r}"),
         (not (_whole(low, 0) and _whole(high, 1)) or _whole(high, low),
          f"min_experts {low!r} is above max_experts {high!r}"),
-        (draft.strategy != "lora" or low in (0, 1), f"'lora' is 1 expert a module, not {low!r}"),
+        (draft.strategy != "lora" or low in (0, 1),
+         f"'lora' is one expert a module, so min_experts {low!r} cannot be met"),
         (len(given) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),
         *((_whole(budget, -math.inf), f"a budget must be a whole number < 2**50, got {budget!r}")
           for budget in given),

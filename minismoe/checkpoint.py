@@ -34,13 +34,12 @@ def replacing(path: Path | str) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        with open(name, "rb") as f:
+        with open(name, "r+b") as f:                 # Windows syncs only what can be written
             os.fsync(f.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    finally:
+        Path(name).unlink(missing_ok=True)           # nothing, once it was renamed
 
 
 def _umask() -> int:
@@ -77,12 +76,13 @@ def resolve(model: str | Path) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ModuleNotFoundError(
-            f"{model} is no folder here; to fetch it by name: pip install 'minismoe[hub]'") from None
+            f"{model} is no folder here; to fetch it: pip install 'minismoe[hub]'") from None
     try:
         return Path(snapshot_download(str(model), allow_patterns=[
-            "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-            "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-            "chat_template.jinja"]))
+            # Not *.safetensors: some repositories hold the weights twice, as consolidated.* too.
+            "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+            "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+            "special_tokens_map.json", "chat_template.jinja"]))
     except Exception as e:       # the hub has many ways to fail; each says itself what it was
         reason = " ".join(str(e).split())[:300]
         raise FileNotFoundError(f"{model} is no folder here, and the hub says: {reason}") from None
@@ -92,7 +92,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
                device: str | torch.device = "cpu") -> CausalLM:
     """A frozen decoder from a folder or hub name, its weights as `dtype` on `device`.
 
-    Weights are memory-mapped and converted one at a time: the peak is one copy of them. Raises
+    Weights are memory-mapped, or converted one at a time: the peak is one copy of them. Raises
     ValueError that lists every missing, surplus and misshapen tensor, and all that config.json
     asks for and is not implemented.
     """
@@ -117,20 +117,19 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
         digest.update(_start(file))
         try:
             with safe_open(file, framework="pt") as f:
-                for name in f.keys():
+                for name in f.keys():  # noqa: SIM118 (it is no dict)
                     seen.add(name)
                     if name in ignored or name.endswith("rotary_emb.inv_freq"):
                         continue
                     if problem := _mismatch(name, f.get_slice(name), wanted.get(name)):
                         problems.append(problem)
                     elif not problems:
-                        _assign(model, name, f.get_tensor(name).to(device=device, dtype=dtype))
+                        _assign(model, name, _tensor(f, file, name, dtype, device))
         except SafetensorError as e:
             raise ValueError(f"{file} is no valid safetensors file: {e}") from None
     problems += [f"{name} is missing" for name in wanted if name not in seen]
     if problems:
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{folder} does not fit its config.json: " + "; ".join(problems[:20]) + more)
+        raise ValueError(f"{folder} does not fit its config.json: " + _listed(problems))
     if cfg.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.fingerprint, model.name = digest.hexdigest()[:16], str(path)
@@ -144,8 +143,12 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}")
-    names = set(read_json(index).get("weight_map", {}).values())
-    if bad := [n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."]:
+    content = read_json(index)
+    weights = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(n, str) for n in weights.values()):
+        raise ValueError(f"{index} holds no weight_map of tensors to files")
+    names = set(weights.values())
+    if bad := sorted(n for n in names if Path(n).name != n or n == ".."):
         raise ValueError(f"{index} points out of its folder: {bad}")
     if absent := [n for n in sorted(names) if not (folder / n).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {index.name}")
@@ -157,6 +160,24 @@ def _start(file: Path) -> bytes:
     with open(file, "rb") as f:
         length = f.read(8)
         return length + f.read(min(int.from_bytes(length, "little"), 1 << 26) + (1 << 16))
+
+
+def _tensor(f: Any, file: Path, name: str, dtype: torch.dtype, device: str | torch.device,
+            ) -> Tensor:
+    """One tensor of the open file `f`; as it is, it stays a part of the mapped file.
+
+    What is converted comes from a mapping of its own, which ends here: pages of `f` that were read
+    would stay in memory, beside their copies, for as long as `f` is open.
+    """
+    if DTYPES[f.get_slice(name).get_dtype()] == dtype and torch.device(device).type == "cpu":
+        return f.get_tensor(name)
+    with safe_open(file, framework="pt") as own:
+        return own.get_tensor(name).to(device=device, dtype=dtype)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+    return "; ".join(problems[:20]) + more
 
 
 def _mismatch(name: str, found: Any, wanted: Tensor | None) -> str | None:
@@ -203,9 +224,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
         raise ValueError(f"{folder / 'adapter.json'} is not of the form {ADAPTER_FORMAT}")
     ours, its = getattr(model, "fingerprint", None), meta.get("fingerprint")
     if ours and its and ours != its:
-        raise ValueError(f"the adapter was trained on another base: {its} ({meta['base_model']}), "
-                         f"and this one is {ours} ({getattr(model, 'name', '?')})")
-    allocation = Allocation.from_json(meta["allocation"])
+        raise ValueError("the adapter was trained on another base: "
+                         f"{its} ({meta.get('base_model')}), and this one is {ours} ({getattr(model, 'name', '?')})")
+    allocation = Allocation.from_json(meta.get("allocation"))
     add_experts(model, allocation)
     load_experts(model, folder / "adapter.safetensors")
     return allocation
@@ -224,7 +245,7 @@ def load_experts(model: nn.Module, file: Path) -> None:
             problems += [m for n in wanted if n in found
                          and (m := _mismatch(n, f.get_slice(n), wanted[n]))]
             if problems:
-                raise ValueError(f"{file} does not fit: " + "; ".join(problems[:20]))
+                raise ValueError(f"{file} does not fit: " + _listed(problems))
             for name, parameter in wanted.items():
                 parameter.copy_(f.get_tensor(name))
     except SafetensorError as e:

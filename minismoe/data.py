@@ -44,6 +44,7 @@ class Example:
     task: str
     ids: list[int]
     labels: list[int]
+    index: int = 0                # its place among the task's training conversations
 
 
 @dataclass
@@ -186,11 +187,12 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
     An example whose answer lies wholly behind the limit would teach nothing; it is left out.
     """
     result = Encoded()
-    for messages in task.train:
+    for index, messages in enumerate(task.train):
         example = encode(task.name, messages, tokenizer)
+        example.index = index
         if len(example.ids) > max_length:
             result.truncated += 1
-            example = Example(task.name, example.ids[:max_length], example.labels[:max_length])
+            example.ids, example.labels = example.ids[:max_length], example.labels[:max_length]
         if any(label != IGNORE for label in example.labels[1:]):
             result.examples.append(example)
         else:

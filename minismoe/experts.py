@@ -116,6 +116,10 @@ class ExpertLinear(nn.Linear):
         self.router_logits = logits
         return y.view(*x.shape[:-1], self.out_features)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle, which refuse the graph behind the last router logits."""
+        return {**self.__dict__, "router_logits": None}
+
 
 def add_experts(model: nn.Module, experts: Mapping[str, int], *, rank: int = 8,
                 alpha: float | None = None, top_k: int = 2) -> nn.Module:
@@ -136,6 +140,8 @@ def add_experts(model: nn.Module, experts: Mapping[str, int], *, rank: int = 8,
         raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
     model.requires_grad_(False)
     for name, count in experts.items():
+        if count == 0:                   # the paper's files list matrices without an adapter too
+            continue
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, ExpertLinear(modules[name], count, rank, alpha, top_k))
     return model

@@ -23,17 +23,18 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        losses = torch.empty(len(targets), device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(len(targets), dtype=dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         step = max(1, CHUNK // head.shape[0])
         for i in range(0, len(targets), step):
             part, target = slice(i, i + step), targets[i:i + step, None]
-            logits = (hidden[part] @ head.T).float()
+            logits = (hidden[part] @ head.T).to(dtype)
             total = logits.logsumexp(-1, keepdim=True)
             losses[part] = (total - logits.gather(1, target)).squeeze(1)
             if gradient is not None:                # d loss / d logits = softmax - one-hot
                 p = logits.sub_(total).exp_()
-                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
                 gradient[part] = p.to(head.dtype) @ head
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -58,11 +59,17 @@ def supervised_losses(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
         if getattr(getattr(model, "config", None), name, None) not in (None, 1, 1.0):
             raise ValueError(f"{type(model).__name__} transforms its logits ({name}), "
                              "which the chunked loss does not know")
+    if getattr(model.lm_head, "bias", None) is not None:
+        raise ValueError(f"the head of {type(model).__name__} has a bias, "
+                         "which the chunked loss does not know")
     hidden = model.model(input_ids=input_ids, attention_mask=attention_mask)
     hidden = getattr(hidden, "last_hidden_state", hidden)                         # (B, T, D)
-    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    follows = attention_mask[:, :-1].bool()            # not the first token after pads on the left
+    rows, columns = (follows & (labels[:, 1:] != IGNORE)).nonzero(as_tuple=True)
     hidden, targets = hidden[rows, columns], labels[rows, columns + 1]
     head = model.lm_head.weight
     if head.requires_grad and torch.is_grad_enabled():       # the head itself is being trained
-        return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none"), rows
+        logits = F.linear(hidden, head)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="none"), rows
     return _HeadLoss.apply(hidden, head, targets), rows

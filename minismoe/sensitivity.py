@@ -45,6 +45,12 @@ class Scores(dict[str, dict[str, float]]):
         self.samples[task] = torch.cat([self.samples[task], norms]) if task in self else norms
         self[task] = dict(zip(self.shapes, self.samples[task].sum(0).tolist()))
 
+    def to_json(self, model: str) -> dict[str, Any]:
+        """The content of sensitivity.json; `model` is the name to note there."""
+        return {"format": "minismoe.sensitivity/1", "model": model, "tasks": {
+            task: {"samples": len(self.samples[task]), "scores": scores}
+            for task, scores in self.items()}}
+
 
 def probe(model: nn.Module, tasks: Mapping[str, Iterable[Batch]], scores: Scores | None = None,
           progress: Callable[[int], Any] = lambda samples: None) -> Scores:
@@ -61,7 +67,7 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Batch]], scores: Scores
     with _frozen(model):
         for task, batches in tasks.items():
             for batch in batches:
-                scores.add(task, sample_norms(model, modules, *batch).double().cpu())
+                scores.add(task, sample_norms(model, modules, *batch).cpu().double())
                 progress(len(batch[0]))
     return scores
 
@@ -69,7 +75,8 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Batch]], scores: Scores
 def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: Tensor,
                  attention_mask: Tensor, labels: Tensor) -> Tensor:
     """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules."""
-    ghost = _Ghost(attention_mask, len(modules))
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    ghost = _Ghost(attention_mask, len(modules), dtype)
     hooks = [m.register_forward_hook(ghost.watch(i)) for i, m in enumerate(modules.values())]
     try:
         with torch.enable_grad():
@@ -85,9 +92,9 @@ def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: 
 class _Ghost:
     """Pairs what a linear layer reads, in the forward pass, with the gradient at what it writes."""
 
-    def __init__(self, attention_mask: Tensor, modules: int):
+    def __init__(self, attention_mask: Tensor, modules: int, dtype: torch.dtype):
         self.mask = attention_mask.bool()
-        self.norms = torch.zeros(len(self.mask), modules, device=self.mask.device)
+        self.norms = torch.zeros(len(self.mask), modules, dtype=dtype, device=self.mask.device)
         self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
 
     def watch(self, column: int) -> Callable[..., None]:

@@ -1,0 +1,299 @@
+"""What the scripts share: flags, loading, probing with a bar, and how a failure ends."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .allocate import GROUPS, STRATEGIES, Allocation, allocate
+from .checkpoint import load_model, read_json, resolve
+from .data import Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
+from .loss import IGNORE
+from .model import CausalLM
+from .report import clean, table
+from .sensitivity import Scores, overlap, probe
+from .tokenizer import Tokenizer, load_tokenizer
+
+PROBE_BATCH = 8
+AUTO_START, AUTO_MOST = 16, 512          # samples a task of --samples auto
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 130 interrupted."""
+    argv = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):      # a terminal that cannot spell a shade gets a "?"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        main(argv)
+    except KeyboardInterrupt as e:
+        print(f"\ninterrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
+        sys.exit(130)
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as e:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which model and which data, and where they run."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", help="checkpoint folder or hub name org/name; default: a tiny "
+                       "byte-level model, made on first use and kept in the user's cache")
+    group.add_argument("--data", help="folder with a sub-folder (train.jsonl, test.jsonl) or one "
+                       ".jsonl file a task; default: the tasks that come with the tiny model")
+    group.add_argument("--tasks", help="comma list of task names; default: all of --data")
+    group.add_argument("--limit-train", type=positive, metavar="N",
+                       help="use the first N training lines of each task; default: all")
+    group.add_argument("--limit-test", type=positive, metavar="N",
+                       help="use the first N test lines of each task; default: all")
+    group.add_argument("--max-length", type=positive, default=1024, metavar="TOKENS",
+                       help="longer training examples are cut (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto (default)")
+    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                       help="of the frozen weights and activations; experts, routers and norms "
+                       "compute in float32 anyway. auto: bfloat16 where the device multiplies it "
+                       "in hardware, and float32 for the tiny model")
+    group.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
+                       "model sees them, supervised tokens marked, and stop")
+    group.add_argument("--debug", action="store_true", help="show a traceback on failure")
+
+
+def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the probe and of `allocate`."""
+    group = parser.add_argument_group("probe and allocation")
+    group.add_argument("--samples", default="32", metavar="N|auto", help="training examples a task "
+                       "to probe (default: 32); auto doubles them until --overlap is reached")
+    group.add_argument("--overlap", type=share, default=0.95, metavar="F", help="split-half "
+                       "overlap of the selected matrices that auto aims at (default: 0.95)")
+    group.add_argument("--strategy", choices=STRATEGIES, default="votes",
+                       help="how experts are given to matrices (default: votes, the paper's)")
+    group.add_argument("--keep", type=share, metavar="F", help="share of its group that a task "
+                       "votes for (default: 0.6 where no budget is given)")
+    group.add_argument("--budget-experts", type=positive, metavar="N",
+                       help="instead of --keep: at most N experts in all")
+    group.add_argument("--budget-params", type=positive, metavar="N",
+                       help="instead of --keep: at most N trainable parameters")
+    group.add_argument("--group", choices=GROUPS, default="attention_mlp",
+                       help="matrices that are ranked together (default: attention_mlp)")
+    group.add_argument("--targets", help="comma list of projections (q_proj) or of module patterns "
+                       "(model.layers.1?.*) that may get experts; default: all linear layers")
+    group.add_argument("--min-experts", type=int, default=0, metavar="N",
+                       help="experts that every matrix gets at least (default: 0)")
+    group.add_argument("--max-experts", type=positive, metavar="N",
+                       help="experts a matrix gets at most (default: as many as tasks)")
+    group.add_argument("--rank", type=positive, default=8, help="of each expert (default: 8)")
+    group.add_argument("--alpha", type=float, help="an expert's output is scaled by alpha / rank "
+                       "(default: twice the rank)")
+    group.add_argument("--top-k", type=positive, default=2, metavar="K",
+                       help="experts active a token (default: 2)")
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: a number in (0, 1]."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+@dataclass
+class Inputs:
+    """Everything that a script reads: model, tokenizer, tasks and their training examples."""
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    tasks: list[Task]
+    encoded: dict[str, Encoded]
+
+    @property
+    def examples(self) -> list[Example]:
+        """The training examples of all tasks."""
+        return [e for encoded in self.encoded.values() for e in encoded.examples]
+
+
+def load_inputs(args: argparse.Namespace) -> Inputs:
+    """Load what the flags name, and print a table of it; with --show print examples and exit."""
+    if (args.model is None) != (args.data is None):
+        raise ValueError("--model and --data go together; without both, the tiny model and its "
+                         "own tasks are used")
+    if args.model is None:
+        from . import toy
+        folder, tasks = toy.base_folder(), toy.tasks(args.seed)
+        if args.tasks:
+            tasks = [t for t in tasks if t.name in args.tasks.split(",")]
+    else:
+        folder = resolve(args.model)
+        names = args.tasks.split(",") if args.tasks else ()
+        tasks = load_tasks(args.data, names, args.seed)
+    for task in tasks:
+        task.train, task.test = task.train[:args.limit_train], task.test[:args.limit_test]
+    tokenizer = load_tokenizer(folder)
+    if args.show:
+        show(tasks, tokenizer, args.show)
+        sys.exit(0)
+    encoded = {task.name: encode_all(task, tokenizer, args.max_length) for task in tasks}
+    device, dtype = device_and_dtype(args)
+    model = load_model(folder, dtype, device)
+    model.name = args.model or "the embedded default"
+    size = sum(p.numel() for p in model.parameters())
+    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {device}, {args.dtype}")
+    describe(tasks, encoded, tokenizer)
+    if empty := [name for name, e in encoded.items() if not e.examples]:
+        raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
+                         f"--max-length {args.max_length}")
+    return Inputs(model, tokenizer, tasks, encoded)
+
+
+def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """What --device and --dtype mean here; the choice is written back into args."""
+    if args.device == "auto":
+        args.device = ("cuda" if torch.cuda.is_available()
+                       else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(args.device)
+    if args.dtype == "auto":
+        fast = (torch.cuda.is_bf16_supported() if device.type == "cuda"
+                else device.type == "cpu" and _multiplies_bfloat16())
+        args.dtype = "bfloat16" if fast and args.model is not None else "float32"
+    return device, getattr(torch, args.dtype)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has matrix units for bfloat16; without, float32 is the faster one."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def describe(tasks: Sequence[Task], encoded: Mapping[str, Encoded], tokenizer: Tokenizer) -> None:
+    """Print how much each task holds, and what the length limit took."""
+    rows = []
+    for task in tasks:
+        e = encoded[task.name]
+        lengths = [len(x.ids) for x in e.examples] or [0]
+        answers = sum(label != IGNORE for x in e.examples for label in x.labels)
+        rows.append([clean(task.name), len(task.train), len(task.test),
+                     f"{sum(lengths) / len(lengths):.0f}", max(lengths),
+                     f"{answers / max(1, len(e.examples)):.1f}", e.truncated, e.dropped])
+    print(table(["task", "train", "test", "tokens", "longest", "supervised", "cut", "left out"],
+                rows))
+    for task in tasks:
+        if task.note:
+            print(f"{clean(task.name)}: {task.note}")
+    if dropped := sum(e.dropped for e in encoded.values()):
+        print(f"{dropped} examples were left out: --max-length would remove their whole answer")
+    if not tokenizer.has_template:
+        print("chat template: the checkpoint brings none, so the default one is used (--show 1)")
+
+
+def show(tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> None:
+    """Print examples as the model sees them; what is supervised is green, or in [[ ]] in a file."""
+    mark, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    for task in tasks:
+        for messages in task.train[:count]:
+            example = encode(task.name, messages, tokenizer)
+            supervised = sum(label != IGNORE for label in example.labels)
+            print(f"--- {clean(task.name)}: {len(example.ids)} tokens, {supervised} supervised")
+            text, starts = tokenizer.render(messages), tokenizer.encode(tokenizer.render(messages))[1]
+            parts, inside = [], False
+            for i, start in enumerate(starts):
+                if (example.labels[i] != IGNORE) != inside:
+                    inside = not inside
+                    parts.append(mark if inside else end)
+                stop = starts[i + 1] if i + 1 < len(starts) else len(text)
+                parts.append("\n".join(clean(line) for line in text[start:stop].split("\n")))
+            print("".join(parts) + (end if inside else ""))
+
+
+def choose(args: argparse.Namespace, scores: Scores) -> Allocation:
+    """The allocation that the flags ask for."""
+    return allocate(scores, strategy=args.strategy, group=args.group, keep=args.keep,
+                    budget_experts=args.budget_experts, budget_params=args.budget_params,
+                    min_experts=args.min_experts, max_experts=args.max_experts,
+                    targets=args.targets, rank=args.rank, alpha=args.alpha, top_k=args.top_k,
+                    seed=args.seed)
+
+
+def read_allocation(args: argparse.Namespace, file: str | Path) -> Allocation:
+    """An allocation file; a bare mapping takes rank, alpha and top-k from the flags."""
+    value = read_json(file)
+    if isinstance(value, dict) and "format" not in value:
+        value = {"format": "minismoe.allocation/1", "experts": value, "rank": args.rank,
+                 "alpha": args.alpha or 2 * args.rank, "top_k": args.top_k}
+    try:
+        return Allocation.from_json(value)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
+
+
+def measure(args: argparse.Namespace, inputs: Inputs) -> Scores:
+    """Probe all tasks, with a bar, and print how far the result can be trusted."""
+    auto = args.samples == "auto"
+    wanted = AUTO_START if auto else positive(args.samples)
+    pools = {name: random.Random(args.seed).sample(e.examples, len(e.examples))
+             for name, e in inputs.encoded.items()}
+    most = min(AUTO_MOST if auto else wanted, max(map(len, pools.values())))
+    scores, done = None, 0
+    with tqdm(desc="probe", unit="sample", total=0) as bar:
+        while True:
+            bar.total += sum(len(p[done:wanted]) for p in pools.values())
+            batches = {name: probe_batches(pool, wanted - done, PROBE_BATCH,
+                                           inputs.tokenizer.pad_id, args.device, done)
+                       for name, pool in pools.items() if len(pool) > done}
+            scores = probe(inputs.model, batches, scores, bar.update)
+            agreement = trust(args, scores)
+            done = wanted
+            if not auto or min(agreement.values()) >= args.overlap or done >= most:
+                break
+            wanted = min(2 * done, most)
+    rows = [[clean(t), len(scores.samples[t]), f"{a:.2f}"] for t, a in agreement.items()]
+    print(table(["task", "samples probed", "split-half overlap"], rows))
+    if auto:
+        lowest = min(agreement.values())
+        print(f"--samples auto stopped at {done} a task: the lowest overlap is {lowest:.2f}, "
+              f"{'at' if lowest >= args.overlap else 'below'} the target of {args.overlap:.2f}")
+    return scores
+
+
+def trust(args: argparse.Namespace, scores: Scores) -> dict[str, float]:
+    """Split-half overlap of the matrices that each task would vote for."""
+    names = list(scores.shapes)
+
+    def select(one_task: dict[str, float]) -> set[str]:
+        return set(allocate({"": one_task}, group=args.group, keep=args.keep or 0.6,
+                            targets=args.targets).experts)
+
+    return {task: overlap(samples, names, select) for task, samples in scores.samples.items()}
+
+
+def expert_counts(model: CausalLM, allocation: Allocation) -> dict[str, int]:
+    """Experts of every linear layer but the head, 0 where there is none, for a heatmap."""
+    return {name: allocation.experts.get(name, 0) for name, m in model.named_modules()
+            if isinstance(m, torch.nn.Linear) and name != "lm_head"}
+
+
+def new_run(out: str | None, name: str) -> Path:
+    """The folder of a new run: the one asked for, which must hold none, or the next free name."""
+    if out is not None:
+        if (Path(out) / "config.json").exists():
+            raise FileExistsError(f"{out} holds a run already: go on with --resume, or choose "
+                                  "another --out")
+        return Path(out)
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return folder

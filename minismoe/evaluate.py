@@ -1,0 +1,104 @@
+"""Greedy completion with the KV cache, and exact match a task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import Task
+from .model import Cache, CausalLM
+from .tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+             stop_ids: Sequence[int], batch_size: int = 32,
+             progress: Callable[[int], Any] = lambda prompts: None) -> list[list[int]]:
+    """Greedy continuations of token prompts, up to and without a stop id, or max_new_tokens long.
+
+    Prompts of similar length share a batch; a row that has stopped costs nothing more, and a batch
+    ends when all of its rows have.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    for i in range(0, len(order), batch_size):
+        chosen = order[i:i + batch_size]
+        for n, tokens in zip(chosen, _generate(model, [prompts[n] for n in chosen],
+                                               max_new_tokens, stop_ids)):
+            completions[n] = tokens
+        progress(len(chosen))
+    return completions
+
+
+def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+              stop_ids: Sequence[int]) -> list[list[int]]:
+    device = model.model.norm.weight.device
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    mask = torch.arange(longest, device=device) < lengths[:, None]       # right-padded
+    stops = torch.tensor(list(stop_ids), device=device)
+    cache = Cache(model, len(prompts), longest + max_new_tokens)
+    rows, last = torch.arange(len(prompts), device=device), lengths - 1
+    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    steps: list[Tensor] = []
+    for _ in range(max_new_tokens):
+        hidden = model.model(ids, mask, cache)[rows, last]               # (B, D)
+        token = model.lm_head(hidden).argmax(-1)
+        running = running & ~torch.isin(token, stops)
+        if not running.any():
+            break
+        steps.append(torch.where(running, token, -1))
+        ids, mask, last = token[:, None], running[:, None], torch.zeros_like(last)
+    columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prompts]
+    return [[t for t in row if t >= 0] for row in columns]
+
+
+@dataclass
+class Accuracy:
+    """Exact matches of one task."""
+
+    correct: int
+    examples: int
+    wrong: list[tuple[str, str, str]] = field(default_factory=list)    # prompt, expected, given
+
+    @property
+    def share(self) -> float:
+        """Correct answers of all."""
+        return self.correct / max(1, self.examples)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the share (Wilson 1927), which holds for few examples and near 0 or 1."""
+        n, p, z = max(1, self.examples), self.share, 1.959964
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, batch_size: int = 32,
+             progress: Callable[[int], Any] = lambda prompts: None) -> Accuracy:
+    """Exact match on the test split: the greedy answer equals the last assistant turn.
+
+    White space around both is not compared. Generation may run a little longer than the longest
+    reference, so that an answer that goes on is wrong and not cut to be right.
+    """
+    prompts = [tokenizer.encode(tokenizer.render(m[:-1], add_generation_prompt=True))[0]
+               for m in task.test]
+    expected = [m[-1]["content"].strip() for m in task.test]
+    limit = max(len(tokenizer.encode(e)[0]) for e in expected) + 4
+    result = Accuracy(0, len(expected))
+    outputs = generate(model, prompts, limit, tokenizer.stop_ids, batch_size, progress)
+    for messages, reference, tokens in zip(task.test, expected, outputs):
+        given = tokenizer.decode(tokens).strip()
+        if given == reference:
+            result.correct += 1
+        else:
+            result.wrong.append((messages[-2]["content"] if len(messages) > 1 else "",
+                                 reference, given))
+    return result

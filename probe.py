@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Measure how sensitive each weight matrix is to each task, and allocate experts.
+
+    python probe.py --out RUN                                  the tiny embedded model
+    python probe.py --model FOLDER --data FOLDER --out RUN
+
+Writes RUN/sensitivity.json, RUN/allocation.json and RUN/allocation.svg; train.py takes the second
+with --allocation.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from minismoe import cli
+from minismoe.checkpoint import replacing, write_json
+from minismoe.report import allocation_svg, clean, terminal_heatmap
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="RUN", default="runs/probe",
+                        help="folder to write to (default: %(default)s)")
+    cli.add_input_flags(parser)
+    cli.add_allocation_flags(parser)
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
+
+    inputs = cli.load_inputs(args)
+    scores = cli.measure(args, inputs)
+    allocation = cli.choose(args, scores)
+
+    run = Path(args.out)
+    write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
+    write_json(run / "allocation.json", allocation.to_json())
+    with replacing(run / "allocation.svg") as tmp:
+        tmp.write_text(allocation_svg(scores, allocation.experts), encoding="utf-8")
+    for task, values in scores.items():
+        print(terminal_heatmap(f"sensitivity of {clean(task)}", values, scale="log"))
+    print(terminal_heatmap("experts a matrix", cli.expert_counts(inputs.model, allocation),
+                           digits=True))
+    print(f"{allocation.strategy}: {sum(allocation.experts.values())} experts of rank "
+          f"{allocation.rank} on {len(allocation.experts)} of {len(scores.shapes)} matrices, "
+          f"{allocation.trainable_parameters:,} trainable parameters")
+    print(f"wrote sensitivity.json, allocation.json and allocation.svg to {run}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

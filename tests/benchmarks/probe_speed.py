@@ -1,0 +1,148 @@
+"""What the probe costs, against what it cannot do without and against the published protocol.
+
+    python tests/benchmarks/probe_speed.py --model SMOLLM2_135M --data FOLDER
+
+In one process and in turn, on the same samples: the probe; a frozen forward and a backward that
+stops at activations, which any gradient needs; and the published protocol, which takes one sample
+and the weight gradients of one decoder layer a step. Peak memory of the probe and of a LoRA
+training step (8 experts of rank 8 on every matrix) are those of processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+from torch import nn
+
+from minismoe.checkpoint import load_model
+from minismoe.data import bucket, collate, encode_all, load_tasks
+from minismoe.experts import add_experts
+from minismoe.loss import supervised_losses
+from minismoe.sensitivity import probe
+from minismoe.tokenizer import load_tokenizer
+from minismoe.training import TrainConfig, train_step
+
+
+def samples(args: argparse.Namespace) -> tuple[list, int]:
+    """`--batches` batches of real training examples."""
+    tokenizer = load_tokenizer(args.model)
+    names = args.tasks.split(",") if args.tasks else ()
+    examples = [e for task in load_tasks(args.data, names)
+                for e in encode_all(task, tokenizer, 512).examples]
+    return bucket(examples, args.batch_size, seed=0)[:args.batches], tokenizer.pad_id
+
+
+def backward_of_activations(model: nn.Module, batches: list) -> None:
+    """What every gradient needs: forward, loss, and the gradient of each layer's output."""
+    hook = model.model.embed_tokens.register_forward_hook(lambda m, i, out: out.requires_grad_())
+    for ids, mask, labels in batches:
+        supervised_losses(model, ids, mask, labels)[0].sum().backward()
+    hook.remove()
+
+
+def published(model: nn.Module, batches: list, layers: range) -> int:
+    """Batch 1, the weight gradients of one decoder layer a step; gives the pairs scored."""
+    pairs = 0
+    for layer in layers:
+        weights = [m.weight for m in model.model.layers[layer].modules()
+                   if isinstance(m, nn.Linear)]
+        for weight in weights:
+            weight.requires_grad_(True)
+        ids, mask, labels = (t[:1] for t in batches[layer % len(batches)])
+        used = int(mask.sum())
+        losses, _ = supervised_losses(model, ids[:, :used], mask[:, :used], labels[:, :used])
+        losses.mean().backward()
+        pairs += sum(w.grad.square().sum().item() >= 0 for w in weights)
+        for weight in weights:
+            weight.grad = None
+            weight.requires_grad_(False)
+    return pairs
+
+
+def timed(work: Callable[[], object]) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def peak(args: argparse.Namespace) -> None:
+    """Run one side, in this process of its own, and print its peak memory in MiB."""
+    chosen, pad = samples(args)
+    model = load_model(args.model, getattr(torch, args.dtype))
+    if args.side == "probe":
+        probe(model, {"all": [collate(b, pad) for b in chosen]})
+    else:
+        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+        add_experts(model, dict.fromkeys(linear, 8))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        for batch in chosen:
+            train_step(model, batch, TrainConfig(micro_batch_size=args.batch_size), pad)
+            optimizer.step()
+            optimizer.zero_grad()
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--tasks", help="comma list; default: all of the folder")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--side", choices=("probe", "train"), help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        peak(args)
+        return
+    for dtype in args.dtypes.split(","):
+        measure(args, dtype)
+
+
+def measure(args: argparse.Namespace, dtype: str) -> None:
+    """Time the three sides in turn, and print medians and ratios."""
+    chosen, pad = samples(args)
+    batches = [collate(b, pad) for b in chosen]
+    count = sum(len(b[0]) for b in batches)
+    model = load_model(args.model, getattr(torch, dtype))
+    layers = range(0, len(model.model.layers), 3)
+    frozen, probed, pair = [], [], []
+    probe(model, {"all": batches[:1]})                                  # warm-up
+    for _ in range(args.rounds):
+        frozen.append(timed(lambda: backward_of_activations(model, batches))[0])
+        seconds, scores = timed(lambda: probe(model, {"all": batches}))
+        probed.append(seconds)
+        seconds, pairs = timed(lambda: published(model, batches, layers))
+        pair.append(seconds / pairs)
+    matrices = len(scores.shapes)
+    ratios = [a / b for a, b in zip(probed, frozen)]
+    cheaper = [p / (s / (count * matrices)) for p, s in zip(pair, probed)]
+    memory = {side: json.loads(subprocess.run(
+        [sys.executable, __file__, *sys.argv[1:], "--side", side, "--dtype", dtype],
+        check=True, stdout=subprocess.PIPE).stdout) for side in ("probe", "train")}
+    print(f"{dtype}: {count} samples x {matrices} matrices, {args.rounds} rounds\n"
+          f"  frozen forward, activation backward  {statistics.median(frozen):7.2f} s\n"
+          f"  probe                                {statistics.median(probed):7.2f} s, "
+          f"{statistics.median(ratios):.2f} x\n"
+          f"  a (sample, matrix) pair: published {statistics.median(pair) * 1e3:.2f} ms, "
+          f"probe {statistics.median(probed) / count / matrices * 1e3:.3f} ms: "
+          f"{statistics.median(cheaper):.0f} x cheaper\n"
+          f"  peak memory: probe {memory['probe']:.0f} MiB, training step {memory['train']:.0f} MiB: "
+          f"{memory['probe'] / memory['train']:.2f} x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

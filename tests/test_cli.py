@@ -1,0 +1,208 @@
+"""The scripts as a user runs them, on a tiny checkpoint; and once on the embedded default."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import probe
+import train
+from minismoe.cli import run
+from minismoe.model import CausalLM, Config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    """--model and --data of a random byte-level checkpoint and two small tasks."""
+    root = tmp_path_factory.mktemp("inputs")
+    config = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "tie_word_embeddings": True, "eos_token_id": 257}
+    torch.manual_seed(0)
+    model = CausalLM(Config.from_dict(config))
+    (root / "model").mkdir()
+    (root / "model" / "config.json").write_text(json.dumps(config))
+    save_file(dict(model.named_parameters()), root / "model" / "model.safetensors")
+    (root / "data" / "upper").mkdir(parents=True)
+    for name, low, high in (("train", 0, 24), ("test", 24, 30)):
+        (root / "data" / "upper" / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": f"say {i}", "completion": f"N{i}"}) + "\n"
+            for i in range(low, high)))
+    (root / "data" / "sum.jsonl").write_text("".join(
+        json.dumps({"instruction": "add", "input": f"{i}+1", "output": str(i + 1)}) + "\n"
+        for i in range(30)))
+    return ["--model", str(root / "model"), "--data", str(root / "data")]
+
+
+def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / name), *args], text=True, timeout=120,
+                          capture_output=True)
+
+
+def finish(main, *args: str, capsys) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script's main under `run`."""
+    before, sys.argv = sys.argv, ["script", *args]
+    try:
+        with pytest.raises(SystemExit) as end:
+            run(main)
+            raise SystemExit(0)
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+def test_probe_writes_its_three_files(inputs, tmp_path, capsys) -> None:
+    code, out, _ = finish(probe.main, *inputs, "--out", str(tmp_path), "--samples", "8",
+                          "--rank", "4", "--keep", "0.5", capsys=capsys)
+    assert code == 0
+    sensitivity = json.loads((tmp_path / "sensitivity.json").read_text())
+    allocation = json.loads((tmp_path / "allocation.json").read_text())
+    assert sensitivity["format"] == "minismoe.sensitivity/1"
+    assert {t: v["samples"] for t, v in sensitivity["tasks"].items()} == {"sum": 8, "upper": 8}
+    assert all(len(v["scores"]) == 14 for v in sensitivity["tasks"].values())
+    assert allocation["format"] == "minismoe.allocation/1" and allocation["rank"] == 4
+    assert all(1 <= e <= 2 for e in allocation["experts"].values())
+    assert ET.parse(tmp_path / "allocation.svg").getroot().tag.endswith("svg")
+    assert "split-half overlap" in out and "experts a matrix" in out
+    assert "sum: no test split: 3 of 30 lines held out" in out
+
+
+def test_samples_auto_says_where_it_stopped(inputs, tmp_path, capsys) -> None:
+    code, out, _ = finish(probe.main, *inputs, "--out", str(tmp_path), "--samples", "auto",
+                          "--overlap", "1.0", capsys=capsys)
+    assert code == 0
+    assert "--samples auto stopped at 27 a task" in out        # all that the larger task has
+    counts = json.loads((tmp_path / "sensitivity.json").read_text())["tasks"]
+    assert {t: v["samples"] for t, v in counts.items()} == {"sum": 27, "upper": 24}
+
+
+def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
+    out_dir = tmp_path / "run"
+    code, out, _ = finish(train.main, *inputs, "--out", str(out_dir), "--samples", "8",
+                          "--epochs", "1", "--verbose", capsys=capsys)
+    assert code == 0, out
+    results = json.loads((out_dir / "results.json").read_text())
+    allocation = json.loads((out_dir / "allocation.json").read_text())
+    adapter = load_file(out_dir / "adapter" / "adapter.safetensors")
+    assert results["format"] == "minismoe.results/1" and results["metric"] == "exact_match"
+    assert results["experts"] == sum(allocation["experts"].values())
+    assert results["trainable_parameters"] == allocation["trainable_parameters"]
+    assert results["trainable_parameters"] == sum(t.numel() for t in adapter.values())
+    assert {n: t["examples"] for n, t in results["tasks"].items()} == {"sum": 3, "upper": 6}
+    assert set(results["mean"]) == {"before", "after"} and set(results["seconds"]) == {
+        "probe", "train"}
+    config = json.loads((out_dir / "config.json").read_text())
+    assert config["arguments"]["lr"] == 2e-3 and config["arguments"]["dtype"] != "auto"
+    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 4       # 51 examples / 16
+    assert "expected" in out and str(out_dir) in out
+
+    code, _, err = finish(train.main, *inputs, "--out", str(out_dir), capsys=capsys)
+    assert code == 1 and "holds a run already" in err
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_train_takes_an_allocation_as_it_is(inputs, tmp_path, capsys, bare) -> None:
+    experts = {"model.layers.1.mlp.up_proj": 3, "model.layers.0.self_attn.q_proj": 1}
+    value = experts if bare else {"format": "minismoe.allocation/1", "rank": 2, "alpha": 4,
+                                  "top_k": 1, "strategy": "mine", "experts": experts}
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "a.json"), "--out",
+                          str(tmp_path / "run"), "--epochs", "1", "--rank", "3", capsys=capsys)
+    assert code == 0, err
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    rank = 3 if bare else 2
+    assert {n: tuple(t.shape) for n, t in adapter.items()} == {
+        "model.layers.1.mlp.up_proj.lora_A": (3, rank, 32),
+        "model.layers.1.mlp.up_proj.lora_B": (3, rank, 48),
+        "model.layers.1.mlp.up_proj.router": (3, 32),
+        "model.layers.0.self_attn.q_proj.lora_A": (1, rank, 32),
+        "model.layers.0.self_attn.q_proj.lora_B": (1, rank, 32)}
+
+
+def test_unknown_modules_are_all_listed(inputs, tmp_path, capsys) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"model.layers.9.x": 1, "lm_head": 1, "nope": 2}))
+    code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "a.json"), "--out",
+                          str(tmp_path / "run"), capsys=capsys)
+    assert code == 1 and all(n in err for n in ("model.layers.9.x", "lm_head", "nope"))
+    assert not (tmp_path / "run").exists()          # found before any work
+
+
+def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
+    code, out, _ = finish(train.main, *inputs, "--show", "2", capsys=capsys)
+    assert code == 0
+    assert "Assistant: [[N0<|end|>]]" in out and out.count("---") == 4
+
+
+@pytest.mark.parametrize("args, code, says", [
+    (["--keep", "2"], 2, "not in (0, 1]"),
+    (["--no-such-flag"], 2, "unrecognized arguments"),
+    (["--resume"], 2, "--resume needs --out"),
+    (["--model", "nowhere-at-all", "--data", "."], 1, "no such model folder"),
+    (["--model", "."], 1, "--model and --data go together"),
+    (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),
+])
+def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path) -> None:
+    extra = [] if "--model" in args else inputs
+    done = script("train.py", *extra, *args, *(
+        [] if "--resume" in args else ["--out", str(tmp_path / "r")]))
+    assert done.returncode == code and says in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_debug_shows_the_traceback(tmp_path) -> None:
+    done = script("train.py", "--model", str(tmp_path / "x"), "--data", ".", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path) -> None:
+    flags = [*inputs, "--samples", "4", "--epochs", "30", "--batch-size", "4", "--dtype", "float32"]
+    assert script("train.py", *flags, "--out", str(tmp_path / "straight")).returncode == 0
+
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags, "--out", str(cut)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = cut / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 20):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--resume --out {cut}" in err
+    assert not (cut / "results.json").exists()
+
+    refused = script("train.py", "--resume", "--out", str(cut), "--lr", "0.5")
+    assert refused.returncode == 1 and "--lr 0.5 (was 0.002)" in refused.stderr
+    assert script("train.py", "--resume", "--out", str(cut)).returncode == 0
+    first, second = (load_file(tmp_path / r / "adapter" / "adapter.safetensors")
+                     for r in ("straight", "cut"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    a, b = (json.loads((tmp_path / r / "results.json").read_text()) for r in ("straight", "cut"))
+    assert a["tasks"] == b["tasks"]
+
+
+def test_the_embedded_default(tmp_path) -> None:
+    """The README's promise: the whole method with no argument, and what it is worth."""
+    done = subprocess.run([sys.executable, str(ROOT / "train.py")], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=600, env={**os.environ, "NO_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["tasks"]) >= 4
+    assert results["mean"]["before"] <= 0.40 and results["mean"]["after"] >= 0.90
+    assert "experts a matrix" in done.stdout and "Next:" in done.stdout
