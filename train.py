@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -35,7 +36,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; with --resume those of the run, which may not be changed."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="RUN", help="folder of the run (default: a new one in runs)")
+    parser.add_argument("--out", metavar="RUN", help="folder of the run (default: a new one "
+                        "in runs)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, from its newest checkpoint")
     parser.add_argument("--allocation", metavar="FILE", help="an allocation.json, or a bare "
@@ -111,7 +113,8 @@ def main(argv: Sequence[str]) -> None:
     cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)
                          if hasattr(args, f.name)})
     try:
-        summary = train(inputs.model, inputs.examples, cfg, run, inputs.tokenizer.pad_id, args.resume)
+        summary = train(inputs.model, inputs.examples, cfg, run, inputs.tokenizer.pad_id,
+                        args.resume)
     except Interrupted as e:
         raise KeyboardInterrupt(f"{e}; go on with: python train.py --resume --out {run}") from None
     seconds["train"] = round(summary["seconds"], 2)
@@ -154,10 +157,10 @@ def score(inputs: cli.Inputs, when: str) -> dict[str, Accuracy]:
                 for t in inputs.tasks}
 
 
-def summarise(before: dict[str, dict], after: dict[str, Accuracy], trainable: int, experts: int,
-              seconds: dict[str, float]) -> dict:
+def summarise(before: dict[str, dict[str, Any]], after: dict[str, Accuracy], trainable: int,
+              experts: int, seconds: dict[str, float]) -> dict:
     """The content of results.json."""
-    tasks = {}
+    tasks: dict[str, dict[str, Any]] = {}
     for name, a in after.items():
         b = Accuracy(before[name]["correct"], before[name]["examples"])
         tasks[name] = {"before": round(b.share, 4), "after": round(a.share, 4),

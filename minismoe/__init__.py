@@ -1,4 +1,4 @@
-"""minismoe: fine-tune small language models with mixtures of LoRA experts, allocated by sensitivity.
+"""minismoe: mixtures of LoRA experts for small language models, allocated by sensitivity.
 
 Names are resolved on first use, so that importing the package loads nothing heavy.
 """

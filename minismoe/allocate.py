@@ -15,95 +15,28 @@ a thousandfold in size have the same say. An example, with keep = 0.5 of one gro
     task 2       0.1   0.2   0.9   0.3     votes for v and o
     experts        1     0     2     1
 
-The other strategies are an experiment's controls: what the vote spends, spent elsewhere. Each is a
-row of allocations from small to large, numbered by a whole number, and a budget takes the largest
-that fits. No count depends on the order of tasks or matrices.
+The other strategies (controls.py) are an experiment's controls: what the vote spends, spent
+elsewhere. Each is a row of allocations from small to large, numbered by a whole number, and a
+budget takes the largest that fits. No count depends on the order of tasks or matrices.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from . import controls
+from .allocation import Allocation, Counts, is_number, is_whole
+
 Scores = Mapping[str, Mapping[str, float]]  # {task: {module: sensitivity}}
 Groups = list[list[str]]  # modules that are ranked together, each group in the order of names
-Counts = dict[str, int]  # {module: experts}
 STRATEGIES = ("votes", "proportional", "uniform", "mola", "random", "lora")
 GROUPS = ("attention_mlp", "kind", "all")
-FORMAT = "minismoe.allocation/1"
-
-
-def _whole(value: Any, least: float) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**50
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """The content of allocation.json: each module's experts, and how they are built."""
-
-    experts: Counts  # only modules with >= 1
-    rank: int = 8  # of each expert
-    alpha: float = 16  # an expert's output is scaled by alpha / rank
-    top_k: int = 2  # experts active a token, in modules that have more
-    strategy: str = "custom"
-    group: str | None = None
-    keep: float | None = None  # share of its group that a task votes for
-    trainable_parameters: int | None = None  # None where the shapes are unknown
-
-    def problems(self) -> list[str]:
-        """What is wrong with the values, an entry each; a count of 0 is allowed."""
-        keep, trainable = self.keep, self.trainable_parameters
-        checks = [
-            ("rank", _whole(self.rank, 1), "a whole number >= 1"),
-            ("alpha", _number(self.alpha) and self.alpha > 0, "a number > 0"),
-            ("top_k", _whole(self.top_k, 1), "a whole number >= 1"),
-            ("strategy", isinstance(self.strategy, str), "text"),
-            ("group", self.group is None or isinstance(self.group, str), "text or null"),
-            ("keep", keep is None or _number(keep) and 0 < keep <= 1, "in (0, 1]"),
-            ("trainable_parameters", trainable is None or _whole(trainable, 0), "a whole number")]
-        return [f"{name} must be {what}, got {getattr(self, name)!r}"
-                for name, good, what in checks if not good] + [
-            f"experts must map names to whole numbers >= 0, got {module!r}: {count!r}"
-            for module, count in self.experts.items()
-            if not (isinstance(module, str) and module and _whole(count, 0))]
-
-    def to_json(self) -> dict[str, Any]:
-        """The form of allocation.json, for `json.dump`."""
-        settings = asdict(self)
-        experts = settings.pop("experts")
-        return {"format": FORMAT, **settings, "experts": experts}
-
-    @classmethod
-    def from_json(cls, value: object) -> Allocation:
-        """Read `to_json`'s form, or a bare {module: count}, the form of the paper's published code.
-
-        A count of 0 means no adapter. Raises one ValueError that names everything wrong.
-        """
-        if not isinstance(value, Mapping):
-            raise ValueError(f"an allocation is a JSON object, got {value!r}")  # noqa: TRY004
-        settings: dict[str, Any] = dict(value) if "format" in value else {"experts": value}
-        found, experts = settings.pop("format", FORMAT), settings.pop("experts", None)
-        known = {f.name: settings.pop(f.name) for f in fields(cls) if f.name in settings}
-        problems = [f"format must be {FORMAT!r}, got {found!r}"] if found != FORMAT else []
-        problems += [f"unknown field {name!r}" for name in settings]
-        if not isinstance(experts, Mapping) or not any(experts.values()):
-            problems.append(f"experts must give some module an expert, got {experts!r}")
-            experts = {}
-        problems += cls(dict(experts), **known).problems()
-        if problems:
-            raise ValueError("not an allocation: " + "; ".join(problems))
-        known.setdefault("alpha", 2 * known.get("rank", cls.rank))  # as allocate() does
-        return cls({module: count for module, count in experts.items() if count}, **known)
 
 
 def parameters(shape: tuple[int, int], experts: int, rank: int) -> int:
@@ -179,63 +112,6 @@ def _votes(scores: Scores, groups: Groups, keep: float, low: int, high: int) -> 
     return {module: min(max(count, low), high) for module, count in votes.items()}
 
 
-def _shares(scores: Scores, groups: Groups) -> dict[str, float]:
-    """Weights of "proportional": a module's part of its group's sensitivity, summed over tasks.
-
-    A task's parts sum to 1 in each group, and a group weighs as much as it has modules.
-    """
-    shares: dict[str, float] = {}
-    for members in groups:
-        columns = [[values[module] for module in members] for values in scores.values()]
-        totals = [math.fsum(column) for column in columns]
-        parts = [[score / total if total else 1 / len(members) for score in column]
-                 for column, total in zip(columns, totals, strict=True)]
-        # fsum is exact, so that the order of tasks cannot show in the last digit.
-        shares |= {module: len(members) * math.fsum(part[i] for part in parts)
-                   for i, module in enumerate(members)}
-    return shares
-
-
-def _ramp(modules: list[str]) -> dict[str, float]:
-    """Weights of "mola", a line from 2 at the lowest layer to 8 at the highest.
-
-    The inverted triangle "2468" of MoLA (Gao et al. 2024, arXiv 2402.08562), without its steps.
-    """
-    layers = {module: layer for module in modules if (layer := _place(module)[0]) is not None}
-    if unplaced := [module for module in modules if module not in layers]:
-        raise ValueError(f"strategy 'mola' finds no layer number in {unplaced}")
-    low, high = min(layers.values()), max(layers.values())
-    return {module: 2 + 6 * (layer - low) / max(1, high - low) for module, layer in layers.items()}
-
-
-def _largest_remainder(weights: Mapping[str, float], total: int, low: int, high: int) -> Counts:
-    """Share `total` experts by weight (Hamilton's method), from low to high of them a module.
-
-    Each gets its quota rounded down, then one goes at a time to whichever is furthest below its
-    quota (or leaves whichever is furthest above, where `low` gave out too many). Ties go in the
-    order of `weights`. Needs low * modules <= total <= high * modules.
-    """
-    whole = math.fsum(weights.values())
-    quota = {module: total * (weight / whole) for module, weight in weights.items()}
-    counts = {module: min(max(math.floor(quota[module]), low), high) for module in weights}
-    while left := total - sum(counts.values()):
-        step = 1 if left > 0 else -1
-        able = [module for module in weights if low <= counts[module] + step <= high]
-        counts[max(able, key=lambda module: step * (quota[module] - counts[module]))] += step
-    return counts
-
-
-def _draw(modules: list[str], total: int, low: int, high: int, seed: int) -> Counts:
-    """Drop `total` experts one by one on modules chosen at random among those below `high`.
-
-    A larger total with the same seed only adds experts, so what it costs only grows.
-    """
-    generator, counts = random.Random(seed), dict.fromkeys(modules, low)
-    for _ in range(total - low * len(modules)):
-        counts[generator.choice([module for module in modules if counts[module] < high])] += 1
-    return counts
-
-
 def _row(draft: Allocation, scores: Scores, groups: Groups, low: int, high: int, most: int,
          seed: int) -> tuple[range, Callable[[int], Allocation]]:
     """A strategy's allocations from small to large: their numbers, and a number's allocation.
@@ -257,11 +133,13 @@ def _row(draft: Allocation, scores: Scores, groups: Groups, low: int, high: int,
     first = max(1, low * len(modules))  # by experts in total
     totals = range(first, max(first, min(high * len(modules), most)) + 1)
     if draft.strategy == "random":
-        return totals, lambda total: replace(draft, experts=_draw(modules, total, low, high, seed))
-    weights = _shares(scores, groups) if draft.strategy == "proportional" else _ramp(modules)
+        return totals, lambda total: replace(
+            draft, experts=controls.draw(modules, total, low, high, seed))
+    weights = (controls.shares(scores, groups) if draft.strategy == "proportional"
+               else controls.ramp({module: _place(module)[0] for module in modules}))
     weights = {module: weights[module] for module in modules}  # in the order that settles ties
     return totals, lambda total: replace(
-        draft, experts=_largest_remainder(weights, total, low, high))
+        draft, experts=controls.largest_remainder(weights, total, low, high))
 
 
 def _check(scores: Scores, draft: Allocation, budgets: tuple[int | None, int | None], low: int,
@@ -272,19 +150,20 @@ def _check(scores: Scores, draft: Allocation, budgets: tuple[int | None, int | N
     checks = [
         (draft.strategy in STRATEGIES, f"strategy {draft.strategy!r} is none of {STRATEGIES}"),
         (draft.group in GROUPS, f"group {draft.group!r} is none of {GROUPS}"),
-        (_whole(low, 0), f"min_experts must be a whole number >= 0, got {low!r}"),
-        (high is None or _whole(high, 1), f"max_experts must be a whole number >= 1, got {high!r}"),
-        (not (_whole(low, 0) and _whole(high, 1)) or _whole(high, low),
+        (is_whole(low, 0), f"min_experts must be a whole number >= 0, got {low!r}"),
+        (high is None or is_whole(high, 1),
+         f"max_experts must be a whole number >= 1, got {high!r}"),
+        (not (is_whole(low, 0) and is_whole(high, 1)) or is_whole(high, low),
          f"min_experts {low!r} is above max_experts {high!r}"),
         (draft.strategy != "lora" or low in (0, 1),
          f"'lora' is one expert a module, so min_experts {low!r} cannot be met"),
         (len(given) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),
-        *((_whole(budget, -math.inf), f"a budget must be a whole number < 2**50, got {budget!r}")
+        *((is_whole(budget, -math.inf), f"a budget must be a whole number < 2**50, got {budget!r}")
           for budget in given),
         (modules, "the scores hold no module"),
         *((modules == set(values), f"task {task!r} lacks {sorted(modules - set(values))}")
           for task, values in scores.items()),
-        *((_number(score), f"{module!r} of task {task!r} must be finite and >= 0, got {score!r}")
+        *((is_number(score), f"{module!r} of task {task!r} must be finite and >= 0, got {score!r}")
           for task, values in scores.items() for module, score in values.items())]
     if problems := draft.problems() + [problem for good, problem in checks if not good]:
         raise ValueError("; ".join(problems))
@@ -306,7 +185,7 @@ def allocate(scores: Scores, *, strategy: str = "votes", group: str = "attention
     `seed` is for "random". `shapes`, {module: (out, in)}, is `scores.shapes` by default.
     Raises ValueError for wrong arguments and, saying the nearest possible, a budget too small.
     """
-    alpha = (2 * rank if _whole(rank, 1) else 1) if alpha is None else alpha
+    alpha = (2 * rank if is_whole(rank, 1) else 1) if alpha is None else alpha
     draft = Allocation({}, rank, alpha, top_k, strategy, group, keep)
     _check(scores, draft, (budget_experts, budget_params), min_experts, max_experts)
     modules = _select(next(iter(scores.values())), targets)

@@ -225,10 +225,17 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     ours, its = getattr(model, "fingerprint", None), meta.get("fingerprint")
     if ours and its and ours != its:
         raise ValueError("the adapter was trained on another base: "
-                         f"{its} ({meta.get('base_model')}), and this one is {ours} ({getattr(model, 'name', '?')})")
+                         f"{its} ({meta.get('base_model')}), and this one is {ours} "
+                         f"({getattr(model, 'name', '?')})")
     allocation = Allocation.from_json(meta.get("allocation"))
+    before = dict(model.named_modules())
     add_experts(model, allocation)
-    load_experts(model, folder / "adapter.safetensors")
+    try:
+        load_experts(model, folder / "adapter.safetensors")
+    except BaseException:            # the model is left as it was, so that another may be tried
+        for name in allocation.experts:
+            model.set_submodule(name, before[name])
+        raise
     return allocation
 
 

@@ -208,8 +208,10 @@ def show(tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> None:
             example = encode(task.name, messages, tokenizer)
             supervised = sum(label != IGNORE for label in example.labels)
             print(f"--- {clean(task.name)}: {len(example.ids)} tokens, {supervised} supervised")
-            text, starts = tokenizer.render(messages), tokenizer.encode(tokenizer.render(messages))[1]
-            parts, inside = [], False
+            text = tokenizer.render(messages)
+            starts = tokenizer.encode(text)[1]
+            parts: list[str] = []
+            inside = False
             for i, start in enumerate(starts):
                 if (example.labels[i] != IGNORE) != inside:
                     inside = not inside

@@ -65,7 +65,7 @@ def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> 
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"no such data folder: {root}")
-    found = {p.stem: p for p in sorted(root.iterdir())
+    found = {p.stem if p.is_file() else p.name: p for p in sorted(root.iterdir())
              if (p / "train.jsonl").is_file() or (p.is_file() and p.suffix == ".jsonl")}
     if missing := [n for n in names if n not in found]:
         raise FileNotFoundError(f"{root} has no task {', '.join(missing)}; "
@@ -104,7 +104,9 @@ def read_lines(file: Path, bad: list[str]) -> list[list[Message]]:
         if not line.strip():
             continue
         try:
-            conversations.append(to_messages(json.loads(line.decode("utf-8"))))
+            messages = to_messages(json.loads(line.decode("utf-8")))
+            "".join(m["content"] for m in messages).encode()     # no half of an emoji (\\ud83d)
+            conversations.append(messages)
         except (ValueError, RecursionError) as e:
             bad.append(f"{file}:{number}: {e}")
     return conversations
@@ -117,16 +119,16 @@ def to_messages(line: Any) -> list[Message]:
     if "messages" in line:
         return _check_messages(line["messages"])
     if "prompt" in line and "completion" in line:
-        parts = [line["prompt"], line["completion"]]
+        fields = [line["prompt"], line["completion"]]
     elif "instruction" in line and "output" in line:
-        parts = [line["instruction"], line.get("input") or "", line["output"]]
+        fields = [line["instruction"], line.get("input") or "", line["output"]]
     else:
         raise ValueError("needs messages, or prompt and completion, or instruction and output; "
                          f"it has {', '.join(map(str, line)) or 'nothing'}")
-    if not all(isinstance(p, str) for p in parts):
+    if not all(isinstance(value, str) for value in fields):
         raise ValueError("every field must be a string")
-    *prompt, answer = parts
-    prompt = "\n".join(p for p in prompt if p)
+    *asked, answer = fields
+    prompt = "\n".join(value for value in asked if value)
     if not prompt.strip() or not answer.strip():
         raise ValueError("the prompt or the answer is empty")
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

@@ -74,7 +74,7 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the share (Wilson 1927), which holds for few examples and near 0 or 1."""
+        """95 % interval of the share (Wilson 1927); it holds for few examples and near 0 or 1."""
         n, p, z = max(1, self.examples), self.share, 1.959964
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

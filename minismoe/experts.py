@@ -81,7 +81,7 @@ class _Experts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
             dx.addmm_(dh, A)
-            if router is not None:
+            if d_logits is not None:
                 dx.addmm_(d_logits.to(x.dtype), router.to(x.dtype))
         dA, dB = dA.to(lora_A.dtype).view_as(lora_A), dB.to(lora_B.dtype).view_as(lora_B)
         return dx, None, None, dA, dB, d_router, None, None
@@ -100,7 +100,7 @@ class ExpertLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.top_k, self.scaling = min(top_k, experts), alpha / rank
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        new = dict(dtype=dtype, device=linear.weight.device)
+        new: dict[str, Any] = dict(dtype=dtype, device=linear.weight.device)
         bound = 1 / math.sqrt(self.in_features)          # the rule of nn.Linear and of PEFT
         self.lora_A = nn.Parameter(
             torch.empty(experts, rank, self.in_features, **new).uniform_(-bound, bound))
@@ -121,7 +121,7 @@ class ExpertLinear(nn.Linear):
         return {**self.__dict__, "router_logits": None}
 
 
-def add_experts(model: nn.Module, experts: Mapping[str, int], *, rank: int = 8,
+def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,
                 alpha: float | None = None, top_k: int = 2) -> nn.Module:
     """Freeze `model` and put LoRA experts on its linear layers, in place.
 
@@ -179,7 +179,8 @@ def without_pads(rows: Tensor, attention_mask: Tensor) -> Tensor:
     return rows
 
 
-def expert_use(layers: Mapping[str, ExpertLinear], attention_mask: Tensor) -> dict[str, list[float]]:
+def expert_use(layers: Mapping[str, ExpertLinear], attention_mask: Tensor,
+               ) -> dict[str, list[float]]:
     """Share of the last forward's (token, choice) pairs that went to each expert, by matrix."""
     use = {}
     for name, layer in layers.items():

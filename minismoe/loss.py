@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100                   # the label of an unsupervised token
@@ -47,7 +47,7 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * d_losses[:, None].to(gradient.dtype), None, None
 
 
-def supervised_losses(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
+def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
                       ) -> tuple[Tensor, Tensor]:
     """Loss (S,) of each supervised token of a batch, and the batch row (S,) that it is in.
 

@@ -43,7 +43,7 @@ class Scores(dict[str, dict[str, float]]):
     def add(self, task: str, norms: Tensor) -> None:
         """Take in the squared norms (n, M) of n further samples of a task."""
         self.samples[task] = torch.cat([self.samples[task], norms]) if task in self else norms
-        self[task] = dict(zip(self.shapes, self.samples[task].sum(0).tolist()))
+        self[task] = dict(zip(self.shapes, self.samples[task].sum(0).tolist(), strict=True))
 
     def to_json(self, model: str) -> dict[str, Any]:
         """The content of sensitivity.json; `model` is the name to note there."""
@@ -99,8 +99,8 @@ class _Ghost:
 
     def watch(self, column: int) -> Callable[..., None]:
         """A forward hook that scores its layer when the backward pass comes by."""
-        def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x, (out, in_) = inputs[0].detach(), module.weight.shape
+        def forward_hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x, (out, in_) = inputs[0].detach(), tuple(module.weight.shape)
             if use_gram := self.mask.shape[1] * (in_ + out) < in_ * out:
                 if self.read is None or self.read[0] is not inputs[0]:
                     x = self.by_sample(x)
@@ -151,5 +151,6 @@ def overlap(samples: Tensor, names: Sequence[str],
     the share of one selection that is in the other comes back. Where `select` takes a share p of
     the matrices, chance alone gives p.
     """
-    halves = [select(dict(zip(names, samples[i::2].sum(0).tolist()))) for i in (0, 1)]
+    halves = [select(dict(zip(names, samples[i::2].sum(0).tolist(), strict=True)))
+              for i in (0, 1)]
     return len(halves[0] & halves[1]) / max(1, len(halves[0]))

@@ -13,12 +13,14 @@ from typing import Any
 
 Message = Mapping[str, str]                  # {"role": ..., "content": ...}
 
-# Plain text that every tokenizer can spell; an assistant turn ends with the end-of-text token.
+# Plain text that every tokenizer can spell; an assistant turn ends with the end-of-text token. The
+# space before an answer belongs to it: BPE makes one token of " yes", which a prompt that ended in
+# the space would tear apart, so that training and inference would see different tokens.
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
     "{% else %}{{ message.role | capitalize }}: {{ message.content }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
 
 
 class ByteTokenizer:
@@ -98,7 +100,8 @@ class Tokenizer:
         """The conversation as the model reads it; ValueError says what the template refuses."""
         try:
             return self._template.render(messages=messages, bos_token=self.bos, eos_token=self.eos,
-                                         add_generation_prompt=add_generation_prompt)
+                                         add_generation_prompt=add_generation_prompt,
+                                         tools=None, documents=None)     # as transformers has them
         except Exception as e:               # a template can raise anything
             raise ValueError(f"the chat template fails: {type(e).__name__}: {e}") from None
 
@@ -130,8 +133,8 @@ def _compile(template: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     # Trimming as in transformers, for which templates are written.
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
     batches = schedule(examples, cfg)
-    state = {"step": 0, "tokens": 0, "seconds": 0.0}
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
     if resume:
         state = load_checkpoint(run, parameters, optimizer) or state
     begun = time.perf_counter() - state["seconds"]
@@ -168,7 +168,7 @@ def _metrics_from(file: Path, step: int) -> Any:
     return file.open("a")
 
 
-def save_checkpoint(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+def save_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
                     state: dict[str, Any]) -> None:
     """Write run/checkpoints/step-N, whole or not at all, and keep the last two."""
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
@@ -186,7 +186,7 @@ def save_checkpoint(run: Path, parameters: dict[str, Tensor], optimizer: torch.o
         shutil.rmtree(old)
 
 
-def load_checkpoint(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+def load_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
                     ) -> dict[str, Any] | None:
     """Bring experts and optimizer to the newest checkpoint, and give its state; None without."""
     folders = sorted((run / "checkpoints").glob("step-????????"))

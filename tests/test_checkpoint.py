@@ -191,7 +191,7 @@ def corrupt(file: Path) -> None:
     (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not valid JSON"),
     (lambda f: (f / "config.json").write_bytes(b"\xff"), ValueError, "is not valid JSON"),
     (lambda f: (f / "config.json").write_text("[" * 10**6), ValueError, "is not valid JSON"),
-    (lambda f: (f / "config.json").write_text("[]"), ValueError, "config.json holds no JSON object"),
+    (lambda f: (f / "config.json").write_text("[]"), ValueError, "holds no JSON object"),
     (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), ValueError,
      "config.json: this model is not implemented: model_type 'gpt2'"),
     (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError,
@@ -237,9 +237,10 @@ def test_broken_shard_index(folder: Path, index: Any, error: type[Exception], na
 # Memory
 
 PEAK = """
-import json, resource, sys, torch
+import json, re, sys, torch
 from minismoe.checkpoint import load_model
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss: a child process inherits its parent's there, and pytest's own peak would hide ours.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 model = load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -250,23 +251,23 @@ print(json.dumps({"weights": weights, "peak": peak() - before}))
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 200 MB in bfloat16, written without a model."""
-    folder, D, I, V = tmp_path_factory.mktemp("large"), 1024, 4096, 8192
+    """A checkpoint of 185 MB in bfloat16, written without a model."""
+    folder, D, M, V = tmp_path_factory.mktemp("large"), 1024, 4096, 8192
     write_json(folder / "config.json", {
-        "model_type": "llama", "vocab_size": V, "hidden_size": D, "intermediate_size": I,
+        "model_type": "llama", "vocab_size": V, "hidden_size": D, "intermediate_size": M,
         "num_hidden_layers": 5, "num_attention_heads": 8, "tie_word_embeddings": True})
     shapes = {"model.embed_tokens": (V, D), "model.norm": (D,)}
     for i in range(5):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in {
             "input_layernorm": (D,), "post_attention_layernorm": (D,),
-            **{f"self_attn.{p}_proj": (D, D) for p in "qkvo"}, "mlp.gate_proj": (I, D),
-            "mlp.up_proj": (I, D), "mlp.down_proj": (D, I)}.items()}
+            **{f"self_attn.{p}_proj": (D, D) for p in "qkvo"}, "mlp.gate_proj": (M, D),
+            "mlp.up_proj": (M, D), "mlp.down_proj": (D, M)}.items()}
     save_file({f"{name}.weight": torch.ones(shape, dtype=torch.bfloat16)
                for name, shape in shapes.items()}, folder / "model.safetensors")
     return folder
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_peak_memory_is_one_copy_of_the_weights(large: Path, dtype: str) -> None:
     run = python(PEAK, str(large), dtype)
@@ -489,7 +490,7 @@ def test_a_folder_is_never_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     assert resolve("org/name") == Path("org/name")
     assert resolve(tmp_path) == tmp_path
-    for absent in ("./org", "/no/such", "~/model", "gone", "a/b/c", "../up"):
+    for absent in ("./gone", "/no/such", "~/model", "gone", "a/b/c", "../up"):
         with pytest.raises(FileNotFoundError, match="no such model folder"):
             resolve(absent)
 

@@ -143,7 +143,7 @@ def test_unknown_modules_are_all_listed(inputs, tmp_path, capsys) -> None:
 def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     code, out, _ = finish(train.main, *inputs, "--show", "2", capsys=capsys)
     assert code == 0
-    assert "Assistant: [[N0<|end|>]]" in out and out.count("---") == 4
+    assert "Assistant:[[ N0<|end|>]]" in out and out.count("---") == 4
 
 
 @pytest.mark.parametrize("args, code, says", [

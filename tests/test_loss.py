@@ -16,9 +16,9 @@ from minismoe.loss import IGNORE, supervised_losses
 from minismoe.model import CausalLM, Config
 
 V, D = 61, 16
-SIZES = dict(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-             tie_word_embeddings=False)
+SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+         "tie_word_embeddings": False}
 COUNTS = {"model.layers.0.self_attn.q_proj": 1, "model.layers.1.mlp.down_proj": 3}
 
 
@@ -170,7 +170,7 @@ def test_full_logits_never_exist(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert products == [3, 3, 1]                 # 7 supervised tokens, prompts and pads not at all
 
 
-def test_the_gradient_is_not_made_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_is_not_made_where_nobody_asks() -> None:
     model, data = model_of("ours"), batch()
     with torch.no_grad(), Shapes() as shapes:
         losses, _ = supervised_losses(model, *data)
@@ -191,7 +191,7 @@ def test_a_first_token_has_no_loss_on_whichever_side_the_pads_are() -> None:
     model = model_of("transformers")
     for pad in ("right", "left"):
         ids, mask, _ = batch(pad)
-        data = ids, mask, torch.where(mask.bool(), ids, IGNORE)      # every real token is supervised
+        data = ids, mask, torch.where(mask.bool(), ids, IGNORE)            # every real token
         losses, rows = supervised_losses(model, *data)
         assert rows.bincount().tolist() == [8, 3, 5]
         torch.testing.assert_close(losses, reference(model, *data)[0], rtol=1e-4, atol=1e-5)

@@ -176,7 +176,7 @@ def test_svg_colors_rank_scores_within_their_task():
 @pytest.mark.parametrize(("layers", "tasks"), [(30, 3), (30, 5), (4, 5), (80, 2), (1, 1)])
 def test_svg_panels_lie_inside_the_figure_and_apart(layers, tasks):
     svg = allocation_svg({f"t{i}": model(layers) for i in range(tasks)},
-                         {name: 3 for name in model(layers)}, title="title")
+                         dict.fromkeys(model(layers), 3), title="title")
     left, top, width, height = map(float, ET.fromstring(svg).get("viewBox").split())
     boxes = [tuple(float(cell.get(key)) for key in ("x", "y", "width", "height"))
              for cell in cells(svg)]

@@ -163,7 +163,7 @@ def test_adapter_file_holds_the_trained_experts(tmp_path) -> None:
     from minismoe.allocate import Allocation
     model, fresh = tiny(), tiny()
     train(model, examples(), TrainConfig(epochs=1, lr=1e-2), tmp_path, pad_id=0)
-    names = {n: 3 for n in expert_layers(model)}
+    names = dict.fromkeys(expert_layers(model), 3)
     save_adapter(model, tmp_path / "adapter", Allocation(names, rank=4))
     load_experts(fresh, tmp_path / "adapter" / "adapter.safetensors")
     ids = torch.tensor([[1, 2, 3]])

@@ -82,7 +82,8 @@ def peak(args: argparse.Namespace) -> None:
     if args.side == "probe":
         probe(model, {"all": [collate(b, pad) for b in chosen]})
     else:
-        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+        linear = [n for n, m in model.named_modules()
+                  if isinstance(m, nn.Linear) and n != "lm_head"]
         add_experts(model, dict.fromkeys(linear, 8))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         for batch in chosen:
@@ -140,7 +141,7 @@ def measure(args: argparse.Namespace, dtype: str) -> None:
           f"  a (sample, matrix) pair: published {statistics.median(pair) * 1e3:.2f} ms, "
           f"probe {statistics.median(probed) / count / matrices * 1e3:.3f} ms: "
           f"{statistics.median(cheaper):.0f} x cheaper\n"
-          f"  peak memory: probe {memory['probe']:.0f} MiB, training step {memory['train']:.0f} MiB: "
+          f"  peak memory: probe {memory['probe']:.0f} MiB, LoRA step {memory['train']:.0f} MiB: "
           f"{memory['probe'] / memory['train']:.2f} x", flush=True)
 
 
