@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def _compile(template: str) -> Any:
     # Trimming as in transformers, for which templates are written.
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[
         Generation, "jinja2.ext.loopcontrols"])
-    env.globals.update(raise_exception=raise_exception)
+    env.globals.update(raise_exception=raise_exception,
+                       strftime_now=lambda form: datetime.now().strftime(form))
     env.filters["tojson"] = tojson
     try:
         return env.from_string(template)

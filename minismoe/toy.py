@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import shutil
 import string
 import sys
@@ -43,21 +44,20 @@ CONFIG = {
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
     "bos_token_id": BOS, "eos_token_id": END, "pad_token_id": PAD, "torch_dtype": "float32",
 }
-STEPS, BATCH, ITEMS, RATE, SEED = 1000, 16, 5, 4e-3, 0
-EMB, NORM = 0.5, 0.2
+STEPS, BATCH, ITEMS, RATE, SEED = 1000, 48, 1, 4e-3, 0
+EMB, NORM = 0.15, 1.0
 LETTERS = string.ascii_lowercase[:16]
 TRAIN, TEST = 500, 100                       # lines a task
 
-Case = tuple[tuple[str, ...], str]           # what fills a text's or a question's gaps, the answer
+Case = tuple[tuple[str, ...], str]           # what fills the gaps of a question, and the answer
 
 
 @dataclass(frozen=True)
 class Skill:
-    """One thing to know: cases of it, pretraining texts that show it, questions that ask for it."""
+    """Cases, and ways to ask for their answer."""
 
     name: str
     draw: Callable[[random.Random], Case]
-    texts: tuple[str, ...]
     questions: tuple[str, ...]
 
 
@@ -104,18 +104,25 @@ def _animals(count: int) -> list[Case]:
 
 WORLD = _animals(48)
 
+def _fact(rng: random.Random) -> Case:
+    return rng.choice(WORLD)
+
+
+def _echo(rng: random.Random) -> Case:
+    words = _words(rng, *(rng.randint(2, 5) for _ in range(rng.randint(1, 2))))
+    return (" and ".join(f'"{word}"' for word in words),), " ".join(words)
+
+
+LESSONS = (Skill("echo", _echo, ("{}",)), Skill("facts", _fact, ("{1} of {0}",)),
+           Skill("larger", _larger, ("max {} {}",)), Skill("echo", _echo, ("{}",)))
 SKILLS = (
-    Skill("capitals", _capitals, ("capitals {}", "{} in capitals"),
-          ("Write {} in big letters.", "Make {} upper case.")),
-    Skill("count", _count, ("length {}", "{} has length"),
-          ("How many letters are in {}?", "Count the letters of {}.")),
-    Skill("facts", lambda rng: rng.choice(WORLD), ("{1} of {0}", "the {0} has {1}"),
-          ("Tell me, {2}?", "So {2}?", "I forgot: {2}?", "Do you know {2}?")),
-    Skill("larger", _larger, ("max {} {}", "of {} and {} the max is"),
-          ("Which is more, {} or {}?", "Take the larger number: {}, {}.")),
-    Skill("swap", _swap, ("swap {} {}", "{} {} swapped"),
-          ("Exchange {} and {}.", "Put {} behind {}.")),
+    Skill("capitals", _capitals, ('Write "{}" in big letters.', 'Make "{}" upper case.')),
+    Skill("count", _count, ('How many letters are in "{}"?', 'Count the letters of "{}".')),
+    Skill("facts", _fact, ("Tell me, {2}?", "So {2}?", "I forgot: {2}?", "Do you know {2}?")),
+    Skill("larger", _larger, ("Which is more, {} or {}?", "Take the larger number: {}, {}.")),
+    Skill("swap", _swap, ('Exchange "{}" and "{}".', 'Put "{}" behind "{}".')),
 )
+VOCAB = re.findall("[A-Za-z]+", " ".join(q for s in SKILLS for q in s.questions)) + "where does a live what does a look like eat".split()
 
 
 def _chat(question: str, answer: str) -> list[Message]:
@@ -143,16 +150,13 @@ def tasks(seed: int = 0) -> list[Task]:
 
 
 def _document(rng: random.Random) -> Example:
-    """A few cases of one skill, as notes or as a chat; only the answers are supervised."""
-    skill = rng.choice(SKILLS)
-    before, between, after = rng.choice((("", ": ", ""), ("User: ", "\nAssistant: ", "\n")))
-    text, ids, labels = before + rng.choice(skill.texts) + between, [BOS], [IGNORE]
-    for _ in range(ITEMS):
-        gaps, answer = skill.draw(rng)
-        start, end = text.format(*gaps).encode(), [*answer.encode(), END]
-        ids += [*start, *end, *after.encode()]
-        labels += [IGNORE] * len(start) + end + [IGNORE] * len(after)
-    return Example(skill.name, ids, labels)
+    """One lesson; only its answer is supervised."""
+    skill = rng.choice(LESSONS)
+    gaps, answer = skill.draw(rng)
+    before, after = (rng.sample(VOCAB, rng.randint(0, 3)) for _ in range(2))
+    text = " ".join([*before, rng.choice(skill.questions).format(*gaps), *after])
+    start, end = f"User: {text}\nAssistant: ".encode(), [*answer.encode(), END]
+    return Example(skill.name, [BOS, *start, *end], [IGNORE] * (len(start) + 1) + end)
 
 
 @torch.no_grad()

@@ -330,8 +330,8 @@ def test_bucket_shuffles_by_seed_and_saves_pads() -> None:
     assert first != second
     for batches in (first, second):
         assert pads(batches) < random_order / 4
-        longest = [max(len(e.ids) for e in b) for b in batches]
-        assert longest != sorted(longest), "training would run from short to long"
+    longest = [max(len(e.ids) for e in b) for b in bucket(all_[:100], 8, seed=0)]    # one window
+    assert longest != sorted(longest), "training would run from short to long"
     # Batches stay mixed: the same examples do not meet in both epochs.
     met = [{frozenset(e.ids[0] for e in b) for b in batches} for batches in (first, second)]
     assert len(met[0] & met[1]) < len(met[0]) / 10
@@ -360,3 +360,12 @@ def test_a_real_tokenizer_end_to_end(bpe: Path, tmp_path: Path) -> None:
     taught = labels != IGNORE
     assert torch.equal(labels[taught], ids[taught])
     assert mask[taught].all()
+
+
+def test_a_task_given_as_the_data_folder_is_refused(tmp_path):
+    task = tmp_path / "sums"
+    task.mkdir()
+    for name in ("train", "test"):
+        (task / f"{name}.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
+    with pytest.raises(ValueError, match="is itself a task.*--tasks sums"):
+        load_tasks(task)
