@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .allocate import Allocation
+from .config import Config
 from .experts import add_experts, expert_layers
-from .model import CausalLM, Config
+from .model import CausalLM
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_FORMAT = "minismoe.adapter/1"

@@ -68,7 +68,8 @@ def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> 
     found = {p.stem if p.is_file() else p.name: p for p in sorted(root.iterdir())
              if (p / "train.jsonl").is_file() or (p.is_file() and p.suffix == ".jsonl")}
     if (root / "train.jsonl").is_file():
-        raise ValueError(f"{root} is itself a task: give the folder above it, and --tasks {root.name}")
+        raise ValueError(f"{root} is itself a task: give the folder above it, "
+                         f"and --tasks {root.name}")
     if missing := [n for n in names if n not in found]:
         raise FileNotFoundError(f"{root} has no task {', '.join(missing)}; "
                                 f"it has {', '.join(found) or 'none'}")

@@ -102,7 +102,7 @@ def _animals(count: int) -> list[Case]:
     return list(found.items())
 
 
-WORLD = _animals(48)
+WORLD = _animals(40)
 
 def _fact(rng: random.Random) -> Case:
     return rng.choice(WORLD)
@@ -114,7 +114,8 @@ def _echo(rng: random.Random) -> Case:
 
 
 LESSONS = (Skill("echo", _echo, ("{}",)), Skill("facts", _fact, ("{1} of {0}",)),
-           Skill("larger", _larger, ("max {} {}",)), Skill("echo", _echo, ("{}",)))
+           Skill("larger", _larger, ("max {} {}",)), Skill("echo", _echo, ("{}",)),
+           Skill("facts", _fact, ("the {0} has {1}",)))
 SKILLS = (
     Skill("capitals", _capitals, ('Write "{}" in big letters.', 'Make "{}" upper case.')),
     Skill("count", _count, ('How many letters are in "{}"?', 'Count the letters of "{}".')),
