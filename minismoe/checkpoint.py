@@ -262,4 +262,4 @@ def load_experts(model: nn.Module, file: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Library versions that a result depends on."""
-    return {name: version(name) for name in ("torch", "safetensors")}
+    return {"torch": str(torch.__version__), "safetensors": version("safetensors")}
