@@ -1,9 +1,9 @@
 """The embedded default: a tiny Llama-form base, made here on first use, and five small tasks.
 
-The base knows five skills, because it is pretrained on text that shows them: facts about invented
-animals, capitals, swapped words, sums, the larger of two numbers. What it has never seen is a
-question in chat form, so it answers almost none before fine-tuning; and as each skill sits in other
-matrices, each task is sensitive elsewhere, which is what the method needs to have a point.
+The base is taught, in chat form, to repeat what is quoted, to write it in capitals, to name the
+larger of two numbers, and facts about invented animals. The tasks ask for some of that in other
+words, and for what it was not taught: how long a word is, the second of two, the smaller number.
+What each task lacks sits elsewhere in the base, so that each is sensitive in other matrices.
 
 Nothing is downloaded: bytes are the tokens, the text is generated, and pretraining takes about a
 minute on two CPU cores. The result is cached under a name that holds a hash of this file.
@@ -20,8 +20,6 @@ import string
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,57 +37,32 @@ BOS, END, PAD = 256, 257, 258                # of tokenizer.ByteTokenizer
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
     "vocab_size": 259, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
-    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
     "bos_token_id": BOS, "eos_token_id": END, "pad_token_id": PAD, "torch_dtype": "float32",
 }
-STEPS, BATCH, ITEMS, RATE, SEED = 1000, 48, 1, 4e-3, 0
-EMB, NORM = 0.15, 1.0
+STEPS, BATCH, RATE, SEED = 800, 64, 5e-3, 0
+TRAIN, TEST = 600, 100                       # lines a task, at most
 LETTERS = string.ascii_lowercase[:16]
-TRAIN, TEST = 500, 100                       # lines a task
 
-Case = tuple[tuple[str, ...], str]           # what fills the gaps of a question, and the answer
-
-
-@dataclass(frozen=True)
-class Skill:
-    """Cases, and ways to ask for their answer."""
-
-    name: str
-    draw: Callable[[random.Random], Case]
-    questions: tuple[str, ...]
-
-
-def _words(rng: random.Random, *sizes: int) -> tuple[str, ...]:
-    """Words of 3 to 5 letters, or of as many as given; none has a letter of another, or twice."""
-    letters = rng.sample(LETTERS, sum(sizes))
-    return tuple("".join(letters.pop() for _ in range(size)) for size in sizes)
-
-
-def _capitals(rng: random.Random) -> Case:
-    (word,) = _words(rng, rng.randint(3, 5))
-    return (word,), word.upper()
-
-
-def _count(rng: random.Random) -> Case:
-    (word,) = _words(rng, rng.randint(2, 9))
-    return (word,), str(len(word))
-
-
-def _larger(rng: random.Random) -> Case:
-    a, b = rng.sample(range(100), 2)
-    return (str(a), str(b)), str(max(a, b))
-
-
-def _swap(rng: random.Random) -> Case:
-    first, second = _words(rng, rng.randint(3, 4), rng.randint(3, 4))
-    return (first, second), f"{second} {first}"
-
-
+# Skill -> ways to ask for it. Gaps of facts: animal, noun, question, verb; of others: the operands.
+LESSONS = {"echo": ("{}",), "facts": ("{1} of {0}", "the {0} has {1}", "{3} {0}"),
+           "larger": ("max {} {}",), "capitals": ('capitals "{}"', '"{}" capitals')}
+WEIGHTS = (2, 2, 1, 1)                       # how often each is taught
+TASKS = {
+    "capitals": ('Write "{}" in big letters.', 'Make "{}" upper case.'),
+    "count": ('How many letters are in "{}"?', 'Count the letters of "{}".'),
+    "facts": ("Tell me, {2}?", "So {2}?", "I forgot: {2}?", "Do you know {2}?", "Well, {2}?"),
+    "second": ('Which comes after "{}", "{}"?', 'Leave out "{}" and say "{}".'),
+    "smaller": ("Which is less, {} or {}?", "Take the smaller number: {}, {}."),
+}
+NOISE = re.findall("[A-Za-z]+", "where what how does a " + str(list(TASKS.values())))
 FACTS = {"home": ("where does a {} live", "oslo rome lima cairo delhi paris tokyo quito"),
-         "colour": ("what does a {} look like", "red blue green white black gold pink grey"),
+         "colour": ("how does a {} look", "red blue green white black gold pink grey"),
          "food": ("what does a {} eat", "figs nuts fish rice corn leaves honey moss")}
+
+Case = tuple[tuple[str, ...], str]           # what fills the gaps, and the answer
 
 
 def _animals(count: int) -> list[Case]:
@@ -98,32 +71,29 @@ def _animals(count: int) -> list[Case]:
     while len(found) < len(FACTS) * count:
         name = "".join(rng.choice(part) for part in ("bdfgklmnprstvz", "aeiou") * 2) + "x"
         for noun, (question, values) in FACTS.items():
-            found.setdefault((name, noun, question.format(name)), rng.choice(values.split()))
+            gaps = name, noun, question.format(name), question.split()[-1]
+            found.setdefault(gaps, rng.choice(values.split()))
     return list(found.items())
 
 
-WORLD = _animals(40)
-
-def _fact(rng: random.Random) -> Case:
-    return rng.choice(WORLD)
+WORLD = _animals(32)
 
 
-def _echo(rng: random.Random) -> Case:
-    words = _words(rng, *(rng.randint(2, 5) for _ in range(rng.randint(1, 2))))
-    return (" and ".join(f'"{word}"' for word in words),), " ".join(words)
-
-
-LESSONS = (Skill("echo", _echo, ("{}",)), Skill("facts", _fact, ("{1} of {0}",)),
-           Skill("larger", _larger, ("max {} {}",)), Skill("echo", _echo, ("{}",)),
-           Skill("facts", _fact, ("the {0} has {1}",)))
-SKILLS = (
-    Skill("capitals", _capitals, ('Write "{}" in big letters.', 'Make "{}" upper case.')),
-    Skill("count", _count, ('How many letters are in "{}"?', 'Count the letters of "{}".')),
-    Skill("facts", _fact, ("Tell me, {2}?", "So {2}?", "I forgot: {2}?", "Do you know {2}?")),
-    Skill("larger", _larger, ("Which is more, {} or {}?", "Take the larger number: {}, {}.")),
-    Skill("swap", _swap, ('Exchange "{}" and "{}".', 'Put "{}" behind "{}".')),
-)
-VOCAB = re.findall("[A-Za-z]+", " ".join(q for s in SKILLS for q in s.questions)) + "where does a live what does a look like eat".split()
+def _case(skill: str, rng: random.Random) -> Case:
+    """A random case of a skill."""
+    if skill == "facts":
+        return rng.choice(WORLD)
+    if skill in ("larger", "smaller"):       # the tens differ: one look decides
+        a, b = (10 * tens + rng.randrange(10) for tens in rng.sample(range(1, 10), 2))
+        return (str(a), str(b)), str(max(a, b) if skill == "larger" else min(a, b))
+    low, high = {"capitals": (3, 5), "count": (2, 6), "second": (3, 4)}.get(skill, (2, 5))
+    number = {"second": 2, "echo": rng.randint(1, 2)}.get(skill, 1)
+    letters = rng.sample(LETTERS, high * number)       # none comes twice: copying keeps its place
+    words = ["".join(letters.pop() for _ in range(rng.randint(low, high))) for _ in range(number)]
+    if skill == "echo":
+        return (" and ".join(f'"{word}"' for word in words),), " ".join(words)
+    return tuple(words), {"capitals": words[0].upper(), "count": str(len(words[0])),
+                          "second": words[-1]}[skill]
 
 
 def _chat(question: str, answer: str) -> list[Message]:
@@ -134,30 +104,30 @@ def tasks(seed: int = 0) -> list[Task]:
     """The five tasks, a skill each, asked in chat form; no test case is trained on.
 
     Test cases are set apart before they are put into words. The base may have met one in its
-    pretraining, as a fact must be known before it can be asked for, but never as a question.
+    pretraining, as a fact must be known before it can be asked for, but never in such words.
     """
     found = []
-    for skill in SKILLS:
-        rng = random.Random(f"{seed} {skill.name}")
-        cases = list({skill.draw(rng): None for _ in range(TRAIN + 2 * TEST)})
-        share = TEST * len(cases) // (TRAIN + TEST)
+    for skill, questions in TASKS.items():
+        rng = random.Random(f"{seed} {skill}")
+        cases = list({_case(skill, rng): None for _ in range(TRAIN + TEST)})
+        test = len(cases) // 6
         lines = [[_chat(question.format(*gaps), answer)
-                  for gaps, answer in part for question in skill.questions]
-                 for part in (cases[share:], cases[:share])]
+                  for gaps, answer in part for question in questions]
+                 for part in (cases[test:], cases[:test])]
         for part in lines:
             rng.shuffle(part)
-        found.append(Task(skill.name, lines[0][:TRAIN], lines[1][:TEST]))
+        found.append(Task(skill, lines[0][:TRAIN], lines[1][:TEST]))
     return found
 
 
-def _document(rng: random.Random) -> Example:
-    """One lesson; only its answer is supervised."""
-    skill = rng.choice(LESSONS)
-    gaps, answer = skill.draw(rng)
-    before, after = (rng.sample(VOCAB, rng.randint(0, 3)) for _ in range(2))
-    text = " ".join([*before, rng.choice(skill.questions).format(*gaps), *after])
-    start, end = f"User: {text}\nAssistant: ".encode(), [*answer.encode(), END]
-    return Example(skill.name, [BOS, *start, *end], [IGNORE] * (len(start) + 1) + end)
+def _lesson(rng: random.Random) -> Example:
+    """A lesson in the default chat template, its question between meaningless words."""
+    skill = rng.choices(list(LESSONS), WEIGHTS)[0]
+    gaps, answer = _case(skill, rng)
+    before, after = (rng.sample(NOISE, rng.randint(0, 1)) for _ in range(2))
+    text = " ".join([*before, rng.choice(LESSONS[skill]).format(*gaps), *after])
+    prompt, end = f"User: {text}\nAssistant:".encode(), [*f" {answer}".encode(), END]
+    return Example(skill, [BOS, *prompt, *end], [IGNORE] * (1 + len(prompt)) + end)
 
 
 @torch.no_grad()
@@ -170,9 +140,9 @@ def _initialise(model: CausalLM, generator: torch.Generator) -> None:
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             small = 0.1 if name.endswith("down_proj.weight") else 1.0
-            std = EMB if "embed" in name else small * weight.shape[1] ** -0.5
+            std = 0.5 if "embed" in name else small * weight.shape[1] ** -0.5
             weight.normal_(std=std, generator=generator)
-    model.model.norm.weight.fill_(NORM)
+    model.model.norm.weight.fill_(0.2)       # the head is the embedding: keep its logits near 1
     cfg = model.config
 
     def spread(weight: Tensor) -> Tensor:                # from key/value heads to all query heads
@@ -196,7 +166,7 @@ def _pretrain(steps: int) -> CausalLM:
     seen, start = 0, time.perf_counter()
     with tqdm(range(steps), "making the toy base, once", unit="step") as bar:
         for step in bar:
-            ids, mask, labels = collate([_document(rng) for _ in range(BATCH)], PAD)
+            ids, mask, labels = collate([_lesson(rng) for _ in range(BATCH)], PAD)
             loss = supervised_losses(model, ids, mask, labels)[0].mean()
             optimizer.zero_grad()
             loss.backward()
@@ -215,9 +185,10 @@ def _cache() -> Path:
     if own := os.environ.get("MINISMOE_CACHE"):
         return Path(own)
     home = Path.home()
-    variable, default = {"win32": ("LOCALAPPDATA", home / "AppData" / "Local"),
-                         "darwin": ("", home / "Library" / "Caches"),
-                         }.get(sys.platform, ("XDG_CACHE_HOME", home / ".cache"))
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "minismoe"
+    variable, default = (("LOCALAPPDATA", home / "AppData" / "Local")
+                         if sys.platform == "win32" else ("XDG_CACHE_HOME", home / ".cache"))
     return Path(os.environ.get(variable) or default) / "minismoe"
 
 

@@ -36,7 +36,7 @@ class TrainConfig:
     epochs: int = 3
     batch_size: int = 16                # examples an optimizer step
     micro_batch_size: int = 16          # examples computed at once; the rest by accumulation
-    lr: float = 2e-3                    # its peak
+    lr: float = 4e-3                    # its peak
     warmup: float = 0.05                # share of the steps
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

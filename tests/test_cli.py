@@ -108,7 +108,7 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
     assert set(results["mean"]) == {"before", "after"} and set(results["seconds"]) == {
         "probe", "train"}
     config = json.loads((out_dir / "config.json").read_text())
-    assert config["arguments"]["lr"] == 2e-3 and config["arguments"]["dtype"] != "auto"
+    assert config["arguments"]["lr"] == 4e-3 and config["arguments"]["dtype"] != "auto"
     assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 4       # 51 examples / 16
     assert "expected" in out and str(out_dir) in out
 
@@ -189,7 +189,7 @@ def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path) -> None:
     assert not (cut / "results.json").exists()
 
     refused = script("train.py", "--resume", "--out", str(cut), "--lr", "0.5")
-    assert refused.returncode == 1 and "--lr 0.5 (was 0.002)" in refused.stderr
+    assert refused.returncode == 1 and "--lr 0.5 (was 0.004)" in refused.stderr
     assert script("train.py", "--resume", "--out", str(cut)).returncode == 0
     first, second = (load_file(tmp_path / r / "adapter" / "adapter.safetensors")
                      for r in ("straight", "cut"))

@@ -1,5 +1,6 @@
 """The embedded default: right and separate tasks, and a base that is made once, whole."""
 
+import os
 import random
 import re
 import subprocess
@@ -31,37 +32,39 @@ def prompts(part):
 
 
 def learnt(count=4000):
-    """(text, answer) of every case in `count` pretraining documents, by skill."""
+    """(text, answer) of `count` pretraining lessons, by skill."""
     rng, found = random.Random(5), {}
     for _ in range(count):
-        example = toy._document(rng)
-        ids = example.ids[1:]
-        while ids:
-            end = ids.index(toy.END)
-            start = next(i for i, label in enumerate(example.labels[-len(ids):]) if label >= 0)
-            found.setdefault(example.task, []).append(
-                (bytes(ids[:start]).decode(), bytes(ids[start:end]).decode()))
-            ids = ids[end + 1:]
+        lesson = toy._lesson(rng)
+        start = next(i for i, label in enumerate(lesson.labels) if label >= 0)
+        assert lesson.ids[0] == toy.BOS and lesson.labels[start:] == lesson.ids[start:]
+        assert lesson.ids[-1] == toy.END
+        found.setdefault(lesson.task, []).append(
+            (bytes(lesson.ids[1:start]).decode(), bytes(lesson.ids[start:-1]).decode()[1:]))
     return found
 
 
-def answer(skill, text, facts):
+def asked_fact(text):
+    """(animal, kind) that a question or a lesson is about."""
+    animal = re.search(r"\b[a-z]{4}x\b", text)[0]
+    kind = re.search(f"home|colour|food|live(?= {animal}|[?])|look(?= {animal}|[?])|"
+                     f"eat(?= {animal}|[?])", text)[0]
+    return animal, {"live": "home", "look": "colour", "eat": "food"}.get(kind, kind)
+
+
+def answer(skill, text):
     """What is right, worked out from the words of a text or a question alone."""
-    numbers = [int(n) for n in re.findall(r"\d+", text)]
-    if skill == "sum":
-        return str(sum(numbers))
-    if skill == "larger":
-        return str(sorted(numbers)[-1])
-    words = [w for w in re.findall("[a-z]+", text) if set(w) <= set("abcdefghijklmnop")]
-    if skill == "facts":
-        kind = re.search("home|colour|food|lives|coloured|eats", text)[0]
-        kind = {"lives": "home", "coloured": "colour", "eats": "food"}.get(kind, kind)
-        return facts[re.search(r"\b[a-z]{4}x\b", text)[0], kind]
-    gaps = [w for w in words if w not in ("capitals", "in", "behind", "a")]
+    quoted = re.findall('"([a-p]+)"', text)
+    if skill in ("larger", "smaller"):
+        return sorted(re.findall(r"\d\d", text))[-1 if skill == "larger" else 0]
+    if skill == "second":
+        return quoted[1]
     if skill == "capitals":
-        return "".join(chr(ord(c) - 32) for c in gaps[0])
-    assert len(gaps) == 2
-    return " ".join([gaps[1], gaps[0]])
+        return "".join(chr(ord(c) - 32) for c in quoted[0])
+    if skill == "count":
+        return str(sum(1 for _ in quoted[0]))
+    assert skill == "echo" and 1 <= len(quoted) <= 2
+    return " ".join(quoted)
 
 
 def test_tasks_have_the_right_form_and_size():
@@ -79,32 +82,42 @@ def test_no_test_case_is_trained_on(seed):
         assert not prompts(task.train) & prompts(task.test)
         assert len(prompts(task.test)) == len(task.test)
     facts = next(t for t in toy.tasks(seed) if t.name == "facts")
-
-    def asked(part):
-        return {(re.search(r"\b[a-z]{4}x\b", p)[0], re.search("home|colour|food", p)[0])
-                for p in prompts(part)}
-    assert not asked(facts.train) & asked(facts.test)
-    assert len(asked(facts.test)) >= 15
+    trained, tested = ({asked_fact(p) for p in prompts(part)} for part in (facts.train, facts.test))
+    assert not trained & tested and len(tested) >= 15
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_are_right(seed):
     facts = {}
-    for text, value in learnt()["facts"]:
-        kind = re.search("home|colour|food|lives|coloured|eats", text)[0]
-        kind = {"lives": "home", "coloured": "colour", "eats": "food"}.get(kind, kind)
-        assert facts.setdefault((re.search(r"\b[a-z]{4}x\b", text)[0], kind), value) == value
+    for text, value in learnt()["facts"]:        # one world, in pretraining and in the tasks
+        assert facts.setdefault(asked_fact(text), value) == value
     for task in toy.tasks(seed):
         for prompt, given in lines(task):
-            assert given == answer(task.name, prompt, facts), prompt
+            expected = facts[asked_fact(prompt)] if task.name == "facts" else answer(
+                task.name, prompt)
+            assert given == expected, prompt
 
 
-def test_pretraining_text_is_right_and_never_in_chat_form():
-    for skill, cases in learnt(500).items():
+def test_lessons_are_right_and_never_worded_as_the_tasks_are():
+    for skill, cases in learnt(1000).items():
         for text, given in cases:
-            assert "User:" not in text and "Assistant:" not in text and "?" not in text
+            assert "?" not in text and "." not in text and "," not in text
             if skill != "facts":
-                assert given == answer(skill, text, {}), text
+                assert given == answer(skill, text), text
+
+
+def test_lessons_are_in_the_form_of_fine_tuning(cache):
+    tokenizer = load_tokenizer(toy.base_folder(_steps=STEPS))
+    rng = random.Random(1)
+    for _ in range(50):
+        lesson = toy._lesson(rng)
+        start = next(i for i, label in enumerate(lesson.labels) if label >= 0)
+        prompt = bytes(lesson.ids[1:start]).decode()
+        question = prompt.removeprefix("User: ").removesuffix("\nAssistant:")
+        answer = bytes(lesson.ids[start:-1]).decode().strip()
+        whole = encode("", toy._chat(question, answer), tokenizer)
+        assert whole.ids == [*lesson.ids, ord("\n")]
+        assert whole.labels == [*lesson.labels, -100]
 
 
 def test_tasks_are_deterministic_and_depend_on_the_seed():
@@ -112,7 +125,7 @@ def test_tasks_are_deterministic_and_depend_on_the_seed():
     assert [vars(t) for t in toy.tasks(3)] != [vars(t) for t in toy.tasks(4)]
     code = "from minismoe import toy; print([vars(t) for t in toy.tasks(3)])"
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                           env={"PYTHONHASHSEED": "1"}, check=True)
+                           env={**os.environ, "PYTHONHASHSEED": "1"}, check=True)
     assert other.stdout.strip() == str([vars(t) for t in toy.tasks(3)])
 
 
@@ -135,7 +148,7 @@ def test_base_is_a_loadable_checkpoint(cache):
 
 def test_base_is_what_transformers_computes(cache):
     transformers = pytest.importorskip("transformers")
-    folder, ids = toy.base_folder(_steps=STEPS), torch.tensor([[toy.BOS, *b"capitals abc: "]])
+    folder, ids = toy.base_folder(_steps=STEPS), torch.tensor([[toy.BOS, *b"User: max 12 34"]])
     other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(load_model(folder)(ids), other(ids).logits, atol=1e-5, rtol=1e-4)
 
