@@ -94,6 +94,7 @@ class _Ghost:
 
     def __init__(self, attention_mask: Tensor, modules: int, dtype: torch.dtype):
         self.mask = attention_mask.bool()
+        self.real = self.mask.reshape(-1).nonzero().squeeze(1)     # places of the tokens
         self.norms = torch.zeros(len(self.mask), modules, dtype=dtype, device=self.mask.device)
         self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
 
@@ -109,8 +110,9 @@ class _Ghost:
 
             def backward_hook(gradient: Tensor) -> None:
                 d = self.by_sample(gradient)                               # (B, T, out)
-                product = x * (d @ d.mT) if use_gram else (d.mT @ self.by_sample(x)).square()
-                self.norms[:, column] += product.sum((1, 2), dtype=self.norms.dtype)
+                left, right = (x, d @ d.mT) if use_gram else 2 * (d.mT @ self.by_sample(x),)
+                self.norms[:, column] += torch.linalg.vecdot(
+                    *(side.flatten(1).to(self.norms.dtype) for side in (left, right)))
 
             if not output.requires_grad:      # nothing before the first layer needs a gradient
                 output.requires_grad_()
@@ -123,8 +125,7 @@ class _Ghost:
             x = x.float()
         if x.dim() == 3 or len(x) == self.mask.numel():
             return x.view(*self.mask.shape, -1)
-        padded = x.new_zeros(self.mask.numel(), x.shape[1])
-        padded[self.mask.reshape(-1)] = x
+        padded = x.new_zeros(self.mask.numel(), x.shape[1]).index_copy(0, self.real, x)
         return padded.view(*self.mask.shape, -1)
 
 
