@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import Config
 
+SHORT = 256            # keys up to which a CPU trains faster with attention written out
+
 
 class Cache:
     """Keys and values of the tokens so far, each row from position 0 on, whatever its padding."""
@@ -162,13 +164,24 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v, causal where there is no mask: (B, H, T, C)."""
-    dtype = q.dtype
-    if q.device.type == "cpu" and q.requires_grad and dtype.itemsize < 4:  # its backward is slow
-        q, k, v = q.float(), k.float(), v.float()
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                       enable_gqa=q.shape[1] != k.shape[1])
-    return y.to(dtype)
+    """softmax(q k^T / sqrt(C)) v of q (B, H, T, C) and k, v (B, K, S, C); causal without a mask."""
+    if q.requires_grad and q.device.type == "cpu" and k.shape[2] <= SHORT:
+        return attend_short(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same, written out: on CPUs the fused kernel's backward is slow, in bfloat16 six times."""
+    heads, length = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[2]
+    grouped = (q * q.shape[-1] ** -0.5).unflatten(1, heads).flatten(2, 3)        # (B, K, G*T, C)
+    scores = (grouped @ k.mT).unflatten(2, (heads[1], length))                   # (B, K, G, T, S)
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    else:
+        mask = mask[:, :, None]
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (weights.flatten(2, 3) @ v).unflatten(2, (heads[1], length)).flatten(1, 2)
 
 
 class MLP(nn.Module):

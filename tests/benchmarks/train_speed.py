@@ -9,6 +9,7 @@ two sides in turn; printed are medians over rounds, and ratios.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -44,7 +45,8 @@ def ours(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
               if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     add_experts(model, dict.fromkeys(linear, EXPERTS), rank=RANK)
     cfg = TrainConfig(micro_batch_size=args.batch_size)
-    return model, lambda examples, pad: train_step(model, examples, cfg, pad)
+    steps = itertools.count(1)            # at step 0 expert use is counted, as once in 20 steps
+    return model, lambda examples, pad: train_step(model, examples, cfg, pad, next(steps))
 
 
 def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
