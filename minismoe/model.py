@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import Config
 
-SHORT = 256            # keys up to which a CPU trains faster with attention written out
+SHORT = 256            # keys up to which a CPU trains bfloat16 with attention written out
 
 
 class Cache:
@@ -165,14 +165,15 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(C)) v of q (B, H, T, C) and k, v (B, K, S, C); causal without a mask."""
-    if q.requires_grad and q.device.type == "cpu" and k.shape[2] <= SHORT:
+    narrow = q.dtype.itemsize < 4 and q.device.type == "cpu"
+    if q.requires_grad and narrow and k.shape[2] <= SHORT:
         return attend_short(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same, written out: on CPUs the fused kernel's backward is slow, in bfloat16 six times."""
+    """The same, written out: in bfloat16 a CPU's fused kernel takes six times as long to train."""
     heads, length = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[2]
     grouped = (q * q.shape[-1] ** -0.5).unflatten(1, heads).flatten(2, 3)        # (B, K, G*T, C)
     scores = (grouped @ k.mT).unflatten(2, (heads[1], length))                   # (B, K, G, T, S)

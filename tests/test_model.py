@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minismoe.checkpoint import load_model
 from minismoe.loss import supervised_losses
-from minismoe.model import Cache, CausalLM, Config, Tokens, rope_frequencies
+from minismoe.model import Cache, CausalLM, Config, Tokens, attend_short, rope_frequencies
 
 LENGTHS = (17, 9, 1)                             # of three rows: full, padded, and a single token
 CACHED = ("llama3", "llama_biases", "mistral_window", "qwen2_window", "qwen3")
@@ -406,3 +406,20 @@ def test_attention_masks(first: list[list[bool]], then: list[list[bool]], window
         if given_cache:
             past = [n + sum(row) for n, row in zip(past, mask, strict=True)]
             assert cache.lengths.tolist() == past
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_equals_the_kernel(heads: tuple[int, int], masked: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 7, 8, dtype=torch.float64, requires_grad=True)
+               for n in (heads[0], heads[1], heads[1]))
+    mask = torch.ones(7, 7, dtype=torch.bool).tril().triu(-2).expand(2, 1, 7, 7) if masked else None
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    found = attend_short(q, k, v, mask)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    for a, b in zip(torch.autograd.grad(found, (q, k, v), upstream),
+                    torch.autograd.grad(expected, (q, k, v), upstream)):
+        torch.testing.assert_close(a, b)
