@@ -64,6 +64,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_logits: Tensor | None) -> tuple[Tensor | None, ...]:
+        """dy (N, out), and d_logits (N, E) of the balance loss -> a gradient for each input."""
         x, weight, lora_A, lora_B, router, h, scale, gates = ctx.saved_tensors
         E, r, _ = lora_A.shape
         A, B = lora_A.flatten(0, 1).to(x.dtype), lora_B.flatten(0, 1).to(x.dtype)
@@ -117,7 +118,7 @@ class ExpertLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle, which refuse the graph behind the last router logits."""
+        """For deepcopy, which refuses the graph behind the last router logits."""
         return {**self.__dict__, "router_logits": None}
 
 

@@ -23,6 +23,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        """targets (S,) -> losses (S,); keeps the gradient (S, D) of hidden for the backward."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None

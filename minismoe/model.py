@@ -141,6 +141,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
     def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """(N, D) -> (N, D); with a cache, keys and values of these tokens are added to it."""
         q, k, v = (proj(x).unflatten(1, (-1, self.size))                 # (N, H or K, C)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
