@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,55 +37,82 @@ def top_k_gates(logits: Tensor, k: int) -> Tensor:
 
 
 class _Experts(torch.autograd.Function):
-    """The formula and its gradient; by hand, so that every sum lands in its matrix product."""
+    """The formula and its gradient; by hand, so that every sum lands in its matrix product.
+
+    Matrices that read the same x (q, k, v; gate, up) are computed together: their A's and routers
+    stand one on another, so that x is multiplied once, and its gradient is summed once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor,
-                lora_B: Tensor, router: Tensor | None, k: int, scaling: float,
-                ) -> tuple[Tensor, Tensor | None]:
-        """x (N, in) -> y (N, out), router logits (N, E)."""
-        E, r, _ = lora_A.shape
-        A, B = lora_A.flatten(0, 1).to(x.dtype), lora_B.flatten(0, 1).to(x.dtype)
-        h = x @ A.T                                                      # (N, E*r)
-        logits = gates = None
-        if router is not None:
-            logits = x.to(router.dtype) @ router.T                       # (N, E)
-            gates = top_k_gates(logits, k)
-            scale = (gates * scaling).to(x.dtype)[..., None]             # (N, E, 1)
+    def forward(ctx: Any, x: Tensor, layers: Sequence[ExpertLinear], *parameters: Tensor | None,
+                ) -> tuple[Tensor, ...]:
+        """x (N, in) -> y (N, out) of each layer, and the router logits (N, sum of E) of all.
+
+        `parameters` are lora_A, lora_B and router of each layer in turn, for autograd to see.
+        """
+        A, routers, ranks, counts = _stacked(layers, x)
+        if x.dtype == routers.dtype:
+            h, logits = (x @ torch.cat((A, routers)).T).split((len(A), len(routers)), 1)
         else:
-            scale = torch.full((1, 1, 1), scaling, dtype=x.dtype, device=x.device)
-        gated = (h.unflatten(1, (E, r)) * scale).flatten(1)
-        y = F.linear(x, weight, bias)
-        y.addmm_(gated, B)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, router, h, scale, gates)
-        ctx.scaling = scaling
-        return y, logits
+            h, logits = x @ A.T, x.to(routers.dtype) @ routers.T
+        outputs, scales = [], []
+        for layer, h_i, logits_i in zip(layers, h.split(ranks, 1), logits.split(counts, 1)):
+            scales.append(layer.scaling * (
+                logits.new_ones(len(x), 1) if layer.router is None
+                else top_k_gates(logits_i, layer.top_k)))                        # (N, E)
+            y = F.linear(x, layer.weight, layer.bias)
+            outputs.append(y.addmm_(_gated(h_i, scales[-1]), _flat(layer.lora_B, x)))
+        ctx.layers = layers
+        ctx.save_for_backward(x, h, *scales)
+        return *outputs, logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, d_logits: Tensor | None) -> tuple[Tensor | None, ...]:
-        """dy (N, out), and d_logits (N, E) of the balance loss -> a gradient for each input."""
-        x, weight, lora_A, lora_B, router, h, scale, gates = ctx.saved_tensors
-        E, r, _ = lora_A.shape
-        A, B = lora_A.flatten(0, 1).to(x.dtype), lora_B.flatten(0, 1).to(x.dtype)
-        h = h.unflatten(1, (E, r))
-        d_gated = (dy @ B.T).unflatten(1, (E, r))
-        dB = (h * scale).flatten(1).T @ dy
-        dh = (d_gated * scale).flatten(1)
-        dA = dh.T @ x
-        dx = d_router = None
-        if router is not None:
-            d_gates = (d_gated * h).sum(-1, dtype=gates.dtype) * ctx.scaling     # (N, E)
-            through = gates * (d_gates - (gates * d_gates).sum(-1, keepdim=True))
-            d_logits = through if d_logits is None else through + d_logits
-            d_router = d_logits.T @ x.to(router.dtype)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """dy (N, out) of each layer, and d_logits of the balance loss -> a gradient for each."""
+        layers, (x, h, *scales), (*dys, balance) = ctx.layers, ctx.saved_tensors, gradients
+        A, routers, ranks, counts = _stacked(layers, x)
+        d = x.new_empty(len(x), len(A) + len(routers))       # of h and of the logits
+        d[:, len(A):] = balance
+        parts, dBs = d.split(ranks + counts, 1), []
+        for layer, dy, h_i, scale, dh, d_logits in zip(
+                layers, dys, h.split(ranks, 1), scales, parts, parts[len(layers):]):
+            d_gated = dy @ _flat(layer.lora_B, x).T                              # (N, E*r)
+            dBs.append(_gated(h_i, scale).T @ dy)
+            dh.copy_(_gated(d_gated, scale))
+            if layer.router is not None:          # of softmax: g * dg - g * sum of g * dg
+                each = (d_gated * h_i).unflatten(1, (scale.shape[1], -1)).sum(-1, dtype=scale.dtype)
+                each = each.mul_(scale)                                          # (N, E): g * dg
+                d_logits += each - scale * (each.sum(-1, keepdim=True) / layer.scaling)
+        dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight
-            dx.addmm_(dh, A)
-            if d_logits is not None:
-                dx.addmm_(d_logits.to(x.dtype), router.to(x.dtype))
-        dA, dB = dA.to(lora_A.dtype).view_as(lora_A), dB.to(lora_B.dtype).view_as(lora_B)
-        return dx, None, None, dA, dB, d_router, None, None
+            dx = d @ torch.cat((A, routers.to(x.dtype)))
+            for layer, dy in zip(layers, dys):
+                dx.addmm_(dy, layer.weight)
+        dAs = (d.T @ x).split(ranks + counts)
+        of_parameters = [
+            None if p is None else g.to(p.dtype).view_as(p)
+            for layer, dA, dB, d_router in zip(layers, dAs, dBs, dAs[len(layers):])
+            for p, g in ((layer.lora_A, dA), (layer.lora_B, dB), (layer.router, d_router))]
+        return dx, None, *of_parameters
+
+
+def _stacked(layers: Sequence[ExpertLinear], x: Tensor,
+             ) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """A's (sum of E*r, in) as x is, routers (sum of E, in), and how many rows are each layer's."""
+    A = [_flat(layer.lora_A, x) for layer in layers]
+    routers = [layer.lora_A[0, :0] if layer.router is None else layer.router for layer in layers]
+    return torch.cat(A), torch.cat(routers), [len(a) for a in A], [len(r) for r in routers]
+
+
+def _flat(experts: Tensor, x: Tensor) -> Tensor:
+    """(E, r, .) -> (E*r, .), of x's dtype."""
+    return experts.flatten(0, 1).to(x.dtype)
+
+
+def _gated(h: Tensor, scale: Tensor) -> Tensor:
+    """(N, E*r), each expert's r entries times its entry of (N, E)."""
+    return (h.unflatten(1, (scale.shape[1], -1)) * scale.to(h.dtype)[..., None]).flatten(1)
 
 
 class ExpertLinear(nn.Linear):
@@ -112,14 +139,31 @@ class ExpertLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y, logits = _Experts.apply(x.reshape(-1, self.in_features), self.weight, self.bias,
-                                   self.lora_A, self.lora_B, self.router, self.top_k, self.scaling)
-        self.router_logits = logits
-        return y.view(*x.shape[:-1], self.out_features)
+        return _apply(x, [self])[0]
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy, which refuses the graph behind the last router logits."""
         return {**self.__dict__, "router_logits": None}
+
+
+def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
+    """What each of the linear layers makes of the same x (..., in), the adapted ones in one go."""
+    if any(m._forward_hooks for m in linears):           # a hook is to see its own layer's call
+        return [m(x) for m in linears]
+    layers = [m for m in linears if isinstance(m, ExpertLinear)]
+    outputs = dict(zip(layers, _apply(x, layers)))
+    return [outputs[m] if isinstance(m, ExpertLinear) else m(x) for m in linears]
+
+
+def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
+    if not layers:
+        return []
+    parameters = [p for m in layers for p in (m.lora_A, m.lora_B, m.router)]
+    *outputs, logits = _Experts.apply(x.reshape(-1, x.shape[-1]), layers, *parameters)
+    counts = [0 if m.router is None else len(m.router) for m in layers]
+    for layer, part in zip(layers, logits.split(counts, 1)):
+        layer.router_logits = None if layer.router is None else part
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .config import Config
+from .experts import together
 
 SHORT = 256            # keys up to which a CPU trains bfloat16 with attention written out
 
@@ -41,22 +42,29 @@ class Cache:
 
 
 class Tokens:
-    """Where the real tokens of one (B, T) batch are, as rows of a packed (N, ...) tensor."""
+    """Where the real tokens of one (B, T) batch are, as rows of a packed (N, ...) tensor.
 
-    def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None):
+    The first `prefix` tokens, which all sequences share, are held once, in the first rows.
+    """
+
+    def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None = None,
+                 prefix: int = 0):
         mask = attention_mask.bool()
-        self.shape, self.device = mask.shape, mask.device
-        self.where = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
+        self.shape, self.device, self.prefix = mask.shape, mask.device, prefix
+        B, T = mask.shape
+        rows = torch.arange(B, device=self.device)[:, None].expand_as(mask)
         order = mask.cumsum(1) - 1                                       # (B, T) place in its row
-        rows = torch.arange(mask.shape[0], device=self.device)[:, None].expand_as(mask)
-        self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
-        self.slots = self.rows * mask.shape[1] + local                   # right-padded places
-        self.positions = local if cache is None else local + cache.lengths[self.rows]
-        self.cache, self.masks = cache, {}
         if cache is not None:
+            seen = cache.lengths.clone()
             cache.lengths += mask.sum(1)
-            cache.used = min(cache.used + mask.shape[1], cache.keys[0].shape[2])
-        longest = mask.shape[1] if cache is None else cache.used
+            cache.used = min(cache.used + T, cache.keys[0].shape[2])
+        mask = mask & ~((rows > 0) & (torch.arange(T, device=self.device) < prefix))
+        self.where = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
+        self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
+        self.slots = self.rows * T + local                               # right-padded places
+        self.positions = local if cache is None else local + seen[self.rows]
+        self.cache, self.masks = cache, {}
+        longest = T if cache is None else cache.used
         self.masks = {w: self._mask(w, longest) for w in set(config.windows)}
 
     def pack(self, x: Tensor) -> Tensor:
@@ -65,15 +73,19 @@ class Tokens:
 
     def unpack(self, x: Tensor) -> Tensor:
         """(N, ...) -> (B, T, ...), zeros at the pads."""
-        if self.where is not None:
-            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.where, x)
-        return x.unflatten(0, self.shape)
+        return self._spread(x, self.where)
 
     def sequences(self, x: Tensor) -> Tensor:
         """(N, heads, C) -> (B, heads, T, C), each row's tokens from the left."""
-        if self.where is not None:
-            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.slots, x)
-        return x.unflatten(0, self.shape).transpose(1, 2)
+        return self._spread(x, self.slots).transpose(1, 2)
+
+    def _spread(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """(N, ...) -> (B, T, ...), each at its place of the B*T, the prefix in every row."""
+        if self.where is None or places is None:
+            return x.unflatten(0, self.shape)
+        y = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, places, x)
+        y, P = y.unflatten(0, self.shape), self.prefix
+        return y if P == 0 else torch.cat((x[:P].expand(len(y), *x[:P].shape), y[:, P:]), 1)
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, heads, T, C) -> (N, heads * C), the inverse of `sequences`."""
@@ -88,6 +100,12 @@ class Tokens:
         key = torch.arange(keys, device=self.device)
         seen = key <= query
         return seen if window is None else seen & (key > query - window)
+
+
+def common_prefix(input_ids: Tensor, attention_mask: Tensor) -> int:
+    """How many first tokens all rows of a batch share, none of them a pad."""
+    same = ((input_ids == input_ids[0]) & attention_mask.bool()).all(0)          # (T,)
+    return int(same.cumprod(0).sum()) if len(input_ids) > 1 else 0
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -142,8 +160,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor]) -> Tensor:
         """(N, D) -> (N, D); with a cache, keys and values of these tokens are added to it."""
-        q, k, v = (proj(x).unflatten(1, (-1, self.size))                 # (N, H or K, C)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
+                   for y in together(x, self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, mask = rotate(q, rope), rotate(k, rope), tokens.masks[self.window]
@@ -186,6 +204,22 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     return (weights.flatten(2, 3) @ v).unflatten(2, (heads[1], length)).flatten(1, 2)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs for the backward and not silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        return d_gate, F.silu(gate).mul_(dy)
+
+
 class MLP(nn.Module):
     """down(silu(gate x) * up x)."""
 
@@ -196,7 +230,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_SwiGLU.apply(*together(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
@@ -229,10 +263,14 @@ class Decoder(nn.Module):
         self.recompute = False       # activation checkpointing: slower, far less memory
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:
-        """Hidden states (B, T, D) of input_ids (B, T); zeros where attention_mask (B, T) is 0."""
+                cache: Cache | None = None, share_prefix: bool = False) -> Tensor:
+        """Hidden states (B, T, D) of input_ids (B, T); zeros where attention_mask (B, T) is 0.
+
+        With share_prefix, tokens that all rows begin with (a system prompt) are computed once.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        tokens = Tokens(mask, self.config, cache)
+        tokens = Tokens(mask, self.config, cache,
+                        common_prefix(input_ids, mask) if share_prefix else 0)
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         rope = self._rope(tokens.positions, x.dtype)
         for block in self.layers:

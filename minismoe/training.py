@@ -123,7 +123,7 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
     for i in range(0, len(batch), cfg.micro_batch_size):
         part = batch[i:i + cfg.micro_batch_size]
         ids, mask, labels = collate(part, pad_id, device)
-        losses, rows = supervised_losses(model, ids, mask, labels)
+        losses, rows = supervised_losses(model, ids, mask, labels, share_prefix=True)
         balanced = balance_loss(layers.values(), mask) * (sum(len(e.ids) for e in part) / tokens)
         loss = losses.sum() / supervised + cfg.router_aux_loss_coef * balanced
         loss.backward()

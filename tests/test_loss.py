@@ -219,3 +219,34 @@ def test_gemma2_is_refused() -> None:
     config = transformers.Gemma2Config(**SIZES, head_dim=4)
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         supervised_losses(transformers.Gemma2ForCausalLM(config), *batch())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("case", ["prefix", "supervised", "all the same", "pads on the left"])
+def test_a_shared_prefix_changes_nothing(case: str, window: int | None) -> None:
+    """Computed once for all rows, it gives the losses and gradients of every row by itself."""
+    torch.manual_seed(0)
+    sizes = dict(SIZES, model_type="mistral", sliding_window=window)
+    model = CausalLM(Config.from_dict(sizes)).double().eval()
+    add_experts(model, COUNTS, rank=2)
+    for layer in expert_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    ids, mask, labels = batch("left" if case == "pads on the left" else "right")
+    ids[:, :3] = ids[0, :3]
+    if case == "supervised":
+        labels[:, 1:3] = ids[:, 1:3]
+    if case == "all the same":
+        ids, mask, labels = (t[:1].expand(3, -1) for t in (ids, mask, labels))
+    rows_computed = []
+    model.model.norm.register_forward_hook(lambda m, x, y: rows_computed.append(len(x[0])))
+    found = []
+    for shared in (False, True):
+        losses, _ = supervised_losses(model, ids, mask, labels, share_prefix=shared)
+        model.zero_grad()
+        (losses * torch.arange(1.0, len(losses) + 1)).sum().backward()
+        found.append([losses.detach()] + [p.grad for p in model.parameters()
+                                          if p.grad is not None])
+    for plain, once in zip(*found, strict=True):
+        torch.testing.assert_close(once, plain, rtol=1e-9, atol=1e-12)
+    saved = {"all the same": 2 * 9, "pads on the left": 0}.get(case, 2 * 3)
+    assert rows_computed[0] - rows_computed[1] == saved
