@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,21 @@ def replacing(path: Path | str) -> Iterator[Path]:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)           # nothing, once it was renamed
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which is not there yet: it becomes `path`, or is gone."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: choose another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield tmp
+        os.chmod(tmp, 0o777 & ~_umask())
+        os.replace(tmp, path)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)       # nothing, once it was renamed
 
 
 def _umask() -> int:
@@ -114,7 +130,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     ignored = {"lm_head.weight"} if cfg.tie_word_embeddings else set()
     problems: list[str] = []
     seen: set[str] = set()
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         digest.update(_start(file))
         try:
             with safe_open(file, framework="pt") as f:
@@ -137,7 +153,20 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     return model.eval()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weights(folder: Path) -> Callable[[str], Tensor]:
+    """Reads single tensors of a checkpoint folder by name, as they are stored."""
+    home: dict[str, Path] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as f:
+            home |= dict.fromkeys(f.keys(), file)
+
+    def weight(name: str) -> Tensor:
+        with safe_open(home[name], framework="pt") as f:
+            return f.get_tensor(name)
+    return weight
+
+
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

@@ -83,7 +83,15 @@ class Accuracy:
 
 def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, batch_size: int = 32,
              progress: Callable[[int], Any] = lambda prompts: None) -> Accuracy:
-    """Exact match on the test split: the greedy answer equals the last assistant turn.
+    """Exact match of `model` on the test split of a task."""
+    return exact_match(tokenizer, task, lambda prompts, limit: generate(
+        model, prompts, limit, tokenizer.stop_ids, batch_size, progress))
+
+
+def exact_match(tokenizer: Tokenizer, task: Task,
+                complete: Callable[[list[list[int]], int], list[list[int]]]) -> Accuracy:
+    """Exact match on the test split: the answer of complete(prompts, limit), tokens in and out,
+    equals the last assistant turn.
 
     White space around both is not compared. Generation may run a little longer than the longest
     reference, so that an answer that goes on is wrong and not cut to be right.
@@ -93,8 +101,7 @@ def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, batch_size: int 
     expected = [m[-1]["content"].strip() for m in task.test]
     limit = max(len(tokenizer.encode(e)[0]) for e in expected) + 4
     result = Accuracy(0, len(expected))
-    outputs = generate(model, prompts, limit, tokenizer.stop_ids, batch_size, progress)
-    for messages, reference, tokens in zip(task.test, expected, outputs):
+    for messages, reference, tokens in zip(task.test, expected, complete(prompts, limit)):
         given = tokenizer.decode(tokens).strip()
         if given == reference:
             result.correct += 1

@@ -20,7 +20,7 @@ Message = Mapping[str, str]                  # {"role": ..., "content": ...}
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
-    "{% else %}{{ message.role | capitalize }}: {{ message.content }}\n{% endif %}"
+    "{% else %}{{ message.role.capitalize() }}: {{ message.content }}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
 
 
@@ -168,11 +168,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ValueError(f"{folder / 'tokenizer.json'} has {backend.vocab_size} tokens, "
                          f"and the model only {config['vocab_size']}")
     bos, eos, pad = (_content(settings.get(f"{k}_token")) for k in ("bos", "eos", "pad"))
-    return Tokenizer(backend, _chat_template(folder, settings), bos, eos,
+    return Tokenizer(backend, chat_template(folder, settings), bos, eos,
                      backend.special.get(pad), sorted(stops))
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

@@ -1,0 +1,403 @@
+#!/usr/bin/env python3
+"""Export a run to what onnxruntime, onnxruntime-genai, transformers.js, peft or transformers open.
+
+    python export.py                                  the newest run in runs
+    python export.py RUN --out FOLDER --routing merge --precision int4
+    python export.py RUN --table                      what each way to freeze the routing costs
+    python export.py --model FOLDER --out FOLDER      a base without adapters
+
+Freezes the routing, writes the folder, runs it beside PyTorch, and keeps it if both say the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from minismoe import cli, layouts, verify
+from minismoe.checkpoint import (
+    load_adapter,
+    load_model,
+    new_folder,
+    read_json,
+    replacing,
+    resolve,
+    versions,
+    weights,
+    write_json,
+)
+from minismoe.data import Example, Task, probe_batches
+from minismoe.evaluate import evaluate
+from minismoe.experts import ExpertLinear, expert_layers
+from minismoe.freeze import KINDS, Fit, fit, merge, merged
+from minismoe.graph import (
+    PRECISIONS,
+    AdapterInput,
+    Lora,
+    Mixture,
+    Side,
+    write_decoder,
+    write_sampler,
+)
+from minismoe.loss import IGNORE
+from minismoe.model import CausalLM
+from minismoe.report import allocation_svg, clean, table, terminal_heatmap
+from minismoe.routing import agreement, auto, compare, comparison, heal, save_frozen, twin
+from minismoe.runtime import FORMAT, Generator, sha256
+from minismoe.tokenizer import Tokenizer, load_tokenizer
+from minismoe.toy import base_folder
+
+LAYOUTS = ("onnx", "genai", "web", "peft", "hf")
+HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
+Fits = Mapping[str, Fit]                     # module -> its fit
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; what they ask for together is checked before anything is loaded."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", nargs="?", metavar="RUN", help="folder of train.py (default: newest in runs)")
+    add("--model", help="instead of RUN: a checkpoint folder or hub name, without adapters")
+    add("--out", metavar="DIR", help="folder to make (default: a new one in "
+        "RUN/export")
+    group = parser.add_argument_group("routing")
+    add = group.add_argument
+    add("--routing", choices=("merge", "freeze", "dynamic", "auto"), default="merge",
+        help="merge (default): into the weights; freeze: a LoRA beside them; dynamic: token by "
+        "token, as trained; auto: dynamic in the fewest matrices that --tolerance needs")
+    add("--fit", choices=KINDS, default="linear", help="how a mixture becomes one linear map: "
+        "linear (default) in its input, constant gates, or their mean")
+    add("--heal", type=cli.positive, metavar="STEPS", help="train the frozen maps on")
+    add("--tolerance", type=float, default=0.01, metavar="X", help="of auto: exact match, or "
+        "agreement without labels, that may be lost, as a share (default: %(default)s)")
+    add("--task", help="freeze for the samples of this task alone")
+    add("--adapters", action="store_true", help="the base with one .onnx_adapter for each task, "
+        "switched at run time; layouts onnx and genai")
+    add("--table", action="store_true", help="print exact match and residual of each way to "
+        "freeze, write them to RUN/routing.json, and export nothing")
+    add("--calibration", type=cli.positive, default=64, metavar="N",
+        help="training examples a task to freeze with (default: %(default)s)")
+    add("--prompts", metavar="FILE", help="calibrate and heal on these prompts, one a line, "
+        "towards what the mixture says, and not on the run's data")
+    group = parser.add_argument_group("folder")
+    add = group.add_argument
+    add("--layout", choices=LAYOUTS, default="onnx", help="for onnxruntime (default), onnxruntime-"
+        "genai, transformers.js, peft, or transformers")
+    add("--precision", choices=tuple(PRECISIONS), default="fp32",
+        help="of the base weights; adapters and routers stay in float32 (default: fp32)")
+    add("--target", choices=("ort", "portable"), default="ort", help="onnxruntime's fused "
+        "operators (default), or standard ONNX ones alone")
+    add("--static", type=static, metavar="BxTxP", help="fixed sizes for accelerators: prompts, "
+        "tokens a step, past positions; needs --target portable")
+    add("--context", type=cli.positive, metavar="TOKENS", help="positions of the graph (default: "
+        "what the model was made for, at most 2048)")
+    add("--check", type=cli.positive, default=8, metavar="N",
+        help="prompts on which the export must say what PyTorch does (default: %(default)s)")
+    group = parser.add_argument_group("where it runs")
+    add = group.add_argument
+    add("--limit-test", type=cli.positive, metavar="N", help="test lines a task (default: RUN's)")
+    add("--device", default="auto", help="of freezing: cpu, cuda, mps, or auto (default)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of freezing, healing and the table; default: what the device is fast at")
+    add("--debug", action="store_true", help="show a traceback on failure")
+    args = parser.parse_args(argv)
+    if args.run and args.model:
+        parser.error("RUN names its base itself: give RUN or --model")
+    if args.layout in ("peft", "hf") and (args.static or args.target == "portable"):
+        parser.error(f"--layout {args.layout} holds no graph: --target and --static mean nothing")
+    if args.static and args.target != "portable":
+        parser.error("--static needs --target portable")
+    if args.static and args.layout != "onnx" or args.target == "portable" and args.layout == "web":
+        parser.error("--layout genai and web take graphs of varying sizes, web those of target ort")
+    if args.adapters and (args.layout not in ("onnx", "genai") or args.task or args.model):
+        parser.error("--adapters holds every task of a run, in layout onnx or genai")
+    if args.layout in ("peft", "hf") and args.routing in ("dynamic", "auto"):
+        parser.error(f"--layout {args.layout} knows no routing: --routing merge")
+    if args.layout == "peft" and args.model:
+        parser.error("--layout peft holds the adapters of a run, and --model has none")
+    return args
+
+
+def static(text: str) -> tuple[int, int, int]:
+    """An argparse type: BxTxP."""
+    B, T, P = (cli.positive(part) for part in text.lower().split("x"))
+    return B, T, P
+
+
+@dataclass
+class Source:
+    """What is exported: a model with the experts of a run, or a base alone."""
+
+    run: Path                    # the run's folder, or where that of a base would be
+    base: Path                   # folder of the base checkpoint
+    name: str                    # of the base, as it was given
+    inputs: cli.Inputs
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse(argv)
+    source = load(args)
+
+    # Freeze the routing: one fit for all tasks together ("") and one for each.
+    fits: Mapping[str, Fits] = {"": {}}
+    keep = list(expert_layers(source.inputs.model))             # where it stays, token by token
+    if keep and (args.table or args.adapters or args.routing != "dynamic"):
+        fits, keep = frozen(args, source)
+    if args.table:
+        return
+
+    # Write the folder under another name; it gets its own once it was seen to work.
+    kind = args.task or ("adapters" if args.adapters else args.routing)
+    out = Path(args.out or source.run / "export" / f"{kind}-{args.layout}-{args.precision}")
+    with new_folder(out) as folder:
+        tokenizer = layouts.copy_base_files(source.base, folder, args.layout != "onnx")
+        info: dict[str, Any] = {
+            "format": FORMAT, "model": source.name, "layout": args.layout, "routing": kind,
+            "routed": keep, "arguments": vars(args), "versions": versions(), "files": {}}
+        if args.layout in ("hf", "peft"):
+            write_weights(args, source, folder, fits[args.task or ""])
+        else:
+            info |= write_graph(args, source, folder, fits, keep)
+            write_json(folder / "export.json", info)
+        info["checked"] = check(args, source, folder, fits, keep)
+        if args.layout in ("genai", "web"):
+            (folder / "sampler.onnx").unlink()                  # these choose tokens themselves
+        if args.layout == "genai":
+            layouts.write_genai(folder, tokenizer, args.context, args.target == "ort")
+        if args.layout == "web":
+            layouts.write_web(folder, args.precision, info["cache_type"])
+        (folder / "export.json").unlink(missing_ok=True)
+        info["files"] = {f.relative_to(folder).as_posix(): {
+            "bytes": f.stat().st_size, "sha256": sha256(f)}
+            for f in sorted(folder.rglob("*")) if f.is_file()}
+        write_json(folder / "export.json", info)
+    size = sum(entry["bytes"] for entry in info["files"].values())
+    print(f"{out}: {size / 1e6:.1f} MB\n{next_command(args.layout, out)}")
+
+
+def load(args: argparse.Namespace) -> Source:
+    """The model with its adapters, its tokenizer and its data; without a run, the base alone."""
+    runs = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
+    if args.run or (runs and not args.model):
+        run = Path(args.run or runs[-1].parents[1])
+        if not (run / "config.json").is_file():
+            raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
+        saved = read_json(run / "config.json")["arguments"]
+        settings = argparse.Namespace(**{**saved, "device": args.device, "dtype": args.dtype,
+                                         "limit_test": args.limit_test or saved["limit_test"]})
+        inputs, name = cli.load_inputs(settings), saved["model"]
+        load_adapter(inputs.model, run / "adapter")
+        if args.task not in (None, *inputs.encoded):
+            raise ValueError(f"{run} has no task {args.task!r}; it has {', '.join(inputs.encoded)}")
+        base = resolve(name) if name else base_folder()
+    else:
+        name, run = args.model, Path("runs") / (Path(args.model).name if args.model else "base")
+        if not name:
+            print("runs holds no run yet (python train.py makes one): the embedded base alone")
+        base = resolve(name) if name else base_folder()
+        device, dtype = cli.device_and_dtype(args)
+        inputs = cli.Inputs(load_model(base, dtype, device), load_tokenizer(base), [], {})
+    longest = inputs.model.config.max_position_embeddings
+    args.context = args.context or min(2048, longest)
+    if args.context > longest:
+        raise ValueError(f"--context {args.context}: the model was made for {longest} positions")
+    return Source(run, base, name or "the embedded default", inputs)
+
+
+def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], list[str]]:
+    """Fits by task ("": all), kept beside the adapter, and the matrices that keep routing."""
+    inputs, model = source.inputs, source.inputs.model
+    pad_id, device = inputs.tokenizer.pad_id, model.lm_head.weight.device
+    pools = {name: random.Random(0).sample(e.examples, len(e.examples))
+             for name, e in inputs.encoded.items()}
+    if args.prompts:
+        pools = {"prompts": unlabelled(args.prompts, inputs.tokenizer)}
+    batches = {name: list(probe_batches(pool, args.calibration, cli.PROBE_BATCH, pad_id, device))
+               for name, pool in pools.items()}
+    with tqdm(desc="freeze", unit="sample") as bar:
+        every = fit(model, batches, progress=bar.update)
+    fits: dict[str, Fits] = dict(every[args.fit])
+    chosen = fits[args.task or ""]
+    show_residuals(source, chosen)
+
+    def score(candidate: Any, task: str) -> float:
+        """Exact match on a task's test split, or without labels agreement with the mixture."""
+        if args.prompts:
+            return agreement(candidate, model, batches[task])
+        tests = {t.name: t for t in inputs.tasks}[task]
+        with tqdm(total=len(tests.test), desc=f"evaluate {task}", leave=False) as bar:
+            return evaluate(candidate, inputs.tokenizer, tests, progress=bar.update).share
+
+    examples = pools[args.task] if args.task else [e for pool in pools.values() for e in pool]
+    tasks = [args.task] if args.task else list(pools)
+    keep: list[str] = []
+    if args.table:
+        healed = heal(model, chosen, examples, args.heal or 40, pad_id)
+        rows = compare(model, every, list(pools), score, healed, (0.0, 0.01, 0.02))
+        write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})
+        print(comparison(rows))
+        return fits, keep
+    if args.routing == "auto":
+        (keep,) = auto(model, chosen, lambda m: statistics.mean(score(m, t) for t in tasks),
+                       [args.tolerance])
+        print(f"auto: routing stays in {len(keep)} of {len(chosen)} matrices")
+    if args.heal:
+        fits[args.task or ""] = heal(model, chosen, examples, args.heal, pad_id, keep=keep)
+    save_frozen(source.run / "adapter", fits)
+    return fits, keep
+
+
+def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
+    """One example a line of text, nothing of it supervised."""
+    prompts = [[{"role": "user", "content": line}]
+               for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
+    ids = [tokenizer.encode(tokenizer.render(p, add_generation_prompt=True))[0] for p in prompts]
+    return [Example("prompts", tokens, [IGNORE] * len(tokens)) for tokens in ids]
+
+
+def show_residuals(source: Source, fits: Fits) -> None:
+    """Print and draw where token-level routing mattered."""
+    residuals = {name: f.residual for name, f in fits.items()}
+    print(terminal_heatmap("share of the mixture's output that one linear map misses", residuals))
+    kinds = [f.kind for f in fits.values()]
+    print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median residual on "
+          f"held-out samples {100 * statistics.median(residuals.values()):.2f} %")
+    svg = allocation_svg({"residual": residuals}, {
+        name: layer.lora_A.shape[0] for name, layer in expert_layers(source.inputs.model).items()},
+        title="Output energy lost by freezing")
+    with replacing(source.run / "adapter" / "residual.svg") as tmp:
+        tmp.write_text(svg, encoding="utf-8")
+
+
+def write_weights(args: argparse.Namespace, source: Source, folder: Path, fits: Fits) -> None:
+    """The folder of layout hf or peft."""
+    if args.layout == "peft":
+        layouts.write_peft(folder, {n: (f.lora_A, f.lora_B) for n, f in fits.items()}, source.name)
+        return
+    weight = weights(source.base)
+    layouts.write_hf(folder, source.base, lambda name: merged(
+        weight(name), fits[name.removesuffix(".weight")]), [f"{n}.weight" for n in fits])
+
+
+def write_graph(args: argparse.Namespace, source: Source, folder: Path,
+                fits: Mapping[str, Fits], keep: Sequence[str]) -> dict[str, Any]:
+    """model.onnx, sampler.onnx and adapters; gives back what the runtime has to know of them."""
+    config, layers = source.inputs.model.config, expert_layers(source.inputs.model)
+    inside = {n: f for n, f in fits[args.task or ""].items() if n not in keep}
+    beside: dict[str, Side] = {name: mixture(layers[name]) for name in keep}
+    if args.adapters:
+        inside, beside = {}, dict.fromkeys(inside, AdapterInput())
+    elif args.routing == "freeze":
+        inside, beside = {}, {n: Lora(f.lora_A.cpu(), f.lora_B.cpu()) for n, f in inside.items()}
+    stored = weights(source.base)
+
+    def weight(name: str) -> Tensor:
+        f = inside.get(name.removesuffix(".weight"))
+        return stored(name) if f is None else merged(stored(name).float(), f)
+
+    write_decoder(folder / "model.onnx", config, weight, beside, target=args.target,
+                  precision=args.precision, context=args.context, static=args.static)
+    write_sampler(folder / "sampler.onnx", config.vocab_size)
+    adapters = {}
+    for number, task in enumerate(t for t in fits if args.adapters and t):
+        adapters[task] = f"{number}.onnx_adapter"              # a task's name may be no file's
+        layouts.write_adapter(folder / adapters[task], {
+            n: (f.lora_A, f.lora_B) for n, f in fits[task].items()})
+    return {"target": args.target, "precision": args.precision, "context": args.context,
+            "static": args.static, "layers": config.num_hidden_layers,
+            "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
+            "vocab_size": config.vocab_size, "adapters": adapters,
+            "cache_type": "float16" if args.precision == "fp16" else "float32"}
+
+
+def mixture(layer: ExpertLinear) -> Mixture:
+    """The experts of a layer, as the graph takes them."""
+    A, B = (p.detach().float().cpu() for p in (layer.lora_A, layer.lora_B))
+    router = None if layer.router is None else layer.router.detach().float().cpu()
+    return Mixture(A, B, router, layer.top_k, layer.scaling)
+
+
+def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[str, Fits],
+          keep: Sequence[str]) -> dict[str, Any]:
+    """Run the folder beside PyTorch in float32; ValueError where they do not say the same."""
+    inputs, base = source.inputs, load_model(source.base)
+    prompts, stop_ids = some_prompts(inputs, args.check), inputs.tokenizer.stop_ids
+
+    def reference(task: str | None) -> CausalLM:
+        """The model as it was trained, its routing frozen as asked for."""
+        model = twin(base)
+        if task is not None and expert_layers(inputs.model):
+            load_adapter(model, source.run / "adapter")
+            merge(model, fits[task], keep)
+        return model
+
+    if args.layout == "hf":
+        return verify.compare(reference(args.task or ""), partial(
+            verify.logits, load_model(folder)), prompts, stop_ids, "bf16")
+    if args.layout == "peft":
+        load_adapter(read := twin(base), source.run / "adapter")
+        merge(read, {n: Fit(*pair) for n, pair in layouts.read_peft(folder).items()})
+        return verify.compare(reference(args.task or ""), partial(verify.logits, read), prompts,
+                              stop_ids, "fp32")
+    generator = Generator(folder)
+    found = {}
+    for task in (None, *generator.tasks) if args.adapters else (args.task or "",):
+        generator.use(task if args.adapters else None)
+        model = reference(task)
+        seen = verify.compare_graph(model, generator, prompts, args.precision)
+        print(f"{clean(task or source.name)}: logits within {seen['logits_error']:.1e} of "
+              f"PyTorch's largest, {seen['texts_equal']} of {seen['texts']} texts the same, "
+              f"{100 * seen['tokens_agreed']:.1f} % of tokens")
+        found[task or ""] = seen
+        tested = [t for t in inputs.tasks if task in (None, "", t.name)]
+        if tested and task is not None:
+            seen["exact_match"] = exact_matches(args, source, generator, model, tested)
+    return found
+
+
+def exact_matches(args: argparse.Namespace, source: Source, generator: Generator,
+                  model: CausalLM, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+    """Exact match of the export, and beside it that of training and, if rounded, of float32."""
+    trained = read_json(source.run / "results.json")["tasks"]
+    found = {t.name: {"trained": trained[t.name]["after"],
+                      args.precision: verify.accuracy(generator, t).share} for t in tasks}
+    if args.precision != "fp32":
+        for task in tasks:
+            found[task.name]["float32"] = evaluate(model, source.inputs.tokenizer, task).share
+    columns = list(next(iter(found.values())))
+    rows = [[clean(name), *(f"{row[c]:.3f}" for c in columns)] for name, row in found.items()]
+    means = [statistics.mean(row[c] for row in found.values()) for c in columns]
+    rows.append(["mean", *(f"{mean:.3f}" for mean in means)])
+    print(table(["exact match", *columns], rows))
+    return found
+
+
+def some_prompts(inputs: cli.Inputs, count: int) -> list[list[int]]:
+    """Token prompts from the tasks in turn, or a few of our own."""
+    chats = [list(m[:-1]) for several in zip(*(t.test for t in inputs.tasks)) for m in several]
+    chats = chats or [[{"role": "user", "content": text}] for text in HELLO]
+    render, encode = inputs.tokenizer.render, inputs.tokenizer.encode
+    return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]
+
+
+def next_command(layout: str, out: Path) -> str:
+    """How the folder is opened."""
+    return {"onnx": f"python -m minismoe.runtime {out} --chat",
+            "genai": f"onnxruntime_genai.Model({str(out)!r})",
+            "web": f"await pipeline('text-generation', {str(out)!r})          // transformers.js",
+            "peft": f"PeftModel.from_pretrained(model, {str(out)!r})",
+            "hf": f"AutoModelForCausalLM.from_pretrained({str(out)!r})"}[layout]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,100 @@
+"""What an ONNX graph is made of: nodes, and tensors whose bytes go to a file as they come."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+OPSET, IR = 21, 10
+SMALL = 1 << 10                 # bytes up to which a tensor stays in the graph itself
+TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
+         torch.int64: TensorProto.INT64, torch.uint8: TensorProto.UINT8,
+         torch.bool: TensorProto.BOOL}
+Size = int | str                # of an axis: a number, or the name of one that varies
+
+
+class Graph:
+    """Nodes and tensors. The bytes of a tensor go to `data` at once, and are not kept."""
+
+    def __init__(self, data: BinaryIO | None = None, location: str = ""):
+        self.data, self.location = data, location
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: dict[str, TensorProto] = {}
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+
+    def node(self, op: str, module: str, *inputs: str, outputs: int = 1,
+             named: Sequence[str] = (), **attributes: Any) -> Any:
+        """Add a node; gives back the name of its output, or a list where it has several.
+
+        `named` names the outputs; "" leaves one out.
+        """
+        name = "/" + re.sub(r"\.(?!\d)", "/", module) + "/" + op
+        named = named or [f"{name}/output_{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(op, inputs, named, name, **attributes))
+        return named[0] if len(named) == 1 else list(named)
+
+    def value(self, name: str, data_type: int, shape: Sequence[Size]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, data_type, shape)
+
+    def constant(self, values: Any, dtype: torch.dtype = torch.int64) -> str:
+        """A small tensor of these values; equal ones are stored once."""
+        name = f"/constants/{str(dtype)[6:]}/{values}".replace(" ", "")
+        return name if name in self.tensors else self.tensor(
+            name, torch.tensor(values, dtype=dtype))
+
+    def tensor(self, name: str, value: Tensor, data_type: int | None = None,
+               shape: Sequence[int] | None = None) -> str:
+        return self.stream(name, data_type or TYPES[value.dtype],
+                           value.shape if shape is None else shape, [value])
+
+    def stream(self, name: str, data_type: int, shape: Sequence[int], parts: Iterable[Tensor],
+               ) -> str:
+        """A tensor whose bytes are written as its parts come."""
+        proto = self.tensors[name] = TensorProto(name=name, data_type=data_type, dims=shape)
+        start, whole = None, math.prod(shape)
+        for part in parts:
+            part = part.contiguous()
+            size = part.numel() * part.element_size()
+            raw = (ctypes.c_char * size).from_address(part.data_ptr()) if size else b""
+            if self.data is None or whole * part.element_size() <= SMALL:
+                proto.raw_data += bytes(raw)
+                continue
+            if start is None:
+                # onnxruntime maps from the start of a page; Windows has such of 64 KiB.
+                align = 1 << (16 if size >= 1 << 20 else 12)
+                start = self.data.seek(-(-self.data.tell() // align) * align)
+            self.data.write(raw)
+        if self.data is None or start is None:
+            return name
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.location), ("offset", start),
+                           ("length", self.data.tell() - start)):
+            proto.external_data.add(key=key, value=str(value))
+        return name
+
+    def alias(self, of: str, shape: Sequence[int], data_type: int | None = None) -> str:
+        """The same bytes of the data file, in another shape or type."""
+        name = f"{of}.flat"
+        proto = self.tensors[name] = TensorProto()
+        proto.CopyFrom(self.tensors[of])
+        proto.name, proto.dims[:] = name, shape
+        proto.data_type = data_type or proto.data_type
+        return name
+
+    def save(self, file: Path) -> None:
+        graph = helper.make_graph(self.nodes, file.stem, self.inputs, self.outputs,
+                                  list(self.tensors.values()))
+        opsets = [helper.make_opsetid(domain, 1 if domain else OPSET)
+                  for domain in sorted({"", *(n.domain for n in self.nodes)})]
+        onnx.save(helper.make_model(graph, producer_name="minismoe", ir_version=IR,
+                                    opset_imports=opsets), str(file))

@@ -1,0 +1,87 @@
+"""Run what was exported beside PyTorch: logits, greedy texts, exact match.
+
+Letters: n tokens compared, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import Task
+from .evaluate import Accuracy, exact_match, generate
+from .model import CausalLM
+from .runtime import Generator
+
+# How far logits may be from PyTorch's in float32, as a share of the largest: what rounding of
+# weights and activations explains. A wrong graph is off by about 1.
+TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4": 0.6}
+TOKENS = 24                              # of each greedy text
+Prompts = Sequence[Sequence[int]]
+Read = Callable[[Sequence[int], Sequence[int]], Tensor]
+
+
+@torch.no_grad()
+def logits(model: CausalLM, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
+    """Logits (n, V) after the prompt and after each token of the text."""
+    return model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:]
+
+
+def compare(model: CausalLM, read: Read, prompts: Prompts, stop_ids: Sequence[int],
+            precision: str) -> dict[str, Any]:
+    """Logits of read(prompt, text) beside those of `model`, along the greedy texts of `model`.
+
+    Raises ValueError where they differ by more than the precision explains.
+    """
+    error, agreed, count = 0.0, 0, 0
+    for prompt, text in zip(prompts, generate(model, prompts, TOKENS, stop_ids)):
+        wanted, found = logits(model, prompt, text), read(prompt, text)
+        error = max(error, ((found - wanted).abs().max() / wanted.abs().max()).item())
+        agreed += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+        count += len(wanted)
+    if not error <= TOLERANCES[precision]:
+        raise ValueError(f"the export is not what PyTorch computes: its logits are off by "
+                         f"{error:.2g} of the largest, and {precision} explains "
+                         f"{TOLERANCES[precision]:g}")
+    return {"logits_error": float(f"{error:.3g}"), "tolerance": TOLERANCES[precision],
+            "tokens_agreed": round(agreed / count, 4)}
+
+
+def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
+                  ) -> dict[str, Any]:
+    """A graph beside `model`: prompts read at once, then token by token; texts one by one, and in
+    a batch. Raises ValueError as `compare` does, and where a float32 text differs."""
+    def read(prompt: Sequence[int], text: Sequence[int]) -> Tensor:
+        return torch.stack([torch.from_dlpack(given).clone().flatten()
+                            for given in generator.forced(prompt, text)])
+
+    stop_ids = generator.tokenizer.stop_ids
+    found = compare(model, read, prompts, stop_ids, precision)
+    texts = [generate(model, prompts, TOKENS, stop_ids), generator.batch(prompts, TOKENS),
+             [list(generator.generate(prompt, TOKENS)) for prompt in prompts]]
+    same = [sum(a == b for a, b in zip(texts[0], other)) for other in texts[1:]]
+    if precision == "fp32" and same != [len(prompts)] * 2:
+        raise ValueError(f"the export says other texts than PyTorch: {same[1]} of {len(prompts)} "
+                         f"are equal, and {same[0]} in a batch")
+    return found | {"texts": len(prompts), "texts_equal": same[1], "batched_equal": same[0]}
+
+
+def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy:
+    """Exact match of an exported folder on the test split of a task."""
+    def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        outputs: list[list[int]] = [[] for _ in prompts]
+        with tqdm(total=len(prompts), desc=f"evaluate {task.name}", unit="answer",
+                  leave=False) as bar:
+            for start in range(0, len(order), batch_size):
+                part = order[start:start + batch_size]
+                for i, tokens in zip(part, generator.batch([prompts[i] for i in part], limit)):
+                    outputs[i] = tokens
+                bar.update(len(part))
+        return outputs
+
+    return exact_match(generator.tokenizer, task, complete)
