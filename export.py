@@ -341,45 +341,57 @@ def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[
             merge(model, fits[task], keep)
         return model
 
-    if args.layout == "hf":
-        return verify.compare(reference(args.task or ""), partial(
-            verify.logits, load_model(folder)), prompts, stop_ids, "bf16")
-    if args.layout == "peft":
-        load_adapter(read := twin(base), source.run / "adapter")
-        merge(read, {n: Fit(*pair) for n, pair in layouts.read_peft(folder).items()})
-        return verify.compare(reference(args.task or ""), partial(verify.logits, read), prompts,
-                              stop_ids, "fp32")
-    generator = Generator(folder)
-    found = {}
+    if args.layout in ("hf", "peft"):
+        if args.layout == "hf":
+            read = load_model(folder)
+        else:
+            load_adapter(read := twin(base), source.run / "adapter")
+            merge(read, {n: Fit(*pair) for n, pair in layouts.read_peft(folder).items()})
+        return say(source.name, verify.compare(
+            reference(args.task or ""), partial(verify.logits, read), prompts, stop_ids,
+            "fp32" if args.layout == "peft" else "bf16"))
+    generator, found = Generator(folder), {}
     for task in (None, *generator.tasks) if args.adapters else (args.task or "",):
         generator.use(task if args.adapters else None)
         model = reference(task)
-        seen = verify.compare_graph(model, generator, prompts, args.precision)
-        print(f"{clean(task or source.name)}: logits within {seen['logits_error']:.1e} of "
-              f"PyTorch's largest, {seen['texts_equal']} of {seen['texts']} texts the same, "
-              f"{100 * seen['tokens_agreed']:.1f} % of tokens")
+        seen = say(task or source.name, verify.compare_graph(
+            model, generator, prompts, args.precision))
+        if task is not None:
+            seen["exact_match"] = {t.name: exact_match(args, source, generator, model, t)
+                                   for t in inputs.tasks if task in ("", t.name)}
         found[task or ""] = seen
-        tested = [t for t in inputs.tasks if task in (None, "", t.name)]
-        if tested and task is not None:
-            seen["exact_match"] = exact_matches(args, source, generator, model, tested)
+    show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
     return found
 
 
-def exact_matches(args: argparse.Namespace, source: Source, generator: Generator,
-                  model: CausalLM, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+def say(name: str, seen: dict[str, Any]) -> dict[str, Any]:
+    """Print how far an export was from PyTorch."""
+    same = f"{seen['texts_equal']} of {seen['texts']} texts the same, " if "texts" in seen else ""
+    print(f"{clean(name)}: logits within {seen['logits_error']:.1e} of PyTorch's largest, {same}"
+          f"{100 * seen['tokens_agreed']:.1f} % of tokens")
+    return seen
+
+
+def exact_match(args: argparse.Namespace, source: Source, generator: Generator,
+                model: CausalLM, task: Task) -> dict[str, float]:
     """Exact match of the export, and beside it that of training and, if rounded, of float32."""
-    trained = read_json(source.run / "results.json")["tasks"]
-    found = {t.name: {"trained": trained[t.name]["after"],
-                      args.precision: verify.accuracy(generator, t).share} for t in tasks}
+    found, results = {}, source.run / "results.json"
+    trained = read_json(results)["tasks"].get(task.name, {}) if results.is_file() else {}
+    if trained.get("examples") == len(task.test):
+        found["trained"] = trained["after"]
     if args.precision != "fp32":
-        for task in tasks:
-            found[task.name]["float32"] = evaluate(model, source.inputs.tokenizer, task).share
-    columns = list(next(iter(found.values())))
-    rows = [[clean(name), *(f"{row[c]:.3f}" for c in columns)] for name, row in found.items()]
-    means = [statistics.mean(row[c] for row in found.values()) for c in columns]
-    rows.append(["mean", *(f"{mean:.3f}" for mean in means)])
-    print(table(["exact match", *columns], rows))
-    return found
+        found["float32"] = evaluate(model, source.inputs.tokenizer, task).share
+    return found | {args.precision: verify.accuracy(generator, task).share}
+
+
+def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
+    """Print exact match by task."""
+    by_task = {name: row for part in found for name, row in part.items()}
+    if by_task:
+        columns = list(next(iter(by_task.values())))
+        rows = [[clean(name), *(f"{row[c]:.3f}" for c in columns)] for name, row in by_task.items()]
+        means = [statistics.mean(row[c] for row in by_task.values()) for c in columns]
+        print(table(["exact match", *columns], [*rows, ["mean", *(f"{m:.3f}" for m in means)]]))
 
 
 def some_prompts(inputs: cli.Inputs, count: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Text to tokens and back, and chat templates; needs neither torch nor, for bytes, anything else.
 
 A real checkpoint's tokenizer.json is read by the `tokenizers` library, and its own chat template
-is rendered in jinja2's sandbox. Where a checkpoint has no template, DEFAULT_TEMPLATE is used.
+is rendered in jinja2's sandbox. Where a checkpoint has no template, DEFAULT_TEMPLATE serves.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Tokenizer:
                  eos: str, pad_id: int | None = None, stop_ids: Sequence[int] = ()):
         self.backend, self.bos, self.eos = backend, bos, eos
         self.has_template = template is not None
-        self._template = _compile(DEFAULT_TEMPLATE if template is None else template)
+        self._render = _render_default if template is None else _compile(template).render
         stops = {*stop_ids, *(i for i in [backend.special.get(eos)] if i is not None)}
         self.stop_ids = sorted(stops | self._turn_end())
         self.pad_id = pad_id if pad_id is not None else (self.stop_ids or [0])[0]
@@ -100,9 +100,9 @@ class Tokenizer:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it; ValueError says what the template refuses."""
         try:
-            return self._template.render(messages=messages, bos_token=self.bos, eos_token=self.eos,
-                                         add_generation_prompt=add_generation_prompt,
-                                         tools=None, documents=None)     # as transformers has them
+            return self._render(messages=messages, bos_token=self.bos, eos_token=self.eos,
+                                add_generation_prompt=add_generation_prompt,
+                                tools=None, documents=None)      # as transformers has them
         except Exception as e:               # a template can raise anything
             raise ValueError(f"the chat template fails: {type(e).__name__}: {e}") from None
 
@@ -117,10 +117,21 @@ class Tokenizer:
         return set(list(ids)[:1])
 
 
+def _render_default(messages: Sequence[Message], bos_token: str, eos_token: str,
+                    add_generation_prompt: bool, **unused: Any) -> str:
+    """What DEFAULT_TEMPLATE renders, where there is no jinja2 either."""
+    turns = [f"Assistant: {m['content']}{eos_token}\n" if m["role"] == "assistant"
+             else f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
+    return bos_token + "".join(turns) + "Assistant:" * add_generation_prompt
+
+
 def _compile(template: str) -> Any:
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    try:
+        from jinja2 import TemplateError, nodes
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ModuleNotFoundError("the chat template needs jinja2: pip install jinja2") from None
 
     class Generation(Extension):
         """{% generation %} marks what is supervised in some templates; here it is plain text."""

@@ -13,7 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minismoe.tokenizer import ByteTokenizer, FileTokenizer, Message, Tokenizer, load_tokenizer
+from minismoe.tokenizer import (
+    DEFAULT_TEMPLATE,
+    ByteTokenizer,
+    FileTokenizer,
+    Message,
+    Tokenizer,
+    load_tokenizer,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 TEXT = "the naïve café 日本 🙂\u2028\u0085 <|im_end|> end"
@@ -312,3 +319,13 @@ def test_the_pad_token(bpe: Path, tmp_path: Path) -> None:
         "<|endoftext|>"]
     del settings["pad_token"]
     assert load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings)).pad_id == special["</s>"]
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_the_default_template_needs_no_jinja(generate: bool) -> None:
+    turns = [("system", "Be {{ brief }}."), ("user", "a\n"), ("assistant", "b"), ("user", "")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    by_jinja = Tokenizer(ByteTokenizer(), DEFAULT_TEMPLATE, "<|bos|>", "<|end|>")
+    plain = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
+    assert plain.render(messages, generate) == by_jinja.render(messages, generate)
+    assert plain.stop_ids == by_jinja.stop_ids == [257]

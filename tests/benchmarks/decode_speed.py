@@ -1,0 +1,209 @@
+"""Generation speed and memory of int4 exports: against onnxruntime-genai and llama.cpp, and of
+frozen and routed experts against merged ones.
+
+    python tests/benchmarks/decode_speed.py --model SMOLLM2_135M [--gguf SMOLLM2_135M.Q4_1.gguf]
+
+All sides see the same prompt, weights of 4 bits in blocks of 32, and the same threads. Each
+measurement is a process of its own, the sides in turn; printed are medians over rounds, and ratios
+of the same round. Peers come with `pip install 'minismoe[bench]'`: onnxruntime-genai with onnx_ir
+(its model builder) and llama-cpp-python, whose GGUF file llama.cpp's convert_hf_to_gguf.py writes.
+A peer that is missing is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+# Neither torch nor numpy here: this file is also the child that measures start and memory.
+
+EXPERTS, RANK, TOP_K = 3, 8, 2
+CONTEXT = 2048
+OURS = ("merged", "frozen", "dynamic")
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog asks why it should be. " * 40
+REACH = [("merged", "genai", "rate", 1.6), ("merged", "llama", "rate", 1.7),
+         ("frozen", "merged", "rate", 0.80), ("dynamic", "merged", "rate", 0.60),
+         ("merged", "genai", "prefill28", 1.0), ("merged", "genai", "prefill512", 1.0)]
+
+Read = Callable[[list[int]], Iterator[int]]      # a prompt from the beginning -> the next tokens
+
+
+def ours(folder: Path, threads: int) -> tuple[list[int], Read]:
+    from minismoe.runtime import Generator
+    generator = Generator(folder, threads=threads)
+    generator.tokenizer.stop_ids = []
+
+    def read(ids: list[int]) -> Iterator[int]:
+        generator.reset()
+        return generator.generate(ids)
+    return generator.tokenizer.encode(TEXT)[0], read
+
+
+def genai(folder: Path, threads: int) -> tuple[list[int], Read]:
+    import onnxruntime_genai as og
+    config = og.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {
+        "intra_op_num_threads": threads}}}}))
+    model = og.Model(config)
+
+    def read(ids: list[int]) -> Iterator[int]:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=min(CONTEXT, len(ids) + 256), do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(ids)
+        while not generator.is_done():
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+    return og.Tokenizer(model).encode(TEXT).tolist(), read
+
+
+def llama(file: Path, threads: int) -> tuple[list[int], Read]:
+    import llama_cpp
+    with contextlib.redirect_stderr(None):
+        model = llama_cpp.Llama(str(file), n_ctx=CONTEXT, n_threads=threads, n_batch=512,
+                                n_threads_batch=threads, verbose=False)
+    return (model.tokenize(TEXT.encode(), add_bos=False),
+            lambda ids: model.generate(ids, top_k=1, temp=0.0, reset=True))
+
+
+def child(side: str, folder: Path, threads: int, tokens: int) -> None:
+    """Measure one side in this process, and print it as JSON."""
+    ids, read = {"genai": genai, "llama": llama}.get(side, ours)(folder, threads)
+    times: list[float] = []
+    for _, _ in zip(range(tokens), read(ids[:28])):
+        times.append(time.time())
+    gaps = [b - a for a, b in zip(times, times[1:])]
+    result = {"first": times[0] - float(os.environ["STARTED"]), "peak":
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+              "rate": 1 / statistics.median(gaps), "tokens": len(times)}
+    for length, repeats in ((28, 7), (512, 3)):
+        seconds = []
+        for n in range(repeats):             # another beginning: no cache of prompts helps
+            prompt, start = [*ids[n + 1:n + length], 28 + n], time.perf_counter()
+            next(read(prompt))
+            seconds.append(time.perf_counter() - start)
+        result[f"prefill{length}"] = length / statistics.median(seconds)
+    print(json.dumps(result))
+
+
+def export(model: Path, folder: Path, side: str) -> None:
+    """Write one of OURS, with random adapters on all matrices."""
+    import torch
+
+    from minismoe import graph, load_model
+    base = load_model(model, torch.float32)
+    weights, config = dict(base.named_parameters()), base.config
+    beside = {}
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head" and side != "merged":
+            out, inputs = module.weight.shape
+            if side == "frozen":
+                beside[name] = graph.Lora(torch.randn(EXPERTS * RANK, inputs) * 1e-3,
+                                          torch.randn(out, EXPERTS * RANK) * 1e-3)
+            else:
+                beside[name] = graph.Mixture(
+                    torch.randn(EXPERTS, RANK, inputs) * 1e-3,
+                    torch.randn(EXPERTS, RANK, out) * 1e-3,
+                    torch.randn(EXPERTS, inputs) * 1e-2, TOP_K, 2.0)
+    folder.mkdir()
+    graph.write_decoder(folder / "model.onnx", config, lambda name: weights[name].detach(), beside,
+                        target="ort", precision="int4", context=CONTEXT)
+    graph.write_sampler(folder / "sampler.onnx", config.vocab_size)
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (model / file).is_file():
+            (folder / file).write_bytes((model / file).read_bytes())
+    (folder / "export.json").write_text(json.dumps({
+        "format": "minismoe.export/1", "target": "ort", "context": CONTEXT, "files": {},
+        "layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim, "vocab_size": config.vocab_size, "cache_type": "float32"}))
+
+
+def prepare(args: argparse.Namespace, root: Path) -> dict[str, Path]:
+    """The folder or file of each side that can be measured here."""
+    me = [sys.executable, __file__, "--model", args.model]
+    folders = {}
+    for side in OURS:
+        folders[side] = root / side
+        subprocess.run([*me, "--export", str(root / side), "--side", side], check=True)
+    made = subprocess.run(
+        [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", args.model, "-o",
+         str(root / "genai"), "-p", "int4", "-e", "cpu", "-c", str(root / "cache"),
+         "--extra_options", "int4_block_size=32", "int4_accuracy_level=4"], capture_output=True)
+    if made.returncode == 0:
+        folders["genai"] = root / "genai"
+    if args.gguf:
+        folders["llama"] = Path(args.gguf)
+    return folders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--gguf", help="the same model in 4 bits, for llama.cpp")
+    parser.add_argument("--work", help="keep the exported folders here, and use those of before")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=128, help="decoded a process")
+    parser.add_argument("--rounds", type=int, default=5, help="processes a side")
+    parser.add_argument("--sides", help="comma list; default: all")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--export", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.export:
+        export(Path(args.model), Path(args.export), args.side)
+    elif args.child:
+        child(args.side, Path(args.child), args.threads, args.tokens)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            root = Path(args.work or temporary)
+            listed = root / "sides.json"
+            if not listed.is_file():
+                root.mkdir(parents=True, exist_ok=True)
+                listed.write_text(json.dumps(
+                    {side: str(path) for side, path in prepare(args, root).items()}))
+            folders = {side: Path(path) for side, path in json.loads(listed.read_text()).items()}
+            report(args, {s: p for s, p in folders.items()
+                          if not args.sides or s in args.sides.split(",")})
+
+
+def report(args: argparse.Namespace, folders: dict[str, Path]) -> None:
+    seen: dict[str, list[dict]] = {side: [] for side in folders}
+    for _ in range(args.rounds):
+        for side, results in seen.items():
+            run = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--side", side, "--child",
+                 str(folders[side])], stdout=subprocess.PIPE, check=True,
+                env={**os.environ, "STARTED": str(time.time())})
+            results.append(json.loads(run.stdout.splitlines()[-1]))
+    print(f"{args.threads} threads, {args.rounds} rounds; tokens/s decoded after a prompt of 28, "
+          "and read at 28 and 512; s to the first token; peak MB and model file MB")
+    print("side      decode  read 28  read 512  first   peak   file   decode by round")
+    for side, results in seen.items():
+        middle = {k: statistics.median(r[k] for r in results) for k in results[0]}
+        path = folders[side]
+        size = sum(f.stat().st_size for f in (path.glob("model.onnx*") if path.is_dir()
+                                              else [path])) / 1e6
+        print(f"{side:8} {middle['rate']:7.0f} {middle['prefill28']:8.0f} "
+              f"{middle['prefill512']:9.0f} {middle['first']:6.2f} {middle['peak']:6.0f} "
+              f"{size:6.0f}   " + " ".join(f"{r['rate']:.0f}" for r in results))
+    for a, b, key, reach in REACH:
+        if a in seen and b in seen:
+            ratio = statistics.median(x[key] / y[key] for x, y in zip(seen[a], seen[b]))
+            print(f"{a:8} / {b:7} {key:11} {ratio:5.2f}   (to reach: {reach})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""export.py as a user runs it, on a tiny run of train.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import export
+import train
+from minismoe import verify
+from minismoe.checkpoint import load_adapter, load_model
+from minismoe.evaluate import generate
+from minismoe.freeze import merge
+from minismoe.model import CausalLM, Config
+from minismoe.routing import load_frozen
+from minismoe.runtime import Generator, read_info
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = [256, *b"User: say 3\nAssistant:"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three experts on most matrices of a random byte-level model, for two tasks."""
+    root = tmp_path_factory.mktemp("export")
+    config = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "head_dim": 16, "tie_word_embeddings": True, "eos_token_id": 257,
+              "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    (root / "model").mkdir()
+    (root / "model" / "config.json").write_text(json.dumps(config))
+    save_file(dict(CausalLM(Config.from_dict(config)).named_parameters()),
+              root / "model" / "model.safetensors")
+    (root / "data").mkdir()
+    for name, answer in (("number", "N{}"), ("twice", "{0} {0}")):
+        (root / "data" / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": f"say {i}", "completion": answer.format(i)}) + "\n"
+            for i in range(40)))
+    train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--max-experts", "3",
+                "--strategy", "uniform", "--budget-experts", "40", "--rank", "2", "--epochs", "4",
+                "--lr", "0.02", "--out", str(root / "run"), "--seed", "1"])
+    return root / "run"
+
+
+@pytest.mark.parametrize("flags", [
+    "", "--routing dynamic", "--routing freeze --heal 3", "--routing auto --tolerance 0",
+    "--fit gates", "--task twice", "--adapters", "--target portable", "--precision int4",
+    "--precision int8 --target portable", "--precision fp16", "--static 1x1x64 --target portable",
+    "--layout genai", "--layout genai --adapters", "--layout genai --target portable",
+    "--layout web --precision int4", "--layout peft", "--layout hf --heal 2", "--prompts",
+])
+def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
+    """Each passes its own check against PyTorch, and says what it holds."""
+    out, args = tmp_path / "out", flags.split()
+    if "--prompts" in args:
+        (tmp_path / "lines").write_text("say 5\nsay 77\nsing\n\nwhat?\nsay 6\nsay 1\n")
+        args += [str(tmp_path / "lines"), "--heal", "2", "--routing", "auto"]
+    export.main([str(run), "--out", str(out), "--calibration", "16", "--check", "4", *args])
+    info = json.loads((out / "export.json").read_text())
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert files == {*info["files"], "export.json"}
+    assert info["checked"] and not list(tmp_path.glob(".*.tmp"))
+    if "--layout" in args:
+        opened = {"genai": "genai_config.json", "web": "onnx/model_q4.onnx",
+                  "peft": "adapter_model.safetensors", "hf": "model.safetensors"}
+        assert opened[args[1]] in files and "sampler.onnx" not in files
+        return
+    read_info(out, verify=True)
+    if info["precision"] == "fp32" and not {"--adapters", "--prompts", "--heal"} & set(args):
+        model = load_model(run.parent / "model")
+        load_adapter(model, run / "adapter")
+        if args[:2] != ["--routing", "dynamic"]:
+            merge(model, load_frozen(run / "adapter")[info["arguments"]["task"] or ""],
+                  info["routed"])
+        (expected,) = generate(model, [PROMPT], 20, [257])
+        assert list(Generator(out, threads=1).generate(PROMPT, 20)) == expected
+
+
+def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:
+    export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
+    fits = load_frozen(run / "adapter")
+    assert set(fits) == {"", "number", "twice"}
+    with safe_open(run / "adapter" / "adapter.safetensors", "pt") as f:
+        assert set(fits[""]) == {key.rpartition(".")[0] for key in f.keys()}    # noqa: SIM118
+    assert (run / "adapter" / "residual.svg").read_text().startswith("<svg")
+
+
+def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export.main([str(run), "--table", "--heal", "2", "--calibration", "16"])
+    rows = json.loads((run / "routing.json").read_text())["rows"]
+    names = [row["model"].split(":")[0] for row in rows]
+    assert names == ["mixture", "merged, mean", "merged, gates", "merged, linear",
+                     "merged, linear, a task", "merged, healed", "auto, 0 points",
+                     "auto, 1 points", "auto, 2 points"]
+    assert "merged, healed" in capsys.readouterr().out
+
+
+def test_a_base_alone(run: Path, tmp_path: Path) -> None:
+    base = run.parent / "model"
+    export.main(["--model", str(base), "--out", str(tmp_path / "out")])
+    (expected,) = generate(load_model(base), [PROMPT], 20, [257])
+    assert list(Generator(tmp_path / "out", threads=1).generate(PROMPT, 20)) == expected
+
+
+def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verify.TOLERANCES, "int4", 1e-6)
+    with pytest.raises(ValueError, match="not what PyTorch computes"):
+        export.main([str(run), "--out", str(tmp_path / "out"), "--precision", "int4"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(FileExistsError, match="exists already"):
+        export.main([str(run), "--out", str(tmp_path / "out"), "--routing", "dynamic"])
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ("--static 1x1x8", "--static needs --target portable"),
+    ("--static 1xtwo", "invalid static value"),
+    ("--layout hf --routing dynamic", "knows no routing"),
+    ("--layout web --target portable", "of target ort"),
+    ("--layout peft --model x", "RUN or --model"),
+    ("--adapters --layout web", "layout onnx or genai"),
+])
+def test_wrong_usage(run: Path, flags: str, reason: str,
+                     capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        export.main([str(run), *flags.split()])
+    assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ("--task none", "has no task 'none'; it has number, twice"),
+    ("--context 4096", "made for 128 positions"),
+    ("--prompts nowhere.txt", "nowhere.txt"),
+])
+def test_errors(run: Path, flags: str, reason: str) -> None:
+    with pytest.raises((ValueError, OSError), match=reason):
+        export.main([str(run), *flags.split()])
+
+
+def test_a_folder_that_is_no_run_is_one_line() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "export.py"), str(ROOT / "tests")], text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "is no run of train.py" in done.stderr

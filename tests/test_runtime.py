@@ -1,0 +1,330 @@
+"""The runtime: the text that PyTorch gives, streamed, batched, cut off, and from a bare process."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from minismoe import generate, graph, terminal
+from minismoe.layouts import write_adapter
+from minismoe.model import CausalLM, Config
+from minismoe.runtime import Generator, _draw
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 48,
+          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "max_position_embeddings": 96, "tie_word_embeddings": True, "eos_token_id": 257}
+KINDS = {"ort": ("ort", None), "portable": ("portable", None),
+         "static": ("portable", (1, 1, 96)), "chunks": ("portable", (2, 4, 96))}
+PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
+LORA = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    torch.manual_seed(3)
+    model = CausalLM(Config.from_dict(CONFIG))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
+    return model.eval()
+
+
+def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
+           **beside: graph.AdapterInput) -> Path:
+    """An exported folder of layout onnx."""
+    target, static = KINDS[kind]
+    weights, c = dict(model.named_parameters()), model.config
+    folder.mkdir()
+    graph.write_decoder(folder / "model.onnx", c, lambda name: weights[name].detach(), beside,
+                        target=target, precision="fp32", context=context, static=static)
+    graph.write_sampler(folder / "sampler.onnx", c.vocab_size)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    describe(folder, target=target, context=context, static=static, layers=c.num_hidden_layers,
+             kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
+             cache_type="float32", format="minismoe.export/1", adapters={})
+    return folder
+
+
+def describe(folder: Path, **info: object) -> None:
+    """Write export.json, or change what it says."""
+    file = folder / "export.json"
+    old = json.loads(file.read_text()) if file.is_file() else {}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes())
+                      .hexdigest()} for p in folder.iterdir() if p != file}
+    file.write_text(json.dumps({"files": files, **old, **info}))
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exports")
+    return {kind: export(model, root / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def generator(folders) -> Generator:
+    return Generator(folders["ort"], threads=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_torch(model, folders, kind) -> None:
+    generator = Generator(folders[kind], threads=1)
+    expected = generate(model, PROMPTS, 12, generator.tokenizer.stop_ids)
+    assert len(set(map(tuple, expected))) == len(PROMPTS) and min(map(len, expected)) > 2
+    assert [list(generator.generate(p, 12)) for p in PROMPTS] == expected
+    assert generator.batch(PROMPTS, 12) == expected
+    assert [list(generator.generate(p.decode(), 12)) for p in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("kind", ["ort", "portable"])
+def test_goes_on_from_what_was_read(folders, kind) -> None:
+    generator = Generator(folders[kind], threads=1)
+    first = list(generator.generate(PROMPTS[2], 8))
+    for longer, fed in ((PROMPTS[2] + bytes(first) + b"xyz", 4), (PROMPTS[2][:20] + b"q", 1)):
+        given = list(generator.generate(longer, 8))
+        assert generator.prompt_tokens == (fed if kind == "ort" or fed == 4 else len(longer))
+        assert given == list(Generator(folders[kind], threads=1).generate(longer, 8))
+
+
+def test_long_prompts_go_in_chunks(generator, monkeypatch) -> None:
+    whole = list(generator.generate(PROMPTS[2], 8))
+    generator.reset()
+    monkeypatch.setattr("minismoe.runtime.CHUNK", 7)
+    assert list(generator.generate(PROMPTS[2], 8)) == whole
+
+
+def test_stops(generator, monkeypatch) -> None:
+    tokens = list(generator.generate(PROMPTS[1], 12))
+    assert len(tokens) == 12 and generator.ended == "max_tokens"
+    stop = next(t for t in tokens if tokens.index(t) > 2)
+    monkeypatch.setattr(generator.tokenizer, "stop_ids", [stop])
+    assert list(generator.generate(PROMPTS[1], 12)) == tokens[:tokens.index(stop)]
+    assert generator.ended == "stop"
+    short, long = generator.batch([PROMPTS[1], PROMPTS[2]], 12)
+    assert short == tokens[:tokens.index(stop)] and stop not in long
+
+
+def test_the_context_ends(generator) -> None:
+    generator.reset()
+    tokens = list(generator.generate(PROMPTS[2]))
+    assert len(tokens) == 96 - len(PROMPTS[2]) and generator.ended == "context"
+    assert generator.batch([PROMPTS[0], PROMPTS[2]])[1] == tokens
+    assert list(generator.generate(b"x" * 95)) and generator.ended == "context"
+
+
+@pytest.mark.parametrize("prompt, options, message", [
+    ([], {}, "empty"), ("", {}, "empty"), (b"x" * 96, {}, "96 tokens leaves no room .* of 96"),
+    ([259], {}, "outside of the model's 259"), ("a", {"temperature": -1}, "expected"),
+    ("a", {"top_p": 0}, "expected"), ("a", {"top_k": 65}, "0 to 64"),
+])
+def test_refusals(generator, prompt, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(generator.generate(prompt, **options))
+
+
+def test_sampling(generator) -> None:
+    def draw(**options):
+        return list(generator.generate(PROMPTS[1], 20, **options))
+    greedy = draw()
+    hot = {"temperature": 1.5, "top_p": 0.95, "top_k": 40}
+    assert draw(seed=1, **hot) == draw(seed=1, **hot) != draw(seed=2, **hot)
+    assert draw(temperature=1e-6) == draw(temperature=2.0, top_k=1) == greedy
+    assert draw(temperature=2.0, top_p=1e-9) == greedy
+    logits, rng = [2.0, 1.0, 0.0, -1.0], random.Random(0)
+    seen = Counter(_draw(logits, rng, 2.0, 0.89) for _ in range(4000))
+    weights = [math.exp(v / 2) for v in logits[:3]]          # these three reach 0.89
+    for n, weight in enumerate(weights):
+        assert abs(seen[n] / 4000 - weight / sum(weights)) < 0.03
+    assert set(seen) == {0, 1, 2}
+
+
+def test_text_comes_in_whole_characters(generator) -> None:
+    ids = [*"häß € 🙂 z".encode(), 0xFF, 257, *"é".encode(), 0xE2]
+    pieces = list(generator.text(ids))
+    assert "".join(pieces) == generator.tokenizer.decode(ids)
+    assert {"ä", "ß", "€", "🙂", "é"} <= {p.strip("\ufffd") for p in pieces}
+
+
+def test_text_of_a_bpe(generator, bpe, monkeypatch) -> None:
+    from minismoe.tokenizer import FileTokenizer
+    tokenizer = FileTokenizer(bpe)
+    monkeypatch.setattr(generator, "tokenizer", tokenizer)
+    for text in ("the answer is yes", " naïve 🙂🙂 cat<|im_end|>mat ", "\n\n日本"):
+        ids = tokenizer.encode(text)[0]
+        assert "".join(generator.text(ids)) == tokenizer.decode(ids)
+
+
+def test_tasks(model, tmp_path, folders) -> None:
+    folder = export(model, tmp_path / "adapters", **{LORA: graph.AdapterInput()})
+    pairs, changed = {}, {}
+    for task in ("one", "two"):
+        pairs[task] = torch.randn(4, 64), torch.randn(48, 4) * 0.5
+        write_adapter(folder / f"{task}.onnx_adapter", {LORA: pairs[task]})
+    describe(folder, adapters={t: f"{t}.onnx_adapter" for t in pairs})
+    generator = Generator(folder, threads=1)
+    base = generate(model, PROMPTS, 8, ())
+    linear = model.get_submodule(LORA)
+    for task, (A, B) in pairs.items():
+        before = linear.weight.data
+        linear.weight.data = before + B @ A
+        changed[task] = generate(model, PROMPTS, 8, ())
+        linear.weight.data = before
+    generator.tokenizer.stop_ids = []
+    for task, expected in ((None, base), *changed.items(), (None, base)):
+        generator.use(task)
+        assert generator.batch(PROMPTS, 8) == expected
+    assert changed["one"] != changed["two"] != base
+    with pytest.raises(ValueError, match="no adapter 'three'; present: one, two"):
+        generator.use("three")
+    (folder / "one.onnx_adapter").write_bytes(b"x")
+    with pytest.raises(ValueError, match="cannot open .*one.onnx_adapter"):
+        generator.use("one")
+    describe(folder, adapters={"one": "/etc/passwd"})
+    with pytest.raises(ValueError, match="no plain file name"):
+        Generator(folder, threads=1, task="one")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda f: (f / "export.json").unlink(), "no export.json"),
+    (lambda f: (f / "model.onnx.data").unlink(), "lacks model.onnx.data"),
+    (lambda f: (f / "model.onnx").write_bytes(b"x"), "1 bytes instead of"),
+    (lambda f: describe(f, files={"../export.json": {}}), "no plain file name"),
+    (lambda f: describe(f, layers="2"), "not understood"),
+    (lambda f: describe(f, format="other/1"), "other/1"),
+    (lambda f: (f / "export.json").write_text("{"), "not understood"),
+    (lambda f: ((f / "model.onnx").write_bytes(b"x"), describe(f, files={})), "cannot open"),
+])
+def test_broken_folders(model, tmp_path, change, message) -> None:
+    folder = export(model, tmp_path / "f")
+    change(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Generator(folder, threads=1)
+
+
+def test_verify_compares_hashes(model, tmp_path) -> None:
+    folder = export(model, tmp_path / "f")
+    Generator(folder, threads=1, verify=True)
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.onnx.data").write_bytes(data)
+    Generator(folder, threads=1)
+    with pytest.raises(ValueError, match="its hash differs"):
+        Generator(folder, threads=1, verify=True)
+
+
+# The command line.
+
+BARE = """
+import re, runpy, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "onnx", "safetensors", "tokenizers", "tqdm"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+sys.argv = ["runtime", *sys.argv[1:]]
+try:
+    runpy.run_module("minismoe.runtime", run_name="__main__")
+finally:
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "minismoe":
+            source = open(module.__file__).read()
+            assert not re.search(r"^ *(import|from) (numpy|torch)", source, re.M), name
+"""
+
+
+def command(*args: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", BARE, *map(str, args)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=60, **options)
+
+
+def test_command_in_a_bare_process(generator, folders) -> None:
+    prompt = generator.tokenizer.render([{"role": "user", "content": "hello"}], True)
+    expected = "".join(generator.text(generator.generate(prompt, 10)))
+    asked = command(folders["ort"], "hello", "--max-tokens", 10, "--stats", "--verify")
+    assert (asked.returncode, asked.stdout) == (0, expected + "\n"), asked.stderr
+    assert re.search(r"first token \S+ s, .* peak memory \d+ MB", asked.stderr)
+    piped = command(folders["ort"], "--max-tokens", 10, input="hello\n")
+    assert (piped.stdout, piped.stderr) == (expected + "\n", "")
+    raw = command(folders["portable"], "some words", "--raw")
+    assert raw.stdout == "".join(generator.text(generator.generate("some words"))) + "\n"
+    assert raw.stderr == ("" if generator.ended == "stop" else
+                          "[the context of 96 tokens is full]\n")
+
+
+@pytest.mark.parametrize("args, line", [
+    (("FOLDER", "a", "--provider", "nowhere"), "no provider 'nowhere' here; present: .*CPU"),
+    (("FOLDER/missing", "a"), "missing has no export.json"), (("FOLDER", ""), "prompt is empty"),
+    (("FOLDER", "x" * 96), "leaves no room"), (("FOLDER", "a", "--task", "t"), "present: none"),
+])
+def test_failures_are_one_line(folders, args, line) -> None:
+    run = command(*(a.replace("FOLDER", str(folders["ort"])) for a in args))
+    assert run.returncode == 1 and re.fullmatch(f"error: .*{line}.*\n", run.stderr), run.stderr
+    assert command(folders["ort"], "a", "--threads", "0").returncode == 2
+
+
+def test_chat(generator, folders) -> None:
+    history, expected = [], ""
+    for line in ("one", "two"):
+        history.append({"role": "user", "content": line})
+        prompt = generator.tokenizer.render(history, True)
+        answer = "".join(generator.text(generator.generate(prompt, 9)))
+        history.append({"role": "assistant", "content": answer})
+        expected += answer + "\n"
+    chat = command(folders["ort"], "--chat", "--max-tokens", 9,
+                   input=f"one\n\ntwo\n{'x' * 90}\n/clear\none\n/exit\nthree\n")
+    assert chat.returncode == 0
+    assert chat.stdout == expected + expected.split("\n")[0] + "\n"
+    assert re.fullmatch("error: a prompt of .* leaves no room .*; /clear .*\n", chat.stderr)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT reaches whole consoles there")
+def test_interrupt_stops_the_answer_and_not_the_chat(model, tmp_path) -> None:
+    folder = export(model, tmp_path / "long", context=40000)
+    with subprocess.Popen([sys.executable, "-m", "minismoe.runtime", folder, "--chat"], cwd=ROOT,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as chat:
+        chat.stdin.write(b"hello\n")
+        chat.stdin.flush()
+        assert chat.stdout.read(20)
+        chat.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        out, err = chat.communicate(b"/exit\n", timeout=30)
+    assert (chat.returncode, err) == (0, b"") and len(out) < 30000
+    with subprocess.Popen([sys.executable, "-m", "minismoe.runtime", folder, "hello"], cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as single:
+        assert single.stdout.read(20)
+        single.send_signal(signal.SIGINT)
+        _, err = single.communicate(timeout=30)
+    assert (single.returncode, err) == (130, b"interrupted\n")
+
+
+def test_a_terminal_gets_no_control_characters(folders, monkeypatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(Generator, "generate", lambda *a, **k: iter(b"a\x1b[31mb\r\n\tc"))
+    monkeypatch.setattr(sys, "stdout", written)
+    for tty, expected in ((False, "a\x1b[31mb\r\n\tc\n"), (True, "a\ufffd[31mb\ufffd\n\tc\n")):
+        written.seek(0)
+        written.truncate()
+        written.isatty = lambda tty=tty: tty
+        terminal.main([str(folders["ort"]), "x"])
+        assert written.getvalue() == expected
+
+
+def test_starts_fast_and_small(folders) -> None:
+    start = time.perf_counter()
+    run = command(folders["ort"], "hello", "--max-tokens", 4, "--stats", "--threads", 1)
+    assert time.perf_counter() - start < 5        # 0.2 s where nothing else runs
+    assert int(re.search(r"peak memory (\d+) MB", run.stderr)[1]) < 100
