@@ -37,7 +37,7 @@ from minismoe.checkpoint import (
 )
 from minismoe.data import Example, Task, probe_batches
 from minismoe.evaluate import evaluate
-from minismoe.experts import ExpertLinear, expert_layers
+from minismoe.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.freeze import KINDS, Fit, fit, merge, merged
 from minismoe.graph import (
     PRECISIONS,
@@ -272,9 +272,9 @@ def show_residuals(source: Source, fits: Fits) -> None:
     kinds = [f.kind for f in fits.values()]
     print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median residual on "
           f"held-out samples {100 * statistics.median(residuals.values()):.2f} %")
-    svg = allocation_svg({"residual": residuals}, {
-        name: layer.lora_A.shape[0] for name, layer in expert_layers(source.inputs.model).items()},
-        title="Output energy lost by freezing")
+    counts = {name: len(layer.lora_A) if isinstance(layer, ExpertLinear) else 0
+              for name, layer in linear_layers(source.inputs.model).items()}
+    svg = allocation_svg({"lost": residuals}, counts, measure="output energy lost by freezing")
     with replacing(source.run / "adapter" / "residual.svg") as tmp:
         tmp.write_text(svg, encoding="utf-8")
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .allocate import GROUPS, STRATEGIES, Allocation, allocate
 from .checkpoint import load_model, read_json, resolve
 from .data import Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
+from .experts import linear_layers
 from .loss import IGNORE
 from .model import CausalLM
 from .report import clean, table
@@ -284,8 +285,7 @@ def trust(args: argparse.Namespace, scores: Scores) -> dict[str, float]:
 
 def expert_counts(model: CausalLM, allocation: Allocation) -> dict[str, int]:
     """Experts of every linear layer but the head, 0 where there is none, for a heatmap."""
-    return {name: allocation.experts.get(name, 0) for name, m in model.named_modules()
-            if isinstance(m, torch.nn.Linear) and name != "lm_head"}
+    return {name: allocation.experts.get(name, 0) for name in linear_layers(model)}
 
 
 def new_run(out: str | None, name: str) -> Path:

@@ -166,6 +166,12 @@ def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that can have experts, by name: every linear one but the head."""
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, nn.Linear) and name.split(".")[-1] != "lm_head"}
+
+
 def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,
                 alpha: float | None = None, top_k: int = 2) -> nn.Module:
     """Freeze `model` and put LoRA experts on its linear layers, in place.

@@ -184,12 +184,13 @@ def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
     return [*out, "</g>"]
 
 
-def _keys(y: float, decades: int, clipped: bool, shades: Mapping[int, Drawn]) -> list[str]:
+def _keys(y: float, measure: str, decades: int, clipped: bool, shades: Mapping[int, Drawn],
+          ) -> list[str]:
     """The two legends: a bar of shares, in decades, and the counts as the cells draw them."""
     stops = (f'<stop offset="{i / 8}" stop-color="#{hue}"/>' for i, hue in enumerate(VIRIDIS))
     out = [f'<linearGradient id="shares">{"".join(stops)}</linearGradient>',
            f'<rect x="37" y="{y + 14}" width="260" height="8" fill="url(#shares)"/>',
-           _text(37, y + 10, "sensitivity (share of the task's maximum)", "start")]
+           _text(37, y + 10, measure + " (share of the maximum)", "start")]
     for i in range(decades + 1):
         x, tick = 37 + 260 * i / decades, f"{10.0 ** (i - decades):g}"
         out += [f'<path d="M{x:.2f} {y + 22}v3" stroke="#000"/>',
@@ -200,7 +201,7 @@ def _keys(y: float, decades: int, clipped: bool, shades: Mapping[int, Drawn]) ->
 
 
 def allocation_svg(scores: Mapping[str, Mapping[str, float]], experts: Mapping[str, int], *,
-                   title: str = "") -> str:
+                   title: str = "", measure: str = "sensitivity") -> str:
     """A figure for a paper's column: each task's sensitivities, and the experts they led to.
 
     A task's scores are shares of its maximum, on one log scale for all tasks; grey is not measured.
@@ -235,7 +236,7 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], experts: Mapping[s
         out += _panel(x, y, full if wide else half, caption, layers, projections, drawn)
         x, y = (0.0, y + step) if wide or x else (half + GAP, y)
     y += step if x else 0.0
-    out += _keys(y, decades, any(share < low for share in everything), shades)
+    out += _keys(y, measure, decades, any(share < low for share in everything), shades)
     box = full + 6, y + 62  # with a margin of 3
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-3 -3 {box[0]:g} {box[1]:g}" '
             f'width="{2 * box[0]:g}" height="{2 * box[1]:g}" font-size="{SIZE}" '

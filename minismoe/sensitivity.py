@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .experts import linear_layers
 from .loss import supervised_losses
 
 Batch = Sequence[Tensor]                     # input_ids, attention_mask, labels, each (B, T)
@@ -60,8 +61,7 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Batch]], scores: Scores
     unsupervised and aligned with input_ids. With `scores` of an earlier call the samples add up.
     The model is left as it was: weights, requires_grad, mode and hooks, also after an exception.
     """
-    modules = {name: m for name, m in model.named_modules()
-               if isinstance(m, nn.Linear) and name.split(".")[-1] != "lm_head"}
+    modules = linear_layers(model)
     if scores is None:
         scores = Scores({n: (m.weight.shape[0], m.weight.shape[1]) for n, m in modules.items()})
     with _frozen(model):

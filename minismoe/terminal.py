@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     add("--threads", type=_whole, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)      # a prompt may come last
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     if args.chat or (args.prompt is None and sys.stdin.isatty()):
         _chat(generator, args)

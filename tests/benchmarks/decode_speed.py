@@ -103,11 +103,12 @@ def export(model: Path, folder: Path, side: str) -> None:
     import torch
 
     from minismoe import graph, load_model
+    from minismoe.experts import linear_layers
     base = load_model(model, torch.float32)
     weights, config = dict(base.named_parameters()), base.config
     beside = {}
-    for name, module in base.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head" and side != "merged":
+    for name, module in linear_layers(base).items():
+        if side != "merged":
             out, inputs = module.weight.shape
             if side == "frozen":
                 beside[name] = graph.Lora(torch.randn(EXPERTS * RANK, inputs) * 1e-3,

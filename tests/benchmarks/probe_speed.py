@@ -25,7 +25,7 @@ from torch import nn
 
 from minismoe.checkpoint import load_model
 from minismoe.data import bucket, collate, encode_all, load_tasks
-from minismoe.experts import add_experts
+from minismoe.experts import add_experts, linear_layers
 from minismoe.loss import supervised_losses
 from minismoe.sensitivity import probe
 from minismoe.tokenizer import load_tokenizer
@@ -81,9 +81,7 @@ def peak(args: argparse.Namespace) -> None:
     if args.side == "probe":
         probe(model, {"all": [collate(b, pad) for b in chosen]})
     else:
-        linear = [n for n, m in model.named_modules()
-                  if isinstance(m, nn.Linear) and n != "lm_head"]
-        add_experts(model, dict.fromkeys(linear, 8))
+        add_experts(model, dict.fromkeys(linear_layers(model), 8))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         for batch in chosen:
             train_step(model, batch, TrainConfig(micro_batch_size=args.batch_size), pad)

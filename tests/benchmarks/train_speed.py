@@ -23,7 +23,7 @@ import torch
 
 from minismoe.checkpoint import load_model
 from minismoe.data import bucket, collate, encode_all, load_tasks
-from minismoe.experts import add_experts
+from minismoe.experts import add_experts, linear_layers
 from minismoe.tokenizer import load_tokenizer
 from minismoe.training import TrainConfig, train_step
 
@@ -41,9 +41,7 @@ def batches(args: argparse.Namespace) -> tuple[list, int]:
 
 def ours(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     model = load_model(args.model, dtype)
-    linear = [n for n, m in model.named_modules()
-              if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    add_experts(model, dict.fromkeys(linear, EXPERTS), rank=RANK)
+    add_experts(model, dict.fromkeys(linear_layers(model), EXPERTS), rank=RANK)
     cfg = TrainConfig(micro_batch_size=args.batch_size)
     steps = itertools.count(1)            # at step 0 expert use is counted, as once in 20 steps
     return model, lambda examples, pad: train_step(model, examples, cfg, pad, next(steps))
