@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from minismoe import cli, layouts, verify
 from minismoe.checkpoint import (
+    MERGED,
     load_adapter,
     load_model,
     new_folder,
@@ -287,6 +288,9 @@ def write_weights(args: argparse.Namespace, source: Source, folder: Path, fits: 
     weight = weights(source.base)
     layouts.write_hf(folder, source.base, lambda name: merged(
         weight(name), fits[name.removesuffix(".weight")]), [f"{n}.weight" for n in fits])
+    if fits:
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", {**config, MERGED: source.name})
 
 
 def write_graph(args: argparse.Namespace, source: Source, folder: Path,

@@ -25,6 +25,7 @@ from .model import CausalLM
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_FORMAT = "minismoe.adapter/1"
+MERGED = "minismoe_merged"               # in config.json: the base that adapters were merged into
 
 
 @contextmanager
@@ -150,6 +151,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     if cfg.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.fingerprint, model.name = digest.hexdigest()[:16], str(path)
+    model.merged = str(config.get(MERGED, ""))
     return model.eval()
 
 
@@ -243,8 +245,8 @@ def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
 def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     """Add the experts of `folder` to `model`, in place, and give back their allocation.
 
-    Raises ValueError where the adapter was trained on another base, naming both fingerprints, or
-    where its tensors do not fit its allocation.
+    Raises ValueError where the adapter was trained on another base, naming both fingerprints,
+    where adapters are merged into the model already, or where tensors do not fit the allocation.
     """
     folder = Path(folder)
     if not (folder / "adapter.json").is_file():
@@ -252,6 +254,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     meta = read_json(folder / "adapter.json")
     if not isinstance(meta, dict) or meta.get("format") != ADAPTER_FORMAT:
         raise ValueError(f"{folder / 'adapter.json'} is not of the form {ADAPTER_FORMAT}")
+    if getattr(model, "merged", ""):
+        raise ValueError(f"{model.name} has adapters merged into it, which can't be taken "
+                         f"out again: this one onto {model.merged}")
     ours, its = getattr(model, "fingerprint", None), meta.get("fingerprint")
     if ours and its and ours != its:
         raise ValueError("the adapter was trained on another base: "

@@ -303,6 +303,7 @@ class CausalLM(nn.Module):
 
     name = ""              # where it was loaded from,
     fingerprint = ""       # and what tells this base from others
+    merged = ""            # the base it was, before adapters were merged into it
 
     def __init__(self, config: Config):
         super().__init__()

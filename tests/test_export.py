@@ -103,6 +103,13 @@ def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "merged, healed" in capsys.readouterr().out
 
 
+def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:
+    """Not twice, and not to take it out again: the weights are no longer those of the base."""
+    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "hf"])
+    with pytest.raises(ValueError, match="merged into it, which can't be taken out again"):
+        load_adapter(load_model(tmp_path / "out"), run / "adapter")
+
+
 def test_a_base_alone(run: Path, tmp_path: Path) -> None:
     base = run.parent / "model"
     export.main(["--model", str(base), "--out", str(tmp_path / "out")])
