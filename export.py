@@ -85,7 +85,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--adapters", action="store_true", help="the base with one .onnx_adapter for each task, "
         "switched at run time; layouts onnx and genai")
     add("--table", action="store_true", help="print exact match and residual of each way to "
-        "freeze, write them to RUN/routing.json, and export nothing")
+        "freeze (with --routing auto: of that at three tolerances too), write them to "
+        "RUN/routing.json, and export nothing")
     add("--calibration", type=cli.positive, default=64, metavar="N",
         help="training examples a task to freeze with (default: %(default)s)")
     add("--prompts", metavar="FILE", help="calibrate and heal on these prompts, one a line, "
@@ -244,7 +245,8 @@ def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], l
     keep: list[str] = []
     if args.table:
         healed = heal(model, chosen, examples, args.heal or 40, pad_id)
-        rows = compare(model, every, list(pools), score, healed, (0.0, 0.01, 0.02))
+        tolerances = (0.0, 0.01, 0.02) if args.routing == "auto" else ()
+        rows = compare(model, every, list(pools), score, healed, tolerances)
         write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})
         print(comparison(rows))
         return fits, keep

@@ -94,7 +94,7 @@ def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:
 
 
 def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export.main([str(run), "--table", "--heal", "2", "--calibration", "16"])
+    export.main([str(run), "--table", "--heal", "2", "--calibration", "16", "--routing", "auto"])
     rows = json.loads((run / "routing.json").read_text())["rows"]
     names = [row["model"].split(":")[0] for row in rows]
     assert names == ["mixture", "merged, mean", "merged, gates", "merged, linear",
