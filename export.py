@@ -69,8 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="folder of train.py (default: newest in runs)")
     add("--model", help="instead of RUN: a checkpoint folder or hub name, without adapters")
-    add("--out", metavar="DIR", help="folder to make (default: a new one in "
-        "RUN/export")
+    add("--out", metavar="DIR", help="folder to make (default: one in RUN/export)")
     group = parser.add_argument_group("routing")
     add = group.add_argument
     add("--routing", choices=("merge", "freeze", "dynamic", "auto"), default="merge",
@@ -125,8 +124,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--adapters holds every task of a run, in layout onnx or genai")
     if args.layout in ("peft", "hf") and args.routing in ("dynamic", "auto"):
         parser.error(f"--layout {args.layout} knows no routing: --routing merge")
-    if args.layout == "peft" and args.model:
-        parser.error("--layout peft holds the adapters of a run, and --model has none")
+    if args.prompts and (args.task or args.adapters):
+        parser.error("--prompts has no tasks: leave out --task and --adapters")
+    if args.model and (args.layout == "peft" or args.table or args.task or args.heal):
+        parser.error("--layout peft, --table, --task and --heal are about adapters: --model has none")
     return args
 
 
@@ -255,7 +256,9 @@ def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], l
                        [args.tolerance])
         print(f"auto: routing stays in {len(keep)} of {len(chosen)} matrices")
     if args.heal:
-        fits[args.task or ""] = heal(model, chosen, examples, args.heal, pad_id, keep=keep)
+        for name in pools if args.adapters else [args.task or ""]:
+            fits[name] = heal(model, fits[name], pools.get(name, examples), args.heal, pad_id,
+                              keep=keep)
     save_frozen(source.run / "adapter", fits)
     return fits, keep
 

@@ -139,6 +139,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--layout hf --routing dynamic", "knows no routing"),
     ("--layout web --target portable", "of target ort"),
     ("--layout peft --model x", "RUN or --model"),
+    ("--task number --prompts x", "--prompts has no tasks"),
     ("--adapters --layout web", "layout onnx or genai"),
 ])
 def test_wrong_usage(run: Path, flags: str, reason: str,
