@@ -127,7 +127,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.prompts and (args.task or args.adapters):
         parser.error("--prompts has no tasks: leave out --task and --adapters")
     if args.model and (args.layout == "peft" or args.table or args.task or args.heal):
-        parser.error("--layout peft, --table, --task and --heal are about adapters: --model has none")
+        parser.error("--model has no adapters, which --layout peft, --table, --task, --heal need")
     return args
 
 

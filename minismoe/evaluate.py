@@ -48,7 +48,7 @@ def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens:
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
     steps: list[Tensor] = []
     for _ in range(max_new_tokens):
-        hidden = model.model(ids, mask, cache)[rows, last]               # (B, D)
+        hidden = model.model(ids, mask, cache, share_prefix=True)[rows, last]    # (B, D)
         token = model.lm_head(hidden).argmax(-1)
         running = running & ~torch.isin(token, stops)
         if not running.any():

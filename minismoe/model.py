@@ -169,8 +169,12 @@ class Attention(nn.Module):
             keys, values = tokens.sequences(k), tokens.sequences(v)
         else:
             keys, values = (c[self.layer] for c in (tokens.cache.keys, tokens.cache.values))
-            keys[tokens.rows, :, tokens.positions] = k
-            values[tokens.rows, :, tokens.positions] = v
+            if tokens.prefix:                        # every row starts here, and some start alike
+                keys[:, :, :tokens.shape[1]] = tokens.sequences(k)
+                values[:, :, :tokens.shape[1]] = tokens.sequences(v)
+            else:
+                keys[tokens.rows, :, tokens.positions] = k
+                values[tokens.rows, :, tokens.positions] = v
             keys, values = keys[:, :, :tokens.cache.used], values[:, :, :tokens.cache.used]
         y = attend(tokens.sequences(q), keys, values, mask)
         return self.o_proj(tokens.flat(y))
@@ -269,6 +273,7 @@ class Decoder(nn.Module):
         With share_prefix, tokens that all rows begin with (a system prompt) are computed once.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        share_prefix = share_prefix and (cache is None or cache.used == 0)
         tokens = Tokens(mask, self.config, cache,
                         common_prefix(input_ids, mask) if share_prefix else 0)
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)

@@ -36,13 +36,16 @@ def greedy(model: CausalLM, prompt: list[int], limit: int, stops: list[int]) -> 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_generate_equals_a_plain_loop(model: CausalLM, batch_size: int) -> None:
-    free = [greedy(model, p, 12, []) for p in PROMPTS]
-    assert generate(model, PROMPTS, 12, [], batch_size) == free
+@pytest.mark.parametrize("shared", [[], [11, 12, 13, 14]])
+def test_generate_equals_a_plain_loop(model: CausalLM, batch_size: int, shared: list[int]) -> None:
+    """Also where the prompts of a batch begin alike, which is computed once."""
+    prompts = [shared + p for p in PROMPTS]
+    free = [greedy(model, p, 12, []) for p in prompts]
+    assert generate(model, prompts, 12, [], batch_size) == free
     stops = sorted({free[0][3], free[2][6], free[4][0]})     # rows end at different steps
-    expected = [greedy(model, p, 12, stops) for p in PROMPTS]
+    expected = [greedy(model, p, 12, stops) for p in prompts]
     assert len({len(e) for e in expected}) > 1
-    assert generate(model, PROMPTS, 12, stops, batch_size) == expected
+    assert generate(model, prompts, 12, stops, batch_size) == expected
 
 
 def test_every_stop_id_stops(model: CausalLM) -> None:
