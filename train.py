@@ -5,7 +5,8 @@
     python train.py --model FOLDER --data FOLDER --out RUN
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
-config.json, sensitivity.json, allocation.json, metrics.jsonl, results.json, adapter/, checkpoints/.
+config.json, sensitivity.json, allocation.json, metrics.jsonl, results.json, answers.json (1 or 0
+for each test line), adapter/, checkpoints/.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def main(argv: Sequence[str]) -> None:
     after = score(inputs, "after")
 
     results = summarise(before, after, trainable, sum(allocation.experts.values()), seconds)
+    write_json(run / "answers.json", {name: a.right for name, a in after.items()})
     write_json(run / "results.json", results)
     report(results, after, args.verbose)
     print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s, "

@@ -66,6 +66,7 @@ class Accuracy:
     correct: int
     examples: int
     wrong: list[tuple[str, str, str]] = field(default_factory=list)    # prompt, expected, given
+    right: list[int] = field(default_factory=list)                     # 1 or 0, line by line
 
     @property
     def share(self) -> float:
@@ -103,6 +104,7 @@ def exact_match(tokenizer: Tokenizer, task: Task,
     result = Accuracy(0, len(expected))
     for messages, reference, tokens in zip(task.test, expected, complete(prompts, limit)):
         given = tokenizer.decode(tokens).strip()
+        result.right.append(int(given == reference))
         if given == reference:
             result.correct += 1
         else:

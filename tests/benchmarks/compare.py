@@ -1,0 +1,223 @@
+"""Does sensitivity allocation earn its place? Strategies x seeds x learning rates x budgets.
+
+    python tests/benchmarks/compare.py --plan                   the cells, and how long they take
+    python tests/benchmarks/compare.py --seeds 5                the embedded default
+    python tests/benchmarks/compare.py --name smollm2 --out runs/smollm2 --model SMOLLM2 \\
+        --data DATA --tasks trec,clinc,banking77 --limit-train 400 --epochs 2 -- --batch-size 8
+    python tests/benchmarks/compare.py --readme tests/benchmarks/results/default.json
+
+A cell is a run of train.py in a folder of its own under --out. Killed at any moment and started
+again, the grid goes on where it was; more seeds, rates, budgets or strategies add cells.
+
+1. Search: each strategy is trained at every rate on 80 % of the training lines, with one seed, and
+   takes the rate with the best mean exact match on the other 20 % (of equal ones the lowest).
+2. Final: at its rate, on all training lines, with every seed. Only here the test lines are read.
+
+A budget is the size of a uniform mixture of so many experts a matrix; "paper" is the paper's own
+comparison, votes at keep 0.6 against an expert a matrix and task, whatever they spend.
+The record, NAME.json, its tables, NAME.md, and two figures go to tests/benchmarks/results.
+Not among the strategies: one LoRA with the probe's ranks. An allocation has one rank for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import itertools
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import compare_report
+from compare_cells import (
+    FIXED,
+    STRATEGIES,
+    VALIDATION,
+    Cell,
+    all_cells,
+    allocation_of,
+    data_folder,
+    finished,
+    model_folder,
+    seconds_of,
+)
+from tqdm import tqdm
+
+from minismoe import cli
+from minismoe.checkpoint import read_json, write_json
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; what follows "--" goes to every train.py."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"),
+                        help="folder of the cells (default: %(default)s)")
+    parser.add_argument("--name", default="default", help="of the record in results/")
+    parser.add_argument("--model", help="checkpoint folder; default: the embedded one")
+    parser.add_argument("--data", help="folder of tasks, as for train.py")
+    parser.add_argument("--tasks", help="comma list; default: all")
+    parser.add_argument("--limit-train", type=cli.positive, metavar="N", help="lines a task")
+    parser.add_argument("--limit-test", type=cli.positive, metavar="N", help="lines a task")
+    parser.add_argument("--epochs", type=cli.positive, default=3)
+    parser.add_argument("--samples", default="32", help="of the probe, a task")
+    parser.add_argument("--rank", type=cli.positive, default=8, help="of an expert")
+    parser.add_argument("--top-k", type=cli.positive, default=2)
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="comma list")
+    parser.add_argument("--budgets", default="paper,2", help="comma list of paper and experts a "
+                        "matrix (2 and 4 are near a whole rank of LoRA, 3 is not)")
+    parser.add_argument("--seeds", type=cli.positive, default=5, metavar="N", help="0 to N - 1")
+    parser.add_argument("--lrs", default="2e-3,4e-3,8e-3", help="comma list to search")
+    parser.add_argument("--draws", type=cli.positive, default=2, help="of random, a seed")
+    parser.add_argument("--plan", action="store_true", help="print the cells, and run nothing")
+    parser.add_argument("--report", action="store_true", help="record what is finished, "
+                        "and run nothing")
+    parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
+    parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
+    own = list(argv)
+    flags = own[own.index("--") + 1:] if "--" in own else []
+    args = parser.parse_args(own[:len(own) - len(flags) - ("--" in own)])
+    if (args.model is None) != (args.data is None):
+        parser.error("--model and --data go together")
+    args.lrs = sorted({float(lr) for lr in args.lrs.split(",")})
+    args.strategies, args.budgets = args.strategies.split(","), args.budgets.split(",")
+    if wrong := [s for s in args.strategies if s not in STRATEGIES] + [
+            b for b in args.budgets if b != "paper" and not (b.isdecimal() and int(b))]:
+        parser.error(f"{', '.join(wrong)}: strategies are {', '.join(STRATEGIES)}; budgets are "
+                     "whole numbers and paper")
+    # The default's weights stay float32 as in train.py without --model.
+    args.flags = (["--dtype", "float32"] if args.model is None else []) + flags
+    return args
+
+
+def command(args: argparse.Namespace, cell: Cell, folder: Path) -> list[str]:
+    """The command line of a cell; its allocation is written beside the cells."""
+    if (folder / "config.json").exists():
+        return [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(folder)]
+    common = ["--out", str(folder), "--model", str(model_folder(args)), "--seed", str(cell.seed),
+              "--data", str(data_folder(args, cell.seed))]
+    if cell.phase == "probe":
+        dtype = [f for pair in itertools.pairwise(args.flags) for f in pair
+                 if pair[0] in ("--dtype", "--device", "--max-length")]
+        return [sys.executable, str(ROOT / "probe.py"), *common, "--samples", args.samples, *dtype]
+    file = args.out / "allocations" / f"{cell.name}.json"
+    write_json(file, allocation_of(args, cell).to_json())
+    return [sys.executable, str(ROOT / "train.py"), *common, "--allocation", str(file),
+            "--lr", str(cell.lr), "--epochs", str(args.epochs), *args.flags]
+
+
+def run_cell(args: argparse.Namespace, cell: Cell, tick: Callable[[float], Any]) -> None:
+    """Run a cell to its end, or go on with it; RuntimeError where it fails for no known reason.
+
+    The child has a session of its own, so that Ctrl-C reaches it once, through us. It also holds
+    the folder's lock: where we are killed it lives on, and the next grid waits for it.
+    """
+    folder = args.out / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock, (folder / "output.txt").open("a+") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if finished(folder):
+            return
+        spent, begun, start = seconds_of(folder) or 0.0, time.monotonic(), log.tell()
+        child = subprocess.Popen(command(args, cell, folder), stdout=log, stderr=subprocess.STDOUT,
+                                 start_new_session=True, pass_fds=(lock.fileno(),))
+        try:
+            while child.poll() is None:
+                try:
+                    child.wait(timeout=2)
+                except subprocess.TimeoutExpired:
+                    tick(time.monotonic() - begun)
+        finally:
+            if child.poll() is None:
+                child.send_signal(signal.SIGINT)
+                child.wait()
+            write_json(folder / "cell.json", {"seconds": round(
+                spent + time.monotonic() - begun, 1)})
+        log.seek(start)
+        said = (re.findall("error: .*", log.read()) or ["it does not say why"])[-1]
+        if child.returncode and not said.startswith("error: the loss is "):
+            raise RuntimeError(f"{cell.name} ended with {child.returncode}: {said} "
+                               f"({folder / 'output.txt'})")
+        if child.returncode:
+            write_json(folder / "diverged.json", said)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def time_left(args: argparse.Namespace, cells: Sequence[Cell]) -> float | None:
+    """Seconds of what is not finished, by the finished cells of its phase; None: unknown."""
+    known: dict[str, list[float]] = {}
+    for cell in cells:
+        if finished(args.out / cell.name) and (spent := seconds_of(args.out / cell.name)):
+            known.setdefault(cell.phase, []).append(spent)
+    means = {phase: sum(spent) / len(spent) for phase, spent in known.items()}
+    if "search" in means:
+        means.setdefault("final", means["search"] / (1 - VALIDATION))
+    open_ = [cell.phase for cell in cells if not finished(args.out / cell.name)]
+    return sum(means[phase] for phase in open_) if set(open_) <= set(means) else None
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown until a cell of each kind is finished"
+    minutes = math.ceil(max(0.0, seconds) / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def run_grid(args: argparse.Namespace) -> None:
+    """Run every cell that is not finished, under one bar."""
+    cells = list(all_cells(args))
+    done = sum(finished(args.out / cell.name) for cell in cells)
+    with tqdm(total=len(cells), initial=done, unit="cell",
+              bar_format="{n}/{total} cells |{bar:20}| {elapsed} so far{postfix}") as bar:
+        for cell in all_cells(args):
+            if finished(args.out / cell.name):
+                continue
+            left = time_left(args, list(all_cells(args)))
+
+            def tick(spent: float, cell: Cell = cell, left: float | None = left) -> None:
+                rest = clock(None if left is None else left - spent)
+                bar.set_postfix_str(f"time left: {rest}; {cell.name}")
+
+            tick(0.0)
+            run_cell(args, cell, tick)
+            bar.update()
+
+
+def plan(args: argparse.Namespace) -> None:
+    cells = list(all_cells(args))
+    for cell in cells:
+        print(f"{'done' if finished(args.out / cell.name) else 'open'}  {cell.name}")
+    left = sum(not finished(args.out / cell.name) for cell in cells)
+    print(f"{left} of {len(cells)} cells to run; time left: {clock(time_left(args, cells))}")
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse(argv)
+    if args.readme:
+        print(compare_report.markdown(read_json(args.readme)))
+        return
+    file, fixed = args.out / "compare.json", {name: getattr(args, name) for name in FIXED}
+    if file.exists() and (saved := read_json(file)) != fixed:
+        raise ValueError(f"{args.out} holds cells of other settings, {saved}: choose another --out")
+    if args.plan:
+        plan(args)
+        return
+    if not args.report:
+        write_json(file, fixed)
+        for number in (signal.SIGINT, signal.SIGTERM):       # a job of a shell ignores the first
+            signal.signal(number, signal.default_int_handler)
+        run_grid(args)
+    compare_report.write(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

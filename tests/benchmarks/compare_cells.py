@@ -1,0 +1,249 @@
+"""The cells of compare.py: which there are, what is finished, their data and their allocations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from tqdm import tqdm
+
+from minismoe import toy
+from minismoe.allocate import Allocation, allocate, parameters
+from minismoe.checkpoint import read_json, resolve
+from minismoe.controls import shares
+from minismoe.data import Task, load_tasks
+
+STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
+    "lora": {"strategy": "lora"}, "uniform": {"strategy": "uniform"},
+    "random": {"strategy": "random"}, "mola": {"strategy": "mola"},
+    "votes": {"strategy": "votes"}, "votes-kind": {"strategy": "votes", "group": "kind"},
+    "votes-all": {"strategy": "votes", "group": "all"},
+    "votes-floor": {"strategy": "votes", "min_experts": 1},
+    "proportional": {"strategy": "proportional"},
+    "proportional-floor": {"strategy": "proportional", "min_experts": 1},
+    "inverse": {"strategy": "votes"},                 # of scores turned round: the least sensitive
+}
+PAPER = ("uniform", "votes", "votes-kind", "votes-all")
+SEARCH = 1000                         # seed of the search; not one of the final ones
+TEST_SEEDS = 10                       # the default's lines change by seed: validation avoids these
+VALIDATION, TOLERANCE = 0.2, 0.01
+FIXED = ("model", "data", "tasks", "limit_train", "limit_test", "epochs", "rank", "top_k",
+         "samples", "flags")          # what all cells of a folder share
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a probe, or a training of the search or of the final comparison."""
+
+    phase: str                        # probe, search, final
+    seed: int
+    strategy: str = ""
+    budget: str = ""                  # experts a matrix of the uniform mixture, or "paper"
+    lr: float | None = None           # None: not chosen yet
+    draw: int = 0                     # of "random"
+
+    @property
+    def name(self) -> str:
+        """The folder's: all of its settings."""
+        rate = "?" if self.lr is None else f"{self.lr:g}"
+        budget = self.budget if self.budget == "paper" else f"x{self.budget}"
+        parts = [self.strategy, budget, f"lr{rate}"] if self.strategy else []
+        draw = [f"draw{self.draw}"] if self.strategy == "random" else []
+        return "-".join([self.phase, *parts, f"seed{self.seed}", *draw])
+
+
+def search_cells(args: argparse.Namespace) -> list[Cell]:
+    return [Cell("probe", SEARCH), *(Cell("search", SEARCH, strategy, budget, lr)
+            for budget, strategy in rows(args) for lr in args.lrs)]
+
+
+def final_cells(args: argparse.Namespace) -> list[Cell]:
+    """Seed by seed, so that a part of the grid is a fair comparison already."""
+    rates = {row: chosen_rate(args, *row) for row in rows(args)}
+    return [cell for seed in range(args.seeds) for cell in (
+        Cell("probe", seed), *(Cell("final", seed, strategy, budget, lr, draw)
+        for (budget, strategy), lr in rates.items()
+        for draw in range(args.draws if strategy == "random" else 1)))]
+
+
+def all_cells(args: argparse.Namespace) -> Iterator[Cell]:
+    """The search, and then the final cells, whose rates are looked up when their turn comes."""
+    yield from search_cells(args)
+    yield from final_cells(args)
+
+
+def rows(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(budget, strategy) of everything that is compared."""
+    return [(b, s) for b in args.budgets for s in args.strategies if b != "paper" or s in PAPER]
+
+
+def chosen_rate(args: argparse.Namespace, budget: str, strategy: str) -> float | None:
+    """The rate with the best validation; None before its search is finished."""
+    scores = {}
+    for lr in args.lrs:
+        folder = args.out / Cell("search", SEARCH, strategy, budget, lr).name
+        if not finished(folder):
+            return None
+        result = folder / "results.json"               # absent where the training diverged
+        scores[lr] = read_json(result)["mean"]["after"] if result.exists() else -1.0
+    return max(args.lrs, key=lambda lr: (scores[lr], -lr))
+
+
+def finished(folder: Path) -> bool:
+    return any((folder / f"{n}.json").exists() for n in ("results", "sensitivity", "diverged"))
+
+
+def seconds_of(folder: Path) -> float | None:
+    file = folder / "cell.json"
+    return float(read_json(file)["seconds"]) if file.exists() else None
+
+
+def tasks(args: argparse.Namespace, seed: int) -> list[Task]:
+    """The tasks; their lines depend on the seed only in the default."""
+    names = args.tasks.split(",") if args.tasks else ()
+    found = load_tasks(args.data, names) if args.model else [
+        task for task in toy.tasks(seed) if not names or task.name in names]
+    if missing := set(names) - {task.name for task in found}:
+        raise ValueError(f"no task {', '.join(sorted(missing))}; there are {', '.join(toy.TASKS)}")
+    for task in found:
+        task.train, task.test = task.train[:args.limit_train], task.test[:args.limit_test]
+    return found
+
+
+def case(messages: Sequence[Mapping[str, str]]) -> frozenset[str]:
+    """What a line asks, whatever the words around it: the default asks the same in several."""
+    text = " ".join(m["content"] for m in messages[:-1]).lower()
+    return frozenset(re.findall(r"\w+", text)) - {word.lower() for word in toy.NOISE}
+
+
+def split(task: Task, taken: set[frozenset[str]]) -> Task:
+    """A task for the search, whose test lines are training lines; no case is on both sides, and
+    none of those `taken` by final test sets is validated on."""
+    groups: dict[frozenset[str], list] = {}
+    for messages in task.train:
+        groups.setdefault(case(messages), []).append(messages)
+    order = list(groups.values())
+    random.Random(SEARCH).shuffle(order)
+    found, want = Task(task.name, [], []), math.ceil(VALIDATION * len(task.train))
+    for lines in order:
+        free = len(found.test) < want and case(lines[0]) not in taken
+        (found.test if free else found.train).extend(lines)
+    if not (found.train and found.test):
+        raise ValueError(f"{task.name} has too few training lines to search a learning rate on")
+    return found
+
+
+def data_folder(args: argparse.Namespace, seed: int) -> Path:
+    """The data of a seed's cells, written where it is not there yet; whole or not at all."""
+    name = "search" if seed == SEARCH else "full" if args.model else f"seed{seed}"
+    folder: Path = args.out / "data" / name
+    if folder.is_dir():
+        return folder
+    found = tasks(args, seed)
+    if seed == SEARCH:
+        tests = [t for s in ([0] if args.model else range(TEST_SEEDS)) for t in tasks(args, s)]
+        found = [split(task, {case(m) for t in tests if t.name == task.name for m in t.test})
+                 for task in found]
+    shutil.rmtree(temporary := folder.with_name(name + ".tmp"), ignore_errors=True)
+    for task in found:
+        (temporary / task.name).mkdir(parents=True)
+        for part in ("train", "test"):
+            (temporary / task.name / f"{part}.jsonl").write_text("".join(
+                json.dumps({"messages": m}) + "\n" for m in getattr(task, part)), encoding="utf-8")
+    temporary.rename(folder)
+    return folder
+
+
+def model_folder(args: argparse.Namespace) -> Path:
+    return resolve(args.model) if args.model else toy.base_folder()
+
+
+def probed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+    """{task: {module: sensitivity}} of a seed's probe."""
+    file = args.out / Cell("probe", seed).name / "sensitivity.json"
+    return {task: value["scores"] for task, value in read_json(file)["tasks"].items()}
+
+
+def shapes_of(args: argparse.Namespace, modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """{module: (out, in)} by the headers of the weight files."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for file in model_folder(args).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names = set(weights.keys())
+            shapes |= {m: tuple(weights.get_slice(f"{m}.weight").get_shape())
+                       for m in modules if f"{m}.weight" in names}
+    return {m: shapes[m] for m in modules}
+
+
+def allocation_of(args: argparse.Namespace, cell: Cell) -> Allocation:
+    """A cell's allocation, from the probe of its seed."""
+    scores = probed(args, cell.seed)
+    if cell.strategy == "inverse":
+        scores = {task: {m: 1 / max(s, 1e-100) for m, s in values.items()}
+                  for task, values in scores.items()}
+    shapes = shapes_of(args, list(next(iter(scores.values()))))
+    settings = {**STRATEGIES[cell.strategy], "rank": args.rank, "top_k": args.top_k,
+                "shapes": shapes, "seed": 100 * cell.seed + cell.draw}
+    if cell.budget != "paper":
+        target = budget_parameters(shapes, int(cell.budget), args.rank)
+        found = fit(scores, target, settings)
+        spent = found.trainable_parameters or 0
+        if abs(spent / target - 1) > TOLERANCE:
+            tqdm.write(f"{cell.name}: {spent:,} parameters are more than 1 % off the budget of "
+                       f"{target:,}")
+        return found
+    spend = ({"budget_experts": len(scores) * len(shapes)} if cell.strategy == "uniform"
+             else {"keep": 0.6})
+    return allocate(scores, **settings, **spend)
+
+
+def budget_parameters(shapes: Mapping[str, tuple[int, int]], experts: int, rank: int) -> int:
+    return sum(parameters(shape, experts, rank) for shape in shapes.values())
+
+
+def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[str, Any],
+        ) -> Allocation:
+    """A rule's allocation with `target` parameters, within 1 % where experts allow it.
+
+    The steps of a rule are coarser than that: votes take some matrices at once. So its last step is
+    taken in part, the most sensitive matrices first; where 1 % are missing still, single experts
+    are moved. LoRA takes the nearest whole rank.
+    """
+    shapes = settings["shapes"]
+
+    def size(counts: Mapping[str, int]) -> int:
+        return sum(parameters(shapes[m], count, settings["rank"]) for m, count in counts.items())
+
+    def gap(counts: Mapping[str, int]) -> int:
+        return abs(size(counts) - target)
+
+    under = allocate(scores, budget_params=target, **settings)
+    larger = (allocate(scores, budget_params=round(target * (1 + i / 200)), **settings)
+              for i in range(1, 200))
+    over = next((a for a in larger if a.experts != under.experts or a.rank != under.rank), under)
+    if settings["strategy"] in ("lora", "uniform"):
+        return min(under, over, key=lambda a: abs((a.trainable_parameters or 0) - target))
+    counts = {m: under.experts.get(m, 0) for m in shapes}
+    weights = shares(scores, [list(shapes)])
+    for m in sorted(shapes, key=weights.__getitem__, reverse=True):
+        while (counts[m] < over.experts.get(m, 0)
+               and size(more := {**counts, m: counts[m] + 1}) <= target):
+            counts = more
+    low, high = settings.get("min_experts", 0), max(len(scores), *counts.values())
+    while gap(counts) > TOLERANCE * target:
+        best = min(({**counts, m: n + s} for m, n in counts.items() for s in (1, -1)
+                    if low <= n + s <= high), key=gap)
+        if gap(best) >= gap(counts):
+            break
+        counts = best
+    return replace(under, keep=None, experts={m: n for m, n in counts.items() if n},
+                   trainable_parameters=size(counts))

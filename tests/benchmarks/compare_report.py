@@ -1,0 +1,264 @@
+"""What compare.py found: its record, paired intervals, and Markdown tables.
+
+The record holds every run with its outcomes, so that tables and figures (compare_figures.py)
+need nothing else.
+
+Letters: S seeds, N test lines of a task, R resamples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import compare_cells
+import torch
+from compare_figures import accuracy_svg, allocations_svg
+from torch import Tensor
+
+from minismoe import report
+from minismoe.checkpoint import read_json, replacing, versions, write_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CONTROLS = ("lora", "uniform", "random")
+RESAMPLES, TOLERANCE = 2000, compare_cells.TOLERANCE
+Interval = list[float]                       # mean, and the ends of 95 %
+
+
+def intervals(values: Mapping[str, Tensor], new_lines: bool) -> dict[str, Interval]:
+    """Mean of each task's (S, N) and of all tasks as "mean", with 95 % bootstrap intervals.
+
+    Seeds are drawn, and lines of each task: the same for all seeds, or anew for each where every
+    seed has lines of its own (`new_lines`). Few seeds make a bootstrap narrow by sqrt(1 - 1/S)
+    (Hesterberg 2015, arXiv 1411.5279), so its ends are moved out by as much.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = len(next(iter(values.values())))
+    seeds = torch.randint(count, (RESAMPLES, count), generator=generator)            # (R, S)
+    wide = math.sqrt(count / (count - 1)) if count > 1 else 1.0
+    means, draws = {}, {}
+    for task, value in values.items():
+        lines = torch.randint(value.shape[1], (RESAMPLES, count if new_lines else 1,
+                                               value.shape[1]), generator=generator)
+        draws[task] = value[seeds[:, :, None], lines].mean((1, 2))                   # (R,)
+        means[task] = value.mean()
+    means["mean"], draws["mean"] = (torch.stack(list(d.values())).mean(0) for d in (means, draws))
+    ends = {task: torch.quantile(d, torch.tensor([0.025, 0.975], dtype=d.dtype))
+            for task, d in draws.items()}
+    return {task: [round(x.item(), 5) for x in (mean, *(mean + wide * (ends[task] - mean)))]
+            for task, mean in means.items()}
+
+
+def outcomes(runs: Sequence[dict], task: str, seeds: Sequence[int], by_line: bool) -> Tensor:
+    """How right a strategy was on a task, its draws averaged: (S, N), or (S, 1) by accuracies."""
+    return torch.stack([torch.tensor([
+        [float(c) for c in run["answers"][task]] if by_line else [run["tasks"][task]["after"]]
+        for run in runs if run["seed"] == seed], dtype=torch.float64).mean(0) for seed in seeds])
+
+
+def against(row: dict, control: dict | None, new_lines: bool) -> dict[str, Any] | None:
+    """Paired difference to a control (or, without, the accuracy itself), over their common seeds.
+
+    Also its spread over seeds, and how many seeds, and lines a task, bring it to +-1 point.
+    """
+    sides = [row] if control is None else [row, control]
+    seeds = sorted(set.intersection(*({r["seed"] for r in side["runs"]} for side in sides)))
+    if not seeds:
+        return None
+    by_line = all(run["answers"] for side in sides for run in side["runs"])
+    values = {}
+    for task in sides[0]["runs"][0]["tasks"]:
+        first, *second = (outcomes(side["runs"], task, seeds, by_line) for side in sides)
+        values[task] = first - second[0] if second else first
+    by_seed = torch.stack([v.mean(1) for v in values.values()]).mean(0)              # (S,)
+    found: dict[str, Any] = {"seeds": len(seeds), "by_line": by_line,
+                             "intervals": intervals(values, new_lines)}
+    if len(seeds) > 1:
+        found["sd"] = round(by_seed.std().item(), 5)
+        found["seeds_for_1_point"] = math.ceil((1.96 * found["sd"] / 0.01) ** 2)
+    if by_line:
+        spread = sum(v.mean(0).var(correction=0).item() for v in values.values())
+        found["lines_for_1_point"] = math.ceil(spread * (1.96 / 0.01 / len(values)) ** 2)
+    return found
+
+
+def collect(args: argparse.Namespace) -> dict[str, Any]:
+    """The record of all finished final cells, and of the search that led to their rates."""
+    cells = list(compare_cells.all_cells(args))
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for cell in cells:
+        folder, lost = args.out / cell.name, {"mean": {"after": None}}
+        if not cell.strategy or not compare_cells.finished(folder):
+            continue
+        row = found.setdefault((cell.budget, cell.strategy), {
+            "budget": cell.budget, "strategy": cell.strategy, "lr": None, "search": {},
+            "rule": compare_cells.STRATEGIES[cell.strategy], "diverged": 0, "runs": []})
+        results = read_json(folder / "results.json") if (folder / "results.json").exists() else lost
+        if cell.phase == "search":
+            row["search"][f"{cell.lr:g}"] = results["mean"]["after"]
+            continue
+        row["lr"], row["edge"] = cell.lr, cell.lr in (args.lrs[0], args.lrs[-1])
+        if results is lost:
+            row["diverged"] += 1
+            continue
+        answers = folder / "answers.json"
+        row["runs"].append({"seed": cell.seed, "draw": cell.draw, **{k: results[k] for k in (
+            "trainable_parameters", "experts", "mean", "tasks")}, "answers": {
+            task: "".join(map(str, right)) for task, right in read_json(answers).items()
+            } if answers.exists() else None})
+        allocation = read_json(folder / "allocation.json")
+        row.setdefault("rank", allocation["rank"])
+        row.setdefault("allocation", allocation["experts"])        # the first seed's
+    modules = sorted({m for row in found.values() for m in row.get("allocation", {})})
+    for row in found.values():                         # a line each, and not one a matrix
+        experts = row.pop("allocation", {})
+        row["allocation"] = " ".join(str(experts.get(m, 0)) for m in modules)
+    spent = [compare_cells.seconds_of(args.out / cell.name) or 0.0 for cell in cells]
+    return {"format": "minismoe.compare/1", "name": args.name, "machine": machine(),
+            "versions": versions(), "hours": round(sum(spent) / 3600, 2),
+            "settings": {name: getattr(args, name) for name in compare_cells.FIXED},
+            "seeds": args.seeds, "draws": args.draws, "lrs": args.lrs, "new_lines": not args.model,
+            "targets": targets(args, found), "modules": modules,
+            "rows": [row for row in found.values() if row["runs"]]}
+
+
+def targets(args: argparse.Namespace, found: Mapping[tuple[str, str], dict]) -> dict[str, int]:
+    """What each budget is in parameters: those of the uniform mixture that names it."""
+    wanted = {budget for budget, _ in found if budget != "paper"}
+    if not wanted:
+        return {}
+    modules = compare_cells.probed(args, compare_cells.SEARCH)
+    shapes = compare_cells.shapes_of(args, list(next(iter(modules.values()))))
+    return {b: compare_cells.budget_parameters(shapes, int(b), args.rank) for b in sorted(wanted)}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpus = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in (
+        cpus.read_text().splitlines() if cpus.exists() else ()) if line.startswith("model name")]
+    return {"platform": platform.platform(), "python": platform.python_version(),
+            "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name()
+            if torch.cuda.is_available() else None}
+
+
+def judge(record: dict[str, Any]) -> None:
+    """Add accuracies, and differences to the controls of the same budget, to each row."""
+    by_name = {(row["budget"], row["strategy"]): row for row in record["rows"]}
+    for row in record["rows"]:
+        row["accuracy"] = against(row, None, record["new_lines"])
+        row["against"] = {}
+        for name in CONTROLS:
+            control = by_name.get((row["budget"], name))
+            if control and control is not row:
+                row["against"][name] = against(row, control, record["new_lines"])
+        target = record["targets"].get(row["budget"])
+        spent = [run["trainable_parameters"] for run in row["runs"]]
+        row["parameters"] = round(sum(spent) / len(spent))
+        row["off"] = max((abs(s / target - 1) for s in spent), default=0.0) if target else None
+
+
+def write(args: argparse.Namespace) -> None:
+    """Write and print record, tables and figures of what is finished."""
+    record = collect(args)
+    if not record["rows"]:
+        print("no final cell is finished, so there is nothing to report")
+        return
+    judge(record)
+    RESULTS.mkdir(exist_ok=True)
+    write_json(RESULTS / f"{args.name}.json", record)
+    for end, text in ((".md", markdown(record, per_task=True) + "\n"),
+                      ("-accuracy.svg", accuracy_svg(record)),
+                      ("-allocations.svg", allocations_svg(record))):
+        with replacing(RESULTS / f"{args.name}{end}") as tmp:
+            tmp.write_text(text, encoding="utf-8")
+    print(markdown(record))
+    print(f"wrote {RESULTS / args.name}.json, .md with each task's differences, and two figures")
+
+
+def markdown(record: Mapping[str, Any], per_task: bool = False) -> str:
+    """The tables that the README includes: claim (a) first, then each equal budget."""
+    budgets = list(dict.fromkeys(row["budget"] for row in record["rows"]))
+    seeds = max(row["accuracy"]["seeds"] for row in record["rows"])
+    on = record["machine"]
+    parts = [f"Seeds: {seeds}; {record['hours']:.2g} hours on {on['gpu'] or on['cpu']}, "
+             f"{on['cores']} cores, torch {record['versions']['torch']}. Exact match in %; "
+             "differences in points, with paired 95 % intervals over seeds and test lines."]
+    for budget in sorted(budgets, key=lambda b: (b != "paper", b)):
+        rows = sorted((row for row in record["rows"] if row["budget"] == budget),
+                      key=lambda row: -row["accuracy"]["intervals"]["mean"][0])
+        target = record["targets"].get(budget)
+        parts.append(f"**Equal parameters**: {target:,}, those of {budget} experts everywhere"
+                     if target else "**The paper's claim**: votes at keep 0.6 against as many "
+                     "experts everywhere as there are tasks")
+        parts += [*reached(rows), *differences(rows, per_task)]
+    return "\n\n".join(parts)
+
+
+def reached(rows: Sequence[dict]) -> list[str]:
+    """The table of a budget's accuracies, and what its marks mean."""
+    runs, tasks = rows[0]["runs"], list(rows[0]["runs"][0]["tasks"])
+    before = [sum(run["tasks"][t]["before"] for run in runs) / len(runs) for t in tasks]
+    body = [["none", "0", "", *map(percent, before), percent(sum(before) / len(tasks)), ""]]
+    for row in rows:
+        found = row["accuracy"]["intervals"]
+        off = f" ({100 * row['off']:.1f} % off!)" if row["off"] and row["off"] > TOLERANCE else ""
+        lost = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+        body.append([row["strategy"] + lost, f"{row['parameters']:,}{off}",
+                     f"{row['lr']:g}" + "*" * row["edge"],
+                     *(percent(found[t][0]) for t in (*tasks, "mean")),
+                     percent(row["accuracy"].get("sd"))])
+    notes = [note for used, note in (
+        (rows[0]["off"] is not None, "Parameters are equal within 1 %" + (
+            ", but where they are marked." if any("off!" in line[1] for line in body) else ".")),
+        (any(row["edge"] for row in rows), "\\* the best rate is at an end of those tried."),
+        (not all(row["accuracy"]["by_line"] for row in rows), "Intervals are over seeds only."),
+    ) if used]
+    return [table(["strategy", "parameters", "rate", *tasks, "mean", "sd over seeds"], body),
+            *([" ".join(notes)] if notes else [])]
+
+
+def differences(rows: Sequence[dict], per_task: bool) -> list[str]:
+    """The means of a budget minus those of its controls; per task a table a control."""
+    controls = [c for c in CONTROLS if any(row["against"].get(c) for row in rows)]
+    if not controls:
+        return []
+    if not per_task:
+        return [table(["mean of", *(f"minus {c}" for c in controls)], [
+            [row["strategy"], *(points(row["against"][c]["intervals"]["mean"])
+                                if row["against"].get(c) else "" for c in controls)]
+            for row in rows])]
+    tasks = [*rows[0]["runs"][0]["tasks"], "mean"]
+    return [table([f"minus {c}", *tasks, "seeds for ± 1", "lines for ± 1"], [
+        [row["strategy"], *(points(row["against"][c]["intervals"][t]) for t in tasks),
+         *(row["against"][c].get(f"{what}_for_1_point", "") for what in ("seeds", "lines"))]
+        for row in rows if row["against"].get(c)]) for c in controls]
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def points(interval: Sequence[float]) -> str:
+    """A difference and its interval, in bold where that leaves out zero.
+
+    Nothing varies in one seed's accuracies, so they have no interval.
+    """
+    mean, low, high = (100 * x + 0.0 for x in interval)
+    if low == high:
+        return f"{mean:+.1f}"
+    text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; names of tasks come from strangers' files."""
+    lines = [[report.clean(c).replace("|", "\\|") for c in line] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
