@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .experts import linear_layers
 from .loss import supervised_losses
@@ -94,46 +95,39 @@ class _Ghost:
 
     def __init__(self, attention_mask: Tensor, modules: int, dtype: torch.dtype):
         self.mask = attention_mask.bool()
-        self.real = self.mask.reshape(-1).nonzero().squeeze(1)     # places of the tokens
         self.lengths = self.mask.sum(1).tolist()
         self.norms = torch.zeros(len(self.mask), modules, dtype=dtype, device=self.mask.device)
-        self.read: tuple[Any, Sequence[Tensor]] = None, ()         # last input, and its X X^T's
+        self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
 
     def watch(self, column: int) -> Callable[..., None]:
         """A forward hook that scores its layer when the backward pass comes by."""
         def forward_hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            out, in_ = module.weight.shape
-            use_gram = [T * (in_ + out) < in_ * out for T in self.lengths]
-            xs = list(self.by_sample(inputs[0].detach()))
-            if any(use_gram):
-                if self.read[0] is not inputs[0]:                  # q, k, v share it; gate, up too
-                    self.read = inputs[0], self.flat([x @ x.T for x in xs])
-                xs = [g if gram else x for g, x, gram in zip(self.read[1], xs, use_gram)]
+            x, (out, in_) = inputs[0].detach(), tuple(module.weight.shape)
+            if use_gram := self.mask.shape[1] * (in_ + out) < in_ * out:
+                if self.read is None or self.read[0] is not inputs[0]:
+                    x = self.by_sample(x)
+                    self.read = inputs[0], (x @ x.mT).to(self.norms.dtype)
+                x = self.read[1]                                           # (B, T, T)
 
             def backward_hook(gradient: Tensor) -> None:
-                products = self.flat([d @ d.T if gram else d.T @ x for d, x, gram in zip(
-                    self.by_sample(gradient), xs, use_gram)])
-                self.norms[:, column] += torch.stack([
-                    torch.dot(x if gram else p, p) for p, x, gram in zip(products, xs, use_gram)])
+                d = self.by_sample(gradient)                               # (B, T, out)
+                left, right = (x, d @ d.mT) if use_gram else 2 * (d.mT @ self.by_sample(x),)
+                self.norms[:, column] += torch.linalg.vecdot(
+                    *(side.flatten(1).to(self.norms.dtype) for side in (left, right)))
 
             if not output.requires_grad:      # nothing before the first layer needs a gradient
                 output.requires_grad_()
             output.register_hook(backward_hook)
         return forward_hook
 
-    def flat(self, matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Each matrix as a vector of the norms' dtype; one conversion serves all."""
-        joined = torch.cat([m.reshape(-1) for m in matrices]).to(self.norms.dtype)
-        return joined.split([m.numel() for m in matrices])
-
-    def by_sample(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The real tokens (T, .) of each sample, from rows that hold all positions or only them."""
+    def by_sample(self, x: Tensor) -> Tensor:
+        """(B, T, .) of rows that hold every position, or only the real ones; zeros at pads."""
         x = x.reshape(-1, x.shape[-1])
         if x.dtype == torch.float16:          # squares of gradients underflow
             x = x.float()
-        if len(x) > len(self.real):
-            x = x.index_select(0, self.real)
-        return x.split(self.lengths)
+        if len(x) == self.mask.numel():
+            return x.view(*self.mask.shape, -1)
+        return pad_sequence(x.split(self.lengths), batch_first=True)
 
 
 @contextmanager
