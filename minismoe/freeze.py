@@ -169,6 +169,7 @@ def gather(model: nn.Module, group: Sequence[Mapping[str, ExpertLinear]], batche
     found = [zeros(readers) for readers in group]
 
     def watch(sums: Moments, name: str, first: bool) -> Callable[..., None]:
+        """A forward hook that adds a layer's tokens; the first of those that share x adds M."""
         def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
             (E, r, _), dtype = layer.lora_A.shape, layer.lora_A.dtype
             x, y, logits = (without_pads(t.reshape(-1, t.shape[-1]), mask).to(dtype)

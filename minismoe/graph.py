@@ -271,6 +271,7 @@ class Decoder(Graph):
         return self.linear([f"{name}.o_proj"], f"{name}.o_proj", y, c.o_bias)
 
     def attend_ort(self, i: int, name: str, qkv: str) -> str:
+        """(B, T, (H + 2K) * C) -> (B, T, H * C) by one operator, which rotates and caches too."""
         c = self.config
         H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q, k, v = qkv, "", ""
@@ -296,6 +297,7 @@ class Decoder(Graph):
     #   The queries that share a key/value head are rows of one product: the cache is not repeated.
 
     def attend(self, i: int, name: str, qkv: str) -> str:
+        """The same of standard operators."""
         c, s = self.config, self.shared
         H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         x = self.node("Reshape", f"{name}.heads", qkv, self.constant([0, 0, H + 2 * K, C]))
@@ -422,6 +424,7 @@ class Decoder(Graph):
         return self.shared[name]
 
     def embed(self) -> str:
+        """input_ids (B, T) -> (B, T, D)."""
         c, name = self.config, "model.embed_tokens"
         table, D = self.table(name), c.hidden_size
         if not self.bits:
@@ -510,6 +513,7 @@ class Decoder(Graph):
     # The whole
 
     def decoder(self, context: int, all_logits: bool) -> None:
+        """Inputs, outputs, and every node between them."""
         c = self.config
         B, T, P = self.static or ("batch_size", "sequence_length", "past_sequence_length")
         S: Size = P + T if self.static else "total_sequence_length"         # type: ignore[operator]

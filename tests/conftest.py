@@ -15,6 +15,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from minismoe.experts import expert_layers  # noqa: E402
+
 torch.set_num_threads(1)            # on tensors this small, threads wait for each other
 settings.register_profile("minismoe", deadline=None, database=None, derandomize=True)
 settings.load_profile("minismoe")
@@ -103,3 +105,13 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(file))
     return file
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Experts as training leaves them: B is no longer 0, and the router has an opinion."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in expert_layers(model).values():
+        for parameter in (layer.lora_A, layer.lora_B, layer.router):
+            if parameter is not None:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model

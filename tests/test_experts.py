@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -47,16 +48,6 @@ def ours(model: nn.Module) -> CausalLM:
     copied = CausalLM(Config.from_dict(dict(SIZES, model_type="llama")))
     copied.load_state_dict(model.state_dict())
     return copied.eval()
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Experts as training leaves them: B is no longer 0, and the router has an opinion."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in expert_layers(model).values():
-        for parameter in (layer.lora_A, layer.lora_B, layer.router):
-            if parameter is not None:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
 
 
 def adapted(in_: int = 7, out: int = 5, experts: int = 4, rank: int = 3, k: int = 2, *,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import randomise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,16 +28,6 @@ COUNTS = {f"model.layers.{i}.{name}": count for i in range(2) for name, count in
     "mlp.gate_proj": 2, "mlp.up_proj": 3, "mlp.down_proj": 3}.items()}
 ROUTED = [name for name, count in COUNTS.items() if count > 1]
 Data = tuple[Tensor, Tensor, Tensor]
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Experts as training leaves them."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in expert_layers(model).values():
-        for p in (layer.lora_A, layer.lora_B, layer.router):
-            if p is not None:
-                p.data.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    return model
 
 
 def model_of(kind: str = "ours", dtype: torch.dtype = torch.float64) -> nn.Module:
