@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> None:
         print(terminal_heatmap(f"sensitivity of {clean(task)}", values, scale="log"))
     print(terminal_heatmap("experts a matrix", cli.expert_counts(inputs.model, allocation),
                            digits=True))
-    print(f"{allocation.strategy}: {sum(allocation.experts.values())} experts of rank "
-          f"{allocation.rank} on {len(allocation.experts)} of {len(scores.shapes)} matrices, "
+    print(f"{allocation} of {len(scores.shapes)}, "
           f"{allocation.trainable_parameters:,} trainable parameters")
     print(f"wrote sensitivity.json, allocation.json and allocation.svg to {run}")
 

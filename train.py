@@ -135,9 +135,7 @@ def describe(inputs: cli.Inputs, allocation: Allocation, trainable: int) -> None
     """Draw where the experts are, and count them."""
     print(terminal_heatmap("experts a matrix", cli.expert_counts(inputs.model, allocation),
                            digits=True))
-    print(f"{allocation.strategy}: {sum(allocation.experts.values())} experts of rank "
-          f"{allocation.rank} on {len(allocation.experts)} matrices, "
-          f"{trainable:,} trainable parameters")
+    print(f"{allocation}, {trainable:,} trainable parameters")
 
 
 def start_run(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Allocation,

@@ -35,7 +35,7 @@ from .allocation import Allocation, Counts, is_number, is_whole
 
 Scores = Mapping[str, Mapping[str, float]]  # {task: {module: sensitivity}}
 Groups = list[list[str]]  # modules that are ranked together, each group in the order of names
-STRATEGIES = ("votes", "proportional", "uniform", "mola", "random", "lora")
+STRATEGIES = ("votes", "proportional", "uniform", "mola", "random", "lora", "ranks")
 GROUPS = ("attention_mlp", "kind", "all")
 
 
@@ -130,6 +130,13 @@ def _row(draft: Allocation, scores: Scores, groups: Groups, low: int, high: int,
     if draft.strategy == "uniform":  # by experts a module
         return range(max(1, low), high + 1), lambda experts: replace(
             draft, experts=dict.fromkeys(modules, experts))
+    if draft.strategy == "ranks":  # by ranks in total
+        weights = controls.shares(scores, groups)
+        roots = {module: weights[module]**0.5 for module in modules}
+        totals = range(len(modules), max(len(modules), min(high * len(modules), most)) + 1)
+        return totals, lambda total: replace(
+            draft, experts=dict.fromkeys(modules, 1),
+            ranks=controls.largest_remainder(roots, total, 1, high))
     first = max(1, low * len(modules))  # by experts in total
     totals = range(first, max(first, min(high * len(modules), most)) + 1)
     if draft.strategy == "random":
@@ -155,8 +162,8 @@ def _check(scores: Scores, draft: Allocation, budgets: tuple[int | None, int | N
          f"max_experts must be a whole number >= 1, got {high!r}"),
         (not (is_whole(low, 0) and is_whole(high, 1)) or is_whole(high, low),
          f"min_experts {low!r} is above max_experts {high!r}"),
-        (draft.strategy != "lora" or low in (0, 1),
-         f"'lora' is one expert a module, so min_experts {low!r} cannot be met"),
+        (draft.strategy not in ("lora", "ranks") or low in (0, 1),
+         f"{draft.strategy!r} is one expert a module, so min_experts {low!r} cannot be met"),
         (len(given) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),
         *((is_whole(budget, -math.inf), f"a budget must be a whole number < 2**50, got {budget!r}")
           for budget in given),
@@ -181,7 +188,8 @@ def allocate(scores: Scores, *, strategy: str = "votes", group: str = "attention
     `budget_experts` experts, or at most `budget_params` trainable parameters. Counts are clamped to
     min_experts..max_experts; no max_experts means the number of tasks for votes and random, and no
     limit for the others. "lora" is one expert a module, of the largest rank that fits, alpha / rank
-    kept; in experts, one of twice the `rank` counts as two. `alpha` is 2 * rank by default.
+    kept; in experts, one of twice the `rank` counts as two. "ranks" gives each module a rank of its
+    own, in proportion to the root of its share of the sensitivity. `alpha` is 2 * rank by default.
     `seed` is for "random". `shapes`, {module: (out, in)}, is `scores.shapes` by default.
     Raises ValueError for wrong arguments and, saying the nearest possible, a budget too small.
     """
@@ -195,14 +203,15 @@ def allocate(scores: Scores, *, strategy: str = "votes", group: str = "attention
     if budget_params is not None and unknown:
         raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
     in_params = budget_params is not None or (
-        strategy == "lora" and budget_experts is None and not unknown)
+        strategy in ("lora", "ranks") and budget_experts is None and not unknown)
 
     def trainable(found: Allocation) -> int:
-        return sum(parameters(sizes[m], count, found.rank) for m, count in found.experts.items())
+        return sum(parameters(sizes[m], count, found.rank_of(m))
+                   for m, count in found.experts.items())
 
     def cost(found: Allocation) -> int:  # in the budget's unit; rounded up, for ranks of "lora"
-        experts = sum(found.experts.values())
-        return trainable(found) if in_params else -(-experts * found.rank // rank)
+        ranks = sum(count * found.rank_of(m) for m, count in found.experts.items())
+        return trainable(found) if in_params else -(-ranks // rank)
 
     high = max_experts or max(min_experts, len(scores))
     budget, source = budget_experts if budget_params is None else budget_params, "the budget"
@@ -212,6 +221,8 @@ def allocate(scores: Scores, *, strategy: str = "votes", group: str = "attention
         budget = cost(draft)
     if strategy not in ("votes", "random"):
         high = max_experts or max(min_experts, budget, 1)
+    if strategy == "ranks":  # no rank is above the smaller side of a matrix
+        high = min((min(sizes[m]) for m in modules if m in sizes), default=budget * rank)
     numbers, at = _row(draft, scores, groups, min_experts, high, budget * rank, seed)
     if (least := cost(at(numbers[0]))) > budget:
         raise ValueError(f"{budget} {'parameters' if in_params else 'experts'} ({source}) are too "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 Counts = dict[str, int]  # {module: experts}
@@ -31,6 +31,17 @@ class Allocation:
     group: str | None = None
     keep: float | None = None  # share of its group that a task votes for
     trainable_parameters: int | None = None  # None where the shapes are unknown
+    ranks: Counts = field(default_factory=dict)  # of modules whose experts have another rank
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's experts; whatever it is, they are scaled by alpha / rank."""
+        return self.ranks.get(module, self.rank)
+
+    def __str__(self) -> str:
+        ranks = sorted({self.rank_of(module) for module in self.experts})
+        several = f"s {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f" {ranks[0]}"
+        return (f"{self.strategy}: {sum(self.experts.values())} experts of rank{several} on "
+                f"{len(self.experts)} matrices")
 
     def problems(self) -> list[str]:
         """What is wrong with the values, an entry each; a count of 0 is allowed."""
@@ -47,13 +58,17 @@ class Allocation:
                 for name, good, what in checks if not good] + [
             f"experts must map names to whole numbers >= 0, got {module!r}: {count!r}"
             for module, count in self.experts.items()
-            if not (isinstance(module, str) and module and is_whole(count, 0))]
+            if not (isinstance(module, str) and module and is_whole(count, 0))] + [
+            f"ranks must map names with experts to whole numbers >= 1, got {module!r}: {rank!r}"
+            for module, rank in self.ranks.items()
+            if not (self.experts.get(module) and is_whole(rank, 1))]
 
     def to_json(self) -> dict[str, Any]:
         """The form of allocation.json, for `json.dump`."""
         settings = asdict(self)
-        experts = settings.pop("experts")
-        return {"format": FORMAT, **settings, "experts": experts}
+        experts, ranks = settings.pop("experts"), settings.pop("ranks")
+        return {"format": FORMAT, **settings, **({"ranks": ranks} if ranks else {}),
+                "experts": experts}
 
     @classmethod
     def from_json(cls, value: object) -> Allocation:
@@ -71,6 +86,8 @@ class Allocation:
         if not isinstance(experts, Mapping) or not any(experts.values()):
             problems.append(f"experts must give some module an expert, got {experts!r}")
             experts = {}
+        if not isinstance(known.setdefault("ranks", {}), Mapping):
+            problems.append(f"ranks must map names to whole numbers, got {known.pop('ranks')!r}")
         problems += cls(dict(experts), **known).problems()
         if problems:
             raise ValueError("not an allocation: " + "; ".join(problems))

@@ -180,8 +180,9 @@ def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,
     and top_k. Raises ValueError with all names that are no nn.Linear of the model, or that are its
     head: a tied head must stay tied, so it is never adapted.
     """
+    ranks: Mapping[str, int] = {}
     if hasattr(experts, "experts"):
-        rank, alpha, top_k = experts.rank, experts.alpha, experts.top_k
+        rank, alpha, top_k, ranks = experts.rank, experts.alpha, experts.top_k, experts.ranks
         experts = experts.experts
     alpha = 2 * rank if alpha is None else alpha
     modules = dict(model.named_modules())
@@ -194,7 +195,9 @@ def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,
         if count == 0:                   # the paper's files list matrices without an adapter too
             continue
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, ExpertLinear(modules[name], count, rank, alpha, top_k))
+        r = ranks.get(name, rank)
+        setattr(modules[parent], child,
+                ExpertLinear(modules[name], count, r, alpha / rank * r, top_k))
     return model
 
 

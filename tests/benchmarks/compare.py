@@ -16,7 +16,6 @@ again, the grid goes on where it was; more seeds, rates, budgets or strategies a
 A budget is the size of a uniform mixture of so many experts a matrix; "paper" is the paper's own
 comparison, votes at keep 0.6 against an expert a matrix and task, whatever they spend.
 The record, NAME.json, its tables, NAME.md, and two figures go to tests/benchmarks/results.
-Not among the strategies: one LoRA with the probe's ranks. An allocation has one rank for all.
 """
 
 from __future__ import annotations

@@ -23,13 +23,16 @@ from minismoe.controls import shares
 from minismoe.data import Task, load_tasks
 
 STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
-    "lora": {"strategy": "lora"}, "uniform": {"strategy": "uniform"},
+    "lora": {"strategy": "lora"}, "ranks": {"strategy": "ranks"},
+    "ranks-gain": {"strategy": "ranks"},              # of scores times entries: what a step gains
+    "uniform": {"strategy": "uniform"},
     "random": {"strategy": "random"}, "mola": {"strategy": "mola"},
     "votes": {"strategy": "votes"}, "votes-kind": {"strategy": "votes", "group": "kind"},
     "votes-all": {"strategy": "votes", "group": "all"},
     "votes-floor": {"strategy": "votes", "min_experts": 1},
     "proportional": {"strategy": "proportional"},
     "proportional-floor": {"strategy": "proportional", "min_experts": 1},
+    "floor-gain": {"strategy": "proportional", "min_experts": 1},       # of the same scores
     "inverse": {"strategy": "votes"},                 # of scores turned round: the least sensitive
 }
 PAPER = ("uniform", "votes", "votes-kind", "votes-all")
@@ -187,10 +190,14 @@ def shapes_of(args: argparse.Namespace, modules: Sequence[str]) -> dict[str, tup
 def allocation_of(args: argparse.Namespace, cell: Cell) -> Allocation:
     """A cell's allocation, from the probe of its seed."""
     scores = probed(args, cell.seed)
+    shapes = shapes_of(args, list(next(iter(scores.values()))))
     if cell.strategy == "inverse":
         scores = {task: {m: 1 / max(s, 1e-100) for m, s in values.items()}
                   for task, values in scores.items()}
-    shapes = shapes_of(args, list(next(iter(scores.values()))))
+    if cell.strategy.endswith("-gain"):
+        # A step of Adam moves each entry alike: it gains the sum of |g|, about sqrt(entries * s).
+        scores = {task: {m: s * math.prod(shapes[m]) for m, s in values.items()}
+                  for task, values in scores.items()}
     settings = {**STRATEGIES[cell.strategy], "rank": args.rank, "top_k": args.top_k,
                 "shapes": shapes, "seed": 100 * cell.seed + cell.draw}
     if cell.budget != "paper":
@@ -230,7 +237,7 @@ def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[s
     larger = (allocate(scores, budget_params=round(target * (1 + i / 200)), **settings)
               for i in range(1, 200))
     over = next((a for a in larger if a.experts != under.experts or a.rank != under.rank), under)
-    if settings["strategy"] in ("lora", "uniform"):
+    if settings["strategy"] in ("lora", "ranks", "uniform"):
         return min(under, over, key=lambda a: abs((a.trainable_parameters or 0) - target))
     counts = {m: under.experts.get(m, 0) for m in shapes}
     weights = shares(scores, [list(shapes)])

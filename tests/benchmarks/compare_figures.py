@@ -67,15 +67,15 @@ def hue(i: int, count: int) -> str:
 
 
 def allocations_svg(record: Mapping[str, Any]) -> str:
-    """Experts a matrix, at the first seed, side by side; of what is not the same everywhere."""
+    """Experts (or ranks) a matrix, at the first seed, side by side; what is not all the same."""
     rows = [row for row in record["rows"] if len(set(row["allocation"].split())) > 1]
     layers, projections, _ = report.grid(dict.fromkeys(record["modules"], 0))
-    most = max(int(n) for row in record["rows"] for n in row["allocation"].split())
     wide, step = max(170.0, 46 + 9.0 * len(layers)), 34 + report.ROW * len(projections)
     columns = 4 if len(layers) <= 12 else 2
     out = []
     for i, row in enumerate(rows):
         cells = report.grid(dict(zip(record["modules"], map(int, row["allocation"].split()))))[2]
+        most = max(cells.values())
         drawn = {at: (report._color(report.BLUES, (n - 1) / max(1, most - 1)) if n
                       else report.ABSENT, f"{n}") for at, n in cells.items()}
         budget = row["budget"] if row["budget"] == "paper" else f"x{row['budget']}"

@@ -112,8 +112,8 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             task: "".join(map(str, right)) for task, right in read_json(answers).items()
             } if answers.exists() else None})
         allocation = read_json(folder / "allocation.json")
-        row.setdefault("rank", allocation["rank"])
-        row.setdefault("allocation", allocation["experts"])        # the first seed's
+        row.setdefault("rank", allocation["rank"])                 # the first seed's
+        row.setdefault("allocation", allocation.get("ranks") or allocation["experts"])
     modules = sorted({m for row in found.values() for m in row.get("allocation", {})})
     for row in found.values():                         # a line each, and not one a matrix
         experts = row.pop("allocation", {})
