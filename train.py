@@ -6,7 +6,7 @@
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, metrics.jsonl, results.json, answers.json (1 or 0
-for each test line), adapter/, checkpoints/.
+for each test line), routers.json and .svg, adapter/, checkpoints/.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from tqdm import tqdm
 
 from minismoe import cli
 from minismoe.allocate import Allocation
-from minismoe.checkpoint import read_json, save_adapter, versions, write_json
+from minismoe.checkpoint import read_json, replacing, save_adapter, versions, write_json
+from minismoe.data import probe_batches
 from minismoe.evaluate import Accuracy, evaluate
 from minismoe.experts import add_experts
-from minismoe.report import clean, table, terminal_heatmap
+from minismoe.report import clean, routers_svg, table, terminal_heatmap
+from minismoe.routers import collapsed, router_use
 from minismoe.training import Interrupted, TrainConfig, train
 
 RESUMABLE = ("resume", "debug", "verbose", "device", "show")   # flags that a resumed run may change
+ROUTED = 32                              # examples a task that the routers are watched on
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -122,6 +125,8 @@ def main(argv: Sequence[str]) -> None:
     save_adapter(inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
     after = score(inputs, "after")
 
+    show_routers(inputs, args, run)
+
     results = summarise(before, after, trainable, sum(allocation.experts.values()), seconds)
     write_json(run / "answers.json", {name: a.right for name, a in after.items()})
     write_json(run / "results.json", results)
@@ -155,6 +160,23 @@ def score(inputs: cli.Inputs, when: str) -> dict[str, Accuracy]:
               unit="answer") as bar:
         return {t.name: evaluate(inputs.model, inputs.tokenizer, t, progress=bar.update)
                 for t in inputs.tasks}
+
+
+def show_routers(inputs: cli.Inputs, args: argparse.Namespace, run: Path) -> None:
+    """Draw what the routers do on some training examples of each task, and write it down."""
+    use = router_use(inputs.model, {
+        name: probe_batches(e.examples, ROUTED, cli.PROBE_BATCH, inputs.tokenizer.pad_id,
+                            args.device) for name, e in inputs.encoded.items()})
+    if not use:
+        return
+    write_json(run / "routers.json", use)
+    with replacing(run / "routers.svg") as tmp:
+        tmp.write_text(routers_svg(use), encoding="utf-8")
+    print(terminal_heatmap("how far the routers tell the tasks apart, of 1",
+                           {name: found["separation"] for name, found in use.items()}))
+    if lost := collapsed(use):
+        print(f"{len(lost)} experts get under 1 % of the gates: {', '.join(lost[:5])}"
+              f"{', ...' if len(lost) > 5 else ''}; a larger --router-aux-loss-coef spreads them")
 
 
 def summarise(before: dict[str, dict[str, Any]], after: dict[str, Accuracy], trainable: int,

@@ -10,7 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 from xml.sax.saxutils import escape
 
 Scale = Literal["linear", "log"]
@@ -237,9 +237,34 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], experts: Mapping[s
         x, y = (0.0, y + step) if wide or x else (half + GAP, y)
     y += step if x else 0.0
     out += _keys(y, measure, decades, any(share < low for share in everything), shades)
-    box = full + 6, y + 62  # with a margin of 3
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-3 -3 {box[0]:g} {box[1]:g}" '
-            f'width="{2 * box[0]:g}" height="{2 * box[1]:g}" font-size="{SIZE}" '
+    return _svg(full, y + 56, title, out)
+
+
+def routers_svg(use: Mapping[str, Mapping[str, Any]]) -> str:
+    """Heatmaps of what `routers.router_use` found: each task's entropies, and the separation."""
+    layers, projections, _ = grid(dict.fromkeys(use, 0.0))
+    tasks = next(iter(use.values()))["entropy"]
+    panels = {f"entropy, {clean(task)}": {m: found["entropy"][task] for m, found in use.items()}
+              for task in tasks} | {"separation": {m: f["separation"] for m, f in use.items()}}
+    width, step = max(WIDTH / 2, 40 + 9.0 * len(layers)), 32 + ROW * len(projections)
+    out = []
+    for i, (title, values) in enumerate(panels.items()):
+        drawn = {at: (_color(VIRIDIS, min(max(v, 0.0), 1.0)), "")
+                 for at, v in grid(values)[2].items()}
+        out += _panel(i % 2 * (width + GAP), i // 2 * step, width, title, layers, projections,
+                      drawn)
+    y = (len(panels) + 1) // 2 * step
+    stops = (f'<stop offset="{i / 8}" stop-color="#{hue}"/>' for i, hue in enumerate(VIRIDIS))
+    out += [f'<linearGradient id="shares">{"".join(stops)}</linearGradient>',
+            f'<rect x="37" y="{y}" width="260" height="8" fill="url(#shares)"/>',
+            _text(37, y + 20, "0"), _text(297, y + 20, "1")]
+    return _svg(2 * width + GAP, y + 24, "routers", out)
+
+
+def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    """A figure of this size with a margin of 3 around it, on white."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-3 -3 {width + 6:g} {height + 6:g}" '
+            f'width="{2 * width + 12:g}" height="{2 * height + 12:g}" font-size="{SIZE}" '
             f'font-family="Helvetica, Arial, sans-serif"><title>{escape(clean(title))}</title>\n'
             '<rect x="-3" y="-3" width="100%" height="100%" fill="#fff"/>\n'
-            + "\n".join(out) + "\n</svg>\n")
+            + "\n".join(parts) + "\n</svg>\n")

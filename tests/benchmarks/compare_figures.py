@@ -87,11 +87,6 @@ def allocations_svg(record: Mapping[str, Any]) -> str:
 
 
 def figure(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    """An SVG in the style of report.py."""
-    box = f"{width + 6:g} {height + 6:g}"
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-3 -3 {box}" '
-            f'width="{2 * width + 12:g}" height="{2 * height + 12:g}" font-size="{report.SIZE}" '
-            'font-family="Helvetica, Arial, sans-serif">\n'
-            '<rect x="-3" y="-3" width="100%" height="100%" fill="#fff"/>\n'
-            + report._text(0, 11, report.clean(title), "start", report.BOLD) + "\n"
-            + "\n".join(parts) + "\n</svg>\n")
+    """An SVG in the style of report.py, with its title in it."""
+    return report._svg(width, height, title, [
+        report._text(0, 11, report.clean(title), "start", report.BOLD), *parts])

@@ -1,0 +1,329 @@
+"""Is the probe to be believed? Four questions, asked of the embedded default or a real model.
+
+    python tests/benchmarks/probe_worth.py                                   all four, the default
+    python tests/benchmarks/probe_worth.py --name smollm2 --model SMOLLM2 --data DATA \\
+        --tasks trec,clinc,banking77,boolq,arc_easy --adapter RUN/adapter --questions 3
+    python tests/benchmarks/probe_worth.py --readme tests/benchmarks/results/worth-default.json
+
+1. Stability: do disjoint samples of a task select the same matrices?
+2. Variants: what do the group, the normalisation and the loss change?
+3. Mid-training: does the ranking hold once the experts are trained? (--adapter; the default trains
+   its own.)
+4. Truth: train one matrix, one kind, one layer at a time: does the score tell what is gained?
+
+The record, worth-NAME.json, and its curve go to tests/benchmarks/results; a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import torch
+from compare_cells import model_folder
+from compare_figures import figure, hue
+from compare_report import RESULTS, machine, table
+from torch import Tensor
+from tqdm import tqdm
+
+from minismoe import cli, report
+from minismoe.allocate import GROUPS, allocate, parameters
+from minismoe.checkpoint import (
+    load_adapter,
+    load_model,
+    read_json,
+    replacing,
+    versions,
+    write_json,
+)
+from minismoe.data import probe_batches
+from minismoe.evaluate import evaluate
+from minismoe.experts import add_experts
+from minismoe.loss import IGNORE
+from minismoe.sensitivity import Scores, probe
+from minismoe.training import TrainConfig, train
+
+SIZES, PAIRS = (8, 16, 32, 64, 128), 10      # samples a task; disjoint pairs of each size
+KEEP, SEED = 0.6, 1000                       # a seed that no comparison reports
+TRUTH_SEEDS, TRUTH_RANK = 3, 8
+Values = Mapping[str, float]                 # {module: score}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="default", help="of the record in results/")
+    parser.add_argument("--adapter", help="a trained adapter of the model, for question 3")
+    parser.add_argument("--questions", type=int, default=4, choices=(1, 2, 3, 4),
+                        help="ask only the first N")
+    parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
+    cli.add_input_flags(parser)
+    parser.set_defaults(seed=SEED)
+    return parser.parse_args(argv)
+
+
+def samples_of(inputs: cli.Inputs, args: argparse.Namespace, count: int) -> tuple[Scores, dict]:
+    """A probe of `count` random samples a task, and how many supervised tokens each has."""
+    pools = {t: random.Random(args.seed).sample(e.examples, len(e.examples))
+             for t, e in inputs.encoded.items()}
+    total = sum(min(count, len(pool)) for pool in pools.values())
+    with tqdm(total=total, desc="probe", unit="sample") as bar:
+        scores = probe(inputs.model, {t: probe_batches(pool, count, cli.PROBE_BATCH,
+                       inputs.tokenizer.pad_id, args.device) for t, pool in pools.items()},
+                       progress=bar.update)
+    tokens = {t: torch.tensor([sum(label != IGNORE for label in e.labels)
+                               for e in pool[:count]], dtype=torch.float64)
+              for t, pool in pools.items()}
+    return scores, tokens
+
+
+def voted(values: Values, group: str = "attention_mlp") -> set[str]:
+    return set(allocate({"": dict(values)}, group=group, keep=KEEP).experts)
+
+
+def shared(first: set[str], second: set[str]) -> float:
+    return len(first & second) / max(len(first), len(second), 1)
+
+
+def spearman(first: Iterable[float], second: Iterable[float]) -> float:
+    """Rank correlation of two rows (Spearman 1904), ties at their mean rank."""
+    ranks = []
+    for row in (first, second):
+        values = torch.tensor(list(row), dtype=torch.float64)
+        below = (values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1)
+        ranks.append(below.double())
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def stability(scores: Scores) -> dict[str, dict[str, list[float]]]:
+    """{task: {size: [mean overlap, smallest]}} of the matrices that disjoint samples select."""
+    generator, names = torch.Generator().manual_seed(SEED), list(scores.shapes)
+    found: dict[str, dict[str, list[float]]] = {}
+    for task, norms in scores.samples.items():
+        found[task] = {}
+        for size in SIZES:
+            if 2 * size > len(norms):
+                break
+            overlaps = []
+            for _ in range(PAIRS):
+                order = torch.randperm(len(norms), generator=generator)
+                halves = [voted(dict(zip(names, norms[part].sum(0).tolist())))
+                          for part in (order[:size], order[size:2 * size])]
+                overlaps.append(shared(*halves))
+            found[task][str(size)] = [sum(overlaps) / PAIRS, min(overlaps)]
+    return found
+
+
+def variants(scores: Scores, tokens: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """{variant: [rank correlation, votes shared]} with the probe as it is, mean over tasks."""
+    names, shapes = list(scores.shapes), scores.shapes
+    as_is = dict.fromkeys(names, 1.0)
+    weight = {m: float(out * in_) for m, (out, in_) in shapes.items()}
+    expert = {m: float(parameters(shape, 1, 1)) for m, shape in shapes.items()}
+    rows: dict[str, tuple[str, Values, bool]] = {
+        **{f"group {g}": (g, as_is, False) for g in GROUPS[1:]},
+        "per parameter of the matrix": (GROUPS[0], weight, False),
+        "per parameter of an expert": (GROUPS[0], expert, False),
+        "loss summed over tokens": (GROUPS[0], as_is, True)}
+    found = {}
+    for label, (group, size, summed) in rows.items():
+        correlations, overlaps = [], []
+        for task, norms in scores.samples.items():
+            # The gradient of a sum is that of the mean times the tokens; its square, times those.
+            times = tokens[task].square()[:, None] if summed else torch.ones(1)
+            other = {m: v / size[m] for m, v in zip(names, (norms * times).sum(0).tolist())}
+            correlations.append(spearman(scores[task].values(), other.values()))
+            overlaps.append(shared(voted(scores[task]), voted(other, group)))
+        found[label] = [sum(x) / len(x) for x in (correlations, overlaps)]
+    return found
+
+
+def train_and_score(inputs: cli.Inputs, args: argparse.Namespace, experts: Any, cfg: TrainConfig,
+                    folder: Path) -> tuple[Any, float]:
+    """A fresh base with these experts, trained; and its mean exact match."""
+    model = load_model(folder, getattr(torch, args.dtype), args.device)
+    torch.manual_seed(cfg.seed)
+    add_experts(model, experts, rank=TRUTH_RANK)
+    with TemporaryDirectory() as run:
+        train(model, inputs.examples, cfg, Path(run), inputs.tokenizer.pad_id)
+    right = [evaluate(model, inputs.tokenizer, task).share for task in inputs.tasks]
+    return model, sum(right) / len(right)
+
+
+def during(inputs: cli.Inputs, args: argparse.Namespace, scores: Scores, folder: Path,
+           ) -> dict[str, list[float]]:
+    """{task: [rank correlation, votes shared]} of the probe at the start and of a trained model."""
+    if args.adapter:
+        model = load_model(folder, getattr(torch, args.dtype), args.device)
+        load_adapter(model, args.adapter)
+    else:
+        model, _ = train_and_score(inputs, args, dict.fromkeys(scores.shapes, 2),
+                                   TrainConfig(epochs=1, seed=args.seed), folder)
+    later, _ = samples_of(replace(inputs, model=model), args, 32)
+    names = list(scores.shapes)
+    first = {t: dict(zip(names, norms[:32].sum(0).tolist())) for t, norms in scores.samples.items()}
+    return {t: [spearman(first[t].values(), later[t].values()), shared(voted(first[t]),
+                                                                       voted(later[t]))]
+            for t in later}
+
+
+def parts(names: Sequence[str]) -> dict[str, list[str]]:
+    """What is trained alone: each matrix, each kind, each layer."""
+    found = {name: [name] for name in names}
+    for name in names:
+        found.setdefault("kind " + name.split(".")[-1], []).append(name)
+        found.setdefault("layer " + name.split(".")[2], []).append(name)
+    return found
+
+
+def truth(inputs: cli.Inputs, args: argparse.Namespace, names: Sequence[str], folder: Path,
+          known: dict[str, list[float]], save: Callable[[], None]) -> None:
+    """Fill `known` with the mean exact match of each part trained alone, seed by seed."""
+    todo = [(seed, part) for seed in range(TRUTH_SEEDS) for part in parts(names)
+            if len(known.get(part, ())) <= seed]
+    for seed, part in tqdm(todo, "truth", unit="run"):
+        cfg = TrainConfig(seed=args.seed + seed)
+        _, right = train_and_score(inputs, args, dict.fromkeys(parts(names)[part], 1), cfg, folder)
+        known.setdefault(part, []).append(right)
+        save()
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse(argv)
+    if args.readme:
+        print(markdown(read_json(args.readme)))
+        return
+    file = RESULTS / f"worth-{args.name}.json"
+    record: dict[str, Any] = read_json(file) if file.exists() else {}
+    inputs = cli.load_inputs(args)
+    folder = model_folder(args)
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("questions", "readme")}
+    if record.setdefault("settings", settings) != settings:
+        raise ValueError(f"{file} holds another run, {record['settings']}: choose another --name")
+    record |= {"format": "minismoe.worth/1", "machine": machine(), "versions": versions()}
+
+    def save() -> None:
+        write_json(file, record)
+
+    scores, tokens = samples_of(inputs, args, 2 * SIZES[-1])
+    record["stability"], record["variants"] = stability(scores), variants(scores, tokens)
+    save()
+    with replacing(file.with_suffix(".svg")) as tmp:
+        tmp.write_text(curve_svg(record), encoding="utf-8")
+    if args.questions >= 3 and "during" not in record:
+        record["during"] = during(inputs, args, scores, folder)
+        save()
+    if args.questions >= 4:
+        names = list(scores.shapes)
+        record["scores"] = {t: {m: v / len(scores.samples[t]) for m, v in scores[t].items()}
+                            for t in scores}
+        record["shapes"] = {m: list(shape) for m, shape in scores.shapes.items()}
+        truth(inputs, args, names, folder, record.setdefault("truth", {}), save)
+        save()
+    print(markdown(record))
+
+
+def worths(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """{score: {where: rank correlation with what training that part alone gained}}."""
+    scores, shapes = record["scores"], record["shapes"]
+    gained = {part: sum(found) / len(found) for part, found in record["truth"].items()}
+    share = {m: sum(values[m] / sum(values.values()) for values in scores.values()) for m in shapes}
+    entries = {m: math.prod(shape) for m, shape in shapes.items()}
+    trained = {m: parameters(tuple(shape), 1, TRUTH_RANK) for m, shape in shapes.items()}
+    candidates: dict[str, Values] = {
+        "the probe's": share,
+        "per parameter of the matrix": {m: share[m] / entries[m] for m in shapes},
+        "per parameter of an expert": {m: share[m] / trained[m] for m in shapes},
+        "times entries of the matrix": {m: share[m] * entries[m] for m in shapes},
+        "no probe: parameters of an expert": trained,
+        "no probe: the lower layers": {m: -float(m.split(".")[2]) for m in shapes}}
+    kinds = sorted({m.split(".")[-1] for m in shapes})
+    found = {}
+    for label, values in candidates.items():
+        groups: dict[str, list[str]] = {"all matrices": list(shapes)}
+        groups |= {k: [m for m in shapes if m.endswith(k)] for k in kinds}
+        by = {where: spearman((values[m] for m in members), (gained[m] for m in members))
+              for where, members in groups.items()}
+        within = [x for k in kinds if (x := by.pop(k)) == x]
+        by["within a kind"] = sum(within) / len(within) if within else math.nan
+        for what in ("kind", "layer"):
+            at = {p: [m for m in shapes if p.split()[1] in m.split(".")] for p in gained
+                  if p.startswith(what)}
+            by[f"{what}s"] = spearman((sum(values[m] for m in members) for members in at.values()),
+                                      (gained[p] for p in at))
+        found[label] = by
+    return found
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The answers as tables."""
+    sizes = [str(n) for n in SIZES]
+    parts = ["Overlap of the matrices that disjoint samples of a task select (mean of "
+             f"{PAIRS} pairs, and the smallest):",
+             table(["task", *sizes], [[task, *(
+                 "{:.2f} ({:.2f})".format(*row[n]) if n in row else "" for n in sizes)]
+                 for task, row in record["stability"].items()])]
+    means = [[row[n][0] for row in record["stability"].values() if n in row] for n in sizes]
+    parts[-1] += "\n" + table(["mean", *(f"{sum(m) / len(m):.3f}" if m else "" for m in means)],
+                              []).split("\n")[0]
+    parts += ["What changes the ranking (mean over tasks, against the probe as it is):",
+              table(["variant", "rank correlation", "votes shared"],
+                    [[label, *(f"{x:.2f}" for x in row)]
+                     for label, row in record["variants"].items()])]
+    if "during" in record:
+        parts += ["At the start against a trained model:",
+                  table(["task", "rank correlation", "votes shared"],
+                        [[task, *(f"{x:.2f}" for x in row)]
+                         for task, row in record["during"].items()])]
+    if "truth" in record:
+        found = worths(record)
+        parts += ["Rank correlation of a score with the exact match that training one part alone "
+                  "reaches:",
+                  table(["score", *next(iter(found.values()))],
+                        [[label, *(f"{x:.2f}" for x in row.values())]
+                         for label, row in found.items()]),
+                  "That exact match in %, of kinds and layers:",
+                  table(["part", "exact match"], [
+                      [part, f"{100 * sum(found) / len(found):.1f}"]
+                      for part, found in record["truth"].items() if " " in part])]
+    return "\n\n".join(parts)
+
+
+def curve_svg(record: Mapping[str, Any]) -> str:
+    """Overlap against samples, a line a task; 0.95 is dashed."""
+    rows, width, height = record["stability"], 300.0, 150.0
+    low = math.floor(10 * min(v[0] for row in rows.values() for v in row.values())) / 10
+
+    def at(size: int, overlap: float) -> str:
+        x = 36 + (width - 110) * math.log2(size / SIZES[0]) / math.log2(SIZES[-1] / SIZES[0])
+        return f"{x:.1f} {20 + (height - 40) * (1 - (overlap - low) / (1 - low)):.1f}"
+
+    out = [f'<path d="M{at(SIZES[0], 0.95)}L{at(SIZES[-1], 0.95)}" stroke="#000" '
+           'stroke-dasharray="3"/>']
+    for value in (low, 0.95, 1.0):
+        x, y = map(float, at(SIZES[0], value).split())
+        out.append(report._text(x - 6, y + 3, f"{value:g}", "end"))
+    for size in SIZES:
+        x, y = map(float, at(size, low).split())
+        out.append(report._text(x, y + 14, str(size)))
+    out.append(report._text(width / 2 - 20, height + 8, "samples a task"))
+    for i, (task, row) in enumerate(rows.items()):
+        places = [at(int(size), v[0]) for size, v in row.items()]
+        color, y = hue(i, len(rows)), 26 + 13 * i
+        out += [f'<path d="M{"L".join(places)}" fill="none" stroke="{color}" stroke-width="1.5"/>',
+                f'<path d="M{width - 66} {y - 3}h10" stroke="{color}" stroke-width="1.5"/>',
+                report._text(width - 52, y, report.clean(task)[:12], "start")]
+    return figure(width + 20, height + 14, "overlap of the selected matrices", out)
+
+
+if __name__ == "__main__":
+    cli.run(main)
