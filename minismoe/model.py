@@ -26,6 +26,7 @@ from .config import Config
 from .experts import together
 
 SHORT = 256            # keys up to which a CPU trains bfloat16 with attention written out
+FEW = 4                # tokens that are not worth sharing
 
 
 class Cache:
@@ -41,16 +42,19 @@ class Cache:
         self.used = 0        # upper bound of lengths, known without asking the device
 
 
+Shared = list[tuple[int, int, int, int]]     # first row, last row + 1, first token, last token + 1
+
+
 class Tokens:
     """Where the real tokens of one (B, T) batch are, as rows of a packed (N, ...) tensor.
 
-    The first `prefix` tokens, which all sequences share, are held once, in the first rows.
+    Tokens that neighbouring sequences begin with alike are held once, by the first of them.
     """
 
     def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None = None,
-                 prefix: int = 0):
+                 shared: Shared = []):  # noqa: B006 (it is only read)
         mask = attention_mask.bool()
-        self.shape, self.device, self.prefix = mask.shape, mask.device, prefix
+        self.shape, self.device, self.shared = mask.shape, mask.device, shared
         B, T = mask.shape
         rows = torch.arange(B, device=self.device)[:, None].expand_as(mask)
         order = mask.cumsum(1) - 1                                       # (B, T) place in its row
@@ -58,7 +62,10 @@ class Tokens:
             seen = cache.lengths.clone()
             cache.lengths += mask.sum(1)
             cache.used = min(cache.used + T, cache.keys[0].shape[2])
-        mask = mask & ~((rows > 0) & (torch.arange(T, device=self.device) < prefix))
+        if shared:
+            mask = mask.clone()
+        for first, end, start, stop in shared:
+            mask[first + 1:end, start:stop] = False
         self.where = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
         self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
         self.slots = self.rows * T + local                               # right-padded places
@@ -80,17 +87,15 @@ class Tokens:
         return self._spread(x, self.slots).transpose(1, 2)
 
     def _spread(self, x: Tensor, places: Tensor | None) -> Tensor:
-        """(N, ...) -> (B, T, ...), each at its place of the B*T, the prefix in every row."""
+        """(N, ...) -> (B, T, ...), each at its places of the B*T."""
         if self.where is None or places is None:
             return x.unflatten(0, self.shape)
-        y = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, places, x)
-        y, P = y.unflatten(0, self.shape), self.prefix
-        return y if P == 0 else torch.cat((x[:P].expand(len(y), *x[:P].shape), y[:, P:]), 1)
+        return _Spread.apply(x, places, self.shape, self.shared)
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, heads, T, C) -> (N, heads * C), the inverse of `sequences`."""
         x = x.transpose(1, 2).flatten(2).flatten(0, 1)
-        return x if self.where is None else x.index_select(0, self.slots)
+        return x if self.where is None else _Gather.apply(x, self.slots)
 
     def _mask(self, window: int | None, keys: int) -> Tensor | None:
         """Which of `keys` each query sees, (B, 1, T, keys); None where causality says it all."""
@@ -102,10 +107,65 @@ class Tokens:
         return seen if window is None else seen & (key > query - window)
 
 
-def common_prefix(input_ids: Tensor, attention_mask: Tensor) -> int:
-    """How many first tokens all rows of a batch share, none of them a pad."""
-    same = ((input_ids == input_ids[0]) & attention_mask.bool()).all(0)          # (T,)
-    return int(same.cumprod(0).sum()) if len(input_ids) > 1 else 0
+class _Spread(torch.autograd.Function):
+    """Packed tokens to their places of (B, T, ...), shared ones to each sequence's.
+
+    By hand, for autograd does not know that places differ, and adds where it could copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, shape: tuple[int, int], shared: Shared,
+                ) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shared = shared
+        y = x.new_zeros(math.prod(shape), *x.shape[1:]).index_copy_(0, places, x)
+        y = y.unflatten(0, shape)
+        for first, end, start, stop in shared:
+            y[first + 1:end, start:stop] = y[first, start:stop].clone()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.shared:
+            dy = dy.clone()
+        for first, end, start, stop in ctx.shared:
+            dy[first, start:stop] = dy[first:end, start:stop].sum(0)
+        return dy.flatten(0, 1).index_select(0, ctx.saved_tensors[0]), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """x[places] of (M, ...), where no place comes twice, so that the gradient is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.rows = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return dy.new_zeros(ctx.rows, *dy.shape[1:]).index_copy_(0, places, dy), None
+
+
+def shared_prefixes(input_ids: Tensor, attention_mask: Tensor) -> Shared:
+    """What the rows of a batch begin with alike: all of them, and groups of neighbours beyond that.
+
+    Rows are compared with the next one alone, so those that are alike should stand together.
+    """
+    mask = attention_mask.bool()
+    alike = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
+    alike = alike.cumprod(1).sum(1).tolist()                             # (B - 1,) tokens
+    everyone, first = min(alike, default=0), 0
+    found = [(0, len(mask), 0, everyone)] if everyone else []
+    for end in range(1, len(mask) + 1):
+        if end == len(mask) or alike[end - 1] < everyone + FEW:
+            if end - first > 1:
+                found.append((first, end, everyone, min(alike[first:end - 1])))
+            first = end
+    return found
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -169,7 +229,7 @@ class Attention(nn.Module):
             keys, values = tokens.sequences(k), tokens.sequences(v)
         else:
             keys, values = (c[self.layer] for c in (tokens.cache.keys, tokens.cache.values))
-            if tokens.prefix:                        # every row starts here, and some start alike
+            if tokens.shared:                        # every row starts here, and some start alike
                 keys[:, :, :tokens.shape[1]] = tokens.sequences(k)
                 values[:, :, :tokens.shape[1]] = tokens.sequences(v)
             else:
@@ -270,12 +330,13 @@ class Decoder(nn.Module):
                 cache: Cache | None = None, share_prefix: bool = False) -> Tensor:
         """Hidden states (B, T, D) of input_ids (B, T); zeros where attention_mask (B, T) is 0.
 
-        With share_prefix, tokens that all rows begin with (a system prompt) are computed once.
+        With share_prefix, tokens that all rows, or some neighbours, begin with (a system prompt, an
+        instruction) are computed once.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         share_prefix = share_prefix and (cache is None or cache.used == 0)
         tokens = Tokens(mask, self.config, cache,
-                        common_prefix(input_ids, mask) if share_prefix else 0)
+                        shared_prefixes(input_ids, mask) if share_prefix else [])
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         rope = self._rope(tokens.positions, x.dtype)
         for block in self.layers:

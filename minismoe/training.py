@@ -121,7 +121,8 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
     total = balance = torch.zeros((), device=device)
     by_task: dict[str, list[Tensor]] = defaultdict(list)
     for i in range(0, len(batch), cfg.micro_batch_size):
-        part = batch[i:i + cfg.micro_batch_size]
+        # Rows that begin alike, as those of a task do, stand together: they share what is computed.
+        part = sorted(batch[i:i + cfg.micro_batch_size], key=lambda e: e.ids)
         ids, mask, labels = collate(part, pad_id, device)
         losses, rows = supervised_losses(model, ids, mask, labels, share_prefix=True)
         balanced = balance_loss(layers.values(), mask) * (sum(len(e.ids) for e in part) / tokens)

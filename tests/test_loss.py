@@ -222,7 +222,8 @@ def test_gemma2_is_refused() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("case", ["prefix", "supervised", "all the same", "pads on the left"])
+@pytest.mark.parametrize("case", ["prefix", "supervised", "groups", "all the same",
+                                  "pads on the left"])
 def test_a_shared_prefix_changes_nothing(case: str, window: int | None) -> None:
     """Computed once for all rows, it gives the losses and gradients of every row by itself."""
     torch.manual_seed(0)
@@ -232,7 +233,12 @@ def test_a_shared_prefix_changes_nothing(case: str, window: int | None) -> None:
     for layer in expert_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.3)
     ids, mask, labels = batch("left" if case == "pads on the left" else "right")
-    ids[:, :3] = ids[0, :3]
+    if case == "groups":                 # two rows begin with 6 tokens alike, and all with 2
+        ids, mask, labels = (t[[1, 0, 2]] for t in (ids, mask, labels))
+        ids[:, :2], ids[2, :6] = ids[0, :2], ids[1, :6]
+        assert mask[1:, :6].all()
+    else:
+        ids[:, :3] = ids[0, :3]
     if case == "supervised":
         labels[:, 1:3] = ids[:, 1:3]
     if case == "all the same":
@@ -248,5 +254,5 @@ def test_a_shared_prefix_changes_nothing(case: str, window: int | None) -> None:
                                           if p.grad is not None])
     for plain, once in zip(*found, strict=True):
         torch.testing.assert_close(once, plain, rtol=1e-9, atol=1e-12)
-    saved = {"all the same": 2 * 9, "pads on the left": 0}.get(case, 2 * 3)
+    saved = {"groups": 2 * 2 + 4, "all the same": 2 * 9, "pads on the left": 0}.get(case, 2 * 3)
     assert rows_computed[0] - rows_computed[1] == saved

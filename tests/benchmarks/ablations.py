@@ -1,0 +1,122 @@
+"""What of the mixture matters? One thing changed at a time, on the embedded default.
+
+    python tests/benchmarks/ablations.py                         a quarter of an hour on one core
+    python tests/benchmarks/ablations.py --readme tests/benchmarks/results/ablations.json
+
+Each variant is trained on the same lines in the same order, seed by seed. Beside exact match stands
+how far the routers tell the tasks apart (minismoe/routers.py), a mean over matrices.
+The record goes to tests/benchmarks/results; a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import torch
+from compare_report import RESULTS, machine, table
+from tqdm import tqdm
+
+from minismoe import cli, toy
+from minismoe.checkpoint import load_model, read_json, versions, write_json
+from minismoe.data import probe_batches
+from minismoe.evaluate import evaluate
+from minismoe.experts import add_experts, expert_layers, linear_layers
+from minismoe.routers import router_use
+from minismoe.training import TrainConfig, train
+
+FIRST_SEED, LR = 1000, 8e-3                  # seeds that no comparison reports
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from four experts of rank 8 everywhere, two of them active."""
+
+    experts: int = 4
+    rank: int = 8
+    top_k: int = 2
+    balance: float = 0.01
+    trained: bool = True                     # the routers
+
+
+VARIANTS = {
+    "4 experts of rank 8, top 2": Variant(),
+    "top 1": Variant(top_k=1), "all 4 active": Variant(top_k=4),
+    "no balance loss": Variant(balance=0.0), "balance loss x 10": Variant(balance=0.1),
+    "routers not trained": Variant(trained=False),
+    "8 experts of rank 4, top 2": Variant(experts=8, rank=4),
+    "8 experts of rank 4, top 4": Variant(experts=8, rank=4, top_k=4),
+    "one expert of rank 32": Variant(experts=1, rank=32),
+}
+
+
+def run(variant: Variant, inputs: cli.Inputs, seed: int) -> dict[str, float]:
+    """Exact match and separation, from 0 to 1, of a variant trained with a seed."""
+    model = load_model(toy.base_folder())
+    torch.manual_seed(seed)
+    add_experts(model, dict.fromkeys(linear_layers(model), variant.experts), rank=variant.rank,
+                top_k=variant.top_k)
+    for layer in expert_layers(model).values():
+        if layer.router is not None:
+            layer.router.requires_grad_(variant.trained)
+    cfg = TrainConfig(lr=LR, seed=seed, router_aux_loss_coef=variant.balance)
+    with TemporaryDirectory() as folder:
+        train(model, inputs.examples, cfg, Path(folder), inputs.tokenizer.pad_id)
+    use = router_use(model, {name: probe_batches(e.examples, 32, 8, inputs.tokenizer.pad_id, "cpu")
+                             for name, e in inputs.encoded.items()})
+    right = [evaluate(model, inputs.tokenizer, task).share for task in inputs.tasks]
+    return {"exact_match": sum(right) / len(right), "separation":
+            sum(found["separation"] for found in use.values()) / max(1, len(use))}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=cli.positive, default=5, help="(default: %(default)s)")
+    parser.add_argument("--readme", metavar="JSON", help="print a record's table, and stop")
+    cli.add_input_flags(parser)
+    parser.set_defaults(limit_train=200)
+    args = parser.parse_args(argv)
+    if args.readme:
+        print(markdown(read_json(args.readme)))
+        return
+    file = RESULTS / "ablations.json"
+    record: dict[str, Any] = read_json(file) if file.exists() else {"runs": {}}
+    record |= {"format": "minismoe.ablations/1", "machine": machine(), "versions": versions(),
+               "limit_train": args.limit_train, "lr": LR}
+    todo = [(seed, name) for seed in range(args.seeds) for name in VARIANTS
+            if len(record["runs"].get(name, ())) <= seed]
+    for seed, name in tqdm(todo, "ablations", unit="run"):
+        args.seed = FIRST_SEED + seed
+        with contextlib.redirect_stdout(io.StringIO()):
+            inputs = cli.load_inputs(args)
+        record["runs"].setdefault(name, []).append(run(VARIANTS[name], inputs, args.seed))
+        write_json(file, record)
+    print(markdown(record))
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Exact match in % and its difference to the first variant, paired by seed, +- 2 errors."""
+    first = torch.tensor([r["exact_match"] for r in next(iter(record["runs"].values()))])
+    rows = []
+    for name, runs in record["runs"].items():
+        right = 100 * torch.tensor([r["exact_match"] for r in runs])
+        gap = right - 100 * first[:len(right)]
+        error = 2 * gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else float("nan")
+        separation = sum(r["separation"] for r in runs) / len(runs)
+        rows.append([name, f"{right.mean():.1f}",
+                     f"{gap.mean():+.1f} ± {error:.1f}" if rows else "", f"{separation:.3f}"])
+    return table(["variant", "exact match", "difference", "tasks told apart"], rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)
