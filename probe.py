@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minismoe import cli
+from minismoe import cli, distributed
 from minismoe.checkpoint import replacing, write_json
 from minismoe.report import allocation_svg, clean, terminal_heatmap
 
@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> None:
     scores = cli.measure(args, inputs)
     allocation = cli.choose(args, scores)
 
+    if distributed.rank():
+        return
     run = Path(args.out)
     write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
     write_json(run / "allocation.json", allocation.to_json())

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minismoe import cli
+from minismoe import cli, distributed
 from minismoe.allocate import Allocation
 from minismoe.checkpoint import read_json, save_adapter, versions, write_json
 from minismoe.evaluate import Accuracy, evaluate
@@ -53,7 +53,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--batch-size", type=cli.positive, default=d["batch_size"],
                        help="examples an optimizer step (default: %(default)s)")
     group.add_argument("--micro-batch-size", type=cli.positive, metavar="N", help="examples "
-                       "computed at once, less memory by accumulation (default: --batch-size)")
+                       "computed at once, less memory by accumulation; several processes share "
+                       "them (default: --batch-size)")
     group.add_argument("--recompute", action="store_true", help="activation checkpointing: about "
                        "a third slower, far less memory for long examples")
     group.add_argument("--lr", type=float, default=d["lr"],
@@ -84,11 +85,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
-    torch.manual_seed(args.seed)
     begun, seconds = time.perf_counter(), {}
     inputs = cli.load_inputs(args)
     run = Path(args.out) if args.resume else cli.new_run(
         args.out, Path(args.model or "default").name)
+    run = Path(distributed.gather(str(run))[0])
+    first = distributed.rank() == 0      # it alone writes
 
     # Probe and allocate, unless the allocation is given. B starts at 0, so experts change nothing
     # before training, and names that the model lacks are found before any long work.
@@ -99,7 +101,9 @@ def main(argv: Sequence[str]) -> None:
         scores = cli.measure(args, inputs)
         allocation = cli.choose(args, scores)
         seconds["probe"] = round(time.perf_counter() - start, 2)
-        write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
+        if first:
+            write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
+    torch.manual_seed(args.seed)         # of the new experts, the same in all processes
     add_experts(inputs.model, allocation)
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     describe(inputs, allocation, trainable)
@@ -109,7 +113,8 @@ def main(argv: Sequence[str]) -> None:
         before = read_json(run / "before.json")
     else:
         before = {name: vars(a) for name, a in score(inputs, "before").items()}
-        start_run(run, args, inputs, allocation, before)
+        if first:
+            start_run(run, args, inputs, allocation, before)
     inputs.model.model.recompute = args.recompute
     cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)
                          if hasattr(args, f.name)})
@@ -118,9 +123,15 @@ def main(argv: Sequence[str]) -> None:
                         args.resume)
     except Interrupted as e:
         raise KeyboardInterrupt(f"{e}; go on with: python train.py --resume --out {run}") from None
+    except ConnectionError as e:
+        raise ConnectionError(f"{e}; go on, with any number of processes: train.py --resume "
+                              f"--out {run}") from None
     seconds["train"] = round(summary["seconds"], 2)
-    save_adapter(inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
+    if first:
+        save_adapter(inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
     after = score(inputs, "after")
+    if not first:
+        return
 
     results = summarise(before, after, trainable, sum(allocation.experts.values()), seconds)
     write_json(run / "answers.json", {name: a.right for name, a in after.items()})
@@ -148,13 +159,13 @@ def start_run(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocatio
     write_json(run / "config.json", {
         "format": "minismoe.run/1", "arguments": vars(args), "versions": versions(),
         "fingerprint": inputs.model.fingerprint, "machine": platform.platform(),
-        "threads": torch.get_num_threads()})
+        "threads": torch.get_num_threads(), "processes": distributed.world()})
 
 
 def score(inputs: cli.Inputs, when: str) -> dict[str, Accuracy]:
     """Exact match on every task's test split, with a bar."""
     with tqdm(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
-              unit="answer") as bar:
+              unit="answer", disable=distributed.rank() > 0) as bar:
         return {t.name: evaluate(inputs.model, inputs.tokenizer, t, progress=bar.update)
                 for t in inputs.tasks}
 

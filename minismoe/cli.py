@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import distributed
 from .allocate import GROUPS, STRATEGIES, Allocation, allocate
 from .checkpoint import load_model, read_json, resolve
-from .data import Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
+from .data import Batch, Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
 from .experts import linear_layers
 from .loss import IGNORE
 from .model import CausalLM
@@ -35,13 +36,16 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             stream.reconfigure(errors="replace")
     try:
         main(argv)
+        distributed.stop()
     except KeyboardInterrupt as e:
-        print(f"\ninterrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
+        if distributed.rank() == 0:
+            print(f"\ninterrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
         sys.exit(130)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as e:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr)
+        who = f" (process {distributed.rank()})" if distributed.world() > 1 else ""
+        print(f"error{who}: {e}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -134,13 +138,18 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
     if (args.model is None) != (args.data is None):
         raise ValueError("--model and --data go together; without both, the tiny model and its "
                          "own tasks are used")
+    device, dtype = device_and_dtype(args)
+    distributed.start(device)
     if args.model is None:
         from . import toy
-        folder, tasks = toy.base_folder(), toy.tasks(args.seed)
+        with distributed.one_first():
+            folder = toy.base_folder()
+        tasks = toy.tasks(args.seed)
         if args.tasks:
             tasks = [t for t in tasks if t.name in args.tasks.split(",")]
     else:
-        folder = resolve(args.model)
+        with distributed.one_first():
+            folder = resolve(args.model)
         names = args.tasks.split(",") if args.tasks else ()
         tasks = load_tasks(args.data, names, args.seed)
     for task in tasks:
@@ -150,7 +159,6 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
         show(tasks, tokenizer, args.show)
         sys.exit(0)
     encoded = {task.name: encode_all(task, tokenizer, args.max_length) for task in tasks}
-    device, dtype = device_and_dtype(args)
     model = load_model(folder, dtype, device)
     model.name = args.model or "the embedded default"
     size = sum(p.numel() for p in model.parameters())
@@ -250,14 +258,19 @@ def measure(args: argparse.Namespace, inputs: Inputs) -> Scores:
     pools = {name: random.Random(args.seed).sample(e.examples, len(e.examples))
              for name, e in inputs.encoded.items()}
     most = min(AUTO_MOST if auto else wanted, max(map(len, pools.values())))
-    scores, done = None, 0
-    with tqdm(desc="probe", unit="sample", total=0) as bar:
+    scores, done = probe(inputs.model, {}), 0
+
+    def norms(item: tuple[str, Batch]) -> list[list[float]]:
+        return probe(inputs.model, {item[0]: [item[1]]}).samples[item[0]].tolist()
+
+    with tqdm(desc="probe", unit="sample", total=0, disable=distributed.rank() > 0) as bar:
         while True:
             bar.total += sum(len(p[done:wanted]) for p in pools.values())
-            batches = {name: probe_batches(pool, wanted - done, PROBE_BATCH,
-                                           inputs.tokenizer.pad_id, args.device, done)
-                       for name, pool in pools.items() if len(pool) > done}
-            scores = probe(inputs.model, batches, scores, bar.update)
+            batches = [(name, batch) for name, pool in pools.items() for batch in probe_batches(
+                pool, wanted - done, PROBE_BATCH, inputs.tokenizer.pad_id, args.device, done)]
+            for (name, batch), found in zip(batches, distributed.spread(norms, batches)):
+                scores.add(name, torch.tensor(found, dtype=torch.float64))
+                bar.update(len(batch[0]))
             agreement = trust(args, scores)
             done = wanted
             if not auto or min(agreement.values()) >= args.overlap or done >= most:

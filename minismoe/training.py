@@ -8,10 +8,11 @@ import os
 import shutil
 import signal
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from . import distributed
 from .checkpoint import read_json, replacing, write_json
 from .data import Example, bucket, collate
 from .experts import balance_loss, expert_layers, expert_use
@@ -35,7 +37,7 @@ class TrainConfig:
 
     epochs: int = 3
     batch_size: int = 16                # examples an optimizer step
-    micro_batch_size: int = 16          # examples computed at once; the rest by accumulation
+    micro_batch_size: int = 16          # examples computed at once, by all processes together
     lr: float = 4e-3                    # its peak
     warmup: float = 0.05                # share of the steps
     weight_decay: float = 0.0
@@ -72,7 +74,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     Ctrl-C, and ArithmeticError, naming step and batch, where the loss is no longer finite.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, 0.99),
+    # With a smaller eps an entry whose gradient is rounding alone would move by the whole rate.
+    optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
                                   weight_decay=cfg.weight_decay, fused=True)
     batches = schedule(examples, cfg)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -80,7 +83,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
         state = load_checkpoint(run, parameters, optimizer) or state
     begun = time.perf_counter() - state["seconds"]
     metrics = _metrics_from(run / "metrics.jsonl", state["step"])
-    bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1)
+    bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1,
+               disable=distributed.rank() > 0)
     line: dict[str, Any] = {}
     with metrics, bar, _sigint() as interrupted:
         for step in range(state["step"], len(batches)):
@@ -88,6 +92,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(batches), cfg)
             line = train_step(model, batches[step], cfg, pad_id, step)
+            distributed.sum_gradients(parameters.values())
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -101,9 +106,10 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tok/s",
                                 refresh=False)
             bar.update()
-            if interrupted or (step + 1) % cfg.checkpoint_every == 0:
+            stop = any(distributed.gather(bool(interrupted)))     # a signal may reach one only
+            if distributed.rank() == 0 and (stop or (step + 1) % cfg.checkpoint_every == 0):
                 save_checkpoint(run, parameters, optimizer, state)
-            if interrupted:
+            if stop:
                 raise Interrupted(f"saved after step {step + 1} of {len(batches)}")
     return {**state, "loss": line.get("loss", math.nan)}
 
@@ -113,31 +119,37 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
     """Gradients of one optimizer step, in micro-batches, and its metrics.
 
     The loss is the mean over the step's supervised tokens, whatever the micro-batches. The balance
-    loss is a statistic of each micro-batch, weighted by its tokens.
+    loss is a statistic of each micro-batch, weighted by its tokens. Where several processes share
+    the micro-batches, the metrics are of all, and the gradients, of each one's part, add up.
     """
     device, layers = model.model.norm.weight.device, expert_layers(model)
-    supervised = sum(label != IGNORE for e in batch for label in e.labels[1:])
-    tokens = sum(len(e.ids) for e in batch)
-    total = balance = torch.zeros((), device=device)
-    by_task: dict[str, list[Tensor]] = defaultdict(list)
+    supervised = Counter(e.task for e in batch for label in e.labels[1:] if label != IGNORE)
+    tokens, tasks = sum(len(e.ids) for e in batch), sorted(supervised)
+    sums: list[Tensor] = []              # of the losses of each task, and the balance loss
     for i in range(0, len(batch), cfg.micro_batch_size):
         part = batch[i:i + cfg.micro_batch_size]
-        ids, mask, labels = collate(part, pad_id, device)
+        mine = part[distributed.rank()::distributed.world()]
+        here = float(bool(mine))         # where examples are too few, one is computed for nothing
+        mine = mine or part[:1]
+        ids, mask, labels = collate(mine, pad_id, device)
         losses, rows = supervised_losses(model, ids, mask, labels, share_prefix=True)
-        balanced = balance_loss(layers.values(), mask) * (sum(len(e.ids) for e in part) / tokens)
-        loss = losses.sum() / supervised + cfg.router_aux_loss_coef * balanced
-        loss.backward()
-        total, balance = total + losses.detach().sum(), balance + balanced.detach()
-        for row, example in enumerate(part):
-            by_task[example.task].append(losses.detach()[rows == row])
-    mean = (total / supervised).item()
+        balanced = balance_loss(layers.values(), mask,
+                                partial(distributed.all_sum, times=here))
+        balanced = balanced * (sum(len(e.ids) for e in part) / tokens)
+        loss = losses.sum() / supervised.total() + cfg.router_aux_loss_coef * balanced
+        (here * loss).backward()
+        task = torch.tensor([tasks.index(e.task) for e in mine], device=device)[rows]
+        sums.append(here * torch.cat((losses.new_zeros(len(tasks)).index_add(
+            0, task, losses.detach()), balanced.detach()[None])))
+    *by_task, balance = distributed.all_sum(torch.stack(sums).sum(0).cpu()).tolist()
+    mean = sum(by_task) / supervised.total()
     if not math.isfinite(mean):
         names = ", ".join(f"{e.task} {e.index}" for e in batch)
         raise ArithmeticError(f"the loss is {mean} at step {step + 1}, on the training lines "
                               f"{names}: try a lower --lr, or --dtype float32")
-    line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance.item(), 5),
+    line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance, 5),
             "tokens": tokens, "loss_by_task": {
-                task: round(torch.cat(by_task[task]).mean().item(), 5) for task in sorted(by_task)}}
+                task: round(total / supervised[task], 5) for task, total in zip(tasks, by_task)}}
     if step % cfg.expert_use_every == 0:
         line["expert_use"] = {name: [round(u, 3) for u in use]
                               for name, use in expert_use(layers, mask).items()}
@@ -162,6 +174,8 @@ def _sigint() -> Iterator[list[int]]:
 
 def _metrics_from(file: Path, step: int) -> Any:
     """The metrics file, open for writing, with the lines of the first `step` steps kept."""
+    if distributed.rank():
+        return open(os.devnull, "w")
     lines = file.read_text().splitlines(keepends=True)[:step] if step and file.exists() else []
     with replacing(file) as tmp:
         tmp.write_text("".join(lines))
