@@ -30,7 +30,8 @@ from minismoe.experts import add_experts
 from minismoe.report import clean, table, terminal_heatmap
 from minismoe.training import Interrupted, TrainConfig, train
 
-RESUMABLE = ("resume", "debug", "verbose", "device", "show")   # flags that a resumed run may change
+# Flags that a resumed run may change.
+RESUMABLE = ("resume", "debug", "verbose", "device", "shard", "show")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -104,7 +105,11 @@ def main(argv: Sequence[str]) -> None:
         if first:
             write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
     torch.manual_seed(args.seed)         # of the new experts, the same in all processes
+    if args.shard:                       # the base again, as what is divided can't get experts
+        inputs.model = cli.load_base(args, cli.base_folder(args))
     add_experts(inputs.model, allocation)
+    if args.shard:
+        distributed.shard(inputs.model, torch.device(args.device))
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     describe(inputs, allocation, trainable)
 

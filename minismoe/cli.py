@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import distributed
+from . import distributed, toy
 from .allocate import GROUPS, STRATEGIES, Allocation, allocate
 from .checkpoint import load_model, read_json, resolve
 from .data import Batch, Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
@@ -69,6 +69,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
                        help="of the frozen weights and activations; experts, routers and norms "
                        "compute in float32 anyway. auto: bfloat16 where the device multiplies it "
                        "in hardware, and float32 for the tiny model")
+    group.add_argument("--shard", action="store_true", help="under torchrun (torch 2.8): each "
+                       "process holds a part of the frozen blocks, for models too large for one "
+                       "device; slower")
     group.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
                        "model sees them, supervised tokens marked, and stop")
     group.add_argument("--debug", action="store_true", help="show a traceback on failure")
@@ -138,18 +141,16 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
     if (args.model is None) != (args.data is None):
         raise ValueError("--model and --data go together; without both, the tiny model and its "
                          "own tasks are used")
-    device, dtype = device_and_dtype(args)
+    device, _ = device_and_dtype(args)
     distributed.start(device)
+    if args.shard and distributed.world() == 1:
+        raise ValueError("--shard divides a model among processes: start several with torchrun")
+    folder = base_folder(args)
     if args.model is None:
-        from . import toy
-        with distributed.one_first():
-            folder = toy.base_folder()
         tasks = toy.tasks(args.seed)
         if args.tasks:
             tasks = [t for t in tasks if t.name in args.tasks.split(",")]
     else:
-        with distributed.one_first():
-            folder = resolve(args.model)
         names = args.tasks.split(",") if args.tasks else ()
         tasks = load_tasks(args.data, names, args.seed)
     for task in tasks:
@@ -159,8 +160,9 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
         show(tasks, tokenizer, args.show)
         sys.exit(0)
     encoded = {task.name: encode_all(task, tokenizer, args.max_length) for task in tasks}
-    model = load_model(folder, dtype, device)
-    model.name = args.model or "the embedded default"
+    model = load_base(args, folder)
+    if args.shard:
+        distributed.shard(model, device)
     size = sum(p.numel() for p in model.parameters())
     print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {device}, {args.dtype}")
     describe(tasks, encoded, tokenizer)
@@ -168,6 +170,20 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"--max-length {args.max_length}")
     return Inputs(model, tokenizer, tasks, encoded)
+
+
+def base_folder(args: argparse.Namespace) -> Path:
+    """The folder of the model, which one process fetches, or makes."""
+    with distributed.one_first():
+        return resolve(args.model) if args.model else toy.base_folder()
+
+
+def load_base(args: argparse.Namespace, folder: Path) -> CausalLM:
+    """The model that the flags name, on their device; on the CPU where it is to be divided."""
+    device, dtype = device_and_dtype(args)
+    model = load_model(folder, dtype, "cpu" if args.shard else device)
+    model.name = args.model or "the embedded default"
+    return model
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

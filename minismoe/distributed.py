@@ -95,6 +95,11 @@ def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
     return y.to(x.device)
 
 
+def anywhere(flag: Any) -> bool:
+    """Whether flag is true in any process."""
+    return bool(all_sum(torch.tensor(float(bool(flag)))))
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace each gradient by its sum over the processes: one exchange of one flat tensor."""
     if world() == 1:
@@ -127,3 +132,22 @@ def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Re
     for i in range(0, len(items), world()):
         turn = items[i:i + world()]
         yield from gather(work(turn[min(rank(), len(turn) - 1)]))[:len(turn)]
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Leave 1/N of each block's frozen weights in each process, in place, and all on `device`.
+
+    A block is whole only while it computes. Embedding, head and what is trained stay whole. Modules
+    may not be exchanged afterwards, so experts come before; `model` is on the CPU.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh(device.type, (world(),))
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, ignored_params=trained)
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device)

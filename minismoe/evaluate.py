@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .data import Task
-from .distributed import spread
+from .distributed import anywhere, spread
 from .model import Cache, CausalLM
 from .tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens:
         hidden = model.model(ids, mask, cache, share_prefix=True)[rows, last]    # (B, D)
         token = model.lm_head(hidden).argmax(-1)
         running = running & ~torch.isin(token, stops)
-        if not running.any():
+        if not anywhere(running.any()):      # all take the same steps, as a sharded model needs
             break
         steps.append(torch.where(running, token, -1))
         ids, mask, last = token[:, None], running[:, None], torch.zeros_like(last)

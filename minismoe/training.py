@@ -106,7 +106,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tok/s",
                                 refresh=False)
             bar.update()
-            stop = any(distributed.gather(bool(interrupted)))     # a signal may reach one only
+            stop = distributed.anywhere(interrupted)       # a signal may reach one only
             if distributed.rank() == 0 and (stop or (step + 1) % cfg.checkpoint_every == 0):
                 save_checkpoint(run, parameters, optimizer, state)
             if stop:

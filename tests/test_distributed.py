@@ -76,11 +76,11 @@ def one(inputs, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_equal_one(inputs, one, tmp_path, count) -> None:
+@pytest.mark.parametrize("count, shard", [(2, []), (4, []), (2, ["--shard"])])
+def test_processes_equal_one(inputs, one, tmp_path, count, shard) -> None:
     run = tmp_path / "run"
-    command = str(ROOT / "train.py"), *inputs, *FLAGS, "--out", str(run)
-    processes = [torchrun(2, *command)] if count == 2 else by_hand(count, *command)
+    command = str(ROOT / "train.py"), *inputs, *FLAGS, *shard, "--out", str(run)
+    processes = [torchrun(2, *command)] if shard else by_hand(count, *command)
     ends = [p.communicate(timeout=120) for p in processes]
     assert not any(p.returncode for p in processes), ends
     out = "".join(out for out, _ in ends)

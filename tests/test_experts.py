@@ -457,15 +457,16 @@ def test_a_shared_beginning_counts_for_all_sequences() -> None:
     def gradients(parts: list[slice], share: bool) -> list[Tensor]:
         model.zero_grad()
         counts: list[Tensor] = []
-        for _ in range(2):                       # the first time round, to know the sum of counts
-            seen = []
-            for part in parts:
-                model.model(ids[part], mask[part], share_prefix=share)
-                loss = balance_loss(expert_layers(model).values(), mask[part],
-                                    lambda c: seen.append(c) or (sum(counts) if counts else c))
-                if counts:
-                    loss.backward()
-            counts = seen
+
+        def total(part: Tensor) -> Tensor:
+            counts.append(part)
+            return sum(counts[:len(parts)])      # complete the second time round
+
+        for part in parts * 2:
+            if len(counts) == len(parts):
+                model.zero_grad()
+            model.model(ids[part], mask[part], share_prefix=share)
+            balance_loss(expert_layers(model).values(), mask[part], total).backward()
         return [p.grad.clone() for n, p in model.named_parameters() if n.endswith("router")]
 
     expected = gradients([slice(0, 3)], False)
