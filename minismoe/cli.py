@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,29 +24,45 @@ from .experts import linear_layers
 from .loss import IGNORE
 from .model import CausalLM
 from .report import clean, table
+from .resume import Interrupted, Norms, digest, handling, interrupt, locked
 from .sensitivity import Scores, overlap, probe
 from .tokenizer import Tokenizer, load_tokenizer
 
 PROBE_BATCH = 8
 AUTO_START, AUTO_MOST = 16, 512          # samples a task of --samples auto
+KEEP_NORMS = 2.0                         # seconds after which a probe saves what it has measured
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 130 interrupted."""
+    """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
+    number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
     argv = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):      # a terminal that cannot spell a shade gets a "?"
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        main(argv)
+        with handling(interrupt):
+            main(argv)
     except KeyboardInterrupt as e:
         print(f"\ninterrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + getattr(e, "number", signal.SIGINT))
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as e:
         if "--debug" in argv:
             traceback.print_exc()
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def working_in(folder: Path, command: str) -> Iterator[None]:
+    """Hold a folder for this process; an interruption meanwhile names the command that goes on."""
+    with locked(folder):
+        try:
+            yield
+        except KeyboardInterrupt as e:
+            said = f"{e}; " if str(e) else ""
+            raise Interrupted(f"{said}go on with: {command}",
+                              getattr(e, "number", signal.SIGINT)) from None
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +127,15 @@ def positive(text: str) -> int:
     return value
 
 
+def interval(text: str) -> int | str:
+    """An argparse type: a number of steps, 200, or of minutes, 10m."""
+    if not text.endswith("m"):
+        return positive(text)
+    if not 0 < float(text[:-1]) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time")
+    return text
+
+
 def share(text: str) -> float:
     """An argparse type: a number in (0, 1]."""
     if not 0 < (value := float(text)) <= 1:
@@ -127,6 +156,14 @@ class Inputs:
     def examples(self) -> list[Example]:
         """The training examples of all tasks."""
         return [e for encoded in self.encoded.values() for e in encoded.examples]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a process that goes on must find again: the model, and each task's lines."""
+        return {"the model": self.model.fingerprint} | {
+            f"task {t.name}": digest([t.test, [
+                (e.index, e.ids, e.labels) for e in self.encoded[t.name].examples]])[:16]
+            for t in self.tasks}
 
 
 def load_inputs(args: argparse.Namespace) -> Inputs:
@@ -243,33 +280,59 @@ def read_allocation(args: argparse.Namespace, file: str | Path) -> Allocation:
         raise ValueError(f"{file}: {e}") from None
 
 
-def measure(args: argparse.Namespace, inputs: Inputs) -> Scores:
-    """Probe all tasks, with a bar, and print how far the result can be trusted."""
+def measure(args: argparse.Namespace, inputs: Inputs, run: Path) -> Scores:
+    """Probe all tasks, with a bar, and print how far the result can be trusted.
+
+    What is measured is kept in run/checkpoints now and then: a later process begins where an
+    earlier one, of the same model, data and samples, ended.
+    """
     auto = args.samples == "auto"
     wanted = AUTO_START if auto else positive(args.samples)
     pools = {name: random.Random(args.seed).sample(e.examples, len(e.examples))
              for name, e in inputs.encoded.items()}
     most = min(AUTO_MOST if auto else wanted, max(map(len, pools.values())))
-    scores, done = None, 0
+    kept = Norms(run, inputs.identity | {
+        f"--{flag}": getattr(args, flag) for flag in ("samples", "seed", "dtype")})
+    scores, done = Scores({name: (m.out_features, m.in_features)
+                           for name, m in linear_layers(inputs.model).items()}), 0
     with tqdm(desc="probe", unit="sample", total=0) as bar:
+        def progress(samples: int) -> None:
+            bar.update(samples)
+            kept.save(scores.samples, KEEP_NORMS)
+
         while True:
             bar.total += sum(len(p[done:wanted]) for p in pools.values())
-            batches = {name: probe_batches(pool, wanted - done, PROBE_BATCH,
-                                           inputs.tokenizer.pad_id, args.device, done)
-                       for name, pool in pools.items() if len(pool) > done}
-            scores = probe(inputs.model, batches, scores, bar.update)
-            agreement = trust(args, scores)
-            done = wanted
+            batches = {}
+            for name, pool in pools.items():
+                if len(pool) > done:
+                    known = kept.rows(name, done, wanted)
+                    if len(known):
+                        scores.add(name, known)
+                        bar.update(len(known))
+                    batches[name] = islice(probe_batches(
+                        pool, wanted - done, PROBE_BATCH, inputs.tokenizer.pad_id, args.device,
+                        done), math.ceil(len(known) / PROBE_BATCH), None)
+            try:
+                probe(inputs.model, batches, scores, progress)
+            finally:
+                kept.save(scores.samples)
+            agreement, done = trust(args, scores), wanted
             if not auto or min(agreement.values()) >= args.overlap or done >= most:
                 break
             wanted = min(2 * done, most)
+    say_agreement(args, scores, agreement, done)
+    return scores
+
+
+def say_agreement(args: argparse.Namespace, scores: Scores, agreement: Mapping[str, float],
+                  done: int) -> None:
+    """Print how many samples of each task were probed, and the overlap of their halves."""
     rows = [[clean(t), len(scores.samples[t]), f"{a:.2f}"] for t, a in agreement.items()]
     print(table(["task", "samples probed", "split-half overlap"], rows))
-    if auto:
+    if args.samples == "auto":
         lowest = min(agreement.values())
         print(f"--samples auto stopped at {done} a task: the lowest overlap is {lowest:.2f}, "
               f"{'at' if lowest >= args.overlap else 'below'} the target of {args.overlap:.2f}")
-    return scores
 
 
 def trust(args: argparse.Namespace, scores: Scores) -> dict[str, float]:
