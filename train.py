@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import platform
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -181,6 +182,8 @@ def note(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
         saved = saved_config(run)
         if said := differences(config["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
+        if said := differences(versions(), saved["versions"]):
+            print(f"the last bits may differ: {said}", file=sys.stderr)
         same_threads(saved["threads"])
         config = saved | {"identity": config["identity"]}
     write_json(run / "config.json", config)

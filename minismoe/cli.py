@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import random
 import signal
@@ -11,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from .experts import linear_layers
 from .loss import IGNORE
 from .model import CausalLM
 from .report import clean, table
-from .resume import Interrupted, Norms, digest, handling, interrupt, locked
+from .resume import Interrupted, Norms, handling, interrupt, locked
 from .sensitivity import Scores, overlap, probe
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -157,13 +160,16 @@ class Inputs:
         """The training examples of all tasks."""
         return [e for encoded in self.encoded.values() for e in encoded.examples]
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str]:
         """What a process that goes on must find again: the model, and each task's lines."""
-        return {"the model": self.model.fingerprint} | {
-            f"task {t.name}": digest([t.test, [
-                (e.index, e.ids, e.labels) for e in self.encoded[t.name].examples]])[:16]
-            for t in self.tasks}
+        found = {"the model": self.model.fingerprint}
+        for task in self.tasks:
+            content = hashlib.sha256(json.dumps(task.test).encode())
+            for e in self.encoded[task.name].examples:
+                content.update(repr((e.index, e.ids, e.labels)).encode())
+            found[f"task {task.name}"] = content.hexdigest()[:16]
+        return found
 
 
 def load_inputs(args: argparse.Namespace) -> Inputs:

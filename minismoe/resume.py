@@ -54,8 +54,9 @@ def _hang_up(number: int) -> None:
     """After SIGHUP the terminal is gone, and a bar that writes to it would raise."""
     if number == getattr(signal, "SIGHUP", None):
         for fd in (1, 2):
-            if stat.S_ISCHR(os.fstat(fd).st_mode):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+            with suppress(OSError):          # it may be closed
+                if stat.S_ISCHR(os.fstat(fd).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 @contextmanager
