@@ -32,7 +32,7 @@ from .checkpoint import new_folder, read_json, write_json
 KEPT = 2                                     # checkpoints of a kind
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
           if hasattr(signal, name)]
-LEFTOVERS = (".*.json.*.tmp", "adapter/.*.tmp", "checkpoints/.*.tmp")   # of processes that died
+LEFTOVERS = (".*.json.*.tmp", "adapter/.adapter.*.tmp", "checkpoints/.*.tmp")    # of dead processes
 Tensors = Mapping[str, Tensor]
 
 
@@ -61,8 +61,7 @@ def _hang_up(number: int) -> None:
 
 @contextmanager
 def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP go to `handler` for a while; a SIGHUP that nohup ignores does not.
-    """
+    """Ctrl-C, SIGTERM and SIGHUP go to `handler` for a while, but not those that nohup ignores."""
     before = {n: signal.signal(n, handler) for n in ENDING
               if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN}
     try:
