@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ("--limit-train 24 --limit-test 6 --epochs 2 --batch-size 8 --samples 16 "
+SHORT = ("--limit-train 16 --limit-test 4 --epochs 2 --batch-size 8 --samples 16 "
          "--checkpoint-every 2").split()
 SAME = ("allocation.json", "sensitivity.json", "answers.json", "adapter/adapter.json",
         "adapter/adapter.safetensors")
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
         begun = time.monotonic()
         finish(undisturbed, flags)
         duration = time.monotonic() - begun
-        print(f"an undisturbed run takes {duration:.1f} s")
+        print(f"an undisturbed run takes {duration:.1f} s", flush=True)
         for number in range(args.first, args.first + args.runs):
             rng, run = random.Random(number), Path(folder) / str(number)
             all_ += disturbed(run, undisturbed, flags, duration, rng, rng.randint(1, 4))
