@@ -34,7 +34,6 @@ from minismoe.report import clean, table, terminal_heatmap
 from minismoe.resume import differences, digest, discard, same_threads
 from minismoe.training import TrainConfig, train
 
-RUN_FORMAT = "minismoe.run/1"
 # Flags that a resumed run may change.
 RESUMABLE = ("resume", "debug", "verbose", "device", "show", "checkpoint_every")
 
@@ -81,7 +80,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error("--resume needs --out RUN")
         saved = saved_config(Path(args.out))["arguments"]
         args = parser.parse_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
-        changed = [f"--{k.replace('_', '-')} {v} (was {saved[k]})" for k, v in vars(args).items()
+        changed = [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})"
+                   for k, v in vars(args).items()
                    if k not in (*RESUMABLE, "out") and saved.get(k) != v]
         if changed:
             raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
@@ -94,8 +94,10 @@ def saved_config(run: Path) -> dict[str, Any]:
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no run to go on with: begin it without --resume")
     config = read_json(run / "config.json")
-    if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
-        raise ValueError(f"{run / 'config.json'} is not of the form {RUN_FORMAT}")
+    form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), t)
+                                               for k, t in form.items()):
+        raise ValueError(f"{run / 'config.json'} lacks what going on needs: {', '.join(form)}")
     return config
 
 
@@ -176,7 +178,7 @@ def note(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
     """
     chosen = {"the allocation": digest(allocation.to_json())[:16]} if allocation else {}
     config: dict[str, Any] = {
-        "format": RUN_FORMAT, "arguments": vars(args), "identity": inputs.identity | chosen,
+        "format": "minismoe.run/1", "arguments": vars(args), "identity": inputs.identity | chosen,
         "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads()}
     if args.resume:
         saved = saved_config(run)

@@ -22,7 +22,7 @@ import minismoe.sensitivity as sensitivity
 import minismoe.training as training
 import probe
 import train
-from minismoe import resume
+from minismoe import checkpoint, resume
 from minismoe.checkpoint import new_folder, read_json, write_json
 from minismoe.training import TrainConfig
 
@@ -100,6 +100,20 @@ def test_lost_metrics_are_made_again(trained, tmp_path, capsys) -> None:
     (run / "metrics.jsonl").write_text("".join(metrics[:10]) + metrics[10][:20])   # of 12
     goes_on(run, trained[1])
     assert "metrics.jsonl is shorter than it was" in capsys.readouterr().err
+
+
+def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
+    """A power cut after the rename must not find files of zeros under the new name."""
+    said: list[tuple[str, str]] = []
+    sync, replace = checkpoint._sync, os.replace
+    monkeypatch.setattr(checkpoint, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (
+        said.append(("name", Path(b).name)), replace(a, b)))
+    resume.save_state(tmp_path, "step", 1, {"x.safetensors": {"x": torch.ones(1)}}, {"step": 1})
+    done = said.index(("name", "step-00000001"))
+    before = [name for what, name in said[:done] if what == "sync"]
+    assert {"x.safetensors", "state.json"} < set(before) and before[-1].startswith(".step-00000001")
+    assert said[done + 1:] == [("sync", "checkpoints")]
 
 
 def test_other_batches_are_refused(trained, tmp_path) -> None:
@@ -208,6 +222,8 @@ def test_what_is_not_the_same_run_is_refused(inputs, tmp_path, capsys) -> None: 
     (run / "results.json").unlink()
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     again = ["--resume", "--out", str(run)]
+    code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
+    assert code == 1 and "holds no run to go on with" in err
 
     code, _, err = finish(train.main, *again, "--seed", "1", "--rank", "3", capsys=capsys)
     assert code == 1 and "--seed 1 (was 0), --rank 3 (was 2)" in err.splitlines()[-1]
