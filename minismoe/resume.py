@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .checkpoint import new_folder, read_json, write_json
+from .report import clean
 
 KEPT = 2                                     # checkpoints of a kind
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
@@ -202,7 +203,7 @@ def discard(run: Path, kind: str) -> None:
 
 def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """What two records disagree in, in one line; empty where nothing."""
-    return ", ".join(f"{key} {now.get(key, 'absent')} (was {before.get(key, 'absent')})"
+    return ", ".join(f"{clean(key)} {now.get(key, 'absent')} (was {before.get(key, 'absent')})"
                      for key in {**before, **now} if now.get(key) != before.get(key))
 
 
@@ -213,7 +214,7 @@ class Norms:
     """
 
     def __init__(self, run: Path, identity: Mapping[str, Any]):
-        self.run, self.identity, self.saved = run, dict(identity), time.monotonic()
+        self.run, self.identity = run, dict(identity)
         self.kept: dict[str, Tensor] = {}
         if found := load_state(run, "probe"):
             folder, state = found
@@ -221,20 +222,22 @@ class Norms:
                 print(f"{folder} is left from another probe and dropped: {said}", file=sys.stderr)
                 discard(run, "probe")
             else:
-                self.kept = load_file(folder / "norms.safetensors")
+                norms = load_file(folder / "norms.safetensors")
+                self.kept = {task: n.clone() for task, n in norms.items()}   # the file goes
                 same_threads(state["threads"])
+        self.saved, self.count = time.monotonic(), sum(map(len, self.kept.values()))
 
     def rows(self, task: str, start: int, stop: int) -> Tensor:
         """What is known of samples start to stop: (n, M), n = 0 where nothing is."""
-        return self.kept[task][start:stop].clone() if task in self.kept else torch.empty(0)
+        return self.kept[task][start:stop] if task in self.kept else torch.empty(0)
 
     def save(self, samples: Tensors, after: float = 0.0) -> None:
-        """Keep `samples`, where the last ones were kept `after` seconds ago or more."""
-        if samples and time.monotonic() - self.saved >= after:
-            save_state(self.run, "probe", sum(map(len, samples.values())), {
-                "norms.safetensors": samples},
-                {"identity": self.identity, "threads": torch.get_num_threads()})
-            self.saved = time.monotonic()
+        """Keep `samples`, if there are new ones and `after` seconds have passed since the last."""
+        count = sum(map(len, samples.values()))
+        if count > self.count and time.monotonic() - self.saved >= after:
+            save_state(self.run, "probe", count, {"norms.safetensors": samples},
+                       {"identity": self.identity, "threads": torch.get_num_threads()})
+            self.saved, self.count = time.monotonic(), count
 
 
 def save_checkpoint(run: Path, parameters: Tensors, optimizer: torch.optim.Optimizer,
