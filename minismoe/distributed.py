@@ -77,12 +77,19 @@ def _local_rank() -> int:
 
 @contextmanager
 def one_first() -> Iterator[None]:
-    """One process of each machine does what follows first; the others find what it made."""
+    """One process of each machine does what follows first; the others find what it left."""
     if world() > 1 and _local_rank():
         gather(None)
     yield
     if world() > 1 and not _local_rank():
         gather(None)
+    gather(None)                             # all have found it: it may be changed
+
+
+def once(work: Callable[..., Any], *args: Any) -> None:
+    """work(*args), in the first process alone."""
+    if rank() == 0:
+        work(*args)
 
 
 def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
