@@ -154,7 +154,7 @@ def shard(model: Any, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (world(),))
     trained = {p for p in model.parameters() if p.requires_grad}
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, ignored_params=trained)
+        fully_shard(block, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device)

@@ -15,7 +15,7 @@ import kill_resume
 import pytest
 import torch
 import tqdm.std
-from test_cli import finish, inputs  # noqa: F401 (a fixture)
+from test_cli import finish
 from test_training import examples, tiny
 
 import minismoe.sensitivity as sensitivity
