@@ -132,6 +132,7 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     (["--model", "nowhere-at-all", "--data", "."], 1, "no such model folder"),
     (["--model", "."], 1, "--model and --data go together"),
     (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),
+    (["--shard"], 1, "start several with torchrun"),
 ])
 def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path) -> None:
     extra = [] if "--model" in args else inputs
