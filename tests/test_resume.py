@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ import minismoe.sensitivity as sensitivity
 import minismoe.training as training
 import probe
 import train
-from minismoe import checkpoint, resume
+from minismoe import checkpoint, cli, resume
 from minismoe.checkpoint import new_folder, read_json, write_json
 from minismoe.training import TrainConfig
 
@@ -137,6 +138,13 @@ def test_no_clock_that_jumps_matters(trained, tmp_path, monkeypatch) -> None:
     for module in (time, tqdm.std):
         monkeypatch.setattr(module, "time", lambda: 1e9 + rng.choice((-86400, 0, 86400)))
     goes_on(tmp_path, trained[1])
+
+
+def test_what_checkpoint_every_takes() -> None:
+    assert [cli.interval(text) for text in ("200", "10m", "0.5m")] == [200, "10m", "0.5m"]
+    for text in ("0", "0m", "-1m", "nanm", "infm", "m", "10s"):
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            cli.interval(text)
 
 
 def test_minutes_between_checkpoints(tmp_path, monkeypatch) -> None:
