@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoint import new_folder, read_json, write_json
+from .checkpoint import new_folder, read_json
 from .report import clean
 
 KEPT = 2                                     # checkpoints of a kind
@@ -154,7 +154,7 @@ def save_state(run: Path, kind: str, number: int, files: Mapping[str, Tensors],
         for name, tensors in files.items():
             save_file(dict(tensors), tmp / name)
         state = {**state, "files": {name: _sha256(tmp / name) for name in files}}
-        write_json(tmp / "state.json", {"state": state, "sha256": digest(state)})
+        (tmp / "state.json").write_text(json.dumps({"state": state, "sha256": digest(state)}))
     for old in states(run, kind)[:-KEPT]:
         shutil.rmtree(old)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ import minismoe.sensitivity as sensitivity
 import minismoe.training as training
 import probe
 import train
-from minismoe import checkpoint, resume
+from minismoe import checkpoint, cli, resume
 from minismoe.checkpoint import new_folder, read_json, write_json
 from minismoe.training import TrainConfig
 
@@ -137,6 +138,13 @@ def test_no_clock_that_jumps_matters(trained, tmp_path, monkeypatch) -> None:
     for module in (time, tqdm.std):
         monkeypatch.setattr(module, "time", lambda: 1e9 + rng.choice((-86400, 0, 86400)))
     goes_on(tmp_path, trained[1])
+
+
+def test_what_checkpoint_every_takes() -> None:
+    assert [cli.interval(text) for text in ("200", "10m", "0.5m")] == [200, "10m", "0.5m"]
+    for text in ("0", "0m", "-1m", "nanm", "infm", "m", "10s"):
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            cli.interval(text)
 
 
 def test_minutes_between_checkpoints(tmp_path, monkeypatch) -> None:
@@ -314,13 +322,9 @@ def test_a_killed_export_has_no_name(tmp_path, number) -> None:
 
 
 @posix
-def test_a_death_at_any_rename_is_made_good(inputs, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_a_death_at_any_rename_is_made_good(inputs, tmp_path) -> None:  # noqa: F811
     """The process ends, without a chance to clean up, at the first, second ... file it renames."""
-    flags = [*inputs, *QUICK]
-
-    def child(run: Path, lives: int) -> int:
-        if pid := os.fork():
-            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def child(run: Path, lives: int) -> int | None:
         replace, done = os.replace, []
 
         def dying(*names) -> None:
@@ -328,16 +332,8 @@ def test_a_death_at_any_rename_is_made_good(inputs, tmp_path, monkeypatch) -> No
                 os._exit(9)
             done.append(replace(*names))
 
-        os.replace = dying
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        code = 1
-        try:
-            train.main([*(["--resume"] if (run / "config.json").exists() else flags),
-                        "--out", str(run)])
-            code = 0
-        finally:
-            os._exit(code)
+        return kill_resume.ended(kill_resume.start(
+            run, [*inputs, *QUICK], lambda: setattr(os, "replace", dying)))
 
     assert child(tmp_path / "whole", 1000) == 0
     for lives in range(1000):
@@ -349,6 +345,7 @@ def test_a_death_at_any_rename_is_made_good(inputs, tmp_path, monkeypatch) -> No
     assert 15 < lives < 40                        # renames of an undisturbed run
 
 
+@posix
 def test_killed_at_random_moments(inputs, tmp_path) -> None:  # noqa: F811
     """What `python tests/kill_resume.py` does at length."""
     flags = [*inputs, *QUICK, "--dtype", "bfloat16"]
@@ -356,4 +353,4 @@ def test_killed_at_random_moments(inputs, tmp_path) -> None:  # noqa: F811
     kill_resume.finish(tmp_path / "whole", flags)
     when = kill_resume.disturbed(tmp_path / "run", tmp_path / "whole", flags,
                                  time.monotonic() - begun, random.Random(0), kills=2)
-    assert sum(when.values()) == 2 and when["was faster"] < 2
+    assert sum(when.values()) > when["was faster"]
