@@ -198,7 +198,8 @@ def load(args: argparse.Namespace) -> Source:
             raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
         saved = read_json(run / "config.json")["arguments"]
         settings = argparse.Namespace(**{**saved, "device": args.device, "dtype": args.dtype,
-                                         "limit_test": args.limit_test or saved["limit_test"]})
+                                         "limit_test": args.limit_test or saved["limit_test"],
+                                         "shard": False})
         inputs, name = cli.load_inputs(settings), saved["model"]
         load_adapter(inputs.model, run / "adapter")
         if args.task not in (None, *inputs.encoded):

@@ -5,20 +5,22 @@
     python probe.py --model FOLDER --data FOLDER --out RUN
 
 Writes RUN/sensitivity.json, RUN/allocation.json and RUN/allocation.svg; train.py takes the second
-with --allocation.
+with --allocation. The same command again goes on where an interrupted one was.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from minismoe import cli
+from minismoe import cli, distributed
 from minismoe.checkpoint import replacing, write_json
 from minismoe.report import allocation_svg, clean, terminal_heatmap
+from minismoe.resume import discard
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,15 +33,18 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
 
-    inputs = cli.load_inputs(args)
-    scores = cli.measure(args, inputs)
-    allocation = cli.choose(args, scores)
+    inputs, run = cli.load_inputs(args), Path(args.out)
+    with cli.working_in(run, f"python probe.py {shlex.join(argv)}"):
+        scores = cli.measure(args, inputs, run)
+        allocation = cli.choose(args, scores)
+        if distributed.rank():
+            return
+        write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
+        write_json(run / "allocation.json", allocation.to_json())
+        with replacing(run / "allocation.svg") as tmp:
+            tmp.write_text(allocation_svg(scores, allocation.experts), encoding="utf-8")
+        discard(run, "probe")
 
-    run = Path(args.out)
-    write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
-    write_json(run / "allocation.json", allocation.to_json())
-    with replacing(run / "allocation.svg") as tmp:
-        tmp.write_text(allocation_svg(scores, allocation.experts), encoding="utf-8")
     for task, values in scores.items():
         print(terminal_heatmap(f"sensitivity of {clean(task)}", values, scale="log"))
     print(terminal_heatmap("experts a matrix", cli.expert_counts(inputs.model, allocation),

@@ -6,13 +6,16 @@
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, metrics.jsonl, results.json, answers.json (1 or 0
-for each test line), routers.json and .svg, adapter/, checkpoints/.
+for each test line), routers.json and .svg, adapter/, checkpoints/. However a run ended, --resume
+does what is missing, and leaves the files of a run that nothing disturbed.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -22,17 +25,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minismoe import cli
+from minismoe import cli, distributed
 from minismoe.allocate import Allocation
 from minismoe.checkpoint import read_json, replacing, save_adapter, versions, write_json
 from minismoe.data import probe_batches
+from minismoe.distributed import once
 from minismoe.evaluate import Accuracy, evaluate
 from minismoe.experts import add_experts
 from minismoe.report import clean, routers_svg, table, terminal_heatmap
+from minismoe.resume import differences, digest, discard, same_threads
 from minismoe.routers import collapsed, router_use
-from minismoe.training import Interrupted, TrainConfig, train
+from minismoe.training import TrainConfig, train
 
-RESUMABLE = ("resume", "debug", "verbose", "device", "show")   # flags that a resumed run may change
+# Flags that a resumed run may change.
+RESUMABLE = ("resume", "debug", "verbose", "device", "shard", "show", "checkpoint_every")
 ROUTED = 32                              # examples a task that the routers are watched on
 
 
@@ -56,7 +62,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--batch-size", type=cli.positive, default=d["batch_size"],
                        help="examples an optimizer step (default: %(default)s)")
     group.add_argument("--micro-batch-size", type=cli.positive, metavar="N", help="examples "
-                       "computed at once, less memory by accumulation (default: --batch-size)")
+                       "computed at once, less memory by accumulation; several processes share "
+                       "them (default: --batch-size)")
     group.add_argument("--recompute", action="store_true", help="activation checkpointing: about "
                        "a third slower, far less memory for long examples")
     group.add_argument("--lr", type=float, default=d["lr"],
@@ -69,15 +76,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                        help="gradients are clipped to this norm (default: %(default)s)")
     group.add_argument("--router-aux-loss-coef", type=float, default=d["router_aux_loss_coef"],
                        help="weight of the balance loss (default: %(default)s)")
-    group.add_argument("--checkpoint-every", type=cli.positive, default=d["checkpoint_every"],
-                       metavar="STEPS", help="optimizer steps (default: %(default)s)")
+    group.add_argument("--checkpoint-every", type=cli.interval, default=d["checkpoint_every"],
+                       metavar="N|Nm", help="optimizer steps, or minutes: 10m (default: "
+                       "%(default)s)")
     args = parser.parse_args(argv)
     if args.resume:
         if not args.out:
             parser.error("--resume needs --out RUN")
-        saved = read_json(Path(args.out) / "config.json")["arguments"]
+        saved = saved_config(Path(args.out))["arguments"]
         args = parser.parse_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
-        changed = [f"--{k.replace('_', '-')} {v} (was {saved[k]})" for k, v in vars(args).items()
+        changed = [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})"
+                   for k, v in vars(args).items()
                    if k not in (*RESUMABLE, "out") and saved.get(k) != v]
         if changed:
             raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
@@ -85,55 +94,115 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def saved_config(run: Path) -> dict[str, Any]:
+    """The config.json of a run. Raises FileNotFoundError or ValueError where there is none."""
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(f"{run} holds no run to go on with: begin it without --resume")
+    config = read_json(run / "config.json")
+    form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), t)
+                                               for k, t in form.items()):
+        raise ValueError(f"{run / 'config.json'} lacks what going on needs: {', '.join(form)}")
+    return config
+
+
 def main(argv: Sequence[str]) -> None:
-    args = parse(argv)
-    torch.manual_seed(args.seed)
-    begun, seconds = time.perf_counter(), {}
+    args, begun = parse(argv), time.perf_counter()
+    if args.resume and (Path(args.out) / "results.json").exists():
+        print(f"nothing is missing: {args.out} holds its results")
+        return
     inputs = cli.load_inputs(args)
     run = Path(args.out) if args.resume else cli.new_run(
         args.out, Path(args.model or "default").name)
+    run = Path(distributed.gather(str(run))[0])
+    # B starts at 0, so experts change nothing before training, and names that the model lacks are
+    # found before there is a run.
+    allocation = None
+    if args.resume and (run / "allocation.json").exists():
+        allocation = cli.read_allocation(args, run / "allocation.json")
+    elif args.allocation:
+        allocation = cli.read_allocation(args, args.allocation)
+    if allocation:
+        adapt(args, inputs, allocation)
+    with cli.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
+        note(run, args, inputs, allocation)
+        work(run, args, inputs, allocation)
+    print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {run}\n"
+          + next_commands(args, run))
 
-    # Probe and allocate, unless the allocation is given. B starts at 0, so experts change nothing
-    # before training, and names that the model lacks are found before any long work.
-    if args.allocation or args.resume:
-        allocation = cli.read_allocation(args, args.allocation or run / "allocation.json")
-    else:
+
+def work(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Allocation | None,
+         ) -> None:
+    """Probe and allocate, evaluate, train, evaluate; what `run` holds already is not done again."""
+    seconds = {}
+    if allocation is None:
         start = time.perf_counter()
-        scores = cli.measure(args, inputs)
-        allocation = cli.choose(args, scores)
+        try:
+            scores = cli.measure(args, inputs, run)
+            allocation = cli.choose(args, scores)
+        except ValueError:               # the flags are wrong; with others, what was measured holds
+            once((run / "config.json").unlink)
+            raise
         seconds["probe"] = round(time.perf_counter() - start, 2)
-        write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
-    add_experts(inputs.model, allocation)
+        once(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
+        adapt(args, inputs, allocation)
+    once(write_json, run / "allocation.json", allocation.to_json())
+    note(run, args, inputs, allocation)
+    once(discard, run, "probe")
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     describe(inputs, allocation, trainable)
 
-    # Evaluate, train, evaluate.
-    if args.resume:
-        before = read_json(run / "before.json")
-    else:
-        before = {name: vars(a) for name, a in score(inputs, "before").items()}
-        start_run(run, args, inputs, allocation, before)
+    if not (run / "before.json").exists():
+        once(write_json, run / "before.json",
+             {n: vars(a) for n, a in score(inputs, "before").items()})
     inputs.model.model.recompute = args.recompute
     cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)
                          if hasattr(args, f.name)})
-    try:
-        summary = train(inputs.model, inputs.examples, cfg, run, inputs.tokenizer.pad_id,
-                        args.resume)
-    except Interrupted as e:
-        raise KeyboardInterrupt(f"{e}; go on with: python train.py --resume --out {run}") from None
+    summary = train(inputs.model, inputs.examples, cfg, run, inputs.tokenizer.pad_id, args.resume)
     seconds["train"] = round(summary["seconds"], 2)
-    save_adapter(inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
-    after = score(inputs, "after")
+    once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
 
     show_routers(inputs, args, run)
-
-    results = summarise(before, after, trainable, sum(allocation.experts.values()), seconds)
+    after = score(inputs, "after")
+    if distributed.rank():
+        return
+    results = summarise(read_json(run / "before.json"), after, trainable,
+                        sum(allocation.experts.values()), seconds)
     write_json(run / "answers.json", {name: a.right for name, a in after.items()})
     write_json(run / "results.json", results)
     report(results, after, args.verbose)
-    print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s, "
-          f"{time.perf_counter() - begun:.0f} s in all; everything is in {run}")
-    print(next_commands(args, run))
+    print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
+
+
+def adapt(args: argparse.Namespace, inputs: cli.Inputs, allocation: Allocation) -> None:
+    """Add experts to the model, which begin the same whatever was drawn at random before."""
+    if args.shard:                       # the base again, as what is divided can't get experts
+        inputs.model = cli.load_base(args, cli.base_folder(args))
+    torch.manual_seed(args.seed)
+    add_experts(inputs.model, allocation)
+    if args.shard:
+        distributed.shard(inputs.model, torch.device(args.device))
+
+
+def note(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Allocation | None,
+         ) -> None:
+    """Write config.json, which makes a folder a run; with --resume see that it is this run's.
+
+    Raises ValueError that lists what is another's: the model, tasks, or the allocation, if known.
+    """
+    chosen = {"the allocation": digest(allocation.to_json())[:16]} if allocation else {}
+    config: dict[str, Any] = {
+        "format": "minismoe.run/1", "arguments": vars(args), "identity": inputs.identity | chosen,
+        "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads()}
+    if args.resume:
+        saved = saved_config(run)
+        if said := differences(config["identity"], chosen | saved["identity"]):
+            raise ValueError(f"{run} is the run of something else: {said}")
+        if said := differences(versions(), saved["versions"]):
+            print(f"the last bits may differ: {said}", file=sys.stderr)
+        same_threads(saved["threads"])
+        config = saved | {"identity": config["identity"]}
+    once(write_json, run / "config.json", config)
 
 
 def describe(inputs: cli.Inputs, allocation: Allocation, trainable: int) -> None:
@@ -141,17 +210,6 @@ def describe(inputs: cli.Inputs, allocation: Allocation, trainable: int) -> None
     print(terminal_heatmap("experts a matrix", cli.expert_counts(inputs.model, allocation),
                            digits=True))
     print(f"{allocation}, {trainable:,} trainable parameters")
-
-
-def start_run(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Allocation,
-              before: dict[str, dict]) -> None:
-    """Write what a resumed run starts from; config.json last, as it makes the folder a run."""
-    write_json(run / "allocation.json", allocation.to_json())
-    write_json(run / "before.json", before)
-    write_json(run / "config.json", {
-        "format": "minismoe.run/1", "arguments": vars(args), "versions": versions(),
-        "fingerprint": inputs.model.fingerprint, "machine": platform.platform(),
-        "threads": torch.get_num_threads()})
 
 
 def score(inputs: cli.Inputs, when: str) -> dict[str, Accuracy]:
@@ -167,7 +225,7 @@ def show_routers(inputs: cli.Inputs, args: argparse.Namespace, run: Path) -> Non
     use = router_use(inputs.model, {
         name: probe_batches(e.examples, ROUTED, cli.PROBE_BATCH, inputs.tokenizer.pad_id,
                             args.device) for name, e in inputs.encoded.items()})
-    if not use:
+    if not use or distributed.rank():
         return
     write_json(run / "routers.json", use)
     with replacing(run / "routers.svg") as tmp:

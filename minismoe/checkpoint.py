@@ -37,10 +37,10 @@ def replacing(path: Path | str) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        with open(name, "r+b") as f:                 # Windows syncs only what can be written
-            os.fsync(f.fileno())
+        _sync(Path(name))
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
+        _sync(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)           # nothing, once it was renamed
 
@@ -54,10 +54,25 @@ def new_folder(path: Path) -> Iterator[Path]:
     tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield tmp
+        for part in (*tmp.rglob("*"), tmp):
+            _sync(part)
         os.chmod(tmp, 0o777 & ~_umask())
         os.replace(tmp, path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # nothing, once it was renamed
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    windows = os.name == "nt"                        # it syncs what can be written, and no folder
+    if windows and path.is_dir():
+        return
+    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _umask() -> int:

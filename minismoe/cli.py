@@ -3,46 +3,74 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import math
 import random
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from . import distributed, toy
 from .allocate import GROUPS, STRATEGIES, Allocation, allocate
 from .checkpoint import load_model, read_json, resolve
-from .data import Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
+from .data import Batch, Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
 from .experts import linear_layers
 from .loss import IGNORE
 from .model import CausalLM
 from .report import clean, table
+from .resume import Interrupted, Norms, handling, interrupt, locked
 from .sensitivity import Scores, overlap, probe
 from .tokenizer import Tokenizer, load_tokenizer
 
 PROBE_BATCH = 8
 AUTO_START, AUTO_MOST = 16, 512          # samples a task of --samples auto
+KEEP_NORMS = 2.0                         # seconds after which a probe saves what it has measured
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 130 interrupted."""
+    """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
+    number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
     argv = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):      # a terminal that cannot spell a shade gets a "?"
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        main(argv)
+        with handling(interrupt):
+            main(argv)
+        distributed.stop()
     except KeyboardInterrupt as e:
-        print(f"\ninterrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
-        sys.exit(130)
+        if distributed.rank() == 0:
+            print(f"\ninterrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
+        sys.exit(128 + getattr(e, "number", signal.SIGINT))
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as e:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr)
+        who = f" (process {distributed.rank()})" if distributed.world() > 1 else ""
+        print(f"error{who}: {e}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def working_in(folder: Path, command: str) -> Iterator[None]:
+    """Hold a folder for this run; an interruption meanwhile names the command that goes on."""
+    with locked(folder) if distributed.rank() == 0 else nullcontext():
+        try:
+            yield
+        except ConnectionError as e:
+            raise ConnectionError(f"{e}; go on, with any number of processes: {command}") from None
+        except KeyboardInterrupt as e:
+            said = f"{e}; " if str(e) else ""
+            raise Interrupted(f"{said}go on with: {command}",
+                              getattr(e, "number", signal.SIGINT)) from None
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +93,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
                        help="of the frozen weights and activations; experts, routers and norms "
                        "compute in float32 anyway. auto: bfloat16 where the device multiplies it "
                        "in hardware, and float32 for the tiny model")
+    group.add_argument("--shard", action="store_true", help="under torchrun (torch 2.8): each "
+                       "process holds a part of the frozen blocks, for models too large for one "
+                       "device; slower")
     group.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
                        "model sees them, supervised tokens marked, and stop")
     group.add_argument("--debug", action="store_true", help="show a traceback on failure")
@@ -107,6 +138,15 @@ def positive(text: str) -> int:
     return value
 
 
+def interval(text: str) -> int | str:
+    """An argparse type: a number of steps, 200, or of minutes, 10m."""
+    if not text.endswith("m"):
+        return positive(text)
+    if not 0 < float(text[:-1]) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time")
+    return text
+
+
 def share(text: str) -> float:
     """An argparse type: a number in (0, 1]."""
     if not 0 < (value := float(text)) <= 1:
@@ -128,19 +168,33 @@ class Inputs:
         """The training examples of all tasks."""
         return [e for encoded in self.encoded.values() for e in encoded.examples]
 
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What a process that goes on must find again: the model, and each task's lines."""
+        found = {"the model": self.model.fingerprint}
+        for task in self.tasks:
+            content = hashlib.sha256(json.dumps(task.test).encode())
+            for e in self.encoded[task.name].examples:
+                content.update(repr((e.index, e.ids, e.labels)).encode())
+            found[f"task {task.name}"] = content.hexdigest()[:16]
+        return found
+
 
 def load_inputs(args: argparse.Namespace) -> Inputs:
     """Load what the flags name, and print a table of it; with --show print examples and exit."""
     if (args.model is None) != (args.data is None):
         raise ValueError("--model and --data go together; without both, the tiny model and its "
                          "own tasks are used")
+    device, _ = device_and_dtype(args)
+    distributed.start(device)
+    if args.shard and distributed.world() == 1:
+        raise ValueError("--shard divides a model among processes: start several with torchrun")
+    folder = base_folder(args)
     if args.model is None:
-        from . import toy
-        folder, tasks = toy.base_folder(), toy.tasks(args.seed)
+        tasks = toy.tasks(args.seed)
         if args.tasks:
             tasks = [t for t in tasks if t.name in args.tasks.split(",")]
     else:
-        folder = resolve(args.model)
         names = args.tasks.split(",") if args.tasks else ()
         tasks = load_tasks(args.data, names, args.seed)
     for task in tasks:
@@ -150,9 +204,9 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
         show(tasks, tokenizer, args.show)
         sys.exit(0)
     encoded = {task.name: encode_all(task, tokenizer, args.max_length) for task in tasks}
-    device, dtype = device_and_dtype(args)
-    model = load_model(folder, dtype, device)
-    model.name = args.model or "the embedded default"
+    model = load_base(args, folder)
+    if args.shard:
+        distributed.shard(model, device)
     size = sum(p.numel() for p in model.parameters())
     print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {device}, {args.dtype}")
     describe(tasks, encoded, tokenizer)
@@ -160,6 +214,20 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"--max-length {args.max_length}")
     return Inputs(model, tokenizer, tasks, encoded)
+
+
+def base_folder(args: argparse.Namespace) -> Path:
+    """The folder of the model, which one process fetches, or makes."""
+    with distributed.one_first():
+        return resolve(args.model) if args.model else toy.base_folder()
+
+
+def load_base(args: argparse.Namespace, folder: Path) -> CausalLM:
+    """The model that the flags name, on their device; on the CPU where it is to be divided."""
+    device, dtype = device_and_dtype(args)
+    model = load_model(folder, dtype, "cpu" if args.shard else device)
+    model.name = args.model or "the embedded default"
+    return model
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -243,33 +311,63 @@ def read_allocation(args: argparse.Namespace, file: str | Path) -> Allocation:
         raise ValueError(f"{file}: {e}") from None
 
 
-def measure(args: argparse.Namespace, inputs: Inputs) -> Scores:
-    """Probe all tasks, with a bar, and print how far the result can be trusted."""
+def measure(args: argparse.Namespace, inputs: Inputs, run: Path) -> Scores:
+    """Probe all tasks, with a bar, and print how far the result can be trusted.
+
+    What is measured is kept in run/checkpoints now and then: a later process begins where an
+    earlier one, of the same model, data and samples, ended.
+    """
     auto = args.samples == "auto"
     wanted = AUTO_START if auto else positive(args.samples)
     pools = {name: random.Random(args.seed).sample(e.examples, len(e.examples))
              for name, e in inputs.encoded.items()}
     most = min(AUTO_MOST if auto else wanted, max(map(len, pools.values())))
-    scores, done = None, 0
-    with tqdm(desc="probe", unit="sample", total=0) as bar:
+    with distributed.one_first():        # which may remove what another probe left
+        kept = Norms(run, inputs.identity | {
+            f"--{flag}": getattr(args, flag) for flag in ("samples", "seed", "dtype")})
+    scores, done = probe(inputs.model, {}), 0
+
+    def norms(item: tuple[str, Batch]) -> list[list[float]]:
+        return probe(inputs.model, {item[0]: [item[1]]}).samples[item[0]].tolist()
+
+    with tqdm(desc="probe", unit="sample", total=0, disable=distributed.rank() > 0) as bar:
         while True:
             bar.total += sum(len(p[done:wanted]) for p in pools.values())
-            batches = {name: probe_batches(pool, wanted - done, PROBE_BATCH,
-                                           inputs.tokenizer.pad_id, args.device, done)
-                       for name, pool in pools.items() if len(pool) > done}
-            scores = probe(inputs.model, batches, scores, bar.update)
-            agreement = trust(args, scores)
-            done = wanted
+            batches: list[tuple[str, Batch]] = []
+            for name, pool in pools.items():
+                if len(pool) > done:
+                    known = kept.rows(name, done, wanted)
+                    if len(known):
+                        scores.add(name, known)
+                        bar.update(len(known))
+                    missing = list(probe_batches(
+                        pool, wanted - done, PROBE_BATCH, inputs.tokenizer.pad_id, args.device,
+                        done))[math.ceil(len(known) / PROBE_BATCH):]
+                    batches += [(name, batch) for batch in missing]
+            try:
+                for (name, batch), found in zip(batches, distributed.spread(norms, batches)):
+                    scores.add(name, torch.tensor(found, dtype=torch.float64))
+                    bar.update(len(batch[0]))
+                    distributed.once(kept.save, scores.samples, KEEP_NORMS)
+            finally:
+                distributed.once(kept.save, scores.samples)
+            agreement, done = trust(args, scores), wanted
             if not auto or min(agreement.values()) >= args.overlap or done >= most:
                 break
             wanted = min(2 * done, most)
+    say_agreement(args, scores, agreement, done)
+    return scores
+
+
+def say_agreement(args: argparse.Namespace, scores: Scores, agreement: Mapping[str, float],
+                  done: int) -> None:
+    """Print how many samples of each task were probed, and the overlap of their halves."""
     rows = [[clean(t), len(scores.samples[t]), f"{a:.2f}"] for t, a in agreement.items()]
     print(table(["task", "samples probed", "split-half overlap"], rows))
-    if auto:
+    if args.samples == "auto":
         lowest = min(agreement.values())
         print(f"--samples auto stopped at {done} a task: the lowest overlap is {lowest:.2f}, "
               f"{'at' if lowest >= args.overlap else 'below'} the target of {args.overlap:.2f}")
-    return scores
 
 
 def trust(args: argparse.Namespace, scores: Scores) -> dict[str, float]:

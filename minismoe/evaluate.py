@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .data import Task
+from .distributed import anywhere, spread
 from .model import Cache, CausalLM
 from .tokenizer import Tokenizer
 
@@ -26,10 +27,13 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[] for _ in prompts]
-    for i in range(0, len(order), batch_size):
-        chosen = order[i:i + batch_size]
-        for n, tokens in zip(chosen, _generate(model, [prompts[n] for n in chosen],
-                                               max_new_tokens, stop_ids)):
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def complete(batch: list[int]) -> list[list[int]]:
+        return _generate(model, [prompts[n] for n in batch], max_new_tokens, stop_ids)
+
+    for chosen, found in zip(batches, spread(complete, batches)):
+        for n, tokens in zip(chosen, found):
             completions[n] = tokens
         progress(len(chosen))
     return completions
@@ -51,7 +55,7 @@ def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens:
         hidden = model.model(ids, mask, cache, share_prefix=True)[rows, last]    # (B, D)
         token = model.lm_head(hidden).argmax(-1)
         running = running & ~torch.isin(token, stops)
-        if not running.any():
+        if not anywhere(running.any()):      # all take the same steps, as a sharded model needs
             break
         steps.append(torch.where(running, token, -1))
         ids, mask, last = token[:, None], running[:, None], torch.zeros_like(last)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -206,23 +206,34 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, ExpertLinear)}
 
 
-def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor) -> Tensor:
+def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
+                 copies: Tensor | None = None,
+                 total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Tensor:
     """Mean balance loss of the last forward over the routed matrices; 1 is perfect balance.
 
-    attention_mask (B, T): where a model kept its pads in the rows, they are left out here.
+    attention_mask (B, T): where a model kept its pads in the rows, they are left out here. copies
+    (N,): of how many sequences each row is. Where several processes hold a part of the batch each,
+    `total` sums counts over them; then their losses sum to that of the batch, and so do gradients.
     """
     stacks = defaultdict(list)           # matrices of equal E at once: few kernels, not hundreds
     for layer in layers:
         if layer.router_logits is not None:
             stacks[layer.router_logits.shape[-1], layer.top_k].append(
                 without_pads(layer.router_logits, attention_mask))
-    losses = []
-    for (E, k), logits in stacks.items():
-        p = torch.stack(logits).softmax(-1)                              # (matrices, N, E)
-        used = torch.zeros_like(p).scatter_(-1, p.topk(k, -1).indices, 1 / k).mean(1)
-        losses.append(E * (used * p.mean(1)).sum(-1))
-    if not losses:
+    if not stacks:
         return torch.zeros((), device=attention_mask.device)
+    chosen, expected = [], []            # (matrices, E): tokens an expert gets, and probabilities
+    for (_, k), logits in stacks.items():
+        p = torch.stack(logits).softmax(-1)                              # (matrices, N, E)
+        times = p.new_ones(p.shape[1]) if copies is None else copies.to(p.dtype)
+        chosen.append(times @ torch.zeros_like(p).scatter_(-1, p.topk(k, -1).indices, 1 / k))
+        expected.append(times @ p)
+    counts = total(torch.cat([c.flatten() for c in chosen]))
+    losses = []
+    for used, p in zip(counts.split([c.numel() for c in chosen]), expected):
+        used = used.view_as(p)
+        tokens = used.sum(-1, keepdim=True)
+        losses.append(p.shape[-1] * (used / tokens * p / tokens).sum(-1))
     return torch.cat(losses).mean()
 
 

@@ -62,13 +62,16 @@ class Tokens:
             seen = cache.lengths.clone()
             cache.lengths += mask.sum(1)
             cache.used = min(cache.used + T, cache.keys[0].shape[2])
+        copies = torch.ones_like(order)
         if shared:
             mask = mask.clone()
         for first, end, start, stop in shared:
             mask[first + 1:end, start:stop] = False
+            copies[first, start:stop] = end - first
         self.where = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
         self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
         self.slots = self.rows * T + local                               # right-padded places
+        self.copies = self.pack(copies.reshape(-1)) if shared else None  # (N,) sequences
         self.positions = local if cache is None else local + seen[self.rows]
         self.cache, self.masks = cache, {}
         longest = T if cache is None else cache.used
@@ -156,8 +159,8 @@ def shared_prefixes(input_ids: Tensor, attention_mask: Tensor) -> Shared:
     Rows are compared with the next one alone, so those that are alike should stand together.
     """
     mask = attention_mask.bool()
-    alike = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
-    alike = alike.cumprod(1).sum(1).tolist()                             # (B - 1,) tokens
+    same = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
+    alike = same.cumprod(1).sum(1).tolist()                              # (B - 1,) tokens
     everyone, first = min(alike, default=0), 0
     found = [(0, len(mask), 0, everyone)] if everyone else []
     for end in range(1, len(mask) + 1):
@@ -325,6 +328,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.recompute = False       # activation checkpointing: slower, far less memory
+        self.copies: Tensor | None = None    # of the last forward: sequences that share each row
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: Cache | None = None, share_prefix: bool = False) -> Tensor:
@@ -337,6 +341,7 @@ class Decoder(nn.Module):
         share_prefix = share_prefix and (cache is None or cache.used == 0)
         tokens = Tokens(mask, self.config, cache,
                         shared_prefixes(input_ids, mask) if share_prefix else [])
+        self.copies = tokens.copies
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         rope = self._rope(tokens.positions, x.dtype)
         for block in self.layers:

@@ -5,28 +5,32 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import signal
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import read_json, replacing, write_json
+from . import distributed
 from .data import Example, bucket, collate
 from .experts import balance_loss, expert_layers, expert_use
 from .loss import IGNORE, supervised_losses
 from .model import CausalLM
-
-CHECKPOINTS_KEPT = 2
+from .resume import (
+    Interrupted,
+    digest,
+    discard,
+    due,
+    load_checkpoint,
+    save_checkpoint,
+    waiting,
+)
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,15 @@ class TrainConfig:
 
     epochs: int = 3
     batch_size: int = 16                # examples an optimizer step
-    micro_batch_size: int = 16          # examples computed at once; the rest by accumulation
+    micro_batch_size: int = 16          # examples computed at once, by all processes together
     lr: float = 4e-3                    # its peak
     warmup: float = 0.05                # share of the steps
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     router_aux_loss_coef: float = 0.01
-    checkpoint_every: int = 200         # steps
+    checkpoint_every: int | str = 200   # steps, or minutes ("10m")
     expert_use_every: int = 20          # steps
     seed: int = 0
-
-
-class Interrupted(Exception):
-    """Ctrl-C came; what was trained is saved."""
 
 
 def learning_rate(step: int, steps: int, cfg: TrainConfig) -> float:
@@ -68,44 +68,56 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
           resume: bool = False) -> dict[str, float]:
     """Train the experts of `model`, in place; gives steps, tokens, seconds and the last loss.
 
-    Writes run/metrics.jsonl, a line a step, and run/checkpoints. Raises Interrupted after a saved
-    Ctrl-C, and ArithmeticError, naming step and batch, where the loss is no longer finite.
+    Writes run/metrics.jsonl, a line a step, and run/checkpoints. Raises Interrupted after Ctrl-C,
+    SIGTERM or SIGHUP, the finished step saved; ValueError where it can't go on from a checkpoint;
+    ArithmeticError, naming step and batch, where the loss is no longer finite.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, 0.99),
+    # With a smaller eps an entry whose gradient is rounding alone would move by the whole rate.
+    optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
                                   weight_decay=cfg.weight_decay, fused=True)
     batches = schedule(examples, cfg)
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
+    order = digest([[(e.task, e.index) for e in batch] for batch in batches])
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0}
     if resume:
-        state = load_checkpoint(run, parameters, optimizer) or state
-    begun = time.perf_counter() - state["seconds"]
-    metrics = _metrics_from(run / "metrics.jsonl", state["step"])
-    bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1)
-    line: dict[str, Any] = {}
-    with metrics, bar, _sigint() as interrupted:
+        with distributed.one_first():    # which may remove a damaged one
+            state = load_checkpoint(run, parameters, optimizer, order) or state
+    else:
+        distributed.once(discard, run, "step")
+    begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
+    metrics = _metrics_from(run / "metrics.jsonl", state["metrics"])
+    bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1,
+               disable=distributed.rank() > 0)
+    with metrics, bar, waiting() as signals:
         for step in range(state["step"], len(batches)):
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(batches), cfg)
             line = train_step(model, batches[step], cfg, pad_id, step)
+            distributed.sum_gradients(parameters.values())
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             now = time.perf_counter()
-            state = {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
-                     "seconds": now - begun}
             line |= {"lr": group["lr"], "grad_norm": round(norm.item(), 5),
                      "tokens_per_second": round(line["tokens"] / (now - start), 1)}
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
+            state = {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
+                     "seconds": now - begun, "loss": line["loss"], "order": order,
+                     "metrics": os.fstat(metrics.fileno()).st_size}
+            came = max(distributed.gather(signals[0] if signals else 0))   # one may be hit alone
+            if distributed.rank() == 0 and (came or due(cfg.checkpoint_every, step + 1, saved)
+                                            or step + 1 == len(batches)):
+                os.fsync(metrics.fileno())
+                save_checkpoint(run, parameters, optimizer, state)
+                saved = time.monotonic()
+            if came:
+                raise Interrupted(f"saved after step {step + 1} of {len(batches)}", came)
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tok/s",
                                 refresh=False)
             bar.update()
-            if interrupted or (step + 1) % cfg.checkpoint_every == 0:
-                save_checkpoint(run, parameters, optimizer, state)
-            if interrupted:
-                raise Interrupted(f"saved after step {step + 1} of {len(batches)}")
-    return {**state, "loss": line.get("loss", math.nan)}
+    return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
 
 
 def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
@@ -113,96 +125,49 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
     """Gradients of one optimizer step, in micro-batches, and its metrics.
 
     The loss is the mean over the step's supervised tokens, whatever the micro-batches. The balance
-    loss is a statistic of each micro-batch, weighted by its tokens.
+    loss is a statistic of each micro-batch, weighted by its tokens. Where several processes share
+    the micro-batches, the metrics are of all, and the gradients, of each one's part, add up.
     """
     device, layers = model.model.norm.weight.device, expert_layers(model)
-    supervised = sum(label != IGNORE for e in batch for label in e.labels[1:])
-    tokens = sum(len(e.ids) for e in batch)
-    total = balance = torch.zeros((), device=device)
-    by_task: dict[str, list[Tensor]] = defaultdict(list)
+    supervised = Counter(e.task for e in batch for label in e.labels[1:] if label != IGNORE)
+    tokens, tasks = sum(len(e.ids) for e in batch), sorted(supervised)
+    sums: list[Tensor] = []              # of the losses of each task, and the balance loss
     for i in range(0, len(batch), cfg.micro_batch_size):
+        part = batch[i:i + cfg.micro_batch_size]
+        mine = part[distributed.rank()::distributed.world()]
+        here = float(bool(mine))         # where examples are too few, one is computed for nothing
         # Rows that begin alike, as those of a task do, stand together: they share what is computed.
-        part = sorted(batch[i:i + cfg.micro_batch_size], key=lambda e: e.ids)
-        ids, mask, labels = collate(part, pad_id, device)
+        mine = sorted(mine or part[:1], key=lambda e: e.ids)
+        ids, mask, labels = collate(mine, pad_id, device)
         losses, rows = supervised_losses(model, ids, mask, labels, share_prefix=True)
-        balanced = balance_loss(layers.values(), mask) * (sum(len(e.ids) for e in part) / tokens)
-        loss = losses.sum() / supervised + cfg.router_aux_loss_coef * balanced
-        loss.backward()
-        total, balance = total + losses.detach().sum(), balance + balanced.detach()
-        for row, example in enumerate(part):
-            by_task[example.task].append(losses.detach()[rows == row])
-    mean = (total / supervised).item()
+        balanced = balance_loss(layers.values(), mask, model.model.copies,
+                                partial(distributed.all_sum, times=here))
+        balanced = balanced * (sum(len(e.ids) for e in part) / tokens)
+        loss = losses.sum() / supervised.total() + cfg.router_aux_loss_coef * balanced
+        (here * loss).backward()
+        task = torch.tensor([tasks.index(e.task) for e in mine], device=device)[rows]
+        sums.append(here * torch.cat((losses.new_zeros(len(tasks)).index_add(
+            0, task, losses.detach()), balanced.detach()[None])))
+    *by_task, balance = distributed.all_sum(torch.stack(sums).sum(0).cpu()).tolist()
+    mean = sum(by_task) / supervised.total()
     if not math.isfinite(mean):
         names = ", ".join(f"{e.task} {e.index}" for e in batch)
         raise ArithmeticError(f"the loss is {mean} at step {step + 1}, on the training lines "
                               f"{names}: try a lower --lr, or --dtype float32")
-    line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance.item(), 5),
+    line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance, 5),
             "tokens": tokens, "loss_by_task": {
-                task: round(torch.cat(by_task[task]).mean().item(), 5) for task in sorted(by_task)}}
+                task: round(total / supervised[task], 5) for task, total in zip(tasks, by_task)}}
     if step % cfg.expert_use_every == 0:
         line["expert_use"] = {name: [round(u, 3) for u in use]
                               for name, use in expert_use(layers, mask).items()}
     return line
 
 
-@contextmanager
-def _sigint() -> Iterator[list[int]]:
-    """A list that is filled when Ctrl-C comes, so that a step ends first; a second one kills."""
-    came: list[int] = []
-
-    def handler(number: int, frame: object) -> None:
-        came.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _metrics_from(file: Path, step: int) -> Any:
-    """The metrics file, open for writing, with the lines of the first `step` steps kept."""
-    lines = file.read_text().splitlines(keepends=True)[:step] if step and file.exists() else []
-    with replacing(file) as tmp:
-        tmp.write_text("".join(lines))
-    return file.open("a")
-
-
-def save_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
-                    state: dict[str, Any]) -> None:
-    """Write run/checkpoints/step-N, whole or not at all, and keep the last two."""
-    folder = run / "checkpoints" / f"step-{state['step']:08d}"
-    tmp = folder.with_suffix(".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    save_file({n: p.detach().contiguous() for n, p in parameters.items()},
-              tmp / "experts.safetensors")
-    save_file({f"{n}.{key}": torch.as_tensor(value) for n, p in parameters.items()
-               for key, value in optimizer.state[p].items()}, tmp / "optimizer.safetensors")
-    write_json(tmp / "state.json", state)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
-    for old in sorted(folder.parent.glob("step-????????"))[:-CHECKPOINTS_KEPT]:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
-                    ) -> dict[str, Any] | None:
-    """Bring experts and optimizer to the newest checkpoint, and give its state; None without."""
-    folders = sorted((run / "checkpoints").glob("step-????????"))
-    if not folders:
-        return None
-    experts = load_file(folders[-1] / "experts.safetensors")
-    moments = load_file(folders[-1] / "optimizer.safetensors")
-    if set(experts) != set(parameters):
-        raise ValueError(f"{folders[-1]} belongs to another allocation than {run}'s")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(experts[name])
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")}
-    return dict(read_json(folders[-1] / "state.json"))
-
-
+def _metrics_from(file: Path, size: int) -> TextIO:
+    """The metrics file, open for appending behind its first `size` bytes."""
+    if distributed.rank():
+        return open(os.devnull, "w", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metrics = file.open("a", encoding="utf-8", newline="\n")
+    metrics.truncate(size)
+    return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from minismoe.experts import expert_layers  # noqa: E402
+from minismoe.model import CausalLM, Config  # noqa: E402
 
 torch.set_num_threads(1)            # on tensors this small, threads wait for each other
 settings.register_profile("minismoe", deadline=None, database=None, derandomize=True)
@@ -115,3 +118,26 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             if parameter is not None:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """--model and --data of a random byte-level checkpoint and two small tasks."""
+    root = tmp_path_factory.mktemp("inputs")
+    config = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "tie_word_embeddings": True, "eos_token_id": 257}
+    torch.manual_seed(0)
+    model = CausalLM(Config.from_dict(config))
+    (root / "model").mkdir()
+    (root / "model" / "config.json").write_text(json.dumps(config))
+    save_file(dict(model.named_parameters()), root / "model" / "model.safetensors")
+    (root / "data" / "upper").mkdir(parents=True)
+    for name, low, high in (("train", 0, 24), ("test", 24, 30)):
+        (root / "data" / "upper" / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": f"say {i}", "completion": f"N{i}"}) + "\n"
+            for i in range(low, high)))
+    (root / "data" / "sum.jsonl").write_text("".join(
+        json.dumps({"instruction": "add", "input": f"{i}+1", "output": str(i + 1)}) + "\n"
+        for i in range(30)))
+    return ["--model", str(root / "model"), "--data", str(root / "data")]

@@ -14,37 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import probe
 import train
 from minismoe.cli import run
-from minismoe.model import CausalLM, Config
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> list[str]:
-    """--model and --data of a random byte-level checkpoint and two small tasks."""
-    root = tmp_path_factory.mktemp("inputs")
-    config = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
-              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "tie_word_embeddings": True, "eos_token_id": 257}
-    torch.manual_seed(0)
-    model = CausalLM(Config.from_dict(config))
-    (root / "model").mkdir()
-    (root / "model" / "config.json").write_text(json.dumps(config))
-    save_file(dict(model.named_parameters()), root / "model" / "model.safetensors")
-    (root / "data" / "upper").mkdir(parents=True)
-    for name, low, high in (("train", 0, 24), ("test", 24, 30)):
-        (root / "data" / "upper" / f"{name}.jsonl").write_text("".join(
-            json.dumps({"prompt": f"say {i}", "completion": f"N{i}"}) + "\n"
-            for i in range(low, high)))
-    (root / "data" / "sum.jsonl").write_text("".join(
-        json.dumps({"instruction": "add", "input": f"{i}+1", "output": str(i + 1)}) + "\n"
-        for i in range(30)))
-    return ["--model", str(root / "model"), "--data", str(root / "data")]
 
 
 def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -156,6 +132,7 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     (["--model", "nowhere-at-all", "--data", "."], 1, "no such model folder"),
     (["--model", "."], 1, "--model and --data go together"),
     (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),
+    (["--shard"], 1, "start several with torchrun"),
 ])
 def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path) -> None:
     extra = [] if "--model" in args else inputs

@@ -446,3 +446,31 @@ def test_balance_loss_without_a_router_is_0() -> None:
     assert balance_loss([layer], torch.ones(1, 4)).item() == 0
     assert balance_loss([], torch.ones(1, 4)).item() == 0
     assert expert_use({"x": layer}, torch.ones(1, 4)) == {}
+
+
+def test_a_shared_beginning_counts_for_all_sequences() -> None:
+    """Computed once or in every row, and by one process or two: the same balance loss."""
+    model = randomise(add_experts(ours(llama()).double(), COUNTS, rank=2))
+    ids, mask = batch()
+    ids[:, :3] = ids[0, :3]
+
+    def gradients(parts: list[slice], share: bool) -> list[Tensor]:
+        model.zero_grad()
+        counts: list[Tensor] = []
+
+        def total(part: Tensor) -> Tensor:
+            counts.append(part)
+            return sum(counts[:len(parts)])      # complete the second time round
+
+        for part in parts * 2:
+            if len(counts) == len(parts):
+                model.zero_grad()
+            model.model(ids[part], mask[part], share_prefix=share)
+            balance_loss(expert_layers(model).values(), mask[part], model.model.copies,
+                         total).backward()
+        return [p.grad.clone() for n, p in model.named_parameters() if n.endswith("router")]
+
+    expected = gradients([slice(0, 3)], False)
+    assert len(expected) == 4 and all(g.any() for g in expected)
+    torch.testing.assert_close(gradients([slice(0, 3)], True), expected)
+    torch.testing.assert_close(gradients([slice(0, 3, 2), slice(1, 3, 2)], True), expected)

@@ -111,7 +111,7 @@ def test_training_learns_and_writes_metrics(tmp_path) -> None:
     use = lines[0]["expert_use"]["model.layers.0.mlp.up_proj"]
     assert len(use) == 3 and sum(use) == pytest.approx(1, abs=0.01)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "step-00000020", "step-00000030"]
+        "step-00000030", "step-00000036"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

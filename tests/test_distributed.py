@@ -1,0 +1,143 @@
+"""Several processes against one, and what is left when one of them is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+# The last micro-batch of an epoch has fewer examples than four processes.
+FLAGS = ["--samples", "20", "--batch-size", "6", "--micro-batch-size", "4", "--epochs", "3",
+         "--dtype", "float32", "--device", "cpu"]
+
+
+# train.py, but process {victim} sends itself a signal in step 10.
+STRUCK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+from minismoe import cli, training
+
+def step(*args, original=training.train_step):
+    if args[4] == 9 and os.environ["RANK"] == "{victim}":
+        os.kill(os.getpid(), {signal})
+    return original(*args)
+
+training.train_step = step
+cli.run(train.main)
+"""
+
+
+def start(*command: str, **settings: object) -> subprocess.Popen[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in settings.items()}}
+    return subprocess.Popen([sys.executable, *command], text=True, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def torchrun(count: int, *command: str) -> subprocess.Popen[str]:
+    return start("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+                 *command)
+
+
+def by_hand(count: int, *command: str) -> list[subprocess.Popen[str]]:
+    """The same without torchrun, which would itself end the others where one fails."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [start(*command, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=count, RANK=i,
+                  LOCAL_RANK=i) for i in range(count)]
+
+
+def far(a: Path, b: Path) -> float:
+    """The largest difference of two runs' adapters."""
+    first, second = (load_file(run / "adapter" / "adapter.safetensors") for run in (a, b))
+    assert first.keys() == second.keys()
+    return max((first[n] - second[n]).abs().max().item() for n in first)
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one(inputs, tmp_path_factory) -> Path:
+    """The run of a single process."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    train.main([*inputs, *FLAGS, "--out", str(run)])
+    return run
+
+
+@pytest.mark.parametrize("count, shard", [(2, []), (4, []), (2, ["--shard"])])
+def test_processes_equal_one(inputs, one, tmp_path, count, shard) -> None:
+    run = tmp_path / "run"
+    command = str(ROOT / "train.py"), *inputs, *FLAGS, *shard, "--out", str(run)
+    processes = [torchrun(2, *command)] if shard else by_hand(count, *command)
+    ends = [p.communicate(timeout=120) for p in processes]
+    assert not any(p.returncode for p in processes), ends
+    out = "".join(out for out, _ in ends)
+    assert out.count("exact match") == out.count("experts a matrix") == 1    # one of them prints
+    assert far(one, run) < 1e-5
+    assert (one / "allocation.json").read_text() == (run / "allocation.json").read_text()
+    assert (one / "answers.json").read_text() == (run / "answers.json").read_text()
+    scores = [json.loads((r / "sensitivity.json").read_text())["tasks"] for r in (one, run)]
+    for task, values in scores[0].items():
+        assert values["samples"] == scores[1][task]["samples"] == 20
+        assert scores[1][task]["scores"] == pytest.approx(values["scores"], rel=1e-6)
+    lines = [read(r / "metrics.jsonl") for r in (one, run)]
+    assert [line["step"] for line in lines[1]] == list(range(1, 28))
+    for a, b in zip(*lines, strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["balance"] == pytest.approx(b["balance"], abs=1e-4)
+        assert a["loss_by_task"] == pytest.approx(b["loss_by_task"], abs=1e-4)
+
+
+def struck(folder: Path, victim: int, number: signal.Signals) -> str:
+    file = folder / "struck.py"
+    file.write_text(STRUCK.format(root=str(ROOT), victim=victim, signal=int(number)))
+    return str(file)
+
+
+def test_one_is_killed_the_other_ends_and_one_goes_on(inputs, one, tmp_path) -> None:
+    run = tmp_path / "run"
+    alive, _ = processes = by_hand(2, struck(tmp_path, 1, signal.SIGKILL), *inputs, *FLAGS,
+                                   "--checkpoint-every", "4", "--out", str(run))
+    assert processes[1].wait(100) == -signal.SIGKILL
+    _, err = alive.communicate(timeout=30)
+    assert alive.returncode == 1 and "Traceback" not in err
+    assert "another process of this run has ended" in err.splitlines()[-1]
+    assert f"--resume --out {run}" in err.splitlines()[-1]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "step-00000008"
+    train.main(["--resume", "--out", str(run)])
+    assert far(one, run) < 1e-5
+    assert [line["step"] for line in read(run / "metrics.jsonl")] == list(range(1, 28))
+
+
+def test_one_is_interrupted_and_both_stop_after_that_step(inputs, one, tmp_path) -> None:
+    run = tmp_path / "run"
+    processes = by_hand(2, struck(tmp_path, 1, signal.SIGINT), *inputs, *FLAGS, "--out", str(run))
+    ends = [p.communicate(timeout=100)[1] for p in processes]
+    assert [p.returncode for p in processes] == [130, 130]
+    assert "saved after step 10 of 27" in ends[0] and "saved" not in ends[1]
+    train.main(["--resume", "--out", str(run)])
+    assert far(one, run) < 1e-5
+
+
+@pytest.mark.slow
+def test_torchrun_ends_all_where_one_is_killed_and_more_go_on(inputs, one, tmp_path) -> None:
+    run = tmp_path / "run"
+    process = torchrun(2, struck(tmp_path, 0, signal.SIGKILL), *inputs, *FLAGS,
+                       "--checkpoint-every", "4", "--out", str(run))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode not in (0, None) and "SIGKILL" in err
+    process = torchrun(3, str(ROOT / "train.py"), "--resume", "--out", str(run))
+    assert process.communicate(timeout=100) and process.returncode == 0
+    assert far(one, run) < 1e-5
