@@ -104,11 +104,13 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
                 os.fsync(metrics.fileno())
                 save_checkpoint(run, parameters, optimizer, state)
                 saved = time.monotonic()
-            if signals:
-                raise Interrupted(f"saved after step {step + 1} of {len(batches)}", signals[0])
+                if signals:
+                    break
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tok/s",
                                 refresh=False)
             bar.update()
+        if signals:
+            raise Interrupted(f"saved after step {state['step']} of {len(batches)}", signals[0])
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
 
 
