@@ -33,7 +33,8 @@ from .report import clean
 KEPT = 2                                     # checkpoints of a kind
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
           if hasattr(signal, name)]
-LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.adapter.*.tmp", "checkpoints/.*.tmp")    # of dead processes
+# What dead processes leave in a run.
+LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.adapter.*.tmp", "checkpoints/.*.tmp")
 Tensors = Mapping[str, Tensor]
 
 

@@ -88,6 +88,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     metrics = _metrics_from(run / "metrics.jsonl", state["metrics"])
     bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1,
                disable=distributed.rank() > 0)
+    came = 0
     with metrics, bar, waiting() as signals:
         for step in range(state["step"], len(batches)):
             start = time.perf_counter()
@@ -106,18 +107,25 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             state = {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
                      "seconds": now - begun, "loss": line["loss"], "order": order,
                      "metrics": os.fstat(metrics.fileno()).st_size}
-            came = max(distributed.gather(signals[0] if signals else 0))   # one may be hit alone
+            came = _asked(signals)
             if distributed.rank() == 0 and (came or due(cfg.checkpoint_every, step + 1, saved)
                                             or step + 1 == len(batches)):
                 os.fsync(metrics.fileno())
                 save_checkpoint(run, parameters, optimizer, state)
                 saved = time.monotonic()
             if came:
-                raise Interrupted(f"saved after step {step + 1} of {len(batches)}", came)
+                break
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tok/s",
                                 refresh=False)
             bar.update()
+        if came := came or _asked(signals):          # it may come after the last step
+            raise Interrupted(f"saved after step {state['step']} of {len(batches)}", came)
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
+
+
+def _asked(signals: Sequence[int]) -> int:
+    """The signal that asked any of the processes to end, as it may come to one alone; 0: none."""
+    return max(distributed.gather(signals[0] if signals else 0))
 
 
 def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
