@@ -65,6 +65,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
                        help="of the frozen weights and activations; experts, routers and norms "
                        "compute in float32 anyway. auto: bfloat16 where the device multiplies it "
                        "in hardware, and float32 for the tiny model")
+    group.add_argument("--base-bits", type=int, choices=(8, 4), help="hold the frozen linear "
+                       "layers in so many bits: less memory, a little slower, less exact")
     group.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
                        "model sees them, supervised tokens marked, and stop")
     group.add_argument("--debug", action="store_true", help="show a traceback on failure")
@@ -151,10 +153,12 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
         sys.exit(0)
     encoded = {task.name: encode_all(task, tokenizer, args.max_length) for task in tasks}
     device, dtype = device_and_dtype(args)
-    model = load_model(folder, dtype, device)
+    model = load_model(folder, dtype, device, args.base_bits)
     model.name = args.model or "the embedded default"
-    size = sum(p.numel() for p in model.parameters())
-    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {device}, {args.dtype}")
+    size = sum(p.numel() for p in model.parameters()) + sum(
+        m.weight.shape.numel() for m in linear_layers(model).values() if model.base_bits)
+    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {device}, {args.dtype}"
+          + (f", linear layers in {model.base_bits} bits" if model.base_bits else ""))
     describe(tasks, encoded, tokenizer)
     if empty := [name for name, e in encoded.items() if not e.examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "

@@ -309,6 +309,7 @@ class CausalLM(nn.Module):
     name = ""              # where it was loaded from,
     fingerprint = ""       # and what tells this base from others
     merged = ""            # the base it was, before adapters were merged into it
+    base_bits: int | None = None       # of its linear layers, where they are held in 8 or 4
 
     def __init__(self, config: Config):
         super().__init__()
