@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minismoe import cli
+from minismoe import cli, limits
 from minismoe.allocate import Allocation
 from minismoe.checkpoint import read_json, save_adapter, versions, write_json
 from minismoe.evaluate import Accuracy, evaluate
@@ -50,10 +50,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     d = {f.name: f.default for f in fields(TrainConfig)}
     group.add_argument("--epochs", type=cli.positive, default=d["epochs"],
                        help="passes over the training lines (default: %(default)s)")
-    group.add_argument("--batch-size", type=cli.positive, default=d["batch_size"],
-                       help="examples an optimizer step (default: %(default)s)")
-    group.add_argument("--micro-batch-size", type=cli.positive, metavar="N", help="examples "
-                       "computed at once, less memory by accumulation (default: --batch-size)")
+    group.add_argument("--batch-size", type=cli.positive_or_auto, default=d["batch_size"],
+                       metavar="N|auto", help="examples an optimizer step (default: %(default)s); "
+                       "auto: the default, with --micro-batch-size auto")
+    group.add_argument("--micro-batch-size", type=cli.positive_or_auto, metavar="N|auto",
+                       help="examples computed at once, less memory by accumulation (default: "
+                       "--batch-size); auto: the most that fit --memory, or the device")
+    group.add_argument("--memory", type=cli.size, metavar="SIZE", help="what auto and --plan may "
+                       "count on, as 4G or 512M (default: what the device has free)")
+    group.add_argument("--plan", action="store_true", help="print parameters, memory by part, "
+                       "time and disk of the run, and stop; --data and weights may be missing")
     group.add_argument("--recompute", action="store_true", help="activation checkpointing: about "
                        "a third slower, far less memory for long examples")
     group.add_argument("--lr", type=float, default=d["lr"],
@@ -74,10 +80,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error("--resume needs --out RUN")
         saved = read_json(Path(args.out) / "config.json")["arguments"]
         args = parser.parse_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
+        for name in ("batch_size", "micro_batch_size"):          # auto was settled by the run
+            if getattr(args, name) == "auto":
+                setattr(args, name, saved[name])
         changed = [f"--{k.replace('_', '-')} {v} (was {saved[k]})" for k, v in vars(args).items()
                    if k not in (*RESUMABLE, "out") and saved.get(k) != v]
         if changed:
             raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
+    if args.batch_size == "auto":
+        args.batch_size, args.micro_batch_size = d["batch_size"], "auto"
     args.micro_batch_size = args.micro_batch_size or args.batch_size
     return args
 
@@ -85,7 +96,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     torch.manual_seed(args.seed)
+    if args.plan:
+        limits.show_plan(args)
+        return
     begun, seconds = time.perf_counter(), {}
+    limits.settle_micro_batch(args)
     inputs = cli.load_inputs(args)
     run = Path(args.out) if args.resume else cli.new_run(
         args.out, Path(args.model or "default").name)
@@ -108,7 +123,8 @@ def main(argv: Sequence[str]) -> None:
     if args.resume:
         before = read_json(run / "before.json")
     else:
-        before = {name: vars(a) for name, a in score(inputs, "before").items()}
+        before = {name: vars(a) for name, a in score(
+            inputs, "before", args.micro_batch_size).items()}
         start_run(run, args, inputs, allocation, before)
     inputs.model.model.recompute = args.recompute
     cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)
@@ -120,7 +136,7 @@ def main(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(f"{e}; go on with: python train.py --resume --out {run}") from None
     seconds["train"] = round(summary["seconds"], 2)
     save_adapter(inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
-    after = score(inputs, "after")
+    after = score(inputs, "after", args.micro_batch_size)
 
     results = summarise(before, after, trainable, sum(allocation.experts.values()), seconds)
     write_json(run / "answers.json", {name: a.right for name, a in after.items()})
@@ -151,11 +167,11 @@ def start_run(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocatio
         "threads": torch.get_num_threads()})
 
 
-def score(inputs: cli.Inputs, when: str) -> dict[str, Accuracy]:
-    """Exact match on every task's test split, with a bar."""
+def score(inputs: cli.Inputs, when: str, micro: int) -> dict[str, Accuracy]:
+    """Exact match on every task's test split, with a bar; `micro` says how much fits at once."""
     with tqdm(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
               unit="answer") as bar:
-        return {t.name: evaluate(inputs.model, inputs.tokenizer, t, progress=bar.update)
+        return {t.name: evaluate(inputs.model, inputs.tokenizer, t, min(32, 2 * micro), bar.update)
                 for t in inputs.tasks}
 
 

@@ -117,15 +117,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     config.json asks for and is not implemented.
     """
     folder = resolve(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} holds no JSON object")
-    try:
-        cfg = Config.from_dict(config)
-    except ValueError as e:
-        raise ValueError(f"{folder / 'config.json'}: {e}") from None
+    cfg, config = read_config(folder)
     with torch.device("meta"):
         model = CausalLM(cfg)
     digest = hashlib.sha256(repr(cfg).encode())
@@ -162,6 +154,19 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     model.fingerprint, model.name = digest.hexdigest()[:16], str(path)
     model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
     return model.eval()
+
+
+def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
+    """config.json of a checkpoint folder: what the decoder needs of it, and all that it says."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} holds no JSON object")
+    try:
+        return Config.from_dict(config), config
+    except ValueError as e:
+        raise ValueError(f"{folder / 'config.json'}: {e}") from None
 
 
 def weights(folder: Path) -> Callable[[str], Tensor]:

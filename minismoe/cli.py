@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import random
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,7 @@ AUTO_START, AUTO_MOST = 16, 512          # samples a task of --samples auto
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 130 interrupted."""
     argv = sys.argv[1:]
+    return_freed_memory()
     for stream in (sys.stdout, sys.stderr):      # a terminal that cannot spell a shade gets a "?"
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -43,6 +46,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             traceback.print_exc()
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give large tensors back to the system when they are freed; elsewhere do nothing.
+
+    It would learn to keep them in its heap, which tensors of ever other sizes tear to pieces: on a
+    CPU a fine-tune then grows to twice of what it holds.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):              # a C library that is not glibc
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 1 << 18)                        # M_MMAP_THRESHOLD, now a fixed one
+            libc.mallopt(-1, 1 << 26)                        # M_TRIM_THRESHOLD
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +125,19 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_or_auto(text: str) -> int | str:
+    """An argparse type: a whole number of at least 1, or auto."""
+    return text if text == "auto" else positive(text)
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, as 4G (GiB) or 512M (MiB)."""
+    unit = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    if unit is None or not 0 < (number := float(text[:-1])) < 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 4G or 512M")
+    return int(number * unit)
+
+
 def share(text: str) -> float:
     """An argparse type: a number in (0, 1]."""
     if not 0 < (value := float(text)) <= 1:
@@ -136,22 +165,8 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
     if (args.model is None) != (args.data is None):
         raise ValueError("--model and --data go together; without both, the tiny model and its "
                          "own tasks are used")
-    if args.model is None:
-        from . import toy
-        folder, tasks = toy.base_folder(), toy.tasks(args.seed)
-        if args.tasks:
-            tasks = [t for t in tasks if t.name in args.tasks.split(",")]
-    else:
-        folder = resolve(args.model)
-        names = args.tasks.split(",") if args.tasks else ()
-        tasks = load_tasks(args.data, names, args.seed)
-    for task in tasks:
-        task.train, task.test = task.train[:args.limit_train], task.test[:args.limit_test]
-    tokenizer = load_tokenizer(folder)
-    if args.show:
-        show(tasks, tokenizer, args.show)
-        sys.exit(0)
-    encoded = {task.name: encode_all(task, tokenizer, args.max_length) for task in tasks}
+    folder = base_folder(args)
+    tokenizer, tasks, encoded = read_data(args, folder)
     device, dtype = device_and_dtype(args)
     model = load_model(folder, dtype, device, args.base_bits)
     model.name = args.model or "the embedded default"
@@ -164,6 +179,32 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"--max-length {args.max_length}")
     return Inputs(model, tokenizer, tasks, encoded)
+
+
+def base_folder(args: argparse.Namespace) -> Path:
+    """The folder of the checkpoint that --model names, or of the tiny default."""
+    if args.model is None:
+        from . import toy
+        return toy.base_folder()
+    return resolve(args.model)
+
+
+def read_data(args: argparse.Namespace, folder: Path,
+              ) -> tuple[Tokenizer, list[Task], dict[str, Encoded]]:
+    """The tokenizer of `folder`, the tasks and their examples; with --show print some and exit."""
+    names = args.tasks.split(",") if args.tasks else ()
+    if args.model is None:
+        from . import toy
+        tasks = [t for t in toy.tasks(args.seed) if not names or t.name in names]
+    else:
+        tasks = load_tasks(args.data, names, args.seed)
+    for task in tasks:
+        task.train, task.test = task.train[:args.limit_train], task.test[:args.limit_test]
+    tokenizer = load_tokenizer(folder)
+    if args.show:
+        show(tasks, tokenizer, args.show)
+        sys.exit(0)
+    return tokenizer, tasks, {t.name: encode_all(t, tokenizer, args.max_length) for t in tasks}
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -258,7 +299,7 @@ def measure(args: argparse.Namespace, inputs: Inputs) -> Scores:
     with tqdm(desc="probe", unit="sample", total=0) as bar:
         while True:
             bar.total += sum(len(p[done:wanted]) for p in pools.values())
-            batches = {name: probe_batches(pool, wanted - done, PROBE_BATCH,
+            batches = {name: probe_batches(pool, wanted - done, probe_batch(args),
                                            inputs.tokenizer.pad_id, args.device, done)
                        for name, pool in pools.items() if len(pool) > done}
             scores = probe(inputs.model, batches, scores, bar.update)
@@ -274,6 +315,11 @@ def measure(args: argparse.Namespace, inputs: Inputs) -> Scores:
         print(f"--samples auto stopped at {done} a task: the lowest overlap is {lowest:.2f}, "
               f"{'at' if lowest >= args.overlap else 'below'} the target of {args.overlap:.2f}")
     return scores
+
+
+def probe_batch(args: argparse.Namespace) -> int:
+    """Samples probed at once: fewer where training itself must do with small micro-batches."""
+    return max(1, min(PROBE_BATCH, getattr(args, "micro_batch_size", 2 * PROBE_BATCH) // 2))
 
 
 def trust(args: argparse.Namespace, scores: Scores) -> dict[str, float]:
