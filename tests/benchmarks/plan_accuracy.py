@@ -41,7 +41,8 @@ def measured(argv: list[str], micro: int) -> int:
     """Bytes at the peak of some steps."""
     args = train.parse(argv)
     p = limits.look_ahead(args)
-    place = max(range(len(p.batches)), key=lambda i: plan.largest(p.setup, p.batches[i:i + 1], micro))
+    sizes = [plan.largest(p.setup, [batch], micro) for batch in p.batches]
+    place = sizes.index(max(sizes))
     model = load_model(p.folder, p.setup.dtype, args.device, args.base_bits)
     add_experts(model, p.setup.allocation)
     model.model.recompute = args.recompute
