@@ -14,6 +14,8 @@ S cached positions, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .config import Config
-from .experts import together
+from .experts import expert_layers, together
 
 SHORT = 256            # keys up to which a CPU trains bfloat16 with attention written out
 
@@ -252,6 +254,17 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@contextmanager
+def _recomputing(block: nn.Module) -> Iterator[None]:
+    """Afterwards no graph is left in the block's routers: it would keep all that was recomputed."""
+    try:
+        yield
+    finally:
+        for layer in expert_layers(block).values():
+            if layer.router_logits is not None:
+                layer.router_logits = layer.router_logits.detach()
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and the last norm."""
 
@@ -280,7 +293,8 @@ class Decoder(nn.Module):
         rope = self._rope(tokens.positions, x.dtype)
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens, rope, use_reentrant=False)
+                x = checkpoint(block, x, tokens, rope, use_reentrant=False,
+                               context_fn=lambda b=block: (nullcontext(), _recomputing(b)))
             else:
                 x = block(x, tokens, rope)
         return tokens.unpack(self.norm(x))

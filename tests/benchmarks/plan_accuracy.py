@@ -23,7 +23,7 @@ from minismoe.checkpoint import load_model
 from minismoe.experts import add_experts
 from minismoe.training import TrainConfig, train_step
 
-AROUND = 3                       # steps before the largest, and after it
+AROUND = 2                       # steps before the largest, and after it
 
 
 def planned(argv: list[str]) -> dict[str, int]:
@@ -59,7 +59,7 @@ def measured(argv: list[str], micro: int) -> int:
 def main() -> None:
     flags = sys.argv[1:]
     if flags and flags[0] in ("planned", "measured"):
-        cli.return_freed_memory()                          # as the scripts do
+        cli.bound_memory()                          # as the scripts do
         found = planned(flags[1:]) if flags[0] == "planned" else measured(flags[2:], int(flags[1]))
         print(json.dumps(found))
         return
