@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -265,6 +266,10 @@ def _recomputing(block: nn.Module) -> Iterator[None]:
                 layer.router_logits = layer.router_logits.detach()
 
 
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _recomputing(block)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and the last norm."""
 
@@ -294,7 +299,7 @@ class Decoder(nn.Module):
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, tokens, rope, use_reentrant=False,
-                               context_fn=lambda b=block: (nullcontext(), _recomputing(b)))
+                               context_fn=partial(_contexts, block))
             else:
                 x = block(x, tokens, rope)
         return tokens.unpack(self.norm(x))

@@ -72,6 +72,8 @@ def test_recompute_changes_memory_only() -> None:
         model.model.recompute = recompute
         train_step(model, examples(4), TrainConfig(micro_batch_size=4), pad_id=0)
         found.append(gradients(model))
+        if recompute:          # a graph there would keep all that was recomputed
+            assert all(m.router_logits.grad_fn is None for m in expert_layers(model).values())
     assert found[0].keys() == found[1].keys() and len(found[0]) == 3 * 14
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
