@@ -197,9 +197,10 @@ def load(args: argparse.Namespace) -> Source:
         if not (run / "config.json").is_file():
             raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
         saved = read_json(run / "config.json")["arguments"]
+        # A base that was trained in a few bits is exported from its own weights, unrounded.
         settings = argparse.Namespace(**{**saved, "device": args.device, "dtype": args.dtype,
-                                         "limit_test": args.limit_test or saved["limit_test"],
-                                         "shard": False})
+                                         "base_bits": None, "shard": False,
+                                         "limit_test": args.limit_test or saved["limit_test"]})
         inputs, name = cli.load_inputs(settings), saved["model"]
         load_adapter(inputs.model, run / "adapter")
         if args.task not in (None, *inputs.encoded):

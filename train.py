@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minismoe import cli, distributed
+from minismoe import cli, distributed, limits
 from minismoe.allocate import Allocation
 from minismoe.checkpoint import read_json, replacing, save_adapter, versions, write_json
 from minismoe.data import probe_batches
@@ -59,11 +59,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     d = {f.name: f.default for f in fields(TrainConfig)}
     group.add_argument("--epochs", type=cli.positive, default=d["epochs"],
                        help="passes over the training lines (default: %(default)s)")
-    group.add_argument("--batch-size", type=cli.positive, default=d["batch_size"],
-                       help="examples an optimizer step (default: %(default)s)")
-    group.add_argument("--micro-batch-size", type=cli.positive, metavar="N", help="examples "
-                       "computed at once, less memory by accumulation; several processes share "
-                       "them (default: --batch-size)")
+    group.add_argument("--batch-size", type=cli.positive_or_auto, default=d["batch_size"],
+                       metavar="N|auto", help="examples an optimizer step (default: %(default)s); "
+                       "auto: the default, with --micro-batch-size auto")
+    group.add_argument("--micro-batch-size", type=cli.positive_or_auto, metavar="N|auto",
+                       help="examples computed at once, less memory by accumulation (default: "
+                       "--batch-size); several processes share them. auto: the most that "
+                       "fit --memory, or the device")
+    group.add_argument("--memory", type=cli.size, metavar="SIZE", help="what auto and --plan may "
+                       "count on, as 4G or 512M (default: what the device has free)")
+    group.add_argument("--plan", action="store_true", help="print parameters, memory by part, "
+                       "time and disk of the run, and stop; --data and weights may be missing")
     group.add_argument("--recompute", action="store_true", help="activation checkpointing: about "
                        "a third slower, far less memory for long examples")
     group.add_argument("--lr", type=float, default=d["lr"],
@@ -85,11 +91,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error("--resume needs --out RUN")
         saved = saved_config(Path(args.out))["arguments"]
         args = parser.parse_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
+        for name in ("batch_size", "micro_batch_size"):          # auto was settled by the run
+            if getattr(args, name) == "auto":
+                setattr(args, name, saved[name])
         changed = [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})"
                    for k, v in vars(args).items()
                    if k not in (*RESUMABLE, "out") and saved.get(k) != v]
         if changed:
             raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
+    if args.batch_size == "auto":
+        args.batch_size, args.micro_batch_size = d["batch_size"], "auto"
     args.micro_batch_size = args.micro_batch_size or args.batch_size
     return args
 
@@ -108,9 +119,14 @@ def saved_config(run: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     args, begun = parse(argv), time.perf_counter()
+    if args.plan:
+        limits.show_plan(args)
+        return
     if args.resume and (Path(args.out) / "results.json").exists():
         print(f"nothing is missing: {args.out} holds its results")
         return
+    distributed.start(cli.device_and_dtype(args)[0])
+    limits.settle_micro_batch(args)
     inputs = cli.load_inputs(args)
     run = Path(args.out) if args.resume else cli.new_run(
         args.out, Path(args.model or "default").name)
@@ -154,7 +170,7 @@ def work(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
 
     if not (run / "before.json").exists():
         once(write_json, run / "before.json",
-             {n: vars(a) for n, a in score(inputs, "before").items()})
+             {n: vars(a) for n, a in score(inputs, "before", args.micro_batch_size).items()})
     inputs.model.model.recompute = args.recompute
     cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)
                          if hasattr(args, f.name)})
@@ -163,7 +179,7 @@ def work(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
     once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
 
     show_routers(inputs, args, run)
-    after = score(inputs, "after")
+    after = score(inputs, "after", args.micro_batch_size)
     if distributed.rank():
         return
     results = summarise(read_json(run / "before.json"), after, trainable,
@@ -212,11 +228,11 @@ def describe(inputs: cli.Inputs, allocation: Allocation, trainable: int) -> None
     print(f"{allocation}, {trainable:,} trainable parameters")
 
 
-def score(inputs: cli.Inputs, when: str) -> dict[str, Accuracy]:
-    """Exact match on every task's test split, with a bar."""
+def score(inputs: cli.Inputs, when: str, micro: int) -> dict[str, Accuracy]:
+    """Exact match on every task's test split, with a bar; `micro` says how much fits at once."""
     with tqdm(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
               unit="answer") as bar:
-        return {t.name: evaluate(inputs.model, inputs.tokenizer, t, progress=bar.update)
+        return {t.name: evaluate(inputs.model, inputs.tokenizer, t, min(32, 2 * micro), bar.update)
                 for t in inputs.tasks}
 
 

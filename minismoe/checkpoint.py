@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .allocate import Allocation
 from .config import Config
-from .experts import add_experts, expert_layers
+from .experts import add_experts, expert_layers, linear_layers
+from .lowbit import QuantizedLinear, QuantizedWeight
 from .model import CausalLM
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -122,23 +123,16 @@ def resolve(model: str | Path) -> Path:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
-               device: str | torch.device = "cpu") -> CausalLM:
+               device: str | torch.device = "cpu", base_bits: int | None = None) -> CausalLM:
     """A frozen decoder from a folder or hub name, its weights as `dtype` on `device`.
 
-    Weights are memory-mapped, or converted one at a time: the peak is one copy of them. Raises
-    ValueError that lists every missing, surplus and misshapen tensor, and all that config.json
-    asks for and is not implemented.
+    With base_bits, 8 or 4, linear layers but the head are held in blocks of such integers. Weights
+    are memory-mapped, or converted one at a time: the peak is one copy of them, as they are held.
+    Raises ValueError that lists every missing, surplus and misshapen tensor, and all that
+    config.json asks for and is not implemented.
     """
     folder = resolve(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} holds no JSON object")
-    try:
-        cfg = Config.from_dict(config)
-    except ValueError as e:
-        raise ValueError(f"{folder / 'config.json'}: {e}") from None
+    cfg, config = read_config(folder)
     with torch.device("meta"):
         model = CausalLM(cfg)
     digest = hashlib.sha256(repr(cfg).encode())
@@ -146,6 +140,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     ignored = {"lm_head.weight"} if cfg.tie_word_embeddings else set()
     problems: list[str] = []
     seen: set[str] = set()
+    layers = linear_layers(model)
     for file in weight_files(folder):
         digest.update(_start(file))
         try:
@@ -156,7 +151,13 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
                         continue
                     if problem := _mismatch(name, f.get_slice(name), wanted.get(name)):
                         problems.append(problem)
-                    elif not problems:
+                    elif problems:
+                        continue
+                    elif base_bits and (linear := layers.get(name.removesuffix(".weight"))):
+                        weight = _tensor(f, file, name, None, device)
+                        model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(
+                            linear, QuantizedWeight(weight, base_bits, dtype)))
+                    else:
                         _assign(model, name, _tensor(f, file, name, dtype, device))
         except SafetensorError as e:
             raise ValueError(f"{file} is no valid safetensors file: {e}") from None
@@ -166,8 +167,21 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     if cfg.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.fingerprint, model.name = digest.hexdigest()[:16], str(path)
-    model.merged = str(config.get(MERGED, ""))
+    model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
     return model.eval()
+
+
+def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
+    """config.json of a checkpoint folder: what the decoder needs of it, and all that it says."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} holds no JSON object")
+    try:
+        return Config.from_dict(config), config
+    except ValueError as e:
+        raise ValueError(f"{folder / 'config.json'}: {e}") from None
 
 
 def weights(folder: Path) -> Callable[[str], Tensor]:
@@ -209,12 +223,12 @@ def _start(file: Path) -> bytes:
         return length + f.read(min(int.from_bytes(length, "little"), 1 << 26) + (1 << 16))
 
 
-def _tensor(f: Any, file: Path, name: str, dtype: torch.dtype, device: str | torch.device,
+def _tensor(f: Any, file: Path, name: str, dtype: torch.dtype | None, device: str | torch.device,
             ) -> Tensor:
     """One tensor of the open file `f`; as it is, it stays a part of the mapped file.
 
-    What is converted comes from a mapping of its own, which ends here: pages of `f` that were read
-    would stay in memory, beside their copies, for as long as `f` is open.
+    What is converted (or will be: no dtype) comes from a mapping of its own, which ends with it:
+    pages of `f` that were read would stay in memory, beside copies, for as long as `f` is open.
     """
     if DTYPES[f.get_slice(name).get_dtype()] == dtype and torch.device(device).type == "cpu":
         return f.get_tensor(name)
@@ -253,7 +267,8 @@ def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
         save_file(tensors, tmp, metadata={"format": "pt"})
     write_json(Path(folder) / "adapter.json", {
         "format": ADAPTER_FORMAT, "base_model": getattr(model, "name", None),
-        "fingerprint": getattr(model, "fingerprint", None), "tasks": list(tasks),
+        "fingerprint": getattr(model, "fingerprint", None),
+        "base_bits": getattr(model, "base_bits", None), "tasks": list(tasks),
         "allocation": allocation.to_json(), "versions": versions()})
 
 

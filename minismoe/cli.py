@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
+import os
 import random
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +42,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
     number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
     argv = sys.argv[1:]
+    bound_memory()
     for stream in (sys.stdout, sys.stderr):      # a terminal that cannot spell a shade gets a "?"
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -73,6 +76,22 @@ def working_in(folder: Path, command: str) -> Iterator[None]:
                               getattr(e, "number", signal.SIGINT)) from None
 
 
+def bound_memory() -> None:
+    """Keep two caches of a CPU from growing with every length of batch that comes by.
+
+    oneDNN keeps what it compiles for a shape, in bfloat16 23 MB a length of batch, up to 1,024
+    shapes; 64 are those of one step. And glibc learns to keep freed tensors in its heap, which
+    tensors of ever other sizes tear to pieces; a fixed threshold has it give large ones back.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")                # read when the first matrix is multiplied
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):          # a C library that is not glibc
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 1 << 18)                    # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 1 << 26)                    # M_TRIM_THRESHOLD
+
+
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say which model and which data, and where they run."""
     group = parser.add_argument_group("model and data")
@@ -96,6 +115,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shard", action="store_true", help="under torchrun (torch 2.8): each "
                        "process holds a part of the frozen blocks, for models too large for one "
                        "device; slower")
+    group.add_argument("--base-bits", type=int, choices=(8, 4), help="hold the frozen linear "
+                       "layers in so many bits: less memory, a little slower, less exact")
     group.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
                        "model sees them, supervised tokens marked, and stop")
     group.add_argument("--debug", action="store_true", help="show a traceback on failure")
@@ -147,6 +168,19 @@ def interval(text: str) -> int | str:
     return text
 
 
+def positive_or_auto(text: str) -> int | str:
+    """An argparse type: a whole number of at least 1, or auto."""
+    return text if text == "auto" else positive(text)
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, as 4G (GiB) or 512M (MiB)."""
+    unit = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    if unit is None or not 0 < (number := float(text[:-1])) < 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 4G or 512M")
+    return int(number * unit)
+
+
 def share(text: str) -> float:
     """An argparse type: a number in (0, 1]."""
     if not 0 < (value := float(text)) <= 1:
@@ -187,28 +221,18 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
                          "own tasks are used")
     device, _ = device_and_dtype(args)
     distributed.start(device)
-    if args.shard and distributed.world() == 1:
-        raise ValueError("--shard divides a model among processes: start several with torchrun")
+    if args.shard and (args.base_bits or distributed.world() == 1):
+        raise ValueError("--shard divides a model among processes: start several with torchrun, "
+                         "without --base-bits")
     folder = base_folder(args)
-    if args.model is None:
-        tasks = toy.tasks(args.seed)
-        if args.tasks:
-            tasks = [t for t in tasks if t.name in args.tasks.split(",")]
-    else:
-        names = args.tasks.split(",") if args.tasks else ()
-        tasks = load_tasks(args.data, names, args.seed)
-    for task in tasks:
-        task.train, task.test = task.train[:args.limit_train], task.test[:args.limit_test]
-    tokenizer = load_tokenizer(folder)
-    if args.show:
-        show(tasks, tokenizer, args.show)
-        sys.exit(0)
-    encoded = {task.name: encode_all(task, tokenizer, args.max_length) for task in tasks}
+    tokenizer, tasks, encoded = read_data(args, folder)
     model = load_base(args, folder)
     if args.shard:
         distributed.shard(model, device)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {device}, {args.dtype}")
+    size = sum(p.numel() for p in model.parameters()) + sum(
+        m.weight.shape.numel() for m in linear_layers(model).values() if model.base_bits)
+    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {device}, {args.dtype}"
+          + (f", linear layers in {model.base_bits} bits" if model.base_bits else ""))
     describe(tasks, encoded, tokenizer)
     if empty := [name for name, e in encoded.items() if not e.examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
@@ -225,9 +249,26 @@ def base_folder(args: argparse.Namespace) -> Path:
 def load_base(args: argparse.Namespace, folder: Path) -> CausalLM:
     """The model that the flags name, on their device; on the CPU where it is to be divided."""
     device, dtype = device_and_dtype(args)
-    model = load_model(folder, dtype, "cpu" if args.shard else device)
+    model = load_model(folder, dtype, "cpu" if args.shard else device, args.base_bits)
     model.name = args.model or "the embedded default"
     return model
+
+
+def read_data(args: argparse.Namespace, folder: Path,
+              ) -> tuple[Tokenizer, list[Task], dict[str, Encoded]]:
+    """The tokenizer of `folder`, the tasks and their examples; with --show print some and exit."""
+    names = args.tasks.split(",") if args.tasks else ()
+    if args.model is None:
+        tasks = [t for t in toy.tasks(args.seed) if not names or t.name in names]
+    else:
+        tasks = load_tasks(args.data, names, args.seed)
+    for task in tasks:
+        task.train, task.test = task.train[:args.limit_train], task.test[:args.limit_test]
+    tokenizer = load_tokenizer(folder)
+    if args.show:
+        show(tasks, tokenizer, args.show)
+        sys.exit(0)
+    return tokenizer, tasks, {t.name: encode_all(t, tokenizer, args.max_length) for t in tasks}
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -318,7 +359,7 @@ def measure(args: argparse.Namespace, inputs: Inputs, run: Path) -> Scores:
     earlier one, of the same model, data and samples, ended.
     """
     auto = args.samples == "auto"
-    wanted = AUTO_START if auto else positive(args.samples)
+    wanted, size = AUTO_START if auto else positive(args.samples), probe_batch(args)
     pools = {name: random.Random(args.seed).sample(e.examples, len(e.examples))
              for name, e in inputs.encoded.items()}
     most = min(AUTO_MOST if auto else wanted, max(map(len, pools.values())))
@@ -341,8 +382,8 @@ def measure(args: argparse.Namespace, inputs: Inputs, run: Path) -> Scores:
                         scores.add(name, known)
                         bar.update(len(known))
                     missing = list(probe_batches(
-                        pool, wanted - done, PROBE_BATCH, inputs.tokenizer.pad_id, args.device,
-                        done))[math.ceil(len(known) / PROBE_BATCH):]
+                        pool, wanted - done, size, inputs.tokenizer.pad_id, args.device,
+                        done))[math.ceil(len(known) / size):]
                     batches += [(name, batch) for batch in missing]
             try:
                 for (name, batch), found in zip(batches, distributed.spread(norms, batches)):
@@ -368,6 +409,11 @@ def say_agreement(args: argparse.Namespace, scores: Scores, agreement: Mapping[s
         lowest = min(agreement.values())
         print(f"--samples auto stopped at {done} a task: the lowest overlap is {lowest:.2f}, "
               f"{'at' if lowest >= args.overlap else 'below'} the target of {args.overlap:.2f}")
+
+
+def probe_batch(args: argparse.Namespace) -> int:
+    """Samples probed at once: fewer where training itself must do with small micro-batches."""
+    return max(1, min(PROBE_BATCH, getattr(args, "micro_batch_size", 2 * PROBE_BATCH) // 2))
 
 
 def trust(args: argparse.Namespace, scores: Scores) -> dict[str, float]:

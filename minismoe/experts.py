@@ -60,7 +60,7 @@ class _Experts(torch.autograd.Function):
             scales.append(layer.scaling * (
                 logits.new_ones(len(x), 1) if layer.router is None
                 else top_k_gates(logits_i, layer.top_k)))                        # (N, E)
-            y = F.linear(x, layer.weight, layer.bias)
+            y = F.linear(x, layer.dense(), layer.bias)
             outputs.append(y.addmm_(_gated(h_i, scales[-1]), _flat(layer.lora_B, x)))
         ctx.layers = layers
         ctx.save_for_backward(x, h, *scales)
@@ -88,7 +88,7 @@ class _Experts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = d @ torch.cat((A, routers.to(x.dtype)))
             for layer, dy in zip(layers, dys):
-                dx.addmm_(dy, layer.weight)
+                dx.addmm_(dy, layer.dense())
         dAs = (d.T @ x).split(ranks + counts)
         of_parameters = [
             None if p is None else g.to(p.dtype).view_as(p)
@@ -136,6 +136,10 @@ class ExpertLinear(nn.Linear):
         self.router = None if experts == 1 else nn.Parameter(
             torch.empty(experts, self.in_features, **new).normal_(std=0.02))
         self.router_logits: Tensor | None = None         # (N, E) of the last forward
+
+    def dense(self) -> Tensor:
+        """The frozen weight (out, in); one that is held in a few bits is made anew."""
+        return self.weight if isinstance(self.weight, Tensor) else self.weight.dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -311,7 +311,7 @@ def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ())
     """
     for name, layer in _replaced(model, fits, keep).items():
         new = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        new.weight = nn.Parameter(merged(layer.weight, fits[name]), requires_grad=False)
+        new.weight = nn.Parameter(merged(layer.dense(), fits[name]), requires_grad=False)
         new.bias = layer.bias
         model.set_submodule(name, new)
 

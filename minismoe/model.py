@@ -14,6 +14,9 @@ S cached positions, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .config import Config
-from .experts import together
+from .experts import expert_layers, together
 
 SHORT = 256            # keys up to which a CPU trains bfloat16 with attention written out
 FEW = 4                # tokens that are not worth sharing
@@ -315,6 +318,21 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@contextmanager
+def _recomputing(block: nn.Module) -> Iterator[None]:
+    """Afterwards no graph is left in the block's routers: it would keep all that was recomputed."""
+    try:
+        yield
+    finally:
+        for layer in expert_layers(block).values():
+            if layer.router_logits is not None:
+                layer.router_logits = layer.router_logits.detach()
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _recomputing(block)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and the last norm."""
 
@@ -346,7 +364,8 @@ class Decoder(nn.Module):
         rope = self._rope(tokens.positions, x.dtype)
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens, rope, use_reentrant=False)
+                x = checkpoint(block, x, tokens, rope, use_reentrant=False,
+                               context_fn=partial(_contexts, block))
             else:
                 x = block(x, tokens, rope)
         return tokens.unpack(self.norm(x))
@@ -375,6 +394,7 @@ class CausalLM(nn.Module):
     name = ""              # where it was loaded from,
     fingerprint = ""       # and what tells this base from others
     merged = ""            # the base it was, before adapters were merged into it
+    base_bits: int | None = None       # of its linear layers, where they are held in 8 or 4
 
     def __init__(self, config: Config):
         super().__init__()

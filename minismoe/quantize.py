@@ -18,7 +18,8 @@ from torch import Tensor
 
 BLOCK = 32
 CLIPS = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.7), 8: (1.0,)}     # of the range; 8 bits need no clip
-ROWS = 1 << 21                  # elements that are searched at a time
+ROWS = 1 << 18                  # elements computed at a time: what a cache holds
+MANY = 1 << 23                  # the same on other devices than a CPU
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,15 @@ class Blocks:
 
 def quantize(weight: Tensor, bits: int) -> Blocks:
     """Blocks of a weight (N, K) in 4 or 8 bits; K is padded with zeros to a multiple of 32."""
-    step = max(1, ROWS // weight.shape[1])
+    step = _step(weight)
     data, scales, zeros = zip(*(_rows(weight[n:n + step], bits)
                                 for n in range(0, len(weight), step)))
     return Blocks(bits, torch.cat(data), torch.cat(scales), torch.cat(zeros))
+
+
+def _step(weight: Tensor) -> int:
+    """Rows that are computed at a time."""
+    return max(1, (ROWS if weight.device.type == "cpu" else MANY) // weight.shape[1])
 
 
 def _rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,8 +103,13 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
-def dequantize(blocks: Blocks) -> Tensor:
-    """float32 (N, 32 * G)."""
-    G = blocks.scales.shape[1]
-    q, zeros = unpack(blocks.data, blocks.bits), unpack(blocks.zeros, blocks.bits)[:, :G, None]
-    return ((q.float() - zeros) * blocks.scales[..., None]).flatten(1)
+def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(N, 32 * G), computed in float32 and rounded once; only a few rows are float32 at a time."""
+    N, G = blocks.scales.shape
+    weight = torch.empty(N, G * BLOCK, dtype=dtype, device=blocks.scales.device)
+    step = _step(weight)
+    for part in (slice(n, n + step) for n in range(0, N, step)):
+        zeros = unpack(blocks.zeros[part], blocks.bits)[:, :G, None].float()
+        q = unpack(blocks.data[part], blocks.bits).float()
+        weight[part] = q.sub_(zeros).mul_(blocks.scales[part, :, None]).flatten(1)
+    return weight

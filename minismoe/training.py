@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -94,7 +94,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(batches), cfg)
-            line = train_step(model, batches[step], cfg, pad_id, step)
+            line = step_that_fits(model, batches[step], cfg, pad_id, step)
             distributed.sum_gradients(parameters.values())
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.max_grad_norm)
             optimizer.step()
@@ -126,6 +126,31 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
 def _asked(signals: Sequence[int]) -> int:
     """The signal that asked any of the processes to end, as it may come to one alone; 0: none."""
     return max(distributed.gather(signals[0] if signals else 0))
+
+
+def step_that_fits(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
+                   step: int = 0) -> dict[str, Any]:
+    """train_step, begun again with half the micro-batch each time that memory runs out."""
+    while True:
+        try:
+            return train_step(model, batch, cfg, pad_id, step)
+        except (MemoryError, RuntimeError) as e:
+            micro = min(cfg.micro_batch_size, len(batch)) // 2
+            if not out_of_memory(e) or micro == 0 or distributed.world() > 1:
+                raise                                    # others are amid an exchange
+            tqdm.write(f"step {step + 1}: out of memory, so {micro} examples at a time")
+        cfg = replace(cfg, micro_batch_size=micro)
+        model.zero_grad(set_to_none=True)                # of the micro-batches that were done
+        for layer in expert_layers(model).values():
+            layer.router_logits = None                   # the graph of the one that was not
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether an exception says so; the allocators of CPU and MPS raise a plain RuntimeError."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(e) for words in ("out of memory", "can't allocate memory"))
 
 
 def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import export
 import probe
 import train
 from minismoe.cli import run
@@ -186,3 +188,67 @@ def test_the_embedded_default(tmp_path) -> None:
     assert len(results["tasks"]) >= 4
     assert results["mean"]["before"] <= 0.40 and results["mean"]["after"] >= 0.90
     assert "experts a matrix" in done.stdout and "Next:" in done.stdout
+
+
+def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path, capsys,
+                                                              monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    shutil.copy(Path(inputs[1]) / "config.json", tmp_path / "model")
+    code, out, err = finish(train.main, "--plan", "--model", "model", "--base-bits", "4",
+                            "--micro-batch-size", "2", "--max-length", "64", capsys=capsys)
+    assert code == 0, err
+    assert "2 of 16 examples at a time, of up to 64 tokens" in out and "tokens/s" not in out
+    parts = {name: float(size.replace(",", "")) for name, size in
+             re.findall(r"^(\S+(?: weights)?) +([\d,.]+)$", out, re.MULTILINE)}
+    assert parts.pop("peak") == pytest.approx(sum(parts.values()), abs=0.4) and len(parts) == 6
+    code, out, err = finish(train.main, "--plan", *inputs, capsys=capsys)
+    assert code == 0, err
+    assert "12 steps, " in out and "tokens/s measured" in out and "disk: " in out
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "config.json"]
+
+
+def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch) -> None:
+    """The same adapter as with that number given, and a resumed run keeps it."""
+    room = {}
+
+    def fits(setup, batches, free):
+        room["MiB"] = free / 2**20
+        return 3
+
+    flags = [*inputs, "--epochs", "1", "--samples", "4", "--rank", "2"]
+    monkeypatch.setattr("minismoe.limits.fit_micro_batch", fits)
+    auto = [*flags, "--batch-size", "auto", "--memory", "2G", "--out", str(tmp_path / "auto")]
+    code, out, err = finish(train.main, *auto, capsys=capsys)
+    assert code == 0, err
+    assert "--micro-batch-size 3 of 16 fits" in out and 1000 < room["MiB"] < 0.9 * 2048
+    saved = json.loads((tmp_path / "auto" / "config.json").read_text())["arguments"]
+    assert (saved["batch_size"], saved["micro_batch_size"]) == (16, 3)
+    finish(train.main, *flags, "--micro-batch-size", "3", "--out", str(tmp_path / "given"),
+           capsys=capsys)
+    ours, theirs = (load_file(tmp_path / run / "adapter" / "adapter.safetensors")
+                    for run in ("auto", "given"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    code, out, err = finish(train.main, *auto, "--resume", capsys=capsys)
+    assert code == 0, err
+    assert "fits" not in out
+
+
+def test_too_little_memory_says_what_would_help(inputs, tmp_path, capsys) -> None:
+    code, _, err = finish(train.main, *inputs, "--micro-batch-size", "auto", "--memory", "8M",
+                          "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code == 1 and not (tmp_path / "run").exists()
+    assert err.splitlines()[-1].startswith("error: training one example at a time needs ")
+
+
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_a_run_on_few_bits(inputs, tmp_path, capsys, bits) -> None:
+    code, out, err = finish(train.main, *inputs, "--base-bits", bits, "--epochs", "1", "--samples",
+                            "4", "--rank", "2", "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code == 0, err
+    assert f"linear layers in {bits} bits" in out
+    meta = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
+    assert meta["base_bits"] == int(bits)
+    code, out, err = finish(export.main, str(tmp_path / "run"), "--layout", "hf", "--out",
+                            str(tmp_path / "hf"), "--calibration", "8", capsys=capsys)
+    assert code == 0, err

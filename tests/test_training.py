@@ -72,6 +72,8 @@ def test_recompute_changes_memory_only() -> None:
         model.model.recompute = recompute
         train_step(model, examples(4), TrainConfig(micro_batch_size=4), pad_id=0)
         found.append(gradients(model))
+        if recompute:          # a graph there would keep all that was recomputed
+            assert all(m.router_logits.grad_fn is None for m in expert_layers(model).values())
     assert found[0].keys() == found[1].keys() and len(found[0]) == 3 * 14
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
@@ -168,3 +170,42 @@ def test_adapter_file_holds_the_trained_experts(tmp_path) -> None:
     load_experts(fresh, tmp_path / "adapter" / "adapter.safetensors")
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(model(ids), fresh(ids))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_batch_that_overflows_is_halved_and_counted_once(tmp_path, monkeypatch, error) -> None:
+    """The second of three micro-batches overflows, and so does the first of half the size."""
+    import minismoe.training as training
+    calls, forward = [], training.supervised_losses
+
+    def tight(model, ids, *rest, **options):
+        calls.append(len(ids))
+        if len(calls) in (2, 3):
+            raise error
+        return forward(model, ids, *rest, **options)
+
+    batch = examples(12)
+    wanted, found = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    cfg = TrainConfig(batch_size=12, micro_batch_size=4, router_aux_loss_coef=0.0)
+    lines = [train_step(wanted, batch, cfg, 0)]
+    monkeypatch.setattr(training, "supervised_losses", tight)
+    lines.append(training.step_that_fits(found, batch, cfg, 0))
+    assert calls == [4, 4, 2] + 12 * [1]
+    assert lines[0]["loss"] == lines[1]["loss"] and lines[0]["tokens"] == lines[1]["tokens"]
+    for name, gradient in gradients(wanted).items():
+        torch.testing.assert_close(gradients(found)[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_what_does_not_fit_one_example_at_a_time_is_raised(monkeypatch) -> None:
+    import minismoe.training as training
+
+    def never(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "supervised_losses", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.step_that_fits(tiny(), examples(4), TrainConfig(), 0)
+    monkeypatch.setattr(training, "supervised_losses", lambda *a, **o: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        training.step_that_fits(tiny(), examples(4), TrainConfig(), 0)

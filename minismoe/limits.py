@@ -1,0 +1,166 @@
+"""train.py --plan and --micro-batch-size auto: what a run takes and what fits, before any work."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import cli, distributed
+from .allocate import Allocation
+from .checkpoint import load_model, read_config
+from .data import Example
+from .experts import add_experts
+from .loss import IGNORE
+from .model import CausalLM
+from .plan import (
+    MIB,
+    Setup,
+    advice,
+    available,
+    fit_micro_batch,
+    fixed,
+    largest,
+    runtime_bytes,
+    shapes,
+    trainable,
+)
+from .report import table
+from .resume import KEPT
+from .sensitivity import Scores
+from .training import TrainConfig, schedule, train_step
+
+STEPS, SECONDS = 4, 30           # measured steps, the first to warm up; and how long they may take
+
+
+@dataclass
+class Prospect:
+    """What is known of a run before any work."""
+
+    folder: Path                 # of the base
+    setup: Setup
+    batches: list[list[Example]]
+    runtime: int                 # bytes
+
+
+def look_ahead(args: argparse.Namespace) -> Prospect:
+    """Read config.json and the data, and wake the libraries; no weights are loaded."""
+    folder, config = (f := cli.base_folder(args)), read_config(f)[0]
+    device, dtype = cli.device_and_dtype(args)
+    names, examples = args.tasks.split(",") if args.tasks else [""], []
+    if args.data or not args.model:
+        _, _, encoded = cli.read_data(args, folder)
+        names, examples = list(encoded), [e for x in encoded.values() for e in x.examples]
+    cfg = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    setup = Setup(config, guess(args, shapes(config), names), dtype, device.type, args.base_bits,
+                  args.recompute)
+    return Prospect(folder, setup, schedule(examples or imagined(args), cfg),
+                    runtime_bytes(args.device, dtype))
+
+
+def guess(args: argparse.Namespace, sizes: dict[str, tuple[int, int]], tasks: Sequence[str],
+          ) -> Allocation:
+    """The allocation of the flags as it might come out: tasks agree in most of their votes."""
+    if args.allocation:
+        return cli.read_allocation(args, args.allocation)
+    rng, scores = random.Random(0), Scores(sizes)
+    common = {name: rng.random() for name in sizes}
+    for task in tasks:
+        scores[task] = {name: value + 0.1 * rng.random() for name, value in common.items()}
+    return cli.choose(args, scores)
+
+
+def imagined(args: argparse.Namespace) -> list[Example]:
+    """Without data: a batch of examples that are as long as --max-length lets them be."""
+    ids = [[i, *range(args.max_length - 1)] for i in range(args.batch_size)]
+    supervised = max(1, args.max_length // 10)
+    return [Example("", row, [IGNORE] * (len(row) - supervised) + row[-supervised:]) for row in ids]
+
+
+def settle_micro_batch(args: argparse.Namespace) -> None:
+    """Put in place of --micro-batch-size auto the largest that fits --memory or the device."""
+    if args.micro_batch_size == "auto":
+        most = min(distributed.gather(largest_fitting(args, look_ahead(args))))
+        args.micro_batch_size = min(args.batch_size, most * distributed.world())
+        print(f"--micro-batch-size {args.micro_batch_size} of {args.batch_size} fits")
+    if args.memory and torch.device(args.device).type == "cuda":   # training halves what overflows
+        total = torch.cuda.get_device_properties(args.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory / total), args.device)
+
+
+def largest_fitting(args: argparse.Namespace, p: Prospect) -> int:
+    """The largest micro-batch within 0.9 of the room: allocators keep some of what comes back."""
+    if (room := args.memory or available(args.device)) is None:
+        raise ValueError(f"how much memory {args.device} has is not known: give --memory")
+    return fit_micro_batch(p.setup, p.batches, int(0.9 * room) - p.runtime)
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Print parameters, memory by part, time and disk of the run that the flags ask for.
+
+    A folder that holds config.json alone will do: what is measured, the time, is left out then.
+    """
+    p, micro = look_ahead(args), args.micro_batch_size
+    if micro == "auto":
+        micro = largest_fitting(args, p)
+    parts = {"runtime": p.runtime, **fixed(p.setup),
+             "activations": largest(p.setup, p.batches, micro)}
+    peak, room = sum(parts.values()), args.memory or available(args.device)
+    a, longest = p.setup.allocation, max(len(e.ids) for batch in p.batches for e in batch)
+    print(f"{trainable(p.setup):,} trainable parameters; {a}"
+          + ("" if args.allocation else " (on which, the probe decides)"))
+    print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in (
+        *parts.items(), ("peak", peak))]))
+    print(f"{args.dtype}, {micro} of {args.batch_size} examples at a time, of up to {longest} "
+          f"tokens; there are {f'{room / MIB:,.0f} MiB' if room else 'MiB that nobody knows'}")
+    fits = room is None or peak <= room
+    if not fits:
+        print(f"too much: {advice(p.setup, p.batches, micro)}")
+    if args.data or not args.model:
+        print(duration(args, p, micro, fits))
+        print(f"disk: {disk(p.setup, len(p.batches)) / MIB:,.0f} MiB for the adapter, "
+              f"{KEPT + 1} checkpoints (one while it is written) and metrics")
+
+
+def duration(args: argparse.Namespace, p: Prospect, micro: int, fits: bool) -> str:
+    """How long training will take, from a few measured steps."""
+    tokens = sum(len(e.ids) for batch in p.batches for e in batch)
+    text = f"training: {len(p.batches)} steps, {tokens:,} tokens"
+    if not fits or not any(p.folder.glob("*.safetensors")):
+        return f"{text}; the time is not known, as no step can be measured here"
+    model = load_model(p.folder, p.setup.dtype, args.device, p.setup.base_bits)
+    add_experts(model, p.setup.allocation)
+    rate = tokens_per_second(model, p.batches, micro, args.recompute)
+    return (f"{text}, {rate:,.0f} tokens/s measured: about {tokens / rate / 60:,.1f} minutes, and "
+            "beside them the probe and two evaluations")
+
+
+def tokens_per_second(model: CausalLM, batches: Sequence[Sequence[Example]], micro: int,
+                      recompute: bool) -> float:
+    """Of a few steps, spread over the schedule."""
+    model.model.recompute = recompute
+    cfg = TrainConfig(micro_batch_size=micro)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    begun, seen, seconds = time.perf_counter(), 0, 0.0
+    for n, batch in enumerate(batches[::-(-len(batches) // STEPS)]):
+        start = time.perf_counter()
+        line = train_step(model, batch, cfg, 0, 1)       # its loss, read back, waits for the device
+        optimizer.step()
+        optimizer.zero_grad()
+        if n == 0 and len(batches) > 1:
+            continue
+        seen, seconds = seen + line["tokens"], seconds + time.perf_counter() - start
+        if time.perf_counter() - begun > SECONDS:
+            break
+    return seen / seconds
+
+
+def disk(setup: Setup, steps: int) -> int:
+    """Bytes of a run's folder: parameters alone in the adapter, with two moments in checkpoints."""
+    line = 300 + 30 * len(setup.allocation.experts) // 20        # of metrics.jsonl, on the average
+    return 4 * trainable(setup) * (1 + 3 * (KEPT + 1)) + steps * line

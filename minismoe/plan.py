@@ -1,0 +1,228 @@
+"""What a run will need, computed before it: memory by part, and the micro-batch that fits.
+
+Memory is counted from what autograd keeps of each layer (see `kept`), not measured, so that it can
+be told for a model of which only config.json is here. Tests hold it against autograd's own tensors.
+
+Letters as in model.py: B batch, T its longest row, N real tokens without pads and with what rows
+begin with alike once, S supervised tokens, D hidden, M intermediate, H query heads, K key/value heads, C head
+size, V vocabulary; E experts of a matrix, r rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .allocate import Allocation, parameters
+from .config import Config
+from .data import Example, collate
+from .experts import add_experts, linear_layers
+from .loss import CHUNK, IGNORE
+from .model import SHORT, CausalLM, shared_prefixes
+from .quantize import BLOCK
+from .training import TrainConfig, train_step
+
+MIB = 1 << 20
+ONEDNN = 64 * MIB               # what it compiles for bfloat16 on a CPU: see cli.bound_memory
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one micro-batch."""
+
+    B: int
+    T: int
+    N: int
+    S: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Shape:
+        """The sizes that these examples have as a batch."""
+        ids, mask, labels = collate(sorted(examples, key=lambda e: e.ids), 0)
+        again = sum((end - first - 1) * (stop - start)
+                    for first, end, start, stop in shared_prefixes(ids, mask))
+        return cls(*ids.shape, int(mask.sum()) - again, int((labels[:, 1:] != IGNORE).sum()))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What memory depends on, beside the batch."""
+
+    config: Config
+    allocation: Allocation
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    base_bits: int | None = None
+    recompute: bool = False
+
+
+def shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer but the head."""
+    return {name: (m.out_features, m.in_features)
+            for name, m in linear_layers(_meta(config)).items()}
+
+
+def _meta(config: Config) -> CausalLM:
+    with torch.device("meta"):
+        return CausalLM(config)
+
+
+def trainable(setup: Setup) -> int:
+    """Parameters of the experts and their routers."""
+    sizes = shapes(setup.config)
+    return sum(parameters(sizes[name], count, setup.allocation.rank_of(name))
+               for name, count in setup.allocation.experts.items())
+
+
+def weight_bytes(setup: Setup) -> int:
+    """The frozen base as it is held."""
+    total = sum(p.numel() for p in _meta(setup.config).parameters()) * setup.dtype.itemsize
+    if bits := setup.base_bits:
+        for N, K in shapes(setup.config).values():
+            G = -(-K // BLOCK)
+            blocks = G * (BLOCK * bits // 8) + 2 * G + -(-G * bits // 8)  # integers, scales, zeros
+            total += N * (blocks - K * setup.dtype.itemsize)
+    return total
+
+
+def kept(setup: Setup, shape: Shape) -> list[int]:
+    """Bytes that autograd keeps for the backward pass: a number a layer, then the head's."""
+    cfg, s, (B, T, N, S) = setup.config, setup.dtype.itemsize, vars(shape).values()
+    D, M, C = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
+    heads, kv = cfg.num_attention_heads * C, cfg.num_key_value_heads * C
+    per_place = s * (2 * heads + 2 * kv) + 4 * cfg.num_attention_heads       # q, k, v, y, logsumexp
+    if (setup.device == "cpu" and s < 4 and T <= SHORT) or setup.device == "mps":
+        per_place = s * (heads + 2 * kv + cfg.num_attention_heads * T)       # the weights instead
+    per_token = s * (2 * D + 2 * M)                      # what both norms and SwiGLU read
+    if N < B * T:
+        per_token += s * (heads + 2 * kv)                # q, k, v before they are spread to (B, T)
+    if cfg.qk_norm:
+        per_token += s * (heads + kv)
+    readers = {("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): D,
+               ("self_attn.o_proj",): heads, ("mlp.gate_proj", "mlp.up_proj"): D,
+               ("mlp.down_proj",): M}
+    experts, layers = setup.allocation.experts, []
+    for i in range(cfg.num_hidden_layers):
+        token = per_token
+        for paths, size in readers.items():
+            names = [n for p in paths if (n := f"model.layers.{i}.{p}") in experts]
+            token += s * (size if names else 0)              # x, once for those that read it
+            for E, r in ((experts[n], setup.allocation.rank_of(n)) for n in names):
+                token += s * E * r + 4 * E                   # h, gates
+                if E > 1:                                    # logits, and what balances them
+                    token += 8 * E + 8 * min(E, setup.allocation.top_k)
+        layers.append(N * token + B * T * per_place)
+    return [*layers, s * (N * (D + 2 * C) + S * D)]
+
+
+def activations(setup: Setup, shape: Shape) -> int:
+    """Bytes of one micro-batch at its peak: all that is kept, and the largest of what comes and
+    goes beside it: the loss, or the backward pass of a block."""
+    cfg, s = setup.config, setup.dtype.itemsize
+    *layers, top = kept(setup, shape)
+    if setup.recompute:
+        layers = [max(layers), *(shape.N * cfg.hidden_size * s for _ in layers)]
+    rows = min(shape.S, max(1, CHUNK // cfg.vocab_size))
+    loss = rows * cfg.vocab_size * 8                     # logits, and their exponentials
+    block = shape.N * (4 * cfg.intermediate_size * s + cfg.hidden_size * (2 * s + 4))
+    if setup.base_bits:
+        block += cfg.hidden_size * cfg.intermediate_size * s             # one matrix, made anew
+    return sum(layers) + top + max(loss, block)
+
+
+def fixed(setup: Setup) -> dict[str, int]:
+    """Bytes by part, of what does not depend on the batch."""
+    count = trainable(setup)
+    return {"base weights": weight_bytes(setup), "adapters": 4 * count, "optimizer": 8 * count,
+            "gradients": 4 * count}
+
+
+def largest(setup: Setup, batches: Sequence[Sequence[Example]], micro: int) -> int:
+    """Bytes of the activations of the largest micro-batch, where these have `micro` examples."""
+    return max(activations(setup, shape) for shape in {
+        Shape.of(batch[i:i + micro]) for batch in batches for i in range(0, len(batch), micro)})
+
+
+def fit_micro_batch(setup: Setup, batches: Sequence[Sequence[Example]], room: int) -> int:
+    """The largest micro-batch, at most a whole batch, with which training takes `room` bytes.
+
+    Raises ValueError, saying which flags would help by how much, where one example is too many.
+    """
+    micro, rest = max(map(len, batches)), sum(fixed(setup).values())
+    while (need := rest + largest(setup, batches, micro)) > room:
+        if micro == 1:
+            raise ValueError(f"training one example at a time needs {need / MIB:,.0f} MiB, and "
+                             f"{room / MIB:,.0f} MiB are free: {advice(setup, batches, 1)}")
+        micro -= 1
+    return micro
+
+
+def advice(setup: Setup, batches: Sequence[Sequence[Example]], micro: int) -> str:
+    """Flags that would take less memory than `setup`, and how much less, the best one first."""
+    length = max(len(e.ids) for batch in batches for e in batch) // 2
+    half = [[replace(e, ids=e.ids[:length], labels=e.labels[:length]) for e in b] for b in batches]
+    choices = {"--recompute": (replace(setup, recompute=True), batches, micro),
+               "--base-bits 4": (replace(setup, base_bits=4), batches, micro),
+               f"--micro-batch-size {micro // 2}": (setup, batches, max(1, micro // 2)),
+               f"--max-length {length}": (setup, half, micro)}
+    now, *less = (sum(fixed(s).values()) + largest(s, b, m)
+                  for s, b, m in [(setup, batches, micro), *choices.values()])
+    saved = sorted(((now - size, flag) for flag, size in zip(choices, less)), reverse=True)
+    return ", ".join(f"{flag} saves {size / MIB:,.0f} MiB" for size, flag in saved if size > 0)
+
+
+def runtime_bytes(device: str, dtype: torch.dtype) -> int:
+    """What Python and the libraries take on `device`, seen after a tiny step that wakes them."""
+    config = Config(8, 32, 32, 1, 1, 1, 32, windows=(None,))
+    with torch.random.fork_rng():
+        model = CausalLM(config).to(device, dtype)
+        add_experts(model, {"model.layers.0.mlp.up_proj": 2}, rank=1)
+        optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()))
+        train_step(model, [Example("", [1] * 4, [1] * 4)] * 2, TrainConfig(), 0)
+        optimizer.step()
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free - torch.cuda.memory_reserved(device)
+    compiled = ONEDNN if torch.device(device).type == "cpu" and dtype.itemsize < 4 else 0
+    return resident() + compiled
+
+
+def resident() -> int:
+    """Bytes of memory that this process takes now, or where no system call tells, has taken."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_resident()
+
+
+def peak_resident() -> int:
+    """The most memory that this process has taken, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:                                  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def available(device: str) -> int | None:
+    """Bytes that this process may take on `device`, with what it takes already; None: unknown."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if kind == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return resident() + 1024 * int(next(
+            line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -1,0 +1,84 @@
+"""train.py --plan beside a measured peak: memory of real training steps, in a process of their own.
+
+    python tests/benchmarks/plan_accuracy.py
+    python tests/benchmarks/plan_accuracy.py --model SMOLLM2_135M --data FOLDER --limit-train 64
+
+Takes the flags of train.py. Trained are the batch that the plan says is the largest, and others of
+the schedule before and after it. On CUDA the libraries' own part is left out of both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+
+import train
+from minismoe import cli, limits, plan
+from minismoe.checkpoint import load_model
+from minismoe.experts import add_experts
+from minismoe.training import TrainConfig, train_step
+
+AROUND = 2                       # steps before the largest, and after it
+
+
+def planned(argv: list[str]) -> dict[str, int]:
+    """Bytes by part."""
+    args = train.parse(argv)
+    p = limits.look_ahead(args)
+    if args.micro_batch_size == "auto":
+        args.micro_batch_size = limits.largest_fitting(args, p)
+    parts = {"runtime": p.runtime, **plan.fixed(p.setup),
+             "activations": plan.largest(p.setup, p.batches, args.micro_batch_size)}
+    return {**parts, "micro_batch_size": args.micro_batch_size}
+
+
+def measured(argv: list[str], micro: int) -> int:
+    """Bytes at the peak of some steps."""
+    args = train.parse(argv)
+    p = limits.look_ahead(args)
+    sizes = [plan.largest(p.setup, [batch], micro) for batch in p.batches]
+    place = sizes.index(max(sizes))
+    model = load_model(p.folder, p.setup.dtype, args.device, args.base_bits)
+    add_experts(model, p.setup.allocation)
+    model.model.recompute = args.recompute
+    optimizer = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], fused=True)
+    for step, batch in enumerate(p.batches[max(0, place - AROUND):place + AROUND + 1]):
+        train_step(model, batch, TrainConfig(micro_batch_size=micro), 0, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    if p.setup.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return plan.peak_resident()
+
+
+def main() -> None:
+    flags = sys.argv[1:]
+    if flags and flags[0] in ("planned", "measured"):
+        cli.bound_memory()                          # as the scripts do
+        found = planned(flags[1:]) if flags[0] == "planned" else measured(flags[2:], int(flags[1]))
+        print(json.dumps(found))
+        return
+
+    def child(*argv: str) -> dict | int:
+        run = subprocess.run([sys.executable, __file__, *argv, *flags], check=True,
+                             stdout=subprocess.PIPE)
+        return json.loads(run.stdout.splitlines()[-1])
+
+    parts = child("planned")
+    micro = parts.pop("micro_batch_size")
+    if torch.cuda.is_available():
+        del parts["runtime"]
+    peak, wanted = child("measured", str(micro)), sum(parts.values())
+    print(" ".join(flags), f"micro-batch {micro}")
+    print(", ".join(f"{part} {size / plan.MIB:,.0f}" for part, size in parts.items()))
+    print(f"planned {wanted / plan.MIB:,.0f} MiB, measured {peak / plan.MIB:,.0f} MiB: "
+          f"{100 * (wanted / peak - 1):+.1f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()
