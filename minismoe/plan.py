@@ -4,14 +4,16 @@ Memory is counted from what autograd keeps of each layer (see `kept`), not measu
 be told for a model of which only config.json is here. Tests hold it against autograd's own tensors.
 
 Letters as in model.py: B batch, T its longest row, N real tokens without pads and with what rows
-begin with alike once, S supervised tokens, D hidden, M intermediate, H query heads, K key/value heads, C head
-size, V vocabulary; E experts of a matrix, r rank.
+begin with alike once, S supervised tokens, D hidden, M intermediate, H query heads, K key/value
+heads, C head size, V vocabulary; E experts of a matrix, r rank.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,7 +47,8 @@ class Shape:
         ids, mask, labels = collate(sorted(examples, key=lambda e: e.ids), 0)
         again = sum((end - first - 1) * (stop - start)
                     for first, end, start, stop in shared_prefixes(ids, mask))
-        return cls(*ids.shape, int(mask.sum()) - again, int((labels[:, 1:] != IGNORE).sum()))
+        (B, T), N = ids.shape, int(mask.sum()) - again
+        return cls(B, T, N, int((labels[:, 1:] != IGNORE).sum()))
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,6 @@ def kept(setup: Setup, shape: Shape) -> list[int]:
     if (setup.device == "cpu" and s < 4 and T <= SHORT) or setup.device == "mps":
         per_place = s * (heads + 2 * kv + cfg.num_attention_heads * T)       # the weights instead
     per_token = s * (2 * D + 2 * M)                      # what both norms and SwiGLU read
-    if N < B * T:
-        per_token += s * (heads + 2 * kv)                # q, k, v before they are spread to (B, T)
     if cfg.qk_norm:
         per_token += s * (heads + kv)
     readers = {("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): D,
@@ -114,7 +115,7 @@ def kept(setup: Setup, shape: Shape) -> list[int]:
             for E, r in ((experts[n], setup.allocation.rank_of(n)) for n in names):
                 token += s * E * r + 4 * E                   # h, gates
                 if E > 1:                                    # logits, and what balances them
-                    token += 8 * E + 8 * min(E, setup.allocation.top_k)
+                    token += 4 * E + 8 * min(E, setup.allocation.top_k)
         layers.append(N * token + B * T * per_place)
     return [*layers, s * (N * (D + 2 * C) + S * D)]
 
@@ -201,6 +202,8 @@ def resident() -> int:
 
 def peak_resident() -> int:
     """The most memory that this process has taken, in bytes; 0 where the system does not say."""
+    with suppress(OSError):              # ru_maxrss, on Linux, begins with that of the parent
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
     try:
         import resource
     except ImportError:                                  # Windows
