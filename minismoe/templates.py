@@ -23,14 +23,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-SECONDS = 1.5                # of the wall clock, for one rendering
+SECONDS = 1.0                # of the wall clock, for one rendering
 MEMORY = 1 << 30             # bytes of the process's address space, where the system keeps to that
 LENGTH = 1 << 24             # characters of what is rendered
 
 
 # In this process
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _process: subprocess.Popen[bytes] | None = None
 
 
@@ -70,16 +70,17 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 def start() -> subprocess.Popen[bytes]:
     """The process, which is ready some 0.1 s after its start; the one that runs already, if any."""
     global _process
-    if _process is None or _process.poll() is not None:
-        if find_spec("jinja2") is None:
-            raise ModuleNotFoundError("the chat template needs jinja2: pip install jinja2")
-        # It imports what we would, and nothing from a working directory that we would not.
-        paths = os.pathsep.join(map(os.path.abspath, sys.path))
-        _process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1],
-            env={**os.environ, "PYTHONPATH": paths})
-    return _process
+    with _lock:
+        if _process is None or _process.poll() is not None:
+            if find_spec("jinja2") is None:
+                raise ModuleNotFoundError("the chat template needs jinja2: pip install jinja2")
+            # It imports what we would, and nothing from a working directory that we would not.
+            paths = os.pathsep.join(map(os.path.abspath, sys.path))
+            _process = subprocess.Popen(
+                [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1],
+                env={**os.environ, "PYTHONPATH": paths})
+        return _process
 
 
 def stop() -> None:
@@ -94,7 +95,7 @@ def stop() -> None:
 def _forget() -> None:
     """In a forked child: the process is the parent's, and may be answering it just now."""
     global _lock, _process
-    _lock, _process = threading.Lock(), None
+    _lock, _process = threading.RLock(), None
 
 
 atexit.register(stop)
@@ -106,9 +107,12 @@ if hasattr(os, "register_at_fork"):
 
 def serve() -> None:
     """Answer each line, [template, values], by one: [text, what is broken, what it refuses]."""
+    import jinja2.sandbox  # noqa: F401 (now, and not while a clock runs)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches the whole group
     try:
         import resource
+
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, OSError, ValueError):       # Windows, macOS: time alone is limited
         pass

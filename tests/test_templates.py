@@ -1,4 +1,4 @@
-"""Chat templates that want all time, all memory or all of the terminal, and what is left of them."""
+"""Chat templates that want all time or all memory, and what is left of the rest."""
 
 from __future__ import annotations
 
