@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     write_json(run / "results.json", results)
     report(results, after, args.verbose)
     print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s, "
-          f"{time.perf_counter() - begun:.0f} s in all; everything is in {run}")
+          f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}")
     print(next_commands(args, run))
 
 
@@ -135,7 +135,7 @@ def describe(inputs: cli.Inputs, allocation: Allocation, trainable: int) -> None
     """Draw where the experts are, and count them."""
     print(terminal_heatmap("experts a matrix", cli.expert_counts(inputs.model, allocation),
                            digits=True))
-    print(f"{allocation.strategy}: {sum(allocation.experts.values())} experts of rank "
+    print(f"{clean(allocation.strategy)}: {sum(allocation.experts.values())} experts of rank "
           f"{allocation.rank} on {len(allocation.experts)} matrices, "
           f"{trainable:,} trainable parameters")
 

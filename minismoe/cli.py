@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from . import failure
 from .allocate import GROUPS, STRATEGIES, Allocation, allocate
-from .checkpoint import load_model, read_json, resolve
+from .checkpoint import inside, load_model, read_json, resolve
 from .data import Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
 from .experts import linear_layers
 from .loss import IGNORE
@@ -35,14 +36,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             stream.reconfigure(errors="replace")
     try:
         main(argv)
+        sys.stdout.flush()               # what a closed pipe or a full disk does not take is said
     except KeyboardInterrupt as e:
-        print(f"\ninterrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
+        print(f"\ninterrupted{f': {clean(e)}' if str(e) else ''}", file=sys.stderr)
         sys.exit(130)
-    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as e:
-        if "--debug" in argv:
-            traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, SafetensorError,
+            ValueError) as e:
+        failure.end(e, "--debug" in argv)
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +139,9 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
         folder, tasks = toy.base_folder(), toy.tasks(args.seed)
         if args.tasks:
             tasks = [t for t in tasks if t.name in args.tasks.split(",")]
+            if len(tasks) < len(args.tasks.split(",")):
+                raise ValueError(f"--tasks {args.tasks}: the tiny model has only "
+                                 f"{', '.join(t.name for t in toy.tasks(args.seed))}")
     else:
         folder = resolve(args.model)
         names = args.tasks.split(",") if args.tasks else ()
@@ -149,16 +152,17 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
     if args.show:
         show(tasks, tokenizer, args.show)
         sys.exit(0)
-    encoded = {task.name: encode_all(task, tokenizer, args.max_length) for task in tasks}
     device, dtype = device_and_dtype(args)
     model = load_model(folder, dtype, device)
+    length = min(args.max_length, model.config.max_position_embeddings)
+    encoded = {task.name: encode_all(task, tokenizer, length) for task in tasks}
     model.name = args.model or "the embedded default"
     size = sum(p.numel() for p in model.parameters())
     print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {device}, {args.dtype}")
     describe(tasks, encoded, tokenizer)
     if empty := [name for name, e in encoded.items() if not e.examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
-                         f"--max-length {args.max_length}")
+                         f"--max-length {length}")
     return Inputs(model, tokenizer, tasks, encoded)
 
 
@@ -178,6 +182,22 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
 def _multiplies_bfloat16() -> bool:
     """Whether this CPU has matrix units for bfloat16; without, float32 is the faster one."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def read_run(run: Path) -> argparse.Namespace:
+    """The input flags with which a run was made; ValueError where its config.json is none."""
+    for name in ("config.json", "adapter", "export"):
+        inside(run, name)
+    content = read_json(run / "config.json")
+    arguments = content.get("arguments") if isinstance(content, dict) else None
+    arguments = arguments if isinstance(arguments, dict) else {}
+    numbers = ("limit_train", "limit_test", "max_length", "seed")
+    saved = {name: arguments.get(name) for name in ("model", "data", "tasks", *numbers)}
+    if wrong := [f"{name} = {value!r}" for name, value in saved.items()
+                 if type(value) is not (int if name in numbers else str)
+                 and (value is not None or name in ("max_length", "seed"))]:
+        raise ValueError(f"{run / 'config.json'} is none of a run: {', '.join(wrong)}")
+    return argparse.Namespace(**{**arguments, **saved, "show": None})
 
 
 def describe(tasks: Sequence[Task], encoded: Mapping[str, Encoded], tokenizer: Tokenizer) -> None:
@@ -218,7 +238,7 @@ def show(tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> None:
                     inside = not inside
                     parts.append(mark if inside else end)
                 stop = starts[i + 1] if i + 1 < len(starts) else len(text)
-                parts.append("\n".join(clean(line) for line in text[start:stop].split("\n")))
+                parts.append(clean(text[start:stop], "\n"))
             print("".join(parts) + (end if inside else ""))
 
 
