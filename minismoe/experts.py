@@ -177,25 +177,37 @@ def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,
     """Freeze `model` and put LoRA experts on its linear layers, in place.
 
     experts: module name -> number of experts, or an `Allocation`, which brings its own rank, alpha
-    and top_k. Raises ValueError with all names that are no nn.Linear of the model, or that are its
-    head: a tied head must stay tied, so it is never adapted.
+    and top_k. Raises ValueError as `adaptable` does.
     """
     if hasattr(experts, "experts"):
         rank, alpha, top_k = experts.rank, experts.alpha, experts.top_k
         experts = experts.experts
     alpha = 2 * rank if alpha is None else alpha
-    modules = dict(model.named_modules())
-    wrong = [name for name in experts if not isinstance(modules.get(name), nn.Linear)
-             or isinstance(modules[name], ExpertLinear) or name.split(".")[-1] == "lm_head"]
-    if wrong:
-        raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
+    layers = adaptable(model, experts, rank)
     model.requires_grad_(False)
     for name, count in experts.items():
         if count == 0:                   # the paper's files list matrices without an adapter too
             continue
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, ExpertLinear(modules[name], count, rank, alpha, top_k))
+        setattr(model.get_submodule(parent), child,
+                ExpertLinear(layers[name], count, rank, alpha, top_k))
     return model
+
+
+def adaptable(model: nn.Module, names: Iterable[str], rank: int) -> dict[str, nn.Linear]:
+    """The layers of those names. Raises ValueError with all that are no nn.Linear of the model, or
+    that are its head (a tied head must stay tied), and with all that `rank` is too large for.
+    """
+    modules = dict(model.named_modules())
+    wrong = [name for name in names if not isinstance(modules.get(name), nn.Linear)
+             or isinstance(modules[name], ExpertLinear) or name.split(".")[-1] == "lm_head"]
+    if wrong:
+        raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
+    layers: dict[str, Any] = {name: modules[name] for name in names}
+    if small := [f"{name} {[*m.weight.shape]}" for name, m in layers.items()
+                 if rank > min(m.weight.shape)]:
+        raise ValueError(f"rank {rank} is more than the matrix itself has: {', '.join(small)}")
+    return layers
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
