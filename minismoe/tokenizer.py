@@ -7,6 +7,7 @@ is rendered by templates.py. Where a checkpoint has no template, DEFAULT_TEMPLAT
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,18 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and the character where each starts."""
-        ids, starts, i = [], [], 0
-        while i < len(text):
-            name = next((s for s in self.special if text.startswith(s, i)), None)
-            new = [self.special[name]] if name else list(text[i].encode("utf-8", "replace"))
-            ids += new
-            starts += [i] * len(new)
-            i += len(name or text[i])
+        ids: list[int] = []
+        starts: list[int] = []
+        at = 0
+        for part in re.split(f"({'|'.join(map(re.escape, self.special))})", text):
+            if part in self.special:
+                ids.append(self.special[part])
+                starts.append(at)
+            else:
+                ids += part.encode("utf-8", "replace")
+                starts += range(at, at + len(part)) if part.isascii() else [
+                    at + i for i, char in enumerate(part) for _ in char.encode("utf-8", "replace")]
+            at += len(part)
         return ids, starts
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -67,6 +73,8 @@ class FileTokenizer:
         self.vocab_size = self.backend.get_vocab_size()
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
+        # Half of an emoji, or a byte of argv that is no UTF-8, is a "?", as ByteTokenizer has it.
+        text = text.encode("utf-8", "replace").decode("utf-8")
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
@@ -143,9 +151,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if template is not None:
         templates.start()                    # it gets ready while the next line works
     backend = FileTokenizer(folder / "tokenizer.json")
-    if backend.vocab_size > config.get("vocab_size", backend.vocab_size):
+    size = config.get("vocab_size", backend.vocab_size)
+    if not isinstance(size, int) or backend.vocab_size > size:
         raise ValueError(f"{folder / 'tokenizer.json'} has {backend.vocab_size} tokens, "
-                         f"and the model only {config['vocab_size']}")
+                         f"and the model only {size!r}")
     bos, eos, pad = (_content(settings.get(f"{k}_token")) for k in ("bos", "eos", "pad"))
     return Tokenizer(backend, template, bos, eos,
                      backend.special.get(pad), sorted(stops))
@@ -154,10 +163,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as e:
+            raise ValueError(f"{file} is no UTF-8 text: {e}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):           # several, named: [{"name": ..., "template": ...}]
-        template = {t["name"]: t["template"] for t in template}.get("default")
+        template = next((t.get("template") for t in template
+                         if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: its chat_template is no text")
     return template
 
 
@@ -166,7 +181,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (RecursionError, ValueError) as e:
         raise ValueError(f"{file} is not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds no JSON object")
@@ -179,4 +194,5 @@ def _as_list(value: Any) -> list[Any]:
 
 def _content(token: Any) -> str:
     """A token's text: a string, an {"content": ...} object, or "" where there is none."""
-    return (token.get("content") if isinstance(token, dict) else token) or ""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
