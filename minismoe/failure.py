@@ -20,7 +20,7 @@ HELP = {
     errno.EROFS: "choose a place that can be written",
 }
 MEMORY = ("out of memory ({}): half the --micro-batch-size or half the --max-length halve what "
-          "a step adds to the weights, --recompute takes a third or more off it, and "
+          "a step adds to the weights, --recompute takes a fifth to a third off it, and "
           "--dtype bfloat16 halves the weights")
 
 
