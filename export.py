@@ -172,6 +172,8 @@ def main(argv: Sequence[str]) -> None:
             write_weights(args, source, folder, fits[args.task or ""])
         else:
             info |= write_graph(args, source, folder, fits, keep)
+            info["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": ""}
+                             for f in folder.iterdir()}
             write_json(folder / "export.json", info)
         info["checked"] = check(args, source, folder, fits, keep)
         if args.layout in ("genai", "web"):
@@ -186,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
             for f in sorted(folder.rglob("*")) if f.is_file()}
         write_json(folder / "export.json", info)
     size = sum(entry["bytes"] for entry in info["files"].values())
-    print(f"{out}: {size / 1e6:.1f} MB\n{next_command(args.layout, out)}")
+    print(clean(f"{out}: {size / 1e6:.1f} MB\n{next_command(args.layout, out)}", "\n"))
 
 
 def load(args: argparse.Namespace) -> Source:
@@ -196,12 +198,12 @@ def load(args: argparse.Namespace) -> Source:
         run = Path(args.run or runs[-1].parents[1])
         if not (run / "config.json").is_file():
             raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
-        saved = read_json(run / "config.json")["arguments"]
+        settings = cli.read_run(run)
+        settings.device, settings.dtype, name = args.device, args.dtype, settings.model
+        settings.limit_test = args.limit_test or settings.limit_test
         # A base that was trained in a few bits is exported from its own weights, unrounded.
-        settings = argparse.Namespace(**{**saved, "device": args.device, "dtype": args.dtype,
-                                         "base_bits": None, "shard": False,
-                                         "limit_test": args.limit_test or saved["limit_test"]})
-        inputs, name = cli.load_inputs(settings), saved["model"]
+        settings.base_bits, settings.shard = None, False
+        inputs = cli.load_inputs(settings)
         load_adapter(inputs.model, run / "adapter")
         if args.task not in (None, *inputs.encoded):
             raise ValueError(f"{run} has no task {args.task!r}; it has {', '.join(inputs.encoded)}")
@@ -241,7 +243,7 @@ def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], l
         if args.prompts:
             return agreement(candidate, model, batches[task])
         tests = {t.name: t for t in inputs.tasks}[task]
-        with tqdm(total=len(tests.test), desc=f"evaluate {task}", leave=False) as bar:
+        with tqdm(total=len(tests.test), desc=f"evaluate {clean(task)}", leave=False) as bar:
             return evaluate(candidate, inputs.tokenizer, tests, progress=bar.update).share
 
     examples = pools[args.task] if args.task else [e for pool in pools.values() for e in pool]
@@ -268,8 +270,13 @@ def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], l
 
 def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
     """One example a line of text, nothing of it supervised."""
-    prompts = [[{"role": "user", "content": line}]
-               for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is no UTF-8 text: {e}") from None
+    prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt")
     ids = [tokenizer.encode(tokenizer.render(p, add_generation_prompt=True))[0] for p in prompts]
     return [Example("prompts", tokens, [IGNORE] * len(tokens)) for tokens in ids]
 

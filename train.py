@@ -30,7 +30,7 @@ from minismoe.allocate import Allocation
 from minismoe.checkpoint import read_json, replacing, save_adapter, versions, write_json
 from minismoe.data import probe_batches
 from minismoe.distributed import once
-from minismoe.evaluate import Accuracy, evaluate
+from minismoe.evaluate import Accuracy, answer_prompts, evaluate
 from minismoe.experts import add_experts
 from minismoe.report import clean, routers_svg, table, terminal_heatmap
 from minismoe.resume import differences, digest, discard, same_threads
@@ -128,6 +128,8 @@ def main(argv: Sequence[str]) -> None:
     distributed.start(cli.device_and_dtype(args)[0])
     limits.settle_micro_batch(args)
     inputs = cli.load_inputs(args)
+    for task in inputs.tasks:                # bad test lines are found before there is a run
+        answer_prompts(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
     run = Path(args.out) if args.resume else cli.new_run(
         args.out, Path(args.model or "default").name)
     run = Path(distributed.gather(str(run))[0])
@@ -143,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
     with cli.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
         note(run, args, inputs, allocation)
         work(run, args, inputs, allocation)
-    print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {run}\n"
+    print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
           + next_commands(args, run))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 Counts = dict[str, int]  # {module: experts}
 FORMAT = "minismoe.allocation/1"
+MOST = 1 << 10  # experts of one matrix: a file asks for no more memory than that
 
 
 def is_whole(value: Any, least: float) -> bool:
@@ -56,9 +57,10 @@ class Allocation:
             ("trainable_parameters", trainable is None or is_whole(trainable, 0), "a whole number")]
         return [f"{name} must be {what}, got {getattr(self, name)!r}"
                 for name, good, what in checks if not good] + [
-            f"experts must map names to whole numbers >= 0, got {module!r}: {count!r}"
+            f"experts must map names to whole numbers from 0 to {MOST}, got {module!r}: {count!r}"
             for module, count in self.experts.items()
-            if not (isinstance(module, str) and module and is_whole(count, 0))] + [
+            if not (isinstance(module, str) and module and is_whole(count, 0) and count <= MOST)
+        ] + [
             f"ranks must map names with experts to whole numbers >= 1, got {module!r}: {rank!r}"
             for module, rank in self.ranks.items()
             if not (self.experts.get(module) and is_whole(rank, 1))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from .allocate import Allocation
 from .config import Config
-from .experts import add_experts, expert_layers, linear_layers
+from .experts import adaptable, add_experts, expert_layers, linear_layers
 from .lowbit import QuantizedLinear, QuantizedWeight
 from .model import CausalLM
+from .report import clean
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_FORMAT = "minismoe.adapter/1"
@@ -42,6 +44,11 @@ def replacing(path: Path | str) -> Iterator[Path]:
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
         _sync(path.parent)
+    except SafetensorError as e:                     # what its writer makes of a full disk
+        raise OSError(f"{path} cannot be written: {e}") from None
+    except OSError as e:                             # a failed write does not say of which file
+        e.filename = e.filename or str(path)
+        raise
     finally:
         Path(name).unlink(missing_ok=True)           # nothing, once it was renamed
 
@@ -96,6 +103,14 @@ def read_json(path: Path | str) -> Any:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
 
 
+def inside(folder: Path, name: str) -> Path:
+    """folder / name; ValueError where it is a link that leads out, and not to the hub's blobs."""
+    home, path = folder.resolve(), (folder / name).resolve()
+    if not (path.is_relative_to(home) or path.parent == home.parent.parent / "blobs"):
+        raise ValueError(f"{folder / name} is a link that leads out of its folder")
+    return folder / name
+
+
 def resolve(model: str | Path) -> Path:
     """The folder of a checkpoint: a folder as it is, `org/name` by the hub or from its cache.
 
@@ -136,7 +151,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     with torch.device("meta"):
         model = CausalLM(cfg)
     digest = hashlib.sha256(repr(cfg).encode())
-    wanted = dict(model.named_parameters())
+    wanted = {name: p.shape for name, p in model.named_parameters()}
     ignored = {"lm_head.weight"} if cfg.tie_word_embeddings else set()
     problems: list[str] = []
     seen: set[str] = set()
@@ -160,7 +175,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
                     else:
                         _assign(model, name, _tensor(f, file, name, dtype, device))
         except SafetensorError as e:
-            raise ValueError(f"{file} is no valid safetensors file: {e}") from None
+            raise ValueError(f"{file} is no valid safetensors file: {clean(e)}") from None
     problems += [f"{name} is missing" for name in wanted if name not in seen]
     if problems:
         raise ValueError(f"{folder} does not fit its config.json: " + _listed(problems))
@@ -241,13 +256,13 @@ def _listed(problems: Sequence[str]) -> str:
     return "; ".join(problems[:20]) + more
 
 
-def _mismatch(name: str, found: Any, wanted: Tensor | None) -> str | None:
+def _mismatch(name: str, found: Any, wanted: Sequence[int] | None) -> str | None:
     if wanted is None:
         return f"{name} is surplus"
     if found.get_dtype() not in DTYPES:
         return f"{name} is {found.get_dtype()}, not one of {', '.join(DTYPES)}"
-    if found.get_shape() != list(wanted.shape):
-        return f"{name} is {found.get_shape()} instead of {list(wanted.shape)}"
+    if found.get_shape() != list(wanted):
+        return f"{name} is {found.get_shape()} instead of {list(wanted)}"
     return None
 
 
@@ -263,13 +278,21 @@ def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
                for name, layer in expert_layers(model).items()
                for part, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B),
                                        ("router", layer.router)) if parameter is not None}
-    with replacing(Path(folder) / "adapter.safetensors") as tmp:
+    file = Path(folder) / "adapter.safetensors"
+    with replacing(file) as tmp:
         save_file(tensors, tmp, metadata={"format": "pt"})
     write_json(Path(folder) / "adapter.json", {
-        "format": ADAPTER_FORMAT, "base_model": getattr(model, "name", None),
+        "format": ADAPTER_FORMAT, "sha256": sha256(file),
+        "base_model": getattr(model, "name", None),
         "fingerprint": getattr(model, "fingerprint", None),
         "base_bits": getattr(model, "base_bits", None), "tasks": list(tasks),
         "allocation": allocation.to_json(), "versions": versions()})
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's content, which is mapped, not read at once."""
+    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
@@ -279,8 +302,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     where adapters are merged into the model already, or where tensors do not fit the allocation.
     """
     folder = Path(folder)
-    if not (folder / "adapter.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter.json")
+    for name in ("adapter.json", "adapter.safetensors"):
+        if not inside(folder, name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}")
     meta = read_json(folder / "adapter.json")
     if not isinstance(meta, dict) or meta.get("format") != ADAPTER_FORMAT:
         raise ValueError(f"{folder / 'adapter.json'} is not of the form {ADAPTER_FORMAT}")
@@ -290,38 +314,61 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     ours, its = getattr(model, "fingerprint", None), meta.get("fingerprint")
     if ours and its and ours != its:
         raise ValueError("the adapter was trained on another base: "
-                         f"{its} ({meta.get('base_model')}), and this one is {ours} "
+                         f"{clean(its)} ({clean(meta.get('base_model'))}), and this one is {ours} "
                          f"({getattr(model, 'name', '?')})")
-    allocation = Allocation.from_json(meta.get("allocation"))
-    before = dict(model.named_modules())
-    add_experts(model, allocation)
     try:
-        load_experts(model, folder / "adapter.safetensors")
-    except BaseException:            # the model is left as it was, so that another may be tried
-        for name in allocation.experts:
-            model.set_submodule(name, before[name])
-        raise
+        allocation = Allocation.from_json(meta.get("allocation"))
+    except ValueError as e:
+        raise ValueError(f"{folder / 'adapter.json'}: {e}") from None
+    layers = adaptable(model, {name: allocation.rank_of(name) for name in allocation.experts})
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, E in allocation.experts.items():
+        out, in_ = layers[name].weight.shape
+        shapes[f"{name}.lora_A"] = E, allocation.rank_of(name), in_
+        shapes[f"{name}.lora_B"] = E, allocation.rank_of(name), out
+        if E > 1:
+            shapes[f"{name}.router"] = E, in_
+    file = folder / "adapter.safetensors"
+    with _experts(file, shapes) as f:                                # before any is allocated
+        if meta.get("sha256", digest := sha256(file)) != digest:
+            raise ValueError(f"{file} is damaged: its hash is not that of adapter.json")
+        add_experts(model, allocation)
+        _fill(model, f)
     return allocation
 
 
 def load_experts(model: nn.Module, file: Path) -> None:
     """Copy adapter tensors from `file` into the experts that `model` has."""
-    wanted: Mapping[str, Tensor] = {
-        name: p for name, p in model.named_parameters()
-        if name.rpartition(".")[2] in ("lora_A", "lora_B", "router")}
+    with _experts(file, {n: p.shape for n, p in _parameters(model).items()}) as f:
+        _fill(model, f)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, file: Any) -> None:
+    for name, parameter in _parameters(model).items():
+        parameter.copy_(file.get_tensor(name))
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters()
+            if name.rpartition(".")[2] in ("lora_A", "lora_B", "router")}
+
+
+@contextmanager
+def _experts(file: Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[Any]:
+    """The open file, once it was seen to hold tensors of those names and shapes, and no others."""
     try:
-        with safe_open(file, framework="pt") as f, torch.no_grad():
+        with safe_open(file, framework="pt") as f:
             found = set(f.keys())
-            problems = [f"{n} is surplus" for n in sorted(found - set(wanted))]
-            problems += [f"{n} is missing" for n in wanted if n not in found]
-            problems += [m for n in wanted if n in found
-                         and (m := _mismatch(n, f.get_slice(n), wanted[n]))]
+            problems = [f"{n} is surplus" for n in sorted(found - set(shapes))]
+            problems += [f"{n} is missing" for n in shapes if n not in found]
+            problems += [m for n in shapes if n in found
+                         and (m := _mismatch(n, f.get_slice(n), shapes[n]))]
             if problems:
                 raise ValueError(f"{file} does not fit: " + _listed(problems))
-            for name, parameter in wanted.items():
-                parameter.copy_(f.get_tensor(name))
+            yield f
     except SafetensorError as e:
-        raise ValueError(f"{file} is no valid safetensors file: {e}") from None
+        raise ValueError(f"{file} is no valid safetensors file: {clean(e)}") from None
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from . import distributed, toy
+from . import distributed, failure, toy
 from .allocate import GROUPS, STRATEGIES, Allocation, allocate
-from .checkpoint import load_model, read_json, resolve
+from .checkpoint import inside, load_model, read_config, read_json, resolve
 from .data import Batch, Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
 from .experts import linear_layers
 from .loss import IGNORE
@@ -49,17 +49,16 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         with handling(interrupt):
             main(argv)
+            sys.stdout.flush()           # what a closed pipe or a full disk does not take is said
         distributed.stop()
     except KeyboardInterrupt as e:
         if distributed.rank() == 0:
-            print(f"\ninterrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
+            print(f"\ninterrupted{f': {clean(e)}' if str(e) else ''}", file=sys.stderr)
         sys.exit(128 + getattr(e, "number", signal.SIGINT))
-    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as e:
-        if "--debug" in argv:
-            traceback.print_exc()
-        who = f" (process {distributed.rank()})" if distributed.world() > 1 else ""
-        print(f"error{who}: {e}", file=sys.stderr)
-        sys.exit(1)
+    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, SafetensorError,
+            ValueError) as e:
+        failure.end(e, "--debug" in argv, f" (process {distributed.rank()})"
+                    if distributed.world() > 1 else "")
 
 
 @contextmanager
@@ -236,7 +235,7 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
     describe(tasks, encoded, tokenizer)
     if empty := [name for name, e in encoded.items() if not e.examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
-                         f"--max-length {args.max_length}")
+                         f"--max-length {context(args, folder)}")
     return Inputs(model, tokenizer, tasks, encoded)
 
 
@@ -260,6 +259,9 @@ def read_data(args: argparse.Namespace, folder: Path,
     names = args.tasks.split(",") if args.tasks else ()
     if args.model is None:
         tasks = [t for t in toy.tasks(args.seed) if not names or t.name in names]
+        if len(tasks) < len(names):
+            raise ValueError(f"--tasks {args.tasks}: the tiny model has only "
+                             f"{', '.join(toy.TASKS)}")
     else:
         tasks = load_tasks(args.data, names, args.seed)
     for task in tasks:
@@ -268,7 +270,13 @@ def read_data(args: argparse.Namespace, folder: Path,
     if args.show:
         show(tasks, tokenizer, args.show)
         sys.exit(0)
-    return tokenizer, tasks, {t.name: encode_all(t, tokenizer, args.max_length) for t in tasks}
+    length = context(args, folder)
+    return tokenizer, tasks, {t.name: encode_all(t, tokenizer, length) for t in tasks}
+
+
+def context(args: argparse.Namespace, folder: Path) -> int:
+    """Tokens that an example may have: --max-length, or what the model was made for."""
+    return min(args.max_length, read_config(folder)[0].max_position_embeddings)
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -287,6 +295,22 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
 def _multiplies_bfloat16() -> bool:
     """Whether this CPU has matrix units for bfloat16; without, float32 is the faster one."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def read_run(run: Path) -> argparse.Namespace:
+    """The input flags with which a run was made; ValueError where its config.json is none."""
+    for name in ("config.json", "adapter", "export"):
+        inside(run, name)
+    content = read_json(run / "config.json")
+    arguments = content.get("arguments") if isinstance(content, dict) else None
+    arguments = arguments if isinstance(arguments, dict) else {}
+    numbers = ("limit_train", "limit_test", "max_length", "seed")
+    saved = {name: arguments.get(name) for name in ("model", "data", "tasks", *numbers)}
+    if wrong := [f"{name} = {value!r}" for name, value in saved.items()
+                 if type(value) is not (int if name in numbers else str)
+                 and (value is not None or name in ("max_length", "seed"))]:
+        raise ValueError(f"{run / 'config.json'} is none of a run: {', '.join(wrong)}")
+    return argparse.Namespace(**{**arguments, **saved, "show": None})
 
 
 def describe(tasks: Sequence[Task], encoded: Mapping[str, Encoded], tokenizer: Tokenizer) -> None:
@@ -327,7 +351,7 @@ def show(tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> None:
                     inside = not inside
                     parts.append(mark if inside else end)
                 stop = starts[i + 1] if i + 1 < len(starts) else len(text)
-                parts.append("\n".join(clean(line) for line in text[start:stop].split("\n")))
+                parts.append(clean(text[start:stop], "\n"))
             print("".join(parts) + (end if inside else ""))
 
 

@@ -43,7 +43,7 @@ class Config:
             "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
         heads = sizes["num_attention_heads"]
         sizes |= {
-            "num_hidden_layers": _size(config, "num_hidden_layers", None, wrong, most=1 << 10),
+            "num_hidden_layers": _size(config, "num_hidden_layers", None, wrong, most=1 << 8),
             "num_key_value_heads": _size(config, "num_key_value_heads", heads, wrong),
             "head_dim": _size(config, "head_dim", sizes["hidden_size"] // heads or 1, wrong),
             "max_position_embeddings": _size(config, "max_position_embeddings", 2048, wrong,

@@ -23,6 +23,7 @@ from torch import Tensor
 from .loss import IGNORE
 from .tokenizer import Message, Tokenizer
 
+LINE = 1 << 20                   # bytes at most: about 250,000 tokens, more than any model reads
 HELD_OUT = 0.1                   # share of a task's lines that is test where it brings none
 Batch = tuple[Tensor, Tensor, Tensor]        # input_ids, attention_mask, labels, each (B, T)
 
@@ -65,21 +66,26 @@ def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> 
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"no such data folder: {root}")
-    found = {p.stem if p.is_file() else p.name: p for p in sorted(root.iterdir())
-             if (p / "train.jsonl").is_file() or (p.is_file() and p.suffix == ".jsonl")}
+    paths = [p for p in sorted(root.iterdir())
+             if (p / "train.jsonl").is_file() or (p.is_file() and p.suffix == ".jsonl")]
+    found = {p.stem if p.is_file() else p.name: p for p in paths}
     if (root / "train.jsonl").is_file():
         raise ValueError(f"{root} is itself a task: give the folder above it, "
                          f"and --tasks {root.name}")
     if missing := [n for n in names if n not in found]:
         raise FileNotFoundError(f"{root} has no task {', '.join(missing)}; "
                                 f"it has {', '.join(found) or 'none'}")
+    if twice := [n for n in found if root / n in paths and root / f"{n}.jsonl" in paths]:
+        raise ValueError(f"{root} holds {', '.join(twice)} twice, as a folder and as a file")
+    if len(set(names)) < len(names):
+        raise ValueError(f"a task is asked for twice: {', '.join(names)}")
     if not found:
         raise FileNotFoundError(f"{root} holds no task: a sub-folder with train.jsonl, or a .jsonl")
     bad: list[str] = []
     tasks = [_load_task(name, found[name], seed, bad) for name in sorted(set(names) or found)]
     if bad:
-        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ValueError(f"{len(bad)} bad lines:\n  " + "\n  ".join(bad[:10]) + more)
+        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise ValueError(f"{len(bad)} bad lines: " + "; ".join(bad[:10]) + more)
     return tasks
 
 
@@ -107,8 +113,10 @@ def read_lines(file: Path, bad: list[str]) -> list[list[Message]]:
         if not line.strip():
             continue
         try:
+            if len(line) > LINE:
+                raise ValueError(f"the line has {len(line):,} bytes; at most {LINE:,} are read")
             messages = to_messages(json.loads(line.decode("utf-8")))
-            "".join(m["content"] for m in messages).encode()     # no half of an emoji (\\ud83d)
+            "".join(m["role"] + m["content"] for m in messages).encode()    # no half of an emoji
             conversations.append(messages)
         except (ValueError, RecursionError) as e:
             bad.append(f"{file}:{number}: {e}")

@@ -89,20 +89,22 @@ class Accuracy:
 def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, batch_size: int = 32,
              progress: Callable[[int], Any] = lambda prompts: None) -> Accuracy:
     """Exact match of `model` on the test split of a task."""
-    return exact_match(tokenizer, task, lambda prompts, limit: generate(
-        model, prompts, limit, tokenizer.stop_ids, batch_size, progress))
+    def complete(prompts: list[list[int]], limit: int) -> list[list[int]]:
+        return generate(model, prompts, limit, tokenizer.stop_ids, batch_size, progress)
+
+    return exact_match(tokenizer, task, model.config.max_position_embeddings, complete)
 
 
-def exact_match(tokenizer: Tokenizer, task: Task,
+def exact_match(tokenizer: Tokenizer, task: Task, context: int,
                 complete: Callable[[list[list[int]], int], list[list[int]]]) -> Accuracy:
     """Exact match on the test split: the answer of complete(prompts, limit), tokens in and out,
     equals the last assistant turn.
 
     White space around both is not compared. Generation may run a little longer than the longest
-    reference, so that an answer that goes on is wrong and not cut to be right.
+    reference, so that an answer that goes on is wrong and not cut to be right. Raises as
+    `answer_prompts` does.
     """
-    prompts = [tokenizer.encode(tokenizer.render(m[:-1], add_generation_prompt=True))[0]
-               for m in task.test]
+    prompts = answer_prompts(tokenizer, task, context)
     expected = [m[-1]["content"].strip() for m in task.test]
     limit = max(len(tokenizer.encode(e)[0]) for e in expected) + 4
     result = Accuracy(0, len(expected))
@@ -115,3 +117,19 @@ def exact_match(tokenizer: Tokenizer, task: Task,
             result.wrong.append((messages[-2]["content"] if len(messages) > 1 else "",
                                  reference, given))
     return result
+
+
+def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[int]]:
+    """Tokens of each test line up to its last answer.
+
+    Raises ValueError where there is no test line, or one that fills the `context`, in tokens.
+    """
+    if not task.test:
+        raise ValueError(f"task {task.name} has no test line: give it a test.jsonl, or two lines")
+    prompts = [tokenizer.encode(tokenizer.render(m[:-1], add_generation_prompt=True))[0]
+               for m in task.test]
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) >= context:
+            raise ValueError(f"task {task.name}: the prompt of test line {number} has "
+                             f"{len(prompt)} tokens, and the model's context {context}")
+    return prompts

@@ -181,28 +181,41 @@ def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,
     """Freeze `model` and put LoRA experts on its linear layers, in place.
 
     experts: module name -> number of experts, or an `Allocation`, which brings its own rank, alpha
-    and top_k. Raises ValueError with all names that are no nn.Linear of the model, or that are its
-    head: a tied head must stay tied, so it is never adapted.
+    and top_k. Raises ValueError as `adaptable` does.
     """
     ranks: Mapping[str, int] = {}
     if hasattr(experts, "experts"):
         rank, alpha, top_k, ranks = experts.rank, experts.alpha, experts.top_k, experts.ranks
         experts = experts.experts
     alpha = 2 * rank if alpha is None else alpha
-    modules = dict(model.named_modules())
-    wrong = [name for name in experts if not isinstance(modules.get(name), nn.Linear)
-             or isinstance(modules[name], ExpertLinear) or name.split(".")[-1] == "lm_head"]
-    if wrong:
-        raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
+    layers = adaptable(model, {name: ranks.get(name, rank) for name in experts})
     model.requires_grad_(False)
     for name, count in experts.items():
         if count == 0:                   # the paper's files list matrices without an adapter too
             continue
         parent, _, child = name.rpartition(".")
         r = ranks.get(name, rank)
-        setattr(modules[parent], child,
-                ExpertLinear(modules[name], count, r, alpha / rank * r, top_k))
+        setattr(model.get_submodule(parent), child,
+                ExpertLinear(layers[name], count, r, alpha / rank * r, top_k))
     return model
+
+
+def adaptable(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Linear]:
+    """The layers that are to get experts of those ranks. Raises ValueError with all names that are
+    no nn.Linear of the model, or are its head (a tied head must stay tied), and with all that are
+    smaller than the rank.
+    """
+    modules = dict(model.named_modules())
+    wrong = [name for name in ranks if not isinstance(modules.get(name), nn.Linear)
+             or isinstance(modules[name], ExpertLinear) or name.split(".")[-1] == "lm_head"]
+    if wrong:
+        raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
+    layers: dict[str, Any] = {name: modules[name] for name in ranks}
+    if small := {f"{name} {[*m.weight.shape]}": ranks[name] for name, m in layers.items()
+                 if ranks[name] > min(m.weight.shape)}:
+        raise ValueError(f"rank {max(small.values())} is more than the matrix itself has: "
+                         f"{', '.join(small)}")
+    return layers
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:

@@ -28,9 +28,9 @@ BLUES = "d6e6f4 abd0e6 6aaed6 3787c0 105ba4 08306b".split()
 NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d*)?(e[-+]?\d+)?( ?[%A-Za-z]{1,3})?|nan|[-–—]?|n/a")
 
 
-def clean(text: object) -> str:
+def clean(text: object, keep: str = "") -> str:
     """Text that is safe to print: control, bidi and other invisible characters become '\ufffd'."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in str(text))
+    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in str(text))
 
 
 def _clip(text: str, width: int) -> str:

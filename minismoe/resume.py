@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import signal
@@ -27,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoint import new_folder, read_json
+from .checkpoint import new_folder, read_json, sha256
 from .report import clean
 
 KEPT = 2                                     # checkpoints of a kind
@@ -141,11 +140,6 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
-
-
 def save_state(run: Path, kind: str, number: int, files: Mapping[str, Tensors],
                state: Mapping[str, Any]) -> None:
     """Write run/checkpoints/KIND-NUMBER, whole or not at all, and keep the last two of its kind."""
@@ -154,7 +148,7 @@ def save_state(run: Path, kind: str, number: int, files: Mapping[str, Tensors],
     with new_folder(folder) as tmp:
         for name, tensors in files.items():
             save_file(dict(tensors), tmp / name)
-        state = {**state, "files": {name: _sha256(tmp / name) for name in files}}
+        state = {**state, "files": {name: sha256(tmp / name) for name in files}}
         (tmp / "state.json").write_text(json.dumps({"state": state, "sha256": digest(state)}))
     for old in states(run, kind)[:-KEPT]:
         shutil.rmtree(old)
@@ -187,7 +181,7 @@ def _checked(folder: Path, run: Path) -> dict[str, Any]:
     if saved["sha256"] != digest(state):
         raise ValueError("state.json does not have its checksum")
     for name, wanted in state["files"].items():
-        if _sha256(folder / name) != wanted:
+        if sha256(folder / name) != wanted:
             raise ValueError(f"{name} does not have its checksum")
     if "metrics" in state and (run / "metrics.jsonl").stat().st_size < state["metrics"]:
         raise ValueError("metrics.jsonl is shorter than it was")

@@ -216,6 +216,6 @@ def load_frozen(folder: str | Path) -> dict[str, dict[str, Fit]]:
                 task, _, name = path.rpartition("/")
                 fits.setdefault(task, {})[name] = Fit(
                     f.get_tensor(f"{path}.lora_A"), f.get_tensor(f"{path}.lora_B"), *note)
-    except (SafetensorError, KeyError, TypeError) as e:
+    except (SafetensorError, AttributeError, KeyError, TypeError) as e:
         raise ValueError(f"{file} is no valid frozen adapter: {e}") from None
     return fits

@@ -66,7 +66,22 @@ class Generator:
         self._sampler = _session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
         self.candidates: int = self._sampler.get_outputs()[0].shape[1]       # tokens to draw from
         self._positions = any(i.name == "position_ids" for i in self._session.get_inputs())
+        self._fits()
         self.use(task)
+
+    def _fits(self) -> None:
+        """ValueError where export.json says other than the graphs."""
+        info, found = self.info, {i.name: i for i in self._session.get_inputs()}
+        layers = sum(name.startswith("past_key_values.") for name in found) / 2
+        past = found.get("past_key_values.0.key")
+        logits = self._session.get_outputs()[0]
+        kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
+        if (layers != info["layers"] or past is None or logits.shape[-1] != info["vocab_size"]
+                or (past.type, past.shape[1], past.shape[3]) != (
+                    kind, info["kv_heads"], info["head_dim"])
+                or not isinstance(self.candidates, int)):
+            raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
+                             "sampler.onnx: export again")
 
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task, or to the model without any."""
@@ -191,7 +206,8 @@ class Generator:
                 temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
                 seed: int | None = None) -> Iterator[list[Any]]:
         """The next token of each prompt, step by step, and None once it has stopped."""
-        if not (0 <= temperature < math.inf and 0 < top_p <= 1 and 0 <= top_k <= self.candidates):
+        if not (0 <= temperature < math.inf and 0 < top_p <= 1 and isinstance(top_k, int)
+                and 0 <= top_k <= self.candidates):
             raise ValueError(f"temperature {temperature}, top-p {top_p}, top-k {top_k}: expected "
                              f"at least 0, above 0 up to 1, and 0 to {self.candidates}")
         longest, vocab = max(map(len, prompts), default=0), self.info["vocab_size"]
@@ -284,6 +300,8 @@ def _inside(folder: Path, name: object) -> Path:
         raise ValueError(f"{folder / 'export.json'} names {name!r}, which is no plain file name")
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} lacks {name}, which its export.json names: export again")
+    if (folder / name).resolve().parent != folder.resolve():
+        raise ValueError(f"{folder / name} is a link that leads out of its folder")
     return folder / name
 
 
@@ -298,11 +316,16 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
         sizes += info.get("static") or []
         if info["format"] != FORMAT or info["cache_type"] not in CACHE_TYPES:
             raise ValueError(f"format {info['format']!r}, cache type {info['cache_type']!r}")
-        if not all(type(size) is int and size > 0 for size in sizes) or len(sizes) not in (5, 8):
+        if not all(type(size) is int and 0 < size <= 1 << 24 for size in sizes) or len(
+                sizes) not in (5, 8) or not isinstance(info.get("adapters") or {}, dict):
             raise ValueError(f"sizes {sizes}")
         files = {_inside(folder, name): (entry["bytes"], entry["sha256"])
                  for name, entry in info["files"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        if odd := [e for e in files.values() if (type(e[0]), type(e[1])) != (int, str)]:
+            raise ValueError(f"size and hash {odd[0]}")
+        if lacking := {"model.onnx", "sampler.onnx"} - info["files"].keys():
+            raise ValueError(f"it names no {' and no '.join(sorted(lacking))}")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
         raise ValueError(f"{file} is not understood: {type(e).__name__} {e}") from None
     for path, (size, digest) in files.items():
         if path.stat().st_size != size:

@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from . import failure
+from .report import clean
 from .runtime import Generator
 
 
@@ -40,7 +42,7 @@ def _say(generator: Generator, prompt: str, args: argparse.Namespace) -> str:
         for piece in generator.text(timed(tokens)):
             answer += piece
             if terminal:                     # a model can write what commands a terminal
-                piece = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
+                piece = clean(piece, "\n\t")
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         generator.ended = "interrupted"
@@ -80,7 +82,7 @@ def _chat(generator: Generator, args: argparse.Namespace) -> None:
             prompt = generator.tokenizer.render(history, add_generation_prompt=True)
             history.append({"role": "assistant", "content": _say(generator, prompt, args)})
         except ValueError as e:              # no longer fits, or the template refuses it
-            print(f"error: {e}; /clear begins anew", file=sys.stderr)
+            print(f"error: {failure.line(e)}; /clear begins anew", file=sys.stderr)
             history.pop()
 
 
@@ -134,12 +136,14 @@ def run() -> None:
             stream.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as e:                   # onnxruntime's own are bare Exceptions
-        expected = ArithmeticError, ImportError, OSError, ValueError
+        expected = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
+        if isinstance(e, MemoryError):
+            e = ValueError("out of memory: export again, with a smaller --context")
         if not isinstance(e, expected) and "onnxruntime" not in type(e).__module__:
             raise
-        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
-        sys.exit(1)
+        failure.end(e)

@@ -1,16 +1,18 @@
 """Text to tokens and back, and chat templates; needs neither torch nor, for bytes, anything else.
 
 A real checkpoint's tokenizer.json is read by the `tokenizers` library, and its own chat template
-is rendered in jinja2's sandbox. Where a checkpoint has no template, DEFAULT_TEMPLATE serves.
+is rendered by templates.py. Where a checkpoint has no template, DEFAULT_TEMPLATE serves.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from . import templates
 
 Message = Mapping[str, str]                  # {"role": ..., "content": ...}
 
@@ -32,13 +34,18 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and the character where each starts."""
-        ids, starts, i = [], [], 0
-        while i < len(text):
-            name = next((s for s in self.special if text.startswith(s, i)), None)
-            new = [self.special[name]] if name else list(text[i].encode("utf-8", "replace"))
-            ids += new
-            starts += [i] * len(new)
-            i += len(name or text[i])
+        ids: list[int] = []
+        starts: list[int] = []
+        at = 0
+        for part in re.split(f"({'|'.join(map(re.escape, self.special))})", text):
+            if part in self.special:
+                ids.append(self.special[part])
+                starts.append(at)
+            else:
+                ids += part.encode("utf-8", "replace")
+                starts += range(at, at + len(part)) if part.isascii() else [
+                    at + i for i, char in enumerate(part) for _ in char.encode("utf-8", "replace")]
+            at += len(part)
         return ids, starts
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -66,6 +73,8 @@ class FileTokenizer:
         self.vocab_size = self.backend.get_vocab_size()
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
+        # Half of an emoji, or a byte of argv that is no UTF-8, is a "?", as ByteTokenizer has it.
+        text = text.encode("utf-8", "replace").decode("utf-8")
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
@@ -83,8 +92,7 @@ class Tokenizer:
     def __init__(self, backend: ByteTokenizer | FileTokenizer, template: str | None, bos: str,
                  eos: str, pad_id: int | None = None, stop_ids: Sequence[int] = ()):
         self.backend, self.bos, self.eos = backend, bos, eos
-        self.has_template = template is not None
-        self._render = _render_default if template is None else _compile(template).render
+        self.template, self.has_template = template, template is not None
         stops = {*stop_ids, *(i for i in [backend.special.get(eos)] if i is not None)}
         self.stop_ids = sorted(stops | self._turn_end())
         self.pad_id = pad_id if pad_id is not None else (self.stop_ids or [0])[0]
@@ -98,66 +106,31 @@ class Tokenizer:
         return self.backend.decode(ids)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the model reads it; ValueError says what the template refuses."""
-        try:
-            return self._render(messages=messages, bos_token=self.bos, eos_token=self.eos,
-                                add_generation_prompt=add_generation_prompt,
-                                tools=None, documents=None)      # as transformers has them
-        except Exception as e:               # a template can raise anything
-            raise ValueError(f"the chat template fails: {type(e).__name__}: {e}") from None
+        """The conversation as the model reads it; ValueError as of `templates.render`."""
+        if self.template is None:
+            return _render_default(messages, self.bos, self.eos, add_generation_prompt)
+        return templates.render(self.template, {
+            "messages": [dict(m) for m in messages], "bos_token": self.bos, "eos_token": self.eos,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None, "documents": None})                   # as transformers has them
 
     def _turn_end(self) -> set[int]:
         """The special token that closes an assistant's turn in the template, if one does."""
         user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         try:
             tail = self.render([user, answer])[len(self.render([user], True)):]
-        except ValueError:
+        except templates.Refused:            # as one does that wants a system message first
             return set()
         ids = (i for i in self.encode(tail)[0] if i in set(self.backend.special.values()))
         return set(list(ids)[:1])
 
 
 def _render_default(messages: Sequence[Message], bos_token: str, eos_token: str,
-                    add_generation_prompt: bool, **unused: Any) -> str:
+                    add_generation_prompt: bool) -> str:
     """What DEFAULT_TEMPLATE renders, where there is no jinja2 either."""
     turns = [f"Assistant: {m['content']}{eos_token}\n" if m["role"] == "assistant"
              else f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
     return bos_token + "".join(turns) + "Assistant:" * add_generation_prompt
-
-
-def _compile(template: str) -> Any:
-    try:
-        from jinja2 import TemplateError, nodes
-        from jinja2.ext import Extension
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ModuleNotFoundError("the chat template needs jinja2: pip install jinja2") from None
-
-    class Generation(Extension):
-        """{% generation %} marks what is supervised in some templates; here it is plain text."""
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    # Trimming as in transformers, for which templates are written.
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[
-        Generation, "jinja2.ext.loopcontrols"])
-    env.globals.update(raise_exception=raise_exception,
-                       strftime_now=lambda form: datetime.now().strftime(form))
-    env.filters["tojson"] = tojson
-    try:
-        return env.from_string(template)
-    except TemplateError as e:
-        raise ValueError(f"the chat template is broken: {e}") from None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -174,22 +147,32 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if config.get("vocab_size") != ByteTokenizer.vocab_size:
             raise FileNotFoundError(f"{folder} holds no tokenizer.json")
         return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, sorted(stops))
+    template = chat_template(folder, settings)
+    if template is not None:
+        templates.start()                    # it gets ready while the next line works
     backend = FileTokenizer(folder / "tokenizer.json")
-    if backend.vocab_size > config.get("vocab_size", backend.vocab_size):
+    size = config.get("vocab_size", backend.vocab_size)
+    if not isinstance(size, int) or backend.vocab_size > size:
         raise ValueError(f"{folder / 'tokenizer.json'} has {backend.vocab_size} tokens, "
-                         f"and the model only {config['vocab_size']}")
+                         f"and the model only {size!r}")
     bos, eos, pad = (_content(settings.get(f"{k}_token")) for k in ("bos", "eos", "pad"))
-    return Tokenizer(backend, chat_template(folder, settings), bos, eos,
+    return Tokenizer(backend, template, bos, eos,
                      backend.special.get(pad), sorted(stops))
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as e:
+            raise ValueError(f"{file} is no UTF-8 text: {e}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):           # several, named: [{"name": ..., "template": ...}]
-        template = {t["name"]: t["template"] for t in template}.get("default")
+        template = next((t.get("template") for t in template
+                         if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: its chat_template is no text")
     return template
 
 
@@ -198,7 +181,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (RecursionError, ValueError) as e:
         raise ValueError(f"{file} is not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds no JSON object")
@@ -211,4 +194,5 @@ def _as_list(value: Any) -> list[Any]:
 
 def _content(token: Any) -> str:
     """A token's text: a string, an {"content": ...} object, or "" where there is none."""
-    return (token.get("content") if isinstance(token, dict) else token) or ""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from . import distributed
 from .data import Example, bucket, collate
 from .experts import balance_loss, expert_layers, expert_use
+from .failure import out_of_memory
 from .loss import IGNORE, supervised_losses
 from .model import CausalLM
 from .resume import (
@@ -145,12 +146,6 @@ def step_that_fits(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, 
             layer.router_logits = None                   # the graph of the one that was not
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def out_of_memory(e: BaseException) -> bool:
-    """Whether an exception says so; the allocators of CPU and MPS raise a plain RuntimeError."""
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in str(e) for words in ("out of memory", "can't allocate memory"))
 
 
 def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,

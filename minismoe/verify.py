@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .data import Task
 from .evaluate import Accuracy, exact_match, generate
 from .model import CausalLM
+from .report import clean
 from .runtime import Generator
 
 # How far logits may be from PyTorch's in float32, as a share of the largest: what rounding of
@@ -75,7 +76,7 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy
     def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         outputs: list[list[int]] = [[] for _ in prompts]
-        with tqdm(total=len(prompts), desc=f"evaluate {task.name}", unit="answer",
+        with tqdm(total=len(prompts), desc=f"evaluate {clean(task.name)}", unit="answer",
                   leave=False) as bar:
             for start in range(0, len(order), batch_size):
                 part = order[start:start + batch_size]
@@ -84,4 +85,4 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy
                 bar.update(len(part))
         return outputs
 
-    return exact_match(generator.tokenizer, task, complete)
+    return exact_match(generator.tokenizer, task, generator.context, complete)

@@ -31,7 +31,7 @@ def routed(logits: list[list[float]], k: int) -> nn.Module:
     """Token i gets the router logits logits[i]."""
     model = nn.Module()
     model.model = Reads()
-    add_experts(model, {"model.proj": len(logits[0])}, top_k=k)
+    add_experts(model, {"model.proj": len(logits[0])}, rank=2, top_k=k)
     with torch.no_grad():
         model.model.proj.router.copy_(torch.tensor(logits).T)
     return model

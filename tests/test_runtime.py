@@ -205,7 +205,12 @@ def test_tasks(model, tmp_path, folders) -> None:
     (lambda f: describe(f, layers="2"), "not understood"),
     (lambda f: describe(f, format="other/1"), "other/1"),
     (lambda f: (f / "export.json").write_text("{"), "not understood"),
-    (lambda f: ((f / "model.onnx").write_bytes(b"x"), describe(f, files={})), "cannot open"),
+    (lambda f: describe(f, files={}), "names no model.onnx and no sampler.onnx"),
+    (lambda f: ((f / "model.onnx").write_bytes(b"x"), describe(f, files={
+        n: {"bytes": (f / n).stat().st_size, "sha256": ""} for n in ("model.onnx", "sampler.onnx")
+    })), "cannot open"),
+    (lambda f: describe(f, kv_heads=3), "export.json is not of this model.onnx"),
+    (lambda f: describe(f, cache_type="float16"), "export.json is not of this model.onnx"),
 ])
 def test_broken_folders(model, tmp_path, change, message) -> None:
     folder = export(model, tmp_path / "f")

@@ -1,0 +1,669 @@
+"""What goes wrong, through the scripts themselves: one line on stderr, the exit code, and the files
+that were there before as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import export
+import probe
+import train
+from minismoe import checkpoint, cli, experts, failure, terminal
+from minismoe.model import CausalLM, Config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 48,
+          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "max_position_embeddings": 128, "tie_word_embeddings": True, "eos_token_id": 257}
+SHORT = ("--samples", "2", "--epochs", "1", "--batch-size", "8", "--dtype", "float32")
+Q = "model.layers.0.self_attn.q_proj"
+BAR = re.compile(r"^\s*$|^(evaluate|probe|train|freeze|heal)[^:]*: .*(\d+/\d+|\d+%|/s|sample)")
+
+
+@dataclass
+class World:
+    """Folders that work, which a test may spoil."""
+
+    model: Path
+    data: Path
+    run: Path
+    export: Path
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return "--model", str(self.model), "--data", str(self.data)
+
+
+def make_model(folder: Path, **changes: Any) -> None:
+    config = CONFIG | changes
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(dict(CausalLM(Config.from_dict(config)).named_parameters()),
+              folder / "model.safetensors")
+
+
+def lines(count: int, end: str = "") -> str:
+    return "".join(json.dumps({"prompt": f"say {i}{end}", "completion": f"N{i}{end}"}) + "\n"
+                   for i in range(count))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    world = World(root / "model", root / "data", root / "run", root / "export")
+    make_model(world.model)
+    (world.data / "t").mkdir(parents=True)
+    for name, count in (("train", 24), ("test", 3)):
+        (world.data / "t" / f"{name}.jsonl").write_text(lines(count))
+    assert script(train.main, *world.inputs, *SHORT, "--out", world.run) == (0, "")
+    assert script(export.main, world.run, "--out", world.export) == (0, "")
+    return world
+
+
+@pytest.fixture
+def world(original: World, tmp_path: Path) -> World:
+    """A copy, whose run names the copied model and data."""
+    root = Path(shutil.copytree(original.model.parent, tmp_path / "w"))
+    copied = World(root / "model", root / "data", root / "run", root / "export")
+    config = json.loads((copied.run / "config.json").read_text())
+    config["arguments"] |= {"model": str(copied.model), "data": str(copied.data)}
+    (copied.run / "config.json").write_text(json.dumps(config))
+    return copied
+
+
+def script(main: Callable[[Sequence[str]], None], *args: object) -> tuple[int, str]:
+    """Exit code and stderr without its bars, of a script's main as the command line calls it."""
+    err, before = io.StringIO(), sys.argv
+    sys.argv = ["script", *map(str, args)]
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            terminal.run() if main is terminal.main else cli.run(main)
+            code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = before
+    said = re.split(r"[\r\n]", err.getvalue().replace("\x1b[A", ""))
+    return code, "\n".join(line for line in said if not BAR.match(line))
+
+
+def hashes(*folders: Path) -> dict[Path, str]:
+    """What lies in folders, symbolic links as themselves."""
+    return {p: os.readlink(p) if p.is_symlink() else hashlib.sha256(p.read_bytes()).hexdigest()
+            for folder in folders for p in sorted(folder.rglob("*")) if not p.is_dir()}
+
+
+def fails(main: Callable[[Sequence[str]], None], *args: object, says: str, folder: Path) -> None:
+    """It ends with 1 and one line that `says` so, and leaves everything in `folder` as it was."""
+    before = hashes(folder)
+    code, err = script(main, *args)
+    assert code == 1 and re.fullmatch(rf"error: .*{says}.*", err), err
+    assert hashes(folder) == before
+
+
+def edit(file: Path, change: Callable[[Any], object]) -> None:
+    """Change a JSON file."""
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+def tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    found = {name: t.clone() for name, t in load_file(file).items()}
+    change(found)
+    save_file(found, file)
+
+
+# Disks and permissions
+
+@contextlib.contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file may grow beyond that many bytes, as on a disk that is full but for them."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("main, size", [
+    (probe.main, 200), (train.main, 2000), (train.main, 10_000), (export.main, 4000),
+    (export.main, 100_000)], ids=["probe", "train", "train later", "export", "export later"])
+def test_files_that_cannot_grow(world: World, main: Any, size: int) -> None:
+    before, out = hashes(world.model.parent), world.run.parent / "new"
+    what = [world.run] if main is export.main else [*world.inputs, *SHORT[:2]]
+    with files_up_to(size):
+        code, err = script(main, *what, "--out", out)
+    assert code == 1 and re.fullmatch("error: .*(ulimit|too large|os error 27).*", err)
+    now = hashes(world.model.parent)
+    assert {p: h for p, h in now.items() if p in before} | again(world, before) == before
+    assert not [p for p in now if ".tmp" in str(p)]
+    assert main is not export.main or not out.exists()
+
+
+def again(world: World, before: dict[Path, str]) -> dict[Path, str]:
+    """What export writes anew, and whole, beside the adapter."""
+    assert load_file(world.run / "adapter" / "frozen.safetensors")
+    return {p: h for p, h in before.items() if p.name in ("frozen.safetensors", "residual.svg")}
+
+
+def test_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A small tmpfs, where one can be mounted; else only the writers of Python are made to fail."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True
+    ).returncode == 0
+    if not mounted:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(os, "fsync", full)
+    try:
+        for name, main, *args in (("run", train.main, *world.inputs, *SHORT),
+                                  ("onnx", export.main, world.run)):
+            before = hashes(world.model.parent)
+            code, err = script(main, *args, "--out", disk / name)
+            assert code == 1 and re.fullmatch("error: .*([Nn]o space left|os error 28).*", err)
+            now = hashes(world.model.parent)
+            assert {p: h for p, h in now.items() if p.parents[1] != disk} | again(
+                world, before) == before
+            assert not [p for p in disk.rglob("*") if ".tmp" in p.name]
+        assert not (disk / "onnx").exists()
+    finally:
+        if mounted:
+            subprocess.run(["umount", disk], check=True)
+
+
+@contextlib.contextmanager
+def permissions_count() -> Iterator[None]:
+    """Root goes without what lets it read and write everything."""
+    if not hasattr(os, "geteuid") or os.geteuid() == 0 and sys.platform != "linux":
+        pytest.skip("permissions mean nothing here")
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None)
+        assert libc.capget(header, sets) == 0
+        effective = sets[0]
+        sets[0] &= ~(1 << 1 | 1 << 2)                # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        assert libc.capset(header, sets) == 0
+    try:
+        yield
+    finally:
+        if os.geteuid() == 0:
+            sets[0] = effective
+            assert libc.capset(header, sets) == 0
+
+
+@pytest.mark.parametrize("main", [train.main, probe.main, export.main],
+                         ids=["train", "probe", "export"])
+def test_no_permission(world: World, main: Any) -> None:
+    out = world.run.parent / "new"
+    what = [world.run] if main is export.main else [*world.inputs, *SHORT[:2]]
+    out.mkdir(mode=0o500)
+    with permissions_count():
+        code, err = script(main, *what, "--out", out / "x")
+        assert code == 1 and re.fullmatch(r"error: .*new/\.?x.*: Permission denied: choose .*", err)
+        world.model.chmod(0)
+        code, err = script(main, *what, "--out", out / "x")
+        world.model.chmod(0o700)
+        assert code == 1 and re.fullmatch("error: .*model/config.json: Permission denied.*", err)
+    assert not list(out.iterdir())
+
+
+def test_a_read_only_model_and_data_are_enough(world: World) -> None:
+    paths = [p for folder in (world.model, world.data) for p in (folder, *folder.rglob("*"))]
+    before, out = hashes(world.model, world.data), world.run.parent / "new"
+    for path in paths:
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    with permissions_count():
+        assert script(train.main, *world.inputs, *SHORT, "--out", out) == (0, "")
+        assert script(export.main, out, "--out", out / "onnx") == (0, "")
+    for path in paths:
+        path.chmod(0o700)
+    assert hashes(world.model, world.data) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+@pytest.mark.parametrize("name, closed", [
+    ("train.py", ""), ("-m minismoe.runtime", ""), ("-m minismoe.runtime", "2>&1 "),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("train.py", "2>&1 "), ("probe.py", ""), ("export.py", ""), ("export.py", "2>&1 ")))])
+def test_a_closed_pipe(world: World, name: str, closed: str) -> None:
+    """Where nothing of stdout is read, and where stderr goes the same way."""
+    out = world.run.parent / "new"
+    what = {"train.py": [*world.inputs, *SHORT, "--out", out], "export.py": [world.run, "--out",
+            out], "probe.py": [*world.inputs, "--out", out]}.get(name, [world.export, "a"])
+    command = " ".join([sys.executable, "-u", name if name[0] == "-" else str(ROOT / name),
+                        *map(str, what)])
+    done = subprocess.run(["bash", "-c", f"{command} {closed}| true; exit ${{PIPESTATUS[0]}}"],
+                          text=True, capture_output=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    if not closed:
+        *_, said = [x for x in re.split(r"[\r\n]", done.stderr) if not BAR.match(x)]
+        assert said.startswith("error: nobody reads the output any more")
+
+
+def test_a_full_output(world: World) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "minismoe.runtime", world.export, "a"],
+                              text=True, stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
+    assert done.returncode == 1 and re.fullmatch("error: No space left .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("raised", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate 1 GB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate "
+                 "memory: you tried to allocate 1 bytes"),
+    MemoryError()], ids=lambda e: str(e)[:4])
+def test_out_of_memory_names_the_flags_that_help(world: World, monkeypatch: pytest.MonkeyPatch,
+                                                 raised: Exception) -> None:
+    def train_step(*_: object) -> None:
+        raise raised
+    monkeypatch.setattr("minismoe.training.train_step", train_step)
+    fails(train.main, *world.inputs, *SHORT, "--out", world.run.parent / "new",
+          folder=world.model.parent / "model",
+          says="out of memory.*--micro-batch-size.*--max-length.*--recompute.*--dtype bfloat16")
+
+
+def test_memory_that_the_cpu_does_not_have() -> None:
+    """The sentence that torch really says is one that is known."""
+    with pytest.raises(RuntimeError) as said:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert "--micro-batch-size" in failure.line(said.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number(world: World, value: float) -> None:
+    tensors(world.model / "model.safetensors",
+            lambda t: t["model.layers.1.mlp.down_proj.weight"].fill_(value))
+    out = world.run.parent / "new"
+    fails(train.main, *world.inputs, *SHORT, "--out", out, "--allocation",
+          world.run / "allocation.json", folder=world.run,
+          says="the loss is nan at step 1, on the training lines t .*--lr")
+    assert not (out / "adapter").exists() and not (out / "results.json").exists()
+
+
+# Checkpoints
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing": ({"hidden_size": None}, "hidden_size = None"),
+    "a text": ({"hidden_size": "64"}, "hidden_size = '64'"),
+    "a fraction": ({"num_hidden_layers": 2.5}, "num_hidden_layers = 2.5"),
+    "negative": ({"intermediate_size": -48}, "intermediate_size = -48"),
+    "zero": ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+    "a trillion layers": ({"num_hidden_layers": 10 ** 12}, "num_hidden_layers = 1000000000000"),
+    "more than an integer": ({"intermediate_size": 10 ** 30}, "intermediate_size = 1000"),
+    "layers that are not there": ({"num_hidden_layers": 250}, "model.layers.2.* is missing"),
+    "a wider model": ({"hidden_size": 1 << 19}, r"instead of \[259, 524288\]"),
+    "another family": ({"model_type": "mamba"}, "model_type 'mamba'"),
+    "not a list": ({"model_type": ["llama"]}, "model_type"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_hostile_config(world: World, name: str) -> None:
+    change, says = CONFIGS[name]
+    edit(world.model / "config.json", lambda c: c.update(change))
+    fails(train.main, *world.inputs, "--out", world.run.parent / "new", says=f"model.*{says}",
+          folder=world.model.parent)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1 << 4
+    file.write_bytes(data)
+
+
+WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (cut, "no valid safetensors file"),
+    "empty": (lambda f: f.write_bytes(b""), "no valid safetensors file"),
+    "length flipped": (lambda f: flip(f, 6), "no valid safetensors file"),
+    "header flipped": (lambda f: flip(f, 8), "no valid safetensors file"),
+    "name flipped": (lambda f: flip(f, f.read_bytes().index(b"model.")), "is surplus"),
+    "type": (lambda f: tensors(f, lambda t: t.update(
+        {"model.norm.weight": t["model.norm.weight"].int()})), "norm.weight is I32, not one of"),
+    "shape": (lambda f: tensors(f, lambda t: t.update(
+        {"model.norm.weight": torch.zeros(7)})), r"norm.weight is \[7\] instead of \[64\]"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_broken_weights(world: World, name: str) -> None:
+    spoil, says = WEIGHTS[name]
+    spoil(world.model / "model.safetensors")
+    fails(probe.main, *world.inputs, "--out", world.run.parent / "new", says=f"model.*{says}",
+          folder=world.model.parent)
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "../data/x.safetensors", "file:///etc/passwd",
+                                   "sub/x.safetensors", "..", "https://example.org/x"])
+def test_shards_of_elsewhere(world: World, place: str) -> None:
+    (world.model / "model.safetensors").unlink()
+    (world.model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": place}}))
+    fails(train.main, *world.inputs, "--out", world.run.parent / "new", folder=world.model.parent,
+          says="index.json points out of its folder")
+
+
+def test_links_as_the_hub_makes_them_are_followed(world: World) -> None:
+    """A checkpoint in the hub's cache is links to ../../blobs; they are of our own making."""
+    blobs = world.model.parent / "blobs"
+    blobs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (world.model / name).rename(blobs / name)
+        (world.model / name).symlink_to(f"../blobs/{name}")
+    assert script(probe.main, *world.inputs, "--out", world.run.parent / "new") == (0, "")
+
+
+def test_a_tokenizer_that_does_not_fit(world: World, bpe: Path) -> None:
+    shutil.copyfile(bpe, world.model / "tokenizer.json")
+    fails(train.main, *world.inputs, "--out", world.run.parent / "new", folder=world.model.parent,
+          says="tokenizer.json has 3.. tokens, and the model only 259")
+
+
+# Adapters, allocations and runs
+
+ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another base": (lambda f: edit(f / "adapter.json", lambda a: a.update(fingerprint="abc")),
+                     "trained on another base: abc"),
+    "cut": (lambda f: cut(f / "adapter.safetensors"), "no valid safetensors file"),
+    "a bit": (lambda f: flip(f / "adapter.safetensors", -5), "is damaged: its hash"),
+    "missing": (lambda f: (f / "adapter.safetensors").unlink(), "adapter.safetensors"),
+    "no JSON": (lambda f: (f / "adapter.json").write_text("{"), "adapter.json is not valid JSON"),
+    "a list": (lambda f: (f / "adapter.json").write_text("[]"), "is not of the form"),
+    "more experts": (lambda f: edit(f / "adapter.json", lambda a: a["allocation"]["experts"].update(
+        {Q: 1000})), "does not fit: .*lora_A"),
+    "a rank of 2^40": (lambda f: edit(f / "adapter.json", lambda a: a["allocation"].update(
+        rank=1 << 40)), "rank 1099511627776 is more than"),
+    "a wide type": (lambda f: tensors(f / "adapter.safetensors", lambda t: t.update(
+        {n: x.int() for n, x in t.items()})), "is I32, not one of"),
+    "out of the folder": (lambda f: link_out(f / "adapter.safetensors"), "leads out of"),
+}
+
+
+def link_out(file: Path) -> None:
+    """Move a file out of its folder, and leave a link."""
+    other = file.parents[2] / file.name
+    file.rename(other)
+    file.symlink_to(other)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_broken_adapter(world: World, name: str) -> None:
+    spoil, says = ADAPTERS[name]
+    spoil(world.run / "adapter")
+    fails(export.main, world.run, "--out", world.run.parent / "new", says=says,
+          folder=world.model.parent)
+
+
+ALLOCATIONS: dict[str, tuple[Any, str]] = {
+    "unknown names": ({Q: 1, "model.layers.9.x": 1, "lm_head": 2}, "model.layers.9.x, lm_head"),
+    "zero": ({Q: 0}, "must give some module an expert"),
+    "negative": ({Q: -1}, "whole numbers from 0 to 1024, got .*-1"),
+    "fractional": ({Q: 1.5}, "whole numbers from 0 to 1024, got .*1.5"),
+    "too many": ({Q: 10 ** 9}, "whole numbers from 0 to 1024, got .*1000000000"),
+    "a text": ({Q: "2"}, "whole numbers from 0 to 1024, got .*'2'"),
+    "true": ({Q: True}, "whole numbers from 0 to 1024, got .*True"),
+    "a list": ([Q], "is a JSON object, got"),
+    "rank over the matrix": ({"format": "minismoe.allocation/1", "rank": 65, "experts": {Q: 1}},
+                             r"rank 65 is more than the matrix itself has: .*q_proj \[64, 64\]"),
+    "no top-k": ({"format": "minismoe.allocation/1", "top_k": 0, "experts": {Q: 2}},
+                 "top_k must be a whole number >= 1, got 0"),
+    "alpha": ({"format": "minismoe.allocation/1", "alpha": -1, "experts": {Q: 2}}, "alpha must be"),
+}
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_a_wrong_allocation(world: World, name: str) -> None:
+    value, says = ALLOCATIONS[name]
+    file = world.model.parent / "a.json"
+    file.write_text(json.dumps(value))
+    fails(train.main, *world.inputs, "--allocation", file, "--out", world.run.parent / "new",
+          says=says, folder=world.model.parent)
+
+
+def test_top_k_over_the_experts_takes_them_all(world: World) -> None:
+    file = world.model.parent / "a.json"
+    file.write_text(json.dumps({"format": "minismoe.allocation/1", "top_k": 9, "experts": {Q: 2}}))
+    out = world.run.parent / "new"
+    assert script(train.main, *world.inputs, *SHORT, "--allocation", file, "--out", out) == (0, "")
+    model = checkpoint.load_model(world.model)
+    checkpoint.load_adapter(model, out / "adapter")
+    assert experts.expert_layers(model)[Q].top_k == 2
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("arguments"), lambda c: c.update(arguments=[1]),
+    lambda c: c["arguments"].update(model=3), lambda c: c["arguments"].update(max_length="9"),
+    lambda c: c["arguments"].update(seed=None), lambda c: c["arguments"].update(tasks=["t"])])
+def test_a_run_with_a_hostile_config(world: World, change: Callable[[Any], object]) -> None:
+    edit(world.run / "config.json", change)
+    fails(export.main, world.run, "--out", world.run.parent / "new", folder=world.model.parent,
+          says="config.json is none of a run: ")
+
+
+# Data
+
+def wide(word: str = "y") -> bytes:
+    return json.dumps({"prompt": "x " * 5_000_000, "completion": word}).encode()
+
+
+DATA: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "train.jsonl: it holds no example"),
+    "blank": (b"\n \n", "train.jsonl: it holds no example"),
+    "all masked": (json.dumps({"prompt": "x" * 500, "completion": "y"}).encode(),
+                   "no example of t keeps a supervised token within --max-length 128"),
+    "10 MB": (wide(), "train.jsonl:1: the line has 10,000,033 bytes; at most 1,048,576"),
+    "not UTF-8": (b'{"prompt": "\xff", "completion": "y"}', "train.jsonl:1: .*utf-8.* 0xff"),
+    "half an emoji": (b'{"prompt": "\\ud83d", "completion": "y"}', "train.jsonl:1: .*surrogates"),
+    "control": (b'{"\\u001b[31m": 1}', "train.jsonl:1: .* it has \ufffd.31m"),
+    "an empty prompt": (b'{"prompt": "", "completion": "y"}', "prompt or the answer is empty"),
+    "deep": (b"[" * 100_000, "train.jsonl:1: .*recursion"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_that_cannot_be_used(world: World, name: str) -> None:
+    content, says = DATA[name]
+    (world.data / "t" / "train.jsonl").write_bytes(content)
+    fails(train.main, *world.inputs, "--out", world.run.parent / "new", says=says,
+          folder=world.model.parent)
+
+
+def test_tests_that_cannot_be_used(world: World) -> None:
+    test, out = world.data / "t" / "test.jsonl", world.run.parent / "new"
+    test.write_bytes(b"")
+    fails(train.main, *world.inputs, *SHORT, "--out", out, folder=world.run,
+          says="task t has no test line: give it a test.jsonl")
+    test.write_text(lines(2) + json.dumps({"prompt": "x" * 200, "completion": "y"}))
+    fails(train.main, *world.inputs, *SHORT, "--out", out, folder=world.run,
+          says="task t: the prompt of test line 3 has 2.. tokens, and the model's context 128")
+
+
+def test_one_example(world: World) -> None:
+    (world.data / "t" / "train.jsonl").write_text(lines(1))
+    out = world.run.parent / "new"
+    assert script(train.main, *world.inputs, *SHORT, "--out", out) == (0, "")
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    shutil.rmtree(world.data / "t")
+    (world.data / "t.jsonl").write_text(lines(1))
+    fails(train.main, *world.inputs, *SHORT, "--out", out.parent / "2", folder=world.run,
+          says="task t has no test line: give it a test.jsonl, or two lines")
+
+
+@pytest.mark.parametrize("tasks, says", [
+    ("../model", "has no task ../model; it has t"), ("..", r"has no task \.\.; it has t"),
+    ("a/b", "has no task a/b"), ("t,t", "asked for twice: t, t")])
+def test_names_of_tasks(world: World, tasks: str, says: str) -> None:
+    fails(train.main, *world.inputs, "--tasks", tasks, "--out", world.run.parent / "new",
+          says=says, folder=world.model.parent)
+
+
+def test_a_task_that_is_there_twice(world: World) -> None:
+    (world.data / "t.jsonl").write_text(lines(3))
+    fails(train.main, *world.inputs, "--out", world.run.parent / "new", folder=world.model.parent,
+          says="data holds t twice, as a folder and as a file")
+
+
+@pytest.mark.parametrize("name", ["con", "..", "a b", "\x1b[31mred", "-", "t\u202etxt", "nul.x"])
+def test_a_task_of_an_odd_name(world: World, name: str) -> None:
+    """No name becomes a path, and none reaches the terminal as a command to it."""
+    (world.data / "t").rename(world.data / "keep")
+    shutil.rmtree(world.data / "keep")
+    (world.data / f"{name}.jsonl").write_text(lines(12, "\x1b[31m\x9b\r\u202e"))
+    before, out = hashes(world.model.parent), world.run.parent / "new"
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        sys.argv = ["train.py", *world.inputs, *SHORT, "--verbose", "--out", str(out)]
+        cli.run(train.main)
+        sys.argv = ["train.py", *world.inputs, "--show", "2"]
+        with pytest.raises(SystemExit):
+            cli.run(train.main)
+        sys.argv = ["export.py", str(out), "--adapters", "--out", str(out / "onnx")]
+        cli.run(export.main)
+    assert all(c.isprintable() or c == "\n" for c in shown.getvalue())
+    now = hashes(world.model.parent)
+    assert {p: h for p, h in now.items() if out not in p.parents} == before
+    assert list(json.loads((out / "results.json").read_text())["tasks"]) == [name]
+    assert script(terminal.main, out / "onnx", "a", "--task", name, "--max-tokens", "1")[0] == 0
+
+
+# Exports
+
+EXPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no external file": (lambda f: (f / "model.onnx.data").unlink(), "lacks model.onnx.data"),
+    "cut": (lambda f: cut(f / "model.onnx.data"), "it was cut or changed"),
+    "a bit": (lambda f: flip(f / "model.onnx.data", 9), "is not what was exported: its hash"),
+    "a path": (lambda f: edit(f / "export.json", lambda e: e["files"].update(
+        {"../model/config.json": {}})), "is no plain file name"),
+    "an absolute path": (lambda f: edit(f / "export.json", lambda e: e["files"].update(
+        {"/etc/passwd": {}})), "is no plain file name"),
+    "an address": (lambda f: edit(f / "export.json", lambda e: e["files"].update(
+        {"file:///etc/passwd": {}})), "is no plain file name"),
+    "a link out": (lambda f: link_out(f / "model.onnx.data"), "leads out of"),
+    "no files": (lambda f: edit(f / "export.json", lambda e: e.update(files={})),
+                 "names no model.onnx"),
+    "a text": (lambda f: edit(f / "export.json", lambda e: e.update(layers="9")),
+               "not understood"),
+    "a large cache": (lambda f: edit(f / "export.json", lambda e: e.update(context=1 << 40)),
+                      "not understood"),
+    "other heads": (lambda f: edit(f / "export.json", lambda e: e.update(kv_heads=3)),
+                    "is not of this model.onnx"),
+    "deep": (lambda f: (f / "export.json").write_text("[" * 100_000), "not understood"),
+    "not UTF-8": (lambda f: (f / "export.json").write_bytes(b"\xff"), "not understood"),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_broken_export(world: World, name: str) -> None:
+    spoil, says = EXPORTS[name]
+    spoil(world.export)
+    fails(terminal.main, world.export, "hello", "--verify", says=says, folder=world.model.parent)
+
+
+@pytest.mark.parametrize("place", ["../secret", "/SECRET", "file:///SECRET", "link", "missing"])
+def test_external_data_of_elsewhere(world: World, place: str) -> None:
+    """A graph may name any file as its weights; what is outside is not read."""
+    import onnx
+
+    secret = world.export.parent / "secret"
+    shutil.copyfile(world.export / "model.onnx.data", secret)
+    (world.export / "link").symlink_to(secret)
+    graph = onnx.load(world.export / "model.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = place.replace("/SECRET", str(secret))
+    onnx.save(graph, world.export / "model.onnx")
+    content = (world.export / "model.onnx").read_bytes()
+    edit(world.export / "export.json", lambda e: e["files"].update({"model.onnx": {
+        "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}))
+    fails(terminal.main, world.export, "hello", "--verify", folder=world.model.parent,
+          says="onnxruntime cannot open .*model.onnx")
+
+
+@pytest.mark.parametrize("args, says", [
+    (("x" * 200,), "a prompt of .* tokens leaves no room in the context of 128: shorten it"),
+    (("",), "the prompt is empty"),
+    (("a", "--temperature", "nan"), "temperature nan"), (("a", "--top-p", "2"), "top-p 2"),
+    (("a", "--top-k", "-1"), "top-k -1"), (("a", "--task", "../x"), "no adapter '../x'")])
+def test_requests_that_are_refused(world: World, args: tuple[str, ...], says: str) -> None:
+    fails(terminal.main, world.export, *args, says=says, folder=world.export)
+
+
+def test_invalid_unicode_is_read_with_question_marks(world: World, bpe: Path) -> None:
+    from minismoe.tokenizer import FileTokenizer
+    tokenizer = FileTokenizer(bpe)
+    for odd in ("\udcff", "a\ud83d"):                     # of argv, and of a JSON string
+        assert script(terminal.main, world.export, odd, "--max-tokens", "2")[0] == 0
+        ids, starts = tokenizer.encode(odd)
+        assert tokenizer.decode(ids) == re.sub("[\ud800-\udfff]", "?", odd)
+        assert len(ids) == len(starts)
+    done = subprocess.run([sys.executable, "-m", "minismoe.runtime", world.export, b"\xff\xfe",
+                           "--max-tokens", "2"], capture_output=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_control_characters_of_files_do_not_reach_the_terminal(world: World) -> None:
+    """In what is said of a broken file, its own words are shown and not obeyed."""
+    evil = "\x1b]0;owned\x07\r\x9b2J\u202e"
+    edit(world.model / "config.json", lambda c: c.update(model_type=evil, hidden_act=evil))
+    code, err = script(train.main, *world.inputs, "--out", world.run.parent / "new")
+    assert code == 1 and all(c.isprintable() for c in err)
+    file = world.model.parent / "a.json"
+    file.write_text(json.dumps({evil: 1}))
+    make_model(world.model.parent / "good")
+    code, err = script(train.main, "--model", world.model.parent / "good", "--data", world.data,
+                       "--allocation", file, "--out", world.run.parent / "new")
+    assert code == 1 and "\ufffd]0;owned" in err and all(c.isprintable() for c in err)
+
+
+def test_no_network_unless_a_hub_name_is_given(world: World,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def connect(*args: object, **_: object) -> None:
+        asked.append(args)
+        raise OSError("no network")
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(f"socket.socket.{name}", connect, raising=False)
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+    out = world.run.parent / "new"
+    assert script(train.main, *world.inputs, *SHORT, "--out", out) == (0, "")
+    assert script(export.main, out, "--out", out / "onnx") == (0, "")
+    assert script(terminal.main, out / "onnx", "a", "--max-tokens", "2", "--verify") == (0, "")
+    for place in ("file:///etc", "https://example.org/x", "../x/y", "~/x", "/nowhere", "x"):
+        code, err = script(train.main, "--model", place, "--data", world.data)
+        assert code == 1 and err == f"error: no such model folder: {place}"
+    assert not asked
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert script(train.main, "--model", "org/name", "--data", world.data)[0] == 1 and asked

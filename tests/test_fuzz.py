@@ -1,0 +1,26 @@
+"""A thousand cases of fuzz.py, which has more by its own command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def cases(count: int) -> None:
+    """In a process of its own: the audit hook cannot be taken away again."""
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("fuzz.py")), "--cases",
+                           str(count)], text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"{count} cases, 0 failed" in done.stdout
+
+
+def test_a_thousand_cases() -> None:
+    cases(1000)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_cases() -> None:
+    cases(20_000)
