@@ -24,22 +24,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minismoe import cli, layouts, verify
-from minismoe.checkpoint import (
-    MERGED,
-    load_adapter,
-    load_model,
-    new_folder,
-    read_json,
-    replacing,
-    resolve,
-    versions,
-    weights,
-    write_json,
-)
+from minismoe import cli, flags, layouts, verify
+from minismoe.checkpoint import MERGED, load_adapter, load_model, resolve, versions, weights
 from minismoe.data import Example, Task, probe_batches
 from minismoe.evaluate import evaluate
 from minismoe.experts import ExpertLinear, expert_layers, linear_layers
+from minismoe.files import new_folder, read_json, replacing, write_json
 from minismoe.freeze import KINDS, Fit, fit, merge, merged
 from minismoe.graph import (
     PRECISIONS,
@@ -78,7 +68,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "token, as trained; auto: dynamic in the fewest matrices that --tolerance needs")
     add("--fit", choices=KINDS, default="linear", help="how a mixture becomes one linear map: "
         "linear (default) in its input, constant gates, or their mean")
-    add("--heal", type=cli.positive, metavar="STEPS", help="train the frozen maps on")
+    add("--heal", type=flags.positive, metavar="STEPS", help="train the frozen maps on")
     add("--tolerance", type=float, default=0.01, metavar="X", help="of auto: exact match, or "
         "agreement without labels, that may be lost, as a share (default: %(default)s)")
     add("--task", help="freeze for the samples of this task alone")
@@ -87,7 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--table", action="store_true", help="print exact match and residual of each way to "
         "freeze (with --routing auto: of that at three tolerances too), write them to "
         "RUN/routing.json, and export nothing")
-    add("--calibration", type=cli.positive, default=64, metavar="N",
+    add("--calibration", type=flags.positive, default=64, metavar="N",
         help="training examples a task to freeze with (default: %(default)s)")
     add("--prompts", metavar="FILE", help="calibrate and heal on these prompts, one a line, "
         "towards what the mixture says, and not on the run's data")
@@ -101,13 +91,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "operators (default), or standard ONNX ones alone")
     add("--static", type=static, metavar="BxTxP", help="fixed sizes for accelerators: prompts, "
         "tokens a step, past positions; needs --target portable")
-    add("--context", type=cli.positive, metavar="TOKENS", help="positions of the graph (default: "
+    add("--context", type=flags.positive, metavar="TOKENS", help="positions of the graph (default: "
         "what the model was made for, at most 2048)")
-    add("--check", type=cli.positive, default=8, metavar="N",
+    add("--check", type=flags.positive, default=8, metavar="N",
         help="prompts on which the export must say what PyTorch does (default: %(default)s)")
     group = parser.add_argument_group("where it runs")
     add = group.add_argument
-    add("--limit-test", type=cli.positive, metavar="N", help="test lines a task (default: RUN's)")
+    add("--limit-test", type=flags.positive, metavar="N", help="test lines a task (default: RUN's)")
     add("--device", default="auto", help="of freezing: cpu, cuda, mps, or auto (default)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of freezing, healing and the table; default: what the device is fast at")
@@ -134,7 +124,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def static(text: str) -> tuple[int, int, int]:
     """An argparse type: BxTxP."""
-    B, T, P = (cli.positive(part) for part in text.lower().split("x"))
+    B, T, P = (flags.positive(part) for part in text.lower().split("x"))
     return B, T, P
 
 

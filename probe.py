@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from minismoe import cli, distributed
-from minismoe.checkpoint import replacing, write_json
+from minismoe import cli, distributed, flags
+from minismoe.files import replacing, write_json
 from minismoe.report import allocation_svg, clean, terminal_heatmap
 from minismoe.resume import discard
 
@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
-    cli.add_input_flags(parser)
-    cli.add_allocation_flags(parser)
+    flags.add_input_flags(parser)
+    flags.add_allocation_flags(parser)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
 

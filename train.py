@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minismoe import cli, distributed, limits
+from minismoe import cli, distributed, flags, limits
 from minismoe.allocate import Allocation
-from minismoe.checkpoint import read_json, replacing, save_adapter, versions, write_json
+from minismoe.checkpoint import save_adapter, versions
 from minismoe.data import probe_batches
 from minismoe.distributed import once
 from minismoe.evaluate import Accuracy, answer_prompts, evaluate
 from minismoe.experts import add_experts
+from minismoe.files import read_json, replacing, write_json
 from minismoe.report import clean, routers_svg, table, terminal_heatmap
 from minismoe.resume import differences, digest, discard, same_threads
 from minismoe.routers import collapsed, router_use
@@ -53,20 +54,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--allocation", metavar="FILE", help="an allocation.json, or a bare "
                         '{"module": experts} mapping; default: probe and allocate')
     parser.add_argument("--verbose", action="store_true", help="show some wrong answers a task")
-    cli.add_input_flags(parser)
-    cli.add_allocation_flags(parser)
+    flags.add_input_flags(parser)
+    flags.add_allocation_flags(parser)
     group = parser.add_argument_group("training")
     d = {f.name: f.default for f in fields(TrainConfig)}
-    group.add_argument("--epochs", type=cli.positive, default=d["epochs"],
+    group.add_argument("--epochs", type=flags.positive, default=d["epochs"],
                        help="passes over the training lines (default: %(default)s)")
-    group.add_argument("--batch-size", type=cli.positive_or_auto, default=d["batch_size"],
+    group.add_argument("--batch-size", type=flags.positive_or_auto, default=d["batch_size"],
                        metavar="N|auto", help="examples an optimizer step (default: %(default)s); "
                        "auto: the default, with --micro-batch-size auto")
-    group.add_argument("--micro-batch-size", type=cli.positive_or_auto, metavar="N|auto",
+    group.add_argument("--micro-batch-size", type=flags.positive_or_auto, metavar="N|auto",
                        help="examples computed at once, less memory by accumulation (default: "
                        "--batch-size); several processes share them. auto: the most that "
                        "fit --memory, or the device")
-    group.add_argument("--memory", type=cli.size, metavar="SIZE", help="what auto and --plan may "
+    group.add_argument("--memory", type=flags.size, metavar="SIZE", help="what auto and --plan may "
                        "count on, as 4G or 512M (default: what the device has free)")
     group.add_argument("--plan", action="store_true", help="print parameters, memory by part, "
                        "time and disk of the run, and stop; --data and weights may be missing")
@@ -82,7 +83,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                        help="gradients are clipped to this norm (default: %(default)s)")
     group.add_argument("--router-aux-loss-coef", type=float, default=d["router_aux_loss_coef"],
                        help="weight of the balance loss (default: %(default)s)")
-    group.add_argument("--checkpoint-every", type=cli.interval, default=d["checkpoint_every"],
+    group.add_argument("--checkpoint-every", type=flags.interval, default=d["checkpoint_every"],
                        metavar="N|Nm", help="optimizer steps, or minutes: 10m (default: "
                        "%(default)s)")
     args = parser.parse_args(argv)

@@ -1,13 +1,8 @@
-"""Files in and out: Hugging Face checkpoints, hub names, adapters, and safe writing."""
+"""Models in and out: Hugging Face checkpoints, hub names, and adapters."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -22,6 +17,7 @@ from torch import Tensor, nn
 from .allocate import Allocation
 from .config import Config
 from .experts import adaptable, add_experts, expert_layers, linear_layers
+from .files import inside, read_json, replacing, sha256, write_json
 from .lowbit import QuantizedLinear, QuantizedWeight
 from .model import CausalLM
 from .report import clean
@@ -29,86 +25,6 @@ from .report import clean
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_FORMAT = "minismoe.adapter/1"
 MERGED = "minismoe_merged"               # in config.json: the base that adapters were merged into
-
-
-@contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary name beside `path`; what is written there replaces `path`, or nothing does."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        _sync(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-        _sync(path.parent)
-    except SafetensorError as e:                     # what its writer makes of a full disk
-        raise OSError(f"{path} cannot be written: {e}") from None
-    except OSError as e:                             # a failed write does not say of which file
-        e.filename = e.filename or str(path)
-        raise
-    finally:
-        Path(name).unlink(missing_ok=True)           # nothing, once it was renamed
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which is not there yet: it becomes `path`, or is gone."""
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: choose another name, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield tmp
-        for part in (*tmp.rglob("*"), tmp):
-            _sync(part)
-        os.chmod(tmp, 0o777 & ~_umask())
-        os.replace(tmp, path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)       # nothing, once it was renamed
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
-    windows = os.name == "nt"                        # it syncs what can be written, and no folder
-    if windows and path.is_dir():
-        return
-    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with replacing(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path | str) -> Any:
-    """Read JSON; ValueError names the file and the place where it is broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
-
-
-def inside(folder: Path, name: str) -> Path:
-    """folder / name; ValueError where it is a link that leads out, and not to the hub's blobs."""
-    home, path = folder.resolve(), (folder / name).resolve()
-    if not (path.is_relative_to(home) or path.parent == home.parent.parent / "blobs"):
-        raise ValueError(f"{folder / name} is a link that leads out of its folder")
-    return folder / name
 
 
 def resolve(model: str | Path) -> Path:
@@ -287,12 +203,6 @@ def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
         "fingerprint": getattr(model, "fingerprint", None),
         "base_bits": getattr(model, "base_bits", None), "tasks": list(tasks),
         "allocation": allocation.to_json(), "versions": versions()})
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file's content, which is mapped, not read at once."""
-    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:

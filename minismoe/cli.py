@@ -22,10 +22,12 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from . import distributed, failure, toy
-from .allocate import GROUPS, STRATEGIES, Allocation, allocate
-from .checkpoint import inside, load_model, read_config, read_json, resolve
+from .allocate import Allocation, allocate
+from .checkpoint import load_model, read_config, resolve
 from .data import Batch, Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
 from .experts import linear_layers
+from .files import inside, read_json
+from .flags import positive
 from .loss import IGNORE
 from .model import CausalLM
 from .report import clean, table
@@ -89,102 +91,6 @@ def bound_memory() -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-3, 1 << 18)                    # M_MMAP_THRESHOLD
             libc.mallopt(-1, 1 << 26)                    # M_TRIM_THRESHOLD
-
-
-def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which model and which data, and where they run."""
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--model", help="checkpoint folder or hub name org/name; default: a tiny "
-                       "byte-level model, made on first use and kept in the user's cache")
-    group.add_argument("--data", help="folder with a sub-folder (train.jsonl, test.jsonl) or one "
-                       ".jsonl file a task; default: the tasks that come with the tiny model")
-    group.add_argument("--tasks", help="comma list of task names; default: all of --data")
-    group.add_argument("--limit-train", type=positive, metavar="N",
-                       help="use the first N training lines of each task; default: all")
-    group.add_argument("--limit-test", type=positive, metavar="N",
-                       help="use the first N test lines of each task; default: all")
-    group.add_argument("--max-length", type=positive, default=1024, metavar="TOKENS",
-                       help="longer training examples are cut (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
-    group.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto (default)")
-    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                       help="of the frozen weights and activations; experts, routers and norms "
-                       "compute in float32 anyway. auto: bfloat16 where the device multiplies it "
-                       "in hardware, and float32 for the tiny model")
-    group.add_argument("--shard", action="store_true", help="under torchrun (torch 2.8): each "
-                       "process holds a part of the frozen blocks, for models too large for one "
-                       "device; slower")
-    group.add_argument("--base-bits", type=int, choices=(8, 4), help="hold the frozen linear "
-                       "layers in so many bits: less memory, a little slower, less exact")
-    group.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
-                       "model sees them, supervised tokens marked, and stop")
-    group.add_argument("--debug", action="store_true", help="show a traceback on failure")
-
-
-def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the probe and of `allocate`."""
-    group = parser.add_argument_group("probe and allocation")
-    group.add_argument("--samples", default="32", metavar="N|auto", help="training examples a task "
-                       "to probe (default: 32); auto doubles them until --overlap is reached")
-    group.add_argument("--overlap", type=share, default=0.95, metavar="F", help="split-half "
-                       "overlap of the selected matrices that auto aims at (default: 0.95)")
-    group.add_argument("--strategy", choices=STRATEGIES, default="votes",
-                       help="how experts are given to matrices (default: votes, the paper's)")
-    group.add_argument("--keep", type=share, metavar="F", help="share of its group that a task "
-                       "votes for (default: 0.6 where no budget is given)")
-    group.add_argument("--budget-experts", type=positive, metavar="N",
-                       help="instead of --keep: at most N experts in all")
-    group.add_argument("--budget-params", type=positive, metavar="N",
-                       help="instead of --keep: at most N trainable parameters")
-    group.add_argument("--group", choices=GROUPS, default="attention_mlp",
-                       help="matrices that are ranked together (default: attention_mlp)")
-    group.add_argument("--targets", help="comma list of projections (q_proj) or of module patterns "
-                       "(model.layers.1?.*) that may get experts; default: all linear layers")
-    group.add_argument("--min-experts", type=int, default=0, metavar="N",
-                       help="experts that every matrix gets at least (default: 0)")
-    group.add_argument("--max-experts", type=positive, metavar="N",
-                       help="experts a matrix gets at most (default: as many as tasks)")
-    group.add_argument("--rank", type=positive, default=8, help="of each expert (default: 8)")
-    group.add_argument("--alpha", type=float, help="an expert's output is scaled by alpha / rank "
-                       "(default: twice the rank)")
-    group.add_argument("--top-k", type=positive, default=2, metavar="K",
-                       help="experts active a token (default: 2)")
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def interval(text: str) -> int | str:
-    """An argparse type: a number of steps, 200, or of minutes, 10m."""
-    if not text.endswith("m"):
-        return positive(text)
-    if not 0 < float(text[:-1]) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time")
-    return text
-
-
-def positive_or_auto(text: str) -> int | str:
-    """An argparse type: a whole number of at least 1, or auto."""
-    return text if text == "auto" else positive(text)
-
-
-def size(text: str) -> int:
-    """An argparse type: bytes, as 4G (GiB) or 512M (MiB)."""
-    unit = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
-    if unit is None or not 0 < (number := float(text[:-1])) < 1 << 20:
-        raise argparse.ArgumentTypeError(f"{text} is not a size such as 4G or 512M")
-    return int(number * unit)
-
-
-def share(text: str) -> float:
-    """An argparse type: a number in (0, 1]."""
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return value
 
 
 @dataclass

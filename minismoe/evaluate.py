@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .data import Task
 from .distributed import anywhere, spread
-from .model import Cache, CausalLM
+from .model import CausalLM
 from .tokenizer import Tokenizer
+from .tokens import Cache
 
 
 @torch.no_grad()

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoint import DTYPES, read_json, replacing, weight_files, write_json
+from .checkpoint import DTYPES, weight_files
 from .config import Config
+from .files import read_json, replacing, write_json
 from .tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, Tokenizer, chat_template, load_tokenizer
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)

@@ -24,8 +24,9 @@ from .config import Config
 from .data import Example, collate
 from .experts import add_experts, linear_layers
 from .loss import CHUNK, IGNORE
-from .model import SHORT, CausalLM, shared_prefixes
+from .model import SHORT, CausalLM
 from .quantize import BLOCK
+from .tokens import shared_prefixes
 from .training import TrainConfig, train_step
 
 MIB = 1 << 20

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoint import new_folder, read_json, sha256
+from .files import new_folder, read_json, sha256
 from .report import clean
 
 KEPT = 2                                     # checkpoints of a kind

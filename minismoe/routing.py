@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import trange
 
-from .checkpoint import replacing
 from .data import Batch, Example, collate
 from .experts import expert_layers
+from .files import replacing
 from .freeze import Fit, exact, freeze, merge
 from .loss import CHUNK, IGNORE
 from .model import CausalLM

@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import replacing, write_json
 from .data import Example, Task, collate
+from .files import replacing, write_json
 from .loss import IGNORE, supervised_losses
 from .model import Attention, CausalLM, Config
 from .tokenizer import Message

@@ -20,16 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minismoe.allocate import Allocation
-from minismoe.checkpoint import (
-    load_adapter,
-    load_model,
-    read_json,
-    replacing,
-    resolve,
-    save_adapter,
-    write_json,
-)
+from minismoe.checkpoint import load_adapter, load_model, resolve, save_adapter
 from minismoe.experts import ExpertLinear, add_experts, expert_layers
+from minismoe.files import read_json, replacing, write_json
 
 Checkpoint = Callable[[str], tuple[Any, Path]]
 REPOSITORY = Path(__file__).parents[1]

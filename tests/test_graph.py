@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from minismoe.checkpoint import load_model
 from minismoe.experts import ExpertLinear, expert_layers
 from minismoe.graph import AdapterInput, Lora, Mixture, write_decoder, write_sampler
-from minismoe.model import Cache, CausalLM
+from minismoe.model import CausalLM
 from minismoe.quantize import dequantize, quantize
+from minismoe.tokens import Cache
 
 LENGTHS = (17, 9, 1)
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minismoe.checkpoint import load_model
 from minismoe.loss import supervised_losses
-from minismoe.model import Cache, CausalLM, Config, Tokens, attend_short, rope_frequencies
+from minismoe.model import CausalLM, Config, attend_short, rope_frequencies
+from minismoe.tokens import Cache, Tokens
 
 LENGTHS = (17, 9, 1)                             # of three rows: full, padded, and a single token
 CACHED = ("llama3", "llama_biases", "mistral_window", "qwen2_window", "qwen3")

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 from minismoe import plan
 from minismoe.allocate import Allocation
-from minismoe.checkpoint import load_model, write_json
+from minismoe.checkpoint import load_model
 from minismoe.config import Config
 from minismoe.data import Example, collate
 from minismoe.experts import add_experts, balance_loss, expert_layers, linear_layers
+from minismoe.files import write_json
 from minismoe.loss import supervised_losses
 from minismoe.model import CausalLM
 

@@ -23,8 +23,8 @@ import minismoe.sensitivity as sensitivity
 import minismoe.training as training
 import probe
 import train
-from minismoe import checkpoint, cli, resume
-from minismoe.checkpoint import new_folder, read_json, write_json
+from minismoe import checkpoint, flags, resume
+from minismoe.files import new_folder, read_json, write_json
 from minismoe.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,10 +141,10 @@ def test_no_clock_that_jumps_matters(trained, tmp_path, monkeypatch) -> None:
 
 
 def test_what_checkpoint_every_takes() -> None:
-    assert [cli.interval(text) for text in ("200", "10m", "0.5m")] == [200, "10m", "0.5m"]
+    assert [flags.interval(text) for text in ("200", "10m", "0.5m")] == [200, "10m", "0.5m"]
     for text in ("0", "0m", "-1m", "nanm", "infm", "m", "10s"):
         with pytest.raises((ValueError, argparse.ArgumentTypeError)):
-            cli.interval(text)
+            flags.interval(text)
 
 
 def test_minutes_between_checkpoints(tmp_path, monkeypatch) -> None:

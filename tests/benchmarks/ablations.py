@@ -26,11 +26,12 @@ import torch
 from compare_report import RESULTS, machine, table
 from tqdm import tqdm
 
-from minismoe import cli, toy
-from minismoe.checkpoint import load_model, read_json, versions, write_json
+from minismoe import cli, flags, toy
+from minismoe.checkpoint import load_model, versions
 from minismoe.data import probe_batches
 from minismoe.evaluate import evaluate
 from minismoe.experts import add_experts, expert_layers, linear_layers
+from minismoe.files import read_json, write_json
 from minismoe.routers import router_use
 from minismoe.training import TrainConfig, train
 
@@ -81,9 +82,9 @@ def run(variant: Variant, inputs: cli.Inputs, seed: int) -> dict[str, float]:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=cli.positive, default=5, help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=flags.positive, default=5, help="(default: %(default)s)")
     parser.add_argument("--readme", metavar="JSON", help="print a record's table, and stop")
-    cli.add_input_flags(parser)
+    flags.add_input_flags(parser)
     parser.set_defaults(limit_train=200)
     args = parser.parse_args(argv)
     if args.readme:

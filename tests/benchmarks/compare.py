@@ -51,8 +51,8 @@ from compare_cells import (
 )
 from tqdm import tqdm
 
-from minismoe import cli
-from minismoe.checkpoint import read_json, write_json
+from minismoe import cli, flags
+from minismoe.files import read_json, write_json
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -65,26 +65,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="checkpoint folder; default: the embedded one")
     parser.add_argument("--data", help="folder of tasks, as for train.py")
     parser.add_argument("--tasks", help="comma list; default: all")
-    parser.add_argument("--limit-train", type=cli.positive, metavar="N", help="lines a task")
-    parser.add_argument("--limit-test", type=cli.positive, metavar="N", help="lines a task")
-    parser.add_argument("--epochs", type=cli.positive, default=3)
+    parser.add_argument("--limit-train", type=flags.positive, metavar="N", help="lines a task")
+    parser.add_argument("--limit-test", type=flags.positive, metavar="N", help="lines a task")
+    parser.add_argument("--epochs", type=flags.positive, default=3)
     parser.add_argument("--samples", default="32", help="of the probe, a task")
-    parser.add_argument("--rank", type=cli.positive, default=8, help="of an expert")
-    parser.add_argument("--top-k", type=cli.positive, default=2)
+    parser.add_argument("--rank", type=flags.positive, default=8, help="of an expert")
+    parser.add_argument("--top-k", type=flags.positive, default=2)
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="comma list")
     parser.add_argument("--budgets", default="paper,2", help="comma list of paper and experts a "
                         "matrix (2 and 4 are near a whole rank of LoRA, 3 is not)")
-    parser.add_argument("--seeds", type=cli.positive, default=5, metavar="N", help="0 to N - 1")
+    parser.add_argument("--seeds", type=flags.positive, default=5, metavar="N", help="0 to N - 1")
     parser.add_argument("--lrs", default="2e-3,4e-3,8e-3", help="comma list to search")
-    parser.add_argument("--draws", type=cli.positive, default=2, help="of random, a seed")
+    parser.add_argument("--draws", type=flags.positive, default=2, help="of random, a seed")
     parser.add_argument("--plan", action="store_true", help="print the cells, and run nothing")
     parser.add_argument("--report", action="store_true", help="record what is finished, "
                         "and run nothing")
     parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
     parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
     own = list(argv)
-    flags = own[own.index("--") + 1:] if "--" in own else []
-    args = parser.parse_args(own[:len(own) - len(flags) - ("--" in own)])
+    rest = own[own.index("--") + 1:] if "--" in own else []
+    args = parser.parse_args(own[:len(own) - len(rest) - ("--" in own)])
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data go together")
     args.lrs = sorted({float(lr) for lr in args.lrs.split(",")})
@@ -94,7 +94,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"{', '.join(wrong)}: strategies are {', '.join(STRATEGIES)}; budgets are "
                      "whole numbers and paper")
     # The default's weights stay float32 as in train.py without --model.
-    args.flags = (["--dtype", "float32"] if args.model is None else []) + flags
+    args.flags = (["--dtype", "float32"] if args.model is None else []) + rest
     return args
 
 

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from minismoe import toy
 from minismoe.allocate import Allocation, allocate, parameters
-from minismoe.checkpoint import read_json, resolve
+from minismoe.checkpoint import resolve
 from minismoe.controls import shares
 from minismoe.data import Task, load_tasks
+from minismoe.files import read_json
 
 STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
     "lora": {"strategy": "lora"}, "ranks": {"strategy": "ranks"},

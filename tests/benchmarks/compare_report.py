@@ -22,7 +22,8 @@ from compare_figures import accuracy_svg, allocations_svg
 from torch import Tensor
 
 from minismoe import report
-from minismoe.checkpoint import read_json, replacing, versions, write_json
+from minismoe.checkpoint import versions
+from minismoe.files import read_json, replacing, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CONTROLS = ("lora", "uniform", "random")

@@ -35,19 +35,13 @@ from compare_report import RESULTS, machine, table
 from torch import Tensor
 from tqdm import tqdm
 
-from minismoe import cli, report
+from minismoe import cli, flags, report
 from minismoe.allocate import GROUPS, allocate, parameters
-from minismoe.checkpoint import (
-    load_adapter,
-    load_model,
-    read_json,
-    replacing,
-    versions,
-    write_json,
-)
+from minismoe.checkpoint import load_adapter, load_model, versions
 from minismoe.data import probe_batches
 from minismoe.evaluate import evaluate
 from minismoe.experts import add_experts
+from minismoe.files import read_json, replacing, write_json
 from minismoe.loss import IGNORE
 from minismoe.sensitivity import Scores, probe
 from minismoe.training import TrainConfig, train
@@ -66,7 +60,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=4, choices=(1, 2, 3, 4),
                         help="ask only the first N")
     parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
-    cli.add_input_flags(parser)
+    flags.add_input_flags(parser)
     parser.set_defaults(seed=SEED)
     return parser.parse_args(argv)
 
