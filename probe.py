@@ -47,8 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
     for task, values in scores.items():
         print(terminal_heatmap(f"sensitivity of {clean(task)}", values, scale="log"))
-    print(terminal_heatmap("experts a matrix", cli.expert_counts(inputs.model, allocation),
-                           digits=True))
+    print(cli.allocation_heatmap(inputs.model, allocation))
     print(f"{allocation} of {len(scores.shapes)}, "
           f"{allocation.trainable_parameters:,} trainable parameters")
     print(f"wrote sensitivity.json, allocation.json and allocation.svg to {run}")

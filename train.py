@@ -226,8 +226,7 @@ def note(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
 
 def describe(inputs: cli.Inputs, allocation: Allocation, trainable: int) -> None:
     """Draw where the experts are, and count them."""
-    print(terminal_heatmap("experts a matrix", cli.expert_counts(inputs.model, allocation),
-                           digits=True))
+    print(cli.allocation_heatmap(inputs.model, allocation))
     print(f"{allocation}, {trainable:,} trainable parameters")
 
 

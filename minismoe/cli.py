@@ -30,7 +30,7 @@ from .files import inside, read_json
 from .flags import positive
 from .loss import IGNORE
 from .model import CausalLM
-from .report import clean, table
+from .report import clean, table, terminal_heatmap
 from .resume import Interrupted, Norms, handling, interrupt, locked
 from .sensitivity import Scores, overlap, probe
 from .tokenizer import Tokenizer, load_tokenizer
@@ -357,9 +357,12 @@ def trust(args: argparse.Namespace, scores: Scores) -> dict[str, float]:
     return {task: overlap(samples, names, select) for task, samples in scores.samples.items()}
 
 
-def expert_counts(model: CausalLM, allocation: Allocation) -> dict[str, int]:
-    """Experts of every linear layer but the head, 0 where there is none, for a heatmap."""
-    return {name: allocation.experts.get(name, 0) for name in linear_layers(model)}
+def allocation_heatmap(model: CausalLM, allocation: Allocation) -> str:
+    """Experts of every linear layer but the head, or their ranks where these differ."""
+    what, counts = (("rank", allocation.ranks) if allocation.ranks else
+                    ("experts", allocation.experts))
+    return terminal_heatmap(f"{what} a matrix", {name: counts.get(name, 0)
+                                                 for name in linear_layers(model)}, digits=True)
 
 
 def new_run(out: str | None, name: str) -> Path:
