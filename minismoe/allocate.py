@@ -221,9 +221,12 @@ def allocate(scores: Scores, *, strategy: str = "votes", group: str = "attention
         budget = cost(draft)
     if strategy not in ("votes", "random"):
         high = max_experts or max(min_experts, budget, 1)
+    most = budget * rank
     if strategy == "ranks":  # no rank is above the smaller side of a matrix
-        high = min((min(sizes[m]) for m in modules if m in sizes), default=budget * rank)
-    numbers, at = _row(draft, scores, groups, min_experts, high, budget * rank, seed)
+        high = min((min(sizes[m]) for m in modules if m in sizes), default=most)
+        if in_params:
+            most = budget // min(sum(sizes[m]) for m in modules)
+    numbers, at = _row(draft, scores, groups, min_experts, high, most, seed)
     if (least := cost(at(numbers[0]))) > budget:
         raise ValueError(f"{budget} {'parameters' if in_params else 'experts'} ({source}) are too "
                          f"few for {strategy!r}: the nearest possible is {least}")

@@ -23,7 +23,7 @@ import minismoe.sensitivity as sensitivity
 import minismoe.training as training
 import probe
 import train
-from minismoe import checkpoint, flags, resume
+from minismoe import files, flags, resume
 from minismoe.files import new_folder, read_json, write_json
 from minismoe.training import TrainConfig
 
@@ -106,8 +106,8 @@ def test_lost_metrics_are_made_again(trained, tmp_path, capsys) -> None:
 def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
     """A power cut after the rename must not find files of zeros under the new name."""
     said: list[tuple[str, str]] = []
-    sync, replace = checkpoint._sync, os.replace
-    monkeypatch.setattr(checkpoint, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
+    sync, replace = files._sync, os.replace
+    monkeypatch.setattr(files, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
     monkeypatch.setattr(os, "replace", lambda a, b: (
         said.append(("name", Path(b).name)), replace(a, b)))
     resume.save_state(tmp_path, "step", 1, {"x.safetensors": {"x": torch.ones(1)}}, {"step": 1})

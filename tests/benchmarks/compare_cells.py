@@ -235,10 +235,12 @@ def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[s
         return abs(size(counts) - target)
 
     under = allocate(scores, budget_params=target, **settings)
+    if settings["strategy"] == "ranks":                # a step is a single rank
+        return under
     larger = (allocate(scores, budget_params=round(target * (1 + i / 200)), **settings)
               for i in range(1, 200))
     over = next((a for a in larger if a.experts != under.experts or a.rank != under.rank), under)
-    if settings["strategy"] in ("lora", "ranks", "uniform"):
+    if settings["strategy"] in ("lora", "uniform"):
         return min(under, over, key=lambda a: abs((a.trainable_parameters or 0) - target))
     counts = {m: under.experts.get(m, 0) for m in shapes}
     weights = shares(scores, [list(shapes)])
