@@ -9,8 +9,8 @@
 A cell is a run of train.py in a folder of its own under --out. Killed at any moment and started
 again, the grid goes on where it was; more seeds, rates, budgets or strategies add cells.
 
-1. Search: each strategy is trained at every rate on 80 % of the training lines, with one seed, and
-   takes the rate with the best mean exact match on the other 20 % (of equal ones the lowest).
+1. Search: each strategy is trained at every rate on 80 % of the training lines, with a few seeds,
+   and takes the rate with the best mean exact match on the other 20 % (of equal ones the lowest).
 2. Final: at its rate, on all training lines, with every seed. Only here the test lines are read.
 
 A budget is the size of a uniform mixture of so many experts a matrix; "paper" is the paper's own
@@ -75,6 +75,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--budgets", default="paper,2", help="comma list of paper and experts a "
                         "matrix (2 and 4 are near a whole rank of LoRA, 3 is not)")
     parser.add_argument("--seeds", type=flags.positive, default=5, metavar="N", help="0 to N - 1")
+    parser.add_argument("--search-seeds", type=flags.positive, default=3, metavar="N",
+                        help="of the search, other ones (default: %(default)s)")
     parser.add_argument("--lrs", default="2e-3,4e-3,8e-3", help="comma list to search")
     parser.add_argument("--draws", type=flags.positive, default=2, help="of random, a seed")
     parser.add_argument("--plan", action="store_true", help="print the cells, and run nothing")

@@ -37,7 +37,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
     "inverse": {"strategy": "votes"},                 # of scores turned round: the least sensitive
 }
 PAPER = ("uniform", "votes", "votes-kind", "votes-all")
-SEARCH = 1000                         # seed of the search; not one of the final ones
+SEARCH = 1000                         # first seed of the search; not one of the final ones
 TEST_SEEDS = 10                       # the default's lines change by seed: validation avoids these
 VALIDATION, TOLERANCE = 0.2, 0.01
 FIXED = ("model", "data", "tasks", "limit_train", "limit_test", "epochs", "rank", "top_k",
@@ -66,8 +66,9 @@ class Cell:
 
 
 def search_cells(args: argparse.Namespace) -> list[Cell]:
-    return [Cell("probe", SEARCH), *(Cell("search", SEARCH, strategy, budget, lr)
-            for budget, strategy in rows(args) for lr in args.lrs)]
+    return [cell for seed in range(SEARCH, SEARCH + args.search_seeds) for cell in (
+        Cell("probe", seed), *(Cell("search", seed, strategy, budget, lr)
+        for budget, strategy in rows(args) for lr in args.lrs))]
 
 
 def final_cells(args: argparse.Namespace) -> list[Cell]:
@@ -91,14 +92,16 @@ def rows(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def chosen_rate(args: argparse.Namespace, budget: str, strategy: str) -> float | None:
-    """The rate with the best validation; None before its search is finished."""
-    scores = {}
-    for lr in args.lrs:
-        folder = args.out / Cell("search", SEARCH, strategy, budget, lr).name
+    """The rate with the best validation, over all seeds; None before its search is finished."""
+    scores = dict.fromkeys(args.lrs, 0.0)
+    for cell in search_cells(args):
+        if (cell.phase, cell.strategy, cell.budget) != ("search", strategy, budget):
+            continue
+        folder = args.out / cell.name
         if not finished(folder):
             return None
         result = folder / "results.json"               # absent where the training diverged
-        scores[lr] = read_json(result)["mean"]["after"] if result.exists() else -1.0
+        scores[cell.lr] += read_json(result)["mean"]["after"] if result.exists() else -1.0
     return max(args.lrs, key=lambda lr: (scores[lr], -lr))
 
 
@@ -148,12 +151,15 @@ def split(task: Task, taken: set[frozenset[str]]) -> Task:
 
 def data_folder(args: argparse.Namespace, seed: int) -> Path:
     """The data of a seed's cells, written where it is not there yet; whole or not at all."""
-    name = "search" if seed == SEARCH else "full" if args.model else f"seed{seed}"
+    search = seed >= SEARCH
+    name = "search" if search else "full"
+    if not args.model and seed != SEARCH:
+        name = f"search{seed}" if search else f"seed{seed}"
     folder: Path = args.out / "data" / name
     if folder.is_dir():
         return folder
     found = tasks(args, seed)
-    if seed == SEARCH:
+    if search:
         tests = [t for s in ([0] if args.model else range(TEST_SEEDS)) for t in tasks(args, s)]
         found = [split(task, {case(m) for t in tests if t.name == task.name for m in t.test})
                  for task in found]

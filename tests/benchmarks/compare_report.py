@@ -101,7 +101,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             "rule": compare_cells.STRATEGIES[cell.strategy], "diverged": 0, "runs": []})
         results = read_json(folder / "results.json") if (folder / "results.json").exists() else lost
         if cell.phase == "search":
-            row["search"][f"{cell.lr:g}"] = results["mean"]["after"]
+            row["search"].setdefault(f"{cell.lr:g}", []).append(results["mean"]["after"])
             continue
         row["lr"], row["edge"] = cell.lr, cell.lr in (args.lrs[0], args.lrs[-1])
         if results is lost:
