@@ -58,7 +58,8 @@ def args(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_report, "RESULTS", tmp_path / "results")
     return compare.parse([
         "--out", str(tmp_path / "grid"), "--model", str(tmp_path / "model"), "--data",
-        str(tmp_path / "data"), "--seeds", "3", "--lrs", "0.002,0.001,0.004", "--name", "tiny",
+        str(tmp_path / "data"), "--seeds", "3", "--search-seeds", "1", "--lrs",
+        "0.002,0.001,0.004", "--name", "tiny",
         "--strategies", "lora,uniform,random,votes,inverse"])
 
 
@@ -174,6 +175,17 @@ def test_time_left_comes_from_finished_cells(args, monkeypatch) -> None:
     assert compare.time_left(args, cells) == pytest.approx(20 * 10 + 24 * 12.5 + 3 * 10)
 
 
+def test_the_rate_is_the_best_over_all_seeds_of_the_search(args) -> None:
+    args.search_seeds = 2
+    for lr, marks in {0.001: (0.9, 0.1), 0.002: (0.5, 0.6), 0.004: (0.6, 0.4)}.items():
+        for i, mark in enumerate(marks):
+            assert compare_cells.chosen_rate(args, "2", "lora") is None
+            folder = args.out / Cell("search", SEARCH + i, "lora", "2", lr).name
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps({"mean": {"after": mark}}))
+    assert compare_cells.chosen_rate(args, "2", "lora") == 0.002
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_record_tables_and_figures(args, monkeypatch, capsys, answers) -> None:
     monkeypatch.setattr(compare, "run_cell", fake([], answers))
@@ -191,7 +203,7 @@ def test_record_tables_and_figures(args, monkeypatch, capsys, answers) -> None:
     random_ = next(r for r in record["rows"] if r["strategy"] == "random")
     assert len(random_["runs"]) == 6 and random_["accuracy"]["seeds"] == 3
     lora = next(r for r in record["rows"] if r["strategy"] == "lora")
-    assert lora["search"]["0.004"] is None and lora["rank"] == 17
+    assert lora["search"]["0.004"] == [None] and lora["rank"] == 17
     assert "| none | 0 |" in text and "The paper's claim" in text and "minus random" in text
     assert ("over seeds only" in text) == (not answers) and "off!" not in text
     for name in ("accuracy", "allocations"):
