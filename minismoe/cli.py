@@ -52,15 +52,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         with handling(interrupt):
             main(argv)
             sys.stdout.flush()           # what a closed pipe or a full disk does not take is said
-        distributed.stop()
+        distributed.leave(0)
     except KeyboardInterrupt as e:
         if distributed.rank() == 0:
             print(f"\ninterrupted{f': {clean(e)}' if str(e) else ''}", file=sys.stderr)
-        sys.exit(128 + getattr(e, "number", signal.SIGINT))
+        code = 128 + getattr(e, "number", signal.SIGINT)
+        distributed.leave(code)
+        sys.exit(code)
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, SafetensorError,
             ValueError) as e:
-        failure.end(e, "--debug" in argv, f" (process {distributed.rank()})"
+        failure.say(e, "--debug" in argv, f" (process {distributed.rank()})"
                     if distributed.world() > 1 else "")
+        distributed.leave(1)
+        sys.exit(1)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -62,16 +62,18 @@ def start(device: torch.device) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
-def stop() -> None:
-    """End this process, where it is one of several, when all have come here.
+def leave(code: int) -> None:
+    """End this process, if it is one of several; with code 0 when all have come here.
 
     At once: torch's threads were seen to abort a process that unwinds as usual.
     """
     if world() > 1:
-        gather(None)
+        if code == 0:
+            gather(None)
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(0)
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
 
 
 def _local_rank() -> int:

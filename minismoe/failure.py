@@ -44,8 +44,8 @@ def out_of_memory(e: BaseException) -> bool:
         sign in str(e) for sign in ("out of memory", "can't allocate memory", "alloc_cpu"))
 
 
-def end(e: BaseException, debug: bool = False, who: str = "") -> None:
-    """Exit with code 1 and one line on stderr, after a traceback with `debug`; `who` failed."""
+def say(e: BaseException, debug: bool = False, who: str = "") -> None:
+    """Print one line on stderr, after a traceback with `debug`; `who` failed."""
     with contextlib.suppress(OSError):               # stderr may be closed as well
         if debug:
             print(clean("".join(traceback.format_exception(e)), "\n"), file=sys.stderr)
@@ -55,4 +55,3 @@ def end(e: BaseException, debug: bool = False, who: str = "") -> None:
             stream.flush()
         except OSError:      # what Python would complain of on its way out goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(1)

@@ -146,4 +146,5 @@ def run() -> None:
             e = ValueError("out of memory: export again, with a smaller --context")
         if not isinstance(e, expected) and "onnxruntime" not in type(e).__module__:
             raise
-        failure.end(e)
+        failure.say(e)
+        sys.exit(1)
