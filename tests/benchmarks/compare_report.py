@@ -122,7 +122,9 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     spent = [compare_cells.seconds_of(args.out / cell.name) or 0.0 for cell in cells]
     return {"format": "minismoe.compare/1", "name": args.name, "machine": machine(),
             "versions": versions(), "hours": round(sum(spent) / 3600, 2),
-            "settings": {name: getattr(args, name) for name in compare_cells.FIXED},
+            "settings": {name: getattr(args, name) for name in compare_cells.FIXED} | {
+                name: Path(value).name for name in ("model", "data")
+                if (value := getattr(args, name))},
             "seeds": args.seeds, "draws": args.draws, "lrs": args.lrs, "new_lines": not args.model,
             "targets": targets(args, found), "modules": modules,
             "rows": [row for row in found.values() if row["runs"]]}

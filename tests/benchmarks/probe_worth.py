@@ -200,7 +200,8 @@ def main(argv: Sequence[str]) -> None:
     record: dict[str, Any] = read_json(file) if file.exists() else {}
     inputs = cli.load_inputs(args)
     folder = model_folder(args)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("questions", "readme")}
+    settings = {k: Path(str(v)).name for k, v in vars(args).items()
+                if k not in ("questions", "readme")}
     if record.setdefault("settings", settings) != settings:
         raise ValueError(f"{file} holds another run, {record['settings']}: choose another --name")
     record |= {"format": "minismoe.worth/1", "machine": machine(), "versions": versions()}
