@@ -1,4 +1,4 @@
-"""What the scripts share: flags, loading, probing with a bar, and how a failure ends."""
+"""What the scripts share: loading, probing with a bar, and how a process ends."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ class Decoder(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         share_prefix = share_prefix and (cache is None or cache.used == 0)
         tokens = Tokens(mask, self.config, cache,
-                        shared_prefixes(input_ids, mask) if share_prefix else [])
+                        shared_prefixes(input_ids, mask) if share_prefix else ())
         self.copies = tokens.copies
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         rope = self._rope(tokens.positions, x.dtype)

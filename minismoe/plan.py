@@ -220,12 +220,9 @@ def available(device: str) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if kind == "mps":
         return torch.mps.recommended_max_memory()
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return resident() + 1024 * int(next(
-            line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    except (OSError, StopIteration):
-        pass
+    with suppress(OSError, IndexError):                  # Linux alone says what is free
+        found = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+        return resident() + 1024 * int(found[0])
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
     except (AttributeError, OSError, ValueError):

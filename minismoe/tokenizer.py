@@ -161,6 +161,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The template of a checkpoint folder; None where it brings none, ValueError for no text."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:

@@ -9,6 +9,7 @@ Letters: B batch, T time, N real tokens, K key/value heads, C head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,8 @@ class Cache:
         self.used = 0        # upper bound of lengths, known without asking the device
 
 
-Shared = list[tuple[int, int, int, int]]     # first row, last row + 1, first token, last token + 1
+# First row, last row + 1, first token, last token + 1.
+Shared = Sequence[tuple[int, int, int, int]]
 
 
 class Tokens:
@@ -46,7 +48,7 @@ class Tokens:
     """
 
     def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None = None,
-                 shared: Shared = []):  # noqa: B006 (it is only read)
+                 shared: Shared = ()):
         mask = attention_mask.bool()
         self.shape, self.device, self.shared = mask.shape, mask.device, shared
         B, T = mask.shape

@@ -1,4 +1,4 @@
-"""The training loop: bucketed batches, accumulation, schedule, metrics, checkpoints, resume."""
+"""The training loop: bucketed batches, accumulation, schedule, metrics."""
 
 from __future__ import annotations
 
