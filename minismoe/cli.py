@@ -86,14 +86,15 @@ def bound_memory() -> None:
 
     oneDNN keeps what it compiles for a shape, in bfloat16 23 MB a length of batch, up to 1,024
     shapes; 64 are those of one step. And glibc learns to keep freed tensors in its heap, which
-    tensors of ever other sizes tear to pieces; a fixed threshold has it give large ones back.
+    tensors of ever other sizes tear to pieces; a fixed threshold has it give large ones back. (At
+    256 KiB it took small models twice the time to train, in pages that came and went.)
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")                # read when the first matrix is multiplied
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):          # a C library that is not glibc
             libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 1 << 18)                    # M_MMAP_THRESHOLD
+            libc.mallopt(-3, 1 << 20)                    # M_MMAP_THRESHOLD
             libc.mallopt(-1, 1 << 26)                    # M_TRIM_THRESHOLD
 
 
