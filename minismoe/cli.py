@@ -35,7 +35,7 @@ from .resume import Interrupted, Norms, handling, interrupt, locked
 from .sensitivity import Scores, overlap, probe
 from .tokenizer import Tokenizer, load_tokenizer
 
-PROBE_BATCH = 8
+PROBE_BATCH = 16
 AUTO_START, AUTO_MOST = 16, 512          # samples a task of --samples auto
 KEEP_NORMS = 2.0                         # seconds after which a probe saves what it has measured
 
@@ -348,7 +348,7 @@ def say_agreement(args: argparse.Namespace, scores: Scores, agreement: Mapping[s
 
 def probe_batch(args: argparse.Namespace) -> int:
     """Samples probed at once: fewer where training itself must do with small micro-batches."""
-    return max(1, min(PROBE_BATCH, getattr(args, "micro_batch_size", 2 * PROBE_BATCH) // 2))
+    return min(PROBE_BATCH, getattr(args, "micro_batch_size", PROBE_BATCH))
 
 
 def trust(args: argparse.Namespace, scores: Scores) -> dict[str, float]:

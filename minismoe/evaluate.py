@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Task
@@ -53,7 +54,8 @@ def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens:
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
     steps: list[Tensor] = []
     for _ in range(max_new_tokens):
-        hidden = model.model(ids, mask, cache, share_prefix=True)[rows, last]    # (B, D)
+        needed = F.one_hot(last, ids.shape[1]).bool()                            # (B, T)
+        hidden = model.model(ids, mask, cache, needed)[rows, last]               # (B, D)
         token = model.lm_head(hidden).argmax(-1)
         running = running & ~torch.isin(token, stops)
         if not anywhere(running.any()):      # all take the same steps, as a sharded model needs

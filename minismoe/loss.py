@@ -49,12 +49,13 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
-                      **options: Any) -> tuple[Tensor, Tensor]:
+                      needed_only: bool = False) -> tuple[Tensor, Tensor]:
     """Loss (S,) of each supervised token of a batch, and the batch row (S,) that it is in.
 
     input_ids, attention_mask and labels are (B, T); labels are IGNORE where unsupervised, and
     aligned with input_ids (the shift happens here). `model` is ours or a `transformers` causal
-    model: a decoder `.model`, which takes the options too, under a bias-free `.lm_head`.
+    model: a decoder `.model` under a bias-free `.lm_head`. Ours can be told to leave out what the
+    losses do not need (see Decoder.forward).
     """
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(getattr(model, "config", None), name, None) not in (None, 1, 1.0):
@@ -63,10 +64,12 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
     if getattr(model.lm_head, "bias", None) is not None:
         raise ValueError(f"the head of {type(model).__name__} has a bias, "
                          "which the chunked loss does not know")
-    hidden = model.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+    needed = attention_mask.bool()                     # and not the first token after left pads
+    needed = needed & F.pad(labels[:, 1:] != IGNORE, (0, 1))
+    hidden = model.model(input_ids=input_ids, attention_mask=attention_mask,
+                         **({"needed": needed} if needed_only else {}))
     hidden = getattr(hidden, "last_hidden_state", hidden)                         # (B, T, D)
-    follows = attention_mask[:, :-1].bool()            # not the first token after pads on the left
-    rows, columns = (follows & (labels[:, 1:] != IGNORE)).nonzero(as_tuple=True)
+    rows, columns = needed.nonzero(as_tuple=True)
     hidden, targets = hidden[rows, columns], labels[rows, columns + 1]
     head = model.lm_head.weight
     if head.requires_grad and torch.is_grad_enabled():       # the head itself is being trained

@@ -162,7 +162,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x), for `top` of the rows alone where it is given."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -171,8 +171,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor],
+                top: Tensor | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), tokens, rope)
+        if top is not None:
+            x = x.index_select(0, top)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -207,26 +210,33 @@ class Decoder(nn.Module):
         self.copies: Tensor | None = None    # of the last forward: sequences that share each row
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                cache: Cache | None = None, share_prefix: bool = False) -> Tensor:
+                cache: Cache | None = None, needed: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) of input_ids (B, T); zeros where attention_mask (B, T) is 0.
 
-        With share_prefix, tokens that all rows, or some neighbours, begin with (a system prompt, an
-        instruction) are computed once.
+        needed (B, T) says where they will be read, at least where no cache holds tokens yet: what
+        all rows, or some neighbours, begin with before that (a system prompt, an instruction) is
+        then computed once, and the last MLP there alone, with zeros elsewhere.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        share_prefix = share_prefix and (cache is None or cache.used == 0)
+        apart = needed is not None and (cache is None or cache.used == 0)
         tokens = Tokens(mask, self.config, cache,
-                        shared_prefixes(input_ids, mask) if share_prefix else ())
+                        shared_prefixes(input_ids, mask.bool() & ~needed) if apart else ())
         self.copies = tokens.copies
+        top = tokens.pack(needed.reshape(-1)).nonzero().squeeze(1) if apart else None
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         rope = self._rope(tokens.positions, x.dtype)
+        rows = len(x)
         for block in self.layers:
+            given = (x, tokens, rope, top if block is self.layers[-1] else None)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens, rope, use_reentrant=False,
+                x = checkpoint(block, *given, use_reentrant=False,
                                context_fn=partial(_contexts, block))
             else:
-                x = block(x, tokens, rope)
-        return tokens.unpack(self.norm(x))
+                x = block(*given)
+        x = self.norm(x)
+        if top is not None:
+            x = x.new_zeros(rows, x.shape[1]).index_copy(0, top, x)
+        return tokens.unpack(x)
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions.float()[:, None] * rope_frequencies(self.config).to(positions.device)

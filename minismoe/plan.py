@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from .allocate import Allocation, parameters
 from .config import Config
@@ -46,10 +47,11 @@ class Shape:
     def of(cls, examples: Sequence[Example]) -> Shape:
         """The sizes that these examples have as a batch."""
         ids, mask, labels = collate(sorted(examples, key=lambda e: e.ids), 0)
+        needed = F.pad(labels[:, 1:] != IGNORE, (0, 1))
         again = sum((end - first - 1) * (stop - start)
-                    for first, end, start, stop in shared_prefixes(ids, mask))
+                    for first, end, start, stop in shared_prefixes(ids, mask.bool() & ~needed))
         (B, T), N = ids.shape, int(mask.sum()) - again
-        return cls(B, T, N, int((labels[:, 1:] != IGNORE).sum()))
+        return cls(B, T, N, int(needed.sum()))
 
 
 @dataclass(frozen=True)
@@ -101,24 +103,27 @@ def kept(setup: Setup, shape: Shape) -> list[int]:
     per_place = s * (2 * heads + 2 * kv) + 4 * cfg.num_attention_heads       # q, k, v, y, logsumexp
     if (setup.device == "cpu" and s < 4 and T <= SHORT) or setup.device == "mps":
         per_place = s * (heads + 2 * kv + cfg.num_attention_heads * T)       # the weights instead
-    per_token = s * (2 * D + 2 * M)                      # what both norms and SwiGLU read
-    if cfg.qk_norm:
-        per_token += s * (heads + kv)
-    readers = {("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): D,
-               ("self_attn.o_proj",): heads, ("mlp.gate_proj", "mlp.up_proj"): D,
-               ("mlp.down_proj",): M}
+    # By half a block: what its norm (and q's and k's, or SwiGLU) reads, and what experts read.
+    halves = (s * (D + (heads + kv if cfg.qk_norm else 0)),
+              {("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): D,
+               ("self_attn.o_proj",): heads}), (
+              s * (D + 2 * M), {("mlp.gate_proj", "mlp.up_proj"): D, ("mlp.down_proj",): M})
     experts, layers = setup.allocation.experts, []
     for i in range(cfg.num_hidden_layers):
-        token = per_token
-        for paths, size in readers.items():
-            names = [n for p in paths if (n := f"model.layers.{i}.{p}") in experts]
-            token += s * (size if names else 0)              # x, once for those that read it
-            for E, r in ((experts[n], setup.allocation.rank_of(n)) for n in names):
-                token += s * E * r + 4 * E                   # h, gates
-                if E > 1:                                    # logits, and what balances them
-                    token += 4 * E + 8 * min(E, setup.allocation.top_k)
-        layers.append(N * token + B * T * per_place)
-    return [*layers, s * (N * (D + 2 * C) + S * D)]
+        tokens = []
+        for token, readers in halves:
+            for paths, size in readers.items():
+                names = [n for p in paths if (n := f"model.layers.{i}.{p}") in experts]
+                token += s * (size if names else 0)          # x, once for those that read it
+                for E, r in ((experts[n], setup.allocation.rank_of(n)) for n in names):
+                    token += s * E * r + 4 * E               # h, gates
+                    if E > 1:                                # logits, and what balances them
+                        token += 4 * E + 8 * min(E, setup.allocation.top_k)
+            tokens.append(token)
+        attention, mlp = tokens
+        rows = S if i == cfg.num_hidden_layers - 1 else N    # the last MLP is for the losses alone
+        layers.append(N * attention + rows * mlp + B * T * per_place)
+    return [*layers, s * (N * 2 * C + 2 * S * D)]
 
 
 def activations(setup: Setup, shape: Shape) -> int:

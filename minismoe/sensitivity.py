@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from .experts import linear_layers
 from .loss import supervised_losses
@@ -94,8 +93,9 @@ class _Ghost:
     """Pairs what a linear layer reads, in the forward pass, with the gradient at what it writes."""
 
     def __init__(self, attention_mask: Tensor, modules: int, dtype: torch.dtype):
-        self.mask = attention_mask.bool()
-        self.lengths = self.mask.sum(1).tolist()
+        self.mask = attention_mask.bool()[..., None]                       # (B, T, 1)
+        self.pairs = (self.mask & self.mask.mT).to(dtype)                  # (B, T, T)
+        self.places = (self.mask.flatten().cumsum(0) - 1).clamp_(min=0)    # among the real tokens
         self.norms = torch.zeros(len(self.mask), modules, dtype=dtype, device=self.mask.device)
         self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
 
@@ -106,12 +106,13 @@ class _Ghost:
             if use_gram := self.mask.shape[1] * (in_ + out) < in_ * out:
                 if self.read is None or self.read[0] is not inputs[0]:
                     x = self.by_sample(x)
-                    self.read = inputs[0], (x @ x.mT).to(self.norms.dtype)
+                    self.read = inputs[0], (x @ x.mT).to(self.norms.dtype).mul_(self.pairs)
                 x = self.read[1]                                           # (B, T, T)
 
             def backward_hook(gradient: Tensor) -> None:
                 d = self.by_sample(gradient)                               # (B, T, out)
-                left, right = (x, d @ d.mT) if use_gram else 2 * (d.mT @ self.by_sample(x),)
+                left, right = (x, d @ d.mT) if use_gram else 2 * (
+                    (d * self.mask).mT @ self.by_sample(x),)
                 self.norms[:, column] += torch.linalg.vecdot(
                     *(side.flatten(1).to(self.norms.dtype) for side in (left, right)))
 
@@ -121,13 +122,13 @@ class _Ghost:
         return forward_hook
 
     def by_sample(self, x: Tensor) -> Tensor:
-        """(B, T, .) of rows that hold every position, or only the real ones; zeros at pads."""
+        """(B, T, .) of rows that hold every position, or only the real ones: at pads, any."""
         x = x.reshape(-1, x.shape[-1])
         if x.dtype == torch.float16:          # squares of gradients underflow
             x = x.float()
-        if len(x) == self.mask.numel():
-            return x.view(*self.mask.shape, -1)
-        return pad_sequence(x.split(self.lengths), batch_first=True)
+        if len(x) != len(self.places):
+            x = x.index_select(0, self.places)
+        return x.view(*self.mask.shape[:2], -1)
 
 
 @contextmanager

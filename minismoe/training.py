@@ -167,7 +167,7 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
         # Rows that begin alike, as those of a task do, stand together: they share what is computed.
         mine = sorted(mine or part[:1], key=lambda e: e.ids)
         ids, mask, labels = collate(mine, pad_id, device)
-        losses, rows = supervised_losses(model, ids, mask, labels, share_prefix=True)
+        losses, rows = supervised_losses(model, ids, mask, labels, needed_only=True)
         balanced = balance_loss(layers.values(), mask, model.model.copies,
                                 partial(distributed.all_sum, times=here))
         balanced = balanced * (sum(len(e.ids) for e in part) / tokens)

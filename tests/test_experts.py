@@ -465,7 +465,8 @@ def test_a_shared_beginning_counts_for_all_sequences() -> None:
         for part in parts * 2:
             if len(counts) == len(parts):
                 model.zero_grad()
-            model.model(ids[part], mask[part], share_prefix=share)
+            needed = torch.zeros_like(mask[part], dtype=torch.bool) if share else None
+            model.model(ids[part], mask[part], needed=needed)
             balance_loss(expert_layers(model).values(), mask[part], model.model.copies,
                          total).backward()
         return [p.grad.clone() for n, p in model.named_parameters() if n.endswith("router")]

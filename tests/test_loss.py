@@ -225,7 +225,8 @@ def test_gemma2_is_refused() -> None:
 @pytest.mark.parametrize("case", ["prefix", "supervised", "groups", "all the same",
                                   "pads on the left"])
 def test_a_shared_prefix_changes_nothing(case: str, window: int | None) -> None:
-    """Computed once for all rows, it gives the losses and gradients of every row by itself."""
+    """Computed once for all rows, up to where a loss is read, and the last MLP only there: losses
+    and gradients are those of every row by itself."""
     torch.manual_seed(0)
     sizes = dict(SIZES, model_type="mistral", sliding_window=window)
     model = CausalLM(Config.from_dict(sizes)).double().eval()
@@ -233,6 +234,7 @@ def test_a_shared_prefix_changes_nothing(case: str, window: int | None) -> None:
     for layer in expert_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.3)
     ids, mask, labels = batch("left" if case == "pads on the left" else "right")
+    labels[:, :7 if case == "groups" else 4] = IGNORE
     if case == "groups":                 # two rows begin with 6 tokens alike, and all with 2
         ids, mask, labels = (t[[1, 0, 2]] for t in (ids, mask, labels))
         ids[:, :2], ids[2, :6] = ids[0, :2], ids[1, :6]
@@ -243,16 +245,18 @@ def test_a_shared_prefix_changes_nothing(case: str, window: int | None) -> None:
         labels[:, 1:3] = ids[:, 1:3]
     if case == "all the same":
         ids, mask, labels = (t[:1].expand(3, -1) for t in (ids, mask, labels))
-    rows_computed = []
-    model.model.norm.register_forward_hook(lambda m, x, y: rows_computed.append(len(x[0])))
+    computed: list[list[int]] = [[], []]
+    for seen, layer in zip(computed, (model.model.layers[0], model.model.layers[-1])):
+        layer.mlp.register_forward_hook(lambda m, x, y, seen=seen: seen.append(len(x[0])))
     found = []
     for shared in (False, True):
-        losses, _ = supervised_losses(model, ids, mask, labels, share_prefix=shared)
+        losses, _ = supervised_losses(model, ids, mask, labels, needed_only=shared)
         model.zero_grad()
         (losses * torch.arange(1.0, len(losses) + 1)).sum().backward()
         found.append([losses.detach()] + [p.grad for p in model.parameters()
                                           if p.grad is not None])
     for plain, once in zip(*found, strict=True):
         torch.testing.assert_close(once, plain, rtol=1e-9, atol=1e-12)
-    saved = {"groups": 2 * 2 + 4, "all the same": 2 * 9, "pads on the left": 0}.get(case, 2 * 3)
-    assert rows_computed[0] - rows_computed[1] == saved
+    saved = {"groups": 2 * 2 + 4, "all the same": 2 * 5, "pads on the left": 0, "supervised": 0}
+    assert computed[0][0] - computed[0][1] == saved.get(case, 2 * 3)
+    assert computed[1] == [int(mask.sum()), len(losses)]

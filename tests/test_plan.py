@@ -56,7 +56,7 @@ def autograd_keeps(model: CausalLM, batch: list[Example]) -> int:
 
     ids, mask, labels = collate(batch, 0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        losses, _ = supervised_losses(model, ids, mask, labels, share_prefix=True)
+        losses, _ = supervised_losses(model, ids, mask, labels, needed_only=True)
         total = losses.sum() + balance_loss(expert_layers(model).values(), mask)
     total.backward()
     return sum(storage.nbytes() for storage in held.values())
