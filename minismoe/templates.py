@@ -23,7 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-SECONDS = 1.0                # of the wall clock, for one rendering
+SECONDS = 1.0                # of its processor, where the system counts them, for one rendering
+WAIT = 10.0                  # of the clock: a good template has that long on a busy machine
 MEMORY = 1 << 30             # bytes of the process's address space, where the system keeps to that
 LENGTH = 1 << 24             # characters of what is rendered
 
@@ -118,9 +119,14 @@ def serve() -> None:
         pass
     with open(os.devnull, "w") as nowhere:
         for line in sys.stdin.buffer:
-            # A thread of C, which nothing that Python does can hold up.
-            faulthandler.dump_traceback_later(SECONDS, exit=True, file=nowhere)
+            # A thread of C, and a signal that ends the process: nothing in Python holds them up.
+            counted = hasattr(signal, "setitimer")
+            faulthandler.dump_traceback_later(WAIT if counted else SECONDS, exit=True, file=nowhere)
+            if counted:
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
             reply = json.dumps(_answer(*json.loads(line)))
+            if counted:
+                signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.cancel_dump_traceback_later()
             sys.stdout.buffer.write(reply.encode() + b"\n")
             sys.stdout.buffer.flush()
