@@ -232,19 +232,20 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
     (N,): of how many sequences each row is. Where several processes hold a part of the batch each,
     `total` sums counts over them; then their losses sum to that of the batch, and so do gradients.
     """
-    stacks = defaultdict(list)           # matrices of equal N and E at once: few kernels, not hundreds
+    stacks = defaultdict(list)           # equal N and E at once: few kernels, not hundreds
     for layer in layers:
         if layer.router_logits is not None:
-            logits = without_pads(layer.router_logits, attention_mask)
-            stacks[logits.shape, layer.top_k].append(logits)
+            rows = without_pads(layer.router_logits, attention_mask)
+            stacks[rows.shape, layer.top_k].append(rows)
     if not stacks:
         return torch.zeros((), device=attention_mask.device)
     chosen, expected = [], []            # (matrices, E): tokens an expert gets, and probabilities
     for (_, k), logits in stacks.items():
         p = torch.stack(logits).softmax(-1)                              # (matrices, N, E)
         # Where a last MLP saw less rows than others did, each of them is of one sequence.
-        of_all = copies is not None and len(copies) == p.shape[1]
-        times = copies.to(p.dtype) if of_all else p.new_ones(p.shape[1])
+        times = p.new_ones(p.shape[1])
+        if copies is not None and len(copies) == len(times):
+            times = copies.to(p.dtype)
         chosen.append(times @ torch.zeros_like(p).scatter_(-1, p.topk(k, -1).indices, 1 / k))
         expected.append(times @ p)
     counts = total(torch.cat([c.flatten() for c in chosen]))

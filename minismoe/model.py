@@ -162,7 +162,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x), for `top` of the rows alone where it is given."""
+    """x + attention(norm x), then x + mlp(norm x), of the rows `top` alone where they are given."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -213,16 +213,18 @@ class Decoder(nn.Module):
                 cache: Cache | None = None, needed: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) of input_ids (B, T); zeros where attention_mask (B, T) is 0.
 
-        needed (B, T) says where they will be read, at least where no cache holds tokens yet: what
-        all rows, or some neighbours, begin with before that (a system prompt, an instruction) is
-        then computed once, and the last MLP there alone, with zeros elsewhere.
+        needed (B, T) says where they will be read. Elsewhere they may be zeros, as the last MLP is
+        then for those tokens alone, and what all rows, or some neighbours, begin with before them
+        (a system prompt, an instruction) is computed once. With a filled cache it changes nothing.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        apart = needed is not None and (cache is None or cache.used == 0)
-        tokens = Tokens(mask, self.config, cache,
-                        shared_prefixes(input_ids, mask.bool() & ~needed) if apart else ())
+        if needed is None or (cache is not None and cache.used):
+            tokens, top = Tokens(mask, self.config, cache), None
+        else:
+            alike = shared_prefixes(input_ids, mask.bool() & ~needed)
+            tokens = Tokens(mask, self.config, cache, alike)
+            top = tokens.pack(needed.reshape(-1)).nonzero().squeeze(1)
         self.copies = tokens.copies
-        top = tokens.pack(needed.reshape(-1)).nonzero().squeeze(1) if apart else None
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         rope = self._rope(tokens.positions, x.dtype)
         rows = len(x)

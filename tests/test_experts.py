@@ -475,3 +475,21 @@ def test_a_shared_beginning_counts_for_all_sequences() -> None:
     assert len(expected) == 4 and all(g.any() for g in expected)
     torch.testing.assert_close(gradients([slice(0, 3)], True), expected)
     torch.testing.assert_close(gradients([slice(0, 3, 2), slice(1, 3, 2)], True), expected)
+
+
+def test_the_last_mlp_is_balanced_over_the_tokens_that_are_read() -> None:
+    name = "model.layers.1.mlp.up_proj"
+    model = randomise(add_experts(ours(llama()).double(), {name: 3}, rank=2))
+    (ids, mask), layer = batch(), expert_layers(model)[name]
+    ids[:, :3] = ids[0, :3]
+    needed = mask.bool() & (torch.arange(ids.shape[1]) > 3)
+    model.model(ids, mask)
+    every = layer.router_logits
+    expected = []
+    for logits in (every, every[needed[mask.bool()]]):
+        layer.router_logits = logits
+        expected.append(balance_loss([layer], torch.ones(1, len(logits))).item())
+    model.model(ids, mask, needed=needed)
+    assert len(layer.router_logits) == needed.sum() < len(model.model.copies)
+    found = balance_loss([layer], mask, model.model.copies).item()
+    assert found == pytest.approx(expected[1], rel=1e-12) != pytest.approx(expected[0], rel=1e-3)
