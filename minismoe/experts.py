@@ -242,7 +242,7 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
     chosen, expected = [], []            # (matrices, E): tokens an expert gets, and probabilities
     for (_, k), logits in stacks.items():
         p = torch.stack(logits).softmax(-1)                              # (matrices, N, E)
-        # Where a last MLP saw less rows than others did, each of them is of one sequence.
+        # Where a last MLP saw fewer rows than others did, each of them is of one sequence.
         times = p.new_ones(p.shape[1])
         if copies is not None and len(copies) == len(times):
             times = copies.to(p.dtype)

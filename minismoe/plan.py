@@ -103,26 +103,30 @@ def kept(setup: Setup, shape: Shape) -> list[int]:
     per_place = s * (2 * heads + 2 * kv) + 4 * cfg.num_attention_heads       # q, k, v, y, logsumexp
     if (setup.device == "cpu" and s < 4 and T <= SHORT) or setup.device == "mps":
         per_place = s * (heads + 2 * kv + cfg.num_attention_heads * T)       # the weights instead
-    # By half a block: what its norm (and q's and k's, or SwiGLU) reads, and what experts read.
-    halves = (s * (D + (heads + kv if cfg.qk_norm else 0)),
-              {("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): D,
-               ("self_attn.o_proj",): heads}), (
-              s * (D + 2 * M), {("mlp.gate_proj", "mlp.up_proj"): D, ("mlp.down_proj",): M})
-    experts, layers = setup.allocation.experts, []
+    attention, mlp = s * D, s * (D + 2 * M)              # a token: what norms and SwiGLU read
+    if cfg.qk_norm:
+        attention += s * (heads + kv)
+    counts, layers = setup.allocation.experts, []
+
+    def experts(layer: int, readers: dict[tuple[str, ...], int]) -> int:
+        """Bytes a token of the experts on modules, grouped by the x that they read."""
+        token = 0
+        for paths, size in readers.items():
+            names = [n for p in paths if (n := f"model.layers.{layer}.{p}") in counts]
+            token += s * (size if names else 0)              # x, once for those that read it
+            for E, r in ((counts[n], setup.allocation.rank_of(n)) for n in names):
+                token += s * E * r + 4 * E                   # h, gates
+                if E > 1:                                    # logits, and what balances them
+                    token += 4 * E + 8 * min(E, setup.allocation.top_k)
+        return token
+
     for i in range(cfg.num_hidden_layers):
-        tokens = []
-        for token, readers in halves:
-            for paths, size in readers.items():
-                names = [n for p in paths if (n := f"model.layers.{i}.{p}") in experts]
-                token += s * (size if names else 0)          # x, once for those that read it
-                for E, r in ((experts[n], setup.allocation.rank_of(n)) for n in names):
-                    token += s * E * r + 4 * E               # h, gates
-                    if E > 1:                                # logits, and what balances them
-                        token += 4 * E + 8 * min(E, setup.allocation.top_k)
-            tokens.append(token)
-        attention, mlp = tokens
+        below = attention + experts(i, {
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): D,
+            ("self_attn.o_proj",): heads})
+        above = mlp + experts(i, {("mlp.gate_proj", "mlp.up_proj"): D, ("mlp.down_proj",): M})
         rows = S if i == cfg.num_hidden_layers - 1 else N    # the last MLP is for the losses alone
-        layers.append(N * attention + rows * mlp + B * T * per_place)
+        layers.append(B * T * per_place + N * below + rows * above)
     return [*layers, s * (N * 2 * C + 2 * S * D)]
 
 

@@ -149,12 +149,12 @@ class _Gather(torch.autograd.Function):
         return dy.new_zeros(ctx.rows, *dy.shape[1:]).index_copy_(0, places, dy), None
 
 
-def shared_prefixes(input_ids: Tensor, attention_mask: Tensor) -> Shared:
+def shared_prefixes(input_ids: Tensor, mask: Tensor) -> Shared:
     """What the rows of a batch begin with alike: all of them, and groups of neighbours beyond that.
 
-    Rows are compared with the next one alone, so those that are alike should stand together.
+    Only tokens where mask (B, T) is true are shared. Rows are compared with the next one alone, so
+    those that are alike should stand together.
     """
-    mask = attention_mask.bool()
     same = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
     alike = same.cumprod(1).sum(1).tolist()                              # (B - 1,) tokens
     everyone, first = min(alike, default=0), 0
