@@ -26,6 +26,7 @@ from minismoe.files import read_json
 STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
     "lora": {"strategy": "lora"}, "ranks": {"strategy": "ranks"},
     "ranks-gain": {"strategy": "ranks"},              # of scores times entries: what a step gains
+    "ranks-depth": {"strategy": "ranks"},             # without a probe: more in the lower layers
     "uniform": {"strategy": "uniform"},
     "random": {"strategy": "random"}, "mola": {"strategy": "mola"},
     "votes": {"strategy": "votes"}, "votes-kind": {"strategy": "votes", "group": "kind"},
@@ -201,6 +202,9 @@ def allocation_of(args: argparse.Namespace, cell: Cell) -> Allocation:
     if cell.strategy == "inverse":
         scores = {task: {m: 1 / max(s, 1e-100) for m, s in values.items()}
                   for task, values in scores.items()}
+    if cell.strategy == "ranks-depth":                # on a line from 8 to 2, as mola reversed
+        layer = {m: int(re.findall(r"\d+", m)[0]) for m in shapes}
+        scores = {"": {m: (8 - 6 * i / max(layer.values())) ** 2 for m, i in layer.items()}}
     if cell.strategy.endswith("-gain"):
         # A step of Adam moves each entry alike: it gains the sum of |g|, about sqrt(entries * s).
         scores = {task: {m: s * math.prod(shapes[m]) for m, s in values.items()}
