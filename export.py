@@ -86,7 +86,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--layout", choices=LAYOUTS, default="onnx", help="for onnxruntime (default), onnxruntime-"
         "genai, transformers.js, peft, or transformers")
     add("--precision", choices=tuple(PRECISIONS), default="fp32",
-        help="of the base weights; adapters and routers stay in float32 (default: fp32)")
+        help="of the base weights, int4-8 with embedding and head in 8 bits; adapters and routers "
+        "stay in float32 (default: fp32)")
     add("--target", choices=("ort", "portable"), default="ort", help="onnxruntime's fused "
         "operators (default), or standard ONNX ones alone")
     add("--static", type=static, metavar="BxTxP", help="fixed sizes for accelerators: prompts, "

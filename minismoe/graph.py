@@ -33,7 +33,8 @@ from .quantize import BLOCK, Blocks, columns, quantize
 
 CHUNK = 1 << 22                 # elements that are converted at a time
 END = 1 << 62                   # the end of any axis
-PRECISIONS = {"fp32": None, "fp16": None, "int8": 8, "int4": 4}
+# Bits of the blocks of linear layers, and of embedding and head, which suffer most from few.
+PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), "int4": (4, 4)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Decoder(Graph):
                  precision: str, static: tuple[int, int, int] | None):
         super().__init__(data, location)
         self.config, self.weight, self.beside = config, weight, beside
-        self.ort, self.bits, self.static = target == "ort", PRECISIONS[precision], static
+        self.ort, self.static = target == "ort", static
+        self.bits, self.table_bits = PRECISIONS[precision]
         self.dtype = torch.float16 if precision == "fp16" else torch.float32
         self.real = TYPES[self.dtype]
         self.shared: dict[str, Any] = {}         # what every layer reads: made once
@@ -118,7 +120,8 @@ class Decoder(Graph):
         weights = [self.weight(f"{n}.weight") for n in names]
         sizes, inputs = [len(w) for w in weights], weights[0].shape[1]
         if self.bits:
-            y = self.multiply(label, x, self.blocks(label, weights), inputs, sum(sizes))
+            y = self.multiply(label, x, self.blocks(label, weights, self.bits), inputs, sum(sizes),
+                              self.bits)
         else:
             def rows() -> Iterator[Tensor]:
                 step = max(1, CHUNK // sum(sizes))
@@ -141,30 +144,30 @@ class Decoder(Graph):
         return self.node("Add", f"{label}.side", y,
                          self.cast(f"{label}.narrow", delta, self.real))
 
-    def blocks(self, label: str, weights: Sequence[Tensor]) -> list[str]:
+    def blocks(self, label: str, weights: Sequence[Tensor], bits: int) -> list[str]:
         """Stored data, scales and zeros of quantised weights."""
-        assert self.bits
-        parts = [quantize(w, self.bits) for w in weights]
+        parts = [quantize(w, bits) for w in weights]
         names = [f"{label}.{field}" for field in ("weight", "scales", "zeros")]
         if self.ort:
             for name, values in zip(names, zip(*((p.data, p.scales, p.zeros) for p in parts))):
                 self.stream(name, TYPES[values[0].dtype],
                             (sum(map(len, values)), *values[0].shape[1:]), values)
             return names
-        b = Blocks(self.bits, *(torch.cat([getattr(p, field) for p in parts])
-                                for field in ("data", "scales", "zeros")))
+        b = Blocks(bits, *(torch.cat([getattr(p, field) for p in parts])
+                           for field in ("data", "scales", "zeros")))
         inputs, (outputs, groups) = weights[0].shape[1], b.scales.shape
-        kind = TensorProto.UINT4 if self.bits == 4 else TensorProto.UINT8
+        kind = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
         for name, value, rows, data_type in zip(names, columns(b, inputs), (inputs, groups, groups),
                                                 (kind, TensorProto.FLOAT, kind)):
             self.tensor(name, value, data_type, (rows, outputs))
         return names
 
-    def multiply(self, label: str, x: str, blocks: Sequence[str], inputs: int, outputs: int) -> str:
+    def multiply(self, label: str, x: str, blocks: Sequence[str], inputs: int, outputs: int,
+                 bits: int) -> str:
         if self.ort:
             # accuracy_level 4: x is rounded to int8, a block at a time
             return self.node("MatMulNBits", label, x, *blocks, domain="com.microsoft", K=inputs,
-                             N=outputs, bits=self.bits, block_size=BLOCK, accuracy_level=4)
+                             N=outputs, bits=bits, block_size=BLOCK, accuracy_level=4)
         return self.node("MatMul", label, x, self.node(
             "DequantizeLinear", label, *blocks, axis=0, block_size=BLOCK))
 
@@ -415,8 +418,8 @@ class Decoder(Graph):
         if name in self.shared:
             return self.shared[name]
         value = self.weight(f"{name}.weight")
-        if self.bits:
-            self.shared[name] = self.blocks(name, [value])
+        if self.table_bits:
+            self.shared[name] = self.blocks(name, [value], self.table_bits)
         else:
             step = max(1, CHUNK // value.shape[1])
             self.shared[name] = [self.stream(f"{name}.weight", self.real, value.shape, (
@@ -427,14 +430,14 @@ class Decoder(Graph):
         """input_ids (B, T) -> (B, T, D)."""
         c, name = self.config, "model.embed_tokens"
         table, D = self.table(name), c.hidden_size
-        if not self.bits:
+        if not self.table_bits:
             return self.node("Gather", name, *table, "input_ids")
         if not self.ort:
             return self.embed_blocks(name, *table)
         row = -(-D // BLOCK) * BLOCK
-        data = self.alias(table[0], [c.vocab_size, row * self.bits // 8])
+        data = self.alias(table[0], [c.vocab_size, row * self.table_bits // 8])
         x = self.node("GatherBlockQuantized", name, data, "input_ids", *table[1:],
-                      domain="com.microsoft", bits=self.bits, block_size=BLOCK, gather_axis=0,
+                      domain="com.microsoft", bits=self.table_bits, block_size=BLOCK, gather_axis=0,
                       quantize_axis=1)
         return x if row == D else self.node("Slice", name, x, self.constant([0]),
                                             self.constant([D]), self.constant([-1]))
@@ -455,15 +458,14 @@ class Decoder(Graph):
         return self.node("Mul", name, self.node("Sub", name, q, zero), scale)    # (B, T, D)
 
     def gather(self, name: str, packed: str, token: str, at: Tensor) -> str:
-        """Elements token + at of a packed tensor, as floats.
+        """Elements token + at of a packed table, as floats.
 
         OpenVINO divides integers as floats, inexact from 2^24 on, and rounds what is shifted or
         divided as uint8: so only what is small is divided, in int64.
         """
-        size = math.prod(self.tensors[packed].dims)
-        data = self.alias(packed, [size * self.bits // 8 + size * self.bits % 8 // 4],
-                          TensorProto.UINT8)
-        if self.bits == 8:
+        size, bits = math.prod(self.tensors[packed].dims), self.table_bits
+        data = self.alias(packed, [size * bits // 8 + size * bits % 8 // 4], TensorProto.UINT8)
+        if bits == 8:
             q = self.node("Gather", name, data, self.node(
                 "Add", name, token, self.tensor(f"{name}.at", at)))
             return self.node("Cast", name, q, to=TensorProto.FLOAT)
@@ -487,7 +489,7 @@ class Decoder(Graph):
         x = self.node("Reshape", f"{name}.rows", x, self.constant([-1, D])) if all_logits else (
             self.last(x))
         # Gemm reads (V, D) as it is: a Transpose would be folded into a second table.
-        y = self.multiply(name, x, table, D, V) if self.bits else self.node(
+        y = self.multiply(name, x, table, D, V, self.table_bits) if self.table_bits else self.node(
             "Gemm", name, x, *table, transB=1)
         y = self.cast(f"{name}.wide", y, TensorProto.FLOAT)
         if all_logits:

@@ -29,7 +29,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in
 
 # How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
 WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
-              "int4": ("q4", "_q4")}
+              "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4")}
 
 
 def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> Tokenizer:

@@ -20,7 +20,7 @@ from .runtime import Generator
 
 # How far logits may be from PyTorch's in float32, as a share of the largest: what rounding of
 # weights and activations explains. A wrong graph is off by about 1.
-TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4": 0.6}
+TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6}
 TOKENS = 24                              # of each greedy text
 Prompts = Sequence[Sequence[int]]
 Read = Callable[[Sequence[int], Sequence[int]], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minismoe.checkpoint import load_model
 from minismoe.experts import ExpertLinear, expert_layers
-from minismoe.graph import AdapterInput, Lora, Mixture, write_decoder, write_sampler
+from minismoe.graph import PRECISIONS, AdapterInput, Lora, Mixture, write_decoder, write_sampler
 from minismoe.model import CausalLM
 from minismoe.quantize import dequantize, quantize
 from minismoe.tokens import Cache
@@ -233,12 +233,12 @@ def test_two_adapters_on_one_base(model: Callable[..., CausalLM], tmp_path: Path
 # Precisions
 
 @torch.no_grad()
-def rounded(m: CausalLM, bits: int) -> CausalLM:
+def rounded(m: CausalLM, bits: int, table_bits: int) -> CausalLM:
     """The model that quantised weights stand for."""
-    for part in m.modules():
+    for name, part in m.named_modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
-            width = part.weight.shape[1]
-            part.weight = nn.Parameter(dequantize(quantize(part.weight, bits))[:, :width])
+            blocks = quantize(part.weight, bits if "_proj" in name else table_bits)
+            part.weight = nn.Parameter(dequantize(blocks)[:, :part.weight.shape[1]])
     if m.config.tie_word_embeddings:
         m.lm_head.weight = m.model.embed_tokens.weight
     return m
@@ -246,15 +246,15 @@ def rounded(m: CausalLM, bits: int) -> CausalLM:
 
 @pytest.mark.parametrize("family", ["llama", "smollm2", "qwen3", "llama_biases"])
 @pytest.mark.parametrize("target", ["ort", "portable"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_blocks(model: Callable[..., CausalLM], tmp_path: Path, family: str, target: str, bits: int,
-                ) -> None:
+@pytest.mark.parametrize("precision", ["int4", "int4-8", "int8"])
+def test_blocks(model: Callable[..., CausalLM], tmp_path: Path, family: str, target: str,
+                precision: str) -> None:
     """onnxruntime rounds what it multiplies with blocks to int8 too: hence the tolerance."""
     m = model(family)
     beside = mixed(m, lambda i, part: (2, 2) if "q" in part else (0, 1), scale=0.1)
-    file = write(tmp_path / "m.onnx", m, beside, target=target, precision=f"int{bits}",
+    file = write(tmp_path / "m.onnx", m, beside, target=target, precision=precision,
                  all_logits=True)
-    compare(file, rounded(m, bits), target, 0.06)
+    compare(file, rounded(m, *PRECISIONS[precision]), target, 0.06)
 
 
 @pytest.mark.parametrize("target", ["ort", "portable"])
@@ -269,7 +269,7 @@ def test_float16(model: Callable[..., CausalLM], tmp_path: Path, target: str, fa
 
 # Form
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4-8", "int4"])
 @pytest.mark.parametrize("family", ["smollm2", "qwen3_window", "llama_biases"])
 @pytest.mark.parametrize("static", [None, (1, 4, 12)])
 def test_portable_graphs_are_standard(model: Callable[..., CausalLM], tmp_path: Path, family: str,
@@ -321,7 +321,7 @@ def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: s
 
 @pytest.mark.parametrize("target", ["ort", "portable"])
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 1), ("fp16", 1 / 2), ("int8", 0.3),
-                                                  ("int4", 0.18)])
+                                                  ("int4-8", 0.3), ("int4", 0.18)])
 def test_a_tied_table_is_stored_once(model: Callable[..., CausalLM], tmp_path: Path, target: str,
                                      precision: str, share: float) -> None:
     m = model("smollm2", vocab_size=4001, hidden_size=64)

@@ -511,7 +511,7 @@ def openvino_step(file: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]
 
 
 @pytest.mark.parametrize("static", [None, (1, 8, 88), (1, 1, 100)])
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4-8", "int4"])
 def test_openvino_says_the_same(run: Run, tmp_path: Path, precision: str,
                                 static: tuple[int, int, int] | None) -> None:
     """fp32 as PyTorch does; quantised as onnxruntime does with the same graph."""
