@@ -2,7 +2,7 @@
 """Export a run to what onnxruntime, onnxruntime-genai, transformers.js, peft or transformers open.
 
     python export.py                                  the newest run in runs
-    python export.py RUN --out FOLDER --routing merge --precision int4
+    python export.py RUN --out FOLDER --routing merge --precision int4-8
     python export.py RUN --table                      what each way to freeze the routing costs
     python export.py --model FOLDER --out FOLDER      a base without adapters
 

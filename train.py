@@ -289,14 +289,14 @@ def next_commands(args: argparse.Namespace, run: Path) -> str:
     """What a person would want to type now."""
     if args.model is None:
         return ("Next:\n"
-                f"  python export.py {run} --precision int4       freeze, quantise, and chat\n"
+                f"  python export.py {run} --precision int4-8     freeze, quantise, and chat\n"
                 "  python probe.py --out runs/probe                      see the sensitivities\n"
                 "  python train.py --strategy uniform --budget-params N  compare at equal size\n"
                 "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER   "
                 "a real model on your data\n"
                 "  python train.py --help                                the form of the data, "
                 "and every flag")
-    return (f"Next: python export.py {run} --precision int4, or compare with --strategy uniform or "
+    return (f"Next: python export.py {run} --precision int4-8, or compare with --strategy uniform or "
             "lora at the same --budget-params")
 
 
