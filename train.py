@@ -296,8 +296,8 @@ def next_commands(args: argparse.Namespace, run: Path) -> str:
                 "a real model on your data\n"
                 "  python train.py --help                                the form of the data, "
                 "and every flag")
-    return (f"Next: python export.py {run} --precision int4-8, or compare with --strategy uniform or "
-            "lora at the same --budget-params")
+    return (f"Next: python export.py {run} --precision int4-8, or compare with --strategy uniform "
+            "or lora at the same --budget-params")
 
 
 if __name__ == "__main__":
