@@ -21,7 +21,7 @@ FLAGS = ["--samples", "20", "--batch-size", "6", "--micro-batch-size", "4", "--e
          "--dtype", "float32", "--device", "cpu"]
 
 
-# train.py, but process {victim} sends itself a signal in step 10.
+# train.py, but process {victim} sends itself a signal in a step.
 STRUCK = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -29,7 +29,7 @@ import train
 from minismoe import cli, training
 
 def step(*args, original=training.train_step):
-    if args[4] == 9 and os.environ["RANK"] == "{victim}":
+    if args[4] == {step} - 1 and os.environ["RANK"] == "{victim}":
         os.kill(os.getpid(), {signal})
     return original(*args)
 
@@ -100,9 +100,9 @@ def test_processes_equal_one(inputs, one, tmp_path, count, shard) -> None:
         assert a["loss_by_task"] == pytest.approx(b["loss_by_task"], abs=1e-4)
 
 
-def struck(folder: Path, victim: int, number: signal.Signals) -> str:
+def struck(folder: Path, victim: int, number: signal.Signals, step: int = 10) -> str:
     file = folder / "struck.py"
-    file.write_text(STRUCK.format(root=str(ROOT), victim=victim, signal=int(number)))
+    file.write_text(STRUCK.format(root=str(ROOT), victim=victim, signal=int(number), step=step))
     return str(file)
 
 
@@ -141,3 +141,17 @@ def test_torchrun_ends_all_where_one_is_killed_and_more_go_on(inputs, one, tmp_p
     process = torchrun(3, str(ROOT / "train.py"), "--resume", "--out", str(run))
     assert process.communicate(timeout=100) and process.returncode == 0
     assert far(one, run) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_the_embedded_default_after_20_steps(tmp_path, seed) -> None:
+    script, found = struck(tmp_path, 0, signal.SIGINT, step=20), []
+    for count in (1, 2, 4):
+        run = tmp_path / str(count)
+        processes = by_hand(count, script, "--seed", seed, "--limit-test", "5", "--out", str(run))
+        ends = [p.communicate(timeout=300)[1] for p in processes]
+        assert {p.returncode for p in processes} == {130}, ends
+        found.append(load_file(run / "checkpoints" / "step-00000020" / "experts.safetensors"))
+    for several in found[1:]:
+        assert max((several[n] - x).abs().max().item() for n, x in found[0].items()) < 1e-5
