@@ -171,6 +171,7 @@ def gather(model: nn.Module, group: Sequence[Mapping[str, ExpertLinear]], batche
     def watch(sums: Moments, name: str, first: bool) -> Callable[..., None]:
         """A forward hook that adds a layer's tokens; the first of those that share x adds M."""
         def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+            """Add one batch of x (.., in) and y (.., out), without its pads."""
             (E, r, _), dtype = layer.lora_A.shape, layer.lora_A.dtype
             x, y, logits = (without_pads(t.reshape(-1, t.shape[-1]), mask).to(dtype)
                             for t in (args[0], y, layer.router_logits))

@@ -102,6 +102,7 @@ class _Ghost:
     def watch(self, column: int) -> Callable[..., None]:
         """A forward hook that scores its layer when the backward pass comes by."""
         def forward_hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            """Keep X, or X X^T where that is cheaper, until D comes by."""
             x, (out, in_) = inputs[0].detach(), tuple(module.weight.shape)
             if use_gram := self.mask.shape[1] * (in_ + out) < in_ * out:
                 if self.read is None or self.read[0] is not inputs[0]:

@@ -69,7 +69,7 @@ class Tokens:
         self.slots = self.rows * T + local                               # right-padded places
         self.copies = self.pack(copies.reshape(-1)) if shared else None  # (N,) sequences
         self.positions = local if cache is None else local + seen[self.rows]
-        self.cache, self.masks = cache, {}
+        self.cache = cache
         longest = T if cache is None else cache.used
         self.masks = {w: self._mask(w, longest) for w in set(config.windows)}
 
