@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -487,6 +490,62 @@ def test_the_hub_is_asked_for_weights_and_text_only(monkeypatch: pytest.MonkeyPa
     for _, patterns in asked:
         allowed = [f for f in FETCHED + LEFT if any(fnmatch.fnmatch(f, p) for p in patterns)]
         assert allowed == FETCHED
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A server on this machine that answers as the hub does, holding `folder` as org/name: its
+    address, and the files that were asked for."""
+    revision, asked = "0" * 40, []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path, files = Path(self.path.split("?")[0]), list(folder.iterdir())
+            if "tree" in path.parts:
+                data = json.dumps([{"type": "file", "path": f.name, "size": f.stat().st_size,
+                                    "oid": f.name} for f in files]).encode()
+            elif "resolve" in path.parts:
+                asked.append(path.name)
+                data = (folder / path.name).read_bytes()
+            elif path.is_relative_to("/api/models/org/name"):
+                data = json.dumps({"id": "org/name", "sha": revision, "siblings": [
+                    {"rfilename": f.name} for f in files]}).encode()
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            for name, value in (("Content-Length", len(data)), ("X-Repo-Commit", revision),
+                                ("ETag", f'"{hashlib.sha256(data).hexdigest()}"')):
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_the_hubs_own_client_fetches_no_code(hub: tuple[str, list[str]], folder: Path,
+                                             tmp_path: Path) -> None:
+    for name in LEFT:
+        if "/" not in name:
+            (folder / name).write_text("raise SystemExit('this was run')")
+    address, asked = hub
+    load = "from minismoe.checkpoint import load_model\nprint(load_model('org/name').name)"
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "NO_PROXY": "*"}
+    fetched = python(load, HF_HUB_OFFLINE="0", **environment)
+    assert fetched.stdout == "org/name\n", fetched.stderr
+    assert {"config.json", "model.safetensors"} <= set(asked) and not set(asked) & set(LEFT)
+    count = len(asked)
+    cached = python(load, HF_HUB_OFFLINE="1", **environment)
+    assert cached.stdout == "org/name\n" and len(asked) == count, cached.stderr
 
 
 def test_a_folder_is_never_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
