@@ -204,8 +204,10 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has matrix units for bfloat16; without, float32 is the faster one."""
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    """Whether this CPU has instructions for products of bfloat16; without, float32 is the faster
+    one."""
+    return any(getattr(torch.cpu, f"_is_{kind}_supported", lambda: False)()
+               for kind in ("amx_tile", "avx512_bf16"))
 
 
 def read_run(run: Path) -> argparse.Namespace:

@@ -95,8 +95,9 @@ def _samples(batches: Iterable[Batch], held: bool) -> Iterator[Batch]:
     """The held-out rows of batches, or the others."""
     seen = 0
     for batch in batches:
-        rows = (torch.arange(seen, seen + len(batch[0])) % HOLD == 1) == held
+        rows = torch.arange(seen, seen + len(batch[0]), device=batch[0].device)
         seen += len(rows)
+        rows = (rows % HOLD == 1) == held
         if rows.any():
             yield [t[rows] for t in batch]
 

@@ -128,6 +128,10 @@ def run_cell(args: argparse.Namespace, cell: Cell, tick: Callable[[float], Any])
         fcntl.flock(lock, fcntl.LOCK_EX)
         if finished(folder):
             return
+        # Before training all cells of the same data answer alike: the first one is asked.
+        base = data_folder(args, cell.seed).with_suffix(".before.json")
+        if cell.strategy and base.exists() and not (folder / "before.json").exists():
+            shutil.copy(base, folder / "before.json")
         spent, begun, start = seconds_of(folder) or 0.0, time.monotonic(), log.tell()
         child = subprocess.Popen(command(args, cell, folder), stdout=log, stderr=subprocess.STDOUT,
                                  start_new_session=True, pass_fds=(lock.fileno(),))
@@ -150,6 +154,8 @@ def run_cell(args: argparse.Namespace, cell: Cell, tick: Callable[[float], Any])
                                f"({folder / 'output.txt'})")
         if child.returncode:
             write_json(folder / "diverged.json", said)
+        if cell.strategy and not base.exists():
+            write_json(base, read_json(folder / "before.json"))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

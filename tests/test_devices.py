@@ -1,0 +1,74 @@
+"""One code path for all devices: what the CPU gives, on a device that refuses the CPU's tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minismoe.files import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot have a device made in Python")
+
+
+def script(name: str, *args: object) -> str:
+    """What a script prints that may use the other device."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "other_device.py"), str(ROOT / name),
+         *map(str, args)], text=True, capture_output=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_the_device_refuses_what_real_ones_refuse(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("""
+import torch
+x = torch.ones(2, 2, device="other", requires_grad=True)
+(x @ x).relu().sum().backward()
+print(x.grad.device, x.grad.tolist(), (x + torch.tensor(1.0)).cpu().device)
+for y in (torch.ones(2, 2), torch.tensor([0])):
+    for mixed in (lambda: x + y, lambda: x[y.long()]):
+        try:
+            mixed()
+            print("mixed")
+        except RuntimeError as e:
+            print(e)
+""")
+    said = script(str(tmp_path / "x.py")).splitlines()
+    assert said[0] == "other:0 [[4.0, 4.0], [4.0, 4.0]] cpu"
+    assert said[1:] == [f"aten::{name} is given tensors of other and of cpu"
+                        for name in ("add", "index")] * 2
+
+
+@pytest.mark.parametrize("flags", ["--batch-size 4", "--base-bits 8 --recompute "
+                                   "--batch-size auto"])
+def test_a_run_is_the_same_as_on_the_cpu(inputs: list[str], tmp_path: Path, flags: str) -> None:
+    for device in ("cpu", "other"):
+        script("train.py", *inputs, "--samples", 4, "--epochs", 2, *flags.split(), "--dtype",
+               "float32", "--device", device, "--out", tmp_path / device)
+    cpu, other = (load_file(tmp_path / d / "adapter" / "adapter.safetensors")
+                  for d in ("cpu", "other"))
+    assert cpu.keys() == other.keys() and any(v.abs().max() > 1e-3 for v in cpu.values())
+    for name, value in cpu.items():
+        assert torch.allclose(other[name], value, rtol=0, atol=1e-5), name
+    cpu, other = (read_json(tmp_path / d / "sensitivity.json")["tasks"] for d in ("cpu", "other"))
+    for task, found in cpu.items():
+        assert other[task]["scores"] == pytest.approx(found["scores"], rel=1e-5)
+
+
+def test_freezing_and_healing_stay_on_the_device(inputs: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script("train.py", *inputs, "--samples", 4, "--epochs", 1, "--dtype", "float32",
+           "--device", "other", "--out", run)
+    said = script("export.py", run, "--device", "other", "--routing", "auto", "--heal", 2,
+                  "--target", "portable", "--precision", "fp32", "--out", tmp_path / "export")
+    assert (tmp_path / "export" / "model.onnx").is_file(), said
