@@ -204,12 +204,12 @@ def gather(model: nn.Module, group: Sequence[Mapping[str, ExpertLinear]], batche
 @torch.no_grad()
 def solve(readers: Mapping[str, ExpertLinear], fitting: Moments, held: Moments,
           ) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the matrices that read one input, from its sums; in float64."""
-    fitting, held = ({key: s.double() for key, s in sums.items()} for sums in (fitting, held))
+    """{kind: {module: Fit}} of the matrices that read one input, from its sums."""
+    fitting, held = ({key: _wide(s) for key, s in sums.items()} for sums in (fitting, held))
     best = {}
     for name, layer in readers.items():
         mean, gates = constant_gates(layer, name, fitting)
-        A = layer.lora_A.double()
+        A = _wide(layer.lora_A)
         best[name] = {kind: ((A * c[:, None, None]).flatten(0, 1), kind)
                       for kind, c in (("mean", mean), ("gates", gates)) if c is not None}
         best[name].setdefault("gates", best[name]["mean"])
@@ -226,7 +226,7 @@ def solve(readers: Mapping[str, ExpertLinear], fitting: Moments, held: Moments,
         plain, added = exact(layer), (_gram(layer) * held[name, "G"]).sum()
         share = (layer.scaling ** 2 * added / held[name, "y"].clamp(min=1e-30)).item()
         for kind, (A, used) in best[name].items():
-            found[kind][name] = Fit(A.to(plain.lora_A.dtype), plain.lora_B, used,
+            found[kind][name] = Fit(A.to(plain.lora_A), plain.lora_B, used,
                                     losses[name][kind], share)
     return found
 
@@ -234,7 +234,7 @@ def solve(readers: Mapping[str, ExpertLinear], fitting: Moments, held: Moments,
 def constant_gates(layer: ExpertLinear, name: str, sums: Moments) -> tuple[Tensor, Tensor | None]:
     """Mean gates (E,) and those of least squares (E,), None where their system is singular."""
     E, r, _ = layer.lora_A.shape
-    A, K = layer.lora_A.flatten(0, 1).double(), _gram(layer)
+    A, K = _wide(layer.lora_A.flatten(0, 1)), _gram(layer)
     M, P = sums["", "M"], sums[name, "P"]
 
     def blocks(x: Tensor) -> Tensor:
@@ -265,8 +265,13 @@ def linear(starts: Mapping[str, Tensor], sums: Moments, ridge: float) -> dict[st
 
 def _gram(layer: ExpertLinear) -> Tensor:
     """B B^T (R, R): with it, products of what B maps are sums over what it reads."""
-    B = layer.lora_B.flatten(0, 1).double()
+    B = _wide(layer.lora_B.flatten(0, 1))
     return B @ B.T
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x as float64; on the CPU, as not every device has that."""
+    return x.cpu().double()
 
 
 def residual(layer: ExpertLinear, name: str, A: Tensor, sums: Moments) -> float:

@@ -4,7 +4,7 @@
 
 PyTorch sees those tensors on a device of their own, and an operator that is given some of them and
 some of the CPU's raises, as it would on CUDA or MPS. (Those forgive an index on the CPU; this one
-does not.) Kernels, memory and random numbers are the CPU's.
+does not.) It has no float64, like MPS. Kernels, memory and random numbers are the CPU's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Other(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> Other:
+        if raw.dtype == torch.float64:
+            raise TypeError("other has no float64")
         made = Tensor._make_wrapper_subclass(
             cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(),
             dtype=raw.dtype, device="other:0")

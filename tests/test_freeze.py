@@ -260,7 +260,8 @@ def test_groups_of_a_small_budget_give_the_same(kind: str) -> None:
     whole = fit(model, tasks(), progress=passes.append)
     assert sum(passes) == 48                       # 2 tasks of 3 batches of 8 samples, once
     passes.clear()
-    same(whole, fit(model, tasks(), memory=1, progress=passes.append), rtol=0, atol=0)
+    # Layers that no hook watches are computed together, which may round otherwise.
+    same(whole, fit(model, tasks(), memory=1, progress=passes.append), rtol=0, atol=1e-12)
     assert sum(passes) == 48 * 8                   # (q, k), o, (gate, up), down of 2 layers
 
 
