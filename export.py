@@ -27,9 +27,9 @@ from tqdm import tqdm
 from minismoe import cli, flags, layouts, verify
 from minismoe.checkpoint import MERGED, load_adapter, load_model, resolve, versions, weights
 from minismoe.data import Example, Task, probe_batches
-from minismoe.evaluate import evaluate
+from minismoe.evaluate import answer_prompts, evaluate
 from minismoe.experts import ExpertLinear, expert_layers, linear_layers
-from minismoe.files import new_folder, read_json, replacing, write_json
+from minismoe.files import must_be_new, new_folder, read_json, replacing, write_json
 from minismoe.freeze import KINDS, Fit, fit, merge, merged
 from minismoe.graph import (
     PRECISIONS,
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--static", type=static, metavar="BxTxP", help="fixed sizes for accelerators: prompts, "
         "tokens a step, past positions; needs --target portable")
     add("--context", type=flags.positive, metavar="TOKENS", help="positions of the graph (default: "
-        "what the model was made for, at most 2048)")
+        "what the model was made for, at most 2048, or what the test lines need)")
     add("--check", type=flags.positive, default=8, metavar="N",
         help="prompts on which the export must say what PyTorch does (default: %(default)s)")
     group = parser.add_argument_group("where it runs")
@@ -106,12 +106,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.run and args.model:
         parser.error("RUN names its base itself: give RUN or --model")
-    if args.layout in ("peft", "hf") and (args.static or args.target == "portable"):
-        parser.error(f"--layout {args.layout} holds no graph: --target and --static mean nothing")
+    if args.layout in ("peft", "hf") and (args.static or args.target == "portable"
+                                          or args.precision != "fp32"):
+        parser.error(f"--layout {args.layout} holds no graph: --target, --static and --precision "
+                     "mean nothing")
     if args.static and args.target != "portable":
         parser.error("--static needs --target portable")
     if args.static and args.layout != "onnx" or args.target == "portable" and args.layout == "web":
         parser.error("--layout genai and web take graphs of varying sizes, web those of target ort")
+    if args.routing == "dynamic" and not args.table and (args.task or args.heal or args.prompts):
+        parser.error("--routing dynamic freezes nothing: leave out --task, --heal and --prompts")
+    if args.adapters and args.routing != "merge":
+        parser.error("--adapters freezes every matrix: leave out --routing")
     if args.adapters and (args.layout not in ("onnx", "genai") or args.task or args.model):
         parser.error("--adapters holds every task of a run, in layout onnx or genai")
     if args.layout in ("peft", "hf") and args.routing in ("dynamic", "auto"):
@@ -142,6 +148,10 @@ class Source:
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     source = load(args)
+    kind = args.task or ("adapters" if args.adapters else args.routing)
+    out = Path(args.out or source.run / "export" / f"{kind}-{args.layout}-{args.precision}")
+    if not args.table:
+        must_be_new(out)
 
     # Freeze the routing: one fit for all tasks together ("") and one for each.
     fits: Mapping[str, Fits] = {"": {}}
@@ -152,8 +162,6 @@ def main(argv: Sequence[str]) -> None:
         return
 
     # Write the folder under another name; it gets its own once it was seen to work.
-    kind = args.task or ("adapters" if args.adapters else args.routing)
-    out = Path(args.out or source.run / "export" / f"{kind}-{args.layout}-{args.precision}")
     with new_folder(out) as folder:
         tokenizer = layouts.copy_base_files(source.base, folder, args.layout != "onnx")
         info: dict[str, Any] = {
@@ -207,9 +215,15 @@ def load(args: argparse.Namespace) -> Source:
         device, dtype = cli.device_and_dtype(args)
         inputs = cli.Inputs(load_model(base, dtype, device), load_tokenizer(base), [], {})
     longest = inputs.model.config.max_position_embeddings
-    args.context = args.context or min(2048, longest)
+    prompts = some_prompts(inputs, args.check) + [
+        p for task in inputs.tasks for p in answer_prompts(inputs.tokenizer, task, longest)]
+    needed = min(longest, max(map(len, prompts)) + verify.TOKENS)
+    args.context = args.context or min(longest, max(2048, needed))
     if args.context > longest:
         raise ValueError(f"--context {args.context}: the model was made for {longest} positions")
+    if args.context < needed:
+        raise ValueError(f"--context {args.context}: the texts that the export is checked with "
+                         f"need {needed}")
     return Source(run, base, name or "the embedded default", inputs)
 
 

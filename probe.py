@@ -33,7 +33,11 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
 
-    inputs, run = cli.load_inputs(args), Path(args.out)
+    run = Path(args.out)
+    if (run / "config.json").exists():
+        raise FileExistsError(f"{run} is a run of train.py, whose allocation it is to keep: choose "
+                              "another --out")
+    inputs = cli.load_inputs(args)
     with cli.working_in(run, f"python probe.py {shlex.join(argv)}"):
         scores = cli.measure(args, inputs, run)
         allocation = cli.choose(args, scores)

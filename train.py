@@ -233,7 +233,7 @@ def describe(inputs: cli.Inputs, allocation: Allocation, trainable: int) -> None
 def score(inputs: cli.Inputs, when: str, micro: int) -> dict[str, Accuracy]:
     """Exact match on every task's test split, with a bar; `micro` says how much fits at once."""
     with tqdm(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
-              unit="answer") as bar:
+              unit="answer", disable=distributed.rank() > 0) as bar:
         return {t.name: evaluate(inputs.model, inputs.tokenizer, t, min(32, 2 * micro), bar.update)
                 for t in inputs.tasks}
 

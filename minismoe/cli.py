@@ -27,7 +27,6 @@ from .checkpoint import load_model, read_config, resolve
 from .data import Batch, Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
 from .experts import linear_layers
 from .files import inside, read_json
-from .flags import positive
 from .loss import IGNORE
 from .model import CausalLM
 from .report import clean, table, terminal_heatmap
@@ -197,7 +196,7 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
                        else "mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(args.device)
     if args.dtype == "auto":
-        fast = (torch.cuda.is_bf16_supported() if device.type == "cuda"
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
                 else device.type == "cpu" and _multiplies_bfloat16())
         args.dtype = "bfloat16" if fast and args.model is not None else "float32"
     return device, getattr(torch, args.dtype)
@@ -296,13 +295,13 @@ def measure(args: argparse.Namespace, inputs: Inputs, run: Path) -> Scores:
     earlier one, of the same model, data and samples, ended.
     """
     auto = args.samples == "auto"
-    wanted, size = AUTO_START if auto else positive(args.samples), probe_batch(args)
+    wanted, size = AUTO_START if auto else args.samples, probe_batch(args)
     pools = {name: random.Random(args.seed).sample(e.examples, len(e.examples))
              for name, e in inputs.encoded.items()}
     most = min(AUTO_MOST if auto else wanted, max(map(len, pools.values())))
     with distributed.one_first():        # which may remove what another probe left
         kept = Norms(run, inputs.identity | {
-            f"--{flag}": getattr(args, flag) for flag in ("samples", "seed", "dtype")})
+            f"--{flag}": getattr(args, flag) for flag in ("samples", "seed", "dtype", "base_bits")})
     scores, done = probe(inputs.model, {}), 0
 
     def norms(item: tuple[str, Batch]) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 from .data import Task
 from .distributed import anywhere, spread
 from .model import CausalLM
-from .tokenizer import Tokenizer
+from .tokenizer import Message, Tokenizer
 from .tokens import Cache
 
 
@@ -101,18 +102,18 @@ def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, batch_size: int 
 def exact_match(tokenizer: Tokenizer, task: Task, context: int,
                 complete: Callable[[list[list[int]], int], list[list[int]]]) -> Accuracy:
     """Exact match on the test split: the answer of complete(prompts, limit), tokens in and out,
-    equals the last assistant turn.
+    equals the last assistant turn, as the chat template writes it.
 
     White space around both is not compared. Generation may run a little longer than the longest
     reference, so that an answer that goes on is wrong and not cut to be right. Raises as
     `answer_prompts` does.
     """
     prompts = answer_prompts(tokenizer, task, context)
-    expected = [m[-1]["content"].strip() for m in task.test]
-    limit = max(len(tokenizer.encode(e)[0]) for e in expected) + 4
-    result = Accuracy(0, len(expected))
-    for messages, reference, tokens in zip(task.test, expected, complete(prompts, limit)):
-        given = tokenizer.decode(tokens).strip()
+    answers = [answer_tokens(tokenizer, m) for m in task.test]
+    limit = max(map(len, answers)) + 4
+    result = Accuracy(0, len(answers))
+    for messages, answer, tokens in zip(task.test, answers, complete(prompts, limit)):
+        given, reference = (tokenizer.decode(t).strip() for t in (tokens, answer))
         result.right.append(int(given == reference))
         if given == reference:
             result.correct += 1
@@ -120,6 +121,17 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
             result.wrong.append((messages[-2]["content"] if len(messages) > 1 else "",
                                  reference, given))
     return result
+
+
+def answer_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Tokens of the last turn up to its end, with what a template adds to it (as an empty
+    <think> of Qwen3's)."""
+    whole = tokenizer.render(messages)
+    start = tokenizer.render(messages[:-1], add_generation_prompt=True)
+    added = whole.startswith(start)
+    ids = tokenizer.encode(whole[len(start):] if added else messages[-1]["content"])[0]
+    stops = set(tokenizer.stop_ids)
+    return list(itertools.takewhile(lambda i: i not in stops, ids))
 
 
 def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[int]]:

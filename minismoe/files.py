@@ -38,11 +38,16 @@ def replacing(path: Path | str) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)           # nothing, once it was renamed
 
 
+def must_be_new(path: Path) -> None:
+    """FileExistsError where there is something of that name."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: choose another name, or remove it")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, which is not there yet: it becomes `path`, or is gone."""
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: choose another name, or remove it")
+    must_be_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:

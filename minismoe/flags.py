@@ -41,8 +41,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the probe and of `allocate`."""
     group = parser.add_argument_group("probe and allocation")
-    group.add_argument("--samples", default="32", metavar="N|auto", help="training examples a task "
-                       "to probe (default: 32); auto doubles them until --overlap is reached")
+    group.add_argument("--samples", type=positive_or_auto, default=32, metavar="N|auto",
+                       help="training examples a task to probe (default: 32); auto doubles them "
+                       "until --overlap is reached")
     group.add_argument("--overlap", type=share, default=0.95, metavar="F", help="split-half "
                        "overlap of the selected matrices that auto aims at (default: 0.95)")
     group.add_argument("--strategy", choices=STRATEGIES, default="votes",

@@ -270,8 +270,8 @@ def _gram(layer: ExpertLinear) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x as float64; on the CPU, as not every device has that."""
-    return x.cpu().double()
+    """x as float64; but for CUDA on the CPU, as not every device has that."""
+    return x.double() if x.device.type == "cuda" else x.cpu().double()
 
 
 def residual(layer: ExpertLinear, name: str, A: Tensor, sums: Moments) -> float:

@@ -90,7 +90,8 @@ def settle_micro_batch(args: argparse.Namespace) -> None:
         print(f"--micro-batch-size {args.micro_batch_size} of {args.batch_size} fits")
     if args.memory and torch.device(args.device).type == "cuda":   # training halves what overflows
         total = torch.cuda.get_device_properties(args.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory / total), args.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory / total),
+                                                   torch.device(args.device).index)
 
 
 def largest_fitting(args: argparse.Namespace, p: Prospect) -> int:

@@ -112,7 +112,9 @@ class Tokenizer:
         return templates.render(self.template, {
             "messages": [dict(m) for m in messages], "bos_token": self.bos, "eos_token": self.eos,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None, "documents": None})                   # as transformers has them
+            "tools": None, "documents": None,                    # as transformers has them
+            # Llama 3's day where no clock is: with today's, a run would not go on tomorrow.
+            "date_string": "26 Jul 2024"})
 
     def _turn_end(self) -> set[int]:
         """The special token that closes an assistant's turn in the template, if one does."""

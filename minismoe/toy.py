@@ -15,10 +15,8 @@ import hashlib
 import os
 import random
 import re
-import shutil
 import string
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Example, Task, collate
-from .files import replacing, write_json
+from .files import new_folder, replacing, write_json
 from .loss import IGNORE, supervised_losses
 from .model import Attention, CausalLM, Config
 from .tokenizer import Message
@@ -202,18 +200,13 @@ def base_folder(*, _steps: int = STEPS) -> Path:
     if folder.is_dir():
         return folder
     model = _pretrain(_steps)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_json(temporary / "config.json", CONFIG)
-        with replacing(temporary / "model.safetensors") as file:
-            save_file({name: p.detach().contiguous() for name, p in model.named_parameters()},
-                      file, metadata={"format": "pt"})
-        temporary.chmod(0o755)                       # mkdtemp's is for one user only
-        temporary.rename(folder)
+        with new_folder(folder) as temporary:
+            write_json(temporary / "config.json", CONFIG)
+            with replacing(temporary / "model.safetensors") as file:
+                save_file({name: p.detach().contiguous() for name, p in model.named_parameters()},
+                          file, metadata={"format": "pt"})
     except OSError:
         if not folder.is_dir():                      # else another process was faster
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder

@@ -83,6 +83,9 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     if resume:
         with distributed.one_first():    # which may remove a damaged one
             state = load_checkpoint(run, parameters, optimizer, order) or state
+        if len(set(distributed.gather(state["step"]))) > 1:
+            raise ValueError(f"the processes do not see the same checkpoints: {run} must be a "
+                             "folder that they share")
     else:
         distributed.once(discard, run, "step")
     begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
@@ -97,11 +100,14 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
                 group["lr"] = learning_rate(step, len(batches), cfg)
             line = step_that_fits(model, batches[step], cfg, pad_id, step)
             distributed.sum_gradients(parameters.values())
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.max_grad_norm).item()
+            if not math.isfinite(norm):
+                raise ArithmeticError(f"the loss is {line['loss']} at step {step + 1}, but its "
+                                      f"gradient {norm}: try a lower --lr, or --dtype float32")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             now = time.perf_counter()
-            line |= {"lr": group["lr"], "grad_norm": round(norm.item(), 5),
+            line |= {"lr": group["lr"], "grad_norm": round(norm, 5),
                      "tokens_per_second": round(line["tokens"] / (now - start), 1)}
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()

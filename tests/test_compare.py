@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from minismoe import toy
 from minismoe.allocate import allocate
 from minismoe.data import Task
+from minismoe.files import read_json
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 compare = pytest.importorskip("compare")         # it locks as only Unix can
@@ -245,11 +247,17 @@ def test_a_cell_goes_on_diverges_or_fails(args, monkeypatch, tmp_path) -> None:
     with pytest.raises(RuntimeError, match="no space left"):
         compare.run_cell(args, cell, print)
     assert not compare.finished(folder)
+    (folder / "before.json").write_text("{}")          # as train.py leaves it
     script("import sys; print('in a buffer'); sys.exit('error: the loss is nan at step 3')")
     compare.run_cell(args, cell, print)
     assert compare.finished(folder) and (folder / "diverged.json").exists()
     compare.run_cell(args, cell, print)                # and is not tried again
     assert (folder / "output.txt").read_text().count("at step 3") == 1
+    other = replace(cell, strategy="lora")
+    with pytest.raises(RuntimeError):                  # its base has answered already
+        script("import sys; sys.exit('error: no space left')")
+        compare.run_cell(args, other, print)
+    assert read_json(args.out / other.name / "before.json") == {}
     monkeypatch.undo()
     (folder / "config.json").write_text("{}")
     assert compare.command(args, cell, folder)[2:] == ["--resume", "--out", str(folder)]

@@ -154,7 +154,7 @@ def run_cell(args: argparse.Namespace, cell: Cell, tick: Callable[[float], Any])
                                f"({folder / 'output.txt'})")
         if child.returncode:
             write_json(folder / "diverged.json", said)
-        if cell.strategy and not base.exists():
+        if not base.exists() and (folder / "before.json").exists():
             write_json(base, read_json(folder / "before.json"))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
