@@ -34,7 +34,7 @@ from minismoe import cli  # noqa: E402
 SHORT = ("--limit-train 24 --limit-test 6 --epochs 2 --batch-size 8 --samples 16 "
          "--checkpoint-every 2").split()
 SAME = ("allocation.json", "sensitivity.json", "answers.json", "adapter/adapter.json",
-        "adapter/adapter.safetensors")
+        "adapter/adapter.safetensors", "before.json", "routers.json", "routers.svg")
 PHASES = (("results.json", "finished"), ("answers.json", "writing results"),
           ("adapter/adapter.json", "evaluating after"), ("metrics.jsonl", "training"),
           ("before.json", "begins training"), ("allocation.json", "evaluating before"),
@@ -105,6 +105,9 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
          if k != "seconds"} for folder in (run, undisturbed)])
     bad += ["metrics.jsonl"] * (metrics[0] != metrics[1])
     bad += ["results.json"] * (results[0] != results[1])
+    held = [{str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+            for folder in (run, undisturbed)]
+    bad += [f"{name}, which one of them lacks" for name in sorted(held[0] ^ held[1])]
     return bad + [f"{p} is left" for p in run.rglob("*.tmp")]
 
 

@@ -24,6 +24,7 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
+used = 0                                     # operators that the device was asked for
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::_foreach_copy_")       # between devices
 
 
@@ -75,6 +76,8 @@ def run(op: Any, args: Sequence, kwargs: Mapping[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu") if here else device}
     if name == "aten::_fused_sdp_choice" and here:
         return 0                             # attention in plain operators: no kernel is fused
+    global used
+    used += here
     given = {id(raw(x)): x for x in tensors}             # what is changed in place stays itself
 
     def placed(x: Any) -> Any:
@@ -127,4 +130,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     install()
     with Watch():
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        finally:
+            print(f"{used} operators on other", file=sys.stderr)

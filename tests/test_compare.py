@@ -223,12 +223,12 @@ def test_intervals_hold_what_they_promise() -> None:
     """
     generator = torch.Generator().manual_seed(1)
     lines = torch.randn(1, 400, generator=generator, dtype=torch.float64)
-    for new_lines, value in (
-            (False, lines.expand(8, -1)),              # the same everywhere: 400 independent values
-            (True, torch.randn(8, 400, generator=generator, dtype=torch.float64))):      # 3200
+    for new_lines, slack, value in (
+            (False, 0.12, lines.expand(8, -1)),        # the same everywhere: 400 independent values
+            (True, 0.35, torch.randn(8, 400, generator=generator, dtype=torch.float64))):  # 3200
         mean, low, high = compare_report.intervals({"t": value}, new_lines)["mean"]
         expected = 1.96 / math.sqrt(3200 if new_lines else 400) * math.sqrt(8 / 7)
-        assert low < mean < high and (high - low) / 2 == pytest.approx(expected, rel=0.35)
+        assert low < mean < high and (high - low) / 2 == pytest.approx(expected, rel=slack)
     zero = compare_report.intervals({"t": torch.zeros(3, 5)}, False)
     assert zero == {"t": [0, 0, 0], "mean": [0, 0, 0]}
     spread = torch.tensor([[0.1], [0.2], [0.3]]).double()      # accuracies only: three seeds

@@ -26,6 +26,8 @@ def script(name: str, *args: object) -> str:
          *map(str, args)], text=True, capture_output=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-2000:]
+    used = int(run.stderr.splitlines()[-1].split()[0])
+    assert (used > 10) == ("cpu" not in args), "on which device?"
     return run.stdout
 
 
@@ -57,7 +59,8 @@ def test_a_run_is_the_same_as_on_the_cpu(inputs: list[str], tmp_path: Path, flag
                "float32", "--device", device, "--out", tmp_path / device)
     cpu, other = (load_file(tmp_path / d / "adapter" / "adapter.safetensors")
                   for d in ("cpu", "other"))
-    assert cpu.keys() == other.keys() and any(v.abs().max() > 1e-3 for v in cpu.values())
+    assert cpu.keys() == other.keys() and all(
+        v.abs().max() > 1e-3 for name, v in cpu.items() if name.endswith("lora_B"))
     for name, value in cpu.items():
         assert torch.allclose(other[name], value, rtol=0, atol=1e-5), name
     cpu, other = (read_json(tmp_path / d / "sensitivity.json")["tasks"] for d in ("cpu", "other"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -61,7 +62,9 @@ def far(a: Path, b: Path) -> float:
     """The largest difference of two runs' adapters."""
     first, second = (load_file(run / "adapter" / "adapter.safetensors") for run in (a, b))
     assert first.keys() == second.keys()
-    return max((first[n] - second[n]).abs().max().item() for n in first)
+    found = [(first[n] - second[n]).abs().max().item() for n in first]
+    assert all(map(math.isfinite, found))
+    return max(found)
 
 
 def read(file: Path) -> list[dict]:
@@ -138,9 +141,10 @@ def test_torchrun_ends_all_where_one_is_killed_and_more_go_on(inputs, one, tmp_p
                        "--checkpoint-every", "4", "--out", str(run))
     _, err = process.communicate(timeout=100)
     assert process.returncode not in (0, None) and "SIGKILL" in err
+    before = read(run / "metrics.jsonl")[:8]             # of before the checkpoint
     process = torchrun(3, str(ROOT / "train.py"), "--resume", "--out", str(run))
     assert process.communicate(timeout=100) and process.returncode == 0
-    assert far(one, run) < 1e-5
+    assert far(one, run) < 1e-5 and read(run / "metrics.jsonl")[:8] == before
 
 
 @pytest.mark.slow

@@ -63,12 +63,26 @@ def test_exact_match_needs_the_whole_answer(model: CausalLM, monkeypatch) -> Non
     def fake(model, prompts, limit, stops, batch_size, progress):
         texts = [tokenizer.decode(p) for p in prompts]
         assert all(t.endswith("Assistant:") for t in texts)
-        return [list(a.encode()) for q, a in answers.items() for t in texts if f": {q}\n" in t]
+        return [list(a.encode())[:limit] for q, a in answers.items()
+                for t in texts if f": {q}\n" in t]
 
     monkeypatch.setattr("minismoe.evaluate.generate", fake)
     result = evaluate(model, tokenizer, task)
     assert (result.correct, result.examples) == (2, 4)
-    assert [w[1:] for w in result.wrong] == [("yes", "yes it is"), ("yes", "")]
+    assert [w[1:] for w in result.wrong] == [("yes", "yes it i"), ("yes", "")]
+
+
+def test_the_answer_is_what_the_template_writes(model: CausalLM, monkeypatch) -> None:
+    """As Qwen3's, which puts an empty <think> before the last answer, to be generated too."""
+    template = ("{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }}\nA "
+                "{% else %}<think>\n\n</think>\n{{ m.content }}<|end|>{% endif %}{% endfor %}")
+    tokenizer = Tokenizer(ByteTokenizer(), template, "<|bos|>", "<|end|>", 258, [257])
+    task = Task("t", [], [[{"role": "user", "content": "two"},
+                           {"role": "assistant", "content": answer}] for answer in ("2", "yes")])
+    given = [list(b"<think>\n\n</think>\n2"), list(b"yes")]
+    monkeypatch.setattr("minismoe.evaluate.generate", lambda model, prompts, limit, *_: [
+        g[:limit] for g in given])
+    assert evaluate(model, tokenizer, task).right == [1, 0]
 
 
 def test_wilson_interval() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from safetensors import safe_open
@@ -65,6 +67,18 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         args += [str(tmp_path / "lines"), "--heal", "2", "--routing", "auto"]
     export.main([str(run), "--out", str(out), "--calibration", "16", "--check", "4", *args])
     info = json.loads((out / "export.json").read_text())
+    if args[:2] != ["--routing", "dynamic"]:
+        kinds = {f.kind for f in load_frozen(run / "adapter")[
+            info["arguments"]["task"] or ""].values()}
+        assert ("healed" in kinds) == ("--heal" in args)
+        assert not ("--fit" in args and "linear" in kinds)
+    for file in out.rglob("model*.onnx"):
+        graph = onnx.load(file, load_external_data=False).graph
+        blocks = {node.op_type for node in graph.node} & {"MatMulNBits", "DequantizeLinear"}
+        assert bool(blocks) == info["arguments"]["precision"].startswith("int")
+        beside = {"freeze", "dynamic", "auto"} & set(args)
+        stored = [t.name for t in graph.initializer if ".lora_A" in t.name]
+        assert bool(stored) == bool(beside) or info["routed"] == []
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {*info["files"], "export.json"}
     assert info["checked"] and not list(tmp_path.glob(".*.tmp"))
@@ -81,6 +95,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
             merge(model, load_frozen(run / "adapter")[info["arguments"]["task"] or ""],
                   info["routed"])
         (expected,) = generate(model, [PROMPT], 20, [257])
+        assert len(expected) > 3
         assert list(Generator(out, threads=1).generate(PROMPT, 20)) == expected
 
 
@@ -125,11 +140,20 @@ def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_number_is_refused(run: Path) -> None:
+    base = load_model(run.parent / "model")
+    for broken in (lambda p, t: verify.logits(base, p, t) * math.nan,
+                   lambda p, t: verify.logits(base, p, t) * (math.nan if len(p) == 9 else 1)):
+        with pytest.raises(ValueError, match="not what PyTorch computes"):
+            verify.compare(base, broken, [PROMPT[:8], PROMPT[:9], PROMPT], [257], "fp32")
+
+
 def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(FileExistsError, match="exists already"):
-        export.main([str(run), "--out", str(tmp_path / "out"), "--routing", "dynamic"])
+    for flags in ("--routing dynamic", "--heal 100000"):           # before any work
+        with pytest.raises(FileExistsError, match="exists already"):
+            export.main([str(run), "--out", str(tmp_path / "out"), *flags.split()])
     assert (tmp_path / "out" / "mine").read_text() == "x"
 
 
@@ -137,6 +161,10 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--static 1x1x8", "--static needs --target portable"),
     ("--static 1xtwo", "invalid static value"),
     ("--layout hf --routing dynamic", "knows no routing"),
+    ("--layout hf --precision int4", "holds no graph"),
+    ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
+    ("--routing dynamic --heal 3", "--routing dynamic freezes nothing"),
+    ("--adapters --routing auto", "--adapters freezes every matrix"),
     ("--layout web --target portable", "of target ort"),
     ("--layout peft --model x", "RUN or --model"),
     ("--task number --prompts x", "--prompts has no tasks"),
@@ -152,6 +180,7 @@ def test_wrong_usage(run: Path, flags: str, reason: str,
 @pytest.mark.parametrize("flags, reason", [
     ("--task none", "has no task 'none'; it has number, twice"),
     ("--context 4096", "made for 128 positions"),
+    ("--context 32", "need 4[0-9]$"),
     ("--prompts nowhere.txt", "nowhere.txt"),
 ])
 def test_errors(run: Path, flags: str, reason: str) -> None:

@@ -178,13 +178,14 @@ def test_every_matrix_its_own_experts(model: Callable[..., CausalLM], tmp_path: 
 @torch.no_grad()
 def test_equal_router_logits_choose_k_experts(model: Callable[..., CausalLM], tmp_path: Path,
                                               ) -> None:
-    """Not every expert that ties with the k-th: all experts are alike here, so any k will do."""
+    """Not every expert that ties with the k-th: those that tie are alike, so any one will do."""
     for target in ("ort", "portable"):
         m = model("llama")
         beside = mixed(m, lambda i, part: (4, 2))
         for name, layer in expert_layers(m).items():
-            layer.router.data.zero_()
-            layer.lora_A.data[:], layer.lora_B.data[:] = layer.lora_A[:1], layer.lora_B[:1].clone()
+            layer.router.data[1:] = 0
+            for p in (layer.lora_A, layer.lora_B):
+                p.data[1:] = p.data[1:2].clone()
             beside[name] = Mixture(layer.lora_A.detach(), layer.lora_B.detach(),
                                    layer.router.detach(), 2, layer.scaling)
         compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, target,
@@ -328,7 +329,7 @@ def test_a_tied_table_is_stored_once(model: Callable[..., CausalLM], tmp_path: P
     file = write(tmp_path / "m.onnx", m, target=target, precision=precision)
     others = sum(p.numel() for n, p in m.named_parameters() if "embed" not in n)
     table = 4 * m.lm_head.weight.numel() * share
-    assert table * 0.95 < Path(f"{file}.data").stat().st_size < table + 4 * others * share + 200_000
+    assert table * 0.95 < Path(f"{file}.data").stat().st_size < table + 4 * others * share + 100_000
 
 
 def test_external_data_and_names(model: Callable[..., CausalLM], tmp_path: Path) -> None:

@@ -103,8 +103,11 @@ def test_goes_on_from_what_was_read(folders, kind) -> None:
 def test_long_prompts_go_in_chunks(generator, monkeypatch) -> None:
     whole = list(generator.generate(PROMPTS[2], 8))
     generator.reset()
+    sizes, step = [], generator.step
     monkeypatch.setattr("minismoe.runtime.CHUNK", 7)
+    monkeypatch.setattr(generator, "step", lambda rows: sizes.append(len(rows[0])) or step(rows))
     assert list(generator.generate(PROMPTS[2], 8)) == whole
+    assert len(PROMPTS[2]) == 33 and sizes[:6] == [7, 7, 7, 7, 5, 1]
 
 
 def test_stops(generator, monkeypatch) -> None:
@@ -237,7 +240,7 @@ BARE = """
 import re, runpy, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "onnx", "safetensors", "tokenizers", "tqdm"):
+        if name.split(".")[0] in ("torch", "onnx", "safetensors", "tokenizers", "tqdm", "jinja2"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
 sys.argv = ["runtime", *sys.argv[1:]]

@@ -88,9 +88,14 @@ def test_a_process_that_was_killed_is_replaced() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no process groups")
 def test_ctrl_c_does_not_end_it() -> None:
-    templates.render(GOOD, VALUES)
-    templates.start().send_signal(signal.SIGINT)
-    first = templates.start()
+    templates.stop()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a job's child ignores it
+    try:
+        templates.render(GOOD, VALUES)
+        first = templates.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    first.send_signal(signal.SIGINT)
     assert templates.render(GOOD, VALUES) == "hi" and templates.start() is first
 
 
@@ -98,9 +103,12 @@ def test_ctrl_c_does_not_end_it() -> None:
 def test_a_forked_child_starts_its_own() -> None:
     first = templates.start()
     if (child := os.fork()) == 0:
-        own = templates.render(GOOD, VALUES) == "hi" and templates.start() is not first
-        templates.stop()
-        os._exit(not own)
+        own = False
+        try:
+            own = templates.render(GOOD, VALUES) == "hi" and templates.start() is not first
+            templates.stop()
+        finally:
+            os._exit(not own)
     assert os.waitpid(child, 0)[1] == 0 and templates.start() is first
 
 

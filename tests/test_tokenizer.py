@@ -322,10 +322,13 @@ def test_the_pad_token(bpe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("generate", [False, True])
-def test_the_default_template_needs_no_jinja(generate: bool) -> None:
+def test_the_default_template_needs_no_jinja(generate: bool,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
     turns = [("system", "Be {{ brief }}."), ("user", "a\n"), ("assistant", "b"), ("user", "")]
     messages = [{"role": role, "content": content} for role, content in turns]
     by_jinja = Tokenizer(ByteTokenizer(), DEFAULT_TEMPLATE, "<|bos|>", "<|end|>")
+    expected = by_jinja.render(messages, generate)
+    monkeypatch.setattr("minismoe.templates.render", lambda *_: pytest.fail("asked for jinja"))
     plain = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
-    assert plain.render(messages, generate) == by_jinja.render(messages, generate)
+    assert plain.render(messages, generate) == expected
     assert plain.stop_ids == by_jinja.stop_ids == [257]

@@ -134,9 +134,9 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(tmp_path, dtype, monkeypatc
     monkeypatch.setattr(training, "train_step", interrupting)
     with pytest.raises(Interrupted, match="step 7 of 18"):
         train(tiny(dtype=dtype), examples(), cfg, tmp_path / "cut", pad_id=0)
-    monkeypatch.setattr(training, "train_step", step)
     resumed = tiny(dtype=dtype)
     train(resumed, examples(), cfg, tmp_path / "cut", pad_id=0, resume=True)
+    assert len(calls) == 18                              # it did not begin anew
     for (name, a), (_, b) in zip(straight.named_parameters(), resumed.named_parameters()):
         assert torch.equal(a, b), name
     losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
@@ -150,6 +150,22 @@ def test_not_finite_loss_names_step_and_batch(tmp_path) -> None:
         model.model.norm.weight.fill_(math.nan)
     with pytest.raises(ArithmeticError, match=r"nan at step 1, on the training lines .*[ab] \d+"):
         train(model, examples(4), TrainConfig(batch_size=4), tmp_path, pad_id=0)
+
+
+def test_not_finite_gradient_is_not_stepped(tmp_path, monkeypatch) -> None:
+    import minismoe.training as training
+    model, step = tiny(), training.train_step
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def overflows(model: CausalLM, *args):
+        line = step(model, *args)
+        next(p for p in model.parameters() if p.requires_grad).grad[0] = math.inf
+        return line
+
+    monkeypatch.setattr(training, "train_step", overflows)
+    with pytest.raises(ArithmeticError, match=r"at step 1, but its gradient inf"):
+        train(model, examples(4), TrainConfig(batch_size=4), tmp_path, pad_id=0)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_another_allocation_is_not_resumed(tmp_path) -> None:
