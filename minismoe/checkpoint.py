@@ -1,4 +1,7 @@
-"""Models in and out: Hugging Face checkpoints, hub names, and adapters."""
+"""Models in and out: Hugging Face checkpoints, hub names, and adapters.
+
+The checkpoints of a training run are in resume.py.
+"""
 
 from __future__ import annotations
 
@@ -243,20 +246,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
         if meta.get("sha256", digest := sha256(file)) != digest:
             raise ValueError(f"{file} is damaged: its hash is not that of adapter.json")
         add_experts(model, allocation)
-        _fill(model, f)
+        for name, parameter in _parameters(model).items():
+            parameter.data.copy_(f.get_tensor(name))
     return allocation
-
-
-def load_experts(model: nn.Module, file: Path) -> None:
-    """Copy adapter tensors from `file` into the experts that `model` has."""
-    with _experts(file, {n: p.shape for n, p in _parameters(model).items()}) as f:
-        _fill(model, f)
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, file: Any) -> None:
-    for name, parameter in _parameters(model).items():
-        parameter.copy_(file.get_tensor(name))
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -25,9 +25,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
     group.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto (default)")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                       help="of the frozen weights and activations; experts, routers and norms "
-                       "compute in float32 anyway. auto: bfloat16 where the device multiplies it "
-                       "in hardware, and float32 for the tiny model")
+                       help="of the frozen weights and activations; experts are held, and "
+                       "routers and norms computed, in float32 anyway. auto: bfloat16 where the "
+                       "device multiplies it in hardware, and float32 for the tiny model")
     group.add_argument("--shard", action="store_true", help="under torchrun (torch 2.8): each "
                        "process holds a part of the frozen blocks, for models too large for one "
                        "device; slower")
@@ -61,7 +61,8 @@ def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-experts", type=int, default=0, metavar="N",
                        help="experts that every matrix gets at least (default: 0)")
     group.add_argument("--max-experts", type=positive, metavar="N",
-                       help="experts a matrix gets at most (default: as many as tasks)")
+                       help="experts a matrix gets at most (default: as many as tasks for "
+                       "votes and random; not for lora and ranks, whose experts are one)")
     group.add_argument("--rank", type=positive, default=8, help="of each expert (default: 8)")
     group.add_argument("--alpha", type=float, help="an expert's output is scaled by alpha / rank "
                        "(default: twice the rank)")
