@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import export
 import probe
 import train
-from minismoe.cli import run
+from minismoe.cli import device_and_dtype, run
 from minismoe.plan import resident
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +93,27 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
 
     code, _, err = finish(train.main, *inputs, "--out", str(out_dir), capsys=capsys)
     assert code == 1 and "holds a run already" in err
+    code, _, err = finish(probe.main, *inputs, "--out", str(out_dir), capsys=capsys)
+    assert code == 1 and "is a run of train.py" in err
+    assert json.loads((out_dir / "allocation.json").read_text()) == allocation
+
+
+@pytest.mark.parametrize("units", [(), ("amx_tile",), ("avx512_bf16",), ("vnni",)])
+def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, units) -> None:
+    for unit in ("amx_tile", "avx512_bf16", "vnni"):
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda u=unit: u in units,
+                            raising=False)
+    args = train.parse([*inputs, "--device", "cpu"])
+    expected = torch.bfloat16 if {"amx_tile", "avx512_bf16"} & set(units) else torch.float32
+    assert device_and_dtype(args)[1] == expected
+
+
+@pytest.mark.parametrize("main", [train.main, probe.main])
+def test_samples_are_a_number_or_auto(inputs, tmp_path, capsys, main) -> None:
+    for wrong in ("0", "some"):
+        code, _, err = finish(main, *inputs, "--samples", wrong, "--out", str(tmp_path / "run"),
+                              capsys=capsys)
+        assert code == 2 and "--samples" in err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("bare", [False, True])
