@@ -422,15 +422,31 @@ def web_says(folder: Path, dtype: str = "") -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def web_folder(run: Run, web: Path) -> Path:
+    """The layout of transformers.js, of a merged run in three precisions."""
+    copy_base_files(run.base, web)
+    for precision, cache_type in (("fp32", "float32"), ("fp16", "float16"), ("int4", "float32")):
+        write_decoder(web / "model.onnx", run.merged.config, run.weight, {}, target="ort",
+                      precision=precision, context=CONTEXT)
+        write_web(web, precision, cache_type)
+    return web
+
+
+def test_a_web_folder_holds_graphs_that_open(any_run: Run, tmp_path: Path) -> None:
+    """Where there is no Node: each graph finds its data under its new name."""
+    web = web_folder(any_run, tmp_path / "web")
+    expected = [*any_run.tokens, load_tokenizer(any_run.base).stop_ids[-1]]
+    assert greedy(any_run, ort_step(session_of(web / "onnx/model.onnx"))) == expected
+    for name in ("model_fp16", "model_q4"):
+        assert session_of(web / f"onnx/{name}.onnx").get_outputs()[0].name == "logits"
+    config = json.loads((web / "config.json").read_text())["transformers.js_config"]
+    assert config["dtype"] == "q4" and config["kv_cache_dtype"]["fp16"] == "float16"
+
+
 @needs_node
 def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path) -> None:
     """Precisions in one folder: two are asked for by name, int4 is what the config says."""
-    web = tmp_path / "web"
-    tokenizer = copy_base_files(any_run.base, web)
-    for precision, cache_type in (("fp32", "float32"), ("fp16", "float16"), ("int4", "float32")):
-        write_decoder(web / "model.onnx", any_run.merged.config, any_run.weight, {}, target="ort",
-                      precision=precision, context=CONTEXT)
-        write_web(web, precision, cache_type)
+    web, tokenizer = web_folder(any_run, tmp_path / "web"), load_tokenizer(any_run.base)
     data = json.loads((web / "config.json").read_text())["transformers.js_config"][
         "use_external_data_format"]                  # Node finds the data without, a browser not
     assert {file.name for file in (web / "onnx").iterdir()} == {

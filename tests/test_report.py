@@ -129,7 +129,10 @@ def test_control_characters_reach_neither_terminal_nor_svg():
     assert clean("naïve 試験 ✓") == "naïve 試験 ✓"
 
 
-@given(st.text(), st.text(), st.floats(), st.booleans())
+ANY = st.text(st.characters(codec=None, exclude_categories=()))        # surrogates, too
+
+
+@given(ANY, ANY, st.floats(), st.booleans())
 def test_no_name_or_value_breaks_a_drawing(task, name, value, color):
     values = {f"model.layers.3.{name}": value, name: value, "model.layers.4.q_proj": 1.0}
     svg = allocation_svg({task: values}, {name: 2}, title=task)

@@ -275,10 +275,8 @@ def test_what_a_template_refuses_is_said() -> None:
     "{% import 'os' as os %}",
 ])
 def test_the_sandbox(template: str) -> None:
-    messages = [dict(USER)]
     with pytest.raises(ValueError, match="the chat template fails"):
-        tokenizer_of(template).render(messages)
-    assert messages == [USER]
+        tokenizer_of(template).render([dict(USER)])
 
 
 @pytest.mark.parametrize("name", ["__class__", "__class__.__init__", "__len__"])
