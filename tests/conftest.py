@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def random_hf(family: str, **changes: Any) -> Any:
             scale = 1.0 if "embed" in name else 1.5 / p.shape[1] ** 0.5
             p.data.normal_(std=scale, generator=generator)
     return model.eval()
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """SIGINT and SIGHUP as at a terminal; a job in the background, or nohup, has them ignored."""
+    fresh = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for name, handler in fresh.items()
+              if (number := getattr(signal, name, None))}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,10 @@ does not.) It has no float64, like MPS. Kernels, memory and random numbers are t
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,8 +131,16 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     install()
+    code: object = 0
     with Watch():
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
-        finally:
-            print(f"{used} operators on other", file=sys.stderr)
+        except SystemExit as e:
+            code = e.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    print(f"{used} operators on other", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(int(bool(code)))     # torch's threads for the device were seen to abort at an exit

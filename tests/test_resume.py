@@ -163,7 +163,8 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch) -> None:
     assert saved == [4, 8, 12]                    # 100 s each: the first step after 90 s
 
 
-def test_every_ending_signal_is_waited_for(inputs, tmp_path, capsys, monkeypatch) -> None:  # noqa: F811
+def test_every_ending_signal_is_waited_for(inputs, tmp_path, capsys,  # noqa: F811
+                                           monkeypatch, signals) -> None:
     run, step = tmp_path / "a run", training.train_step
     for saved, number in zip((2, 4, 6), resume.ENDING):
         calls: list[int] = []
@@ -184,7 +185,7 @@ def test_every_ending_signal_is_waited_for(inputs, tmp_path, capsys, monkeypatch
 
 
 @posix
-def test_a_closed_terminal_loses_nothing(inputs, tmp_path) -> None:  # noqa: F811
+def test_a_closed_terminal_loses_nothing(inputs, tmp_path, signals) -> None:  # noqa: F811
     """The terminal goes away, and with it what bars are drawn on."""
     import pty
     pid, terminal = pty.fork()

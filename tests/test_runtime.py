@@ -300,33 +300,29 @@ def test_chat(generator, folders) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT reaches whole consoles there")
-def test_interrupt_stops_the_answer_and_not_the_chat(model, tmp_path) -> None:
+def test_interrupt_stops_the_answer_and_not_the_chat(model, tmp_path, signals) -> None:
     endless = copy.deepcopy(model)
     for ids in (slice(10, 11), slice(256, None)):               # tied: no newline, and no end
         endless.model.embed_tokens.weight.data[ids] = 0
     folder = export(endless, tmp_path / "endless", context=1 << 18)
     program = [sys.executable, "-m", "minismoe.runtime", str(folder)]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a job's child ignores it
-    try:
-        with subprocess.Popen([*program, "--chat"], cwd=ROOT, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as chat:
-            for line in (b"hello\n", b"again\n"):
-                chat.stdin.write(line)
-                chat.stdin.flush()
-                assert chat.stdout.read(20)
-                chat.send_signal(signal.SIGINT)
-                while chat.stdout.read(1) != b"\n":             # of what was on its way
-                    pass
-            _, err = chat.communicate(b"/exit\n", timeout=30)
-        assert (chat.returncode, err) == (0, b"")
-        with subprocess.Popen([*program, "hello"], cwd=ROOT, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE) as single:
-            assert single.stdout.read(20)
-            single.send_signal(signal.SIGINT)
-            _, err = single.communicate(timeout=30)
-        assert (single.returncode, err) == (130, b"interrupted\n")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with subprocess.Popen([*program, "--chat"], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as chat:
+        for line in (b"hello\n", b"again\n"):
+            chat.stdin.write(line)
+            chat.stdin.flush()
+            assert chat.stdout.read(20)
+            chat.send_signal(signal.SIGINT)
+            while chat.stdout.read(1) != b"\n":             # of what was on its way
+                pass
+        _, err = chat.communicate(b"/exit\n", timeout=30)
+    assert (chat.returncode, err) == (0, b"")
+    with subprocess.Popen([*program, "hello"], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as single:
+        assert single.stdout.read(20)
+        single.send_signal(signal.SIGINT)
+        _, err = single.communicate(timeout=30)
+    assert (single.returncode, err) == (130, b"interrupted\n")
 
 
 def test_a_terminal_gets_no_control_characters(folders, monkeypatch) -> None:

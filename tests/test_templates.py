@@ -87,14 +87,10 @@ def test_a_process_that_was_killed_is_replaced() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no process groups")
-def test_ctrl_c_does_not_end_it() -> None:
-    templates.stop()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a job's child ignores it
-    try:
-        templates.render(GOOD, VALUES)
-        first = templates.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_ctrl_c_does_not_end_it(signals: None) -> None:
+    templates.stop()                         # it takes on what the signals were when it started
+    templates.render(GOOD, VALUES)
+    first = templates.start()
     first.send_signal(signal.SIGINT)
     assert templates.render(GOOD, VALUES) == "hi" and templates.start() is first
 
