@@ -14,7 +14,7 @@ def accuracy_svg(record: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(row["strategy"] for row in record["rows"]))
     rows = sorted(record["rows"], key=lambda row: (row["parameters"], names.index(row["strategy"])))
     ends = [100 * x for row in rows for x in row["accuracy"]["intervals"]["mean"]]
-    low, high = math.floor(min(ends)), math.floor(max(ends)) + 1
+    low, high = math.floor(min(ends)) - 1, math.floor(max(ends)) + 1      # numbers stand below
     first, last = rows[0]["parameters"], rows[-1]["parameters"]
     width, height = max(420.0, 110 + 16.0 * len(rows)), 200.0
 
