@@ -340,7 +340,7 @@ def run(fuzz: Fuzz, seed: int, number: int, debug: bool = False) -> tuple[str, b
         said = str(e)
         if debug:
             print(failure.line(e))
-        if not said or "\n" in said.strip():
+        if not said or "\n" in said.strip() or not failure.line(e).isprintable():
             problem = f"says {said[:300]!r}"
     except Exception as e:
         if debug:
