@@ -108,10 +108,10 @@ def test_the_search_validates_on_cases_that_nothing_else_holds() -> None:
 
 
 def test_the_defaults_validation_lines_are_in_no_final_test(tmp_path) -> None:
-    args = compare.parse(["--out", str(tmp_path)])
+    args = compare.parse(["--out", str(tmp_path), "--first-seed", "25"])
     folder = compare_cells.data_folder(args, SEARCH)
-    tests = {m[0]["content"] for s in range(compare_cells.TEST_SEEDS) for t in toy.tasks(s)
-             for m in t.test}
+    tests = {m[0]["content"] for s in range(25, 25 + compare_cells.TEST_SEEDS)
+             for t in toy.tasks(s) for m in t.test}
     for task in toy.TASKS:
         held = [json.loads(row)["messages"] for row in
                 (folder / task / "test.jsonl").read_text().splitlines()]
@@ -175,6 +175,15 @@ def test_time_left_comes_from_finished_cells(args, monkeypatch) -> None:
     cells = list(compare.all_cells(args))
     # 20 searches of 10 s, 24 final ones on a quarter more lines, and three probes.
     assert compare.time_left(args, cells) == pytest.approx(20 * 10 + 24 * 12.5 + 3 * 10)
+
+
+def test_final_seeds_may_begin_where_no_choice_was_made_by_them(args, capsys) -> None:
+    args.first_seed = 25
+    assert {c.seed for c in compare_cells.final_cells(args)} == {25, 26, 27}
+    assert {c.seed for c in compare_cells.search_cells(args)} == {SEARCH}
+    with pytest.raises(SystemExit):
+        compare.parse(["--first-seed", "996", "--seeds", "5"])
+    assert "from 0 to 999" in capsys.readouterr().err
 
 
 def test_the_rate_is_the_best_over_all_seeds_of_the_search(args) -> None:

@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 import compare_report
 from compare_cells import (
     FIXED,
+    SEARCH,
     STRATEGIES,
     VALIDATION,
     Cell,
@@ -74,7 +75,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="comma list")
     parser.add_argument("--budgets", default="paper,2", help="comma list of paper and experts a "
                         "matrix (2 and 4 are near a whole rank of LoRA, 3 is not)")
-    parser.add_argument("--seeds", type=flags.positive, default=5, metavar="N", help="0 to N - 1")
+    parser.add_argument("--seeds", type=flags.positive, default=5, metavar="N", help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N",
+                        help="for test lines that no choice was made by (default: %(default)s)")
     parser.add_argument("--search-seeds", type=flags.positive, default=3, metavar="N",
                         help="of the search, other ones (default: %(default)s)")
     parser.add_argument("--lrs", default="2e-3,4e-3,8e-3", help="comma list to search")
@@ -89,6 +92,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(own[:len(own) - len(rest) - ("--" in own)])
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data go together")
+    if not 0 <= args.first_seed <= SEARCH - args.seeds:
+        parser.error(f"final seeds are from 0 to {SEARCH - 1}: those from {SEARCH} on search")
     args.lrs = sorted({float(lr) for lr in args.lrs.split(",")})
     args.strategies, args.budgets = args.strategies.split(","), args.budgets.split(",")
     if wrong := [s for s in args.strategies if s not in STRATEGIES] + [

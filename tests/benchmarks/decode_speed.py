@@ -125,8 +125,9 @@ def export(model: Path, folder: Path, side: str) -> None:
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (model / file).is_file():
             (folder / file).write_bytes((model / file).read_bytes())
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in folder.iterdir()}
     (folder / "export.json").write_text(json.dumps({
-        "format": "minismoe.export/1", "target": "ort", "context": CONTEXT, "files": {},
+        "format": "minismoe.export/1", "target": "ort", "context": CONTEXT, "files": files,
         "layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads,
         "head_dim": config.head_dim, "vocab_size": config.vocab_size, "cache_type": "float32"}))
 
