@@ -19,9 +19,9 @@ HELP = {
     errno.EPERM: "choose a place that you may read and write",
     errno.EROFS: "choose a place that can be written",
 }
-MEMORY = ("out of memory ({}): half the --micro-batch-size or half the --max-length halve what "
-          "a step adds to the weights, --recompute takes a fifth to a third off it, and "
-          "--dtype bfloat16 halves the weights")
+MEMORY = ("out of memory ({}): --dtype bfloat16 halves the weights; in training, half the "
+          "--micro-batch-size or half the --max-length halve what a step adds to them, and "
+          "--recompute takes a fifth to a third off that")
 
 
 def line(e: BaseException) -> str:

@@ -38,6 +38,20 @@ training.train_step = step
 cli.run(train.main)
 """
 
+SHARDED = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from minismoe import distributed, load_model
+distributed.start(torch.device("cpu"))
+model = load_model({model!r}, torch.float32)
+whole = sum(p.numel() for p in model.model.layers.parameters())
+distributed.shard(model, torch.device("cpu"))
+held = sum(p.to_local().numel() for p in model.model.layers.parameters())
+print(distributed.gather([whole, held]), flush=True)
+distributed.leave(0)
+"""
+
 
 def start(*command: str, **settings: object) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in settings.items()}}
@@ -77,6 +91,14 @@ def one(inputs, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("one") / "run"
     train.main([*inputs, *FLAGS, "--out", str(run)])
     return run
+
+
+def test_shard_leaves_a_part_of_the_blocks_in_each_process(inputs) -> None:
+    program = SHARDED.format(root=str(ROOT), model=inputs[1])
+    outputs = [p.communicate(timeout=120) for p in by_hand(2, "-c", program)]
+    held = json.loads(outputs[0][0])
+    assert sum(part for _, part in held) == held[0][0] == held[1][0], outputs
+    assert all(0.4 * whole < part < 0.6 * whole for whole, part in held)
 
 
 @pytest.mark.parametrize("count, shard", [(2, []), (4, []), (2, ["--shard"])])

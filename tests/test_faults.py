@@ -287,7 +287,7 @@ def test_out_of_memory_names_the_flags_that_help(world: World, monkeypatch: pyte
     monkeypatch.setattr("minismoe.training.train_step", train_step)
     fails(train.main, *world.inputs, *SHORT, "--out", world.run.parent / "new",
           folder=world.model.parent / "model",
-          says="out of memory.*--micro-batch-size.*--max-length.*--recompute.*--dtype bfloat16")
+          says="out of memory.*--dtype bfloat16.*--micro-batch-size.*--max-length.*--recompute")
 
 
 def test_memory_that_the_cpu_does_not_have() -> None:
