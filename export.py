@@ -50,6 +50,7 @@ from minismoe.toy import base_folder
 
 LAYOUTS = ("onnx", "genai", "web", "peft", "hf")
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
+NO_RUN = "runs holds no run yet (python train.py makes one)"
 Fits = Mapping[str, Fit]                     # module -> its fit
 
 
@@ -124,9 +125,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--layout {args.layout} knows no routing: --routing merge")
     if args.prompts and (args.task or args.adapters):
         parser.error("--prompts has no tasks: leave out --task and --adapters")
-    if args.model and (args.layout == "peft" or args.table or args.task or args.heal):
-        parser.error("--model has no adapters, which --layout peft, --table, --task, --heal need")
+    if args.model and (needs := of_adapters(args)):
+        parser.error(f"--model has no adapters, which {needs} is for")
     return args
+
+
+def of_adapters(args: argparse.Namespace) -> str:
+    """The first of the flags given that mean nothing to a base alone."""
+    flags = {"--layout peft": args.layout == "peft", f"--routing {args.routing}":
+             args.routing != "merge", **{f"--{name}": getattr(args, name) for name in (
+                 "adapters", "heal", "prompts", "table", "task")}}
+    return next((flag for flag, given in flags.items() if given), "")
 
 
 def static(text: str) -> tuple[int, int, int]:
@@ -143,6 +152,7 @@ class Source:
     base: Path                   # folder of the base checkpoint
     name: str                    # of the base, as it was given
     inputs: cli.Inputs
+    trained: Mapping[str, float]             # task -> exact match that training measured
 
 
 def main(argv: Sequence[str]) -> None:
@@ -206,12 +216,14 @@ def load(args: argparse.Namespace) -> Source:
         load_adapter(inputs.model, run / "adapter")
         if args.task not in (None, *inputs.encoded):
             raise ValueError(f"{run} has no task {args.task!r}; it has {', '.join(inputs.encoded)}")
-        base = resolve(name) if name else base_folder()
+        base, trained = resolve(name) if name else base_folder(), measured(run, inputs)
     else:
         name, run = args.model, Path("runs") / (Path(args.model).name if args.model else "base")
         if not name:
-            print("runs holds no run yet (python train.py makes one): the embedded base alone")
-        base = resolve(name) if name else base_folder()
+            if needs := of_adapters(args):
+                raise ValueError(f"{NO_RUN}, which {needs} is for")
+            print(f"{NO_RUN}: the embedded base alone")
+        base, trained = resolve(name) if name else base_folder(), {}
         device, dtype = cli.device_and_dtype(args)
         inputs = cli.Inputs(load_model(base, dtype, device), load_tokenizer(base), [], {})
     longest = inputs.model.config.max_position_embeddings
@@ -224,7 +236,22 @@ def load(args: argparse.Namespace) -> Source:
     if args.context < needed:
         raise ValueError(f"--context {args.context}: the texts that the export is checked with "
                          f"need {needed}")
-    return Source(run, base, name or "the embedded default", inputs)
+    if args.static and args.static[2] < (least := max(map(len, prompts)) + args.static[1]):
+        raise ValueError(f"--static with {args.static[2]} past positions: the texts that the "
+                         f"export is checked with need {least}")
+    return Source(run, base, name or "the embedded default", inputs, trained)
+
+
+def measured(run: Path, inputs: cli.Inputs) -> dict[str, float]:
+    """Exact match by task from a run's results, where its test lines are those of `inputs`."""
+    file = run / "results.json"
+    rows = read_json(file) if file.is_file() else {"tasks": {}}
+    try:
+        found = {t.name: rows["tasks"].get(t.name, {}) for t in inputs.tasks}
+        return {t.name: float(found[t.name]["after"]) for t in inputs.tasks
+                if found[t.name].get("examples") == len(t.test)}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{file} is not understood: {type(e).__name__} {e}") from None
 
 
 def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], list[str]]:
@@ -401,10 +428,7 @@ def say(name: str, seen: dict[str, Any]) -> dict[str, Any]:
 def exact_match(args: argparse.Namespace, source: Source, generator: Generator,
                 model: CausalLM, task: Task) -> dict[str, float]:
     """Exact match of the export, and beside it that of training and, if rounded, of float32."""
-    found, results = {}, source.run / "results.json"
-    trained = read_json(results)["tasks"].get(task.name, {}) if results.is_file() else {}
-    if trained.get("examples") == len(task.test):
-        found["trained"] = trained["after"]
+    found = {"trained": source.trained[task.name]} if task.name in source.trained else {}
     if args.precision != "fp32":
         found["float32"] = evaluate(model, source.inputs.tokenizer, task).share
     return found | {args.precision: verify.accuracy(generator, task).share}

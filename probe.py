@@ -45,8 +45,10 @@ def main(argv: Sequence[str]) -> None:
             return
         write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
         write_json(run / "allocation.json", allocation.to_json())
+        what, counts = (("ranks", allocation.ranks) if allocation.ranks else
+                        ("experts", allocation.experts))
         with replacing(run / "allocation.svg") as tmp:
-            tmp.write_text(allocation_svg(scores, allocation.experts), encoding="utf-8")
+            tmp.write_text(allocation_svg(scores, counts, what=what), encoding="utf-8")
         discard(run, "probe")
 
     for task, values in scores.items():

@@ -190,16 +190,32 @@ def context(args: argparse.Namespace, folder: Path) -> int:
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """What --device and --dtype mean here; the choice is written back into args."""
+    """What --device and --dtype mean here; the choice is written back into args.
+
+    ValueError for a device that is not there.
+    """
     if args.device == "auto":
         args.device = ("cuda" if torch.cuda.is_available()
                        else "mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(args.device)
+    if not _is_there(device):
+        raise ValueError(f"torch finds no device {args.device} here: --device auto takes what "
+                         "there is")
     if args.dtype == "auto":
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
                 else device.type == "cpu" and _multiplies_bfloat16())
         args.dtype = "bfloat16" if fast and args.model is not None else "float32"
     return device, getattr(torch, args.dtype)
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cuda":            # a tensor would open the first device in every process
+        return (device.index or 0) < torch.cuda.device_count()
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):
+        return False
+    return True
 
 
 def _multiplies_bfloat16() -> bool:

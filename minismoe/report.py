@@ -185,7 +185,7 @@ def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
 
 
 def _keys(y: float, measure: str, decades: int, clipped: bool, shades: Mapping[int, Drawn],
-          ) -> list[str]:
+          what: str) -> list[str]:
     """The two legends: a bar of shares, in decades, and the counts as the cells draw them."""
     stops = (f'<stop offset="{i / 8}" stop-color="#{hue}"/>' for i, hue in enumerate(VIRIDIS))
     out = [f'<linearGradient id="shares">{"".join(stops)}</linearGradient>',
@@ -196,13 +196,14 @@ def _keys(y: float, measure: str, decades: int, clipped: bool, shades: Mapping[i
         out += [f'<path d="M{x:.2f} {y + 22}v3" stroke="#000"/>',
                 _text(x, y + 34, "≤" + tick if clipped and i == 0 else tick)]
     counts = sorted(shades)[::math.ceil(len(shades) / 10)]
-    return [*out, _text(37, y + 52, "experts per matrix", "start"),
+    return [*out, _text(37, y + 52, f"{what} per matrix", "start"),
             *(_square(147 + 15 * i, y + 43, 15, *shades[n], "key") for i, n in enumerate(counts))]
 
 
 def allocation_svg(scores: Mapping[str, Mapping[str, float]], experts: Mapping[str, int], *,
-                   title: str = "", measure: str = "sensitivity") -> str:
-    """A figure for a paper's column: each task's sensitivities, and the experts they led to.
+                   title: str = "", measure: str = "sensitivity", what: str = "experts") -> str:
+    """A figure for a paper's column: each task's sensitivities, and the experts they led to (or,
+    with `what` "ranks", the ranks of one expert each).
 
     A task's scores are shares of its maximum, on one log scale for all tasks; grey is not measured.
     Many layers widen the figure; few layers, or many tasks, go in two columns.
@@ -232,11 +233,11 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], experts: Mapping[s
         wide = not few and (len(shares) <= 4 or task is None)
         if wide and x:
             x, y = 0.0, y + step
-        caption = f"{sum(experts.values())} experts" if task is None else clean(task)
+        caption = f"{sum(experts.values())} {what}" if task is None else clean(task)
         out += _panel(x, y, full if wide else half, caption, layers, projections, drawn)
         x, y = (0.0, y + step) if wide or x else (half + GAP, y)
     y += step if x else 0.0
-    out += _keys(y, measure, decades, any(share < low for share in everything), shades)
+    out += _keys(y, measure, decades, any(share < low for share in everything), shades, what)
     return _svg(full, y + 56, title, out)
 
 

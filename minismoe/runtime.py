@@ -215,10 +215,10 @@ class Generator:
             raise ValueError("a prompt is empty")
         if not all(0 <= min(prompt) <= max(prompt) < vocab for prompt in prompts):
             raise ValueError(f"a prompt has tokens outside of the model's {vocab}")
-        room = (self.context - longest) // (self.static[1] if self.static else 1)
-        if room < 1:
+        if (room := self.room(longest)) < 1:
             raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of "
-                             f"{self.context}: shorten it, or export with a longer --context")
+                             f"{self.context}: shorten it, or export with a longer --context or, "
+                             "of a static graph, past")
         steps = room if max_tokens is None else min(room, max_tokens)
         rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
         running, self.ended = [True] * len(prompts), "stop"
@@ -236,6 +236,10 @@ class Generator:
         except (Exception, KeyboardInterrupt):
             self.reset()                     # a step that was broken off left half of a cache
             raise
+
+    def room(self, length: int) -> int:
+        """How many tokens may follow a prompt of `length` tokens."""
+        return (self.context - length) // (self.static[1] if self.static else 1)
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""

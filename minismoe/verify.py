@@ -33,13 +33,13 @@ def logits(model: CausalLM, prompt: Sequence[int], text: Sequence[int]) -> Tenso
 
 
 def compare(model: CausalLM, read: Read, prompts: Prompts, stop_ids: Sequence[int],
-            precision: str) -> dict[str, Any]:
+            precision: str, tokens: int = TOKENS) -> dict[str, Any]:
     """Logits of read(prompt, text) beside those of `model`, along the greedy texts of `model`.
 
     Raises ValueError where they differ by more than the precision explains.
     """
     errors, agreed, count = [], 0, 0
-    for prompt, text in zip(prompts, generate(model, prompts, TOKENS, stop_ids)):
+    for prompt, text in zip(prompts, generate(model, prompts, tokens, stop_ids)):
         wanted, found = logits(model, prompt, text), read(prompt, text)
         errors.append((found - wanted).abs().max() / wanted.abs().max())
         agreed += int((found.argmax(-1) == wanted.argmax(-1)).sum())
@@ -62,9 +62,10 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
                             for given in generator.forced(prompt, text)])
 
     stop_ids = generator.tokenizer.stop_ids
-    found = compare(model, read, prompts, stop_ids, precision)
-    texts = [generate(model, prompts, TOKENS, stop_ids), generator.batch(prompts, TOKENS),
-             [list(generator.generate(prompt, TOKENS)) for prompt in prompts]]
+    count = min(TOKENS, generator.room(max(map(len, prompts))))      # a static graph's may be small
+    found = compare(model, read, prompts, stop_ids, precision, count)
+    texts = [generate(model, prompts, count, stop_ids), generator.batch(prompts, count),
+             [list(generator.generate(prompt, count)) for prompt in prompts]]
     same = [sum(a == b for a, b in zip(texts[0], other)) for other in texts[1:]]
     if precision == "fp32" and same != [len(prompts)] * 2:
         raise ValueError(f"the export says other texts than PyTorch: {same[1]} of {len(prompts)} "

@@ -132,6 +132,44 @@ def test_a_base_alone(run: Path, tmp_path: Path) -> None:
     assert list(Generator(tmp_path / "out", threads=1).generate(PROMPT, 20)) == expected
 
 
+@pytest.mark.parametrize("flags", ["--task number", "--table", "--heal 3", "--routing auto",
+                                   "--prompts x", "--layout peft", "--adapters"])
+def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, flags: str,
+                                                     capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)                                # where no run is
+    with pytest.raises(ValueError, match=f"no run yet .*, which {flags[:6]}"):
+        export.main(flags.split())
+    with pytest.raises(SystemExit):
+        export.main(["--model", str(run.parent / "model"), *flags.split()])
+    assert "--model" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
+    flags = [str(run), "--target", "portable", "--out", str(tmp_path / "out"), "--static"]
+    with pytest.raises(ValueError, match=r"--static with 30 past positions: .* need \d+$") as said:
+        export.main([*flags, "1x16x30"])
+    least = int(str(said.value).split()[-1])
+    assert least >= len(PROMPT) + 16
+    export.main([*flags, f"1x16x{least}"])                     # room for one token alone
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["checked"]
+
+
+@pytest.mark.parametrize("results", ["[]", "{}", '{"tasks": []}', '{"tasks": {"number": 1}}',
+                                     '{"tasks": {"number": {"examples": 4}}}'])
+def test_results_that_are_none_are_refused_before_any_work(run: Path, tmp_path: Path,
+                                                           results: str) -> None:
+    before = (run / "results.json").read_text()
+    examples = json.loads(before)["tasks"]["number"]["examples"]
+    (run / "results.json").write_text(results.replace("4", str(examples)))
+    try:
+        with pytest.raises(ValueError, match="results.json is not understood"):
+            export.main([str(run), "--out", str(tmp_path / "out")])
+    finally:
+        (run / "results.json").write_text(before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(verify.TOLERANCES, "int4", 1e-6)

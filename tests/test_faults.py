@@ -290,6 +290,17 @@ def test_out_of_memory_names_the_flags_that_help(world: World, monkeypatch: pyte
           says="out of memory.*--dtype bfloat16.*--micro-batch-size.*--max-length.*--recompute")
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:9", "xpu", "mps"])
+def test_a_device_that_is_not_there(world: World, device: str) -> None:
+    with contextlib.suppress(AssertionError, RuntimeError):    # what torch says differs by device
+        torch.empty(1, device=device)
+        pytest.skip(f"{device} is there")
+    for main, flags in ((train.main, SHORT), (probe.main, ()), (export.main, ())):
+        inputs = (world.run,) if main is export.main else world.inputs
+        fails(main, *inputs, *flags, "--device", device, "--out", world.run.parent / "new",
+              folder=world.model.parent, says=f"torch finds no device {device} here")
+
+
 def test_memory_that_the_cpu_does_not_have() -> None:
     """The sentence that torch really says is one that is known."""
     with pytest.raises(RuntimeError) as said:

@@ -218,7 +218,7 @@ def main(argv: Sequence[str]) -> None:
         print(compare_report.markdown(read_json(args.readme)))
         return
     file, fixed = args.out / "compare.json", {name: getattr(args, name) for name in FIXED}
-    if file.exists() and (saved := read_json(file)) != fixed:
+    if file.exists() and (saved := {"first_seed": 0} | read_json(file)) != fixed:
         raise ValueError(f"{args.out} holds cells of other settings, {saved}: choose another --out")
     if args.plan:
         plan(args)
