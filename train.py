@@ -5,9 +5,9 @@
     python train.py --model FOLDER --data FOLDER --out RUN
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
-config.json, sensitivity.json, allocation.json, metrics.jsonl, results.json, answers.json (1 or 0
-for each test line), routers.json and .svg, adapter/, checkpoints/. However a run ended, --resume
-does what is missing, and leaves the files of a run that nothing disturbed.
+config.json, sensitivity.json, allocation.json, before.json, metrics.jsonl, results.json,
+answers.json (1 or 0 for each test line), routers.json and .svg, adapter/, checkpoints/. However a
+run ended, --resume does what is missing, and leaves the files of a run that nothing disturbed.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ is zero outside the top-k; y += h B with B flattened to (E*r, out). A dense prod
 costs less than gathering the few chosen ones, as r is small.
 
 The balance loss is that of Switch (Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6) in the
-top-k form of Mixtral: E * sum over e of f_e P_e, with f_e the share of tokens that use expert e
-and P_e the mean router probability.
+top-k form of Mixtral: E * sum over e of f_e P_e, with f_e the share of (token, choice) pairs that
+expert e gets and P_e the mean router probability.
 
 Letters: N tokens, E experts of a matrix, r rank, k experts active a token.
 """

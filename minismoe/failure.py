@@ -21,7 +21,7 @@ HELP = {
 }
 MEMORY = ("out of memory ({}): --dtype bfloat16 halves the weights; in training, half the "
           "--micro-batch-size or half the --max-length halve what a step adds to them, and "
-          "--recompute takes a fifth to a third off that")
+          "--recompute takes half or more off that")
 
 
 def line(e: BaseException) -> str:

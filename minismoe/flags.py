@@ -34,7 +34,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--base-bits", type=int, choices=(8, 4), help="hold the frozen linear "
                        "layers in so many bits: less memory, a little slower, less exact")
     group.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
-                       "model sees them, supervised tokens marked, and stop")
+                       "model sees them before --max-length, supervised tokens marked, and stop")
     group.add_argument("--debug", action="store_true", help="show a traceback on failure")
 
 
@@ -43,7 +43,7 @@ def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("probe and allocation")
     group.add_argument("--samples", type=positive_or_auto, default=32, metavar="N|auto",
                        help="training examples a task to probe (default: 32); auto doubles them "
-                       "until --overlap is reached")
+                       "until --overlap is reached, up to 512")
     group.add_argument("--overlap", type=share, default=0.95, metavar="F", help="split-half "
                        "overlap of the selected matrices that auto aims at (default: 0.95)")
     group.add_argument("--strategy", choices=STRATEGIES, default="votes",
@@ -62,7 +62,7 @@ def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
                        help="experts that every matrix gets at least (default: 0)")
     group.add_argument("--max-experts", type=positive, metavar="N",
                        help="experts a matrix gets at most (default: as many as tasks for "
-                       "votes and random; not for lora and ranks, whose experts are one)")
+                       "votes and random; lora and ranks keep to one, and spend what such votes do)")
     group.add_argument("--rank", type=positive, default=8, help="of each expert (default: 8)")
     group.add_argument("--alpha", type=float, help="an expert's output is scaled by alpha / rank "
                        "(default: twice the rank)")

@@ -1,8 +1,8 @@
 """Weights as blocks of 32 small integers, a scale and a zero point: w = scale * (q - zero).
 
 Each block takes the better of two grids: a symmetric one, whose zero is the middle of the range,
-and one that reaches from its smallest weight to its largest. Both are tried whole and clipped,
-because a single large weight makes the steps of 31 others coarse.
+and one that reaches from its smallest weight to its largest. In 4 bits both are also tried
+clipped, because a single large weight makes the steps of 31 others coarse.
 
 Letters: N outputs, K inputs, G = ceil(K / 32) blocks in a row.
 """

@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="default", help="of the record in results/")
     parser.add_argument("--adapter", help="a trained adapter of the model, for question 3")
-    parser.add_argument("--questions", type=int, default=4, choices=(1, 2, 3, 4),
+    parser.add_argument("--questions", type=int, default=4, choices=(2, 3, 4),
                         help="ask only the first N")
     parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
     flags.add_input_flags(parser)
