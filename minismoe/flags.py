@@ -62,7 +62,8 @@ def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
                        help="experts that every matrix gets at least (default: 0)")
     group.add_argument("--max-experts", type=positive, metavar="N",
                        help="experts a matrix gets at most (default: as many as tasks for "
-                       "votes and random; lora and ranks keep to one, and spend what such votes do)")
+                       "votes and random; lora and ranks keep to one, and spend what such "
+                       "votes do)")
     group.add_argument("--rank", type=positive, default=8, help="of each expert (default: 8)")
     group.add_argument("--alpha", type=float, help="an expert's output is scaled by alpha / rank "
                        "(default: twice the rank)")
