@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from minismoe import cli, flags, layouts, verify
 from minismoe.checkpoint import MERGED, load_adapter, load_model, resolve, versions, weights
 from minismoe.data import Example, Task, probe_batches
-from minismoe.evaluate import answer_prompts, evaluate
+from minismoe.evaluate import answer_limit, answer_prompts, evaluate
 from minismoe.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.files import must_be_new, new_folder, read_json, replacing, write_json
 from minismoe.freeze import KINDS, Fit, fit, merge, merged
@@ -44,7 +45,7 @@ from minismoe.loss import IGNORE
 from minismoe.model import CausalLM
 from minismoe.report import allocation_svg, clean, table, terminal_heatmap
 from minismoe.routing import agreement, auto, compare, comparison, heal, save_frozen, twin
-from minismoe.runtime import FORMAT, Generator, sha256
+from minismoe.runtime import FORMAT, Generator, enough_onnxruntime, sha256
 from minismoe.tokenizer import Tokenizer, load_tokenizer
 from minismoe.toy import base_folder
 
@@ -60,8 +61,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="folder of train.py (default: newest in runs)")
-    add("--model", help="instead of RUN: a checkpoint folder or hub name, without adapters")
-    add("--out", metavar="DIR", help="folder to make (default: one in RUN/export)")
+    add("--model", type=flags.text,
+        help="instead of RUN: a checkpoint folder or hub name, without adapters")
+    add("--out", type=flags.text, metavar="DIR", help="folder to make (default: one in RUN/export)")
     group = parser.add_argument_group("routing")
     add = group.add_argument
     add("--routing", choices=("merge", "freeze", "dynamic", "auto"), default="merge",
@@ -70,8 +72,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--fit", choices=KINDS, default="linear", help="how a mixture becomes one linear map: "
         "linear (default) in its input, constant gates, or their mean")
     add("--heal", type=flags.positive, metavar="STEPS", help="train the frozen maps on")
-    add("--tolerance", type=float, default=0.01, metavar="X", help="of auto: exact match, or "
-        "agreement without labels, that may be lost, as a share (default: %(default)s)")
+    add("--tolerance", type=flags.number, default=0.01, metavar="X", help="of auto: exact match, "
+        "or agreement without labels, that may be lost, as a share (default: %(default)s)")
     add("--task", help="freeze for the samples of this task alone")
     add("--adapters", action="store_true", help="the base with one .onnx_adapter for each task, "
         "switched at run time; layouts onnx and genai")
@@ -108,9 +110,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.run and args.model:
         parser.error("RUN names its base itself: give RUN or --model")
     if args.layout in ("peft", "hf") and (args.static or args.target == "portable"
-                                          or args.precision != "fp32"):
-        parser.error(f"--layout {args.layout} holds no graph: --target, --static and --precision "
-                     "mean nothing")
+                                          or args.precision != "fp32" or args.context):
+        parser.error(f"--layout {args.layout} holds no graph: --target, --static, --context and "
+                     "--precision mean nothing")
+    if args.calibration < 2:
+        parser.error("--calibration: a fit needs two samples a task, one of them held out")
+    if args.layout == "hf" and args.routing == "freeze":
+        parser.error("--layout hf holds merged weights: --routing merge, or --layout peft")
+    if args.table and args.task:
+        parser.error("--table compares all tasks: leave out --task")
     if args.static and args.target != "portable":
         parser.error("--static needs --target portable")
     if args.static and args.layout != "onnx" or args.target == "portable" and args.layout == "web":
@@ -157,6 +165,8 @@ class Source:
 
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
+    if args.layout not in ("hf", "peft"):
+        enough_onnxruntime()
     source = load(args)
     kind = args.task or ("adapters" if args.adapters else args.routing)
     out = Path(args.out or source.run / "export" / f"{kind}-{args.layout}-{args.precision}")
@@ -197,7 +207,8 @@ def main(argv: Sequence[str]) -> None:
             for f in sorted(folder.rglob("*")) if f.is_file()}
         write_json(folder / "export.json", info)
     size = sum(entry["bytes"] for entry in info["files"].values())
-    print(clean(f"{out}: {size / 1e6:.1f} MB\n{next_command(args.layout, out)}", "\n"))
+    first = next((task for task in fits if args.adapters and task), None)
+    print(clean(f"{out}: {size / 1e6:.1f} MB\n{next_command(args.layout, out, first)}", "\n"))
 
 
 def load(args: argparse.Namespace) -> Source:
@@ -209,6 +220,9 @@ def load(args: argparse.Namespace) -> Source:
             raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
         settings = cli.read_run(run)
         settings.device, settings.dtype, name = args.device, args.dtype, settings.model
+        if settings.data and not Path(settings.data).exists():
+            raise FileNotFoundError(f"{run / 'config.json'} names the data folder {settings.data}, "
+                                    "which is not here: export where train.py ran")
         settings.limit_test = args.limit_test or settings.limit_test
         # A base that was trained in a few bits is exported from its own weights, unrounded.
         settings.base_bits, settings.shard = None, False
@@ -226,10 +240,11 @@ def load(args: argparse.Namespace) -> Source:
         base, trained = resolve(name) if name else base_folder(), {}
         device, dtype = cli.device_and_dtype(args)
         inputs = cli.Inputs(load_model(base, dtype, device), load_tokenizer(base), [], {})
-    longest = inputs.model.config.max_position_embeddings
-    prompts = some_prompts(inputs, args.check) + [
-        p for task in inputs.tasks for p in answer_prompts(inputs.tokenizer, task, longest)]
-    needed = min(longest, max(map(len, prompts)) + verify.TOKENS)
+    longest, tokenizer = inputs.model.config.max_position_embeddings, inputs.tokenizer
+    tests = {task.name: answer_prompts(tokenizer, task, longest) for task in inputs.tasks}
+    prompts = some_prompts(inputs, args.check) + [p for texts in tests.values() for p in texts]
+    needed = min(longest, max([max(map(len, prompts)) + verify.TOKENS, *(
+        max(map(len, tests[t.name])) + answer_limit(tokenizer, t) for t in inputs.tasks)]))
     args.context = args.context or min(longest, max(2048, needed))
     if args.context > longest:
         raise ValueError(f"--context {args.context}: the model was made for {longest} positions")
@@ -398,8 +413,9 @@ def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[
         else:
             load_adapter(read := twin(base), source.run / "adapter")
             merge(read, {n: Fit(*pair) for n, pair in layouts.read_peft(folder).items()})
-        stored = weights(source.base)("model.norm.weight").dtype      # merged weights are rounded
-        exact = args.layout == "peft" or stored == torch.float32
+        stored = weights(source.base)                  # merged weights are rounded to its dtypes
+        exact = args.layout == "peft" or all(
+            stored(f"{n}.weight").dtype == torch.float32 for n in fits[args.task or ""])
         return say(source.name, verify.compare(
             reference(args.task or ""), partial(verify.logits, read), prompts, stop_ids,
             "fp32" if exact else "bf16"))
@@ -411,10 +427,23 @@ def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[
             model, generator, prompts, args.precision))
         if task is not None:
             seen["exact_match"] = {t.name: exact_match(args, source, generator, model, t)
-                                   for t in inputs.tasks if task in ("", t.name)}
+                                   for t in inputs.tasks if task in ("", t.name)
+                                   and answers_fit(generator, t)}
         found[task or ""] = seen
     show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
     return found
+
+
+def answers_fit(generator: Generator, task: Task) -> bool:
+    """Whether a static graph's past holds the answers to a task's test lines; if not, it is said.
+    """
+    prompts = answer_prompts(generator.tokenizer, task, generator.context)
+    wanted = answer_limit(generator.tokenizer, task)
+    room = generator.room(max(map(len, prompts)))
+    if room < wanted:
+        print(f"{clean(task.name)}: no exact match, as an answer may have {wanted} tokens, and "
+              f"--static leaves room for {room}")
+    return room >= wanted
 
 
 def say(name: str, seen: dict[str, Any]) -> dict[str, Any]:
@@ -438,10 +467,12 @@ def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
     """Print exact match by task."""
     by_task = {name: row for part in found for name, row in part.items()}
     if by_task:
-        columns = list(next(iter(by_task.values())))
-        rows = [[clean(name), *(f"{row[c]:.3f}" for c in columns)] for name, row in by_task.items()]
-        means = [statistics.mean(row[c] for row in by_task.values()) for c in columns]
-        print(table(["exact match", *columns], [*rows, ["mean", *(f"{m:.3f}" for m in means)]]))
+        columns = list(dict.fromkeys(c for row in by_task.values() for c in row))
+        rows = [[clean(name), *(f"{row[c]:.3f}" if c in row else "-" for c in columns)]
+                for name, row in by_task.items()]
+        means = [f"{statistics.mean(row[c] for row in by_task.values()):.3f}"
+                 if all(c in row for row in by_task.values()) else "-" for c in columns]
+        print(table(["exact match", *columns], [*rows, ["mean", *means]]))
 
 
 def some_prompts(inputs: cli.Inputs, count: int) -> list[list[int]]:
@@ -452,9 +483,10 @@ def some_prompts(inputs: cli.Inputs, count: int) -> list[list[int]]:
     return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]
 
 
-def next_command(layout: str, out: Path) -> str:
-    """How the folder is opened."""
-    return {"onnx": f"python -m minismoe.runtime {out} --chat",
+def next_command(layout: str, out: Path, task: str | None) -> str:
+    """How the folder is opened, with the adapter of `task`, if it holds any."""
+    chosen = f" --task {shlex.quote(task)}" if task else ""
+    return {"onnx": f"python -m minismoe.runtime {shlex.quote(str(out))}{chosen} --chat",
             "genai": f"onnxruntime_genai.Model({str(out)!r})",
             "web": f"await pipeline('text-generation', {str(out)!r})          // transformers.js",
             "peft": f"PeftModel.from_pretrained(model, {str(out)!r})",

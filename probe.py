@@ -26,7 +26,7 @@ from minismoe.resume import discard
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="RUN", default="runs/probe",
+    parser.add_argument("--out", type=flags.text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
     flags.add_input_flags(parser)
     flags.add_allocation_flags(parser)
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
         raise FileExistsError(f"{run} is a run of train.py, whose allocation it is to keep: choose "
                               "another --out")
     inputs = cli.load_inputs(args)
+    cli.rehearse(args, inputs)
     with cli.working_in(run, f"python probe.py {shlex.join(argv)}"):
         scores = cli.measure(args, inputs, run)
         allocation = cli.choose(args, scores)

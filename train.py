@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from minismoe import cli, distributed, flags, limits
-from minismoe.allocate import Allocation
+from minismoe.allocate import Allocation, Unfit
 from minismoe.checkpoint import save_adapter, versions
 from minismoe.data import probe_batches
 from minismoe.distributed import once
@@ -47,8 +47,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; with --resume those of the run, which may not be changed."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="RUN", help="folder of the run (default: a new one "
-                        "in runs)")
+    parser.add_argument("--out", type=flags.text, metavar="RUN",
+                        help="folder of the run (default: a new one in runs)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, from its newest checkpoint")
     parser.add_argument("--allocation", metavar="FILE", help="an allocation.json, or a bare "
@@ -73,15 +73,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                        "time and disk of the run, and stop; --data and weights may be missing")
     group.add_argument("--recompute", action="store_true", help="activation checkpointing: about "
                        "a third slower, far less memory for long examples")
-    group.add_argument("--lr", type=float, default=d["lr"],
+    group.add_argument("--lr", type=flags.number, default=d["lr"],
                        help="peak learning rate (default: %(default)s)")
-    group.add_argument("--warmup", type=float, default=d["warmup"],
+    group.add_argument("--warmup", type=flags.part, default=d["warmup"],
                        help="share of the steps, then a cosine to 0 (default: %(default)s)")
-    group.add_argument("--weight-decay", type=float, default=d["weight_decay"],
+    group.add_argument("--weight-decay", type=flags.number, default=d["weight_decay"],
                        help="of AdamW (default: %(default)s)")
-    group.add_argument("--max-grad-norm", type=float, default=d["max_grad_norm"],
-                       help="gradients are clipped to this norm (default: %(default)s)")
-    group.add_argument("--router-aux-loss-coef", type=float, default=d["router_aux_loss_coef"],
+    group.add_argument("--max-grad-norm", type=flags.above_zero, default=d["max_grad_norm"],
+                       help="gradients are clipped to this norm, inf: never (default: "
+                       "%(default)s)")
+    group.add_argument("--router-aux-loss-coef", type=flags.number,
+                       default=d["router_aux_loss_coef"],
                        help="weight of the balance loss (default: %(default)s)")
     group.add_argument("--checkpoint-every", type=flags.interval, default=d["checkpoint_every"],
                        metavar="N|Nm", help="optimizer steps, or minutes: 10m (default: "
@@ -91,8 +93,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not args.out:
             parser.error("--resume needs --out RUN")
         saved = saved_config(Path(args.out))["arguments"]
-        args = parser.parse_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
-        for name in ("batch_size", "micro_batch_size"):          # auto was settled by the run
+        # What a run divided among processes left, one alone may go on with, and the other way.
+        kept = {name: value for name, value in saved.items() if name != "shard"}
+        args = parser.parse_args(argv, argparse.Namespace(**{**kept, "out": args.out}))
+        for name in ("batch_size", "micro_batch_size", "dtype"):     # auto was settled by the run
             if getattr(args, name) == "auto":
                 setattr(args, name, saved[name])
         changed = [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})"
@@ -101,8 +105,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if changed:
             raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
     if args.batch_size == "auto":
+        if args.micro_batch_size not in (None, "auto"):
+            parser.error("--batch-size auto chooses the micro-batch: leave out --micro-batch-size")
         args.batch_size, args.micro_batch_size = d["batch_size"], "auto"
     args.micro_batch_size = args.micro_batch_size or args.batch_size
+    if args.allocation and (idle := [f"--{name.replace('_', '-')}" for name in flags.CHOOSING
+                                     if getattr(args, name) != parser.get_default(name)]):
+        parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
     return args
 
 
@@ -143,6 +152,8 @@ def main(argv: Sequence[str]) -> None:
         allocation = cli.read_allocation(args, args.allocation)
     if allocation:
         adapt(args, inputs, allocation)
+    else:                                    # flags that contradict each other are found as well
+        cli.rehearse(args, inputs)
     with cli.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
         note(run, args, inputs, allocation)
         work(run, args, inputs, allocation)
@@ -159,7 +170,7 @@ def work(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
         try:
             scores = cli.measure(args, inputs, run)
             allocation = cli.choose(args, scores)
-        except ValueError:               # the flags are wrong; with others, what was measured holds
+        except Unfit:                    # with other flags, what was measured holds
             once((run / "config.json").unlink)
             raise
         seconds["probe"] = round(time.perf_counter() - start, 2)
@@ -171,7 +182,7 @@ def work(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     describe(inputs, allocation, trainable)
 
-    if not (run / "before.json").exists():
+    if not known_before(run, inputs):
         once(write_json, run / "before.json",
              {n: vars(a) for n, a in score(inputs, "before", args.micro_batch_size).items()})
     inputs.model.model.recompute = args.recompute
@@ -191,6 +202,15 @@ def work(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
     write_json(run / "results.json", results)
     report(results, after, args.verbose)
     print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
+
+
+def known_before(run: Path, inputs: cli.Inputs) -> bool:
+    """Whether before.json holds the base's answers to the test lines of these tasks."""
+    file = run / "before.json"
+    found = read_json(file) if file.exists() else {}
+    return isinstance(found, dict) and {
+        name: a.get("examples") for name, a in found.items() if isinstance(a, dict)} == {
+        task.name: len(task.test) for task in inputs.tasks}
 
 
 def adapt(args: argparse.Namespace, inputs: cli.Inputs, allocation: Allocation) -> None:
@@ -287,16 +307,16 @@ def report(results: dict, after: dict[str, Accuracy], verbose: bool) -> None:
 
 def next_commands(args: argparse.Namespace, run: Path) -> str:
     """What a person would want to type now."""
+    name = shlex.quote(str(run))
     if args.model is None:
         return ("Next:\n"
-                f"  python export.py {run} --precision int4-8     freeze, quantise, and chat\n"
+                f"  python export.py {name} --precision int4-8     freeze, quantise, and chat\n"
                 "  python probe.py --out runs/probe                      see the sensitivities\n"
                 "  python train.py --strategy uniform --budget-params N  compare at equal size\n"
                 "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER   "
                 "a real model on your data\n"
-                "  python train.py --help                                the form of the data, "
-                "and every flag")
-    return (f"Next: python export.py {run} --precision int4-8, or compare with --strategy uniform "
+                "  python train.py --help                                every flag")
+    return (f"Next: python export.py {name} --precision int4-8, or compare with --strategy uniform "
             "or lora at the same --budget-params")
 
 

@@ -31,12 +31,16 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from . import controls
-from .allocation import Allocation, Counts, is_number, is_whole
+from .allocation import MOST, Allocation, Counts, is_number, is_whole
 
 Scores = Mapping[str, Mapping[str, float]]  # {task: {module: sensitivity}}
 Groups = list[list[str]]  # modules that are ranked together, each group in the order of names
 STRATEGIES = ("votes", "proportional", "uniform", "mola", "random", "lora", "ranks")
 GROUPS = ("attention_mlp", "kind", "all")
+
+
+class Unfit(ValueError):
+    """What is asked for is possible, but not with what these scores choose."""
 
 
 def parameters(shape: tuple[int, int], experts: int, rank: int) -> int:
@@ -191,7 +195,8 @@ def allocate(scores: Scores, *, strategy: str = "votes", group: str = "attention
     kept; in experts, one of twice the `rank` counts as two. "ranks" gives each module a rank of its
     own, in proportion to the root of its share of the sensitivity. `alpha` is 2 * rank by default.
     `seed` is for "random". `shapes`, {module: (out, in)}, is `scores.shapes` by default.
-    Raises ValueError for wrong arguments and, saying the nearest possible, a budget too small.
+    Raises ValueError for wrong arguments, and Unfit, which is one, for a budget too small, saying
+    the nearest possible.
     """
     alpha = (2 * rank if is_whole(rank, 1) else 1) if alpha is None else alpha
     draft = Allocation({}, rank, alpha, top_k, strategy, group, keep)
@@ -220,7 +225,7 @@ def allocate(scores: Scores, *, strategy: str = "votes", group: str = "attention
         draft = replace(draft, keep=keep, experts=_votes(scores, groups, keep, min_experts, high))
         budget = cost(draft)
     if strategy not in ("votes", "random"):
-        high = max_experts or max(min_experts, budget, 1)
+        high = max_experts or max(min_experts, min(max(budget, 1), MOST))
     most = budget * rank
     if strategy == "ranks":  # no rank is above the smaller side of a matrix
         high = min((min(sizes[m]) for m in modules if m in sizes), default=most)
@@ -228,8 +233,8 @@ def allocate(scores: Scores, *, strategy: str = "votes", group: str = "attention
             most = budget // min(sum(sizes[m]) for m in modules)
     numbers, at = _row(draft, scores, groups, min_experts, high, most, seed)
     if (least := cost(at(numbers[0]))) > budget:
-        raise ValueError(f"{budget} {'parameters' if in_params else 'experts'} ({source}) are too "
-                         f"few for {strategy!r}: the nearest possible is {least}")
+        raise Unfit(f"{budget} {'parameters' if in_params else 'experts'} ({source}) are too few "
+                    f"for {strategy!r}: the nearest possible is {least}")
     best = at(numbers[bisect_right(numbers, budget, key=lambda number: cost(at(number))) - 1])
     return replace(best, trainable_parameters=None if unknown else trainable(best), experts={
         m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})

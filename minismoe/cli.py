@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from . import distributed, failure, toy
-from .allocate import Allocation, allocate
+from .allocate import Allocation, Unfit, allocate
 from .checkpoint import load_model, read_config, resolve
 from .data import Batch, Encoded, Example, Task, encode, encode_all, load_tasks, probe_batches
 from .experts import linear_layers
@@ -125,7 +125,7 @@ class Inputs:
 
 def load_inputs(args: argparse.Namespace) -> Inputs:
     """Load what the flags name, and print a table of it; with --show print examples and exit."""
-    if (args.model is None) != (args.data is None):
+    if args.model is not None and args.data is None:
         raise ValueError("--model and --data go together; without both, the tiny model and its "
                          "own tasks are used")
     device, _ = device_and_dtype(args)
@@ -152,7 +152,7 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
 def base_folder(args: argparse.Namespace) -> Path:
     """The folder of the model, which one process fetches, or makes."""
     with distributed.one_first():
-        return resolve(args.model) if args.model else toy.base_folder()
+        return toy.base_folder() if args.model is None else resolve(args.model)
 
 
 def load_base(args: argparse.Namespace, folder: Path) -> CausalLM:
@@ -166,12 +166,17 @@ def load_base(args: argparse.Namespace, folder: Path) -> CausalLM:
 def read_data(args: argparse.Namespace, folder: Path,
               ) -> tuple[Tokenizer, list[Task], dict[str, Encoded]]:
     """The tokenizer of `folder`, the tasks and their examples; with --show print some and exit."""
-    names = args.tasks.split(",") if args.tasks else ()
+    names = [name.strip() for name in args.tasks.split(",")] if args.tasks else []
     if args.model is None:
-        tasks = [t for t in toy.tasks(args.seed) if not names or t.name in names]
-        if len(tasks) < len(names):
-            raise ValueError(f"--tasks {args.tasks}: the tiny model has only "
+        if args.data is not None:
+            raise ValueError("--model and --data go together; without both, the tiny model and its "
+                             "own tasks are used")
+        if len(set(names)) < len(names):
+            raise ValueError(f"a task is asked for twice: {', '.join(names)}")
+        if missing := [name for name in names if name not in toy.TASKS]:
+            raise ValueError(f"the tiny model has no task {', '.join(missing)}; it has "
                              f"{', '.join(toy.TASKS)}")
+        tasks = [t for t in toy.tasks(args.seed) if not names or t.name in names]
     else:
         tasks = load_tasks(args.data, names, args.seed)
     for task in tasks:
@@ -284,12 +289,37 @@ def show(tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> None:
 
 
 def choose(args: argparse.Namespace, scores: Scores) -> Allocation:
-    """The allocation that the flags ask for."""
-    return allocate(scores, strategy=args.strategy, group=args.group, keep=args.keep,
-                    budget_experts=args.budget_experts, budget_params=args.budget_params,
-                    min_experts=args.min_experts, max_experts=args.max_experts,
-                    targets=args.targets, rank=args.rank, alpha=args.alpha, top_k=args.top_k,
-                    seed=args.seed)
+    """The allocation that the flags ask for; Unfit where it does not fit what the scores choose."""
+    found = allocate(scores, strategy=args.strategy, group=args.group, keep=args.keep,
+                     budget_experts=args.budget_experts, budget_params=args.budget_params,
+                     min_experts=args.min_experts, max_experts=args.max_experts,
+                     targets=args.targets, rank=args.rank, alpha=args.alpha, top_k=args.top_k,
+                     seed=args.seed)
+    if small := [f"{m} {[*scores.shapes[m]]}" for m in found.experts
+                 if found.rank_of(m) > min(scores.shapes[m])]:
+        raise Unfit(f"rank {found.rank} is more than the matrix itself has: {', '.join(small)}")
+    return found
+
+
+def guess(args: argparse.Namespace, sizes: dict[str, tuple[int, int]], tasks: Sequence[str],
+          ) -> Allocation:
+    """The allocation of the flags as it might come out: tasks agree in most of their votes."""
+    if getattr(args, "allocation", None):
+        found = read_allocation(args, args.allocation)
+        if wrong := [name for name in found.experts if name not in sizes]:
+            raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
+        return found
+    rng, scores = random.Random(0), Scores(sizes)
+    common = {name: rng.random() for name in sizes}
+    for task in tasks:
+        scores[task] = {name: value + 0.1 * rng.random() for name, value in common.items()}
+    return choose(args, scores)
+
+
+def rehearse(args: argparse.Namespace, inputs: Inputs) -> None:
+    """ValueError for allocation flags that are wrong whatever the probe will find."""
+    with suppress(Unfit):
+        guess(args, probe(inputs.model, {}).shapes, list(inputs.encoded))
 
 
 def read_allocation(args: argparse.Namespace, file: str | Path) -> Allocation:
@@ -298,6 +328,11 @@ def read_allocation(args: argparse.Namespace, file: str | Path) -> Allocation:
     if isinstance(value, dict) and "format" not in value:
         value = {"format": "minismoe.allocation/1", "experts": value, "rank": args.rank,
                  "alpha": args.alpha or 2 * args.rank, "top_k": args.top_k}
+    elif isinstance(value, dict) and file == getattr(args, "allocation", None):
+        for name, default in (("rank", 8), ("alpha", None), ("top_k", 2)):
+            if (asked := getattr(args, name)) not in (default, value.get(name)):
+                print(f"{clean(file)} says {name} {value.get(name)!r}, which is taken, and not "
+                      f"{asked}", file=sys.stderr)
     try:
         return Allocation.from_json(value)
     except ValueError as e:
@@ -330,12 +365,14 @@ def measure(args: argparse.Namespace, inputs: Inputs, run: Path) -> Scores:
             for name, pool in pools.items():
                 if len(pool) > done:
                     known = kept.rows(name, done, wanted)
+                    if len(known) < min(wanted, len(pool)) - done:       # whole batches of ours
+                        known = known[:len(known) // size * size]
                     if len(known):
                         scores.add(name, known)
                         bar.update(len(known))
                     missing = list(probe_batches(
                         pool, wanted - done, size, inputs.tokenizer.pad_id, args.device,
-                        done))[math.ceil(len(known) / size):]
+                        done))[-(-len(known) // size):]
                     batches += [(name, batch) for batch in missing]
             try:
                 for (name, batch), found in zip(batches, distributed.spread(norms, batches)):
@@ -345,7 +382,7 @@ def measure(args: argparse.Namespace, inputs: Inputs, run: Path) -> Scores:
             finally:
                 distributed.once(kept.save, scores.samples)
             agreement, done = trust(args, scores), wanted
-            if not auto or min(agreement.values()) >= args.overlap or done >= most:
+            if not auto or lowest(agreement) >= args.overlap or done >= most:
                 break
             wanted = min(2 * done, most)
     say_agreement(args, scores, agreement, done)
@@ -355,12 +392,18 @@ def measure(args: argparse.Namespace, inputs: Inputs, run: Path) -> Scores:
 def say_agreement(args: argparse.Namespace, scores: Scores, agreement: Mapping[str, float],
                   done: int) -> None:
     """Print how many samples of each task were probed, and the overlap of their halves."""
-    rows = [[clean(t), len(scores.samples[t]), f"{a:.2f}"] for t, a in agreement.items()]
+    rows = [[clean(t), len(scores.samples[t]), "-" if math.isnan(a) else f"{a:.2f}"]
+            for t, a in agreement.items()]
     print(table(["task", "samples probed", "split-half overlap"], rows))
     if args.samples == "auto":
-        lowest = min(agreement.values())
-        print(f"--samples auto stopped at {done} a task: the lowest overlap is {lowest:.2f}, "
-              f"{'at' if lowest >= args.overlap else 'below'} the target of {args.overlap:.2f}")
+        least = lowest(agreement)
+        print(f"--samples auto stopped at {done} a task: the lowest overlap is {least:.2f}, "
+              f"{'at' if least >= args.overlap else 'below'} the target of {args.overlap:.2f}")
+
+
+def lowest(agreement: Mapping[str, float]) -> float:
+    """The lowest overlap; tasks of a single sample have none. 1 where none has one."""
+    return min((a for a in agreement.values() if not math.isnan(a)), default=1.0)
 
 
 def probe_batch(args: argparse.Namespace) -> int:

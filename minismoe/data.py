@@ -10,6 +10,7 @@ object of one of three forms, all of which become chat messages:
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -65,13 +66,14 @@ def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> 
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"no such data folder: {root}")
-    paths = [p for p in sorted(root.iterdir())
-             if (p / "train.jsonl").is_file() or (p.is_file() and p.suffix == ".jsonl")]
+        raise FileNotFoundError(f"{root} is a file: give the folder that holds it"
+                                if root.exists() else f"no such data folder: {root}")
+    paths = [p for p in sorted(root.iterdir()) if not p.name.startswith("._") and (       # a Mac's
+        (p / "train.jsonl").is_file() or (p.is_file() and p.suffix == ".jsonl"))]
     found = {p.stem if p.is_file() else p.name: p for p in paths}
     if (root / "train.jsonl").is_file():
         raise ValueError(f"{root} is itself a task: give the folder above it, "
-                         f"and --tasks {root.name}")
+                         f"and --tasks {root.resolve().name}")
     if missing := [n for n in names if n not in found]:
         raise FileNotFoundError(f"{root} has no task {', '.join(missing)}; "
                                 f"it has {', '.join(found) or 'none'}")
@@ -109,7 +111,8 @@ def read_lines(file: Path, bad: list[str]) -> list[list[Message]]:
     Lines end at "\\n" only: str.splitlines would also split at U+0085 and U+2028 inside strings.
     """
     conversations = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -198,10 +201,15 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """The training examples of a task, cut to `max_length` tokens.
 
     An example whose answer lies wholly behind the limit would teach nothing; it is left out.
+    Raises ValueError, naming the example, where `encode` does.
     """
     result = Encoded()
     for index, messages in enumerate(task.train):
-        example = encode(task.name, messages, tokenizer)
+        try:
+            example = encode(task.name, messages, tokenizer)
+        except ValueError as e:
+            raise ValueError(f"task {task.name}, training line {index + 1}, "
+                             f"{messages[0]['content'][:40]!r}: {e}") from None
         example.index = index
         if len(example.ids) > max_length:
             result.truncated += 1

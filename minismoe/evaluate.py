@@ -109,8 +109,7 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
     `answer_prompts` does.
     """
     prompts = answer_prompts(tokenizer, task, context)
-    answers = [answer_tokens(tokenizer, m) for m in task.test]
-    limit = max(map(len, answers)) + 4
+    answers, limit = [answer_tokens(tokenizer, m) for m in task.test], answer_limit(tokenizer, task)
     result = Accuracy(0, len(answers))
     for messages, answer, tokens in zip(task.test, answers, complete(prompts, limit)):
         given, reference = (tokenizer.decode(t).strip() for t in (tokens, answer))
@@ -121,6 +120,11 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
             result.wrong.append((messages[-2]["content"] if len(messages) > 1 else "",
                                  reference, given))
     return result
+
+
+def answer_limit(tokenizer: Tokenizer, task: Task) -> int:
+    """Tokens that an answer may have: a few more than the longest reference."""
+    return max(len(answer_tokens(tokenizer, m)) for m in task.test) + 4
 
 
 def answer_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

@@ -7,14 +7,19 @@ import math
 
 from .allocate import GROUPS, STRATEGIES
 
+CHOOSING = ("strategy", "keep", "budget_experts", "budget_params", "group", "targets",
+            "min_experts", "max_experts")                    # what a given allocation makes idle
+
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say which model and which data, and where they run."""
     group = parser.add_argument_group("model and data")
-    group.add_argument("--model", help="checkpoint folder or hub name org/name; default: a tiny "
-                       "byte-level model, made on first use and kept in the user's cache")
-    group.add_argument("--data", help="folder with a sub-folder (train.jsonl, test.jsonl) or one "
-                       ".jsonl file a task; default: the tasks that come with the tiny model")
+    group.add_argument("--model", type=text, help="checkpoint folder or hub name org/name; "
+                       "default: a tiny byte-level model, made on first use and kept in the user's "
+                       "cache")
+    group.add_argument("--data", type=text, help="folder with a sub-folder (train.jsonl, "
+                       "test.jsonl) or one .jsonl file a task; default: the tasks that come with "
+                       "the tiny model")
     group.add_argument("--tasks", help="comma list of task names; default: all of --data")
     group.add_argument("--limit-train", type=positive, metavar="N",
                        help="use the first N training lines of each task; default: all")
@@ -65,8 +70,8 @@ def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
                        "votes and random; lora and ranks keep to one, and spend what such "
                        "votes do)")
     group.add_argument("--rank", type=positive, default=8, help="of each expert (default: 8)")
-    group.add_argument("--alpha", type=float, help="an expert's output is scaled by alpha / rank "
-                       "(default: twice the rank)")
+    group.add_argument("--alpha", type=above_zero, help="an expert's output is scaled by alpha / "
+                       "rank (default: twice the rank)")
     group.add_argument("--top-k", type=positive, default=2, metavar="K",
                        help="experts active a token (default: 2)")
 
@@ -76,6 +81,34 @@ def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def text(value: str) -> str:
+    """An argparse type: what is not empty, as an unset variable of a shell is."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty")
+    return value
+
+
+def number(value: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    if not 0 <= (found := float(value)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is no number of at least 0")
+    return found
+
+
+def part(value: str) -> float:
+    """An argparse type: a number in [0, 1]."""
+    if not 0 <= (found := float(value)) <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1]")
+    return found
+
+
+def above_zero(value: str) -> float:
+    """An argparse type: a number above 0, inf too."""
+    if not (found := float(value)) > 0:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 (inf is no limit)")
+    return found
 
 
 def interval(text: str) -> int | str:

@@ -66,9 +66,10 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Batch]], memory: int = 1 
     samples say so, and "gates" the mean where its system is singular; Fit.kind tells. Raises
     ValueError for a task of fewer than two samples.
     """
-    if few := [t for t, batches in tasks.items() if sum(len(b[0]) for b in batches) < 2]:
-        raise ValueError(f"needs two calibration samples or more of {', '.join(few)}")
     layers = expert_layers(model)
+    few = [t for t, batches in tasks.items() if sum(len(b[0]) for b in batches) < 2]
+    if few and any(layer.router is not None for layer in layers.values()):
+        raise ValueError(f"needs two calibration samples or more of {', '.join(few)}")
     found: dict[str, dict[str, dict[str, Fit]]] = {kind: {task: {
         name: exact(layer) for name, layer in layers.items() if layer.router is None}
         for task in ("", *tasks)} for kind in KINDS}

@@ -352,8 +352,9 @@ class Decoder(Graph):
         if self.static:
             _, T, P = self.static
             key, query = torch.arange(P + T), torch.arange(P, P + T)[:, None]
-            near = (key <= query) & (key > query - (window or P + T))
-            seen = self.tensor(f"{name}.near", near)
+            seen = self.tensor(f"{name}.past", key <= query)                     # (T, S)
+            if window:
+                seen = self.node("And", f"{name}.near", seen, self.recent(name, P, window))
         else:
             S, T = (self.node("Squeeze", f"{name}.{n}", self.node(
                 "Shape", f"{name}.{n}", n, start=1, end=2))
@@ -375,6 +376,18 @@ class Decoder(Graph):
         self.shared[name] = self.node("Tile", name, y, self.constant(
             [1, 1, c.num_attention_heads // c.num_key_value_heads, 1]))
         return self.shared[name]
+
+    def recent(self, name: str, P: int, window: int) -> str:
+        """(B, 1, T, S): whether key j is within the window of query t of a static graph. Chunks
+        may have been padded, so the real tokens between the two are counted, not the places."""
+        count = self.node("CumSum", name, "attention_mask", self.constant(1))            # (B, S)
+        first = self.node("Sub", f"{name}.first", self.node(
+            "Slice", f"{name}.first", count, self.constant([P]), self.constant([END]),
+            self.constant([1])), self.constant(window))                                  # (B, T)
+        return self.node("Greater", f"{name}.recent",
+                         self.node("Unsqueeze", f"{name}.keys", count, self.constant([1, 2])),
+                         self.node("Unsqueeze", f"{name}.first", first,
+                                   self.constant([1, 3])))
 
     def positions(self, context: int) -> None:
         """cos and sin of the rotary angles, and where each row of a batch is."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 
 from . import cli, distributed
-from .allocate import Allocation
 from .checkpoint import load_model, read_config
 from .data import Example
 from .experts import add_experts
@@ -32,7 +30,6 @@ from .plan import (
 )
 from .report import table
 from .resume import KEPT
-from .sensitivity import Scores
 from .training import TrainConfig, schedule, train_step
 
 STEPS, SECONDS = 4, 30           # measured steps, the first to warm up; and how long they may take
@@ -53,32 +50,21 @@ def look_ahead(args: argparse.Namespace) -> Prospect:
     folder, config = (f := cli.base_folder(args)), read_config(f)[0]
     device, dtype = cli.device_and_dtype(args)
     names, examples = args.tasks.split(",") if args.tasks else [""], []
-    if args.data or not args.model:
+    if args.data or args.model is None:
         _, _, encoded = cli.read_data(args, folder)
         names, examples = list(encoded), [e for x in encoded.values() for e in x.examples]
     cfg = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
-    setup = Setup(config, guess(args, shapes(config), names), dtype, device.type, args.base_bits,
-                  args.recompute)
-    return Prospect(folder, setup, schedule(examples or imagined(args), cfg),
+    setup = Setup(config, cli.guess(args, shapes(config), names), dtype, device.type,
+                  args.base_bits, args.recompute)
+    return Prospect(folder, setup, schedule(examples or imagined(
+        args, cli.context(args, folder)), cfg),
                     runtime_bytes(args.device, dtype))
 
 
-def guess(args: argparse.Namespace, sizes: dict[str, tuple[int, int]], tasks: Sequence[str],
-          ) -> Allocation:
-    """The allocation of the flags as it might come out: tasks agree in most of their votes."""
-    if args.allocation:
-        return cli.read_allocation(args, args.allocation)
-    rng, scores = random.Random(0), Scores(sizes)
-    common = {name: rng.random() for name in sizes}
-    for task in tasks:
-        scores[task] = {name: value + 0.1 * rng.random() for name, value in common.items()}
-    return cli.choose(args, scores)
-
-
-def imagined(args: argparse.Namespace) -> list[Example]:
-    """Without data: a batch of examples that are as long as --max-length lets them be."""
-    ids = [[i, *range(args.max_length - 1)] for i in range(args.batch_size)]
-    supervised = max(1, args.max_length // 10)
+def imagined(args: argparse.Namespace, length: int) -> list[Example]:
+    """Without data: a batch of examples of so many tokens."""
+    ids = [[i, *range(length - 1)] for i in range(args.batch_size)]
+    supervised = max(1, length // 10)
     return [Example("", row, [IGNORE] * (len(row) - supervised) + row[-supervised:]) for row in ids]
 
 
@@ -96,8 +82,14 @@ def settle_micro_batch(args: argparse.Namespace) -> None:
 
 def largest_fitting(args: argparse.Namespace, p: Prospect) -> int:
     """The largest micro-batch within 0.9 of the room: allocators keep some of what comes back."""
-    if (room := args.memory or available(args.device)) is None:
+    room = args.memory or available(args.device)
+    if room is None:
         raise ValueError(f"how much memory {args.device} has is not known: give --memory")
+    if p.runtime >= 0.9 * room:
+        need = p.runtime + sum(fixed(p.setup).values()) + largest(p.setup, p.batches, 1)
+        raise ValueError(f"training one example at a time needs {need / MIB:,.0f} MiB, of which "
+                         f"Python and torch take {p.runtime / MIB:,.0f}, and there are "
+                         f"{room / MIB:,.0f}: give a larger --memory")
     return fit_micro_batch(p.setup, p.batches, int(0.9 * room) - p.runtime)
 
 
@@ -121,8 +113,9 @@ def show_plan(args: argparse.Namespace) -> None:
           f"tokens; there are {f'{room / MIB:,.0f} MiB' if room else 'MiB that nobody knows'}")
     fits = room is None or peak <= room
     if not fits:
-        print(f"too much: {advice(p.setup, p.batches, micro)}")
-    if args.data or not args.model:
+        print("too much: " + (advice(p.setup, p.batches, micro) if room and p.runtime < room else
+                              "Python and torch alone take more"))
+    if args.data or args.model is None:
         print(duration(args, p, micro, fits))
         print(f"disk: {disk(p.setup, len(p.batches)) / MIB:,.0f} MiB for the adapter, "
               f"{KEPT + 1} checkpoints (one while it is written) and metrics")

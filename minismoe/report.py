@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -29,8 +30,11 @@ NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d*)?(e[-+]?\d+)?( ?[%A-Za-z]{1,3})?|nan|[
 
 
 def clean(text: object, keep: str = "") -> str:
-    """Text that is safe to print: control, bidi and other invisible characters become '\ufffd'."""
-    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in str(text))
+    """Text that is safe to print: control, bidi and other invisible characters become '\ufffd',
+    but for spaces of any width and the joiners of Persian, Hindi and emoji."""
+    keep += "\u200c\u200d"
+    return "".join(c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs"
+                   else "\ufffd" for c in str(text))
 
 
 def _clip(text: str, width: int) -> str:

@@ -54,6 +54,8 @@ def heal(model: CausalLM, fits: Fits, examples: Sequence[Example], steps: int, p
     freeze(frozen, fits, keep)
     layers = {n: layer for n, layer in expert_layers(frozen).items() if n not in set(keep)}
     parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    if not parameters:                                   # every matrix goes on routing
+        return {}
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     cfg = TrainConfig(lr=lr, seed=seed, router_aux_loss_coef=0.0)
     cfg = replace(cfg, epochs=math.ceil(steps / math.ceil(len(examples) / cfg.batch_size)))

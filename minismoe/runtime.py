@@ -22,13 +22,20 @@ import json
 import math
 import os
 import random
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
+try:
+    import onnxruntime as ort
+except ImportError as e:
+    if __name__ == "__main__":
+        sys.exit(f"error: {e}: pip install 'onnxruntime>=1.30'")
+    raise
 
+from .report import clean
 from .tokenizer import load_tokenizer
 
 FORMAT = "minismoe.export/1"
@@ -51,6 +58,7 @@ class Generator:
 
     def __init__(self, folder: str | Path, provider: str | None = None,
                  threads: int | None = None, task: str | None = None, verify: bool = False):
+        enough_onnxruntime()
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
         self.static: list[int] | None = self.info.get("static")              # B, T, P
@@ -89,9 +97,9 @@ class Generator:
             raise ValueError(f"{self.folder} has no adapter {task!r}; present: "
                              f"{', '.join(self.tasks) or 'none'}")
         # Parameters are graph inputs: bound as such, since adapters of RunOptions need run().
-        self._adapter = {} if task is None else _opened(
-            lambda file: ort.AdapterFormat.read_adapter(file).get_parameters(),
-            _inside(self.folder, self.tasks[task]))
+        self._file = None if task is None else _opened(        # which owns the parameters' memory
+            ort.AdapterFormat.read_adapter, _inside(self.folder, self.tasks[task]))
+        self._adapter = self._file.get_parameters() if self._file else {}
         self.reset()
 
     def reset(self, rows: int = 1, capacity: int | None = None) -> None:
@@ -275,13 +283,16 @@ class Generator:
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Text of tokens as it becomes certain: never a half of a character."""
         ids: list[int] = []
-        start, told = 0, ""                  # ids[start:] give `told`, the context of what comes
+        # ids[start:] give `told`, the context of what comes: the whole piece before, as the end of
+        # a character alone may decode to nothing.
+        start, read, told = 0, 0, ""
         for token in tokens:
             ids.append(token)
             text = self.tokenizer.decode(ids[start:])
             if len(text) > len(told) and not text.endswith("\ufffd"):
                 yield text[len(told):]
-                start, told = len(ids) - 1, self.tokenizer.decode(ids[-1:])
+                start, read = read, len(ids)
+                told = self.tokenizer.decode(ids[start:])
         if rest := self.tokenizer.decode(ids[start:])[len(told):]:
             yield rest
 
@@ -309,11 +320,19 @@ def _inside(folder: Path, name: object) -> Path:
     return folder / name
 
 
+def enough_onnxruntime() -> None:
+    """ImportError for an onnxruntime that is too old to share memory, which would crash."""
+    if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 30):
+        raise ImportError(f"onnxruntime {ort.__version__} is too old: 1.30 is needed, which has "
+                          "Python 3.11 and later")
+
+
 def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
     """export.json of a folder, once its files' sizes, and with `verify` hashes, were compared."""
     file = folder / "export.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no export.json; export.py --layout onnx writes one")
+    info = None
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
         sizes = [info[key] for key in ("context", "layers", "kv_heads", "head_dim", "vocab_size")]
@@ -330,7 +349,10 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
         if lacking := {"model.onnx", "sampler.onnx"} - info["files"].keys():
             raise ValueError(f"it names no {' and no '.join(sorted(lacking))}")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
-        raise ValueError(f"{file} is not understood: {type(e).__name__} {e}") from None
+        layout = info.get("layout") if isinstance(info, dict) else None
+        hint = "" if layout in (None, "onnx") else (f"; it is of layout {clean(layout)}, and this "
+                                                    "reads --layout onnx")
+        raise ValueError(f"{file} is not understood: {type(e).__name__} {e}{hint}") from None
     for path, (size, digest) in files.items():
         if path.stat().st_size != size:
             raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}: it was "

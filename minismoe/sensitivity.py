@@ -17,6 +17,7 @@ Letters: B samples of a batch, T tokens, M matrices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -152,9 +153,11 @@ def overlap(samples: Tensor, names: Sequence[str],
     """Split-half overlap: how far the selected matrices of a task depend on the samples drawn.
 
     samples (n, M) are squared norms; even and odd samples each select matrices by their sums, and
-    the share of one selection that is in the other comes back. Where `select` takes a share p of
-    the matrices, chance alone gives p.
+    the share of one selection that is in the other comes back; nan for a single sample. Where
+    `select` takes a share p of the matrices, chance alone gives p.
     """
+    if len(samples) < 2:
+        return math.nan
     halves = [select(dict(zip(names, samples[i::2].sum(0).tolist(), strict=True)))
               for i in (0, 1)]
     return len(halves[0] & halves[1]) / max(1, len(halves[0]))

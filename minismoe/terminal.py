@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from . import failure
 from .report import clean
@@ -62,6 +63,8 @@ def _chat(generator: Generator, args: argparse.Namespace) -> None:
     history: list[dict[str, str]] = []
     ask = "> " if sys.stdin.isatty() else ""
     if ask:
+        with suppress(ImportError):          # lines may be edited, and longer than 4,095 bytes
+            import readline  # noqa: F401
         print("Ctrl-C stops an answer, /clear forgets, /exit or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
@@ -82,7 +85,11 @@ def _chat(generator: Generator, args: argparse.Namespace) -> None:
             prompt = generator.tokenizer.render(history, add_generation_prompt=True)
             history.append({"role": "assistant", "content": _say(generator, prompt, args)})
         except ValueError as e:              # no longer fits, or the template refuses it
-            print(f"error: {failure.line(e)}; /clear begins anew", file=sys.stderr)
+            anew = "; /clear begins anew" if len(history) > 1 else ""
+            print(f"error: {failure.line(e)}{anew}", file=sys.stderr)
+            history.pop()
+        except KeyboardInterrupt:            # while the template was rendered
+            print()
             history.pop()
 
 
@@ -108,6 +115,10 @@ def main(argv: Sequence[str]) -> None:
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
+    if args.chat and (args.prompt is not None or args.raw):
+        parser.error("--chat reads line by line, through the template: leave out PROMPT and --raw")
+    if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
+        parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     if args.chat or (args.prompt is None and sys.stdin.isatty()):
         _chat(generator, args)
@@ -134,6 +145,8 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):        # a line that is no UTF-8 does not end a chat
+        sys.stdin.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -185,9 +185,10 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
     *by_task, balance = distributed.all_sum(torch.stack(sums).sum(0).cpu()).tolist()
     mean = sum(by_task) / supervised.total()
     if not math.isfinite(mean):
-        names = ", ".join(f"{e.task} {e.index}" for e in batch)
+        names = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
         raise ArithmeticError(f"the loss is {mean} at step {step + 1}, on the training lines "
-                              f"{names}: try a lower --lr, or --dtype float32")
+                              f"{names} (of those not held out): try a lower --lr, or "
+                              "--dtype float32")
     line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance, 5),
             "tokens": tokens, "loss_by_task": {
                 task: round(total / supervised[task], 5) for task, total in zip(tasks, by_task)}}

@@ -58,7 +58,7 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
     """A graph beside `model`: prompts read at once, then token by token; texts one by one, and in
     a batch. Raises ValueError as `compare` does, and where a float32 text differs."""
     def read(prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-        return torch.stack([torch.from_dlpack(given).clone().flatten()
+        return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
                             for given in generator.forced(prompt, text)])
 
     stop_ids = generator.tokenizer.stop_ids

@@ -320,6 +320,32 @@ def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: s
         seen += new
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen2_window"])
+def test_static_chunks_with_pads_between(model: Callable[..., CausalLM], tmp_path: Path,
+                                         family: str) -> None:
+    """As in generation: each chunk holds a few tokens behind pads, which no window counts."""
+    m, T, P = model(family), 4, 40
+    run = Runner(write(tmp_path / "m.onnx", m, target="portable", static=(1, T, P),
+                       all_logits=True), batch=1)
+    run.past = {n: torch.zeros(1, m.config.num_key_value_heads, P, m.config.head_dim).numpy()
+                for n in run.past}
+    ids, seen, mask = random_ids(16, batch=1), 0, [0] * P
+    want = m(ids)
+    for new in (3, 1, 1, 4, 1, 2, 1, 1, 2):
+        chunk = torch.cat([torch.zeros(1, T - new, dtype=torch.long), ids[:, seen:seen + new]], 1)
+        mask += [0] * (T - new) + [1] * new
+        places = torch.arange(seen - (T - new), seen + new).clamp(min=0)
+        logits, *present = run.session.run(None, {
+            "input_ids": chunk.numpy(), "attention_mask": torch.tensor([mask[-P - T:]]).numpy(),
+            "position_ids": places[None].numpy(), **run.past})
+        run.past = dict(zip(run.past, present))
+        error = (torch.from_numpy(logits)[:, T - new:] - want[:, seen:seen + new]).abs().max()
+        assert error <= 1e-4 * want.abs().max(), f"{error:.2e} after {seen}"
+        seen += new
+    assert seen == ids.shape[1]
+
+
 @pytest.mark.parametrize("target", ["ort", "portable"])
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 1), ("fp16", 1 / 2), ("int8", 0.3),
                                                   ("int4-8", 0.3), ("int4", 0.18)])

@@ -20,6 +20,7 @@ import compare_cells
 import torch
 from compare_figures import accuracy_svg, allocations_svg
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minismoe import report
 from minismoe.checkpoint import versions
@@ -35,8 +36,9 @@ def intervals(values: Mapping[str, Tensor], new_lines: bool) -> dict[str, Interv
     """Mean of each task's (S, N) and of all tasks as "mean", with 95 % bootstrap intervals.
 
     Seeds are drawn, and lines of each task: the same for all seeds, or anew for each where every
-    seed has lines of its own (`new_lines`). Few seeds make a bootstrap narrow by sqrt(1 - 1/S)
-    (Hesterberg 2015, arXiv 1411.5279), so its ends are moved out by as much.
+    seed has lines of its own (`new_lines`), of which there may be fewer: nan fills the rest. Few
+    seeds make a bootstrap narrow by sqrt(1 - 1/S) (Hesterberg 2015, arXiv 1411.5279), so its ends
+    are moved out by as much.
     """
     generator = torch.Generator().manual_seed(0)
     count = len(next(iter(values.values())))
@@ -44,10 +46,13 @@ def intervals(values: Mapping[str, Tensor], new_lines: bool) -> dict[str, Interv
     wide = math.sqrt(count / (count - 1)) if count > 1 else 1.0
     means, draws = {}, {}
     for task, value in values.items():
-        lines = torch.randint(value.shape[1], (RESAMPLES, count if new_lines else 1,
-                                               value.shape[1]), generator=generator)
-        draws[task] = value[seeds[:, :, None], lines].mean((1, 2))                   # (R,)
-        means[task] = value.mean()
+        have = (~value.isnan()).sum(1)[seeds, None]                                  # (R, S, 1)
+        lines = torch.rand(RESAMPLES, count if new_lines else 1, value.shape[1],
+                           generator=generator) * have
+        drawn = value[seeds[:, :, None], lines.long()]                               # (R, S, N)
+        drawn = drawn * (torch.arange(value.shape[1]) < have)
+        draws[task] = (drawn.sum(2) / have[..., 0]).mean(1)                          # (R,)
+        means[task] = value.nanmean(1).mean()
     means["mean"], draws["mean"] = (torch.stack(list(d.values())).mean(0) for d in (means, draws))
     ends = {task: torch.quantile(d, torch.tensor([0.025, 0.975], dtype=d.dtype))
             for task, d in draws.items()}
@@ -56,10 +61,14 @@ def intervals(values: Mapping[str, Tensor], new_lines: bool) -> dict[str, Interv
 
 
 def outcomes(runs: Sequence[dict], task: str, seeds: Sequence[int], by_line: bool) -> Tensor:
-    """How right a strategy was on a task, its draws averaged: (S, N), or (S, 1) by accuracies."""
-    return torch.stack([torch.tensor([
+    """How right a strategy was on a task, its draws averaged: (S, N), or (S, 1) by accuracies.
+
+    Where a seed has fewer lines than others, nan fills its row.
+    """
+    return pad_sequence([torch.tensor([
         [float(c) for c in run["answers"][task]] if by_line else [run["tasks"][task]["after"]]
-        for run in runs if run["seed"] == seed], dtype=torch.float64).mean(0) for seed in seeds])
+        for run in runs if run["seed"] == seed], dtype=torch.float64).mean(0) for seed in seeds],
+        batch_first=True, padding_value=math.nan)
 
 
 def against(row: dict, control: dict | None, new_lines: bool) -> dict[str, Any] | None:
@@ -76,14 +85,14 @@ def against(row: dict, control: dict | None, new_lines: bool) -> dict[str, Any] 
     for task in sides[0]["runs"][0]["tasks"]:
         first, *second = (outcomes(side["runs"], task, seeds, by_line) for side in sides)
         values[task] = first - second[0] if second else first
-    by_seed = torch.stack([v.mean(1) for v in values.values()]).mean(0)              # (S,)
+    by_seed = torch.stack([v.nanmean(1) for v in values.values()]).mean(0)              # (S,)
     found: dict[str, Any] = {"seeds": len(seeds), "by_line": by_line,
                              "intervals": intervals(values, new_lines)}
     if len(seeds) > 1:
         found["sd"] = round(by_seed.std().item(), 5)
         found["seeds_for_1_point"] = math.ceil((1.96 * found["sd"] / 0.01) ** 2)
     if by_line:
-        spread = sum(v.mean(0).var(correction=0).item() for v in values.values())
+        spread = sum(v.nanmean(0).var(correction=0).item() for v in values.values())
         found["lines_for_1_point"] = math.ceil(spread * (1.96 / 0.01 / len(values)) ** 2)
     return found
 
