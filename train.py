@@ -154,6 +154,8 @@ def main(argv: Sequence[str]) -> None:
         adapt(args, inputs, allocation)
     else:                                    # flags that contradict each other are found as well
         cli.rehearse(args, inputs)
+    if not args.resume and not distributed.rank():       # of a run whose config.json was removed
+        (run / "results.json").unlink(missing_ok=True)
     with cli.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
         note(run, args, inputs, allocation)
         work(run, args, inputs, allocation)

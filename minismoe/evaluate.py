@@ -145,8 +145,13 @@ def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[
     """
     if not task.test:
         raise ValueError(f"task {task.name} has no test line: give it a test.jsonl, or two lines")
-    prompts = [tokenizer.encode(tokenizer.render(m[:-1], add_generation_prompt=True))[0]
-               for m in task.test]
+    prompts = []
+    for number, messages in enumerate(task.test, 1):
+        try:
+            text = tokenizer.render(messages[:-1], add_generation_prompt=True)
+        except ValueError as e:
+            raise ValueError(f"task {task.name}, test line {number}: {e}") from None
+        prompts.append(tokenizer.encode(text)[0])
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) >= context:
             raise ValueError(f"task {task.name}: the prompt of test line {number} has "

@@ -155,6 +155,25 @@ def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_pa
     assert json.loads((tmp_path / "out" / "export.json").read_text())["checked"]
 
 
+def test_answers_that_a_static_past_cannot_hold_are_left_out(run: Path, tmp_path: Path,
+                                                             capsys) -> None:
+    flags = [str(run), "--target", "portable", "--static"]
+    export.main([*flags, "1x8x40", "--out", str(tmp_path / "a")])
+    assert capsys.readouterr().out.count("no exact match, as an answer may have") == 2
+    checked = json.loads((tmp_path / "a" / "export.json").read_text())
+    assert checked["checked"][""]["exact_match"] == {}
+    export.main([*flags, "2x1x64", "--out", str(tmp_path / "b")])                # two rows, too
+    assert set(json.loads((tmp_path / "b" / "export.json").read_text())["checked"][""][
+        "exact_match"]) == {"number", "twice"}
+
+
+def test_columns_that_not_every_task_has(capsys) -> None:
+    export.show_accuracy([{"a": {"trained": 0.5, "fp32": 0.25}, "b": {"fp32": 0.75}}])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "0.500", "0.250"] in lines and ["b", "-", "0.750"] in lines
+    assert ["mean", "-", "0.500"] in lines
+
+
 @pytest.mark.parametrize("results", ["[]", "{}", '{"tasks": []}', '{"tasks": {"number": 1}}',
                                      '{"tasks": {"number": {"examples": 4}}}'])
 def test_results_that_are_none_are_refused_before_any_work(run: Path, tmp_path: Path,
@@ -207,6 +226,11 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--layout peft --model x", "RUN or --model"),
     ("--task number --prompts x", "--prompts has no tasks"),
     ("--adapters --layout web", "layout onnx or genai"),
+    ("--layout hf --routing freeze", "holds merged weights"),
+    ("--layout peft --context 64", "holds no graph"),
+    ("--calibration 1", "needs two samples"),
+    ("--table --task number", "--table compares all tasks"),
+    ("--tolerance nan", "nan is no number of at least 0"),
 ])
 def test_wrong_usage(run: Path, flags: str, reason: str,
                      capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,46 @@ def test_text_of_a_bpe(generator, bpe, monkeypatch) -> None:
         assert "".join(generator.text(ids)) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("text", ["hi 🙂🙂 ok", "日本語 hi", "é日🙂é", "hi  ho\n日", "🙂"])
+def test_text_of_byte_fallback(generator, tmp_path, monkeypatch, text) -> None:
+    """As of Llama 2 and Mistral: half a character spoils all bytes beside it, not itself alone."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    from minismoe.tokenizer import FileTokenizer
+    words = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), *"▁hiko"]
+    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>",
+                                byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                            normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
+    monkeypatch.setattr(generator, "tokenizer", tokenizer)
+    ids = tokenizer.encode(text)[0]
+    pieces = list(generator.text(ids))
+    assert "".join(pieces) == tokenizer.decode(ids) == text
+    assert len(pieces) > 1 or len(text) == 1                   # streamed, not kept to the end
+
+
+@pytest.mark.parametrize("flags", [["hello", "--chat"], ["--chat", "--raw"], ["x", "--seed", "1"],
+                                   ["x", "--top-p", "0.5"], ["x", "--top-k", "4"]])
+def test_flags_that_would_do_nothing_are_refused(folders, flags, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        terminal.main([str(folders["ort"]), *flags])
+    assert end.value.code == 2 and flags[-1 if "--chat" in flags else 1] in capsys.readouterr().err
+
+
+def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as m:
+        m.setattr("onnxruntime.__version__", "1.23.2")
+        with pytest.raises(ImportError, match="1.23.2 is too old: 1.30"):
+            Generator(folders["ort"])
+    (tmp_path / "export.json").write_text(json.dumps({"layout": "hf", "files": {}}))
+    with pytest.raises(ValueError, match="it is of layout hf, and this reads --layout onnx"):
+        Generator(tmp_path)
+
+
 def test_tasks(model, tmp_path, folders) -> None:
     folder = export(model, tmp_path / "adapters", **{LORA: graph.AdapterInput()})
     pairs, changed = {}, {}

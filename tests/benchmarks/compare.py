@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import itertools
 import math
 import re
 import shutil
@@ -36,9 +35,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import compare_cells
 import compare_report
 from compare_cells import (
     FIXED,
+    PAPER,
     SEARCH,
     STRATEGIES,
     VALIDATION,
@@ -112,9 +113,12 @@ def command(args: argparse.Namespace, cell: Cell, folder: Path) -> list[str]:
     common = ["--out", str(folder), "--model", str(model_folder(args)), "--seed", str(cell.seed),
               "--data", str(data_folder(args, cell.seed))]
     if cell.phase == "probe":
-        dtype = [f for pair in itertools.pairwise(args.flags) for f in pair
-                 if pair[0] in ("--dtype", "--device", "--max-length")]
-        return [sys.executable, str(ROOT / "probe.py"), *common, "--samples", args.samples, *dtype]
+        shared = argparse.ArgumentParser(allow_abbrev=False)     # what the probe takes as well
+        for flag in ("--dtype", "--device", "--max-length", "--base-bits"):
+            shared.add_argument(flag)
+        given = vars(shared.parse_known_args(args.flags)[0])
+        same = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value]
+        return [sys.executable, str(ROOT / "probe.py"), *common, "--samples", args.samples, *same]
     file = args.out / "allocations" / f"{cell.name}.json"
     write_json(file, allocation_of(args, cell).to_json())
     return [sys.executable, str(ROOT / "train.py"), *common, "--allocation", str(file),
@@ -220,10 +224,13 @@ def main(argv: Sequence[str]) -> None:
     file, fixed = args.out / "compare.json", {name: getattr(args, name) for name in FIXED}
     if file.exists() and (saved := {"first_seed": 0} | read_json(file)) != fixed:
         raise ValueError(f"{args.out} holds cells of other settings, {saved}: choose another --out")
+    if not compare_cells.rows(args):
+        raise ValueError(f"the budget paper is for {', '.join(PAPER)} alone: nothing to compare")
     if args.plan:
         plan(args)
         return
     if not args.report:
+        compare_cells.tasks(args, args.first_seed)       # before there are cells of these settings
         write_json(file, fixed)
         for number in (signal.SIGINT, signal.SIGTERM):       # a job of a shell ignores the first
             signal.signal(number, signal.default_int_handler)
