@@ -270,6 +270,71 @@ def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch)
     assert json.loads((tmp_path / "auto" / "config.json").read_text())["arguments"] == saved
 
 
+@pytest.mark.parametrize("flags", [
+    "--lr -0.001", "--lr nan", "--lr inf", "--weight-decay -1", "--warmup nan", "--warmup 5",
+    "--router-aux-loss-coef nan", "--max-grad-norm 0", "--max-grad-norm -1", "--alpha 0",
+    "--batch-size auto --micro-batch-size 2", "--allocation x --keep 0.5",
+    "--allocation x --targets q_proj", "--model=", "--out="])
+def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
+    code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
+                          capsys=capsys)
+    assert code == 2 and flags.split("=")[0].split()[0] in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("main", [train.main, probe.main])
+@pytest.mark.parametrize("flags, says", [
+    ("--keep 0.5 --budget-experts 5", "only one of keep"), ("--targets nothing", "no module"),
+    ("--min-experts -1", "min_experts")])
+def test_allocation_flags_are_checked_before_the_probe(inputs, tmp_path, capsys, monkeypatch, main,
+                                                       flags, says) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minismoe.sensitivity.sample_norms", lambda *_: pytest.fail("it probes"))
+    code, _, err = finish(main, *inputs, *flags.split(), capsys=capsys)
+    assert code == 1 and says in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", ["--rank 40", "--strategy lora --budget-params 999999"])
+def test_a_rank_that_no_matrix_has_leaves_no_run_behind(inputs, tmp_path, capsys, flags) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path / "run")
+    code, _, err = finish(train.main, *known, *flags.split(), capsys=capsys)
+    assert code == 1 and "more than the matrix itself has: model.layers." in err
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert finish(train.main, *known, "--rank", "2", capsys=capsys)[0] == 0
+
+
+def test_what_an_older_run_left_is_not_taken_for_this_ones(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "before.json").write_text(json.dumps(
+        {"other": {"correct": 1, "examples": 1}, "sum": {"correct": 3, "examples": 3}}))
+    code, _, err = finish(train.main, *known, capsys=capsys)
+    assert code == 0, err
+    assert set(json.loads((tmp_path / "before.json").read_text())) == {"sum", "upper"}
+
+
+def test_tasks_by_name(inputs, capsys) -> None:
+    for names, says in (("sum, upper", ""), ("sum,sum", "asked for twice"), ("no", "no task no")):
+        code, _, err = finish(train.main, *inputs, "--tasks", names, "--show", "1", capsys=capsys)
+        assert code == (1 if says else 0) and says in err
+    for names, says in (("count,count", "asked for twice"), ("no", "no task no; it has capitals")):
+        code, _, err = finish(train.main, "--tasks", names, "--show", "1", capsys=capsys)
+        assert code == 1 and says in err
+    for more in ([], ["--plan"]):
+        code, _, err = finish(train.main, *inputs[2:], *more, capsys=capsys)
+        assert code == 1 and "--model and --data go together" in err
+
+
+def test_a_run_begun_in_shards_goes_on_in_one_process(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["arguments"]["shard"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "results.json").unlink()
+    code, _, err = finish(train.main, *known, "--dtype", "auto", "--resume", capsys=capsys)
+    assert code == 0 and (tmp_path / "results.json").exists(), err
+
+
 def test_too_little_memory_says_what_would_help(inputs, tmp_path, capsys) -> None:
     code, _, err = finish(train.main, *inputs, "--micro-batch-size", "auto", "--memory", "8M",
                           "--out", str(tmp_path / "run"), capsys=capsys)

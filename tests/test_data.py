@@ -368,3 +368,23 @@ def test_a_task_given_as_the_data_folder_is_refused(tmp_path):
         (task / f"{name}.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
     with pytest.raises(ValueError, match="is itself a task.*--tasks sums"):
         load_tasks(task)
+
+
+def test_a_byte_order_mark_and_what_a_mac_leaves_are_no_lines(tmp_path) -> None:
+    line = b'{"prompt": "p", "completion": "c"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + 2 * line)
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    (task,) = load_tasks(tmp_path)
+    assert task.name == "a" and len(task.train) + len(task.test) == 2
+
+
+def test_what_a_template_refuses_is_named(tmp_path, monkeypatch) -> None:
+    def encode(task, messages, tokenizer):
+        if messages[0]["content"] == "bad":
+            raise ValueError("the template refuses")
+        return Example(task, [1, 2], [IGNORE, 2])
+
+    monkeypatch.setattr("minismoe.data.encode", encode)
+    lines = [[{"role": "user", "content": text}] for text in ("good", "bad")]
+    with pytest.raises(ValueError, match="task t, training line 2, 'bad': the template refuses"):
+        encode_all(Task("t", lines, []), None, 10)

@@ -23,7 +23,7 @@ import minismoe.sensitivity as sensitivity
 import minismoe.training as training
 import probe
 import train
-from minismoe import files, flags, resume
+from minismoe import cli, files, flags, resume
 from minismoe.files import new_folder, read_json, write_json
 from minismoe.training import TrainConfig
 
@@ -286,6 +286,26 @@ def test_a_probe_goes_on_at_the_sample_where_it_was(inputs, tmp_path, capsys, mo
     stop_after[0] = 10 ** 9
     code, err = run("cut", "--seed", "1")
     assert code == 0 and sum(measured) == total and "--seed 1 (was 0)" in err
+
+
+def test_a_probe_goes_on_with_batches_of_another_size(inputs, tmp_path, capsys,  # noqa: F811
+                                                      monkeypatch) -> None:
+    norms, calls = sensitivity.sample_norms, []
+
+    def counting(*args):
+        calls.append(len(args[2]))
+        if len(calls) == 2:
+            raise resume.Interrupted()
+        return norms(*args)
+
+    monkeypatch.setattr(sensitivity, "sample_norms", counting)
+    flags = (*inputs, "--samples", "20", "--out", str(tmp_path / "run"))
+    for size, ends in ((8, 130), (6, 0)):
+        monkeypatch.setattr(cli, "PROBE_BATCH", size)
+        assert finish(probe.main, *flags, capsys=capsys)[0] == ends
+    found = read_json(tmp_path / "run" / "sensitivity.json")["tasks"]
+    assert {task: value["samples"] for task, value in found.items()} == {"sum": 20, "upper": 20}
+    assert sum(calls) == 40 + 8 + 2               # the broken-off batch, and 2 of 8 known ones
 
 
 def test_threads_are_those_of_the_beginning(capsys) -> None:

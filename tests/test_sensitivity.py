@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -397,3 +398,7 @@ def test_overlap_sums_even_and_odd_samples() -> None:
 
 def test_overlap_of_nothing_is_0() -> None:
     assert overlap(torch.ones(4, 2), "ab", lambda scores: set()) == 0
+
+
+def test_a_single_sample_has_no_halves() -> None:
+    assert math.isnan(overlap(torch.ones(1, 3), "abc", top(1)))
