@@ -17,9 +17,10 @@ def accuracy_svg(record: Mapping[str, Any]) -> str:
     low, high = math.floor(min(ends)) - 1, math.floor(max(ends)) + 1      # numbers stand below
     first, last = rows[0]["parameters"], rows[-1]["parameters"]
     width, height = max(420.0, 110 + 16.0 * len(rows)), 200.0
+    left = 60 + 6.0 * len(rows)                  # room for all of them, side by side at one size
 
     def across(parameters: float) -> float:
-        return 120 + (width - 200) * (parameters - first) / max(1, last - first)
+        return left + (width - left - 80) * (parameters - first) / max(1, last - first)
 
     out = []
     for i in range(5):
@@ -40,9 +41,9 @@ def accuracy_svg(record: Mapping[str, Any]) -> str:
                    f'{bottom:.1f}h6" stroke="{color}"/><circle cx="{x:.1f}" cy="{mean:.1f}" r="3" '
                    f'fill="{color}"/>' + report._text(x, bottom + 10, str(number + 1)) + "</g>")
     for i, name in enumerate(names):
-        left, y = 46 + 125 * (i % 3), height + 34 + 13 * (i // 3)
-        out.append(f'<circle cx="{left}" cy="{y - 3}" r="3" fill="{hue(i, len(names))}"/>'
-                   + report._text(left + 7, y, f"{i + 1} {name}", "start"))
+        x, y = 46 + 125.0 * (i % 3), height + 34 + 13 * (i // 3)
+        out.append(f'<circle cx="{x:g}" cy="{y - 3}" r="3" fill="{hue(i, len(names))}"/>'
+                   + report._text(x + 7, y, f"{i + 1} {name}", "start"))
     return figure(width, height + 34 + 13 * math.ceil(len(names) / 3),
                   f"{record['name']}: mean exact match (%) and trainable parameters", out)
 
