@@ -435,14 +435,13 @@ def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[
 
 
 def answers_fit(generator: Generator, task: Task) -> bool:
-    """Whether a static graph's past holds the answers to a task's test lines; if not, it is said.
-    """
+    """Whether the context, or a static graph's past, holds a task's answers; if not, it is said."""
     prompts = answer_prompts(generator.tokenizer, task, generator.context)
     wanted = answer_limit(generator.tokenizer, task)
     room = generator.room(max(map(len, prompts)))
     if room < wanted:
         print(f"{clean(task.name)}: no exact match, as an answer may have {wanted} tokens, and "
-              f"--static leaves room for {room}")
+              f"there is room for {room}")
     return room >= wanted
 
 
