@@ -28,7 +28,7 @@ from tqdm import tqdm
 from minismoe import cli, flags, layouts, verify
 from minismoe.checkpoint import MERGED, load_adapter, load_model, resolve, versions, weights
 from minismoe.data import Example, Task, probe_batches
-from minismoe.evaluate import answer_limit, answer_prompts, evaluate
+from minismoe.evaluate import answer_prompts, evaluate, references
 from minismoe.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.files import must_be_new, new_folder, read_json, replacing, write_json
 from minismoe.freeze import KINDS, Fit, fit, merge, merged
@@ -43,7 +43,7 @@ from minismoe.graph import (
 )
 from minismoe.loss import IGNORE
 from minismoe.model import CausalLM
-from minismoe.report import allocation_svg, clean, table, terminal_heatmap
+from minismoe.report import allocation_svg, clean, terminal_heatmap
 from minismoe.routing import agreement, auto, compare, comparison, heal, save_frozen, twin
 from minismoe.runtime import FORMAT, Generator, enough_onnxruntime, sha256
 from minismoe.tokenizer import Tokenizer, load_tokenizer
@@ -107,35 +107,40 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="of freezing, healing and the table; default: what the device is fast at")
     add("--debug", action="store_true", help="show a traceback on failure")
     args = parser.parse_args(argv)
-    if args.run and args.model:
-        parser.error("RUN names its base itself: give RUN or --model")
-    if args.layout in ("peft", "hf") and (args.static or args.target == "portable"
-                                          or args.precision != "fp32" or args.context):
-        parser.error(f"--layout {args.layout} holds no graph: --target, --static, --context and "
-                     "--precision mean nothing")
-    if args.calibration < 2:
-        parser.error("--calibration: a fit needs two samples a task, one of them held out")
-    if args.layout == "hf" and args.routing == "freeze":
-        parser.error("--layout hf holds merged weights: --routing merge, or --layout peft")
-    if args.table and args.task:
-        parser.error("--table compares all tasks: leave out --task")
-    if args.static and args.target != "portable":
-        parser.error("--static needs --target portable")
-    if args.static and args.layout != "onnx" or args.target == "portable" and args.layout == "web":
-        parser.error("--layout genai and web take graphs of varying sizes, web those of target ort")
-    if args.routing == "dynamic" and not args.table and (args.task or args.heal or args.prompts):
-        parser.error("--routing dynamic freezes nothing: leave out --task, --heal and --prompts")
-    if args.adapters and args.routing != "merge":
-        parser.error("--adapters freezes every matrix: leave out --routing")
-    if args.adapters and (args.layout not in ("onnx", "genai") or args.task or args.model):
-        parser.error("--adapters holds every task of a run, in layout onnx or genai")
-    if args.layout in ("peft", "hf") and args.routing in ("dynamic", "auto"):
-        parser.error(f"--layout {args.layout} knows no routing: --routing merge")
-    if args.prompts and (args.task or args.adapters):
-        parser.error("--prompts has no tasks: leave out --task and --adapters")
-    if args.model and (needs := of_adapters(args)):
-        parser.error(f"--model has no adapters, which {needs} is for")
+    if wrong := contradiction(args):
+        parser.error(wrong)
     return args
+
+
+def contradiction(args: argparse.Namespace) -> str:
+    """What flags mean nothing together, or "" where all do."""
+    layout, needs = args.layout, of_adapters(args) if args.model else ""
+    graph, portable = layout not in ("peft", "hf"), args.target == "portable"
+    rules = [
+        (args.run and args.model, "RUN names its base itself: give RUN or --model"),
+        (not graph and (args.static or portable or args.precision != "fp32" or args.context),
+         f"--layout {layout} holds no graph: --target, --static, --context and --precision mean "
+         "nothing"),
+        (args.calibration < 2, "--calibration: a fit needs two samples a task, one held out"),
+        (layout == "hf" and args.routing == "freeze",
+         "--layout hf holds merged weights: --routing merge, or --layout peft"),
+        (args.table and args.task, "--table compares all tasks: leave out --task"),
+        (args.static and not portable, "--static needs --target portable"),
+        (args.static and layout != "onnx" or portable and layout == "web",
+         "--layout genai and web take graphs of varying sizes, web those of target ort"),
+        (args.routing == "dynamic" and not args.table and (
+            args.task or args.heal or args.prompts),
+         "--routing dynamic freezes nothing: leave out --task, --heal and --prompts"),
+        (args.adapters and args.routing != "merge",
+         "--adapters freezes every matrix: leave out --routing"),
+        (args.adapters and (layout not in ("onnx", "genai") or args.task or args.model),
+         "--adapters holds every task of a run, in layout onnx or genai"),
+        (not graph and args.routing in ("dynamic", "auto"),
+         f"--layout {layout} knows no routing: --routing merge"),
+        (args.prompts and (args.task or args.adapters),
+         "--prompts has no tasks: leave out --task and --adapters"),
+        (needs, f"--model has no adapters, which {needs} is for")]
+    return next((said for wrong, said in rules if wrong), "")
 
 
 def of_adapters(args: argparse.Namespace) -> str:
@@ -244,7 +249,7 @@ def load(args: argparse.Namespace) -> Source:
     tests = {task.name: answer_prompts(tokenizer, task, longest) for task in inputs.tasks}
     prompts = some_prompts(inputs, args.check) + [p for texts in tests.values() for p in texts]
     needed = min(longest, max([max(map(len, prompts)) + verify.TOKENS, *(
-        max(map(len, tests[t.name])) + answer_limit(tokenizer, t) for t in inputs.tasks)]))
+        max(map(len, tests[t.name])) + references(tokenizer, t)[1] for t in inputs.tasks)]))
     args.context = args.context or min(longest, max(2048, needed))
     if args.context > longest:
         raise ValueError(f"--context {args.context}: the model was made for {longest} positions")
@@ -416,41 +421,22 @@ def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[
         stored = weights(source.base)                  # merged weights are rounded to its dtypes
         exact = args.layout == "peft" or all(
             stored(f"{n}.weight").dtype == torch.float32 for n in fits[args.task or ""])
-        return say(source.name, verify.compare(
+        return verify.say(source.name, verify.compare(
             reference(args.task or ""), partial(verify.logits, read), prompts, stop_ids,
             "fp32" if exact else "bf16"))
     generator, found = Generator(folder), {}
     for task in (None, *generator.tasks) if args.adapters else (args.task or "",):
         generator.use(task if args.adapters else None)
         model = reference(task)
-        seen = say(task or source.name, verify.compare_graph(
+        seen = verify.say(task or source.name, verify.compare_graph(
             model, generator, prompts, args.precision))
         if task is not None:
             seen["exact_match"] = {t.name: exact_match(args, source, generator, model, t)
                                    for t in inputs.tasks if task in ("", t.name)
-                                   and answers_fit(generator, t)}
+                                   and verify.answers_fit(generator, t)}
         found[task or ""] = seen
-    show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
+    verify.show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
     return found
-
-
-def answers_fit(generator: Generator, task: Task) -> bool:
-    """Whether the context, or a static graph's past, holds a task's answers; if not, it is said."""
-    prompts = answer_prompts(generator.tokenizer, task, generator.context)
-    wanted = answer_limit(generator.tokenizer, task)
-    room = generator.room(max(map(len, prompts)))
-    if room < wanted:
-        print(f"{clean(task.name)}: no exact match, as an answer may have {wanted} tokens, and "
-              f"there is room for {room}")
-    return room >= wanted
-
-
-def say(name: str, seen: dict[str, Any]) -> dict[str, Any]:
-    """Print how far an export was from PyTorch."""
-    same = f"{seen['texts_equal']} of {seen['texts']} texts the same, " if "texts" in seen else ""
-    print(f"{clean(name)}: logits within {seen['logits_error']:.1e} of PyTorch's largest, {same}"
-          f"{100 * seen['tokens_agreed']:.1f} % of tokens")
-    return seen
 
 
 def exact_match(args: argparse.Namespace, source: Source, generator: Generator,
@@ -460,18 +446,6 @@ def exact_match(args: argparse.Namespace, source: Source, generator: Generator,
     if args.precision != "fp32":
         found["float32"] = evaluate(model, source.inputs.tokenizer, task).share
     return found | {args.precision: verify.accuracy(generator, task).share}
-
-
-def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
-    """Print exact match by task."""
-    by_task = {name: row for part in found for name, row in part.items()}
-    if by_task:
-        columns = list(dict.fromkeys(c for row in by_task.values() for c in row))
-        rows = [[clean(name), *(f"{row[c]:.3f}" if c in row else "-" for c in columns)]
-                for name, row in by_task.items()]
-        means = [f"{statistics.mean(row[c] for row in by_task.values()):.3f}"
-                 if all(c in row for row in by_task.values()) else "-" for c in columns]
-        print(table(["exact match", *columns], [*rows, ["mean", *means]]))
 
 
 def some_prompts(inputs: cli.Inputs, count: int) -> list[list[int]]:

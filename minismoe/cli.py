@@ -36,6 +36,8 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 PROBE_BATCH = 16
 AUTO_START, AUTO_MOST = 16, 512          # samples a task of --samples auto
+TOGETHER = ("--model and --data go together; without both, the tiny model and its own tasks are "
+            "used")
 KEEP_NORMS = 2.0                         # seconds after which a probe saves what it has measured
 
 
@@ -126,8 +128,7 @@ class Inputs:
 def load_inputs(args: argparse.Namespace) -> Inputs:
     """Load what the flags name, and print a table of it; with --show print examples and exit."""
     if args.model is not None and args.data is None:
-        raise ValueError("--model and --data go together; without both, the tiny model and its "
-                         "own tasks are used")
+        raise ValueError(TOGETHER)
     device, _ = device_and_dtype(args)
     distributed.start(device)
     if args.shard and (args.base_bits or distributed.world() == 1):
@@ -169,8 +170,7 @@ def read_data(args: argparse.Namespace, folder: Path,
     names = [name.strip() for name in args.tasks.split(",")] if args.tasks else []
     if args.model is None:
         if args.data is not None:
-            raise ValueError("--model and --data go together; without both, the tiny model and its "
-                             "own tasks are used")
+            raise ValueError(TOGETHER)
         if len(set(names)) < len(names):
             raise ValueError(f"a task is asked for twice: {', '.join(names)}")
         if missing := [name for name in names if name not in toy.TASKS]:

@@ -109,7 +109,7 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
     `answer_prompts` does.
     """
     prompts = answer_prompts(tokenizer, task, context)
-    answers, limit = [answer_tokens(tokenizer, m) for m in task.test], answer_limit(tokenizer, task)
+    answers, limit = references(tokenizer, task)
     result = Accuracy(0, len(answers))
     for messages, answer, tokens in zip(task.test, answers, complete(prompts, limit)):
         given, reference = (tokenizer.decode(t).strip() for t in (tokens, answer))
@@ -122,9 +122,10 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
     return result
 
 
-def answer_limit(tokenizer: Tokenizer, task: Task) -> int:
-    """Tokens that an answer may have: a few more than the longest reference."""
-    return max(len(answer_tokens(tokenizer, m)) for m in task.test) + 4
+def references(tokenizer: Tokenizer, task: Task) -> tuple[list[list[int]], int]:
+    """Tokens of the right answers, and how many an answer may have: a few more than the longest."""
+    answers = [answer_tokens(tokenizer, m) for m in task.test]
+    return answers, max(map(len, answers)) + 4
 
 
 def answer_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

@@ -1,11 +1,12 @@
-"""Run what was exported beside PyTorch: logits, greedy texts, exact match.
+"""Run what was exported beside PyTorch, and say what came of it: logits, greedy texts, exact match.
 
 Letters: n tokens compared, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import Task
-from .evaluate import Accuracy, exact_match, generate
+from .evaluate import Accuracy, answer_prompts, exact_match, generate, references
 from .model import CausalLM
-from .report import clean
+from .report import clean, table
 from .runtime import Generator
 
 # How far logits may be from PyTorch's in float32, as a share of the largest: what rounding of
@@ -88,3 +89,34 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy
         return outputs
 
     return exact_match(generator.tokenizer, task, generator.context, complete)
+
+
+def answers_fit(generator: Generator, task: Task) -> bool:
+    """Whether the context, or a static graph's past, holds a task's answers; if not, it is said."""
+    prompts = answer_prompts(generator.tokenizer, task, generator.context)
+    wanted = references(generator.tokenizer, task)[1]
+    room = generator.room(max(map(len, prompts)))
+    if room < wanted:
+        print(f"{clean(task.name)}: no exact match, as an answer may have {wanted} tokens, and "
+              f"there is room for {room}")
+    return room >= wanted
+
+
+def say(name: str, seen: dict[str, Any]) -> dict[str, Any]:
+    """Print how far an export was from PyTorch."""
+    same = f"{seen['texts_equal']} of {seen['texts']} texts the same, " if "texts" in seen else ""
+    print(f"{clean(name)}: logits within {seen['logits_error']:.1e} of PyTorch's largest, {same}"
+          f"{100 * seen['tokens_agreed']:.1f} % of tokens")
+    return seen
+
+
+def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
+    """Print exact match by task."""
+    by_task = {name: row for part in found for name, row in part.items()}
+    if by_task:
+        columns = list(dict.fromkeys(c for row in by_task.values() for c in row))
+        rows = [[clean(name), *(f"{row[c]:.3f}" if c in row else "-" for c in columns)]
+                for name, row in by_task.items()]
+        means = [f"{statistics.mean(row[c] for row in by_task.values()):.3f}"
+                 if all(c in row for row in by_task.values()) else "-" for c in columns]
+        print(table(["exact match", *columns], [*rows, ["mean", *means]]))

@@ -168,7 +168,7 @@ def test_answers_that_a_static_past_cannot_hold_are_left_out(run: Path, tmp_path
 
 
 def test_columns_that_not_every_task_has(capsys) -> None:
-    export.show_accuracy([{"a": {"trained": 0.5, "fp32": 0.25}, "b": {"fp32": 0.75}}])
+    verify.show_accuracy([{"a": {"trained": 0.5, "fp32": 0.25}, "b": {"fp32": 0.75}}])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["a", "0.500", "0.250"] in lines and ["b", "-", "0.750"] in lines
     assert ["mean", "-", "0.500"] in lines

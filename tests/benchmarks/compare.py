@@ -35,7 +35,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import compare_cells
 import compare_report
 from compare_cells import (
     FIXED,
@@ -49,7 +48,9 @@ from compare_cells import (
     data_folder,
     finished,
     model_folder,
+    rows,
     seconds_of,
+    tasks,
 )
 from tqdm import tqdm
 
@@ -222,15 +223,16 @@ def main(argv: Sequence[str]) -> None:
         print(compare_report.markdown(read_json(args.readme)))
         return
     file, fixed = args.out / "compare.json", {name: getattr(args, name) for name in FIXED}
+    # Folders of before --first-seed begin at 0.
     if file.exists() and (saved := {"first_seed": 0} | read_json(file)) != fixed:
         raise ValueError(f"{args.out} holds cells of other settings, {saved}: choose another --out")
-    if not compare_cells.rows(args):
+    if not rows(args):
         raise ValueError(f"the budget paper is for {', '.join(PAPER)} alone: nothing to compare")
     if args.plan:
         plan(args)
         return
     if not args.report:
-        compare_cells.tasks(args, args.first_seed)       # before there are cells of these settings
+        tasks(args, args.first_seed)         # are there, before there are cells of these settings
         write_json(file, fixed)
         for number in (signal.SIGINT, signal.SIGTERM):       # a job of a shell ignores the first
             signal.signal(number, signal.default_int_handler)
