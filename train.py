@@ -94,14 +94,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error("--resume needs --out RUN")
         saved = saved_config(Path(args.out))["arguments"]
         # What a run divided among processes left, one alone may go on with, and the other way.
-        kept = {name: value for name, value in saved.items() if name != "shard"}
-        args = parser.parse_args(argv, argparse.Namespace(**{**kept, "out": args.out}))
+        kept = vars(as_typed(parser, {**saved, "shard": None, "out": args.out}))
+        args = parser.parse_args(argv, argparse.Namespace(**kept))
         for name in ("batch_size", "micro_batch_size", "dtype"):     # auto was settled by the run
             if getattr(args, name) == "auto":
-                setattr(args, name, saved[name])
-        changed = [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})"
-                   for k, v in vars(args).items()
-                   if k not in (*RESUMABLE, "out") and saved.get(k) != v]
+                setattr(args, name, kept[name])
+        changed = [f"--{k.replace('_', '-')} {v} (was {kept[k]})" for k, v in vars(args).items()
+                   if k not in RESUMABLE and kept[k] != v]
         if changed:
             raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
     if args.batch_size == "auto":
@@ -113,6 +112,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                                      if getattr(args, name) != parser.get_default(name)]):
         parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
     return args
+
+
+def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse.Namespace:
+    """The flags of a config.json as if they had been typed; ValueError where one could not be."""
+    argv = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in saved.items() if value is not None and value is not False]
+    parser.exit_on_error = False
+    try:
+        kept, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise ValueError(f"{saved['out']}/config.json: {e}") from None
+    if unknown:
+        raise ValueError(f"{saved['out']}/config.json: there is no flag {', '.join(unknown)}")
+    parser.exit_on_error = True
+    return kept
 
 
 def saved_config(run: Path) -> dict[str, Any]:
@@ -211,7 +225,8 @@ def known_before(run: Path, inputs: cli.Inputs) -> bool:
     file = run / "before.json"
     found = read_json(file) if file.exists() else {}
     return isinstance(found, dict) and {
-        name: a.get("examples") for name, a in found.items() if isinstance(a, dict)} == {
+        name: a.get("examples") for name, a in found.items()
+        if isinstance(a, dict) and isinstance(a.get("correct"), int)} == {
         task.name: len(task.test) for task in inputs.tasks}
 
 

@@ -99,7 +99,11 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     if problems:
         raise ValueError(f"{folder} does not fit its config.json: " + _listed(problems))
     if cfg.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        table = model.lm_head.weight = model.model.embed_tokens.weight
+        if "lm_head.weight" in seen and not torch.equal(
+                table, weights(folder)("lm_head.weight").to(table)):
+            raise ValueError(f"{folder} holds a head of its own, and its config.json ties it to "
+                             "the embedding: set tie_word_embeddings to false")
     model.fingerprint, model.name = digest.hexdigest()[:16], str(path)
     model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
     return model.eval()

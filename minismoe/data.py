@@ -131,11 +131,14 @@ def to_messages(line: Any) -> list[Message]:
     if not isinstance(line, dict):
         raise ValueError(f"not a JSON object but {type(line).__name__}")
     if "messages" in line:
+        if line.get("tools"):
+            raise ValueError("tools are not supported")
         return _check_messages(line["messages"])
     if "prompt" in line and "completion" in line:
         fields = [line["prompt"], line["completion"]]
     elif "instruction" in line and "output" in line:
-        fields = [line["instruction"], line.get("input") or "", line["output"]]
+        given = line.get("input")
+        fields = [line["instruction"], "" if given is None else given, line["output"]]
     else:
         raise ValueError("needs messages, or prompt and completion, or instruction and output; "
                          f"it has {', '.join(map(str, line)) or 'nothing'}")
@@ -155,10 +158,16 @@ def _check_messages(messages: Any) -> list[Message]:
         if not (isinstance(m, dict) and isinstance(m.get("role"), str)
                 and isinstance(m.get("content"), str)):
             raise ValueError("each message needs a string role and a string content")
+        if refused := [key for key in ("tool_calls", "reasoning_content") if m.get(key)]:
+            raise ValueError(f"a message has {' and '.join(refused)}, which is not supported")
+        if m.get("weight") not in (None, 1):
+            raise ValueError(f"a message has weight {m['weight']!r}: every answer is trained on")
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
     if not messages[-1]["content"].strip():
         raise ValueError("the last answer is empty")
+    if len(messages) == 1:
+        raise ValueError("nothing comes before the answer")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
@@ -166,19 +175,29 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
     """The rendered conversation, and the characters of it that the assistant's turns take up.
 
     A turn begins where the conversation before it, rendered with the generation prompt, ends: at
-    inference the model continues from just there. ValueError where the template does not render
-    a conversation's beginning as the beginning of its text.
+    inference the model continues from just there. So a greeting before any question is none.
+    ValueError where the template does not render a conversation's beginning as the beginning of
+    its text, or leaves it to the model to open its turn.
     """
     text, spans = tokenizer.render(messages), []
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and i > 0:
             before = tokenizer.render(messages[:i], add_generation_prompt=True)
-            after = tokenizer.render(messages[:i + 1])
-            if not (after.startswith(before) and text.startswith(after)):
+            after = text if i + 1 == len(messages) else tokenizer.render(messages[:i + 1])
+            if not text.startswith(after):
                 raise ValueError(
                     f"the chat template renders turn {i + 1} of {len(messages)} differently when "
                     "more follows, so the answer's place is unknown: give a template whose output "
                     "only grows, or data with one answer a line")
+            if not after.startswith(before):
+                raise ValueError(
+                    "the chat template does not begin an answer as its generation prompt, which "
+                    f"ends in {before[-20:]!r}: give a template that does")
+            head, found, _ = after[len(before):].partition(message["content"].strip())
+            if opens := [t for t in tokenizer.special if found and t in head and t in before]:
+                raise ValueError(
+                    f"the chat template opens an answer by {opens[0]}, which its generation prompt "
+                    "leaves out: give a template that heeds add_generation_prompt")
             spans.append(range(len(before), len(after)))
     return text, spans
 

@@ -1,8 +1,8 @@
 """Several processes on one run, as torchrun starts them; a process alone is a world of one.
 
 Each computes its share of every micro-batch, and takes the same optimizer step from the same summed
-gradients. These go over nccl where there is CUDA; what the host reads, and all else, over gloo,
-which tells at once where another process is gone.
+gradients. These alone go over nccl, where there is CUDA; all else over gloo, which tells at once
+where another process is gone: nccl would wait for it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
     """The sum over the processes of each one's times * x, the same bits in all."""
     if world() == 1:
         return x
-    y = times * x if x.device.type == "cuda" else times * x.cpu()    # MPS has no exchange
+    y = times * x.cpu()
     with _peers():
         dist.all_reduce(y)
     return y.to(x.device)
@@ -117,7 +117,11 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     if world() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = all_sum(torch.cat([g.flatten() for g in gradients]))
+    flat = torch.cat([g.flatten() for g in gradients])
+    if flat.device.type != "cuda":
+        flat = flat.cpu()                    # MPS has no exchange of its own
+    with _peers():
+        dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(part.view_as(gradient))
 

@@ -27,7 +27,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
                        help="use the first N test lines of each task; default: all")
     group.add_argument("--max-length", type=positive, default=1024, metavar="TOKENS",
                        help="longer training examples are cut (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
+    group.add_argument("--seed", type=seed, default=0, help="of every random choice (default: 0)")
     group.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto (default)")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                        help="of the frozen weights and activations; experts are held, and "
@@ -83,6 +83,13 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """An argparse type: a whole number of 64 bits."""
+    if not -1 << 63 <= (value := int(text)) < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} has more than 64 bits")
+    return value
+
+
 def text(value: str) -> str:
     """An argparse type: what is not empty, as an unset variable of a shell is."""
     if not value:
@@ -126,11 +133,12 @@ def positive_or_auto(text: str) -> int | str:
 
 
 def size(text: str) -> int:
-    """An argparse type: bytes, as 4G (GiB) or 512M (MiB)."""
+    """An argparse type: bytes, as 4G (GiB), 512M (MiB), or a number of them from 1 MiB on."""
     unit = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
-    if unit is None or not 0 < (number := float(text[:-1])) < 1 << 20:
+    found = float(text[:-1]) * unit if unit else float(text)
+    if not 1 << 20 <= found < 1 << 50:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 4G or 512M")
-    return int(number * unit)
+    return int(found)
 
 
 def share(text: str) -> float:

@@ -112,9 +112,12 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(C)) v of q (B, H, T, C) and k, v (B, K, S, C); causal without a mask."""
-    narrow = q.dtype.itemsize < 4 and q.device.type == "cpu"
-    if q.requires_grad and narrow and k.shape[2] <= SHORT:
+    narrow, cpu = q.dtype.itemsize < 4, q.device.type == "cpu"
+    if q.requires_grad and narrow and cpu and k.shape[2] <= SHORT:
         return attend_short(q, k, v, mask)
+    if not cpu and (mask is not None or not narrow):
+        # CUDA shares heads without the (T, S) scores only unmasked and in half precision.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
 

@@ -54,9 +54,12 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json, with the interface of ByteTokenizer."""
+    """A tokenizer.json, with the interface of ByteTokenizer.
 
-    def __init__(self, file: Path):
+    vocab_size is the model's, if known: what does not fit it raises ValueError, here or in encode.
+    """
+
+    def __init__(self, file: Path, vocab_size: Any = None):
         try:
             from tokenizers import Tokenizer as Backend
         except ImportError:
@@ -68,14 +71,29 @@ class FileTokenizer:
             raise ValueError(f"{file} is no valid tokenizer: {e}") from None
         self.backend.no_truncation()
         self.backend.no_padding()
+        size = self.backend.get_vocab_size()
+        self.file, self.vocab_size = file, size if vocab_size is None else vocab_size
+        if not isinstance(self.vocab_size, int) or size > self.vocab_size:
+            raise ValueError(f"{file} has {size} tokens, and the model only {vocab_size!r}")
+        self.mark_special(())
+
+    def mark_special(self, tokens: Sequence[str]) -> None:
+        """Make those of `tokens` special that there are, as a tokenizer_config.json means them."""
+        known = [t for t in tokens if self.backend.token_to_id(t) is not None]
+        self.backend.add_special_tokens(known)
         added = self.backend.get_added_tokens_decoder()
         self.special = {t.content: i for i, t in added.items() if t.special}
-        self.vocab_size = self.backend.get_vocab_size()
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         # Half of an emoji, or a byte of argv that is no UTF-8, is a "?", as ByteTokenizer has it.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        except Exception as e:               # such as of a word that it lacks, and no unknown token
+            raise ValueError(f"{self.file} cannot encode {text[:40]!r}: {e}") from None
+        if max(encoding.ids, default=0) >= self.vocab_size:      # few tokens, but high numbers
+            raise ValueError(f"{self.file} encodes {text[:40]!r} with token {max(encoding.ids)}, "
+                             f"and the model has only {self.vocab_size}")
         return encoding.ids, [start for start, _ in encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -91,7 +109,7 @@ class Tokenizer:
 
     def __init__(self, backend: ByteTokenizer | FileTokenizer, template: str | None, bos: str,
                  eos: str, pad_id: int | None = None, stop_ids: Sequence[int] = ()):
-        self.backend, self.bos, self.eos = backend, bos, eos
+        self.backend, self.bos, self.eos, self.special = backend, bos, eos, backend.special
         self.template, self.has_template = template, template is not None
         stops = {*stop_ids, *(i for i in [backend.special.get(eos)] if i is not None)}
         self.stop_ids = sorted(stops | self._turn_end())
@@ -118,9 +136,10 @@ class Tokenizer:
 
     def _turn_end(self) -> set[int]:
         """The special token that closes an assistant's turn in the template, if one does."""
-        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        user, answer = ({"role": role, "content": text} for role, text in (
+            ("user", "question"), ("assistant", "answer")))
         try:
-            tail = self.render([user, answer])[len(self.render([user], True)):]
+            tail = self.render([user, answer]).rpartition(answer["content"])[2]
         except templates.Refused:            # as one does that wants a system message first
             return set()
         ids = (i for i in self.encode(tail)[0] if i in set(self.backend.special.values()))
@@ -152,12 +171,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     template = chat_template(folder, settings)
     if template is not None:
         templates.start()                    # it gets ready while the next line works
-    backend = FileTokenizer(folder / "tokenizer.json")
-    size = config.get("vocab_size", backend.vocab_size)
-    if not isinstance(size, int) or backend.vocab_size > size:
-        raise ValueError(f"{folder / 'tokenizer.json'} has {backend.vocab_size} tokens, "
-                         f"and the model only {size!r}")
-    bos, eos, pad = (_content(settings.get(f"{k}_token")) for k in ("bos", "eos", "pad"))
+    backend = FileTokenizer(folder / "tokenizer.json", config.get("vocab_size"))
+    older = _read(folder / "special_tokens_map.json")
+    bos, eos, pad = (_content(settings.get(name, older.get(name))) for name in (
+        "bos_token", "eos_token", "pad_token"))
+    if not eos and stops:                    # it is named by its number alone
+        eos = backend.backend.id_to_token(min(stops)) or ""
+    backend.mark_special((bos, eos, pad))
     return Tokenizer(backend, template, bos, eos,
                      backend.special.get(pad), sorted(stops))
 

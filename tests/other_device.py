@@ -4,7 +4,8 @@
 
 PyTorch sees those tensors on a device of their own, and an operator that is given some of them and
 some of the CPU's raises, as it would on CUDA or MPS. (Those forgive an index on the CPU; this one
-does not.) It has no float64, like MPS. Kernels, memory and random numbers are the CPU's.
+does not.) It has no float64, like MPS. Kernels, memory and random numbers are the CPU's. At the end
+the names of the operators that it was asked for are printed, on stderr.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-used = 0                                     # operators that the device was asked for
+asked: set[str] = set()                      # operators, such as "aten::add.Tensor"
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::_foreach_copy_")       # between devices
 
 
@@ -78,8 +79,8 @@ def run(op: Any, args: Sequence, kwargs: Mapping[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu") if here else device}
     if name == "aten::_fused_sdp_choice" and here:
         return 0                             # attention in plain operators: no kernel is fused
-    global used
-    used += here
+    if here:
+        asked.add(f"{name}.{op._schema.overload_name}".rstrip("."))
     given = {id(raw(x)): x for x in tensors}             # what is changed in place stays itself
 
     def placed(x: Any) -> Any:
@@ -140,7 +141,7 @@ if __name__ == "__main__":
         except Exception:
             traceback.print_exc()
             code = 1
-    print(f"{used} operators on other", file=sys.stderr)
+    print(*sorted(asked), file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(int(bool(code)))     # torch's threads for the device were seen to abort at an exit

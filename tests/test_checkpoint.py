@@ -89,12 +89,16 @@ def test_a_tied_head_stays_tied_and_all_is_frozen(checkpoint: Checkpoint, tmp_pa
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
-    # Some tied checkpoints store the head as well: it is the embedding's, whatever they store.
+    # Some tied checkpoints store the head as well. Another than the embedding is a contradiction.
     twice = Path(shutil.copytree(checkpoint("llama_tied")[1], tmp_path / "twice"))
-    edit(twice, lambda t: t.update({"lm_head.weight": torch.zeros(97, 32)}))
+    edit(twice, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     again = load_model(twice)
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.equal(again(IDS), model(IDS))
+    for other in (torch.zeros(97, 32), torch.zeros(90, 32)):
+        edit(twice, lambda t, x=other: t.update({"lm_head.weight": x}))
+        with pytest.raises(ValueError, match="twice holds a head of its own, .*tie_word_embedd"):
+            load_model(twice)
 
 
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16], ids=str)

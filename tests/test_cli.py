@@ -274,7 +274,8 @@ def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch)
     "--lr -0.001", "--lr nan", "--lr inf", "--weight-decay -1", "--warmup nan", "--warmup 5",
     "--router-aux-loss-coef nan", "--max-grad-norm 0", "--max-grad-norm -1", "--alpha 0",
     "--batch-size auto --micro-batch-size 2", "--allocation x --keep 0.5",
-    "--allocation x --targets q_proj", "--model=", "--out="])
+    "--allocation x --targets q_proj", "--model=", "--out=", "--seed 18446744073709551616",
+    "--memory 4"])
 def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
     code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
                           capsys=capsys)

@@ -127,6 +127,13 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
     ('{"messages": ["hello"]}', "a string role"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
     ('{"messages": [{"role": "assistant", "content": " "}]}', "the last answer is empty"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing comes before the answer"),
+    ('{"instruction": "double it", "input": 0, "output": "0"}', "every field must be a string"),
+    (json.dumps({"messages": PAIR_MESSAGES, "tools": [{"type": "function"}]}), "tools are not"),
+    (json.dumps({"messages": [PAIR_MESSAGES[0] | {"tool_calls": [1], "reasoning_content": "r"},
+                              PAIR_MESSAGES[1]]}),
+     "a message has tool_calls and reasoning_content, which is not supported"),
+    (json.dumps({"messages": [m | {"weight": 0} for m in PAIR_MESSAGES]}), "weight 0"),
 ], ids=lambda x: str(x)[:40])
 def test_a_bad_line(tmp_path: Path, line: str | bytes, reason: str) -> None:
     line = line if isinstance(line, bytes) else line.encode()
@@ -266,6 +273,23 @@ def test_a_template_that_changes_what_it_said(chatml: Tokenizer) -> None:
     with pytest.raises(ValueError, match="renders turn 2 of 4 differently when more follows"):
         encode("t", two, forgets)
     encode("t", two, chatml)
+
+
+def test_a_greeting_before_any_question_is_not_supervised(bpe: Path) -> None:
+    """Nothing asks for it, and a template may not render a conversation without a message."""
+    wants = "{% if messages[0].role == 'x' %}{% endif %}" + CHATML
+    tokenizer = Tokenizer(FileTokenizer(bpe), wants, "", "<|im_end|>")
+    text, spans = supervised_spans([say("assistant", "user"), *PAIR_MESSAGES], tokenizer)
+    assert [text[s.start:s.stop] for s in spans] == ["yes<|im_end|>\n"]
+
+
+def test_a_template_whose_prompt_does_not_lead_to_the_answer(bpe: Path) -> None:
+    thinks = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+    with pytest.raises(ValueError, match=r"as its generation prompt, which ends in .*<think>\\n'"):
+        encode("t", PAIR_MESSAGES, Tokenizer(FileTokenizer(bpe), thinks, "", "<|im_end|>"))
+    forgets = CHATML.replace("add_generation_prompt", "false")
+    with pytest.raises(ValueError, match=r"opens an answer by <\|im_start\|>, which its gen"):
+        encode("t", PAIR_MESSAGES, Tokenizer(FileTokenizer(bpe), forgets, "", "<|im_end|>"))
 
 
 def test_truncated_and_dropped_are_counted() -> None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs_other_device
 from safetensors.torch import load_file
 
 import train
@@ -101,11 +102,15 @@ def test_shard_leaves_a_part_of_the_blocks_in_each_process(inputs) -> None:
     assert all(0.4 * whole < part < 0.6 * whole for whole, part in held)
 
 
-@pytest.mark.parametrize("count, shard", [(2, []), (4, []), (2, ["--shard"])])
-def test_processes_equal_one(inputs, one, tmp_path, count, shard) -> None:
+@pytest.mark.parametrize("count, flags", [
+    (2, ""), (4, ""), (2, "--shard"),
+    pytest.param(2, "--device other", marks=needs_other_device)])
+def test_processes_equal_one(inputs, one, tmp_path, count, flags) -> None:
     run = tmp_path / "run"
-    command = str(ROOT / "train.py"), *inputs, *FLAGS, *shard, "--out", str(run)
-    processes = [torchrun(2, *command)] if shard else by_hand(count, *command)
+    command = [str(ROOT / "train.py"), *inputs, *FLAGS, *flags.split(), "--out", str(run)]
+    if "other" in flags:
+        command.insert(0, str(ROOT / "tests" / "other_device.py"))
+    processes = [torchrun(2, *command)] if flags == "--shard" else by_hand(count, *command)
     ends = [p.communicate(timeout=120) for p in processes]
     assert not any(p.returncode for p in processes), ends
     out = "".join(out for out, _ in ends)

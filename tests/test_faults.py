@@ -482,6 +482,19 @@ def test_a_run_with_a_hostile_config(world: World, change: Callable[[Any], objec
           says="config.json is none of a run: ")
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda c: c["arguments"].update(epochs="x"), "config.json: argument --epochs: .*'x'"),
+    (lambda c: c["arguments"].update(lr=[1]), r"config.json: argument --lr: .*'\[1\]'"),
+    (lambda c: c["arguments"].update(verbose="yes"), "config.json: argument --verbose: .*'yes'"),
+    (lambda c: c["arguments"].update(model=5), "no such model folder: 5"),
+    (lambda c: c["arguments"].update(spam=1), "config.json: there is no flag --spam=1")])
+def test_going_on_with_a_hostile_config(world: World, change: Callable[[Any], object],
+                                        says: str) -> None:
+    (world.run / "results.json").unlink()
+    edit(world.run / "config.json", change)
+    fails(train.main, "--resume", "--out", world.run, folder=world.run, says=says)
+
+
 # Data
 
 def wide(word: str = "y") -> bytes:

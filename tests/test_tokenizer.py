@@ -191,6 +191,22 @@ def test_a_tokenizer_larger_than_the_vocabulary(bpe: Path, tmp_path: Path) -> No
         load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size - 1}))
 
 
+def test_texts_that_a_tokenizer_cannot_encode(bpe: Path, tmp_path: Path) -> None:
+    content = json.loads(bpe.read_text())
+    content["model"]["vocab"]["Ġcat"] = 5000             # few tokens, but a number out of range
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text('{"vocab_size": 400}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("the")
+    with pytest.raises(ValueError, match="'the cat' with token 5000, and the model has only 400"):
+        tokenizer.encode("the cat")
+    content["model"] = {"type": "WordLevel", "vocab": {"the": 0}, "unk_token": "<none>"}
+    content["pre_tokenizer"], content["added_tokens"] = None, []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer.json cannot encode .*: WordLevel error"):
+        load_tokenizer(tmp_path)             # which looks at the end of a turn
+
+
 def test_bytes_where_the_model_has_their_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 259, "eos_token_id": [257, 10]}')
     tokenizer = load_tokenizer(tmp_path)
@@ -302,7 +318,35 @@ def test_stop_ids_are_of_every_source(bpe: Path, tmp_path: Path) -> None:
         assert found == sorted({a, b, c, eos, turn} - gone)
 
 
+@pytest.mark.parametrize("files", [
+    {"special_tokens_map": {"eos_token": "</s>"}},
+    {"special_tokens_map": {"eos_token": {"content": "</s>"}}, "tokenizer_config": {}},
+    {"special_tokens_map": {"eos_token": "<s>"}, "tokenizer_config": {"eos_token": "</s>"}},
+    {"generation_config": {"eos_token_id": 4}},
+    {"config": {"eos_token_id": [4]}, "tokenizer_config": {"eos_token": ""}}])
+def test_the_end_token_is_found_where_older_checkpoints_name_it(bpe: Path, tmp_path: Path,
+                                                                files: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(write(tmp_path, bpe, **files))
+    assert tokenizer.render([USER, ANSWER]).endswith("yes 🙂</s>\n")
+    assert tokenizer.stop_ids == [FileTokenizer(bpe).special["</s>"]] == [4]
+
+
+def test_an_end_token_is_special_whatever_tokenizer_json_says(bpe: Path, tmp_path: Path) -> None:
+    """As one that was added as a word, and then named: transformers leaves it out of texts."""
+    content = json.loads(bpe.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] != "<|im_end|>"
+    write(tmp_path, bpe, tokenizer_config={"eos_token": "<|im_end|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert "<|im_end|>" not in FileTokenizer(tmp_path / "tokenizer.json").special
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == [2]
+    assert tokenizer.decode(tokenizer.encode("yes<|im_end|>")[0]) == "yes"
+
+
 @pytest.mark.parametrize(("template", "end"), [
+    (CHATML.replace("add_generation_prompt", "false"), "<|im_end|>"),
+    (CHATML.replace("+ message['content']", "+ '<s>' + message['content']"), "<|im_end|>"),
     (CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>"), (GENERATION, "</s>")])
 def test_a_turn_end_is_read_off_the_template(bpe: Path, template: str, end: str) -> None:
     backend = FileTokenizer(bpe)
