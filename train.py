@@ -39,7 +39,8 @@ from minismoe.routers import collapsed, router_use
 from minismoe.training import TrainConfig, train
 
 # Flags that a resumed run may change.
-RESUMABLE = ("resume", "debug", "verbose", "device", "shard", "show", "checkpoint_every")
+SMALLER = ("memory", "micro_batch_size", "recompute")           # where memory was too little
+RESUMABLE = ("resume", "debug", "verbose", "device", "shard", "show", "checkpoint_every", *SMALLER)
 ROUTED = 32                              # examples a task that the routers are watched on
 
 
@@ -51,8 +52,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         help="folder of the run (default: a new one in runs)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, from its newest checkpoint")
-    parser.add_argument("--allocation", metavar="FILE", help="an allocation.json, or a bare "
-                        '{"module": experts} mapping; default: probe and allocate')
+    parser.add_argument("--allocation", type=flags.text, metavar="FILE",
+                        help='an allocation.json, or a bare {"module": experts} mapping; default: '
+                        "probe and allocate")
     parser.add_argument("--verbose", action="store_true", help="show some wrong answers a task")
     flags.add_input_flags(parser)
     flags.add_allocation_flags(parser)
@@ -116,17 +118,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse.Namespace:
     """The flags of a config.json as if they had been typed; ValueError where one could not be."""
-    argv = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-            for name, value in saved.items() if value is not None and value is not False]
+    if unknown := saved.keys() - vars(parser.parse_args([])):
+        raise ValueError(f"{saved['out']}/config.json: there is no flag {', '.join(unknown)}")
     parser.exit_on_error = False
     try:
-        kept, unknown = parser.parse_known_args(argv)
+        return parser.parse_args([
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in saved.items() if value is not None and value is not False])
     except argparse.ArgumentError as e:
         raise ValueError(f"{saved['out']}/config.json: {e}") from None
-    if unknown:
-        raise ValueError(f"{saved['out']}/config.json: there is no flag {', '.join(unknown)}")
-    parser.exit_on_error = True
-    return kept
+    finally:
+        parser.exit_on_error = True
 
 
 def saved_config(run: Path) -> dict[str, Any]:
@@ -143,13 +145,13 @@ def saved_config(run: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     args, begun = parse(argv), time.perf_counter()
+    if args.resume and not args.plan and (Path(args.out) / "results.json").exists():
+        print(f"nothing is missing: {args.out} holds its results")
+        return
+    cli.start(args)
     if args.plan:
         limits.show_plan(args)
         return
-    if args.resume and (Path(args.out) / "results.json").exists():
-        print(f"nothing is missing: {args.out} holds its results")
-        return
-    distributed.start(cli.device_and_dtype(args)[0])
     limits.settle_micro_batch(args)
     inputs = cli.load_inputs(args)
     for task in inputs.tasks:                # bad test lines are found before there is a run
@@ -169,7 +171,8 @@ def main(argv: Sequence[str]) -> None:
     else:                                    # flags that contradict each other are found as well
         cli.rehearse(args, inputs)
     if not args.resume and not distributed.rank():       # of a run whose config.json was removed
-        (run / "results.json").unlink(missing_ok=True)
+        for name in ("before.json", "results.json"):
+            (run / name).unlink(missing_ok=True)
     with cli.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
         note(run, args, inputs, allocation)
         work(run, args, inputs, allocation)
@@ -249,15 +252,21 @@ def note(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
     chosen = {"the allocation": digest(allocation.to_json())[:16]} if allocation else {}
     config: dict[str, Any] = {
         "format": "minismoe.run/1", "arguments": vars(args), "identity": inputs.identity | chosen,
-        "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads()}
+        "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads(),
+        "processes": distributed.world()}
     if args.resume:
         saved = saved_config(run)
         if said := differences(config["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
-        if said := differences(versions(), saved["versions"]):
+        smaller = {name: config["arguments"][name] for name in SMALLER}
+        if said := differences(versions() | smaller | {"processes": config["processes"]}, {
+                **saved["versions"], **{n: saved["arguments"].get(n) for n in SMALLER},
+                "processes": saved.get("processes", 1)}):
             print(f"the last bits may differ: {said}", file=sys.stderr)
-        same_threads(saved["threads"])
-        config = saved | {"identity": config["identity"]}
+        if saved.get("processes", 1) == config["processes"]:
+            same_threads(saved["threads"])
+        config = saved | {"identity": config["identity"],
+                          "arguments": saved["arguments"] | smaller}
     once(write_json, run / "config.json", config)
 
 

@@ -161,9 +161,10 @@ def _check(scores: Scores, draft: Allocation, budgets: tuple[int | None, int | N
     checks = [
         (draft.strategy in STRATEGIES, f"strategy {draft.strategy!r} is none of {STRATEGIES}"),
         (draft.group in GROUPS, f"group {draft.group!r} is none of {GROUPS}"),
-        (is_whole(low, 0), f"min_experts must be a whole number >= 0, got {low!r}"),
-        (high is None or is_whole(high, 1),
-         f"max_experts must be a whole number >= 1, got {high!r}"),
+        (is_whole(low, 0) and low <= MOST,
+         f"min_experts must be a whole number from 0 to {MOST}, got {low!r}"),
+        (high is None or is_whole(high, 1) and high <= MOST,
+         f"max_experts must be a whole number from 1 to {MOST}, got {high!r}"),
         (not (is_whole(low, 0) and is_whole(high, 1)) or is_whole(high, low),
          f"min_experts {low!r} is above max_experts {high!r}"),
         (draft.strategy not in ("lora", "ranks") or low in (0, 1),

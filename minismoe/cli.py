@@ -129,11 +129,7 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
     """Load what the flags name, and print a table of it; with --show print examples and exit."""
     if args.model is not None and args.data is None:
         raise ValueError(TOGETHER)
-    device, _ = device_and_dtype(args)
-    distributed.start(device)
-    if args.shard and (args.base_bits or distributed.world() == 1):
-        raise ValueError("--shard divides a model among processes: start several with torchrun, "
-                         "without --base-bits")
+    device = start(args)
     folder = base_folder(args)
     tokenizer, tasks, encoded = read_data(args, folder)
     model = load_base(args, folder)
@@ -148,6 +144,16 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"--max-length {context(args, folder)}")
     return Inputs(model, tokenizer, tasks, encoded)
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Join the other processes, if there are any. ValueError for a --shard that divides nothing."""
+    device, _ = device_and_dtype(args)
+    distributed.start(device)
+    if args.shard and (args.base_bits or distributed.world() == 1):
+        raise ValueError("--shard divides a model among processes: start several with torchrun, "
+                         "without --base-bits")
+    return device
 
 
 def base_folder(args: argparse.Namespace) -> Path:
@@ -407,8 +413,10 @@ def lowest(agreement: Mapping[str, float]) -> float:
 
 
 def probe_batch(args: argparse.Namespace) -> int:
-    """Samples probed at once: fewer where training itself must do with small micro-batches."""
-    return min(PROBE_BATCH, getattr(args, "micro_batch_size", PROBE_BATCH))
+    """Samples probed at once by each process: fewer where training itself must do with a small
+    part of a micro-batch."""
+    most = getattr(args, "micro_batch_size", PROBE_BATCH * distributed.world())
+    return min(PROBE_BATCH, -(-most // distributed.world()))
 
 
 def trust(args: argparse.Namespace, scores: Scores) -> dict[str, float]:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .failure import out_of_memory
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _joined = False          # by start(): processes that another program joined are none of ours
@@ -39,8 +41,12 @@ def _peers() -> Iterator[None]:
     """A failed exchange as a ConnectionError of one line."""
     try:
         yield
-    except RuntimeError as e:            # gloo names its source file first, then what happened
-        reason = str(e).splitlines()[0].rpartition("] ")[2]
+    except RuntimeError as e:
+        if out_of_memory(e):
+            raise
+        # gloo names its source file first, then what happened; nccl says that last.
+        lines = str(e).splitlines()
+        reason = lines[-1] if "NCCL" in lines[0] else lines[0].rpartition("] ")[2].split(". ")[0]
         raise ConnectionError("another process of this run has ended, or cannot be reached "
                               f"({reason})") from e
 
@@ -54,6 +60,9 @@ def start(device: torch.device) -> None:
         if (local := _local_rank()) >= torch.cuda.device_count():
             raise ValueError(f"process {local} of this machine finds {torch.cuda.device_count()} "
                              "CUDA devices: start as many processes a machine as it has")
+        if device.index not in (None, local):
+            raise ValueError(f"--device {device}: of several processes each takes a device of its "
+                             "own, so leave out the number")
         torch.cuda.set_device(local)
     with _peers():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -238,13 +238,13 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
     stacks = defaultdict(list)           # equal N and E at once: few kernels, not hundreds
     for layer in layers:
         if layer.router_logits is not None:
-            rows = without_pads(layer.router_logits, attention_mask)
-            stacks[rows.shape, layer.top_k].append(rows)
+            stacks[layer.router_logits.shape, layer.top_k].append(layer.router_logits)
     if not stacks:
         return torch.zeros((), device=attention_mask.device)
     chosen, expected = [], []            # (matrices, E): tokens an expert gets, and probabilities
     for (_, k), logits in stacks.items():
-        p = torch.stack(logits).softmax(-1)                              # (matrices, N, E)
+        rows = without_pads(torch.stack(logits, 1), attention_mask)      # (N, matrices, E)
+        p = rows.transpose(0, 1).softmax(-1)
         # Where a last MLP saw fewer rows than others did, each of them is of one sequence.
         times = p.new_ones(p.shape[1])
         if copies is not None and len(copies) == len(times):

@@ -20,7 +20,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", type=text, help="folder with a sub-folder (train.jsonl, "
                        "test.jsonl) or one .jsonl file a task; default: the tasks that come with "
                        "the tiny model")
-    group.add_argument("--tasks", help="comma list of task names; default: all of --data")
+    group.add_argument("--tasks", type=text,
+                       help="comma list of task names; default: all of --data")
     group.add_argument("--limit-train", type=positive, metavar="N",
                        help="use the first N training lines of each task; default: all")
     group.add_argument("--limit-test", type=positive, metavar="N",

@@ -1,11 +1,14 @@
-"""train.py --plan and --micro-batch-size auto: what a run takes and what fits, before any work."""
+"""train.py --plan and --micro-batch-size auto: what a run takes and what fits, before any work.
+
+Where several processes share the work, memory is that of each.
+"""
 
 from __future__ import annotations
 
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +22,8 @@ from .model import CausalLM
 from .plan import (
     MIB,
     Setup,
+    Shape,
+    activations,
     advice,
     available,
     fit_micro_batch,
@@ -27,6 +32,7 @@ from .plan import (
     runtime_bytes,
     shapes,
     trainable,
+    weight_bytes,
 )
 from .report import table
 from .resume import KEPT
@@ -55,7 +61,7 @@ def look_ahead(args: argparse.Namespace) -> Prospect:
         names, examples = list(encoded), [e for x in encoded.values() for e in x.examples]
     cfg = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
     setup = Setup(config, cli.guess(args, shapes(config), names), dtype, device.type,
-                  args.base_bits, args.recompute)
+                  args.base_bits, args.recompute, distributed.world() if args.shard else 1)
     return Prospect(folder, setup, schedule(examples or imagined(
         args, cli.context(args, folder)), cfg),
                     runtime_bytes(args.device, dtype))
@@ -71,9 +77,11 @@ def imagined(args: argparse.Namespace, length: int) -> list[Example]:
 def settle_micro_batch(args: argparse.Namespace) -> None:
     """Put in place of --micro-batch-size auto the largest that fits --memory or the device."""
     if args.micro_batch_size == "auto":
-        most = min(distributed.gather(largest_fitting(args, look_ahead(args))))
-        args.micro_batch_size = min(args.batch_size, most * distributed.world())
+        args.micro_batch_size = largest_fitting(args, look_ahead(args))
         print(f"--micro-batch-size {args.micro_batch_size} of {args.batch_size} fits")
+    elif args.memory and not args.resume and torch.device(args.device).type != "cuda":
+        raise ValueError("--memory is for --batch-size auto and --plan; on a CUDA device it is a "
+                         "limit as well")
     if args.memory and torch.device(args.device).type == "cuda":   # training halves what overflows
         total = torch.cuda.get_device_properties(args.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory / total),
@@ -81,7 +89,13 @@ def settle_micro_batch(args: argparse.Namespace) -> None:
 
 
 def largest_fitting(args: argparse.Namespace, p: Prospect) -> int:
-    """The largest micro-batch within 0.9 of the room: allocators keep some of what comes back."""
+    """The largest micro-batch, of all processes together."""
+    most = min(distributed.gather(_largest_fitting(args, p)))
+    return min(args.batch_size, most * distributed.world())
+
+
+def _largest_fitting(args: argparse.Namespace, p: Prospect) -> int:
+    """That of this process within 0.9 of the room: allocators keep some of what comes back."""
     room = args.memory or available(args.device)
     if room is None:
         raise ValueError(f"how much memory {args.device} has is not known: give --memory")
@@ -90,7 +104,21 @@ def largest_fitting(args: argparse.Namespace, p: Prospect) -> int:
         raise ValueError(f"training one example at a time needs {need / MIB:,.0f} MiB, of which "
                          f"Python and torch take {p.runtime / MIB:,.0f}, and there are "
                          f"{room / MIB:,.0f}: give a larger --memory")
-    return fit_micro_batch(p.setup, p.batches, int(0.9 * room) - p.runtime)
+    room = int(0.9 * room) - p.runtime
+    most = fit_micro_batch(p.setup, p.batches, room)
+    while most > 1 and not args.allocation and probing(p, most) > room:
+        most -= 1
+    return most
+
+
+def probing(p: Prospect, micro: int) -> int:
+    """Bytes of the probe where so many examples are trained at once. It computes each whole, and
+    keeps all; up to 1.3 times what training would keep of that was seen."""
+    longest = max(len(e.ids) for batch in p.batches for e in batch)
+    plain = replace(p.setup, recompute=False, allocation=replace(p.setup.allocation, experts={}))
+    count = min(cli.PROBE_BATCH, micro)
+    rows = count * longest
+    return weight_bytes(plain) + int(1.3 * activations(plain, Shape(count, longest, rows, rows)))
 
 
 def show_plan(args: argparse.Namespace) -> None:
@@ -101,8 +129,9 @@ def show_plan(args: argparse.Namespace) -> None:
     p, micro = look_ahead(args), args.micro_batch_size
     if micro == "auto":
         micro = largest_fitting(args, p)
+    mine = -(-micro // distributed.world())
     parts = {"runtime": p.runtime, **fixed(p.setup),
-             "activations": largest(p.setup, p.batches, micro)}
+             "activations": largest(p.setup, p.batches, mine)}
     peak, room = sum(parts.values()), args.memory or available(args.device)
     a, longest = p.setup.allocation, max(len(e.ids) for batch in p.batches for e in batch)
     print(f"{trainable(p.setup):,} trainable parameters; {a}"
@@ -111,9 +140,11 @@ def show_plan(args: argparse.Namespace) -> None:
         *parts.items(), ("peak", peak))]))
     print(f"{args.dtype}, {micro} of {args.batch_size} examples at a time, of up to {longest} "
           f"tokens; there are {f'{room / MIB:,.0f} MiB' if room else 'MiB that nobody knows'}")
-    fits = room is None or peak <= room
+    if not args.allocation and (before := p.runtime + probing(p, mine)) > peak:
+        print(f"the probe before it takes up to {before / MIB:,.0f} MiB")
+    fits = all(distributed.gather(room is None or peak <= room))
     if not fits:
-        print("too much: " + (advice(p.setup, p.batches, micro) if room and p.runtime < room else
+        print("too much: " + (advice(p.setup, p.batches, mine) if room and p.runtime < room else
                               "Python and torch alone take more"))
     if args.data or args.model is None:
         print(duration(args, p, micro, fits))
@@ -125,7 +156,7 @@ def duration(args: argparse.Namespace, p: Prospect, micro: int, fits: bool) -> s
     """How long training will take, from a few measured steps."""
     tokens = sum(len(e.ids) for batch in p.batches for e in batch)
     text = f"training: {len(p.batches)} steps, {tokens:,} tokens"
-    if not fits or not any(p.folder.glob("*.safetensors")):
+    if not fits or args.shard or not any(p.folder.glob("*.safetensors")):
         return f"{text}; the time is not known, as no step can be measured here"
     model = load_model(p.folder, p.setup.dtype, args.device, p.setup.base_bits)
     add_experts(model, p.setup.allocation)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -64,6 +65,7 @@ class Setup:
     device: str = "cpu"
     base_bits: int | None = None
     recompute: bool = False
+    shards: int = 1              # processes of which each holds a part of the blocks
 
 
 def shapes(config: Config) -> dict[str, tuple[int, int]]:
@@ -86,7 +88,11 @@ def trainable(setup: Setup) -> int:
 
 def weight_bytes(setup: Setup) -> int:
     """The frozen base as it is held."""
-    total = sum(p.numel() for p in _meta(setup.config).parameters()) * setup.dtype.itemsize
+    model, layers = _meta(setup.config), setup.config.num_hidden_layers
+    total = sum(p.numel() for p in model.parameters()) * setup.dtype.itemsize
+    if setup.shards > 1:                     # of two blocks all comes together, and goes
+        blocks = sum(p.numel() for p in model.model.layers.parameters()) * setup.dtype.itemsize
+        total -= blocks - min(blocks, blocks // setup.shards + 2 * blocks // layers)
     if bits := setup.base_bits:
         for N, K in shapes(setup.config).values():
             G = -(-K // BLOCK)
@@ -100,6 +106,8 @@ def kept(setup: Setup, shape: Shape) -> list[int]:
     cfg, s, (B, T, N, S) = setup.config, setup.dtype.itemsize, vars(shape).values()
     D, M, C = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
     heads, kv = cfg.num_attention_heads * C, cfg.num_key_value_heads * C
+    if setup.device == "cuda" and s == 4:                # heads are not shared: see model.attend
+        kv = heads
     per_place = s * (2 * heads + 2 * kv) + 4 * cfg.num_attention_heads       # q, k, v, y, logsumexp
     if (setup.device == "cpu" and s < 4 and T <= SHORT) or setup.device == "mps":
         per_place = s * (heads + 2 * kv + cfg.num_attention_heads * T)       # the weights instead
@@ -163,13 +171,14 @@ def fit_micro_batch(setup: Setup, batches: Sequence[Sequence[Example]], room: in
 
     Raises ValueError, saying which flags would help by how much, where one example is too many.
     """
-    micro, rest = max(map(len, batches)), sum(fixed(setup).values())
-    while (need := rest + largest(setup, batches, micro)) > room:
-        if micro == 1:
-            raise ValueError(f"training one example at a time needs {need / MIB:,.0f} MiB, and "
-                             f"{room / MIB:,.0f} MiB are free: {advice(setup, batches, 1)}")
-        micro -= 1
-    return micro
+    def need(micro: int) -> int:
+        return sum(fixed(setup).values()) + largest(setup, batches, micro)
+
+    fits = bisect_right(range(1, max(map(len, batches)) + 1), room, key=need)
+    if not fits:
+        raise ValueError(f"training one example at a time needs {need(1) / MIB:,.0f} MiB, and "
+                         f"{room / MIB:,.0f} MiB are free: {advice(setup, batches, 1)}")
+    return fits
 
 
 def advice(setup: Setup, batches: Sequence[Sequence[Example]], micro: int) -> str:
@@ -187,17 +196,17 @@ def advice(setup: Setup, batches: Sequence[Sequence[Example]], micro: int) -> st
 
 
 def runtime_bytes(device: str, dtype: torch.dtype) -> int:
-    """What Python and the libraries take on `device`, seen after a tiny step that wakes them."""
+    """What Python and the libraries take of what is `available`, seen after a tiny step that wakes
+    them. Of a CUDA device's memory what they take, and what other programs do, is not available."""
     config = Config(8, 32, 32, 1, 1, 1, 32, windows=(None,))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):              # training seeds itself
         model = CausalLM(config).to(device, dtype)
         add_experts(model, {"model.layers.0.mlp.up_proj": 2}, rank=1)
         optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()))
         train_step(model, [Example("", [1] * 4, [1] * 4)] * 2, TrainConfig(), 0)
         optimizer.step()
     if torch.device(device).type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free - torch.cuda.memory_reserved(device)
+        return 0
     compiled = ONEDNN if torch.device(device).type == "cpu" and dtype.itemsize < 4 else 0
     return resident() + compiled
 
@@ -212,7 +221,7 @@ def resident() -> int:
 
 def peak_resident() -> int:
     """The most memory that this process has taken, in bytes; 0 where the system does not say."""
-    with suppress(OSError):              # ru_maxrss, on Linux, begins with that of the parent
+    with suppress(OSError, IndexError):  # ru_maxrss, on Linux, begins with that of the parent
         return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
     try:
         import resource
@@ -231,8 +240,23 @@ def available(device: str) -> int | None:
         return torch.mps.recommended_max_memory()
     with suppress(OSError, IndexError):                  # Linux alone says what is free
         found = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
-        return resident() + 1024 * int(found[0])
+        free = min([1024 * int(found[0]), *group_rooms()])
+        return resident() + free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # of torchrun
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def group_rooms(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes that the control groups of this process leave, as of a container (cgroup v2)."""
+    rooms = []
+    with suppress(OSError, IndexError):
+        group = root / re.findall(r"0::/(.*)", Path("/proc/self/cgroup").read_text())[0]
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):          # no such file; "max" is no number
+                most, used = (int((folder / f"memory.{name}").read_text())
+                              for name in ("max", "current"))
+                stat = (folder / "memory.stat").read_text()          # pages of files can go
+                rooms.append(most - used + int(re.findall(r"inactive_file (\d+)", stat)[0]))
+    return rooms

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import distributed
 from .files import new_folder, read_json, sha256
 from .report import clean
 
@@ -166,7 +167,7 @@ def load_state(run: Path, kind: str) -> tuple[Path, dict[str, Any]] | None:
     """
     for folder in reversed(states(run, kind)):
         try:
-            return folder, _checked(folder, run)
+            return folder, _checked(folder)
         except (AttributeError, FileNotFoundError, KeyError, TypeError, ValueError) as e:
             shutil.rmtree(folder)
             then = ("going on from the one before" if states(run, kind) else
@@ -175,7 +176,7 @@ def load_state(run: Path, kind: str) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _checked(folder: Path, run: Path) -> dict[str, Any]:
+def _checked(folder: Path) -> dict[str, Any]:
     saved = read_json(folder / "state.json")
     state: dict[str, Any] = saved["state"]
     if saved["sha256"] != digest(state):
@@ -183,8 +184,6 @@ def _checked(folder: Path, run: Path) -> dict[str, Any]:
     for name, wanted in state["files"].items():
         if sha256(folder / name) != wanted:
             raise ValueError(f"{name} does not have its checksum")
-    if "metrics" in state and (run / "metrics.jsonl").stat().st_size < state["metrics"]:
-        raise ValueError("metrics.jsonl is shorter than it was")
     return state
 
 
@@ -219,7 +218,8 @@ class Norms:
             else:
                 norms = load_file(folder / "norms.safetensors")
                 self.kept = {task: n.clone() for task, n in norms.items()}   # the file goes
-                same_threads(state["threads"])
+                if state.get("processes", 1) == distributed.world():
+                    same_threads(state["threads"])
         self.saved, self.count = time.monotonic(), sum(map(len, self.kept.values()))
 
     def rows(self, task: str, start: int, stop: int) -> Tensor:
@@ -231,7 +231,8 @@ class Norms:
         count = sum(map(len, samples.values()))
         if count > self.count and time.monotonic() - self.saved >= after:
             save_state(self.run, "probe", count, {"norms.safetensors": samples},
-                       {"identity": self.identity, "threads": torch.get_num_threads()})
+                       {"identity": self.identity, "threads": torch.get_num_threads(),
+                        "processes": distributed.world()})
             self.saved, self.count = time.monotonic(), count
 
 
@@ -250,7 +251,8 @@ def load_checkpoint(run: Path, parameters: Tensors, optimizer: torch.optim.Optim
                     ) -> dict[str, Any] | None:
     """Bring all that save_checkpoint wrote to where it was, and give its state; None without.
 
-    Raises ValueError where the checkpoint is that of other experts or batches.
+    Raises ValueError where the checkpoint is that of other experts or batches, or the run's
+    metrics.jsonl is not as long as it was.
     """
     found = load_state(run, "step")
     if found is None:
@@ -262,6 +264,10 @@ def load_checkpoint(run: Path, parameters: Tensors, optimizer: torch.optim.Optim
     if state["order"] != order:
         raise ValueError(f"{folder} was trained on other batches: another data, seed, batch size "
                          "or number of epochs")
+    metrics = run / "metrics.jsonl"
+    if (metrics.stat().st_size if metrics.is_file() else 0) < state.get("metrics", 0):
+        raise ValueError(f"{metrics} has not all that it held at {folder.name}: put it back, or "
+                         f"remove {folder.parent} to train again")
     moments = load_file(folder / "optimizer.safetensors")
     with torch.no_grad():
         for name, parameter in parameters.items():

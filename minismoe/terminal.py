@@ -19,7 +19,7 @@ def peak_memory() -> float:
     try:                                     # unlike ru_maxrss, without what a parent had
         with open("/proc/self/status") as f:
             return next(int(line.split()[1]) / 1e3 * 1.024 for line in f if "VmHWM" in line)
-    except OSError:
+    except (OSError, StopIteration):
         try:
             import resource
         except ImportError:

@@ -275,7 +275,7 @@ def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch)
     "--router-aux-loss-coef nan", "--max-grad-norm 0", "--max-grad-norm -1", "--alpha 0",
     "--batch-size auto --micro-batch-size 2", "--allocation x --keep 0.5",
     "--allocation x --targets q_proj", "--model=", "--out=", "--seed 18446744073709551616",
-    "--memory 4"])
+    "--memory 4", "--tasks=", "--allocation="])
 def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
     code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
                           capsys=capsys)
@@ -285,7 +285,7 @@ def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
 @pytest.mark.parametrize("main", [train.main, probe.main])
 @pytest.mark.parametrize("flags, says", [
     ("--keep 0.5 --budget-experts 5", "only one of keep"), ("--targets nothing", "no module"),
-    ("--min-experts -1", "min_experts")])
+    ("--min-experts -1", "min_experts"), ("--min-experts 1100", "from 0 to 1024, got 1100")])
 def test_allocation_flags_are_checked_before_the_probe(inputs, tmp_path, capsys, monkeypatch, main,
                                                        flags, says) -> None:
     monkeypatch.chdir(tmp_path)
@@ -307,10 +307,65 @@ def test_what_an_older_run_left_is_not_taken_for_this_ones(inputs, tmp_path, cap
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "before.json").write_text(json.dumps(
-        {"other": {"correct": 1, "examples": 1}, "sum": {"correct": 3, "examples": 3}}))
+        {"upper": {"correct": 6, "examples": 6}, "sum": {"correct": 3, "examples": 3}}))
     code, _, err = finish(train.main, *known, capsys=capsys)
     assert code == 0, err
-    assert set(json.loads((tmp_path / "before.json").read_text())) == {"sum", "upper"}
+    before = json.loads((tmp_path / "before.json").read_text())
+    assert {task: (b["correct"], b["examples"]) for task, b in before.items()} == {
+        "sum": (0, 3), "upper": (0, 6)}
+
+
+def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "2", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    (tmp_path / "results.json").unlink()
+    for file in (tmp_path / "checkpoints").iterdir():
+        shutil.rmtree(file)
+    smaller = "--micro-batch-size", "4", "--recompute", "--memory", "2G"
+    for flags in (smaller, ()):                          # the second time they are the run's own
+        code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), *flags, capsys=capsys)
+        assert code == 0 and (tmp_path / "results.json").exists(), err
+        assert ("the last bits may differ: memory 2147483648 (was None), micro_batch_size 4 "
+                "(was 16), recompute True (was False)" in err) == bool(flags)
+        saved = json.loads((tmp_path / "config.json").read_text())["arguments"]
+        assert (saved["micro_batch_size"], saved["recompute"]) == (4, True)
+        (tmp_path / "results.json").unlink()
+
+
+def test_other_processes_have_other_threads(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["processes"] == 1
+    (tmp_path / "config.json").write_text(json.dumps(config | {"threads": 7, "processes": 4}))
+    (tmp_path / "results.json").unlink()
+    code, out, err = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
+    assert code == 0 and torch.get_num_threads() == config["threads"] and "threads:" not in out
+    assert "the last bits may differ: processes 1 (was 4)" in err
+
+
+def test_auto_leaves_room_for_the_probe(inputs, tmp_path, capsys, monkeypatch) -> None:
+    """Training computes once what examples begin with alike; the probe does not."""
+    (tmp_path / "t.jsonl").write_text("".join(
+        json.dumps({"prompt": "the same " * 100 + str(i), "completion": "yes"}) + "\n"
+        for i in range(40)))
+    (tmp_path / "map.json").write_text('{"model.layers.0.mlp.up_proj": 2}')
+    monkeypatch.setattr("minismoe.limits.runtime_bytes", lambda *_: 0)
+    fits = []
+    for flags in ((), ("--allocation", str(tmp_path / "map.json"))):
+        code, out, err = finish(
+            train.main, *inputs[:3], str(tmp_path), "--tasks", "t", "--dtype", "float32", "--plan",
+            "--batch-size", "auto", "--memory", "40M", *flags, capsys=capsys)
+        assert code == 0, err
+        fits.append(int(re.search(r"(\d+) of 16 examples", out)[1]))
+    assert 1 < fits[0] < fits[1] == 16
+
+
+def test_a_memory_that_nothing_heeds_is_refused(inputs, tmp_path, capsys) -> None:
+    code, _, err = finish(train.main, *inputs, "--memory", "2G", "--device", "cpu", "--out",
+                          str(tmp_path / "run"), capsys=capsys)
+    assert code == 1 and "--memory is for --batch-size auto and --plan" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_tasks_by_name(inputs, capsys) -> None:

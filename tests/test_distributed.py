@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import needs_other_device
 from safetensors.torch import load_file
 
 import train
+from minismoe import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 # The last micro-batch of an epoch has fewer examples than four processes.
@@ -92,6 +94,23 @@ def one(inputs, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("one") / "run"
     train.main([*inputs, *FLAGS, "--out", str(run)])
     return run
+
+
+def test_what_went_wrong_in_an_exchange_is_said(monkeypatch) -> None:
+    gloo = "[/a/b.cc:553] Connection closed by peer [127.0.0.1]:9. It may have ended. Good luck!"
+    nccl = "NCCL error in: /c/d.cpp:3690, invalid usage\nLast error:\nDuplicate GPU detected"
+    for said, reason in ((gloo, r"(Connection closed by peer [127.0.0.1]:9)"),
+                         (nccl, "(Duplicate GPU detected)")):
+        with pytest.raises(ConnectionError) as e, distributed._peers():
+            raise RuntimeError(said)
+        assert str(e.value).endswith(reason)
+    with pytest.raises(RuntimeError, match="out of memory"), distributed._peers():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--device cuda:1: of several processes each takes"):
+        distributed.start(torch.device("cuda:1"))
 
 
 def test_shard_leaves_a_part_of_the_blocks_in_each_process(inputs) -> None:

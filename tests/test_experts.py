@@ -15,6 +15,7 @@ from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minismoe.allocate import Allocation
 from minismoe.experts import (
@@ -23,6 +24,7 @@ from minismoe.experts import (
     balance_loss,
     expert_layers,
     expert_use,
+    linear_layers,
     top_k_gates,
 )
 from minismoe.model import CausalLM, Config
@@ -450,6 +452,25 @@ def test_pads_do_not_count(pad: str) -> None:
         assert len(shares) == COUNTS[name]
     everything = balance_loss(expert_layers(theirs).values(), torch.ones_like(mask)).item()
     assert abs(everything - values[theirs][0]) > 1e-4   # the pads would have made a difference
+
+
+def test_pads_are_left_out_of_many_matrices_at_once() -> None:
+    """On a GPU, which rows are real is asked of the device: once, and not a matrix at a time."""
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None,
+                               ) -> Any:
+            self.calls += op.overloadpacket is torch.ops.aten.index
+            return op(*args, **(kwargs or {}))
+
+    model = randomise(add_experts(llama(), dict.fromkeys(linear_layers(llama()), 3), rank=2))
+    ids, mask = batch()
+    model(input_ids=ids, attention_mask=mask)
+    assert len({m.router_logits.shape for m in expert_layers(model).values()}) == 1
+    with Count() as count:
+        balance_loss(expert_layers(model).values(), mask)
+    assert count.calls == 1
 
 
 def test_balance_loss_without_a_router_is_0() -> None:

@@ -101,8 +101,33 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
     assert sizes == sorted(sizes)
     for micro, size in enumerate(sizes, 1):
         assert plan.fit_micro_batch(seen, batches, size) == micro
+    assert plan.fit_micro_batch(seen, batches, sizes[-1] + 1) == 8
     with pytest.raises(ValueError, match="one example at a time needs .* --recompute saves"):
         plan.fit_micro_batch(seen, batches, sizes[0] - 1)
+
+
+def test_shards_are_parts_of_the_blocks() -> None:
+    layers = 12
+    seen = setup_only(replace(CONFIG, num_hidden_layers=layers, windows=(None,) * layers))
+    whole, parts = (plan.weight_bytes(replace(seen, shards=n)) for n in (1, 4))
+    _, model = setup(config=seen.config)
+    block = sum(p.numel() for p in model.model.layers[0].parameters() if not p.requires_grad) * 4
+    assert whole - parts == pytest.approx(block * (layers - layers / 4 - 2), rel=0.01)
+
+
+def test_memory_is_shared_by_the_processes_of_a_machine_and_bounded_by_a_container(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = plan.available("cpu") - plan.resident()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert plan.available("cpu") - plan.resident() == pytest.approx(free / 2, rel=0.2)
+    for name, content in (("max", "3000000"), ("current", "2000000"),
+                          ("stat", "anon 9\ninactive_file 500000\nactive_file 7\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert plan.group_rooms(tmp_path) == [1_500_000]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert plan.group_rooms(tmp_path) == []
+    monkeypatch.setattr(plan, "group_rooms", lambda: [1_500_000, 1_000_000])
+    assert plan.available("cpu") - plan.resident() == pytest.approx(500_000, abs=2**20)
 
 
 @pytest.mark.parametrize("option", [{"recompute": True}, {"base_bits": 4}])

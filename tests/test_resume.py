@@ -95,12 +95,19 @@ def test_two_damaged_checkpoints_begin_anew(trained, tmp_path, capsys) -> None:
     assert "step-00000008 is damaged" in err and "no whole one is left, so it begins anew" in err
 
 
-def test_lost_metrics_are_made_again(trained, tmp_path, capsys) -> None:
+def test_lost_metrics_are_asked_for_and_cost_no_checkpoint(trained, tmp_path) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
-    metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(metrics[:10]) + metrics[10][:20])   # of 12
+    metrics = (run / "metrics.jsonl").read_text()
+    for left in (metrics[:-20], None):
+        (run / "metrics.jsonl").unlink()
+        if left:
+            (run / "metrics.jsonl").write_text(left)
+        before = resume.states(run, "step")
+        with pytest.raises(ValueError, match="metrics.jsonl has not all that .*: put it back"):
+            goes_on(run, trained[1])
+        assert resume.states(run, "step") == before
+        (run / "metrics.jsonl").write_text(metrics)
     goes_on(run, trained[1])
-    assert "metrics.jsonl is shorter than it was" in capsys.readouterr().err
 
 
 def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
