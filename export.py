@@ -31,7 +31,7 @@ from minismoe.data import Example, Task, probe_batches
 from minismoe.evaluate import answer_prompts, evaluate, references
 from minismoe.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.files import must_be_new, new_folder, read_json, replacing, write_json
-from minismoe.freeze import KINDS, Fit, fit, merge, merged
+from minismoe.freeze import KINDS, Fit, fit, freeze, merge, merged
 from minismoe.graph import (
     PRECISIONS,
     AdapterInput,
@@ -52,6 +52,10 @@ from minismoe.toy import base_folder
 LAYOUTS = ("onnx", "genai", "web", "peft", "hf")
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
 NO_RUN = "runs holds no run yet (python train.py makes one)"
+# What flags say where they are not given. Those of DEFAULTS are None at first, so that one which
+# would be ignored is refused even where it says the default.
+USUAL = {"layout": "onnx", "precision": "fp32", "routing": "merge", "target": "ort"}
+DEFAULTS = {"calibration": 64, "check": 8, "fit": "linear", "tolerance": 0.01}
 Fits = Mapping[str, Fit]                     # module -> its fit
 
 
@@ -66,39 +70,40 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", type=flags.text, metavar="DIR", help="folder to make (default: one in RUN/export)")
     group = parser.add_argument_group("routing")
     add = group.add_argument
-    add("--routing", choices=("merge", "freeze", "dynamic", "auto"), default="merge",
+    add("--routing", choices=("merge", "freeze", "dynamic", "auto"),
         help="merge (default): into the weights; freeze: a LoRA beside them; dynamic: token by "
         "token, as trained; auto: dynamic in the fewest matrices that --tolerance needs")
-    add("--fit", choices=KINDS, default="linear", help="how a mixture becomes one linear map: "
+    add("--fit", choices=KINDS, help="how a mixture becomes one linear map: "
         "linear (default) in its input, constant gates, or their mean")
     add("--heal", type=flags.positive, metavar="STEPS", help="train the frozen maps on")
-    add("--tolerance", type=flags.number, default=0.01, metavar="X", help="of auto: exact match, "
-        "or agreement without labels, that may be lost, as a share (default: %(default)s)")
+    add("--tolerance", type=flags.number, metavar="X", help="of auto: exact match, or agreement "
+        f"without labels, that may be lost, as a share (default: {DEFAULTS['tolerance']})")
     add("--task", help="freeze for the samples of this task alone")
     add("--adapters", action="store_true", help="the base with one .onnx_adapter for each task, "
         "switched at run time; layouts onnx and genai")
     add("--table", action="store_true", help="print exact match and residual of each way to "
         "freeze (with --routing auto: of that at three tolerances too), write them to "
         "RUN/routing.json, and export nothing")
-    add("--calibration", type=flags.positive, default=64, metavar="N",
-        help="training examples a task to freeze with (default: %(default)s)")
+    add("--calibration", type=flags.positive, metavar="N",
+        help=f"training examples a task to freeze with (default: {DEFAULTS['calibration']})")
     add("--prompts", metavar="FILE", help="calibrate and heal on these prompts, one a line, "
         "towards what the mixture says, and not on the run's data")
     group = parser.add_argument_group("folder")
     add = group.add_argument
-    add("--layout", choices=LAYOUTS, default="onnx", help="for onnxruntime (default), onnxruntime-"
+    add("--layout", choices=LAYOUTS, help="for onnxruntime (default), onnxruntime-"
         "genai, transformers.js, peft, or transformers")
-    add("--precision", choices=tuple(PRECISIONS), default="fp32",
+    add("--precision", choices=tuple(PRECISIONS),
         help="of the base weights, int4-8 with embedding and head in 8 bits; adapters and routers "
         "stay in float32 (default: fp32)")
-    add("--target", choices=("ort", "portable"), default="ort", help="onnxruntime's fused "
+    add("--target", choices=("ort", "portable"), help="onnxruntime's fused "
         "operators (default), or standard ONNX ones alone")
     add("--static", type=static, metavar="BxTxP", help="fixed sizes for accelerators: prompts, "
         "tokens a step, past positions; needs --target portable")
     add("--context", type=flags.positive, metavar="TOKENS", help="positions of the graph (default: "
         "what the model was made for, at most 2048, or what the test lines need)")
-    add("--check", type=flags.positive, default=8, metavar="N",
-        help="prompts on which the export must say what PyTorch does (default: %(default)s)")
+    add("--check", type=flags.positive, metavar="N",
+        help="prompts on which the export must say what PyTorch does (default: "
+        f"{DEFAULTS['check']})")
     group = parser.add_argument_group("where it runs")
     add = group.add_argument
     add("--limit-test", type=flags.positive, metavar="N", help="test lines a task (default: RUN's)")
@@ -106,6 +111,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of freezing, healing and the table; default: what the device is fast at")
     add("--debug", action="store_true", help="show a traceback on failure")
+    parser.set_defaults(**USUAL)
     args = parser.parse_args(argv)
     if wrong := contradiction(args):
         parser.error(wrong)
@@ -116,21 +122,26 @@ def contradiction(args: argparse.Namespace) -> str:
     """What flags mean nothing together, or "" where all do."""
     layout, needs = args.layout, of_adapters(args) if args.model else ""
     graph, portable = layout not in ("peft", "hf"), args.target == "portable"
+    idle = given(args, "fit", "calibration", "heal", "prompts", "task")
+    unwritten = given(args, "out", "layout", "precision", "target", "static", "context", "check",
+                      "adapters", *["routing"] * (args.routing != "auto"))
     rules = [
         (args.run and args.model, "RUN names its base itself: give RUN or --model"),
         (not graph and (args.static or portable or args.precision != "fp32" or args.context),
          f"--layout {layout} holds no graph: --target, --static, --context and --precision mean "
          "nothing"),
-        (args.calibration < 2, "--calibration: a fit needs two samples a task, one held out"),
+        (args.calibration == 1, "--calibration: a fit needs two samples a task, one held out"),
         (layout == "hf" and args.routing == "freeze",
          "--layout hf holds merged weights: --routing merge, or --layout peft"),
         (args.table and args.task, "--table compares all tasks: leave out --task"),
+        (args.table and unwritten, f"--table compares and exports nothing: leave out {unwritten}"),
+        (args.tolerance is not None and (args.table or args.routing != "auto"),
+         "--tolerance is of --routing auto, without --table, which shows three"),
         (args.static and not portable, "--static needs --target portable"),
         (args.static and layout != "onnx" or portable and layout == "web",
          "--layout genai and web take graphs of varying sizes, web those of target ort"),
-        (args.routing == "dynamic" and not args.table and (
-            args.task or args.heal or args.prompts),
-         "--routing dynamic freezes nothing: leave out --task, --heal and --prompts"),
+        (args.routing == "dynamic" and idle,
+         f"--routing dynamic freezes nothing: leave out {idle}"),
         (args.adapters and args.routing != "merge",
          "--adapters freezes every matrix: leave out --routing"),
         (args.adapters and (layout not in ("onnx", "genai") or args.task or args.model),
@@ -145,10 +156,17 @@ def contradiction(args: argparse.Namespace) -> str:
 
 def of_adapters(args: argparse.Namespace) -> str:
     """The first of the flags given that mean nothing to a base alone."""
-    flags = {"--layout peft": args.layout == "peft", f"--routing {args.routing}":
-             args.routing != "merge", **{f"--{name}": getattr(args, name) for name in (
-                 "adapters", "heal", "prompts", "table", "task")}}
-    return next((flag for flag, given in flags.items() if given), "")
+    return given(args, *["layout"] * (args.layout == "peft"), "routing", "adapters", "heal",
+                 "prompts", "table", "task", "fit", "calibration", "tolerance", "limit_test")
+
+
+def given(args: argparse.Namespace, *names: str) -> str:
+    """The first of these flags that asks for something else than usual."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value is not False and value != USUAL.get(name):
+            return f"--{name.replace('_', '-')}" + f" {value}" * (name in USUAL)
+    return ""
 
 
 def static(text: str) -> tuple[int, int, int]:
@@ -181,7 +199,7 @@ def main(argv: Sequence[str]) -> None:
     # Freeze the routing: one fit for all tasks together ("") and one for each.
     fits: Mapping[str, Fits] = {"": {}}
     keep = list(expert_layers(source.inputs.model))             # where it stays, token by token
-    if keep and (args.table or args.adapters or args.routing != "dynamic"):
+    if keep and args.routing != "dynamic":
         fits, keep = frozen(args, source)
     if args.table:
         return
@@ -245,6 +263,8 @@ def load(args: argparse.Namespace) -> Source:
         base, trained = resolve(name) if name else base_folder(), {}
         device, dtype = cli.device_and_dtype(args)
         inputs = cli.Inputs(load_model(base, dtype, device), load_tokenizer(base), [], {})
+    for flag, value in DEFAULTS.items():
+        setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
     longest, tokenizer = inputs.model.config.max_position_embeddings, inputs.tokenizer
     tests = {task.name: answer_prompts(tokenizer, task, longest) for task in inputs.tasks}
     prompts = some_prompts(inputs, args.check) + [p for texts in tests.values() for p in texts]
@@ -350,6 +370,8 @@ def show_residuals(source: Source, fits: Fits) -> None:
 def write_weights(args: argparse.Namespace, source: Source, folder: Path, fits: Fits) -> None:
     """The folder of layout hf or peft."""
     if args.layout == "peft":
+        for name in ("config.json", "generation_config.json"):      # which a whole model has
+            (folder / name).unlink()
         layouts.write_peft(folder, {n: (f.lora_A, f.lora_B) for n, f in fits.items()}, source.name)
         return
     weight = weights(source.base)
@@ -409,7 +431,8 @@ def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[
         model = twin(base)
         if task is not None and expert_layers(inputs.model):
             load_adapter(model, source.run / "adapter")
-            merge(model, fits[task], keep)
+            beside = args.adapters or args.routing == "freeze"     # then the base alone is rounded
+            (freeze if beside else merge)(model, fits[task], keep)
         return model
 
     if args.layout in ("hf", "peft"):
@@ -425,11 +448,16 @@ def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[
             reference(args.task or ""), partial(verify.logits, read), prompts, stop_ids,
             "fp32" if exact else "bf16"))
     generator, found = Generator(folder), {}
+    blocks = verify.unrounded(generator) if args.precision.startswith("int") else None
     for task in (None, *generator.tasks) if args.adapters else (args.task or "",):
-        generator.use(task if args.adapters else None)
+        adapter, seen = task if args.adapters else None, {}
+        if blocks:
+            blocks.use(adapter)
+            seen = verify.compare_rounded(reference(task), blocks, prompts, args.precision)
+        generator.use(adapter)
         model = reference(task)
-        seen = verify.say(task or source.name, verify.compare_graph(
-            model, generator, prompts, args.precision))
+        seen |= verify.compare_graph(model, generator, prompts, args.precision)
+        verify.say(task or source.name, seen)
         if task is not None:
             seen["exact_match"] = {t.name: exact_match(args, source, generator, model, t)
                                    for t in inputs.tasks if task in ("", t.name)
@@ -461,7 +489,9 @@ def next_command(layout: str, out: Path, task: str | None) -> str:
     chosen = f" --task {shlex.quote(task)}" if task else ""
     return {"onnx": f"python -m minismoe.runtime {shlex.quote(str(out))}{chosen} --chat",
             "genai": f"onnxruntime_genai.Model({str(out)!r})",
-            "web": f"await pipeline('text-generation', {str(out)!r})          // transformers.js",
+            # transformers.js looks for another path among its own models, and then on the hub
+            "web": f"await pipeline('text-generation', {str(out.absolute())!r})"
+                   "          // transformers.js",
             "peft": f"PeftModel.from_pretrained(model, {str(out)!r})",
             "hf": f"AutoModelForCausalLM.from_pretrained({str(out)!r})"}[layout]
 

@@ -149,12 +149,13 @@ def write_genai(out: Path, tokenizer: Tokenizer, context: int, share_buffer: boo
     sizes = Config.from_dict(config)
     sampling = {key: generation[key] for key in (
         "do_sample", "temperature", "top_k", "top_p", "repetition_penalty") if key in generation}
+    bos = [generation["bos_token_id"]] if "bos_token_id" in generation else tokenizer.stop_ids[:1]
     write_json(out / "genai_config.json", {
         "model": {
             "type": config["model_type"], "context_length": context,
             "vocab_size": sizes.vocab_size, "eos_token_id": tokenizer.stop_ids,
             "pad_token_id": generation["pad_token_id"],
-            "bos_token_id": generation.get("bos_token_id", tokenizer.stop_ids[0]),
+            **({"bos_token_id": bos[0]} if bos else {}),
             "decoder": {                     # inputs and outputs have the names that are its own
                 "filename": "model.onnx", "session_options": {"provider_options": []},
                 "head_size": sizes.head_dim, "hidden_size": sizes.hidden_size,
@@ -186,11 +187,16 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
     (out / "model.onnx.data").replace(out / "onnx" / data)
     (out / "model.onnx").unlink()
     config = read_json(out / "config.json")
-    ours = config.setdefault("transformers.js_config", {})
-    ours["dtype"] = dtype
-    ours.setdefault("use_external_data_format", {})[name] = 1           # files of data
-    ours.setdefault("kv_cache_dtype", {})[dtype] = cache_type           # for its version 3
+    ours = _mapping(config, "transformers.js_config") | {"dtype": dtype}
+    config["transformers.js_config"] = ours | {
+        "use_external_data_format": _mapping(ours, "use_external_data_format") | {name: 1},  # files
+        "kv_cache_dtype": _mapping(ours, "kv_cache_dtype") | {dtype: cache_type}}    # for version 3
     write_json(out / "config.json", config)
+
+
+def _mapping(holder: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """holder[key], where it is an object; a base may say the same of all its files in one word."""
+    return holder[key] if isinstance(holder.get(key), dict) else {}
 
 
 def write_adapter(file: Path, pairs: Pairs, dtype: torch.dtype = torch.float32) -> None:

@@ -68,7 +68,7 @@ def _grids(w: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(scale, zero) candidates (N, G, 1) of w (N, G, 32)."""
     most = 2 ** bits - 1
     low, high = w.amin(2, True).clamp(max=0), w.amax(2, True).clamp(min=0)   # 0 stays exact
-    tiny = torch.finfo(torch.float16).smallest_normal                # scales may become float16
+    tiny = 2.0 ** -20                # 16 steps of float16, which scales may become
     # A symmetric grid has one step more on one side of its zero: the larger weight goes there.
     far, middle = torch.maximum(-low, high), torch.where(high > -low, most // 2, most // 2 + 1.0)
     reach = (high - low).clamp(min=tiny)

@@ -65,14 +65,17 @@ class Generator:
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
         self.tokenizer = load_tokenizer(self.folder)
-        self.ended = ""
+        self.ended, self._turn = "", 0       # of a generation: another one takes its cache
         self.prompt_tokens = 0               # that the last generation read: not in the cache yet
         self._shared = self.info["target"] == "ort" and not self.static
         name = _provider(provider)
         self._device = DEVICES.get(name, "cpu")
+        if self._shared and self._device == "cuda" and self.info["cache_type"] == "float32":
+            self._device = "cpu"             # where it attends: CUDA's own takes 16 bits alone
         self._session = _session(self.folder / "model.onnx", name, threads)
         self._sampler = _session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
-        self.candidates: int = self._sampler.get_outputs()[0].shape[1]       # tokens to draw from
+        best = self._sampler.get_outputs()[0].shape
+        self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
         self._positions = any(i.name == "position_ids" for i in self._session.get_inputs())
         self._fits()
         self.use(task)
@@ -84,10 +87,10 @@ class Generator:
         past = found.get("past_key_values.0.key")
         logits = self._session.get_outputs()[0]
         kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
-        if (layers != info["layers"] or past is None or logits.shape[-1] != info["vocab_size"]
-                or (past.type, past.shape[1], past.shape[3]) != (
-                    kind, info["kv_heads"], info["head_dim"])
-                or not isinstance(self.candidates, int)):
+        if (layers != info["layers"] or past is None or logits.shape[-1:] != [info["vocab_size"]]
+                or (past.type, *past.shape[1::2]) != (kind, info["kv_heads"], info["head_dim"])
+                or self._positions == (info["target"] == "ort")
+                or not (isinstance(self.candidates, int) and self.candidates)):
             raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
                              "sampler.onnx: export again")
 
@@ -113,13 +116,13 @@ class Generator:
         self._io.bind_output("logits")                           # the first, as step expects it
         shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]
         self._past = {f"{i}.{part}": ort.OrtValue.ortvalue_from_shape_and_type(
-            shape, CACHE_TYPES[self.info["cache_type"]], self._device)
+            shape, CACHE_TYPES[self.info["cache_type"]], self._device if self._shared else "cpu")
             for i in range(self.info["layers"]) for part in ("key", "value")}
         for name, value in self._past.items():
             if self._shared:
                 self._io.bind_ortvalue_input(f"past_key_values.{name}", value)
                 self._io.bind_ortvalue_output(f"present.{name}", value)
-            elif self._device == "cpu" and P:                    # masked, but 0 * nan is nan
+            elif P:                                              # masked, but 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
 
     def step(self, rows: Sequence[Row]) -> ort.OrtValue:
@@ -230,6 +233,7 @@ class Generator:
         steps = room if max_tokens is None else min(room, max_tokens)
         rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
         running, self.ended = [True] * len(prompts), "stop"
+        self._turn = turn = self._turn + 1
         try:
             logits = self._read(prompts, steps)
             for n in range(1, steps + 1):
@@ -238,11 +242,14 @@ class Generator:
                 if not any(running):
                     return
                 yield [token if r else None for r, token in zip(running, chosen)]
+                if self._turn != turn:
+                    raise RuntimeError("another generation began before this one ended")
                 if n < steps:
                     logits = self.step(self._pad([[token] for token in chosen]))
             self.ended = "max_tokens" if steps == max_tokens else "context"
         except (Exception, KeyboardInterrupt):
-            self.reset()                     # a step that was broken off left half of a cache
+            if self._turn == turn:
+                self.reset()                 # a step that was broken off left half of a cache
             raise
 
     def room(self, length: int) -> int:
@@ -272,7 +279,7 @@ class Generator:
               **sampling: Any) -> list[list[int]]:
         """The tokens that follow each prompt, all read together; arguments as of `generate`."""
         rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
-        size = self.static[0] if self.static else len(rows)
+        size = self.static[0] if self.static else max(1, len(rows))
         found: list[list[int]] = []
         for start in range(0, len(rows), size):
             part = rows[start:start + size]
@@ -337,11 +344,16 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
         info = json.loads(file.read_text(encoding="utf-8"))
         sizes = [info[key] for key in ("context", "layers", "kv_heads", "head_dim", "vocab_size")]
         sizes += info.get("static") or []
-        if info["format"] != FORMAT or info["cache_type"] not in CACHE_TYPES:
-            raise ValueError(f"format {info['format']!r}, cache type {info['cache_type']!r}")
+        if info["format"] != FORMAT or info["cache_type"] not in CACHE_TYPES or (
+                info["target"] not in ("ort", "portable")):
+            raise ValueError(f"format {info['format']!r}, cache type {info['cache_type']!r}, "
+                             f"target {info['target']!r}")
         if not all(type(size) is int and 0 < size <= 1 << 24 for size in sizes) or len(
                 sizes) not in (5, 8) or not isinstance(info.get("adapters") or {}, dict):
             raise ValueError(f"sizes {sizes}")
+        for name in os.listdir(folder):      # what no list names is read as well, if it is there
+            if (folder / name).is_symlink():
+                _inside(folder, name)
         files = {_inside(folder, name): (entry["bytes"], entry["sha256"])
                  for name, entry in info["files"].items()}
         if odd := [e for e in files.values() if (type(e[0]), type(e[1])) != (int, str)]:

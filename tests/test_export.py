@@ -21,7 +21,7 @@ from minismoe.checkpoint import load_adapter, load_model
 from minismoe.evaluate import generate
 from minismoe.freeze import merge
 from minismoe.model import CausalLM, Config
-from minismoe.routing import load_frozen
+from minismoe.routing import auto, load_frozen
 from minismoe.runtime import Generator, read_info
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,9 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
     if "--prompts" in args:
         (tmp_path / "lines").write_text("say 5\nsay 77\nsing\n\nwhat?\nsay 6\nsay 1\n")
         args += [str(tmp_path / "lines"), "--heal", "2", "--routing", "auto"]
-    export.main([str(run), "--out", str(out), "--calibration", "16", "--check", "4", *args])
+    if "dynamic" not in args:
+        args += ["--calibration", "16"]
+    export.main([str(run), "--out", str(out), "--check", "4", *args])
     info = json.loads((out / "export.json").read_text())
     if args[:2] != ["--routing", "dynamic"]:
         kinds = {f.kind for f in load_frozen(run / "adapter")[
@@ -108,6 +110,15 @@ def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:
     assert (run / "adapter" / "residual.svg").read_text().startswith("<svg")
 
 
+def test_auto_may_lose_just_the_tolerance(run: Path, tmp_path: Path) -> None:
+    """In floats 0.07 - 0.01 is more than 0.06."""
+    export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
+    load_adapter(model := load_model(run.parent / "model"), run / "adapter")
+    fits = load_frozen(run / "adapter")[""]
+    strict, just = auto(model, fits, lambda m: 0.07 if m is model else 0.06, [0.0099, 0.01])
+    assert strict and not just
+
+
 def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export.main([str(run), "--table", "--heal", "2", "--calibration", "16", "--routing", "auto"])
     rows = json.loads((run / "routing.json").read_text())["rows"]
@@ -125,6 +136,25 @@ def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:
         load_adapter(load_model(tmp_path / "out"), run / "adapter")
 
 
+def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path) -> None:
+    """By itself, as the base that it names with the adapter, and not as a whole model."""
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "peft"])
+    load_adapter(model := load_model(run.parent / "model"), run / "adapter")
+    merge(model, load_frozen(run / "adapter")[""])
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        torch.testing.assert_close(found, model(ids), rtol=0, atol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("say").input_ids
+
+
+def test_the_path_of_a_web_folder_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert repr(str(tmp_path / "out")) in export.next_command("web", Path("out"), None)
+
+
 def test_a_base_alone(run: Path, tmp_path: Path) -> None:
     base = run.parent / "model"
     export.main(["--model", str(base), "--out", str(tmp_path / "out")])
@@ -133,7 +163,8 @@ def test_a_base_alone(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", ["--task number", "--table", "--heal 3", "--routing auto",
-                                   "--prompts x", "--layout peft", "--adapters"])
+                                   "--prompts x", "--layout peft", "--adapters", "--fit linear",
+                                   "--calibration 64", "--limit-test 5"])
 def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, flags: str,
                                                      capsys: pytest.CaptureFixture[str],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +174,12 @@ def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, 
     with pytest.raises(SystemExit):
         export.main(["--model", str(run.parent / "model"), *flags.split()])
     assert "--model" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
+    export.main([str(run), "--out", str(tmp_path / "out"), "--check", "2"])
+    arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
+    assert arguments.items() >= (export.DEFAULTS | export.USUAL | {"check": 2}).items()
 
 
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
@@ -197,6 +234,40 @@ def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flags", ["--routing dynamic", "--routing freeze --target portable"])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precision: str,
+                                               flags: str, monkeypatch) -> None:
+    """Rounding explains more than they do, until PyTorch's weights are rounded too."""
+    write, check = export.write_decoder, verify.compare_rounded
+
+    def broken(file, config, weight, beside, **options) -> None:
+        some = {name: side for name, side in beside.items() if "q_proj" not in name}
+        assert 0 < len(some) < len(beside)
+        write(file, config, weight, some, **options)
+
+    args = [str(run), "--out", str(tmp_path / "out"), "--precision", precision, *flags.split()]
+    monkeypatch.setattr(export, "write_decoder", broken)
+    with pytest.raises(ValueError, match="with the same rounded weights: .* explains 0.0001"):
+        export.main(args)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(verify, "compare_rounded", lambda *args: {"rounded_error": 0.0})
+    export.main(args)
+    monkeypatch.setattr(verify, "compare_rounded", check)
+    monkeypatch.setattr(export, "write_decoder", write)
+    export.main([*args, "--out", str(tmp_path / "whole")])
+    checked = json.loads((tmp_path / "whole" / "export.json").read_text())["checked"][""]
+    assert checked["rounded_error"] < 1e-5 < checked["logits_error"]
+
+
+def test_every_adapter_is_compared_in_few_bits(run: Path, tmp_path: Path, capsys) -> None:
+    export.main([str(run), "--out", str(tmp_path / "out"), "--precision", "int4-8", "--adapters"])
+    checked = json.loads((tmp_path / "out" / "export.json").read_text())["checked"]
+    assert set(checked) == {"", "number", "twice"}
+    assert all(seen["rounded_error"] < 1e-5 for seen in checked.values())
+    assert capsys.readouterr().out.count(" with rounded weights), ") == 3
+
+
 def test_what_is_no_number_is_refused(run: Path) -> None:
     base = load_model(run.parent / "model")
     for broken in (lambda p, t: verify.logits(base, p, t) * math.nan,
@@ -231,6 +302,15 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--calibration 1", "needs two samples"),
     ("--table --task number", "--table compares all tasks"),
     ("--tolerance nan", "nan is no number of at least 0"),
+    ("--tolerance 0", "--tolerance is of --routing auto"),
+    ("--tolerance 0.01 --routing freeze", "--tolerance is of --routing auto"),
+    ("--table --routing auto --tolerance 0.2", "--tolerance is of --routing auto"),
+    *((f"--table {flag}", f"--table compares and exports nothing: leave out {flag.split()[0]}")
+      for flag in ("--out x", "--layout web", "--precision int4", "--static 1x1x9", "--context 64",
+                   "--adapters", "--check 8", "--target portable", "--routing freeze",
+                   "--routing dynamic")),
+    ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
+    ("--routing dynamic --calibration 9", "freezes nothing: leave out --calibration"),
 ])
 def test_wrong_usage(run: Path, flags: str, reason: str,
                      capsys: pytest.CaptureFixture[str]) -> None:

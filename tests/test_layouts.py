@@ -380,6 +380,22 @@ def test_genai_says_the_same_and_stops(any_run: Run, tmp_path: Path, target: str
     assert text.removesuffix("<|im_end|>").removesuffix("<|end|>") == any_run.text
 
 
+@pytest.mark.parametrize("bos", [5, None])
+def test_genai_without_a_stop(run: Run, tmp_path: Path, bos: int | None) -> None:
+    """Some bases name no end, and some no start either; the configuration then leaves it out."""
+    og = pytest.importorskip("onnxruntime_genai")
+    tokenizer = decoder(run, tmp_path)
+    tokenizer.stop_ids = []
+    file = tmp_path / "generation_config.json"
+    generation = json.loads(file.read_text())
+    generation.pop("bos_token_id", None)
+    file.write_text(json.dumps(generation | ({} if bos is None else {"bos_token_id": bos})))
+    write_genai(tmp_path, tokenizer, CONTEXT)
+    written = json.loads((tmp_path / "genai_config.json").read_text())["model"]
+    assert written.get("bos_token_id") == bos and written["eos_token_id"] == []
+    assert genai_says(og.Model(str(tmp_path)))[1][:len(run.tokens)] == run.tokens
+
+
 # transformers.js: MINISMOE_NODE_MODULES is where `npm install @huggingface/transformers` put it
 
 NODE_MODULES = os.environ.get("MINISMOE_NODE_MODULES", "")
@@ -441,6 +457,23 @@ def test_a_web_folder_holds_graphs_that_open(any_run: Run, tmp_path: Path) -> No
         assert session_of(web / f"onnx/{name}.onnx").get_outputs()[0].name == "logits"
     config = json.loads((web / "config.json").read_text())["transformers.js_config"]
     assert config["dtype"] == "q4" and config["kv_cache_dtype"]["fp16"] == "float16"
+
+
+@pytest.mark.parametrize("theirs", [
+    "x", None, [1], {"use_external_data_format": True}, {"kv_cache_dtype": "float16"},
+    {"use_external_data_format": None, "kv_cache_dtype": None, "dtype": {"model": "q8"}},
+    {"kv_cache_dtype": {"q4f16": "float16"}, "device": "webgpu"}])
+def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: Any) -> None:
+    """In whatever form, it is of the base's own files; what has nothing to do with ours stays."""
+    decoder(run, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers.js_config": theirs}))
+    write_web(tmp_path, "fp32")
+    found = json.loads((tmp_path / "config.json").read_text())["transformers.js_config"]
+    assert found.pop("use_external_data_format") == {"model.onnx": 1}
+    assert found.pop("kv_cache_dtype") == {"fp32": "float32"} | (
+        {"q4f16": "float16"} if "device" in found else {})
+    assert found.pop("dtype") == "fp32" and found in ({}, {"device": "webgpu"})
 
 
 @needs_node

@@ -58,6 +58,14 @@ def test_constant_blocks(bits: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_small_weights_are_as_exact(bits: int) -> None:
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    small, usual = (error(dequantize(quantize(w * std, bits)), w * std) ** 0.5
+                    for std in (0.0003, 0.02))
+    assert small < 1.2 * usual
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("outputs", "inputs"), [(5, 36), (4, 32), (7, 31), (3, 97)])
 def test_shapes_and_packing(bits: int, outputs: int, inputs: int) -> None:
     w, groups = weight(outputs, inputs), -(-inputs // BLOCK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import hashlib
 import io
 import json
@@ -16,10 +17,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 
-from minismoe import generate, graph, terminal
+from minismoe import generate, graph, runtime, terminal
 from minismoe.layouts import write_adapter
 from minismoe.model import CausalLM, Config
 from minismoe.runtime import Generator, _draw
@@ -69,6 +72,20 @@ def describe(folder: Path, **info: object) -> None:
     file.write_text(json.dumps({"files": files, **old, **info}))
 
 
+def spoil_sampler(folder: Path, rank: int) -> None:
+    """One whose values are not of rank 2, and export.json as it would be with it."""
+    graph = onnx.load(folder / "sampler.onnx").graph
+    last = onnx.helper.make_node("ReduceMax", ["logits"], ["values"], keepdims=0) if (
+        rank == 0) else onnx.helper.make_node("Reshape", ["logits", "flat"], ["values"])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(
+        [last], "g", graph.input, [onnx.helper.make_tensor_value_info(
+            "values", onnx.TensorProto.FLOAT, ["n"] * rank)],
+        [onnx.helper.make_tensor("flat", onnx.TensorProto.INT64, [1], [-1])]),
+        opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), folder / "sampler.onnx")
+    describe(folder, files={p.name: {"bytes": p.stat().st_size, "sha256": ""}
+                            for p in folder.iterdir() if p.name != "export.json"})
+
+
 @pytest.fixture(scope="module")
 def folders(model, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exports")
@@ -98,6 +115,58 @@ def test_goes_on_from_what_was_read(folders, kind) -> None:
         given = list(generator.generate(longer, 8))
         assert generator.prompt_tokens == (fed if kind == "ort" or fed == 4 else len(longer))
         assert given == list(Generator(folders[kind], threads=1).generate(longer, 8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_at_once_are_refused(folders, kind) -> None:
+    """They would read each other's cache."""
+    generator = Generator(folders[kind], threads=1)
+    expected = [list(generator.generate(p, 6)) for p in PROMPTS[1:]]
+    first, second = (generator.generate(p, 6) for p in PROMPTS[1:])
+    started = [next(first), next(second)]
+    with pytest.raises(RuntimeError, match="another generation began before this one ended"):
+        next(first)
+    assert [started[1], *second] == expected[1]                # which the first has not disturbed
+    with pytest.raises(RuntimeError, match="another generation"):
+        list(zip(*(generator.generate(p, 6) for p in PROMPTS[1:])))
+    assert [list(generator.generate(p, 6)) for p in PROMPTS[1:]] == expected
+
+
+def test_a_static_past_begins_as_zeros_whatever_the_device(folders, monkeypatch) -> None:
+    generator = Generator(folders["static"], threads=1)
+    expected = list(generator.generate(PROMPTS[1], 8))
+    make = ort.OrtValue.ortvalue_from_shape_and_type
+
+    def dirty(shape, kind, device) -> ort.OrtValue:
+        value = make(shape, kind, device)
+        ctypes.memset(value.data_ptr(), 0xff, value.tensor_size_in_bytes())      # nan
+        return value
+
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", dirty)
+    monkeypatch.setattr(generator, "_device", "cuda")
+    generator.reset()
+    assert not any(torch.from_dlpack(value).any() for value in generator._past.values())
+    monkeypatch.setattr(generator, "_device", "cpu")
+    assert list(generator.generate(PROMPTS[1], 8)) == expected
+
+
+@pytest.mark.parametrize("kind, cache_type, device", [
+    ("ort", "float32", "cpu"), ("ort", "float16", "cuda"), ("portable", "float32", "cuda")])
+def test_the_cache_is_where_attention_is(model, tmp_path, monkeypatch, kind, cache_type,
+                                         device) -> None:
+    folder = export(model, tmp_path / "f", kind)
+    describe(folder, cache_type=cache_type)
+    monkeypatch.setattr(runtime, "_provider", lambda name: "CUDAExecutionProvider")
+    opened = runtime._session
+    monkeypatch.setattr(runtime, "_session", lambda file, name, threads: opened(
+        file, "CPUExecutionProvider", threads))
+    for name in ("_fits", "use"):
+        monkeypatch.setattr(Generator, name, lambda *args: None)
+    assert Generator(folder)._device == device
+
+
+def test_no_prompt_has_no_text(generator) -> None:
+    assert generator.batch([]) == []
 
 
 def test_long_prompts_go_in_chunks(generator, monkeypatch) -> None:
@@ -255,6 +324,11 @@ def test_tasks(model, tmp_path, folders) -> None:
     })), "cannot open"),
     (lambda f: describe(f, kv_heads=3), "export.json is not of this model.onnx"),
     (lambda f: describe(f, cache_type="float16"), "export.json is not of this model.onnx"),
+    (lambda f: describe(f, target="portable"), "export.json is not of this model.onnx"),
+    (lambda f: describe(f, target=None), "not understood: .* target None"),
+    (lambda f: describe(f, target=["ort"]), r"not understood: .* target \['ort'\]"),
+    (lambda f: spoil_sampler(f, 0), "export.json is not of this model.onnx and sampler.onnx"),
+    (lambda f: spoil_sampler(f, 1), "export.json is not of this model.onnx and sampler.onnx"),
 ])
 def test_broken_folders(model, tmp_path, change, message) -> None:
     folder = export(model, tmp_path / "f")
