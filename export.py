@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minismoe import cli, flags, layouts, verify
+from minismoe import cli, flags, layouts, runs, verify
 from minismoe.checkpoint import MERGED, load_adapter, load_model, resolve, versions, weights
 from minismoe.data import Example, Task, probe_batches
 from minismoe.evaluate import answer_prompts, evaluate, references
@@ -43,6 +43,7 @@ from minismoe.graph import (
 )
 from minismoe.loss import IGNORE
 from minismoe.model import CausalLM
+from minismoe.probing import PROBE_BATCH
 from minismoe.report import allocation_svg, clean, terminal_heatmap
 from minismoe.routing import agreement, auto, compare, comparison, heal, save_frozen, twin
 from minismoe.runtime import FORMAT, Generator, enough_onnxruntime, sha256
@@ -236,12 +237,12 @@ def main(argv: Sequence[str]) -> None:
 
 def load(args: argparse.Namespace) -> Source:
     """The model with its adapters, its tokenizer and its data; without a run, the base alone."""
-    runs = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
-    if args.run or (runs and not args.model):
-        run = Path(args.run or runs[-1].parents[1])
+    made = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
+    if args.run or (made and not args.model):
+        run = Path(args.run or made[-1].parents[1])
         if not (run / "config.json").is_file():
             raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
-        settings = cli.read_run(run)
+        settings = runs.read_run(run)
         settings.device, settings.dtype, name = args.device, args.dtype, settings.model
         if settings.data and not Path(settings.data).exists():
             raise FileNotFoundError(f"{run / 'config.json'} names the data folder {settings.data}, "
@@ -302,7 +303,7 @@ def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], l
              for name, e in inputs.encoded.items()}
     if args.prompts:
         pools = {"prompts": unlabelled(args.prompts, inputs.tokenizer)}
-    batches = {name: list(probe_batches(pool, args.calibration, cli.PROBE_BATCH, pad_id, device))
+    batches = {name: list(probe_batches(pool, args.calibration, PROBE_BATCH, pad_id, device))
                for name, pool in pools.items()}
     with tqdm(desc="freeze", unit="sample") as bar:
         every = fit(model, batches, progress=bar.update)

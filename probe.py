@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minismoe import cli, distributed, flags
+from minismoe import cli, distributed, flags, probing
 from minismoe.files import replacing, write_json
 from minismoe.report import allocation_svg, clean, terminal_heatmap
 from minismoe.resume import discard
@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> None:
         raise FileExistsError(f"{run} is a run of train.py, whose allocation it is to keep: choose "
                               "another --out")
     inputs = cli.load_inputs(args)
-    cli.rehearse(args, inputs)
+    probing.rehearse(args, inputs)
     with cli.working_in(run, f"python probe.py {shlex.join(argv)}"):
-        scores = cli.measure(args, inputs, run)
-        allocation = cli.choose(args, scores)
+        scores = probing.measure(args, inputs, run)
+        allocation = probing.choose(args, scores)
         if distributed.rank():
             return
         write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
     for task, values in scores.items():
         print(terminal_heatmap(f"sensitivity of {clean(task)}", values, scale="log"))
-    print(cli.allocation_heatmap(inputs.model, allocation))
+    print(probing.allocation_heatmap(inputs.model, allocation))
     print(f"{allocation} of {len(scores.shapes)}, "
           f"{allocation.trainable_parameters:,} trainable parameters")
     print(f"wrote sensitivity.json, allocation.json and allocation.svg to {run}")

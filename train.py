@@ -13,9 +13,7 @@ run ended, --resume does what is missing, and leaves the files of a run that not
 from __future__ import annotations
 
 import argparse
-import platform
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -25,22 +23,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minismoe import cli, distributed, flags, limits
+from minismoe import cli, distributed, flags, limits, probing, runs
 from minismoe.allocate import Allocation, Unfit
-from minismoe.checkpoint import save_adapter, versions
+from minismoe.checkpoint import save_adapter
 from minismoe.data import probe_batches
 from minismoe.distributed import once
 from minismoe.evaluate import Accuracy, answer_prompts, evaluate
 from minismoe.experts import add_experts
 from minismoe.files import read_json, replacing, write_json
 from minismoe.report import clean, routers_svg, table, terminal_heatmap
-from minismoe.resume import differences, digest, discard, same_threads
+from minismoe.resume import discard
 from minismoe.routers import collapsed, router_use
 from minismoe.training import TrainConfig, train
 
-# Flags that a resumed run may change.
-SMALLER = ("memory", "micro_batch_size", "recompute")           # where memory was too little
-RESUMABLE = ("resume", "debug", "verbose", "device", "shard", "show", "checkpoint_every", *SMALLER)
 ROUTED = 32                              # examples a task that the routers are watched on
 
 
@@ -94,17 +89,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.resume:
         if not args.out:
             parser.error("--resume needs --out RUN")
-        saved = saved_config(Path(args.out))["arguments"]
-        # What a run divided among processes left, one alone may go on with, and the other way.
-        kept = vars(as_typed(parser, {**saved, "shard": None, "out": args.out}))
-        args = parser.parse_args(argv, argparse.Namespace(**kept))
-        for name in ("batch_size", "micro_batch_size", "dtype"):     # auto was settled by the run
-            if getattr(args, name) == "auto":
-                setattr(args, name, kept[name])
-        changed = [f"--{k.replace('_', '-')} {v} (was {kept[k]})" for k, v in vars(args).items()
-                   if k not in RESUMABLE and kept[k] != v]
-        if changed:
-            raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
+        args = runs.resumed(parser, argv, Path(args.out))
     if args.batch_size == "auto":
         if args.micro_batch_size not in (None, "auto"):
             parser.error("--batch-size auto chooses the micro-batch: leave out --micro-batch-size")
@@ -114,33 +99,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                                      if getattr(args, name) != parser.get_default(name)]):
         parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
     return args
-
-
-def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse.Namespace:
-    """The flags of a config.json as if they had been typed; ValueError where one could not be."""
-    if unknown := saved.keys() - vars(parser.parse_args([])):
-        raise ValueError(f"{saved['out']}/config.json: there is no flag {', '.join(unknown)}")
-    parser.exit_on_error = False
-    try:
-        return parser.parse_args([
-            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-            for name, value in saved.items() if value is not None and value is not False])
-    except argparse.ArgumentError as e:
-        raise ValueError(f"{saved['out']}/config.json: {e}") from None
-    finally:
-        parser.exit_on_error = True
-
-
-def saved_config(run: Path) -> dict[str, Any]:
-    """The config.json of a run. Raises FileNotFoundError or ValueError where there is none."""
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"{run} holds no run to go on with: begin it without --resume")
-    config = read_json(run / "config.json")
-    form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
-    if not isinstance(config, dict) or not all(isinstance(config.get(k), t)
-                                               for k, t in form.items()):
-        raise ValueError(f"{run / 'config.json'} lacks what going on needs: {', '.join(form)}")
-    return config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -156,25 +114,25 @@ def main(argv: Sequence[str]) -> None:
     inputs = cli.load_inputs(args)
     for task in inputs.tasks:                # bad test lines are found before there is a run
         answer_prompts(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
-    run = Path(args.out) if args.resume else cli.new_run(
+    run = Path(args.out) if args.resume else runs.new_run(
         args.out, Path(args.model or "default").name)
     run = Path(distributed.gather(str(run))[0])
     # B starts at 0, so experts change nothing before training, and names that the model lacks are
     # found before there is a run.
     allocation = None
     if args.resume and (run / "allocation.json").exists():
-        allocation = cli.read_allocation(args, run / "allocation.json")
+        allocation = probing.read_allocation(args, run / "allocation.json")
     elif args.allocation:
-        allocation = cli.read_allocation(args, args.allocation)
+        allocation = probing.read_allocation(args, args.allocation)
     if allocation:
         adapt(args, inputs, allocation)
     else:                                    # flags that contradict each other are found as well
-        cli.rehearse(args, inputs)
+        probing.rehearse(args, inputs)
     if not args.resume and not distributed.rank():       # of a run whose config.json was removed
         for name in ("before.json", "results.json"):
             (run / name).unlink(missing_ok=True)
     with cli.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
-        note(run, args, inputs, allocation)
+        runs.note(run, args, inputs, allocation)
         work(run, args, inputs, allocation)
     print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
           + next_commands(args, run))
@@ -187,8 +145,8 @@ def work(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
     if allocation is None:
         start = time.perf_counter()
         try:
-            scores = cli.measure(args, inputs, run)
-            allocation = cli.choose(args, scores)
+            scores = probing.measure(args, inputs, run)
+            allocation = probing.choose(args, scores)
         except Unfit:                    # with other flags, what was measured holds
             once((run / "config.json").unlink)
             raise
@@ -196,7 +154,7 @@ def work(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Al
         once(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
         adapt(args, inputs, allocation)
     once(write_json, run / "allocation.json", allocation.to_json())
-    note(run, args, inputs, allocation)
+    runs.note(run, args, inputs, allocation)
     once(discard, run, "probe")
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     describe(inputs, allocation, trainable)
@@ -243,51 +201,25 @@ def adapt(args: argparse.Namespace, inputs: cli.Inputs, allocation: Allocation) 
         distributed.shard(inputs.model, torch.device(args.device))
 
 
-def note(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Allocation | None,
-         ) -> None:
-    """Write config.json, which makes a folder a run; with --resume see that it is this run's.
-
-    Raises ValueError that lists what is another's: the model, tasks, or the allocation, if known.
-    """
-    chosen = {"the allocation": digest(allocation.to_json())[:16]} if allocation else {}
-    config: dict[str, Any] = {
-        "format": "minismoe.run/1", "arguments": vars(args), "identity": inputs.identity | chosen,
-        "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads(),
-        "processes": distributed.world()}
-    if args.resume:
-        saved = saved_config(run)
-        if said := differences(config["identity"], chosen | saved["identity"]):
-            raise ValueError(f"{run} is the run of something else: {said}")
-        smaller = {name: config["arguments"][name] for name in SMALLER}
-        if said := differences(versions() | smaller | {"processes": config["processes"]}, {
-                **saved["versions"], **{n: saved["arguments"].get(n) for n in SMALLER},
-                "processes": saved.get("processes", 1)}):
-            print(f"the last bits may differ: {said}", file=sys.stderr)
-        if saved.get("processes", 1) == config["processes"]:
-            same_threads(saved["threads"])
-        config = saved | {"identity": config["identity"],
-                          "arguments": saved["arguments"] | smaller}
-    once(write_json, run / "config.json", config)
-
-
 def describe(inputs: cli.Inputs, allocation: Allocation, trainable: int) -> None:
     """Draw where the experts are, and count them."""
-    print(cli.allocation_heatmap(inputs.model, allocation))
+    print(probing.allocation_heatmap(inputs.model, allocation))
     print(f"{allocation}, {trainable:,} trainable parameters")
 
 
 def score(inputs: cli.Inputs, when: str, micro: int) -> dict[str, Accuracy]:
     """Exact match on every task's test split, with a bar; `micro` says how much fits at once."""
+    batch = min(32, 2 * distributed.share(micro))
     with tqdm(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
               unit="answer", disable=distributed.rank() > 0) as bar:
-        return {t.name: evaluate(inputs.model, inputs.tokenizer, t, min(32, 2 * micro), bar.update)
+        return {t.name: evaluate(inputs.model, inputs.tokenizer, t, batch, bar.update)
                 for t in inputs.tasks}
 
 
 def show_routers(inputs: cli.Inputs, args: argparse.Namespace, run: Path) -> None:
     """Draw what the routers do on some training examples of each task, and write it down."""
     use = router_use(inputs.model, {
-        name: probe_batches(e.examples, ROUTED, cli.PROBE_BATCH, inputs.tokenizer.pad_id,
+        name: probe_batches(e.examples, ROUTED, probing.PROBE_BATCH, inputs.tokenizer.pad_id,
                             args.device) for name, e in inputs.encoded.items()})
     if not use or distributed.rank():
         return

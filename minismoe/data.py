@@ -193,7 +193,8 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
                 raise ValueError(
                     "the chat template does not begin an answer as its generation prompt, which "
                     f"ends in {before[-20:]!r}: give a template that does")
-            head, found, _ = after[len(before):].partition(message["content"].strip())
+            head, found, _ = after[len(before):].partition(
+                message["content"].strip() or after)         # a blank answer has no place
             if opens := [t for t in tokenizer.special if found and t in head and t in before]:
                 raise ValueError(
                     f"the chat template opens an answer by {opens[0]}, which its generation prompt "

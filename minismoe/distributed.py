@@ -100,6 +100,11 @@ def one_first() -> Iterator[None]:
     gather(None)                             # all have found it: it may be changed
 
 
+def share(count: int) -> int:
+    """The largest part of `count` that one process gets."""
+    return -(-count // world())
+
+
 def once(work: Callable[..., Any], *args: Any) -> None:
     """work(*args), in the first process alone."""
     if rank() == 0:

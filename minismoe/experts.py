@@ -162,8 +162,9 @@ def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
 def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
     if not layers:
         return []
-    if torch.is_autocast_enabled(x.device.type):         # the formula says itself what is cast
-        with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type                                 # the formula says itself what is cast
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return _apply(x.to(layers[0].weight.dtype), layers)
     parameters = [p for m in layers for p in (m.lora_A, m.lora_B, m.router)]
     *outputs, logits = _Experts.apply(x.reshape(-1, x.shape[-1]), layers, *parameters)

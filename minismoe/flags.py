@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from typing import Any
 
 from .allocate import GROUPS, STRATEGIES
 
@@ -77,46 +79,24 @@ def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
                        help="experts active a token (default: 2)")
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def checked(kind: Callable[[str], Any], good: Callable[[Any], bool], wrong: str,
+            ) -> Callable[[str], Any]:
+    """An argparse type: what `kind` reads, where it is `good`."""
+    def read(text: str) -> Any:
+        if not good(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"{text or 'it'} {wrong}")
+        return value
+    read.__name__ = kind.__name__            # which argparse names where `kind` reads nothing
+    return read
 
 
-def seed(text: str) -> int:
-    """An argparse type: a whole number of 64 bits."""
-    if not -1 << 63 <= (value := int(text)) < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text} has more than 64 bits")
-    return value
-
-
-def text(value: str) -> str:
-    """An argparse type: what is not empty, as an unset variable of a shell is."""
-    if not value:
-        raise argparse.ArgumentTypeError("it is empty")
-    return value
-
-
-def number(value: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    if not 0 <= (found := float(value)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is no number of at least 0")
-    return found
-
-
-def part(value: str) -> float:
-    """An argparse type: a number in [0, 1]."""
-    if not 0 <= (found := float(value)) <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1]")
-    return found
-
-
-def above_zero(value: str) -> float:
-    """An argparse type: a number above 0, inf too."""
-    if not (found := float(value)) > 0:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0 (inf is no limit)")
-    return found
+positive = checked(int, lambda n: n >= 1, "is not at least 1")
+seed = checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
+text = checked(str, bool, "is empty")          # as an unset variable of a shell is
+number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")
+above_zero = checked(float, lambda x: x > 0, "is not above 0 (inf is no limit)")
+part = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
+share = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
 
 
 def interval(text: str) -> int | str:
@@ -140,10 +120,3 @@ def size(text: str) -> int:
     if not 1 << 20 <= found < 1 << 50:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 4G or 512M")
     return int(found)
-
-
-def share(text: str) -> float:
-    """An argparse type: a number in (0, 1]."""
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return value

@@ -6,6 +6,7 @@ Where several processes share the work, memory is that of each.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import cli, distributed
+from . import cli, distributed, probing
 from .checkpoint import load_model, read_config
 from .data import Example
 from .experts import add_experts
@@ -60,7 +61,7 @@ def look_ahead(args: argparse.Namespace) -> Prospect:
         _, _, encoded = cli.read_data(args, folder)
         names, examples = list(encoded), [e for x in encoded.values() for e in x.examples]
     cfg = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
-    setup = Setup(config, cli.guess(args, shapes(config), names), dtype, device.type,
+    setup = Setup(config, probing.guess(args, shapes(config), names), dtype, device.type,
                   args.base_bits, args.recompute, distributed.world() if args.shard else 1)
     return Prospect(folder, setup, schedule(examples or imagined(
         args, cli.context(args, folder)), cfg),
@@ -106,17 +107,20 @@ def _largest_fitting(args: argparse.Namespace, p: Prospect) -> int:
                          f"{room / MIB:,.0f}: give a larger --memory")
     room = int(0.9 * room) - p.runtime
     most = fit_micro_batch(p.setup, p.batches, room)
-    while most > 1 and not args.allocation and probing(p, most) > room:
-        most -= 1
+    while most > 1 and not args.allocation and probing_bytes(p, most) > room:
+        most = min(most, probing.PROBE_BATCH) - 1
+    if not args.allocation and (need := probing_bytes(p, most)) > room:
+        print(f"the probe may take {(need - room) / MIB:,.0f} MiB more than there are: "
+              "--allocation FILE leaves it out", file=sys.stderr)
     return most
 
 
-def probing(p: Prospect, micro: int) -> int:
+def probing_bytes(p: Prospect, micro: int) -> int:
     """Bytes of the probe where so many examples are trained at once. It computes each whole, and
     keeps all; up to 1.3 times what training would keep of that was seen."""
     longest = max(len(e.ids) for batch in p.batches for e in batch)
     plain = replace(p.setup, recompute=False, allocation=replace(p.setup.allocation, experts={}))
-    count = min(cli.PROBE_BATCH, micro)
+    count = min(probing.PROBE_BATCH, micro)
     rows = count * longest
     return weight_bytes(plain) + int(1.3 * activations(plain, Shape(count, longest, rows, rows)))
 
@@ -129,7 +133,7 @@ def show_plan(args: argparse.Namespace) -> None:
     p, micro = look_ahead(args), args.micro_batch_size
     if micro == "auto":
         micro = largest_fitting(args, p)
-    mine = -(-micro // distributed.world())
+    mine = distributed.share(micro)
     parts = {"runtime": p.runtime, **fixed(p.setup),
              "activations": largest(p.setup, p.batches, mine)}
     peak, room = sum(parts.values()), args.memory or available(args.device)
@@ -140,12 +144,15 @@ def show_plan(args: argparse.Namespace) -> None:
         *parts.items(), ("peak", peak))]))
     print(f"{args.dtype}, {micro} of {args.batch_size} examples at a time, of up to {longest} "
           f"tokens; there are {f'{room / MIB:,.0f} MiB' if room else 'MiB that nobody knows'}")
-    if not args.allocation and (before := p.runtime + probing(p, mine)) > peak:
+    before = 0 if args.allocation else p.runtime + probing_bytes(p, mine)
+    if before > peak:
         print(f"the probe before it takes up to {before / MIB:,.0f} MiB")
-    fits = all(distributed.gather(room is None or peak <= room))
+    fits = all(distributed.gather(room is None or max(peak, before) <= room))
     if not fits:
-        print("too much: " + (advice(p.setup, p.batches, mine) if room and p.runtime < room else
-                              "Python and torch alone take more"))
+        print("too much: " + (
+            "Python and torch alone take more" if room and p.runtime >= room else
+            advice(p.setup, p.batches, mine) if room is None or peak > room else
+            "the probe alone; --allocation FILE leaves it out, --max-length shortens it"))
     if args.data or args.model is None:
         print(duration(args, p, micro, fits))
         print(f"disk: {disk(p.setup, len(p.batches)) / MIB:,.0f} MiB for the adapter, "

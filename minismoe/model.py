@@ -115,11 +115,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     narrow, cpu = q.dtype.itemsize < 4, q.device.type == "cpu"
     if q.requires_grad and narrow and cpu and k.shape[2] <= SHORT:
         return attend_short(q, k, v, mask)
-    if not cpu and (mask is not None or not narrow):
+    if (shared := q.shape[1] // k.shape[1]) > 1 and not cpu and (mask is not None or not narrow):
         # CUDA shares heads without the (T, S) scores only unmasked and in half precision.
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+                                          enable_gqa=shared > 1)
 
 
 def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -26,13 +26,14 @@ from .config import Config
 from .data import Example, collate
 from .experts import add_experts, linear_layers
 from .loss import CHUNK, IGNORE
+from .memory import group_rooms, resident
 from .model import SHORT, CausalLM
 from .quantize import BLOCK
 from .tokens import shared_prefixes
 from .training import TrainConfig, train_step
 
 MIB = 1 << 20
-ONEDNN = 64 * MIB               # what it compiles for bfloat16 on a CPU: see cli.bound_memory
+ONEDNN = 64 * MIB               # what it compiles for bfloat16 on a CPU: see memory.bound_memory
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def kept(setup: Setup, shape: Shape) -> list[int]:
     cfg, s, (B, T, N, S) = setup.config, setup.dtype.itemsize, vars(shape).values()
     D, M, C = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
     heads, kv = cfg.num_attention_heads * C, cfg.num_key_value_heads * C
-    if setup.device == "cuda" and s == 4:                # heads are not shared: see model.attend
-        kv = heads
+    if setup.device == "mps" or setup.device == "cuda" and s == 4:       # heads are not shared:
+        kv = heads                                                       # see model.attend
     per_place = s * (2 * heads + 2 * kv) + 4 * cfg.num_attention_heads       # q, k, v, y, logsumexp
     if (setup.device == "cpu" and s < 4 and T <= SHORT) or setup.device == "mps":
         per_place = s * (heads + 2 * kv + cfg.num_attention_heads * T)       # the weights instead
@@ -211,26 +212,6 @@ def runtime_bytes(device: str, dtype: torch.dtype) -> int:
     return resident() + compiled
 
 
-def resident() -> int:
-    """Bytes of memory that this process takes now, or where no system call tells, has taken."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_resident()
-
-
-def peak_resident() -> int:
-    """The most memory that this process has taken, in bytes; 0 where the system does not say."""
-    with suppress(OSError, IndexError):  # ru_maxrss, on Linux, begins with that of the parent
-        return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
-    try:
-        import resource
-    except ImportError:                                  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024
-
-
 def available(device: str) -> int | None:
     """Bytes that this process may take on `device`, with what it takes already; None: unknown."""
     kind = torch.device(device).type
@@ -238,25 +219,11 @@ def available(device: str) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if kind == "mps":
         return torch.mps.recommended_max_memory()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # processes of torchrun
     with suppress(OSError, IndexError):                  # Linux alone says what is free
         found = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
-        free = min([1024 * int(found[0]), *group_rooms()])
-        return resident() + free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # of torchrun
+        return resident() + min([1024 * int(found[0]), *group_rooms()]) // here
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4 // here
     except (AttributeError, OSError, ValueError):
         return None
-
-
-def group_rooms(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes that the control groups of this process leave, as of a container (cgroup v2)."""
-    rooms = []
-    with suppress(OSError, IndexError):
-        group = root / re.findall(r"0::/(.*)", Path("/proc/self/cgroup").read_text())[0]
-        for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):          # no such file; "max" is no number
-                most, used = (int((folder / f"memory.{name}").read_text())
-                              for name in ("max", "current"))
-                stat = (folder / "memory.stat").read_text()          # pages of files can go
-                rooms.append(most - used + int(re.findall(r"inactive_file (\d+)", stat)[0]))
-    return rooms

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from . import failure
+from .flags import positive
+from .memory import peak_resident
 from .report import clean
 from .runtime import Generator
-
-
-def peak_memory() -> float:
-    """The largest resident size of this process so far, in MB; nan where the system hides it."""
-    try:                                     # unlike ru_maxrss, without what a parent had
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) / 1e3 * 1.024 for line in f if "VmHWM" in line)
-    except (OSError, StopIteration):
-        try:
-            import resource
-        except ImportError:
-            return math.nan
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6      # bytes on a Mac
 
 
 def _say(generator: Generator, prompt: str, args: argparse.Namespace) -> str:
@@ -54,7 +42,7 @@ def _say(generator: Generator, prompt: str, args: argparse.Namespace) -> str:
         first, rest = times[1] - times[0], times[-1] - times[1]
         print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s, "
               f"{len(times) - 1} tokens at {(len(times) - 2) / rest if rest else 0:.0f} tokens/s, "
-              f"peak memory {peak_memory():.0f} MB]", file=sys.stderr)
+              f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
     return answer
 
 
@@ -103,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     add("--chat", action="store_true", help="a conversation, line by line")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--task", help="use the adapter of a task that the folder holds")
-    add("--max-tokens", type=_whole, metavar="N", help="default: until the context is full")
+    add("--max-tokens", type=positive, metavar="N", help="default: until the context is full")
     add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens "
         "that together reach P (default: 1)")
@@ -111,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
         "(default: as many as the folder's sampler gives, 64)")
     add("--seed", type=int, help="of the draws; default: another one each time")
     add("--provider", help="onnxruntime's execution provider, such as cuda (default: cpu)")
-    add("--threads", type=_whole, metavar="N", help="default: physical cores")
+    add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
@@ -131,13 +119,6 @@ def main(argv: Sequence[str]) -> None:
     _say(generator, prompt, args)
     if generator.ended == "interrupted":
         raise KeyboardInterrupt
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
 
 
 def run() -> None:

@@ -79,8 +79,9 @@ class FileTokenizer:
 
     def mark_special(self, tokens: Sequence[str]) -> None:
         """Make those of `tokens` special that there are, as a tokenizer_config.json means them."""
-        known = [t for t in tokens if self.backend.token_to_id(t) is not None]
-        self.backend.add_special_tokens(known)
+        done = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
+        self.backend.add_special_tokens([    # anew, others would forget the spaces they strip
+            t for t in tokens if t not in done and self.backend.token_to_id(t) is not None])
         added = self.backend.get_added_tokens_decoder()
         self.special = {t.content: i for i, t in added.items() if t.special}
 

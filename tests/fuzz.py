@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from minismoe import cli, failure, graph, templates  # noqa: E402
+from minismoe import failure, graph, probing, templates  # noqa: E402
 from minismoe.allocation import Allocation  # noqa: E402
 from minismoe.checkpoint import load_adapter, load_model, save_adapter  # noqa: E402
 from minismoe.data import encode_all, load_tasks  # noqa: E402
@@ -193,7 +193,7 @@ class Fuzz:
         whole = ALLOCATION.to_json()
         (self.case / "a.json").write_bytes(rng.text(rng.choice([whole, whole["experts"]])))
         flags = argparse.Namespace(rank=4, alpha=None, top_k=2)
-        add_experts(load_model(self.base), cli.read_allocation(flags, self.case / "a.json"))
+        add_experts(load_model(self.base), probing.read_allocation(flags, self.case / "a.json"))
 
     def lines(self, rng: Rng) -> Any:
         lines = [rng.text(line) if rng.random() < 0.3 else json.dumps(line).encode()

@@ -332,6 +332,17 @@ def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> 
         (tmp_path / "results.json").unlink()
 
 
+def test_another_memory_is_asked_again_what_fits(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    auto = "--batch-size", "auto", "--memory"
+    assert finish(train.main, *known, *auto, "4G", capsys=capsys)[0] == 0
+    (tmp_path / "results.json").unlink()
+    code, _, err = finish(train.main, "--resume", *known, *auto, "8M", capsys=capsys)
+    assert code == 1 and "one example at a time needs" in err
+    code, out, err = finish(train.main, "--resume", *known, *auto, "5G", capsys=capsys)
+    assert code == 0 and "16 of 16 fits" in out, err
+
+
 def test_other_processes_have_other_threads(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
     assert finish(train.main, *known, capsys=capsys)[0] == 0

@@ -283,6 +283,12 @@ def test_a_greeting_before_any_question_is_not_supervised(bpe: Path) -> None:
     assert [text[s.start:s.stop] for s in spans] == ["yes<|im_end|>\n"]
 
 
+def test_a_blank_answer_amid_a_conversation_is_its_end_token(chatml: Tokenizer) -> None:
+    blank = [PAIR_MESSAGES[0], say("assistant", " "), *PAIR_MESSAGES]
+    text, spans = supervised_spans(blank, chatml)
+    assert [text[s.start:s.stop] for s in spans] == [" <|im_end|>\n", "yes<|im_end|>\n"]
+
+
 def test_a_template_whose_prompt_does_not_lead_to_the_answer(bpe: Path) -> None:
     thinks = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
     with pytest.raises(ValueError, match=r"as its generation prompt, which ends in .*<think>\\n'"):

@@ -305,6 +305,15 @@ def test_config_names_all_that_is_wrong_at_once() -> None:
         assert named in str(e.value)
 
 
+def test_two_ropes_that_agree_are_one() -> None:
+    both = {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "rope_scaling": LLAMA3 | {
+        "rope_theta": 5e5}}
+    one = Config.from_dict({**MINIMAL, "rope_parameters": both["rope_parameters"]})
+    assert Config.from_dict({**MINIMAL, **both}) == one
+    del both["rope_scaling"]["rope_theta"]
+    assert Config.from_dict({**MINIMAL, **both}) == one
+
+
 def test_rope_of_old_and_new_config_files() -> None:
     four = {k: LLAMA3[k] for k in ("factor", "low_freq_factor", "high_freq_factor",
                                    "original_max_position_embeddings")}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minismoe import plan
+from minismoe import memory, plan
 from minismoe.allocate import Allocation
 from minismoe.checkpoint import load_model
 from minismoe.config import Config
@@ -115,19 +115,20 @@ def test_shards_are_parts_of_the_blocks() -> None:
     assert whole - parts == pytest.approx(block * (layers - layers / 4 - 2), rel=0.01)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_shared_by_the_processes_of_a_machine_and_bounded_by_a_container(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = plan.available("cpu") - plan.resident()
+    free = plan.available("cpu") - memory.resident()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert plan.available("cpu") - plan.resident() == pytest.approx(free / 2, rel=0.2)
+    assert plan.available("cpu") - memory.resident() == pytest.approx(free / 2, rel=0.2)
     for name, content in (("max", "3000000"), ("current", "2000000"),
                           ("stat", "anon 9\ninactive_file 500000\nactive_file 7\n")):
         (tmp_path / f"memory.{name}").write_text(content)
-    assert plan.group_rooms(tmp_path) == [1_500_000]
+    assert memory.group_rooms(tmp_path) == [1_500_000]
     (tmp_path / "memory.max").write_text("max\n")
-    assert plan.group_rooms(tmp_path) == []
+    assert memory.group_rooms(tmp_path) == []
     monkeypatch.setattr(plan, "group_rooms", lambda: [1_500_000, 1_000_000])
-    assert plan.available("cpu") - plan.resident() == pytest.approx(500_000, abs=2**20)
+    assert plan.available("cpu") - memory.resident() == pytest.approx(500_000, abs=2**20)
 
 
 @pytest.mark.parametrize("option", [{"recompute": True}, {"base_bits": 4}])
@@ -149,10 +150,10 @@ def setup_only(config: Config, **options) -> plan.Setup:
 PEAK = """
 import json, sys
 import torch
-from minismoe import cli, plan
+from minismoe import memory, plan
 from minismoe.training import TrainConfig, train_step
 from test_plan import CONFIG, examples, setup
-cli.bound_memory()
+memory.bound_memory()
 torch.manual_seed(0)
 before = plan.runtime_bytes("cpu", torch.float32)
 config = CONFIG.__class__(**{**vars(CONFIG), "hidden_size": 192, "intermediate_size": 512})
@@ -165,7 +166,7 @@ for step in range(2):
 parts = plan.fixed(seen)
 del parts["optimizer"]
 wanted = before + sum(parts.values()) + plan.largest(seen, [batch], 24)
-print(json.dumps([wanted - before, plan.peak_resident() - before]))
+print(json.dumps([wanted - before, memory.peak_resident() - before]))
 """
 
 

@@ -23,7 +23,7 @@ import minismoe.sensitivity as sensitivity
 import minismoe.training as training
 import probe
 import train
-from minismoe import cli, files, flags, resume
+from minismoe import files, flags, probing, resume
 from minismoe.files import new_folder, read_json, write_json
 from minismoe.training import TrainConfig
 
@@ -308,7 +308,7 @@ def test_a_probe_goes_on_with_batches_of_another_size(inputs, tmp_path, capsys, 
     monkeypatch.setattr(sensitivity, "sample_norms", counting)
     flags = (*inputs, "--samples", "20", "--out", str(tmp_path / "run"))
     for size, ends in ((8, 130), (6, 0)):
-        monkeypatch.setattr(cli, "PROBE_BATCH", size)
+        monkeypatch.setattr(probing, "PROBE_BATCH", size)
         assert finish(probe.main, *flags, capsys=capsys)[0] == ends
     found = read_json(tmp_path / "run" / "sensitivity.json")["tasks"]
     assert {task: value["samples"] for task, value in found.items()} == {"sum": 20, "upper": 20}

@@ -18,13 +18,13 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 import minismoe.training as training
-from minismoe import cli, plan
+from minismoe import memory
 from test_training import examples, tiny
-cli.bound_memory()
+memory.bound_memory()
 seen, step = [], training.step_that_fits
 
 def watched(*args):
-    seen.append(plan.resident())
+    seen.append(memory.resident())
     return step(*args)
 
 training.step_that_fits = watched
@@ -38,7 +38,7 @@ import json, sys
 from pathlib import Path
 import torch
 from test_runtime import CONFIG, export
-from minismoe import plan
+from minismoe import memory
 from minismoe.model import CausalLM, Config
 from minismoe.runtime import Generator
 torch.manual_seed(0)
@@ -47,7 +47,7 @@ generator, seen = Generator(folder, threads=1), []
 for n in range(2000):
     list(generator.generate([1 + (n + i) % 40 for i in range(1 + n % 30)], 1 + n % 16,
                             temperature=n % 2 * 0.8, seed=n))
-    seen.append(plan.resident())
+    seen.append(memory.resident())
 print(json.dumps(seen))
 """
 

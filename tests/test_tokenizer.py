@@ -344,6 +344,17 @@ def test_an_end_token_is_special_whatever_tokenizer_json_says(bpe: Path, tmp_pat
     assert tokenizer.decode(tokenizer.encode("yes<|im_end|>")[0]) == "yes"
 
 
+def test_a_special_token_goes_on_stripping_the_spaces_beside_it(bpe: Path, tmp_path: Path) -> None:
+    content = json.loads(bpe.read_text())
+    for token in content["added_tokens"]:
+        token["lstrip"] = token["content"] == "</s>"
+    write(tmp_path, bpe, tokenizer_config={"eos_token": "</s>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    alone, named = FileTokenizer(tmp_path / "tokenizer.json"), load_tokenizer(tmp_path)
+    assert named.encode("a  </s>b") == alone.encode("a  </s>b")
+    assert len(named.encode("a  </s>b")[0]) == 3
+
+
 @pytest.mark.parametrize(("template", "end"), [
     (CHATML.replace("add_generation_prompt", "false"), "<|im_end|>"),
     (CHATML.replace("+ message['content']", "+ '<s>' + message['content']"), "<|im_end|>"),

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import train
-from minismoe import cli, limits, plan
+from minismoe import limits, memory, plan
 from minismoe.checkpoint import load_model
 from minismoe.experts import add_experts
 from minismoe.training import TrainConfig, train_step
@@ -53,13 +53,13 @@ def measured(argv: list[str], micro: int) -> int:
         optimizer.zero_grad()
     if p.setup.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return plan.peak_resident()
+    return memory.peak_resident()
 
 
 def main() -> None:
     flags = sys.argv[1:]
     if flags and flags[0] in ("planned", "measured"):
-        cli.bound_memory()                          # as the scripts do
+        memory.bound_memory()                          # as the scripts do
         found = planned(flags[1:]) if flags[0] == "planned" else measured(flags[2:], int(flags[1]))
         print(json.dumps(found))
         return

@@ -35,7 +35,7 @@ from compare_report import RESULTS, machine, table
 from torch import Tensor
 from tqdm import tqdm
 
-from minismoe import cli, flags, report
+from minismoe import cli, flags, probing, report
 from minismoe.allocate import GROUPS, allocate, parameters
 from minismoe.checkpoint import load_adapter, load_model, versions
 from minismoe.data import probe_batches
@@ -71,7 +71,7 @@ def samples_of(inputs: cli.Inputs, args: argparse.Namespace, count: int) -> tupl
              for t, e in inputs.encoded.items()}
     total = sum(min(count, len(pool)) for pool in pools.values())
     with tqdm(total=total, desc="probe", unit="sample") as bar:
-        scores = probe(inputs.model, {t: probe_batches(pool, count, cli.PROBE_BATCH,
+        scores = probe(inputs.model, {t: probe_batches(pool, count, probing.PROBE_BATCH,
                        inputs.tokenizer.pad_id, args.device) for t, pool in pools.items()},
                        progress=bar.update)
     tokens = {t: torch.tensor([sum(label != IGNORE for label in e.labels)
