@@ -193,7 +193,8 @@ def main(argv: Sequence[str]) -> None:
         enough_onnxruntime()
     source = load(args)
     kind = args.task or ("adapters" if args.adapters else args.routing)
-    out = Path(args.out or source.run / "export" / f"{kind}-{args.layout}-{args.precision}")
+    parts = [kind, args.layout] + [args.precision] * (args.layout not in ("hf", "peft"))
+    out = Path(args.out or source.run / "export" / "-".join(parts))
     if not args.table:
         must_be_new(out)
 

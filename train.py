@@ -124,6 +124,8 @@ def main(argv: Sequence[str]) -> None:
         allocation = probing.read_allocation(args, run / "allocation.json")
     elif args.allocation:
         allocation = probing.read_allocation(args, args.allocation)
+    elif not probing.needed(args):
+        allocation = probing.foreseen(args, inputs)
     if allocation:
         adapt(args, inputs, allocation)
     else:                                    # flags that contradict each other are found as well
@@ -259,23 +261,22 @@ def report(results: dict, after: dict[str, Accuracy], verbose: bool) -> None:
     if verbose:
         for name, accuracy in after.items():
             for prompt, expected, given in accuracy.wrong[:3]:
-                print(f"{clean(name)}: {clean(prompt[-200:])!r}\n"
-                      f"  expected {clean(expected)!r}, got {clean(given)!r}")
+                print(f"{clean(name)}: {prompt[-200:]!r}\n  expected {expected!r}, got {given!r}")
 
 
 def next_commands(args: argparse.Namespace, run: Path) -> str:
     """What a person would want to type now."""
-    name = shlex.quote(str(run))
+    name, size = shlex.quote(str(run)), read_json(run / "results.json")["trainable_parameters"]
     if args.model is None:
-        return ("Next:\n"
-                f"  python export.py {name} --precision int4-8     freeze, quantise, and chat\n"
-                "  python probe.py --out runs/probe                      see the sensitivities\n"
-                "  python train.py --strategy uniform --budget-params N  compare at equal size\n"
-                "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER   "
-                "a real model on your data\n"
-                "  python train.py --help                                every flag")
+        return (f"Next: freeze, quantise and chat; see the sensitivities; compare at equal size; "
+                "your own data\n"
+                f"  python export.py {name} --precision int4-8\n"
+                "  python probe.py --out runs/probe\n"
+                f"  python train.py --strategy uniform --budget-params {size}\n"
+                "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER\n"
+                "  python train.py --help")
     return (f"Next: python export.py {name} --precision int4-8, or compare with --strategy uniform "
-            "or lora at the same --budget-params")
+            f"or lora\nat the same size: --budget-params {size}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def resolve(model: str | Path) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no such model folder: {model}")
+        raise FileNotFoundError(f"no such model folder: {model} (from {Path.cwd()})")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -206,7 +206,7 @@ def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
         save_file(tensors, tmp, metadata={"format": "pt"})
     write_json(Path(folder) / "adapter.json", {
         "format": ADAPTER_FORMAT, "sha256": sha256(file),
-        "base_model": getattr(model, "name", None),
+        "base_model": getattr(model, "name", getattr(model, "name_or_path", None)),
         "fingerprint": getattr(model, "fingerprint", None),
         "base_bits": getattr(model, "base_bits", None), "tasks": list(tasks),
         "allocation": allocation.to_json(), "versions": versions()})
@@ -217,6 +217,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
 
     Raises ValueError where the adapter was trained on another base, naming both fingerprints,
     where adapters are merged into the model already, or where tensors do not fit the allocation.
+    Fingerprints are of `load_model`: those of a `transformers` model are not known, nor compared.
     """
     folder = Path(folder)
     for name in ("adapter.json", "adapter.safetensors"):

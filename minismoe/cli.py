@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -232,7 +233,8 @@ def describe(tasks: Sequence[Task], encoded: Mapping[str, Encoded], tokenizer: T
 
 def show(tasks: Sequence[Task], tokenizer: Tokenizer, count: int) -> None:
     """Print examples as the model sees them; what is supervised is green, or in [[ ]] in a file."""
-    mark, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    mark, end = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
     for task in tasks:
         for messages in task.train[:count]:
             example = encode(task.name, messages, tokenizer)

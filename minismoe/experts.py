@@ -213,7 +213,9 @@ def adaptable(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Linear
     wrong = [name for name in ranks if not isinstance(modules.get(name), nn.Linear)
              or isinstance(modules[name], ExpertLinear) or name.split(".")[-1] == "lm_head"]
     if wrong:
-        raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
+        raise ValueError("no linear layer that can be adapted" + (
+            " (some have experts already: load the base anew)" if expert_layers(model) else "")
+            + f": {', '.join(wrong)}")
     layers: dict[str, Any] = {name: modules[name] for name in ranks}
     if small := {f"{name} {[*m.weight.shape]}": ranks[name] for name, m in layers.items()
                  if ranks[name] > min(m.weight.shape)}:

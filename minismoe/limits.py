@@ -107,9 +107,9 @@ def _largest_fitting(args: argparse.Namespace, p: Prospect) -> int:
                          f"{room / MIB:,.0f}: give a larger --memory")
     room = int(0.9 * room) - p.runtime
     most = fit_micro_batch(p.setup, p.batches, room)
-    while most > 1 and not args.allocation and probing_bytes(p, most) > room:
+    while most > 1 and probing.needed(args) and probing_bytes(p, most) > room:
         most = min(most, probing.PROBE_BATCH) - 1
-    if not args.allocation and (need := probing_bytes(p, most)) > room:
+    if probing.needed(args) and (need := probing_bytes(p, most)) > room:
         print(f"the probe may take {(need - room) / MIB:,.0f} MiB more than there are: "
               "--allocation FILE leaves it out", file=sys.stderr)
     return most
@@ -139,12 +139,12 @@ def show_plan(args: argparse.Namespace) -> None:
     peak, room = sum(parts.values()), args.memory or available(args.device)
     a, longest = p.setup.allocation, max(len(e.ids) for batch in p.batches for e in batch)
     print(f"{trainable(p.setup):,} trainable parameters; {a}"
-          + ("" if args.allocation else " (on which, the probe decides)"))
+          + (" (on which, the probe decides)" if probing.needed(args) else ""))
     print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in (
         *parts.items(), ("peak", peak))]))
     print(f"{args.dtype}, {micro} of {args.batch_size} examples at a time, of up to {longest} "
           f"tokens; there are {f'{room / MIB:,.0f} MiB' if room else 'MiB that nobody knows'}")
-    before = 0 if args.allocation else p.runtime + probing_bytes(p, mine)
+    before = p.runtime + probing_bytes(p, mine) if probing.needed(args) else 0
     if before > peak:
         print(f"the probe before it takes up to {before / MIB:,.0f} MiB")
     fits = all(distributed.gather(room is None or max(peak, before) <= room))

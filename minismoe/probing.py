@@ -27,6 +27,13 @@ from .sensitivity import Scores, overlap, probe
 PROBE_BATCH = 16
 AUTO_START, AUTO_MOST = 16, 512          # samples a task of --samples auto
 KEEP_NORMS = 2.0                         # seconds after which a probe saves what it has measured
+BLIND = ("uniform", "mola", "random", "lora")        # given a budget, these read no score
+
+
+def needed(args: argparse.Namespace) -> bool:
+    """Whether the flags leave anything for the probe to decide."""
+    budget = args.budget_experts or args.budget_params
+    return not args.allocation and not (budget and args.strategy in BLIND)
 
 
 def choose(args: argparse.Namespace, scores: Scores) -> Allocation:
@@ -57,10 +64,15 @@ def guess(args: argparse.Namespace, sizes: dict[str, tuple[int, int]], tasks: Se
     return choose(args, scores)
 
 
+def foreseen(args: argparse.Namespace, inputs: Inputs) -> Allocation:
+    """The same for a model that is loaded; where the probe is not needed, just what comes out."""
+    return guess(args, probe(inputs.model, {}).shapes, list(inputs.encoded))
+
+
 def rehearse(args: argparse.Namespace, inputs: Inputs) -> None:
     """ValueError for allocation flags that are wrong whatever the probe will find."""
     with suppress(Unfit):
-        guess(args, probe(inputs.model, {}).shapes, list(inputs.encoded))
+        foreseen(args, inputs)
 
 
 def read_allocation(args: argparse.Namespace, file: str | Path) -> Allocation:

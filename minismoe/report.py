@@ -92,11 +92,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Aligned plain text; a column of numbers goes right ('', '-', 'n/a' may be among them)."""
     columns = [[clean(cell) for cell in column] for column in zip(header, *rows, strict=True)]
     for i, (name, *cells) in enumerate(columns):
-        width = max(map(len, columns[i]))
+        width = max(map(_width, columns[i]))
         right = all(NUMBER.fullmatch(cell) for cell in cells)
         lines = (name, "-" * width, *cells)
-        columns[i] = [line.rjust(width) if right else line.ljust(width) for line in lines]
+        gaps = [" " * (width - _width(line)) for line in lines]
+        columns[i] = [gap + line if right else line + gap for line, gap in zip(lines, gaps)]
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _width(text: str) -> int:
+    """Places that a text takes on a terminal: two for a wide character, none for an accent."""
+    return sum(0 if unicodedata.combining(c) else
+               2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _paint(text: str, position: float) -> str:
@@ -250,7 +257,9 @@ def routers_svg(use: Mapping[str, Mapping[str, Any]]) -> str:
     layers, projections, _ = grid(dict.fromkeys(use, 0.0))
     tasks = next(iter(use.values()))["entropy"]
     panels = {f"entropy, {clean(task)}": {m: found["entropy"][task] for m, found in use.items()}
-              for task in tasks} | {"separation": {m: f["separation"] for m, f in use.items()}}
+              for task in tasks}
+    most = max((found["separation"] for found in use.values()), default=0.0) or 1.0   # often little
+    panels[f"separation, of {most:.2g}"] = {m: f["separation"] / most for m, f in use.items()}
     width, step = max(WIDTH / 2, 40 + 9.0 * len(layers)), 32 + ROW * len(projections)
     out = []
     for i, (title, values) in enumerate(panels.items()):

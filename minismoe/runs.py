@@ -30,6 +30,9 @@ def new_run(out: str | None, name: str) -> Path:
         if (Path(out) / "config.json").exists():
             raise FileExistsError(f"{out} holds a run already: go on with --resume, or choose "
                                   "another --out")
+        if (Path(out) / "sensitivity.json").exists() and not (Path(out) / "before.json").exists():
+            raise FileExistsError(f"{out} is what probe.py measured: choose another --out, with "
+                                  f"--allocation {out}/allocation.json to train on it")
         return Path(out)
     number = 1
     while (folder := Path("runs") / f"{name}-{number}").exists():

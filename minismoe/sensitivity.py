@@ -61,6 +61,7 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Batch]], scores: Scores
     tasks: batches of (input_ids, attention_mask, labels), each (B, T), labels -100 where
     unsupervised and aligned with input_ids. With `scores` of an earlier call the samples add up.
     The model is left as it was: weights, requires_grad, mode and hooks, also after an exception.
+    Raises ValueError for a task without a batch.
     """
     modules = linear_layers(model)
     if scores is None:
@@ -70,6 +71,8 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Batch]], scores: Scores
             for batch in batches:
                 scores.add(task, sample_norms(model, modules, *batch).cpu().double())
                 progress(len(batch[0]))
+            if task not in scores:
+                raise ValueError(f"task {task!r} has no batch (a generator gives its own once)")
     return scores
 
 

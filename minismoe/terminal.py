@@ -71,7 +71,9 @@ def _chat(generator: Generator, args: argparse.Namespace) -> None:
         history.append({"role": "user", "content": line})
         try:
             prompt = generator.tokenizer.render(history, add_generation_prompt=True)
-            history.append({"role": "assistant", "content": _say(generator, prompt, args)})
+            # as answers are in data: the template itself writes the space before one
+            answer = _say(generator, prompt, args).strip()
+            history.append({"role": "assistant", "content": answer})
         except ValueError as e:              # no longer fits, or the template refuses it
             anew = "; /clear begins anew" if len(history) > 1 else ""
             print(f"error: {failure.line(e)}{anew}", file=sys.stderr)

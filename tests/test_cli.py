@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 import export
 import probe
 import train
+from minismoe import probing
 from minismoe.cli import device_and_dtype, run
-from minismoe.plan import resident
+from minismoe.memory import resident
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -153,6 +154,36 @@ def test_unknown_modules_are_all_listed(inputs, tmp_path, capsys) -> None:
     assert not (tmp_path / "run").exists()          # found before any work
 
 
+@pytest.mark.parametrize("strategy", probing.BLIND)
+def test_no_probe_where_it_decides_nothing(inputs, tmp_path, capsys, monkeypatch, strategy) -> None:
+    flags = *inputs, "--strategy", strategy, "--rank", "4", "--budget-params", "5000"
+    probe.main([*flags, "--samples", "4", "--out", str(tmp_path / "probe")])
+    monkeypatch.setattr("minismoe.sensitivity.sample_norms", lambda *_: pytest.fail("it probes"))
+    code, _, err = finish(train.main, *flags, "--epochs", "1", "--out", str(tmp_path / "run"),
+                          capsys=capsys)
+    assert code == 0 and not (tmp_path / "run" / "sensitivity.json").exists(), err
+    found, wanted = (json.loads((tmp_path / d / "allocation.json").read_text())
+                     for d in ("run", "probe"))
+    assert found == wanted and found["experts"]
+
+
+def test_what_was_probed_is_not_written_over(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "4", "--out", str(tmp_path)
+    probe.main(list(known))
+    before = (tmp_path / "sensitivity.json").read_bytes()
+    code, _, err = finish(train.main, *known, "--epochs", "1", capsys=capsys)
+    assert code == 1 and "is what probe.py measured: choose another --out" in err
+    assert (tmp_path / "sensitivity.json").read_bytes() == before
+
+
+def test_show_without_colours_marks_by_brackets(inputs, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for value, mark in (("1", "[["), ("", "\x1b[32m")):
+        monkeypatch.setenv("NO_COLOR", value)
+        code, out, err = finish(train.main, *inputs, "--show", "1", capsys=capsys)
+        assert code == 0 and mark in out, err
+
+
 def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     code, out, _ = finish(train.main, *inputs, "--show", "2", capsys=capsys)
     assert code == 0
@@ -220,6 +251,8 @@ def test_the_embedded_default(tmp_path) -> None:
     assert len(results["tasks"]) >= 4
     assert results["mean"]["before"] <= 0.40 and results["mean"]["after"] >= 0.90
     assert "experts a matrix" in done.stdout and "Next:" in done.stdout
+    for command in re.findall(r"  python train.py (--strategy .*)", done.stdout):
+        assert train.parse(command.split()).budget_params > 0
 
 
 def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path, capsys,
@@ -274,8 +307,8 @@ def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch)
     "--lr -0.001", "--lr nan", "--lr inf", "--weight-decay -1", "--warmup nan", "--warmup 5",
     "--router-aux-loss-coef nan", "--max-grad-norm 0", "--max-grad-norm -1", "--alpha 0",
     "--batch-size auto --micro-batch-size 2", "--allocation x --keep 0.5",
-    "--allocation x --targets q_proj", "--model=", "--out=", "--seed 18446744073709551616",
-    "--memory 4", "--tasks=", "--allocation="])
+    "--allocation x --targets q_proj", "--allocation x --samples 8", "--model=", "--out=",
+    "--seed 18446744073709551616", "--memory 4", "--tasks=", "--allocation="])
 def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
     code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
                           capsys=capsys)

@@ -323,6 +323,7 @@ def test_wrong_names_are_all_named_and_nothing_is_done() -> None:
     with pytest.raises(ValueError) as error:
         add_experts(model, dict.fromkeys([fine, *wrong], 2))
     message = str(error.value)
+    assert "some have experts already: load the base anew" in message
     assert all(name in message for name in wrong)
     assert fine not in message
     assert list(expert_layers(model)) == [adapted_name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -84,3 +85,13 @@ def test_on_a_transformers_model_and_drawn() -> None:
     assert "entropy, &lt;a&gt;" in svg and "separation" in svg
     assert svg.count('class="cell"') == 2 * len(use)
     assert router_use(random_hf("llama"), {}) == {}
+
+
+def test_a_separation_of_few_percent_is_seen() -> None:
+    """Its panel is drawn up to the largest there is, which the title says."""
+    svg = routers_svg({f"model.layers.{i}.mlp.up_proj": {"entropy": {"a": 0.5}, "separation": s}
+                       for i, s in enumerate((0.002, 0.02))})
+    fills = re.findall(r'class="cell"[^>]*fill="(#\w+)"|fill="(#\w+)"[^>]*class="cell"', svg)
+    assert "separation, of 0.02" in svg and len({*fills[-2:]}) == 2
+    ends = [int((a or b)[1:3], 16) for a, b in fills[-2:]]
+    assert ends[1] - ends[0] > 100           # from dark violet to yellow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import ctypes
 import hashlib
@@ -404,13 +405,25 @@ def test_chat(generator, folders) -> None:
         history.append({"role": "user", "content": line})
         prompt = generator.tokenizer.render(history, True)
         answer = "".join(generator.text(generator.generate(prompt, 9)))
-        history.append({"role": "assistant", "content": answer})
+        history.append({"role": "assistant", "content": answer.strip()})
         expected += answer + "\n"
     chat = command(folders["ort"], "--chat", "--max-tokens", 9,
                    input=f"one\n\ntwo\n{'x' * 90}\n/clear\none\n/exit\nthree\n")
     assert chat.returncode == 0
     assert chat.stdout == expected + expected.split("\n")[0] + "\n"
     assert re.fullmatch("error: a prompt of .* leaves no room .*; /clear .*\n", chat.stderr)
+
+
+def test_a_chat_is_rendered_as_it_was_trained(generator, monkeypatch) -> None:
+    """The space that a template writes before an answer is generated, and not written twice."""
+    prompts: list[str] = []
+    monkeypatch.setattr(terminal, "_say", lambda _, prompt, args: prompts.append(prompt) or " yes")
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    terminal._chat(generator, argparse.Namespace())
+    assert prompts[1] == generator.tokenizer.render(
+        [{"role": r, "content": c} for r, c in (
+            ("user", "one"), ("assistant", "yes"), ("user", "two"))], True)
+    assert "Assistant: yes" in prompts[1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT reaches whole consoles there")

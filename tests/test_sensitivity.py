@@ -237,6 +237,14 @@ def test_a_sample_without_supervision_scores_0(kind: str, pad: str) -> None:
     assert not nothing.any()                                             # nor NaN
 
 
+def test_a_task_without_a_batch_is_named() -> None:
+    model, batches = model_of("llama"), iter([batch([3, 4], "right")])
+    probe(model, {"a": batches})
+    for tasks in ({"a": batches}, {"b": []}):            # an iterator gives its batches once
+        with pytest.raises(ValueError, match="has no batch"):
+            probe(model, tasks)
+
+
 @pytest.mark.parametrize("kind", ["llama", "hf-llama"])
 def test_order_company_and_batches_do_not_matter(kind: str) -> None:
     model, data = model_of(kind), batch([7, 3, 5, 6, 4, 7])
