@@ -136,8 +136,9 @@ def main(argv: Sequence[str]) -> None:
     with cli.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
         runs.note(run, args, inputs, allocation)
         work(run, args, inputs, allocation)
-    print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
-          + next_commands(args, run))
+    if not distributed.rank():
+        print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
+              + next_commands(args, run))
 
 
 def work(run: Path, args: argparse.Namespace, inputs: cli.Inputs, allocation: Allocation | None,
