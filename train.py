@@ -103,7 +103,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args, begun = parse(argv), time.perf_counter()
-    if args.resume and not args.plan and (Path(args.out) / "results.json").exists():
+    if args.resume and (Path(args.out) / "results.json").exists():
         print(f"nothing is missing: {args.out} holds its results")
         return
     cli.start(args)

@@ -39,7 +39,7 @@ def resolve(model: str | Path) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no such model folder: {model} (from {Path.cwd()})")
+        raise FileNotFoundError(f"no such model folder: {model}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -99,14 +99,20 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     if problems:
         raise ValueError(f"{folder} does not fit its config.json: " + _listed(problems))
     if cfg.tie_word_embeddings:
-        table = model.lm_head.weight = model.model.embed_tokens.weight
-        if "lm_head.weight" in seen and not torch.equal(
-                table, weights(folder)("lm_head.weight").to(table)):
+        model.lm_head.weight = model.model.embed_tokens.weight
+        stored = weights(folder)
+        if "lm_head.weight" in seen and not _same(*map(stored, (
+                "lm_head.weight", "model.embed_tokens.weight"))):
             raise ValueError(f"{folder} holds a head of its own, and its config.json ties it to "
                              "the embedding: set tie_word_embeddings to false")
     model.fingerprint, model.name = digest.hexdigest()[:16], str(path)
     model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
     return model.eval()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether one is the other, but for the rounding of its dtype."""
+    return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:

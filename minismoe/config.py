@@ -90,9 +90,10 @@ def _number(config: Mapping[str, Any], name: str, default: float | None, wrong: 
 
 def _rope(config: Mapping[str, Any], wrong: list[str]) -> tuple[float, dict[str, float] | None]:
     """theta and llama3 scaling, from the older `rope_scaling` or the newer `rope_parameters`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     older = config.get("rope_scaling") or {}             # which lacks theta
-    if isinstance(older, Mapping) and any(rope.get(k, v) != v for k, v in older.items()):
+    rope = config.get("rope_parameters") or older
+    if isinstance(rope, Mapping) and isinstance(older, Mapping) and any(
+            rope.get(key, value) != value for key, value in older.items()):
         wrong.append("rope_parameters and rope_scaling contradict each other")
     if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
         wrong.append(f"rope {rope!r}: only one rope for all layers")

@@ -131,7 +131,7 @@ def to_messages(line: Any) -> list[Message]:
     if not isinstance(line, dict):
         raise ValueError(f"not a JSON object but {type(line).__name__}")
     if "messages" in line:
-        if line.get("tools"):
+        if line.get("tools") not in (None, [], "", "[]", "null"):        # as some write none
             raise ValueError("tools are not supported")
         return _check_messages(line["messages"])
     if "prompt" in line and "completion" in line:
@@ -160,7 +160,7 @@ def _check_messages(messages: Any) -> list[Message]:
             raise ValueError("each message needs a string role and a string content")
         if refused := [key for key in ("tool_calls", "reasoning_content") if m.get(key)]:
             raise ValueError(f"a message has {' and '.join(refused)}, which is not supported")
-        if m.get("weight") not in (None, 1):
+        if m["role"] == "assistant" and m.get("weight") not in (None, 1):
             raise ValueError(f"a message has weight {m['weight']!r}: every answer is trained on")
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")

@@ -9,8 +9,8 @@ from typing import Any
 
 from .allocate import GROUPS, STRATEGIES
 
-CHOOSING = ("samples", "overlap", "strategy", "keep", "budget_experts", "budget_params", "group",
-            "targets", "min_experts", "max_experts")         # what a given allocation makes idle
+CHOOSING = ("strategy", "keep", "budget_experts", "budget_params", "group", "targets",
+            "min_experts", "max_experts")                    # what a given allocation makes idle
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:

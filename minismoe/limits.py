@@ -168,8 +168,9 @@ def duration(args: argparse.Namespace, p: Prospect, micro: int, fits: bool) -> s
     model = load_model(p.folder, p.setup.dtype, args.device, p.setup.base_bits)
     add_experts(model, p.setup.allocation)
     rate = tokens_per_second(model, p.batches, micro, args.recompute)
+    beside = "the probe and two evaluations" if probing.needed(args) else "two evaluations"
     return (f"{text}, {rate:,.0f} tokens/s measured: about {tokens / rate / 60:,.1f} minutes, and "
-            "beside them the probe and two evaluations")
+            f"beside them {beside}")
 
 
 def tokens_per_second(model: CausalLM, batches: Sequence[Sequence[Example]], micro: int,
@@ -187,7 +188,7 @@ def tokens_per_second(model: CausalLM, batches: Sequence[Sequence[Example]], mic
         if n == 0 and len(batches) > 1:
             continue
         seen, seconds = seen + line["tokens"], seconds + time.perf_counter() - start
-        if time.perf_counter() - begun > SECONDS:
+        if distributed.anywhere(time.perf_counter() - begun > SECONDS):      # all end together
             break
     return seen / seconds
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -54,6 +53,13 @@ class Shape:
                     for first, end, start, stop in shared_prefixes(ids, mask.bool() & ~needed))
         (B, T), N = ids.shape, int(mask.sum()) - again
         return cls(B, T, N, int(needed.sum()))
+
+    @classmethod
+    def at_most(cls, examples: Sequence[Example]) -> Shape:
+        """The same if nothing were alike, at little cost."""
+        lengths = [len(e.ids) for e in examples]
+        return cls(len(lengths), max(lengths), sum(lengths),
+                   sum(label != IGNORE for e in examples for label in e.labels[1:]))
 
 
 @dataclass(frozen=True)
@@ -163,8 +169,14 @@ def fixed(setup: Setup) -> dict[str, int]:
 
 def largest(setup: Setup, batches: Sequence[Sequence[Example]], micro: int) -> int:
     """Bytes of the activations of the largest micro-batch, where these have `micro` examples."""
-    return max(activations(setup, shape) for shape in {
-        Shape.of(batch[i:i + micro]) for batch in batches for i in range(0, len(batch), micro)})
+    parts = [batch[i:i + micro] for batch in batches for i in range(0, len(batch), micro)]
+    bounds = [activations(setup, Shape.at_most(part)) for part in parts]
+    found = 0
+    for n in sorted(range(len(parts)), key=lambda n: -bounds[n]):
+        if bounds[n] <= found:               # nor is any of the rest larger
+            break
+        found = max(found, activations(setup, Shape.of(parts[n])))
+    return found
 
 
 def fit_micro_batch(setup: Setup, batches: Sequence[Sequence[Example]], room: int) -> int:
@@ -172,14 +184,13 @@ def fit_micro_batch(setup: Setup, batches: Sequence[Sequence[Example]], room: in
 
     Raises ValueError, saying which flags would help by how much, where one example is too many.
     """
-    def need(micro: int) -> int:
-        return sum(fixed(setup).values()) + largest(setup, batches, micro)
-
-    fits = bisect_right(range(1, max(map(len, batches)) + 1), room, key=need)
-    if not fits:
-        raise ValueError(f"training one example at a time needs {need(1) / MIB:,.0f} MiB, and "
-                         f"{room / MIB:,.0f} MiB are free: {advice(setup, batches, 1)}")
-    return fits
+    micro, rest = max(map(len, batches)), sum(fixed(setup).values())
+    while (need := rest + largest(setup, batches, micro)) > room:
+        if micro == 1:
+            raise ValueError(f"training one example at a time needs {need / MIB:,.0f} MiB, and "
+                             f"{room / MIB:,.0f} MiB are free: {advice(setup, batches, 1)}")
+        micro -= 1
+    return micro
 
 
 def advice(setup: Setup, batches: Sequence[Sequence[Example]], micro: int) -> str:

@@ -116,12 +116,14 @@ def note(run: Path, args: argparse.Namespace, inputs: Inputs, allocation: Alloca
         saved = saved_config(run)
         if said := differences(config["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
+        processes = saved.get("processes", config["processes"])
         smaller = {name: config["arguments"][name] for name in SMALLER}
-        if said := differences(versions() | smaller | {"processes": config["processes"]}, {
-                **saved["versions"], **{n: saved["arguments"].get(n) for n in SMALLER},
-                "processes": saved.get("processes", 1)}):
+        said = differences(versions() | smaller | {"processes": config["processes"]}, {
+            **saved["versions"], **{n: saved["arguments"].get(n) for n in SMALLER},
+            "processes": processes})
+        if said and not distributed.rank():
             print(f"the last bits may differ: {said}", file=sys.stderr)
-        if saved.get("processes", 1) == config["processes"]:
+        if processes == config["processes"]:
             same_threads(saved["threads"])
         config = saved | {"identity": config["identity"],
                           "arguments": saved["arguments"] | smaller}

@@ -164,7 +164,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     config, settings, generation = (_read(folder / name) for name in (
         "config.json", "tokenizer_config.json", "generation_config.json"))
     stops = {i for source in (config, generation)
-             for i in _as_list(source.get("eos_token_id")) if isinstance(i, int)}
+             for i in _as_list(source.get("eos_token_id")) if isinstance(i, int) and i >= 0}
     if not (folder / "tokenizer.json").is_file():
         if config.get("vocab_size") != ByteTokenizer.vocab_size:
             raise FileNotFoundError(f"{folder} holds no tokenizer.json")
@@ -176,7 +176,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     older = _read(folder / "special_tokens_map.json")
     bos, eos, pad = (_content(settings.get(name, older.get(name))) for name in (
         "bos_token", "eos_token", "pad_token"))
-    if not eos and stops:                    # it is named by its number alone
+    if not eos and stops and min(stops) < backend.vocab_size:    # it is named by its number alone
         eos = backend.backend.id_to_token(min(stops)) or ""
     backend.mark_special((bos, eos, pad))
     return Tokenizer(backend, template, bos, eos,

@@ -95,6 +95,13 @@ def test_a_tied_head_stays_tied_and_all_is_frozen(checkpoint: Checkpoint, tmp_pa
     again = load_model(twice)
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.equal(again(IDS), model(IDS))
+    for table, head in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
+                        (torch.float32, torch.float16)):        # but for its rounding
+        edit(twice, lambda t, a=table, b=head: t.update({
+            "model.embed_tokens.weight": model.lm_head.weight.to(a).clone(),
+            "lm_head.weight": model.lm_head.weight.to(b).clone()}))
+        for dtype in (torch.float32, torch.bfloat16):
+            load_model(twice, dtype)
     for other in (torch.zeros(97, 32), torch.zeros(90, 32)):
         edit(twice, lambda t, x=other: t.update({"lm_head.weight": x}))
         with pytest.raises(ValueError, match="twice holds a head of its own, .*tie_word_embedd"):

@@ -307,7 +307,7 @@ def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch)
     "--lr -0.001", "--lr nan", "--lr inf", "--weight-decay -1", "--warmup nan", "--warmup 5",
     "--router-aux-loss-coef nan", "--max-grad-norm 0", "--max-grad-norm -1", "--alpha 0",
     "--batch-size auto --micro-batch-size 2", "--allocation x --keep 0.5",
-    "--allocation x --targets q_proj", "--allocation x --samples 8", "--model=", "--out=",
+    "--allocation x --targets q_proj", "--model=", "--out=",
     "--seed 18446744073709551616", "--memory 4", "--tasks=", "--allocation="])
 def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
     code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
@@ -339,6 +339,7 @@ def test_a_rank_that_no_matrix_has_leaves_no_run_behind(inputs, tmp_path, capsys
 def test_what_an_older_run_left_is_not_taken_for_this_ones(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
     (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "sensitivity.json").write_text("{}")
     (tmp_path / "before.json").write_text(json.dumps(
         {"upper": {"correct": 6, "examples": 6}, "sum": {"correct": 3, "examples": 3}}))
     code, _, err = finish(train.main, *known, capsys=capsys)
@@ -374,6 +375,20 @@ def test_another_memory_is_asked_again_what_fits(inputs, tmp_path, capsys) -> No
     assert code == 1 and "one example at a time needs" in err
     code, out, err = finish(train.main, "--resume", *known, *auto, "5G", capsys=capsys)
     assert code == 0 and "16 of 16 fits" in out, err
+
+
+def test_a_run_of_before_processes_were_noted_goes_on(inputs, tmp_path, capsys) -> None:
+    (tmp_path / "map.json").write_text('{"model.layers.0.mlp.up_proj": 2}')
+    run = tmp_path / "run"
+    code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "map.json"),
+                          "--epochs", "1", "--out", str(run), capsys=capsys)
+    assert code == 0, err
+    config = json.loads((run / "config.json").read_text())
+    del config["processes"]
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "results.json").unlink()
+    code, _, err = finish(train.main, "--resume", "--out", str(run), capsys=capsys)
+    assert code == 0 and "differ" not in err, err
 
 
 def test_other_processes_have_other_threads(inputs, tmp_path, capsys) -> None:

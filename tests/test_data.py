@@ -79,6 +79,7 @@ def chatml(bpe: Path) -> Tokenizer:
 @pytest.mark.parametrize("line", [
     {"messages": PAIR_MESSAGES},
     {"messages": [m | {"name": "x", "weight": 1} for m in PAIR_MESSAGES], "id": 7},
+    {"messages": [PAIR_MESSAGES[0] | {"weight": 0}, PAIR_MESSAGES[1]], "tools": "[]"},
     PAIR,
     {"instruction": "the cat?", "output": "yes"},
     {"instruction": "the cat?", "input": "", "output": "yes"},

@@ -243,6 +243,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
     ({"rope_scaling": "yarn"}, "yarn"),
+    ({"rope_parameters": ["x"], "rope_scaling": {"rope_type": "default"}}, "only one rope"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": LLAMA3},
      "rope_parameters and rope_scaling contradict"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),

@@ -102,6 +102,10 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
     for micro, size in enumerate(sizes, 1):
         assert plan.fit_micro_batch(seen, batches, size) == micro
     assert plan.fit_micro_batch(seen, batches, sizes[-1] + 1) == 8
+    for micro in range(1, 9):                # bounds leave nothing out
+        assert plan.largest(seen, batches, micro) == max(
+            plan.activations(seen, plan.Shape.of(batch[i:i + micro]))
+            for batch in batches for i in range(0, len(batch), micro))
     with pytest.raises(ValueError, match="one example at a time needs .* --recompute saves"):
         plan.fit_micro_batch(seen, batches, sizes[0] - 1)
 

@@ -331,6 +331,12 @@ def test_the_end_token_is_found_where_older_checkpoints_name_it(bpe: Path, tmp_p
     assert tokenizer.stop_ids == [FileTokenizer(bpe).special["</s>"]] == [4]
 
 
+@pytest.mark.parametrize("number", [-1, 1 << 40])
+def test_an_end_that_is_no_token_is_none(bpe: Path, tmp_path: Path, number: int) -> None:
+    files = {"config": {"eos_token_id": number, "vocab_size": 400}}
+    assert load_tokenizer(write(tmp_path, bpe, **files)).eos == ""
+
+
 def test_an_end_token_is_special_whatever_tokenizer_json_says(bpe: Path, tmp_path: Path) -> None:
     """As one that was added as a word, and then named: transformers leaves it out of texts."""
     content = json.loads(bpe.read_text())
