@@ -140,11 +140,11 @@ class Tokenizer:
         user, answer = ({"role": role, "content": text} for role, text in (
             ("user", "question"), ("assistant", "answer")))
         try:
-            tail = self.render([user, answer]).rpartition(answer["content"])[2]
+            _, found, tail = self.render([user, answer]).rpartition(answer["content"])
         except templates.Refused:            # as one does that wants a system message first
             return set()
-        ids = (i for i in self.encode(tail)[0] if i in set(self.backend.special.values()))
-        return set(list(ids)[:1])
+        ids = (i for i in self.encode(tail)[0] if i in set(self.special.values()))
+        return set(list(ids)[:1]) if found else set()        # without its text, its end is unknown
 
 
 def _render_default(messages: Sequence[Message], bos_token: str, eos_token: str,

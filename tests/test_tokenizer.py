@@ -371,6 +371,11 @@ def test_a_turn_end_is_read_off_the_template(bpe: Path, template: str, end: str)
     assert tokenizer.stop_ids == [backend.special[end]]
 
 
+def test_no_turn_end_where_the_answer_is_not_to_be_found(bpe: Path) -> None:
+    shouts = "{{ bos_token }}" + CHATML.replace("message['content']", "message['content'] | upper")
+    assert Tokenizer(FileTokenizer(bpe), shouts, "<s>", "").stop_ids == []
+
+
 def test_the_pad_token(bpe: Path, tmp_path: Path) -> None:
     special = FileTokenizer(bpe).special
     settings = {"pad_token": "<|endoftext|>", "eos_token": "</s>"}
