@@ -140,11 +140,13 @@ class Tokenizer:
         user, answer = ({"role": role, "content": text} for role, text in (
             ("user", "question"), ("assistant", "answer")))
         try:
-            _, found, tail = self.render([user, answer]).rpartition(answer["content"])
+            whole = self.render([user, answer])
+            _, found, tail = whole.rpartition(answer["content"])
+            tail = tail if found else whole[len(self.render([user], True)):]     # it is rewritten
         except templates.Refused:            # as one does that wants a system message first
             return set()
         ids = (i for i in self.encode(tail)[0] if i in set(self.special.values()))
-        return set(list(ids)[:1]) if found else set()        # without its text, its end is unknown
+        return set(list(ids)[:1])
 
 
 def _render_default(messages: Sequence[Message], bos_token: str, eos_token: str,

@@ -363,17 +363,13 @@ def test_a_special_token_goes_on_stripping_the_spaces_beside_it(bpe: Path, tmp_p
 
 @pytest.mark.parametrize(("template", "end"), [
     (CHATML.replace("add_generation_prompt", "false"), "<|im_end|>"),
+    ("<s>" + CHATML.replace("message['content']", "message['content'] | upper"), "<|im_end|>"),
     (CHATML.replace("+ message['content']", "+ '<s>' + message['content']"), "<|im_end|>"),
     (CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>"), (GENERATION, "</s>")])
 def test_a_turn_end_is_read_off_the_template(bpe: Path, template: str, end: str) -> None:
     backend = FileTokenizer(bpe)
     tokenizer = Tokenizer(backend, template.replace("eos_token", "'</s>'"), "<s>", "")
     assert tokenizer.stop_ids == [backend.special[end]]
-
-
-def test_no_turn_end_where_the_answer_is_not_to_be_found(bpe: Path) -> None:
-    shouts = "{{ bos_token }}" + CHATML.replace("message['content']", "message['content'] | upper")
-    assert Tokenizer(FileTokenizer(bpe), shouts, "<s>", "").stop_ids == []
 
 
 def test_the_pad_token(bpe: Path, tmp_path: Path) -> None:
