@@ -5,6 +5,7 @@ What that device is asked for, CUDA and MPS have kernels of, by torch's own list
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from torchgen.model import DispatchKey, NativeFunction
 from minismoe.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
+REAL = [name for name, there in (("cuda", torch.cuda.is_available()),
+                                 ("mps", torch.backends.mps.is_available())) if there]
 pytestmark = needs_other_device
 
 
@@ -103,3 +106,20 @@ def test_freezing_and_healing_stay_on_the_device(inputs: list[str], tmp_path: Pa
     said = script("export.py", run, "--device", "other", "--routing", "auto", "--heal", 2,
                   "--target", "portable", "--precision", "fp32", "--out", tmp_path / "export")
     assert (tmp_path / "export" / "model.onnx").is_file(), said
+
+
+@pytest.mark.skipif(not REAL, reason="there is neither CUDA nor MPS here")
+@pytest.mark.parametrize("flags, near", [
+    ("--dtype float32", 1e-3), ("--dtype bfloat16 --recompute", 0.2), ("--base-bits 4", 1e-3)])
+def test_a_real_device_learns(inputs: list[str], tmp_path: Path, flags: str, near: float) -> None:
+    """It draws other numbers than a CPU, so what both measure of the base is compared."""
+    for device in (REAL[0], "cpu"):
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *inputs, *flags.split(),
+                        "--samples", "8", "--epochs", "6", "--batch-size", "4", "--device", device,
+                        "--out", str(tmp_path / device)], check=True, timeout=300)
+    ours, cpu = (read_json(tmp_path / d / "sensitivity.json")["tasks"] for d in (REAL[0], "cpu"))
+    for task, found in cpu.items():
+        assert ours[task]["scores"] == pytest.approx(found["scores"], rel=near)
+    steps = [json.loads(line) for line in
+             (tmp_path / REAL[0] / "metrics.jsonl").read_text().splitlines()]
+    assert sum(s["loss"] for s in steps[-5:]) < 0.7 * sum(s["loss"] for s in steps[:5])
