@@ -215,7 +215,7 @@ def test_debug_shows_the_traceback(tmp_path) -> None:
 
 
 def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path) -> None:
-    flags = [*inputs, "--samples", "4", "--epochs", "30", "--batch-size", "4", "--dtype", "float32"]
+    flags = [*inputs, "--samples", "4", "--epochs", "15", "--batch-size", "4", "--dtype", "float32"]
     assert script("train.py", *flags, "--out", str(tmp_path / "straight")).returncode == 0
 
     cut = tmp_path / "cut"
