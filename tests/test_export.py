@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import export
 import train
-from minismoe import verify
+from minismoe import export_flags, verify
 from minismoe.checkpoint import load_adapter, load_model
 from minismoe.evaluate import generate
 from minismoe.freeze import merge
@@ -179,7 +179,7 @@ def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, 
 def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
     export.main([str(run), "--out", str(tmp_path / "out"), "--check", "2"])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
-    assert arguments.items() >= (export.DEFAULTS | export.USUAL | {"check": 2}).items()
+    assert arguments.items() >= (export_flags.DEFAULTS | export_flags.USUAL | {"check": 2}).items()
 
 
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
