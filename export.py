@@ -25,23 +25,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minismoe import cli, layouts, runs, verify
-from minismoe.checkpoint import MERGED, load_adapter, load_model, resolve, versions, weights
-from minismoe.data import Example, Task, probe_batches
-from minismoe.evaluate import answer_prompts, evaluate, references
-from minismoe.experts import ExpertLinear, expert_layers, linear_layers
-from minismoe.export_flags import DEFAULTS, of_adapters, parse
-from minismoe.files import must_be_new, new_folder, read_json, replacing, write_json
-from minismoe.freeze import Fit, fit, freeze, merge, merged
-from minismoe.graph import AdapterInput, Lora, Mixture, Side, write_decoder, write_sampler
-from minismoe.loss import IGNORE
-from minismoe.model import CausalLM
-from minismoe.probing import PROBE_BATCH
-from minismoe.report import allocation_svg, clean, terminal_heatmap
-from minismoe.routing import agreement, auto, compare, comparison, heal, save_frozen, twin
+from minismoe.cli import inputs as cli
+from minismoe.cli import runs
+from minismoe.cli.export_flags import DEFAULTS, of_adapters, parse
+from minismoe.cli.probing import PROBE_BATCH
+from minismoe.data.tasks import Example, Task, probe_batches
+from minismoe.data.tokenizer import Tokenizer, load_tokenizer
+from minismoe.data.toy import base_folder
+from minismoe.export import layouts, verify
+from minismoe.export.graph import AdapterInput, Lora, Mixture, Side, write_decoder, write_sampler
+from minismoe.export.heal import agreement, auto, compare, comparison, heal, save_frozen, twin
+from minismoe.io.drawing import allocation_svg, terminal_heatmap
+from minismoe.io.files import must_be_new, new_folder, read_json, replacing, write_json
+from minismoe.io.hub import resolve
+from minismoe.io.text import clean
+from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
+from minismoe.method.freeze import Fit, fit, freeze, merge, merged
+from minismoe.method.loss import IGNORE
+from minismoe.model.checkpoint import MERGED, load_adapter, load_model, versions, weights
+from minismoe.model.decoder import CausalLM
 from minismoe.runtime import FORMAT, Generator, enough_onnxruntime, sha256
-from minismoe.tokenizer import Tokenizer, load_tokenizer
-from minismoe.toy import base_folder
+from minismoe.training.evaluate import answer_prompts, evaluate, references
 
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
 NO_RUN = "runs holds no run yet (python train.py makes one)"

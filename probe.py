@@ -17,16 +17,20 @@ from pathlib import Path
 
 import torch
 
-from minismoe import cli, distributed, flags, probing
-from minismoe.files import replacing, write_json
-from minismoe.report import allocation_svg, clean, terminal_heatmap
-from minismoe.resume import discard
+from minismoe.cli import flags, probing
+from minismoe.cli import inputs as cli
+from minismoe.io import flags as kinds
+from minismoe.io.drawing import allocation_svg, terminal_heatmap
+from minismoe.io.files import replacing, write_json
+from minismoe.io.text import clean
+from minismoe.training import distributed
+from minismoe.training.resume import discard
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=flags.text, metavar="RUN", default="runs/probe",
+    parser.add_argument("--out", type=kinds.text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
     flags.add_input_flags(parser)
     flags.add_allocation_flags(parser)

@@ -23,18 +23,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minismoe import cli, distributed, flags, limits, probing, runs
-from minismoe.allocate import Allocation, Unfit
-from minismoe.checkpoint import save_adapter
-from minismoe.data import probe_batches
-from minismoe.distributed import once
-from minismoe.evaluate import Accuracy, answer_prompts, evaluate
-from minismoe.experts import add_experts
-from minismoe.files import read_json, replacing, write_json
-from minismoe.report import clean, routers_svg, table, terminal_heatmap
-from minismoe.resume import discard
-from minismoe.routers import collapsed, router_use
-from minismoe.training import TrainConfig, train
+from minismoe.cli import flags, probing, runs
+from minismoe.cli import inputs as cli
+from minismoe.cli import plan as limits
+from minismoe.data.tasks import probe_batches
+from minismoe.io import flags as kinds
+from minismoe.io.drawing import routers_svg, terminal_heatmap
+from minismoe.io.files import read_json, replacing, write_json
+from minismoe.io.text import clean, table
+from minismoe.method.allocate import Allocation, Unfit
+from minismoe.method.experts import add_experts
+from minismoe.model.checkpoint import save_adapter
+from minismoe.training import distributed
+from minismoe.training.distributed import once
+from minismoe.training.evaluate import Accuracy, answer_prompts, evaluate
+from minismoe.training.loop import TrainConfig, train
+from minismoe.training.resume import discard
+from minismoe.training.routers import collapsed, router_use
 
 ROUTED = 32                              # examples a task that the routers are watched on
 
@@ -43,11 +48,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; with --resume those of the run, which may not be changed."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=flags.text, metavar="RUN",
+    parser.add_argument("--out", type=kinds.text, metavar="RUN",
                         help="folder of the run (default: a new one in runs)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, from its newest checkpoint")
-    parser.add_argument("--allocation", type=flags.text, metavar="FILE",
+    parser.add_argument("--allocation", type=kinds.text, metavar="FILE",
                         help='an allocation.json, or a bare {"module": experts} mapping; default: '
                         "probe and allocate")
     parser.add_argument("--verbose", action="store_true", help="show some wrong answers a task")
@@ -55,34 +60,34 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     flags.add_allocation_flags(parser)
     group = parser.add_argument_group("training")
     d = {f.name: f.default for f in fields(TrainConfig)}
-    group.add_argument("--epochs", type=flags.positive, default=d["epochs"],
+    group.add_argument("--epochs", type=kinds.positive, default=d["epochs"],
                        help="passes over the training lines (default: %(default)s)")
-    group.add_argument("--batch-size", type=flags.positive_or_auto, default=d["batch_size"],
+    group.add_argument("--batch-size", type=kinds.positive_or_auto, default=d["batch_size"],
                        metavar="N|auto", help="examples an optimizer step (default: %(default)s); "
                        "auto: the default, with --micro-batch-size auto")
-    group.add_argument("--micro-batch-size", type=flags.positive_or_auto, metavar="N|auto",
+    group.add_argument("--micro-batch-size", type=kinds.positive_or_auto, metavar="N|auto",
                        help="examples computed at once, less memory by accumulation (default: "
                        "--batch-size); several processes share them. auto: the most that "
                        "fit --memory, or the device")
-    group.add_argument("--memory", type=flags.size, metavar="SIZE", help="what auto and --plan may "
+    group.add_argument("--memory", type=kinds.size, metavar="SIZE", help="what auto and --plan may "
                        "count on, as 4G or 512M (default: what the device has free)")
     group.add_argument("--plan", action="store_true", help="print parameters, memory by part, "
                        "time and disk of the run, and stop; --data and weights may be missing")
     group.add_argument("--recompute", action="store_true", help="activation checkpointing: about "
                        "a third slower, far less memory for long examples")
-    group.add_argument("--lr", type=flags.number, default=d["lr"],
+    group.add_argument("--lr", type=kinds.number, default=d["lr"],
                        help="peak learning rate (default: %(default)s)")
-    group.add_argument("--warmup", type=flags.part, default=d["warmup"],
+    group.add_argument("--warmup", type=kinds.part, default=d["warmup"],
                        help="share of the steps, then a cosine to 0 (default: %(default)s)")
-    group.add_argument("--weight-decay", type=flags.number, default=d["weight_decay"],
+    group.add_argument("--weight-decay", type=kinds.number, default=d["weight_decay"],
                        help="of AdamW (default: %(default)s)")
-    group.add_argument("--max-grad-norm", type=flags.above_zero, default=d["max_grad_norm"],
+    group.add_argument("--max-grad-norm", type=kinds.above_zero, default=d["max_grad_norm"],
                        help="gradients are clipped to this norm, inf: never (default: "
                        "%(default)s)")
-    group.add_argument("--router-aux-loss-coef", type=flags.number,
+    group.add_argument("--router-aux-loss-coef", type=kinds.number,
                        default=d["router_aux_loss_coef"],
                        help="weight of the balance loss (default: %(default)s)")
-    group.add_argument("--checkpoint-every", type=flags.interval, default=d["checkpoint_every"],
+    group.add_argument("--checkpoint-every", type=kinds.interval, default=d["checkpoint_every"],
                        metavar="N|Nm", help="optimizer steps, or minutes: 10m (default: "
                        "%(default)s)")
     args = parser.parse_args(argv)

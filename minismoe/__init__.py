@@ -6,16 +6,16 @@ Names are resolved on first use, so that importing the package loads nothing hea
 from importlib import import_module
 from typing import Any
 
-from .allocate import allocate  # at once: on first use, its module of the same name could be met
-
 __version__ = "0.1.0"
 
 _HOME = {
-    "load_model": "checkpoint", "load_adapter": "checkpoint", "save_adapter": "checkpoint",
-    "load_tokenizer": "tokenizer", "probe": "sensitivity", "Allocation": "allocation",
-    "add_experts": "experts", "generate": "evaluate",
+    "load_model": "model.checkpoint", "load_adapter": "model.checkpoint",
+    "save_adapter": "model.checkpoint", "load_tokenizer": "data.tokenizer",
+    "probe": "method.sensitivity", "allocate": "method.allocate",
+    "Allocation": "method.allocation", "add_experts": "method.experts",
+    "generate": "training.evaluate",
 }
-__all__ = ["allocate", *_HOME]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,8 +27,12 @@ from safetensors.torch import load_file, save_file
 import export
 import probe
 import train
-from minismoe import checkpoint, cli, experts, failure, terminal
-from minismoe.model import CausalLM, Config
+from minismoe.cli import inputs as cli
+from minismoe.io import text as failure
+from minismoe.method import experts
+from minismoe.model import checkpoint
+from minismoe.model.decoder import CausalLM, Config
+from minismoe.runtime import __main__ as terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 48,
@@ -284,7 +288,7 @@ def test_out_of_memory_names_the_flags_that_help(world: World, monkeypatch: pyte
                                                  raised: Exception) -> None:
     def train_step(*_: object) -> None:
         raise raised
-    monkeypatch.setattr("minismoe.training.train_step", train_step)
+    monkeypatch.setattr("minismoe.training.loop.train_step", train_step)
     fails(train.main, *world.inputs, *SHORT, "--out", world.run.parent / "new",
           folder=world.model.parent / "model",
           says="out of memory.*--dtype bfloat16.*--micro-batch-size.*--max-length.*--recompute")
@@ -652,7 +656,7 @@ def test_requests_that_are_refused(world: World, args: tuple[str, ...], says: st
 
 
 def test_invalid_unicode_is_read_with_question_marks(world: World, bpe: Path) -> None:
-    from minismoe.tokenizer import FileTokenizer
+    from minismoe.data.tokenizer import FileTokenizer
     tokenizer = FileTokenizer(bpe)
     for odd in ("\udcff", "a\ud83d"):                     # of argv, and of a JSON string
         assert script(terminal.main, world.export, odd, "--max-tokens", "2")[0] == 0

@@ -11,8 +11,8 @@ import pytest
 
 def cases(count: int) -> None:
     """In a process of its own: the audit hook cannot be taken away again."""
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("fuzz.py")), "--cases",
-                           str(count)], text=True, capture_output=True)
+    done = subprocess.run([sys.executable, str(Path(__file__).parent / "tools" / "fuzz.py"),
+                           "--cases", str(count)], text=True, capture_output=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"{count} cases, 0 failed" in done.stdout
 

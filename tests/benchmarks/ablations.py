@@ -26,14 +26,16 @@ import torch
 from compare_report import RESULTS, machine, table
 from tqdm import tqdm
 
-from minismoe import cli, flags, toy
-from minismoe.checkpoint import load_model, versions
-from minismoe.data import probe_batches
-from minismoe.evaluate import evaluate
-from minismoe.experts import add_experts, expert_layers, linear_layers
-from minismoe.files import read_json, write_json
-from minismoe.routers import router_use
-from minismoe.training import TrainConfig, train
+from minismoe.cli import flags
+from minismoe.cli import inputs as cli
+from minismoe.data import toy
+from minismoe.data.tasks import probe_batches
+from minismoe.io.files import read_json, write_json
+from minismoe.method.experts import add_experts, expert_layers, linear_layers
+from minismoe.model.checkpoint import load_model, versions
+from minismoe.training.evaluate import evaluate
+from minismoe.training.loop import TrainConfig, train
+from minismoe.training.routers import router_use
 
 FIRST_SEED, LR = 1000, 8e-3                  # seeds that no comparison reports
 

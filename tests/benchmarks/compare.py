@@ -54,8 +54,9 @@ from compare_cells import (
 )
 from tqdm import tqdm
 
-from minismoe import cli, flags
-from minismoe.files import read_json, write_json
+from minismoe.cli import flags
+from minismoe.cli import inputs as cli
+from minismoe.io.files import read_json, write_json
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -16,12 +16,12 @@ from typing import Any
 from safetensors import safe_open
 from tqdm import tqdm
 
-from minismoe import toy
-from minismoe.allocate import Allocation, allocate, parameters
-from minismoe.checkpoint import resolve
-from minismoe.controls import shares
-from minismoe.data import Task, load_tasks
-from minismoe.files import read_json
+from minismoe.data import toy
+from minismoe.data.tasks import Task, load_tasks
+from minismoe.io.files import read_json
+from minismoe.io.hub import resolve
+from minismoe.method.allocate import Allocation, allocate, parameters
+from minismoe.method.controls import shares
 
 STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
     "lora": {"strategy": "lora"}, "ranks": {"strategy": "ranks"},

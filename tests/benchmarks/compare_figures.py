@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minismoe import report
+from minismoe.io import drawing as report
 
 
 def accuracy_svg(record: Mapping[str, Any]) -> str:

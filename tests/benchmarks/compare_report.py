@@ -22,9 +22,9 @@ from compare_figures import accuracy_svg, allocations_svg
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minismoe import report
-from minismoe.checkpoint import versions
-from minismoe.files import read_json, replacing, write_json
+from minismoe.io import drawing as report
+from minismoe.io.files import read_json, replacing, write_json
+from minismoe.model.checkpoint import versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CONTROLS = ("lora", "uniform", "random")

@@ -102,8 +102,9 @@ def export(model: Path, folder: Path, side: str) -> None:
     """Write one of OURS, with random adapters on all matrices."""
     import torch
 
-    from minismoe import graph, load_model
-    from minismoe.experts import linear_layers
+    from minismoe import load_model
+    from minismoe.export import graph
+    from minismoe.method.experts import linear_layers
     base = load_model(model, torch.float32)
     weights, config = dict(base.named_parameters()), base.config
     beside = {}

@@ -18,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import train
-from minismoe import limits, memory, plan
-from minismoe.checkpoint import load_model
-from minismoe.experts import add_experts
-from minismoe.training import TrainConfig, train_step
+from minismoe.cli import plan as limits
+from minismoe.io import process as memory
+from minismoe.method.experts import add_experts
+from minismoe.model.checkpoint import load_model
+from minismoe.training import memory as plan
+from minismoe.training.loop import TrainConfig, train_step
 
 AROUND = 2                       # steps before the largest, and after it
 

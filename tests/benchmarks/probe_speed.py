@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import nn
 
-from minismoe.checkpoint import load_model
-from minismoe.data import bucket, collate, encode_all, load_tasks
-from minismoe.experts import add_experts, linear_layers
-from minismoe.loss import supervised_losses
-from minismoe.sensitivity import probe
-from minismoe.tokenizer import load_tokenizer
-from minismoe.training import TrainConfig, train_step
+from minismoe.data.tasks import bucket, collate, encode_all, load_tasks
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.method.experts import add_experts, linear_layers
+from minismoe.method.loss import supervised_losses
+from minismoe.method.sensitivity import probe
+from minismoe.model.checkpoint import load_model
+from minismoe.training.loop import TrainConfig, train_step
 
 
 def samples(args: argparse.Namespace) -> tuple[list, int]:

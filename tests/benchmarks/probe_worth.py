@@ -35,16 +35,18 @@ from compare_report import RESULTS, machine, table
 from torch import Tensor
 from tqdm import tqdm
 
-from minismoe import cli, flags, probing, report
-from minismoe.allocate import GROUPS, allocate, parameters
-from minismoe.checkpoint import load_adapter, load_model, versions
-from minismoe.data import probe_batches
-from minismoe.evaluate import evaluate
-from minismoe.experts import add_experts
-from minismoe.files import read_json, replacing, write_json
-from minismoe.loss import IGNORE
-from minismoe.sensitivity import Scores, probe
-from minismoe.training import TrainConfig, train
+from minismoe.cli import flags, probing
+from minismoe.cli import inputs as cli
+from minismoe.data.tasks import probe_batches
+from minismoe.io import drawing as report
+from minismoe.io.files import read_json, replacing, write_json
+from minismoe.method.allocate import GROUPS, allocate, parameters
+from minismoe.method.experts import add_experts
+from minismoe.method.loss import IGNORE
+from minismoe.method.sensitivity import Scores, probe
+from minismoe.model.checkpoint import load_adapter, load_model, versions
+from minismoe.training.evaluate import evaluate
+from minismoe.training.loop import TrainConfig, train
 
 SIZES, PAIRS = (8, 16, 32, 64, 128), 10      # samples a task; disjoint pairs of each size
 KEEP, SEED = 0.6, 1000                       # a seed that no comparison reports

@@ -1,0 +1,99 @@
+"""The flags that scripts share, as the typed configurations that they become."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from ..io.flags import (
+    above_zero,
+    add_flags,
+    flag,
+    positive,
+    positive_or_auto,
+    seed,
+    share,
+    text,
+)
+from ..method.allocate import GROUPS, STRATEGIES
+
+CHOOSING = ("strategy", "keep", "budget_experts", "budget_params", "group", "targets",
+            "min_experts", "max_experts")                    # what a given allocation makes idle
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """Which model and which data, and where they run."""
+
+    model: str | None = flag(
+        None, "checkpoint folder or hub name org/name; default: a tiny byte-level model, made on "
+        "first use and kept in the user's cache", text)
+    data: str | None = flag(
+        None, "folder with a sub-folder (train.jsonl, test.jsonl) or one .jsonl file a task; "
+        "default: the tasks that come with the tiny model", text)
+    tasks: str | None = flag(None, "comma list of task names; default: all of --data", text)
+    limit_train: int | None = flag(
+        None, "use the first N training lines of each task; default: all", positive, metavar="N")
+    limit_test: int | None = flag(
+        None, "use the first N test lines of each task; default: all", positive, metavar="N")
+    max_length: int = flag(1024, "longer training examples are cut (default: %(default)s)",
+                           positive, metavar="TOKENS")
+    seed: int = flag(0, "of every random choice (default: 0)", seed)
+    device: str = flag("auto", "cpu, cuda, mps, or auto (default)")
+    dtype: str = flag(
+        "auto", "of the frozen weights and activations; experts are held, and routers and norms "
+        "computed, in float32 anyway. auto: bfloat16 where the device multiplies it in hardware, "
+        "and float32 for the tiny model", choices=("auto", "float32", "bfloat16"))
+    shard: bool = flag(
+        False, "under torchrun (torch 2.8): each process holds a part of the frozen blocks, for "
+        "models too large for one device; slower")
+    base_bits: int | None = flag(
+        None, "hold the frozen linear layers in so many bits: less memory, a little slower, less "
+        "exact", int, choices=(8, 4))
+
+
+@dataclass(frozen=True)
+class AllocationConfig:
+    """How much the probe measures, and how experts are given to matrices."""
+
+    samples: int | str = flag(
+        32, "training examples a task to probe (default: 32); auto doubles them until --overlap "
+        "is reached, up to 512", positive_or_auto, metavar="N|auto")
+    overlap: float = flag(
+        0.95, "split-half overlap of the selected matrices that auto aims at (default: 0.95)",
+        share, metavar="F")
+    strategy: str = flag("votes", "how experts are given to matrices (default: votes, the "
+                         "paper's)", choices=STRATEGIES)
+    keep: float | None = flag(None, "share of its group that a task votes for (default: 0.6 where "
+                              "no budget is given)", share, metavar="F")
+    budget_experts: int | None = flag(None, "instead of --keep: at most N experts in all",
+                                      positive, metavar="N")
+    budget_params: int | None = flag(
+        None, "instead of --keep: at most N trainable parameters", positive, metavar="N")
+    group: str = flag("attention_mlp", "matrices that are ranked together (default: "
+                      "attention_mlp)", choices=GROUPS)
+    targets: str | None = flag(
+        None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
+        "may get experts; default: all linear layers")
+    min_experts: int = flag(0, "experts that every matrix gets at least (default: 0)", int,
+                            metavar="N")
+    max_experts: int | None = flag(
+        None, "experts a matrix gets at most (default: as many as tasks for votes and random; "
+        "lora and ranks keep to one, and spend what such votes do)", positive, metavar="N")
+    rank: int = flag(8, "of each expert (default: 8)", positive)
+    alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
+                               "twice the rank)", above_zero)
+    top_k: int = flag(2, "experts active a token (default: 2)", positive, metavar="K")
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `InputConfig`, and two that only show something."""
+    add_flags(parser, InputConfig, "model and data")
+    parser.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
+                        "model sees them before --max-length, supervised tokens marked, and stop")
+    parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
+
+
+def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `AllocationConfig`."""
+    add_flags(parser, AllocationConfig, "probe and allocation")

@@ -1,0 +1,224 @@
+"""Text to tokens and back, and chat templates; needs neither torch nor, for bytes, anything else.
+
+A real checkpoint's tokenizer.json is read by the `tokenizers` library, and its own chat template
+is rendered by templates.py. Where a checkpoint has no template, DEFAULT_TEMPLATE serves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import templates
+
+Message = Mapping[str, str]                  # {"role": ..., "content": ...}
+
+# Plain text that every tokenizer can spell; an assistant turn ends with the end-of-text token. The
+# space before an answer belongs to it: BPE makes one token of " yes", which a prompt that ended in
+# the space would tear apart, so that training and inference would see different tokens.
+DEFAULT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
+    "{% else %}{{ message.role.capitalize() }}: {{ message.content }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+
+
+class ByteTokenizer:
+    """UTF-8 bytes and three special tokens, for models without a tokenizer.json."""
+
+    special = {"<|bos|>": 256, "<|end|>": 257, "<|pad|>": 258}
+    vocab_size = 259
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids, and the character where each starts."""
+        ids: list[int] = []
+        starts: list[int] = []
+        at = 0
+        for part in re.split(f"({'|'.join(map(re.escape, self.special))})", text):
+            if part in self.special:
+                ids.append(self.special[part])
+                starts.append(at)
+            else:
+                ids += part.encode("utf-8", "replace")
+                starts += range(at, at + len(part)) if part.isascii() else [
+                    at + i for i, char in enumerate(part) for _ in char.encode("utf-8", "replace")]
+            at += len(part)
+        return ids, starts
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without the special tokens."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+
+class FileTokenizer:
+    """A tokenizer.json, with the interface of ByteTokenizer.
+
+    vocab_size is the model's, if known: what does not fit it raises ValueError, here or in encode.
+    """
+
+    def __init__(self, file: Path, vocab_size: Any = None):
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError:
+            raise ModuleNotFoundError(
+                f"{file} needs the tokenizers library: pip install 'minismoe[hub]'") from None
+        try:
+            self.backend = Backend.from_file(str(file))
+        except Exception as e:               # the library raises bare Exception
+            raise ValueError(f"{file} is no valid tokenizer: {e}") from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        size = self.backend.get_vocab_size()
+        self.file, self.vocab_size = file, size if vocab_size is None else vocab_size
+        if not isinstance(self.vocab_size, int) or size > self.vocab_size:
+            raise ValueError(f"{file} has {size} tokens, and the model only {vocab_size!r}")
+        self.mark_special(())
+
+    def mark_special(self, tokens: Sequence[str]) -> None:
+        """Make those of `tokens` special that there are, as a tokenizer_config.json means them."""
+        done = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
+        self.backend.add_special_tokens([    # anew, others would forget the spaces they strip
+            t for t in tokens if t not in done and self.backend.token_to_id(t) is not None])
+        added = self.backend.get_added_tokens_decoder()
+        self.special = {t.content: i for i, t in added.items() if t.special}
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        # Half of an emoji, or a byte of argv that is no UTF-8, is a "?", as ByteTokenizer has it.
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        except Exception as e:               # such as of a word that it lacks, and no unknown token
+            raise ValueError(f"{self.file} cannot encode {text[:40]!r}: {e}") from None
+        if max(encoding.ids, default=0) >= self.vocab_size:      # few tokens, but high numbers
+            raise ValueError(f"{self.file} encodes {text[:40]!r} with token {max(encoding.ids)}, "
+                             f"and the model has only {self.vocab_size}")
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+class Tokenizer:
+    """A tokenizer with its chat template and its special tokens.
+
+    stop_ids are all tokens that end a turn: those that the checkpoint declares, and the one with
+    which its template closes an assistant's message.
+    """
+
+    def __init__(self, backend: ByteTokenizer | FileTokenizer, template: str | None, bos: str,
+                 eos: str, pad_id: int | None = None, stop_ids: Sequence[int] = ()):
+        self.backend, self.bos, self.eos, self.special = backend, bos, eos, backend.special
+        self.template, self.has_template = template, template is not None
+        stops = {*stop_ids, *(i for i in [backend.special.get(eos)] if i is not None)}
+        self.stop_ids = sorted(stops | self._turn_end())
+        self.pad_id = pad_id if pad_id is not None else (self.stop_ids or [0])[0]
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids, and the character of `text` where each starts; special tokens are parsed."""
+        return self.backend.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self.backend.decode(ids)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the model reads it; ValueError as of `templates.render`."""
+        if self.template is None:
+            return _render_default(messages, self.bos, self.eos, add_generation_prompt)
+        return templates.render(self.template, {
+            "messages": [dict(m) for m in messages], "bos_token": self.bos, "eos_token": self.eos,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None, "documents": None,                    # as transformers has them
+            # Llama 3's day where no clock is: with today's, a run would not go on tomorrow.
+            "date_string": "26 Jul 2024"})
+
+    def _turn_end(self) -> set[int]:
+        """The special token that closes an assistant's turn in the template, if one does."""
+        user, answer = ({"role": role, "content": text} for role, text in (
+            ("user", "question"), ("assistant", "answer")))
+        try:
+            whole = self.render([user, answer])
+            _, found, tail = whole.rpartition(answer["content"])
+            tail = tail if found else whole[len(self.render([user], True)):]     # it is rewritten
+        except templates.Refused:            # as one does that wants a system message first
+            return set()
+        ids = (i for i in self.encode(tail)[0] if i in set(self.special.values()))
+        return set(list(ids)[:1])
+
+
+def _render_default(messages: Sequence[Message], bos_token: str, eos_token: str,
+                    add_generation_prompt: bool) -> str:
+    """What DEFAULT_TEMPLATE renders, where there is no jinja2 either."""
+    turns = [f"Assistant: {m['content']}{eos_token}\n" if m["role"] == "assistant"
+             else f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
+    return bos_token + "".join(turns) + "Assistant:" * add_generation_prompt
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder; bytes where it has no tokenizer.json."""
+    if not Path(folder).is_dir():            # a hub name: fetched once, then in its cache
+        from ..io.hub import resolve
+        folder = resolve(folder)
+    folder = Path(folder)
+    config, settings, generation = (_read(folder / name) for name in (
+        "config.json", "tokenizer_config.json", "generation_config.json"))
+    stops = {i for source in (config, generation)
+             for i in _as_list(source.get("eos_token_id")) if isinstance(i, int) and i >= 0}
+    if not (folder / "tokenizer.json").is_file():
+        if config.get("vocab_size") != ByteTokenizer.vocab_size:
+            raise FileNotFoundError(f"{folder} holds no tokenizer.json")
+        return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, sorted(stops))
+    template = chat_template(folder, settings)
+    if template is not None:
+        templates.start()                    # it gets ready while the next line works
+    backend = FileTokenizer(folder / "tokenizer.json", config.get("vocab_size"))
+    older = _read(folder / "special_tokens_map.json")
+    bos, eos, pad = (_content(settings.get(name, older.get(name))) for name in (
+        "bos_token", "eos_token", "pad_token"))
+    if not eos and stops and min(stops) < backend.vocab_size:    # it is named by its number alone
+        eos = backend.backend.id_to_token(min(stops)) or ""
+    backend.mark_special((bos, eos, pad))
+    return Tokenizer(backend, template, bos, eos,
+                     backend.special.get(pad), sorted(stops))
+
+
+def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The template of a checkpoint folder; None where it brings none, ValueError for no text."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as e:
+            raise ValueError(f"{file} is no UTF-8 text: {e}") from None
+    template = settings.get("chat_template")
+    if isinstance(template, list):           # several, named: [{"name": ..., "template": ...}]
+        template = next((t.get("template") for t in template
+                         if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: its chat_template is no text")
+    return template
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as e:
+        raise ValueError(f"{file} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _content(token: Any) -> str:
+    """A token's text: a string, an {"content": ...} object, or "" where there is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""

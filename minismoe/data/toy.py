@@ -1,0 +1,212 @@
+"""The embedded default: a tiny Llama-form base, made here on first use, and five small tasks.
+
+The base is taught, in chat form, to repeat what is quoted, to write it in capitals, to name the
+larger of two numbers, and facts about invented animals. The tasks ask for some of that in other
+words, and for what it was not taught: how long a word is, the second of two, the smaller number.
+What each task lacks sits elsewhere in the base, so that each is sensitive in other matrices.
+
+Nothing is downloaded: bytes are the tokens, the text is generated, and pretraining takes about a
+minute on two CPU cores. The result is cached under a name that holds a hash of this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import string
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..io.files import new_folder, replacing, write_json
+from ..method.loss import IGNORE, supervised_losses
+from ..model.decoder import Attention, CausalLM, Config
+from .tasks import Example, Task, collate
+from .tokenizer import Message
+
+BOS, END, PAD = 256, 257, 258                # of tokenizer.ByteTokenizer
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    "vocab_size": 259, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
+    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
+    "bos_token_id": BOS, "eos_token_id": END, "pad_token_id": PAD, "torch_dtype": "float32",
+}
+STEPS, BATCH, RATE, SEED = 800, 64, 5e-3, 0
+TRAIN, TEST = 600, 100                       # lines a task, at most
+LETTERS = string.ascii_lowercase[:16]
+
+# Skill -> ways to ask for it. Gaps of facts: animal, noun, question, verb; of others: the operands.
+LESSONS = {"echo": ("{}",), "facts": ("{1} of {0}", "the {0} has {1}", "{3} {0}"),
+           "larger": ("max {} {}",), "capitals": ('capitals "{}"', '"{}" capitals')}
+WEIGHTS = (2, 2, 1, 1)                       # how often each is taught
+TASKS = {
+    "capitals": ('Write "{}" in big letters.', 'Make "{}" upper case.'),
+    "count": ('How many letters are in "{}"?', 'Count the letters of "{}".'),
+    "facts": ("Tell me, {2}?", "So {2}?", "I forgot: {2}?", "Do you know {2}?", "Well, {2}?"),
+    "second": ('Which comes after "{}", "{}"?', 'Leave out "{}" and say "{}".'),
+    "smaller": ("Which is less, {} or {}?", "Take the smaller number: {}, {}."),
+}
+NOISE = re.findall("[A-Za-z]+", "where what how does a " + str(list(TASKS.values())))
+FACTS = {"home": ("where does a {} live", "oslo rome lima cairo delhi paris tokyo quito"),
+         "colour": ("how does a {} look", "red blue green white black gold pink grey"),
+         "food": ("what does a {} eat", "figs nuts fish rice corn leaves honey moss")}
+
+Case = tuple[tuple[str, ...], str]           # what fills the gaps, and the answer
+
+
+def _animals(count: int) -> list[Case]:
+    """All facts about `count` animals: the same world for every seed of the tasks."""
+    rng, found = random.Random(SEED), dict[tuple[str, ...], str]()
+    while len(found) < len(FACTS) * count:
+        name = "".join(rng.choice(part) for part in ("bdfgklmnprstvz", "aeiou") * 2) + "x"
+        for noun, (question, values) in FACTS.items():
+            gaps = name, noun, question.format(name), question.split()[-1]
+            found.setdefault(gaps, rng.choice(values.split()))
+    return list(found.items())
+
+
+WORLD = _animals(32)
+
+
+def _case(skill: str, rng: random.Random) -> Case:
+    """A random case of a skill."""
+    if skill == "facts":
+        return rng.choice(WORLD)
+    if skill in ("larger", "smaller"):       # the tens differ: one look decides
+        a, b = (10 * tens + rng.randrange(10) for tens in rng.sample(range(1, 10), 2))
+        return (str(a), str(b)), str(max(a, b) if skill == "larger" else min(a, b))
+    low, high = {"capitals": (3, 5), "count": (2, 6), "second": (3, 4)}.get(skill, (2, 5))
+    number = {"second": 2, "echo": rng.randint(1, 2)}.get(skill, 1)
+    letters = rng.sample(LETTERS, high * number)       # none comes twice: copying keeps its place
+    words = ["".join(letters.pop() for _ in range(rng.randint(low, high))) for _ in range(number)]
+    if skill == "echo":
+        return (" and ".join(f'"{word}"' for word in words),), " ".join(words)
+    return tuple(words), {"capitals": words[0].upper(), "count": str(len(words[0])),
+                          "second": words[-1]}[skill]
+
+
+def _chat(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def tasks(seed: int = 0) -> list[Task]:
+    """The five tasks, a skill each, asked in chat form; no test case is trained on.
+
+    Test cases are set apart before they are put into words. The base may have met one in its
+    pretraining, as a fact must be known before it can be asked for, but never in such words.
+    """
+    found = []
+    for skill, questions in TASKS.items():
+        rng = random.Random(f"{seed} {skill}")
+        cases = list({_case(skill, rng): None for _ in range(TRAIN + TEST)})
+        test = len(cases) // 6
+        lines = [[_chat(question.format(*gaps), answer)
+                  for gaps, answer in part for question in questions]
+                 for part in (cases[test:], cases[:test])]
+        for part in lines:
+            rng.shuffle(part)
+        found.append(Task(skill, lines[0][:TRAIN], lines[1][:TEST]))
+    return found
+
+
+def _lesson(rng: random.Random) -> Example:
+    """A lesson in the default chat template, its question between meaningless words."""
+    skill = rng.choices(list(LESSONS), WEIGHTS)[0]
+    gaps, answer = _case(skill, rng)
+    before, after = (rng.sample(NOISE, rng.randint(0, 1)) for _ in range(2))
+    text = " ".join([*before, rng.choice(LESSONS[skill]).format(*gaps), *after])
+    prompt, end = f"User: {text}\nAssistant:".encode(), [*f" {answer}".encode(), END]
+    return Example(skill, [BOS, *prompt, *end], [IGNORE] * (1 + len(prompt)) + end)
+
+
+@torch.no_grad()
+def _initialise(model: CausalLM, generator: torch.Generator) -> None:
+    """Random weights, but heads begin as copiers: q looks for its own like, o undoes v.
+
+    Copying is what most of the skills build on, and is slow to arise from pure noise (mimetic
+    initialisation, Trockman and Kolter 2023, arXiv 2305.09828).
+    """
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            small = 0.1 if name.endswith("down_proj.weight") else 1.0
+            std = 0.5 if "embed" in name else small * weight.shape[1] ** -0.5
+            weight.normal_(std=std, generator=generator)
+    model.model.norm.weight.fill_(0.2)       # the head is the embedding: keep its logits near 1
+    cfg = model.config
+
+    def spread(weight: Tensor) -> Tensor:                # from key/value heads to all query heads
+        heads = weight.unflatten(0, (cfg.num_key_value_heads, cfg.head_dim))
+        times = cfg.num_attention_heads // cfg.num_key_value_heads
+        return heads.repeat_interleave(times, 0).flatten(0, 1)
+
+    for attn in model.modules():
+        if isinstance(attn, Attention):
+            attn.q_proj.weight.mul_(0.3).add_(spread(attn.k_proj.weight), alpha=0.7)
+            attn.o_proj.weight.copy_(0.5 * spread(attn.v_proj.weight).T)
+
+
+def _pretrain(steps: int) -> CausalLM:
+    """A base that has learnt the skills: AdamW on all weights, a warm-up, then down to zero."""
+    model, rng = CausalLM(Config.from_dict(CONFIG)), random.Random(SEED)
+    _initialise(model, torch.Generator().manual_seed(SEED))
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, 1.0) * (1 - step / steps))
+    seen, start = 0, time.perf_counter()
+    with tqdm(range(steps), "making the toy base, once", unit="step") as bar:
+        for step in bar:
+            ids, mask, labels = collate([_lesson(rng) for _ in range(BATCH)], PAD)
+            loss = supervised_losses(model, ids, mask, labels)[0].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            seen += int(mask.sum())
+            if step % 10 == 9 or step == steps - 1:
+                speed = seen / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s")
+    return model
+
+
+def _cache() -> Path:
+    """Where this user's caches are: MINISMOE_CACHE, or the custom of the system."""
+    if own := os.environ.get("MINISMOE_CACHE"):
+        return Path(own)
+    home = Path.home()
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "minismoe"
+    variable, default = (("LOCALAPPDATA", home / "AppData" / "Local")
+                         if sys.platform == "win32" else ("XDG_CACHE_HOME", home / ".cache"))
+    return Path(os.environ.get(variable) or default) / "minismoe"
+
+
+def base_folder(*, _steps: int = STEPS) -> Path:
+    """The folder of the toy base, which is made where the cache does not hold it yet.
+
+    It appears whole or not at all; where two processes make it at once, the first one's is used.
+    """
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + str(_steps).encode()).hexdigest()
+    folder = _cache() / f"toy-{recipe[:12]}"
+    if folder.is_dir():
+        return folder
+    model = _pretrain(_steps)
+    try:
+        with new_folder(folder) as temporary:
+            write_json(temporary / "config.json", CONFIG)
+            with replacing(temporary / "model.safetensors") as file:
+                save_file({name: p.detach().contiguous() for name, p in model.named_parameters()},
+                          file, metadata={"format": "pt"})
+    except OSError:
+        if not folder.is_dir():                      # else another process was faster
+            raise
+    return folder

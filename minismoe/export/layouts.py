@@ -1,0 +1,221 @@
+"""The folders that other programs open: PEFT, transformers, onnxruntime-genai, transformers.js.
+
+Each function writes what its reader wants and nothing else; none of them runs the model. Low-rank
+pairs come as {module: (A, B)} with everything that scales them folded in, so that y = W x + B A x.
+
+Letters: R rank of a pair.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..data.tokenizer import (
+    DEFAULT_TEMPLATE,
+    ByteTokenizer,
+    Tokenizer,
+    chat_template,
+    load_tokenizer,
+)
+from ..io.files import read_json, replacing, write_json
+from ..model.checkpoint import DTYPES, weight_files
+from ..model.config import Config
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
+
+# How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
+WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
+              "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4")}
+
+
+def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> Tokenizer:
+    """Configuration and tokenizer of the checkpoint folder `base`, made complete for its readers.
+
+    All stop ids of the chat template go to generation_config.json. The template goes to both of
+    its places: transformers.js reads tokenizer_config.json only. With spell_bytes, a model of bytes
+    gets a tokenizer.json, which others need. Gives back the tokenizer of `base`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(base)
+    config, settings, generation = (
+        read_json(base / name) if (base / name).is_file() else {} for name in (
+            "config.json", "tokenizer_config.json", "generation_config.json"))
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, out / name)
+    if spell_bytes and isinstance(tokenizer.backend, ByteTokenizer):
+        write_json(out / "tokenizer.json", _byte_level())
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>",
+                    "bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    template = chat_template(base, settings) or DEFAULT_TEMPLATE
+    (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+    bos = tokenizer.backend.special.get(tokenizer.bos)
+    defaults = {"pad_token_id": tokenizer.pad_id} | ({} if bos is None else {"bos_token_id": bos})
+    generation = {key: value for key, value in generation.items() if value is not None}
+    write_json(out / "config.json", config)
+    write_json(out / "tokenizer_config.json", settings | {"chat_template": template})
+    write_json(out / "generation_config.json",
+               defaults | generation | {"eos_token_id": tokenizer.stop_ids})
+    return tokenizer
+
+
+def _byte_level() -> dict[str, Any]:
+    """ByteTokenizer as a tokenizer.json: BPE over bytes, written as GPT-2 does, without merges."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    vocab = {chr(b if b in printable else next(others)): b for b in range(256)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+             "use_regex": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "added_tokens": [{"id": i, "content": t, **flags, "special": True}
+                             for t, i in ByteTokenizer.special.items()],
+            "pre_tokenizer": level, "post_processor": None, "decoder": level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": []}}
+
+
+def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
+    """An adapter folder that PEFT, vLLM and llama.cpp read alike.
+
+    They disagree about scaling and about uneven ranks, so every pair is padded with zeros to R, the
+    largest rank, and lora_alpha = r = R. Modules are targeted by their full names: a short one such
+    as "q_proj" would adapt the layers that have no pair too. ValueError where there is no pair.
+    """
+    if not pairs:
+        raise ValueError("no matrix is adapted: there is nothing to write for PEFT")
+    R = max(len(A) for A, _ in pairs.values())
+    tensors = {}
+    for name, (A, B) in pairs.items():
+        key = f"base_model.model.{name}"
+        tensors[f"{key}.lora_A.weight"] = F.pad(A.detach().float(), (0, 0, 0, R - len(A)))
+        tensors[f"{key}.lora_B.weight"] = F.pad(B.detach().float(), (0, R - len(A))).contiguous()
+    with replacing(out / "adapter_model.safetensors") as tmp:
+        save_file(tensors, tmp, metadata={"format": "pt"})
+    write_json(out / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+        "r": R, "lora_alpha": R, "rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.0,
+        "target_modules": sorted(pairs), "bias": "none", "use_rslora": False, "use_dora": False,
+        "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True})
+
+
+def read_peft(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pairs of such a folder, as (A, B) by module."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {key.removeprefix("base_model.model.").rsplit(".", 2)[0] for key in tensors}
+    return {n: (tensors[f"base_model.model.{n}.lora_A.weight"],
+                tensors[f"base_model.model.{n}.lora_B.weight"]) for n in sorted(names)}
+
+
+def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iterable[str]) -> None:
+    """The weights of `base` with those of `names` replaced by weight(name), file by file.
+
+    The base's files are copied and written over in place, so they keep its dtype and its shards,
+    and one tensor at a time is in memory. ValueError names what does not fit.
+    """
+    left, files = set(names), weight_files(base)
+    if len(files) > 1:
+        shutil.copyfile(base / "model.safetensors.index.json", out / "model.safetensors.index.json")
+    for file in files:
+        with replacing(out / file.name) as tmp:
+            shutil.copyfile(file, tmp)
+            with open(tmp, "r+b") as f:
+                length = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(length))
+                for name in sorted(left & header.keys()):
+                    entry, new = header[name], weight(name).detach().cpu().contiguous()
+                    if DTYPES.get(entry["dtype"]) != new.dtype or entry["shape"] != [*new.shape]:
+                        raise ValueError(f"{name} of {file} is {entry['dtype']} {entry['shape']}, "
+                                         f"not {new.dtype} {[*new.shape]}")
+                    f.seek(8 + length + entry["data_offsets"][0])
+                    f.write((ctypes.c_char * new.nbytes).from_address(new.data_ptr()))
+        left -= header.keys()
+    if left:
+        raise ValueError(f"{base} has no {', '.join(sorted(left))}")
+
+
+def write_genai(out: Path, tokenizer: Tokenizer, context: int, share_buffer: bool = True) -> None:
+    """genai_config.json beside model.onnx and the files of `copy_base_files`.
+
+    context: tokens of prompt and completion. share_buffer: the graph writes the new keys where the
+    past ones are (GroupQueryAttention does; a portable graph gives back a longer copy).
+    """
+    config, generation = read_json(out / "config.json"), read_json(out / "generation_config.json")
+    sizes = Config.from_dict(config)
+    sampling = {key: generation[key] for key in (
+        "do_sample", "temperature", "top_k", "top_p", "repetition_penalty") if key in generation}
+    bos = [generation["bos_token_id"]] if "bos_token_id" in generation else tokenizer.stop_ids[:1]
+    write_json(out / "genai_config.json", {
+        "model": {
+            "type": config["model_type"], "context_length": context,
+            "vocab_size": sizes.vocab_size, "eos_token_id": tokenizer.stop_ids,
+            "pad_token_id": generation["pad_token_id"],
+            **({"bos_token_id": bos[0]} if bos else {}),
+            "decoder": {                     # inputs and outputs have the names that are its own
+                "filename": "model.onnx", "session_options": {"provider_options": []},
+                "head_size": sizes.head_dim, "hidden_size": sizes.hidden_size,
+                "num_attention_heads": sizes.num_attention_heads,
+                "num_key_value_heads": sizes.num_key_value_heads,
+                "num_hidden_layers": sizes.num_hidden_layers}},
+        # With a shared buffer it allocates keys and values for all of max_length at once.
+        "search": {"do_sample": False, **sampling, "max_length": context,
+                   "past_present_share_buffer": share_buffer}})
+
+
+def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
+    """Move out/model.onnx to where transformers.js looks for it, and say so in out/config.json.
+
+    Another precision may follow into the same folder; the last one is the default.
+    """
+    import onnx
+
+    dtype, suffix = WEB_DTYPES[precision]
+    name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # no other name is fetched
+    (out / "onnx").mkdir(exist_ok=True)
+    graph = onnx.load(str(out / "model.onnx"), load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data
+    with replacing(out / "onnx" / name) as tmp:
+        tmp.write_bytes(graph.SerializeToString())
+    (out / "model.onnx.data").replace(out / "onnx" / data)
+    (out / "model.onnx").unlink()
+    config = read_json(out / "config.json")
+    ours = _mapping(config, "transformers.js_config") | {"dtype": dtype}
+    config["transformers.js_config"] = ours | {
+        "use_external_data_format": _mapping(ours, "use_external_data_format") | {name: 1},  # files
+        "kv_cache_dtype": _mapping(ours, "kv_cache_dtype") | {dtype: cache_type}}    # for version 3
+    write_json(out / "config.json", config)
+
+
+def _mapping(holder: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """holder[key], where it is an object; a base may say the same of all its files in one word."""
+    return holder[key] if isinstance(holder.get(key), dict) else {}
+
+
+def write_adapter(file: Path, pairs: Pairs, dtype: torch.dtype = torch.float32) -> None:
+    """An .onnx_adapter: the graph inputs <module>.lora_A (in, R) and <module>.lora_B (R, out)."""
+    from onnxruntime import AdapterFormat, OrtValue
+
+    parameters = {f"{name}.{part}": OrtValue.from_dlpack(
+                      matrix.detach().to("cpu", dtype).T.contiguous())
+                  for name, pair in pairs.items()
+                  for part, matrix in zip(("lora_A", "lora_B"), pair)}
+    adapter = AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters(parameters)
+    with replacing(file) as tmp:
+        adapter.export_adapter(str(tmp))

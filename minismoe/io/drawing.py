@@ -1,0 +1,256 @@
+"""What is easier seen than read: terminal tables and heatmaps, and an SVG figure for a paper.
+
+Plain mappings of module name to number come in, a string goes out. Names come from strangers'
+files, so none is drawn without losing its control characters first.
+"""
+
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+from xml.sax.saxutils import escape
+
+from .text import clean
+
+Scale = Literal["linear", "log"]
+RGB = tuple[int, int, int]
+Cell = tuple[str, str]  # (layer label, projection label)
+Drawn = tuple[RGB, str]  # a cell's colour and the text in it
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+TERMINAL_WIDTH = 80
+LOG_DEPTH = 1e-4  # a log scale ends this far below its maximum, lest one dead matrix flatten it
+# Anchors to interpolate. Viridis: even steps look even, in grey and to colour-blind readers too.
+VIRIDIS = "440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725".split()
+XTERM = (53, 54, 60, 24, 30, 36, 72, 71, 77, 113, 149, 148, 184, 220)  # viridis in 256 colours
+BLUES = "d6e6f4 abd0e6 6aaed6 3787c0 105ba4 08306b".split()
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[:max(0, width - 1)] + "…"
+
+
+def grid(values: Mapping[str, float]) -> tuple[list[str], list[str], dict[Cell, float]]:
+    """Layer labels in order, projection labels in order, the value of each (layer, projection).
+
+    "model.layers.12.self_attn.q_proj" is cell ("12", "q"). A name without a layer number gets
+    layer "-", the last. Modules that would share a cell are labelled by their whole path.
+    """
+    found = []
+    for name in values:
+        number = re.search(r"(?:^|\.)([0-9]{1,6})(?:\.|$)", name)
+        layer = number[1] if number else "-"
+        short = name.rsplit(".", 1)[-1].removesuffix("_proj")
+        found.append((layer, clean(short), clean(name.replace(f".{layer}.", ".*.", 1))))
+    times = Counter((layer, short) for layer, short, _ in found)
+    crowded = {short for (_, short), count in times.items() if count > 1}
+    cells = {(layer, path if short in crowded else short): value
+             for (layer, short, path), value in zip(found, values.values(), strict=True)}
+    layers = sorted(dict.fromkeys(layer for layer, _ in cells),
+                    key=lambda layer: math.inf if layer == "-" else int(layer))
+    rank = {projection: i for i, projection in enumerate(PROJECTIONS)}
+    projections = sorted(dict.fromkeys(projection for _, projection in cells),
+                         key=lambda projection: rank.get(projection, len(rank)))
+    return layers, projections, cells
+
+
+def _span(values: Iterable[float], scale: Scale) -> tuple[float, float]:
+    """The two ends of a scale, over the finite (log: positive) values."""
+    used = [v for v in values if math.isfinite(v) and (scale == "linear" or v > 0)]
+    low, high = min(used, default=0.0), max(used, default=0.0)
+    return (max(low, high * LOG_DEPTH) if scale == "log" else low), high
+
+
+def _position(value: float, low: float, high: float, scale: Scale) -> float:
+    """Where a value lies between the ends, in 0..1; a constant is full, or empty where it is 0."""
+    if low >= high:
+        return float(value >= high > 0)
+    f = math.log if scale == "log" else float
+    return (f(min(max(value, low), high)) - f(low)) / (f(high) - f(low))
+
+
+def _color(ramp: Sequence[str], position: float) -> RGB:
+    i = min(int(position * (len(ramp) - 1)), len(ramp) - 2)
+    part = position * (len(ramp) - 1) - i
+    left, right = bytes.fromhex(ramp[i]), bytes.fromhex(ramp[i + 1])
+    red, green, blue = (round(a + part * (b - a)) for a, b in zip(left, right, strict=True))
+    return red, green, blue
+
+
+def _paint(text: str, position: float) -> str:
+    level = min(int(position * len(XTERM)), len(XTERM) - 1)
+    return f"\x1b[48;5;{XTERM[level]};38;5;{16 if level > 5 else 231}m{text}\x1b[0m"
+
+
+def terminal_heatmap(title: str, values: Mapping[str, float], *, scale: Scale = "linear",
+                     digits: bool = False, color: bool | None = None) -> str:
+    """A row a projection, a column a layer; what is wider than 80 columns goes on in a next block.
+
+    `digits` writes values as integers. `color` defaults to whether stdout is a terminal and
+    NO_COLOR is unset. '·' is no value: absent, not finite, or with digits 0.
+    """
+    if color is None:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    layers, projections, cells = grid(values)
+    low, high = _span(cells.values(), scale)
+    texts = {at: f"{v:.0f}" if digits else "" for at, v in cells.items() if math.isfinite(v)}
+    gutter = 1 + min(max(map(len, ["layer", *projections])), 24)
+    cell = max(1, *map(len, texts.values()), 1) + 1
+    cell -= len(layers) * cell > TERMINAL_WIDTH - gutter
+    per_block = max(1, (TERMINAL_WIDTH - gutter) // cell)
+
+    def draw(at: Cell) -> str:
+        text = texts.get(at, "0").rjust(cell)
+        if text.strip(" -") == "0":
+            return "·".rjust(cell)
+        position = _position(cells[at], low, high, scale)
+        if color:
+            return _paint(text, position)
+        return text if digits else " ░▒▓█"[min(int(position * 5), 4)] * cell
+
+    lines = [_clip(clean(title), TERMINAL_WIDTH)]
+    for start in range(0, len(layers), per_block):
+        block = layers[start:start + per_block]
+        lines += [_clip(name, gutter - 1).ljust(gutter) + "".join(draw((n, name)) for n in block)
+                  for name in projections]
+        every = 1 if max(map(len, block)) < cell else 5
+        marked = [n for n in block if n == "-" or int(n) % every == 0] or block[:1]
+        axis = ""
+        for n in marked:  # a number ends where its cell ends
+            axis = axis.ljust((block.index(n) + 1) * cell - len(n)) + n
+        lines.append("layer".ljust(gutter) + axis)
+    ramp = "".join(_paint(" ", i / 14) for i in range(14)) if color else " ░▒▓█"
+    less = "<=" if any(value < low for value in cells.values()) else ""
+    lines.append(f"{'':{gutter}}min {less}{low:.3g} {'' if digits and not color else ramp + ' '}"
+                 f"max {high:.3g}{', log scale' if scale == 'log' else ''}")
+    return "\n".join(lines)
+
+
+# The figure's unit is a hundredth of an inch in a 3.4 inch column, where a font of 10 is 7.2 pt.
+WIDTH, SIZE, ROW, GAP = 340.0, 10.0, 11.0, 12.0
+BOLD = ' font-weight="bold"'
+ABSENT = (236, 236, 236)
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = "") -> str:
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"{style}>{escape(text)}</text>'
+
+
+def _square(x: float, y: float, width: float, rgb: RGB, text: str, kind: str = "cell") -> str:
+    """One cell with a hair of white around it, and its number in black or white, or grey for 0."""
+    is_light = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 125
+    ink = "#777" if text == "0" else "#000" if is_light else "#fff"
+    size = min(SIZE, width / (0.65 * max(1, len(text))))
+    return (f'<rect class="{kind}" x="{x:.2f}" y="{y:.2f}" width="{width - 0.5:.2f}" '
+            f'height="{ROW - 0.5}" fill="#{bytes(rgb).hex()}"/>') + (text and _text(
+                x + width / 2, y + 9, text, style=f' font-size="{size:.2f}" fill="{ink}"'))
+
+
+def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
+           projections: Sequence[str], cells: Mapping[Cell, Drawn]) -> list[str]:
+    """A named heatmap: projection names on the left, layer numbers underneath."""
+    left = x + 6 + 6.2 * min(max(map(len, ["layer", *projections])), 14)
+    size = (x + width - left) / max(1, len(layers))
+    every = next((n for n in (1, 5, 10, 20) if n * size >= 16), 50)
+    out = [f"<g><title>{escape(title)}</title>",
+           _text(left, y + 10, _clip(title, int(size * len(layers) / 6.8)), "start", BOLD)]
+    for row, projection in enumerate(projections):
+        top = y + 14 + ROW * row
+        out.append(_text(left - 4, top + 9, _clip(projection, 14), "end"))
+        out += [_square(left + i * size, top, size, *cells[n, projection])
+                for i, n in enumerate(layers) if (n, projection) in cells]
+    bottom = y + 24 + ROW * len(projections)
+    out.append(_text(left - 4, bottom, "layer", "end"))
+    out += [_text(left + (i + 0.5) * size, bottom, layer) for i, layer in enumerate(layers)
+            if layer == "-" or int(layer) % every == 0]
+    return [*out, "</g>"]
+
+
+def _keys(y: float, measure: str, decades: int, clipped: bool, shades: Mapping[int, Drawn],
+          what: str) -> list[str]:
+    """The two legends: a bar of shares, in decades, and the counts as the cells draw them."""
+    stops = (f'<stop offset="{i / 8}" stop-color="#{hue}"/>' for i, hue in enumerate(VIRIDIS))
+    out = [f'<linearGradient id="shares">{"".join(stops)}</linearGradient>',
+           f'<rect x="37" y="{y + 14}" width="260" height="8" fill="url(#shares)"/>',
+           _text(37, y + 10, measure + " (share of the maximum)", "start")]
+    for i in range(decades + 1):
+        x, tick = 37 + 260 * i / decades, f"{10.0 ** (i - decades):g}"
+        out += [f'<path d="M{x:.2f} {y + 22}v3" stroke="#000"/>',
+                _text(x, y + 34, "≤" + tick if clipped and i == 0 else tick)]
+    counts = sorted(shades)[::math.ceil(len(shades) / 10)]
+    return [*out, _text(37, y + 52, f"{what} per matrix", "start"),
+            *(_square(147 + 15 * i, y + 43, 15, *shades[n], "key") for i, n in enumerate(counts))]
+
+
+def allocation_svg(scores: Mapping[str, Mapping[str, float]], experts: Mapping[str, int], *,
+                   title: str = "", measure: str = "sensitivity", what: str = "experts") -> str:
+    """A figure for a paper's column: each task's sensitivities, and the experts they led to (or,
+    with `what` "ranks", the ranks of one expert each).
+
+    A task's scores are shares of its maximum, on one log scale for all tasks; grey is not measured.
+    Many layers widen the figure; few layers, or many tasks, go in two columns.
+    """
+    names = list(dict.fromkeys(name for part in (*scores.values(), experts) for name in part))
+    layers, projections, index = grid(dict(zip(names, range(len(names)), strict=True)))
+    cells = {cell: names[int(i)] for cell, i in index.items()}
+    tops = {task: _span(values.values(), "log")[1] or 1.0 for task, values in scores.items()}
+    shares = {task: {name: v / tops[task] for name, v in values.items() if math.isfinite(v)}
+              for task, values in scores.items()}
+    everything = [share for task in shares.values() for share in task.values()]
+    decades = max(1, math.ceil(-math.log10(_span([*everything, 1.0], "log")[0])))
+    low, most = 10.0 ** -decades, max(experts.values(), default=0)
+    shades: dict[int, Drawn] = {n: (_color(BLUES, (n - 1) / max(1, most - 1)), str(n))
+                                for n in experts.values() if n > 0} | {0: (ABSENT, "0")}
+    full, step = max(WIDTH, 40 + 9.0 * len(layers)), 32 + ROW * len(projections)
+    half, few = (full - GAP) / 2, len(layers) <= 12
+    x, y, out = 0.0, 18.0, [_text(0, 11, clean(title), "start", BOLD)]
+    if not title:
+        y, out = 0.0, []
+    for task in (*shares, None):  # None: the experts
+        drawn = {cell: shades[experts.get(name, 0)] for cell, name in cells.items()}
+        if task is not None:
+            at = {n: _position(share, low, 1.0, "log") for n, share in shares[task].items()}
+            drawn = {cell: (_color(VIRIDIS, at[name]) if name in at else ABSENT, "")
+                     for cell, name in cells.items()}
+        wide = not few and (len(shares) <= 4 or task is None)
+        if wide and x:
+            x, y = 0.0, y + step
+        caption = f"{sum(experts.values())} {what}" if task is None else clean(task)
+        out += _panel(x, y, full if wide else half, caption, layers, projections, drawn)
+        x, y = (0.0, y + step) if wide or x else (half + GAP, y)
+    y += step if x else 0.0
+    out += _keys(y, measure, decades, any(share < low for share in everything), shades, what)
+    return _svg(full, y + 56, title, out)
+
+
+def routers_svg(use: Mapping[str, Mapping[str, Any]]) -> str:
+    """Heatmaps of what `routers.router_use` found: each task's entropies, and the separation."""
+    layers, projections, _ = grid(dict.fromkeys(use, 0.0))
+    tasks = next(iter(use.values()))["entropy"]
+    panels = {f"entropy, {clean(task)}": {m: found["entropy"][task] for m, found in use.items()}
+              for task in tasks}
+    most = max((found["separation"] for found in use.values()), default=0.0) or 1.0   # often little
+    panels[f"separation, of {most:.2g}"] = {m: f["separation"] / most for m, f in use.items()}
+    width, step = max(WIDTH / 2, 40 + 9.0 * len(layers)), 32 + ROW * len(projections)
+    out = []
+    for i, (title, values) in enumerate(panels.items()):
+        drawn = {at: (_color(VIRIDIS, min(max(v, 0.0), 1.0)), "")
+                 for at, v in grid(values)[2].items()}
+        out += _panel(i % 2 * (width + GAP), i // 2 * step, width, title, layers, projections,
+                      drawn)
+    y = (len(panels) + 1) // 2 * step
+    stops = (f'<stop offset="{i / 8}" stop-color="#{hue}"/>' for i, hue in enumerate(VIRIDIS))
+    out += [f'<linearGradient id="shares">{"".join(stops)}</linearGradient>',
+            f'<rect x="37" y="{y}" width="260" height="8" fill="url(#shares)"/>',
+            _text(37, y + 20, "0"), _text(297, y + 20, "1")]
+    return _svg(2 * width + GAP, y + 24, "routers", out)
+
+
+def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    """A figure of this size with a margin of 3 around it, on white."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-3 -3 {width + 6:g} {height + 6:g}" '
+            f'width="{2 * width + 12:g}" height="{2 * height + 12:g}" font-size="{SIZE}" '
+            f'font-family="Helvetica, Arial, sans-serif"><title>{escape(clean(title))}</title>\n'
+            '<rect x="-3" y="-3" width="100%" height="100%" fill="#fff"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")

@@ -1,0 +1,87 @@
+"""Flags of a command line as fields of a dataclass, and what their values may be.
+
+A configuration is a frozen dataclass. Each field that `flag` makes becomes a command-line flag of
+the same name; its type, default and help stand in one place, and mypy knows what the field holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, field, fields
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def flag(default: Any, help: str, kind: Callable[[str], Any] | None = None, **more: Any) -> Any:
+    """A dataclass field that a flag sets. `kind` reads its text; `more` goes to add_argument."""
+    return field(default=default, metadata={"flag": {"help": help, **more}
+                                            | ({"type": kind} if kind else {})})
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type, title: str) -> None:
+    """Add a flag for each field of `config` that `flag` made, as a group of the help."""
+    group = parser.add_argument_group(title)
+    for f in fields(config):
+        if (settings := f.metadata.get("flag")) is None:
+            continue
+        if f.default is False:
+            settings = {"action": "store_true", **settings}
+        group.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **settings)
+
+
+def from_flags(config: Callable[..., Config], values: Mapping[str, Any], **changes: Any) -> Config:
+    """A configuration of the parsed flags `values`, as vars(args), with some fields changed."""
+    names = [f.name for f in fields(config)]             # type: ignore[arg-type]
+    return config(**{name: values[name] for name in names if name in values} | changes)
+
+
+def non_default(config: Any) -> list[str]:
+    """The flags, as "--name", whose values differ from their defaults."""
+    return [f"--{f.name.replace('_', '-')}" for f in fields(config)
+            if f.default is not MISSING and getattr(config, f.name) != f.default]
+
+
+def checked(kind: Callable[[str], Any], good: Callable[[Any], bool], wrong: str,
+            ) -> Callable[[str], Any]:
+    """An argparse type: the value that `kind` reads, if `good` accepts it."""
+    def read(text: str) -> Any:
+        if not good(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"{text or 'it'} {wrong}")
+        return value
+    read.__name__ = kind.__name__            # argparse names it where `kind` itself fails
+    return read
+
+
+positive = checked(int, lambda n: n >= 1, "is not at least 1")
+seed = checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
+text = checked(str, bool, "is empty")          # as an unset variable of a shell is
+number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")
+above_zero = checked(float, lambda x: x > 0, "is not above 0 (inf is no limit)")
+part = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
+share = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
+
+
+def interval(text: str) -> int | str:
+    """An argparse type: a number of steps, 200, or of minutes, 10m."""
+    if not text.endswith("m"):
+        return positive(text)
+    if not 0 < float(text[:-1]) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time")
+    return text
+
+
+def positive_or_auto(text: str) -> int | str:
+    """An argparse type: a whole number of at least 1, or auto."""
+    return text if text == "auto" else positive(text)
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, as 4G (GiB), 512M (MiB), or a number of them from 1 MiB on."""
+    unit = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    found = float(text[:-1]) * unit if unit else float(text)
+    if not 1 << 20 <= found < 1 << 50:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 4G or 512M")
+    return int(found)

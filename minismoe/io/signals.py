@@ -1,0 +1,103 @@
+"""Signals that end a process, and the lock that keeps a folder for one process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+          if hasattr(signal, name)]
+# What dead processes leave in a run.
+LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.adapter.*.tmp", "checkpoints/.*.tmp")
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal, `number`, asked the process to end; the text says how far it came."""
+
+    def __init__(self, said: str = "", number: int = signal.SIGINT):
+        super().__init__(said)
+        self.number = number
+
+
+def interrupt(number: int, frame: object = None) -> None:
+    """A signal handler that ends what is going on. Raises Interrupted."""
+    _hang_up(number)
+    raise Interrupted(number=number)
+
+
+def _hang_up(number: int) -> None:
+    """After SIGHUP the terminal is gone, and a bar that writes to it would raise."""
+    if number == getattr(signal, "SIGHUP", None):
+        for fd in (1, 2):
+            with suppress(OSError):          # it may be closed
+                if stat.S_ISCHR(os.fstat(fd).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+@contextmanager
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP go to `handler` for a while, but not those that nohup ignores."""
+    before = {n: signal.signal(n, handler) for n in ENDING
+              if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def waiting() -> Iterator[list[int]]:
+    """A list that takes in the signals that come, so that a step ends first.
+
+    A second Ctrl-C raises Interrupted at once; other signals often come twice when a session ends.
+    """
+    came: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        if came and number == signal.SIGINT:
+            interrupt(number)
+        _hang_up(number)
+        came.append(number)
+
+    with handling(handler):
+        yield came
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made if need be, for this process alone; what dead ones left in it goes.
+
+    The lock is the system's, on an open file: it ends with the process, however that ends. Raises
+    BlockingIOError where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as f:
+        try:
+            _lock(f.fileno())
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise
+            raise BlockingIOError(f"{folder} is in use by another process: wait for its end, or "
+                                  "choose another --out") from None
+        for pattern in LEFTOVERS:
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+
+
+def _lock(fd: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

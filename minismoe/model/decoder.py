@@ -1,0 +1,287 @@
+"""The Llama-family decoder, with the module names of Hugging Face checkpoints.
+
+One class serves Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2/2.5 and Qwen3: they differ in the
+biases, in a norm on q and k, in the rotary frequencies, and in a sliding window, all of which
+`Config` reads from config.json.
+
+The real tokens of a batch are packed to rows (N, D); only attention, which needs sequences, sees
+them as (B, T) (tokens.py).
+
+Letters: B batch, T time, N real tokens, D hidden, H query heads, K key/value heads, C head size,
+S cached positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from ..method.experts import expert_layers, together
+from .config import Config
+from .tokens import Cache, Tokens, shared_prefixes
+
+SHORT = 256            # keys up to which a CPU trains bfloat16 with attention written out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """F.rms_norm with a backward in five passes over x; autograd's takes three times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (x, weight), n = ctx.saved_tensors, dy.shape[-1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x32, g = x.to(wide), (dy * weight).to(wide)
+        rms = torch.linalg.vecdot(x32, x32)[..., None].div_(n).add_(ctx.eps)
+        inverse = rms.rsqrt_()                                           # (..., 1): 1 / rms(x)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (dy * (x32 * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
+        along = torch.linalg.vecdot(g, x32)[..., None] * inverse ** 3 / n
+        return (g * inverse).addcmul_(x32, along, value=-1).to(x.dtype), d_weight, None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 whatever the dtype of x."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries and rotary positions."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.layer, self.window, self.size = layer, cfg.windows[layer], cfg.head_dim
+        q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
+        self.q_proj = nn.Linear(cfg.hidden_size, q, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(q, cfg.hidden_size, bias=cfg.o_bias)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+
+    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """(N, D) -> (N, D); with a cache, keys and values of these tokens are added to it."""
+        q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
+                   for y in together(x, self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, mask = rotate(q, rope), rotate(k, rope), tokens.masks[self.window]
+        if tokens.cache is None:
+            keys, values = tokens.sequences(k), tokens.sequences(v)
+        else:
+            keys, values = (c[self.layer] for c in (tokens.cache.keys, tokens.cache.values))
+            if tokens.shared:                        # every row starts here, and some start alike
+                keys[:, :, :tokens.shape[1]] = tokens.sequences(k)
+                values[:, :, :tokens.shape[1]] = tokens.sequences(v)
+            else:
+                keys[tokens.rows, :, tokens.positions] = k
+                values[tokens.rows, :, tokens.positions] = v
+            keys, values = keys[:, :, :tokens.cache.used], values[:, :, :tokens.cache.used]
+        y = attend(tokens.sequences(q), keys, values, mask)
+        return self.o_proj(tokens.flat(y))
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + C/2) of (N, heads, C) by their position's angles (RoPE, Su 2021)."""
+    cos, sin = rope                                     # (N, 1, C), the first half of sin negated
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v of q (B, H, T, C) and k, v (B, K, S, C); causal without a mask."""
+    narrow, cpu = q.dtype.itemsize < 4, q.device.type == "cpu"
+    if q.requires_grad and narrow and cpu and k.shape[2] <= SHORT:
+        return attend_short(q, k, v, mask)
+    if (shared := q.shape[1] // k.shape[1]) > 1 and not cpu and (mask is not None or not narrow):
+        # CUDA shares heads without the (T, S) scores only unmasked and in half precision.
+        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=shared > 1)
+
+
+def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same, written out: in bfloat16 a CPU's fused kernel takes six times as long to train."""
+    heads, length = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[2]
+    grouped = (q * q.shape[-1] ** -0.5).unflatten(1, heads).flatten(2, 3)        # (B, K, G*T, C)
+    scores = (grouped @ k.mT).unflatten(2, (heads[1], length))                   # (B, K, G, T, S)
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    else:
+        mask = mask[:, :, None]
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (weights.flatten(2, 3) @ v).unflatten(2, (heads[1], length)).flatten(1, 2)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs for the backward and not silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        return d_gate, F.silu(gate).mul_(dy)
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(_SwiGLU.apply(*together(x, self.gate_proj, self.up_proj)))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x), of the rows `top` alone where they are given."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor],
+                top: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), tokens, rope)
+        if top is not None:
+            x = x.index_select(0, top)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@contextmanager
+def _recomputing(block: nn.Module) -> Iterator[None]:
+    """Afterwards no graph is left in the block's routers: it would keep all that was recomputed."""
+    try:
+        yield
+    finally:
+        for layer in expert_layers(block).values():
+            if layer.router_logits is not None:
+                layer.router_logits = layer.router_logits.detach()
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _recomputing(block)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.config = cfg
+        # nn.Embedding's own normal_, on the meta device where checkpoints load, would import
+        # torch's whole compiler: 1.2 s and 75 MB. Uniform, the variance is the same, 1.
+        table = torch.empty(cfg.vocab_size, cfg.hidden_size).uniform_(-3 ** 0.5, 3 ** 0.5)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.recompute = False       # activation checkpointing: slower, far less memory
+        self.copies: Tensor | None = None    # of the last forward: sequences that share each row
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                cache: Cache | None = None, needed: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) of input_ids (B, T); zeros where attention_mask (B, T) is 0.
+
+        needed (B, T) says where they will be read. Elsewhere they may be zeros, as the last MLP is
+        then for those tokens alone, and what all rows, or some neighbours, begin with before them
+        (a system prompt, an instruction) is computed once. With a filled cache it changes nothing.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if needed is None or (cache is not None and cache.used):
+            tokens, top = Tokens(mask, self.config, cache), None
+        else:
+            alike = shared_prefixes(input_ids, mask.bool() & ~needed)
+            tokens = Tokens(mask, self.config, cache, alike)
+            top = tokens.pack(needed.reshape(-1)).nonzero().squeeze(1)
+        self.copies = tokens.copies
+        x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
+        rope = self._rope(tokens.positions, x.dtype)
+        rows = len(x)
+        for block in self.layers:
+            given = (x, tokens, rope, top if block is self.layers[-1] else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, *given, use_reentrant=False,
+                               context_fn=partial(_contexts, block))
+            else:
+                x = block(*given)
+        x = self.norm(x)
+        if top is not None:
+            x = x.new_zeros(rows, x.shape[1]).index_copy(0, top, x)
+        return tokens.unpack(x)
+
+    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions.float()[:, None] * rope_frequencies(self.config).to(positions.device)
+        cos, sin = angles.cos(), angles.sin()                            # (N, C / 2), float32
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+
+
+def rope_frequencies(cfg: Config) -> Tensor:
+    """Radians a token of each rotary pair, (C / 2,); llama3 stretches the slow ones."""
+    frequencies = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
+    if (s := cfg.rope_scaling) is None:
+        return frequencies
+    turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)   # 0: turns below low; 1: above high
+    return frequencies * (smooth + (1 - smooth) / s["factor"])
+
+
+class CausalLM(nn.Module):
+    """The decoder and its head: model(input_ids, attention_mask) -> logits."""
+
+    name = ""              # where it was loaded from,
+    fingerprint = ""       # and what tells this base from others
+    merged = ""            # the base it was, before adapters were merged into it
+    base_bits: int | None = None       # of its linear layers, where they are held in 8 or 4
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V) of input_ids (B, T).
+
+        attention_mask (B, T) is 0 at pads, on either side; logits at pads mean nothing. With a
+        cache, input_ids follow on the tokens that it holds, and it grows by the real ones.
+        """
+        return self.lm_head(self.model(input_ids, attention_mask, cache))

@@ -1,0 +1,167 @@
+"""Where the real tokens of a batch are, which of them are shared, and the cache of those before.
+
+Pads never reach a matrix multiplication, and what sequences begin with alike is computed once: the
+tokens of a batch are packed to rows (N, D), and only attention sees them as (B, T).
+
+Letters: B batch, T time, N real tokens, K key/value heads, C head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .config import Config
+
+if TYPE_CHECKING:
+    from .decoder import CausalLM
+
+FEW = 4                # tokens that are not worth sharing
+
+
+class Cache:
+    """Keys and values of the tokens so far, each row from position 0 on, whatever its padding."""
+
+    def __init__(self, model: CausalLM, batch: int, capacity: int):
+        """Room for `capacity` tokens in each of `batch` rows."""
+        cfg, weight = model.config, model.model.norm.weight
+        shape = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
+        self.keys = [weight.new_zeros(shape) for _ in range(cfg.num_hidden_layers)]
+        self.values = [weight.new_zeros(shape) for _ in range(cfg.num_hidden_layers)]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.used = 0        # upper bound of lengths, known without asking the device
+
+
+# First row, last row + 1, first token, last token + 1.
+Shared = Sequence[tuple[int, int, int, int]]
+
+
+class Tokens:
+    """Where the real tokens of one (B, T) batch are, as rows of a packed (N, ...) tensor.
+
+    Tokens that neighbouring sequences begin with alike are held once, by the first of them.
+    """
+
+    def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None = None,
+                 shared: Shared = ()):
+        mask = attention_mask.bool()
+        self.shape, self.device, self.shared = mask.shape, mask.device, shared
+        B, T = mask.shape
+        rows = torch.arange(B, device=self.device)[:, None].expand_as(mask)
+        order = mask.cumsum(1) - 1                                       # (B, T) place in its row
+        if cache is not None:
+            seen = cache.lengths.clone()
+            cache.lengths += mask.sum(1)
+            cache.used = min(cache.used + T, cache.keys[0].shape[2])
+        copies = torch.ones_like(order)
+        if shared:
+            mask = mask.clone()
+        for first, end, start, stop in shared:
+            mask[first + 1:end, start:stop] = False
+            copies[first, start:stop] = end - first
+        self.where = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
+        self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
+        self.slots = self.rows * T + local                               # right-padded places
+        self.copies = self.pack(copies.reshape(-1)) if shared else None  # (N,) sequences
+        self.positions = local if cache is None else local + seen[self.rows]
+        self.cache = cache
+        longest = T if cache is None else cache.used
+        self.masks = {w: self._mask(w, longest) for w in set(config.windows)}
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B*T, ...) -> (N, ...), without the pads."""
+        return x if self.where is None else x.index_select(0, self.where)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (B, T, ...), zeros at the pads."""
+        return self._spread(x, self.where)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        """(N, heads, C) -> (B, heads, T, C), each row's tokens from the left."""
+        return self._spread(x, self.slots).transpose(1, 2)
+
+    def _spread(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """(N, ...) -> (B, T, ...), each at its places of the B*T."""
+        if self.where is None or places is None:
+            return x.unflatten(0, self.shape)
+        return _Spread.apply(x, places, self.shape, self.shared)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(B, heads, T, C) -> (N, heads * C), the inverse of `sequences`."""
+        x = x.transpose(1, 2).flatten(2).flatten(0, 1)
+        return x if self.where is None else _Gather.apply(x, self.slots)
+
+    def _mask(self, window: int | None, keys: int) -> Tensor | None:
+        """Which of `keys` each query sees, (B, 1, T, keys); None where causality says it all."""
+        if self.cache is None and (window is None or window >= keys):
+            return None
+        query = self.sequences(self.positions[:, None, None]).to(self.device)     # (B, 1, T, 1)
+        key = torch.arange(keys, device=self.device)
+        seen = key <= query
+        return seen if window is None else seen & (key > query - window)
+
+
+class _Spread(torch.autograd.Function):
+    """Packed tokens to their places of (B, T, ...), shared ones to each sequence's.
+
+    By hand, for autograd does not know that places differ, and adds where it could copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, shape: tuple[int, int], shared: Shared,
+                ) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shared = shared
+        y = x.new_zeros(math.prod(shape), *x.shape[1:]).index_copy_(0, places, x)
+        y = y.unflatten(0, shape)
+        for first, end, start, stop in shared:
+            y[first + 1:end, start:stop] = y[first, start:stop].clone()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.shared:
+            dy = dy.clone()
+        for first, end, start, stop in ctx.shared:
+            dy[first, start:stop] = dy[first:end, start:stop].sum(0)
+        return dy.flatten(0, 1).index_select(0, ctx.saved_tensors[0]), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """x[places] of (M, ...), where no place comes twice, so that the gradient is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.rows = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return dy.new_zeros(ctx.rows, *dy.shape[1:]).index_copy_(0, places, dy), None
+
+
+def shared_prefixes(input_ids: Tensor, mask: Tensor) -> Shared:
+    """What the rows of a batch begin with alike: all of them, and groups of neighbours beyond that.
+
+    Only tokens where mask (B, T) is true are shared. Rows are compared with the next one alone, so
+    those that are alike should stand together.
+    """
+    same = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
+    alike = same.cumprod(1).sum(1).tolist()                              # (B - 1,) tokens
+    everyone, first = min(alike, default=0), 0
+    found = [(0, len(mask), 0, everyone)] if everyone else []
+    for end in range(1, len(mask) + 1):
+        if end == len(mask) or alike[end - 1] < everyone + FEW:
+            if end - first > 1:
+                found.append((first, end, everyone, min(alike[first:end - 1])))
+            first = end
+    return found

@@ -1,0 +1,183 @@
+"""Several processes on one run, as torchrun starts them; a process alone is a world of one.
+
+Each computes its share of every micro-batch, and takes the same optimizer step from the same summed
+gradients. These alone go over nccl, where there is CUDA; all else over gloo, which tells at once
+where another process is gone: nccl would wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..io.text import out_of_memory
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_joined = False          # by start(): processes that another program joined are none of ours
+
+
+def world() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if _joined else 1
+
+
+def rank() -> int:
+    """Which of them this is; number 0 prints, and writes the files."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """A failed exchange as a ConnectionError of one line."""
+    try:
+        yield
+    except RuntimeError as e:
+        if out_of_memory(e):
+            raise
+        # gloo names its source file first, then what happened; nccl says that last.
+        lines = str(e).splitlines()
+        reason = lines[-1] if "NCCL" in lines[0] else lines[0].rpartition("] ")[2].split(". ")[0]
+        raise ConnectionError("another process of this run has ended, or cannot be reached "
+                              f"({reason})") from e
+
+
+def start(device: torch.device) -> None:
+    """Join the processes that torchrun started, if it did; all but the first fall silent."""
+    global _joined
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined:
+        return
+    if device.type == "cuda":
+        if (local := _local_rank()) >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine finds {torch.cuda.device_count()} "
+                             "CUDA devices: start as many processes a machine as it has")
+        if device.index not in (None, local):
+            raise ValueError(f"--device {device}: of several processes each takes a device of its "
+                             "own, so leave out the number")
+        torch.cuda.set_device(local)
+    with _peers():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    _joined = True
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def leave(code: int) -> None:
+    """End this process, if it is one of several; with code 0 when all have come here.
+
+    At once: torch's threads were seen to abort a process that unwinds as usual.
+    """
+    if world() > 1:
+        if code == 0:
+            gather(None)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """One process of each machine does what follows first; the others find what it left."""
+    if world() > 1 and _local_rank():
+        gather(None)
+    yield
+    if world() > 1 and not _local_rank():
+        gather(None)
+    gather(None)                             # all have found it: it may be changed
+
+
+def share(count: int) -> int:
+    """The largest part of `count` that one process gets."""
+    return -(-count // world())
+
+
+def once(work: Callable[..., Any], *args: Any) -> None:
+    """work(*args), in the first process alone."""
+    if rank() == 0:
+        work(*args)
+
+
+def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
+    """The sum over the processes of each one's times * x, the same bits in all."""
+    if world() == 1:
+        return x
+    y = times * x.cpu()
+    with _peers():
+        dist.all_reduce(y)
+    return y.to(x.device)
+
+
+def anywhere(flag: Any) -> bool:
+    """Whether flag is true in any process."""
+    return bool(all_sum(torch.tensor(float(bool(flag)))))
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace each gradient by its sum over the processes: one exchange of one flat tensor."""
+    if world() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    if flat.device.type != "cuda":
+        flat = flat.cpu()                    # MPS has no exchange of its own
+    with _peers():
+        dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON value of every process, in order."""
+    if world() == 1:
+        return [value]
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
+    with _peers():
+        dist.all_gather(sizes, torch.tensor([len(data)]))
+        longest = max(map(int, sizes))
+        found = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(found, F.pad(data, (0, longest - len(data))))
+    return [json.loads(bytes(row[:int(size)].tolist())) for row, size in zip(found, sizes)]
+
+
+def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """work(item), a JSON value, of each item in order; as many at a time as there are processes.
+
+    Where the last round has fewer, the others repeat its last item: all pass the same exchanges.
+    """
+    for i in range(0, len(items), world()):
+        turn = items[i:i + world()]
+        yield from gather(work(turn[min(rank(), len(turn) - 1)]))[:len(turn)]
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Leave 1/N of each block's frozen weights in each process, in place, and all on `device`.
+
+    A block is whole only while it computes. Embedding, head and what is trained stay whole. Modules
+    may not be exchanged afterwards, so experts come before; `model` is on the CPU.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh(device.type, (world(),))
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device)

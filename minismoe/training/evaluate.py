@@ -1,0 +1,160 @@
+"""Greedy completion with the KV cache, and exact match a task."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.tasks import Task
+from ..data.tokenizer import Message, Tokenizer
+from ..model.decoder import CausalLM
+from ..model.tokens import Cache
+from .distributed import anywhere, spread
+
+
+@torch.no_grad()
+def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+             stop_ids: Sequence[int], batch_size: int = 32,
+             progress: Callable[[int], Any] = lambda prompts: None) -> list[list[int]]:
+    """Greedy continuations of token prompts, up to and without a stop id, or max_new_tokens long.
+
+    Prompts of similar length share a batch; a row that has stopped costs nothing more, and a batch
+    ends when all of its rows have.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def complete(batch: list[int]) -> list[list[int]]:
+        return _generate(model, [prompts[n] for n in batch], max_new_tokens, stop_ids)
+
+    for chosen, found in zip(batches, spread(complete, batches)):
+        for n, tokens in zip(chosen, found):
+            completions[n] = tokens
+        progress(len(chosen))
+    return completions
+
+
+def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+              stop_ids: Sequence[int]) -> list[list[int]]:
+    device = model.model.norm.weight.device
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    mask = torch.arange(longest, device=device) < lengths[:, None]       # right-padded
+    stops = torch.tensor(list(stop_ids), device=device)
+    cache = Cache(model, len(prompts), longest + max_new_tokens)
+    rows, last = torch.arange(len(prompts), device=device), lengths - 1
+    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    steps: list[Tensor] = []
+    for _ in range(max_new_tokens):
+        needed = F.one_hot(last, ids.shape[1]).bool()                            # (B, T)
+        hidden = model.model(ids, mask, cache, needed)[rows, last]               # (B, D)
+        token = model.lm_head(hidden).argmax(-1)
+        running = running & ~torch.isin(token, stops)
+        if not anywhere(running.any()):      # all take the same steps, as a sharded model needs
+            break
+        steps.append(torch.where(running, token, -1))
+        ids, mask, last = token[:, None], running[:, None], torch.zeros_like(last)
+    columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prompts]
+    return [[t for t in row if t >= 0] for row in columns]
+
+
+@dataclass
+class Accuracy:
+    """Exact matches of one task."""
+
+    correct: int
+    examples: int
+    wrong: list[tuple[str, str, str]] = field(default_factory=list)    # prompt, expected, given
+    right: list[int] = field(default_factory=list)                     # 1 or 0, line by line
+
+    @property
+    def share(self) -> float:
+        """Correct answers of all."""
+        return self.correct / max(1, self.examples)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the share (Wilson 1927); it holds for few examples and near 0 or 1."""
+        n, p, z = max(1, self.examples), self.share, 1.959964
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, batch_size: int = 32,
+             progress: Callable[[int], Any] = lambda prompts: None) -> Accuracy:
+    """Exact match of `model` on the test split of a task."""
+    def complete(prompts: list[list[int]], limit: int) -> list[list[int]]:
+        return generate(model, prompts, limit, tokenizer.stop_ids, batch_size, progress)
+
+    return exact_match(tokenizer, task, model.config.max_position_embeddings, complete)
+
+
+def exact_match(tokenizer: Tokenizer, task: Task, context: int,
+                complete: Callable[[list[list[int]], int], list[list[int]]]) -> Accuracy:
+    """Exact match on the test split: the answer of complete(prompts, limit), tokens in and out,
+    equals the last assistant turn, as the chat template writes it.
+
+    White space around both is not compared. Generation may run a little longer than the longest
+    reference, so that an answer that goes on is wrong and not cut to be right. Raises as
+    `answer_prompts` does.
+    """
+    prompts = answer_prompts(tokenizer, task, context)
+    answers, limit = references(tokenizer, task)
+    result = Accuracy(0, len(answers))
+    for messages, answer, tokens in zip(task.test, answers, complete(prompts, limit)):
+        given, reference = (tokenizer.decode(t).strip() for t in (tokens, answer))
+        result.right.append(int(given == reference))
+        if given == reference:
+            result.correct += 1
+        else:
+            result.wrong.append((messages[-2]["content"] if len(messages) > 1 else "",
+                                 reference, given))
+    return result
+
+
+def references(tokenizer: Tokenizer, task: Task) -> tuple[list[list[int]], int]:
+    """Tokens of the right answers, and how many an answer may have: a few more than the longest."""
+    answers = [answer_tokens(tokenizer, m) for m in task.test]
+    return answers, max(map(len, answers)) + 4
+
+
+def answer_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Tokens of the last turn up to its end, with what a template adds to it (as an empty
+    <think> of Qwen3's)."""
+    whole = tokenizer.render(messages)
+    start = tokenizer.render(messages[:-1], add_generation_prompt=True)
+    added = whole.startswith(start)
+    ids = tokenizer.encode(whole[len(start):] if added else messages[-1]["content"])[0]
+    stops = set(tokenizer.stop_ids)
+    return list(itertools.takewhile(lambda i: i not in stops, ids))
+
+
+def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[int]]:
+    """Tokens of each test line up to its last answer.
+
+    Raises ValueError where there is no test line, or one that fills the `context`, in tokens.
+    """
+    if not task.test:
+        raise ValueError(f"task {task.name} has no test line: give it a test.jsonl, or two lines")
+    prompts = []
+    for number, messages in enumerate(task.test, 1):
+        try:
+            text = tokenizer.render(messages[:-1], add_generation_prompt=True)
+        except ValueError as e:
+            raise ValueError(f"task {task.name}, test line {number}: {e}") from None
+        prompts.append(tokenizer.encode(text)[0])
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) >= context:
+            raise ValueError(f"task {task.name}: the prompt of test line {number} has "
+                             f"{len(prompt)} tokens, and the model's context {context}")
+    return prompts

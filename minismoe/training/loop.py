@@ -1,0 +1,201 @@
+"""The training loop: bucketed batches, accumulation, schedule, metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.tasks import Example, bucket, collate
+from ..io.signals import Interrupted, waiting
+from ..io.text import out_of_memory
+from ..method.experts import balance_loss, expert_layers, expert_use
+from ..method.loss import IGNORE, supervised_losses
+from ..model.decoder import CausalLM
+from . import distributed
+from .resume import digest, discard, due, load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the loop needs to know; together with data and model it determines the result."""
+
+    epochs: int = 3
+    batch_size: int = 16                # examples an optimizer step
+    micro_batch_size: int = 16          # examples computed at once, by all processes together
+    lr: float = 4e-3                    # its peak
+    warmup: float = 0.05                # share of the steps
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    router_aux_loss_coef: float = 0.01
+    checkpoint_every: int | str = 200   # steps, or minutes ("10m")
+    expert_use_every: int = 20          # steps
+    seed: int = 0
+
+
+def learning_rate(step: int, steps: int, cfg: TrainConfig) -> float:
+    """Linear warm-up to cfg.lr, then half a cosine to 0."""
+    warm = max(1, round(cfg.warmup * steps))
+    if step < warm:
+        return cfg.lr * (step + 1) / warm
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example]]:
+    """The batches of all epochs; a resumed run computes the same ones."""
+    return [batch for epoch in range(cfg.epochs)
+            for batch in bucket(examples, cfg.batch_size, cfg.seed * 1000 + epoch)]
+
+
+def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
+          resume: bool = False) -> dict[str, float]:
+    """Train the experts of `model`, in place; gives steps, tokens, seconds and the last loss.
+
+    Writes run/metrics.jsonl, a line a step, and run/checkpoints. Raises Interrupted after Ctrl-C,
+    SIGTERM or SIGHUP, the finished step saved; ValueError where it can't go on from a checkpoint;
+    ArithmeticError, naming step and batch, where the loss is no longer finite.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # With a smaller eps an entry whose gradient is rounding alone would move by the whole rate.
+    optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
+                                  weight_decay=cfg.weight_decay, fused=True)
+    batches = schedule(examples, cfg)
+    order = digest([[(e.task, e.index) for e in batch] for batch in batches])
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0}
+    if resume:
+        with distributed.one_first():    # which may remove a damaged one
+            state = load_checkpoint(run, parameters, optimizer, order) or state
+        if len(set(distributed.gather(state["step"]))) > 1:
+            raise ValueError(f"the processes do not see the same checkpoints: {run} must be a "
+                             "folder that they share")
+    else:
+        distributed.once(discard, run, "step")
+    begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
+    metrics = _metrics_from(run / "metrics.jsonl", state["metrics"])
+    bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1,
+               disable=distributed.rank() > 0)
+    came = 0
+    with metrics, bar, waiting() as signals:
+        for step in range(state["step"], len(batches)):
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, len(batches), cfg)
+            line = step_that_fits(model, batches[step], cfg, pad_id, step)
+            distributed.sum_gradients(parameters.values())
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.max_grad_norm).item()
+            if not math.isfinite(norm):
+                raise ArithmeticError(f"the loss is {line['loss']} at step {step + 1}, but its "
+                                      f"gradient {norm}: try a lower --lr, or --dtype float32")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            now = time.perf_counter()
+            line |= {"lr": group["lr"], "grad_norm": round(norm, 5),
+                     "tokens_per_second": round(line["tokens"] / (now - start), 1)}
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            state = {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
+                     "seconds": now - begun, "loss": line["loss"], "order": order,
+                     "metrics": os.fstat(metrics.fileno()).st_size}
+            came = _asked(signals)
+            if distributed.rank() == 0 and (came or due(cfg.checkpoint_every, step + 1, saved)
+                                            or step + 1 == len(batches)):
+                os.fsync(metrics.fileno())
+                save_checkpoint(run, parameters, optimizer, state)
+                saved = time.monotonic()
+            if came:
+                break
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tok/s",
+                                refresh=False)
+            bar.update()
+        if came := came or _asked(signals):          # it may come after the last step
+            raise Interrupted(f"saved after step {state['step']} of {len(batches)}", came)
+    return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
+
+
+def _asked(signals: Sequence[int]) -> int:
+    """The signal that asked any of the processes to end, as it may come to one alone; 0: none."""
+    return max(distributed.gather(signals[0] if signals else 0))
+
+
+def step_that_fits(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
+                   step: int = 0) -> dict[str, Any]:
+    """train_step, begun again with half the micro-batch each time that memory runs out."""
+    while True:
+        try:
+            return train_step(model, batch, cfg, pad_id, step)
+        except (MemoryError, RuntimeError) as e:
+            micro = min(cfg.micro_batch_size, len(batch)) // 2
+            if not out_of_memory(e) or micro == 0 or distributed.world() > 1:
+                raise                                    # others are amid an exchange
+            tqdm.write(f"step {step + 1}: out of memory, so {micro} examples at a time")
+        cfg = replace(cfg, micro_batch_size=micro)
+        model.zero_grad(set_to_none=True)                # of the micro-batches that were done
+        for layer in expert_layers(model).values():
+            layer.router_logits = None                   # the graph of the one that was not
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
+               step: int = 0) -> dict[str, Any]:
+    """Gradients of one optimizer step, in micro-batches, and its metrics.
+
+    The loss is the mean over the step's supervised tokens, whatever the micro-batches. The balance
+    loss is a statistic of each micro-batch, weighted by its tokens. Where several processes share
+    the micro-batches, the metrics are of all, and the gradients, of each one's part, add up.
+    """
+    device, layers = model.model.norm.weight.device, expert_layers(model)
+    supervised = Counter(e.task for e in batch for label in e.labels[1:] if label != IGNORE)
+    tokens, tasks = sum(len(e.ids) for e in batch), sorted(supervised)
+    sums: list[Tensor] = []              # of the losses of each task, and the balance loss
+    for i in range(0, len(batch), cfg.micro_batch_size):
+        part = batch[i:i + cfg.micro_batch_size]
+        mine = part[distributed.rank()::distributed.world()]
+        here = float(bool(mine))         # where examples are too few, one is computed for nothing
+        # Rows that begin alike, as those of a task do, stand together: they share what is computed.
+        mine = sorted(mine or part[:1], key=lambda e: e.ids)
+        ids, mask, labels = collate(mine, pad_id, device)
+        losses, rows = supervised_losses(model, ids, mask, labels, needed_only=True)
+        balanced = balance_loss(layers.values(), mask, model.model.copies,
+                                partial(distributed.all_sum, times=here))
+        balanced = balanced * (sum(len(e.ids) for e in part) / tokens)
+        loss = losses.sum() / supervised.total() + cfg.router_aux_loss_coef * balanced
+        (here * loss).backward()
+        task = torch.tensor([tasks.index(e.task) for e in mine], device=device)[rows]
+        sums.append(here * torch.cat((losses.new_zeros(len(tasks)).index_add(
+            0, task, losses.detach()), balanced.detach()[None])))
+    *by_task, balance = distributed.all_sum(torch.stack(sums).sum(0).cpu()).tolist()
+    mean = sum(by_task) / supervised.total()
+    if not math.isfinite(mean):
+        names = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
+        raise ArithmeticError(f"the loss is {mean} at step {step + 1}, on the training lines "
+                              f"{names} (of those not held out): try a lower --lr, or "
+                              "--dtype float32")
+    line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance, 5),
+            "tokens": tokens, "loss_by_task": {
+                task: round(total / supervised[task], 5) for task, total in zip(tasks, by_task)}}
+    if step % cfg.expert_use_every == 0:
+        line["expert_use"] = {name: [round(u, 3) for u in use]
+                              for name, use in expert_use(layers, mask).items()}
+    return line
+
+
+def _metrics_from(file: Path, size: int) -> TextIO:
+    """The metrics file, open for appending behind its first `size` bytes."""
+    if distributed.rank():
+        return open(os.devnull, "w", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metrics = file.open("a", encoding="utf-8", newline="\n")
+    metrics.truncate(size)
+    return metrics

@@ -1,0 +1,63 @@
+"""The benchmarks of speed and memory still run: each measures a tiny model once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from minismoe.model.decoder import CausalLM, Config
+
+if sys.platform != "linux":
+    pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).parent))
+import decode_speed  # noqa: E402
+import probe_speed  # noqa: E402
+import train_speed  # noqa: E402
+
+
+@pytest.mark.parametrize("side", decode_speed.OURS)
+def test_decode_speed_exports_a_side_and_measures_it(side, tmp_path, monkeypatch, capsys) -> None:
+    config = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 64,
+              "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+              "tie_word_embeddings": True, "eos_token_id": 257}
+    torch.manual_seed(0)
+    (model := tmp_path / "model").mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    save_file(dict(CausalLM(Config.from_dict(config)).named_parameters()),
+              model / "model.safetensors")
+    decode_speed.export(model, tmp_path / side, side)
+    monkeypatch.setenv("STARTED", "0")
+    decode_speed.child(side, tmp_path / side, threads=1, tokens=4)
+    seen = json.loads(capsys.readouterr().out)
+    assert seen.pop("tokens") == 4
+    assert seen.keys() == {"first", "peak", "rate", "prefill28", "prefill512"}
+    assert all(value > 0 for value in seen.values())
+
+
+def arguments(inputs: list[str], **more: object) -> argparse.Namespace:
+    return argparse.Namespace(model=inputs[1], data=inputs[3], tasks=None, batch_size=4, **more)
+
+
+def test_train_speed_measures_our_side(inputs, capsys) -> None:
+    train_speed.child(arguments(inputs, steps=2, side="ours", dtype="float32"))
+    assert min(json.loads(capsys.readouterr().out).values()) > 0
+
+
+@pytest.mark.parametrize("side", ["probe", "train"])
+def test_probe_speed_measures_memory(side, inputs, capsys) -> None:
+    probe_speed.peak(arguments(inputs, batches=2, side=side, dtype="float32"))
+    assert float(capsys.readouterr().out) > 0
+
+
+def test_probe_speed_times_three_sides(inputs, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["probe_speed.py", *inputs, "--batch-size", "4",
+                                      "--batches", "2"])
+    probe_speed.measure(arguments(inputs, batches=2, rounds=1), "float32")
+    assert "samples x 14 matrices, 1 rounds" in (said := capsys.readouterr().out)
+    assert "x cheaper" in said and "peak memory" in said

@@ -1,0 +1,472 @@
+"""The scripts as a user runs them, on a tiny checkpoint; and once on the embedded default."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import export
+import probe
+import train
+from minismoe.cli import probing
+from minismoe.cli.inputs import device_and_dtype, run
+from minismoe.io.process import resident
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / name), *args], text=True, timeout=120,
+                          capture_output=True)
+
+
+def finish(main, *args: str, capsys) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script's main under `run`."""
+    before, sys.argv = sys.argv, ["script", *args]
+    try:
+        with pytest.raises(SystemExit) as end:
+            run(main)
+            raise SystemExit(0)
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+def test_probe_writes_its_three_files(inputs, tmp_path, capsys) -> None:
+    code, out, _ = finish(probe.main, *inputs, "--out", str(tmp_path), "--samples", "8",
+                          "--rank", "4", "--keep", "0.5", capsys=capsys)
+    assert code == 0
+    sensitivity = json.loads((tmp_path / "sensitivity.json").read_text())
+    allocation = json.loads((tmp_path / "allocation.json").read_text())
+    assert sensitivity["format"] == "minismoe.sensitivity/1"
+    assert {t: v["samples"] for t, v in sensitivity["tasks"].items()} == {"sum": 8, "upper": 8}
+    assert all(len(v["scores"]) == 14 for v in sensitivity["tasks"].values())
+    assert allocation["format"] == "minismoe.allocation/1" and allocation["rank"] == 4
+    assert all(1 <= e <= 2 for e in allocation["experts"].values())
+    assert ET.parse(tmp_path / "allocation.svg").getroot().tag.endswith("svg")
+    assert "split-half overlap" in out and "experts a matrix" in out
+    assert "sum: no test split: 3 of 30 lines held out" in out
+
+
+def test_probe_draws_ranks_where_these_differ(inputs, tmp_path, capsys) -> None:
+    code, _, _ = finish(probe.main, *inputs, "--out", str(tmp_path), "--samples", "4",
+                        "--strategy", "ranks", capsys=capsys)
+    total = sum(json.loads((tmp_path / "allocation.json").read_text())["ranks"].values())
+    assert code == 0 and f">{total} ranks<" in (tmp_path / "allocation.svg").read_text()
+
+
+def test_samples_auto_says_where_it_stopped(inputs, tmp_path, capsys) -> None:
+    code, out, _ = finish(probe.main, *inputs, "--out", str(tmp_path), "--samples", "auto",
+                          "--overlap", "1.0", capsys=capsys)
+    assert code == 0
+    stop, lowest = re.search(r"stopped at (\d+) a task: the lowest overlap is (\S+),", out).groups()
+    assert int(stop) == 27 or float(lowest) == 1.0            # all that the larger task has
+    counts = json.loads((tmp_path / "sensitivity.json").read_text())["tasks"]
+    assert {t: v["samples"] for t, v in counts.items()} == {
+        "sum": int(stop), "upper": min(24, int(stop))}
+
+
+def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
+    out_dir = tmp_path / "run"
+    code, out, _ = finish(train.main, *inputs, "--out", str(out_dir), "--samples", "8",
+                          "--epochs", "1", "--verbose", capsys=capsys)
+    assert code == 0, out
+    results = json.loads((out_dir / "results.json").read_text())
+    allocation = json.loads((out_dir / "allocation.json").read_text())
+    adapter = load_file(out_dir / "adapter" / "adapter.safetensors")
+    assert results["format"] == "minismoe.results/1" and results["metric"] == "exact_match"
+    assert results["experts"] == sum(allocation["experts"].values())
+    assert results["trainable_parameters"] == allocation["trainable_parameters"]
+    assert results["trainable_parameters"] == sum(t.numel() for t in adapter.values())
+    assert {n: t["examples"] for n, t in results["tasks"].items()} == {"sum": 3, "upper": 6}
+    assert set(results["mean"]) == {"before", "after"} and set(results["seconds"]) == {
+        "probe", "train"}
+    config = json.loads((out_dir / "config.json").read_text())
+    assert config["arguments"]["lr"] == 4e-3 and config["arguments"]["dtype"] != "auto"
+    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 4       # 51 examples / 16
+    assert "expected" in out and str(out_dir) in out
+
+    code, _, err = finish(train.main, *inputs, "--out", str(out_dir), capsys=capsys)
+    assert code == 1 and "holds a run already" in err
+    code, _, err = finish(probe.main, *inputs, "--out", str(out_dir), capsys=capsys)
+    assert code == 1 and "is a run of train.py" in err
+    assert json.loads((out_dir / "allocation.json").read_text()) == allocation
+
+
+@pytest.mark.parametrize("units", [(), ("amx_tile",), ("avx512_bf16",), ("vnni",)])
+def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, units) -> None:
+    for unit in ("amx_tile", "avx512_bf16", "vnni"):
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda u=unit: u in units,
+                            raising=False)
+    args = train.parse([*inputs, "--device", "cpu"])
+    expected = torch.bfloat16 if {"amx_tile", "avx512_bf16"} & set(units) else torch.float32
+    assert device_and_dtype(args)[1] == expected
+
+
+@pytest.mark.parametrize("main", [train.main, probe.main])
+def test_samples_are_a_number_or_auto(inputs, tmp_path, capsys, main) -> None:
+    for wrong in ("0", "some"):
+        code, _, err = finish(main, *inputs, "--samples", wrong, "--out", str(tmp_path / "run"),
+                              capsys=capsys)
+        assert code == 2 and "--samples" in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_train_takes_an_allocation_as_it_is(inputs, tmp_path, capsys, bare) -> None:
+    experts = {"model.layers.1.mlp.up_proj": 3, "model.layers.0.self_attn.q_proj": 1}
+    value = experts if bare else {"format": "minismoe.allocation/1", "rank": 2, "alpha": 5,
+                                  "top_k": 1, "strategy": "mine", "experts": experts}
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "a.json"), "--out",
+                          str(tmp_path / "run"), "--epochs", "1", "--rank", "3", capsys=capsys)
+    assert code == 0, err
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    rank = 3 if bare else 2
+    assert {n: tuple(t.shape) for n, t in adapter.items()} == {
+        "model.layers.1.mlp.up_proj.lora_A": (3, rank, 32),
+        "model.layers.1.mlp.up_proj.lora_B": (3, rank, 48),
+        "model.layers.1.mlp.up_proj.router": (3, 32),
+        "model.layers.0.self_attn.q_proj.lora_A": (1, rank, 32),
+        "model.layers.0.self_attn.q_proj.lora_B": (1, rank, 32)}
+    saved = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())["allocation"]
+    assert (saved["alpha"], saved["top_k"], saved["strategy"]) == (
+        (6, 2, "custom") if bare else (5, 1, "mine"))
+
+
+def test_unknown_modules_are_all_listed(inputs, tmp_path, capsys) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"model.layers.9.x": 1, "lm_head": 1, "nope": 2}))
+    code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "a.json"), "--out",
+                          str(tmp_path / "run"), capsys=capsys)
+    assert code == 1 and all(n in err for n in ("model.layers.9.x", "lm_head", "nope"))
+    assert not (tmp_path / "run").exists()          # found before any work
+
+
+@pytest.mark.parametrize("strategy", probing.BLIND)
+def test_no_probe_where_it_decides_nothing(inputs, tmp_path, capsys, monkeypatch, strategy) -> None:
+    flags = *inputs, "--strategy", strategy, "--rank", "4", "--budget-params", "5000"
+    probe.main([*flags, "--samples", "4", "--out", str(tmp_path / "probe")])
+    monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",
+                        lambda *_: pytest.fail("it probes"))
+    code, _, err = finish(train.main, *flags, "--epochs", "1", "--out", str(tmp_path / "run"),
+                          capsys=capsys)
+    assert code == 0 and not (tmp_path / "run" / "sensitivity.json").exists(), err
+    found, wanted = (json.loads((tmp_path / d / "allocation.json").read_text())
+                     for d in ("run", "probe"))
+    assert found == wanted and found["experts"]
+
+
+def test_what_was_probed_is_not_written_over(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "4", "--out", str(tmp_path)
+    probe.main(list(known))
+    before = (tmp_path / "sensitivity.json").read_bytes()
+    code, _, err = finish(train.main, *known, "--epochs", "1", capsys=capsys)
+    assert code == 1 and "is what probe.py measured: choose another --out" in err
+    assert (tmp_path / "sensitivity.json").read_bytes() == before
+
+
+def test_show_without_colours_marks_by_brackets(inputs, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for value, mark in (("1", "[["), ("", "\x1b[32m")):
+        monkeypatch.setenv("NO_COLOR", value)
+        code, out, err = finish(train.main, *inputs, "--show", "1", capsys=capsys)
+        assert code == 0 and mark in out, err
+
+
+def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
+    code, out, _ = finish(train.main, *inputs, "--show", "2", capsys=capsys)
+    assert code == 0
+    assert "Assistant:[[ N0<|end|>]]" in out and out.count("---") == 4
+
+
+@pytest.mark.parametrize("args, code, says", [
+    (["--keep", "2"], 2, "not in (0, 1]"),
+    (["--no-such-flag"], 2, "unrecognized arguments"),
+    (["--resume"], 2, "--resume needs --out"),
+    (["--model", "nowhere-at-all", "--data", "."], 1, "no such model folder"),
+    (["--model", "."], 1, "--model and --data go together"),
+    (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),
+    (["--shard"], 1, "start several with torchrun"),
+])
+def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path) -> None:
+    extra = [] if "--model" in args else inputs
+    done = script("train.py", *extra, *args, *(
+        [] if "--resume" in args else ["--out", str(tmp_path / "r")]))
+    assert done.returncode == code and says in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_debug_shows_the_traceback(tmp_path) -> None:
+    done = script("train.py", "--model", str(tmp_path / "x"), "--data", ".", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path) -> None:
+    flags = [*inputs, "--samples", "4", "--epochs", "15", "--batch-size", "4", "--dtype", "float32"]
+    assert script("train.py", *flags, "--out", str(tmp_path / "straight")).returncode == 0
+
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags, "--out", str(cut)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = cut / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 20):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--resume --out {cut}" in err
+    assert not (cut / "results.json").exists()
+
+    refused = script("train.py", "--resume", "--out", str(cut), "--lr", "0.5")
+    assert refused.returncode == 1 and "--lr 0.5 (was 0.004)" in refused.stderr
+    assert script("train.py", "--resume", "--out", str(cut)).returncode == 0
+    first, second = (load_file(tmp_path / r / "adapter" / "adapter.safetensors")
+                     for r in ("straight", "cut"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    a, b = (json.loads((tmp_path / r / "results.json").read_text()) for r in ("straight", "cut"))
+    assert a["tasks"] == b["tasks"]
+
+
+def test_the_embedded_default(tmp_path) -> None:
+    """The README's promise: the whole method with no argument, and what it is worth."""
+    done = subprocess.run([sys.executable, str(ROOT / "train.py")], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=600, env={**os.environ, "NO_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["tasks"]) >= 4
+    assert results["mean"]["before"] <= 0.40 and results["mean"]["after"] >= 0.90
+    assert "experts a matrix" in done.stdout and "Next:" in done.stdout
+    for command in re.findall(r"  python train.py (--strategy .*)", done.stdout):
+        assert train.parse(command.split()).budget_params > 0
+
+
+def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path, capsys,
+                                                              monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    shutil.copy(Path(inputs[1]) / "config.json", tmp_path / "model")
+    code, out, err = finish(train.main, "--plan", "--model", "model", "--base-bits", "4",
+                            "--micro-batch-size", "2", "--max-length", "64", capsys=capsys)
+    assert code == 0, err
+    assert "2 of 16 examples at a time, of up to 64 tokens" in out and "tokens/s" not in out
+    parts = {name: float(size.replace(",", "")) for name, size in
+             re.findall(r"^(\S+(?: weights)?) +([\d,.]+)$", out, re.MULTILINE)}
+    assert parts.pop("peak") == pytest.approx(sum(parts.values()), abs=0.4) and len(parts) == 6
+    code, out, err = finish(train.main, "--plan", *inputs, capsys=capsys)
+    assert code == 0, err
+    assert "12 steps, " in out and "tokens/s measured" in out and "disk: " in out
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "config.json"]
+
+
+def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch) -> None:
+    """The same adapter as with that number given, and a resumed run keeps it."""
+    room = {}
+
+    def fits(setup, batches, free):
+        room["MiB"] = free / 2**20
+        return 3
+
+    flags = [*inputs, "--epochs", "1", "--samples", "4", "--rank", "2"]
+    monkeypatch.setattr("minismoe.cli.plan.fit_micro_batch", fits)
+    auto = [*flags, "--batch-size", "auto", "--memory", "2G", "--out", str(tmp_path / "auto")]
+    code, out, err = finish(train.main, *auto, capsys=capsys)
+    assert code == 0, err
+    assert "--micro-batch-size 3 of 16 fits" in out
+    assert room["MiB"] == pytest.approx(0.9 * 2048 - resident() / 2**20, abs=300)
+    saved = json.loads((tmp_path / "auto" / "config.json").read_text())["arguments"]
+    assert (saved["batch_size"], saved["micro_batch_size"]) == (16, 3)
+    finish(train.main, *flags, "--micro-batch-size", "3", "--out", str(tmp_path / "given"),
+           capsys=capsys)
+    ours, theirs = (load_file(tmp_path / run / "adapter" / "adapter.safetensors")
+                    for run in ("auto", "given"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (tmp_path / "auto" / "results.json").unlink()
+    monkeypatch.setattr("minismoe.cli.plan.fit_micro_batch", lambda *_: 5)
+    code, out, err = finish(train.main, *auto, "--resume", capsys=capsys)
+    assert code == 0, err
+    assert "fits" not in out and "nothing is missing" not in out
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["arguments"] == saved
+
+
+@pytest.mark.parametrize("flags", [
+    "--lr -0.001", "--lr nan", "--lr inf", "--weight-decay -1", "--warmup nan", "--warmup 5",
+    "--router-aux-loss-coef nan", "--max-grad-norm 0", "--max-grad-norm -1", "--alpha 0",
+    "--batch-size auto --micro-batch-size 2", "--allocation x --keep 0.5",
+    "--allocation x --targets q_proj", "--model=", "--out=",
+    "--seed 18446744073709551616", "--memory 4", "--tasks=", "--allocation="])
+def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
+    code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
+                          capsys=capsys)
+    assert code == 2 and flags.split("=")[0].split()[0] in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("main", [train.main, probe.main])
+@pytest.mark.parametrize("flags, says", [
+    ("--keep 0.5 --budget-experts 5", "only one of keep"), ("--targets nothing", "no module"),
+    ("--min-experts -1", "min_experts"), ("--min-experts 1100", "from 0 to 1024, got 1100")])
+def test_allocation_flags_are_checked_before_the_probe(inputs, tmp_path, capsys, monkeypatch, main,
+                                                       flags, says) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",
+                        lambda *_: pytest.fail("it probes"))
+    code, _, err = finish(main, *inputs, *flags.split(), capsys=capsys)
+    assert code == 1 and says in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", ["--rank 40", "--strategy lora --budget-params 999999"])
+def test_a_rank_that_no_matrix_has_leaves_no_run_behind(inputs, tmp_path, capsys, flags) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path / "run")
+    code, _, err = finish(train.main, *known, *flags.split(), capsys=capsys)
+    assert code == 1 and "more than the matrix itself has: model.layers." in err
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert finish(train.main, *known, "--rank", "2", capsys=capsys)[0] == 0
+
+
+def test_what_an_older_run_left_is_not_taken_for_this_ones(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "sensitivity.json").write_text("{}")
+    (tmp_path / "before.json").write_text(json.dumps(
+        {"upper": {"correct": 6, "examples": 6}, "sum": {"correct": 3, "examples": 3}}))
+    code, _, err = finish(train.main, *known, capsys=capsys)
+    assert code == 0, err
+    before = json.loads((tmp_path / "before.json").read_text())
+    assert {task: (b["correct"], b["examples"]) for task, b in before.items()} == {
+        "sum": (0, 3), "upper": (0, 6)}
+
+
+def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "2", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    (tmp_path / "results.json").unlink()
+    for file in (tmp_path / "checkpoints").iterdir():
+        shutil.rmtree(file)
+    smaller = "--micro-batch-size", "4", "--recompute", "--memory", "2G"
+    for flags in (smaller, ()):                          # the second time they are the run's own
+        code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), *flags, capsys=capsys)
+        assert code == 0 and (tmp_path / "results.json").exists(), err
+        assert ("the last bits may differ: memory 2147483648 (was None), micro_batch_size 4 "
+                "(was 16), recompute True (was False)" in err) == bool(flags)
+        saved = json.loads((tmp_path / "config.json").read_text())["arguments"]
+        assert (saved["micro_batch_size"], saved["recompute"]) == (4, True)
+        (tmp_path / "results.json").unlink()
+
+
+def test_another_memory_is_asked_again_what_fits(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    auto = "--batch-size", "auto", "--memory"
+    assert finish(train.main, *known, *auto, "4G", capsys=capsys)[0] == 0
+    (tmp_path / "results.json").unlink()
+    code, _, err = finish(train.main, "--resume", *known, *auto, "8M", capsys=capsys)
+    assert code == 1 and "one example at a time needs" in err
+    code, out, err = finish(train.main, "--resume", *known, *auto, "5G", capsys=capsys)
+    assert code == 0 and "16 of 16 fits" in out, err
+
+
+def test_a_run_of_before_processes_were_noted_goes_on(inputs, tmp_path, capsys) -> None:
+    (tmp_path / "map.json").write_text('{"model.layers.0.mlp.up_proj": 2}')
+    run = tmp_path / "run"
+    code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "map.json"),
+                          "--epochs", "1", "--out", str(run), capsys=capsys)
+    assert code == 0, err
+    config = json.loads((run / "config.json").read_text())
+    del config["processes"]
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "results.json").unlink()
+    code, _, err = finish(train.main, "--resume", "--out", str(run), capsys=capsys)
+    assert code == 0 and "differ" not in err, err
+
+
+def test_other_processes_have_other_threads(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["processes"] == 1
+    (tmp_path / "config.json").write_text(json.dumps(config | {"threads": 7, "processes": 4}))
+    (tmp_path / "results.json").unlink()
+    code, out, err = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
+    assert code == 0 and torch.get_num_threads() == config["threads"] and "threads:" not in out
+    assert "the last bits may differ: processes 1 (was 4)" in err
+
+
+def test_auto_leaves_room_for_the_probe(inputs, tmp_path, capsys, monkeypatch) -> None:
+    """Training computes once what examples begin with alike; the probe does not."""
+    (tmp_path / "t.jsonl").write_text("".join(
+        json.dumps({"prompt": "the same " * 100 + str(i), "completion": "yes"}) + "\n"
+        for i in range(40)))
+    (tmp_path / "map.json").write_text('{"model.layers.0.mlp.up_proj": 2}')
+    monkeypatch.setattr("minismoe.cli.plan.runtime_bytes", lambda *_: 0)
+    fits = []
+    for flags in ((), ("--allocation", str(tmp_path / "map.json"))):
+        code, out, err = finish(
+            train.main, *inputs[:3], str(tmp_path), "--tasks", "t", "--dtype", "float32", "--plan",
+            "--batch-size", "auto", "--memory", "40M", *flags, capsys=capsys)
+        assert code == 0, err
+        fits.append(int(re.search(r"(\d+) of 16 examples", out)[1]))
+    assert 1 < fits[0] < fits[1] == 16
+
+
+def test_a_memory_that_nothing_heeds_is_refused(inputs, tmp_path, capsys) -> None:
+    code, _, err = finish(train.main, *inputs, "--memory", "2G", "--device", "cpu", "--out",
+                          str(tmp_path / "run"), capsys=capsys)
+    assert code == 1 and "--memory is for --batch-size auto and --plan" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_by_name(inputs, capsys) -> None:
+    for names, says in (("sum, upper", ""), ("sum,sum", "asked for twice"), ("no", "no task no")):
+        code, _, err = finish(train.main, *inputs, "--tasks", names, "--show", "1", capsys=capsys)
+        assert code == (1 if says else 0) and says in err
+    for names, says in (("count,count", "asked for twice"), ("no", "no task no; it has capitals")):
+        code, _, err = finish(train.main, "--tasks", names, "--show", "1", capsys=capsys)
+        assert code == 1 and says in err
+    for more in ([], ["--plan"]):
+        code, _, err = finish(train.main, *inputs[2:], *more, capsys=capsys)
+        assert code == 1 and "--model and --data go together" in err
+
+
+def test_a_run_begun_in_shards_goes_on_in_one_process(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["arguments"]["shard"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "results.json").unlink()
+    code, _, err = finish(train.main, *known, "--dtype", "auto", "--resume", capsys=capsys)
+    assert code == 0 and (tmp_path / "results.json").exists(), err
+
+
+def test_too_little_memory_says_what_would_help(inputs, tmp_path, capsys) -> None:
+    code, _, err = finish(train.main, *inputs, "--micro-batch-size", "auto", "--memory", "8M",
+                          "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code == 1 and not (tmp_path / "run").exists()
+    assert err.splitlines()[-1].startswith("error: training one example at a time needs ")
+
+
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_a_run_on_few_bits(inputs, tmp_path, capsys, bits) -> None:
+    code, out, err = finish(train.main, *inputs, "--base-bits", bits, "--epochs", "1", "--samples",
+                            "4", "--rank", "2", "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code == 0, err
+    assert f"linear layers in {bits} bits" in out
+    meta = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
+    assert meta["base_bits"] == int(bits)
+    code, out, err = finish(export.main, str(tmp_path / "run"), "--layout", "hf", "--out",
+                            str(tmp_path / "hf"), "--calibration", "8", capsys=capsys)
+    assert code == 0, err

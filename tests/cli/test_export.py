@@ -1,0 +1,338 @@
+"""export.py as a user runs it, on a tiny run of train.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import export
+import train
+from minismoe.cli import export_flags
+from minismoe.export import verify
+from minismoe.export.heal import auto, load_frozen
+from minismoe.method.freeze import merge
+from minismoe.model.checkpoint import load_adapter, load_model
+from minismoe.model.decoder import CausalLM, Config
+from minismoe.runtime import Generator, read_info
+from minismoe.training.evaluate import generate
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = [256, *b"User: say 3\nAssistant:"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three experts on most matrices of a random byte-level model, for two tasks."""
+    root = tmp_path_factory.mktemp("export")
+    config = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "head_dim": 16, "tie_word_embeddings": True, "eos_token_id": 257,
+              "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    (root / "model").mkdir()
+    (root / "model" / "config.json").write_text(json.dumps(config))
+    save_file(dict(CausalLM(Config.from_dict(config)).named_parameters()),
+              root / "model" / "model.safetensors")
+    (root / "data").mkdir()
+    for name, answer in (("number", "N{}"), ("twice", "{0} {0}")):
+        (root / "data" / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": f"say {i}", "completion": answer.format(i)}) + "\n"
+            for i in range(40)))
+    train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--max-experts", "3",
+                "--strategy", "uniform", "--budget-experts", "40", "--rank", "2", "--epochs", "4",
+                "--lr", "0.02", "--out", str(root / "run"), "--seed", "1"])
+    return root / "run"
+
+
+@pytest.mark.parametrize("flags", [
+    "", "--routing dynamic", "--routing freeze --heal 3", "--routing auto --tolerance 0",
+    "--fit gates", "--task twice", "--adapters", "--target portable", "--precision int4",
+    "--precision int8 --target portable", "--precision fp16", "--static 1x1x64 --target portable",
+    "--layout genai", "--layout genai --adapters", "--layout genai --target portable",
+    "--layout web --precision int4", "--layout peft", "--layout hf --heal 2", "--prompts",
+])
+def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
+    """Each passes its own check against PyTorch, and says what it holds."""
+    out, args = tmp_path / "out", flags.split()
+    if "--prompts" in args:
+        (tmp_path / "lines").write_text("say 5\nsay 77\nsing\n\nwhat?\nsay 6\nsay 1\n")
+        args += [str(tmp_path / "lines"), "--heal", "2", "--routing", "auto"]
+    if "dynamic" not in args:
+        args += ["--calibration", "16"]
+    export.main([str(run), "--out", str(out), "--check", "4", *args])
+    info = json.loads((out / "export.json").read_text())
+    if args[:2] != ["--routing", "dynamic"]:
+        kinds = {f.kind for f in load_frozen(run / "adapter")[
+            info["arguments"]["task"] or ""].values()}
+        assert ("healed" in kinds) == ("--heal" in args)
+        assert not ("--fit" in args and "linear" in kinds)
+    for file in out.rglob("model*.onnx"):
+        graph = onnx.load(file, load_external_data=False).graph
+        blocks = {node.op_type for node in graph.node} & {"MatMulNBits", "DequantizeLinear"}
+        assert bool(blocks) == info["arguments"]["precision"].startswith("int")
+        beside = {"freeze", "dynamic", "auto"} & set(args)
+        stored = [t.name for t in graph.initializer if ".lora_A" in t.name]
+        assert bool(stored) == bool(beside) or info["routed"] == []
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert files == {*info["files"], "export.json"}
+    assert info["checked"] and not list(tmp_path.glob(".*.tmp"))
+    if "--layout" in args:
+        opened = {"genai": "genai_config.json", "web": "onnx/model_q4.onnx",
+                  "peft": "adapter_model.safetensors", "hf": "model.safetensors"}
+        assert opened[args[1]] in files and "sampler.onnx" not in files
+        return
+    read_info(out, verify=True)
+    if info["precision"] == "fp32" and not {"--adapters", "--prompts", "--heal"} & set(args):
+        model = load_model(run.parent / "model")
+        load_adapter(model, run / "adapter")
+        if args[:2] != ["--routing", "dynamic"]:
+            merge(model, load_frozen(run / "adapter")[info["arguments"]["task"] or ""],
+                  info["routed"])
+        (expected,) = generate(model, [PROMPT], 20, [257])
+        assert len(expected) > 3
+        assert list(Generator(out, threads=1).generate(PROMPT, 20)) == expected
+
+
+def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:
+    export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
+    fits = load_frozen(run / "adapter")
+    assert set(fits) == {"", "number", "twice"}
+    with safe_open(run / "adapter" / "adapter.safetensors", "pt") as f:
+        assert set(fits[""]) == {key.rpartition(".")[0] for key in f.keys()}    # noqa: SIM118
+    assert (run / "adapter" / "residual.svg").read_text().startswith("<svg")
+
+
+def test_auto_may_lose_just_the_tolerance(run: Path, tmp_path: Path) -> None:
+    """In floats 0.07 - 0.01 is more than 0.06."""
+    export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
+    load_adapter(model := load_model(run.parent / "model"), run / "adapter")
+    fits = load_frozen(run / "adapter")[""]
+    strict, just = auto(model, fits, lambda m: 0.07 if m is model else 0.06, [0.0099, 0.01])
+    assert strict and not just
+
+
+def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export.main([str(run), "--table", "--heal", "2", "--calibration", "16", "--routing", "auto"])
+    rows = json.loads((run / "routing.json").read_text())["rows"]
+    names = [row["model"].split(":")[0] for row in rows]
+    assert names == ["mixture", "merged, mean", "merged, gates", "merged, linear",
+                     "merged, linear, a task", "merged, healed", "auto, 0 points",
+                     "auto, 1 points", "auto, 2 points"]
+    assert "merged, healed" in capsys.readouterr().out
+
+
+def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:
+    """Not twice, and not to take it out again: the weights are no longer those of the base."""
+    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "hf"])
+    with pytest.raises(ValueError, match="merged into it, which can't be taken out again"):
+        load_adapter(load_model(tmp_path / "out"), run / "adapter")
+
+
+def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path) -> None:
+    """By itself, as the base that it names with the adapter, and not as a whole model."""
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "peft"])
+    load_adapter(model := load_model(run.parent / "model"), run / "adapter")
+    merge(model, load_frozen(run / "adapter")[""])
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        torch.testing.assert_close(found, model(ids), rtol=0, atol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("say").input_ids
+
+
+def test_the_path_of_a_web_folder_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert repr(str(tmp_path / "out")) in export.next_command("web", Path("out"), None)
+
+
+def test_a_base_alone(run: Path, tmp_path: Path) -> None:
+    base = run.parent / "model"
+    export.main(["--model", str(base), "--out", str(tmp_path / "out")])
+    (expected,) = generate(load_model(base), [PROMPT], 20, [257])
+    assert list(Generator(tmp_path / "out", threads=1).generate(PROMPT, 20)) == expected
+
+
+@pytest.mark.parametrize("flags", ["--task number", "--table", "--heal 3", "--routing auto",
+                                   "--prompts x", "--layout peft", "--adapters", "--fit linear",
+                                   "--calibration 64", "--limit-test 5"])
+def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, flags: str,
+                                                     capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)                                # where no run is
+    with pytest.raises(ValueError, match=f"no run yet .*, which {flags[:6]}"):
+        export.main(flags.split())
+    with pytest.raises(SystemExit):
+        export.main(["--model", str(run.parent / "model"), *flags.split()])
+    assert "--model" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
+    export.main([str(run), "--out", str(tmp_path / "out"), "--check", "2"])
+    arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
+    assert arguments.items() >= (export_flags.DEFAULTS | export_flags.USUAL | {"check": 2}).items()
+
+
+def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
+    flags = [str(run), "--target", "portable", "--out", str(tmp_path / "out"), "--static"]
+    with pytest.raises(ValueError, match=r"--static with 30 past positions: .* need \d+$") as said:
+        export.main([*flags, "1x16x30"])
+    least = int(str(said.value).split()[-1])
+    assert least >= len(PROMPT) + 16
+    export.main([*flags, f"1x16x{least}"])                     # room for one token alone
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["checked"]
+
+
+def test_answers_that_a_static_past_cannot_hold_are_left_out(run: Path, tmp_path: Path,
+                                                             capsys) -> None:
+    flags = [str(run), "--target", "portable", "--static"]
+    export.main([*flags, "1x8x40", "--out", str(tmp_path / "a")])
+    assert capsys.readouterr().out.count("no exact match, as an answer may have") == 2
+    checked = json.loads((tmp_path / "a" / "export.json").read_text())
+    assert checked["checked"][""]["exact_match"] == {}
+    export.main([*flags, "2x1x64", "--out", str(tmp_path / "b")])                # two rows, too
+    assert set(json.loads((tmp_path / "b" / "export.json").read_text())["checked"][""][
+        "exact_match"]) == {"number", "twice"}
+
+
+def test_columns_that_not_every_task_has(capsys) -> None:
+    verify.show_accuracy([{"a": {"trained": 0.5, "fp32": 0.25}, "b": {"fp32": 0.75}}])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "0.500", "0.250"] in lines and ["b", "-", "0.750"] in lines
+    assert ["mean", "-", "0.500"] in lines
+
+
+@pytest.mark.parametrize("results", ["[]", "{}", '{"tasks": []}', '{"tasks": {"number": 1}}',
+                                     '{"tasks": {"number": {"examples": 4}}}'])
+def test_results_that_are_none_are_refused_before_any_work(run: Path, tmp_path: Path,
+                                                           results: str) -> None:
+    before = (run / "results.json").read_text()
+    examples = json.loads(before)["tasks"]["number"]["examples"]
+    (run / "results.json").write_text(results.replace("4", str(examples)))
+    try:
+        with pytest.raises(ValueError, match="results.json is not understood"):
+            export.main([str(run), "--out", str(tmp_path / "out")])
+    finally:
+        (run / "results.json").write_text(before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verify.TOLERANCES, "int4", 1e-6)
+    with pytest.raises(ValueError, match="not what PyTorch computes"):
+        export.main([str(run), "--out", str(tmp_path / "out"), "--precision", "int4"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", ["--routing dynamic", "--routing freeze --target portable"])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precision: str,
+                                               flags: str, monkeypatch) -> None:
+    """Rounding explains more than they do, until PyTorch's weights are rounded too."""
+    write, check = export.write_decoder, verify.compare_rounded
+
+    def broken(file, config, weight, beside, **options) -> None:
+        some = {name: side for name, side in beside.items() if "q_proj" not in name}
+        assert 0 < len(some) < len(beside)
+        write(file, config, weight, some, **options)
+
+    args = [str(run), "--out", str(tmp_path / "out"), "--precision", precision, *flags.split()]
+    monkeypatch.setattr(export, "write_decoder", broken)
+    with pytest.raises(ValueError, match="with the same rounded weights: .* explains 0.0001"):
+        export.main(args)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(verify, "compare_rounded", lambda *args: {"rounded_error": 0.0})
+    export.main(args)
+    monkeypatch.setattr(verify, "compare_rounded", check)
+    monkeypatch.setattr(export, "write_decoder", write)
+    export.main([*args, "--out", str(tmp_path / "whole")])
+    checked = json.loads((tmp_path / "whole" / "export.json").read_text())["checked"][""]
+    assert checked["rounded_error"] < 1e-5 < checked["logits_error"]
+
+
+def test_every_adapter_is_compared_in_few_bits(run: Path, tmp_path: Path, capsys) -> None:
+    export.main([str(run), "--out", str(tmp_path / "out"), "--precision", "int4-8", "--adapters"])
+    checked = json.loads((tmp_path / "out" / "export.json").read_text())["checked"]
+    assert set(checked) == {"", "number", "twice"}
+    assert all(seen["rounded_error"] < 1e-5 for seen in checked.values())
+    assert capsys.readouterr().out.count(" with rounded weights), ") == 3
+
+
+def test_what_is_no_number_is_refused(run: Path) -> None:
+    base = load_model(run.parent / "model")
+    for broken in (lambda p, t: verify.logits(base, p, t) * math.nan,
+                   lambda p, t: verify.logits(base, p, t) * (math.nan if len(p) == 9 else 1)):
+        with pytest.raises(ValueError, match="not what PyTorch computes"):
+            verify.compare(base, broken, [PROMPT[:8], PROMPT[:9], PROMPT], [257], "fp32")
+
+
+def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    for flags in ("--routing dynamic", "--heal 100000"):           # before any work
+        with pytest.raises(FileExistsError, match="exists already"):
+            export.main([str(run), "--out", str(tmp_path / "out"), *flags.split()])
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ("--static 1x1x8", "--static needs --target portable"),
+    ("--static 1xtwo", "invalid static value"),
+    ("--layout hf --routing dynamic", "knows no routing"),
+    ("--layout hf --precision int4", "holds no graph"),
+    ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
+    ("--routing dynamic --heal 3", "--routing dynamic freezes nothing"),
+    ("--adapters --routing auto", "--adapters freezes every matrix"),
+    ("--layout web --target portable", "of target ort"),
+    ("--layout peft --model x", "RUN or --model"),
+    ("--task number --prompts x", "--prompts has no tasks"),
+    ("--adapters --layout web", "layout onnx or genai"),
+    ("--layout hf --routing freeze", "holds merged weights"),
+    ("--layout peft --context 64", "holds no graph"),
+    ("--calibration 1", "needs two samples"),
+    ("--table --task number", "--table compares all tasks"),
+    ("--tolerance nan", "nan is no number of at least 0"),
+    ("--tolerance 0", "--tolerance is of --routing auto"),
+    ("--tolerance 0.01 --routing freeze", "--tolerance is of --routing auto"),
+    ("--table --routing auto --tolerance 0.2", "--tolerance is of --routing auto"),
+    *((f"--table {flag}", f"--table compares and exports nothing: leave out {flag.split()[0]}")
+      for flag in ("--out x", "--layout web", "--precision int4", "--static 1x1x9", "--context 64",
+                   "--adapters", "--check 8", "--target portable", "--routing freeze",
+                   "--routing dynamic")),
+    ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
+    ("--routing dynamic --calibration 9", "freezes nothing: leave out --calibration"),
+])
+def test_wrong_usage(run: Path, flags: str, reason: str,
+                     capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        export.main([str(run), *flags.split()])
+    assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ("--task none", "has no task 'none'; it has number, twice"),
+    ("--context 4096", "made for 128 positions"),
+    ("--context 32", "need 4[0-9]$"),
+    ("--prompts nowhere.txt", "nowhere.txt"),
+])
+def test_errors(run: Path, flags: str, reason: str) -> None:
+    with pytest.raises((ValueError, OSError), match=reason):
+        export.main([str(run), *flags.split()])
+
+
+def test_a_folder_that_is_no_run_is_one_line() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "export.py"), str(ROOT / "tests")], text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "is no run of train.py" in done.stderr

@@ -1,0 +1,421 @@
+"""Task files, supervision and batches, against independent readings of the same text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minismoe.data.tasks import (
+    Encoded,
+    Example,
+    Task,
+    bucket,
+    collate,
+    encode,
+    encode_all,
+    load_tasks,
+    probe_batches,
+    supervised_spans,
+    to_messages,
+)
+from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Message, Tokenizer, load_tokenizer
+from minismoe.method.loss import IGNORE
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# Keeps the reasoning of the last turn only, as reasoning models' templates do.
+FORGETS = ("{% for m in messages %}{% if loop.last %}{{ m.role + ':' + m.content }}"
+           "{% else %}{{ m.role + ':' + m.content.split('!')[-1] }}{% endif %}<|end|>{% endfor %}"
+           "{% if add_generation_prompt %}assistant:{% endif %}")
+
+
+def say(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+MULTI = [say("system", "Be brief."), say("user", "the cat?"), say("assistant", "yes 🙂"),
+         say("user", "and the mat <|im_start|>?"), say("assistant", "no,\nthe answer is no"),
+         say("user", "user or assistant?"), say("assistant", "yes")]
+PAIR = {"prompt": "the cat?", "completion": "yes"}
+PAIR_MESSAGES = [say("user", "the cat?"), say("assistant", "yes")]
+
+
+def lines(*values: Any) -> str:
+    return "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values)
+
+
+def numbered(n: int, name: str = "q") -> list[dict[str, str]]:
+    return [{"prompt": f"{name}{i}", "completion": f"a{i}"} for i in range(n)]
+
+
+def prompts(conversations: list[list[Message]]) -> list[str]:
+    return [c[0]["content"] for c in conversations]
+
+
+def put(root: Path, **files: str | bytes) -> Path:
+    """Files by name, with __ for a folder: trec__train is trec/train.jsonl."""
+    for name, content in files.items():
+        file = root / (name.replace("__", "/") + ".jsonl")
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+@pytest.fixture
+def chatml(bpe: Path) -> Tokenizer:
+    return Tokenizer(FileTokenizer(bpe), CHATML, "", "<|im_end|>")
+
+
+# Lines
+
+@pytest.mark.parametrize("line", [
+    {"messages": PAIR_MESSAGES},
+    {"messages": [m | {"name": "x", "weight": 1} for m in PAIR_MESSAGES], "id": 7},
+    {"messages": [PAIR_MESSAGES[0] | {"weight": 0}, PAIR_MESSAGES[1]], "tools": "[]"},
+    PAIR,
+    {"instruction": "the cat?", "output": "yes"},
+    {"instruction": "the cat?", "input": "", "output": "yes"},
+    {"instruction": "the cat?", "input": None, "output": "yes"},
+    {"instruction": "the", "input": "cat?", "output": "yes"}])
+def test_the_forms_of_a_line(line: dict[str, Any]) -> None:
+    wanted = PAIR_MESSAGES
+    if line.get("input"):
+        wanted = [say("user", "the\ncat?"), say("assistant", "yes")]
+    assert to_messages(line) == wanted
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt", "instruction"])
+def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
+    """Only "\\n" ends a line; U+0085 and U+2028 may stand inside JSON strings unescaped."""
+    odd = "a\u0085b\u2028c\u2029d\x1ce\x0bf 日本"
+    line = {"messages": {"messages": [say("user", odd), say("assistant", odd)]},
+            "prompt": {"prompt": odd, "completion": odd},
+            "instruction": {"instruction": odd, "output": odd}}[form]
+    text = json.dumps(line, ensure_ascii=False)
+    assert "\u2028" in text and "\u0085" in text
+    root = put(tmp_path, t__train=text + "\r\n\r\n" + text + "\r\n", t__test=text)
+    task = load_tasks(root)[0]
+    wanted = [say("user", odd), say("assistant", odd)]
+    assert task.train == [wanted, wanted]
+    assert task.test == [wanted]
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    ("{", "Expecting property name"),
+    ("not json", "Expecting value"),
+    (b'{"prompt": "\xff", "completion": "a"}', "can't decode byte 0xff"),
+    (r'{"prompt": "\ud83d", "completion": "a"}', "surrogates not allowed"),
+    ("[" * 100_000, "recursion"),
+    ("[1]", "not a JSON object but list"),
+    ("{}", "it has nothing"),
+    ('{"prompt": "a", "answer": "b"}', "it has prompt, answer"),
+    ('{"prompt": 1, "completion": "b"}', "every field must be a string"),
+    ('{"instruction": "a", "input": ["x"], "output": "b"}', "every field must be a string"),
+    ('{"prompt": " ", "completion": "b"}', "is empty"),
+    ('{"prompt": "a", "completion": "\\n"}', "is empty"),
+    ('{"messages": []}', "no list, or empty"),
+    ('{"messages": {"role": "user"}}', "no list, or empty"),
+    ('{"messages": [{"role": "assistant"}]}', "a string role and a string content"),
+    ('{"messages": [{"role": "assistant", "content": [{"text": "a"}]}]}', "a string content"),
+    ('{"messages": ["hello"]}', "a string role"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
+    ('{"messages": [{"role": "assistant", "content": " "}]}', "the last answer is empty"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing comes before the answer"),
+    ('{"instruction": "double it", "input": 0, "output": "0"}', "every field must be a string"),
+    (json.dumps({"messages": PAIR_MESSAGES, "tools": [{"type": "function"}]}), "tools are not"),
+    (json.dumps({"messages": [PAIR_MESSAGES[0] | {"tool_calls": [1], "reasoning_content": "r"},
+                              PAIR_MESSAGES[1]]}),
+     "a message has tool_calls and reasoning_content, which is not supported"),
+    (json.dumps({"messages": [m | {"weight": 0} for m in PAIR_MESSAGES]}), "weight 0"),
+], ids=lambda x: str(x)[:40])
+def test_a_bad_line(tmp_path: Path, line: str | bytes, reason: str) -> None:
+    line = line if isinstance(line, bytes) else line.encode()
+    put(tmp_path, t__train=lines(PAIR).encode() + b"\n" + line + b"\n" + lines(PAIR).encode())
+    with pytest.raises(ValueError) as e:
+        load_tasks(tmp_path)
+    assert str(e.value).startswith(                                      # an empty line counts too
+        f"1 bad lines: {tmp_path}/t/train.jsonl:3: ")
+    assert reason in str(e.value)
+
+
+def test_bad_lines_of_all_files_together(tmp_path: Path) -> None:
+    good, bad = lines(PAIR), "{}\n"
+    put(tmp_path, a__train=good + bad * 4 + good, a__test=bad * 3, b=bad * 5 + good, c=good * 2,
+        d__train="\n\n")
+    with pytest.raises(ValueError) as e:
+        load_tasks(tmp_path)
+    *listed, last = re.split("; (?=/|and )", str(e.value).removeprefix("13 bad lines: "))
+    assert last == "and 3 more"
+    places = [*(f"a/train.jsonl:{i}: " for i in (2, 3, 4, 5)),
+              *(f"a/test.jsonl:{i}: " for i in (1, 2, 3)), *(f"b.jsonl:{i}: " for i in (1, 2, 3))]
+    assert [x.removeprefix(f"{tmp_path}/")[:len(p)]
+            for x, p in zip(listed, places, strict=True)] == places
+
+
+def test_a_file_without_examples(tmp_path: Path) -> None:
+    put(tmp_path, a__train="\n \n", b=lines(PAIR, PAIR))
+    with pytest.raises(ValueError, match=r"a/train.jsonl: it holds no example"):
+        load_tasks(tmp_path)
+
+
+# Tasks
+
+def test_folders_and_files(tmp_path: Path) -> None:
+    put(tmp_path, beta__train=lines(*numbered(3)), beta__test=lines(*numbered(2, "t")),
+        alpha=lines(*numbered(20)), v__test=lines(PAIR))
+    put(tmp_path / "dots.v1", train=lines(*numbered(2)))
+    put(tmp_path / "dots.v2", train=lines(*numbered(4)))
+    (tmp_path / "README.md").write_text("not a task")
+    (tmp_path / "empty").mkdir()
+    alpha, beta, v1, v2 = load_tasks(tmp_path)       # by name; v/ has no train.jsonl
+    assert [t.name for t in (alpha, beta, v1, v2)] == ["alpha", "beta", "dots.v1", "dots.v2"]
+    assert (prompts(beta.train), prompts(beta.test)) == (["q0", "q1", "q2"], ["t0", "t1"])
+    assert beta.note == ""
+    assert (len(alpha.train), len(alpha.test)) == (18, 2)
+    assert alpha.note == "no test split: 2 of 20 lines held out"
+    assert (len(v1.train), len(v1.test), len(v2.train), len(v2.test)) == (1, 1, 3, 1)
+    named = load_tasks(tmp_path, ["beta", "alpha"])
+    assert named == [alpha, beta]
+
+
+def test_an_unknown_task_or_folder(tmp_path: Path) -> None:
+    put(tmp_path, a=lines(PAIR), b=lines(PAIR))
+    with pytest.raises(FileNotFoundError, match="has no task c, x; it has a, b"):
+        load_tasks(tmp_path, ["a", "c", "x"])
+    with pytest.raises(FileNotFoundError, match="no such data folder"):
+        load_tasks(tmp_path / "gone")
+    (tmp_path / "void").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no task"):
+        load_tasks(tmp_path / "void")
+    with pytest.raises(FileNotFoundError, match="has no task a; it has none"):
+        load_tasks(tmp_path / "void", ["a"])
+
+
+def test_the_held_out_split(tmp_path: Path) -> None:
+    put(tmp_path, a=lines(*numbered(40)), b=lines(*numbered(40)))
+    first, again, other = (load_tasks(tmp_path, seed=s) for s in (1, 1, 2))
+    assert first == again
+    for task in (*first, *other):
+        train, test = prompts(task.train), prompts(task.test)
+        assert sorted(train + test) == sorted(f"q{i}" for i in range(40))
+        assert len(test) == 4
+        assert test != ["q0", "q1", "q2", "q3"]
+    splits = {tuple(sorted(prompts(t.test))) for t in (*first, *other)}
+    assert len(splits) == 4, "seeds and tasks share a split"
+    # A task's split does not depend on which others are loaded beside it.
+    assert load_tasks(tmp_path, ["b"], seed=1) == first[1:]
+
+
+@pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 1), (9, 1), (10, 1), (30, 3)])
+def test_a_small_task_keeps_something_to_train_on(tmp_path: Path, count: int, held: int) -> None:
+    task, = load_tasks(put(tmp_path, a=lines(*numbered(count))))
+    assert (len(task.train), len(task.test)) == (count - held, held)
+
+
+# Supervision
+
+def test_supervised_are_the_assistants_turns(chatml: Tokenizer) -> None:
+    """Against tokens counted by hand: each piece of the conversation is encoded by itself."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for message in MULTI:
+        asked = message["role"] == "assistant"
+        for text, supervised in ((f"<|im_start|>{message['role']}\n", False),
+                                 (message["content"] + "<|im_end|>", asked), ("\n", False)):
+            piece = chatml.encode(text)[0]
+            ids += piece
+            labels += piece if supervised else [IGNORE] * len(piece)
+    example = encode("t", MULTI, chatml)
+    assert (example.task, example.ids, example.labels) == ("t", ids, labels)
+    end = chatml.backend.special["<|im_end|>"]
+    assert example.labels.count(end) == 3
+    taught = [t for t in example.labels if t != IGNORE]
+    assert chatml.decode(taught) == "".join(
+        m["content"] for m in MULTI if m["role"] == "assistant")
+
+
+def test_spans_are_the_assistants_text(chatml: Tokenizer) -> None:
+    text, spans = supervised_spans(MULTI, chatml)
+    assert [text[s.start:s.stop] for s in spans] == [
+        m["content"] + "<|im_end|>\n" for m in MULTI if m["role"] == "assistant"]
+
+
+@pytest.mark.parametrize("backend", ["bytes", "bpe"])
+def test_training_sees_the_tokens_of_inference(bpe: Path, backend: str) -> None:
+    """With the default template: the prompt's tokens begin the example's, and all else is taught.
+
+    A generation prompt that ended in a space would fail here: BPE makes one token of " yes".
+    """
+    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>") if backend == "bytes" else (
+        Tokenizer(FileTokenizer(bpe), None, "<s>", "</s>"))
+    prompt = tokenizer.encode(tokenizer.render(PAIR_MESSAGES[:1], add_generation_prompt=True))[0]
+    example = encode("t", PAIR_MESSAGES, tokenizer)
+    assert example.ids[:len(prompt)] == prompt
+    end = tokenizer.backend.special[tokenizer.eos]
+    line_end = len(tokenizer.encode("\n")[0])
+    answer = example.ids[len(prompt):-line_end]
+    assert answer[-1] == end
+    assert tokenizer.decode(answer).strip() == "yes"
+    assert example.labels == [IGNORE] * len(prompt) + answer + [IGNORE] * line_end
+
+
+def test_a_template_that_changes_what_it_said(chatml: Tokenizer) -> None:
+    forgets = Tokenizer(ByteTokenizer(), FORGETS, "", "<|end|>")
+    encode("t", [say("user", "a"), say("assistant", "why!yes")], forgets)    # one turn is fine
+    two = [say("user", "a"), say("assistant", "why!yes"), say("user", "b"), say("assistant", "no")]
+    with pytest.raises(ValueError, match="renders turn 2 of 4 differently when more follows"):
+        encode("t", two, forgets)
+    encode("t", two, chatml)
+
+
+def test_a_greeting_before_any_question_is_not_supervised(bpe: Path) -> None:
+    """Nothing asks for it, and a template may not render a conversation without a message."""
+    wants = "{% if messages[0].role == 'x' %}{% endif %}" + CHATML
+    tokenizer = Tokenizer(FileTokenizer(bpe), wants, "", "<|im_end|>")
+    text, spans = supervised_spans([say("assistant", "user"), *PAIR_MESSAGES], tokenizer)
+    assert [text[s.start:s.stop] for s in spans] == ["yes<|im_end|>\n"]
+
+
+def test_a_blank_answer_amid_a_conversation_is_its_end_token(chatml: Tokenizer) -> None:
+    blank = [PAIR_MESSAGES[0], say("assistant", " "), *PAIR_MESSAGES]
+    text, spans = supervised_spans(blank, chatml)
+    assert [text[s.start:s.stop] for s in spans] == [" <|im_end|>\n", "yes<|im_end|>\n"]
+
+
+def test_a_template_whose_prompt_does_not_lead_to_the_answer(bpe: Path) -> None:
+    thinks = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+    with pytest.raises(ValueError, match=r"as its generation prompt, which ends in .*<think>\\n'"):
+        encode("t", PAIR_MESSAGES, Tokenizer(FileTokenizer(bpe), thinks, "", "<|im_end|>"))
+    forgets = CHATML.replace("add_generation_prompt", "false")
+    with pytest.raises(ValueError, match=r"opens an answer by <\|im_start\|>, which its gen"):
+        encode("t", PAIR_MESSAGES, Tokenizer(FileTokenizer(bpe), forgets, "", "<|im_end|>"))
+
+
+def test_truncated_and_dropped_are_counted() -> None:
+    tokenizer = Tokenizer(ByteTokenizer(), "{% for m in messages %}{{ m.content }}{% endfor %}", "",
+                          "")
+    def conversation(prompt: int, answer: int) -> list[Message]:
+        return [say("user", "p" * prompt), say("assistant", "a" * answer)]
+
+    fits, cut, lost = conversation(4, 6), conversation(6, 6), conversation(10, 5)
+    edge = conversation(9, 5)                    # one answer token is left
+    result = encode_all(Task("t", [fits, lost, cut, edge], []), tokenizer, max_length=10)
+    a, no = ord("a"), IGNORE
+    assert [e.labels for e in result.examples] == [
+        [no] * 4 + [a] * 6, [no] * 6 + [a] * 4, [no] * 9 + [a]]
+    assert all(len(e.ids) == 10 and e.task == "t" for e in result.examples)
+    assert (result.truncated, result.dropped) == (3, 1)
+    # A label at position 0 is never predicted, so alone it teaches nothing.
+    only = encode_all(Task("t", [[say("assistant", "aa")]], []), tokenizer, max_length=1)
+    assert only == Encoded([], truncated=1, dropped=1)
+
+
+# Batches
+
+def examples(lengths: list[int]) -> list[Example]:
+    """Examples that differ, also at equal length."""
+    return [Example("t", [i + 1] * n, [IGNORE] * (n - 1) + [i + 1]) for i, n in enumerate(lengths)]
+
+
+def test_collate() -> None:
+    ids, mask, labels = collate(examples([3, 1, 2]), pad_id=99)
+    assert ids.tolist() == [[1, 1, 1], [2, 99, 99], [3, 3, 99]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    no = IGNORE
+    assert labels.tolist() == [[no, no, 1], [2, no, no], [no, 3, no]]
+    assert {t.dtype for t in (ids, mask, labels)} == {torch.int64}
+
+
+@given(st.lists(st.integers(1, 40), max_size=120), st.integers(1, 5), st.integers(0, 9))
+def test_bucket_covers_each_example_once(lengths: list[int], size: int, seed: int) -> None:
+    given_, before = examples(lengths), examples(lengths)
+    batches = bucket(given_, size, seed)
+    assert Counter(e.ids[0] for b in batches for e in b) == Counter(range(1, len(lengths) + 1))
+    assert all(1 <= len(b) <= size for b in batches)
+    # Only the last window may leave a batch that is not full.
+    assert sum(len(b) < size for b in batches) == (len(lengths) % size > 0)
+    assert bucket(given_, size, seed) == batches
+    assert given_ == before
+
+
+def test_bucket_shuffles_by_seed_and_saves_pads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 100, (400,), generator=generator).tolist()
+    all_ = examples(lengths)
+
+    def pads(batches: list[list[Example]]) -> int:
+        return sum(max(len(e.ids) for e in b) * len(b) - sum(len(e.ids) for e in b)
+                   for b in batches)
+
+    random_order = pads([all_[i:i + 8] for i in range(0, 400, 8)])
+    first, second = bucket(all_, 8, seed=0), bucket(all_, 8, seed=1)
+    assert first != second
+    for batches in (first, second):
+        assert pads(batches) < random_order / 4
+    longest = [max(len(e.ids) for e in b) for b in bucket(all_[:100], 8, seed=0)]    # one window
+    assert longest != sorted(longest), "training would run from short to long"
+    # Batches stay mixed: the same examples do not meet in both epochs.
+    met = [{frozenset(e.ids[0] for e in b) for b in batches} for batches in (first, second)]
+    assert len(met[0] & met[1]) < len(met[0]) / 10
+
+
+def test_probe_batches() -> None:
+    all_ = examples([5, 1, 4, 2, 3, 9, 9])
+    batches = list(probe_batches(all_, count=4, batch_size=3, pad_id=0, device="cpu", skip=1))
+    assert [tuple(ids.shape) for ids, _, _ in batches] == [(3, 3), (1, 4)]
+    assert [mask.sum(1).tolist() for _, mask, _ in batches] == [[1, 2, 3], [4]]
+    assert [ids[:, 0].tolist() for ids, _, _ in batches] == [[2, 4, 5], [3]]
+
+
+def test_a_real_tokenizer_end_to_end(bpe: Path, tmp_path: Path) -> None:
+    """From lines on disk to a batch whose labels spell the answers."""
+    (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": "<|im_end|>", "chat_template": CHATML}))
+    tokenizer = load_tokenizer(tmp_path)
+    task, = load_tasks(put(tmp_path / "data", a__train=lines(PAIR, {"messages": MULTI})))
+    encoded = encode_all(task, tokenizer, 512)
+    assert (encoded.truncated, encoded.dropped) == (0, 0)
+    ids, mask, labels = collate(encoded.examples, tokenizer.pad_id)
+    assert [tokenizer.decode(row[row != IGNORE].tolist()) for row in labels] == [
+        "".join(m["content"] for m in c if m["role"] == "assistant") for c in task.train]
+    taught = labels != IGNORE
+    assert torch.equal(labels[taught], ids[taught])
+    assert mask[taught].all()
+
+
+def test_a_task_given_as_the_data_folder_is_refused(tmp_path):
+    task = tmp_path / "sums"
+    task.mkdir()
+    for name in ("train", "test"):
+        (task / f"{name}.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
+    with pytest.raises(ValueError, match="is itself a task.*--tasks sums"):
+        load_tasks(task)
+
+
+def test_a_byte_order_mark_and_what_a_mac_leaves_are_no_lines(tmp_path) -> None:
+    line = b'{"prompt": "p", "completion": "c"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + 2 * line)
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    (task,) = load_tasks(tmp_path)
+    assert task.name == "a" and len(task.train) + len(task.test) == 2
+
+
+def test_what_a_template_refuses_is_named(tmp_path, monkeypatch) -> None:
+    def encode(task, messages, tokenizer):
+        if messages[0]["content"] == "bad":
+            raise ValueError("the template refuses")
+        return Example(task, [1, 2], [IGNORE, 2])
+
+    monkeypatch.setattr("minismoe.data.tasks.encode", encode)
+    lines = [[{"role": "user", "content": text}] for text in ("good", "bad")]
+    with pytest.raises(ValueError, match="task t, training line 2, 'bad': the template refuses"):
+        encode_all(Task("t", lines, []), None, 10)

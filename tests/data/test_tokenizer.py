@@ -1,0 +1,394 @@
+"""Tokenizers and chat templates, against `tokenizers` and the templates of `transformers`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minismoe.data.tokenizer import (
+    DEFAULT_TEMPLATE,
+    ByteTokenizer,
+    FileTokenizer,
+    Message,
+    Tokenizer,
+    load_tokenizer,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+TEXT = "the naïve café 日本 🙂\u2028\u0085 <|im_end|> end"
+
+# In the style of published templates, written for these tests.
+CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}\
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LLAMA3 = """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{{- system_message + "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+MISTRAL = """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- set ns = namespace(index=0) %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+        {{- raise_exception("roles must alternate user/assistant") }}
+    {%- endif %}
+    {%- set ns.index = ns.index + 1 %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- else %}
+        {{- " " + message["content"] | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+CONTROLS = """{% for message in messages %}
+    {% if message.role == 'system' %}{% continue %}{% endif %}
+    {% if loop.index > 3 %}{% break %}{% endif %}
+{{ message | tojson }}{{ message.content | tojson(indent=2) }}
+{{ message | tojson(separators=(',', ':'), sort_keys=true) }}
+    {% endfor %}{{ documents is none }}"""
+GENERATION = """{% for message in messages %}
+{% if message.role == 'assistant' %}{{ 'Bot: ' }}{% set end = eos_token %}\
+{% generation %}{{ message.content }}{{ end }}{% endgeneration %}
+{% else %}
+{{ message.role | capitalize }}: {{ message.content }}
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}{{ 'Bot: ' }}{% endif %}"""
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "controls": CONTROLS,
+             "generation": GENERATION}
+
+USER = {"role": "user", "content": " Is <it> \"1 & 2\"? 日本 \n"}
+ANSWER = {"role": "assistant", "content": "yes 🙂"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CONVERSATIONS: list[list[Message]] = [
+    [USER], [USER, ANSWER], [SYSTEM, USER], [SYSTEM, USER, ANSWER, USER, ANSWER]]
+
+
+def write(folder: Path, bpe: Path, **files: dict[str, Any]) -> Path:
+    """A folder with the tokenizer `bpe` and these JSON files."""
+    shutil.copy(bpe, folder / "tokenizer.json")
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def tokenizer_of(template: str) -> Tokenizer:
+    return Tokenizer(ByteTokenizer(), template, "<|bos|>", "<|end|>")
+
+
+# Bytes
+
+def test_bytes_of_special_tokens_and_others() -> None:
+    ids, starts = ByteTokenizer().encode("é<|end|>🙂<|bos|><|pad|>a<|x|>")
+    assert ids == [*"é".encode(), 257, *"🙂".encode(), 256, 258, *b"a<|x|>"]
+    assert starts == [0, 0, 1, 8, 8, 8, 8, 9, 16, *range(23, 29)]
+    assert ByteTokenizer().decode(ids) == "é🙂a<|x|>"
+
+
+@given(st.text().filter(lambda text: "<|" not in text))
+def test_bytes_round_trip(text: str) -> None:
+    """Every character's bytes, each with the character's place."""
+    ids, starts = ByteTokenizer().encode(text)
+    assert ids == list(text.encode())
+    assert starts == [i for i, c in enumerate(text) for _ in c.encode()]
+    assert ByteTokenizer().decode(ids) == text
+
+
+def test_a_cut_character_decodes_to_a_replacement() -> None:
+    assert ByteTokenizer().decode("é".encode()[:1]) == "\N{REPLACEMENT CHARACTER}"
+
+
+# tokenizer.json
+
+def test_file_tokenizer(bpe: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+
+    backend, ours = Backend.from_file(str(bpe)), FileTokenizer(bpe)
+    ids, starts = ours.encode(TEXT)
+    encoding = backend.encode(TEXT, add_special_tokens=False)
+    assert ids == encoding.ids
+    assert starts == [start for start, _ in encoding.offsets]
+    assert ours.special["<|im_end|>"] in ids
+    assert starts[ids.index(ours.special["<|im_end|>"])] == TEXT.index("<|im_end|>")
+    assert ours.decode(ids) == TEXT.replace("<|im_end|>", "")
+    assert ours.vocab_size == backend.get_vocab_size()
+    assert ours.special.keys() >= {"<s>", "</s>", "<|endoftext|>", "[INST]"}
+    assert "the" not in ours.special
+
+
+def test_a_file_that_truncates_and_pads_does_neither_here(bpe: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(bpe))
+    whole = backend.encode(TEXT).ids
+    backend.enable_truncation(3)
+    backend.enable_padding(length=100)
+    backend.save(str(tmp_path / "t.json"))
+    assert len(Backend.from_file(str(tmp_path / "t.json")).encode(TEXT).ids) == 100
+    assert FileTokenizer(tmp_path / "t.json").encode(TEXT)[0] == whole
+
+
+def test_a_missing_tokenizers_names_the_command(monkeypatch: pytest.MonkeyPatch, bpe: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'minismoe\[hub\]'"):
+        load_tokenizer(bpe.parent)
+
+
+def test_broken_folders(bpe: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is no valid tokenizer"):
+        load_tokenizer(tmp_path)
+    write(tmp_path, bpe)
+    for name in ("config", "tokenizer_config", "generation_config"):
+        for content, error in (("{", "not valid JSON"), ("[]", "no JSON object")):
+            (tmp_path / f"{name}.json").write_text(content)
+            with pytest.raises(ValueError, match=f"{name}.json .*{error}"):
+                load_tokenizer(tmp_path)
+        (tmp_path / f"{name}.json").unlink()
+    load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(bpe: Path, tmp_path: Path) -> None:
+    size = FileTokenizer(bpe).vocab_size
+    load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size}))
+    with pytest.raises(ValueError, match=f"has {size} tokens, and the model only {size - 1}"):
+        load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size - 1}))
+
+
+def test_texts_that_a_tokenizer_cannot_encode(bpe: Path, tmp_path: Path) -> None:
+    content = json.loads(bpe.read_text())
+    content["model"]["vocab"]["Ġcat"] = 5000             # few tokens, but a number out of range
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text('{"vocab_size": 400}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("the")
+    with pytest.raises(ValueError, match="'the cat' with token 5000, and the model has only 400"):
+        tokenizer.encode("the cat")
+    content["model"] = {"type": "WordLevel", "vocab": {"the": 0}, "unk_token": "<none>"}
+    content["pre_tokenizer"], content["added_tokens"] = None, []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer.json cannot encode .*: WordLevel error"):
+        load_tokenizer(tmp_path)             # which looks at the end of a turn
+
+
+def test_bytes_where_the_model_has_their_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 259, "eos_token_id": [257, 10]}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer.backend, ByteTokenizer)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad_id) == ("<|bos|>", "<|end|>", 258)
+    assert tokenizer.stop_ids == [10, 257]
+    assert not tokenizer.has_template
+
+
+def test_importing_and_loading_import_no_torch(bpe: Path) -> None:
+    code = ("import sys; from minismoe.tokenizer import load_tokenizer; "
+            "t = load_tokenizer(sys.argv[1]); t.render([{'role': 'user', 'content': 'x'}]); "
+            "print(t.encode('a?b')[1]); assert 'torch' not in sys.modules")
+    run = subprocess.run([sys.executable, "-c", code, str(bpe.parent)], cwd=REPOSITORY, timeout=60,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "[0, 1, 2]\n"
+
+
+# Templates
+
+@pytest.fixture(scope="module")
+def reference(bpe: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_file=str(bpe), bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("generation_prompt", [False, True])
+@pytest.mark.parametrize("source", ["file", "string", "list"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rendered_as_by_transformers(bpe: Path, tmp_path: Path, reference: Any, name: str,
+                                     source: str, generation_prompt: bool) -> None:
+    template: Any = TEMPLATES[name]
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+    if source == "file":                         # it outranks tokenizer_config.json
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+        settings["chat_template"] = "wrong"
+    elif source == "string":
+        settings["chat_template"] = template
+    else:
+        settings["chat_template"] = [{"name": "tool_use", "template": "wrong"},
+                                     {"name": "default", "template": template}]
+    tokenizer = load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings))
+    assert tokenizer.has_template
+    for messages in CONVERSATIONS:
+        theirs = reference.apply_chat_template(
+            messages, chat_template=template, tokenize=False,
+            add_generation_prompt=generation_prompt)
+        assert tokenizer.render(messages, generation_prompt) == theirs
+        assert tokenizer.encode(theirs)[0] == reference.encode(theirs, add_special_tokens=False)
+
+
+def test_the_default_template() -> None:
+    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
+    assert tokenizer.render([SYSTEM, USER | {"content": "a"}, ANSWER], True) == (
+        "<|bos|>System: Be brief.\nUser: a\nAssistant: yes 🙂<|end|>\nAssistant:")
+
+
+def test_what_a_template_refuses_is_said() -> None:
+    with pytest.raises(ValueError, match="roles must alternate user/assistant"):
+        tokenizer_of(MISTRAL).render([USER, USER])
+    with pytest.raises(ValueError, match="the chat template fails: .*no_such"):
+        tokenizer_of("{{ messages[0].no_such.thing }}").render([USER])
+    for broken in ("{% if %}", "{% for x in y %}", "{{ a"):
+        with pytest.raises(ValueError, match="the chat template is broken"):
+            tokenizer_of(broken)
+
+
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__.__mro__ }}",
+    "{{ ().__class__.__base__.__subclasses__() }}",
+    "{{ raise_exception.__globals__['x'] }}",
+    "{{ ''['__class__']['__mro__'] }}",
+    "{{ (messages | attr('__class__')).__mro__ }}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "{{ messages.append(1) }}",
+    "{{ messages[0].update({'content': 'x'}) }}",
+    "{{ messages.clear() }}",
+    "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+])
+def test_the_sandbox(template: str) -> None:
+    with pytest.raises(ValueError, match="the chat template fails"):
+        tokenizer_of(template).render([dict(USER)])
+
+
+@pytest.mark.parametrize("name", ["__class__", "__class__.__init__", "__len__"])
+def test_the_sandbox_shows_nothing(name: str) -> None:
+    """What is only printed is no error in jinja2, but empty."""
+    assert tokenizer_of("{{ messages." + name + " }}").render([USER]) == ""
+
+
+# Stop ids
+
+def test_stop_ids_are_of_every_source(bpe: Path, tmp_path: Path) -> None:
+    """config, generation_config (a list), the eos token by name, and the template's turn end."""
+    special = FileTokenizer(bpe).special
+    eos, turn = special["</s>"], special["<|im_end|>"]
+    a, b, c = 301, 302, 303
+    files = {"config": {"eos_token_id": a}, "generation_config": {"eos_token_id": [b, c]},
+             "tokenizer_config": {"eos_token": "</s>", "chat_template": CHATML}}
+    assert load_tokenizer(write(tmp_path, bpe, **files)).stop_ids == sorted({a, b, c, eos, turn})
+    for name, gone in (("config", {a}), ("generation_config", {b, c}),
+                       ("tokenizer_config", {eos, turn})):
+        fewer = files | {name: {}}
+        found = load_tokenizer(write(tmp_path, bpe, **fewer)).stop_ids
+        assert found == sorted({a, b, c, eos, turn} - gone)
+
+
+@pytest.mark.parametrize("files", [
+    {"special_tokens_map": {"eos_token": "</s>"}},
+    {"special_tokens_map": {"eos_token": {"content": "</s>"}}, "tokenizer_config": {}},
+    {"special_tokens_map": {"eos_token": "<s>"}, "tokenizer_config": {"eos_token": "</s>"}},
+    {"generation_config": {"eos_token_id": 4}},
+    {"config": {"eos_token_id": [4]}, "tokenizer_config": {"eos_token": ""}}])
+def test_the_end_token_is_found_where_older_checkpoints_name_it(bpe: Path, tmp_path: Path,
+                                                                files: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(write(tmp_path, bpe, **files))
+    assert tokenizer.render([USER, ANSWER]).endswith("yes 🙂</s>\n")
+    assert tokenizer.stop_ids == [FileTokenizer(bpe).special["</s>"]] == [4]
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 40])
+def test_an_end_that_is_no_token_is_none(bpe: Path, tmp_path: Path, number: int) -> None:
+    files = {"config": {"eos_token_id": number, "vocab_size": 400}}
+    assert load_tokenizer(write(tmp_path, bpe, **files)).eos == ""
+
+
+def test_an_end_token_is_special_whatever_tokenizer_json_says(bpe: Path, tmp_path: Path) -> None:
+    """As one that was added as a word, and then named: transformers leaves it out of texts."""
+    content = json.loads(bpe.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] != "<|im_end|>"
+    write(tmp_path, bpe, tokenizer_config={"eos_token": "<|im_end|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert "<|im_end|>" not in FileTokenizer(tmp_path / "tokenizer.json").special
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == [2]
+    assert tokenizer.decode(tokenizer.encode("yes<|im_end|>")[0]) == "yes"
+
+
+def test_a_special_token_goes_on_stripping_the_spaces_beside_it(bpe: Path, tmp_path: Path) -> None:
+    content = json.loads(bpe.read_text())
+    for token in content["added_tokens"]:
+        token["lstrip"] = token["content"] == "</s>"
+    write(tmp_path, bpe, tokenizer_config={"eos_token": "</s>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    alone, named = FileTokenizer(tmp_path / "tokenizer.json"), load_tokenizer(tmp_path)
+    assert named.encode("a  </s>b") == alone.encode("a  </s>b")
+    assert len(named.encode("a  </s>b")[0]) == 3
+
+
+@pytest.mark.parametrize(("template", "end"), [
+    (CHATML.replace("add_generation_prompt", "false"), "<|im_end|>"),
+    ("<s>" + CHATML.replace("message['content']", "message['content'] | upper"), "<|im_end|>"),
+    (CHATML.replace("+ message['content']", "+ '<s>' + message['content']"), "<|im_end|>"),
+    (CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>"), (GENERATION, "</s>")])
+def test_a_turn_end_is_read_off_the_template(bpe: Path, template: str, end: str) -> None:
+    backend = FileTokenizer(bpe)
+    tokenizer = Tokenizer(backend, template.replace("eos_token", "'</s>'"), "<s>", "")
+    assert tokenizer.stop_ids == [backend.special[end]]
+
+
+def test_the_pad_token(bpe: Path, tmp_path: Path) -> None:
+    special = FileTokenizer(bpe).special
+    settings = {"pad_token": "<|endoftext|>", "eos_token": "</s>"}
+    assert load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings)).pad_id == special[
+        "<|endoftext|>"]
+    del settings["pad_token"]
+    assert load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings)).pad_id == special["</s>"]
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_the_default_template_needs_no_jinja(generate: bool,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [("system", "Be {{ brief }}."), ("user", "a\n"), ("assistant", "b"), ("user", "")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    by_jinja = Tokenizer(ByteTokenizer(), DEFAULT_TEMPLATE, "<|bos|>", "<|end|>")
+    expected = by_jinja.render(messages, generate)
+    monkeypatch.setattr("minismoe.data.templates.render", lambda *_: pytest.fail("asked for jinja"))
+    plain = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
+    assert plain.render(messages, generate) == expected
+    assert plain.stop_ids == by_jinja.stop_ids == [257]

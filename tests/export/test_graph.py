@@ -1,0 +1,446 @@
+"""The graph against our decoder: families, targets, precisions, and what stands beside matrices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from tiny import FAMILIES, random_hf
+from torch import Tensor, nn
+
+from minismoe.export.graph import (
+    PRECISIONS,
+    AdapterInput,
+    Lora,
+    Mixture,
+    write_decoder,
+    write_sampler,
+)
+from minismoe.method.experts import ExpertLinear, expert_layers
+from minismoe.model.checkpoint import load_model
+from minismoe.model.decoder import CausalLM
+from minismoe.model.quantize import dequantize, quantize
+from minismoe.model.tokens import Cache
+
+LENGTHS = (17, 9, 1)
+PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CausalLM]:
+    """A random model of a family, with a head size that onnxruntime's attention takes."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, **changes: Any) -> CausalLM:
+        changes = {"num_attention_heads": 4, "num_key_value_heads": 2, **changes} if (
+            family == "smollm2" and "hidden_size" in changes) else changes
+        key = f"{family}{changes}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family)
+            size = FAMILIES[family][1].get("head_dim", 8)
+            random_hf(family, **{"head_dim": size if size % 16 == 0 else 16, **changes}
+                      ).save_pretrained(made[key])
+        return load_model(made[key])
+
+    return make
+
+
+def write(file: Path, model: CausalLM, beside: Mapping[str, Any] | None = None,
+          **options: Any) -> Path:
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    options = {"target": "ort", "precision": "fp32", "context": 64, **options}
+    write_decoder(file, model.config, weights.__getitem__, beside or {}, **options)
+    return file
+
+
+class Runner:
+    """A graph in onnxruntime, and the mask and cache of what it has seen."""
+
+    def __init__(self, file: Path, batch: int = len(LENGTHS)):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        self.session = ort.InferenceSession(str(file), options)
+        self.kinds = {i.name: i for i in self.session.get_inputs()}
+        self.mask = torch.zeros(batch, 0, dtype=torch.long)
+        self.past = {n: torch.zeros(batch, i.shape[1], 0, i.shape[3], dtype=self.real(i)).numpy()
+                     for n, i in self.kinds.items() if n.startswith("past")}
+
+    @staticmethod
+    def real(value: Any) -> torch.dtype:
+        return torch.float16 if "float16" in value.type else torch.float32
+
+    def __call__(self, ids: Tensor, mask: Tensor | None = None, options: Any = None) -> Tensor:
+        mask = torch.ones_like(ids) if mask is None else mask
+        self.mask = torch.cat([self.mask, mask], 1)
+        feed = {"input_ids": ids.numpy(), "attention_mask": self.mask.numpy(), **self.past}
+        if "position_ids" in self.kinds:
+            places = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+            feed["position_ids"] = places.contiguous().numpy()
+        logits, *present = self.session.run(None, feed, options)
+        self.past = dict(zip(self.past, present))
+        return torch.from_numpy(logits)
+
+
+def random_ids(length: int = LENGTHS[0], seed: int = 0, batch: int = len(LENGTHS)) -> Tensor:
+    return torch.randint(97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(target: str) -> Tensor:
+    """(B, T), padded on the side that a target wants."""
+    mask = (torch.arange(LENGTHS[0]) < torch.tensor(LENGTHS)[:, None]).long()
+    return mask.flip(1) if target == "portable" else mask
+
+
+@torch.no_grad()
+def compare(file: Path, model: CausalLM, target: str, tolerance: float) -> None:
+    """A padded prompt, a chunk of three, then tokens one by one; by the spread of logits."""
+    run, cache, mask = Runner(file), Cache(model, 3, 64), padded(target)
+    steps = [(random_ids(), mask)]
+    if target == "portable":                 # GroupQueryAttention takes chunks of one row alone
+        steps += [(random_ids(3, 1), None)]
+    steps += [(random_ids(1, seed), None) for seed in range(2, 8)]
+    for ids, rows in steps:
+        got, want = run(ids, rows), model(ids, rows, cache=cache)
+        seen = torch.ones_like(ids).bool() if rows is None else rows.bool()
+        error = (got - want)[seen].square().mean().sqrt() / want[seen].std()
+        assert error <= tolerance, f"relative error {error:.2e} at {tuple(ids.shape)}"
+
+
+# Families
+
+@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_decoder(model: Callable[..., CausalLM], tmp_path: Path, family: str,
+                                  target: str) -> None:
+    m = model(family)
+    compare(write(tmp_path / "m.onnx", m, target=target, all_logits=True), m, target, 1e-4)
+
+
+@torch.no_grad()
+def test_logits_of_the_last_token_alone(model: Callable[..., CausalLM], tmp_path: Path) -> None:
+    m = model("llama")
+    for target in ("ort", "portable"):
+        run, mask = Runner(write(tmp_path / "m.onnx", m, target=target)), padded(target)
+        want = torch.stack([row[on.bool()][-1] for row, on in zip(m(random_ids(), mask), mask)])
+        got = run(random_ids(), mask)
+        assert got.shape == (3, 1, 97)
+        torch.testing.assert_close(got[:, 0], want, rtol=1e-4, atol=1e-4)
+        assert run(random_ids(1)).shape == (3, 1, 97)
+
+
+# Beside the matrices
+
+def mixed(m: CausalLM, experts: Callable[[int, str], tuple[int, int]], scale: float = 0.3,
+          ) -> dict[str, Any]:
+    """Put random experts on `m`, (E, k) of each matrix; E = 0 is a frozen LoRA, E < 0 nothing."""
+    g, beside = torch.Generator().manual_seed(0), {}
+    for i in range(m.config.num_hidden_layers):
+        for part in PARTS:
+            name, (E, k) = f"model.layers.{i}.{part}", experts(i, part)
+            if E < 0:
+                continue
+            layer = ExpertLinear(m.get_submodule(name), max(E, 1), 5 if E == 0 else 2, 8.0, k)
+            for p in (layer.lora_A, layer.lora_B, layer.router):
+                if p is not None:
+                    p.data = torch.randn(p.shape, generator=g) * scale
+            m.set_submodule(name, layer)
+            if E == 0:
+                beside[name] = Lora(layer.lora_A.detach()[0],
+                                    layer.lora_B.detach()[0].T * layer.scaling)
+            else:
+                router = None if layer.router is None else layer.router.detach()
+                beside[name] = Mixture(layer.lora_A.detach(), layer.lora_B.detach(), router,
+                                       layer.top_k, layer.scaling)
+    return beside
+
+
+@pytest.mark.parametrize(("E", "k"), [(E, k) for E in range(9) for k in range(1, max(E, 1) + 1)])
+def test_experts(model: Callable[..., CausalLM], tmp_path: Path, E: int, k: int) -> None:
+    """The same experts on all matrices; E = 0 stands for a frozen LoRA."""
+    for target in ("ort", "portable"):
+        m = model("llama_biases", num_hidden_layers=1)
+        beside = mixed(m, lambda i, part: (E, k))
+        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, target,
+                1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("target", ["ort", "portable"])
+def test_every_matrix_its_own_experts(model: Callable[..., CausalLM], tmp_path: Path, target: str,
+                                      seed: int) -> None:
+    """As an allocation has them: uneven, absent, and frozen beside routed."""
+    m, g = model("qwen2"), torch.Generator().manual_seed(seed)
+    counts = torch.randint(-1, 6, (2, len(PARTS)), generator=g)
+    beside = mixed(m, lambda i, part: (int(counts[i, PARTS.index(part)]), seed % 3 + 1))
+    compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, target, 1e-4)
+
+
+@torch.no_grad()
+def test_equal_router_logits_choose_k_experts(model: Callable[..., CausalLM], tmp_path: Path,
+                                              ) -> None:
+    """Not every expert that ties with the k-th: those that tie are alike, so any one will do."""
+    for target in ("ort", "portable"):
+        m = model("llama")
+        beside = mixed(m, lambda i, part: (4, 2))
+        for name, layer in expert_layers(m).items():
+            layer.router.data[1:] = 0
+            for p in (layer.lora_A, layer.lora_B):
+                p.data[1:] = p.data[1:2].clone()
+            beside[name] = Mixture(layer.lora_A.detach(), layer.lora_B.detach(),
+                                   layer.router.detach(), 2, layer.scaling)
+        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, target,
+                1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_two_adapters_on_one_base(model: Callable[..., CausalLM], tmp_path: Path, target: str,
+                                  precision: str) -> None:
+    """Given at run time, each is its frozen model; none given, the base is as it was."""
+    m = model("llama", num_hidden_layers=1)
+    names = [f"model.layers.0.{part}" for part in PARTS if part != "self_attn.k_proj"]
+    file = write(tmp_path / "base.onnx", m, dict.fromkeys(names, AdapterInput()), target=target,
+                 precision=precision)
+    plain = Runner(write(tmp_path / "plain.onnx", m, target=target, precision=precision))
+    mask, tolerance = padded(target), 1e-5 if precision == "fp32" else 0.02
+    alone = plain(random_ids(), mask)
+    for seed, rank in ((1, 5), (2, 3)):
+        g, parameters, beside = torch.Generator().manual_seed(seed), {}, {}
+        for name in names:
+            out, inputs = m.get_submodule(name).weight.shape
+            A, B = (torch.randn(s, generator=g) * 0.2 for s in ((inputs, rank), (rank, out)))
+            parameters |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+            beside[name] = Lora(A.T, B.T)
+        adapter = ort.AdapterFormat()
+        adapter.set_parameters({n: ort.OrtValue.ortvalue_from_numpy(t.numpy())
+                                for n, t in parameters.items()})
+        adapter.export_adapter(str(tmp_path / "task.onnx_adapter"))
+        loaded = ort.LoraAdapter()
+        loaded.Load(str(tmp_path / "task.onnx_adapter"))
+        options = ort.RunOptions()
+        options.add_active_adapter(loaded)
+        base = Runner(file)
+        got = base(random_ids(), mask, options)
+        frozen = Runner(write(tmp_path / "frozen.onnx", m, beside, target=target,
+                              precision=precision))
+        want = frozen(random_ids(), mask)
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+        assert (got - alone).abs().max() > 0.1 * want.abs().max()
+        base = Runner(file)
+        torch.testing.assert_close(base(random_ids(), mask), alone, rtol=1e-5, atol=1e-5)
+
+
+# Precisions
+
+@torch.no_grad()
+def rounded(m: CausalLM, bits: int, table_bits: int) -> CausalLM:
+    """The model that quantised weights stand for."""
+    for name, part in m.named_modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            blocks = quantize(part.weight, bits if "_proj" in name else table_bits)
+            part.weight = nn.Parameter(dequantize(blocks)[:, :part.weight.shape[1]])
+    if m.config.tie_word_embeddings:
+        m.lm_head.weight = m.model.embed_tokens.weight
+    return m
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm2", "qwen3", "llama_biases"])
+@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("precision", ["int4", "int4-8", "int8"])
+def test_blocks(model: Callable[..., CausalLM], tmp_path: Path, family: str, target: str,
+                precision: str) -> None:
+    """onnxruntime rounds what it multiplies with blocks to int8 too: hence the tolerance."""
+    m = model(family)
+    beside = mixed(m, lambda i, part: (2, 2) if "q" in part else (0, 1), scale=0.1)
+    file = write(tmp_path / "m.onnx", m, beside, target=target, precision=precision,
+                 all_logits=True)
+    compare(file, rounded(m, *PRECISIONS[precision]), target, 0.06)
+
+
+@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm2"])
+def test_float16(model: Callable[..., CausalLM], tmp_path: Path, target: str, family: str) -> None:
+    m = model(family)
+    beside = mixed(m, lambda i, part: (3, 3), scale=0.1)
+    file = write(tmp_path / "m.onnx", m, beside, target=target, precision="fp16", all_logits=True)
+    assert {i.type for n, i in Runner(file).kinds.items() if "past" in n} == {"tensor(float16)"}
+    compare(file, m, target, 0.02)
+
+
+# Form
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4-8", "int4"])
+@pytest.mark.parametrize("family", ["smollm2", "qwen3_window", "llama_biases"])
+@pytest.mark.parametrize("static", [None, (1, 4, 12)])
+def test_portable_graphs_are_standard(model: Callable[..., CausalLM], tmp_path: Path, family: str,
+                                      precision: str, static: Any) -> None:
+    m = model(family)
+    beside = mixed(m, lambda i, part: (3, 2) if "_proj" in part and i == 0 else (0, 1))
+    file = write(tmp_path / "m.onnx", m, beside, target="portable", precision=precision,
+                 static=static)
+    graph = onnx.load(file, load_external_data=False)
+    assert graph.ir_version == 10
+    assert [(o.domain, o.version) for o in graph.opset_import] == [("", 21)]
+    assert {n.domain for n in graph.graph.node} == {""}
+    onnx.checker.check_model(str(file), full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True, data_prop=True)
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
+              for v in inferred.graph.value_info}
+    assert all(o in shapes or o in {v.name for v in graph.graph.output}
+               for n in graph.graph.node for o in n.output)
+    if static:
+        assert all(size > 0 for shape in shapes.values() for size in shape), "a size is not fixed"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3"])
+def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: str) -> None:
+    """18 tokens, more than the past holds, in chunks of 4; the first is padded on the left."""
+    m, T, P = model(family), 4, 16
+    beside = mixed(m, lambda i, part: (3, 2))
+    run = Runner(write(tmp_path / "m.onnx", m, beside, target="portable", static=(1, T, P),
+                       all_logits=True), batch=1)
+    run.past = {n: torch.zeros(1, m.config.num_key_value_heads, P, m.config.head_dim).numpy()
+                for n in run.past}
+    ids = random_ids(18, batch=1)
+    want, seen = m(ids), 0
+    while seen < ids.shape[1]:
+        new = (ids.shape[1] - seen) % T or T
+        chunk = torch.cat([torch.zeros(1, T - new, dtype=torch.long), ids[:, seen:seen + new]], 1)
+        mask = torch.arange(P + T) >= P + T - new - seen
+        places = torch.arange(seen - (T - new), seen + new).clamp(min=0)
+        logits, *present = run.session.run(None, {
+            "input_ids": chunk.numpy(), "attention_mask": mask.long()[None].numpy(),
+            "position_ids": places[None].numpy(), **run.past})
+        run.past = dict(zip(run.past, present))
+        got = torch.from_numpy(logits)[:, T - new:]
+        error = (got - want[:, seen:seen + new]).abs().max() / want.abs().max()
+        assert error <= 1e-4, f"{error:.2e} after {seen}"
+        seen += new
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen2_window"])
+def test_static_chunks_with_pads_between(model: Callable[..., CausalLM], tmp_path: Path,
+                                         family: str) -> None:
+    """As in generation: each chunk holds a few tokens behind pads, which no window counts."""
+    m, T, P = model(family), 4, 40
+    run = Runner(write(tmp_path / "m.onnx", m, target="portable", static=(1, T, P),
+                       all_logits=True), batch=1)
+    run.past = {n: torch.zeros(1, m.config.num_key_value_heads, P, m.config.head_dim).numpy()
+                for n in run.past}
+    ids, seen, mask = random_ids(16, batch=1), 0, [0] * P
+    want = m(ids)
+    for new in (3, 1, 1, 4, 1, 2, 1, 1, 2):
+        chunk = torch.cat([torch.zeros(1, T - new, dtype=torch.long), ids[:, seen:seen + new]], 1)
+        mask += [0] * (T - new) + [1] * new
+        places = torch.arange(seen - (T - new), seen + new).clamp(min=0)
+        logits, *present = run.session.run(None, {
+            "input_ids": chunk.numpy(), "attention_mask": torch.tensor([mask[-P - T:]]).numpy(),
+            "position_ids": places[None].numpy(), **run.past})
+        run.past = dict(zip(run.past, present))
+        error = (torch.from_numpy(logits)[:, T - new:] - want[:, seen:seen + new]).abs().max()
+        assert error <= 1e-4 * want.abs().max(), f"{error:.2e} after {seen}"
+        seen += new
+    assert seen == ids.shape[1]
+
+
+@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1), ("fp16", 1 / 2), ("int8", 0.3),
+                                                  ("int4-8", 0.3), ("int4", 0.18)])
+def test_a_tied_table_is_stored_once(model: Callable[..., CausalLM], tmp_path: Path, target: str,
+                                     precision: str, share: float) -> None:
+    m = model("smollm2", vocab_size=4001, hidden_size=64)
+    file = write(tmp_path / "m.onnx", m, target=target, precision=precision)
+    others = sum(p.numel() for n, p in m.named_parameters() if "embed" not in n)
+    table = 4 * m.lm_head.weight.numel() * share
+    assert table * 0.95 < Path(f"{file}.data").stat().st_size < table + 4 * others * share + 100_000
+
+
+def test_external_data_and_names(model: Callable[..., CausalLM], tmp_path: Path) -> None:
+    m = model("llama", vocab_size=4099, hidden_size=128)
+    file = write(tmp_path / "m.onnx", m, mixed(m, lambda i, part: (3, 2)))
+    graph = onnx.load(file, load_external_data=False).graph
+    names = [n.name for n in graph.node]
+    assert len(names) == len(set(names))
+    for name in ("/model/layers.0/self_attn/qkv_proj/MatMul", "/model/layers.1/mlp/QuickGelu",
+                 "/model/embed_tokens/Gather", "/lm_head/Gemm"):
+        assert name in names
+    end, large = 0, 0
+    for tensor in graph.initializer:
+        if not tensor.external_data:
+            assert len(tensor.raw_data) <= 1024
+            continue
+        where = {e.key: e.value for e in tensor.external_data}
+        offset, length = int(where["offset"]), int(where["length"])
+        assert where["location"] == "m.onnx.data"
+        assert offset >= end
+        assert offset % (1 << 16 if length >= 1 << 20 else 1 << 12) == 0
+        end, large = offset + length, large + (length >= 1 << 20)
+    assert end == os.path.getsize(tmp_path / "m.onnx.data")
+    assert large == 2
+
+
+def test_writing_holds_one_tensor_at_a_time(model: Callable[..., CausalLM], tmp_path: Path) -> None:
+    """Tensors that the writer asks for are given up before it asks for those of the next module."""
+    import weakref
+
+    m, alive, most = model("llama", vocab_size=20011, hidden_size=128), {}, 0
+
+    def weight(name: str) -> Tensor:
+        nonlocal most
+        value = m.get_parameter(name).detach().clone()
+        alive[name] = value.numel()
+        weakref.finalize(value, alive.pop, name)
+        most = max(most, sum(alive.values()))
+        return value
+
+    for precision in ("fp32", "fp16", "int4"):
+        most = 0
+        write_decoder(tmp_path / "m.onnx", m.config, weight, {}, target="ort", precision=precision,
+                      context=64)
+        assert most == 20011 * 128, precision
+        assert not alive
+
+
+# Limits
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"static": (1, 4, 16)}, "portable"), ({"precision": "int3"}, "int3"),
+    ({"target": "tpu"}, "tpu")])
+def test_what_cannot_be_is_refused(model: Callable[..., CausalLM], tmp_path: Path,
+                                   options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        write(tmp_path / "m.onnx", model("llama"), **options)
+
+
+def test_wrong_modules_are_refused(model: Callable[..., CausalLM], tmp_path: Path) -> None:
+    m = model("llama")
+    with pytest.raises(ValueError, match="lm_head"):
+        write(tmp_path / "m.onnx", m, {"lm_head": AdapterInput()})
+    with pytest.raises(ValueError, match="multiples of 16"):
+        write(tmp_path / "m.onnx", model("llama", head_dim=8))
+    beside = mixed(m, lambda i, part: (4, 2 if "q_" in part else 1))
+    with pytest.raises(ValueError, match="layers.0.*top_k"):
+        write(tmp_path / "m.onnx", m, beside)
+
+
+# Sampler
+
+@pytest.mark.parametrize("vocab", [7, 300])
+def test_sampler(tmp_path: Path, vocab: int) -> None:
+    write_sampler(tmp_path / "s.onnx", vocab)
+    session = ort.InferenceSession(str(tmp_path / "s.onnx"))
+    logits = torch.randn(3, 4, vocab)
+    values, indices = map(torch.from_numpy, session.run(None, {"logits": logits.numpy()}))
+    want = logits[:, -1].topk(min(64, vocab))
+    assert torch.equal(values, want.values)
+    assert torch.equal(indices, want.indices)

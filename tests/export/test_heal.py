@@ -1,0 +1,209 @@
+"""routing.py: the mixture is left alone, healing comes nearer, auto keeps no more than it must."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from test_freeze import COUNTS, ROUTED, V, batch, model_of, tasks
+
+from minismoe.data.tasks import Example, collate
+from minismoe.export import heal as routing
+from minismoe.export.heal import (
+    agreement,
+    auto,
+    compare,
+    comparison,
+    distil_step,
+    heal,
+    load_frozen,
+    save_frozen,
+    twin,
+)
+from minismoe.method.experts import expert_layers
+from minismoe.method.freeze import fit, freeze, merge
+from minismoe.method.loss import IGNORE
+
+
+def examples(labelled: bool = True, count: int = 24) -> list[Example]:
+    rng = random.Random(0)
+    rows = [[rng.randrange(V) for _ in range(rng.randint(4, 12))] for _ in range(count)]
+    return [Example("a", ids, [IGNORE, *ids[1:]] if labelled else [IGNORE] * len(ids), i)
+            for i, ids in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Any:
+    return model_of(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def fits(mixture: Any) -> Any:
+    return fit(mixture, tasks())
+
+
+@pytest.fixture(autouse=True)
+def untouched(mixture: Any) -> Any:
+    """Whatever a test does, the mixture computes what it did."""
+    before = copy.deepcopy(mixture.state_dict())
+    yield
+    assert all(torch.equal(v, before[k]) for k, v in mixture.state_dict().items())
+    assert all(p.grad is None for p in mixture.parameters()) and not mixture.training
+    assert list(expert_layers(mixture)) == list(COUNTS)
+
+
+def test_twin_shares_every_weight(mixture: Any) -> None:
+    copied = twin(mixture)
+    assert copied.state_dict().keys() == mixture.state_dict().keys()
+    for (name, ours), (_, theirs) in zip(copied.named_parameters(), mixture.named_parameters()):
+        assert ours is theirs, name
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    assert copied.model.layers[0] is not mixture.model.layers[0]
+
+
+# --- heal ---------------------------------------------------------------------------------------
+
+def loss_of(model: Any, data: list[Example]) -> float:
+    ids, mask, labels = collate(data, 0)
+    with torch.no_grad():
+        logits = model(ids, mask)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(),
+                           ignore_index=IGNORE).item()
+
+
+def divergence(model: Any, teacher: Any, data: list[Example]) -> float:
+    ids, mask, _ = collate(data, 0)
+    with torch.no_grad():
+        p, q = (m(ids, mask)[mask.bool()].double().log_softmax(-1) for m in (teacher, model))
+    return ((p.exp() * (p - q)).sum() / len(p)).item()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
+    start, data = fits["mean"][""], examples(labelled)
+    keep = [ROUTED[0], ROUTED[-1]]
+    healed = heal(mixture, start, data, 20, 0, keep=keep, lr=1e-2)
+    assert list(healed) == [n for n in COUNTS if n not in keep]
+    assert {f.kind for f in healed.values()} == {"healed"}
+    losses = []
+    for chosen in (start, healed):
+        model = twin(mixture)
+        freeze(model, chosen, keep)
+        losses.append(loss_of(model, data) if labelled else divergence(model, mixture, data))
+    assert losses[1] < 0.9 * losses[0]
+    for name, found in healed.items():
+        assert (found.residual, found.energy) == (start[name].residual, start[name].energy)
+        assert not torch.equal(found.lora_A, start[name].lora_A)
+
+
+def test_healing_is_deterministic(mixture: Any, fits: Any) -> None:
+    first, again = (heal(mixture, fits["gates"][""], examples(), 3, 0) for _ in range(2))
+    assert all(torch.equal(first[n].lora_A, again[n].lora_A) for n in first)
+
+
+def test_divergence_and_its_gradient_equal_autograd(mixture: Any, fits: Any,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "CHUNK", 5 * V)                   # five tokens at a time
+    student, data = twin(mixture), collate(examples(), 0)
+    freeze(student, fits["mean"][""])
+    parts = [p for p in student.parameters() if p.requires_grad]
+    found = distil_step(student, mixture, data)
+    assert found == pytest.approx(divergence(student, mixture, examples()), rel=1e-4)
+    ids, mask, _ = data
+    p = mixture(ids, mask)[mask.bool()].detach().log_softmax(-1)
+    q = student(ids, mask)[mask.bool()].log_softmax(-1)
+    expected = torch.autograd.grad((p.exp() * (p - q)).sum() / len(p), parts)
+    for part, gradient in zip(parts, expected):
+        torch.testing.assert_close(part.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+# --- auto and the table -------------------------------------------------------------------------
+
+def test_agreement(mixture: Any, fits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "CHUNK", 5 * V)
+    batches, other = [batch(5), batch(6)], twin(mixture)
+    assert agreement(mixture, mixture, batches) == 1
+    merge(other, fits["mean"][""])
+    same = [(other(i, m).argmax(-1) == mixture(i, m).argmax(-1))[m.bool()] for i, m, _ in batches]
+    assert agreement(other, mixture, batches) == torch.cat(same).double().mean().item()
+
+
+@pytest.mark.parametrize("needed", [0, 1, 4, len(ROUTED)])
+def test_auto_keeps_the_smallest_prefix(mixture: Any, fits: Any, needed: int) -> None:
+    linear, calls = fits["linear"][""], []
+    order = sorted(ROUTED, key=lambda n: -linear[n].residual * linear[n].energy)
+
+    def score(model: Any) -> float:
+        kept = [n for n, layer in expert_layers(model).items() if layer.router is not None]
+        calls.append(len(kept))
+        assert model is mixture or set(kept) == set(order[:len(kept)])
+        return min(len(kept), needed) / 100
+
+    strict, loose = auto(mixture, linear, score, [0.0, 0.02])
+    assert strict == order[:needed] and loose == order[:max(0, needed - 2)]
+    assert calls[0] == len(ROUTED) and len(calls) == len(set(calls[1:])) + 1      # none twice
+    assert len(calls) <= 1 + 2 * 5
+
+
+def test_rows_of_the_comparison(mixture: Any, fits: Any) -> None:
+    def score(model: Any, task: str) -> float:
+        return 0.5 + 0.01 * len(expert_layers(model)) + (task == "b") / 10
+
+    rows = compare(mixture, fits, ["a", "b"], score, fits["linear"][""], [0.14, 0.0])
+    assert [row["model"] for row in rows] == [
+        "mixture", "merged, mean", "merged, gates", "merged, linear", "merged, linear, a task",
+        "merged, healed", "auto, 14 points: 0 routed", "auto, 0 points: 12 routed"]
+    assert rows[0]["tasks"] == {"a": 0.64, "b": 0.74} and rows[0]["mean"] == pytest.approx(0.69)
+    assert rows[1]["tasks"]["a"] == 0.5
+    experts = sum(p.numel() for p in mixture.parameters() if p.requires_grad)
+    shared = sum(p.numel() for n, layer in expert_layers(mixture).items() if layer.router is None
+                 for p in (layer.lora_A, layer.lora_B))
+    assert [row["parameters"] for row in rows] == [experts, *[0] * 6, experts - shared]
+    assert rows[0]["residual"] == 0 and rows[-1]["residual"] == 0
+    assert rows[1]["residual"] > rows[2]["residual"] > rows[3]["residual"] > 0
+    text = comparison(rows).splitlines()
+    assert len(text) == 10 and text[0].split()[:3] == ["model", "a", "b"]
+
+
+# --- frozen.safetensors -------------------------------------------------------------------------
+
+def test_save_and_load(mixture: Any, fits: Any, tmp_path: Path) -> None:
+    save_frozen(tmp_path, fits["linear"])
+    assert [p.name for p in tmp_path.iterdir()] == ["frozen.safetensors"]
+    loaded = load_frozen(tmp_path)
+    assert list(loaded) == ["", "a", "b"]
+    for task, by_name in fits["linear"].items():
+        assert list(loaded[task]) == list(by_name)
+        for name, wanted in by_name.items():
+            found = loaded[task][name]
+            assert torch.equal(found.lora_A, wanted.lora_A)
+            assert torch.equal(found.lora_B, wanted.lora_B)
+            assert (found.kind, found.residual, found.energy) == (
+                wanted.kind, wanted.residual, wanted.energy)
+    from safetensors import safe_open
+    with safe_open(tmp_path / "frozen.safetensors", "pt") as f:
+        name = ROUTED[0]
+        assert f.get_slice(f"a/{name}.lora_A").get_shape() == [2 * COUNTS[name], 16]
+        assert f.get_slice(f"{name}.lora_B").get_shape() == [16, 2 * COUNTS[name]]
+
+
+def test_broken_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not frozen yet"):
+        load_frozen(tmp_path)
+    file = tmp_path / "frozen.safetensors"
+    file.write_bytes(b"no header")
+    with pytest.raises(ValueError, match="no valid frozen adapter"):
+        load_frozen(tmp_path)
+    save_file({"x": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not of the form"):
+        load_frozen(tmp_path)
+    save_file({"x": torch.zeros(1)}, file, metadata={
+        "format": routing.FROZEN_FORMAT, "fits": '{"q_proj": ["linear", 0.0, 0.0]}'})
+    with pytest.raises(ValueError, match="no valid frozen adapter"):
+        load_frozen(tmp_path)

@@ -1,0 +1,590 @@
+"""Exported folders, each opened by the program that it is for; what is not installed is skipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_tokenizer import CHATML
+from tiny import random_hf
+from torch import Tensor
+
+from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
+from minismoe.export.graph import AdapterInput, write_decoder
+from minismoe.export.layouts import (
+    Pairs,
+    copy_base_files,
+    write_adapter,
+    write_genai,
+    write_hf,
+    write_peft,
+    write_web,
+)
+from minismoe.model.checkpoint import load_model
+from minismoe.model.config import Config
+from minismoe.model.decoder import CausalLM
+from minismoe.training.evaluate import generate
+
+SIZES = {"vocab_size": 340, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 0,
+         "max_position_embeddings": 256}
+RANKS = {"model.layers.0.self_attn.q_proj": 4, "model.layers.1.self_attn.q_proj": 6,
+         "model.layers.1.self_attn.v_proj": 3, "model.layers.0.mlp.down_proj": 5,
+         "model.layers.1.mlp.gate_proj": 2}
+CHAT = [{"role": "user", "content": "the cat?"}]
+LIMIT, CONTEXT = 24, 128                          # new tokens; the merged model stops before
+
+
+class Run(NamedTuple):
+    """A base folder, a low-rank pair for some of its matrices, and what both together say."""
+
+    base: Path
+    pairs: Pairs
+    merged: CausalLM
+    prompt: list[int]
+    tokens: list[int]                                # greedy, without the stop id
+    text: str
+
+    def weight(self, name: str) -> Tensor:
+        return self.merged.get_parameter(name).data
+
+
+def random_pairs(model: CausalLM, seed: int) -> Pairs:
+    random = torch.Generator().manual_seed(seed)
+    shapes = {name: model.get_submodule(name).weight.shape for name in RANKS}
+    return {name: (torch.randn(R, shapes[name][1], generator=random) * 0.2,
+                   torch.randn(shapes[name][0], R, generator=random) * 0.2)
+            for name, R in RANKS.items()}
+
+
+def merge(base: Path, pairs: Pairs) -> CausalLM:
+    model = load_model(base)
+    for name, (A, B) in pairs.items():
+        module = model.get_submodule(name)
+        module.weight = torch.nn.Parameter(module.weight + B @ A, requires_grad=False)
+    return model
+
+
+def make_run(base: Path) -> Run:
+    """A run of the tokenizer in `base`, whose merged model ends its answer with what only the chat
+    template calls an end."""
+    theirs, tokenizer = random_hf("llama", **SIZES), load_tokenizer(base)
+    head = theirs.lm_head.weight.data
+    for token, row in enumerate(head):               # only ASCII is ever said: logits of 0 are low
+        text = tokenizer.decode([token])
+        row *= bool(text) and text.isascii() and text.isprintable()
+    theirs.save_pretrained(base)
+    end = tokenizer.stop_ids[-1]
+    pairs = random_pairs(load_model(base), seed=1)
+    prompt = tokenizer.encode(tokenizer.render(CHAT, add_generation_prompt=True))[0]
+    tokens = generate(merge(base, pairs), [prompt], LIMIT, ())[0]
+    stop = next(i for i in range(6, LIMIT) if tokens[i] not in tokens[:i])
+    head[[end, tokens[stop]]] = head[[tokens[stop], end]]    # here, the end is what comes next
+    theirs.save_pretrained(base)
+    return Run(base, pairs, merge(base, pairs), prompt, tokens[:stop],
+               tokenizer.decode(tokens[:stop]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Run:
+    """Of a byte-level BPE and ChatML; <|im_end|> is no eos of any configuration."""
+    base = tmp_path_factory.mktemp("base")
+    (base / "tokenizer.json").write_bytes(bpe.read_bytes())
+    (base / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "bos_token": "<s>"}))
+    (base / "chat_template.jinja").write_text(CHATML)
+    return make_run(base)
+
+
+@pytest.fixture(scope="module")
+def byte_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Without a tokenizer and without a template, as the embedded default is."""
+    base = tmp_path_factory.mktemp("bytes")
+    (base / "config.json").write_text(json.dumps({"vocab_size": ByteTokenizer.vocab_size}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "vocab_size", ByteTokenizer.vocab_size)
+        return make_run(base)
+
+
+@pytest.fixture(scope="module", params=["run", "byte_run"])
+def any_run(request: pytest.FixtureRequest) -> Run:
+    return request.getfixturevalue(request.param)
+
+
+def test_the_run_stops_where_only_the_template_says(run: Run) -> None:
+    stops = load_tokenizer(run.base).stop_ids
+    assert stops == [0, FileTokenizer(run.base / "tokenizer.json").special["<|im_end|>"]]
+    assert generate(run.merged, [run.prompt], LIMIT, stops) == [run.tokens]
+    assert generate(run.merged, [run.prompt], LIMIT, [0]) != [run.tokens]
+    assert generate(load_model(run.base), [run.prompt], LIMIT, stops) != [run.tokens]
+
+
+# Files of the base
+
+def test_base_files_name_every_stop_id(run: Run, tmp_path: Path) -> None:
+    tokenizer = copy_base_files(run.base, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [
+        *tokenizer.stop_ids]
+    copy = load_tokenizer(tmp_path)
+    assert copy.stop_ids == tokenizer.stop_ids
+    assert copy.render(CHAT, True) == tokenizer.render(CHAT, True)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+
+
+def test_bytes_become_a_tokenizer_json(tmp_path: Path) -> None:
+    """The embedded default has no tokenizer file; what other programs get says the same."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps({"vocab_size": 259}))
+    copy_base_files(tmp_path / "base", tmp_path / "bare", spell_bytes=False)
+    assert isinstance(load_tokenizer(tmp_path / "bare").backend, ByteTokenizer)
+    ours = copy_base_files(tmp_path / "base", tmp_path / "out")
+    theirs = load_tokenizer(tmp_path / "out")
+    assert isinstance(ours.backend, ByteTokenizer) and isinstance(theirs.backend, FileTokenizer)
+    for text in ("the naïve café 日本 🙂\u2028 <|end|><|pad|> x  \n\t",
+                 bytes(range(256)).decode("latin1")):
+        ids = ours.encode(text)[0]
+        assert theirs.encode(text)[0] == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs.stop_ids == ours.stop_ids and theirs.pad_id == ours.pad_id
+    assert theirs.render(CHAT, True) == ours.render(CHAT, True)
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    rendered = reference.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+    assert rendered == ours.render(CHAT, True)
+    assert reference.encode(rendered, add_special_tokens=False) == ours.encode(rendered)[0]
+
+
+# PEFT
+
+def test_peft_computes_what_the_frozen_model_does(run: Run, tmp_path: Path) -> None:
+    """Loaded, and saved by PEFT and loaded again; only what has a pair is adapted."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    write_peft(tmp_path / "ours", run.pairs, str(run.base))
+    ids = torch.randint(3, 330, (2, 20))
+    folder = tmp_path / "ours"
+    for _ in range(2):
+        base = transformers.AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(base, folder).eval()
+        adapted = {name.removeprefix("base_model.model.") for name, module in model.named_modules()
+                   if isinstance(module, peft.tuners.lora.LoraLayer)}
+        assert adapted == set(run.pairs)
+        with torch.no_grad():
+            assert torch.allclose(model(ids).logits, run.merged(ids), atol=1e-4)
+            with model.disable_adapter():
+                assert not torch.allclose(model(ids).logits, run.merged(ids), atol=1e-1)
+        folder = tmp_path / "theirs"
+        model.save_pretrained(folder)
+    with torch.no_grad():
+        assert torch.allclose(model.merge_and_unload()(ids).logits, run.merged(ids), atol=1e-4)
+
+
+def test_peft_of_every_matrix(run: Run, tmp_path: Path) -> None:
+    """More names than PEFT keeps apart (it shortens lists from 20 on), in layers 1 and 11."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 12})
+    model = transformers.LlamaForCausalLM(config)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+             and name != "lm_head" and "layers.11.mlp" not in name]
+    shapes = {name: model.get_submodule(name).weight.shape for name in names}
+    write_peft(tmp_path, {n: (torch.randn(2, s[1]), torch.randn(s[0], 2))
+                          for n, s in shapes.items()}, "base")
+    adapted = {name.removeprefix("base_model.model.")
+               for name, module in peft.PeftModel.from_pretrained(model, tmp_path).named_modules()
+               if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert adapted == set(names)
+
+
+def test_llama_cpp_converts_it(run: Run, tmp_path: Path) -> None:
+    """MINISMOE_LLAMA_CPP is a checkout of llama.cpp, whose scripts and gguf-py are run."""
+    checkout = Path(os.environ.get("MINISMOE_LLAMA_CPP", "/nowhere"))
+    if not (checkout / "convert_lora_to_gguf.py").is_file():
+        pytest.skip("MINISMOE_LLAMA_CPP names no checkout of llama.cpp")
+    write_peft(tmp_path, run.pairs, str(run.base))
+    for command in ([checkout / "convert_lora_to_gguf.py", tmp_path, "--base", run.base,
+                     "--outtype", "f32", "--outfile", tmp_path / "lora.gguf"],
+                    ["-c", "import gguf, sys; r = gguf.GGUFReader(sys.argv[1]);"
+                     "print(len(r.tensors), r.fields['adapter.lora.alpha'].contents())",
+                     tmp_path / "lora.gguf"]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(checkout / "gguf-py")})
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [str(2 * len(run.pairs)), str(float(max(RANKS.values())))]
+
+
+def test_peft_without_a_pair_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to write"):
+        write_peft(tmp_path, {}, "base")
+
+
+# transformers
+
+@pytest.fixture(scope="module")
+def hf(any_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hf")
+    copy_base_files(any_run.base, out)
+    write_hf(out, any_run.base, any_run.weight, [f"{name}.weight" for name in any_run.pairs])
+    return out
+
+
+def test_transformers_says_the_same(any_run: Run, hf: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    inputs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt",
+                                           return_dict=True)
+    assert inputs["input_ids"][0].tolist() == any_run.prompt
+    output = model.generate(**inputs, max_new_tokens=LIMIT, do_sample=False)[0]
+    assert output[len(any_run.prompt):-1].tolist() == any_run.tokens
+    assert tokenizer.decode(output[len(any_run.prompt):], skip_special_tokens=True) == any_run.text
+
+
+def test_we_open_our_own(any_run: Run, hf: Path) -> None:
+    for (name, ours), theirs in zip(load_model(hf).named_parameters(), any_run.merged.parameters()):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_and_shards_stay(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
+    theirs = random_hf("llama_tied", **SIZES).to(dtype)
+    theirs.save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    expected = {name: p.clone() for name, p in theirs.named_parameters()}
+    names = ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
+    for name in names:
+        expected[name] += 1
+    (tmp_path / "out").mkdir()
+    write_hf(tmp_path / "out", tmp_path / "base", expected.__getitem__, names)
+    files = sorted(tmp_path.glob("out/*.safetensors"))
+    assert [f.name for f in files] == sorted(
+        f.name for f in tmp_path.glob("base/*.safetensors")) and len(files) > 2
+    (tmp_path / "out/config.json").write_bytes((tmp_path / "base/config.json").read_bytes())
+    for name, p in load_model(tmp_path / "out", dtype).named_parameters():
+        assert p.dtype == dtype and torch.equal(p, expected[name]), name
+    with safe_open(files[0], "pt") as f:
+        assert f.metadata() == {"format": "pt"}
+
+
+def test_weights_that_do_not_fit_are_named(run: Run, tmp_path: Path) -> None:
+    for name, wrong, message in (
+            ("model.norm.weight", torch.zeros(3), r"is F32 \[64\], not torch.float32 \[3\]"),
+            ("lm_head.weight", torch.zeros(340, 64).half(), "is F32 .*, not torch.float16")):
+        with pytest.raises(ValueError, match=f"{name} of .* {message}"):
+            write_hf(tmp_path, run.base, {name: wrong}.__getitem__, [name])
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"has no model\.nothing"):
+        write_hf(tmp_path, run.base, {}.__getitem__, ["model.nothing"])
+
+
+# onnxruntime-genai
+
+def decoder(run: Run, out: Path, **options: Any) -> Any:
+    """The merged model's graph and its tokenizer in `out`."""
+    tokenizer = copy_base_files(run.base, out)
+    options = {"target": "ort", "precision": "fp32", "context": CONTEXT} | options
+    write_decoder(out / "model.onnx", run.merged.config, run.weight, {}, **options)
+    return tokenizer
+
+
+def greedy(run: Run, step: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+           static: tuple[int, int, int] | None = None) -> list[int]:
+    """New ids of the chat's prompt with the stop id, by a function that runs a graph once.
+
+    static (1, T, P): the graph takes T tokens at a time after P others, padded on the left; pads
+    take places in the cache too, so the mask has to remember them.
+    """
+    cfg, stops = run.merged.config, load_tokenizer(run.base).stop_ids
+    P = static[2] if static else 0
+    past = {f"past_key_values.{i}.{part}": torch.zeros(1, cfg.num_key_value_heads, P, cfg.head_dim)
+            for i in range(cfg.num_hidden_layers) for part in ("key", "value")}
+    mask, ids, seen = torch.zeros(1, P, dtype=torch.long), list(run.prompt), 0
+    tokens: list[int] = []
+    while len(tokens) < LIMIT and not (tokens and tokens[-1] in stops):
+        T = static[1] if static else len(ids)
+        new = len(ids) % T or T
+        row = torch.tensor([[0] * (T - new) + [1] * new])
+        mask = torch.cat((mask, row), 1)
+        output = step({
+            "input_ids": torch.tensor([[0] * (T - new) + ids[:new]]), "attention_mask": mask,
+            "position_ids": (seen - 1 + row.cumsum(1)).clamp(min=0), **past})
+        past = {name: output[name.replace("past_key_values", "present")] for name in past}
+        mask, ids, seen = mask[:, T if static else 0:].contiguous(), ids[new:], seen + new
+        if not ids:
+            tokens += [int(output["logits"][0, -1].argmax())]
+            ids = tokens[-1:]
+    return tokens
+
+
+def ort_step(session: Any, options: Any = None) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    from onnxruntime import OrtValue
+
+    inputs, outputs = ([x.name for x in found()] for found in (
+        session.get_inputs, session.get_outputs))
+
+    def step(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = {name: OrtValue.from_dlpack(feeds[name]) for name in inputs}
+        found = session.run_with_ort_values(outputs, values, options)
+        return {name: torch.from_dlpack(value).clone() for name, value in zip(outputs, found)}
+
+    return step
+
+
+def session_of(file: Path, exact: bool = False) -> Any:
+    """exact: no rewriting of the graph, which would round activations beside quantised weights."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    if exact:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(str(file), options)
+
+
+def genai_says(model: Any, adapters: Any = None, task: str = "",
+               ) -> tuple[list[int], list[int], str]:
+    """Prompt ids, new ids with the stop id, and the streamed text, all by onnxruntime-genai."""
+    import onnxruntime_genai as og
+
+    tokenizer, params = og.Tokenizer(model), og.GeneratorParams(model)
+    prompt = tokenizer.encode(
+        tokenizer.apply_chat_template(json.dumps(CHAT), add_generation_prompt=True))
+    params.set_search_options(max_length=len(prompt) + LIMIT)
+    generator, stream = og.Generator(model, params), tokenizer.create_stream()
+    if task:
+        generator.set_active_adapter(adapters, task)
+    generator.append_tokens(prompt)
+    tokens: list[int] = []
+    text = ""
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens += [int(generator.get_next_tokens()[0])]
+        text += stream.decode(tokens[-1])
+    return [int(i) for i in prompt], tokens, text
+
+
+@pytest.mark.parametrize("target", ["ort", "portable"])
+def test_genai_says_the_same_and_stops(any_run: Run, tmp_path: Path, target: str) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    tokenizer = decoder(any_run, tmp_path, target=target)
+    write_genai(tmp_path, tokenizer, CONTEXT, share_buffer=target == "ort")
+    prompt, tokens, text = genai_says(og.Model(str(tmp_path)))
+    assert prompt == any_run.prompt
+    assert tokens == [*any_run.tokens, tokenizer.stop_ids[-1]]
+    assert text.removesuffix("<|im_end|>").removesuffix("<|end|>") == any_run.text
+
+
+@pytest.mark.parametrize("bos", [5, None])
+def test_genai_without_a_stop(run: Run, tmp_path: Path, bos: int | None) -> None:
+    """Some bases name no end, and some no start either; the configuration then leaves it out."""
+    og = pytest.importorskip("onnxruntime_genai")
+    tokenizer = decoder(run, tmp_path)
+    tokenizer.stop_ids = []
+    file = tmp_path / "generation_config.json"
+    generation = json.loads(file.read_text())
+    generation.pop("bos_token_id", None)
+    file.write_text(json.dumps(generation | ({} if bos is None else {"bos_token_id": bos})))
+    write_genai(tmp_path, tokenizer, CONTEXT)
+    written = json.loads((tmp_path / "genai_config.json").read_text())["model"]
+    assert written.get("bos_token_id") == bos and written["eos_token_id"] == []
+    assert genai_says(og.Model(str(tmp_path)))[1][:len(run.tokens)] == run.tokens
+
+
+# transformers.js: MINISMOE_NODE_MODULES is where `npm install @huggingface/transformers` put it
+
+NODE_MODULES = os.environ.get("MINISMOE_NODE_MODULES", "")
+SCRIPT = """
+import { createRequire } from "node:module";
+import path from "node:path";
+const [modules, folder, chat, limit, dtype] = process.argv.slice(2);
+const { AutoModelForCausalLM, AutoTokenizer, TextStreamer, env } =
+    createRequire(path.join(modules, "x.js"))("@huggingface/transformers");
+env.allowRemoteModels = false;
+env.localModelPath = path.dirname(folder) + "/";
+const name = path.basename(folder);
+const session_options = { intraOpNumThreads: 1 };
+const model = await AutoModelForCausalLM.from_pretrained(
+    name, dtype ? { dtype, session_options } : { session_options });
+const tokenizer = await AutoTokenizer.from_pretrained(name);
+const inputs = tokenizer.apply_chat_template(
+    JSON.parse(chat), { add_generation_prompt: true, return_dict: true });
+let text = "";
+const streamer = new TextStreamer(tokenizer, {
+    skip_prompt: true, skip_special_tokens: true, callback_function: part => { text += part; } });
+const output = await model.generate(
+    { ...inputs, max_new_tokens: Number(limit), do_sample: false, streamer });
+const prompt = inputs.input_ids.tolist()[0].map(Number);
+console.log(JSON.stringify(
+    { prompt, tokens: output.tolist()[0].map(Number).slice(prompt.length), text }));
+"""
+needs_node = pytest.mark.skipif(
+    not (shutil.which("node") and Path(NODE_MODULES, "@huggingface/transformers").is_dir()),
+    reason="MINISMOE_NODE_MODULES names no node_modules with @huggingface/transformers")
+
+
+def web_says(folder: Path, dtype: str = "") -> dict[str, Any]:
+    """Prompt ids, new ids and the streamed text, by transformers.js in Node."""
+    (folder.parent / "says.mjs").write_text(SCRIPT)
+    command = ["node", folder.parent / "says.mjs", NODE_MODULES, folder, json.dumps(CHAT),
+               str(LIMIT), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def web_folder(run: Run, web: Path) -> Path:
+    """The layout of transformers.js, of a merged run in three precisions."""
+    copy_base_files(run.base, web)
+    for precision, cache_type in (("fp32", "float32"), ("fp16", "float16"), ("int4", "float32")):
+        write_decoder(web / "model.onnx", run.merged.config, run.weight, {}, target="ort",
+                      precision=precision, context=CONTEXT)
+        write_web(web, precision, cache_type)
+    return web
+
+
+def test_a_web_folder_holds_graphs_that_open(any_run: Run, tmp_path: Path) -> None:
+    """Where there is no Node: each graph finds its data under its new name."""
+    web = web_folder(any_run, tmp_path / "web")
+    expected = [*any_run.tokens, load_tokenizer(any_run.base).stop_ids[-1]]
+    assert greedy(any_run, ort_step(session_of(web / "onnx/model.onnx"))) == expected
+    for name in ("model_fp16", "model_q4"):
+        assert session_of(web / f"onnx/{name}.onnx").get_outputs()[0].name == "logits"
+    config = json.loads((web / "config.json").read_text())["transformers.js_config"]
+    assert config["dtype"] == "q4" and config["kv_cache_dtype"]["fp16"] == "float16"
+
+
+@pytest.mark.parametrize("theirs", [
+    "x", None, [1], {"use_external_data_format": True}, {"kv_cache_dtype": "float16"},
+    {"use_external_data_format": None, "kv_cache_dtype": None, "dtype": {"model": "q8"}},
+    {"kv_cache_dtype": {"q4f16": "float16"}, "device": "webgpu"}])
+def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: Any) -> None:
+    """In whatever form, it is of the base's own files; what has nothing to do with ours stays."""
+    decoder(run, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers.js_config": theirs}))
+    write_web(tmp_path, "fp32")
+    found = json.loads((tmp_path / "config.json").read_text())["transformers.js_config"]
+    assert found.pop("use_external_data_format") == {"model.onnx": 1}
+    assert found.pop("kv_cache_dtype") == {"fp32": "float32"} | (
+        {"q4f16": "float16"} if "device" in found else {})
+    assert found.pop("dtype") == "fp32" and found in ({}, {"device": "webgpu"})
+
+
+@needs_node
+def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path) -> None:
+    """Precisions in one folder: two are asked for by name, int4 is what the config says."""
+    web, tokenizer = web_folder(any_run, tmp_path / "web"), load_tokenizer(any_run.base)
+    data = json.loads((web / "config.json").read_text())["transformers.js_config"][
+        "use_external_data_format"]                  # Node finds the data without, a browser not
+    assert {file.name for file in (web / "onnx").iterdir()} == {
+        *data, *(f"{name}_data" for name in data)} and len(data) == 3
+    assert web_says(web, "fp32") == {
+        "prompt": any_run.prompt, "tokens": [*any_run.tokens, tokenizer.stop_ids[-1]],
+        "text": any_run.text}
+    assert web_says(web, "fp16")["tokens"][0] == any_run.tokens[0]
+    assert web_says(web)["tokens"] == greedy(
+        any_run, ort_step(session_of(web / "onnx/model_q4.onnx")))
+
+
+# .onnx_adapter
+
+@pytest.fixture(scope="module")
+def tasks(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """One base graph with two adapters beside it, and what the model frozen on each task says."""
+    out, said = tmp_path_factory.mktemp("tasks"), {}
+    base, tokenizer = load_model(run.base), copy_base_files(run.base, out)
+    for task, pairs in (("trec", run.pairs), ("clinc", random_pairs(base, seed=2))):
+        write_adapter(out / f"{task}.onnx_adapter", pairs)
+        said[task] = generate(merge(run.base, pairs), [run.prompt], LIMIT, ())[0]
+    said[""] = generate(base, [run.prompt], LIMIT, ())[0]
+    write_decoder(out / "model.onnx", base.config, lambda name: base.get_parameter(name).data,
+                  {name: AdapterInput() for name in run.pairs}, target="ort", precision="fp32",
+                  context=CONTEXT)
+    write_genai(out, tokenizer, CONTEXT)
+    return out, {task: upto_stop(tokens, tokenizer.stop_ids) for task, tokens in said.items()}
+
+
+def upto_stop(tokens: list[int], stops: list[int]) -> list[int]:
+    return tokens[:next((i + 1 for i, t in enumerate(tokens) if t in stops), len(tokens))]
+
+
+def test_onnxruntime_switches_tasks(run: Run, tasks: tuple[Path, dict[str, list[int]]]) -> None:
+    import onnxruntime as ort
+
+    folder, said = tasks
+    assert len({*map(tuple, said.values())}) == 3
+    session, adapters = session_of(folder / "model.onnx"), {}
+    assert not any("lora" in x.name for x in session.get_inputs())       # they have defaults
+    for task in ("trec", "clinc"):
+        adapters[task] = ort.LoraAdapter()
+        adapters[task].Load(str(folder / f"{task}.onnx_adapter"))
+    for task in ("trec", "clinc", "", "trec"):
+        options = ort.RunOptions()
+        if task:
+            options.add_active_adapter(adapters[task])
+        assert greedy(run, ort_step(session, options)) == said[task]
+
+
+def test_genai_switches_tasks(run: Run, tasks: tuple[Path, dict[str, list[int]]]) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    folder, said = tasks
+    model = og.Model(str(folder))
+    adapters = og.Adapters(model)
+    for task in ("trec", "clinc"):
+        adapters.load(str(folder / f"{task}.onnx_adapter"), task)
+    for task in ("trec", "clinc", "", "trec"):
+        assert genai_says(model, adapters, task)[1] == said[task]
+
+
+# OpenVINO, which takes the portable graphs
+
+def openvino_step(file: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    openvino = pytest.importorskip("openvino")
+    model = openvino.Core().compile_model(str(file), "CPU", {
+        "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})       # else it rounds activations too
+    names = {name for port in model.inputs for name in port.get_names()}
+
+    def step(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = model({name: feeds[name].numpy() for name in feeds.keys() & names})
+        return {name: torch.from_numpy(value.copy())
+                for port, value in found.items() for name in port.get_names()}
+
+    return step
+
+
+@pytest.mark.parametrize("static", [None, (1, 8, 88), (1, 1, 100)])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4-8", "int4"])
+def test_openvino_says_the_same(run: Run, tmp_path: Path, precision: str,
+                                static: tuple[int, int, int] | None) -> None:
+    """fp32 as PyTorch does; quantised as onnxruntime does with the same graph."""
+    pytest.importorskip("openvino")
+    tokenizer = decoder(run, tmp_path, target="portable", precision=precision, static=static)
+    expected = [*run.tokens, tokenizer.stop_ids[1]]
+    if precision != "fp32":
+        expected = greedy(run, ort_step(session_of(tmp_path / "model.onnx", exact=True)), static)
+    assert greedy(run, openvino_step(tmp_path / "model.onnx"), static) == expected
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_openvino_reads_a_large_table(tmp_path: Path, precision: str) -> None:
+    """It computes places in integers as floats, which are inexact from 2^24 on."""
+    pytest.importorskip("openvino")
+    config = Config.from_dict({**SIZES, "vocab_size": 270_001, "num_hidden_layers": 1,
+                               "model_type": "llama", "tie_word_embeddings": True})
+    model, file = CausalLM(config), tmp_path / "model.onnx"
+    write_decoder(file, config, lambda name: model.get_parameter(name).data, {}, target="portable",
+                  precision=precision, context=CONTEXT)
+    past = {f"past_key_values.0.{part}": torch.zeros(1, 2, 0, 16) for part in ("key", "value")}
+    feeds = {"input_ids": torch.tensor([[3, 4, 135_001, 269_999, 270_000]]), **past,
+             "attention_mask": torch.ones(1, 5).long(), "position_ids": torch.arange(5)[None]}
+    ours, theirs = (step(feeds) for step in (
+        ort_step(session_of(file, exact=True)), openvino_step(file)))
+    for name in ("logits", "present.0.key", "present.0.value"):
+        assert torch.allclose(ours[name], theirs[name], atol=1e-3), name

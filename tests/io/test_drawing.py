@@ -1,0 +1,213 @@
+"""What is drawn is where it belongs, fits, parses, and lets no control character through."""
+
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minismoe.io.drawing import allocation_svg, grid, terminal_heatmap
+from minismoe.io.text import clean, table
+
+KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+SVG = "{http://www.w3.org/2000/svg}"
+EVIL = "tr\x1b[31mec\r\n\x07\x9b\u202e<&>\""  # colours, newlines, a bell, C1, right-to-left, markup
+
+
+def model(layers: int, value: float = 1.0) -> dict[str, float]:
+    return {f"model.layers.{i}.{kind}": value * (1 + i) for i in range(layers) for kind in KINDS}
+
+
+def rows(heatmap: str) -> dict[str, str]:
+    """Each projection's row without its label and the space after it."""
+    lines = [line for line in heatmap.splitlines()[1:-1] if not line.startswith(" ")]
+    return {line.split(" ")[0]: line[len("layer "):] for line in lines}
+
+
+def cells(svg: str) -> list[ET.Element]:
+    return [e for e in ET.fromstring(svg).iter(f"{SVG}rect") if e.get("class") == "cell"]
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_grid_orders_layers_as_numbers_and_projections_canonically():
+    layers, projections, found = grid({
+        "lm_head": 9.0, "model.layers.10.mlp.down_proj": 1.0, "model.layers.2.mlp.fc1": 3.0,
+        "model.layers.2.self_attn.o_proj": 2.0, "model.layers.2.self_attn.q_proj": 4.0})
+    assert layers == ["2", "10", "-"]
+    assert projections == ["q", "o", "down", "lm_head", "fc1"]
+    assert found == {("-", "lm_head"): 9.0, ("10", "down"): 1.0, ("2", "o"): 2.0,
+                     ("2", "fc1"): 3.0, ("2", "q"): 4.0}
+
+
+def test_grid_keeps_modules_apart_that_end_alike():
+    names = [f"layers.0.mlp.experts.{e}.up_proj" for e in range(3)] + ["layers.0.self_attn.q_proj"]
+    layers, projections, found = grid({name: i for i, name in enumerate(names)})
+    assert layers == ["0"] and len(found) == 4
+    assert projections[0] == "q" and "layers.*.mlp.experts.1.up_proj" in projections
+
+
+def test_table_aligns_what_is_wide_on_a_terminal():
+    rows = [["日本語", "ab"], ["é", "cd"], ["e\u0301", "ef"], ["abcdefg", "gh"]]
+    lines = table(["task", "what"], rows).splitlines()[2:]
+    assert lines == ["日本語   ab", "é        cd", "e\u0301        ef", "abcdefg  gh"]
+
+
+def test_table_aligns_numbers_right_and_text_left():
+    text = table(["task", "before", "mean"], [["trec", 3, "0.86"], ["a longer one", "-", "12.10%"]])
+    assert text.splitlines() == ["task          before    mean",
+                                 "------------  ------  ------",
+                                 "trec               3    0.86",
+                                 "a longer one       -  12.10%"]
+    assert table(["a", "b"], []).splitlines() == ["a  b", "-  -"]
+
+
+def test_heatmap_digits_stand_in_their_row_and_column():
+    counts = dict.fromkeys(model(30), 1.0)
+    counts |= {"model.layers.7.mlp.up_proj": 4, "model.layers.29.self_attn.q_proj": 0}
+    text = terminal_heatmap("experts", counts, digits=True, color=False)
+    found = rows(text)
+    assert list(found) == ["q", "k", "v", "o", "gate", "up", "down", "layer"]
+    assert found["up"].split() == ["1"] * 7 + ["4"] + ["1"] * 22 and found["up"][2 * 7 + 1] == "4"
+    assert found["q"].endswith("1 ·") and found["k"].endswith("1 1")
+    axis = found["layer"]
+    assert axis.split() == ["0", "5", "10", "15", "20", "25"]
+    assert all(axis[2 * i + 2 - len(str(i)):2 * i + 2] == str(i) for i in range(0, 30, 5))
+    assert text.splitlines()[-1].strip() == "min 0 max 4"
+
+
+def test_heatmap_shades_follow_the_scale():
+    values = {f"layers.{i}.q_proj": 10.0 ** i for i in range(5)}
+    assert rows(terminal_heatmap("", values, scale="log", color=False))["q"] == "  ░░▒▒▓▓██"
+    assert rows(terminal_heatmap("", values, color=False))["q"] == "        ██"
+    legend = terminal_heatmap("", values, scale="log", color=False).splitlines()[-1]
+    assert legend.split() == ["min", "1", "░▒▓█", "max", "1e+04,", "log", "scale"]
+    clipped = terminal_heatmap("", values | {"layers.5.q_proj": 0.0}, scale="log", color=False)
+    assert "min <=1 " in clipped
+
+
+def test_heatmap_axis_also_names_few_or_odd_layers():
+    def axis(*layers: int) -> list[str]:
+        values = {f"layers.{i}.q_proj": 1.0 for i in layers} | {"lm_head": 1.0}
+        return rows(terminal_heatmap("", values, color=False))["layer"].split()
+
+    assert axis(0, 1, 2, 3) == ["0", "1", "2", "3", "-"]
+    assert axis(*range(12)) == ["0", "5", "10", "-"]
+    assert rows(terminal_heatmap("", {"layers.22.q": 1.0}, color=False))["layer"] == "22"
+
+
+@pytest.mark.parametrize("layers", [1, 4, 30, 37, 38, 80, 126])
+@pytest.mark.parametrize("digits", [False, True])
+def test_heatmap_never_exceeds_80_columns_and_loses_no_cell(layers, digits):
+    counts = {name: 1 + i % 12 for i, name in enumerate(model(layers))}
+    for color in (False, True):
+        text = terminal_heatmap("t" * 100, counts, digits=digits, color=color)
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+        assert max(map(len, plain.splitlines())) <= 80
+        assert ("\x1b" in text) == color
+        assert digits or plain.count("layer") == (1 if layers <= 74 else 2)  # blocks
+        painted = text.count("\x1b[48;5;") - 14  # less the legend's own
+        assert painted == (7 * layers if color else -14)
+
+
+def test_color_follows_the_terminal_and_no_color(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "\x1b" in terminal_heatmap("", model(2))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in terminal_heatmap("", model(2))
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert "\x1b" not in terminal_heatmap("", model(2))
+
+
+def test_control_characters_reach_neither_terminal_nor_svg():
+    values = {f"model.layers.0.{EVIL}": 1.0, "model.layers.1.q_proj": 2.0}
+    drawn = (terminal_heatmap(EVIL, values, color=False), table([EVIL], [[EVIL]]),
+             allocation_svg({EVIL: values}, {}, title=EVIL))
+    for text in drawn:
+        assert all(char.isprintable() for char in text.replace("\n", ""))
+    assert len(drawn[0].splitlines()) == 5 and len(drawn[1].splitlines()) == 3
+    assert clean("naïve 試験 ✓") == "naïve 試験 ✓"
+
+
+ANY = st.text(st.characters(codec=None, exclude_categories=()))        # surrogates, too
+
+
+@given(ANY, ANY, st.floats(), st.booleans())
+def test_no_name_or_value_breaks_a_drawing(task, name, value, color):
+    values = {f"model.layers.3.{name}": value, name: value, "model.layers.4.q_proj": 1.0}
+    svg = allocation_svg({task: values}, {name: 2}, title=task)
+    assert len(cells(svg)) == 2 * len(grid(values)[2])
+    for scale in ("linear", "log"):
+        text = terminal_heatmap(task, values, scale=scale, color=color)
+        assert "\ud800" not in text and "\r" not in text
+
+
+def test_svg_has_a_cell_for_each_matrix_and_names_every_task():
+    scores = {"trec": model(30), "a<b & \"c\"": model(30), "x" * 90: model(30)}
+    svg = allocation_svg(scores, dict.fromkeys(model(30), 2), title="1 < 2 & 3")
+    assert len(cells(svg)) == 4 * 210
+    names = [element.text for element in ET.fromstring(svg).iter(f"{SVG}title")]
+    assert names == ["1 < 2 & 3", *scores, "420 experts"]
+    assert "a&lt;b &amp;" in svg
+    assert texts(svg).count("layer") == 4 and texts(svg).count("gate") == 4
+    assert texts(svg).count("25") == 4
+    assert svg == allocation_svg(scores, dict.fromkeys(model(30), 2), title="1 < 2 & 3")
+
+
+def test_svg_writes_the_counts_in_their_cells():
+    experts = dict.fromkeys(model(4), 1) | {"model.layers.2.mlp.gate_proj": 7}
+    del experts["model.layers.0.self_attn.q_proj"]  # no vote: drawn as 0
+    root = ET.fromstring(allocation_svg({"t": model(4)}, experts))
+    panel = root.findall(f"{SVG}g")[-1]
+    squares = panel.findall(f"{SVG}rect")
+    numbers = [t for t in panel.findall(f"{SVG}text") if t.get("fill")]
+    assert [t.text for t in numbers] == ["0"] + ["1"] * 17 + ["7"] + ["1"] * 9  # row by row
+    for square, number in zip(squares, numbers, strict=True):
+        inside = float(number.get("x")) - float(square.get("x"))
+        assert 0 < inside < float(square.get("width"))
+        assert 0 < float(number.get("y")) - float(square.get("y")) < float(square.get("height"))
+
+
+def test_svg_colors_rank_scores_within_their_task():
+    """Tasks whose scores differ by a factor look the same; the largest cell is the ramp's end."""
+    root = ET.fromstring(allocation_svg({"a": model(5), "b": model(5, 1e-9)}, {}))
+    first, second, _ = ([rect.get("fill") for rect in panel.findall(f"{SVG}rect")]
+                        for panel in root.findall(f"{SVG}g"))
+    assert first == second and first[4] == "#fde725" and len(set(first)) == 5
+
+
+@pytest.mark.parametrize(("layers", "tasks"), [(30, 3), (30, 5), (4, 5), (80, 2), (1, 1)])
+def test_svg_panels_lie_inside_the_figure_and_apart(layers, tasks):
+    svg = allocation_svg({f"t{i}": model(layers) for i in range(tasks)},
+                         dict.fromkeys(model(layers), 3), title="title")
+    left, top, width, height = map(float, ET.fromstring(svg).get("viewBox").split())
+    boxes = [tuple(float(cell.get(key)) for key in ("x", "y", "width", "height"))
+             for cell in cells(svg)]
+    assert len({(x, y) for x, y, _, _ in boxes}) == (tasks + 1) * 7 * layers
+    assert all(left <= x and x + w <= left + width and top <= y and y + h <= top + height
+               for x, y, w, h in boxes)
+    if layers <= 30:  # 7 pt in a column of 3.4 inches
+        sizes = [float(e.get("font-size", 10)) for e in ET.fromstring(svg).iter(f"{SVG}text")]
+        assert min(sizes) * 3.4 * 72 / width >= 7.0 and width < 350
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf, -1.0, 5e-324])
+def test_constant_values_are_drawn(value):
+    values = dict.fromkeys(model(3), value)
+    for scale in ("linear", "log"):
+        assert len(rows(terminal_heatmap("t", values, scale=scale, color=False))) == 8
+    assert len(cells(allocation_svg({"t": values}, dict.fromkeys(values, 0)))) == 42
+
+
+def test_nothing_is_drawn_as_nothing():
+    assert terminal_heatmap("none", {}, color=False).startswith("none\n")
+    assert "28 ranks<" in (svg := allocation_svg({}, {"layers.0.q_proj": 28}, what="ranks"))
+    assert "ranks per matrix" in svg and "experts" not in svg
+    assert cells(allocation_svg({}, {})) == [] and cells(allocation_svg({"t": {}}, {})) == []

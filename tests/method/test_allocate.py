@@ -1,0 +1,515 @@
+"""allocate.py against independent counts, and its budgets against every neighbour.
+
+Hypothesis draws small models: layers 9, 10 and 11 (so that natural order matters), some of four
+projections, one to four tasks whose scores are small whole numbers (so that ties are common).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+from collections import Counter
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from minismoe.method.allocate import GROUPS, STRATEGIES, Allocation, allocate, parameters
+
+KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")  # by name
+Model = tuple[dict[str, dict[str, float]], dict[str, tuple[int, int]]]
+
+
+@st.composite
+def models(draw: Any) -> Model:
+    """(scores, shapes): every module of every task, in the order of names."""
+    layers = draw(st.lists(st.sampled_from((9, 10, 11)), min_size=1, unique=True).map(sorted))
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, unique=True).map(sorted))
+    modules = [f"model.layers.{layer}.{kind}" for layer in layers for kind in kinds]
+    score = st.integers(0, 6) | st.floats(1e-6, 1e6)
+    scores = {f"task{i}": {module: draw(score) for module in modules}
+              for i in range(draw(st.integers(1, 4)))}
+    side = st.integers(1, 40)
+    return scores, {module: (draw(side), draw(side)) for module in modules}
+
+
+keeps = st.integers(1, 100).map(lambda percent: percent / 100)
+groups = st.sampled_from(GROUPS)
+
+
+def shuffled(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[str, float]]:
+    """The same scores, with tasks and modules in another order."""
+    mix = random.Random(seed)
+    tasks, modules = list(scores), list(next(iter(scores.values())))
+    mix.shuffle(tasks)
+    mix.shuffle(modules)
+    return {task: {module: scores[task][module] for module in modules} for task in tasks}
+
+
+def group_name(module: str, group: str) -> str:
+    return {"attention_mlp": module.split(".")[-2], "kind": module.split(".")[-1], "all": ""}[group]
+
+
+def size(allocation: Allocation, shapes: dict[str, tuple[int, int]]) -> int:
+    """Trainable parameters, tensor by tensor."""
+    total = 0
+    for module, experts in allocation.experts.items():
+        d_out, d_in = shapes[module]
+        tensors: list[tuple[int, ...]] = [
+            (experts, allocation.rank_of(module), side) for side in (d_in, d_out)]
+        tensors += [(experts, d_in)] if experts > 1 else []
+        total += sum(math.prod(tensor) for tensor in tensors)
+    return total
+
+
+# The paper's rule
+
+
+def test_the_example_of_the_file() -> None:
+    scores = {"1": {"q": 9.0, "k": 1.0, "v": 5.0, "o": 2.0},
+              "2": {"q": 0.1, "k": 0.2, "v": 0.9, "o": 0.3}}
+    found = allocate(scores, keep=0.5, group="all")
+    assert list(found.experts.items()) == [("q", 1), ("v", 2), ("o", 1)]
+    assert (found.rank, found.alpha, found.top_k, found.keep) == (8, 16, 2, 0.5)
+    assert (found.strategy, found.group, found.trainable_parameters) == ("votes", "all", None)
+
+
+@given(models(), keeps, groups)
+def test_votes_equal_a_brute_force_count(model: Model, keep: float, group: str) -> None:
+    scores, shapes = model
+    expected: Counter[str] = Counter()
+    for values in scores.values():
+        for place, module in enumerate(values):
+            rivals = [(other, i) for i, other in enumerate(values)
+                      if group_name(other, group) == group_name(module, group)]
+            better = sum(values[other] > values[module]
+                         or values[other] == values[module] and i < place for other, i in rivals)
+            kept = math.floor(Fraction(str(keep)) * len(rivals) + Fraction(1, 2))
+            expected[module] += better < max(1, kept)
+    found = allocate(scores, keep=keep, group=group, shapes=shapes)
+    assert found.experts == {module: count for module, count in expected.items() if count}
+    assert max(found.experts.values()) <= len(scores)
+    assert found.trainable_parameters == size(found, shapes)
+
+
+@pytest.mark.parametrize(("keep", "modules", "kept"), [
+    (0.145, 100, 15), (0.144, 100, 14), (0.25, 2, 1), (0.01, 10, 1), (0.15, 10, 2), (1, 7, 7)])
+def test_halves_round_up_as_written(keep: float, modules: int, kept: int) -> None:
+    scores = {"t": {f"h.{i}.c": 1.0 for i in reversed(range(modules))}}
+    found = allocate(scores, keep=keep, group="all")
+    assert set(found.experts) == {f"h.{i}.c" for i in range(kept)}  # ties go by name: 9 before 10
+
+
+def test_keep_is_three_fifths_unless_a_size_is_given() -> None:
+    scores = {"t": {f"h.{i}.mlp.c": float(i) for i in range(10)}}
+    assert list(allocate(scores).experts) == [f"h.{i}.mlp.c" for i in range(4, 10)]
+    assert allocate(scores).keep == 0.6
+
+
+@given(models(), keeps, groups, st.integers(-40, 40))
+def test_scaling_a_task_changes_no_vote(model: Model, keep: float, group: str, power: int) -> None:
+    scores, _ = model  # powers of two, so that the scaled scores are exact
+    scaled = {task: {module: math.ldexp(score, power * i) for module, score in values.items()}
+              for i, (task, values) in enumerate(scores.items(), 1)}
+    for strategy in ("votes", "proportional"):
+        found = [allocate(each, keep=keep, group=group, strategy=strategy)
+                 for each in (scores, scaled)]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=30)
+@given(models(), keeps, groups, st.integers(0, 99), st.booleans())
+def test_order_of_tasks_and_modules_is_no_matter(
+        strategy: str, model: Model, keep: float, group: str, seed: int, by_budget: bool) -> None:
+    scores, shapes = model
+    how: dict[str, Any] = {"strategy": strategy, "group": group, "seed": 3, "shapes": shapes}
+    how |= {"budget_params": 6000} if by_budget else {"keep": keep}
+    try:
+        found = allocate(scores, **how)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            allocate(shuffled(scores, seed), **how)
+        return
+    mixed = shuffled(scores, seed)
+    other = allocate(mixed, **how)
+    assert other == found
+    order = [module for module in next(iter(mixed.values())) if module in found.experts]
+    assert list(other.experts) == order
+
+
+# Budgets
+
+
+def steps(scores: Any, shapes: dict[str, tuple[int, int]], strategy: str, found: Allocation,
+          how: dict[str, Any]) -> list[Allocation]:
+    """The allocations that are one step above `found`, or all larger ones; none at the top."""
+    total, modules = sum(found.experts.values()), next(iter(scores.values()))
+    if strategy == "votes":  # groups have 1, 2, 3, 4, 6, 8, 9 or 12 modules: 144ths show every step
+        every = [allocate(scores, strategy=strategy, keep=i / 144, **how) for i in range(1, 145)]
+        return [each for each in every if sum(each.experts.values()) > total]
+    if strategy == "lora":
+        return [Allocation(found.experts, found.rank + 1)]
+    if strategy == "ranks":  # experts of rank 1 are ranks
+        total = sum(found.ranks.values())
+        if total == len(shapes) * min(map(min, shapes.values())):
+            return []
+        return [allocate(scores, strategy=strategy, budget_experts=total + 1, rank=1,
+                         shapes=shapes, **how)]
+    top = how["max_experts"] or (max(len(scores), how["min_experts"])
+                                 if strategy == "random" else math.inf)
+    if total >= top * len(modules):
+        return []
+    if strategy == "uniform":
+        return [Allocation({module: found.experts[module] + 1 for module in modules})]
+    return [allocate(scores, strategy=strategy, budget_experts=total + 1, **how)]
+
+
+@pytest.mark.parametrize("unit", ["budget_experts", "budget_params"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=40, deadline=None)
+@given(models(), groups, st.integers(0, 60), st.integers(0, 2), st.none() | st.integers(2, 5))
+def test_a_budget_is_met_to_within_one_step(
+        strategy: str, unit: str, model: Model, group: str, amount: int, low: int,
+        high: int | None) -> None:
+    scores, shapes = model
+    low = min(low, 1) if strategy in ("lora", "ranks") else low
+    how: dict[str, Any] = {"group": group, "min_experts": low, "max_experts": high}
+    budget = amount * 397 - 1 if unit == "budget_params" else amount
+
+    def spend(budget: int) -> Allocation:
+        return allocate(scores, strategy=strategy, shapes=shapes, **{**how, unit: budget})
+
+    def cost(allocation: Allocation) -> int:
+        return size(allocation, shapes) if unit == "budget_params" else math.ceil(
+            Fraction(sum(n * allocation.rank_of(m) for m, n in allocation.experts.items()), 8))
+
+    try:
+        found = spend(budget)
+    except ValueError as error:
+        number = re.search(r"the nearest possible is (\d+)$", str(error))
+        assert number and "\n" not in str(error)
+        nearest = int(number[1])
+        assert nearest > budget
+        with pytest.raises(ValueError, match=f"is {nearest}$"):
+            spend(nearest - 1)
+        budget, found = nearest, spend(nearest)
+        assert cost(found) == nearest
+    assert cost(found) <= budget
+    assert all(cost(above) > budget for above in steps(scores, shapes, strategy, found, how))
+    counts = [found.experts.get(module, 0) for module in shapes]
+    assert any(counts)
+    assert min(counts) >= low
+    assert high is None or max(counts) <= high
+    assert found.trainable_parameters == size(found, shapes)
+    assert (found.keep is not None) == (strategy == "votes")
+
+
+def test_a_budget_of_votes_finds_every_step_of_unequal_groups() -> None:
+    names = [f"h.{i}.{kind}" for i in range(3) for kind in ("attn.q", "attn.k", "mlp.up")]
+    scores = {task: {name: (i * step) % 13 + 1.0 for i, name in enumerate(names)}
+              for task, step in (("a", 5), ("b", 7))}
+    sums = {sum(allocate(scores, keep=i / 720).experts.values()) for i in range(1, 721)}
+    assert len(sums) == 8  # 1 + 1 modules at first, then 5 + 2 more, never two at once
+    for budget in range(min(sums), 20):
+        found = sum(allocate(scores, budget_experts=budget).experts.values())
+        assert found == max(each for each in sums if each <= budget)
+
+
+@given(models(), groups, st.integers(1, 48))
+def test_a_found_keep_can_be_given_again(model: Model, group: str, budget: int) -> None:
+    scores, _ = model
+    assume(budget >= sum(allocate(scores, keep=1e-6, group=group).experts.values()))
+    found = allocate(scores, budget_experts=budget, group=group)
+    assert allocate(scores, keep=found.keep, group=group) == found
+
+
+@given(models(), groups, keeps, st.sampled_from(("proportional", "mola", "random", "uniform")))
+def test_a_control_spends_what_votes_spend(
+        model: Model, group: str, keep: float, strategy: str) -> None:
+    scores, shapes = model
+    total = sum(allocate(scores, keep=keep, group=group).experts.values())
+    if strategy == "uniform" and total < len(shapes):
+        with pytest.raises(ValueError, match=rf"^{total} .*votes.* is {len(shapes)}$"):
+            allocate(scores, strategy=strategy, keep=keep, group=group)
+        return
+    found = allocate(scores, strategy=strategy, keep=keep, group=group).experts
+    if strategy == "uniform":
+        assert found == dict.fromkeys(shapes, total // len(shapes))
+    else:
+        assert sum(found.values()) == total
+
+
+@given(models(), keeps, st.integers(1, 16), st.booleans())
+def test_lora_has_the_largest_rank_that_fits(
+        model: Model, keep: float, rank: int, known: bool) -> None:
+    scores, shapes = model
+    sizes = shapes if known else None
+    votes = allocate(scores, keep=keep, rank=rank, alpha=24)
+    per_rank = sum(map(sum, shapes.values())) if known else len(shapes)
+    spent = size(votes, shapes) if known else sum(votes.experts.values()) * rank
+    try:
+        found = allocate(scores, strategy="lora", keep=keep, rank=rank, alpha=24, shapes=sizes)
+    except ValueError:
+        assert per_rank > spent
+        return
+    assert found.experts == dict.fromkeys(shapes, 1)
+    assert found.rank * per_rank <= spent < (found.rank + 1) * per_rank
+    assert found.alpha / found.rank == pytest.approx(24 / rank)
+
+
+@given(models(), st.integers(1, 200))
+def test_ranks_follow_the_root_of_the_share(model: Model, extra: int) -> None:
+    scores, shapes = model
+    shapes = dict.fromkeys(shapes, (999, 999))
+    total = len(shapes) + extra
+    found = allocate(scores, strategy="ranks", budget_experts=total, rank=1, shapes=shapes,
+                     group="all")
+    assert found.experts == dict.fromkeys(shapes, 1)
+    assert sum(found.ranks.values()) == total
+    shares = {m: math.fsum(values[m] / s if (s := math.fsum(values.values())) else 1 / len(shapes)
+                           for values in scores.values()) for m in shapes}
+    roots = {m: math.sqrt(share) for m, share in shares.items()}
+    for m, n in itertools.permutations(shapes, 2):  # no module has less of it, and a higher rank
+        assert roots[m] >= roots[n] - 1e-9 or found.ranks[m] <= found.ranks[n] + 1
+    whole = sum(roots.values())
+    assert all(rank <= total * roots[m] / whole + 1 or rank == 1
+               for m, rank in found.ranks.items())
+
+
+# The controls
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 80))
+def test_proportional_is_hamiltons_method(scores: list[int], total: int) -> None:
+    names = [f"m.{i}.w" for i in range(len(scores))]
+    values = {name: float(score) for name, score in zip(names, scores, strict=True)}
+    found = allocate({"t": values}, strategy="proportional", group="all", budget_experts=total)
+    counts = [found.experts.get(name, 0) for name in names]
+    quotas = [Fraction(total * score, sum(scores)) for score in scores]
+    assert sum(counts) == total
+    assert all(count in (math.floor(quota), math.ceil(quota))
+               for count, quota in zip(counts, quotas, strict=True))
+    rests = [(quota % 1, count > math.floor(quota))
+             for count, quota in zip(counts, quotas, strict=True)]
+    rounded_up, down = ([rest for rest, up in rests if up is side] for side in (True, False))
+    assert min(rounded_up, default=1) >= max(down, default=0)  # none with less went first
+
+
+def test_proportional_gives_each_task_the_same_say_and_each_group_its_size() -> None:
+    q, v, up = "h.0.attn.q", "h.0.attn.v", "h.0.mlp.up"
+    scores = {"loud": {q: 3e9, v: 1e9, up: 5e9}, "quiet": {q: 1e-9, v: 3e-9, up: 1e-12}}
+    found = allocate(scores, strategy="proportional", budget_experts=12)
+    assert found.experts == {q: 4, v: 4, up: 4}
+    bounded = allocate({"t": {q: 9.0, v: 1.0, up: 0.0}}, strategy="proportional", group="all",
+                       budget_experts=10, min_experts=2, max_experts=5)
+    assert bounded.experts == {q: 5, v: 3, up: 2}
+    lifted = allocate({"t": {q: 6.0, v: 4.0, up: 0.0}}, strategy="proportional", group="all",
+                      budget_experts=10, min_experts=2)
+    assert lifted.experts == {q: 5, v: 3, up: 2}  # the two that `up` needs are taken one from each
+
+
+def test_proportional_sees_equal_shares_as_equal_in_any_order() -> None:
+    scores = {"a": {"x": 1.0, "y": 4.0, "z": 2.0}, "b": {"x": 2.0, "y": 1.0, "z": 4.0},
+              "c": {"x": 4.0, "y": 2.0, "z": 1.0}}  # 7ths: their sums round differently
+    for order in itertools.permutations(scores):
+        mixed = {task: scores[task] for task in order}
+        found = allocate(mixed, strategy="proportional", group="all", budget_experts=2)
+        assert found.experts == {"x": 1, "y": 1}
+
+
+def test_mola_climbs_from_two_to_eight() -> None:
+    scores = {"t": {f"h.{layer}.{kind}": 1.0 for kind in "ab" for layer in (0, 1, 2, 3)}}
+    found = allocate(scores, strategy="mola", budget_experts=40)
+    assert [found.experts[f"h.{layer}.b"] for layer in range(4)] == [2, 4, 6, 8]
+    with pytest.raises(ValueError, match=r"mola.*'lm_head'"):
+        allocate({"t": {"h.0.a": 1.0, "lm_head": 2.0}}, strategy="mola", budget_experts=2)
+
+
+@given(models(), st.integers(1, 200), st.integers(0, 1), st.none() | st.integers(1, 6))
+def test_mola_never_falls_with_the_layer(
+        model: Model, budget: int, low: int, high: int | None) -> None:
+    scores, shapes = model
+    found = allocate(scores, strategy="mola", budget_experts=budget + low * len(shapes),
+                     min_experts=low, max_experts=high).experts
+    for kind in KINDS:
+        column = [found.get(module, 0) for module in shapes if module.endswith(kind)]
+        assert column == sorted(column)
+
+
+def test_random_is_uniform_seeded_and_bounded() -> None:
+    names = [f"h.{i}.w" for i in range(4)]
+    scores = {"a": dict.fromkeys(names, 1.0), "b": dict.fromkeys(names, 1.0)}
+    draws = [allocate(scores, strategy="random", budget_experts=5, seed=seed).experts
+             for seed in range(400)]
+    sums = [sum(draw.get(name, 0) for draw in draws) for name in names]
+    assert all(450 < each < 550 for each in sums)  # 500 expected; 50 is over 4 standard deviations
+    assert {max(draw.values()) for draw in draws} == {2}  # no more than the tasks
+    assert len({tuple(sorted(draw.items())) for draw in draws}) == 16  # each way to place five
+    for total in range(1, 8):
+        less, more = (allocate(scores, strategy="random", budget_experts=each).experts
+                      for each in (total, total + 1))
+        assert sum((Counter(more) - Counter(less)).values()) == 1  # one more, and none moved
+    wider = allocate(scores, strategy="random", budget_experts=40, max_experts=9)
+    assert wider.experts == dict.fromkeys(names, 9)
+
+
+def test_groups_settle_neither_ties_of_proportional_nor_draws_of_random() -> None:
+    names = [f"h.{layer}.{kind}" for layer in (0, 1) for kind in ("attn.q", "mlp.up")]
+    scores = {"t": dict.fromkeys(names, 1.0)}
+    for group in GROUPS:
+        found = allocate(scores, strategy="proportional", budget_experts=2, group=group)
+        assert list(found.experts) == ["h.0.attn.q", "h.0.mlp.up"]
+    draws = [[allocate(scores, strategy="random", budget_experts=2, group=group, seed=seed).experts
+              for seed in range(9)] for group in GROUPS]
+    assert draws[0] == draws[1] == draws[2]
+
+
+def test_clamps_bound_the_votes() -> None:
+    scores = {task: {"h.0.a": 3.0, "h.0.b": 2.0, "h.0.c": 1.0} for task in "xyz"}
+    found = allocate(scores, keep=0.3, min_experts=1, max_experts=2)
+    assert found.experts == {"h.0.a": 2, "h.0.b": 1, "h.0.c": 1}
+
+
+# Names
+
+
+@pytest.mark.parametrize(("module", "attention"), [
+    ("model.layers.0.self_attn.q_proj", True), ("h.0.attn.c_attn", True),
+    ("encoder.layer.0.attention.self.query", True), ("model.layers.0.mlp.up_proj", False),
+    ("attn_net.layers.0.mlp.up_proj", False), ("layers.0.mlp.attn_gate", False)])
+def test_attention_is_told_by_the_parent_inside_the_layer(module: str, attention: bool) -> None:
+    scores = {"t": {"z.0.attn.probe": 2.0, "z.0.mlp.probe": 2.0, module: 1.0}}
+    chosen = allocate(scores, keep=0.01).experts  # one a group: the probes, which score higher
+    assert module not in chosen
+    scores["t"]["z.0.attn.probe" if attention else "z.0.mlp.probe"] = 0.0
+    assert module in allocate(scores, keep=0.01).experts
+
+
+def test_targets_choose_by_last_component_or_pattern() -> None:
+    names = [f"h.{i}.{kind}" for i in (0, 1) for kind in ("attn.q", "attn.qk", "mlp.up")]
+    scores = {"t": dict.fromkeys(names, 1.0)}
+    for targets, chosen in [
+            ("q", ["h.0.attn.q", "h.1.attn.q"]),
+            ("q, up", ["h.0.attn.q", "h.0.mlp.up", "h.1.attn.q", "h.1.mlp.up"]),
+            (["h.1.*"], ["h.1.attn.q", "h.1.attn.qk", "h.1.mlp.up"]),
+            (("up", "*.0.attn.q"), ["h.0.attn.q", "h.0.mlp.up", "h.1.mlp.up"])]:
+        assert list(allocate(scores, keep=1, targets=targets).experts) == chosen
+    with pytest.raises(ValueError, match=r"\['k', 'Up'\].*\['q', 'qk', 'up'\]"):
+        allocate(scores, targets="q,k,Up")
+    with pytest.raises(ValueError, match="targets"):
+        allocate(scores, targets=[])
+
+
+# Arguments
+
+
+class Probed(dict):  # type: ignore[type-arg]
+    """Scores that know their shapes, as `probe` returns them."""
+
+    shapes: ClassVar[dict[str, tuple[int, int]]] = {"h.0.a": (3, 5), "h.0.b": (2, 2)}
+
+
+def test_shapes_come_with_the_scores() -> None:
+    scores = Probed(t={"h.0.a": 2.0, "h.0.b": 1.0}, u={"h.0.a": 2.0, "h.0.b": 1.0})
+    found = allocate(scores, keep=0.5, rank=2, alpha=3)
+    assert found.trainable_parameters == parameters((3, 5), 2, 2) == 2 * 2 * 8 + 2 * 5
+    assert parameters((3, 5), 1, 2) == 16
+    assert parameters((3, 5), 0, 2) == 0
+    assert found.alpha == 3
+    assert allocate(scores, budget_params=38, rank=1).trainable_parameters == 26 + 12
+    assert allocate(scores, rank=3).alpha == 6
+    assert allocate(scores, budget_params=37, rank=1).experts == {"h.0.a": 2}
+    with pytest.raises(ValueError, match=r"budget_params.*'h.0.b'"):
+        allocate(scores, budget_params=99, shapes={"h.0.a": (3, 5)})
+    with pytest.raises(ValueError, match="budget_params"):
+        allocate(dict(scores), budget_params=99)
+
+
+GOOD = {"t": {"h.0.a": 2.0, "h.0.b": 1.0}}
+
+
+@pytest.mark.parametrize(("arguments", "names"), [
+    ({"strategy": "vote", "group": "mlp", "rank": 0, "top_k": 1.5, "alpha": -1},
+     ["vote", "mlp", "rank", "top_k", "alpha"]),
+    ({"keep": 0.0}, ["keep"]), ({"keep": 1.01}, ["keep"]), ({"keep": math.nan}, ["keep"]),
+    ({"keep": 0.5, "budget_experts": 3}, ["only one", "keep"]),
+    ({"budget_params": 9, "budget_experts": 3, "shapes": Probed.shapes}, ["only one", "budgets"]),
+    ({"budget_experts": 2.5}, ["budget", "2.5"]), ({"budget_experts": True}, ["budget", "True"]),
+    ({"budget_experts": 2**60}, ["budget", "2**50"]),
+    ({"min_experts": -1, "max_experts": 0}, ["min_experts", "max_experts"]),
+    ({"min_experts": 3, "max_experts": 2}, ["min_experts 3", "max_experts 2"]),
+    ({"strategy": "lora", "min_experts": 2}, ["lora", "min_experts 2"])])
+def test_wrong_arguments_are_all_named(arguments: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        allocate(GOOD, **arguments)
+    assert [name for name in names if name not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(("scores", "names"), [
+    ({}, ["no module"]), ({"t": {}}, ["no module"]),
+    ({"t": {"a": 1.0, "b": 2.0}, "u": {"b": 1.0, "c": 1.0}},
+     ["'t' lacks ['c']", "'u' lacks ['a']"]),
+    ({"t": {"a": math.nan, "b": -1.0, "c": math.inf, "d": "x", "e": 1.0}},
+     ["'a'", "'b'", "'c'", "'d'"])])
+def test_wrong_scores_are_all_named(scores: Any, names: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        allocate(scores)
+    assert [name for name in names if name not in str(caught.value)] == []
+    assert "'e'" not in str(caught.value)
+
+
+# allocation.json
+
+
+@given(models(), st.sampled_from(STRATEGIES), groups)
+def test_json_round_trip(model: Model, strategy: str, group: str) -> None:
+    scores, shapes = model
+    found = allocate(scores, strategy=strategy, group=group, keep=1, shapes=shapes, alpha=2.5)
+    text = json.dumps(found.to_json())
+    again = Allocation.from_json(json.loads(text))
+    assert again == found
+    assert list(again.experts) == list(found.experts)
+
+
+def test_json_form_is_that_of_the_design() -> None:
+    found = allocate(GOOD, keep=0.5, shapes=Probed.shapes)
+    assert found.to_json() == {
+        "format": "minismoe.allocation/1", "strategy": "votes", "group": "attention_mlp",
+        "keep": 0.5, "rank": 8, "alpha": 16, "top_k": 2, "trainable_parameters": 64,
+        "experts": {"h.0.a": 1}}
+
+
+def test_a_bare_mapping_is_read_and_zeros_are_dropped() -> None:
+    bare = Allocation.from_json({"a": 3, "b": 0, "c": 1})
+    assert bare == Allocation({"a": 3, "c": 1}, strategy="custom")
+    form = {"format": "minismoe.allocation/1", "rank": 4, "experts": {"a": 1}}
+    short = Allocation.from_json(form)
+    assert (short.rank, short.alpha) == (4, 8)  # alpha follows the rank, as in allocate()
+    assert Allocation.from_json({**form, "ranks": {"a": 2}}).rank_of("a") == 2
+
+
+@pytest.mark.parametrize(("value", "names"), [
+    ({"a": -1, "b": 1.0, "c": "2", "d": True, "e": None, "fine": 2},
+     ["'a': -1", "'b': 1.0", "'c': '2'", "'d': True", "'e': None"]),
+    ({"format": "minismoe.allocation/2", "experts": {"a": 0.5}}, ["allocation/2", "'a': 0.5"]),
+    ({"format": "minismoe.allocation/1", "experts": {"a": 1}, "rank": "8", "alpha": 0, "top_k": 0,
+      "keep": 2, "strategy": 5, "group": 1, "trainable_parameters": -3, "rnk": 4},
+     ["rank", "alpha", "top_k", "keep", "strategy", "group", "trainable_parameters", "'rnk'"]),
+    ({"format": "minismoe.allocation/1", "experts": {"a": 1}, "ranks": {"a": 0, "b": 2}},
+     ["'a': 0", "'b': 2"]),
+    ({"format": "minismoe.allocation/1", "experts": {"a": 1}, "ranks": [3]}, ["ranks", "[3]"]),
+    ({"format": "minismoe.allocation/1"}, ["experts"]),
+    ({"format": "minismoe.allocation/1", "experts": [1]}, ["experts", "[1]"]),
+    ({"format": "minismoe.allocation/1", "experts": {"a": 1}, "rank": None}, ["rank"]),
+    ({}, ["experts"]), ({"a": 0}, ["experts"]), ({"": 1}, ["''"]), ([], ["[]"]), (None, ["None"])])
+def test_bad_files_are_refused_with_every_problem(value: object, names: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        Allocation.from_json(value)
+    assert [name for name in names if name not in str(caught.value)] == []
+    assert "fine" not in str(caught.value)

@@ -1,0 +1,530 @@
+"""experts.py against a loop over tokens and experts, against autograd, and against PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import randomise
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minismoe.method.allocate import Allocation
+from minismoe.method.experts import (
+    ExpertLinear,
+    add_experts,
+    balance_loss,
+    expert_layers,
+    expert_use,
+    linear_layers,
+    top_k_gates,
+)
+from minismoe.model.decoder import CausalLM, Config
+
+SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+         "tie_word_embeddings": False}
+COUNTS = {"model.layers.0.self_attn.q_proj": 1, "model.layers.0.self_attn.v_proj": 3,
+          "model.layers.0.mlp.down_proj": 8, "model.layers.1.self_attn.o_proj": 3,
+          "model.layers.1.mlp.gate_proj": 2}                     # top_k 2: k < E, k = E and E = 1
+PARTS = ("lora_A", "lora_B", "router")
+
+
+def llama() -> nn.Module:
+    """A random transformers Llama."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, initializer_range=0.2)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def ours(model: nn.Module) -> CausalLM:
+    """Our decoder with the weights of a transformers Llama."""
+    copied = CausalLM(Config.from_dict(dict(SIZES, model_type="llama")))
+    copied.load_state_dict(model.state_dict())
+    return copied.eval()
+
+
+def adapted(in_: int = 7, out: int = 5, experts: int = 4, rank: int = 3, k: int = 2, *,
+            bias: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0) -> ExpertLinear:
+    """One layer, trained for a while."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(in_, out, bias=bias, dtype=dtype).requires_grad_(False)
+    return randomise(ExpertLinear(linear, experts, rank, 2.5 * rank, k), seed)
+
+
+def batch(pad: str = "right") -> tuple[Tensor, Tensor]:
+    """Three rows of 9, 4 and 6 tokens."""
+    ids = torch.randint(0, SIZES["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
+    return ids, mask if pad == "right" else mask.flip(1)
+
+
+class Loop(nn.Module):
+    """The formula as it is written, one token and one expert at a time."""
+
+    def __init__(self, layer: ExpertLinear):
+        super().__init__()
+        self.weight, self.bias, self.k, self.scaling = (
+            layer.weight, layer.bias, layer.top_k, layer.scaling)
+        self.lora_A, self.lora_B, self.router = layer.lora_A, layer.lora_B, layer.router
+        self.router_logits: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, ys, all_logits = x.reshape(-1, x.shape[-1]), [], []
+        for row in rows:
+            y = self.weight @ row + (0 if self.bias is None else self.bias)
+            gates = {0: torch.ones((), dtype=x.dtype)}
+            if self.router is not None:
+                logits = self.router @ row
+                all_logits.append(logits)
+                best = sorted(range(len(logits)), key=logits.tolist().__getitem__)[-self.k:]
+                total = sum(logits[e].exp() for e in best)
+                gates = {e: logits[e].exp() / total for e in best}
+            for e, gate in gates.items():
+                y = y + self.scaling * gate * (self.lora_B[e].T @ (self.lora_A[e] @ row))
+            ys.append(y)
+        self.router_logits = torch.stack(all_logits) if all_logits else None
+        return torch.stack(ys).view(*x.shape[:-1], -1)
+
+
+def gradients(layer: nn.Module, x: Tensor, loss: Callable[[Tensor, Tensor | None], Tensor],
+              ) -> dict[str, Tensor]:
+    """y, router logits, and the gradient of loss(y, router logits) wrt x and every expert part."""
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad()                                    # to None, so that what was kept stays
+    y = layer(x)
+    loss(y, layer.router_logits).backward()
+    found = {"y": y.detach(), "x": x.grad}
+    for part in PARTS:
+        if (parameter := getattr(layer, part)) is not None:
+            found[part] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if layer.router_logits is not None:
+        found["logits"] = layer.router_logits.detach()
+    return found
+
+
+def weighted(y: Tensor, logits: Tensor | None) -> Tensor:
+    """A loss that gives every output, and every router logit, a gradient of its own."""
+    g = torch.Generator().manual_seed(5)
+    loss = (y * torch.randn(y.shape, generator=g, dtype=torch.float64)).sum()
+    if logits is not None:
+        loss = loss + (logits * torch.randn(logits.shape, generator=g, dtype=torch.float64)).sum()
+    return loss
+
+
+def only_y(y: Tensor, logits: Tensor | None) -> Tensor:
+    return y.square().sum()
+
+
+def only_logits(y: Tensor, logits: Tensor | None) -> Tensor:
+    return 0 * y.sum() if logits is None else logits.softmax(-1).square().sum()
+
+
+def compare(layer: ExpertLinear, x: Tensor, loss: Callable[..., Tensor] = weighted) -> None:
+    found, expected = gradients(layer, x, loss), gradients(Loop(layer), x, loss)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6,
+                                   msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- the layer ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("loss", [weighted, only_y, only_logits])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("experts", "k"), [(1, 2), (4, 1), (4, 4), (3, 5), (8, 2)])
+def test_forward_and_every_gradient_equal_the_loop(experts: int, k: int, bias: bool,
+                                                   loss: Callable[..., Tensor]) -> None:
+    layer = adapted(experts=experts, k=k, bias=bias)
+    x = torch.randn(6, 7, dtype=torch.float64)
+    compare(layer, x, loss)
+    compare(layer, x.view(2, 3, 7), loss)
+    compare(layer, torch.randn(7, 6, dtype=torch.float64).T, loss)        # not contiguous
+    compare(layer, x[0], loss)
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(N=st.integers(1, 6), E=st.integers(1, 6), k=st.integers(1, 7), r=st.integers(1, 4),
+       in_=st.integers(1, 6), out=st.integers(1, 6), bias=st.booleans(), seed=st.integers(0, 99))
+def test_any_sizes_equal_the_loop(N: int, E: int, k: int, r: int, in_: int, out: int, bias: bool,
+                                  seed: int) -> None:
+    layer = adapted(in_, out, E, r, k, bias=bias, seed=seed)
+    compare(layer, torch.randn(N, in_, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (4, 1), (4, 2), (3, 3)])
+def test_gradcheck(experts: int, k: int) -> None:
+    layer = adapted(4, 3, experts, 2, k)
+    parts = [p for p in PARTS if getattr(layer, p) is not None]
+
+    def call(x: Tensor, *values: Tensor) -> Any:
+        y = torch.func.functional_call(layer, dict(zip(parts, values, strict=True)), (x,))
+        return y if layer.router_logits is None else (y, layer.router_logits)
+
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    if experts > k:                  # a step of 1e-6 must not change which experts are chosen
+        values = (x @ layer.router.T).sort(-1, descending=True).values
+        assert (values[:, k - 1] - values[:, k]).min() > 1e-3
+    inputs = [getattr(layer, p).detach().clone().requires_grad_() for p in parts]
+    assert torch.autograd.gradcheck(call, (x, *inputs))
+
+
+def test_gradients_add_up_over_two_calls_of_one_layer() -> None:
+    layer, x = adapted(), torch.randn(6, 7, dtype=torch.float64)
+    whole = gradients(layer, x, only_y)
+    layer.zero_grad()
+    (layer(x[:2]).square().sum() + layer(x[2:]).square().sum()).backward()
+    for part in PARTS:
+        torch.testing.assert_close(getattr(layer, part).grad, whole[part])
+
+
+def test_no_tokens() -> None:
+    layer = adapted()
+    found = gradients(layer, torch.zeros(0, 7, dtype=torch.float64), only_y)
+    assert found["y"].shape == (0, 5)
+    assert not found["lora_A"].any()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_ties_choose_exactly_k(k: int) -> None:
+    gates = top_k_gates(torch.zeros(5, 4), k)
+    assert (gates > 0).sum(-1).tolist() == [k] * 5
+    torch.testing.assert_close(gates[gates > 0], torch.full((5 * k,), 1 / k))
+    partly = top_k_gates(torch.tensor([[1.0, 3.0, 1.0, 1.0]]), k)
+    assert (partly > 0).sum() == k
+    assert partly.argmax() == 1
+    assert partly.sum() == pytest.approx(1)
+
+    layer = adapted(k=k)
+    layer.router.data.zero_()
+    found = gradients(layer, torch.randn(6, 7, dtype=torch.float64), only_y)
+    assert all(value.isfinite().all() for value in found.values())
+    assert sum(expert_use({"": layer}, torch.ones(1, 6))[""]) == pytest.approx(1)
+    assert balance_loss([layer], torch.ones(1, 6)).item() == pytest.approx(1)
+
+
+def test_gates_are_the_renormalised_softmax_whatever_the_size_of_the_logits() -> None:
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * 40 + 1000
+    gates, p = top_k_gates(logits, 2), logits.double().softmax(-1)
+    kept = torch.where(p >= p.topk(2).values[:, 1:], p, 0)
+    torch.testing.assert_close(gates, (kept / kept.sum(-1, keepdim=True)).float())
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_starts_as_the_plain_layer_and_can_learn(experts: int) -> None:
+    linear = nn.Linear(7, 5).requires_grad_(False)
+    layer, x = ExpertLinear(linear, experts, 3, 6, 2), torch.randn(6, 7)
+    torch.testing.assert_close(layer(x), linear(x), rtol=0, atol=0)
+    layer(x).square().sum().backward()
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert not layer.lora_B.any()
+    assert layer.lora_B.grad.any()                       # A must not start at 0 as well
+    assert layer.lora_A.detach().abs().max() <= 7 ** -0.5
+    assert (layer.router is None) == (experts == 1)
+
+
+def test_bfloat16_routes_in_float32() -> None:
+    layer = adapted(64, 48, dtype=torch.bfloat16)
+    assert {getattr(layer, part).dtype for part in PARTS} == {torch.float32}
+    exact = copy.deepcopy(layer).float()
+    x = torch.randn(40, 64).bfloat16()
+    y, expected = layer(x), exact(x.float())
+    assert y.dtype == torch.bfloat16
+    assert layer.router_logits.dtype == torch.float32
+    torch.testing.assert_close(layer.router_logits, exact.router_logits)
+    error = (y.float() - expected).norm() / expected.norm()
+    assert error < 0.01
+    y.float().square().sum().backward()
+    expected.square().sum().backward()
+    for part in PARTS:
+        found, value = getattr(layer, part).grad, getattr(exact, part).grad
+        assert found.dtype == torch.float32
+        assert (found - value).norm() / value.norm() < 0.02, part
+
+
+# --- a model ------------------------------------------------------------------------------------
+
+def test_uneven_experts_in_one_model_equal_the_loop() -> None:
+    model = randomise(add_experts(llama().double(), COUNTS, rank=2)).double()
+    assert {n: m.lora_A.shape[0] for n, m in expert_layers(model).items()} == COUNTS
+    loop = copy.deepcopy(model)
+    for name, layer in expert_layers(loop).items():
+        loop.set_submodule(name, Loop(layer))
+    (ids, mask), found = batch(), {}
+    for m in (model, loop):
+        logits = m(input_ids=ids, attention_mask=mask).logits
+        F.cross_entropy(logits[mask.bool()], ids[mask.bool()]).backward()
+        found[m] = logits, {n: p.grad for n, p in m.named_parameters()}
+    torch.testing.assert_close(found[model][0], found[loop][0])
+    assert found[model][1].keys() == found[loop][1].keys()
+    for name, gradient in found[loop][1].items():
+        if name.rpartition(".")[2] in PARTS:
+            assert gradient.any(), name
+            torch.testing.assert_close(found[model][1][name], gradient, rtol=1e-6, atol=1e-9)
+        else:
+            assert found[model][1][name] is None, f"frozen {name} has a gradient"
+
+
+def test_under_autocast_a_transformers_model_trains_as_without() -> None:
+    """As in a Trainer with bf16=True; the experts compute in their weights' precision."""
+    model, (ids, mask), found = randomise(add_experts(llama(), COUNTS, rank=2)), batch(), []
+    for cast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        F.cross_entropy(logits[mask.bool()].float(), ids[mask.bool()]).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        model.zero_grad()
+    assert F.cosine_similarity(*found, dim=0) > 0.99 and not torch.equal(*found)
+
+
+@pytest.mark.parametrize("experts", [COUNTS, Allocation(COUNTS, rank=3, alpha=12, top_k=1)])
+def test_add_experts_in_place(experts: Any) -> None:
+    base, model = llama(), llama()
+    names, parameters = [n for n, _ in model.named_modules()], dict(model.named_parameters())
+    assert add_experts(model, experts) is model
+    assert [n for n, _ in model.named_modules()] == names
+    new = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert new == {f"{n}.{part}" for n in COUNTS for part in PARTS
+                   if COUNTS[n] > 1 or part != "router"}
+    after = dict(model.named_parameters())
+    assert after.keys() - new == parameters.keys()
+    assert all(after[n] is p for n, p in parameters.items())
+    ids, mask = batch()
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits,
+                               base(input_ids=ids, attention_mask=mask).logits)
+    own = isinstance(experts, Allocation)
+    for name, layer in expert_layers(model).items():
+        rank, scaling, top_k = (3, 4, 1) if own else (8, 2, 2)
+        assert layer.lora_A.shape == (COUNTS[name], rank, layer.in_features)
+        assert layer.lora_B.shape == (COUNTS[name], rank, layer.out_features)
+        assert (layer.scaling, layer.top_k) == (scaling, min(top_k, COUNTS[name]))
+
+
+def test_a_count_of_0_is_no_adapter() -> None:
+    model = add_experts(llama(), {"model.layers.0.mlp.up_proj": 0, "model.layers.1.mlp.up_proj": 2})
+    assert list(expert_layers(model)) == ["model.layers.1.mlp.up_proj"]
+
+
+def test_wrong_names_are_all_named_and_nothing_is_done() -> None:
+    adapted_name, fine = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    model = add_experts(llama(), {adapted_name: 2})
+    model.model.embed_tokens.requires_grad_(True)
+    wrong = ["model.layers.9.mlp.up_proj", "lm_head", "model.norm", "model.embed_tokens",
+             "model.layers.0.mlp", "", adapted_name]
+    with pytest.raises(ValueError) as error:
+        add_experts(model, dict.fromkeys([fine, *wrong], 2))
+    message = str(error.value)
+    assert "some have experts already: load the base anew" in message
+    assert all(name in message for name in wrong)
+    assert fine not in message
+    assert list(expert_layers(model)) == [adapted_name]
+    assert model.model.embed_tokens.weight.requires_grad
+
+
+def test_a_model_can_be_copied_between_its_forward_and_backward() -> None:
+    model = randomise(add_experts(llama(), COUNTS, rank=2))
+    ids, mask = batch()
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(input_ids=ids, attention_mask=mask).logits, logits)
+    balance_loss(expert_layers(model).values(), mask).backward()
+    layers = expert_layers(model), expert_layers(copied)
+    for name, count in COUNTS.items():
+        assert layers[0][name].lora_A is not layers[1][name].lora_A
+        if count > 1:
+            assert layers[0][name].router.grad.any()
+            assert layers[1][name].router.grad is None
+
+
+def test_a_bare_module_can_be_adapted() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    add_experts(model, {"2": 3}, rank=2)
+    model(torch.randn(5, 4)).sum().backward()
+    assert isinstance(model[2], ExpertLinear)
+    assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("alpha", [4.0, 32.0])
+def test_one_expert_trains_as_peft_lora_does(alpha: float) -> None:
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(
+        r=4, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none"))
+    names = [n for n, m in llama().named_modules()
+             if isinstance(m, nn.Linear) and n.split(".")[-1] in targets]
+    mine = add_experts(llama(), dict.fromkeys(names, 1), rank=4, alpha=alpha)
+    state = dict(theirs.named_parameters())
+    for name, layer in expert_layers(mine).items():
+        for part, mine_part in (("lora_A", layer.lora_A[0]), ("lora_B", layer.lora_B[0].T)):
+            mine_part.data.copy_(state[f"base_model.model.{name}.{part}.default.weight"])
+    (ids, mask), curves = batch(), []
+    labels = ids.masked_fill(mask == 0, -100)
+    for model in (mine, theirs):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer, curve = torch.optim.AdamW(trained, lr=2e-2), []
+        for _ in range(8):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    assert curves[0][-1] < curves[0][0] - 0.3            # it did learn
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+# --- balance ------------------------------------------------------------------------------------
+
+def switch(logits: Tensor, k: int) -> Tensor:
+    """E * sum of f_e P_e, f_e counted one token at a time."""
+    N, E = logits.shape
+    used = [0.0] * E
+    for row in logits:
+        for e in sorted(range(E), key=row.tolist().__getitem__)[-k:]:
+            used[e] += 1 / (k * N)
+    p = torch.stack([row.exp() / row.exp().sum() for row in logits]).mean(0)
+    return E * sum(f * p[e] for e, f in enumerate(used))
+
+
+def test_balance_loss_equals_switch_and_so_does_its_gradient() -> None:
+    layers = [adapted(experts=E, k=k, seed=i)
+              for i, (E, k) in enumerate([(4, 2), (1, 1), (4, 2), (3, 3), (4, 1)])]
+    x, mask = torch.randn(6, 7, dtype=torch.float64), torch.ones(2, 3)
+
+    def both(make: Callable[[ExpertLinear], nn.Module],
+             loss: Callable[[list[Any]], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        made, inputs = [make(layer) for layer in layers], x.clone().requires_grad_()
+        for layer in made:
+            layer.zero_grad()
+            layer(inputs)
+        value = loss(made)
+        value.backward()
+        return value.detach(), [inputs.grad,
+                                *(m.router.grad.clone() for m in made if m.router is not None)]
+
+    found = both(lambda layer: layer, lambda made: balance_loss(made, mask))
+    expected = both(Loop, lambda made: torch.stack(
+        [switch(m.router_logits, m.k) for m in made if m.router is not None]).mean())
+    torch.testing.assert_close(found, expected)
+    assert all(gradient.any() for gradient in found[1])
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_balance_loss_at_balance_and_at_collapse(k: int) -> None:
+    layer, mask = adapted(4, 5, 4, 2, k), torch.ones(1, 4)
+    layer.router.data.copy_(torch.eye(4))
+    layer(60 * (torch.eye(4) + torch.eye(4).roll(1, 1)).double())      # token n: experts n, n + 1
+    if k == 2:
+        assert balance_loss([layer], mask).item() == pytest.approx(1)
+        assert expert_use({"x": layer}, mask)["x"] == pytest.approx([0.25] * 4)
+    layer(60 * torch.tensor([[1.0] * k + [0.0] * (4 - k)] * 4).double())   # always the first k
+    assert balance_loss([layer], mask).item() == pytest.approx(4 / k)
+    assert expert_use({"x": layer}, mask)["x"] == pytest.approx([1 / k] * k + [0] * (4 - k))
+
+
+@pytest.mark.parametrize("pad", ["right", "left"])
+def test_pads_do_not_count(pad: str) -> None:
+    theirs = llama()
+    mine = randomise(add_experts(ours(theirs), COUNTS, rank=2))
+    randomise(add_experts(theirs, COUNTS, rank=2))
+    (ids, mask), values = batch(pad), {}
+    for model in (mine, theirs):
+        model(input_ids=ids, attention_mask=mask)
+        layers = expert_layers(model)
+        loss, use = balance_loss(layers.values(), mask), expert_use(layers, mask)
+        loss.backward()
+        values[model] = loss.item(), use, layers["model.layers.0.mlp.down_proj"].router.grad
+    padded = expert_layers(theirs)["model.layers.0.mlp.down_proj"].router_logits
+    assert len(padded) == mask.numel()                  # this model did keep its pads in the rows
+    assert values[mine][0] == pytest.approx(values[theirs][0], rel=1e-5)
+    torch.testing.assert_close(values[mine][2], values[theirs][2], rtol=1e-4, atol=1e-6)
+    assert values[mine][1].keys() == {n for n, E in COUNTS.items() if E > 1}
+    for name, shares in values[mine][1].items():
+        assert shares == pytest.approx(values[theirs][1][name], abs=1e-6)
+        assert sum(shares) == pytest.approx(1)
+        assert len(shares) == COUNTS[name]
+    everything = balance_loss(expert_layers(theirs).values(), torch.ones_like(mask)).item()
+    assert abs(everything - values[theirs][0]) > 1e-4   # the pads would have made a difference
+
+
+def test_pads_are_left_out_of_many_matrices_at_once() -> None:
+    """On a GPU, which rows are real is asked of the device: once, and not a matrix at a time."""
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None,
+                               ) -> Any:
+            self.calls += op.overloadpacket is torch.ops.aten.index
+            return op(*args, **(kwargs or {}))
+
+    model = randomise(add_experts(llama(), dict.fromkeys(linear_layers(llama()), 3), rank=2))
+    ids, mask = batch()
+    model(input_ids=ids, attention_mask=mask)
+    assert len({m.router_logits.shape for m in expert_layers(model).values()}) == 1
+    with Count() as count:
+        balance_loss(expert_layers(model).values(), mask)
+    assert count.calls == 1
+
+
+def test_balance_loss_without_a_router_is_0() -> None:
+    layer = adapted(experts=1)
+    layer(torch.randn(4, 7, dtype=torch.float64))
+    assert balance_loss([layer], torch.ones(1, 4)).item() == 0
+    assert balance_loss([], torch.ones(1, 4)).item() == 0
+    assert expert_use({"x": layer}, torch.ones(1, 4)) == {}
+
+
+def test_a_shared_beginning_counts_for_all_sequences() -> None:
+    """Computed once or in every row, and by one process or two: the same balance loss."""
+    model = randomise(add_experts(ours(llama()).double(), COUNTS, rank=2))
+    ids, mask = batch()
+    ids[:, :3] = ids[0, :3]
+
+    def gradients(parts: list[slice], share: bool) -> list[Tensor]:
+        model.zero_grad()
+        counts: list[Tensor] = []
+
+        def total(part: Tensor) -> Tensor:
+            counts.append(part)
+            return sum(counts[:len(parts)])      # complete the second time round
+
+        for part in parts * 2:
+            if len(counts) == len(parts):
+                model.zero_grad()
+            needed = torch.zeros_like(mask[part], dtype=torch.bool) if share else None
+            model.model(ids[part], mask[part], needed=needed)
+            balance_loss(expert_layers(model).values(), mask[part], model.model.copies,
+                         total).backward()
+        return [p.grad.clone() for n, p in model.named_parameters() if n.endswith("router")]
+
+    expected = gradients([slice(0, 3)], False)
+    assert len(expected) == 4 and all(g.any() for g in expected)
+    torch.testing.assert_close(gradients([slice(0, 3)], True), expected)
+    torch.testing.assert_close(gradients([slice(0, 3, 2), slice(1, 3, 2)], True), expected)
+
+
+def test_the_last_mlp_is_balanced_over_the_tokens_that_are_read() -> None:
+    name = "model.layers.1.mlp.up_proj"
+    model = randomise(add_experts(ours(llama()).double(), {name: 3}, rank=2))
+    (ids, mask), layer = batch(), expert_layers(model)[name]
+    ids[:, :3] = ids[0, :3]
+    needed = mask.bool() & (torch.arange(ids.shape[1]) > 3)
+    model.model(ids, mask)
+    every = layer.router_logits
+    expected = []
+    for logits in (every, every[needed[mask.bool()]]):
+        layer.router_logits = logits
+        expected.append(balance_loss([layer], torch.ones(1, len(logits))).item())
+    model.model(ids, mask, needed=needed)
+    assert len(layer.router_logits) == needed.sum() < len(model.model.copies)
+    found = balance_loss([layer], mask, model.model.copies).item()
+    assert found == pytest.approx(expected[1], rel=1e-12)
+    assert abs(expected[0] / expected[1] - 1) > 1e-3

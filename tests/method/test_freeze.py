@@ -1,0 +1,385 @@
+"""freeze.py against a float64 least squares over outputs that are all materialised."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import randomise
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minismoe.method import freeze as module
+from minismoe.method.experts import ExpertLinear, add_experts, expert_layers, top_k_gates
+from minismoe.method.freeze import Fit, exact, fit, freeze, gather, linear, merge, merged, residual
+from minismoe.model.decoder import CausalLM, Config
+
+V, D = 61, 16
+SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+         "max_position_embeddings": 64, "tie_word_embeddings": True}
+COUNTS = {f"model.layers.{i}.{name}": count for i in range(2) for name, count in {
+    "self_attn.q_proj": 3, "self_attn.k_proj": 2, "self_attn.v_proj": 1, "self_attn.o_proj": 4,
+    "mlp.gate_proj": 2, "mlp.up_proj": 3, "mlp.down_proj": 3}.items()}
+ROUTED = [name for name, count in COUNTS.items() if count > 1]
+Data = tuple[Tensor, Tensor, Tensor]
+
+
+def model_of(kind: str = "ours", dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A tiny random model with experts: ours, or one of transformers."""
+    torch.manual_seed(0)
+    base: nn.Module = (CausalLM(Config.from_dict(dict(SIZES, model_type="llama")))
+                       if kind == "ours" else
+                       transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)))
+    for name, parameter in base.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
+    return randomise(add_experts(base.to(dtype), COUNTS, rank=2)).eval()
+
+
+def batch(seed: int, rows: int = 8, pad: str = "right") -> Data:
+    """Rows of 3 to 12 tokens."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 13, (rows, 1), generator=g)
+    mask = (torch.arange(12) < lengths).long()
+    mask = mask.flip(1) if pad == "left" else mask
+    ids = torch.randint(0, V, mask.shape, generator=g)
+    return ids, mask, ids
+
+
+def tasks(rows: int = 8, pad: str = "right") -> dict[str, list[Data]]:
+    return {t: [batch(10 * i + j, rows, pad) for j in range(3)] for i, t in enumerate("ab")}
+
+
+def reads(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
+    """All that each adapted layer reads of the real tokens, (N, D), sample by sample."""
+    found: dict[str, list[Tensor]] = {}
+    hooks = [layer.register_forward_hook(lambda _, args, y, name=name: found.setdefault(
+        name, []).append(args[0].reshape(-1, args[0].shape[-1])))
+        for name, layer in expert_layers(model).items()]
+    with torch.no_grad():
+        for ids, mask, *_ in batches:
+            for row, m in zip(ids, mask):
+                model.model(row[m.bool()][None])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def mixture(layer: ExpertLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the experts add, (N, out), and the gates (N, E), as the formula is written."""
+    gates = top_k_gates(x @ layer.router.T, layer.top_k)
+    each = torch.einsum("ni,eri,ero->neo", x, layer.lora_A, layer.lora_B) * layer.scaling
+    return (each * gates[..., None]).sum(1).detach(), gates.detach()
+
+
+def held_out(batches: list[Data], held: bool) -> list[Data]:
+    """The rows that are held out, every fourth, or the others."""
+    whole = [torch.cat([b[i] for b in batches]) for i in range(3)]
+    rows = (torch.arange(len(whole[0])) % 4 == 1) == held
+    return [(whole[0][rows], whole[1][rows], whole[2][rows])]
+
+
+def loss(fit_: Fit, layer: ExpertLinear, x: Tensor) -> float:
+    """Share of the mixture's output energy that a fit misses on x."""
+    y, _ = mixture(layer, x)
+    return ((y - x @ fit_.lora_A.T @ fit_.lora_B.T).square().sum() / y.square().sum()).item()
+
+
+def no_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RIDGES", (1e-13,))
+
+
+# --- the fits -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kind", "pad"), [("ours", "right"), ("hf", "right"), ("hf", "left")])
+def test_fits_equal_brute_force_least_squares(kind: str, pad: str,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    no_ridge(monkeypatch)
+    model, data = model_of(kind), tasks(40, pad)
+    fits = fit(model, data)
+    assert list(fits) == ["mean", "gates", "linear"]
+    for task in ("", "a", "b"):
+        batches = [b for t in data if task in ("", t) for b in held_out(data[t], False)]
+        held = [b for t in data if task in ("", t) for b in held_out(data[t], True)]
+        xs, hs = reads(model, batches), reads(model, held)
+        assert list(fits["linear"][task]) == list(COUNTS)
+        for name in ROUTED:
+            layer, x = expert_layers(model)[name], xs[name]
+            y, gates = mixture(layer, x)
+            each = torch.einsum("ni,eri,ero->noe", x, layer.lora_A, layer.lora_B) * layer.scaling
+            c = torch.linalg.lstsq(each.detach().flatten(0, 1), y.flatten()[:, None]).solution[:, 0]
+            wanted = {"mean": gates.mean(0), "gates": c}
+            for what, numbers in wanted.items():
+                A = (layer.lora_A * numbers[:, None, None]).flatten(0, 1).detach()
+                torch.testing.assert_close(fits[what][task][name].lora_A, A, rtol=1e-5, atol=1e-5)
+            found = fits["linear"][task][name]
+            assert found.kind == "linear"
+            # Any linear map of rank R with B's row space: y W, where W = lstsq(x, y).
+            W = torch.linalg.lstsq(x, y).solution.T                         # (out, D)
+            torch.testing.assert_close(found.lora_B @ found.lora_A, W, rtol=1e-5, atol=1e-5)
+            for what in fits:
+                expected = loss(fits[what][task][name], layer, hs[name])
+                assert fits[what][task][name].residual == pytest.approx(expected, rel=1e-6)
+
+
+def test_energy_is_a_share_of_all_that_is_written() -> None:
+    model, data = model_of(), tasks()
+    found = fit(model, data)["linear"]["a"]
+    for name, x in reads(model, held_out(data["a"], True)).items():
+        layer = expert_layers(model)[name]
+        if layer.router is not None:
+            share = mixture(layer, x)[0].square().sum() / layer(x).square().sum()
+            assert found[name].energy == pytest.approx(share.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_equal_gates_are_frozen_without_loss(k: int) -> None:
+    model = model_of()
+    for layer in expert_layers(model).values():
+        if layer.router is not None:
+            layer.router.data.zero_()              # every gate 1/k, and topk breaks all ties alike
+            layer.top_k = min(k, len(layer.router))
+    x, before = batch(99), copy.deepcopy(model)
+    fits = fit(model, tasks())
+    for kind, by_task in fits.items():
+        assert all(f.residual < 1e-12 for fits_ in by_task.values() for f in fits_.values())
+        frozen = copy.deepcopy(model)
+        freeze(frozen, by_task[""])
+        torch.testing.assert_close(frozen(*x[:2]), before(*x[:2]), msg=kind)
+
+
+@given(E=st.integers(2, 5), r=st.integers(1, 3), k=st.integers(1, 5), N=st.integers(1, 60),
+       D=st.integers(1, 9), out=st.integers(1, 9), seed=st.integers(0, 999))
+def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k: int, N: int,
+                                                              D: int, out: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = ExpertLinear(nn.Linear(D, out, dtype=torch.float64), E, r, 2.0 * r, k)
+    randomise(layer, seed)
+    tokens = torch.randn(1, N, D, dtype=torch.float64)
+    (sums,) = gather(Whole(layer, tokens), [{"layer": layer}], [ids_of(tokens)])
+    mean, gates = module.constant_gates(layer, "layer", sums)
+    best = mean if gates is None else gates
+    A_mean, A = ((layer.lora_A * c[:, None, None]).flatten(0, 1).detach() for c in (mean, best))
+    losses = [residual(layer, "layer", a, sums) for a in (A_mean, A, *linear(
+        {"layer": A}, sums, 1e-10).values())]
+    assert losses == sorted(losses, reverse=True) or max(
+        b - a for a, b in zip(losses, losses[1:])) < 1e-7
+    if gates is not None:
+        y, _ = mixture(layer, tokens[0])
+        each = torch.einsum("ni,eri,ero->noe", tokens[0], layer.lora_A, layer.lora_B).detach()
+        left = y.flatten() - layer.scaling * each.flatten(0, 1) @ gates
+        least = torch.linalg.lstsq(each.flatten(0, 1), y.flatten()[:, None], driver="gelsd")
+        best_left = y.flatten() - each.flatten(0, 1) @ least.solution[:, 0]
+        assert left.square().sum() <= best_left.square().sum() + 1e-7 * y.square().sum()
+
+
+class Whole(nn.Module):
+    """A module whose only layer reads fixed tokens."""
+
+    def __init__(self, layer: ExpertLinear, tokens: Tensor):
+        super().__init__()
+        self.layer, self.tokens = layer, tokens
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layer(self.tokens)
+
+
+def ids_of(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    ones = torch.ones(tokens.shape[:2], dtype=torch.long)
+    return ones, ones
+
+
+def test_singular_gates_fall_back_to_their_mean() -> None:
+    model = model_of()
+    name = "model.layers.0.self_attn.q_proj"
+    layer = expert_layers(model)[name]
+    for p in (layer.lora_A, layer.lora_B):
+        p.data[1] = p.data[0]                      # two experts that cannot be told apart
+    dead = expert_layers(model)["model.layers.1.mlp.up_proj"]
+    dead.lora_B.data[2] = 0                        # one that adds nothing
+    fits = fit(model, tasks())
+    assert fits["gates"][""][name].kind == "mean"
+    assert torch.equal(fits["gates"][""][name].lora_A, fits["mean"][""][name].lora_A)
+    assert fits["linear"][""][name].residual <= fits["gates"][""][name].residual
+    assert fits["gates"][""]["model.layers.1.mlp.up_proj"].kind == "mean"
+    assert fits["gates"][""]["model.layers.1.self_attn.q_proj"].kind == "gates"
+
+
+def test_untrained_experts_lose_nothing() -> None:
+    model = model_of()
+    for layer in expert_layers(model).values():
+        layer.lora_B.data.zero_()
+    for by_task in fit(model, tasks()).values():
+        assert {f.residual for f in by_task[""].values()} == {0.0}
+
+
+def test_gates_are_taken_where_held_out_samples_say_that_linear_is_worse() -> None:
+    few = {"a": [tuple(t[:, :3] for t in batch(1, 3))]}   # 6 tokens to fit 16 or 24 inputs
+    fits = fit(model_of(), few)
+    kinds = {name: fits["linear"]["a"][name].kind for name in ROUTED}
+    assert "gates" in kinds.values()
+    for name, kind in kinds.items():
+        found, gates = fits["linear"]["a"][name], fits["gates"]["a"][name]
+        assert found.residual <= gates.residual
+        if kind == "gates":
+            assert torch.equal(found.lora_A, gates.lora_A)
+
+
+def test_tasks_of_one_sample_are_refused() -> None:
+    with pytest.raises(ValueError, match="two calibration samples or more of b"):
+        fit(model_of(), {"a": [batch(1)], "b": [batch(1, 1)]})
+
+
+# --- gathering ----------------------------------------------------------------------------------
+
+def same(a: dict[str, Any], b: dict[str, Any], **tolerance: float) -> None:
+    for kind in a:
+        for task in a[kind]:
+            assert list(a[kind][task]) == list(b[kind][task])
+            for name, found in a[kind][task].items():
+                torch.testing.assert_close(found.lora_A, b[kind][task][name].lora_A, **tolerance)
+                assert found.kind == b[kind][task][name].kind
+
+
+@pytest.mark.parametrize("kind", ["ours", "hf"])
+def test_pads_are_left_out(kind: str) -> None:
+    model = model_of(kind)
+    alone = {t: [tuple(x[i:i + 1, :n] for x in b) for b in batches
+                 for i, n in enumerate(b[1].sum(1).tolist())] for t, batches in tasks().items()}
+    same(fit(model, tasks()), fit(model, alone), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["ours", "hf"])
+def test_groups_of_a_small_budget_give_the_same(kind: str) -> None:
+    model, passes = model_of(kind), []
+    whole = fit(model, tasks(), progress=passes.append)
+    assert sum(passes) == 48                       # 2 tasks of 3 batches of 8 samples, once
+    passes.clear()
+    # Layers that no hook watches are computed together, which may round otherwise.
+    same(whole, fit(model, tasks(), memory=1, progress=passes.append), rtol=0, atol=1e-12)
+    assert sum(passes) == 48 * 8                   # (q, k), o, (gate, up), down of 2 layers
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the results of matrix products while the mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.addmm_.default:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_inputs_that_are_shared_are_multiplied_once() -> None:
+    model = model_of()
+    group = module._inputs(model, expert_layers(model), batch(0))
+    short = [[name.split(".")[-1][0] for name in readers] for readers in group]
+    assert short == [["q", "k"], ["o"], ["g", "u"], ["d"]] * 2
+    with Products() as products:
+        gather(model, group, [batch(0)])
+    assert products.shapes.count((D, D)) == 2 * 3 and products.shapes.count((24, 24)) == 2
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = model_of().train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ZeroDivisionError):
+        fit(model, tasks(), progress=lambda n: 1 / 0)
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# --- freezing and merging -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["ours", "hf"])
+def test_frozen_merged_and_kept(kind: str) -> None:
+    model, (ids, mask, _) = model_of(kind), batch(3)
+    fits = fit(model, tasks())["linear"][""]
+    keep = {"model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"}
+    frozen, joined = copy.deepcopy(model), copy.deepcopy(model)
+    freeze(frozen, fits, keep)
+    merge(joined, fits, keep)
+    assert {n for n, layer in expert_layers(frozen).items() if layer.router is not None} == keep
+    assert set(expert_layers(joined)) == keep
+    for name in set(COUNTS) - keep:
+        layer = frozen.get_submodule(name)
+        assert layer.lora_A.shape == (1, 2 * COUNTS[name], layer.in_features)
+        assert layer.scaling == 1 and layer.weight is frozen.get_submodule(name).weight
+    everything = copy.deepcopy(model)
+    freeze(everything, fits, COUNTS)
+    logits = [getattr(y := m(ids, mask), "logits", y)[mask.bool()]
+              for m in (frozen, joined, everything, model)]
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(logits[2], logits[3])
+
+
+def test_one_expert_is_exact() -> None:
+    model = model_of()
+    layer = expert_layers(model)["model.layers.0.self_attn.v_proj"]
+    x = torch.randn(5, D, dtype=torch.float64)
+    found = exact(layer)
+    assert (found.kind, found.residual) == ("exact", 0.0)
+    torch.testing.assert_close(x @ merged(layer.weight, found).T, layer(x))
+    freeze(model, fit(model, tasks())["gates"]["a"])
+    torch.testing.assert_close(expert_layers(model)["model.layers.0.self_attn.v_proj"](x), layer(x))
+
+
+def test_merging_three_times_equals_once() -> None:
+    model = model_of(dtype=torch.float32)
+    fits, before = fit(model, tasks())["linear"][""], model_of(dtype=torch.float32)
+    merge(model, fits)
+    once = copy.deepcopy(model.state_dict())
+    merge(model, fits)
+    merge(model, fits)
+    assert all(torch.equal(v, once[k]) for k, v in model.state_dict().items())
+    for name, layer in expert_layers(before).items():
+        found = model.get_submodule(name)
+        assert type(found) is nn.Linear and not found.weight.requires_grad
+        assert torch.equal(found.weight, merged(layer.weight, fits[name]))
+        torch.testing.assert_close(
+            found.weight, layer.weight + fits[name].lora_B @ fits[name].lora_A)
+
+
+def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
+    model = model_of(dtype=torch.bfloat16)
+    fits = fit(model, tasks())["linear"][""]
+    for name, found in fits.items():
+        weight = model.get_submodule(name).weight
+        assert found.lora_A.dtype == found.lora_B.dtype == torch.float32
+        wide = weight.double() + found.lora_B.double() @ found.lora_A.double()
+        result = merged(weight, found)
+        assert result.dtype == torch.bfloat16
+        assert (result == wide.bfloat16()).float().mean() > 0.999         # but for ties
+
+
+def test_bfloat16_gathers_in_float32() -> None:
+    model, data = model_of(dtype=torch.bfloat16), tasks(40)
+    fits = fit(model, data)["gates"][""]
+    xs = reads(model, [b for t in data for b in held_out(data[t], True)])
+    for name in ROUTED:
+        # Batched, bfloat16 rounds elsewhere than sample by sample, and top-k may flip.
+        layer = expert_layers(model)[name]
+        assert fits[name].residual == pytest.approx(
+            loss(fits[name], layer, xs[name].float()), rel=0.2)
+
+
+def test_missing_fits_are_named_before_anything_changes() -> None:
+    model = model_of()
+    fits = fit(model, tasks())["linear"][""]
+    lost = "model.layers.1.mlp.down_proj"
+    del fits[lost]
+    for function in (freeze, merge):
+        with pytest.raises(ValueError, match=lost):
+            function(model, fits)
+    assert [len(layer.lora_A) for layer in expert_layers(model).values()] == list(COUNTS.values())
+    merge(model, fits, keep=[lost])
+    assert list(expert_layers(model)) == [lost]

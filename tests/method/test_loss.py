@@ -1,0 +1,270 @@
+"""loss.py against F.cross_entropy on full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minismoe.method.experts import add_experts, expert_layers
+from minismoe.method.loss import IGNORE, supervised_losses
+from minismoe.model.decoder import CausalLM, Config
+
+V, D = 61, 16
+SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+         "tie_word_embeddings": False}
+COUNTS = {"model.layers.0.self_attn.q_proj": 1, "model.layers.1.mlp.down_proj": 3}
+
+
+def model_of(kind: str) -> nn.Module:
+    """Ours or transformers', frozen, with trained experts."""
+    torch.manual_seed(0)
+    model: nn.Module
+    if kind == "ours":
+        model = CausalLM(Config.from_dict(dict(SIZES, model_type="llama")))
+    else:
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**SIZES, initializer_range=0.2))
+    add_experts(model.eval(), COUNTS, rank=2)
+    for layer in expert_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return model
+
+
+def batch(pad: str = "right") -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of 9, 4 and 6 tokens; two stretches are supervised in the first, none in the second."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, V, (3, 9), generator=generator)
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
+    supervised = torch.tensor([[0, 0, 1, 1, 0, 0, 1, 1, 1], [0] * 9, [1, 0, 0, 0, 1, 1, 0, 0, 0]])
+    if pad == "left":
+        mask = mask.flip(1)
+        supervised[2] = supervised[2].roll(3)
+    return ids, mask, torch.where(supervised.bool(), ids, IGNORE)
+
+
+def reference(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and rows from whole logits, a row at a time and without its pads."""
+    losses, rows = [], []
+    for row in range(len(ids)):
+        real = mask[row].bool()
+        logits = model(ids[row, real][None])
+        logits = getattr(logits, "logits", logits)[0, :-1]
+        targets = labels[row, real][1:]
+        loss = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE)
+        losses.append(loss[targets != IGNORE])
+        rows += [row] * int((targets != IGNORE).sum())
+    return torch.cat(losses), torch.tensor(rows)
+
+
+def trained_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad],
+                            strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+class Shapes(TorchDispatchMode):
+    """The shape of every tensor that an operation gives back while the mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen += [(func.overloadpacket.__name__, tuple(t.shape))
+                      for t in (out if isinstance(out, tuple | list) else (out,))
+                      if isinstance(t, Tensor)]
+        return out
+
+
+@pytest.mark.parametrize("head", ["frozen head", "trained head"])
+@pytest.mark.parametrize("chunk", [1, 2 * V, 3 * V + 1, 1 << 24])
+@pytest.mark.parametrize("pad", ["right", "left"])
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+def test_equals_cross_entropy_of_full_logits(kind: str, pad: str, chunk: int, head: str,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minismoe.method.loss.CHUNK", chunk)
+    model = model_of(kind)
+    model.lm_head.weight.requires_grad_(head == "trained head")
+    data = batch(pad)
+    losses, rows = supervised_losses(model, *data)
+    expected, expected_rows = reference(model, *data)
+    assert losses.dtype == torch.float32
+    assert rows.tolist() == expected_rows.tolist() == [0] * 5 + [2] * 2
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(len(losses), generator=torch.Generator().manual_seed(2))
+    found = trained_gradients(model, (losses * upstream).sum())
+    wanted = trained_gradients(model, (expected * upstream).sum())
+    assert ("lm_head.weight" in found) == (head == "trained head")
+    for name, gradient in wanted.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_each_token_keeps_its_own_upstream_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the row of the token that is asked about may receive anything."""
+    monkeypatch.setattr("minismoe.method.loss.CHUNK", 2 * V)
+    model, (ids, mask, labels) = model_of("ours"), batch()
+    states: list[Tensor] = []
+    hook = model.model.register_forward_hook(lambda m, i, output: states.append(output))
+    losses, rows = supervised_losses(model, ids, mask, labels)
+    hook.remove()
+    places = (labels[:, 1:] != IGNORE).nonzero().tolist()
+    for i, (row, column) in enumerate(places):
+        (gradient,) = torch.autograd.grad(losses[i], states[0], retain_graph=True)
+        hidden = states[0][row, column].detach().requires_grad_()
+        target = labels[row, column + 1]
+        F.cross_entropy(model.lm_head(hidden), target).backward()
+        torch.testing.assert_close(gradient[row, column], hidden.grad, rtol=1e-5, atol=1e-7)
+        gradient[row, column] = 0
+        assert not gradient.any()
+    assert rows.tolist() == [row for row, _ in places]
+
+
+def test_float64_stays_float64() -> None:
+    model, data = model_of("transformers").double(), batch()
+    losses, _ = supervised_losses(model, *data)
+    expected, _ = reference(model, *data)
+    assert losses.dtype == torch.float64
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+    found, wanted = (trained_gradients(model, loss.sum()) for loss in (losses, expected))
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_bfloat16_sums_in_float32() -> None:
+    model, (ids, mask, labels) = model_of("ours").bfloat16(), batch()
+    states: list[Tensor] = []
+    hook = model.model.register_forward_hook(lambda m, i, output: states.append(output))
+    losses, _ = supervised_losses(model, ids, mask, labels)
+    hook.remove()
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    logits = (states[0][rows, columns] @ model.lm_head.weight.T).float()
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, F.cross_entropy(
+        logits, labels[rows, columns + 1], reduction="none"), rtol=1e-5, atol=1e-5)
+    assert all(g.isfinite().all() for g in trained_gradients(model, losses.sum()).values())
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    model, data = model_of("ours"), batch()
+    model.lm_head.weight.data *= 1000
+    losses, _ = supervised_losses(model, *data)
+    torch.testing.assert_close(losses, reference(model, *data)[0], rtol=1e-5, atol=1e-3)
+    assert all(g.isfinite().all() for g in trained_gradients(model, losses.sum()).values())
+
+
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+def test_full_logits_never_exist(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minismoe.method.loss.CHUNK", 3 * V)
+    model, data = model_of(kind), batch()
+    with Shapes() as shapes:
+        losses, _ = supervised_losses(model, *data)
+        losses.mean().backward()
+    logits = [shape for _, shape in shapes.seen if shape[-1:] == (V,) and shape != (D, V)]
+    assert max(shape[0] for shape in logits) == 3
+    assert all(len(shape) == 2 for shape in logits)
+    products = [shape[0] for name, shape in shapes.seen if name == "mm" and shape[-1:] == (V,)]
+    assert products == [3, 3, 1]                 # 7 supervised tokens, prompts and pads not at all
+
+
+def test_the_gradient_is_not_made_where_nobody_asks() -> None:
+    model, data = model_of("ours"), batch()
+    with Shapes() as asked:
+        supervised_losses(model, *data)
+    with torch.no_grad(), Shapes() as shapes:
+        losses, _ = supervised_losses(model, *data)
+    assert not losses.requires_grad
+    made = [{name for name, _ in found.seen} for found in (asked, shapes)]
+    assert "scatter_add_" in made[0] and "scatter_add_" not in made[1]
+    torch.testing.assert_close(losses, reference(model, *data)[0])
+
+
+def test_nothing_supervised_is_an_empty_loss() -> None:
+    model, (ids, mask, _) = model_of("ours"), batch()
+    losses, rows = supervised_losses(model, ids, mask, torch.full_like(ids, IGNORE))
+    assert losses.shape == rows.shape == (0,)
+    assert all(not g.any() for g in trained_gradients(model, losses.sum()).values())
+
+
+def test_a_first_token_has_no_loss_on_whichever_side_the_pads_are() -> None:
+    """What would predict it is a pad on the left side, and nothing on the right one."""
+    model = model_of("transformers")
+    for pad in ("right", "left"):
+        ids, mask, _ = batch(pad)
+        data = ids, mask, torch.where(mask.bool(), ids, IGNORE)            # every real token
+        losses, rows = supervised_losses(model, *data)
+        assert rows.bincount().tolist() == [8, 3, 5]
+        torch.testing.assert_close(losses, reference(model, *data)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", ["final_logit_softcapping", "logits_scaling", "logit_scale"])
+def test_transformed_logits_are_refused(setting: str) -> None:
+    model = model_of("transformers")
+    for harmless in (None, 1, 1.0):
+        setattr(model.config, setting, harmless)
+        supervised_losses(model, *batch())
+    setattr(model.config, setting, 30.0)
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM.*{setting}"):
+        supervised_losses(model, *batch())
+
+
+def test_a_head_with_a_bias_is_refused() -> None:
+    model = model_of("transformers")
+    model.lm_head.bias = nn.Parameter(torch.ones(V))
+    with pytest.raises(ValueError, match="bias"):
+        supervised_losses(model, *batch())
+
+
+def test_gemma2_is_refused() -> None:
+    config = transformers.Gemma2Config(**SIZES, head_dim=4)
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        supervised_losses(transformers.Gemma2ForCausalLM(config), *batch())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("case", ["prefix", "supervised", "groups", "all the same",
+                                  "pads on the left"])
+def test_a_shared_prefix_changes_nothing(case: str, window: int | None) -> None:
+    """Computed once for all rows, up to where a loss is read, and the last MLP only there: losses
+    and gradients are those of every row by itself."""
+    torch.manual_seed(0)
+    sizes = dict(SIZES, model_type="mistral", sliding_window=window)
+    model = CausalLM(Config.from_dict(sizes)).double().eval()
+    add_experts(model, COUNTS, rank=2)
+    for layer in expert_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    ids, mask, labels = batch("left" if case == "pads on the left" else "right")
+    labels[:, :7 if case == "groups" else 4] = IGNORE
+    if case == "groups":                 # two rows begin with 6 tokens alike, and all with 2
+        ids, mask, labels = (t[[1, 0, 2]] for t in (ids, mask, labels))
+        ids[:, :2], ids[2, :6] = ids[0, :2], ids[1, :6]
+        assert mask[1:, :6].all()
+    else:
+        ids[:, :3] = ids[0, :3]
+    if case == "supervised":
+        labels[:, 1:3] = ids[:, 1:3]
+    if case == "all the same":
+        ids, mask, labels = (t[:1].expand(3, -1) for t in (ids, mask, labels))
+    computed: list[list[int]] = [[], []]
+    for seen, layer in zip(computed, (model.model.layers[0], model.model.layers[-1])):
+        layer.mlp.register_forward_hook(lambda m, x, y, seen=seen: seen.append(len(x[0])))
+    found = []
+    for shared in (False, True):
+        losses, _ = supervised_losses(model, ids, mask, labels, needed_only=shared)
+        model.zero_grad()
+        (losses * torch.arange(1.0, len(losses) + 1)).sum().backward()
+        found.append([losses.detach()] + [p.grad for p in model.parameters()
+                                          if p.grad is not None])
+    for plain, once in zip(*found, strict=True):
+        torch.testing.assert_close(once, plain, rtol=1e-9, atol=1e-12)
+    saved = {"groups": 2 * 2 + 4, "all the same": 2 * 5, "pads on the left": 0, "supervised": 0}
+    assert computed[0][0] - computed[0][1] == saved.get(case, 2 * 3)
+    assert computed[1] == [int(mask.sum()), len(losses)]

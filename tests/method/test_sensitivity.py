@@ -1,0 +1,412 @@
+"""sensitivity.py against one float64 autograd gradient of every weight for every sample."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
+from minismoe.method.loss import IGNORE
+from minismoe.method.sensitivity import Scores, overlap, probe, sample_norms
+from minismoe.model.decoder import CausalLM, Config
+
+V, D = 61, 16
+SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+         "max_position_embeddings": 64, "tie_word_embeddings": True}
+HF = {"hf-llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+      "hf-qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}
+KINDS = ["llama", "qwen2", "qwen3", *HF]
+MATRICES = [f"model.layers.{i}.{name}" for i in range(2) for name in (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
+# A row has 3 tokens or more: a first token attends to itself alone, whatever q and k are.
+# With widths of 8 to 24, a gram is cheaper up to 5 tokens (k, v), 7 (q, o) or 9 (the MLP).
+LENGTHS = {"all grams": [5, 3, 4], "grams and products": [7, 3, 5], "all products": [13, 6, 9]}
+Data = tuple[Tensor, Tensor, Tensor]
+
+
+def model_of(kind: str, experts: bool = False) -> nn.Module:
+    """A random tiny model: ours, or one of transformers; biases and norms are no neutral ones."""
+    torch.manual_seed(0)
+    model: nn.Module
+    if kind in HF:
+        config, cls = HF[kind]
+        model = cls(config(**SIZES))
+    else:
+        model = CausalLM(Config.from_dict(dict(SIZES, model_type=kind)))
+        assert hasattr(model.model.layers[0].self_attn, "q_norm") == (kind == "qwen3")
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
+    if kind.endswith("qwen2"):
+        assert model.model.layers[0].self_attn.q_proj.bias is not None
+    if experts:
+        add_experts(model, {name: i % 4 for i, name in enumerate(MATRICES)}, rank=2)
+        for layer in expert_layers(model).values():
+            nn.init.normal_(layer.lora_B, std=0.3)
+    return model.eval()
+
+
+def batch(lengths: list[int], pad: str = "right", seed: int = 1) -> Data:
+    """Rows of these lengths; about half of the tokens are supervised, the last one always."""
+    generator = torch.Generator().manual_seed(seed)
+    size = len(lengths), max(lengths)
+    ids = torch.randint(0, V, size, generator=generator)
+    mask = (torch.arange(size[1]) < torch.tensor(lengths)[:, None]).long()
+    supervised = torch.rand(size, generator=generator) < 0.5
+    supervised[range(size[0]), [n - 1 for n in lengths]] = True
+    if pad == "left":
+        mask, supervised = mask.flip(1), supervised.flip(1)
+        supervised[:, -1] = True
+    return ids, mask, torch.where(supervised & mask.bool(), ids, IGNORE)
+
+
+class Mixture(nn.Module):
+    """An ExpertLinear in plain operations, whose weight has a gradient like any other."""
+
+    def __init__(self, layer: ExpertLinear):
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        gates = x.new_ones(1)
+        if layer.router is not None:
+            logits = x @ layer.router.T
+            least = logits.topk(layer.top_k).values[..., -1:]
+            gates = logits.masked_fill(logits < least, -torch.inf).softmax(-1)
+        y = torch.einsum("...i,eri,ero->...eo", x, layer.lora_A, layer.lora_B)
+        return F.linear(x, self.weight, layer.bias) + layer.scaling * (
+            gates[..., None] * y).sum(-2)
+
+
+def reference(model: nn.Module, data: Data) -> Tensor:
+    """|| dL_i / dW ||^2 (B, M): each sample alone, without its pads, by autograd, in float64."""
+    model = copy.deepcopy(model).double().requires_grad_(True)
+    for name, layer in expert_layers(model).items():
+        model.set_submodule(name, Mixture(layer))
+    weights = [model.get_submodule(name).weight for name in MATRICES]
+    norms = torch.zeros(len(data[0]), len(weights), dtype=torch.float64)
+    for i, (ids, mask, labels) in enumerate(zip(*data, strict=True)):
+        ids, targets = ids[mask.bool()], labels[mask.bool()][1:]
+        if (targets != IGNORE).any():
+            logits = model(ids[None])
+            logits = getattr(logits, "logits", logits)[0, :-1]
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORE)
+            for j, gradient in enumerate(torch.autograd.grad(loss, weights)):
+                norms[i, j] = gradient.double().square().sum()
+    return norms
+
+
+def norms_of(model: nn.Module, data: Data) -> Tensor:
+    """(B, M) as the probe has it."""
+    scores = probe(model, {"task": [data]})
+    assert list(scores.shapes) == MATRICES
+    return scores.samples["task"]
+
+
+class Shapes(TorchDispatchMode):
+    """The name and result shape of every operation while the mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.seen.append((func.overloadpacket.__name__, tuple(out.shape)))
+        return out
+
+
+# --- the norms ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("experts", [False, True], ids=["base", "experts"])
+@pytest.mark.parametrize("pad", ["right", "left"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_gradient_of_each_sample(kind: str, lengths: list[int], pad: str,
+                                            experts: bool) -> None:
+    model, data = model_of(kind, experts), batch(lengths, pad)
+    expected = reference(model, data)
+    assert (expected > 0).all()
+    torch.testing.assert_close(norms_of(model, data), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
+def test_without_pads(kind: str) -> None:
+    model = model_of(kind)
+    for data in (batch([6, 6, 6]), batch([11]), batch([3])):
+        torch.testing.assert_close(norms_of(model, data), reference(model, data),
+                                   rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_exact_in_float64(kind: str, lengths: list[int]) -> None:
+    model, data = model_of(kind, experts=True).double(), batch(lengths)
+    found = norms_of(model, data)
+    assert found.dtype == torch.float64
+
+    torch.testing.assert_close(found, reference(model, data), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
+def test_bfloat16_is_near(kind: str) -> None:
+    model, data = model_of(kind).bfloat16(), batch(LENGTHS["grams and products"])
+    found, expected = norms_of(model, data), reference(model, data)
+    assert ((found - expected).abs() / expected).median() < 0.1
+    torch.testing.assert_close(found.sum(), expected.sum(), rtol=0.1, atol=0)
+
+
+def test_float16_squares_do_not_underflow() -> None:
+    """Gradients near 1e-4 have squares that float16 does not hold."""
+    model, data = model_of("llama"), batch(LENGTHS["grams and products"])
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 1e-3)
+    model = model.half()
+    expected = reference(model, data)
+    assert expected.min() < 6e-8                          # the least that float16 knows
+    found = norms_of(model, data)
+    torch.testing.assert_close(found.sum(0), expected.sum(0), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
+@pytest.mark.parametrize("which", LENGTHS)
+def test_takes_the_cheaper_of_gram_and_product(kind: str, which: str) -> None:
+    """A product is as large as a weight, for each sample; where all are grams, none is made."""
+    model, data = model_of(kind), batch(LENGTHS[which])
+    B, T = data[0].shape
+    with Shapes() as shapes:
+        norms_of(model, data)
+    made = [shape for name, shape in shapes.seen if name == "bmm"]
+    grams, products = made.count((B, T, T)), sum(
+        made.count(shape) for shape in {(B, 16, 16), (B, 8, 16), (B, 24, 16), (B, 16, 24)})
+    weights = {n: model.get_submodule(n).weight.shape for n in MATRICES}
+    by_gram = [n for n, (out, in_) in weights.items() if T * (out + in_) < out * in_]
+    assert products == len(MATRICES) - len(by_gram)
+    assert {"all grams": products == 0, "all products": grams == 0,
+            "grams and products": 0 < products < len(MATRICES)}[which]
+    readers = {"gate_proj": "up_proj", "q_proj": "v_proj"}             # these read the same x
+    inputs = {readers.get(n.split(".")[-1], n.split(".")[-1]).replace("k_proj", "v_proj")
+              + n.split(".")[2] for n in by_gram}
+    assert grams == len(by_gram) + len(inputs)             # D D^T of each, X X^T once an input
+
+
+def test_recomputed_activations_are_not_counted_twice() -> None:
+    model, data = model_of("llama"), batch(LENGTHS["grams and products"])
+    expected = norms_of(model, data)
+    model.model.recompute = True
+    torch.testing.assert_close(norms_of(model, data), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
+def test_the_head_meets_supervised_positions_only(kind: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minismoe.method.loss.CHUNK", 4 * V)
+    model, data = model_of(kind), batch([13, 6, 9])
+    supervised = int((data[2][:, 1:] != IGNORE).sum())
+    assert 4 < supervised < data[1].sum() - 3
+    with Shapes() as shapes:
+        norms_of(model, data)
+    logits = [s for _, s in shapes.seen if s[-1:] == (V,) and s != (D, V)]
+    assert max(s[0] for s in logits) == 4
+    products = [s[0] for name, s in shapes.seen if name == "mm" and s[-1:] == (V,)]
+    assert sum(products) == supervised
+
+
+# --- samples, batches, tasks --------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
+@pytest.mark.parametrize("pad", ["right", "left"])
+def test_a_sample_without_supervision_scores_0(kind: str, pad: str) -> None:
+    model, (ids, mask, labels) = model_of(kind), batch([7, 3, 5], pad)
+    labels[1] = IGNORE
+    found, expected = norms_of(model, (ids, mask, labels)), reference(model, (ids, mask, labels))
+    assert not found[1].any()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    nothing = norms_of(model, (ids, mask, torch.full_like(ids, IGNORE)))
+    assert not nothing.any()                                             # nor NaN
+
+
+def test_a_task_without_a_batch_is_named() -> None:
+    model, batches = model_of("llama"), iter([batch([3, 4], "right")])
+    probe(model, {"a": batches})
+    for tasks in ({"a": batches}, {"b": []}):            # an iterator gives its batches once
+        with pytest.raises(ValueError, match="has no batch"):
+            probe(model, tasks)
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
+def test_order_company_and_batches_do_not_matter(kind: str) -> None:
+    model, data = model_of(kind), batch([7, 3, 5, 6, 4, 7])
+    whole, order = norms_of(model, data), torch.tensor([4, 0, 5, 2, 1, 3])
+    shuffled = norms_of(model, tuple(t[order] for t in data))
+    torch.testing.assert_close(shuffled, whole[order], rtol=1e-4, atol=0)
+    parts = [tuple(t[i:i + 2] for t in data) for i in (0, 2, 4)]
+    steps: list[int] = []
+    scores = probe(model, {"a": parts, "b": [parts[1]]}, progress=steps.append)
+    assert steps == [2, 2, 2, 2]
+    torch.testing.assert_close(scores.samples["a"], whole, rtol=1e-4, atol=0)
+    for task, rows in (("a", whole), ("b", whole[2:4])):
+        assert scores[task] == pytest.approx(dict(zip(MATRICES, rows.sum(0).tolist(), strict=True)),
+                                             rel=1e-4)
+
+
+def test_scores_add_up_over_calls() -> None:
+    model, first, second = model_of("llama"), batch([5, 3]), batch([6, 2, 4], seed=2)
+    scores = probe(model, {"a": [first]})
+    assert isinstance(scores, Scores)
+    assert probe(model, {"a": iter([second]), "b": [second]}, scores) is scores
+    together = probe(model, {"a": [first, second]})
+    assert scores["a"] == pytest.approx(together["a"])
+    torch.testing.assert_close(scores.samples["a"], together.samples["a"])
+    assert len(scores.samples["a"]) == 5
+    assert list(scores) == ["a", "b"]
+    assert scores.shapes == {n: tuple(model.get_submodule(n).weight.shape) for n in MATRICES}
+
+
+def test_only_the_modules_asked_for() -> None:
+    model, data = model_of("llama").requires_grad_(False), batch([7, 3, 5])
+    some = {name: model.get_submodule(name) for name in (MATRICES[9], MATRICES[2])}
+    torch.testing.assert_close(sample_norms(model, some, *data).double(),
+                               norms_of(model, data)[:, [9, 2]], rtol=1e-5, atol=0)
+
+
+def test_works_under_no_grad() -> None:
+    model, data = model_of("llama"), batch([7, 3, 5])
+    expected = norms_of(model, data)
+    with torch.no_grad():
+        torch.testing.assert_close(norms_of(model, data), expected)
+        assert not torch.is_grad_enabled()
+
+
+def test_dropout_is_off() -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, attention_dropout=0.5))
+    data = batch([7, 3, 5])
+    torch.testing.assert_close(norms_of(model.train(), data), reference(model.eval(), data),
+                               rtol=1e-4, atol=0)
+
+
+# --- the model is left as it was ----------------------------------------------------------------
+
+def mixed(kind: str) -> nn.Module:
+    """Mid-training: modules in train mode, parameters that ask, a gradient, a user's hook."""
+    model = model_of(kind, experts=True)
+    model.model.layers[0].train()
+    model.model.layers[1].mlp.train()
+    model.model.norm.requires_grad_(True)
+    experts = next(iter(expert_layers(model).values()))
+    experts.lora_A.grad = torch.ones_like(experts.lora_A)
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: None)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        kept[name] = (parameter, parameter.requires_grad, parameter.detach().clone(),
+                      None if parameter.grad is None else parameter.grad.clone())
+    for name, module in model.named_modules():
+        hooks = [list(value.values()) for key, value in sorted(vars(module).items())
+                 if key.endswith("_hooks")]
+        kept[f"module {name}"] = module.training, hooks
+    return kept
+
+
+def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
+    after = state(model)
+    assert after.keys() == before.keys()
+    for name, kept in before.items():
+        if name.startswith("module "):
+            assert after[name] == kept, name
+            continue
+        assert after[name][0] is kept[0], name
+        assert after[name][1] == kept[1], name
+        assert after[name][2].equal(kept[2]), name
+        assert (after[name][3] is None) == (kept[3] is None), name
+        assert kept[3] is None or after[name][3].equal(kept[3]), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf-qwen2"])
+def test_the_model_is_left_as_it_was(kind: str) -> None:
+    model, data = mixed(kind), batch([7, 3, 5])
+    before = state(model)
+    first = norms_of(model, data)
+    assert_same(model, before)
+    assert norms_of(model, data).equal(first)
+
+
+@pytest.mark.parametrize("where", ["labels", "input_ids", "backward", "batches", "progress"])
+@pytest.mark.parametrize("kind", ["llama", "hf-qwen2"])
+def test_also_after_an_exception(kind: str, where: str) -> None:
+    model, (ids, mask, labels) = mixed(kind), batch([7, 3, 5])
+    before = state(model)
+
+    def batches() -> Iterator[Data]:
+        yield ids, mask, labels
+        if where == "batches":
+            raise RuntimeError("the file is gone")
+        bad = torch.full_like(ids, V + 5)
+        yield (bad if where == "input_ids" else ids), mask, (bad if where == "labels" else labels)
+
+    def progress(samples: int) -> None:
+        if where == "progress":
+            raise RuntimeError("the terminal is gone")
+
+    if where == "backward":
+        def fail(module: nn.Module, inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if output.requires_grad:
+                output.register_hook(lambda gradient: 1 / 0)
+        handle = model.model.layers[0].register_forward_hook(fail)
+        before = state(model)
+    with pytest.raises((RuntimeError, IndexError, ZeroDivisionError)):
+        probe(model, {"task": batches()}, progress=progress)
+    assert_same(model, before)
+    if where == "backward":
+        handle.remove()
+    assert norms_of(model, (ids, mask, labels)).isfinite().all()
+
+
+# --- overlap ------------------------------------------------------------------------------------
+
+def top(count: int) -> Any:
+    return lambda scores: set(sorted(scores, key=scores.__getitem__)[-count:])
+
+
+@pytest.mark.parametrize(("even", "odd", "count", "expected"), [
+    ([1, 2, 3, 4], [1, 2, 3, 4], 2, 1.0),
+    ([1, 2, 3, 4], [4, 3, 2, 1], 2, 0.0),
+    ([1, 2, 3, 4], [1, 4, 2, 3], 2, 0.5),                   # {c, d} and {b, d}
+    ([1, 2, 3, 4], [3, 2, 1, 4], 3, 2 / 3),                 # {b, c, d} and {a, b, d}
+    ([1, 2, 3, 4], [4, 3, 2, 1], 4, 1.0),
+])
+def test_overlap_of_two_samples(even: list[int], odd: list[int], count: int,
+                                expected: float) -> None:
+    assert overlap(torch.tensor([even, odd]), "abcd", top(count)) == pytest.approx(expected)
+
+
+def test_overlap_sums_even_and_odd_samples() -> None:
+    samples = torch.tensor([[5.0, 0, 1], [0, 1, 9], [0, 4, 1], [0, 9, 1], [0, 3, 0]])
+    assert overlap(samples, "abc", top(1)) == 0             # even (5, 7, 2): b; odd (0, 10, 10): c
+    seen: list[dict[str, float]] = []
+    assert overlap(samples, "abc", lambda s: seen.append(s) or {"a", "b"}) == 1
+    assert seen == [{"a": 5, "b": 7, "c": 2}, {"a": 0, "b": 10, "c": 10}]
+
+
+def test_overlap_of_nothing_is_0() -> None:
+    assert overlap(torch.ones(4, 2), "ab", lambda scores: set()) == 0
+
+
+def test_a_single_sample_has_no_halves() -> None:
+    assert math.isnan(overlap(torch.ones(1, 3), "abc", top(1)))

@@ -1,0 +1,588 @@
+"""Checkpoints in, adapters out and in again, and what happens to broken ones."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minismoe.io.files import read_json, replacing, write_json
+from minismoe.io.hub import resolve
+from minismoe.method.allocate import Allocation
+from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
+from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
+
+Checkpoint = Callable[[str], tuple[Any, Path]]
+REPOSITORY = Path(__file__).parents[2]
+IDS = torch.arange(24).view(2, 12)
+Q, V, DOWN = (f"model.layers.{name}" for name in (
+    "0.self_attn.q_proj", "1.self_attn.v_proj", "1.mlp.down_proj"))
+ALLOCATION = Allocation({Q: 3, V: 1, DOWN: 2}, rank=4, alpha=12, top_k=2, strategy="votes",
+                        group="all", keep=0.5, trainable_parameters=1234)
+
+
+@pytest.fixture
+def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A checkpoint of one file that a test may spoil."""
+    return Path(shutil.copytree(checkpoint("llama")[1], tmp_path / "llama"))
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@torch.no_grad()
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Rewrite the tensors of a folder."""
+    file = folder / "model.safetensors"
+    tensors = {name: t.clone() for name, t in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment})
+
+
+# Reading
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+@torch.no_grad()
+def test_sharded_equals_one_file(checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+    hf, folder = checkpoint(family)
+    hf.save_pretrained(tmp_path, max_shard_size="16KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    assert not (tmp_path / "model.safetensors").exists()
+    sharded, single = load_model(tmp_path), load_model(folder)
+    assert torch.equal(sharded(IDS), single(IDS))
+    assert sharded.fingerprint != single.fingerprint         # other files: it is of their headers
+
+
+@torch.no_grad()
+def test_a_tied_head_stays_tied_and_all_is_frozen(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = load_model(checkpoint("llama_tied")[1])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+    # Some tied checkpoints store the head as well. Another than the embedding is a contradiction.
+    twice = Path(shutil.copytree(checkpoint("llama_tied")[1], tmp_path / "twice"))
+    edit(twice, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    again = load_model(twice)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again(IDS), model(IDS))
+    for table, head in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
+                        (torch.float32, torch.float16)):        # but for its rounding
+        edit(twice, lambda t, a=table, b=head: t.update({
+            "model.embed_tokens.weight": model.lm_head.weight.to(a).clone(),
+            "lm_head.weight": model.lm_head.weight.to(b).clone()}))
+        for dtype in (torch.float32, torch.bfloat16):
+            load_model(twice, dtype)
+    for other in (torch.zeros(97, 32), torch.zeros(90, 32)):
+        edit(twice, lambda t, x=other: t.update({"lm_head.weight": x}))
+        with pytest.raises(ValueError, match="twice holds a head of its own, .*tie_word_embedd"):
+            load_model(twice)
+
+
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_stored_and_requested_dtypes(folder: Path, stored: torch.dtype, asked: torch.dtype) -> None:
+    edit(folder, lambda t: t.update({name: x.to(stored) for name, x in t.items()}))
+    wanted = load_file(folder / "model.safetensors")
+    model = load_model(folder, dtype=asked)
+    for name, p in model.named_parameters():
+        assert p.dtype == asked
+        assert torch.equal(p, wanted[name].to(asked)), name
+    assert model(IDS).dtype == asked
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_half_precision_stays_near_transformers(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """As near to the float32 logits as `transformers` comes at the same dtype, or nearly."""
+    from transformers import AutoModelForCausalLM
+
+    hf, folder = checkpoint("smollm2")
+    exact = hf(IDS).logits
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    theirs, ours = half(IDS).logits.float(), load_model(folder, dtype=dtype)(IDS).float()
+    assert relative(ours, exact) < 1.5 * relative(theirs, exact)
+    assert relative(ours, exact) > 0
+
+
+@torch.no_grad()
+def test_fingerprint_knows_a_checkpoint_again(folder: Path) -> None:
+    first = load_model(folder).fingerprint
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert load_model(folder, dtype=torch.bfloat16).fingerprint == first
+    edit(folder, lambda t: t["lm_head.weight"].neg_())
+    changed = load_model(folder).fingerprint
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "rms_norm_eps": 1e-3})
+    assert len({first, changed, load_model(folder).fingerprint}) == 3
+
+
+def test_old_rotary_buffers_are_no_surplus(folder: Path) -> None:
+    edit(folder, lambda t: t.update(
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load_model(folder)
+
+
+# Broken checkpoints
+
+def test_all_tensors_that_do_not_fit_are_named_at_once(folder: Path) -> None:
+    norm, gate, up, q = ("model.norm.weight", *(f"model.layers.0.{n}.weight" for n in (
+        "mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj")))
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        del tensors[norm]
+        tensors["model.extra"] = torch.zeros(2)
+        tensors[gate] = tensors[gate].T.contiguous()
+        tensors[up] = tensors[up].to(torch.int8)
+        tensors[q + "_scale"] = torch.zeros(1)
+
+    edit(folder, spoil)
+    with pytest.raises(ValueError) as e:
+        load_model(folder)
+    for named in (f"{norm} is missing", "model.extra is surplus", f"{q}_scale is surplus",
+                  f"{gate} is [32, 48] instead of [48, 32]", f"{up} is I8"):
+        assert named in str(e.value)
+    assert str(folder) in str(e.value)
+    assert str(e.value).count(";") == 4, "a tensor that fits was named"
+
+
+def test_a_long_list_of_problems_ends_in_a_count(folder: Path) -> None:
+    edit(folder, lambda t: t.update({f"extra.{i}": torch.zeros(1) for i in range(50)}))
+    with pytest.raises(ValueError, match="and 30 more"):
+        load_model(folder)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def corrupt(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[8:24] = b"not json at all!"
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(("spoil", "error", "named"), [
+    (lambda f: shutil.rmtree(f), FileNotFoundError, "no such model folder"),
+    (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
+    (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not valid JSON"),
+    (lambda f: (f / "config.json").write_bytes(b"\xff"), ValueError, "is not valid JSON"),
+    (lambda f: (f / "config.json").write_text("[" * 10**6), ValueError, "is not valid JSON"),
+    (lambda f: (f / "config.json").write_text("[]"), ValueError, "holds no JSON object"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), ValueError,
+     "config.json: this model is not implemented: model_type 'gpt2'"),
+    (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError,
+     "neither model.safetensors nor model.safetensors.index.json"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), FileNotFoundError,
+     "neither model.safetensors nor"),
+    (lambda f: truncate(f / "model.safetensors"), ValueError, "no valid safetensors file"),
+    (lambda f: corrupt(f / "model.safetensors"), ValueError, "no valid safetensors file"),
+    (lambda f: (f / "model.safetensors").write_bytes(b""), ValueError, "no valid safetensors file"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), ValueError,
+     "no valid safetensors file"),
+])
+def test_broken_folders(folder: Path, spoil: Callable[[Path], object], error: type[Exception],
+                        named: str) -> None:
+    load_model(folder)
+    spoil(folder)
+    with pytest.raises(error, match=re.escape(named)) as e:
+        load_model(folder)
+    assert str(folder) in str(e.value)
+
+
+@pytest.mark.parametrize(("index", "error", "named"), [
+    ({"weight_map": {"a": "../secret.safetensors"}}, ValueError, "points out of its folder"),
+    ({"weight_map": {"a": "/etc/passwd"}}, ValueError, "points out of its folder"),
+    ({"weight_map": {"a": ".."}}, ValueError, "points out of its folder"),
+    ({"weight_map": {"a": "sub/x.safetensors", "b": "x.safetensors"}}, ValueError, "sub/x"),
+    ({"weight_map": {"a": ["x"]}}, ValueError, "weight_map"),
+    ({"weight_map": ["x.safetensors"]}, ValueError, "weight_map"),
+    ({}, ValueError, "weight_map"),
+    ([], ValueError, "weight_map"),
+    ({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}, FileNotFoundError,
+     "lacks model-2.safetensors, named in model.safetensors.index.json"),
+])
+def test_broken_shard_index(folder: Path, index: Any, error: type[Exception], named: str) -> None:
+    """A real file waits where "../secret" points, so only the check keeps it from being read."""
+    shutil.copy(folder / "model.safetensors", folder.parent / "secret.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    write_json(folder / "model.safetensors.index.json", index)
+    with pytest.raises(error, match=re.escape(named)):
+        load_model(folder)
+
+
+# Memory
+
+PEAK = """
+import json, re, sys, torch
+from minismoe.checkpoint import load_model
+# Not ru_maxrss: a child process inherits its parent's there, and pytest's own peak would hide ours.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+bits = int(sys.argv[3])
+model = load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]), base_bits=bits or None)
+weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+touched = sum(float(p.sum()) for p in model.parameters())        # mapped pages count once read
+print(json.dumps({"weights": weights, "peak": peak() - before}))
+"""
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 185 MB in bfloat16, written without a model."""
+    folder, D, M, V = tmp_path_factory.mktemp("large"), 1024, 4096, 8192
+    write_json(folder / "config.json", {
+        "model_type": "llama", "vocab_size": V, "hidden_size": D, "intermediate_size": M,
+        "num_hidden_layers": 5, "num_attention_heads": 8, "tie_word_embeddings": True})
+    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,)}
+    for i in range(5):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in {
+            "input_layernorm": (D,), "post_attention_layernorm": (D,),
+            **{f"self_attn.{p}_proj": (D, D) for p in "qkvo"}, "mlp.gate_proj": (M, D),
+            "mlp.up_proj": (M, D), "mlp.down_proj": (D, M)}.items()}
+    save_file({f"{name}.weight": torch.ones(shape, dtype=torch.bfloat16)
+               for name, shape in shapes.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 0), ("float16", 0), ("float32", 0),
+                                             ("bfloat16", 8)])
+def test_peak_memory_is_one_copy_of_the_weights(large: Path, dtype: str, bits: int) -> None:
+    run = python(PEAK, str(large), dtype, str(bits))
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["weights"] > (100e6 if bits else 180e6)
+    assert found["peak"] <= 1.3 * found["weights"], found
+    assert found["peak"] > 0.5 * found["weights"], f"the weights were not measured: {found}"
+
+
+def test_weights_that_need_no_conversion_share_one_mapping(folder: Path) -> None:
+    """One for each would reserve the file's size many times, where memory is not overcommitted."""
+    def spread(dtype: torch.dtype) -> int:
+        places = [p.data_ptr() for p in load_model(folder, dtype).parameters()]
+        return max(places) - min(places)
+
+    assert spread(torch.float32) < (folder / "model.safetensors").stat().st_size
+
+
+# Adapters
+
+def randomise(model: nn.Module) -> None:
+    """Experts as training leaves them; a fresh lora_B is 0, and would hide every mistake."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in expert_layers(model).values():
+        for p in (layer.lora_A, layer.lora_B, layer.router):
+            if p is not None:
+                p.data.normal_(std=0.3, generator=generator)
+
+
+@pytest.fixture
+def adapter(folder: Path, tmp_path: Path) -> Path:
+    """A saved adapter of `folder`."""
+    model = load_model(folder)
+    add_experts(model, ALLOCATION)
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter", ALLOCATION, ["trec", "sst2"])
+    return tmp_path / "adapter"
+
+
+@torch.no_grad()
+def test_adapter_round_trip(folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder)
+    base = model(IDS)
+    add_experts(model, ALLOCATION)
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter", ALLOCATION, ["trec", "sst2"])
+    again = load_model(folder)
+    assert load_adapter(again, tmp_path / "adapter") == ALLOCATION
+    assert torch.equal(again(IDS), model(IDS))
+    assert relative(model(IDS), base) > 1e-2
+    assert {name: (tuple(layer.lora_A.shape), layer.top_k, layer.scaling)
+            for name, layer in expert_layers(again).items()} == {
+        Q: ((3, 4, 32), 2, 3.0), V: ((1, 4, 32), 1, 3.0), DOWN: ((2, 4, 48), 2, 3.0)}
+
+
+@torch.no_grad()
+def test_adapter_round_trip_on_a_transformers_model(checkpoint: Checkpoint, adapter: Path,
+                                                    tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoint("llama")[1]
+    ours, theirs, again = load_model(folder), *(
+        AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    for model in (ours, theirs):
+        assert load_adapter(model, adapter) == ALLOCATION
+    assert relative(theirs(IDS).logits, ours(IDS)) <= 1e-5
+    save_adapter(theirs, tmp_path / "from_hf", ALLOCATION)
+    load_adapter(again, tmp_path / "from_hf")
+    assert torch.equal(again(IDS).logits, theirs(IDS).logits)
+
+
+def test_adapter_files(folder: Path, adapter: Path) -> None:
+    tensors = load_file(adapter / "adapter.safetensors")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        f"{Q}.lora_A": (3, 4, 32), f"{Q}.lora_B": (3, 4, 32), f"{Q}.router": (3, 32),
+        f"{V}.lora_A": (1, 4, 32), f"{V}.lora_B": (1, 4, 16),        # E = 1: no router
+        f"{DOWN}.lora_A": (2, 4, 48), f"{DOWN}.lora_B": (2, 4, 32), f"{DOWN}.router": (2, 48)}
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    meta = json.loads((adapter / "adapter.json").read_text())
+    assert meta["format"] == "minismoe.adapter/1"
+    assert meta["base_model"] == str(folder)
+    assert meta["fingerprint"] == load_model(folder).fingerprint
+    assert meta["tasks"] == ["trec", "sst2"]
+    assert meta["versions"]["torch"] == torch.__version__
+    assert Allocation.from_json(meta["allocation"]) == ALLOCATION
+    assert sorted(p.name for p in adapter.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def test_an_adapter_of_another_base_is_refused(checkpoint: Checkpoint, folder: Path, adapter: Path,
+                                               ) -> None:
+    other = load_model(checkpoint("llama_biases")[1])
+    with pytest.raises(ValueError, match="another base") as e:
+        load_adapter(other, adapter)
+    assert other.fingerprint in str(e.value)
+    assert load_model(folder).fingerprint in str(e.value)
+    assert str(folder) in str(e.value)
+    assert not expert_layers(other)
+
+
+def test_an_adapter_whose_tensors_do_not_fit(folder: Path, adapter: Path) -> None:
+    file = adapter / "adapter.safetensors"
+    tensors = load_file(file)
+    tensors[f"{Q}.lora_A"] = torch.zeros(3, 4, 31)
+    tensors[f"{V}.router"] = torch.zeros(1, 32)
+    del tensors[f"{DOWN}.lora_B"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="does not fit") as e:
+        load_adapter(load_model(folder), adapter)
+    for named in (f"{Q}.lora_A is [3, 4, 31] instead of [3, 4, 32]", f"{V}.router is surplus",
+                  f"{DOWN}.lora_B is missing", str(file)):
+        assert named in str(e.value)
+
+
+@pytest.mark.parametrize(("spoil", "error", "named"), [
+    (lambda f: (f / "adapter.json").unlink(), FileNotFoundError, "holds no adapter.json"),
+    (lambda f: (f / "adapter.json").write_text("{}"), ValueError, "not of the form"),
+    (lambda f: (f / "adapter.json").write_text("[]"), ValueError, "not of the form"),
+    (lambda f: (f / "adapter.json").write_text('{"format": "minismoe.adapter/1"}'), ValueError,
+     "allocation"),
+    (lambda f: (f / "adapter.json").write_text(
+        '{"format": "minismoe.adapter/1", "fingerprint": "0123"}'), ValueError, "0123"),
+    (lambda f: truncate(f / "adapter.safetensors"), ValueError, "no valid safetensors"),
+    (lambda f: (f / "adapter.safetensors").unlink(), FileNotFoundError, "adapter.safetensors"),
+])
+def test_broken_adapters(folder: Path, adapter: Path, spoil: Callable[[Path], object],
+                         error: type[Exception], named: str) -> None:
+    spoil(adapter)
+    with pytest.raises(error, match=re.escape(named)):
+        load_adapter(load_model(folder), adapter)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path, adapter: Path) -> None:
+    model, whole = load_model(folder), (adapter / "adapter.safetensors").read_bytes()
+    truncate(adapter / "adapter.safetensors")
+    with pytest.raises(ValueError):
+        load_adapter(model, adapter)
+    assert not expert_layers(model)
+    (adapter / "adapter.safetensors").write_bytes(whole)
+    load_adapter(model, adapter)
+    assert isinstance(model.get_submodule(Q), ExpertLinear)
+
+
+# Writing
+
+@pytest.mark.parametrize("before", [None, "old"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_half_written(tmp_path: Path, before: str | None, error: type[BaseException],
+                                 ) -> None:
+    file = tmp_path / "x.json"
+    if before:
+        file.write_text(before)
+    with pytest.raises(error), replacing(file) as tmp:
+        tmp.write_text("half")
+        assert tmp.parent == file.parent, "another file system could not be renamed from"
+        assert (file.read_text() if file.exists() else None) == before
+        raise error
+    assert (file.read_text() if file.exists() else None) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["x.json"] if before else [])
+
+
+def test_what_was_written_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "folder" / "x.json"
+    for text in ("first", "second"):
+        with replacing(file) as tmp:
+            tmp.write_text(text)
+        assert file.read_text() == text
+    assert [p.name for p in file.parent.iterdir()] == ["x.json"]
+
+
+def test_the_writers_error_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the reason"), replacing(tmp_path / "x") as tmp:
+        tmp.unlink()
+        raise RuntimeError("the reason")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask there")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_honour_the_umask(tmp_path: Path, umask: Callable[[int], int], mask: int,
+                                      mode: int) -> None:
+    umask(mask)
+    write_json(tmp_path / "x.json", {})
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == mode
+    assert umask(mask) == mask, "the umask was left changed"
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    value = {"größe": [1, 2.5, None, "\u2028"], "b": {"c": True}}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+    assert "größe" in (tmp_path / "x.json").read_text(encoding="utf-8")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"bad": object()})
+    assert read_json(tmp_path / "x.json") == value
+
+
+# Hub names
+
+FETCHED = ["config.json", "generation_config.json", "model.safetensors",
+           "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+           "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+LEFT = ["modeling_custom.py", "pytorch_model.bin", "model.pkl", "consolidated.safetensors",
+        "original/model.safetensors", "onnx/model.onnx", "README.md", "model.gguf",
+        "adapter_model.safetensors", "training_args.bin", "tokenizer.model", ".gitattributes"]
+
+
+def test_the_hub_is_asked_for_weights_and_text_only(monkeypatch: pytest.MonkeyPatch,
+                                                    folder: Path) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    fake = types.ModuleType("huggingface_hub")
+    fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    assert resolve("org/name") == folder
+    model = load_model("org/name")
+    assert model.name == "org/name"
+    assert [name for name, _ in asked] == ["org/name"] * 2
+    for _, patterns in asked:
+        allowed = [f for f in FETCHED + LEFT if any(fnmatch.fnmatch(f, p) for p in patterns)]
+        assert allowed == FETCHED
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A server on this machine that answers as the hub does, holding `folder` as org/name: its
+    address, and the files that were asked for."""
+    revision, asked = "0" * 40, []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path, files = Path(self.path.split("?")[0]), list(folder.iterdir())
+            if "tree" in path.parts:
+                data = json.dumps([{"type": "file", "path": f.name, "size": f.stat().st_size,
+                                    "oid": f.name} for f in files]).encode()
+            elif "resolve" in path.parts:
+                asked.append(path.name)
+                data = (folder / path.name).read_bytes()
+            elif path.is_relative_to("/api/models/org/name"):
+                data = json.dumps({"id": "org/name", "sha": revision, "siblings": [
+                    {"rfilename": f.name} for f in files]}).encode()
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            for name, value in (("Content-Length", len(data)), ("X-Repo-Commit", revision),
+                                ("ETag", f'"{hashlib.sha256(data).hexdigest()}"')):
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_the_hubs_own_client_fetches_no_code(hub: tuple[str, list[str]], folder: Path,
+                                             tmp_path: Path) -> None:
+    for name in LEFT:
+        if "/" not in name:
+            (folder / name).write_text("raise SystemExit('this was run')")
+    address, asked = hub
+    load = "from minismoe.checkpoint import load_model\nprint(load_model('org/name').name)"
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "NO_PROXY": "*"}
+    fetched = python(load, HF_HUB_OFFLINE="0", **environment)
+    assert fetched.stdout == "org/name\n", fetched.stderr
+    assert {"config.json", "model.safetensors"} <= set(asked) and not set(asked) & set(LEFT)
+    count = len(asked)
+    cached = python(load, HF_HUB_OFFLINE="1", **environment)
+    assert cached.stdout == "org/name\n" and len(asked) == count, cached.stderr
+
+
+def test_a_folder_is_never_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/name") == Path("org/name")
+    assert resolve(tmp_path) == tmp_path
+    for absent in ("./gone", "/no/such", "~/model", "gone", "a/b/c", "../up"):
+        with pytest.raises(FileNotFoundError, match="no such model folder"):
+            resolve(absent)
+
+
+def test_a_missing_huggingface_hub_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'minismoe\[hub\]'"):
+        load_model("org/name")
+
+
+def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
+    run = python("from minismoe.checkpoint import load_model\n"
+                 "try: load_model('no-such-org/no-such-model')\n"
+                 "except FileNotFoundError as e: print(e)",
+                 HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(
+        "no-such-org/no-such-model is no folder here, and the hub says: ")
+    assert run.stdout.count("\n") == 1, "the error takes more than one line"

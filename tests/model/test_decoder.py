@@ -1,0 +1,438 @@
+"""The decoder against `transformers`, in every family, padding and way of feeding it tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FAMILIES, LLAMA3, WINDOW
+from torch import Tensor
+
+from minismoe.method.loss import supervised_losses
+from minismoe.model.checkpoint import load_model
+from minismoe.model.decoder import CausalLM, Config, attend_short, rope_frequencies
+from minismoe.model.tokens import Cache, Tokens
+
+LENGTHS = (17, 9, 1)                             # of three rows: full, padded, and a single token
+CACHED = ("llama3", "llama_biases", "mistral_window", "qwen2_window", "qwen3")
+Checkpoint = Callable[[str], tuple[Any, Path]]
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    """Within 1e-5 of the largest logit."""
+    assert ours.shape == theirs.shape
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= 1e-5, f"relative error {error:.2e}"
+
+
+def random_ids(batch: int = len(LENGTHS), length: int = LENGTHS[0], seed: int = 0) -> Tensor:
+    return torch.randint(97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def mask_of(lengths: tuple[int, ...], side: str) -> Tensor:
+    """(B, T), padded on one side."""
+    place = torch.arange(max(lengths))
+    mask = torch.stack([(place < n).long() for n in lengths])
+    return mask.flip(1) if side == "left" else mask
+
+
+def expected(hf: Any, ids: Tensor) -> Tensor:
+    """Logits of one whole row by `transformers`, (T, V)."""
+    return hf(ids[None]).logits[0]
+
+
+# Logits
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_equal_transformers(checkpoint: Checkpoint, family: str) -> None:
+    hf, folder = checkpoint(family)
+    model, ids = load_model(folder), random_ids()
+    close(model(ids), hf(ids).logits)
+    for side in ("right", "left"):
+        mask = mask_of(LENGTHS, side)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        theirs = hf(ids, attention_mask=mask, position_ids=positions).logits
+        close(model(ids, mask)[mask.bool()], theirs[mask.bool()])
+
+
+@pytest.mark.parametrize("family", ["mistral_window", "qwen2_window", "qwen3_window"])
+@torch.no_grad()
+def test_window_changes_the_logits(checkpoint: Checkpoint, family: str) -> None:
+    """Or the comparisons above would not see it; within the window, the model is the full one."""
+    hf, folder = checkpoint(family)
+    model, ids = load_model(folder), random_ids()
+    windowed = model(ids)
+    for block in model.model.layers:
+        block.self_attn.window = None
+    object.__setattr__(model.config, "windows", (None,) * len(model.model.layers))
+    full = model(ids)
+    close(full[:, :WINDOW], windowed[:, :WINDOW])
+    assert (full - windowed)[:, WINDOW:].abs().amax(-1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_holes_in_a_mask_are_skipped(checkpoint: Checkpoint) -> None:
+    hf, folder = checkpoint("llama3")
+    ids = random_ids(1)
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 0]])
+    close(load_model(folder)(ids, mask)[0, mask[0].bool()], expected(hf, ids[mask.bool()]))
+
+
+@torch.no_grad()
+def test_pads_reach_nothing(checkpoint: Checkpoint) -> None:
+    """Whatever stands at a pad, real positions are bitwise equal, and hidden states there are 0."""
+    model, mask = load_model(checkpoint("qwen3")[1]), mask_of(LENGTHS, "left")
+    ids, others = random_ids(), random_ids(seed=1)
+    others = torch.where(mask.bool(), ids, others)
+    assert not torch.equal(ids, others)
+    assert torch.equal(model.model(ids, mask), model.model(others, mask))
+    assert not model.model(ids, mask)[~mask.bool()].any()
+    assert model.model(ids, mask)[mask.bool()].abs().amax(-1).min() > 0
+
+
+@torch.no_grad()
+def test_a_batch_of_pads_alone(checkpoint: Checkpoint) -> None:
+    model = load_model(checkpoint("llama")[1])
+    assert not model.model(random_ids(), torch.zeros(3, 17, dtype=torch.long)).any()
+
+
+# Cache
+
+@pytest.mark.parametrize("family", CACHED)
+@torch.no_grad()
+def test_token_by_token(checkpoint: Checkpoint, family: str) -> None:
+    hf, folder = checkpoint(family)
+    model, ids = load_model(folder), random_ids()
+    cache = Cache(model, 3, ids.shape[1])
+    steps = [model(ids[:, t:t + 1], cache=cache) for t in range(ids.shape[1])]
+    close(torch.cat(steps, 1), hf(ids).logits)
+    assert cache.lengths.tolist() == [17, 17, 17]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", CACHED)
+@torch.no_grad()
+def test_prefill_then_steps_of_unequal_rows(checkpoint: Checkpoint, family: str, side: str,
+                                            ) -> None:
+    """A prompt of unequal lengths, a chunk of three tokens, then single tokens."""
+    hf, folder = checkpoint(family)
+    model, mask, more = load_model(folder), mask_of(LENGTHS, side), random_ids(3, 8, seed=2)
+    ids = random_ids()
+    cache = Cache(model, 3, 17 + 8)
+    ours = [model(ids, mask, cache), model(more[:, :3], cache=cache)]
+    ours += [model(more[:, t:t + 1], cache=cache) for t in range(3, 8)]
+    for row in range(3):
+        prompt = ids[row][mask[row].bool()]
+        logits = torch.cat([ours[0][row][mask[row].bool()], *(o[row] for o in ours[1:])])
+        close(logits, expected(hf, torch.cat([prompt, more[row]])))
+
+
+@pytest.mark.parametrize("family", CACHED)
+@torch.no_grad()
+def test_rows_that_stop(checkpoint: Checkpoint, family: str) -> None:
+    """A row whose step is masked stands still: the others go on exactly, and it can go on later."""
+    hf, folder = checkpoint(family)
+    model, mask, ids = load_model(folder), mask_of(LENGTHS, "right"), random_ids()
+    more, alive = random_ids(3, 8, seed=3), torch.ones(3, 8, dtype=torch.long)
+    alive[1, 2:5] = 0                            # stops, and resumes
+    alive[2, 3:] = 0                             # stops for good
+    cache = Cache(model, 3, 17 + 8)
+    model(ids, mask, cache)
+    steps = torch.cat([model(more[:, t:t + 1], alive[:, t:t + 1], cache) for t in range(8)], 1)
+    assert cache.lengths.tolist() == [17 + 8, 9 + 5, 1 + 3]
+    for row in range(3):
+        on = alive[row].bool()
+        whole = expected(hf, torch.cat([ids[row][mask[row].bool()], more[row][on]]))
+        close(steps[row][on], whole[-int(on.sum()):])
+
+
+# Training
+
+def test_recompute_changes_neither_loss_nor_gradients(checkpoint: Checkpoint) -> None:
+    model, ids = load_model(checkpoint("qwen3_window")[1]).requires_grad_(True), random_ids()
+    mask = mask_of(LENGTHS, "right")
+    labels = torch.where(mask.bool(), ids, -100)
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def step(recompute: bool) -> tuple[Tensor, dict[str, Tensor], int]:
+        calls.clear()
+        model.model.recompute = recompute
+        model.zero_grad()
+        loss = supervised_losses(model, ids, mask, labels)[0].mean()
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return loss.detach(), grads, len(calls)
+
+    (loss, grads, once), (loss_again, grads_again, twice) = step(False), step(True)
+    assert (once, twice) == (1, 2), "recompute did not run the blocks again"
+    assert torch.equal(loss, loss_again)
+    assert grads.keys() == grads_again.keys() == dict(model.named_parameters()).keys()
+    for name, grad in grads.items():
+        assert grad.abs().max() > 0, name
+        close(grads_again[name], grad)
+
+
+def test_gradients_equal_transformers(checkpoint: Checkpoint) -> None:
+    hf, folder = checkpoint("llama_biases")
+    model, ids, mask = load_model(folder).requires_grad_(True), random_ids(), mask_of(
+        LENGTHS, "right")
+    labels = torch.where(mask.bool(), ids, -100)
+    hf.zero_grad()
+    hf(ids, attention_mask=mask, labels=labels).loss.backward()
+    supervised_losses(model, ids, mask, labels)[0].mean().backward()
+    theirs = dict(hf.named_parameters())
+    largest = max(p.grad.abs().max() for p in theirs.values())
+    for name, p in model.named_parameters():
+        # The head's key bias has a gradient of exactly 0 but for rounding, so one scale for all.
+        assert (p.grad - theirs[name].grad).abs().max() <= 1e-5 * largest, name
+    hf.zero_grad()
+
+
+# Rotary frequencies
+
+@pytest.mark.parametrize(("head_dim", "theta", "scaling"), [
+    (16, 500.0, LLAMA3),
+    (64, 500000.0, {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})])
+def test_llama3_frequencies(head_dim: int, theta: float, scaling: dict[str, Any]) -> None:
+    """Against the published scalar code, by wavelength (meta-llama/llama3, apply_scaling)."""
+    old = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    plain, wanted, kinds = [], [], set()
+    for i in range(0, head_dim, 2):
+        frequency = theta ** (-i / head_dim)
+        wavelength = 2 * math.pi / frequency
+        plain.append(frequency)
+        if wavelength < old / high:
+            kinds.add("kept")
+        elif wavelength > old / low:
+            kinds.add("slowed")
+            frequency /= scaling["factor"]
+        else:
+            kinds.add("between")
+            smooth = (old / wavelength - low) / (high - low)
+            frequency = (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
+        wanted.append(frequency)
+    assert kinds == {"kept", "slowed", "between"}, "the example must reach every branch"
+    config = dict(MINIMAL, head_dim=head_dim, rope_scaling=scaling, rope_theta=theta)
+    torch.testing.assert_close(rope_frequencies(Config.from_dict(config)), torch.tensor(wanted))
+    config["rope_scaling"] = None
+    torch.testing.assert_close(rope_frequencies(Config.from_dict(config)), torch.tensor(plain))
+
+
+# Config
+
+MINIMAL: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "gpt2"}, "gpt2"),
+    ({"model_type": None}, "model_type None"),
+    ({"rope_scaling": YARN}, "yarn"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+    ({"rope_scaling": "yarn"}, "yarn"),
+    ({"rope_parameters": ["x"], "rope_scaling": {"rope_type": "default"}}, "only one rope"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": LLAMA3},
+     "rope_parameters and rope_scaling contradict"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ({"rope_scaling": {**LLAMA3, "factor": "eight"}}, "eight"),
+    ({"rope_scaling": {**LLAMA3, "factor": 0}}, "factor = 0"),
+    ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
+    ({"rope_theta": "ten"}, "rope_theta"),
+    ({"rope_theta": -1.0}, "rope_theta"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": [1]}}, "rope_theta"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+    ({"hidden_act": "gelu"}, "gelu"),
+    ({"hidden_act": None}, "hidden_act None"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    ({"quantization_config": "awq"}, "quantization_config"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+     "partial_rotary_factor"),
+    ({"vocab_size": None}, "vocab_size"),
+    ({"hidden_size": "32"}, "hidden_size"),
+    ({"hidden_size": 32.0}, "hidden_size"),
+    ({"hidden_size": True}, "hidden_size"),
+    ({"intermediate_size": -48}, "intermediate_size"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ({"vocab_size": 10**30}, "vocab_size"),
+    ({"max_position_embeddings": -1}, "max_position_embeddings"),
+    ({"head_dim": [8]}, "head_dim"),
+    ({"head_dim": 7}, "head_dim"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    ({"num_attention_heads": [4]}, "num_attention_heads"),
+    ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window"),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
+      "max_window_layers": "all"}, "max_window_layers"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
+      "layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
+      "layer_types": ["sliding_attention"]}, "layer_types"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), REFUSED, ids=lambda x: str(x)[:60])
+def test_config_refuses(change: dict[str, Any], named: str) -> None:
+    Config.from_dict(MINIMAL)
+    with pytest.raises(ValueError, match="not implemented") as e:
+        Config.from_dict({**MINIMAL, **change})
+    assert named in str(e.value)
+
+
+def test_config_names_all_that_is_wrong_at_once() -> None:
+    wrong = {"model_type": "gemma", "rope_scaling": YARN, "hidden_act": "gelu_new",
+             "hidden_size": -1, "quantization_config": {"quant_method": "bnb"},
+             "partial_rotary_factor": 0.25, "vocab_size": "97", "num_hidden_layers": 1 << 40,
+             "rms_norm_eps": "0"}
+    with pytest.raises(ValueError) as e:
+        Config.from_dict({**MINIMAL, **wrong})
+    for named in ("gemma", "yarn", "gelu_new", "bnb", "hidden_size = -1", "partial_rotary_factor",
+                  "vocab_size = '97'", "num_hidden_layers", "rms_norm_eps"):
+        assert named in str(e.value)
+
+
+def test_two_ropes_that_agree_are_one() -> None:
+    both = {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "rope_scaling": LLAMA3 | {
+        "rope_theta": 5e5}}
+    one = Config.from_dict({**MINIMAL, "rope_parameters": both["rope_parameters"]})
+    assert Config.from_dict({**MINIMAL, **both}) == one
+    del both["rope_scaling"]["rope_theta"]
+    assert Config.from_dict({**MINIMAL, **both}) == one
+
+
+def test_rope_of_old_and_new_config_files() -> None:
+    four = {k: LLAMA3[k] for k in ("factor", "low_freq_factor", "high_freq_factor",
+                                   "original_max_position_embeddings")}
+    old = dict(MINIMAL, rope_theta=500.0, rope_scaling={"type": "llama3", **four})
+    new = dict(MINIMAL, rope_parameters={"rope_type": "llama3", "rope_theta": 500, **four})
+    assert Config.from_dict(old) == Config.from_dict(new)
+    # A checkpoint's fingerprint reads the config's repr, so that must not tell the forms apart.
+    assert repr(Config.from_dict(old)) == repr(Config.from_dict(new))
+    assert Config.from_dict(old).rope_scaling == four
+    assert Config.from_dict(old).rope_theta == 500.0
+    plain = dict(MINIMAL, rope_theta=7e5, rope_scaling=None)
+    assert Config.from_dict(plain).rope_scaling is None
+    assert Config.from_dict(plain) == Config.from_dict(
+        dict(MINIMAL, rope_parameters={"rope_type": "default", "rope_theta": 7e5}))
+    assert Config.from_dict(MINIMAL).rope_theta == 10000.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_written_by_transformers(checkpoint: Checkpoint, family: str) -> None:
+    hf, folder = checkpoint(family)
+    theirs, ours = hf.config, Config.from_dict(json.loads((folder / "config.json").read_text()))
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
+                 "max_position_embeddings", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    attention = hf.model.layers[0].self_attn
+    assert ours.head_dim == attention.head_dim
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (ours.rope_scaling is None) == (theirs.rope_parameters["rope_type"] == "default")
+    assert ours.qkv_bias == (attention.q_proj.bias is not None)
+    assert ours.o_bias == (attention.o_proj.bias is not None)
+    assert ours.mlp_bias == (hf.model.layers[0].mlp.up_proj.bias is not None)
+    assert ours.qk_norm == hasattr(attention, "q_norm")
+    assert ours.windows == {"mistral_window": (WINDOW,) * 2, "qwen3_window": (None, WINDOW),
+                            "qwen2_window": (None, WINDOW, WINDOW)}.get(
+        family, (None,) * ours.num_hidden_layers)
+
+
+def test_windows_of_silent_configs() -> None:
+    """What a config leaves out means what it means in `transformers`."""
+    qwen = dict(MINIMAL, model_type="qwen2", sliding_window=8, max_window_layers=1)
+    assert Config.from_dict({**MINIMAL, "model_type": "mistral"}).windows == (4096, 4096)
+    assert Config.from_dict({**MINIMAL, "sliding_window": 8}).windows == (None, None)    # llama
+    assert Config.from_dict(qwen).windows == (None, None)
+    assert Config.from_dict({**qwen, "use_sliding_window": True}).windows == (None, 8)
+    assert Config.from_dict({**qwen, "use_sliding_window": True, "layer_types": [
+        "sliding_attention", "full_attention"]}).windows == (8, None)
+
+
+# Packing
+
+masks = st.integers(1, 6).flatmap(lambda T: st.lists(
+    st.lists(st.booleans(), min_size=T, max_size=T), min_size=1, max_size=4))
+TINY = Config.from_dict(dict(MINIMAL, hidden_size=4, num_attention_heads=1, intermediate_size=4))
+
+
+def tokens_of(mask: list[list[bool]], windows: tuple[int | None, ...], cache: Cache | None = None,
+              ) -> Tokens:
+    config = Config(**{**TINY.__dict__, "windows": windows})
+    return Tokens(torch.tensor(mask, dtype=torch.long), config, cache)
+
+
+@given(masks)
+def test_packing_round_trip(mask: list[list[bool]]) -> None:
+    tokens = tokens_of(mask, (None,))
+    B, T = len(mask), len(mask[0])
+    x = torch.arange(1.0, B * T * 6 + 1).view(B * T, 2, 3)               # all different, none 0
+    real = [(b, t) for b in range(B) for t in range(T) if mask[b][t]]
+    packed = tokens.pack(x)
+    assert packed.tolist() == [x[b * T + t].tolist() for b, t in real]
+    zero = torch.zeros(2, 3).tolist()
+    assert tokens.unpack(packed).tolist() == [
+        [x[b * T + t].tolist() if mask[b][t] else zero for t in range(T)] for b in range(B)]
+    sequences = tokens.sequences(packed)                                 # (B, heads, T, C)
+    assert sequences.shape == (B, 2, T, 3)
+    for b in range(B):
+        row = [x[b * T + t].tolist() for t in range(T) if mask[b][t]]
+        assert sequences[b].transpose(0, 1).tolist() == row + [zero] * (T - len(row))
+    assert torch.equal(tokens.flat(sequences), packed.flatten(1))
+    assert tokens.rows.tolist() == [b for b, _ in real]
+    assert tokens.positions.tolist() == [sum(mask[b][:t]) for b, t in real]
+
+
+@given(masks, masks, st.integers(1, 8))
+def test_attention_masks(first: list[list[bool]], then: list[list[bool]], window: int) -> None:
+    """What each query sees, in a first batch alone and in a second that follows it in a cache."""
+    then = [then[b % len(then)] for b in range(len(first))]
+    cache = Cache(CausalLM(TINY), len(first), len(first[0]) + len(then[0]))
+    past = [0] * len(first)
+    for mask, given_cache in ((first, None), (first, cache), (then, cache)):
+        tokens = tokens_of(mask, (None, window), given_cache)
+        for w in (None, window):
+            for b, row in enumerate(mask):
+                for t in range(sum(row)):        # queries stand at the left of their row
+                    at = t + (past[b] if given_cache else 0)
+                    wanted = [k for k in range(at + 1) if w is None or at - k < w]
+                    if tokens.masks[w] is None:
+                        assert given_cache is None
+                        assert wanted == list(range(at + 1)), "causality does not say it all"
+                    else:
+                        assert tokens.masks[w][b, 0, t].nonzero()[:, 0].tolist() == wanted
+        if given_cache:
+            past = [n + sum(row) for n, row in zip(past, mask, strict=True)]
+            assert cache.lengths.tolist() == past
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_equals_the_kernel(heads: tuple[int, int], masked: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 7, 8, dtype=torch.float64, requires_grad=True)
+               for n in (heads[0], heads[1], heads[1]))
+    mask = torch.ones(7, 7, dtype=torch.bool).tril().triu(-2).expand(2, 1, 7, 7) if masked else None
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    found = attend_short(q, k, v, mask)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    for a, b in zip(torch.autograd.grad(found, (q, k, v), upstream),
+                    torch.autograd.grad(expected, (q, k, v), upstream)):
+        torch.testing.assert_close(a, b)

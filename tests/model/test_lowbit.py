@@ -1,0 +1,94 @@
+"""A base in 8 or 4 bits against a float model that holds the same rounded weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import randomise
+
+from minismoe.data.tasks import Example
+from minismoe.method import freeze
+from minismoe.method.allocate import Allocation
+from minismoe.method.experts import add_experts, linear_layers
+from minismoe.method.sensitivity import probe
+from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
+from minismoe.model.decoder import CausalLM
+from minismoe.model.lowbit import QuantizedLinear
+from minismoe.training.evaluate import generate
+from minismoe.training.loop import TrainConfig, train_step
+
+Make = Callable[[str], tuple[Any, Path]]
+
+
+def pair(folder: Path, bits: int, dtype: torch.dtype) -> tuple[CausalLM, CausalLM]:
+    """The model in blocks, and a float model of what the blocks stand for."""
+    ours, plain = load_model(folder, dtype, base_bits=bits), load_model(folder, dtype)
+    for name, layer in linear_layers(ours).items():
+        assert isinstance(layer, QuantizedLinear), name
+        plain.get_submodule(name).weight = torch.nn.Parameter(layer.weight.dense(), False)
+    return ours, plain
+
+
+def examples() -> list[Example]:
+    rows = torch.randint(3, 60, (6, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Example("a", ids[:7 + i], [-100, -100, *ids[2:7 + i]], i) for i, ids in enumerate(rows)]
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_outputs_and_gradients_are_those_of_the_rounded_weights(
+        checkpoint: Make, bits: int, dtype: torch.dtype, adapted: bool) -> None:
+    models = pair(checkpoint("qwen2")[1], bits, dtype)
+    names = [n for n in linear_layers(models[0]) if adapted or "layers.0.mlp" in n]
+    found = []
+    for model in models:
+        randomise(add_experts(model, dict.fromkeys(names, 3), rank=4))
+        line = train_step(model, examples(), TrainConfig(), 0)
+        found.append((line["loss"], {n: p.grad for n, p in model.named_parameters()
+                                     if p.requires_grad}))
+    assert found[0][0] == found[1][0]
+    for name, gradient in found[1][1].items():
+        assert gradient.abs().max() > 0
+        assert torch.equal(found[0][1][name], gradient), name
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_probe_and_generation(checkpoint: Make, bits: int) -> None:
+    models = pair(checkpoint("llama_tied")[1], bits, torch.float32)
+    ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(1))
+    batch = ids, torch.ones_like(ids), ids
+    scores = [probe(model, {"a": [batch]}) for model in models]
+    assert scores[0].shapes == scores[1].shapes
+    assert scores[0]["a"] == pytest.approx(scores[1]["a"], rel=1e-5)
+    assert generate(models[0], ids.tolist(), 5, [0]) == generate(models[1], ids.tolist(), 5, [0])
+
+
+def test_adapter_returns_to_its_base_in_any_form(checkpoint: Make, tmp_path: Path) -> None:
+    """Trained on few bits, it loads there and onto the float base, and merges into either."""
+    folder = checkpoint("llama")[1]
+    trained = load_model(folder, base_bits=4)
+    allocation = Allocation(dict.fromkeys(linear_layers(trained), 1), rank=4, alpha=8)
+    randomise(add_experts(trained, allocation))
+    save_adapter(trained, tmp_path, allocation)
+    assert json.loads((tmp_path / "adapter.json").read_text())["base_bits"] == 4
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for bits in (4, None):
+        model = load_model(folder, base_bits=bits)
+        load_adapter(model, tmp_path)
+        routed = model(ids)
+        if bits:
+            assert torch.equal(routed, trained(ids))
+        freeze.merge(model, {n: freeze.exact(m) for n, m in freeze.expert_layers(model).items()})
+        torch.testing.assert_close(model(ids), routed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 9.5), (4, 5.0)])
+def test_bits_a_weight(checkpoint: Make, bits: int, most: float) -> None:
+    weight = load_model(checkpoint("llama")[1], base_bits=bits).model.layers[0].mlp.up_proj.weight
+    assert sum(b.nbytes for b in weight.buffers()) * 8 <= most * weight.shape.numel() * 1.1

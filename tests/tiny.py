@@ -1,0 +1,104 @@
+"""Tiny models that tests share: configurations, random weights, experts as training leaves them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from minismoe.method.experts import expert_layers
+from minismoe.model.config import Config
+from minismoe.model.decoder import CausalLM
+
+# A config.json of a model of bytes, which needs no tokenizer.json.
+BYTES = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
+         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "tie_word_embeddings": True, "eos_token_id": 257}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+         "bos_token_id": 1, "eos_token_id": 2}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64, "rope_theta": 500.0}
+needs_other_device = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot have a device made in Python")
+WINDOW = 5                               # below the length of every sequence in the tests
+
+# name -> (model_type, what differs from SIZES)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3, "hidden_size": 64, "num_attention_heads": 2,
+                         "num_key_value_heads": 1}),
+    "smollm2": ("llama", {"num_hidden_layers": 3, "hidden_size": 36, "num_attention_heads": 9,
+                          "num_key_value_heads": 3, "tie_word_embeddings": True,
+                          "rms_norm_eps": 1e-5,
+                          "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "mistral_window": ("mistral", {"sliding_window": WINDOW}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW,
+                               "max_window_layers": 1, "num_hidden_layers": 3}),
+    "qwen3": ("qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "qwen3_window": ("qwen3", {"head_dim": 8, "attention_bias": True, "use_sliding_window": True,
+                               "sliding_window": WINDOW, "max_window_layers": 1}),
+}
+
+
+def random_hf(family: str, **changes: Any) -> Any:
+    """A `transformers` model in which every parameter matters.
+
+    Its own initialisation leaves norms at 1, biases at 0 and attention almost uniform: a decoder
+    that forgot any of them would pass.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, differs = FAMILIES[family]
+    config = AutoConfig.for_model(kind, **{**SIZES, **differs, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(sum(map(ord, family)))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.data.normal_(std=0.5, generator=generator)
+        elif p.ndim == 1:
+            p.data.uniform_(0.5, 1.5, generator=generator)
+        else:
+            scale = 1.0 if "embed" in name else 1.5 / p.shape[1] ** 0.5
+            p.data.normal_(std=scale, generator=generator)
+    return model.eval()
+
+
+def tiny_config(**changes: Any) -> Config:
+    """A decoder's sizes as small as tests of ours take them: 2 layers of width 32."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    sizes |= changes
+    sizes.setdefault("windows", (None,) * sizes["num_hidden_layers"])
+    return Config(**sizes)
+
+
+def save_bytes_model(folder: Path, **changes: Any) -> Path:
+    """Write a random checkpoint of BYTES, with some of its config.json changed."""
+    config = BYTES | changes
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(dict(CausalLM(Config.from_dict(config)).named_parameters()),
+              folder / "model.safetensors")
+    return folder
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Experts as training leaves them: B is no longer 0, and the router has an opinion."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in expert_layers(model).values():
+        for parameter in (layer.lora_A, layer.lora_B, layer.router):
+            if parameter is not None:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model

@@ -1,0 +1,400 @@
+#!/usr/bin/env python3
+"""Valid files and requests, spoilt in ways that follow a seed, given to what reads them.
+
+    python tests/tools/fuzz.py --cases 20000      some minutes; prints each failure with its case
+    python tests/tools/fuzz.py --first 1234 --cases 1   that one alone, with what it says
+
+A case passes if it works, or is refused by an exception of the allowed types in one line; if it
+takes less than 2 s (of this process; templates have 1 s of the clock in theirs); if memory grows
+by no more than 256 MB; and if no file appears outside of the case's own folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from minismoe.cli import probing  # noqa: E402
+from minismoe.data import templates  # noqa: E402
+from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
+from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
+from minismoe.export import graph  # noqa: E402
+from minismoe.io import text as failure  # noqa: E402
+from minismoe.method.allocation import Allocation  # noqa: E402
+from minismoe.method.experts import add_experts  # noqa: E402
+from minismoe.model.checkpoint import load_adapter, load_model, save_adapter  # noqa: E402
+from minismoe.model.decoder import CausalLM, Config  # noqa: E402
+from minismoe.runtime import FORMAT, Generator  # noqa: E402
+
+SECONDS, MEGABYTES = 2.0, 256
+ALLOWED = (ArithmeticError, OSError, ValueError)
+CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
+          "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+          "max_position_embeddings": 64, "tie_word_embeddings": True, "eos_token_id": 257,
+          "hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None,
+          "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                              "high_freq_factor": 4.0, "rope_theta": 1e4,
+                              "original_max_position_embeddings": 64}}
+Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+ALLOCATION = Allocation({Q: 3, UP: 1}, rank=4, alpha=8, top_k=2)
+LINES = [{"prompt": "2 + 2", "completion": "4"},
+         {"instruction": "Say it.", "input": "it", "output": "it"},
+         {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
+                       {"role": "assistant", "content": "b 🙂"}]}]
+TEMPLATES = [
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '[INST] ' ~ m['content'] | trim }}"
+    "{% endfor %}",
+    "{% set ns = namespace(x='', n=0) %}{% macro f(t) %}{{ t | upper }}{% endmacro %}"
+    "{%- for m in messages if m.content %}{% set ns.x = ns.x ~ m.content %}"
+    "{{ f(m.role) }}: {{ m | tojson }}{% generation %}{{ ns.x[:40] }}{% endgeneration %}"
+    "{% endfor %}{{ strftime_now('%Y') }}"]
+SNIPPETS = [      # {n} is a number; the first ones are harmless unless it is large
+    "{{{{ 'ab' * {n} }}}}", "{{{{ [messages] * {n} }}}}", "{{{{ 'x'.ljust({n}) }}}}",
+    "{{% for i in range({n}) %}}{{{{ i }}}}{{% endfor %}}", "{{{{ '%{n}d' % 1 }}}}",
+    "{{{{ 7 ** {n} }}}}", "{{{{ lipsum(n={n}) }}}}", "{{{{ messages | batch({n}, 0) | list }}}}",
+    "{{{{ strftime_now('%{n}Y') }}}}", "{{{{ '{{:{n}}}'.format(1) }}}}",
+    "{{% set ns = namespace(x=messages) %}}{{% for i in range({n}) %}}"
+    "{{% set ns.x = [ns.x, ns.x] %}}{{% endfor %}}{{{{ ns.x }}}}",
+    "{{% macro g(k) %}}{{{{ g(k - 1) ~ g(k - 1) if k }}}}{{% endmacro %}}{{{{ g({n}) }}}}",
+    "{{{{ messages.__class__.__mro__[{n}] }}}}", "{{% include '/etc/passwd' %}}",
+    "{{% import 'os' as os %}}", "{{{{ messages | attr('__class__') }}}}", "{{{{ self }}}}",
+    "{{{{ cycler.__init__.__globals__ }}}}", "{{{{ messages.append({n}) }}}}", "{{% raw %}}", "{{%",
+    "{{{{ messages[{n}] }}}}", "{{{{ undefined.x }}}}", "{{{{ messages | sum }}}}",
+    "{{% block a %}}",
+    "{{{{ (messages | map('upper') | list)[0] }}}}", "{{% extends 'x' %}}", "{{% break %}}"]
+NUMBERS = [-1, 0, 1, 3, 7, 40, 1000, 2 ** 31, 2 ** 63, 10 ** 12, 10 ** 400, -10 ** 12]
+ODD = [None, True, False, "", "x", [], {}, [[]], -0.5, 1.5, 1e308, math.nan, math.inf, -math.inf,
+       "../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "\ud83d", "\x1b[31m\r\n", "con",
+       "a" * 100_000, [0] * 10_000, {"a": {"b": [1, {"c": None}]}}, "\u202e", "1e9", *NUMBERS]
+
+
+class Rng(random.Random):
+    """Random choices about JSON values and bytes."""
+
+    def json(self, value: Any) -> Any:
+        """A copy with one to three places spoilt: replaced, removed, renamed, doubled, swapped."""
+        value = copy.deepcopy(value)
+        for _ in range(self.randint(1, 3)):
+            holders = [h for h in walk(value) if h]
+            if not holders:
+                return self.choice(ODD)
+            holder = self.choice(holders)
+            key = self.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+            other = self.choice(holders)
+            match self.randrange(6):
+                case 0 | 1:
+                    holder[key] = copy.deepcopy(self.choice(ODD))
+                case 2:
+                    del holder[key]
+                case 3 if isinstance(holder, dict):
+                    holder[self.choice(["", "x", "\x1b[0m", key.upper(), key + " "])] = holder[key]
+                case 4:
+                    holder[key] = copy.deepcopy(other)
+                case _ if type(holder[key]) in (int, float):
+                    holder[key] *= self.choice([-1, 0.5, 2, 3, 1024, 2 ** 40])
+        return value
+
+    def text(self, value: Any) -> bytes:
+        """A spoilt value as JSON, one in six times spoilt once more as bytes."""
+        text = json.dumps(self.json(value)).encode()
+        if self.random() < 0.02:
+            deep = self.choice([100, 100_000])
+            text = text.replace(b": ", b": " + b"[" * deep, 1)
+        return self.bytes(text) if self.random() < 1 / 6 else text
+
+    def bytes(self, data: bytes) -> bytes:
+        """Bits flipped, parts cut out, doubled, filled in, or all cut off."""
+        out = bytearray(data)
+        for _ in range(self.randint(1, 3)):
+            at, some = self.randrange(len(out) + 1), self.randint(1, 8)
+            match self.randrange(6):
+                case 0 if out:
+                    out[at % len(out)] ^= 1 << self.randrange(8)
+                case 1:
+                    del out[at:at + some]
+                case 2:
+                    out[at:at] = out[at:at + some] * self.choice([1, 2, 1000])
+                case 3:
+                    out[at:at] = self.choice([b"\0", b"\xff", b"\n", b"{", b"[[", b'"', b"9" * 30,
+                                              b"\xed\xa0\x80", b"\xef\xbb\xbf", b"NaN"])
+                case 4:
+                    out[at:at + some] = self.randbytes(some)
+                case 5 if self.random() < 0.3:
+                    del out[at:]
+        return bytes(out)
+
+
+def walk(value: Any) -> list[Any]:
+    """The lists and objects in a JSON value, itself among them."""
+    inner = list(value.values() if isinstance(value, dict) else value
+                 if isinstance(value, list) else [])
+    return [value] * isinstance(value, (dict, list)) + [h for v in inner[:50] for h in walk(v)]
+
+
+class Fuzz:
+    """Valid originals in one folder, and a way to spoil and to read each kind of them."""
+
+    def __init__(self, root: Path):
+        self.case, self.base, self.data = root / "case", root / "base", root / "data"
+        self.out = root / "case" / "export"
+        self.data.mkdir()
+        self.base.mkdir()
+        torch.manual_seed(0)
+        model = CausalLM(Config.from_dict(CONFIG)).eval()
+        (self.base / "config.json").write_text(json.dumps(CONFIG))
+        save_file(dict(model.named_parameters()), self.base / "model.safetensors")
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        graph.write_decoder(self.base / "model.onnx", model.config, weights.__getitem__, {},
+                            target="portable", precision="fp32", context=64, static=None)
+        graph.write_sampler(self.base / "sampler.onnx", 259)
+        (self.base / "export.json").write_text(json.dumps({
+            "format": FORMAT, "target": "portable", "context": 64, "layers": 2, "kv_heads": 1,
+            "head_dim": 16, "vocab_size": 259, "cache_type": "float32", "static": None,
+            "adapters": {}, "files": {f.name: {"bytes": f.stat().st_size, "sha256": ""}
+                                      for f in self.base.iterdir()}}))
+        self.generator = Generator(self.base, threads=1)
+        add_experts(model, ALLOCATION)
+        save_adapter(load_like(model, self.base), self.base / "adapter", ALLOCATION, ["t"])
+        self.kinds: list[Callable[[Rng], Any]] = [
+            self.config, self.adapter, self.allocation, self.lines, self.weights,
+            self.adapter_weights, self.tokenizer, self.template, self.request, self.export]
+
+    def config(self, rng: Rng) -> Any:
+        (self.case / "config.json").write_bytes(rng.text(CONFIG))
+        self.keep("model.safetensors")
+        load_model(self.case)
+
+    def adapter(self, rng: Rng) -> Any:
+        file = self.base / "adapter" / "adapter.json"
+        (self.case / "adapter.json").write_bytes(rng.text(json.loads(file.read_text())))
+        self.keep("adapter/adapter.safetensors")
+        load_adapter(load_model(self.base), self.case)
+
+    def allocation(self, rng: Rng) -> Any:
+        whole = ALLOCATION.to_json()
+        (self.case / "a.json").write_bytes(rng.text(rng.choice([whole, whole["experts"]])))
+        flags = argparse.Namespace(rank=4, alpha=None, top_k=2)
+        add_experts(load_model(self.base), probing.read_allocation(flags, self.case / "a.json"))
+
+    def lines(self, rng: Rng) -> Any:
+        lines = [rng.text(line) if rng.random() < 0.3 else json.dumps(line).encode()
+                 for line in rng.choices(LINES, k=4)]
+        (self.case / "t.jsonl").write_bytes(rng.choice([b"\n", b"\r\n", b"\n\n"]).join(lines))
+        tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
+        for task in load_tasks(self.case):
+            encode_all(task, tokenizer, 64)
+
+    def weights(self, rng: Rng) -> Any:
+        self.keep("config.json")
+        self.spoil_header(rng, self.base / "model.safetensors")
+        load_model(self.case)
+
+    def adapter_weights(self, rng: Rng) -> Any:
+        self.spoil_header(rng, self.base / "adapter" / "adapter.safetensors")
+        meta = json.loads((self.base / "adapter" / "adapter.json").read_text())
+        del meta["sha256"]                       # what an attacker would bring up to date
+        (self.case / "adapter.json").write_text(json.dumps(meta))
+        load_adapter(load_model(self.base), self.case)
+
+    def spoil_header(self, rng: Rng, file: Path) -> None:
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header, rest = data[8:8 + length], data[8 + length:]
+        entries = json.loads(header)
+        if rng.random() < 0.4:                   # a valid file, of other tensors
+            for name in rng.sample([n for n in entries if n != "__metadata__"], 2):
+                entry = entries[name]
+                match rng.randrange(4):
+                    case 0:
+                        entries[rng.choice(["", "../x", "\x1b[0m", "lm_head.weight"])] = (
+                            entries.pop(name))
+                    case 1:
+                        entry["dtype"] = rng.choice(["I32", "U32", "F32", "C64", "F8_E4M3"])
+                    case 2:
+                        entry["shape"] = rng.choice([entry["shape"][::-1], [1, *entry["shape"]],
+                                                     [math.prod(entry["shape"])]])
+                    case 3:
+                        entry["shape"] = [rng.choice(NUMBERS), 0]
+            header = json.dumps(entries).encode()
+        else:
+            header = rng.text(entries) if rng.random() < 0.7 else rng.bytes(header)
+        told = len(header) if rng.random() < 0.9 else rng.choice([0, 1, 2 ** 40, 2 ** 64 - 1, 100])
+        rest = rest if rng.random() < 0.9 else rng.bytes(rest)
+        (self.case / file.name).write_bytes(told.to_bytes(8, "little") + header + rest)
+
+    def tokenizer(self, rng: Rng) -> Any:
+        settings = {"chat_template": rng.choice([TEMPLATES[0], [
+            {"name": "default", "template": TEMPLATES[1]}, {"name": "x", "template": "y"}]]),
+            "bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
+        shutil.copy(TOKENIZER, self.case / "tokenizer.json")
+        (self.case / "tokenizer_config.json").write_bytes(rng.text(settings))
+        (self.case / "generation_config.json").write_bytes(rng.text({"eos_token_id": [1, 2]}))
+        (self.case / "config.json").write_bytes(rng.text({"vocab_size": 400, "eos_token_id": 1}))
+        tokenizer = load_tokenizer(self.case)
+        tokenizer.encode(tokenizer.render([{"role": "user", "content": "a"}], True))
+
+    def template(self, rng: Rng) -> Any:
+        text = rng.choice(TEMPLATES)
+        for _ in range(rng.randint(0, 3)):
+            number = rng.choice(NUMBERS if rng.random() < 0.1 else NUMBERS[:5])
+            at = rng.randrange(len(text) + 1)
+            snippet = rng.choice(SNIPPETS).format(n=number)
+            text = text[:at] + snippet + text[at:] if rng.random() < 0.5 else snippet + text
+        if rng.random() < 0.5:
+            text = rng.bytes(text.encode()).decode("utf-8", "surrogateescape")
+        turns = [{"role": str(rng.choice(["user", "assistant", *ODD])),
+                  "content": str(rng.choice(["hello", *ODD]))} for _ in range(rng.randint(0, 3))]
+        Tokenizer(ByteTokenizer(), text, "<s>", "</s>").render(turns, rng.random() < 0.5)
+
+    def request(self, rng: Rng) -> Any:
+        prompt: Any = rng.choice([
+            "".join(map(chr, rng.choices(range(1, 0x11000), k=rng.randint(0, 30)))),
+            rng.randbytes(rng.randint(0, 70)), [rng.choice([*range(259), *NUMBERS])], "x" * 10 ** 6,
+            rng.choices(range(300), k=rng.randint(0, 70)), *(str(x) for x in ODD)])
+        numbers = [*NUMBERS, 0.5, 1e-300, 1e300, math.nan, math.inf]
+        options = {name: rng.choice(numbers) for name in ("temperature", "top_p", "top_k", "seed")
+                   if rng.random() < 0.4}
+        for _ in self.generator.text(self.generator.generate(
+                prompt, rng.choice([1, 3, 5]), **options)):
+            pass
+
+    def export(self, rng: Rng) -> Any:
+        (self.case / "export.json").write_bytes(
+            rng.text(json.loads((self.base / "export.json").read_text())))
+        self.keep("config.json", "model.safetensors", "model.onnx", "model.onnx.data",
+                  "sampler.onnx")
+        Generator(self.case, threads=1)
+
+    def keep(self, *names: str) -> None:
+        """Put originals into the case's folder."""
+        for name in names:
+            os.link(self.base / name, self.case / Path(name).name)
+
+
+def load_like(model: CausalLM, folder: Path) -> CausalLM:
+    """The model with the name and fingerprint that loading gives it."""
+    model.fingerprint, model.name = load_model(folder).fingerprint, "base"
+    return model
+
+
+def bpe(file: Path) -> Path:
+    """A byte-level tokenizer.json without merges."""
+    from minismoe.export.layouts import _byte_level
+    file.write_text(json.dumps(_byte_level()))
+    return file
+
+
+TOKENIZER = Path()
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+watched: list[Path] = []                         # the folder of the case that runs
+elsewhere: list[str] = []                        # what was opened for writing outside of it
+
+
+def watch(event: str, args: tuple[Any, ...]) -> None:
+    """An audit hook that notes what Python opens for writing, makes or renames elsewhere."""
+    if watched and (event == "open" and isinstance(args[2], int) and args[2] & WRITES
+                    or event in ("os.mkdir", "os.rename", "os.symlink", "os.link")):
+        for path in args[:1] if event in ("open", "os.mkdir") else args[1:2]:
+            if isinstance(path, str | bytes | os.PathLike):
+                full = os.path.realpath(os.fsdecode(path))
+                if not full.startswith(os.path.realpath(watched[0]) + os.sep) and (
+                        full != os.devnull):
+                    elsewhere.append(full)
+
+
+def run(fuzz: Fuzz, seed: int, number: int, debug: bool = False) -> tuple[str, bool, str]:
+    """(kind, was it refused, what is wrong) of one case; "" where nothing is."""
+    rng = Rng(f"{seed} {number}")
+    kind = fuzz.kinds[number % len(fuzz.kinds)]
+    shutil.rmtree(fuzz.case, ignore_errors=True)
+    fuzz.case.mkdir()
+    before, memory = set(fuzz.case.parent.iterdir()), peak()
+    watched[:], elsewhere[:], problem, refused = [fuzz.case], [], "", True
+    start, cpu = time.monotonic(), time.process_time()
+    try:
+        kind(rng)
+        refused = False
+    except ALLOWED as e:
+        said = str(e)
+        if debug:
+            print(failure.line(e))
+        if not said or "\n" in said.strip() or not failure.line(e).isprintable():
+            problem = f"says {said[:300]!r}"
+    except Exception as e:
+        if debug:
+            raise
+        problem = f"{type(e).__name__}: {str(e)[:300]}"
+    seconds, cpu = time.monotonic() - start, time.process_time() - cpu
+    watched.clear()
+    if cpu > SECONDS or seconds > 10 * SECONDS:  # others may keep the machine busy
+        problem += f" took {cpu:.1f} s, {seconds:.1f} by the clock"
+    if peak() - memory > MEGABYTES:
+        problem += f" took {peak() - memory:.0f} MB"
+    if new := elsewhere + [str(p) for p in set(fuzz.case.parent.iterdir()) - before]:
+        problem += f" wrote {new}"
+    return kind.__name__, refused, problem
+
+
+def peak() -> float:
+    """The largest resident size of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e6 if sys.platform == "darwin" else 1e3)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the cases; gives the number of those that failed."""
+    global TOKENIZER
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first (default: 0)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    sys.addaudithook(watch)
+    failed, taken, refusals = 0, Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory() as root:
+        TOKENIZER = bpe(Path(root) / "tokenizer.json")
+        fuzz, before, start = Fuzz(Path(root)), peak(), time.monotonic()
+        for number in range(args.first, args.first + args.cases):
+            then = time.monotonic()
+            kind, refused, problem = run(fuzz, args.seed, number, args.cases == 1)
+            taken[kind] += round(1e3 * (time.monotonic() - then))
+            refusals[kind] += refused
+            if problem:
+                failed += 1
+                print(f"case {number}, {kind}: {problem}", flush=True)
+    templates.stop()
+    for kind, count in refusals.items():         # each kind is to have cases that are taken
+        if args.cases >= 1000 and count == args.cases // len(fuzz.kinds):
+            failed += 1
+            print(f"every case of {kind} was refused")
+    print(f"{args.cases} cases, {failed} failed, {time.monotonic() - start:.0f} s, memory grew by "
+          f"{peak() - before:.0f} MB; refused: "
+          + ", ".join(f"{kind} {refusals[kind]} ({ms / 1e3:.0f} s)" for kind, ms in taken.items()))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1:])))

@@ -1,0 +1,160 @@
+"""Kill training at random moments, resume until it is done, and compare with an undisturbed run.
+
+    python tests/tools/kill_resume.py --runs 50
+    python tests/tools/kill_resume.py --runs 5 --model SMOLLM2 --data DATA -- --tasks trec,clinc ...
+
+Every run is killed (SIGKILL) a few times, at moments drawn at random, half of them as soon as a
+file or folder is being written under its temporary name. What an undisturbed run wrote must come
+out byte for byte, but for the fields of time. What follows -- goes to train.py. Processes are
+forked, so that torch is imported once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train  # noqa: E402
+from minismoe.cli import inputs as cli  # noqa: E402
+
+SHORT = ("--limit-train 24 --limit-test 6 --epochs 2 --batch-size 8 --samples 16 "
+         "--checkpoint-every 2").split()
+SAME = ("allocation.json", "sensitivity.json", "answers.json", "adapter/adapter.json",
+        "adapter/adapter.safetensors", "before.json", "routers.json", "routers.svg")
+PHASES = (("results.json", "finished"), ("answers.json", "writing results"),
+          ("adapter/adapter.json", "evaluating after"), ("metrics.jsonl", "training"),
+          ("before.json", "begins training"), ("allocation.json", "evaluating before"),
+          ("config.json", "probing"))
+
+
+def start(run: Path, flags: Sequence[str], prepare: Callable[[], Any] = lambda: None) -> int:
+    """The number of a process that begins a run, or goes on with one; it speaks to RUN.txt."""
+    if pid := os.fork():
+        return pid
+    code: Any = 1
+    try:
+        sys.stdout = sys.stderr = Path(f"{run}.txt").open("a", buffering=1)  # noqa: SIM115
+        args = ["--resume"] if (run / "config.json").exists() else [*flags]
+        sys.argv = ["train.py", *args, "--out", str(run)]
+        prepare()
+        cli.run(train.main)
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    finally:
+        os._exit(code)
+
+
+def ended(pid: int, options: int = 0) -> int | None:
+    """A process's exit code, negative where a signal ended it; with os.WNOHANG None if it lives."""
+    done, status = os.waitpid(pid, options)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def finish(run: Path, flags: Sequence[str]) -> None:
+    """Let a run come to its end. Raises RuntimeError with what it said where it fails."""
+    if code := ended(start(run, flags)):
+        raise RuntimeError(f"{run} ended with {code}:\n{Path(f'{run}.txt').read_text()}")
+
+
+def writing(run: Path) -> str:
+    """What is being written in `run` just now: the kind of its temporary name, or nothing."""
+    for folder in (run / "checkpoints", run / "adapter", run):
+        for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+            return "writing " + path.name.strip(".").split(".")[0].split("-")[0]
+    return ""
+
+
+def kill(run: Path, flags: Sequence[str], after: float, in_write: bool) -> str:
+    """Kill a run `after` seconds, or in the first write from then on; what it was doing."""
+    pid, begun = start(run, flags), time.monotonic()
+    while (code := ended(pid, os.WNOHANG)) is None:
+        if time.monotonic() - begun >= after and (not in_write or writing(run)):
+            os.kill(pid, signal.SIGKILL)
+            code = ended(pid)
+            break
+        time.sleep(0.0005 if in_write else 0.005)
+    if code == 0:
+        return "was faster"
+    if code != -signal.SIGKILL:
+        raise RuntimeError(f"{run} ended with {code}:\n{Path(f'{run}.txt').read_text()}")
+    return writing(run) or next((name for file, name in PHASES if (run / file).exists()),
+                                "before there is a run")
+
+
+def differences(run: Path, undisturbed: Path) -> list[str]:
+    """Files of `run` that are not what an undisturbed run wrote."""
+    bad = [name for name in SAME if (run / name).read_bytes() != (undisturbed / name).read_bytes()]
+    metrics, results = ([re.sub(r', "tokens_per_second": [^,}]+', "", text) for text in (
+        (folder / "metrics.jsonl").read_text() for folder in (run, undisturbed))], [
+        {k: v for k, v in json.loads((folder / "results.json").read_text()).items()
+         if k != "seconds"} for folder in (run, undisturbed)])
+    bad += ["metrics.jsonl"] * (metrics[0] != metrics[1])
+    bad += ["results.json"] * (results[0] != results[1])
+    held = [{str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+            for folder in (run, undisturbed)]
+    bad += [f"{name}, which one of them lacks" for name in sorted(held[0] ^ held[1])]
+    return bad + [f"{p} is left" for p in run.rglob("*.tmp")]
+
+
+def disturbed(run: Path, undisturbed: Path, flags: Sequence[str], duration: float,
+              rng: random.Random, kills: int) -> Counter[str]:
+    """Kill `run` a few times, finish it, and compare; what it was doing when it was killed.
+
+    Raises RuntimeError where a resumed run fails, or comes out different.
+    """
+    when: Counter[str] = Counter()
+    while sum(when.values()) < kills and not when["was faster"]:
+        when[kill(run, flags, rng.uniform(0, 0.6) * duration, rng.random() < 0.5)] += 1
+    finish(run, flags)
+    if bad := differences(run, undisturbed):
+        raise RuntimeError(f"{run} differs in {', '.join(bad)}; killed {dict(when)}")
+    return when
+
+
+def main(argv: Sequence[str]) -> None:
+    argv, flags = ((argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv
+                   else (argv, SHORT))
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=50, help="(default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, metavar="N",
+                        help="number of the first run; it seeds the moments (default: 0)")
+    parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
+    parser.add_argument("--model", help="folder of a checkpoint (default: the embedded one)")
+    parser.add_argument("--data", help="folder of its tasks")
+    args = parser.parse_args(argv)
+    flags = [*flags, "--dtype", args.dtype]
+    if args.model:
+        flags += ["--model", args.model, "--data", args.data]
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed, all_ = Path(folder) / "undisturbed", Counter[str]()
+        begun = time.monotonic()
+        finish(undisturbed, flags)
+        duration = time.monotonic() - begun
+        print(f"an undisturbed run takes {duration:.1f} s", flush=True)
+        for number in range(args.first, args.first + args.runs):
+            rng, run = random.Random(number), Path(folder) / str(number)
+            all_ += disturbed(run, undisturbed, flags, duration, rng, rng.randint(1, 4))
+            shutil.rmtree(run)
+            print(f"{number}: the same; killed so far: " + ", ".join(
+                f"{name} {count}" for name, count in all_.most_common()), flush=True)
+    print(f"{args.runs} of {args.runs} the same")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,125 @@
+"""One code path for all devices: what the CPU gives, on a device that refuses the CPU's tensors.
+
+What that device is asked for, CUDA and MPS have kernels of, by torch's own list.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torchgen
+from safetensors.torch import load_file
+from tiny import needs_other_device
+from torchgen.gen import parse_native_yaml
+from torchgen.model import DispatchKey, NativeFunction
+
+from minismoe.io.files import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = [name for name, there in (("cuda", torch.cuda.is_available()),
+                                 ("mps", torch.backends.mps.is_available())) if there]
+pytestmark = needs_other_device
+
+
+@cache
+def operators() -> tuple[dict[str, NativeFunction], list[dict]]:
+    """PyTorch's operators by name, and the kernels that run on CUDA and those that do on MPS."""
+    native = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native"
+    parsed = parse_native_yaml(str(native / "native_functions.yaml"), str(native / "tags.yaml"))
+    composite = [key for key in parsed.backend_indices if key.name.startswith("Composite")]
+    return ({f"aten::{f.func.name}": f for f in parsed.native_functions},
+            [[parsed.backend_indices[key] for key in (*composite, device)]
+             for device in (DispatchKey.CUDA, DispatchKey.MPS)])
+
+
+def everywhere(name: str) -> bool:
+    """Whether both CUDA and MPS can run an operator."""
+    found, devices = operators()
+    function = found[name]
+    if function.structured_delegate is not None:
+        function = found[f"aten::{function.structured_delegate}"]
+    return all(any(kernels.has_kernel(function) for kernels in device) for device in devices)
+
+
+def script(name: str, *args: object) -> str:
+    """What a script prints that may use the other device, which is asked for nothing special."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "tools" / "other_device.py"), str(ROOT / name),
+         *map(str, args)], text=True, capture_output=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    asked = run.stderr.splitlines()[-1].split()
+    assert (len(asked) > 5) == ("cpu" not in args), "on which device?"
+    assert [x for x in asked if not everywhere(x)] == []
+    return run.stdout
+
+
+def test_the_device_refuses_what_real_ones_refuse(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("""
+import torch
+x = torch.ones(2, 2, device="other", requires_grad=True)
+(x @ x).relu().sum().backward()
+print(x.grad.device, x.grad.tolist(), (x + torch.tensor(1.0)).cpu().device)
+for y in (torch.ones(2, 2), torch.tensor([0])):
+    for mixed in (lambda: x + y, lambda: x[y.long()]):
+        try:
+            mixed()
+            print("mixed")
+        except RuntimeError as e:
+            print(e)
+""")
+    said = script(str(tmp_path / "x.py")).splitlines()
+    assert said[0] == "other:0 [[4.0, 4.0], [4.0, 4.0]] cpu"
+    assert said[1:] == [f"aten::{name} is given tensors of other and of cpu"
+                        for name in ("add", "index")] * 2
+    assert not any(map(everywhere, ("aten::linalg_eig", "aten::_weight_int4pack_mm_for_cpu")))
+
+
+@pytest.mark.parametrize("flags", ["--batch-size 4", "--base-bits 8 --recompute "
+                                   "--batch-size auto"])
+def test_a_run_is_the_same_as_on_the_cpu(inputs: list[str], tmp_path: Path, flags: str) -> None:
+    for device in ("cpu", "other"):
+        script("train.py", *inputs, "--samples", 4, "--epochs", 2, *flags.split(), "--dtype",
+               "float32", "--device", device, "--out", tmp_path / device)
+    cpu, other = (load_file(tmp_path / d / "adapter" / "adapter.safetensors")
+                  for d in ("cpu", "other"))
+    assert cpu.keys() == other.keys() and all(
+        v.abs().max() > 1e-3 for name, v in cpu.items() if name.endswith("lora_B"))
+    for name, value in cpu.items():
+        assert torch.allclose(other[name], value, rtol=0, atol=1e-5), name
+    cpu, other = (read_json(tmp_path / d / "sensitivity.json")["tasks"] for d in ("cpu", "other"))
+    for task, found in cpu.items():
+        assert other[task]["scores"] == pytest.approx(found["scores"], rel=1e-5)
+
+
+def test_freezing_and_healing_stay_on_the_device(inputs: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script("train.py", *inputs, "--samples", 4, "--epochs", 1, "--dtype", "float32",
+           "--device", "other", "--out", run)
+    said = script("export.py", run, "--device", "other", "--routing", "auto", "--heal", 2,
+                  "--target", "portable", "--precision", "fp32", "--out", tmp_path / "export")
+    assert (tmp_path / "export" / "model.onnx").is_file(), said
+
+
+@pytest.mark.skipif(not REAL, reason="there is neither CUDA nor MPS here")
+@pytest.mark.parametrize("flags, near", [
+    ("--dtype float32", 1e-3), ("--dtype bfloat16 --recompute", 0.2), ("--base-bits 4", 1e-3)])
+def test_a_real_device_learns(inputs: list[str], tmp_path: Path, flags: str, near: float) -> None:
+    """It draws other numbers than a CPU, so what both measure of the base is compared."""
+    for device in (REAL[0], "cpu"):
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *inputs, *flags.split(),
+                        "--samples", "8", "--epochs", "6", "--batch-size", "4", "--device", device,
+                        "--out", str(tmp_path / device)], check=True, timeout=300)
+    ours, cpu = (read_json(tmp_path / d / "sensitivity.json")["tasks"] for d in (REAL[0], "cpu"))
+    for task, found in cpu.items():
+        assert ours[task]["scores"] == pytest.approx(found["scores"], rel=near)
+    steps = [json.loads(line) for line in
+             (tmp_path / REAL[0] / "metrics.jsonl").read_text().splitlines()]
+    assert sum(s["loss"] for s in steps[-5:]) < 0.7 * sum(s["loss"] for s in steps[:5])

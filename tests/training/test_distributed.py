@@ -1,0 +1,209 @@
+"""Several processes against one, and what is left when one of them is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import needs_other_device
+
+import train
+from minismoe.training import distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+# The last micro-batch of an epoch has fewer examples than four processes.
+FLAGS = ["--samples", "20", "--batch-size", "6", "--micro-batch-size", "4", "--epochs", "3",
+         "--dtype", "float32", "--device", "cpu"]
+
+
+# train.py, but process {victim} sends itself a signal in a step.
+STRUCK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+from minismoe.cli import inputs as cli
+from minismoe.training import loop as training
+
+def step(*args, original=training.train_step):
+    if args[4] == {step} - 1 and os.environ["RANK"] == "{victim}":
+        os.kill(os.getpid(), {signal})
+    return original(*args)
+
+training.train_step = step
+cli.run(train.main)
+"""
+
+SHARDED = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from minismoe import load_model
+from minismoe.training import distributed
+distributed.start(torch.device("cpu"))
+model = load_model({model!r}, torch.float32)
+whole = sum(p.numel() for p in model.model.layers.parameters())
+distributed.shard(model, torch.device("cpu"))
+held = sum(p.to_local().numel() for p in model.model.layers.parameters())
+print(distributed.gather([whole, held]), flush=True)
+distributed.leave(0)
+"""
+
+
+def start(*command: str, **settings: object) -> subprocess.Popen[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in settings.items()}}
+    return subprocess.Popen([sys.executable, *command], text=True, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def torchrun(count: int, *command: str) -> subprocess.Popen[str]:
+    return start("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+                 *command)
+
+
+def by_hand(count: int, *command: str) -> list[subprocess.Popen[str]]:
+    """The same without torchrun, which would itself end the others where one fails."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [start(*command, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=count, RANK=i,
+                  LOCAL_RANK=i) for i in range(count)]
+
+
+def far(a: Path, b: Path) -> float:
+    """The largest difference of two runs' adapters."""
+    first, second = (load_file(run / "adapter" / "adapter.safetensors") for run in (a, b))
+    assert first.keys() == second.keys()
+    found = [(first[n] - second[n]).abs().max().item() for n in first]
+    assert all(map(math.isfinite, found))
+    return max(found)
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one(inputs, tmp_path_factory) -> Path:
+    """The run of a single process."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    train.main([*inputs, *FLAGS, "--out", str(run)])
+    return run
+
+
+def test_what_went_wrong_in_an_exchange_is_said(monkeypatch) -> None:
+    gloo = "[/a/b.cc:553] Connection closed by peer [127.0.0.1]:9. It may have ended. Good luck!"
+    nccl = "NCCL error in: /c/d.cpp:3690, invalid usage\nLast error:\nDuplicate GPU detected"
+    for said, reason in ((gloo, r"(Connection closed by peer [127.0.0.1]:9)"),
+                         (nccl, "(Duplicate GPU detected)")):
+        with pytest.raises(ConnectionError) as e, distributed._peers():
+            raise RuntimeError(said)
+        assert str(e.value).endswith(reason)
+    with pytest.raises(RuntimeError, match="out of memory"), distributed._peers():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--device cuda:1: of several processes each takes"):
+        distributed.start(torch.device("cuda:1"))
+
+
+def test_shard_leaves_a_part_of_the_blocks_in_each_process(inputs) -> None:
+    program = SHARDED.format(root=str(ROOT), model=inputs[1])
+    outputs = [p.communicate(timeout=120) for p in by_hand(2, "-c", program)]
+    held = json.loads(outputs[0][0])
+    assert sum(part for _, part in held) == held[0][0] == held[1][0], outputs
+    assert all(0.4 * whole < part < 0.6 * whole for whole, part in held)
+
+
+@pytest.mark.parametrize("count, flags", [
+    (2, ""), (4, ""), (2, "--shard"),
+    pytest.param(2, "--device other", marks=needs_other_device)])
+def test_processes_equal_one(inputs, one, tmp_path, count, flags) -> None:
+    run = tmp_path / "run"
+    command = [str(ROOT / "train.py"), *inputs, *FLAGS, *flags.split(), "--out", str(run)]
+    if "other" in flags:
+        command.insert(0, str(ROOT / "tests" / "tools" / "other_device.py"))
+    processes = [torchrun(2, *command)] if flags == "--shard" else by_hand(count, *command)
+    ends = [p.communicate(timeout=120) for p in processes]
+    assert not any(p.returncode for p in processes), ends
+    out = "".join(out for out, _ in ends)
+    assert out.count("exact match") == out.count("experts a matrix") == 1    # one of them prints
+    assert far(one, run) < 1e-5
+    assert (one / "allocation.json").read_text() == (run / "allocation.json").read_text()
+    assert (one / "answers.json").read_text() == (run / "answers.json").read_text()
+    scores = [json.loads((r / "sensitivity.json").read_text())["tasks"] for r in (one, run)]
+    for task, values in scores[0].items():
+        assert values["samples"] == scores[1][task]["samples"] == 20
+        assert scores[1][task]["scores"] == pytest.approx(values["scores"], rel=1e-6)
+    lines = [read(r / "metrics.jsonl") for r in (one, run)]
+    assert [line["step"] for line in lines[1]] == list(range(1, 28))
+    for a, b in zip(*lines, strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["balance"] == pytest.approx(b["balance"], abs=1e-4)
+        assert a["loss_by_task"] == pytest.approx(b["loss_by_task"], abs=1e-4)
+
+
+def struck(folder: Path, victim: int, number: signal.Signals, step: int = 10) -> str:
+    file = folder / "struck.py"
+    file.write_text(STRUCK.format(root=str(ROOT), victim=victim, signal=int(number), step=step))
+    return str(file)
+
+
+def test_one_is_killed_the_other_ends_and_one_goes_on(inputs, one, tmp_path) -> None:
+    run = tmp_path / "run"
+    alive, _ = processes = by_hand(2, struck(tmp_path, 1, signal.SIGKILL), *inputs, *FLAGS,
+                                   "--checkpoint-every", "4", "--out", str(run))
+    assert processes[1].wait(100) == -signal.SIGKILL
+    _, err = alive.communicate(timeout=30)
+    assert alive.returncode == 1 and "Traceback" not in err
+    assert "another process of this run has ended" in err.splitlines()[-1]
+    assert f"--resume --out {run}" in err.splitlines()[-1]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "step-00000008"
+    train.main(["--resume", "--out", str(run)])
+    assert far(one, run) < 1e-5
+    assert [line["step"] for line in read(run / "metrics.jsonl")] == list(range(1, 28))
+
+
+def test_one_is_interrupted_and_both_stop_after_that_step(inputs, one, tmp_path) -> None:
+    run = tmp_path / "run"
+    processes = by_hand(2, struck(tmp_path, 1, signal.SIGINT), *inputs, *FLAGS, "--out", str(run))
+    ends = [p.communicate(timeout=100)[1] for p in processes]
+    assert [p.returncode for p in processes] == [130, 130]
+    assert "saved after step 10 of 27" in ends[0] and "saved" not in ends[1]
+    train.main(["--resume", "--out", str(run)])
+    assert far(one, run) < 1e-5
+
+
+@pytest.mark.slow
+def test_torchrun_ends_all_where_one_is_killed_and_more_go_on(inputs, one, tmp_path) -> None:
+    run = tmp_path / "run"
+    process = torchrun(2, struck(tmp_path, 0, signal.SIGKILL), *inputs, *FLAGS,
+                       "--checkpoint-every", "4", "--out", str(run))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode not in (0, None) and "SIGKILL" in err
+    before = read(run / "metrics.jsonl")[:8]             # of before the checkpoint
+    process = torchrun(3, str(ROOT / "train.py"), "--resume", "--out", str(run))
+    assert process.communicate(timeout=100) and process.returncode == 0
+    assert far(one, run) < 1e-5 and read(run / "metrics.jsonl")[:8] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_the_embedded_default_after_20_steps(tmp_path, seed) -> None:
+    script, found = struck(tmp_path, 0, signal.SIGINT, step=20), []
+    for count in (1, 2, 4):
+        run = tmp_path / str(count)
+        processes = by_hand(count, script, "--seed", seed, "--limit-test", "5", "--out", str(run))
+        ends = [p.communicate(timeout=300)[1] for p in processes]
+        assert {p.returncode for p in processes} == {130}, ends
+        found.append(load_file(run / "checkpoints" / "step-00000020" / "experts.safetensors"))
+    for several in found[1:]:
+        assert max((several[n] - x).abs().max().item() for n, x in found[0].items()) < 1e-5

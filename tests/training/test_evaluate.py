@@ -1,0 +1,91 @@
+"""Greedy generation against a loop without cache, and exact match with its interval."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minismoe.data.tasks import Task
+from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
+from minismoe.model.decoder import CausalLM, Config
+from minismoe.training.evaluate import Accuracy, evaluate, generate
+
+TINY = Config(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+              num_attention_heads=4, num_key_value_heads=2, head_dim=8, windows=(None, None))
+PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3], [100, 200], [50] * 12]
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    torch.manual_seed(3)
+    model = CausalLM(TINY).requires_grad_(False).eval()
+    for p in model.parameters():
+        p.mul_(3.0)                  # sharp enough that near-ties do not decide
+    return model
+
+
+def greedy(model: CausalLM, prompt: list[int], limit: int, stops: list[int]) -> list[int]:
+    """The slow way: no cache, no batch."""
+    ids: list[int] = []
+    for _ in range(limit):
+        token = int(model(torch.tensor([prompt + ids]))[0, -1].argmax())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("shared", [[], [11, 12, 13, 14]])
+def test_generate_equals_a_plain_loop(model: CausalLM, batch_size: int, shared: list[int]) -> None:
+    """Also where the prompts of a batch begin alike, which is computed once."""
+    prompts = [shared + p for p in PROMPTS]
+    free = [greedy(model, p, 12, []) for p in prompts]
+    assert generate(model, prompts, 12, [], batch_size) == free
+    stops = sorted({free[0][3], free[2][6], free[4][0]})     # rows end at different steps
+    expected = [greedy(model, p, 12, stops) for p in prompts]
+    assert len({len(e) for e in expected}) > 1
+    assert generate(model, prompts, 12, stops, batch_size) == expected
+
+
+def test_every_stop_id_stops(model: CausalLM) -> None:
+    free = greedy(model, PROMPTS[2], 12, [])
+    for stop in set(free):
+        assert generate(model, [PROMPTS[2]], 12, [258, stop])[0] == free[:free.index(stop)]
+
+
+def test_exact_match_needs_the_whole_answer(model: CausalLM, monkeypatch) -> None:
+    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, [257])
+    answers = {"one": "yes", "two": " yes ", "three": "yes it is", "four": ""}
+    task = Task("t", [], [[{"role": "user", "content": q},
+                           {"role": "assistant", "content": "yes"}] for q in answers])
+
+    def fake(model, prompts, limit, stops, batch_size, progress):
+        texts = [tokenizer.decode(p) for p in prompts]
+        assert all(t.endswith("Assistant:") for t in texts)
+        return [list(a.encode())[:limit] for q, a in answers.items()
+                for t in texts if f": {q}\n" in t]
+
+    monkeypatch.setattr("minismoe.training.evaluate.generate", fake)
+    result = evaluate(model, tokenizer, task)
+    assert (result.correct, result.examples) == (2, 4)
+    assert [w[1:] for w in result.wrong] == [("yes", "yes it i"), ("yes", "")]
+
+
+def test_the_answer_is_what_the_template_writes(model: CausalLM, monkeypatch) -> None:
+    """As Qwen3's, which puts an empty <think> before the last answer, to be generated too."""
+    template = ("{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }}\nA "
+                "{% else %}<think>\n\n</think>\n{{ m.content }}<|end|>{% endif %}{% endfor %}")
+    tokenizer = Tokenizer(ByteTokenizer(), template, "<|bos|>", "<|end|>", 258, [257])
+    task = Task("t", [], [[{"role": "user", "content": "two"},
+                           {"role": "assistant", "content": answer}] for answer in ("2", "yes")])
+    given = [list(b"<think>\n\n</think>\n2"), list(b"yes")]
+    monkeypatch.setattr("minismoe.training.evaluate.generate", lambda model, prompts, limit, *_: [
+        g[:limit] for g in given])
+    assert evaluate(model, tokenizer, task).right == [1, 0]
+
+
+def test_wilson_interval() -> None:
+    # Newcombe 1998, Statistics in Medicine 17: 857-872, table I, method 3 (score): 81 of 263.
+    assert Accuracy(81, 263).interval == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert Accuracy(0, 20).interval == pytest.approx((0.0, 0.1611), abs=1e-4)

@@ -1,0 +1,228 @@
+"""The loop: accumulation, schedule, metrics, interruption, resume, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minismoe.data.tasks import Example
+from minismoe.method.experts import add_experts, expert_layers
+from minismoe.model.checkpoint import save_adapter
+from minismoe.model.decoder import CausalLM, Config
+from minismoe.training.loop import (
+    Interrupted,
+    TrainConfig,
+    learning_rate,
+    schedule,
+    train,
+    train_step,
+)
+
+TINY = Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+              num_attention_heads=4, num_key_value_heads=2, head_dim=8, windows=(None, None))
+
+
+def tiny(experts: int = 3, dtype: torch.dtype = torch.float32) -> CausalLM:
+    torch.manual_seed(0)
+    model = CausalLM(TINY).to(dtype)
+    linear = [n for n, m in model.named_modules()
+              if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    add_experts(model, dict.fromkeys(linear, experts), rank=4)
+    for layer in expert_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    return model
+
+
+def examples(count: int = 24) -> list[Example]:
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for i in range(count):
+        ids = torch.randint(0, 50, (4 + i % 7,), generator=generator).tolist()
+        result.append(Example("ab"[i % 2], ids, [-100, -100, *ids[2:]], i))
+    return result
+
+
+def gradients(model: CausalLM) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("micro", [1, 3, 5])
+def test_accumulation_equals_the_big_batch(micro: int) -> None:
+    batch, found = examples(8), []
+    for size in (8, micro):
+        model = tiny(dtype=torch.float64)
+        cfg = TrainConfig(batch_size=8, micro_batch_size=size, router_aux_loss_coef=0.0)
+        line = train_step(model, batch, cfg, pad_id=0)
+        found.append((line["loss"], line["loss_by_task"], gradients(model)))
+    (loss, tasks, whole), (loss2, tasks2, parts) = found
+    assert loss == loss2 and tasks == tasks2
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_recompute_changes_memory_only() -> None:
+    found = []
+    for recompute in (False, True):
+        model = tiny(dtype=torch.float64)
+        model.model.recompute = recompute
+        train_step(model, examples(4), TrainConfig(micro_batch_size=4), pad_id=0)
+        found.append(gradients(model))
+        if recompute:          # a graph there would keep all that was recomputed
+            assert all(m.router_logits.grad_fn is None for m in expert_layers(model).values())
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 3 * 14
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_frozen_weights_hold_no_gradients() -> None:
+    model = tiny()
+    train_step(model, examples(4), TrainConfig(), pad_id=0)
+    assert {n.rpartition(".")[2] for n in gradients(model)} == {"lora_A", "lora_B", "router"}
+
+
+def test_learning_rate_warms_up_and_ends_near_zero() -> None:
+    cfg = TrainConfig(lr=1.0, warmup=0.1)
+    rates = [learning_rate(i, 100, cfg) for i in range(100)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert rates[10] == 1.0 and rates[-1] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.5)
+
+
+def test_schedule_visits_every_example_each_epoch() -> None:
+    cfg = TrainConfig(epochs=3, batch_size=5)
+    seen = [e.index for batch in schedule(examples(), cfg) for e in batch]
+    assert sorted(seen) == sorted(list(range(24)) * 3)
+    assert schedule(examples(), cfg) == schedule(examples(), cfg)
+    assert schedule(examples(), cfg) != schedule(examples(), TrainConfig(3, 5, seed=1))
+
+
+def test_training_learns_and_writes_metrics(tmp_path) -> None:
+    cfg = TrainConfig(epochs=12, batch_size=8, micro_batch_size=8, lr=2e-2, checkpoint_every=10)
+    summary = train(tiny(), examples(), cfg, tmp_path, pad_id=0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 37))
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert summary["tokens"] == 12 * sum(len(e.ids) for e in examples())
+    assert set(lines[0]["loss_by_task"]) == {"a", "b"}
+    use = lines[0]["expert_use"]["model.layers.0.mlp.up_proj"]
+    assert len(use) == 3 and sum(use) == pytest.approx(1, abs=0.01)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000030", "step-00000036"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ctrl_c_saves_and_resume_gives_the_same_bits(tmp_path, dtype, monkeypatch) -> None:
+    cfg = TrainConfig(epochs=3, batch_size=4, micro_batch_size=2, lr=1e-2)
+    straight = tiny(dtype=dtype)
+    train(straight, examples(), cfg, tmp_path / "straight", pad_id=0)
+
+    import minismoe.training.loop as training
+    calls, step = [], training.train_step
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(training, "train_step", interrupting)
+    with pytest.raises(Interrupted, match="step 7 of 18"):
+        train(tiny(dtype=dtype), examples(), cfg, tmp_path / "cut", pad_id=0)
+    resumed = tiny(dtype=dtype)
+    train(resumed, examples(), cfg, tmp_path / "cut", pad_id=0, resume=True)
+    assert len(calls) == 18                              # it did not begin anew
+    for (name, a), (_, b) in zip(straight.named_parameters(), resumed.named_parameters()):
+        assert torch.equal(a, b), name
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
+              for run in ("straight", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_not_finite_loss_names_step_and_batch(tmp_path) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(ArithmeticError, match=r"nan at step 1, on the training lines .*[ab] \d+"):
+        train(model, examples(4), TrainConfig(batch_size=4), tmp_path, pad_id=0)
+
+
+def test_not_finite_gradient_is_not_stepped(tmp_path, monkeypatch) -> None:
+    import minismoe.training.loop as training
+    model, step = tiny(), training.train_step
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def overflows(model: CausalLM, *args):
+        line = step(model, *args)
+        next(p for p in model.parameters() if p.requires_grad).grad[0] = math.inf
+        return line
+
+    monkeypatch.setattr(training, "train_step", overflows)
+    with pytest.raises(ArithmeticError, match=r"at step 1, but its gradient inf"):
+        train(model, examples(4), TrainConfig(batch_size=4), tmp_path, pad_id=0)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_another_allocation_is_not_resumed(tmp_path) -> None:
+    cfg = TrainConfig(epochs=1, batch_size=8, checkpoint_every=1)
+    train(tiny(), examples(), cfg, tmp_path, pad_id=0)
+    model = CausalLM(TINY)
+    add_experts(model, {"model.layers.0.mlp.up_proj": 2}, rank=4)
+    with pytest.raises(ValueError, match="another allocation"):
+        train(model, examples(), cfg, tmp_path, pad_id=0, resume=True)
+
+
+def test_adapter_file_holds_the_trained_experts(tmp_path) -> None:
+    from minismoe.method.allocate import Allocation
+    model, fresh = tiny(), tiny()
+    train(model, examples(), TrainConfig(epochs=1, lr=1e-2), tmp_path, pad_id=0)
+    names = dict.fromkeys(expert_layers(model), 3)
+    save_adapter(model, tmp_path / "adapter", Allocation(names, rank=4))
+    fresh.load_state_dict(load_file(tmp_path / "adapter" / "adapter.safetensors"), strict=False)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(ids), fresh(ids))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_batch_that_overflows_is_halved_and_counted_once(tmp_path, monkeypatch, error) -> None:
+    """The second of three micro-batches overflows, and so does the first of half the size."""
+    import minismoe.training.loop as training
+    calls, forward = [], training.supervised_losses
+
+    def tight(model, ids, *rest, **options):
+        calls.append(len(ids))
+        if len(calls) in (2, 3):
+            raise error
+        return forward(model, ids, *rest, **options)
+
+    batch = examples(12)
+    wanted, found = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    cfg = TrainConfig(batch_size=12, micro_batch_size=4, router_aux_loss_coef=0.0)
+    lines = [train_step(wanted, batch, cfg, 0)]
+    monkeypatch.setattr(training, "supervised_losses", tight)
+    lines.append(training.step_that_fits(found, batch, cfg, 0))
+    assert calls == [4, 4, 2] + 12 * [1]
+    assert lines[0]["loss"] == lines[1]["loss"] and lines[0]["tokens"] == lines[1]["tokens"]
+    for name, gradient in gradients(wanted).items():
+        torch.testing.assert_close(gradients(found)[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_what_does_not_fit_one_example_at_a_time_is_raised(monkeypatch) -> None:
+    import minismoe.training.loop as training
+
+    def never(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "supervised_losses", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.step_that_fits(tiny(), examples(4), TrainConfig(), 0)
+    monkeypatch.setattr(training, "supervised_losses", lambda *a, **o: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        training.step_that_fits(tiny(), examples(4), TrainConfig(), 0)

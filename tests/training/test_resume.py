@@ -1,0 +1,386 @@
+"""Runs that are killed, interrupted, damaged or held by another process, and what comes of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kill_resume
+import pytest
+import torch
+import tqdm.std
+from test_cli import finish
+from test_loop import examples, tiny
+
+import minismoe.method.sensitivity as sensitivity
+import minismoe.training.loop as training
+import probe
+import train
+from minismoe.cli import flags, probing
+from minismoe.io import files
+from minismoe.io.files import new_folder, read_json, write_json
+from minismoe.training import resume
+from minismoe.training.loop import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CFG = TrainConfig(epochs=2, batch_size=4, micro_batch_size=4, lr=1e-2, checkpoint_every=4)
+QUICK = ("--samples", "8", "--epochs", "1", "--batch-size", "8", "--checkpoint-every", "3",
+         "--rank", "2", "--dtype", "float32")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="fork, terminals and their signals")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A run of 12 steps with its last two checkpoints, of steps 8 and 12, and its parameters."""
+    run, model = tmp_path_factory.mktemp("trained"), tiny()
+    training.train(model, examples(), CFG, run, pad_id=0)
+    return run, dict(model.named_parameters())
+
+
+def goes_on(run: Path, wanted: dict[str, torch.Tensor]) -> None:
+    """Resume a copy of `trained`, and see that the parameters are the same to the last bit."""
+    model = tiny()
+    training.train(model, examples(), CFG, run, pad_id=0, resume=True)
+    assert all(torch.equal(p, wanted[n]) for n, p in model.named_parameters())
+    assert (run / "metrics.jsonl").read_text().count("\n") == 12
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["experts.safetensors", "optimizer.safetensors",
+                                  "random.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "empty"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, capsys, name, damage):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    file = run / "checkpoints" / "step-00000012" / name
+    size = file.stat().st_size
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flipped":
+        flip(file, 8 * size // 2 + 1)
+    else:
+        os.truncate(file, size - 3 if damage == "cut" else 0)
+    goes_on(run, trained[1])
+    assert "step-00000012 is damaged" in (err := capsys.readouterr().err)
+    assert "going on from the one before" in err
+
+
+def test_no_flipped_bit_goes_unseen(trained, tmp_path) -> None:
+    rng = random.Random(0)
+    for file in sorted((trained[0] / "checkpoints" / "step-00000012").iterdir()):
+        for _ in range(12):
+            run = shutil.copytree(trained[0], tmp_path / "run")
+            flip(run / "checkpoints" / "step-00000012" / file.name,
+                 rng.randrange(8 * file.stat().st_size))
+            found = resume.load_state(run, "step")
+            assert found is not None and found[1]["step"] == 8, file
+            shutil.rmtree(run)
+
+
+def test_two_damaged_checkpoints_begin_anew(trained, tmp_path, capsys) -> None:
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    for folder in (run / "checkpoints").iterdir():
+        os.truncate(folder / "experts.safetensors", 100)
+    goes_on(run, trained[1])
+    err = capsys.readouterr().err
+    assert "step-00000008 is damaged" in err and "no whole one is left, so it begins anew" in err
+
+
+def test_lost_metrics_are_asked_for_and_cost_no_checkpoint(trained, tmp_path) -> None:
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    metrics = (run / "metrics.jsonl").read_text()
+    for left in (metrics[:-20], None):
+        (run / "metrics.jsonl").unlink()
+        if left:
+            (run / "metrics.jsonl").write_text(left)
+        before = resume.states(run, "step")
+        with pytest.raises(ValueError, match="metrics.jsonl has not all that .*: put it back"):
+            goes_on(run, trained[1])
+        assert resume.states(run, "step") == before
+        (run / "metrics.jsonl").write_text(metrics)
+    goes_on(run, trained[1])
+
+
+def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
+    """A power cut after the rename must not find files of zeros under the new name."""
+    said: list[tuple[str, str]] = []
+    sync, replace = files._sync, os.replace
+    monkeypatch.setattr(files, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (
+        said.append(("name", Path(b).name)), replace(a, b)))
+    resume.save_state(tmp_path, "step", 1, {"x.safetensors": {"x": torch.ones(1)}}, {"step": 1})
+    done = said.index(("name", "step-00000001"))
+    before = [name for what, name in said[:done] if what == "sync"]
+    assert {"x.safetensors", "state.json"} < set(before) and before[-1].startswith(".step-00000001")
+    assert said[done + 1:] == [("sync", "checkpoints")]
+
+
+def test_other_batches_are_refused(trained, tmp_path) -> None:
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="trained on other batches"):
+        training.train(tiny(), examples(23), CFG, run, pad_id=0, resume=True)
+
+
+def test_random_states_come_back(tmp_path) -> None:
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    resume.save_checkpoint(tmp_path, {}, optimizer, {"step": 1, "order": ""})
+    drawn = torch.rand(3)
+    torch.manual_seed(99)
+    resume.load_checkpoint(tmp_path, {}, optimizer, "")
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_no_clock_that_jumps_matters(trained, tmp_path, monkeypatch) -> None:
+    """Only the bar reads the wall clock, which here jumps by a day at each look, or back."""
+    rng = random.Random(0)
+    for module in (time, tqdm.std):
+        monkeypatch.setattr(module, "time", lambda: 1e9 + rng.choice((-86400, 0, 86400)))
+    goes_on(tmp_path, trained[1])
+
+
+def test_what_checkpoint_every_takes() -> None:
+    assert [flags.interval(text) for text in ("200", "10m", "0.5m")] == [200, "10m", "0.5m"]
+    for text in ("0", "0m", "-1m", "nanm", "infm", "m", "10s"):
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            flags.interval(text)
+
+
+def test_minutes_between_checkpoints(tmp_path, monkeypatch) -> None:
+    clock, step = [0.0], training.train_step
+
+    def slow(*args):
+        clock[0] += 25.0
+        return step(*args)
+
+    monkeypatch.setattr(training, "train_step", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    saved = []
+    monkeypatch.setattr(training, "save_checkpoint", lambda *args: saved.append(args[3]["step"]))
+    cfg = TrainConfig(epochs=2, batch_size=4, micro_batch_size=4, checkpoint_every="1.5m")
+    training.train(tiny(), examples(), cfg, tmp_path, pad_id=0)
+    assert saved == [4, 8, 12]                    # 100 s each: the first step after 90 s
+
+
+def test_every_ending_signal_is_waited_for(inputs, tmp_path, capsys,  # noqa: F811
+                                           monkeypatch, signals) -> None:
+    run, step = tmp_path / "a run", training.train_step
+    for saved, number in zip((2, 4, 6), resume.ENDING):
+        calls: list[int] = []
+
+        def interrupting(*args, calls=calls, number=number):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), number)
+            return step(*args)
+
+        monkeypatch.setattr(training, "train_step", interrupting)
+        args = ["--resume"] if run.exists() else [*inputs, *QUICK]
+        code, _, err = finish(train.main, *args, "--out", str(run), capsys=capsys)
+        assert code == 128 + number
+        assert err.splitlines()[-1] == (f"interrupted: saved after step {saved} of 7; go on with: "
+                                        f"python train.py --resume --out '{run}'")
+        assert resume.load_state(run, "step")[1]["step"] == saved
+
+
+@posix
+def test_a_closed_terminal_loses_nothing(inputs, tmp_path, signals) -> None:  # noqa: F811
+    """The terminal goes away, and with it what bars are drawn on."""
+    import pty
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *inputs, *QUICK,
+                                  "--epochs", "200", "--out", str(tmp_path / "run")])
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        os.set_blocking(terminal, False)
+        try:
+            os.read(terminal, 65536)
+        except BlockingIOError:
+            time.sleep(0.01)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    steps = metrics.read_text().count("\n")
+    assert resume.load_state(tmp_path / "run", "step")[1]["step"] == steps
+
+
+def test_one_process_a_run(tmp_path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path; from minismoe.resume import locked
+with locked(Path({str(tmp_path)!r})): print("held", flush=True); time.sleep(60)"""],
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError, match="is in use by another process"), \
+            resume.locked(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with resume.locked(tmp_path):                 # the lock of a dead process holds nobody up
+        pass
+
+
+def test_what_is_not_the_same_run_is_refused(inputs, tmp_path, capsys) -> None:  # noqa: F811
+    run, model, data = tmp_path / "run", tmp_path / "model", tmp_path / "data"
+    shutil.copytree(inputs[1], model)
+    shutil.copytree(inputs[3], data)
+    flags = ["--model", str(model), "--data", str(data), *QUICK, "--out", str(run)]
+    assert finish(train.main, *flags, capsys=capsys)[0] == 0
+    (run / "results.json").unlink()
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    again = ["--resume", "--out", str(run)]
+    code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
+    assert code == 1 and "holds no run to go on with" in err
+
+    code, _, err = finish(train.main, *again, "--seed", "1", "--rank", "3", capsys=capsys)
+    assert code == 1 and "--seed 1 (was 0), --rank 3 (was 2)" in err.splitlines()[-1]
+
+    (data / "upper" / "train.jsonl").write_text('{"prompt": "say 1", "completion": "N2"}\n')
+    flip(model / "model.safetensors", 8 * 5000)
+    allocation = read_json(run / "allocation.json")
+    write_json(run / "allocation.json", {**allocation, "alpha": 7})
+    code, _, err = finish(train.main, *again, capsys=capsys)
+    last = err.splitlines()[-1]
+    assert code == 1 and "is the run of something else" in last
+    assert all(f"{name} " in last for name in ("the model", "task upper", "the allocation"))
+    assert last.count(" (was ") == 3 and "task sum" not in last
+    write_json(run / "allocation.json", allocation)
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize("samples", ["20", "auto"])
+def test_a_probe_goes_on_at_the_sample_where_it_was(inputs, tmp_path, capsys, monkeypatch,  # noqa: F811
+                                                    samples) -> None:
+    norms, measured = sensitivity.sample_norms, []
+    stop_after = [10 ** 9]
+
+    def counting(model, modules, ids, *rest):
+        if sum(measured) >= stop_after[0]:
+            raise resume.Interrupted()
+        measured.append(len(ids))
+        return norms(model, modules, ids, *rest)
+
+    monkeypatch.setattr(sensitivity, "sample_norms", counting)
+
+    def run(out: str, *more: str) -> tuple[int, str]:
+        measured.clear()
+        code, _, err = finish(probe.main, *inputs, "--samples", samples, "--overlap", "1.0",
+                              "--out", str(tmp_path / out), *more, capsys=capsys)
+        return code, err
+
+    assert run("whole")[0] == 0
+    total = sum(measured)
+    stop_after[0] = 10
+    parts = 0
+    while (done := run("cut"))[0] == 130:
+        parts += sum(measured)
+        assert "go on with: python probe.py" in done[1]
+    assert done[0] == 0 and parts + sum(measured) == total
+    assert (tmp_path / "cut" / "sensitivity.json").read_bytes() == (
+        tmp_path / "whole" / "sensitivity.json").read_bytes()
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+
+    assert run("cut")[0] == 130                   # another seed: nothing of it is taken over
+    stop_after[0] = 10 ** 9
+    code, err = run("cut", "--seed", "1")
+    assert code == 0 and sum(measured) == total and "--seed 1 (was 0)" in err
+
+
+def test_a_probe_goes_on_with_batches_of_another_size(inputs, tmp_path, capsys,  # noqa: F811
+                                                      monkeypatch) -> None:
+    norms, calls = sensitivity.sample_norms, []
+
+    def counting(*args):
+        calls.append(len(args[2]))
+        if len(calls) == 2:
+            raise resume.Interrupted()
+        return norms(*args)
+
+    monkeypatch.setattr(sensitivity, "sample_norms", counting)
+    flags = (*inputs, "--samples", "20", "--out", str(tmp_path / "run"))
+    for size, ends in ((8, 130), (6, 0)):
+        monkeypatch.setattr(probing, "PROBE_BATCH", size)
+        assert finish(probe.main, *flags, capsys=capsys)[0] == ends
+    found = read_json(tmp_path / "run" / "sensitivity.json")["tasks"]
+    assert {task: value["samples"] for task, value in found.items()} == {"sum": 20, "upper": 20}
+    assert sum(calls) == 40 + 8 + 2               # the broken-off batch, and 2 of 8 known ones
+
+
+def test_threads_are_those_of_the_beginning(capsys) -> None:
+    before = torch.get_num_threads()
+    try:
+        resume.same_threads(before)
+        assert not capsys.readouterr().out
+        resume.same_threads(before + 1)
+        assert torch.get_num_threads() == before + 1
+        assert f"threads: {before + 1} as before" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(before)
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_export_has_no_name(tmp_path, number) -> None:
+    def write(end: bool) -> None:
+        with resume.handling(resume.interrupt), new_folder(tmp_path / "out") as folder:
+            (folder / "model.onnx").write_bytes(b"whole" if not end else b"half")
+            if end:
+                os.kill(os.getpid(), number)
+
+    if not (pid := os.fork()):
+        try:
+            write(end=True)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (
+        -signal.SIGKILL if number == signal.SIGKILL else 3)
+    left = [p.name for p in tmp_path.iterdir()]
+    assert all(n.startswith(".out.") for n in left) and len(left) == (number == signal.SIGKILL)
+    write(end=False)                              # what is left stands in nobody's way
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == b"whole"
+
+
+@posix
+def test_a_death_at_any_rename_is_made_good(inputs, tmp_path) -> None:  # noqa: F811
+    """The process ends, without a chance to clean up, at the first, second ... file it renames."""
+    def child(run: Path, lives: int) -> int | None:
+        replace, done = os.replace, []
+
+        def dying(*names) -> None:
+            if len(done) == lives:
+                os._exit(9)
+            done.append(replace(*names))
+
+        return kill_resume.ended(kill_resume.start(
+            run, [*inputs, *QUICK], lambda: setattr(os, "replace", dying)))
+
+    assert child(tmp_path / "whole", 1000) == 0
+    for lives in range(1000):
+        run = tmp_path / str(lives)
+        if (code := child(run, lives)) == 0:
+            break
+        assert code == 9 and child(run, 1000) == 0
+        assert not kill_resume.differences(run, tmp_path / "whole"), lives
+    assert 10 < lives < 40                        # renames of an undisturbed run
+
+
+@posix
+def test_killed_at_random_moments(inputs, tmp_path) -> None:  # noqa: F811
+    """What `python tests/kill_resume.py` does at length."""
+    flags = [*inputs, *QUICK, "--dtype", "bfloat16"]
+    begun = time.monotonic()
+    kill_resume.finish(tmp_path / "whole", flags)
+    when = kill_resume.disturbed(tmp_path / "run", tmp_path / "whole", flags,
+                                 time.monotonic() - begun, random.Random(0), kills=2)
+    assert sum(when.values()) > when["was faster"]

@@ -1,0 +1,83 @@
+"""Two thousand steps and two thousand generations: memory stays flat, and no file is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")]
+
+TRAIN = """
+import json, sys
+from pathlib import Path
+import minismoe.training.loop as training
+from minismoe.io import process as memory
+from test_loop import examples, tiny
+memory.bound_memory()
+seen, step = [], training.step_that_fits
+
+def watched(*args):
+    seen.append(memory.resident())
+    return step(*args)
+
+training.step_that_fits = watched
+cfg = training.TrainConfig(epochs=334, batch_size=4, micro_batch_size=2, checkpoint_every=100)
+training.train(tiny(), examples(), cfg, Path(sys.argv[1]), 0)
+print(json.dumps(seen))
+"""
+
+GENERATE = """
+import json, sys
+from pathlib import Path
+import torch
+from test_runtime import CONFIG, export
+from minismoe.io import process as memory
+from minismoe.model.decoder import CausalLM, Config
+from minismoe.runtime import Generator
+torch.manual_seed(0)
+folder = export(CausalLM(Config.from_dict(CONFIG)).eval(), Path(sys.argv[1]) / "model")
+generator, seen = Generator(folder, threads=1), []
+for n in range(2000):
+    list(generator.generate([1 + (n + i) % 40 for i in range(1 + n % 30)], 1 + n % 16,
+                            temperature=n % 2 * 0.8, seed=n))
+    seen.append(memory.resident())
+print(json.dumps(seen))
+"""
+
+
+def watch(code: str, folder: Path) -> list[int]:
+    """Resident bytes, step by step, of a process that works in `folder`."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "training",
+                                      ROOT / "tests" / "runtime")))
+    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": paths})
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def flat(seen: list[int]) -> bool:
+    """Within 2 % of what it was after a fifth of the way."""
+    warm = len(seen) // 5
+    return len(seen) >= 2000 and max(seen[warm:]) <= 1.02 * seen[warm]
+
+
+def test_training(tmp_path: Path) -> None:
+    seen = watch(TRAIN, tmp_path)
+    assert flat(seen), [b >> 20 for b in seen[::100]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_generation(tmp_path: Path) -> None:
+    before = {p.name for p in Path("/tmp").iterdir() if p.name.startswith("tmp")}
+    seen = watch(GENERATE, tmp_path)
+    assert flat(seen), [b >> 20 for b in seen[::100]]
+    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp"]
+    assert {p.name for p in Path("/tmp").iterdir() if p.name.startswith("tmp")} <= before
