@@ -33,10 +33,11 @@ from minismoe.data.tasks import Example, Task, probe_batches
 from minismoe.data.tokenizer import Tokenizer, load_tokenizer
 from minismoe.data.toy import base_folder
 from minismoe.export import layouts, verify
-from minismoe.export.graph import AdapterInput, Lora, Mixture, Side, write_decoder, write_sampler
+from minismoe.export.graph import write_decoder, write_sampler
 from minismoe.export.heal import agreement, auto, compare, comparison, heal, save_frozen, twin
+from minismoe.export.mixture import Adapter, AdapterInput, Mixture
 from minismoe.io.drawing import allocation_svg, terminal_heatmap
-from minismoe.io.files import must_be_new, new_folder, read_json, replacing, write_json
+from minismoe.io.files import must_be_new, new_folder, read_json, replacing, sha256, write_json
 from minismoe.io.hub import resolve
 from minismoe.io.text import clean
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
@@ -44,7 +45,8 @@ from minismoe.method.freeze import Fit, fit, freeze, merge, merged
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import MERGED, load_adapter, load_model, versions, weights
 from minismoe.model.decoder import CausalLM
-from minismoe.runtime import FORMAT, Generator, enough_onnxruntime, sha256
+from minismoe.runtime import FORMAT, Generator
+from minismoe.runtime.generator import enough_onnxruntime
 from minismoe.training.evaluate import answer_prompts, evaluate, references
 
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
@@ -265,11 +267,11 @@ def write_graph(args: argparse.Namespace, source: Source, folder: Path,
     """model.onnx, sampler.onnx and adapters; gives back what the runtime has to know of them."""
     config, layers = source.inputs.model.config, expert_layers(source.inputs.model)
     inside = {n: f for n, f in fits[args.task or ""].items() if n not in keep}
-    beside: dict[str, Side] = {name: mixture(layers[name]) for name in keep}
+    beside: dict[str, Adapter] = {name: Mixture.of(layers[name]) for name in keep}
     if args.adapters:
         inside, beside = {}, dict.fromkeys(inside, AdapterInput())
     elif args.routing == "freeze":
-        inside, beside = {}, {n: Lora(f.lora_A.cpu(), f.lora_B.cpu()) for n, f in inside.items()}
+        inside, beside = {}, {n: Mixture.frozen(f.lora_A, f.lora_B) for n, f in inside.items()}
     stored = weights(source.base)
 
     def weight(name: str) -> Tensor:
@@ -289,13 +291,6 @@ def write_graph(args: argparse.Namespace, source: Source, folder: Path,
             "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
             "vocab_size": config.vocab_size, "adapters": adapters,
             "cache_type": "float16" if args.precision == "fp16" else "float32"}
-
-
-def mixture(layer: ExpertLinear) -> Mixture:
-    """The experts of a layer, as the graph takes them."""
-    A, B = (p.detach().float().cpu() for p in (layer.lora_A, layer.lora_B))
-    router = None if layer.router is None else layer.router.detach().float().cpu()
-    return Mixture(A, B, router, layer.top_k, layer.scaling)
 
 
 def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[str, Fits],

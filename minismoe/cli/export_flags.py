@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..export.graph import PRECISIONS
+from ..export.weights import PRECISIONS
 from ..io import flags as kinds
 from ..method.freeze import KINDS
 

@@ -1,4 +1,4 @@
-"""What an ONNX graph is made of: nodes, and tensors whose bytes go to a file as they come."""
+"""Nodes and tensors of an ONNX graph; large tensors stream to a data file beside it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 OPSET, IR = 21, 10
-SMALL = 1 << 10                 # bytes up to which a tensor stays in the graph itself
+SMALL = 1 << 10                 # a tensor of at most so many bytes stays in the graph file
 TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
          torch.int64: TensorProto.INT64, torch.uint8: TensorProto.UINT8,
          torch.bool: TensorProto.BOOL}
-Size = int | str                # of an axis: a number, or the name of one that varies
+Size = int | str                # of an axis: a number, or a name if it varies
 
 
 class Graph:
-    """Nodes and tensors. The bytes of a tensor go to `data` at once, and are not kept."""
+    """Nodes and tensors. Bytes of tensors are written to `data` at once, and not kept."""
 
     def __init__(self, data: BinaryIO | None = None, location: str = ""):
         self.data, self.location = data, location
@@ -34,7 +34,7 @@ class Graph:
 
     def node(self, op: str, module: str, *inputs: str, outputs: int = 1,
              named: Sequence[str] = (), **attributes: Any) -> Any:
-        """Add a node; gives back the name of its output, or a list where it has several.
+        """Add a node; returns the name of its output, or a list of several.
 
         `named` names the outputs; "" leaves one out.
         """
@@ -44,22 +44,24 @@ class Graph:
         return named[0] if len(named) == 1 else list(named)
 
     def value(self, name: str, data_type: int, shape: Sequence[Size]) -> onnx.ValueInfoProto:
+        """An input or output of the graph."""
         return helper.make_tensor_value_info(name, data_type, shape)
 
     def constant(self, values: Any, dtype: torch.dtype = torch.int64) -> str:
-        """A small tensor of these values; equal ones are stored once."""
+        """Add a small tensor of these values; equal ones are stored once."""
         name = f"/constants/{str(dtype)[6:]}/{values}".replace(" ", "")
         return name if name in self.tensors else self.tensor(
             name, torch.tensor(values, dtype=dtype))
 
     def tensor(self, name: str, value: Tensor, data_type: int | None = None,
                shape: Sequence[int] | None = None) -> str:
+        """Add a tensor; returns its name."""
         return self.stream(name, data_type or TYPES[value.dtype],
                            value.shape if shape is None else shape, [value])
 
     def stream(self, name: str, data_type: int, shape: Sequence[int], parts: Iterable[Tensor],
                ) -> str:
-        """A tensor whose bytes are written as its parts come."""
+        """Add a tensor, written part by part; returns its name."""
         proto = self.tensors[name] = TensorProto(name=name, data_type=data_type, dims=shape)
         start, whole = None, math.prod(shape)
         for part in parts:
@@ -70,7 +72,7 @@ class Graph:
                 proto.raw_data += bytes(raw)
                 continue
             if start is None:
-                # onnxruntime maps from the start of a page; Windows has such of 64 KiB.
+                # onnxruntime maps from the start of a page; on Windows that is 64 KiB.
                 align = 1 << (16 if size >= 1 << 20 else 12)
                 start = self.data.seek(-(-self.data.tell() // align) * align)
             self.data.write(raw)
@@ -83,7 +85,7 @@ class Graph:
         return name
 
     def alias(self, of: str, shape: Sequence[int], data_type: int | None = None) -> str:
-        """The same bytes of the data file, in another shape or type."""
+        """Add a tensor of the same bytes in another shape or type; returns its name."""
         name = f"{of}.flat"
         proto = self.tensors[name] = TensorProto()
         proto.CopyFrom(self.tensors[of])
@@ -92,6 +94,7 @@ class Graph:
         return name
 
     def save(self, file: Path) -> None:
+        """Write the graph; the data file has been written already."""
         graph = helper.make_graph(self.nodes, file.stem, self.inputs, self.outputs,
                                   list(self.tensors.values()))
         opsets = [helper.make_opsetid(domain, 1 if domain else OPSET)

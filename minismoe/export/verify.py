@@ -23,7 +23,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import dequantize, quantize
 from ..runtime import Generator
 from ..training.evaluate import Accuracy, answer_prompts, exact_match, generate, references
-from .graph import PRECISIONS
+from .weights import PRECISIONS
 
 # How far logits may be from PyTorch's in float32, as a share of the largest: what rounding of
 # weights and activations explains. In few bits that would hide much of a wrong graph, so such a

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import tempfile
@@ -12,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 
 @contextmanager
@@ -29,11 +26,13 @@ def replacing(path: Path | str) -> Iterator[Path]:
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
         _sync(path.parent)
-    except SafetensorError as e:                     # what its writer makes of a full disk
-        raise OSError(f"{path} cannot be written: {e}") from None
     except OSError as e:                             # a failed write does not say of which file
         e.filename = e.filename or str(path)
         raise
+    except Exception as e:                           # safetensors has its own for a full disk, and
+        if type(e).__name__ != "SafetensorError":    # the runtime does without safetensors
+            raise
+        raise OSError(f"{path} cannot be written: {e}") from None
     finally:
         Path(name).unlink(missing_ok=True)           # nothing, once it was renamed
 
@@ -102,6 +101,9 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file's content, which is mapped, not read at once."""
-    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    """SHA-256 of a file's content, read 1 MiB at a time."""
+    digest = hashlib.sha256()
+    with file.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,22 +1,27 @@
-"""The command line of runtime.py: a prompt, a pipe or a conversation."""
+"""The command line of the runtime: one prompt, a pipe, or a chat."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from ..io import text as failure
 from ..io.flags import positive
 from ..io.process import peak_resident
 from ..io.text import clean
-from . import Generator
+
+if TYPE_CHECKING:
+    from .generator import Generator
+
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")   # arguments of `generate`
 
 
-def _say(generator: Generator, prompt: str, args: argparse.Namespace) -> str:
-    """Print what follows a prompt as it comes, and give it; Ctrl-C ends it, and is said."""
+def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: bool) -> str:
+    """Print the answer to a prompt as it comes, and return it; Ctrl-C ends the answer."""
     times, answer, terminal = [time.perf_counter()], "", sys.stdout.isatty()
 
     def timed(tokens: Iterable[int]) -> Iterator[int]:
@@ -24,11 +29,8 @@ def _say(generator: Generator, prompt: str, args: argparse.Namespace) -> str:
             times.append(time.perf_counter())
             yield token
 
-    tokens = generator.generate(
-        prompt, args.max_tokens, temperature=args.temperature, top_p=args.top_p,
-        top_k=args.top_k, seed=args.seed)
     try:
-        for piece in generator.text(timed(tokens)):
+        for piece in generator.text(timed(generator.generate(prompt, **sampling))):
             answer += piece
             if terminal:                     # a model can write what commands a terminal
                 piece = clean(piece, "\n\t")
@@ -38,7 +40,7 @@ def _say(generator: Generator, prompt: str, args: argparse.Namespace) -> str:
     print(flush=True)
     if generator.ended == "context":
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
-    if args.stats and len(times) > 1:
+    if stats and len(times) > 1:
         first, rest = times[1] - times[0], times[-1] - times[1]
         print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s, "
               f"{len(times) - 1} tokens at {(len(times) - 2) / rest if rest else 0:.0f} tokens/s, "
@@ -46,12 +48,12 @@ def _say(generator: Generator, prompt: str, args: argparse.Namespace) -> str:
     return answer
 
 
-def _chat(generator: Generator, args: argparse.Namespace) -> None:
-    """Read a line, answer, and so on until the input ends; Ctrl-C ends an answer, not the chat."""
+def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> None:
+    """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
     history: list[dict[str, str]] = []
     ask = "> " if sys.stdin.isatty() else ""
     if ask:
-        with suppress(ImportError):          # lines may be edited, and longer than 4,095 bytes
+        with suppress(ImportError):          # lines can be edited, and exceed 4,095 bytes
             import readline  # noqa: F401
         print("Ctrl-C stops an answer, /clear forgets, /exit or Ctrl-D ends.", file=sys.stderr)
     while True:
@@ -62,19 +64,20 @@ def _chat(generator: Generator, args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             print()
             continue
-        if line.strip() == "/exit":
+        command = line.strip()
+        if command == "/exit":
             return
-        if line.strip() == "/clear":
+        if command == "/clear":
             history.clear()
-        if not line.strip() or line.strip() == "/clear":
+        if command in ("", "/clear"):
             continue
         history.append({"role": "user", "content": line})
         try:
             prompt = generator.tokenizer.render(history, add_generation_prompt=True)
-            # as answers are in data: the template itself writes the space before one
-            answer = _say(generator, prompt, args).strip()
+            # Stripped as in the training data: the template writes the space before an answer.
+            answer = _say(generator, prompt, sampling, stats).strip()
             history.append({"role": "assistant", "content": answer})
-        except ValueError as e:              # no longer fits, or the template refuses it
+        except ValueError as e:              # too long, or refused by the template
             anew = "; /clear begins anew" if len(history) > 1 else ""
             print(f"error: {failure.line(e)}{anew}", file=sys.stderr)
             history.pop()
@@ -83,8 +86,7 @@ def _chat(generator: Generator, args: argparse.Namespace) -> None:
             history.pop()
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command line; errors are raised."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m minismoe.runtime", description=(
         "Generate from a folder that export.py wrote, without PyTorch."))
     add = parser.add_argument
@@ -92,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
-    add("--task", help="use the adapter of a task that the folder holds")
+    add("--task", help="use the adapter of this task, if the folder has adapters")
     add("--max-tokens", type=positive, metavar="N", help="default: until the context is full")
     add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens "
@@ -104,39 +106,49 @@ def main(argv: Sequence[str]) -> None:
     add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line; errors are raised."""
+    parser = _parser()
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
     if args.chat and (args.prompt is not None or args.raw):
         parser.error("--chat reads line by line, through the template: leave out PROMPT and --raw")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
+    from .generator import Generator  # here, since --help needs no onnxruntime
+
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
+    sampling = {name: getattr(args, name) for name in SAMPLING}
     if args.chat or (args.prompt is None and sys.stdin.isatty()):
-        _chat(generator, args)
+        _chat(generator, sampling, args.stats)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
     if not args.raw:
         prompt = generator.tokenizer.render([{"role": "user", "content": prompt}], True)
-    _say(generator, prompt, args)
+    _say(generator, prompt, sampling, args.stats)
     if generator.ended == "interrupted":
         raise KeyboardInterrupt
 
 
 def run() -> None:
-    """As cli.run, which loads torch: exit with 0, with 1 and a line on stderr, or with 130."""
-    for stream in (sys.stdout, sys.stderr):
+    """Call main and exit: 0 done, 1 failed with one line on stderr, 130 after Ctrl-C.
+
+    cli.inputs.run does the same for the scripts, but loads torch.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):   # text that is no UTF-8 ends nothing
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    if hasattr(sys.stdin, "reconfigure"):        # a line that is no UTF-8 does not end a chat
-        sys.stdin.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception as e:                   # onnxruntime's own are bare Exceptions
+    except Exception as e:                   # onnxruntime raises bare Exceptions
         expected = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
         if isinstance(e, MemoryError):
             e = ValueError("out of memory: export again, with a smaller --context")

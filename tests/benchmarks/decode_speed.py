@@ -104,6 +104,7 @@ def export(model: Path, folder: Path, side: str) -> None:
 
     from minismoe import load_model
     from minismoe.export import graph
+    from minismoe.export.mixture import Mixture
     from minismoe.method.experts import linear_layers
     base = load_model(model, torch.float32)
     weights, config = dict(base.named_parameters()), base.config
@@ -112,10 +113,10 @@ def export(model: Path, folder: Path, side: str) -> None:
         if side != "merged":
             out, inputs = module.weight.shape
             if side == "frozen":
-                beside[name] = graph.Lora(torch.randn(EXPERTS * RANK, inputs) * 1e-3,
-                                          torch.randn(out, EXPERTS * RANK) * 1e-3)
+                beside[name] = Mixture.frozen(torch.randn(EXPERTS * RANK, inputs) * 1e-3,
+                                              torch.randn(out, EXPERTS * RANK) * 1e-3)
             else:
-                beside[name] = graph.Mixture(
+                beside[name] = Mixture(
                     torch.randn(EXPERTS, RANK, inputs) * 1e-3,
                     torch.randn(EXPERTS, RANK, out) * 1e-3,
                     torch.randn(EXPERTS, inputs) * 1e-2, TOP_K, 2.0)

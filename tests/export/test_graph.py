@@ -14,14 +14,9 @@ import torch
 from tiny import FAMILIES, random_hf
 from torch import Tensor, nn
 
-from minismoe.export.graph import (
-    PRECISIONS,
-    AdapterInput,
-    Lora,
-    Mixture,
-    write_decoder,
-    write_sampler,
-)
+from minismoe.export.graph import write_decoder, write_sampler
+from minismoe.export.mixture import AdapterInput, Mixture
+from minismoe.export.weights import PRECISIONS
 from minismoe.method.experts import ExpertLinear, expert_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
@@ -152,12 +147,10 @@ def mixed(m: CausalLM, experts: Callable[[int, str], tuple[int, int]], scale: fl
                     p.data = torch.randn(p.shape, generator=g) * scale
             m.set_submodule(name, layer)
             if E == 0:
-                beside[name] = Lora(layer.lora_A.detach()[0],
-                                    layer.lora_B.detach()[0].T * layer.scaling)
+                beside[name] = Mixture.frozen(layer.lora_A.detach()[0],
+                                              layer.lora_B.detach()[0].T * layer.scaling)
             else:
-                router = None if layer.router is None else layer.router.detach()
-                beside[name] = Mixture(layer.lora_A.detach(), layer.lora_B.detach(), router,
-                                       layer.top_k, layer.scaling)
+                beside[name] = Mixture.of(layer)
     return beside
 
 
@@ -218,7 +211,7 @@ def test_two_adapters_on_one_base(model: Callable[..., CausalLM], tmp_path: Path
             out, inputs = m.get_submodule(name).weight.shape
             A, B = (torch.randn(s, generator=g) * 0.2 for s in ((inputs, rank), (rank, out)))
             parameters |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
-            beside[name] = Lora(A.T, B.T)
+            beside[name] = Mixture.frozen(A.T, B.T)
         adapter = ort.AdapterFormat()
         adapter.set_parameters({n: ort.OrtValue.ortvalue_from_numpy(t.numpy())
                                 for n, t in parameters.items()})

@@ -19,7 +19,7 @@ from tiny import random_hf
 from torch import Tensor
 
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
-from minismoe.export.graph import AdapterInput, write_decoder
+from minismoe.export.graph import write_decoder
 from minismoe.export.layouts import (
     Pairs,
     copy_base_files,
@@ -29,6 +29,7 @@ from minismoe.export.layouts import (
     write_peft,
     write_web,
 )
+from minismoe.export.mixture import AdapterInput
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import ctypes
 import hashlib
@@ -23,12 +22,15 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from minismoe import generate, runtime
+from minismoe import generate
 from minismoe.export import graph
 from minismoe.export.layouts import write_adapter
+from minismoe.export.mixture import AdapterInput
 from minismoe.model.decoder import CausalLM, Config
-from minismoe.runtime import Generator, _draw
+from minismoe.runtime import Generator
 from minismoe.runtime import __main__ as terminal
+from minismoe.runtime import generator as decoding
+from minismoe.runtime.generator import _draw
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 48,
@@ -51,7 +53,7 @@ def model() -> CausalLM:
 
 
 def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
-           **beside: graph.AdapterInput) -> Path:
+           **beside: AdapterInput) -> Path:
     """An exported folder of layout onnx."""
     target, static = KINDS[kind]
     weights, c = dict(model.named_parameters()), model.config
@@ -159,9 +161,9 @@ def test_the_cache_is_where_attention_is(model, tmp_path, monkeypatch, kind, cac
                                          device) -> None:
     folder = export(model, tmp_path / "f", kind)
     describe(folder, cache_type=cache_type)
-    monkeypatch.setattr(runtime, "_provider", lambda name: "CUDAExecutionProvider")
-    opened = runtime._session
-    monkeypatch.setattr(runtime, "_session", lambda file, name, threads: opened(
+    monkeypatch.setattr(decoding, "_provider", lambda name: "CUDAExecutionProvider")
+    opened = decoding._session
+    monkeypatch.setattr(decoding, "_session", lambda file, name, threads: opened(
         file, "CPUExecutionProvider", threads))
     for name in ("_fits", "use"):
         monkeypatch.setattr(Generator, name, lambda *args: None)
@@ -176,7 +178,7 @@ def test_long_prompts_go_in_chunks(generator, monkeypatch) -> None:
     whole = list(generator.generate(PROMPTS[2], 8))
     generator.reset()
     sizes, step = [], generator.step
-    monkeypatch.setattr("minismoe.runtime.CHUNK", 7)
+    monkeypatch.setattr("minismoe.runtime.generator.CHUNK", 7)
     monkeypatch.setattr(generator, "step", lambda rows: sizes.append(len(rows[0])) or step(rows))
     assert list(generator.generate(PROMPTS[2], 8)) == whole
     assert len(PROMPTS[2]) == 33 and sizes[:6] == [7, 7, 7, 7, 5, 1]
@@ -276,15 +278,15 @@ def test_flags_that_would_do_nothing_are_refused(folders, flags, capsys) -> None
 def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as m:
         m.setattr("onnxruntime.__version__", "1.23.2")
-        with pytest.raises(ImportError, match="1.23.2 is too old: 1.30"):
+        with pytest.raises(ImportError, match="1.23.2 is too old: install 1.30"):
             Generator(folders["ort"])
     (tmp_path / "export.json").write_text(json.dumps({"layout": "hf", "files": {}}))
-    with pytest.raises(ValueError, match="it is of layout hf, and this reads --layout onnx"):
+    with pytest.raises(ValueError, match="its layout is hf, and the runtime reads --layout onnx"):
         Generator(tmp_path)
 
 
 def test_tasks(model, tmp_path, folders) -> None:
-    folder = export(model, tmp_path / "adapters", **{LORA: graph.AdapterInput()})
+    folder = export(model, tmp_path / "adapters", **{LORA: AdapterInput()})
     pairs, changed = {}, {}
     for task in ("one", "two"):
         pairs[task] = torch.randn(4, 64), torch.randn(48, 4) * 0.5
@@ -376,6 +378,13 @@ def command(*args: object, **options) -> subprocess.CompletedProcess[str]:
                           capture_output=True, timeout=60, **options)
 
 
+def test_a_missing_onnxruntime_is_one_line(folders) -> None:
+    code = "import sys; sys.modules['onnxruntime'] = None; sys.argv = ['x', 'y', 'z']; " + (
+        "import runpy; runpy.run_module('minismoe.runtime', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1 and re.fullmatch("error: .*onnxruntime.*\n", done.stderr)
+
+
 def test_command_in_a_bare_process(generator, folders) -> None:
     prompt = generator.tokenizer.render([{"role": "user", "content": "hello"}], True)
     expected = "".join(generator.text(generator.generate(prompt, 10)))
@@ -419,9 +428,9 @@ def test_chat(generator, folders) -> None:
 def test_a_chat_is_rendered_as_it_was_trained(generator, monkeypatch) -> None:
     """The space that a template writes before an answer is generated, and not written twice."""
     prompts: list[str] = []
-    monkeypatch.setattr(terminal, "_say", lambda _, prompt, args: prompts.append(prompt) or " yes")
+    monkeypatch.setattr(terminal, "_say", lambda _, prompt, *rest: prompts.append(prompt) or " yes")
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    terminal._chat(generator, argparse.Namespace())
+    terminal._chat(generator, {}, False)
     assert prompts[1] == generator.tokenizer.render(
         [{"role": r, "content": c} for r, c in (
             ("user", "one"), ("assistant", "yes"), ("user", "two"))], True)

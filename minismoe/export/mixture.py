@@ -1,0 +1,166 @@
+"""What an ONNX graph adds to the output of its matrices: experts, or an adapter that is an input.
+
+    x -> MatMul router -> top k -> Softmax -> MatMul (gate of each rank) -+
+    x -> MatMul [A_q A_k A_v] -------------------------------------------Mul -> Split
+      -> MatMul B_q, MatMul B_k, MatMul B_v -> Concat -> delta
+
+Decoding is bound by memory, so B stays one MatMul a matrix: a block-diagonal B would read zeros.
+
+Letters: B batch, T new tokens, G matrices that read the same x, E experts of a matrix, r rank,
+R all ranks of a matrix or a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from ..method.experts import ExpertLinear
+from .weights import WeightGraph
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts of a matrix: lora_A (E, r, in), lora_B (E, r, out), router (E, in), in float32.
+
+    Without a router, E is 1: a frozen LoRA.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    router: Tensor | None
+    top_k: int
+    scaling: float
+
+    @classmethod
+    def of(cls, layer: ExpertLinear) -> Mixture:
+        """The experts of a layer, as they are."""
+        A, B = (p.detach().float().cpu() for p in (layer.lora_A, layer.lora_B))
+        router = None if layer.router is None else layer.router.detach().float().cpu()
+        return cls(A, B, router, layer.top_k, layer.scaling)
+
+    @classmethod
+    def frozen(cls, lora_A: Tensor, lora_B: Tensor) -> Mixture:
+        """A plain LoRA: lora_A (R, in), lora_B (out, R) with the scaling."""
+        return cls(lora_A.float().cpu()[None], lora_B.float().cpu().T[None], None, 1, 1.0)
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) for none."""
+        A = self.lora_A.flatten(0, 1)
+        B = (self.lora_B.flatten(0, 1) * self.scaling).T
+        return A, B, torch.zeros(0, A.shape[1]) if self.router is None else self.router
+
+
+@dataclass(frozen=True)
+class AdapterInput:
+    """A LoRA given at run time: inputs `<module>.lora_A` (in, R) and `<module>.lora_B` (R, out)."""
+
+
+Adapter = Mixture | AdapterInput
+
+
+class MixtureGraph(WeightGraph):
+    """A graph with `adapters`, by module name, whose outputs are added to those of matrices."""
+
+    def __init__(self, adapters: Mapping[str, Adapter], *model: Any):
+        super().__init__(*model)
+        self.adapters = adapters
+
+    def delta(self, names: Sequence[str], label: str, x: str, inputs: int,
+              sizes: Sequence[int]) -> str:
+        """What the adapters of modules add, side by side: x (B, T, in) -> (B, T, sum of sizes)."""
+        found = [self.adapters.get(name) for name in names]
+        if not any(isinstance(a, AdapterInput) for a in found):
+            return self.experts([a if isinstance(a, Mixture) else None for a in found], label, x,
+                                inputs, sizes)
+        if any(isinstance(a, Mixture) for a in found):
+            raise ValueError(f"{label}: an adapter that is an input beside one that is not")
+        return self.join(f"{label}.lora_B", [
+            self.adapter_input(name, x, inputs, size) for name, size in zip(names, sizes)])
+
+    def adapter_input(self, name: str, x: str, inputs: int, size: int) -> str:
+        """The LoRA that comes as an input of the graph; its default has rank 0 and adds nothing."""
+        A = self.tensor(f"{name}.lora_A", torch.empty(inputs, 0))
+        B = self.tensor(f"{name}.lora_B", torch.empty(0, size))
+        if name in self.adapters:
+            rank = f"{name}.rank"
+            self.inputs += [self.value(A, TensorProto.FLOAT, [inputs, rank]),
+                            self.value(B, TensorProto.FLOAT, [rank, size])]
+        h = self.node("MatMul", f"{name}.lora_A", x, A)
+        return self.node("MatMul", f"{name}.lora_B", h, B)
+
+    def experts(self, mixtures: Sequence[Mixture | None], label: str, x: str, inputs: int,
+                sizes: Sequence[int]) -> str:
+        """What mixtures add, side by side, (B, T, sum of sizes); None adds zeros."""
+        parts = [m.flat() if m else (torch.zeros(1, inputs), torch.zeros(size, 1),
+                                     torch.zeros(0, inputs)) for m, size in zip(mixtures, sizes)]
+        routers = [router for _, _, router in parts if len(router)]
+        h = self.node("MatMul", f"{label}.lora_A", x, self.tensor(
+            f"{label}.lora_A", torch.cat([A for A, _, _ in parts]).T))
+        if routers:
+            E, first, gate_of_rank = max(map(len, routers)), 0, []      # each (G * E, R)
+            for A, _, router in parts:
+                gate = torch.zeros(len(routers) * E, len(A))
+                if len(router):
+                    gate[first:first + len(router)] = torch.eye(
+                        len(router)).repeat_interleave(len(A) // len(router), 1)
+                    first += E
+                else:
+                    gate[:E] = 1                 # always 1: the gates of any matrix sum to 1
+                gate_of_rank.append(gate)
+            top_k = [m.top_k for m in mixtures if m and m.router is not None]
+            gates = self.node(
+                "MatMul", f"{label}.gates", self.gates(f"{label}.router", x, routers, top_k),
+                self.tensor(f"{label}.gates", torch.cat(gate_of_rank, 1)))
+            h = self.node("Mul", f"{label}.gates", h, gates)
+        hs = [h] if len(parts) == 1 else self.node(
+            "Split", f"{label}.lora_A", h, self.constant([len(A) for A, _, _ in parts]),
+            outputs=len(parts), axis=-1)
+        return self.join(f"{label}.lora_B", [
+            self.node("MatMul", f"{label}.lora_B.{i}", h, self.tensor(f"{label}.lora_B.{i}", B.T))
+            for i, (h, (_, B, _)) in enumerate(zip(hs, parts))])
+
+    def join(self, name: str, parts: Sequence[str]) -> str:
+        return parts[0] if len(parts) == 1 else self.node("Concat", name, *parts, axis=-1)
+
+    def gates(self, name: str, x: str, routers: Sequence[Tensor], top_k: Sequence[int]) -> str:
+        """Top-k gates of G matrices, zero for experts not chosen, (B, T, G * E)."""
+        G, counts = len(routers), [len(router) for router in routers]
+        E, k = max(counts), max(top_k)
+        if [*top_k] != [min(k, n) for n in counts]:
+            raise ValueError(f"{name}: matrices that read the same input need the same top_k")
+        rows = [F.pad(router, (0, 0, 0, E - len(router))) for router in routers]
+        y = self.node("MatMul", name, x, self.tensor(name, torch.cat(rows).T))
+        if G > 1:
+            y = self.node("Reshape", f"{name}.split", y, self.constant([0, 0, G, E]))
+        if min(counts) < E:                      # -inf: padding experts are never chosen
+            fewer = torch.tensor([[0.0 if e < n else -math.inf for e in range(E)] for n in counts])
+            y = self.node("Add", name, y, self.tensor(f"{name}.counts", fewer))
+        if k < E:
+            values, chosen = self.node("TopK", name, y, self.constant([k]), outputs=2, axis=-1,
+                                       sorted=0)
+            y = self.node("ScatterElements", name, self.no_choice(G, E), chosen, values, axis=-1)
+        y = self.node("Softmax", name, y, axis=-1)
+        if G > 1:
+            y = self.node("Reshape", f"{name}.join", y, self.constant([0, 0, G * E]))
+        return y
+
+    def no_choice(self, G: int, E: int) -> str:
+        """-inf (B, T, G, E), or (B, T, E) for one matrix: the chosen logits overwrite it."""
+        name, sizes = f"router.none.{G}x{E}", [G, E] if G > 1 else [E]
+        if name not in self.shared and self.static:
+            self.shared[name] = self.tensor(name, torch.full((*self.static[:2], *sizes), -math.inf))
+        elif name not in self.shared:
+            shape = self.node("Concat", name, self.node("Shape", name, "input_ids"),
+                              self.constant(sizes), axis=0)
+            self.shared[name] = self.node(
+                "ConstantOfShape", name, shape,
+                value=helper.make_tensor("value", TensorProto.FLOAT, [1], [-math.inf]))
+        return self.shared[name]

@@ -1,0 +1,145 @@
+"""How an ONNX graph stores, multiplies and looks up the weights of a model, in any precision.
+
+Weights stream to the data file tensor by tensor. `ort` graphs multiply quantised blocks by
+MatMulNBits, and look rows up by GatherBlockQuantized; `portable` graphs use DequantizeLinear and
+MatMul, and look bytes up.
+
+Letters: B batch, T new tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from ..model.config import Config
+from ..model.quantize import BLOCK, Blocks, columns, quantize
+from .nodes import TYPES, Graph
+
+CHUNK = 1 << 22                 # elements that are converted at a time
+# Bits of the blocks of linear layers, and of embedding and head, which suffer most from few.
+PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), "int4": (4, 4)}
+
+
+class WeightGraph(Graph):
+    """A graph that reads the weights of one model by their Hugging Face names."""
+
+    def __init__(self, data: BinaryIO, location: str, config: Config,
+                 weight: Callable[[str], Tensor], target: str, precision: str,
+                 static: tuple[int, int, int] | None):
+        super().__init__(data, location)
+        self.config, self.weight = config, weight
+        self.ort, self.static = target == "ort", static
+        self.bits, self.table_bits = PRECISIONS[precision]
+        self.dtype = torch.float16 if precision == "fp16" else torch.float32
+        self.real = TYPES[self.dtype]
+        self.shared: dict[str, Any] = {}         # tensors and nodes that every layer reads
+
+    def cast(self, name: str, x: str, to: int) -> str:
+        """Cast x, unless the whole graph is in float32."""
+        return x if self.dtype == torch.float32 else self.node("Cast", name, x, to=to)
+
+    # Matrices (out, in) of modules that read the same x are stored side by side
+    #   fp32, fp16: x -> MatMul [W_q^T W_k^T W_v^T]
+    #   int8, int4: MatMulNBits (ort), or DequantizeLinear -> MatMul (portable)
+
+    def product(self, label: str, x: str, weights: Sequence[Tensor]) -> str:
+        """x (B, T, in) -> (B, T, sum of out)."""
+        outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
+        if self.bits:
+            blocks = self.blocks(label, weights, self.bits)
+            return self.multiply(label, x, blocks, inputs, outputs, self.bits)
+
+        def rows() -> Iterator[Tensor]:
+            step = max(1, CHUNK // outputs)
+            for i in range(0, inputs, step):
+                yield torch.cat([w[:, i:i + step].to(self.dtype) for w in weights]).T
+
+        return self.node("MatMul", label, x, self.stream(
+            f"{label}.weight", self.real, (inputs, outputs), rows()))
+
+    def blocks(self, label: str, weights: Sequence[Tensor], bits: int) -> list[str]:
+        """Store the data, scales and zeros of quantised weights; returns their names."""
+        parts = [quantize(w, bits) for w in weights]
+        names = [f"{label}.{field}" for field in ("weight", "scales", "zeros")]
+        if self.ort:
+            for name, values in zip(names, zip(*((p.data, p.scales, p.zeros) for p in parts))):
+                self.stream(name, TYPES[values[0].dtype],
+                            (sum(map(len, values)), *values[0].shape[1:]), values)
+            return names
+        b = Blocks(bits, *(torch.cat([getattr(p, field) for p in parts])
+                           for field in ("data", "scales", "zeros")))
+        inputs, (outputs, groups) = weights[0].shape[1], b.scales.shape
+        kind = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
+        for name, value, rows, data_type in zip(names, columns(b, inputs), (inputs, groups, groups),
+                                                (kind, TensorProto.FLOAT, kind)):
+            self.tensor(name, value, data_type, (rows, outputs))
+        return names
+
+    def multiply(self, label: str, x: str, blocks: Sequence[str], inputs: int, outputs: int,
+                 bits: int) -> str:
+        """x (.., in) times stored blocks. accuracy_level 4 rounds x to int8, a block at a time."""
+        if self.ort:
+            return self.node("MatMulNBits", label, x, *blocks, domain="com.microsoft", K=inputs,
+                             N=outputs, bits=bits, block_size=BLOCK, accuracy_level=4)
+        return self.node("MatMul", label, x, self.node(
+            "DequantizeLinear", label, *blocks, axis=0, block_size=BLOCK))
+
+    # Embedding and head: a tied table (V, D) is stored once, and both read it
+
+    def table(self, name: str) -> list[str]:
+        """The stored tensors of an embedding or head."""
+        if name in self.shared:
+            return self.shared[name]
+        value = self.weight(f"{name}.weight")
+        if self.table_bits:
+            self.shared[name] = self.blocks(name, [value], self.table_bits)
+        else:
+            step = max(1, CHUNK // value.shape[1])
+            self.shared[name] = [self.stream(f"{name}.weight", self.real, value.shape, (
+                value[i:i + step].to(self.dtype) for i in range(0, len(value), step)))]
+        return self.shared[name]
+
+    def embed_blocks(self, name: str, data: str, scales: str, zeros: str) -> str:
+        """Rows of a table stored as (D, V), as the head's product needs it: (B, T, D).
+
+        No standard operator gathers 4-bit values, so the bytes that hold them are gathered.
+        """
+        D, V = self.config.hidden_size, self.config.vocab_size
+        token = self.node("Unsqueeze", name, "input_ids", self.constant([2]))    # (B, T, 1)
+        rows, blocks = torch.arange(D) * V, torch.arange(D) // BLOCK * V
+        q = self.gather(f"{name}.weight", data, token, rows)
+        zero = self.gather(f"{name}.zeros", zeros, token, blocks)
+        scale = self.node("Gather", f"{name}.scales", self.alias(scales, [-(-D // BLOCK) * V]),
+                          self.node("Add", f"{name}.scales", token, self.tensor(
+                              f"{name}.scales.at", blocks)))
+        return self.node("Mul", name, self.node("Sub", name, q, zero), scale)    # (B, T, D)
+
+    def gather(self, name: str, packed: str, token: str, at: Tensor) -> str:
+        """Elements token + at of a packed table, as floats.
+
+        OpenVINO divides integers as floats, which is inexact from 2^24 on, and rounds shifts and
+        divisions of uint8. So only small numbers are divided, in int64.
+        """
+        size, bits = math.prod(self.tensors[packed].dims), self.table_bits
+        data = self.alias(packed, [size * bits // 8 + size * bits % 8 // 4], TensorProto.UINT8)
+        if bits == 8:
+            q = self.node("Gather", name, data, self.node(
+                "Add", name, token, self.tensor(f"{name}.at", at)))
+            return self.node("Cast", name, q, to=TensorProto.FLOAT)
+        two = self.constant(2)
+        token = self.node("Add", name, token, self.tensor(f"{name}.odd", at % 2))
+        place = self.node("Add", f"{name}.byte", self.node("Div", name, token, two),
+                          self.tensor(f"{name}.at", at // 2))
+        byte = self.node("Cast", f"{name}.byte", self.node("Gather", name, data, place),
+                         to=TensorProto.INT64)
+        divisor = self.node("Gather", f"{name}.nibble", self.constant([1, 16]),
+                            self.node("Mod", name, token, two))
+        q = self.node("Mod", f"{name}.nibble", self.node("Div", f"{name}.nibble", byte, divisor),
+                      self.constant(16))
+        return self.node("Cast", name, q, to=TensorProto.FLOAT)

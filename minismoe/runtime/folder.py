@@ -1,0 +1,72 @@
+"""Check an exported folder against its export.json before anything in it is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..io.files import sha256
+from ..io.text import clean
+
+FORMAT = "minismoe.export/1"
+CACHE_TYPES = {"float32": 1, "float16": 10}  # onnx.TensorProto's numbers
+SIZES = ("context", "layers", "kv_heads", "head_dim", "vocab_size")
+
+
+def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
+    """Read export.json, and compare the sizes of the files, with `verify` their hashes too.
+
+    Raises FileNotFoundError for a missing file, ValueError for a broken or hostile one.
+    """
+    file, info = folder / "export.json", None
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no export.json; export.py --layout onnx writes one")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        _check(info)
+        for name in os.listdir(folder):      # files that export.json does not list are read too
+            if (folder / name).is_symlink():
+                plain_file(folder, name)
+        files = {plain_file(folder, name): (entry["bytes"], entry["sha256"])
+                 for name, entry in info["files"].items()}
+        if odd := [e for e in files.values() if (type(e[0]), type(e[1])) != (int, str)]:
+            raise ValueError(f"size and hash {odd[0]}")
+        if lacking := {"model.onnx", "sampler.onnx"} - info["files"].keys():
+            raise ValueError(f"it names no {' and no '.join(sorted(lacking))}")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
+        layout = info.get("layout") if isinstance(info, dict) else None
+        hint = "" if layout in (None, "onnx") else (
+            f"; its layout is {clean(layout)}, and the runtime reads --layout onnx")
+        raise ValueError(f"{file} is not understood: {type(e).__name__} {e}{hint}") from None
+    for path, (size, digest) in files.items():
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}: it was "
+                             "cut or changed; export again")
+        if verify and sha256(path) != digest:
+            raise ValueError(f"{path} is not what was exported: its hash differs")
+    return info
+
+
+def _check(info: Any) -> None:
+    """Raise ValueError, KeyError or TypeError if a value is missing or out of range."""
+    sizes = [*(info[key] for key in SIZES), *(info.get("static") or [])]
+    if info["format"] != FORMAT or info["cache_type"] not in CACHE_TYPES or (
+            info["target"] not in ("ort", "portable")):
+        raise ValueError(f"format {info['format']!r}, cache type {info['cache_type']!r}, "
+                         f"target {info['target']!r}")
+    if not all(type(size) is int and 0 < size <= 1 << 24 for size in sizes) or len(
+            sizes) not in (5, 8) or not isinstance(info.get("adapters") or {}, dict):
+        raise ValueError(f"sizes {sizes}")
+
+
+def plain_file(folder: Path, name: object) -> Path:
+    """folder / name; raises ValueError for a name or a link that leads out of the folder."""
+    if not isinstance(name, str) or Path(name).name != name or set(name) & set("/\\:\0"):
+        raise ValueError(f"{folder / 'export.json'} names {name!r}, which is no plain file name")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder} lacks {name}, which its export.json names: export again")
+    if (folder / name).resolve().parent != folder.resolve():
+        raise ValueError(f"{folder / name} is a link that leads out of its folder")
+    return folder / name

@@ -1,0 +1,340 @@
+"""The Generator: prompts in, tokens and text out, with a key/value cache that is never copied.
+
+Keys and values stay on the device of the session, in bound OrtValues. How they are kept depends on
+the graph:
+
+    ort        one buffer of the whole context a row, bound as past and as present; the system
+               hands out its pages as they are written. Prompts are padded on the right.
+    portable   the present of a step is the past of the next step. Prompts are padded on the left.
+    static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
+
+Letters: B prompts, T new tokens, P past positions, S = P + T, K key/value heads, C head size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from ..data.tokenizer import load_tokenizer
+from .folder import CACHE_TYPES, plain_file, read_info
+
+FLOAT, INT64 = 1, 7                          # onnx.TensorProto's numbers
+DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
+CHUNK = 512                                  # prompt tokens a step: bounds what activations need
+
+Row = Sequence["int | None"]                 # new tokens of a prompt; None is padding
+
+
+class Generator:
+    """A model that `export.py --layout onnx` wrote, with its tokenizer.
+
+    provider: an execution provider of onnxruntime, as "CUDAExecutionProvider" or "cuda"; threads:
+    default, the physical cores; task: an adapter of the folder; verify: compare hashes as well as
+    sizes. `ended` says why the last generation ended: "stop" (a stop token), "max_tokens" or
+    "context". Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
+    """
+
+    def __init__(self, folder: str | Path, provider: str | None = None,
+                 threads: int | None = None, task: str | None = None, verify: bool = False):
+        enough_onnxruntime()
+        self.folder = Path(folder)
+        self.info = read_info(self.folder, verify)
+        self.static: list[int] | None = self.info.get("static")              # B, T, P
+        self.context: int = min([self.info["context"], *(self.static or [])[2:]])
+        self.tasks: dict[str, str] = self.info.get("adapters") or {}
+        self.tokenizer = load_tokenizer(self.folder)
+        self.ended, self._turn = "", 0       # the number of the generation that owns the cache
+        self.prompt_tokens = 0               # that the last generation read, without those cached
+        self._shared = self.info["target"] == "ort" and not self.static
+        name = _provider(provider)
+        self._device = DEVICES.get(name, "cpu")
+        if self._shared and self._device == "cuda" and self.info["cache_type"] == "float32":
+            self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
+        self._session = _session(self.folder / "model.onnx", name, threads)
+        self._sampler = _session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
+        best = self._sampler.get_outputs()[0].shape
+        self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
+        self._positions = any(i.name == "position_ids" for i in self._session.get_inputs())
+        self._fits()
+        self.use(task)
+
+    def _fits(self) -> None:
+        """Raise ValueError if export.json disagrees with the graphs."""
+        info, found = self.info, {i.name: i for i in self._session.get_inputs()}
+        layers = sum(name.startswith("past_key_values.") for name in found) / 2
+        past = found.get("past_key_values.0.key")
+        logits = self._session.get_outputs()[0]
+        kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
+        if (layers != info["layers"] or past is None or logits.shape[-1:] != [info["vocab_size"]]
+                or (past.type, *past.shape[1::2]) != (kind, info["kv_heads"], info["head_dim"])
+                or self._positions == (info["target"] == "ort")
+                or not (isinstance(self.candidates, int) and self.candidates)):
+            raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
+                             "sampler.onnx: export again")
+
+    def use(self, task: str | None) -> None:
+        """Switch to the adapter of a task; None: the model without an adapter."""
+        if task is not None and task not in self.tasks:
+            raise ValueError(f"{self.folder} has no adapter {task!r}; present: "
+                             f"{', '.join(self.tasks) or 'none'}")
+        # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
+        self._file = None if task is None else _opened(        # it owns the parameters' memory
+            ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
+        self._adapter = self._file.get_parameters() if self._file else {}
+        self.reset()
+
+    def reset(self, rows: int = 1, capacity: int | None = None) -> None:
+        """Empty the cache, and make room for `rows` prompts of `capacity` tokens."""
+        rows, _, P = self.static or (rows, 0, (capacity or self.context) if self._shared else 0)
+        self._seen: list[int] = []                               # tokens of row 0 in the cache
+        self._masks = [array("q") for _ in range(rows)]
+        self._io = self._session.io_binding()
+        for name, value in self._adapter.items():
+            self._io.bind_ortvalue_input(name, value)
+        self._io.bind_output("logits")                           # output 0, as step expects
+        shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]
+        self._past = {f"{i}.{part}": ort.OrtValue.ortvalue_from_shape_and_type(
+            shape, CACHE_TYPES[self.info["cache_type"]], self._device if self._shared else "cpu")
+            for i in range(self.info["layers"]) for part in ("key", "value")}
+        for name, value in self._past.items():
+            if self._shared:
+                self._io.bind_ortvalue_input(f"past_key_values.{name}", value)
+                self._io.bind_ortvalue_output(f"present.{name}", value)
+            elif P:                                              # masked, yet 0 * nan is nan
+                ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+
+    def step(self, rows: Sequence[Row]) -> ort.OrtValue:
+        """Read T more tokens of each row (B, T) and return the logits of the graph.
+
+        None pads rows of different lengths: on the right for target ort, and there only in the
+        first step after `reset`; on the left otherwise. A static graph fixes B and T.
+        """
+        B, T, io = len(rows), len(rows[0]), self._io
+        positions = array("q")
+        for mask, row in zip(self._masks, rows):
+            at = mask.count(1) - 1
+            positions.extend(max(0, at := at + (token is not None)) for token in row)
+            mask.extend(int(t is not None) for t in row if t is not None or not self._shared)
+        S = sum(self.static[1:]) if self.static else max(map(len, self._masks))
+        inputs = {"input_ids": (array("q", [t or 0 for row in rows for t in row]), T),
+                  "attention_mask": (self._mask(S), S)}
+        if self._positions:
+            inputs["position_ids"] = positions, T
+        for name, (values, length) in inputs.items():
+            io.bind_input(name, "cpu", 0, INT64, [B, length], values.buffer_info()[0])
+        io.bind_output("logits")
+        if not self._shared:
+            for name, value in self._past.items():
+                io.bind_ortvalue_input(f"past_key_values.{name}", value)
+                io.bind_output(f"present.{name}", self._device)
+        self._session.run_with_iobinding(io)
+        outputs = io.get_outputs_as_ortvaluevector()
+        if not self._shared:
+            self._past = {name: ort.OrtValue(outputs[i])
+                          for i, name in enumerate(self._past, start=1)}
+        self._seen += [t for t in rows[0] if t is not None]
+        return ort.OrtValue(outputs[0])
+
+    def _mask(self, S: int) -> array[int]:
+        """attention_mask (B, S): the masks of the rows, with zeros on their padded side."""
+        flat, zero = array("q"), array("q", [0])
+        for mask in self._masks:
+            gap = zero * (S - len(mask))
+            flat += mask + gap if self._shared else gap + mask[-S:]
+        return flat
+
+    def _pad(self, rows: Sequence[Row]) -> list[Row]:
+        """Pad rows to one length; for a static graph to a multiple of its T, and to B rows."""
+        B, T, _ = self.static or (len(rows), 1, 0)
+        longest = -(-max(map(len, rows)) // T) * T
+        gaps = [[None] * (longest - len(row)) for row in rows]
+        rows = [[*row, *gap] if self._shared else [*gap, *row] for row, gap in zip(rows, gaps)]
+        return rows + rows[-1:] * (B - len(rows))
+
+    def _read(self, prompts: Sequence[Sequence[int]], new: int) -> ort.OrtValue:
+        """Read prompts, with room for `new` tokens after them, and return their last logits.
+
+        A single prompt that begins like the last one, as in a chat, is read from the first token
+        that differs. A portable cache cannot be cut: it is kept only if the prompt extends it.
+        """
+        kept = 0
+        if len(prompts) == len(self._masks) == 1 and not self.static:
+            pairs = zip(self._seen, prompts[0][:-1])
+            kept = next((i for i, (a, b) in enumerate(pairs) if a != b),
+                        min(len(self._seen), len(prompts[0]) - 1))
+        if kept and (self._shared or kept == len(self._seen)):
+            del self._seen[kept:], self._masks[0][kept:]
+        else:
+            kept = 0
+            self.reset(len(prompts), None if len(prompts) == 1 else max(map(len, prompts)) + new)
+        self.prompt_tokens = sum(map(len, prompts)) - kept
+        rows = self._pad([prompt[kept:] for prompt in prompts])
+        T = self.static[1] if self.static else CHUNK if len(rows) == 1 else len(rows[0])
+        for start in range(0, len(rows[0]), T):
+            logits = self.step([row[start:start + T] for row in rows])
+        return logits
+
+    def _choose(self, logits: ort.OrtValue, rng: random.Random, temperature: float, top_p: float,
+                top_k: int) -> list[int]:
+        """Choose the next token of each row from logits (B, 1, V)."""
+        B, size = logits.shape()[0], self.candidates
+        best, ids = (ctypes.c_float * (B * size))(), (ctypes.c_int64 * (B * size))()
+        io = self._sampler.io_binding()
+        io.bind_ortvalue_input("logits", logits)
+        io.bind_output("values", "cpu", 0, FLOAT, [B, size], ctypes.addressof(best))
+        io.bind_output("indices", "cpu", 0, INT64, [B, size], ctypes.addressof(ids))
+        self._sampler.run_with_iobinding(io)
+        if math.isnan(sum(best)):
+            raise ArithmeticError("the model's logits are not numbers")
+        if temperature == 0:
+            return ids[::size]
+        return [ids[n + _draw(best[n:n + (top_k or size)], rng, temperature, top_p)]
+                for n in range(0, B * size, size)]
+
+    def _tokens(self, prompts: Sequence[Sequence[int]], max_tokens: int | None, *,
+                temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
+                seed: int | None = None) -> Iterator[list[Any]]:
+        """Yield the next token of each prompt, step by step; None for a prompt that has stopped."""
+        if not (0 <= temperature < math.inf and 0 < top_p <= 1 and isinstance(top_k, int)
+                and 0 <= top_k <= self.candidates):
+            raise ValueError(f"temperature {temperature}, top-p {top_p}, top-k {top_k}: expected "
+                             f"at least 0, above 0 up to 1, and 0 to {self.candidates}")
+        longest, vocab = max(map(len, prompts), default=0), self.info["vocab_size"]
+        if not all(prompts) or not prompts:
+            raise ValueError("a prompt is empty")
+        if not all(0 <= min(prompt) <= max(prompt) < vocab for prompt in prompts):
+            raise ValueError(f"a prompt has tokens outside of the model's {vocab}")
+        if (room := self.room(longest)) < 1:
+            raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of "
+                             f"{self.context}: shorten it, or export with a longer --context or, "
+                             "of a static graph, past")
+        steps = room if max_tokens is None else min(room, max_tokens)
+        rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
+        running, self.ended = [True] * len(prompts), "stop"
+        self._turn = turn = self._turn + 1
+        try:
+            logits = self._read(prompts, steps)
+            for n in range(1, steps + 1):
+                chosen = self._choose(logits, rng, temperature, top_p, top_k)
+                running = [r and token not in stops for r, token in zip(running, chosen)]
+                if not any(running):
+                    return
+                yield [token if r else None for r, token in zip(running, chosen)]
+                if self._turn != turn:
+                    raise RuntimeError("another generation began before this one ended")
+                if n < steps:
+                    logits = self.step(self._pad([[token] for token in chosen]))
+            self.ended = "max_tokens" if steps == max_tokens else "context"
+        except (Exception, KeyboardInterrupt):
+            if self._turn == turn:
+                self.reset()                 # a step that was cut off leaves the cache half written
+            raise
+
+    def room(self, length: int) -> int:
+        """How many tokens may follow a prompt of `length` tokens."""
+        return (self.context - length) // (self.static[1] if self.static else 1)
+
+    def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
+        """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
+        self.reset()
+        yield self._read([prompt], len(tokens))
+        for token in tokens:
+            yield self.step(self._pad([[token]]))
+
+    def generate(self, prompt: str | Sequence[int], max_tokens: int | None = None,
+                 **sampling: Any) -> Iterator[int]:
+        """Yield the tokens that follow a prompt, up to and without a stop token.
+
+        prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
+        sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed.
+        Raises ValueError if the prompt is empty or too long.
+        """
+        ids = self.tokenizer.encode(prompt)[0] if isinstance(prompt, str) else list(prompt)
+        for token, in self._tokens([ids], max_tokens, **sampling):
+            yield token
+
+    def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
+              **sampling: Any) -> list[list[int]]:
+        """The tokens that follow each prompt, all read together; arguments as for `generate`."""
+        rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
+        size = self.static[0] if self.static else max(1, len(rows))
+        found: list[list[int]] = []
+        for start in range(0, len(rows), size):
+            part = rows[start:start + size]
+            steps = list(self._tokens(part, max_tokens, **sampling))
+            found += [[s[i] for s in steps if s[i] is not None] for i in range(len(part))]
+        return found
+
+    def text(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yield the text of tokens in whole characters."""
+        ids: list[int] = []
+        # Decoding starts at the previous piece, since some tokenizers decode a token differently
+        # without its neighbours. ids[start:read] is that piece, and `told` is its text.
+        start, read, told = 0, 0, ""
+        for token in tokens:
+            ids.append(token)
+            text = self.tokenizer.decode(ids[start:])
+            if len(text) > len(told) and not text.endswith("\ufffd"):
+                yield text[len(told):]
+                start, read = read, len(ids)
+                told = self.tokenizer.decode(ids[start:])
+        if rest := self.tokenizer.decode(ids[start:])[len(told):]:
+            yield rest
+
+
+def _draw(logits: Sequence[float], rng: random.Random, temperature: float, top_p: float) -> int:
+    """Draw an index of `logits`, sorted from the largest, by softmax within the nucleus top_p."""
+    weights = [math.exp((value - logits[0]) / temperature) for value in logits]
+    mass, total = 0.0, sum(weights)
+    for n, weight in enumerate(weights):
+        mass += weight
+        if mass >= top_p * total:
+            del weights[n + 1:]
+            break
+    return rng.choices(range(len(weights)), weights)[0]
+
+
+def enough_onnxruntime() -> None:
+    """Raise ImportError if onnxruntime is too old to share memory: it would crash."""
+    if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 30):
+        raise ImportError(f"onnxruntime {ort.__version__} is too old: install 1.30 or later, which "
+                          "needs Python 3.11 or later")
+
+
+def _provider(name: str | None) -> str:
+    present = ort.get_available_providers()
+    wanted = (name or "cpu").lower().removesuffix("executionprovider")
+    for provider in present:
+        if provider.lower() == f"{wanted}executionprovider":
+            return provider
+    raise ValueError(f"onnxruntime has no provider {name!r} here; present: {', '.join(present)}")
+
+
+def _session(file: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    if threads is None:                      # 0: all physical cores; not if we may use fewer
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        threads = allowed if allowed and allowed < (os.cpu_count() or 1) else 0
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3           # errors only
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: export again")
+    providers = [provider, *["CPUExecutionProvider"] * (provider != "CPUExecutionProvider")]
+    return _opened(lambda name: ort.InferenceSession(name, options, providers=providers), file)
+
+
+def _opened(read: Callable[[str], Any], file: Path) -> Any:
+    try:
+        return read(str(file))
+    except Exception as e:                   # onnxruntime raises bare Exceptions
+        raise ValueError(f"onnxruntime cannot open {file}: {str(e).splitlines()[0]}") from None
