@@ -54,8 +54,7 @@ from compare_cells import (
 )
 from tqdm import tqdm
 
-from minismoe.cli import flags
-from minismoe.cli import inputs as cli
+from minismoe.cli import flags, script
 from minismoe.io.files import read_json, write_json
 
 
@@ -242,4 +241,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)
