@@ -1,7 +1,6 @@
-"""The folders that other programs open: PEFT, transformers, onnxruntime-genai, transformers.js.
+"""The folders that programs open: ours, PEFT, transformers, onnxruntime-genai, transformers.js.
 
-Each function writes what its reader wants and nothing else; none of them runs the model. Low-rank
-pairs come as {module: (A, B)} with everything that scales them folded in, so that y = W x + B A x.
+Low-rank pairs come as {module: (A, B)} with all scaling folded in: y = W x + B A x.
 
 Letters: R rank of a pair.
 """
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,8 +26,14 @@ from ..data.tokenizer import (
     load_tokenizer,
 )
 from ..io.files import read_json, replacing, write_json
-from ..model.checkpoint import DTYPES, weight_files
+from ..method.experts import expert_layers
+from ..method.freeze import merged
+from ..model.checkpoint import DTYPES, MERGED, weight_files, weights
 from ..model.config import Config
+from .frozen import Fits, Frozen
+from .graph import write_decoder, write_sampler
+from .mixture import Adapter, AdapterInput, Mixture
+from .settings import ExportConfig, Source
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
 
@@ -38,12 +42,62 @@ WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", 
               "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4")}
 
 
+def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,
+                ) -> dict[str, Any]:
+    """Write model.onnx, sampler.onnx and adapters; returns what export.json tells the runtime."""
+    sizes, layers = source.model.config, expert_layers(source.model)
+    into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
+    beside: dict[str, Adapter] = {name: Mixture.of(layers[name]) for name in frozen.routed}
+    if config.adapters:
+        into, beside = {}, dict.fromkeys(into, AdapterInput())
+    elif config.routing == "freeze":
+        into, beside = {}, {n: Mixture.frozen(f.lora_A, f.lora_B) for n, f in into.items()}
+    stored = weights(source.base)
+
+    def weight(name: str) -> Tensor:
+        found = into.get(name.removesuffix(".weight"))
+        return stored(name) if found is None else merged(stored(name).float(), found)
+
+    write_decoder(folder / "model.onnx", sizes, weight, beside, target=config.target,
+                  precision=config.precision, context=config.context or 0, static=config.static)
+    write_sampler(folder / "sampler.onnx", sizes.vocab_size)
+    adapters = {}
+    for number, task in enumerate(frozen.by_task if config.adapters else ()):
+        adapters[task] = f"{number}.onnx_adapter"        # the name of a task may be no file name
+        write_adapter(folder / adapters[task], pairs_of(frozen.by_task[task]))
+    return {"target": config.target, "precision": config.precision, "context": config.context,
+            "static": config.static, "layers": sizes.num_hidden_layers,
+            "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
+            "vocab_size": sizes.vocab_size, "adapters": adapters,
+            "cache_type": "float16" if config.precision == "fp16" else "float32"}
+
+
+def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits) -> None:
+    """Write the weights of layout hf, or the adapter of layout peft."""
+    if config.layout == "peft":
+        for name in ("config.json", "generation_config.json"):       # they are of a whole model
+            (folder / name).unlink()
+        write_peft(folder, pairs_of(fits), source.name)
+        return
+    stored = weights(source.base)
+    write_hf(folder, source.base, lambda name: merged(
+        stored(name), fits[name.removesuffix(".weight")]), [f"{n}.weight" for n in fits])
+    if fits:
+        settings = read_json(folder / "config.json")
+        write_json(folder / "config.json", {**settings, MERGED: source.name})
+
+
+def pairs_of(fits: Fits) -> Pairs:
+    """The matrices of fits."""
+    return {name: (f.lora_A, f.lora_B) for name, f in fits.items()}
+
+
 def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> Tokenizer:
-    """Configuration and tokenizer of the checkpoint folder `base`, made complete for its readers.
+    """Copy configuration and tokenizer of the checkpoint `base`, completed for every reader.
 
     All stop ids of the chat template go to generation_config.json. The template goes to both of
-    its places: transformers.js reads tokenizer_config.json only. With spell_bytes, a model of bytes
-    gets a tokenizer.json, which others need. Gives back the tokenizer of `base`.
+    its places, since transformers.js reads tokenizer_config.json only. spell_bytes: write the
+    tokenizer.json that a model of bytes does without. Returns the tokenizer of `base`.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(base)
@@ -70,7 +124,7 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> Tokenize
 
 
 def _byte_level() -> dict[str, Any]:
-    """ByteTokenizer as a tokenizer.json: BPE over bytes, written as GPT-2 does, without merges."""
+    """ByteTokenizer as a tokenizer.json: BPE over bytes as in GPT-2, without merges."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     vocab = {chr(b if b in printable else next(others)): b for b in range(256)}
@@ -87,11 +141,11 @@ def _byte_level() -> dict[str, Any]:
 
 
 def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
-    """An adapter folder that PEFT, vLLM and llama.cpp read alike.
+    """Write an adapter folder that PEFT, vLLM and llama.cpp read alike.
 
     They disagree about scaling and about uneven ranks, so every pair is padded with zeros to R, the
-    largest rank, and lora_alpha = r = R. Modules are targeted by their full names: a short one such
-    as "q_proj" would adapt the layers that have no pair too. ValueError where there is no pair.
+    largest rank, and lora_alpha = r = R. Modules are targeted by their full names: a short name
+    such as "q_proj" would also adapt layers without a pair. Raises ValueError if there is no pair.
     """
     if not pairs:
         raise ValueError("no matrix is adapted: there is nothing to write for PEFT")
@@ -111,7 +165,7 @@ def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
 
 
 def read_peft(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """The pairs of such a folder, as (A, B) by module."""
+    """The pairs of a folder that `write_peft` wrote."""
     tensors = load_file(folder / "adapter_model.safetensors")
     names = {key.removeprefix("base_model.model.").rsplit(".", 2)[0] for key in tensors}
     return {n: (tensors[f"base_model.model.{n}.lora_A.weight"],
@@ -119,10 +173,10 @@ def read_peft(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iterable[str]) -> None:
-    """The weights of `base` with those of `names` replaced by weight(name), file by file.
+    """Write the weights of `base`, with those of `names` replaced by weight(name).
 
-    The base's files are copied and written over in place, so they keep its dtype and its shards,
-    and one tensor at a time is in memory. ValueError names what does not fit.
+    The files of the base are copied and overwritten in place, so they keep dtypes and shards, and
+    one tensor at a time is in memory. Raises ValueError for a dtype, shape or name that differs.
     """
     left, files = set(names), weight_files(base)
     if len(files) > 1:
@@ -146,10 +200,10 @@ def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iter
 
 
 def write_genai(out: Path, tokenizer: Tokenizer, context: int, share_buffer: bool = True) -> None:
-    """genai_config.json beside model.onnx and the files of `copy_base_files`.
+    """Write genai_config.json beside model.onnx and the files of `copy_base_files`.
 
-    context: tokens of prompt and completion. share_buffer: the graph writes the new keys where the
-    past ones are (GroupQueryAttention does; a portable graph gives back a longer copy).
+    context: tokens of prompt and completion. share_buffer: the graph writes new keys into the
+    buffer of the past ones, as GroupQueryAttention does; a portable graph returns a longer copy.
     """
     config, generation = read_json(out / "config.json"), read_json(out / "generation_config.json")
     sizes = Config.from_dict(config)
@@ -162,26 +216,26 @@ def write_genai(out: Path, tokenizer: Tokenizer, context: int, share_buffer: boo
             "vocab_size": sizes.vocab_size, "eos_token_id": tokenizer.stop_ids,
             "pad_token_id": generation["pad_token_id"],
             **({"bos_token_id": bos[0]} if bos else {}),
-            "decoder": {                     # inputs and outputs have the names that are its own
+            "decoder": {                     # inputs and outputs have its default names
                 "filename": "model.onnx", "session_options": {"provider_options": []},
                 "head_size": sizes.head_dim, "hidden_size": sizes.hidden_size,
                 "num_attention_heads": sizes.num_attention_heads,
                 "num_key_value_heads": sizes.num_key_value_heads,
                 "num_hidden_layers": sizes.num_hidden_layers}},
-        # With a shared buffer it allocates keys and values for all of max_length at once.
+        # A shared buffer is allocated for max_length at once.
         "search": {"do_sample": False, **sampling, "max_length": context,
                    "past_present_share_buffer": share_buffer}})
 
 
 def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
-    """Move out/model.onnx to where transformers.js looks for it, and say so in out/config.json.
+    """Move out/model.onnx to where transformers.js looks for it, and name it in out/config.json.
 
-    Another precision may follow into the same folder; the last one is the default.
+    Several precisions can go to the same folder; the last one is the default.
     """
     import onnx
 
     dtype, suffix = WEB_DTYPES[precision]
-    name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # no other name is fetched
+    name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # the name that is fetched
     (out / "onnx").mkdir(exist_ok=True)
     graph = onnx.load(str(out / "model.onnx"), load_external_data=False)
     for tensor in graph.graph.initializer:
@@ -201,16 +255,16 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
 
 
 def _mapping(holder: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """holder[key], where it is an object; a base may say the same of all its files in one word."""
+    """holder[key] if it is an object; a base may have one value for all files instead."""
     return holder[key] if isinstance(holder.get(key), dict) else {}
 
 
-def write_adapter(file: Path, pairs: Pairs, dtype: torch.dtype = torch.float32) -> None:
-    """An .onnx_adapter: the graph inputs <module>.lora_A (in, R) and <module>.lora_B (R, out)."""
+def write_adapter(file: Path, pairs: Pairs) -> None:
+    """Write an .onnx_adapter: the graph inputs <module>.lora_A (in, R) and .lora_B (R, out)."""
     from onnxruntime import AdapterFormat, OrtValue
 
     parameters = {f"{name}.{part}": OrtValue.from_dlpack(
-                      matrix.detach().to("cpu", dtype).T.contiguous())
+                      matrix.detach().float().cpu().T.contiguous())
                   for name, pair in pairs.items()
                   for part, matrix in zip(("lora_A", "lora_B"), pair)}
     adapter = AdapterFormat()

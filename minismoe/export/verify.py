@@ -1,4 +1,4 @@
-"""Run what was exported beside PyTorch, and say what came of it: logits, greedy texts, exact match.
+"""Run an export beside PyTorch, and compare logits, greedy texts and exact match.
 
 Letters: n tokens compared, V vocabulary.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -19,18 +21,33 @@ from tqdm import tqdm
 
 from ..data.tasks import Task
 from ..io.text import clean, table
+from ..method.experts import expert_layers
+from ..method.freeze import Fit, freeze, merge
+from ..model.checkpoint import load_adapter, load_model, weights
 from ..model.decoder import CausalLM
 from ..model.quantize import dequantize, quantize
 from ..runtime import Generator
-from ..training.evaluate import Accuracy, answer_prompts, exact_match, generate, references
+from ..training.evaluate import (
+    Accuracy,
+    answer_prompts,
+    evaluate,
+    exact_match,
+    generate,
+    references,
+)
+from .frozen import Frozen
+from .heal import twin
+from .layouts import read_peft
+from .settings import ExportConfig, Source
 from .weights import PRECISIONS
 
-# How far logits may be from PyTorch's in float32, as a share of the largest: what rounding of
-# weights and activations explains. In few bits that would hide much of a wrong graph, so such a
-# graph must also be what PyTorch makes of the rounded weights.
+# How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
+# rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
+# a graph must also agree with PyTorch on the same rounded weights.
 TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6}
 TOKENS = 24                              # of each greedy text
-FEW = 4                                  # the same where no activation is rounded, which is slow
+FEW = 4                                  # of each text read without rounding, which is slow
+HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
 Prompts = Sequence[Sequence[int]]
 Read = Callable[[Sequence[int], Sequence[int]], Tensor]
 
@@ -42,16 +59,16 @@ def logits(model: CausalLM, prompt: Sequence[int], text: Sequence[int]) -> Tenso
 
 
 def graph_logits(generator: Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """The same of a graph, which reads the prompt at once and the text token by token."""
+    """The same logits from a graph, which reads the prompt at once and then token by token."""
     return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
                         for given in generator.forced(prompt, text)])
 
 
-def compare(model: CausalLM, read: Read, prompts: Prompts, stop_ids: Sequence[int],
-            precision: str, tokens: int = TOKENS, weights: str = "") -> dict[str, Any]:
-    """Logits of read(prompt, text) beside those of `model`, along the greedy texts of `model`.
+def compare_logits(model: CausalLM, read: Read, prompts: Prompts, stop_ids: Sequence[int],
+                   precision: str, tokens: int = TOKENS, rounded: str = "") -> dict[str, Any]:
+    """Compare the logits of read(prompt, text) with those of `model`, along its greedy texts.
 
-    Raises ValueError where they differ by more than the precision explains.
+    Raises ValueError if they differ by more than the precision explains.
     """
     errors, agreed, count = [], 0, 0
     for prompt, text in zip(prompts, generate(model, prompts, tokens, stop_ids)):
@@ -59,9 +76,9 @@ def compare(model: CausalLM, read: Read, prompts: Prompts, stop_ids: Sequence[in
         errors.append((found - wanted).abs().max() / wanted.abs().max())
         agreed += int((found.argmax(-1) == wanted.argmax(-1)).sum())
         count += len(wanted)
-    error = torch.stack(errors).max().item()             # of which Python's max would drop a nan
+    error = torch.stack(errors).max().item()             # nan if any is: Python's max may drop it
     if not error <= TOLERANCES[precision]:
-        raise ValueError(f"the export is not what PyTorch computes{weights}: its logits are off by "
+        raise ValueError(f"the export is not what PyTorch computes{rounded}: its logits are off by "
                          f"{error:.2g} of the largest, and {precision} explains "
                          f"{TOLERANCES[precision]:g}")
     return {"logits_error": float(f"{error:.3g}"), "tolerance": TOLERANCES[precision],
@@ -70,12 +87,13 @@ def compare(model: CausalLM, read: Read, prompts: Prompts, stop_ids: Sequence[in
 
 def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
                   ) -> dict[str, Any]:
-    """A graph beside `model`: its logits; its texts, one by one and in a batch.
+    """Compare a graph with `model`: logits, and texts, one by one and in a batch.
 
-    Raises ValueError as `compare` does, and where a float32 text differs.
+    Raises ValueError as `compare_logits` does, and if a float32 text differs.
     """
     stop_ids, count = generator.tokenizer.stop_ids, tokens_of(generator, prompts, TOKENS)
-    found = compare(model, partial(graph_logits, generator), prompts, stop_ids, precision, count)
+    found = compare_logits(model, partial(graph_logits, generator), prompts, stop_ids, precision,
+                           count)
     texts = [generate(model, prompts, count, stop_ids), generator.batch(prompts, count),
              [list(generator.generate(prompt, count)) for prompt in prompts]]
     same = [sum(a == b for a, b in zip(texts[0], other)) for other in texts[1:]]
@@ -87,31 +105,32 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
 
 def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
                     ) -> dict[str, Any]:
-    """An `unrounded` graph beside `model`, whose weights are rounded in place as the graph's are.
+    """Compare an `unrounded` graph with `model`, whose weights are rounded in place like its own.
 
-    Raises ValueError where they differ by more than float32 explains.
+    Raises ValueError if they differ by more than float32 explains.
     """
-    found = compare(round_weights(model, precision), partial(graph_logits, generator), prompts,
-                    generator.tokenizer.stop_ids, "fp32", tokens_of(generator, prompts, FEW),
-                    " with the same rounded weights")
+    found = compare_logits(
+        round_weights(model, precision), partial(graph_logits, generator), prompts,
+        generator.tokenizer.stop_ids, "fp32", tokens_of(generator, prompts, FEW),
+        " with the same rounded weights")
     return {"rounded_error": found["logits_error"]}
 
 
 def tokens_of(generator: Generator, prompts: Prompts, most: int) -> int:
-    """How many tokens of each text are compared: a static graph may have room for few."""
+    """Tokens of each text to compare: a static graph may have room for few."""
     return min(most, generator.room(max(map(len, prompts))))
 
 
 def unrounded(generator: Generator) -> Generator:
-    """Another of the same graph, that rounds no activation: what its blocks stand for, exactly."""
+    """A generator of the same graph that does not round activations, to test its blocks alone."""
     graph = onnx.load(str(generator.folder / "model.onnx"), load_external_data=False)
     for attribute in (a for node in graph.graph.node for a in node.attribute):
         if attribute.name == "accuracy_level":
             attribute.i = 0
     options = generator._session.get_session_options()
-    options.add_session_config_entry(                    # of what it makes of target portable
+    options.add_session_config_entry(                    # for the nodes fused in target portable
         "session.qdq_matmulnbits_accuracy_level", "0")
-    options.add_session_config_entry(                    # where bytes find their external data
+    options.add_session_config_entry(                    # the graph comes as bytes, without a path
         "session.model_external_initializers_file_folder_path", str(generator.folder))
     other = copy(generator)
     other._session = ort.InferenceSession(graph.SerializeToString(), options,
@@ -122,7 +141,7 @@ def unrounded(generator: Generator) -> Generator:
 
 @torch.no_grad()
 def round_weights(model: CausalLM, precision: str) -> CausalLM:
-    """The model with the weights that a graph's blocks stand for, in place."""
+    """Round the weights of the model in place, as a graph of that precision does."""
     bits, table_bits = PRECISIONS[precision]
     for name, part in model.named_modules():
         if name == "lm_head" and model.config.tie_word_embeddings:
@@ -151,7 +170,7 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy
 
 
 def answers_fit(generator: Generator, task: Task) -> bool:
-    """Whether the context, or a static graph's past, holds a task's answers; if not, it is said."""
+    """Whether the context, or the past of a static graph, holds a task's answers; says if not."""
     prompts = answer_prompts(generator.tokenizer, task, generator.context)
     wanted = references(generator.tokenizer, task)[1]
     room = generator.room(max(map(len, prompts)))
@@ -161,14 +180,13 @@ def answers_fit(generator: Generator, task: Task) -> bool:
     return room >= wanted
 
 
-def say(name: str, seen: dict[str, Any]) -> dict[str, Any]:
-    """Print how far an export was from PyTorch."""
+def show_logits(name: str, seen: Mapping[str, Any]) -> None:
+    """Print how far an export is from PyTorch."""
     same = f"{seen['texts_equal']} of {seen['texts']} texts the same, " if "texts" in seen else ""
     rounded = (f" ({seen['rounded_error']:.1e} with rounded weights)"
                if "rounded_error" in seen else "")
     print(f"{clean(name)}: logits within {seen['logits_error']:.1e} of PyTorch's largest{rounded}, "
           f"{same}{100 * seen['tokens_agreed']:.1f} % of tokens")
-    return seen
 
 
 def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
@@ -181,3 +199,101 @@ def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
         means = [f"{statistics.mean(row[c] for row in by_task.values()):.3f}"
                  if all(c in row for row in by_task.values()) else "-" for c in columns]
         print(table(["exact match", *columns], [*rows, ["mean", *means]]))
+
+
+def some_prompts(source: Source, count: int) -> list[list[int]]:
+    """Token prompts from the test lines of the tasks in turn; without data, a few of our own."""
+    chats = [list(m[:-1]) for several in zip(*(t.test for t in source.tasks)) for m in several]
+    chats = chats or [[{"role": "user", "content": text}] for text in HELLO]
+    render, encode = source.tokenizer.render, source.tokenizer.encode
+    return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]
+
+
+def with_context(config: ExportConfig, source: Source) -> ExportConfig:
+    """The settings with a context that holds all texts of the check.
+
+    Raises ValueError if the context asked for, the model, or a static past is too short for them.
+    """
+    longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
+    tests = [answer_prompts(tokenizer, task, longest) for task in source.tasks]
+    prompts = [len(p) for p in some_prompts(source, config.check)]
+    answers = [max(map(len, test)) + references(tokenizer, task)[1]
+               for task, test in zip(source.tasks, tests)]
+    longest_prompt = max([*prompts, *(len(p) for test in tests for p in test)])
+    needed = min(longest, max([longest_prompt + TOKENS, *answers]))
+    context = config.context or min(longest, max(2048, needed))
+    if context > longest:
+        raise ValueError(f"--context {context}: the model was made for {longest} positions")
+    if context < needed:
+        raise ValueError(f"--context {context}: the texts that the export is checked with "
+                         f"need {needed}")
+    if config.static and config.static[2] < (least := longest_prompt + config.static[1]):
+        raise ValueError(f"--static with {config.static[2]} past positions: the texts that the "
+                         f"export is checked with need {least}")
+    return replace(config, context=context)
+
+
+def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) -> dict[str, Any]:
+    """Run the folder beside PyTorch in float32; what was seen, by adapter for a graph.
+
+    Raises ValueError if they disagree.
+    """
+    base = load_model(source.base)
+
+    def reference(task: str | None, adapted: bool = True) -> CausalLM:
+        """The model as it was trained, with its routing frozen as asked for."""
+        model = twin(base)
+        if adapted and expert_layers(source.model):
+            load_adapter(model, source.run / "adapter")
+            beside = config.adapters or config.routing == "freeze"   # not rounded with the base
+            (freeze if beside else merge)(model, frozen.of(task), frozen.routed)
+        return model
+
+    if not config.graph:
+        return check_weights(config, source, folder, frozen, reference(config.task), base)
+    generator, found = Generator(folder), {}
+    blocks = unrounded(generator) if config.precision.startswith("int") else None
+    prompts = some_prompts(source, config.check)
+    for adapter in (None, *generator.tasks):
+        task, adapted = adapter or config.task, bool(adapter) or not config.adapters
+        seen: dict[str, Any] = {}
+        if blocks:
+            blocks.use(adapter)
+            seen = compare_rounded(reference(task, adapted), blocks, prompts, config.precision)
+        generator.use(adapter)
+        model = reference(task, adapted)
+        seen |= compare_graph(model, generator, prompts, config.precision)
+        show_logits(task or source.name, seen)
+        if adapted:
+            seen["exact_match"] = {
+                t.name: accuracies(config, source, generator, model, t) for t in source.tasks
+                if task in (None, t.name) and answers_fit(generator, t)}
+        found[task or ""] = seen
+    show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
+    return found
+
+
+def check_weights(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,
+                  reference: CausalLM, base: CausalLM) -> dict[str, Any]:
+    """Compare the logits of a folder of layout hf or peft with those of `reference`."""
+    if config.layout == "hf":
+        exported = load_model(folder)
+    else:
+        load_adapter(exported := twin(base), source.run / "adapter")
+        merge(exported, {n: Fit(*pair) for n, pair in read_peft(folder).items()})
+    stored = weights(source.base)                          # merged weights have its dtypes
+    exact = config.layout == "peft" or all(
+        stored(f"{n}.weight").dtype == torch.float32 for n in frozen.of(config.task))
+    seen = compare_logits(reference, partial(logits, exported), some_prompts(source, config.check),
+                          source.tokenizer.stop_ids, "fp32" if exact else "bf16")
+    show_logits(source.name, seen)
+    return seen
+
+
+def accuracies(config: ExportConfig, source: Source, generator: Generator, model: CausalLM,
+               task: Task) -> dict[str, float]:
+    """Exact match of the export, beside that seen in training and, if rounded, that of float32."""
+    found = {"trained": source.trained[task.name]} if task.name in source.trained else {}
+    if config.precision != "fp32":
+        found["float32"] = evaluate(model, source.tokenizer, task).share
+    return found | {config.precision: accuracy(generator, task).share}

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import onnx
@@ -16,10 +17,10 @@ from safetensors.torch import save_file
 
 import export
 import train
-from minismoe.cli import export_flags
-from minismoe.export import verify
-from minismoe.export.heal import auto, load_frozen
-from minismoe.method.freeze import merge
+from minismoe.export import layouts, verify
+from minismoe.export.routing import fewest_routed
+from minismoe.export.settings import ExportConfig
+from minismoe.method.freeze import Fit, merge
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator, read_info
@@ -53,6 +54,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
+def frozen_of(run: Path) -> dict[str, dict[str, Fit]]:
+    """What frozen.safetensors of a run holds, by task; "" for all together."""
+    fits: dict[str, dict[str, Fit]] = {}
+    with safe_open(run / "adapter" / "frozen.safetensors", "pt") as f:
+        assert f.metadata()["format"] == "minismoe.frozen/1"
+        for path, note in json.loads(f.metadata()["fits"]).items():
+            task, _, name = path.rpartition("/")
+            fits.setdefault(task, {})[name] = Fit(
+                f.get_tensor(f"{path}.lora_A"), f.get_tensor(f"{path}.lora_B"), *note)
+    return fits
+
+
 @pytest.mark.parametrize("flags", [
     "", "--routing dynamic", "--routing freeze --heal 3", "--routing auto --tolerance 0",
     "--fit gates", "--task twice", "--adapters", "--target portable", "--precision int4",
@@ -71,7 +84,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
     export.main([str(run), "--out", str(out), "--check", "4", *args])
     info = json.loads((out / "export.json").read_text())
     if args[:2] != ["--routing", "dynamic"]:
-        kinds = {f.kind for f in load_frozen(run / "adapter")[
+        kinds = {f.kind for f in frozen_of(run)[
             info["arguments"]["task"] or ""].values()}
         assert ("healed" in kinds) == ("--heal" in args)
         assert not ("--fit" in args and "linear" in kinds)
@@ -95,7 +108,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         model = load_model(run.parent / "model")
         load_adapter(model, run / "adapter")
         if args[:2] != ["--routing", "dynamic"]:
-            merge(model, load_frozen(run / "adapter")[info["arguments"]["task"] or ""],
+            merge(model, frozen_of(run)[info["arguments"]["task"] or ""],
                   info["routed"])
         (expected,) = generate(model, [PROMPT], 20, [257])
         assert len(expected) > 3
@@ -104,7 +117,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
 
 def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:
     export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
-    fits = load_frozen(run / "adapter")
+    fits = frozen_of(run)
     assert set(fits) == {"", "number", "twice"}
     with safe_open(run / "adapter" / "adapter.safetensors", "pt") as f:
         assert set(fits[""]) == {key.rpartition(".")[0] for key in f.keys()}    # noqa: SIM118
@@ -115,13 +128,14 @@ def test_auto_may_lose_just_the_tolerance(run: Path, tmp_path: Path) -> None:
     """In floats 0.07 - 0.01 is more than 0.06."""
     export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
     load_adapter(model := load_model(run.parent / "model"), run / "adapter")
-    fits = load_frozen(run / "adapter")[""]
-    strict, just = auto(model, fits, lambda m: 0.07 if m is model else 0.06, [0.0099, 0.01])
+    fits = frozen_of(run)[""]
+    strict, just = fewest_routed(model, fits, lambda m: 0.07 if m is model else 0.06,
+                                 [0.0099, 0.01])
     assert strict and not just
 
 
 def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export.main([str(run), "--table", "--heal", "2", "--calibration", "16", "--routing", "auto"])
+    export.main(["table", str(run), "--heal", "2", "--calibration", "16", "--routing", "auto"])
     rows = json.loads((run / "routing.json").read_text())["rows"]
     names = [row["model"].split(":")[0] for row in rows]
     assert names == ["mixture", "merged, mean", "merged, gates", "merged, linear",
@@ -143,7 +157,7 @@ def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "peft"])
     load_adapter(model := load_model(run.parent / "model"), run / "adapter")
-    merge(model, load_frozen(run / "adapter")[""])
+    merge(model, frozen_of(run)[""])
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
@@ -163,7 +177,7 @@ def test_a_base_alone(run: Path, tmp_path: Path) -> None:
     assert list(Generator(tmp_path / "out", threads=1).generate(PROMPT, 20)) == expected
 
 
-@pytest.mark.parametrize("flags", ["--task number", "--table", "--heal 3", "--routing auto",
+@pytest.mark.parametrize("flags", ["--task number", "--heal 3", "--routing auto",
                                    "--prompts x", "--layout peft", "--adapters", "--fit linear",
                                    "--calibration 64", "--limit-test 5"])
 def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, flags: str,
@@ -180,7 +194,8 @@ def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, 
 def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
     export.main([str(run), "--out", str(tmp_path / "out"), "--check", "2"])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
-    assert arguments.items() >= (export_flags.DEFAULTS | export_flags.USUAL | {"check": 2}).items()
+    wanted = ExportConfig(run=str(run), out=str(tmp_path / "out"), check=2, context=128)
+    assert arguments == asdict(wanted)
 
 
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
@@ -240,7 +255,7 @@ def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
 def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precision: str,
                                                flags: str, monkeypatch) -> None:
     """Rounding explains more than they do, until PyTorch's weights are rounded too."""
-    write, check = export.write_decoder, verify.compare_rounded
+    write, check = layouts.write_decoder, verify.compare_rounded
 
     def broken(file, config, weight, beside, **options) -> None:
         some = {name: side for name, side in beside.items() if "q_proj" not in name}
@@ -248,14 +263,14 @@ def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precis
         write(file, config, weight, some, **options)
 
     args = [str(run), "--out", str(tmp_path / "out"), "--precision", precision, *flags.split()]
-    monkeypatch.setattr(export, "write_decoder", broken)
+    monkeypatch.setattr(layouts, "write_decoder", broken)
     with pytest.raises(ValueError, match="with the same rounded weights: .* explains 0.0001"):
         export.main(args)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(verify, "compare_rounded", lambda *args: {"rounded_error": 0.0})
     export.main(args)
     monkeypatch.setattr(verify, "compare_rounded", check)
-    monkeypatch.setattr(export, "write_decoder", write)
+    monkeypatch.setattr(layouts, "write_decoder", write)
     export.main([*args, "--out", str(tmp_path / "whole")])
     checked = json.loads((tmp_path / "whole" / "export.json").read_text())["checked"][""]
     assert checked["rounded_error"] < 1e-5 < checked["logits_error"]
@@ -274,7 +289,7 @@ def test_what_is_no_number_is_refused(run: Path) -> None:
     for broken in (lambda p, t: verify.logits(base, p, t) * math.nan,
                    lambda p, t: verify.logits(base, p, t) * (math.nan if len(p) == 9 else 1)):
         with pytest.raises(ValueError, match="not what PyTorch computes"):
-            verify.compare(base, broken, [PROMPT[:8], PROMPT[:9], PROMPT], [257], "fp32")
+            verify.compare_logits(base, broken, [PROMPT[:8], PROMPT[:9], PROMPT], [257], "fp32")
 
 
 def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None:
@@ -288,8 +303,8 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("flags, reason", [
     ("--static 1x1x8", "--static needs --target portable"),
-    ("--static 1xtwo", "invalid static value"),
-    ("--layout hf --routing dynamic", "knows no routing"),
+    ("--static 1xtwo", "invalid BxTxP value"),
+    ("--layout hf --routing dynamic", "cannot route"),
     ("--layout hf --precision int4", "holds no graph"),
     ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
     ("--routing dynamic --heal 3", "--routing dynamic freezes nothing"),
@@ -301,15 +316,9 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--layout hf --routing freeze", "holds merged weights"),
     ("--layout peft --context 64", "holds no graph"),
     ("--calibration 1", "needs two samples"),
-    ("--table --task number", "--table compares all tasks"),
     ("--tolerance nan", "nan is no number of at least 0"),
     ("--tolerance 0", "--tolerance is of --routing auto"),
     ("--tolerance 0.01 --routing freeze", "--tolerance is of --routing auto"),
-    ("--table --routing auto --tolerance 0.2", "--tolerance is of --routing auto"),
-    *((f"--table {flag}", f"--table compares and exports nothing: leave out {flag.split()[0]}")
-      for flag in ("--out x", "--layout web", "--precision int4", "--static 1x1x9", "--context 64",
-                   "--adapters", "--check 8", "--target portable", "--routing freeze",
-                   "--routing dynamic")),
     ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
     ("--routing dynamic --calibration 9", "freezes nothing: leave out --calibration"),
 ])
@@ -318,6 +327,23 @@ def test_wrong_usage(run: Path, flags: str, reason: str,
     with pytest.raises(SystemExit) as end:
         export.main([str(run), *flags.split()])
     assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [
+    "--out x", "--layout web", "--precision int4", "--static 1x1x9", "--context 64", "--adapters",
+    "--check 8", "--target portable", "--routing freeze", "--tolerance 0.2", "--task number",
+    "--model x"])
+def test_the_table_has_no_flags_of_an_export(run: Path, flag: str,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        export.main(["table", str(run), *flag.split()])
+    assert end.value.code == 2 and flag.split()[0] in capsys.readouterr().err
+
+
+def test_a_table_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no run yet .*, which the table is for"):
+        export.main(["table"])
 
 
 @pytest.mark.parametrize("flags, reason", [

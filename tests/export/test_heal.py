@@ -1,8 +1,9 @@
-"""routing.py: the mixture is left alone, healing comes nearer, auto keeps no more than it must."""
+"""Healing and routing: the mixture is left alone, healing comes nearer, auto routes the fewest."""
 
 from __future__ import annotations
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import safe_open
 from test_freeze import COUNTS, ROUTED, V, batch, model_of, tasks
 
 from minismoe.data.tasks import Example, collate
-from minismoe.export import heal as routing
-from minismoe.export.heal import (
-    agreement,
-    auto,
-    compare,
-    comparison,
-    distil_step,
-    heal,
-    load_frozen,
-    save_frozen,
-    twin,
-)
+from minismoe.export import heal as healing
+from minismoe.export.frozen import Frozen, save_frozen
+from minismoe.export.heal import agreement, distil_step, heal, twin
+from minismoe.export.routing import cost_rows, cost_table, fewest_routed
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import fit, freeze, merge
 from minismoe.method.loss import IGNORE
@@ -45,7 +38,9 @@ def mixture() -> Any:
 
 @pytest.fixture(scope="module")
 def fits(mixture: Any) -> Any:
-    return fit(mixture, tasks())
+    """Frozen mixtures by kind of fit."""
+    return {kind: Frozen(found[""], {task: found[task] for task in tasks()})
+            for kind, found in fit(mixture, tasks()).items()}
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +81,7 @@ def divergence(model: Any, teacher: Any, data: list[Example]) -> float:
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
-    start, data = fits["mean"][""], examples(labelled)
+    start, data = fits["mean"].together, examples(labelled)
     keep = [ROUTED[0], ROUTED[-1]]
     healed = heal(mixture, start, data, 20, 0, keep=keep, lr=1e-2)
     assert list(healed) == [n for n in COUNTS if n not in keep]
@@ -103,15 +98,15 @@ def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> Non
 
 
 def test_healing_is_deterministic(mixture: Any, fits: Any) -> None:
-    first, again = (heal(mixture, fits["gates"][""], examples(), 3, 0) for _ in range(2))
+    first, again = (heal(mixture, fits["gates"].together, examples(), 3, 0) for _ in range(2))
     assert all(torch.equal(first[n].lora_A, again[n].lora_A) for n in first)
 
 
 def test_divergence_and_its_gradient_equal_autograd(mixture: Any, fits: Any,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "CHUNK", 5 * V)                   # five tokens at a time
+    monkeypatch.setattr(healing, "CHUNK", 5 * V)                   # five tokens at a time
     student, data = twin(mixture), collate(examples(), 0)
-    freeze(student, fits["mean"][""])
+    freeze(student, fits["mean"].together)
     parts = [p for p in student.parameters() if p.requires_grad]
     found = distil_step(student, mixture, data)
     assert found == pytest.approx(divergence(student, mixture, examples()), rel=1e-4)
@@ -126,17 +121,17 @@ def test_divergence_and_its_gradient_equal_autograd(mixture: Any, fits: Any,
 # --- auto and the table -------------------------------------------------------------------------
 
 def test_agreement(mixture: Any, fits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "CHUNK", 5 * V)
+    monkeypatch.setattr(healing, "CHUNK", 5 * V)
     batches, other = [batch(5), batch(6)], twin(mixture)
     assert agreement(mixture, mixture, batches) == 1
-    merge(other, fits["mean"][""])
+    merge(other, fits["mean"].together)
     same = [(other(i, m).argmax(-1) == mixture(i, m).argmax(-1))[m.bool()] for i, m, _ in batches]
     assert agreement(other, mixture, batches) == torch.cat(same).double().mean().item()
 
 
 @pytest.mark.parametrize("needed", [0, 1, 4, len(ROUTED)])
 def test_auto_keeps_the_smallest_prefix(mixture: Any, fits: Any, needed: int) -> None:
-    linear, calls = fits["linear"][""], []
+    linear, calls = fits["linear"].together, []
     order = sorted(ROUTED, key=lambda n: -linear[n].residual * linear[n].energy)
 
     def score(model: Any) -> float:
@@ -145,7 +140,7 @@ def test_auto_keeps_the_smallest_prefix(mixture: Any, fits: Any, needed: int) ->
         assert model is mixture or set(kept) == set(order[:len(kept)])
         return min(len(kept), needed) / 100
 
-    strict, loose = auto(mixture, linear, score, [0.0, 0.02])
+    strict, loose = fewest_routed(mixture, linear, score, [0.0, 0.02])
     assert strict == order[:needed] and loose == order[:max(0, needed - 2)]
     assert calls[0] == len(ROUTED) and len(calls) == len(set(calls[1:])) + 1      # none twice
     assert len(calls) <= 1 + 2 * 5
@@ -155,7 +150,7 @@ def test_rows_of_the_comparison(mixture: Any, fits: Any) -> None:
     def score(model: Any, task: str) -> float:
         return 0.5 + 0.01 * len(expert_layers(model)) + (task == "b") / 10
 
-    rows = compare(mixture, fits, ["a", "b"], score, fits["linear"][""], [0.14, 0.0])
+    rows = cost_rows(mixture, fits, fits["linear"].together, score, [0.14, 0.0])
     assert [row["model"] for row in rows] == [
         "mixture", "merged, mean", "merged, gates", "merged, linear", "merged, linear, a task",
         "merged, healed", "auto, 14 points: 0 routed", "auto, 0 points: 12 routed"]
@@ -167,43 +162,26 @@ def test_rows_of_the_comparison(mixture: Any, fits: Any) -> None:
     assert [row["parameters"] for row in rows] == [experts, *[0] * 6, experts - shared]
     assert rows[0]["residual"] == 0 and rows[-1]["residual"] == 0
     assert rows[1]["residual"] > rows[2]["residual"] > rows[3]["residual"] > 0
-    text = comparison(rows).splitlines()
+    text = cost_table(rows).splitlines()
     assert len(text) == 10 and text[0].split()[:3] == ["model", "a", "b"]
 
 
 # --- frozen.safetensors -------------------------------------------------------------------------
 
-def test_save_and_load(mixture: Any, fits: Any, tmp_path: Path) -> None:
+def test_frozen_maps_are_kept_beside_the_adapter(fits: Any, tmp_path: Path) -> None:
     save_frozen(tmp_path, fits["linear"])
     assert [p.name for p in tmp_path.iterdir()] == ["frozen.safetensors"]
-    loaded = load_frozen(tmp_path)
-    assert list(loaded) == ["", "a", "b"]
-    for task, by_name in fits["linear"].items():
-        assert list(loaded[task]) == list(by_name)
-        for name, wanted in by_name.items():
-            found = loaded[task][name]
-            assert torch.equal(found.lora_A, wanted.lora_A)
-            assert torch.equal(found.lora_B, wanted.lora_B)
-            assert (found.kind, found.residual, found.energy) == (
-                wanted.kind, wanted.residual, wanted.energy)
-    from safetensors import safe_open
     with safe_open(tmp_path / "frozen.safetensors", "pt") as f:
+        assert f.metadata()["format"] == "minismoe.frozen/1"
+        notes = json.loads(f.metadata()["fits"])
+        assert len(notes) == 3 * len(COUNTS)
+        for prefix, by_name in (("", fits["linear"].together), *(
+                (f"{task}/", found) for task, found in fits["linear"].by_task.items())):
+            for name, wanted in by_name.items():
+                path = prefix + name
+                assert torch.equal(f.get_tensor(f"{path}.lora_A"), wanted.lora_A)
+                assert torch.equal(f.get_tensor(f"{path}.lora_B"), wanted.lora_B)
+                assert notes[path] == [wanted.kind, wanted.residual, wanted.energy]
         name = ROUTED[0]
         assert f.get_slice(f"a/{name}.lora_A").get_shape() == [2 * COUNTS[name], 16]
         assert f.get_slice(f"{name}.lora_B").get_shape() == [16, 2 * COUNTS[name]]
-
-
-def test_broken_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="not frozen yet"):
-        load_frozen(tmp_path)
-    file = tmp_path / "frozen.safetensors"
-    file.write_bytes(b"no header")
-    with pytest.raises(ValueError, match="no valid frozen adapter"):
-        load_frozen(tmp_path)
-    save_file({"x": torch.zeros(1)}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="not of the form"):
-        load_frozen(tmp_path)
-    save_file({"x": torch.zeros(1)}, file, metadata={
-        "format": routing.FROZEN_FORMAT, "fits": '{"q_proj": ["linear", 0.0, 0.0]}'})
-    with pytest.raises(ValueError, match="no valid frozen adapter"):
-        load_frozen(tmp_path)

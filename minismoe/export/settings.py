@@ -1,0 +1,115 @@
+"""What is exported and how: the settings of export.py, and the model that they are applied to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..data.tasks import Example, Task
+from ..data.tokenizer import Tokenizer
+from ..io.flags import flag, number, positive
+from ..method.freeze import KINDS
+from ..model.decoder import CausalLM
+from .weights import PRECISIONS
+
+
+def static_sizes(text: str) -> tuple[int, int, int]:
+    """An argparse type: BxTxP."""
+    B, T, P = (positive(part) for part in text.lower().split("x"))
+    return B, T, P
+
+
+static_sizes.__name__ = "BxTxP"              # as argparse calls it in a message
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """How the routing of a run is frozen, and where that runs."""
+
+    run: str | None = None                   # folder of train.py
+    fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) in its "
+                    "input, constant gates, or their mean", choices=KINDS)
+    heal: int | None = flag(None, "train the frozen maps for so many steps", positive,
+                            metavar="STEPS")
+    calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
+                            metavar="N")
+    prompts: str | None = flag(
+        None, "calibrate and heal on these prompts, one a line, towards the predictions of the "
+        "mixture, and not on the run's data", metavar="FILE")
+    limit_test: int | None = flag(None, "test lines a task (default: as in training)", positive,
+                                  metavar="N")
+    device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
+    dtype: str = flag("auto", "for freezing, healing and evaluating the mixture; default: what "
+                      "the device is fast at", choices=("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class TableConfig(FreezeConfig):
+    """What the table of the ways to freeze compares."""
+
+    heal: int = flag(40, "steps of the healed row (default: 40)", positive, metavar="STEPS")
+    routing: str = flag("merge", "auto: add rows that keep routing in the fewest matrices, for "
+                        "three tolerances", choices=("auto",))
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """What the exported folder holds."""
+
+    routing: str = flag(
+        "merge", "merge (default): into the weights; freeze: a LoRA beside them; dynamic: token "
+        "by token, as trained; auto: dynamic in the fewest matrices that --tolerance needs",
+        choices=("merge", "freeze", "dynamic", "auto"))
+    tolerance: float = flag(0.01, "exact match, or agreement without labels, that --routing auto "
+                            "may lose, as a share (default: 0.01)", number, metavar="X")
+    task: str | None = flag(None, "freeze for the samples of this task alone")
+    adapters: bool = flag(False, "the base with one .onnx_adapter for each task, switched at run "
+                          "time; layouts onnx and genai")
+    layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
+                       "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
+    precision: str = flag(
+        "fp32", "of the base weights, int4-8 with embedding and head in 8 bits; adapters and "
+        "routers stay in float32 (default: fp32)", choices=tuple(PRECISIONS))
+    target: str = flag("ort", "onnxruntime's fused operators (default), or standard ONNX ones "
+                       "alone", choices=("ort", "portable"))
+    static: tuple[int, int, int] | None = flag(
+        None, "fixed sizes for accelerators: prompts, tokens a step, past positions; needs "
+        "--target portable", static_sizes, metavar="BxTxP")
+    context: int | None = flag(
+        None, "positions of the graph (default: what the model was made for, at most 2048, or "
+        "what the test lines need)", positive, metavar="TOKENS")
+    check: int = flag(8, "prompts on which the export must agree with PyTorch (default: 8)",
+                      positive, metavar="N")
+
+
+@dataclass(frozen=True)
+class ExportConfig(FolderConfig, FreezeConfig):
+    """Everything that `export.py` is asked for. Without run and model: the embedded default."""
+
+    model: str | None = None                 # a checkpoint, instead of a run
+    out: str | None = None                   # the folder to make
+
+    @property
+    def graph(self) -> bool:
+        """Whether the folder holds an ONNX graph, not safetensors."""
+        return self.layout not in ("peft", "hf")
+
+    @property
+    def kind(self) -> str:
+        """What the folder is for: a task, all adapters, or a kind of routing."""
+        return self.task or ("adapters" if self.adapters else self.routing)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a model with the experts of a run, or a base alone."""
+
+    run: Path                                # the run's folder, or where that of a base would be
+    base: Path                               # folder of the base checkpoint
+    name: str                                # of the base, as it was given
+    model: CausalLM
+    tokenizer: Tokenizer
+    tasks: Sequence[Task] = ()
+    examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)      # by task
+    trained: Mapping[str, float] = field(default_factory=dict)     # exact match seen in training
