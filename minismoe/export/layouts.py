@@ -27,12 +27,13 @@ from ..data.tokenizer import (
 )
 from ..io.files import read_json, replacing, write_json
 from ..method.experts import expert_layers
-from ..method.freeze import merged
+from ..method.freeze import freeze, merged
 from ..model.checkpoint import DTYPES, MERGED, weight_files, weights
 from ..model.config import Config
 from .frozen import Fits, Frozen
 from .graph import write_decoder, write_sampler
-from .mixture import Adapter, AdapterInput, Mixture
+from .heal import twin
+from .mixture import Adapter, AdapterInput
 from .settings import ExportConfig, Source
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
@@ -45,13 +46,14 @@ WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", 
 def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,
                 ) -> dict[str, Any]:
     """Write model.onnx, sampler.onnx and adapters; returns what export.json tells the runtime."""
-    sizes, layers = source.model.config, expert_layers(source.model)
+    model, sizes = twin(source.model), source.model.config
     into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
-    beside: dict[str, Adapter] = {name: Mixture.of(layers[name]) for name in frozen.routed}
+    if config.routing == "freeze":
+        freeze(model, into)
+        into = {}
+    beside: dict[str, Adapter] = {n: a for n, a in expert_layers(model).items() if n not in into}
     if config.adapters:
         into, beside = {}, dict.fromkeys(into, AdapterInput())
-    elif config.routing == "freeze":
-        into, beside = {}, {n: Mixture.frozen(f.lora_A, f.lora_B) for n, f in into.items()}
     stored = weights(source.base)
 
     def weight(name: str) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,44 +25,11 @@ from ..method.experts import ExpertLinear
 from .weights import WeightGraph
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Experts of a matrix: lora_A (E, r, in), lora_B (E, r, out), router (E, in), in float32.
-
-    Without a router, E is 1: a frozen LoRA.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    router: Tensor | None
-    top_k: int
-    scaling: float
-
-    @classmethod
-    def of(cls, layer: ExpertLinear) -> Mixture:
-        """The experts of a layer, as they are."""
-        A, B = (p.detach().float().cpu() for p in (layer.lora_A, layer.lora_B))
-        router = None if layer.router is None else layer.router.detach().float().cpu()
-        return cls(A, B, router, layer.top_k, layer.scaling)
-
-    @classmethod
-    def frozen(cls, lora_A: Tensor, lora_B: Tensor) -> Mixture:
-        """A plain LoRA: lora_A (R, in), lora_B (out, R) with the scaling."""
-        return cls(lora_A.float().cpu()[None], lora_B.float().cpu().T[None], None, 1, 1.0)
-
-    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) for none."""
-        A = self.lora_A.flatten(0, 1)
-        B = (self.lora_B.flatten(0, 1) * self.scaling).T
-        return A, B, torch.zeros(0, A.shape[1]) if self.router is None else self.router
-
-
-@dataclass(frozen=True)
 class AdapterInput:
     """A LoRA given at run time: inputs `<module>.lora_A` (in, R) and `<module>.lora_B` (R, out)."""
 
 
-Adapter = Mixture | AdapterInput
+Adapter = ExpertLinear | AdapterInput
 
 
 class MixtureGraph(WeightGraph):
@@ -77,10 +43,10 @@ class MixtureGraph(WeightGraph):
               sizes: Sequence[int]) -> str:
         """What the adapters of modules add, side by side: x (B, T, in) -> (B, T, sum of sizes)."""
         found = [self.adapters.get(name) for name in names]
+        layers = [a if isinstance(a, ExpertLinear) else None for a in found]
         if not any(isinstance(a, AdapterInput) for a in found):
-            return self.experts([a if isinstance(a, Mixture) else None for a in found], label, x,
-                                inputs, sizes)
-        if any(isinstance(a, Mixture) for a in found):
+            return self.experts(layers, label, x, inputs, sizes)
+        if any(layers):
             raise ValueError(f"{label}: an adapter that is an input beside one that is not")
         return self.join(f"{label}.lora_B", [
             self.adapter_input(name, x, inputs, size) for name, size in zip(names, sizes)])
@@ -96,11 +62,12 @@ class MixtureGraph(WeightGraph):
         h = self.node("MatMul", f"{name}.lora_A", x, A)
         return self.node("MatMul", f"{name}.lora_B", h, B)
 
-    def experts(self, mixtures: Sequence[Mixture | None], label: str, x: str, inputs: int,
+    def experts(self, layers: Sequence[ExpertLinear | None], label: str, x: str, inputs: int,
                 sizes: Sequence[int]) -> str:
-        """What mixtures add, side by side, (B, T, sum of sizes); None adds zeros."""
-        parts = [m.flat() if m else (torch.zeros(1, inputs), torch.zeros(size, 1),
-                                     torch.zeros(0, inputs)) for m, size in zip(mixtures, sizes)]
+        """What the experts of layers add, side by side, (B, T, sum of sizes); None adds zeros."""
+        parts = [flat(layer) if layer else (torch.zeros(1, inputs), torch.zeros(size, 1),
+                                            torch.zeros(0, inputs))
+                 for layer, size in zip(layers, sizes)]
         routers = [router for _, _, router in parts if len(router)]
         h = self.node("MatMul", f"{label}.lora_A", x, self.tensor(
             f"{label}.lora_A", torch.cat([A for A, _, _ in parts]).T))
@@ -115,7 +82,7 @@ class MixtureGraph(WeightGraph):
                 else:
                     gate[:E] = 1                 # always 1: the gates of any matrix sum to 1
                 gate_of_rank.append(gate)
-            top_k = [m.top_k for m in mixtures if m and m.router is not None]
+            top_k = [layer.top_k for layer in layers if layer and layer.router is not None]
             gates = self.node(
                 "MatMul", f"{label}.gates", self.gates(f"{label}.router", x, routers, top_k),
                 self.tensor(f"{label}.gates", torch.cat(gate_of_rank, 1)))
@@ -164,3 +131,11 @@ class MixtureGraph(WeightGraph):
                 "ConstantOfShape", name, shape,
                 value=helper.make_tensor("value", TensorProto.FLOAT, [1], [-math.inf]))
         return self.shared[name]
+
+
+def flat(layer: ExpertLinear) -> tuple[Tensor, Tensor, Tensor]:
+    """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) without one."""
+    A, B = (p.detach().float().cpu().flatten(0, 1) for p in (layer.lora_A, layer.lora_B))
+    if layer.router is None:
+        return A, (B * layer.scaling).T, A[:0]
+    return A, (B * layer.scaling).T, layer.router.detach().float().cpu()

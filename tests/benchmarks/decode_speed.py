@@ -104,22 +104,15 @@ def export(model: Path, folder: Path, side: str) -> None:
 
     from minismoe import load_model
     from minismoe.export import graph
-    from minismoe.export.mixture import Mixture
-    from minismoe.method.experts import linear_layers
+    from minismoe.method.experts import ExpertLinear, linear_layers
     base = load_model(model, torch.float32)
     weights, config = dict(base.named_parameters()), base.config
     beside = {}
     for name, module in linear_layers(base).items():
         if side != "merged":
-            out, inputs = module.weight.shape
-            if side == "frozen":
-                beside[name] = Mixture.frozen(torch.randn(EXPERTS * RANK, inputs) * 1e-3,
-                                              torch.randn(out, EXPERTS * RANK) * 1e-3)
-            else:
-                beside[name] = Mixture(
-                    torch.randn(EXPERTS, RANK, inputs) * 1e-3,
-                    torch.randn(EXPERTS, RANK, out) * 1e-3,
-                    torch.randn(EXPERTS, inputs) * 1e-2, TOP_K, 2.0)
+            experts, rank = (1, EXPERTS * RANK) if side == "frozen" else (EXPERTS, RANK)
+            beside[name] = ExpertLinear(module, experts, rank, 2.0 * rank, TOP_K)
+            torch.nn.init.normal_(beside[name].lora_B, std=1e-3)
     folder.mkdir()
     graph.write_decoder(folder / "model.onnx", config, lambda name: weights[name].detach(), beside,
                         target="ort", precision="int4", context=CONTEXT)

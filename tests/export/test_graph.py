@@ -15,7 +15,7 @@ from tiny import FAMILIES, random_hf
 from torch import Tensor, nn
 
 from minismoe.export.graph import write_decoder, write_sampler
-from minismoe.export.mixture import AdapterInput, Mixture
+from minismoe.export.mixture import AdapterInput
 from minismoe.export.weights import PRECISIONS
 from minismoe.method.experts import ExpertLinear, expert_layers
 from minismoe.model.checkpoint import load_model
@@ -146,11 +146,7 @@ def mixed(m: CausalLM, experts: Callable[[int, str], tuple[int, int]], scale: fl
                 if p is not None:
                     p.data = torch.randn(p.shape, generator=g) * scale
             m.set_submodule(name, layer)
-            if E == 0:
-                beside[name] = Mixture.frozen(layer.lora_A.detach()[0],
-                                              layer.lora_B.detach()[0].T * layer.scaling)
-            else:
-                beside[name] = Mixture.of(layer)
+            beside[name] = layer
     return beside
 
 
@@ -182,12 +178,10 @@ def test_equal_router_logits_choose_k_experts(model: Callable[..., CausalLM], tm
     for target in ("ort", "portable"):
         m = model("llama")
         beside = mixed(m, lambda i, part: (4, 2))
-        for name, layer in expert_layers(m).items():
+        for layer in expert_layers(m).values():          # which `beside` holds
             layer.router.data[1:] = 0
             for p in (layer.lora_A, layer.lora_B):
                 p.data[1:] = p.data[1:2].clone()
-            beside[name] = Mixture(layer.lora_A.detach(), layer.lora_B.detach(),
-                                   layer.router.detach(), 2, layer.scaling)
         compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, target,
                 1e-4)
 
@@ -211,7 +205,8 @@ def test_two_adapters_on_one_base(model: Callable[..., CausalLM], tmp_path: Path
             out, inputs = m.get_submodule(name).weight.shape
             A, B = (torch.randn(s, generator=g) * 0.2 for s in ((inputs, rank), (rank, out)))
             parameters |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
-            beside[name] = Mixture.frozen(A.T, B.T)
+            beside[name] = layer = ExpertLinear(m.get_submodule(name), 1, rank, rank, 1)
+            layer.lora_A.data, layer.lora_B.data = A.T[None], B[None]
         adapter = ort.AdapterFormat()
         adapter.set_parameters({n: ort.OrtValue.ortvalue_from_numpy(t.numpy())
                                 for n, t in parameters.items()})
