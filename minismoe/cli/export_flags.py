@@ -12,7 +12,7 @@ from ..export.settings import ExportConfig, FolderConfig, FreezeConfig, TableCon
 from ..io.flags import add_flags, from_flags, text
 
 NO_RUN = "runs holds no run yet (python train.py makes one)"
-USUAL = {name: getattr(FolderConfig, name) for name in (     # may be given though they are idle
+USUAL = {name: getattr(FolderConfig, name) for name in (     # may always be given as what they are
     "layout", "precision", "routing", "target")}
 
 
@@ -48,8 +48,10 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
 
 
 def with_newest_run(config: Any, needs: str) -> Any:
-    """The settings with the newest run in `runs`, unless they name one; ValueError if `needs`,
-    which only a run has a use for, is asked for and there is none."""
+    """The settings, with the newest run in `runs` unless they name one.
+
+    Raises ValueError if there is no run and `needs`, what was asked for, makes sense only for one.
+    """
     made = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
     if not config.run and not made and needs:
         raise ValueError(f"{NO_RUN}, which {needs} is for")
@@ -57,29 +59,28 @@ def with_newest_run(config: Any, needs: str) -> Any:
 
 
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
-    """What flags mean nothing together, or "" if all do."""
+    """Which flags contradict each other, and how to mend it; "" if none do."""
     layout, needs = config.layout, of_adapters(given) if config.model else ""
-    portable = config.target == "portable"
+    ungraphed = first(given, "target", "static", "context", "precision")
     idle = first(given, "fit", "calibration", "heal", "prompts", "task")
     rules = [
         (config.run and config.model, "RUN names its base itself: give RUN or --model"),
-        (not config.graph and first(given, "static", "target", "precision", "context"),
-         f"--layout {layout} holds no graph: --target, --static, --context and --precision mean "
-         "nothing"),
+        (not config.graph and ungraphed,
+         f"--layout {layout} holds no graph: leave out {ungraphed}"),
         (layout == "hf" and config.routing == "freeze",
          "--layout hf holds merged weights: --routing merge, or --layout peft"),
-        ("tolerance" in given and config.routing != "auto", "--tolerance is of --routing auto"),
-        (config.static and not portable, "--static needs --target portable"),
-        (config.static and layout != "onnx" or portable and layout == "web",
-         "--layout genai and web take graphs of varying sizes, web those of target ort"),
+        ("tolerance" in given and config.routing != "auto", "--tolerance needs --routing auto"),
+        (config.static and config.target == "ort", "--static needs --target portable"),
+        (config.static and layout != "onnx", "--static needs --layout onnx"),
+        (layout == "web" and config.target == "portable", "--layout web needs --target ort"),
         (config.routing == "dynamic" and idle,
          f"--routing dynamic freezes nothing: leave out {idle}"),
         (config.adapters and config.routing != "merge",
          "--adapters freezes every matrix: leave out --routing"),
         (config.adapters and (layout not in ("onnx", "genai") or config.task or config.model),
-         "--adapters holds every task of a run, in layout onnx or genai"),
+         "--adapters needs a run, all of its tasks, and --layout onnx or genai"),
         (not config.graph and config.routing in ("dynamic", "auto"),
-         f"--layout {layout} cannot route: --routing merge"),
+         f"--layout {layout} cannot route: leave out --routing"),
         (config.prompts and (config.task or config.adapters),
          "--prompts has no tasks: leave out --task and --adapters"),
         (needs, f"--model has no adapters, which {needs} is for")]
@@ -87,12 +88,12 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
 
 
 def of_adapters(given: Mapping[str, Any]) -> str:
-    """The first of the flags given that mean nothing for a base alone."""
+    """The first flag given that has no effect on a base without adapters."""
     return first(given, *["layout"] * (given.get("layout") == "peft"), "routing", "adapters",
                  "heal", "prompts", "task", "fit", "calibration", "tolerance", "limit_test")
 
 
 def first(given: Mapping[str, Any], *names: str) -> str:
-    """The first of these flags that was given, unless it says what is usual anyway."""
+    """The first of these flags that was given with another value than its usual one."""
     return next((f"--{name.replace('_', '-')}" + f" {given[name]}" * (name in USUAL)
                  for name in names if name in given and given[name] != USUAL.get(name)), "")

@@ -1,6 +1,6 @@
-"""Freeze the mixtures of a run: fit linear maps, show what they miss, keep them beside the adapter.
+"""Freeze the mixtures of a run: fit linear maps, show their residuals, save them.
 
-This file alone reads what method/freeze.py returns.
+No other file of the export room reads the result of method.freeze.fit.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Calibration:
 
 
 def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
-    """One example a line of text, without labels. ValueError if there is none, or no UTF-8."""
+    """One example a line of a file, without labels. ValueError if it is empty or no UTF-8."""
     try:
         lines = Path(file).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as e:
@@ -101,7 +101,7 @@ def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
 
 
 def show_residuals(source: Source, fits: Fits) -> None:
-    """Print, and draw beside the adapter, what share of each mixture's output the fits miss."""
+    """Print the share of each mixture's output that the fits miss; draw adapter/residual.svg."""
     residuals = {name: f.residual for name, f in fits.items()}
     print(terminal_heatmap("share of the mixture's output that one linear map misses", residuals))
     kinds = [f.kind for f in fits.values()]

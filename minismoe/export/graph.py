@@ -333,7 +333,7 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Tensor],
     """Write the graph to `file`, and its tensors to `file`.data.
 
     weight(name) returns the tensor of a Hugging Face name, and is called once for each. `adapters`:
-    by module name, what is added to the output of a matrix. `context`: the number of positions.
+    of matrices, by module name. `context`: the number of positions.
     static (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is read in
     chunks of T, the first of which is padded on the left. Raises ValueError for what a target
     cannot do, and for `adapters` of modules that the model does not have.

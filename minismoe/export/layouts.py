@@ -45,7 +45,7 @@ WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", 
 
 def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,
                 ) -> dict[str, Any]:
-    """Write model.onnx, sampler.onnx and adapters; returns what export.json tells the runtime."""
+    """Write model.onnx, sampler.onnx and adapters; returns the entries of export.json on them."""
     model, sizes = twin(source.model), source.model.config
     into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
     if config.routing == "freeze":

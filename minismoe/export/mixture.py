@@ -1,4 +1,6 @@
-"""What an ONNX graph adds to the output of its matrices: experts, or an adapter that is an input.
+"""Adapters in an ONNX graph: experts of a layer, or a LoRA that is an input of the graph.
+
+Their output is added to that of the matrices of one group, which read the same x:
 
     x -> MatMul router -> top k -> Softmax -> MatMul (gate of each rank) -+
     x -> MatMul [A_q A_k A_v] -------------------------------------------Mul -> Split
@@ -33,7 +35,7 @@ Adapter = ExpertLinear | AdapterInput
 
 
 class MixtureGraph(WeightGraph):
-    """A graph with `adapters`, by module name, whose outputs are added to those of matrices."""
+    """A graph with `adapters`, by module name."""
 
     def __init__(self, adapters: Mapping[str, Adapter], *model: Any):
         super().__init__(*model)
@@ -47,7 +49,7 @@ class MixtureGraph(WeightGraph):
         if not any(isinstance(a, AdapterInput) for a in found):
             return self.experts(layers, label, x, inputs, sizes)
         if any(layers):
-            raise ValueError(f"{label}: an adapter that is an input beside one that is not")
+            raise ValueError(f"{label}: adapters that are inputs and adapters that are not")
         return self.join(f"{label}.lora_B", [
             self.adapter_input(name, x, inputs, size) for name, size in zip(names, sizes)])
 

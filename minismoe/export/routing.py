@@ -1,4 +1,4 @@
-"""Which mixtures keep routing, and what each way to be rid of it costs."""
+"""Decide which mixtures keep routing, and measure the cost of each way to freeze the others."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], flo
 
 def cost_rows(model: nn.Module, kinds: Mapping[str, Frozen], healed: Fits, score: Score,
               tolerances: Sequence[float] = ()) -> list[dict[str, Any]]:
-    """A row for the mixture and for each way to be rid of routing: its name, the score of each
+    """A row for the mixture and for each way to freeze it: its name, the score of each
     task and their mean, the median held-out residual of the merged mixtures, and the number of
     parameters that stay beside the base.
 

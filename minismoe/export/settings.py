@@ -40,8 +40,8 @@ class FreezeConfig:
     limit_test: int | None = flag(None, "test lines a task (default: as in training)", positive,
                                   metavar="N")
     device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
-    dtype: str = flag("auto", "for freezing, healing and evaluating the mixture; default: what "
-                      "the device is fast at", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "for freezing, healing and scoring the mixture; default: the "
+                      "faster one on the device", choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class FolderConfig:
         choices=("merge", "freeze", "dynamic", "auto"))
     tolerance: float = flag(0.01, "exact match, or agreement without labels, that --routing auto "
                             "may lose, as a share (default: 0.01)", number, metavar="X")
-    task: str | None = flag(None, "freeze for the samples of this task alone")
+    task: str | None = flag(None, "freeze for the samples of this task only")
     adapters: bool = flag(False, "the base with one .onnx_adapter for each task, switched at run "
                           "time; layouts onnx and genai")
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
@@ -71,8 +71,8 @@ class FolderConfig:
     precision: str = flag(
         "fp32", "of the base weights, int4-8 with embedding and head in 8 bits; adapters and "
         "routers stay in float32 (default: fp32)", choices=tuple(PRECISIONS))
-    target: str = flag("ort", "onnxruntime's fused operators (default), or standard ONNX ones "
-                       "alone", choices=("ort", "portable"))
+    target: str = flag("ort", "onnxruntime's fused operators (default), or standard ONNX "
+                       "operators only", choices=("ort", "portable"))
     static: tuple[int, int, int] | None = flag(
         None, "fixed sizes for accelerators: prompts, tokens a step, past positions; needs "
         "--target portable", static_sizes, metavar="BxTxP")
@@ -105,7 +105,7 @@ class ExportConfig(FolderConfig, FreezeConfig):
 class Source:
     """What is exported: a model with the experts of a run, or a base alone."""
 
-    run: Path                                # the run's folder, or where that of a base would be
+    run: Path                                # folder of the run; for a base, a name in runs
     base: Path                               # folder of the base checkpoint
     name: str                                # of the base, as it was given
     model: CausalLM

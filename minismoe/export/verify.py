@@ -1,4 +1,4 @@
-"""Run an export beside PyTorch, and compare logits, greedy texts and exact match.
+"""Compare an export with PyTorch: logits, greedy texts, exact match.
 
 Letters: n tokens compared, V vocabulary.
 """
@@ -122,7 +122,7 @@ def tokens_of(generator: Generator, prompts: Prompts, most: int) -> int:
 
 
 def unrounded(generator: Generator) -> Generator:
-    """A generator of the same graph that does not round activations, to test its blocks alone."""
+    """A generator of the same graph that rounds no activations, to test only its blocks."""
     graph = onnx.load(str(generator.folder / "model.onnx"), load_external_data=False)
     for attribute in (a for node in graph.graph.node for a in node.attribute):
         if attribute.name == "accuracy_level":
@@ -234,7 +234,7 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
 
 
 def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) -> dict[str, Any]:
-    """Run the folder beside PyTorch in float32; what was seen, by adapter for a graph.
+    """Compare the folder with PyTorch in float32; returns the figures, for a graph by adapter.
 
     Raises ValueError if they disagree.
     """

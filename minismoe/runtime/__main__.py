@@ -32,7 +32,7 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
     try:
         for piece in generator.text(timed(generator.generate(prompt, **sampling))):
             answer += piece
-            if terminal:                     # a model can write what commands a terminal
+            if terminal:                     # a model can write control characters
                 piece = clean(piece, "\n\t")
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

@@ -30,7 +30,7 @@ from .folder import CACHE_TYPES, plain_file, read_info
 
 FLOAT, INT64 = 1, 7                          # onnx.TensorProto's numbers
 DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
-CHUNK = 512                                  # prompt tokens a step: bounds what activations need
+CHUNK = 512                                  # prompt tokens a step: bounds activation memory
 
 Row = Sequence["int | None"]                 # new tokens of a prompt; None is padding
 
@@ -54,7 +54,7 @@ class Generator:
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
         self.tokenizer = load_tokenizer(self.folder)
         self.ended, self._turn = "", 0       # the number of the generation that owns the cache
-        self.prompt_tokens = 0               # that the last generation read, without those cached
+        self.prompt_tokens = 0               # tokens the last generation read, cached ones excluded
         self._shared = self.info["target"] == "ort" and not self.static
         name = _provider(provider)
         self._device = DEVICES.get(name, "cpu")
