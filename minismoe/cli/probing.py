@@ -19,7 +19,7 @@ from ..io.files import read_json
 from ..io.text import clean, table
 from ..method.allocate import Allocation, Unfit, allocate
 from ..method.experts import linear_layers
-from ..method.sensitivity import Scores, overlap, probe
+from ..method.sensitivity import Scores, overlap, probe, shapes_of
 from ..model.decoder import CausalLM
 from ..training import distributed
 from ..training.resume import Norms
@@ -67,7 +67,7 @@ def guess(args: argparse.Namespace, sizes: dict[str, tuple[int, int]], tasks: Se
 
 def foreseen(args: argparse.Namespace, inputs: Inputs) -> Allocation:
     """The same for a model that is loaded; where the probe is not needed, just what comes out."""
-    return guess(args, probe(inputs.model, {}).shapes, list(inputs.encoded))
+    return guess(args, shapes_of(inputs.model), list(inputs.encoded))
 
 
 def rehearse(args: argparse.Namespace, inputs: Inputs) -> None:
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace, inputs: Inputs, run: Path) -> Scores:
     with distributed.one_first():        # which may remove what another probe left
         kept = Norms(run, inputs.identity | {
             f"--{flag}": getattr(args, flag) for flag in ("samples", "seed", "dtype", "base_bits")})
-    scores, done = probe(inputs.model, {}), 0
+    scores, done = Scores(shapes_of(inputs.model)), 0
 
     def norms(item: tuple[str, Batch]) -> list[list[float]]:
         return probe(inputs.model, {item[0]: [item[1]]}).samples[item[0]].tolist()
