@@ -40,7 +40,7 @@ from minismoe.io.files import must_be_new, new_folder, read_json, replacing, wri
 from minismoe.io.hub import resolve
 from minismoe.io.text import clean
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
-from minismoe.method.freeze import Fit, fit, freeze, merge, merged
+from minismoe.method.freeze import Fit, TaskFits, fit, freeze, merge, merged
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import MERGED, load_adapter, load_model, versions, weights
 from minismoe.model.decoder import CausalLM
@@ -74,8 +74,8 @@ def main(argv: Sequence[str]) -> None:
     if not args.table:
         must_be_new(out)
 
-    # Freeze the routing: one fit for all tasks together ("") and one for each.
-    fits: Mapping[str, Fits] = {"": {}}
+    # Freeze the routing: one fit for all tasks together and one for each.
+    fits = TaskFits({}, {})
     keep = list(expert_layers(source.inputs.model))             # where it stays, token by token
     if keep and args.routing != "dynamic":
         fits, keep = frozen(args, source)
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
             "format": FORMAT, "model": source.name, "layout": args.layout, "routing": kind,
             "routed": keep, "arguments": vars(args), "versions": versions(), "files": {}}
         if args.layout in ("hf", "peft"):
-            write_weights(args, source, folder, fits[args.task or ""])
+            write_weights(args, source, folder, fits.of(args.task))
         else:
             info |= write_graph(args, source, folder, fits, keep)
             info["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": ""}
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
             for f in sorted(folder.rglob("*")) if f.is_file()}
         write_json(folder / "export.json", info)
     size = sum(entry["bytes"] for entry in info["files"].values())
-    first = next((task for task in fits if args.adapters and task), None)
+    first = next(iter(fits.by_task), None) if args.adapters else None
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{next_command(args.layout, out, first)}", "\n"))
 
 
@@ -172,8 +172,8 @@ def measured(run: Path, inputs: cli.Inputs) -> dict[str, float]:
         raise ValueError(f"{file} is not understood: {type(e).__name__} {e}") from None
 
 
-def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], list[str]]:
-    """Fits by task ("": all), kept beside the adapter, and the matrices that keep routing."""
+def frozen(args: argparse.Namespace, source: Source) -> tuple[TaskFits, list[str]]:
+    """Fits, which are kept beside the adapter, and the matrices that keep routing."""
     inputs, model = source.inputs, source.inputs.model
     pad_id, device = inputs.tokenizer.pad_id, model.lm_head.weight.device
     pools = {name: random.Random(0).sample(e.examples, len(e.examples))
@@ -184,8 +184,8 @@ def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], l
                for name, pool in pools.items()}
     with tqdm(desc="freeze", unit="sample") as bar:
         every = fit(model, batches, progress=bar.update)
-    fits: dict[str, Fits] = dict(every[args.fit])
-    chosen = fits[args.task or ""]
+    fits = every[args.fit]
+    chosen = fits.of(args.task)
     show_residuals(source, chosen)
 
     def score(candidate: Any, task: str) -> float:
@@ -211,9 +211,13 @@ def frozen(args: argparse.Namespace, source: Source) -> tuple[dict[str, Fits], l
                        [args.tolerance])
         print(f"auto: routing stays in {len(keep)} of {len(chosen)} matrices")
     if args.heal:
-        for name in pools if args.adapters else [args.task or ""]:
-            fits[name] = heal(model, fits[name], pools.get(name, examples), args.heal, pad_id,
-                              keep=keep)
+        for name in pools if args.adapters else [args.task]:
+            pool = examples if name is None else pools[name]
+            healed = heal(model, fits.of(name), pool, args.heal, pad_id, keep=keep)
+            if name is None:
+                fits.together = healed
+            else:
+                fits.by_task[name] = healed
     save_frozen(source.run / "adapter", fits)
     return fits, keep
 
@@ -261,10 +265,10 @@ def write_weights(args: argparse.Namespace, source: Source, folder: Path, fits: 
 
 
 def write_graph(args: argparse.Namespace, source: Source, folder: Path,
-                fits: Mapping[str, Fits], keep: Sequence[str]) -> dict[str, Any]:
+                fits: TaskFits, keep: Sequence[str]) -> dict[str, Any]:
     """model.onnx, sampler.onnx and adapters; gives back what the runtime has to know of them."""
     config, layers = source.inputs.model.config, expert_layers(source.inputs.model)
-    inside = {n: f for n, f in fits[args.task or ""].items() if n not in keep}
+    inside = {n: f for n, f in fits.of(args.task).items() if n not in keep}
     beside: dict[str, Side] = {name: mixture(layers[name]) for name in keep}
     if args.adapters:
         inside, beside = {}, dict.fromkeys(inside, AdapterInput())
@@ -280,10 +284,10 @@ def write_graph(args: argparse.Namespace, source: Source, folder: Path,
                   precision=args.precision, context=args.context, static=args.static)
     write_sampler(folder / "sampler.onnx", config.vocab_size)
     adapters = {}
-    for number, task in enumerate(t for t in fits if args.adapters and t):
+    for number, task in enumerate(fits.by_task if args.adapters else ()):
         adapters[task] = f"{number}.onnx_adapter"              # a task's name may be no file's
         layouts.write_adapter(folder / adapters[task], {
-            n: (f.lora_A, f.lora_B) for n, f in fits[task].items()})
+            n: (f.lora_A, f.lora_B) for n, f in fits.by_task[task].items()})
     return {"target": args.target, "precision": args.precision, "context": args.context,
             "static": args.static, "layers": config.num_hidden_layers,
             "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
@@ -298,19 +302,19 @@ def mixture(layer: ExpertLinear) -> Mixture:
     return Mixture(A, B, router, layer.top_k, layer.scaling)
 
 
-def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[str, Fits],
+def check(args: argparse.Namespace, source: Source, folder: Path, fits: TaskFits,
           keep: Sequence[str]) -> dict[str, Any]:
     """Run the folder beside PyTorch in float32; ValueError where they do not say the same."""
     inputs, base = source.inputs, load_model(source.base)
     prompts, stop_ids = some_prompts(inputs, args.check), inputs.tokenizer.stop_ids
 
     def reference(task: str | None) -> CausalLM:
-        """The model as it was trained, its routing frozen as asked for."""
+        """The model as it was trained, its routing frozen as asked for; None: the base alone."""
         model = twin(base)
         if task is not None and expert_layers(inputs.model):
             load_adapter(model, source.run / "adapter")
             beside = args.adapters or args.routing == "freeze"     # then the base alone is rounded
-            (freeze if beside else merge)(model, fits[task], keep)
+            (freeze if beside else merge)(model, fits.of(task or None), keep)
         return model
 
     if args.layout in ("hf", "peft"):
@@ -321,7 +325,7 @@ def check(args: argparse.Namespace, source: Source, folder: Path, fits: Mapping[
             merge(read, {n: Fit(*pair) for n, pair in layouts.read_peft(folder).items()})
         stored = weights(source.base)                  # merged weights are rounded to its dtypes
         exact = args.layout == "peft" or all(
-            stored(f"{n}.weight").dtype == torch.float32 for n in fits[args.task or ""])
+            stored(f"{n}.weight").dtype == torch.float32 for n in fits.of(args.task))
         return verify.say(source.name, verify.compare(
             reference(args.task or ""), partial(verify.logits, read), prompts, stop_ids,
             "fp32" if exact else "bf16"))

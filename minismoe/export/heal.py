@@ -28,7 +28,7 @@ from ..data.tasks import Batch, Example, collate
 from ..io.files import replacing
 from ..io.text import clean, table
 from ..method.experts import expert_layers
-from ..method.freeze import Fit, exact, freeze, merge
+from ..method.freeze import Fit, TaskFits, exact, freeze, merge
 from ..method.loss import CHUNK, IGNORE
 from ..model.decoder import CausalLM
 from ..training.loop import TrainConfig, learning_rate, schedule, train_step
@@ -145,7 +145,7 @@ def auto(model: nn.Module, fits: Fits, score: Callable[[nn.Module], float],
     return [order[:fewest(tolerance)] for tolerance in tolerances]
 
 
-def compare(model: nn.Module, fits: Mapping[str, Mapping[str, Fits]], tasks: Sequence[str],
+def compare(model: nn.Module, fits: Mapping[str, TaskFits], tasks: Sequence[str],
             score: Callable[[nn.Module, str], float], healed: Fits | None = None,
             tolerances: Sequence[float] = ()) -> list[dict[str, Any]]:
     """A row for the mixture and for each way to be rid of routing.
@@ -167,16 +167,16 @@ def compare(model: nn.Module, fits: Mapping[str, Mapping[str, Fits]], tasks: Seq
                 "residual": median(lost or [0.0]),
                 "parameters": sum(p.numel() for p in current.parameters() if p.requires_grad)}
 
-    every = {kind: dict.fromkeys(tasks, by_task[""]) for kind, by_task in fits.items()}
+    every = {kind: dict.fromkeys(tasks, found.together) for kind, found in fits.items()}
     rows = [row("mixture", {}), *(row(f"merged, {kind}", every[kind]) for kind in fits)]
-    rows.append(row("merged, linear, a task", {task: fits["linear"][task] for task in tasks}))
+    rows.append(row("merged, linear, a task", fits["linear"].by_task))
     if healed:
         rows.append(row("merged, healed", dict.fromkeys(tasks, healed)))
 
     def mean(candidate: nn.Module) -> float:
         return sum(score(candidate, task) for task in tasks) / len(tasks)
 
-    for tolerance, keep in zip(tolerances, auto(model, fits["linear"][""], mean, tolerances)):
+    for tolerance, keep in zip(tolerances, auto(model, fits["linear"].together, mean, tolerances)):
         rows.append(row(f"auto, {100 * tolerance:g} points: {len(keep)} routed",
                         every["linear"], keep))
     return rows
@@ -190,11 +190,11 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
                    f"{row['parameters']:,}"] for row in rows])
 
 
-def save_frozen(folder: str | Path, fits: Mapping[str, Fits]) -> None:
-    """Write {task: {module: Fit}}, task "" being all together, to folder/frozen.safetensors."""
+def save_frozen(folder: str | Path, fits: TaskFits) -> None:
+    """Write fits to folder/frozen.safetensors, those of a task under the prefix "<task>/"."""
     tensors, notes = {}, {}
-    for task, by_name in fits.items():
-        for name, fit in by_name.items():
+    for task in (None, *fits.by_task):
+        for name, fit in fits.of(task).items():
             path = f"{task}/{name}" if task else name
             tensors[f"{path}.lora_A"] = fit.lora_A.contiguous()
             tensors[f"{path}.lora_B"] = fit.lora_B.contiguous()
@@ -203,12 +203,12 @@ def save_frozen(folder: str | Path, fits: Mapping[str, Fits]) -> None:
         save_file(tensors, tmp, metadata={"format": FROZEN_FORMAT, "fits": json.dumps(notes)})
 
 
-def load_frozen(folder: str | Path) -> dict[str, dict[str, Fit]]:
+def load_frozen(folder: str | Path) -> TaskFits:
     """What `save_frozen` wrote; FileNotFoundError without it, ValueError for a broken file."""
     file = Path(folder) / "frozen.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no {file.name}: the adapter is not frozen yet")
-    fits: dict[str, dict[str, Fit]] = {}
+    fits = TaskFits({}, {})
     try:
         with safe_open(file, framework="pt") as f:
             meta = f.metadata() or {}
@@ -216,7 +216,8 @@ def load_frozen(folder: str | Path) -> dict[str, dict[str, Fit]]:
                 raise ValueError(f"{file} is not of the form {FROZEN_FORMAT}")
             for path, note in json.loads(meta["fits"]).items():
                 task, _, name = path.rpartition("/")
-                fits.setdefault(task, {})[name] = Fit(
+                found = fits.by_task.setdefault(task, {}) if task else fits.together
+                found[name] = Fit(
                     f.get_tensor(f"{path}.lora_A"), f.get_tensor(f"{path}.lora_B"), *note)
     except (SafetensorError, AttributeError, KeyError, TypeError) as e:
         raise ValueError(f"{file} is no valid frozen adapter: {e}") from None

@@ -1,4 +1,4 @@
-"""What the names of modules tell: their order, layer and projection, and what is ranked together."""
+"""Names of modules: their order, their layer and projection, and which are ranked together."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
     export.main([str(run), "--out", str(out), "--check", "4", *args])
     info = json.loads((out / "export.json").read_text())
     if args[:2] != ["--routing", "dynamic"]:
-        kinds = {f.kind for f in load_frozen(run / "adapter")[
-            info["arguments"]["task"] or ""].values()}
+        kinds = {f.kind for f in load_frozen(run / "adapter").of(
+            info["arguments"]["task"]).values()}
         assert ("healed" in kinds) == ("--heal" in args)
         assert not ("--fit" in args and "linear" in kinds)
     for file in out.rglob("model*.onnx"):
@@ -95,7 +95,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         model = load_model(run.parent / "model")
         load_adapter(model, run / "adapter")
         if args[:2] != ["--routing", "dynamic"]:
-            merge(model, load_frozen(run / "adapter")[info["arguments"]["task"] or ""],
+            merge(model, load_frozen(run / "adapter").of(info["arguments"]["task"]),
                   info["routed"])
         (expected,) = generate(model, [PROMPT], 20, [257])
         assert len(expected) > 3
@@ -105,9 +105,9 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
 def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:
     export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
     fits = load_frozen(run / "adapter")
-    assert set(fits) == {"", "number", "twice"}
+    assert set(fits.by_task) == {"number", "twice"}
     with safe_open(run / "adapter" / "adapter.safetensors", "pt") as f:
-        assert set(fits[""]) == {key.rpartition(".")[0] for key in f.keys()}    # noqa: SIM118
+        assert set(fits.together) == {key.rpartition(".")[0] for key in f.keys()}    # noqa: SIM118
     assert (run / "adapter" / "residual.svg").read_text().startswith("<svg")
 
 
@@ -115,7 +115,7 @@ def test_auto_may_lose_just_the_tolerance(run: Path, tmp_path: Path) -> None:
     """In floats 0.07 - 0.01 is more than 0.06."""
     export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
     load_adapter(model := load_model(run.parent / "model"), run / "adapter")
-    fits = load_frozen(run / "adapter")[""]
+    fits = load_frozen(run / "adapter").together
     strict, just = auto(model, fits, lambda m: 0.07 if m is model else 0.06, [0.0099, 0.01])
     assert strict and not just
 
@@ -143,7 +143,7 @@ def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "peft"])
     load_adapter(model := load_model(run.parent / "model"), run / "adapter")
-    merge(model, load_frozen(run / "adapter")[""])
+    merge(model, load_frozen(run / "adapter").together)
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits

@@ -86,7 +86,7 @@ def divergence(model: Any, teacher: Any, data: list[Example]) -> float:
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
-    start, data = fits["mean"][""], examples(labelled)
+    start, data = fits["mean"].together, examples(labelled)
     keep = [ROUTED[0], ROUTED[-1]]
     healed = heal(mixture, start, data, 20, 0, keep=keep, lr=1e-2)
     assert list(healed) == [n for n in COUNTS if n not in keep]
@@ -103,7 +103,7 @@ def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> Non
 
 
 def test_healing_is_deterministic(mixture: Any, fits: Any) -> None:
-    first, again = (heal(mixture, fits["gates"][""], examples(), 3, 0) for _ in range(2))
+    first, again = (heal(mixture, fits["gates"].together, examples(), 3, 0) for _ in range(2))
     assert all(torch.equal(first[n].lora_A, again[n].lora_A) for n in first)
 
 
@@ -111,7 +111,7 @@ def test_divergence_and_its_gradient_equal_autograd(mixture: Any, fits: Any,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "CHUNK", 5 * V)                   # five tokens at a time
     student, data = twin(mixture), collate(examples(), 0)
-    freeze(student, fits["mean"][""])
+    freeze(student, fits["mean"].together)
     parts = [p for p in student.parameters() if p.requires_grad]
     found = distil_step(student, mixture, data)
     assert found == pytest.approx(divergence(student, mixture, examples()), rel=1e-4)
@@ -129,14 +129,14 @@ def test_agreement(mixture: Any, fits: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(routing, "CHUNK", 5 * V)
     batches, other = [batch(5), batch(6)], twin(mixture)
     assert agreement(mixture, mixture, batches) == 1
-    merge(other, fits["mean"][""])
+    merge(other, fits["mean"].together)
     same = [(other(i, m).argmax(-1) == mixture(i, m).argmax(-1))[m.bool()] for i, m, _ in batches]
     assert agreement(other, mixture, batches) == torch.cat(same).double().mean().item()
 
 
 @pytest.mark.parametrize("needed", [0, 1, 4, len(ROUTED)])
 def test_auto_keeps_the_smallest_prefix(mixture: Any, fits: Any, needed: int) -> None:
-    linear, calls = fits["linear"][""], []
+    linear, calls = fits["linear"].together, []
     order = sorted(ROUTED, key=lambda n: -linear[n].residual * linear[n].energy)
 
     def score(model: Any) -> float:
@@ -155,7 +155,7 @@ def test_rows_of_the_comparison(mixture: Any, fits: Any) -> None:
     def score(model: Any, task: str) -> float:
         return 0.5 + 0.01 * len(expert_layers(model)) + (task == "b") / 10
 
-    rows = compare(mixture, fits, ["a", "b"], score, fits["linear"][""], [0.14, 0.0])
+    rows = compare(mixture, fits, ["a", "b"], score, fits["linear"].together, [0.14, 0.0])
     assert [row["model"] for row in rows] == [
         "mixture", "merged, mean", "merged, gates", "merged, linear", "merged, linear, a task",
         "merged, healed", "auto, 14 points: 0 routed", "auto, 0 points: 12 routed"]
@@ -177,11 +177,11 @@ def test_save_and_load(mixture: Any, fits: Any, tmp_path: Path) -> None:
     save_frozen(tmp_path, fits["linear"])
     assert [p.name for p in tmp_path.iterdir()] == ["frozen.safetensors"]
     loaded = load_frozen(tmp_path)
-    assert list(loaded) == ["", "a", "b"]
-    for task, by_name in fits["linear"].items():
-        assert list(loaded[task]) == list(by_name)
-        for name, wanted in by_name.items():
-            found = loaded[task][name]
+    assert list(loaded.by_task) == ["a", "b"]
+    for task in (None, "a", "b"):
+        assert list(loaded.of(task)) == list(fits["linear"].of(task))
+        for name, wanted in fits["linear"].of(task).items():
+            found = loaded.of(task)[name]
             assert torch.equal(found.lora_A, wanted.lora_A)
             assert torch.equal(found.lora_B, wanted.lora_B)
             assert (found.kind, found.residual, found.energy) == (
