@@ -1,9 +1,9 @@
 """The method on one page, in plain loops. Read this first, then run: python -m minismoe.reference
 
-A frozen model is fine-tuned on several tasks. (1) Measure how sensitive each weight matrix is to
-each task. (2) Each task votes for its most sensitive matrices: a vote is one LoRA expert. (3) Train
-the experts. (4) Freeze the routing, so that a mixture becomes one plain LoRA again.
-A matrix W with E = 2 experts of rank r (x: what W reads for a token, y: what it writes):
+To fine-tune a frozen model on several tasks, measure how sensitive each matrix is to each task (1),
+let each task vote for its most sensitive matrices, where a vote is one LoRA expert (2), train the
+experts (3), and freeze the routing, so that those of a matrix become one plain LoRA (4).
+A matrix W with E = 2 experts of rank r; for one token, it reads x and writes y:
 
             +--- W  (out, in) ---------------------------------------+
             |                                                        |
@@ -13,8 +13,7 @@ A matrix W with E = 2 experts of rank r (x: what W reads for a token, y: what it
             +--- router (E, in) --- softmax of the k largest
 
 Sources: LoRA-SMoE (Xu and Diao 2025, arXiv 2505.06272), Switch (2101.03961), Mixtral (2401.04088).
-minismoe/method computes the same, fast, and tests/method compares the two. N: tokens, k: experts
-that a token takes.
+minismoe/method computes the same, fast; tests/method compares both. N tokens; k active experts.
 """
 
 from __future__ import annotations
@@ -97,9 +96,8 @@ def chosen(logits: Tensor, k: int) -> Tensor:
 #                                         P_e = mean of softmax(logits)_e over the tokens
 def balance_loss(logits: Tensor, k: int) -> Tensor:
     """The loss of router logits (N, E)."""
-    (N, E), p = logits.shape, logits.softmax(dim=-1)
-    f = [chosen(logits, k)[:, e].sum() / (k * N) for e in range(E)]
-    return E * torch.stack([f[e] * p[:, e].mean() for e in range(E)]).sum()
+    f, P = chosen(logits, k).to(logits.dtype).mean(dim=0) / k, logits.softmax(dim=-1).mean(dim=0)
+    return len(f) * (f * P).sum()
 
 
 # 4. Freeze (ours). A and B are all experts' stacked. Find the A' (E*r, in) of one plain LoRA:
@@ -156,7 +154,7 @@ def main() -> None:
     x[1::2, :8] /= 20
     tasks = {"task 1": torch.arange(0, 1024, 2), "task 2": torch.arange(1, 1024, 2)}
     for rows, branch in zip(tasks.values(), ("left", "right")):
-        teacher = copy.deepcopy(model)             # its answers: those of two changed matrices
+        teacher = copy.deepcopy(model)             # whose answers are to be learnt
         for layer in (getattr(teacher, branch), teacher.join):
             layer.weight += 0.4 * torch.outer(*map(torch.randn, layer.weight.shape))
         y[rows] = teacher(x[rows])
@@ -187,10 +185,10 @@ def main() -> None:
         setattr(model, name, new if E > 0 else layer)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(400):
+        optimizer.zero_grad()
         batch_loss = loss(torch.randint(768, (128,)))
         (batch_loss + 0.001 * balance_loss(model.join.router_logits, k=2)).backward()
         optimizer.step()
-        optimizer.zero_grad()
     show("   after")
     layer, reads = model.join, model.branches(x)
     for kind, fit in fits(layer, reads[:768], ridge=1e-4).items():
