@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minismoe.method.experts import expert_layers
+from minismoe import reference
+from minismoe.method.experts import ExpertLinear, expert_layers
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 
@@ -102,3 +103,9 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             if parameter is not None:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+def plain(layer: ExpertLinear) -> reference.Mixture:
+    """The same layer as the reference computes it, with the very same parameters."""
+    return reference.Mixture(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.router,
+                             layer.top_k, layer.scaling)

@@ -1,7 +1,4 @@
-"""Freeze the mixtures of a run: fit linear maps, show their residuals, save them.
-
-No other file of the export room reads the result of method.freeze.fit.
-"""
+"""Freeze the mixtures of a run: fit linear maps, show their residuals, save them."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from ..io.drawing import allocation_svg, terminal_heatmap
 from ..io.files import replacing
 from ..io.text import clean
 from ..method.experts import ExpertLinear, linear_layers
-from ..method.freeze import Fit, fit
+from ..method.freeze import Fit, TaskFits, fit
 from ..method.loss import IGNORE
 from ..training.evaluate import evaluate
 from .heal import agreement
@@ -36,16 +33,10 @@ Score = Callable[[Any, str], float]          # model, task -> from 0 to 1
 
 
 @dataclass
-class Frozen:
+class Frozen(TaskFits):
     """The mixtures of a run as linear maps, and the matrices that keep routing instead."""
 
-    together: Fits                           # fitted for all tasks
-    by_task: dict[str, Fits]                 # fitted for each task alone
     routed: list[str] = field(default_factory=list)
-
-    def of(self, task: str | None) -> Fits:
-        """The fits of a task; None: those of all tasks together."""
-        return self.together if task is None else self.by_task[task]
 
 
 class Calibration:
@@ -71,12 +62,10 @@ class Calibration:
                                          self.source.tokenizer.pad_id, device))
                 for name, pool in self.pools.items()}
 
-    def fits(self) -> dict[str, Frozen]:
+    def fits(self) -> dict[str, TaskFits]:
         """All mixtures, frozen, by kind of fit."""
         with tqdm(desc="freeze", unit="sample") as bar:
-            every = fit(self.source.model, self.batches, progress=bar.update)
-        return {kind: Frozen(fits[""], {task: fits[task] for task in self.pools})
-                for kind, fits in every.items()}
+            return fit(self.source.model, self.batches, progress=bar.update)
 
     def score(self, model: Any, task: str) -> float:
         """Exact match on a task's test split, or without labels agreement with the mixture."""
@@ -114,7 +103,7 @@ def show_residuals(source: Source, fits: Fits) -> None:
         tmp.write_text(svg, encoding="utf-8")
 
 
-def save_frozen(folder: str | Path, frozen: Frozen) -> None:
+def save_frozen(folder: str | Path, frozen: TaskFits) -> None:
     """Write folder/frozen.safetensors: <module>.lora_A and .lora_B, and <task>/<module>.lora_A."""
     fits = {**frozen.together, **{f"{task}/{name}": found for task, by_name in
                                   frozen.by_task.items() for name, found in by_name.items()}}

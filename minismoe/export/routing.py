@@ -12,7 +12,7 @@ from torch import nn
 
 from ..io.text import clean, table
 from ..method.experts import expert_layers
-from ..method.freeze import merge
+from ..method.freeze import Fit, TaskFits, merge
 from .frozen import Calibration, Fits, Frozen, Score, save_frozen, show_residuals
 from .heal import heal, twin
 from .settings import ExportConfig, Source
@@ -24,7 +24,7 @@ def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
     if not layers or config.routing == "dynamic":
         return Frozen({}, {}, layers)
     data = Calibration(config, source)
-    frozen = data.fits()[config.fit]
+    frozen = Frozen(**vars(data.fits()[config.fit]))
     show_residuals(source, frozen.of(config.task))
     if config.routing == "auto":
         tasks, fits = [config.task] if config.task else list(data.pools), frozen.of(config.task)
@@ -32,7 +32,7 @@ def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
             source.model, fits, lambda m: mean(data.score(m, t) for t in tasks), [config.tolerance])
         print(f"auto: routing stays in {len(frozen.routed)} of {len(fits)} matrices")
 
-    def healed(fits: Fits, task: str | None) -> Fits:
+    def healed(fits: Fits, task: str | None) -> dict[str, Fit]:
         examples = data.pools[task] if task else data.examples
         return heal(source.model, fits, examples, config.heal or 0, source.tokenizer.pad_id,
                     keep=frozen.routed)
@@ -74,7 +74,7 @@ def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], flo
     return [order[:fewest(tolerance)] for tolerance in tolerances]
 
 
-def cost_rows(model: nn.Module, kinds: Mapping[str, Frozen], healed: Fits, score: Score,
+def cost_rows(model: nn.Module, kinds: Mapping[str, TaskFits], healed: Fits, score: Score,
               tolerances: Sequence[float] = ()) -> list[dict[str, Any]]:
     """A row for the mixture and for each way to freeze it: its name, the score of each
     task and their mean, the median held-out residual of the merged mixtures, and the number of

@@ -1,50 +1,146 @@
-"""What the paper's vote is compared with: other ways to spend the same number of experts."""
+"""The strategies that the paper's vote is compared with: other ways to spend the same budget.
+
+A strategy is a row of allocations from small to large. It is a function that takes an `Order` and
+gives a range of whole numbers, and the allocation of each number. `allocate` takes the largest one
+that fits the budget.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from .allocation import Counts
+from .names import natural, place
+from .record import MOST, Allocation, Counts, Sensitivities
+
+Row = tuple[range, Callable[[int], Allocation]]
 
 
-def shares(scores: Mapping[str, Mapping[str, float]], groups: Sequence[Sequence[str]],
-           ) -> dict[str, float]:
-    """Weights of "proportional": a module's part of its group's sensitivity, summed over tasks.
+@dataclass(frozen=True)
+class Order:
+    """What a strategy is asked for."""
+
+    draft: Allocation           # rank, alpha, top_k and so on; the strategy fills in the experts
+    scores: Sensitivities
+    groups: Sequence[Sequence[str]]                  # modules that are ranked together
+    shapes: Mapping[str, tuple[int, int]]            # (out, in) of the modules, as far as known
+    low: int                    # experts of a module, at least
+    high: int | None            # and at most; None leaves this to the strategy
+    most: int                   # experts * rank, in total, that the budget pays for at most
+    seed: int
+
+    @property
+    def modules(self) -> list[str]:
+        """All modules in natural order, which settles ties."""
+        return sorted((module for members in self.groups for module in members), key=natural)
+
+
+def proportional(order: Order) -> Row:
+    """Experts in proportion to a module's share of the sensitivity."""
+    return _by_weight(order, shares(order.scores, order.groups))
+
+
+def uniform(order: Order) -> Row:
+    """The same number of experts for every module; numbered by it."""
+    return range(max(1, order.low), _limit(order) + 1), lambda experts: replace(
+        order.draft, experts=dict.fromkeys(order.modules, experts))
+
+
+def mola(order: Order) -> Row:
+    """More experts the higher the layer: a line from 2 at the lowest to 8 at the highest.
+
+    The inverted triangle "2468" of MoLA (Gao et al. 2024, arXiv 2402.08562), without its steps.
+    """
+    layers = {module: place(module)[0] for module in order.modules}
+    numbers = [layer for layer in layers.values() if layer is not None]
+    if unplaced := [module for module, layer in layers.items() if layer is None]:
+        raise ValueError(f"strategy 'mola' finds no layer number in {unplaced}")
+    low, high = min(numbers), max(numbers)
+    return _by_weight(order, {module: 2 + 6 * ((layer or 0) - low) / max(1, high - low)
+                              for module, layer in layers.items()})
+
+
+def draw(order: Order) -> Row:
+    """Experts dropped one by one on modules chosen at random ("random").
+
+    One more in total with the same seed adds an expert and moves none, so costs only grow.
+    """
+    high = order.high or max(order.low, len(order.scores))
+
+    def count(total: int) -> Counts:
+        generator, counts = random.Random(order.seed), dict.fromkeys(order.modules, order.low)
+        for _ in range(total - order.low * len(counts)):
+            counts[generator.choice([module for module in counts if counts[module] < high])] += 1
+        return counts
+
+    return _by_total(order, high, count)
+
+
+def lora(order: Order) -> Row:
+    """One expert a module; numbered by the rank of all, alpha / rank kept."""
+    draft, ones = order.draft, dict.fromkeys(order.modules, 1)
+    return range(1, max(1, order.most) + 1), lambda rank: replace(
+        draft, experts=ones, rank=rank, alpha=draft.alpha * rank / draft.rank)
+
+
+def ranks(order: Order) -> Row:
+    """One expert a module, of a rank in proportion to the root of its share; by ranks in total."""
+    weights, modules = shares(order.scores, order.groups), order.modules
+    roots = {module: weights[module] ** 0.5 for module in modules}
+    # No rank is above the smaller side of a matrix.
+    high = min((min(order.shapes[m]) for m in modules if m in order.shapes), default=order.most)
+    last = max(len(modules), min(high * len(modules), order.most))
+    return range(len(modules), last + 1), lambda total: replace(
+        order.draft, experts=dict.fromkeys(modules, 1),
+        ranks=largest_remainder(roots, total, 1, high))
+
+
+CONTROLS: dict[str, Callable[[Order], Row]] = {
+    "proportional": proportional, "uniform": uniform, "mola": mola, "random": draw, "lora": lora,
+    "ranks": ranks}
+
+
+def _limit(order: Order) -> int:
+    """Experts of one module at most: as asked for, or as many as the budget pays for."""
+    return order.high or max(order.low, min(max(1, order.most // order.draft.rank), MOST))
+
+
+def _by_total(order: Order, high: int, count: Callable[[int], Counts]) -> Row:
+    """The row of a rule that shares out a number of experts, at most `high` a module."""
+    first = max(1, order.low * len(order.modules))
+    last = max(first, min(high * len(order.modules), order.most // order.draft.rank))
+    return range(first, last + 1), lambda total: replace(order.draft, experts=count(total))
+
+
+def _by_weight(order: Order, weights: Mapping[str, float]) -> Row:
+    weights, high = {module: weights[module] for module in order.modules}, _limit(order)
+    return _by_total(order, high,
+                     lambda total: largest_remainder(weights, total, order.low, high))
+
+
+def shares(scores: Sensitivities, groups: Sequence[Sequence[str]]) -> dict[str, float]:
+    """A module's part of its group's sensitivity, summed over tasks.
 
     A task's parts sum to 1 in each group, and a group weighs as much as it has modules.
     """
     weights: dict[str, float] = {}
     for members in groups:
-        columns = [[values[module] for module in members] for values in scores.values()]
-        totals = [math.fsum(column) for column in columns]
-        parts = [[score / total if total else 1 / len(members) for score in column]
-                 for column, total in zip(columns, totals, strict=True)]
-        # fsum is exact, so that the order of tasks cannot show in the last digit.
-        weights |= {module: len(members) * math.fsum(part[i] for part in parts)
-                   for i, module in enumerate(members)}
+        totals = {task: math.fsum(values[m] for m in members) for task, values in scores.items()}
+        # fsum is exact: the order of tasks cannot change the last digit.
+        weights |= {module: len(members) * math.fsum(
+            values[module] / totals[task] if totals[task] else 1 / len(members)
+            for task, values in scores.items()) for module in members}
     return weights
 
 
-def ramp(layers: Mapping[str, int | None]) -> dict[str, float]:
-    """Weights of "mola", a line from 2 at the lowest layer to 8 at the highest.
-
-    The inverted triangle "2468" of MoLA (Gao et al. 2024, arXiv 2402.08562), without its steps.
-    """
-    placed = {module: layer for module, layer in layers.items() if layer is not None}
-    if unplaced := [module for module in layers if module not in placed]:
-        raise ValueError(f"strategy 'mola' finds no layer number in {unplaced}")
-    low, high = min(placed.values()), max(placed.values())
-    return {module: 2 + 6 * (layer - low) / max(1, high - low) for module, layer in placed.items()}
-
-
 def largest_remainder(weights: Mapping[str, float], total: int, low: int, high: int) -> Counts:
-    """Share `total` experts by weight (Hamilton's method), from low to high of them a module.
+    """Share `total` by weight in whole numbers (Hamilton's method), low to high for each module.
 
-    Each gets its quota rounded down, then one goes at a time to whichever is furthest below its
-    quota (or leaves whichever is furthest above, where `low` gave out too many). Ties go in the
-    order of `weights`. Needs low * modules <= total <= high * modules.
+    Each gets its quota rounded down, then one goes at a time to the module furthest below its quota
+    (or leaves the one furthest above, if `low` gave out too many). Ties go in the order of
+    `weights`. Needs low * modules <= total <= high * modules.
     """
     whole = math.fsum(weights.values())
     quota = {module: total * (weight / whole) for module, weight in weights.items()}
@@ -53,15 +149,4 @@ def largest_remainder(weights: Mapping[str, float], total: int, low: int, high: 
         step = 1 if left > 0 else -1
         able = [module for module in weights if low <= counts[module] + step <= high]
         counts[max(able, key=lambda module: step * (quota[module] - counts[module]))] += step
-    return counts
-
-
-def draw(modules: list[str], total: int, low: int, high: int, seed: int) -> Counts:
-    """Drop `total` experts one by one on modules chosen at random among those below `high`.
-
-    A larger total with the same seed only adds experts, so what it costs only grows.
-    """
-    generator, counts = random.Random(seed), dict.fromkeys(modules, low)
-    for _ in range(total - low * len(modules)):
-        counts[generator.choice([module for module in modules if counts[module] < high])] += 1
     return counts

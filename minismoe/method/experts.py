@@ -1,18 +1,12 @@
-"""Formula 3: a frozen linear layer plus the top-k of E LoRA experts, as two matrix products.
+"""Experts: a frozen linear layer plus the top-k of E LoRA experts, as two matrix products.
 
-    y = W x + scaling * sum over the top-k experts e of  g_e(x) B_e A_e x
+    y = W x + scaling * sum over the top-k experts e of  g_e(x) B_e^T A_e x
     g = softmax over the k largest router logits (float32),  scaling = lora_alpha / r
 
-A loop over experts is slow and cannot be exported. Stacked, the experts are one chain:
-h = x A^T with A flattened to (E*r, in); each expert's r entries of h are scaled by its gate, which
-is zero outside the top-k; y += h B with B flattened to (E*r, out). A dense product over all experts
-costs less than gathering the few chosen ones, as r is small.
-
-The balance loss is that of Switch (Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6) in the
-top-k form of Mixtral: E * sum over e of f_e P_e, with f_e the share of (token, choice) pairs that
-expert e gets and P_e the mean router probability.
-
-Letters: N tokens, E experts of a matrix, r rank, k experts active a token.
+A loop over experts is slow and cannot be exported. Stacked, the experts are one chain: h = x A^T
+with A flattened to (E*r, in), each expert's r entries of h times its gate (0 outside the top-k),
+y += h B with B flattened to (E*r, out). Since r is small, computing all experts costs less than
+gathering the chosen ones. Letters: N tokens, E experts, r rank, k experts active a token.
 """
 
 from __future__ import annotations
@@ -37,10 +31,14 @@ def top_k_gates(logits: Tensor, k: int) -> Tensor:
 
 
 class _Experts(torch.autograd.Function):
-    """The formula and its gradient; by hand, so that every sum lands in its matrix product.
+    """Several layers that read the same x (q, k, v; gate, up). Plainly, for each of them:
 
-    Matrices that read the same x (q, k, v; gate, up) are computed together: their A's and routers
-    stand one on another, so that x is multiplied once, and its gradient is summed once.
+        h = x @ A.T;  gates = top_k_gates(x @ router.T, k)
+        y = x @ W.T + scaling * (h * gates.repeat_interleave(r, 1)) @ B
+
+    A's and routers of all layers are stacked, so x is multiplied once. The backward is written by
+    hand so that additions fuse into addmm. Compared with `reference.Mixture` in
+    tests/method/test_experts.py::test_forward_and_every_gradient_equal_the_reference.
     """
 
     @staticmethod
@@ -48,7 +46,7 @@ class _Experts(torch.autograd.Function):
                 ) -> tuple[Tensor, ...]:
         """x (N, in) -> y (N, out) of each layer, and the router logits (N, sum of E) of all.
 
-        `parameters` are lora_A, lora_B and router of each layer in turn, for autograd to see.
+        `parameters`: lora_A, lora_B and router of each layer in turn, so that autograd knows them.
         """
         A, routers, ranks, counts = _stacked(layers, x)
         if x.dtype == routers.dtype:
@@ -69,7 +67,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """dy (N, out) of each layer, and d_logits of the balance loss -> a gradient for each."""
+        """dy (N, out) of each layer and d_logits of the balance loss -> gradients of the inputs."""
         layers, (x, h, *scales), (*dys, balance) = ctx.layers, ctx.saved_tensors, gradients
         A, routers, ranks, counts = _stacked(layers, x)
         d = x.new_empty(len(x), len(A) + len(routers))       # of h and of the logits
@@ -80,7 +78,7 @@ class _Experts(torch.autograd.Function):
             d_gated = dy @ _flat(layer.lora_B, x).T                              # (N, E*r)
             dBs.append(_gated(h_i, scale).T @ dy)
             dh.copy_(_gated(d_gated, scale))
-            if layer.router is not None:          # of softmax: g * dg - g * sum of g * dg
+            if layer.router is not None:          # softmax: d_logits = g * dg - g * sum of g * dg
                 each = (d_gated * h_i).unflatten(1, (scale.shape[1], -1)).sum(-1, dtype=scale.dtype)
                 each = each.mul_(scale)                                          # (N, E): g * dg
                 d_logits += each - scale * (each.sum(-1, keepdim=True) / layer.scaling)
@@ -99,14 +97,14 @@ class _Experts(torch.autograd.Function):
 
 def _stacked(layers: Sequence[ExpertLinear], x: Tensor,
              ) -> tuple[Tensor, Tensor, list[int], list[int]]:
-    """A's (sum of E*r, in) as x is, routers (sum of E, in), and how many rows are each layer's."""
+    """A's (sum of E*r, in) in x's dtype, routers (sum of E, in), and the rows of each layer."""
     A = [_flat(layer.lora_A, x) for layer in layers]
     routers = [layer.lora_A[0, :0] if layer.router is None else layer.router for layer in layers]
     return torch.cat(A), torch.cat(routers), [len(a) for a in A], [len(r) for r in routers]
 
 
 def _flat(experts: Tensor, x: Tensor) -> Tensor:
-    """(E, r, .) -> (E*r, .), of x's dtype."""
+    """(E, r, .) -> (E*r, .) in x's dtype."""
     return experts.flatten(0, 1).to(x.dtype)
 
 
@@ -116,13 +114,13 @@ def _gated(h: Tensor, scale: Tensor) -> Tensor:
 
 
 class ExpertLinear(nn.Linear):
-    """A frozen nn.Linear with LoRA experts beside it; weight and bias keep their names.
+    """A frozen nn.Linear with LoRA experts: lora_A (E, r, in), lora_B (E, r, out), router (E, in).
 
-    lora_A (E, r, in), lora_B (E, r, out), router (E, in), absent where E = 1.
+    `weight` and `bias` are those of the linear layer. E = 1 has no router. B starts at 0, so that
+    y = W x at first.
     """
 
     def __init__(self, linear: nn.Linear, experts: int, rank: int, alpha: float, top_k: int):
-        """Adapt `linear`, whose weight is shared and frozen. B starts at 0, so y = W x at first."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
@@ -138,7 +136,7 @@ class ExpertLinear(nn.Linear):
         self.router_logits: Tensor | None = None         # (N, E) of the last forward
 
     def dense(self) -> Tensor:
-        """The frozen weight (out, in); one that is held in a few bits is made anew."""
+        """The frozen weight (out, in), dequantised if it is held in few bits."""
         return self.weight if isinstance(self.weight, Tensor) else self.weight.dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,13 +144,14 @@ class ExpertLinear(nn.Linear):
         return _apply(x, [self])[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy, which refuses the graph behind the last router logits."""
+        """For deepcopy, which cannot copy router logits that have a graph."""
         return {**self.__dict__, "router_logits": None}
 
 
 def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
-    """What each of the linear layers makes of the same x (..., in), the adapted ones in one go."""
-    if any(m._forward_hooks for m in linears):           # a hook is to see its own layer's call
+    """The outputs of several linear layers on the same x (..., in), adapted ones computed jointly.
+    """
+    if any(m._forward_hooks for m in linears):           # a hook needs its own layer's call
         return [m(x) for m in linears]
     layers = [m for m in linears if isinstance(m, ExpertLinear)]
     outputs = dict(zip(layers, _apply(x, layers)))
@@ -162,7 +161,7 @@ def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
 def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
     if not layers:
         return []
-    kind = x.device.type                                 # the formula says itself what is cast
+    kind = x.device.type                                 # casts are explicit, so no autocast
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return _apply(x.to(layers[0].weight.dtype), layers)
@@ -175,7 +174,7 @@ def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that can have experts, by name: every linear one but the head."""
+    """The layers that can have experts, by name: every nn.Linear but the head."""
     return {name: m for name, m in model.named_modules()
             if isinstance(m, nn.Linear) and name.split(".")[-1] != "lm_head"}
 
@@ -205,9 +204,8 @@ def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,
 
 
 def adaptable(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Linear]:
-    """The layers that are to get experts of those ranks. Raises ValueError with all names that are
-    no nn.Linear of the model, or are its head (a tied head must stay tied), and with all that are
-    smaller than the rank.
+    """The layers to get experts of these ranks. Raises ValueError with all names that are no
+    nn.Linear of the model, or its head (a tied head must stay tied), or smaller than the rank.
     """
     modules = dict(model.named_modules())
     wrong = [name for name in ranks if not isinstance(modules.get(name), nn.Linear)
@@ -234,11 +232,13 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
                  total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Tensor:
     """Mean balance loss of the last forward over the routed matrices; 1 is perfect balance.
 
-    attention_mask (B, T): where a model kept its pads in the rows, they are left out here. copies
-    (N,): of how many sequences each row is. Where several processes hold a part of the batch each,
-    `total` sums counts over them; then their losses sum to that of the batch, and so do gradients.
+    Of a matrix it is E * sum over e of f_e P_e, f_e the share of (token, choice) pairs that expert
+    e gets, P_e its mean probability (Switch, Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6,
+    in the top-k form of Mixtral; `reference.balance_loss`). attention_mask (B, T): pads, if rows
+    hold them, do not count. copies (N,): in how many sequences each row occurs. If processes hold
+    parts of a batch, `total` sums counts over them; then losses and gradients sum to the batch's.
     """
-    stacks = defaultdict(list)           # equal N and E at once: few kernels, not hundreds
+    stacks = defaultdict(list)           # matrices of equal N and E together: few kernels
     for layer in layers:
         if layer.router_logits is not None:
             stacks[layer.router_logits.shape, layer.top_k].append(layer.router_logits)
@@ -248,7 +248,7 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
     for (_, k), logits in stacks.items():
         rows = without_pads(torch.stack(logits, 1), attention_mask)      # (N, matrices, E)
         p = rows.transpose(0, 1).softmax(-1)
-        # Where a last MLP saw fewer rows than others did, each of them is of one sequence.
+        # The last MLP may see fewer rows than the others; each of them occurs in one sequence.
         times = p.new_ones(p.shape[1])
         if copies is not None and len(copies) == len(times):
             times = copies.to(p.dtype)
@@ -264,7 +264,7 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
 
 
 def without_pads(rows: Tensor, attention_mask: Tensor) -> Tensor:
-    """The real tokens of (N, ...) rows, which hold all B*T positions or only the real ones."""
+    """The real tokens of rows (N, ...) that hold all B*T positions or the real tokens only."""
     if len(rows) == attention_mask.numel():
         return rows[attention_mask.reshape(-1).bool()]
     return rows

@@ -1,36 +1,35 @@
-"""Formula 4: the mixture of one matrix as one linear map of rank R = E*r, which is a plain LoRA.
+"""Freeze: the mixture of one matrix as one linear map of rank R = E*r, which is a plain LoRA.
 
-With h = A x the stacked experts' A, and g*h each expert's r entries of it times its gate, a mixture
+With h = A x of the stacked experts, and g*h each expert's r entries of it times its gate, a mixture
 adds scaling * B^T (g*h) to W x. The map A' that comes nearest to it over the calibration tokens,
 
     A' = argmin  sum over tokens of  || B^T (g*h - A' x) ||^2
 
-is sought in three families, each of which holds the one before:
+is sought in three families, each of which holds the one before (`reference.fits` is the same in
+plain form):
 
     mean    A' = c A, each expert's rows times one number: c is the gates' average over the tokens
     gates   A' = c A, c by least squares: an E x E system
-    linear  any A': routing depends on x, and much of that dependence is linear, so that
-            A' = A_g + (P - A_g M) (M + ridge I)^-1, with A_g that of `gates`. B drops out.
+    linear  any A', whatever B is: routing depends on x, and much of that dependence is linear;
+            A' = A_g + (P - A_g M) (M + ridge I)^-1, with A_g that of `gates`
 
-All follows from sums over tokens: M = sum x x^T, P = sum (g*h) x^T, G = sum (g*h) (g*h)^T. The
-others are products of these, sum h h^T = A M A^T and sum (g*h) h^T = P A^T. Every HOLD-th sample is
-held out: on those the ridge is chosen, and `gates` where it does better than each ridge. What a fit
-misses of the mixture's output energy on them, its residual, says what freezing loses in a matrix.
+All follow from sums over tokens: M = sum x x^T, P = sum (g*h) x^T, G = sum (g*h) (g*h)^T. Every
+HOLD-th sample is held out: it chooses the ridge, or `gates` if no ridge does better. The residual
+of a fit, the share of the mixture's output energy that it misses on these samples, is what freezing
+loses in a matrix.
 
-Memory does not depend on the number of samples or tasks. What counts is M, (in, in), once for the
-matrices that read the same x (q, k, v; gate, up): matrices are gathered in groups, in a pass over
-the samples for each, so that the sums held at a time fit a budget. One M is the least: 11,008
-inputs take 4 sums of 485 MB in float32 (fitting and held-out samples, of a task and of all), and
-solving, in float64, four times 970 MB for a while.
+Memory does not depend on the number of samples or tasks. The largest sum is M, (D, D), one for all
+matrices that read the same x (q, k, v; gate, up). Matrices are taken in groups whose sums fit a
+budget, with one pass over the samples for each group. The least is one M: D = 11,008 takes 4 sums
+of 485 MB in float32 (fitting and held out, of a task and of all), and while solving 4 of 970 MB.
 
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,8 +40,7 @@ from .experts import ExpertLinear, expert_layers, top_k_gates, without_pads
 KINDS = ("mean", "gates", "linear")
 HOLD = 4                                     # one sample of so many is held out
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)             # times the mean of M's diagonal
-Batch = Sequence[Tensor]                     # input_ids, attention_mask, and what else, (B, T)
-Moments = dict[tuple[str, str], Tensor]      # (module, letter) -> a sum; ("", "M") is shared
+Readers = Mapping[str, ExpertLinear]         # the mixtures that read the same x, by module
 
 
 @dataclass
@@ -51,217 +49,235 @@ class Fit:
 
     lora_A: Tensor               # (R, D), float32 or better
     lora_B: Tensor               # (out, R)
-    kind: str = "exact"          # mean, gates or linear; exact where there was one expert
+    kind: str = "exact"          # mean, gates or linear; exact for one expert
     residual: float = 0.0        # share of the mixture's output energy that it misses, held out
     energy: float = 0.0          # the mixture's output energy, as a share of all that is written
 
 
-def fit(model: nn.Module, tasks: Mapping[str, Sequence[Batch]], memory: int = 1 << 30,
-        progress: Callable[[int], Any] = lambda samples: None,
-        ) -> dict[str, dict[str, dict[str, Fit]]]:
-    """Fits of all mixtures of `model`, {kind: {task: {module: Fit}}}; task "" is all together.
+@dataclass
+class TaskFits:
+    """{module: Fit} of all tasks together, and of each task by itself."""
 
-    tasks: batches of (input_ids, attention_mask, ...), each (B, T), that can be gone through again
-    and again. memory: bytes of sums held at a time. Kind "linear" holds gates where the held-out
-    samples say so, and "gates" the mean where its system is singular; Fit.kind tells. Raises
-    ValueError for a task of fewer than two samples.
+    together: dict[str, Fit]
+    by_task: dict[str, dict[str, Fit]]
+
+    def of(self, task: str | None) -> dict[str, Fit]:
+        """The fits of a task; of all together for None."""
+        return self.together if task is None else self.by_task[task]
+
+
+@dataclass
+class Moments:
+    """Sums over the tokens that one mixture reads; those that read the same x share one M."""
+
+    M: Tensor                    # (D, D)
+    P: Tensor                    # (R, D)
+    G: Tensor                    # (R, R)
+    gates: Tensor                # (E,)
+    written: Tensor              # () sum of ||y||^2 of all that the matrix writes
+    tokens: Tensor               # () how many
+
+
+def zeros(readers: Readers) -> dict[str, Moments]:
+    """Empty sums of matrices that read the same x."""
+    found: dict[str, Moments] = {}
+    for name, layer in readers.items():
+        (E, r, D), new = layer.lora_A.shape, layer.lora_A.new_zeros
+        M = next(iter(found.values())).M if found else new(D, D)
+        found[name] = Moments(M, new(E * r, D), new(E * r, E * r), new(E), new(()), new(()))
+    return found
+
+
+def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memory: int = 1 << 30,
+        progress: Callable[[int], Any] = lambda samples: None) -> dict[str, TaskFits]:
+    """Fits of all mixtures of `model`, by kind.
+
+    tasks: batches of (input_ids, attention_mask, ...), each (B, T), that can be read again and
+    again. memory: bytes of sums held at a time. Kind "linear" holds gates if the held-out samples
+    say so, and "gates" the mean if its system is singular; Fit.kind tells. Raises ValueError for a
+    task of fewer than two samples.
     """
     layers = expert_layers(model)
     few = [t for t, batches in tasks.items() if sum(len(b[0]) for b in batches) < 2]
     if few and any(layer.router is not None for layer in layers.values()):
         raise ValueError(f"needs two calibration samples or more of {', '.join(few)}")
-    found: dict[str, dict[str, dict[str, Fit]]] = {kind: {task: {
-        name: exact(layer) for name, layer in layers.items() if layer.router is None}
-        for task in ("", *tasks)} for kind in KINDS}
 
+    def exacts() -> dict[str, Fit]:          # those of mixtures are replaced below
+        return {name: exact(layer) for name, layer in layers.items()}
+
+    found = {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in KINDS}
     first = [t[:1] for t in next(iter(tasks.values()))[0]]
-    for group in _groups(_inputs(model, layers, first), memory):
-        total = [[zeros(readers) for readers in group] for _ in range(2)]
-        for task in (*tasks, ""):
-            sums = total
-            if task in tasks:
-                sums = [gather(model, group, _samples(tasks[task], held), progress)
-                        for held in (False, True)]
-                for all_, part in zip(sum(total, []), sum(sums, [])):
-                    for key, value in part.items():
-                        all_[key] += value
-            for readers, fitting, held_out in zip(group, *sums):
-                for kind, fits in solve(readers, fitting, held_out).items():
-                    found[kind][task].update(fits)
-    return {kind: {task: {name: fits[name] for name in layers} for task, fits in by_task.items()}
-            for kind, by_task in found.items()}
+    for group in _groups(_inputs(model, first), memory):
+        total = [(zeros(readers), zeros(readers)) for readers in group]
+        for task in (*tasks, None):
+            sums = total if task is None else gather(model, group, tasks[task], progress)
+            for readers, parts, totals in zip(group, sums, total):
+                if task is not None:
+                    _add(totals, parts)
+                for kind, fits in solve(readers, *parts).items():
+                    found[kind].of(task).update(fits)
+    return found
 
 
-def _samples(batches: Iterable[Batch], held: bool) -> Iterator[Batch]:
-    """The held-out rows of batches, or the others."""
-    seen = 0
-    for batch in batches:
-        rows = torch.arange(seen, seen + len(batch[0]), device=batch[0].device)
-        seen += len(rows)
-        rows = (rows % HOLD == 1) == held
-        if rows.any():
-            yield [t[rows] for t in batch]
+@torch.no_grad()
+def _inputs(model: nn.Module, batch: Sequence[Tensor]) -> list[Readers]:
+    """The routed layers in the order of a forward pass, those together that read the same x."""
+    names = {layer: n for n, layer in expert_layers(model).items() if layer.router is not None}
+    found: list[tuple[Tensor, dict[str, ExpertLinear]]] = []
+
+    def hook(layer: ExpertLinear, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if not found or found[-1][0] is not args[0]:
+            found.append((args[0], {}))
+        found[-1][1][names[layer]] = layer
+
+    _run(model, batch, names, hook)
+    return [readers for _, readers in found]
 
 
-@contextmanager
-def _hooks(pairs: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Forward hooks, for a while."""
-    handles = [layer.register_forward_hook(hook) for layer, hook in pairs]
+def _groups(inputs: Iterable[Readers], memory: int) -> list[list[Readers]]:
+    """Inputs in order, in groups whose sums fit `memory` bytes; a group has at least one input."""
+    groups: list[list[Readers]] = []
+    used = 0
+    for readers in inputs:
+        stacks = [layer.lora_A.flatten(0, 1) for layer in readers.values()]            # (R, D)
+        numbers = stacks[0].shape[1] ** 2 + sum(A.numel() + len(A) ** 2 for A in stacks)
+        size = 4 * numbers * stacks[0].itemsize     # to fit and held out, of a task and of all
+        if not groups or used + size > memory:
+            groups.append([])
+            used = 0
+        groups[-1].append(readers)
+        used += size
+    return groups
+
+
+def _run(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[ExpertLinear],
+         hook: Callable[..., None]) -> None:
+    """Run a model on a batch, without its head, and call a forward hook for some layers."""
+    was = model.training
+    handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
-        yield
+        getattr(model.eval(), "model", model)(input_ids=batch[0], attention_mask=batch[1])
     finally:
+        model.train(was)
         for handle in handles:
             handle.remove()
 
 
-def _run(model: nn.Module, batch: Batch) -> None:
-    """The decoder's forward pass; the head, where there is one above it, holds no mixture."""
-    getattr(model, "model", model)(input_ids=batch[0], attention_mask=batch[1])
-
-
 @torch.no_grad()
-def _inputs(model: nn.Module, layers: Mapping[str, ExpertLinear], batch: Batch,
-            ) -> list[dict[str, ExpertLinear]]:
-    """The routed layers, those together that read the same tensor, as they come in a forward."""
-    found: list[tuple[Tensor, dict[str, ExpertLinear]]] = []
+def gather(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
+           progress: Callable[[int], Any] = lambda samples: None,
+           ) -> list[tuple[dict[str, Moments], dict[str, Moments]]]:
+    """Sums over the real tokens of the samples to fit and of those held out, for each input of
+    `group`, in float32 or better."""
+    found = [(zeros(readers), zeros(readers)) for readers in group]
+    sums_of = {layer: [part[name] for part in parts] for readers, parts in zip(group, found)
+               for name, layer in readers.items()}
+    adds_M = {next(iter(readers.values())) for readers in group}         # one of each input
+    mask = held = torch.empty(0)             # of the batch (B, T), and of its real tokens (N,)
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(layer: ExpertLinear, args: tuple[Tensor, ...], y: Tensor) -> None:
-            if not found or found[-1][0] is not args[0]:
-                found.append((args[0], {}))
-            found[-1][1][name] = layer
-        return hook
+    def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+        """Add the tokens of one batch, x (..., D) and y (..., out)."""
+        x, y, logits = (without_pads(t.reshape(-1, t.shape[-1]), mask).to(layer.lora_A.dtype)
+                        for t in (args[0], y, layer.router_logits))
+        gates = top_k_gates(logits, layer.top_k)                         # (N, E)
+        h = (x @ layer.lora_A.flatten(0, 1).T).unflatten(1, layer.lora_A.shape[:2])
+        gated = (h * gates[..., None]).flatten(1)                        # (N, R)
+        for sums, rows in zip(sums_of[layer], (~held, held)):
+            if layer in adds_M:
+                sums.M.addmm_(x[rows].T, x[rows])
+            sums.P.addmm_(gated[rows].T, x[rows])
+            sums.G.addmm_(gated[rows].T, gated[rows])
+            sums.gates += gates[rows].sum(0)
+            sums.written += y[rows].square().sum()
+            sums.tokens += rows.sum()
 
-    with _hooks((layer, watch(name)) for name, layer in layers.items() if layer.router is not None):
-        _run(model, batch)
-    return [readers for _, readers in found]
-
-
-def _groups(inputs: list[dict[str, ExpertLinear]], memory: int,
-            ) -> Iterator[list[dict[str, ExpertLinear]]]:
-    """Inputs in groups, in order, the sums of each of which fit `memory`."""
-    group: list[dict[str, ExpertLinear]] = []
-    used = 0
-    for readers in inputs:
-        size = 4 * sum(s.nbytes for s in zeros(readers, "meta").values())
-        if group and used + size > memory:
-            yield group
-            group, used = [], 0
-        group.append(readers)
-        used += size
-    if group:
-        yield group
-
-
-def zeros(readers: Mapping[str, ExpertLinear], device: str | torch.device | None = None) -> Moments:
-    """Empty sums of an input and of the matrices that read it."""
-    sums: Moments = {}
-    for name, layer in readers.items():
-        (E, r, D), like = layer.lora_A.shape, layer.lora_A
-        for key, shape in {("", "M"): (D, D), ("", "N"): (), (name, "P"): (E * r, D),
-                           (name, "G"): (E * r, E * r), (name, "g"): (E,), (name, "y"): ()}.items():
-            sums.setdefault(key, like.new_zeros(shape, device=device or like.device))
-    return sums
-
-
-@torch.no_grad()
-def gather(model: nn.Module, group: Sequence[Mapping[str, ExpertLinear]], batches: Iterable[Batch],
-           progress: Callable[[int], Any] = lambda samples: None) -> list[Moments]:
-    """Sums over the real tokens of `batches` for each input of `group`, in float32 or better."""
-    found = [zeros(readers) for readers in group]
-
-    def watch(sums: Moments, name: str, first: bool) -> Callable[..., None]:
-        """A forward hook that adds a layer's tokens; the first of those that share x adds M."""
-        def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
-            """Add one batch of x (.., in) and y (.., out), without its pads."""
-            (E, r, _), dtype = layer.lora_A.shape, layer.lora_A.dtype
-            x, y, logits = (without_pads(t.reshape(-1, t.shape[-1]), mask).to(dtype)
-                            for t in (args[0], y, layer.router_logits))
-            gates = top_k_gates(logits, layer.top_k)                     # (N, E)
-            h = x @ layer.lora_A.flatten(0, 1).T                         # (N, R)
-            gated = (h.unflatten(1, (E, r)) * gates[..., None]).flatten(1)
-            sums[name, "P"].addmm_(gated.T, x)
-            sums[name, "G"].addmm_(gated.T, gated)
-            sums[name, "g"] += gates.sum(0)
-            sums[name, "y"] += y.square().sum()
-            if first:
-                sums["", "M"].addmm_(x.T, x)
-                sums["", "N"] += len(x)
-        return hook
-
-    was, mask = model.training, torch.empty(0)
-    with _hooks((layer, watch(sums, name, i == 0)) for sums, readers in zip(found, group)
-                for i, (name, layer) in enumerate(readers.items())):
-        try:
-            for batch in batches:
-                mask = batch[1]
-                _run(model.eval(), batch)
-                progress(len(mask))
-        finally:
-            model.train(was)
+    seen = 0
+    for batch in batches:
+        mask = batch[1]
+        held = (seen + mask.nonzero()[:, 0]) % HOLD == 1
+        _run(model, batch, sums_of, hook)
+        seen += len(mask)
+        progress(len(mask))
     return found
 
 
+def _add(totals: Sequence[dict[str, Moments]], parts: Sequence[dict[str, Moments]]) -> None:
+    """Add the sums of a task to those of all."""
+    for total, part in zip(totals, parts):
+        for i, name in enumerate(part):
+            for letter, value in vars(part[name]).items():
+                if letter != "M" or i == 0:                  # M is shared
+                    getattr(total[name], letter).add_(value)
+
+
 @torch.no_grad()
-def solve(readers: Mapping[str, ExpertLinear], fitting: Moments, held: Moments,
+def solve(readers: Readers, fitting: dict[str, Moments], held: dict[str, Moments],
           ) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the matrices that read one input, from its sums."""
-    fitting, held = ({key: _wide(s) for key, s in sums.items()} for sums in (fitting, held))
-    best = {}
-    for name, layer in readers.items():
-        mean, gates = constant_gates(layer, name, fitting)
-        A = _wide(layer.lora_A)
-        best[name] = {kind: ((A * c[:, None, None]).flatten(0, 1), kind)
-                      for kind, c in (("mean", mean), ("gates", gates)) if c is not None}
-        best[name].setdefault("gates", best[name]["mean"])
-        best[name]["linear"] = best[name]["gates"]
-    losses = {name: {kind: residual(layer, name, A, held) for kind, (A, _) in best[name].items()}
-              for name, layer in readers.items()}
-    for ridge in RIDGES:
-        maps = linear({name: best[name]["gates"][0] for name in readers}, fitting, ridge)
-        for name, A in maps.items():
-            if (loss := residual(readers[name], name, A, held)) < losses[name]["linear"]:
-                best[name]["linear"], losses[name]["linear"] = (A, "linear"), loss
+    """{kind: {module: Fit}} of the matrices that read one x, from its sums."""
+    fitting, held = _wide_sums(fitting), _wide_sums(held)
     found: dict[str, dict[str, Fit]] = {kind: {} for kind in KINDS}
+    starts: dict[str, Tensor] = {}
+
+    def made(name: str, A: Tensor, kind: str) -> Fit:
+        layer, sums = readers[name], held[name]
+        energy = layer.scaling ** 2 * (_gram(layer) * sums.G).sum() / sums.written.clamp(min=1e-30)
+        return replace(exact(layer), lora_A=A.to(layer.lora_A), kind=kind,
+                       residual=residual(layer, A, sums), energy=energy.item())
+
     for name, layer in readers.items():
-        plain, added = exact(layer), (_gram(layer) * held[name, "G"]).sum()
-        share = (layer.scaling ** 2 * added / held[name, "y"].clamp(min=1e-30)).item()
-        for kind, (A, used) in best[name].items():
-            found[kind][name] = Fit(A.to(plain.lora_A), plain.lora_B, used,
-                                    losses[name][kind], share)
+        mean, gates = constant_gates(layer, fitting[name])
+        A = _wide(layer.lora_A)
+        A_mean, starts[name] = ((A * c[:, None, None]).flatten(0, 1)
+                                for c in (mean, mean if gates is None else gates))
+        found["mean"][name] = made(name, A_mean, "mean")
+        found["gates"][name] = made(name, starts[name], "mean" if gates is None else "gates")
+        found["linear"][name] = found["gates"][name]
+    for ridge in RIDGES:
+        for name, A in linear(starts, fitting, ridge).items():
+            new = made(name, A, "linear")
+            if new.residual < found["linear"][name].residual:
+                found["linear"][name] = new
     return found
 
 
-def constant_gates(layer: ExpertLinear, name: str, sums: Moments) -> tuple[Tensor, Tensor | None]:
-    """Mean gates (E,) and those of least squares (E,), None where their system is singular."""
+def constant_gates(layer: ExpertLinear, sums: Moments) -> tuple[Tensor, Tensor | None]:
+    """Mean gates (E,) and those of least squares (E,), None if their system is singular."""
     E, r, _ = layer.lora_A.shape
     A, K = _wide(layer.lora_A.flatten(0, 1)), _gram(layer)
-    M, P = sums["", "M"], sums[name, "P"]
 
     def blocks(x: Tensor) -> Tensor:
         return x.view(E, r, E, r).sum((1, 3))                            # (E, E)
 
-    Q, b = blocks(K * (A @ M @ A.T)), blocks(K * (P @ A.T)).sum(0)
+    # sum h h^T = A M A^T and sum (g*h) h^T = P A^T
+    Q, b = blocks(K * (A @ sums.M @ A.T)), blocks(K * (sums.P @ A.T)).sum(0)
     scale = Q.diagonal().rsqrt()                         # experts differ in size, not in meaning
     scaled = Q * scale * scale[:, None]
-    mean = sums[name, "g"] / sums["", "N"]
+    mean = sums.gates / sums.tokens
     if not scaled.isfinite().all() or torch.linalg.eigvalsh(scaled)[0] < 1e-9:
         return mean, None
     return mean, scale * torch.linalg.solve(scaled, scale * b)
 
 
-def linear(starts: Mapping[str, Tensor], sums: Moments, ridge: float) -> dict[str, Tensor]:
+def linear(starts: Mapping[str, Tensor], sums: Mapping[str, Moments], ridge: float,
+           ) -> dict[str, Tensor]:
     """A' (R, D) of each module, shrunk towards `starts`; ridge is relative to M's diagonal."""
-    M = sums["", "M"]
-    missing = torch.cat([sums[n, "P"] - A @ M for n, A in starts.items()])       # (sum of R, D)
+    M = next(iter(sums.values())).M
+    missing = torch.cat([sums[name].P - A @ M for name, A in starts.items()])    # (sum of R, D)
     damped = M.clone()
     damped.diagonal().add_(ridge * M.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:                                           # not positive, to rounding
+    if failed:                                           # not positive definite, to rounding
         return {}
-    steps = torch.cholesky_solve(missing.T, factor).T
-    return {n: A + step for (n, A), step in zip(
-        starts.items(), steps.split([len(A) for A in starts.values()]))}
+    steps = torch.cholesky_solve(missing.T, factor).T.split([len(A) for A in starts.values()])
+    return {name: A + step for (name, A), step in zip(starts.items(), steps)}
+
+
+def residual(layer: ExpertLinear, A: Tensor, sums: Moments) -> float:
+    """Share of the mixture's output energy that A (R, D) misses on the tokens of `sums`."""
+    K, cross = _gram(layer), A @ sums.P.T
+    missed = (K * (sums.G - cross - cross.T + A @ sums.M @ A.T)).sum()
+    energy = (K * sums.G).sum()
+    return max(0.0, (missed / energy).item()) if energy > 0 else 0.0
 
 
 def _gram(layer: ExpertLinear) -> Tensor:
@@ -271,21 +287,19 @@ def _gram(layer: ExpertLinear) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x as float64; but for CUDA on the CPU, as not every device has that."""
+    """x in float64: on CUDA, or else on the CPU, since other devices may lack float64."""
     return x.double() if x.device.type == "cuda" else x.cpu().double()
 
 
-def residual(layer: ExpertLinear, name: str, A: Tensor, sums: Moments) -> float:
-    """Share of the mixture's output energy that A (R, D) misses on the tokens of `sums`."""
-    M, P, G = sums["", "M"], sums[name, "P"], sums[name, "G"]
-    K, cross = _gram(layer), A @ P.T
-    missed, all_ = (K * (G - cross - cross.T + A @ M @ A.T)).sum(), (K * G).sum()
-    return max(0.0, (missed / all_).item()) if all_ > 0 else 0.0
+def _wide_sums(sums: dict[str, Moments]) -> dict[str, Moments]:
+    M = _wide(next(iter(sums.values())).M)
+    return {name: Moments(M, *map(_wide, (s.P, s.G, s.gates, s.written, s.tokens)))
+            for name, s in sums.items()}
 
 
 @torch.no_grad()
 def exact(layer: ExpertLinear) -> Fit:
-    """The linear map of all experts with every gate 1: that of a layer with one expert."""
+    """The linear map of all experts with every gate 1; for one expert, this is what it does."""
     return Fit(layer.lora_A.flatten(0, 1).clone(), layer.scaling * layer.lora_B.flatten(0, 1).T)
 
 
@@ -298,7 +312,7 @@ def merged(weight: Tensor, fit: Fit) -> Tensor:
 
 @torch.no_grad()
 def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
-    """Put one expert of rank R, with no router, for each mixture but those in `keep`; in place.
+    """Replace each mixture but those in `keep` by one expert of rank R without a router, in place.
 
     Raises ValueError, before anything is changed, with the names that have no fit.
     """
@@ -312,10 +326,9 @@ def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()
 
 @torch.no_grad()
 def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
-    """Put a plain nn.Linear of merged weights for each adapted layer but those in `keep`; in place.
+    """Replace each adapted layer but those in `keep` by an nn.Linear of merged weights, in place.
 
-    What is merged already has no experts left, so a second call changes nothing. Raises ValueError
-    as `freeze` does.
+    A merged layer has no experts, so a second call changes nothing. Raises ValueError as `freeze`.
     """
     for name, layer in _replaced(model, fits, keep).items():
         new = nn.Linear(layer.in_features, layer.out_features, device="meta")

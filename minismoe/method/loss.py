@@ -1,8 +1,8 @@
-"""Cross-entropy of the supervised tokens alone, without the full logits tensor.
+"""Cross-entropy of the supervised tokens, without the full logits tensor.
 
-A vocabulary of 50,000 makes logits the largest tensor of a training step, and most positions of a
-fine-tuning batch are prompt, which no loss reads. So only supervised positions meet the head, a
-chunk at a time, and each chunk leaves the gradient of its hidden states behind instead of logits.
+A vocabulary of 50,000 makes logits the largest tensor of a training step, and most tokens of a
+fine-tuning batch are prompt, which has no loss. So the head runs on supervised positions only, a
+chunk at a time, and a chunk keeps the gradient of its hidden states in place of its logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ CHUNK = 1 << 24                 # logits held at a time: 64 MiB of float32
 
 
 class _HeadLoss(torch.autograd.Function):
-    """losses (S,) of hidden (S, D) under a frozen head (V, D)."""
+    """losses (S,) of hidden (S, D) under a frozen head (V, D). Plainly:
+
+        logits = hidden @ head.T;  losses = logits.logsumexp(-1) - logits[targets]
+
+    Compared in tests/method/test_loss.py::test_equals_cross_entropy_of_full_logits.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -54,18 +59,17 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
 
     input_ids, attention_mask and labels are (B, T); labels are IGNORE where unsupervised, and
     aligned with input_ids (the shift happens here). `model` is ours or a `transformers` causal
-    model: a decoder `.model` under a bias-free `.lm_head`. Ours can be told to leave out what the
-    losses do not need (see Decoder.forward).
+    model: a decoder `.model` under a bias-free `.lm_head`. needed_only, for ours: skip positions
+    that no loss needs (see Decoder.forward). Raises ValueError for a head that is not supported.
     """
+    kind, config = type(model).__name__, getattr(model, "config", None)
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(getattr(model, "config", None), name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{type(model).__name__} transforms its logits ({name}), "
-                             "which the chunked loss does not know")
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{kind} transforms its logits ({name}): the loss does not support it")
     if getattr(model.lm_head, "bias", None) is not None:
-        raise ValueError(f"the head of {type(model).__name__} has a bias, "
-                         "which the chunked loss does not know")
-    needed = attention_mask.bool()                     # and not the first token after left pads
-    needed = needed & F.pad(labels[:, 1:] != IGNORE, (0, 1))
+        raise ValueError(f"the head of {kind} has a bias: the loss does not support it")
+    # A position predicts the next token. The first token after left pads is predicted by a pad.
+    needed = attention_mask.bool() & F.pad(labels[:, 1:] != IGNORE, (0, 1))
     hidden = model.model(input_ids=input_ids, attention_mask=attention_mask,
                          **({"needed": needed} if needed_only else {}))
     hidden = getattr(hidden, "last_hidden_state", hidden)                         # (B, T, D)

@@ -1,16 +1,15 @@
-"""Formula 1: how sensitive each weight matrix is to each task, from gradients of a few samples.
+"""Probe: how sensitive each weight matrix is to each task, from the gradients of a few samples.
 
     s[t, W] = sum over the samples i of task t of  || dL_i / dW ||_F^2
 
-L_i is sample i's mean loss over its supervised tokens, and W stays as it is (LoRA-SMoE, Xu and Diao
-2025, arXiv 2505.06272). The gradient itself is never formed. With X (T, in) what a linear layer
-reads of one sample and D (T, out) the gradient of L_i at what it writes, dL_i/dW = D^T X, and
+L_i is sample i's mean loss over its supervised tokens (LoRA-SMoE, Xu and Diao 2025, arXiv
+2505.06272). No gradient of a weight is kept. A linear layer reads X (T, in) of one sample and
+writes Y (T, out); with D = dL_i/dY its gradient is dL_i/dW = D^T X, and
 
-    || D^T X ||_F^2 = < X X^T, D D^T >
+    || D^T X ||_F^2 = < X X^T, D D^T >      two T x T products in place of one out x in
 
-which needs two products of T x T instead of one of out x in (the ghost norm of Li et al. 2022,
-arXiv 2110.05679). So one batched forward and one backward that stops at activations score every
-matrix for every sample. Where a sequence is long, D^T X is cheaper after all, and is taken.
+(the ghost norm of Li et al. 2022, arXiv 2110.05679; for a long sequence D^T X is cheaper and is
+taken). So one batched forward and one backward of activations score every matrix for every sample.
 
 Letters: B samples of a batch, T tokens, M matrices.
 """
@@ -28,13 +27,17 @@ from torch import Tensor, nn
 from .experts import linear_layers
 from .loss import supervised_losses
 
-Batch = Sequence[Tensor]                     # input_ids, attention_mask, labels, each (B, T)
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """{module: (out, in)} of every linear layer of `model` but its head."""
+    return {name: (m.weight.shape[0], m.weight.shape[1])
+            for name, m in linear_layers(model).items()}
 
 
 class Scores(dict[str, dict[str, float]]):
-    """{task: {module: sensitivity}}, with what else the probe knows.
+    """{task: {module: sensitivity}}. Empty at first; `shapes` is as `shapes_of` gives it.
 
-    shapes: {module: (out, in)}. samples: {task: (n, M)} squared norms of every single sample.
+    samples: {task: (n, M)}, the squared norms of every single sample.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, int]]):
@@ -43,36 +46,36 @@ class Scores(dict[str, dict[str, float]]):
         self.samples: dict[str, Tensor] = {}
 
     def add(self, task: str, norms: Tensor) -> None:
-        """Take in the squared norms (n, M) of n further samples of a task."""
+        """Add the squared norms (n, M) of n further samples of a task."""
         self.samples[task] = torch.cat([self.samples[task], norms]) if task in self else norms
         self[task] = dict(zip(self.shapes, self.samples[task].sum(0).tolist(), strict=True))
 
     def to_json(self, model: str) -> dict[str, Any]:
-        """The content of sensitivity.json; `model` is the name to note there."""
+        """The content of sensitivity.json; `model` is the name that it notes."""
         return {"format": "minismoe.sensitivity/1", "model": model, "tasks": {
             task: {"samples": len(self.samples[task]), "scores": scores}
             for task, scores in self.items()}}
 
 
-def probe(model: nn.Module, tasks: Mapping[str, Iterable[Batch]], scores: Scores | None = None,
+def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]],
+          scores: Scores | None = None,
           progress: Callable[[int], Any] = lambda samples: None) -> Scores:
     """Score every linear layer of `model` but its head, for every task.
 
     tasks: batches of (input_ids, attention_mask, labels), each (B, T), labels -100 where
-    unsupervised and aligned with input_ids. With `scores` of an earlier call the samples add up.
-    The model is left as it was: weights, requires_grad, mode and hooks, also after an exception.
-    Raises ValueError for a task without a batch.
+    unsupervised and aligned with input_ids. Samples are added to `scores`, if given. The model is
+    left as it was: weights, requires_grad, mode and hooks, also after an exception. Raises
+    ValueError for a task without a batch.
     """
     modules = linear_layers(model)
-    if scores is None:
-        scores = Scores({n: (m.weight.shape[0], m.weight.shape[1]) for n, m in modules.items()})
+    scores = Scores(shapes_of(model)) if scores is None else scores
     with _frozen(model):
         for task, batches in tasks.items():
             for batch in batches:
                 scores.add(task, sample_norms(model, modules, *batch).cpu().double())
                 progress(len(batch[0]))
             if task not in scores:
-                raise ValueError(f"task {task!r} has no batch (a generator gives its own once)")
+                raise ValueError(f"task {task!r} has no batch (a generator can be read only once)")
     return scores
 
 
@@ -94,7 +97,11 @@ def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: 
 
 
 class _Ghost:
-    """Pairs what a linear layer reads, in the forward pass, with the gradient at what it writes."""
+    """The norms of one batch: X of the forward pass meets D of the backward pass.
+
+    Plainly, for one sample and layer: || torch.autograd.grad(L_i, layer.weight) ||^2. Compared in
+    tests/method/test_sensitivity.py::test_equals_the_gradient_of_each_sample.
+    """
 
     def __init__(self, attention_mask: Tensor, modules: int, dtype: torch.dtype):
         self.mask = attention_mask.bool()[..., None]                       # (B, T, 1)
@@ -104,9 +111,9 @@ class _Ghost:
         self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
 
     def watch(self, column: int) -> Callable[..., None]:
-        """A forward hook that scores its layer when the backward pass comes by."""
+        """A forward hook that fills a column of the norms during the backward pass."""
         def forward_hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            """Keep X, or X X^T where that is cheaper, until D comes by."""
+            """Keep X, or X X^T if that is cheaper, for the backward pass."""
             x, (out, in_) = inputs[0].detach(), tuple(module.weight.shape)
             if use_gram := self.mask.shape[1] * (in_ + out) < in_ * out:
                 if self.read is None or self.read[0] is not inputs[0]:
@@ -121,13 +128,13 @@ class _Ghost:
                 self.norms[:, column] += torch.linalg.vecdot(
                     *(side.flatten(1).to(self.norms.dtype) for side in (left, right)))
 
-            if not output.requires_grad:      # nothing before the first layer needs a gradient
+            if not output.requires_grad:      # the first layer: no gradient is needed before it
                 output.requires_grad_()
             output.register_hook(backward_hook)
         return forward_hook
 
     def by_sample(self, x: Tensor) -> Tensor:
-        """(B, T, .) of rows that hold every position, or only the real ones: at pads, any."""
+        """(B, T, .) of rows that hold all positions or the real tokens only; pads hold anything."""
         x = x.reshape(-1, x.shape[-1])
         if x.dtype == torch.float16:          # squares of gradients underflow
             x = x.float()
@@ -138,7 +145,7 @@ class _Ghost:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient, and dropout is off; afterwards all is as before."""
+    """No weight requires a gradient, and dropout is off; afterwards all is as before."""
     asked = {p: p.requires_grad for p in model.parameters()}
     modes = {m: m.training for m in model.modules()}
     model.eval().requires_grad_(False)
@@ -153,11 +160,11 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def overlap(samples: Tensor, names: Sequence[str],
             select: Callable[[dict[str, float]], set[str]]) -> float:
-    """Split-half overlap: how far the selected matrices of a task depend on the samples drawn.
+    """Split-half overlap: how far the matrices that a task selects depend on the samples drawn.
 
-    samples (n, M) are squared norms; even and odd samples each select matrices by their sums, and
-    the share of one selection that is in the other comes back; nan for a single sample. Where
-    `select` takes a share p of the matrices, chance alone gives p.
+    samples (n, M) are squared norms. Even and odd samples each select matrices by their sums; given
+    back is the share of one selection that is in the other, nan for a single sample. If `select`
+    takes a share p of the matrices, chance alone gives p.
     """
     if len(samples) < 2:
         return math.nan

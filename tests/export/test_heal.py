@@ -16,7 +16,7 @@ from test_freeze import COUNTS, ROUTED, V, batch, model_of, tasks
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
-from minismoe.export.frozen import Frozen, save_frozen
+from minismoe.export.frozen import save_frozen
 from minismoe.export.heal import agreement, distil_step, heal, twin
 from minismoe.export.routing import cost_rows, cost_table, fewest_routed
 from minismoe.method.experts import expert_layers
@@ -39,8 +39,7 @@ def mixture() -> Any:
 @pytest.fixture(scope="module")
 def fits(mixture: Any) -> Any:
     """Frozen mixtures by kind of fit."""
-    return {kind: Frozen(found[""], {task: found[task] for task in tasks()})
-            for kind, found in fit(mixture, tasks()).items()}
+    return fit(mixture, tasks())
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""allocate.py against independent counts, and its budgets against every neighbour.
+"""allocate.py against the reference, and its budgets against every neighbour.
 
 Hypothesis draws small models: layers 9, 10 and 11 (so that natural order matters), some of four
 projections, one to four tasks whose scores are small whole numbers (so that ties are common).
@@ -19,6 +19,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from minismoe import reference
 from minismoe.method.allocate import GROUPS, STRATEGIES, Allocation, allocate, parameters
 
 KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")  # by name
@@ -80,17 +81,12 @@ def test_the_example_of_the_file() -> None:
 
 
 @given(models(), keeps, groups)
-def test_votes_equal_a_brute_force_count(model: Model, keep: float, group: str) -> None:
+def test_votes_equal_the_reference(model: Model, keep: float, group: str) -> None:
     scores, shapes = model
-    expected: Counter[str] = Counter()
-    for values in scores.values():
-        for place, module in enumerate(values):
-            rivals = [(other, i) for i, other in enumerate(values)
-                      if group_name(other, group) == group_name(module, group)]
-            better = sum(values[other] > values[module]
-                         or values[other] == values[module] and i < place for other, i in rivals)
-            kept = math.floor(Fraction(str(keep)) * len(rivals) + Fraction(1, 2))
-            expected[module] += better < max(1, kept)
+    groups_: dict[str, list[str]] = {}
+    for module in shapes:
+        groups_.setdefault(group_name(module, group), []).append(module)
+    expected = reference.vote(scores, list(groups_.values()), Fraction(str(keep)))
     found = allocate(scores, keep=keep, group=group, shapes=shapes)
     assert found.experts == {module: count for module, count in expected.items() if count}
     assert max(found.experts.values()) <= len(scores)

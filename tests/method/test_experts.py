@@ -1,4 +1,4 @@
-"""experts.py against a loop over tokens and experts, against autograd, and against PEFT."""
+"""experts.py against the reference, against autograd, and against PEFT."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import randomise
+from tiny import plain, randomise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minismoe import reference
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import (
     ExpertLinear,
@@ -67,34 +68,6 @@ def batch(pad: str = "right") -> tuple[Tensor, Tensor]:
     return ids, mask if pad == "right" else mask.flip(1)
 
 
-class Loop(nn.Module):
-    """The formula as it is written, one token and one expert at a time."""
-
-    def __init__(self, layer: ExpertLinear):
-        super().__init__()
-        self.weight, self.bias, self.k, self.scaling = (
-            layer.weight, layer.bias, layer.top_k, layer.scaling)
-        self.lora_A, self.lora_B, self.router = layer.lora_A, layer.lora_B, layer.router
-        self.router_logits: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, ys, all_logits = x.reshape(-1, x.shape[-1]), [], []
-        for row in rows:
-            y = self.weight @ row + (0 if self.bias is None else self.bias)
-            gates = {0: torch.ones((), dtype=x.dtype)}
-            if self.router is not None:
-                logits = self.router @ row
-                all_logits.append(logits)
-                best = sorted(range(len(logits)), key=logits.tolist().__getitem__)[-self.k:]
-                total = sum(logits[e].exp() for e in best)
-                gates = {e: logits[e].exp() / total for e in best}
-            for e, gate in gates.items():
-                y = y + self.scaling * gate * (self.lora_B[e].T @ (self.lora_A[e] @ row))
-            ys.append(y)
-        self.router_logits = torch.stack(all_logits) if all_logits else None
-        return torch.stack(ys).view(*x.shape[:-1], -1)
-
-
 def gradients(layer: nn.Module, x: Tensor, loss: Callable[[Tensor, Tensor | None], Tensor],
               ) -> dict[str, Tensor]:
     """y, router logits, and the gradient of loss(y, router logits) wrt x and every expert part."""
@@ -129,7 +102,7 @@ def only_logits(y: Tensor, logits: Tensor | None) -> Tensor:
 
 
 def compare(layer: ExpertLinear, x: Tensor, loss: Callable[..., Tensor] = weighted) -> None:
-    found, expected = gradients(layer, x, loss), gradients(Loop(layer), x, loss)
+    found, expected = gradients(layer, x, loss), gradients(plain(layer), x, loss)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6,
@@ -141,7 +114,7 @@ def compare(layer: ExpertLinear, x: Tensor, loss: Callable[..., Tensor] = weight
 @pytest.mark.parametrize("loss", [weighted, only_y, only_logits])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("experts", "k"), [(1, 2), (4, 1), (4, 4), (3, 5), (8, 2)])
-def test_forward_and_every_gradient_equal_the_loop(experts: int, k: int, bias: bool,
+def test_forward_and_every_gradient_equal_the_reference(experts: int, k: int, bias: bool,
                                                    loss: Callable[..., Tensor]) -> None:
     layer = adapted(experts=experts, k=k, bias=bias)
     x = torch.randn(6, 7, dtype=torch.float64)
@@ -154,8 +127,8 @@ def test_forward_and_every_gradient_equal_the_loop(experts: int, k: int, bias: b
 @settings(max_examples=60, deadline=None, database=None)
 @given(N=st.integers(1, 6), E=st.integers(1, 6), k=st.integers(1, 7), r=st.integers(1, 4),
        in_=st.integers(1, 6), out=st.integers(1, 6), bias=st.booleans(), seed=st.integers(0, 99))
-def test_any_sizes_equal_the_loop(N: int, E: int, k: int, r: int, in_: int, out: int, bias: bool,
-                                  seed: int) -> None:
+def test_any_sizes_equal_the_reference(N: int, E: int, k: int, r: int, in_: int, out: int,
+                                       bias: bool, seed: int) -> None:
     layer = adapted(in_, out, E, r, k, bias=bias, seed=seed)
     compare(layer, torch.randn(N, in_, dtype=torch.float64))
 
@@ -253,12 +226,12 @@ def test_bfloat16_routes_in_float32() -> None:
 
 # --- a model ------------------------------------------------------------------------------------
 
-def test_uneven_experts_in_one_model_equal_the_loop() -> None:
+def test_uneven_experts_in_one_model_equal_the_reference() -> None:
     model = randomise(add_experts(llama().double(), COUNTS, rank=2)).double()
     assert {n: m.lora_A.shape[0] for n, m in expert_layers(model).items()} == COUNTS
     loop = copy.deepcopy(model)
     for name, layer in expert_layers(loop).items():
-        loop.set_submodule(name, Loop(layer))
+        loop.set_submodule(name, plain(layer))
     (ids, mask), found = batch(), {}
     for m in (model, loop):
         logits = m(input_ids=ids, attention_mask=mask).logits
@@ -383,18 +356,7 @@ def test_one_expert_trains_as_peft_lora_does(alpha: float) -> None:
 
 # --- balance ------------------------------------------------------------------------------------
 
-def switch(logits: Tensor, k: int) -> Tensor:
-    """E * sum of f_e P_e, f_e counted one token at a time."""
-    N, E = logits.shape
-    used = [0.0] * E
-    for row in logits:
-        for e in sorted(range(E), key=row.tolist().__getitem__)[-k:]:
-            used[e] += 1 / (k * N)
-    p = torch.stack([row.exp() / row.exp().sum() for row in logits]).mean(0)
-    return E * sum(f * p[e] for e, f in enumerate(used))
-
-
-def test_balance_loss_equals_switch_and_so_does_its_gradient() -> None:
+def test_balance_loss_and_its_gradient_equal_the_reference() -> None:
     layers = [adapted(experts=E, k=k, seed=i)
               for i, (E, k) in enumerate([(4, 2), (1, 1), (4, 2), (3, 3), (4, 1)])]
     x, mask = torch.randn(6, 7, dtype=torch.float64), torch.ones(2, 3)
@@ -411,8 +373,9 @@ def test_balance_loss_equals_switch_and_so_does_its_gradient() -> None:
                                 *(m.router.grad.clone() for m in made if m.router is not None)]
 
     found = both(lambda layer: layer, lambda made: balance_loss(made, mask))
-    expected = both(Loop, lambda made: torch.stack(
-        [switch(m.router_logits, m.k) for m in made if m.router is not None]).mean())
+    expected = both(plain, lambda made: torch.stack([
+        reference.balance_loss(m.router_logits, m.top_k) for m in made
+        if m.router is not None]).mean())
     torch.testing.assert_close(found, expected)
     assert all(gradient.any() for gradient in found[1])
 

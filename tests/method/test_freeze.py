@@ -1,4 +1,4 @@
-"""freeze.py against a float64 least squares over outputs that are all materialised."""
+"""freeze.py against the reference: float64 least squares over outputs that are all materialised."""
 
 from __future__ import annotations
 
@@ -10,13 +10,25 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import randomise
+from tiny import plain, randomise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minismoe import reference
 from minismoe.method import freeze as module
-from minismoe.method.experts import ExpertLinear, add_experts, expert_layers, top_k_gates
-from minismoe.method.freeze import Fit, exact, fit, freeze, gather, linear, merge, merged, residual
+from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
+from minismoe.method.freeze import (
+    Fit,
+    TaskFits,
+    exact,
+    fit,
+    freeze,
+    gather,
+    linear,
+    merge,
+    merged,
+    residual,
+)
 from minismoe.model.decoder import CausalLM, Config
 
 V, D = 61, 16
@@ -70,13 +82,6 @@ def reads(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def mixture(layer: ExpertLinear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the experts add, (N, out), and the gates (N, E), as the formula is written."""
-    gates = top_k_gates(x @ layer.router.T, layer.top_k)
-    each = torch.einsum("ni,eri,ero->neo", x, layer.lora_A, layer.lora_B) * layer.scaling
-    return (each * gates[..., None]).sum(1).detach(), gates.detach()
-
-
 def held_out(batches: list[Data], held: bool) -> list[Data]:
     """The rows that are held out, every fourth, or the others."""
     whole = [torch.cat([b[i] for b in batches]) for i in range(3)]
@@ -86,54 +91,48 @@ def held_out(batches: list[Data], held: bool) -> list[Data]:
 
 def loss(fit_: Fit, layer: ExpertLinear, x: Tensor) -> float:
     """Share of the mixture's output energy that a fit misses on x."""
-    y, _ = mixture(layer, x)
+    y = plain(layer).added(x)
     return ((y - x @ fit_.lora_A.T @ fit_.lora_B.T).square().sum() / y.square().sum()).item()
-
-
-def no_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RIDGES", (1e-13,))
 
 
 # --- the fits -----------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("ridge", [1e-13, 0.1])
 @pytest.mark.parametrize(("kind", "pad"), [("ours", "right"), ("hf", "right"), ("hf", "left")])
-def test_fits_equal_brute_force_least_squares(kind: str, pad: str,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    no_ridge(monkeypatch)
-    model, data = model_of(kind), tasks(40, pad)
+def test_fits_and_residuals_equal_the_reference(kind: str, pad: str, ridge: float,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RIDGES", (ridge,))
+    model, data = model_of(kind).requires_grad_(False), tasks(40, pad)
     fits = fit(model, data)
     assert list(fits) == ["mean", "gates", "linear"]
-    for task in ("", "a", "b"):
-        batches = [b for t in data if task in ("", t) for b in held_out(data[t], False)]
-        held = [b for t in data if task in ("", t) for b in held_out(data[t], True)]
+    for task in (None, "a", "b"):
+        batches = [b for t in data if task in (None, t) for b in held_out(data[t], False)]
+        held = [b for t in data if task in (None, t) for b in held_out(data[t], True)]
         xs, hs = reads(model, batches), reads(model, held)
-        assert list(fits["linear"][task]) == list(COUNTS)
+        assert list(fits["linear"].of(task)) == list(COUNTS)
         for name in ROUTED:
-            layer, x = expert_layers(model)[name], xs[name]
-            y, gates = mixture(layer, x)
-            each = torch.einsum("ni,eri,ero->noe", x, layer.lora_A, layer.lora_B) * layer.scaling
-            c = torch.linalg.lstsq(each.detach().flatten(0, 1), y.flatten()[:, None]).solution[:, 0]
-            wanted = {"mean": gates.mean(0), "gates": c}
-            for what, numbers in wanted.items():
-                A = (layer.lora_A * numbers[:, None, None]).flatten(0, 1).detach()
-                torch.testing.assert_close(fits[what][task][name].lora_A, A, rtol=1e-5, atol=1e-5)
-            found = fits["linear"][task][name]
-            assert found.kind == "linear"
-            # Any linear map of rank R with B's row space: y W, where W = lstsq(x, y).
-            W = torch.linalg.lstsq(x, y).solution.T                         # (out, D)
-            torch.testing.assert_close(found.lora_B @ found.lora_A, W, rtol=1e-5, atol=1e-5)
+            layer, x = plain(expert_layers(model)[name]), xs[name]
+            wanted = reference.fits(layer, x, ridge)
+            assert fits["linear"].of(task)[name].kind == "linear"
             for what in fits:
-                expected = loss(fits[what][task][name], layer, hs[name])
-                assert fits[what][task][name].residual == pytest.approx(expected, rel=1e-6)
+                found = fits[what].of(task)[name]
+                torch.testing.assert_close(found.lora_A, wanted[what], rtol=1e-5, atol=1e-5)
+                assert found.residual == pytest.approx(
+                    reference.residual(layer, wanted[what], hs[name]), rel=1e-6)
+                assert found.residual == pytest.approx(loss(
+                    found, expert_layers(model)[name], hs[name]), rel=1e-6)
+            if ridge < 1e-9:      # any linear map of rank R with B's row space: y W
+                W = torch.linalg.lstsq(x, layer.added(x)).solution.T                # (out, D)
+                torch.testing.assert_close(found.lora_B @ found.lora_A, W, rtol=1e-5, atol=1e-5)
 
 
 def test_energy_is_a_share_of_all_that_is_written() -> None:
     model, data = model_of(), tasks()
-    found = fit(model, data)["linear"]["a"]
+    found = fit(model, data)["linear"].by_task["a"]
     for name, x in reads(model, held_out(data["a"], True)).items():
         layer = expert_layers(model)[name]
         if layer.router is not None:
-            share = mixture(layer, x)[0].square().sum() / layer(x).square().sum()
+            share = plain(layer).added(x).square().sum() / layer(x).square().sum()
             assert found[name].energy == pytest.approx(share.item(), rel=1e-6)
 
 
@@ -146,10 +145,11 @@ def test_equal_gates_are_frozen_without_loss(k: int) -> None:
             layer.top_k = min(k, len(layer.router))
     x, before = batch(99), copy.deepcopy(model)
     fits = fit(model, tasks())
-    for kind, by_task in fits.items():
-        assert all(f.residual < 1e-12 for fits_ in by_task.values() for f in fits_.values())
+    for kind, found in fits.items():
+        assert all(f.residual < 1e-12 for task in (None, "a", "b")
+                   for f in found.of(task).values())
         frozen = copy.deepcopy(model)
-        freeze(frozen, by_task[""])
+        freeze(frozen, found.together)
         torch.testing.assert_close(frozen(*x[:2]), before(*x[:2]), msg=kind)
 
 
@@ -161,21 +161,18 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     layer = ExpertLinear(nn.Linear(D, out, dtype=torch.float64), E, r, 2.0 * r, k)
     randomise(layer, seed)
     tokens = torch.randn(1, N, D, dtype=torch.float64)
-    (sums,) = gather(Whole(layer, tokens), [{"layer": layer}], [ids_of(tokens)])
-    mean, gates = module.constant_gates(layer, "layer", sums)
+    ((sums, _),) = gather(Whole(layer, tokens), [{"layer": layer}], [ids_of(tokens)])
+    mean, gates = module.constant_gates(layer, sums["layer"])
     best = mean if gates is None else gates
     A_mean, A = ((layer.lora_A * c[:, None, None]).flatten(0, 1).detach() for c in (mean, best))
-    losses = [residual(layer, "layer", a, sums) for a in (A_mean, A, *linear(
+    losses = [residual(layer, a, sums["layer"]) for a in (A_mean, A, *linear(
         {"layer": A}, sums, 1e-10).values())]
     assert losses == sorted(losses, reverse=True) or max(
         b - a for a, b in zip(losses, losses[1:])) < 1e-7
-    if gates is not None:
-        y, _ = mixture(layer, tokens[0])
-        each = torch.einsum("ni,eri,ero->noe", tokens[0], layer.lora_A, layer.lora_B).detach()
-        left = y.flatten() - layer.scaling * each.flatten(0, 1) @ gates
-        least = torch.linalg.lstsq(each.flatten(0, 1), y.flatten()[:, None], driver="gelsd")
-        best_left = y.flatten() - each.flatten(0, 1) @ least.solution[:, 0]
-        assert left.square().sum() <= best_left.square().sum() + 1e-7 * y.square().sum()
+    x, same = tokens[0], plain(layer.requires_grad_(False))
+    if gates is not None and same.added(x).any():
+        least = reference.residual(same, reference.fits(same, x, 1.0)["gates"], x)
+        assert reference.residual(same, A, x) <= least + 1e-7
 
 
 class Whole(nn.Module):
@@ -203,28 +200,28 @@ def test_singular_gates_fall_back_to_their_mean() -> None:
     dead = expert_layers(model)["model.layers.1.mlp.up_proj"]
     dead.lora_B.data[2] = 0                        # one that adds nothing
     fits = fit(model, tasks())
-    assert fits["gates"][""][name].kind == "mean"
-    assert torch.equal(fits["gates"][""][name].lora_A, fits["mean"][""][name].lora_A)
-    assert fits["linear"][""][name].residual <= fits["gates"][""][name].residual
-    assert fits["gates"][""]["model.layers.1.mlp.up_proj"].kind == "mean"
-    assert fits["gates"][""]["model.layers.1.self_attn.q_proj"].kind == "gates"
+    assert fits["gates"].together[name].kind == "mean"
+    assert torch.equal(fits["gates"].together[name].lora_A, fits["mean"].together[name].lora_A)
+    assert fits["linear"].together[name].residual <= fits["gates"].together[name].residual
+    assert fits["gates"].together["model.layers.1.mlp.up_proj"].kind == "mean"
+    assert fits["gates"].together["model.layers.1.self_attn.q_proj"].kind == "gates"
 
 
 def test_untrained_experts_lose_nothing() -> None:
     model = model_of()
     for layer in expert_layers(model).values():
         layer.lora_B.data.zero_()
-    for by_task in fit(model, tasks()).values():
-        assert {f.residual for f in by_task[""].values()} == {0.0}
+    for found in fit(model, tasks()).values():
+        assert {f.residual for f in found.together.values()} == {0.0}
 
 
 def test_gates_are_taken_where_held_out_samples_say_that_linear_is_worse() -> None:
     few = {"a": [tuple(t[:, :3] for t in batch(1, 3))]}   # 6 tokens to fit 16 or 24 inputs
     fits = fit(model_of(), few)
-    kinds = {name: fits["linear"]["a"][name].kind for name in ROUTED}
+    kinds = {name: fits["linear"].by_task["a"][name].kind for name in ROUTED}
     assert "gates" in kinds.values()
     for name, kind in kinds.items():
-        found, gates = fits["linear"]["a"][name], fits["gates"]["a"][name]
+        found, gates = fits["linear"].by_task["a"][name], fits["gates"].by_task["a"][name]
         assert found.residual <= gates.residual
         if kind == "gates":
             assert torch.equal(found.lora_A, gates.lora_A)
@@ -237,13 +234,14 @@ def test_tasks_of_one_sample_are_refused() -> None:
 
 # --- gathering ----------------------------------------------------------------------------------
 
-def same(a: dict[str, Any], b: dict[str, Any], **tolerance: float) -> None:
+def same(a: dict[str, TaskFits], b: dict[str, TaskFits], **tolerance: float) -> None:
     for kind in a:
-        for task in a[kind]:
-            assert list(a[kind][task]) == list(b[kind][task])
-            for name, found in a[kind][task].items():
-                torch.testing.assert_close(found.lora_A, b[kind][task][name].lora_A, **tolerance)
-                assert found.kind == b[kind][task][name].kind
+        for task in (None, "a", "b"):
+            ours, theirs = a[kind].of(task), b[kind].of(task)
+            assert list(ours) == list(theirs)
+            for name, found in ours.items():
+                torch.testing.assert_close(found.lora_A, theirs[name].lora_A, **tolerance)
+                assert found.kind == theirs[name].kind
 
 
 @pytest.mark.parametrize("kind", ["ours", "hf"])
@@ -281,12 +279,13 @@ class Products(TorchDispatchMode):
 
 def test_inputs_that_are_shared_are_multiplied_once() -> None:
     model = model_of()
-    group = module._inputs(model, expert_layers(model), batch(0))
+    group = module._inputs(model, batch(0))
     short = [[name.split(".")[-1][0] for name in readers] for readers in group]
     assert short == [["q", "k"], ["o"], ["g", "u"], ["d"]] * 2
     with Products() as products:
         gather(model, group, [batch(0)])
-    assert products.shapes.count((D, D)) == 2 * 3 and products.shapes.count((24, 24)) == 2
+    assert products.shapes.count((D, D)) == 2 * 2 * 3        # fitting and held-out samples
+    assert products.shapes.count((24, 24)) == 2 * 2
 
 
 def test_model_is_left_as_it_was() -> None:
@@ -303,7 +302,7 @@ def test_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("kind", ["ours", "hf"])
 def test_frozen_merged_and_kept(kind: str) -> None:
     model, (ids, mask, _) = model_of(kind), batch(3)
-    fits = fit(model, tasks())["linear"][""]
+    fits = fit(model, tasks())["linear"].together
     keep = {"model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"}
     frozen, joined = copy.deepcopy(model), copy.deepcopy(model)
     freeze(frozen, fits, keep)
@@ -329,13 +328,13 @@ def test_one_expert_is_exact() -> None:
     found = exact(layer)
     assert (found.kind, found.residual) == ("exact", 0.0)
     torch.testing.assert_close(x @ merged(layer.weight, found).T, layer(x))
-    freeze(model, fit(model, tasks())["gates"]["a"])
+    freeze(model, fit(model, tasks())["gates"].by_task["a"])
     torch.testing.assert_close(expert_layers(model)["model.layers.0.self_attn.v_proj"](x), layer(x))
 
 
 def test_merging_three_times_equals_once() -> None:
     model = model_of(dtype=torch.float32)
-    fits, before = fit(model, tasks())["linear"][""], model_of(dtype=torch.float32)
+    fits, before = fit(model, tasks())["linear"].together, model_of(dtype=torch.float32)
     merge(model, fits)
     once = copy.deepcopy(model.state_dict())
     merge(model, fits)
@@ -351,7 +350,7 @@ def test_merging_three_times_equals_once() -> None:
 
 def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
     model = model_of(dtype=torch.bfloat16)
-    fits = fit(model, tasks())["linear"][""]
+    fits = fit(model, tasks())["linear"].together
     for name, found in fits.items():
         weight = model.get_submodule(name).weight
         assert found.lora_A.dtype == found.lora_B.dtype == torch.float32
@@ -363,7 +362,7 @@ def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
 
 def test_bfloat16_gathers_in_float32() -> None:
     model, data = model_of(dtype=torch.bfloat16), tasks(40)
-    fits = fit(model, data)["gates"][""]
+    fits = fit(model, data)["gates"].together
     xs = reads(model, [b for t in data for b in held_out(data[t], True)])
     for name in ROUTED:
         # Batched, bfloat16 rounds elsewhere than sample by sample, and top-k may flip.
@@ -374,7 +373,7 @@ def test_bfloat16_gathers_in_float32() -> None:
 
 def test_missing_fits_are_named_before_anything_changes() -> None:
     model = model_of()
-    fits = fit(model, tasks())["linear"][""]
+    fits = fit(model, tasks())["linear"].together
     lost = "model.layers.1.mlp.down_proj"
     del fits[lost]
     for function in (freeze, merge):

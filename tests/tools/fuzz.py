@@ -40,8 +40,8 @@ from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
 from minismoe.export import graph  # noqa: E402
 from minismoe.io import text as failure  # noqa: E402
-from minismoe.method.allocation import Allocation  # noqa: E402
 from minismoe.method.experts import add_experts  # noqa: E402
+from minismoe.method.record import Allocation  # noqa: E402
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter  # noqa: E402
 from minismoe.model.decoder import CausalLM, Config  # noqa: E402
 from minismoe.runtime import FORMAT, Generator  # noqa: E402

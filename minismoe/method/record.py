@@ -1,4 +1,4 @@
-"""The record of an allocation, and its form in allocation.json."""
+"""Allocation: what `allocate` decides, how it is written to allocation.json, and its checks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 Counts = dict[str, int]  # {module: experts}
+Sensitivities = Mapping[str, Mapping[str, float]]  # {task: {module: sensitivity}}
 FORMAT = "minismoe.allocation/1"
-MOST = 1 << 10  # experts of one matrix: a file asks for no more memory than that
+MOST = 1 << 10  # experts of one matrix: bounds the memory that a file can ask for
 
 
 def is_whole(value: Any, least: float) -> bool:
@@ -31,11 +32,11 @@ class Allocation:
     strategy: str = "custom"
     group: str | None = None
     keep: float | None = None  # share of its group that a task votes for
-    trainable_parameters: int | None = None  # None where the shapes are unknown
+    trainable_parameters: int | None = None  # None if the shapes are unknown
     ranks: Counts = field(default_factory=dict)  # of modules whose experts have another rank
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module's experts; whatever it is, they are scaled by alpha / rank."""
+        """The rank of a module's experts. Experts of any rank are scaled by alpha / self.rank."""
         return self.ranks.get(module, self.rank)
 
     def __str__(self) -> str:
@@ -45,7 +46,7 @@ class Allocation:
                 f"{len(self.experts)} matrices")
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, an entry each; a count of 0 is allowed."""
+        """One message for each wrong value; a count of 0 is allowed."""
         keep, trainable = self.keep, self.trainable_parameters
         checks = [
             ("rank", is_whole(self.rank, 1), "a whole number >= 1"),

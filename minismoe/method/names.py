@@ -1,0 +1,53 @@
+"""Names of modules: their order, their layer and projection, and which are ranked together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+GROUPS = ("attention_mlp", "kind", "all")
+
+
+def natural(module: str) -> tuple[list[Any], str]:
+    """Sort key in which layer 10 follows layer 9; the name itself keeps "01" apart from "1"."""
+    parts = re.split(r"(\d+)", module)  # every second part holds digits, so numbers meet numbers
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], module
+
+
+def place(module: str) -> tuple[int | None, str, str]:
+    """model.layers.3.self_attn.q_proj -> (3, "self_attn", "q_proj"); None without a number."""
+    *parents, kind = module.split(".")
+    numbers = [i for i, part in enumerate(parents) if part.isdecimal()]
+    layer = int(parents[numbers[0]]) if numbers else None
+    return layer, ".".join(parents[numbers[0] + 1 if numbers else 0:]), kind
+
+
+def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[str]:
+    """In natural order, the modules whose last component is a target or whose name matches one.
+
+    No targets (None): all modules. Raises ValueError with the targets that match nothing.
+    """
+    everything = sorted(modules, key=natural)
+    if targets is None:
+        return everything
+    words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)]
+    found = {word: [module for module in everything
+                    if place(module)[2] == word or fnmatchcase(module, word)] for word in words}
+    missed = [word for word in words if not found[word]]
+    if missed or not words:
+        present = sorted({place(module)[2] for module in everything})
+        raise ValueError(f"no module matches targets {missed}; projections present: {present}")
+    return [module for module in everything if any(module in hits for hits in found.values())]
+
+
+def grouped(modules: list[str], group: str) -> list[list[str]]:
+    """Modules that are ranked together: attention and MLP apart, each projection apart, or all."""
+    groups: dict[str, list[str]] = {}
+    for module in modules:
+        _, parent, kind = place(module)
+        half = "attention" if re.search("attn|attention", parent.lower()) else "mlp"
+        name = {"attention_mlp": half, "kind": kind, "all": "all"}[group]
+        groups.setdefault(name, []).append(module)
+    return list(groups.values())
