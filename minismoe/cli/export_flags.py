@@ -11,6 +11,8 @@ from typing import Any
 from ..export.settings import ExportConfig, FolderConfig, FreezeConfig, TableConfig
 from ..io.flags import add_flags, from_flags, text
 
+TABLE = """Print exact match and residual of each way to freeze the routing of a run, write them to
+RUN/routing.json, and export nothing."""
 NO_RUN = "runs holds no run yet (python train.py makes one)"
 USUAL = {name: getattr(FolderConfig, name) for name in (     # may always be given as what they are
     "layout", "precision", "routing", "target")}
@@ -19,7 +21,7 @@ USUAL = {name: getattr(FolderConfig, name) for name in (     # may always be giv
 def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
     """The settings that a command line asks for. Exits with 2 if flags contradict each other."""
     table = list(argv[:1]) == ["table"]
-    parser = argparse.ArgumentParser(description=description,
+    parser = argparse.ArgumentParser(description=TABLE if table else description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="folder of train.py (default: newest in runs)")
