@@ -14,7 +14,7 @@ holds no script and no font: GitHub shows an SVG as an image.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -85,20 +85,18 @@ def place(module: str) -> tuple[int, str]:
     return int(parts[2]), parts[-1].removesuffix("_proj")
 
 
-def method(record: Mapping[str, Any]) -> str:
+def method(worth: Mapping[str, Any]) -> str:
     """The four steps side by side, on the 28 matrices and five tasks of the embedded default."""
-    scores: dict[str, dict[str, float]] = record["scores"]
+    scores: dict[str, dict[str, float]] = worth["scores"]
     experts = allocate(scores, keep=0.6).experts
     top, wide, step = 92.0, 9.0, 48.0
     left, vote, count, merge = 56.0, 330.0, 588.0, 722.0
-    parts = [text(left, 30, "1  Probe", size=15, bold=True),
-             text(left, 50, "squared gradient norm of each matrix", color=GREY),
-             text(vote, 30, "2  Vote", size=15, bold=True),
-             text(vote, 50, "each task: its top 60 %", color=GREY),
-             text(count, 30, "3  Experts", size=15, bold=True),
-             text(count, 50, "a vote is an expert", color=GREY),
-             text(merge, 30, "4  Merge", size=15, bold=True),
-             text(merge, 50, "one matrix ships", color=GREY)]
+    parts: Parts = []
+    for x, name, says in ((left, "1  Probe", "squared gradient norm of each matrix"),
+                          (vote, "2  Vote", "each task: its top 60 %"),
+                          (count, "3  Experts", "a vote is an expert"),
+                          (merge, "4  Merge", "one matrix ships")):
+        parts += [text(x, 30, name, size=15, bold=True), text(x, 50, says, color=GREY)]
     parts += [text(left - 7, top + 12 + 16 * i, kind, anchor="end", size=12, color=GREY)
               for i, kind in enumerate(KINDS)]
     for i, (task, values) in enumerate(scores.items()):
@@ -179,20 +177,20 @@ def layer() -> str:
     return card(routed + 54, "One linear layer with its experts", parts)
 
 
-def rules(records: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def rules(compared: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Exact match of each rule, and its difference to LoRA with a paired 95 % interval."""
     low, high, row_height = -8, 4, 26
     parts: Parts = []
-    longest = max(len(record["rows"]) for _, record in records)
+    longest = max(len(each["rows"]) for _, each in compared)
     bottom = 92.0 + row_height * longest
-    for panel, (title, record) in enumerate(records):
+    for panel, (title, each) in enumerate(compared):
         left = 24.0 + 418 * panel
 
         def across(points: float, left: float = left) -> float:
             return left + 192 + (points - low) / (high - low) * 190
 
-        seeds = max(row["accuracy"]["seeds"] for row in record["rows"])
-        rows = sorted(record["rows"], key=lambda row: -row["accuracy"]["intervals"]["mean"][0])
+        seeds = max(row["accuracy"]["seeds"] for row in each["rows"])
+        rows = sorted(each["rows"], key=lambda row: -row["accuracy"]["intervals"]["mean"][0])
         parts += [text(left, 30, f"{title}, {seeds} seeds", size=15, bold=True),
                   text(left, 58, "rule", size=12, color=GREY),
                   text(left + 172, 58, "exact match", size=12, color=GREY, anchor="end"),
@@ -218,10 +216,10 @@ def rules(records: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     return card(bottom + 46, "Exact match by allocation rule, against plain LoRA", parts)
 
 
-def costs(record: Mapping[str, Any]) -> str:
+def costs(found: Mapping[str, Any]) -> str:
     """Exact match of the ways to merge, with a dot for each seed, and of the exported folders."""
     low, high, row_height, top = 60, 78, 26, 86.0
-    bottom = top + row_height * len(record["merging"]) + 8
+    bottom = top + row_height * len(found["merging"]) + 8
     parts: Parts = []
 
     def panel(left: float, labels: float, width: float, title: str, column: str,
@@ -247,27 +245,32 @@ def costs(record: Mapping[str, Any]) -> str:
 
     panel(24, 262, 176, "Merging and healing, 3 seeds", "missed", [
         (row["way"], "" if row["missed"] is None else f"{row['missed']} %", row["mean"],
-         row["seeds"]) for row in record["merging"]])
+         row["seeds"]) for row in found["merging"]])
     panel(502, 224, 104, "Exported, seed 0", "MB", [
-        (row["way"], str(row["MB"] or ""), row["exact_match"], ()) for row in record["quantising"]])
+        (row["way"], str(row["MB"] or ""), row["exact_match"], ()) for row in found["quantising"]])
     parts.extend([text(24, bottom + 30, "Bars are means, dots are seeds. Missed: share of the "
                        "mixture’s output energy that the merged matrix lacks (median).", size=12,
                        color=GREY)])
     return card(bottom + 46, "What merging, healing and quantising cost", parts)
 
 
-def main() -> None:
-    def read(name: str) -> Any:
-        return read_json(RESULTS / f"{name}.json")
+def record(name: str) -> Any:
+    return read_json(RESULTS / f"{name}.json")
 
-    pictures = {"method": method(read("worth-default")), "layer": layer(),
-                "rules": rules([("SmolLM2-135M", read("smollm2")),
-                                ("Embedded default", read("deciding"))]),
-                "costs": costs(read("merging"))}
-    for name, svg in pictures.items():
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "method": lambda: method(record("worth-default")),
+    "layer": layer,
+    "rules": lambda: rules([("SmolLM2-135M", record("smollm2")),
+                            ("Embedded default", record("deciding"))]),
+    "costs": lambda: costs(record("merging"))}
+
+
+def main() -> None:
+    for name, draw in PICTURES.items():
         with replacing(RESULTS / f"{name}.svg") as tmp:
-            tmp.write_text(svg, encoding="utf-8")
-    print(f"wrote {', '.join(f'{name}.svg' for name in pictures)} to {RESULTS}")
+            tmp.write_text(draw(), encoding="utf-8")
+    print(f"wrote {', '.join(f'{name}.svg' for name in PICTURES)} to {RESULTS}")
 
 
 if __name__ == "__main__":
