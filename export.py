@@ -16,7 +16,7 @@ import random
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minismoe.cli import inputs as cli
-from minismoe.cli import runs
+from minismoe.cli import runs, script
 from minismoe.cli.export_flags import DEFAULTS, of_adapters, parse
+from minismoe.cli.flags import InputConfig
 from minismoe.cli.probing import PROBE_BATCH
 from minismoe.data.tasks import Example, Task, probe_batches
 from minismoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -120,14 +121,14 @@ def load(args: argparse.Namespace) -> Source:
         if not (run / "config.json").is_file():
             raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
         settings = runs.read_run(run)
-        settings.device, settings.dtype, name = args.device, args.dtype, settings.model
+        name = settings.model
         if settings.data and not Path(settings.data).exists():
             raise FileNotFoundError(f"{run / 'config.json'} names the data folder {settings.data}, "
                                     "which is not here: export where train.py ran")
-        settings.limit_test = args.limit_test or settings.limit_test
         # A base that was trained in a few bits is exported from its own weights, unrounded.
-        settings.base_bits, settings.shard = None, False
-        inputs = cli.load_inputs(settings)
+        inputs = cli.load_inputs(cli.settled(replace(
+            settings, device=args.device, dtype=args.dtype,
+            limit_test=args.limit_test or settings.limit_test)))
         load_adapter(inputs.model, run / "adapter")
         if args.task not in (None, *inputs.encoded):
             raise ValueError(f"{run} has no task {args.task!r}; it has {', '.join(inputs.encoded)}")
@@ -139,8 +140,8 @@ def load(args: argparse.Namespace) -> Source:
                 raise ValueError(f"{NO_RUN}, which {needs} is for")
             print(f"{NO_RUN}: the embedded base alone")
         base, trained = resolve(name) if name else base_folder(), {}
-        device, dtype = cli.device_and_dtype(args)
-        inputs = cli.Inputs(load_model(base, dtype, device), load_tokenizer(base), [], {})
+        settings = cli.settled(InputConfig(model=name, device=args.device, dtype=args.dtype))
+        inputs = cli.Inputs(cli.load_base(settings, base), load_tokenizer(base), [], {})
     for flag, value in DEFAULTS.items():
         setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
     longest, tokenizer = inputs.model.config.max_position_embeddings, inputs.tokenizer
@@ -375,4 +376,4 @@ def next_command(layout: str, out: Path, task: str | None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -5,7 +5,7 @@
     python probe.py --model FOLDER --data FOLDER --out RUN
 
 Writes RUN/sensitivity.json, RUN/allocation.json and RUN/allocation.svg; train.py takes the second
-with --allocation. The same command again goes on where an interrupted one was.
+with --allocation.
 """
 
 from __future__ import annotations
@@ -15,46 +15,50 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from minismoe.cli import flags, probing
-from minismoe.cli import inputs as cli
-from minismoe.io import flags as kinds
+from minismoe.cli import probing, script
+from minismoe.cli.flags import (
+    AllocationConfig,
+    InputConfig,
+    add_allocation_flags,
+    add_input_flags,
+)
+from minismoe.cli.inputs import load_inputs, settled
 from minismoe.io.drawing import allocation_svg, terminal_heatmap
 from minismoe.io.files import replacing, write_json
+from minismoe.io.flags import from_flags, text
 from minismoe.io.text import clean
 from minismoe.training import distributed
-from minismoe.training.resume import discard
 
 
 def main(argv: Sequence[str]) -> None:
+    # Configure.
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=kinds.text, metavar="RUN", default="runs/probe",
+    parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
-    flags.add_input_flags(parser)
-    flags.add_allocation_flags(parser)
+    add_input_flags(parser)
+    add_allocation_flags(parser)
     args = parser.parse_args(argv)
-    torch.manual_seed(args.seed)
-
-    run = Path(args.out)
+    run, allocating = Path(args.out), from_flags(AllocationConfig, vars(args))
     if (run / "config.json").exists():
         raise FileExistsError(f"{run} is a run of train.py, whose allocation it is to keep: choose "
                               "another --out")
-    inputs = cli.load_inputs(args)
-    probing.rehearse(args, inputs)
-    with cli.working_in(run, f"python probe.py {shlex.join(argv)}"):
-        scores = probing.measure(args, inputs, run)
-        allocation = probing.choose(args, scores)
+
+    # Load, probe and allocate.
+    inputs = load_inputs(settled(from_flags(InputConfig, vars(args))), args.show)
+    probing.known_allocation(allocating, inputs, args.seed)          # finds flags that are wrong
+    with script.working_in(run, f"python probe.py {shlex.join(argv)}"):
+        scores = probing.measure(allocating, inputs, args.seed)
+        allocation = probing.choose(allocating, scores, args.seed)
         if distributed.rank():
             return
+
+        # Save.
         write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
         write_json(run / "allocation.json", allocation.to_json())
-        what, counts = (("ranks", allocation.ranks) if allocation.ranks else
-                        ("experts", allocation.experts))
+        what, counts = probing.counted(allocation)
         with replacing(run / "allocation.svg") as tmp:
             tmp.write_text(allocation_svg(scores, counts, what=what), encoding="utf-8")
-        discard(run, "probe")
 
     for task, values in scores.items():
         print(terminal_heatmap(f"sensitivity of {clean(task)}", values, scale="log"))
@@ -65,4 +69,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import export
 import probe
 import train
-from minismoe.cli import inputs as cli
+from minismoe.cli.script import run as run_script
 from minismoe.io import text as failure
 from minismoe.method import experts
 from minismoe.model import checkpoint
@@ -101,7 +101,7 @@ def script(main: Callable[[Sequence[str]], None], *args: object) -> tuple[int, s
     sys.argv = ["script", *map(str, args)]
     try:
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-            terminal.run() if main is terminal.main else cli.run(main)
+            terminal.run() if main is terminal.main else run_script(main)
             code = 0
     except SystemExit as end:
         code = int(end.code or 0)
@@ -573,12 +573,12 @@ def test_a_task_of_an_odd_name(world: World, name: str) -> None:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         sys.argv = ["train.py", *world.inputs, *SHORT, "--verbose", "--out", str(out)]
-        cli.run(train.main)
+        run_script(train.main)
         sys.argv = ["train.py", *world.inputs, "--show", "2"]
         with pytest.raises(SystemExit):
-            cli.run(train.main)
+            run_script(train.main)
         sys.argv = ["export.py", str(out), "--adapters", "--out", str(out / "onnx")]
-        cli.run(export.main)
+        run_script(export.main)
     assert all(c.isprintable() or c == "\n" for c in shown.getvalue())
     now = hashes(world.model.parent)
     assert {p: h for p, h in now.items() if out not in p.parents} == before

@@ -1,13 +1,19 @@
-"""The flags that scripts share, as the typed configurations that they become."""
+"""The flags of train.py and probe.py, as the typed configurations that they become.
+
+A configuration is made once, from the parsed flags, and never changed: `dataclasses.replace` makes
+another where "auto" gets a value.
+"""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from ..io.flags import (
     above_zero,
     add_flags,
+    as_flags,
     flag,
     positive,
     positive_or_auto,
@@ -16,9 +22,11 @@ from ..io.flags import (
     text,
 )
 from ..method.allocate import GROUPS, STRATEGIES
+from ..training.loop import TrainConfig
 
-CHOOSING = ("strategy", "keep", "budget_experts", "budget_params", "group", "targets",
-            "min_experts", "max_experts")                    # what a given allocation makes idle
+# Flags that choose an allocation, and so mean nothing with --allocation FILE.
+CHOOSING = ("--strategy", "--keep", "--budget-experts", "--budget-params", "--group", "--targets",
+            "--min-experts", "--max-experts")
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,33 @@ class AllocationConfig:
     alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
                                "twice the rank)", above_zero)
     top_k: int = flag(2, "experts active a token (default: 2)", positive, metavar="K")
+    file: str | None = None             # --allocation of train.py: an allocation that exists
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that the flags of train.py ask for; a run's config.json holds it."""
+
+    inputs: InputConfig
+    allocating: AllocationConfig
+    training: TrainConfig
+    auto: bool                          # training.micro_batch_size is still to be chosen
+    show: int | None = None
+    out: str | None = flag(None, "folder of the run (default: a new one in runs)", text,
+                           metavar="RUN")
+    resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
+    verbose: bool = flag(False, "show some wrong answers a task")
+    plan: bool = flag(False, "print parameters, memory by part, time and disk of the run, and "
+                      "stop; --data and weights may be missing")
+
+    def arguments(self) -> dict[str, Any]:
+        """{name of a flag: its value}, as config.json holds it."""
+        return {**as_flags(self, self.inputs, self.allocating, self.training),
+                "allocation": self.allocating.file}
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `InputConfig`, and two that only show something."""
+    """Add the flags of `InputConfig`, --show and --debug."""
     add_flags(parser, InputConfig, "model and data")
     parser.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
                         "model sees them before --max-length, supervised tokens marked, and stop")
@@ -95,5 +126,5 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `AllocationConfig`."""
+    """Add the flags of `AllocationConfig`."""
     add_flags(parser, AllocationConfig, "probe and allocation")

@@ -40,6 +40,7 @@ from ..training.memory import (
 from ..training.resume import KEPT
 from . import inputs as cli
 from . import probing
+from .flags import AllocationConfig, InputConfig
 
 STEPS, SECONDS = 4, 30           # measured steps, the first to warm up; and how long they may take
 
@@ -56,14 +57,14 @@ class Prospect:
 
 def look_ahead(args: argparse.Namespace) -> Prospect:
     """Read config.json and the data, and wake the libraries; no weights are loaded."""
-    folder, config = (f := cli.base_folder(args)), read_config(f)[0]
-    device, dtype = cli.device_and_dtype(args)
+    folder, config = (f := cli.model_folder(args)), read_config(f)[0]
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     names, examples = args.tasks.split(",") if args.tasks else [""], []
     if args.data or args.model is None:
         _, _, encoded = cli.read_data(args, folder)
         names, examples = list(encoded), [e for x in encoded.values() for e in x.examples]
     cfg = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
-    setup = Setup(config, probing.guess(args, shapes(config), names), dtype, device.type,
+    setup = Setup(config, probing.guess(args, shapes(config), names, args.seed), dtype, device.type,
                   args.base_bits, args.recompute, distributed.world() if args.shard else 1)
     return Prospect(folder, setup, schedule(examples or imagined(
         args, cli.context(args, folder)), cfg),
@@ -77,18 +78,23 @@ def imagined(args: argparse.Namespace, length: int) -> list[Example]:
     return [Example("", row, [IGNORE] * (len(row) - supervised) + row[-supervised:]) for row in ids]
 
 
-def settle_micro_batch(args: argparse.Namespace) -> None:
-    """Put in place of --micro-batch-size auto the largest that fits --memory or the device."""
-    if args.micro_batch_size == "auto":
-        args.micro_batch_size = largest_fitting(args, look_ahead(args))
-        print(f"--micro-batch-size {args.micro_batch_size} of {args.batch_size} fits")
-    elif args.memory and not args.resume and torch.device(args.device).type != "cuda":
-        raise ValueError("--memory is for --batch-size auto and --plan; on a CUDA device it is a "
-                         "limit as well")
-    if args.memory and torch.device(args.device).type == "cuda":   # training halves what overflows
-        total = torch.cuda.get_device_properties(args.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory / total),
-                                                   torch.device(args.device).index)
+def merged(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig,
+           ) -> argparse.Namespace:
+    """The fields of all three, which the functions of this file read."""
+    return argparse.Namespace(**{**vars(training), **vars(allocating), **vars(inputs)})
+
+
+def fitting_micro_batch(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig,
+                        ) -> int:
+    """The largest micro-batch that fits --memory or the device."""
+    args = merged(inputs, allocating, training)
+    return largest_fitting(args, look_ahead(args))
+
+
+def bound_cuda_memory(device: torch.device, size: int) -> None:
+    """Let torch take at most `size` bytes; training halves a micro-batch that does not fit."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device.index)
 
 
 def largest_fitting(args: argparse.Namespace, p: Prospect) -> int:
@@ -127,13 +133,15 @@ def probing_bytes(p: Prospect, micro: int) -> int:
     return weight_bytes(plain) + int(1.3 * activations(plain, Shape(count, longest, rows, rows)))
 
 
-def show_plan(args: argparse.Namespace) -> None:
+def show_plan(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig, auto: bool,
+              ) -> None:
     """Print parameters, memory by part, time and disk of the run that the flags ask for.
 
     A folder that holds config.json alone will do: what is measured, the time, is left out then.
     """
+    args = merged(inputs, allocating, training)
     p, micro = look_ahead(args), args.micro_batch_size
-    if micro == "auto":
+    if auto:
         micro = largest_fitting(args, p)
     mine = distributed.share(micro)
     parts = {"runtime": p.runtime, **fixed(p.setup),

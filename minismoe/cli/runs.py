@@ -1,56 +1,64 @@
-"""A run's config.json: written by train.py, and held against the flags of a run that goes on."""
+"""A run's folder and its config.json, against which the flags of --resume are held."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..io.files import inside, read_json, write_json
+from ..io.flags import from_flags
+from ..io.text import clean
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
 from ..training import distributed
-from ..training.resume import differences, digest, same_threads
+from ..training.resume import digest
+from .flags import InputConfig, RunConfig
 from .inputs import Inputs
 
 # Flags that a resumed run may change.
-SMALLER = ("memory", "micro_batch_size", "recompute")           # where memory was too little
+SMALLER = ("memory", "micro_batch_size", "recompute")           # if memory was too little
 RESUMABLE = ("out", "resume", "debug", "verbose", "device", "shard", "show", "checkpoint_every",
              *SMALLER)
 
 
-def new_run(out: str | None, name: str) -> Path:
-    """The folder of a new run: the one asked for, which must hold none, or the next free name."""
-    if out is not None:
-        if (Path(out) / "config.json").exists():
-            raise FileExistsError(f"{out} holds a run already: go on with --resume, or choose "
-                                  "another --out")
-        if (Path(out) / "sensitivity.json").exists() and not (Path(out) / "before.json").exists():
-            raise FileExistsError(f"{out} is what probe.py measured: choose another --out, with "
-                                  f"--allocation {out}/allocation.json to train on it")
-        return Path(out)
-    number = 1
-    while (folder := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return folder
+def folder(config: RunConfig) -> Path:
+    """The folder of a run, the same in all processes: --out, or the next free name in runs.
+
+    Raises FileExistsError if a new run would lie in that of another, or in what probe.py measured.
+    """
+    out = config.out
+    if out is None:
+        name, number = Path(config.inputs.model or "default").name, 1
+        while (free := Path("runs") / f"{name}-{number}").exists():
+            number += 1
+        return Path(distributed.gather(str(free))[0])
+    if not config.resume and (Path(out) / "config.json").exists():
+        raise FileExistsError(f"{out} holds a run already: go on with --resume, or choose "
+                              "another --out")
+    if (Path(out) / "sensitivity.json").exists() and not any(
+            (Path(out) / name).exists() for name in ("config.json", "before.json")):
+        raise FileExistsError(f"{out} is what probe.py measured: choose another --out, with "
+                              f"--allocation {out}/allocation.json to train on it")
+    return Path(out)
 
 
 def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> argparse.Namespace:
     """The flags of a run, and those of argv that may change; ValueError lists what may not."""
     saved = saved_config(run)["arguments"]
-    # What a run divided among processes left, one alone may go on with, and the other way.
+    # A run divided among processes may go on in one process, and the other way round.
     kept = vars(as_typed(parser, {**saved, "shard": None, "out": str(run)}))
     args = parser.parse_args(argv, argparse.Namespace(**kept))
-    for name in ("batch_size", "micro_batch_size", "dtype"):     # auto was settled by the run
+    for name in ("batch_size", "micro_batch_size", "dtype"):     # the run settled what auto is
         if getattr(args, name) == "auto":
             setattr(args, name, kept[name])
     if args.memory != kept["memory"] and args.micro_batch_size == kept["micro_batch_size"]:
-        args.micro_batch_size = "auto"       # what fitted another memory
+        args.micro_batch_size = "auto"       # it fitted another memory
     changed = [f"--{k.replace('_', '-')} {v} (was {kept[k]})" for k, v in vars(args).items()
                if k not in RESUMABLE and kept[k] != v]
     if changed:
@@ -59,7 +67,7 @@ def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> 
 
 
 def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse.Namespace:
-    """The flags of a config.json as if they had been typed; ValueError where one could not be."""
+    """The flags of a config.json as if they had been typed; ValueError if one could not be."""
     if unknown := saved.keys() - vars(parser.parse_args([])):
         raise ValueError(f"{saved['out']}/config.json: there is no flag {', '.join(unknown)}")
     parser.exit_on_error = False
@@ -74,7 +82,7 @@ def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse
 
 
 def saved_config(run: Path) -> dict[str, Any]:
-    """The config.json of a run. Raises FileNotFoundError or ValueError where there is none."""
+    """The config.json of a run. Raises FileNotFoundError or ValueError if there is none."""
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no run to go on with: begin it without --resume")
     config = read_json(run / "config.json")
@@ -85,8 +93,11 @@ def saved_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def read_run(run: Path) -> argparse.Namespace:
-    """The input flags with which a run was made; ValueError where its config.json is none."""
+def read_run(run: Path) -> InputConfig:
+    """Which model and data a run was made with. Where it ran, and in what, is left to the reader.
+
+    Raises ValueError if its config.json is not that of a run.
+    """
     for name in ("config.json", "adapter", "export"):
         inside(run, name)
     content = read_json(run / "config.json")
@@ -98,33 +109,55 @@ def read_run(run: Path) -> argparse.Namespace:
                  if type(value) is not (int if name in numbers else str)
                  and (value is not None or name in ("max_length", "seed"))]:
         raise ValueError(f"{run / 'config.json'} is none of a run: {', '.join(wrong)}")
-    return argparse.Namespace(**{**arguments, **saved, "show": None})
+    return from_flags(InputConfig, saved)
 
 
-def note(run: Path, args: argparse.Namespace, inputs: Inputs, allocation: Allocation | None,
-         ) -> None:
-    """Write config.json, which makes a folder a run; with --resume see that it is this run's.
+def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation | None,
+                 ) -> None:
+    """Write config.json, which makes a folder a run; with --resume check that it is the same run.
 
-    Raises ValueError that lists what is another's: the model, tasks, or the allocation, if known.
+    Raises ValueError that lists what differs: the model, tasks, or the allocation, if known.
     """
     chosen = {"the allocation": digest(allocation.to_json())[:16]} if allocation else {}
-    config: dict[str, Any] = {
-        "format": "minismoe.run/1", "arguments": vars(args), "identity": inputs.identity | chosen,
-        "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads(),
+    content: dict[str, Any] = {
+        "format": "minismoe.run/1", "arguments": config.arguments(),
+        "identity": inputs.identity | chosen, "versions": versions(),
+        "machine": platform.platform(), "threads": torch.get_num_threads(),
         "processes": distributed.world()}
-    if args.resume:
+    if config.resume:
         saved = saved_config(run)
-        if said := differences(config["identity"], chosen | saved["identity"]):
+        if said := differences(content["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
-        processes = saved.get("processes", config["processes"])
-        smaller = {name: config["arguments"][name] for name in SMALLER}
-        said = differences(versions() | smaller | {"processes": config["processes"]}, {
-            **saved["versions"], **{n: saved["arguments"].get(n) for n in SMALLER},
-            "processes": processes})
-        if said and not distributed.rank():
-            print(f"the last bits may differ: {said}", file=sys.stderr)
-        if processes == config["processes"]:
-            same_threads(saved["threads"])
-        config = saved | {"identity": config["identity"],
-                          "arguments": saved["arguments"] | smaller}
-    distributed.once(write_json, run / "config.json", config)
+        smaller = {name: content["arguments"][name] for name in SMALLER}
+        keep_bits(content, smaller, saved)
+        content = saved | {"identity": content["identity"],
+                           "arguments": saved["arguments"] | smaller}
+    else:                                    # they may be left of a run without config.json
+        for name in ("before.json", "results.json"):
+            distributed.once((run / name).unlink, True)
+    distributed.once(write_json, run / "config.json", content)
+
+
+def keep_bits(now: Mapping[str, Any], smaller: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Go on with as many threads as `saved` says; print what else may change the last bits."""
+    processes = saved.get("processes", now["processes"])
+    before = {**saved["versions"], **{name: saved["arguments"].get(name) for name in smaller}}
+    said = differences({**now["versions"], **smaller, "processes": now["processes"]},
+                       {**before, "processes": processes})
+    if said and not distributed.rank():
+        print(f"the last bits may differ: {said}", file=sys.stderr)
+    if processes == now["processes"]:
+        same_threads(saved["threads"])
+
+
+def same_threads(count: int) -> None:
+    """Compute with as many threads as an earlier process did: the order of sums depends on it."""
+    if count != (now := torch.get_num_threads()):
+        print(f"threads: {count} as before, and not {now}: results stay the same to the last bit")
+        torch.set_num_threads(count)
+
+
+def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """What two records disagree in, in one line; empty if they agree."""
+    return ", ".join(f"{clean(key)} {now.get(key, 'absent')} (was {before.get(key, 'absent')})"
+                     for key in {**before, **now} if now.get(key) != before.get(key))

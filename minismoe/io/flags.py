@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -38,10 +38,16 @@ def from_flags(config: Callable[..., Config], values: Mapping[str, Any], **chang
     return config(**{name: values[name] for name in names if name in values} | changes)
 
 
+def as_flags(*configs: Any) -> dict[str, Any]:
+    """{name: value} of the flags of configurations."""
+    return {f.name: getattr(config, f.name) for config in configs for f in fields(config)
+            if "flag" in f.metadata}
+
+
 def non_default(config: Any) -> list[str]:
     """The flags, as "--name", whose values differ from their defaults."""
     return [f"--{f.name.replace('_', '-')}" for f in fields(config)
-            if f.default is not MISSING and getattr(config, f.name) != f.default]
+            if "flag" in f.metadata and getattr(config, f.name) != f.default]
 
 
 def checked(kind: Callable[[str], Any], good: Callable[[Any], bool], wrong: str,

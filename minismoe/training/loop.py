@@ -18,6 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.tasks import Example, bucket, collate
+from ..io import flags
+from ..io.flags import flag
 from ..io.signals import Interrupted, waiting
 from ..io.text import out_of_memory
 from ..method.experts import balance_loss, expert_layers, expert_use
@@ -29,18 +31,34 @@ from .resume import digest, discard, due, load_checkpoint, save_checkpoint
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the loop needs to know; together with data and model it determines the result."""
+    """How experts are trained; together with data and model it determines the result."""
 
-    epochs: int = 3
-    batch_size: int = 16                # examples an optimizer step
-    micro_batch_size: int = 16          # examples computed at once, by all processes together
-    lr: float = 4e-3                    # its peak
-    warmup: float = 0.05                # share of the steps
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    router_aux_loss_coef: float = 0.01
-    checkpoint_every: int | str = 200   # steps, or minutes ("10m")
-    expert_use_every: int = 20          # steps
+    epochs: int = flag(3, "passes over the training lines (default: %(default)s)", flags.positive)
+    batch_size: int = flag(
+        16, "examples an optimizer step (default: %(default)s); auto: the default, with "
+        "--micro-batch-size auto", flags.positive_or_auto, metavar="N|auto")
+    micro_batch_size: int = flag(
+        16, "examples computed at once by all processes together, less memory by accumulation "
+        "(default: --batch-size). auto: the most that fit --memory, or the device",
+        flags.positive_or_auto, metavar="N|auto")
+    memory: int | None = flag(
+        None, "bytes that auto and --plan may count on, as 4G or 512M (default: what the device "
+        "has free)", flags.size, metavar="SIZE")
+    recompute: bool = flag(
+        False, "activation checkpointing: about a third slower, far less memory for long examples")
+    lr: float = flag(4e-3, "peak learning rate (default: %(default)s)", flags.number)
+    warmup: float = flag(
+        0.05, "share of the steps, then a cosine to 0 (default: %(default)s)", flags.part)
+    weight_decay: float = flag(0.0, "of AdamW (default: %(default)s)", flags.number)
+    max_grad_norm: float = flag(
+        1.0, "gradients are clipped to this norm, inf: never (default: %(default)s)",
+        flags.above_zero)
+    router_aux_loss_coef: float = flag(
+        0.01, "weight of the balance loss (default: %(default)s)", flags.number)
+    checkpoint_every: int | str = flag(
+        200, "optimizer steps, or minutes: 10m (default: %(default)s)", flags.interval,
+        metavar="N|Nm")
+    expert_use_every: int = 20          # steps between two lines of metrics.jsonl that hold it
     seed: int = 0
 
 
@@ -80,7 +98,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             raise ValueError(f"the processes do not see the same checkpoints: {run} must be a "
                              "folder that they share")
     else:
-        distributed.once(discard, run, "step")
+        distributed.once(discard, run)
     begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
     metrics = _metrics_from(run / "metrics.jsonl", state["metrics"])
     bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1,

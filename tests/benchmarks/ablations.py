@@ -26,11 +26,12 @@ import torch
 from compare_report import RESULTS, machine, table
 from tqdm import tqdm
 
-from minismoe.cli import flags
+from minismoe.cli import flags, script
 from minismoe.cli import inputs as cli
 from minismoe.data import toy
 from minismoe.data.tasks import probe_batches
 from minismoe.io.files import read_json, write_json
+from minismoe.io.flags import from_flags
 from minismoe.method.experts import add_experts, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model, versions
 from minismoe.training.evaluate import evaluate
@@ -99,10 +100,10 @@ def main(argv: Sequence[str]) -> None:
     todo = [(seed, name) for seed in range(args.seeds) for name in VARIANTS
             if len(record["runs"].get(name, ())) <= seed]
     for seed, name in tqdm(todo, "ablations", unit="run"):
-        args.seed = FIRST_SEED + seed
+        config = from_flags(flags.InputConfig, vars(args), seed=FIRST_SEED + seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            inputs = cli.load_inputs(args)
-        record["runs"].setdefault(name, []).append(run(VARIANTS[name], inputs, args.seed))
+            inputs = cli.load_inputs(cli.settled(config), args.show)
+        record["runs"].setdefault(name, []).append(run(VARIANTS[name], inputs, config.seed))
         write_json(file, record)
     print(markdown(record))
 
@@ -123,4 +124,4 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

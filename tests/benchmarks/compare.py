@@ -55,8 +55,7 @@ from compare_cells import (
 )
 from tqdm import tqdm
 
-from minismoe.cli import flags
-from minismoe.cli import inputs as cli
+from minismoe.cli import flags, script
 from minismoe.io.files import read_json, write_json
 
 
@@ -247,4 +246,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

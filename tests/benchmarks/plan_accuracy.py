@@ -10,6 +10,7 @@ of the libraries.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import torch
 
 import train
 from minismoe.cli import plan as limits
+from minismoe.cli.flags import RunConfig
+from minismoe.cli.inputs import settled
 from minismoe.io import process as memory
 from minismoe.method.experts import add_experts
 from minismoe.model.checkpoint import load_model
@@ -29,11 +32,17 @@ from minismoe.training.loop import TrainConfig, train_step
 AROUND = 2                       # steps before the largest, and after it
 
 
+def asked(argv: list[str]) -> tuple[RunConfig, argparse.Namespace]:
+    """What train.py's flags ask for."""
+    config = train.parse(argv)
+    return config, limits.merged(settled(config.inputs), config.allocating, config.training)
+
+
 def planned(argv: list[str]) -> dict[str, int]:
     """Bytes by part."""
-    args = train.parse(argv)
+    config, args = asked(argv)
     p = limits.look_ahead(args)
-    if args.micro_batch_size == "auto":
+    if config.auto:
         args.micro_batch_size = limits.largest_fitting(args, p)
     parts = {"runtime": p.runtime, **plan.fixed(p.setup),
              "activations": plan.largest(p.setup, p.batches, args.micro_batch_size)}
@@ -42,7 +51,7 @@ def planned(argv: list[str]) -> dict[str, int]:
 
 def measured(argv: list[str], micro: int) -> int:
     """Bytes at the peak of some steps."""
-    args = train.parse(argv)
+    _, args = asked(argv)
     p = limits.look_ahead(args)
     sizes = [plan.largest(p.setup, [batch], micro) for batch in p.batches]
     place = sizes.index(max(sizes))

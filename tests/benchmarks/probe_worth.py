@@ -36,11 +36,12 @@ from compare_report import RESULTS, machine, table
 from torch import Tensor
 from tqdm import tqdm
 
-from minismoe.cli import flags, probing
+from minismoe.cli import flags, probing, script
 from minismoe.cli import inputs as cli
 from minismoe.data.tasks import probe_batches
 from minismoe.io import drawing
 from minismoe.io.files import read_json, replacing, write_json
+from minismoe.io.flags import from_flags
 from minismoe.method.allocate import GROUPS, allocate, parameters
 from minismoe.method.experts import add_experts
 from minismoe.method.loss import IGNORE
@@ -201,7 +202,9 @@ def main(argv: Sequence[str]) -> None:
         return
     file = RESULTS / f"worth-{args.name}.json"
     record: dict[str, Any] = read_json(file) if file.exists() else {}
-    inputs = cli.load_inputs(args)
+    config = cli.settled(from_flags(flags.InputConfig, vars(args)))
+    inputs = cli.load_inputs(config, args.show)
+    args.device, args.dtype = config.device, config.dtype
     folder = model_folder(args)
     settings = {k: Path(str(v)).name for k, v in vars(args).items()
                 if k not in ("questions", "readme")}
@@ -324,4 +327,4 @@ def curve_svg(record: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -276,7 +276,7 @@ GRID = """
 import sys
 sys.path[:0] = [{benchmarks!r}, {root!r}]
 import compare
-from minismoe.cli import inputs as cli
+from minismoe.cli import script
 compare.command = lambda *_: [sys.executable, "-c", '''
 import signal, sys, time
 try:
@@ -285,7 +285,7 @@ try:
 except KeyboardInterrupt:
     print("saved", flush=True)
     sys.exit(130)''']
-cli.run(compare.main)
+script.run(compare.main)
 """
 
 

@@ -21,7 +21,8 @@ import export
 import probe
 import train
 from minismoe.cli import probing
-from minismoe.cli.inputs import device_and_dtype, run
+from minismoe.cli.inputs import settled
+from minismoe.cli.script import run
 from minismoe.io.process import resident
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,9 +112,9 @@ def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, units) -> Non
     for unit in ("amx_tile", "avx512_bf16", "vnni"):
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda u=unit: u in units,
                             raising=False)
-    args = train.parse([*inputs, "--device", "cpu"])
-    expected = torch.bfloat16 if {"amx_tile", "avx512_bf16"} & set(units) else torch.float32
-    assert device_and_dtype(args)[1] == expected
+    config = settled(train.parse([*inputs, "--device", "cpu"]).inputs)
+    assert config.dtype == (
+        "bfloat16" if {"amx_tile", "avx512_bf16"} & set(units) else "float32")
 
 
 @pytest.mark.parametrize("main", [train.main, probe.main])
@@ -253,7 +254,7 @@ def test_the_embedded_default(tmp_path) -> None:
     assert results["mean"]["before"] <= 0.40 and results["mean"]["after"] >= 0.90
     assert "experts a matrix" in done.stdout and "Next:" in done.stdout
     for command in re.findall(r"  python train.py (--strategy .*)", done.stdout):
-        assert train.parse(command.split()).budget_params > 0
+        assert train.parse(command.split()).allocating.budget_params > 0
 
 
 def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path, capsys,

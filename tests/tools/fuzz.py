@@ -34,6 +34,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from minismoe.cli import probing  # noqa: E402
+from minismoe.cli.flags import AllocationConfig  # noqa: E402
 from minismoe.data import templates  # noqa: E402
 from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
@@ -195,7 +196,7 @@ class Fuzz:
     def allocation(self, rng: Rng) -> Any:
         whole = ALLOCATION.to_json()
         (self.case / "a.json").write_bytes(rng.text(rng.choice([whole, whole["experts"]])))
-        flags = argparse.Namespace(rank=4, alpha=None, top_k=2)
+        flags = AllocationConfig(rank=4)
         add_experts(load_model(self.base), probing.read_allocation(flags, self.case / "a.json"))
 
     def lines(self, rng: Rng) -> Any:

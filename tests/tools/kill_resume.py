@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train  # noqa: E402
-from minismoe.cli import inputs as cli  # noqa: E402
+from minismoe.cli import script  # noqa: E402
 
 SHORT = ("--limit-train 24 --limit-test 6 --epochs 2 --batch-size 8 --samples 16 "
          "--checkpoint-every 2").split()
@@ -51,7 +51,7 @@ def start(run: Path, flags: Sequence[str], prepare: Callable[[], Any] = lambda: 
         args = ["--resume"] if (run / "config.json").exists() else [*flags]
         sys.argv = ["train.py", *args, "--out", str(run)]
         prepare()
-        cli.run(train.main)
+        script.run(train.main)
         code = 0
     except SystemExit as e:
         code = e.code

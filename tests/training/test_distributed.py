@@ -30,7 +30,7 @@ STRUCK = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train
-from minismoe.cli import inputs as cli
+from minismoe.cli import script
 from minismoe.training import loop as training
 
 def step(*args, original=training.train_step):
@@ -39,7 +39,7 @@ def step(*args, original=training.train_step):
     return original(*args)
 
 training.train_step = step
-cli.run(train.main)
+script.run(train.main)
 """
 
 SHARDED = """

@@ -19,13 +19,13 @@ import tqdm.std
 from test_cli import finish
 from test_loop import examples, tiny
 
-import minismoe.method.sensitivity as sensitivity
 import minismoe.training.loop as training
 import probe
 import train
-from minismoe.cli import flags, probing
-from minismoe.io import files
+from minismoe.cli import runs
+from minismoe.io import files, flags
 from minismoe.io.files import new_folder, read_json, write_json
+from minismoe.io.signals import ENDING, Interrupted, handling, interrupt, locked
 from minismoe.training import resume
 from minismoe.training.loop import TrainConfig
 
@@ -58,8 +58,7 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["experts.safetensors", "optimizer.safetensors",
-                                  "random.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["experts.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "empty"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, capsys, name, damage):
     run = shutil.copytree(trained[0], tmp_path / "run")
@@ -83,7 +82,7 @@ def test_no_flipped_bit_goes_unseen(trained, tmp_path) -> None:
             run = shutil.copytree(trained[0], tmp_path / "run")
             flip(run / "checkpoints" / "step-00000012" / file.name,
                  rng.randrange(8 * file.stat().st_size))
-            found = resume.load_state(run, "step")
+            found = resume.newest(run)
             assert found is not None and found[1]["step"] == 8, file
             shutil.rmtree(run)
 
@@ -104,10 +103,10 @@ def test_lost_metrics_are_asked_for_and_cost_no_checkpoint(trained, tmp_path) ->
         (run / "metrics.jsonl").unlink()
         if left:
             (run / "metrics.jsonl").write_text(left)
-        before = resume.states(run, "step")
+        before = resume.checkpoints(run)
         with pytest.raises(ValueError, match="metrics.jsonl has not all that .*: put it back"):
             goes_on(run, trained[1])
-        assert resume.states(run, "step") == before
+        assert resume.checkpoints(run) == before
         (run / "metrics.jsonl").write_text(metrics)
     goes_on(run, trained[1])
 
@@ -119,10 +118,11 @@ def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(files, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
     monkeypatch.setattr(os, "replace", lambda a, b: (
         said.append(("name", Path(b).name)), replace(a, b)))
-    resume.save_state(tmp_path, "step", 1, {"x.safetensors": {"x": torch.ones(1)}}, {"step": 1})
+    resume.save_checkpoint(tmp_path, {}, torch.optim.AdamW([torch.zeros(1)]), {"step": 1})
     done = said.index(("name", "step-00000001"))
     before = [name for what, name in said[:done] if what == "sync"]
-    assert {"x.safetensors", "state.json"} < set(before) and before[-1].startswith(".step-00000001")
+    assert {"experts.safetensors", "optimizer.safetensors", "state.json"} < set(before)
+    assert before[-1].startswith(".step-00000001")
     assert said[done + 1:] == [("sync", "checkpoints")]
 
 
@@ -130,15 +130,6 @@ def test_other_batches_are_refused(trained, tmp_path) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
     with pytest.raises(ValueError, match="trained on other batches"):
         training.train(tiny(), examples(23), CFG, run, pad_id=0, resume=True)
-
-
-def test_random_states_come_back(tmp_path) -> None:
-    optimizer = torch.optim.AdamW([torch.zeros(1)])
-    resume.save_checkpoint(tmp_path, {}, optimizer, {"step": 1, "order": ""})
-    drawn = torch.rand(3)
-    torch.manual_seed(99)
-    resume.load_checkpoint(tmp_path, {}, optimizer, "")
-    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_no_clock_that_jumps_matters(trained, tmp_path, monkeypatch) -> None:
@@ -175,7 +166,7 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch) -> None:
 def test_every_ending_signal_is_waited_for(inputs, tmp_path, capsys,  # noqa: F811
                                            monkeypatch, signals) -> None:
     run, step = tmp_path / "a run", training.train_step
-    for saved, number in zip((2, 4, 6), resume.ENDING):
+    for saved, number in zip((2, 4, 6), ENDING):
         calls: list[int] = []
 
         def interrupting(*args, calls=calls, number=number):
@@ -190,7 +181,7 @@ def test_every_ending_signal_is_waited_for(inputs, tmp_path, capsys,  # noqa: F8
         assert code == 128 + number
         assert err.splitlines()[-1] == (f"interrupted: saved after step {saved} of 7; go on with: "
                                         f"python train.py --resume --out '{run}'")
-        assert resume.load_state(run, "step")[1]["step"] == saved
+        assert resume.newest(run)[1]["step"] == saved
 
 
 @posix
@@ -212,22 +203,22 @@ def test_a_closed_terminal_loses_nothing(inputs, tmp_path, signals) -> None:  # 
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
     steps = metrics.read_text().count("\n")
-    assert resume.load_state(tmp_path / "run", "step")[1]["step"] == steps
+    assert resume.newest(tmp_path / "run")[1]["step"] == steps
 
 
 def test_one_process_a_run(tmp_path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path; from minismoe.resume import locked
+from pathlib import Path; from minismoe.io.signals import locked
 with locked(Path({str(tmp_path)!r})): print("held", flush=True); time.sleep(60)"""],
                               stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(BlockingIOError, match="is in use by another process"), \
-            resume.locked(tmp_path):
+            locked(tmp_path):
         pass
     holder.kill()
     holder.wait()
-    with resume.locked(tmp_path):                 # the lock of a dead process holds nobody up
+    with locked(tmp_path):                        # the lock of a dead process holds nobody up
         pass
 
 
@@ -259,70 +250,25 @@ def test_what_is_not_the_same_run_is_refused(inputs, tmp_path, capsys) -> None: 
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
 
 
-@pytest.mark.parametrize("samples", ["20", "auto"])
-def test_a_probe_goes_on_at_the_sample_where_it_was(inputs, tmp_path, capsys, monkeypatch,  # noqa: F811
-                                                    samples) -> None:
-    norms, measured = sensitivity.sample_norms, []
-    stop_after = [10 ** 9]
+def test_an_interrupted_probe_says_how_to_begin_again(inputs, tmp_path, capsys, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise Interrupted()
 
-    def counting(model, modules, ids, *rest):
-        if sum(measured) >= stop_after[0]:
-            raise resume.Interrupted()
-        measured.append(len(ids))
-        return norms(model, modules, ids, *rest)
-
-    monkeypatch.setattr(sensitivity, "sample_norms", counting)
-
-    def run(out: str, *more: str) -> tuple[int, str]:
-        measured.clear()
-        code, _, err = finish(probe.main, *inputs, "--samples", samples, "--overlap", "1.0",
-                              "--out", str(tmp_path / out), *more, capsys=capsys)
-        return code, err
-
-    assert run("whole")[0] == 0
-    total = sum(measured)
-    stop_after[0] = 10
-    parts = 0
-    while (done := run("cut"))[0] == 130:
-        parts += sum(measured)
-        assert "go on with: python probe.py" in done[1]
-    assert done[0] == 0 and parts + sum(measured) == total
-    assert (tmp_path / "cut" / "sensitivity.json").read_bytes() == (
-        tmp_path / "whole" / "sensitivity.json").read_bytes()
-    assert not (tmp_path / "cut" / "checkpoints").exists()
-
-    assert run("cut")[0] == 130                   # another seed: nothing of it is taken over
-    stop_after[0] = 10 ** 9
-    code, err = run("cut", "--seed", "1")
-    assert code == 0 and sum(measured) == total and "--seed 1 (was 0)" in err
-
-
-def test_a_probe_goes_on_with_batches_of_another_size(inputs, tmp_path, capsys,  # noqa: F811
-                                                      monkeypatch) -> None:
-    norms, calls = sensitivity.sample_norms, []
-
-    def counting(*args):
-        calls.append(len(args[2]))
-        if len(calls) == 2:
-            raise resume.Interrupted()
-        return norms(*args)
-
-    monkeypatch.setattr(sensitivity, "sample_norms", counting)
     flags = (*inputs, "--samples", "20", "--out", str(tmp_path / "run"))
-    for size, ends in ((8, 130), (6, 0)):
-        monkeypatch.setattr(probing, "PROBE_BATCH", size)
-        assert finish(probe.main, *flags, capsys=capsys)[0] == ends
-    found = read_json(tmp_path / "run" / "sensitivity.json")["tasks"]
-    assert {task: value["samples"] for task, value in found.items()} == {"sum": 20, "upper": 20}
-    assert sum(calls) == 40 + 8 + 2               # the broken-off batch, and 2 of 8 known ones
+    with monkeypatch.context() as patch:
+        patch.setattr("minismoe.method.sensitivity.sample_norms", interrupted)
+        code, _, err = finish(probe.main, *flags, capsys=capsys)
+    assert code == 130 and "go on with: python probe.py --model" in err
+    assert [f.name for f in (tmp_path / "run").iterdir()] == [".lock"]
+    assert finish(probe.main, *flags, capsys=capsys)[0] == 0
 
 
 def test_threads_are_those_of_the_beginning(capsys) -> None:
     before = torch.get_num_threads()
     try:
-        resume.same_threads(before)
+        runs.same_threads(before)
         assert not capsys.readouterr().out
-        resume.same_threads(before + 1)
+        runs.same_threads(before + 1)
         assert torch.get_num_threads() == before + 1
         assert f"threads: {before + 1} as before" in capsys.readouterr().out
     finally:
@@ -333,7 +279,7 @@ def test_threads_are_those_of_the_beginning(capsys) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_export_has_no_name(tmp_path, number) -> None:
     def write(end: bool) -> None:
-        with resume.handling(resume.interrupt), new_folder(tmp_path / "out") as folder:
+        with handling(interrupt), new_folder(tmp_path / "out") as folder:
             (folder / "model.onnx").write_bytes(b"whole" if not end else b"half")
             if end:
                 os.kill(os.getpid(), number)

@@ -1,0 +1,82 @@
+"""What train.py prints and draws of a run, and its results.json."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.tasks import probe_batches
+from ..io.drawing import routers_svg, terminal_heatmap
+from ..io.files import read_json, replacing, write_json
+from ..io.text import clean, table
+from ..training import distributed
+from ..training.evaluate import Accuracy
+from ..training.routers import collapsed, router_use
+from .inputs import Inputs
+from .probing import PROBE_BATCH
+
+ROUTED = 32                              # examples a task that the routers are watched on
+
+
+def report_routers(inputs: Inputs, run: Path) -> None:
+    """Draw what the routers do on some training examples of each task, and write it down."""
+    device = inputs.model.lm_head.weight.device
+    use = router_use(inputs.model, {
+        name: probe_batches(e.examples, ROUTED, PROBE_BATCH, inputs.tokenizer.pad_id, device)
+        for name, e in inputs.encoded.items()})
+    if not use or distributed.rank():
+        return
+    write_json(run / "routers.json", use)
+    with replacing(run / "routers.svg") as tmp:
+        tmp.write_text(routers_svg(use), encoding="utf-8")
+    print(terminal_heatmap("how far the routers tell the tasks apart, of 1",
+                           {name: found["separation"] for name, found in use.items()}))
+    if lost := collapsed(use):
+        print(f"{len(lost)} experts get under 1 % of the gates: {', '.join(lost[:5])}"
+              f"{', ...' if len(lost) > 5 else ''}; a larger --router-aux-loss-coef spreads them")
+
+
+def results_json(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Accuracy],
+                 trainable: int, experts: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The content of results.json; `before` is that of before.json."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, a in after.items():
+        b = Accuracy(before[name]["correct"], before[name]["examples"])
+        tasks[name] = {"before": round(b.share, 4), "after": round(a.share, 4),
+                       "interval": [round(x, 4) for x in a.interval], "examples": a.examples}
+    mean = {when: round(sum(t[when] for t in tasks.values()) / len(tasks), 4)
+            for when in ("before", "after")}
+    return {"format": "minismoe.results/1", "metric": "exact_match",
+            "trainable_parameters": trainable, "experts": experts, "seconds": seconds,
+            "tasks": tasks, "mean": mean}
+
+
+def print_results(results: Mapping[str, Any], after: Mapping[str, Accuracy], verbose: bool) -> None:
+    """Print the table of results and, if `verbose`, some wrong answers of each task."""
+    rows = [[clean(name), f"{t['before']:.3f}", f"{t['after']:.3f}",
+             "{:.3f} to {:.3f}".format(*t["interval"]), t["examples"]]
+            for name, t in results["tasks"].items()]
+    mean = results["mean"]
+    rows.append(["mean", f"{mean['before']:.3f}", f"{mean['after']:.3f}", "", ""])
+    print(table(["exact match", "before", "after", "95 % interval", "answers"], rows))
+    if verbose:
+        for name, accuracy in after.items():
+            for prompt, expected, given in accuracy.wrong[:3]:
+                print(f"{clean(name)}: {prompt[-200:]!r}\n  expected {expected!r}, got {given!r}")
+
+
+def next_commands(run: Path, embedded: bool) -> str:
+    """Commands that a person may want to type now."""
+    name, size = shlex.quote(str(run)), read_json(run / "results.json")["trainable_parameters"]
+    if embedded:
+        return (f"Next: freeze, quantise and chat; see the sensitivities; compare at equal size; "
+                "your own data\n"
+                f"  python export.py {name} --precision int4-8\n"
+                "  python probe.py --out runs/probe\n"
+                f"  python train.py --strategy uniform --budget-params {size}\n"
+                "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER\n"
+                "  python train.py --help")
+    return (f"Next: python export.py {name} --precision int4-8, or compare with --strategy uniform "
+            f"or lora\nat the same size: --budget-params {size}")

@@ -1,0 +1,57 @@
+"""How a script ends, whatever happens, and how it keeps others out of its folder."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..io import text
+from ..io.process import bound_memory
+from ..io.signals import Interrupted, handling, interrupt, locked
+from ..training import distributed
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
+    number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
+    argv = sys.argv[1:]
+    bound_memory()
+    for stream in (sys.stdout, sys.stderr):      # a terminal that cannot spell a shade gets a "?"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        with handling(interrupt):
+            main(argv)
+            sys.stdout.flush()           # raises here if the pipe is closed or the disk full
+        distributed.leave(0)
+    except KeyboardInterrupt as e:
+        if distributed.rank() == 0:
+            print(f"\ninterrupted{f': {text.clean(e)}' if str(e) else ''}", file=sys.stderr)
+        code = 128 + getattr(e, "number", signal.SIGINT)
+        distributed.leave(code)
+        sys.exit(code)
+    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, SafetensorError,
+            ValueError) as e:
+        text.say(e, "--debug" in argv, f" (process {distributed.rank()})"
+                 if distributed.world() > 1 else "")
+        distributed.leave(1)
+        sys.exit(1)
+
+
+@contextmanager
+def working_in(folder: Path, command: str) -> Iterator[None]:
+    """Hold a folder for this run; an interruption meanwhile names the command that goes on."""
+    with locked(folder) if distributed.rank() == 0 else nullcontext():
+        try:
+            yield
+        except ConnectionError as e:
+            raise ConnectionError(f"{e}; go on, with any number of processes: {command}") from None
+        except KeyboardInterrupt as e:
+            said = f"{e}; " if str(e) else ""
+            raise Interrupted(f"{said}go on with: {command}",
+                              getattr(e, "number", signal.SIGINT)) from None
