@@ -27,7 +27,7 @@ from compare_report import RESULTS, machine, table
 from tqdm import tqdm
 
 from minismoe.cli import flags, script
-from minismoe.cli import inputs as cli
+from minismoe.cli.inputs import Inputs, load_inputs, settled
 from minismoe.data import toy
 from minismoe.data.tasks import probe_batches
 from minismoe.io.files import read_json, write_json
@@ -63,7 +63,7 @@ VARIANTS = {
 }
 
 
-def run(variant: Variant, inputs: cli.Inputs, seed: int) -> dict[str, float]:
+def run(variant: Variant, inputs: Inputs, seed: int) -> dict[str, float]:
     """Exact match and separation, from 0 to 1, of a variant trained with a seed."""
     model = load_model(toy.base_folder())
     torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
     for seed, name in tqdm(todo, "ablations", unit="run"):
         config = from_flags(flags.InputConfig, vars(args), seed=FIRST_SEED + seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            inputs = cli.load_inputs(cli.settled(config), args.show)
+            inputs = load_inputs(settled(config), args.show)
         record["runs"].setdefault(name, []).append(run(VARIANTS[name], inputs, config.seed))
         write_json(file, record)
     print(markdown(record))

@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minismoe.cli import flags, probing, script
-from minismoe.cli import inputs as cli
+from minismoe.cli.inputs import Inputs, load_inputs, settled
 from minismoe.data.tasks import probe_batches
 from minismoe.io import drawing
 from minismoe.io.files import read_json, replacing, write_json
@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def samples_of(inputs: cli.Inputs, args: argparse.Namespace, count: int) -> tuple[Scores, dict]:
+def samples_of(inputs: Inputs, args: argparse.Namespace, count: int) -> tuple[Scores, dict]:
     """The probe of `count` random samples a task, and the supervised tokens of each sample."""
     pools = {t: random.Random(args.seed).sample(e.examples, len(e.examples))
              for t, e in inputs.encoded.items()}
@@ -145,7 +145,7 @@ def variants(scores: Scores, tokens: Mapping[str, Tensor]) -> dict[str, list[flo
     return found
 
 
-def train_and_score(inputs: cli.Inputs, args: argparse.Namespace, experts: Any, cfg: TrainConfig,
+def train_and_score(inputs: Inputs, args: argparse.Namespace, experts: Any, cfg: TrainConfig,
                     folder: Path) -> tuple[Any, float]:
     """Train a new base with these experts. Returns the model and its mean exact match."""
     model = load_model(folder, getattr(torch, args.dtype), args.device)
@@ -157,7 +157,7 @@ def train_and_score(inputs: cli.Inputs, args: argparse.Namespace, experts: Any, 
     return model, sum(right) / len(right)
 
 
-def during(inputs: cli.Inputs, args: argparse.Namespace, scores: Scores, folder: Path,
+def during(inputs: Inputs, args: argparse.Namespace, scores: Scores, folder: Path,
            ) -> dict[str, list[float]]:
     """{task: [rank correlation, votes shared]} of the base's probe and a trained model's."""
     if args.adapter:
@@ -183,7 +183,7 @@ def parts(names: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def truth(inputs: cli.Inputs, args: argparse.Namespace, names: Sequence[str], folder: Path,
+def truth(inputs: Inputs, args: argparse.Namespace, names: Sequence[str], folder: Path,
           known: dict[str, list[float]], save: Callable[[], None]) -> None:
     """Fill `known` with the mean exact match of each part trained alone, seed by seed."""
     todo = [(seed, part) for seed in range(TRUTH_SEEDS) for part in parts(names)
@@ -202,8 +202,8 @@ def main(argv: Sequence[str]) -> None:
         return
     file = RESULTS / f"worth-{args.name}.json"
     record: dict[str, Any] = read_json(file) if file.exists() else {}
-    config = cli.settled(from_flags(flags.InputConfig, vars(args)))
-    inputs = cli.load_inputs(config, args.show)
+    config = settled(from_flags(flags.InputConfig, vars(args)))
+    inputs = load_inputs(config, args.show)
     args.device, args.dtype = config.device, config.dtype
     folder = model_folder(args)
     settings = {k: Path(str(v)).name for k, v in vars(args).items()
