@@ -1,11 +1,11 @@
-"""What of the mixture matters? One thing changed at a time, on the embedded default.
+"""Which parts of the mixture matter? Change one thing at a time, on the embedded default.
 
     python tests/benchmarks/ablations.py                         a quarter of an hour on one core
     python tests/benchmarks/ablations.py --readme tests/benchmarks/results/ablations.json
 
-Each variant is trained on the same lines in the same order, seed by seed. Beside exact match stands
-how far the routers tell the tasks apart (minismoe/routers.py), a mean over matrices.
-The record goes to tests/benchmarks/results; a killed run goes on.
+For each seed, all variants are trained on the same lines in the same order. The table shows exact
+match, and how far the routers tell the tasks apart (training/routers.py), averaged over matrices.
+The record goes to tests/benchmarks/results. After a kill, the same command continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from compare_report import RESULTS, machine, table
 from tqdm import tqdm
 
 from minismoe.cli import flags, script
-from minismoe.cli import inputs as cli
+from minismoe.cli.inputs import Inputs, load_inputs, settled
 from minismoe.data import toy
 from minismoe.data.tasks import probe_batches
 from minismoe.io.files import read_json, write_json
@@ -43,13 +43,13 @@ FIRST_SEED, LR = 1000, 8e-3                  # seeds that no comparison reports
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from four experts of rank 8 everywhere, two of them active."""
+    """Settings of one variant; the defaults are four experts of rank 8, two of them active."""
 
     experts: int = 4
     rank: int = 8
     top_k: int = 2
     balance: float = 0.01
-    trained: bool = True                     # the routers
+    trained: bool = True                     # whether the routers are trained
 
 
 VARIANTS = {
@@ -63,7 +63,7 @@ VARIANTS = {
 }
 
 
-def run(variant: Variant, inputs: cli.Inputs, seed: int) -> dict[str, float]:
+def run(variant: Variant, inputs: Inputs, seed: int) -> dict[str, float]:
     """Exact match and separation, from 0 to 1, of a variant trained with a seed."""
     model = load_model(toy.base_folder())
     torch.manual_seed(seed)
@@ -102,14 +102,15 @@ def main(argv: Sequence[str]) -> None:
     for seed, name in tqdm(todo, "ablations", unit="run"):
         config = from_flags(flags.InputConfig, vars(args), seed=FIRST_SEED + seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            inputs = cli.load_inputs(cli.settled(config), args.show)
+            inputs = load_inputs(settled(config), args.show)
         record["runs"].setdefault(name, []).append(run(VARIANTS[name], inputs, config.seed))
         write_json(file, record)
     print(markdown(record))
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """Exact match in % and its difference to the first variant, paired by seed, +- 2 errors."""
+    """Exact match in %, and its difference to the first variant, paired by seed, +- 2 standard
+    errors."""
     first = torch.tensor([r["exact_match"] for r in next(iter(record["runs"].values()))])
     rows = []
     for name, runs in record["runs"].items():

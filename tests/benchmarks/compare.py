@@ -1,4 +1,4 @@
-"""Does sensitivity allocation earn its place? Strategies x seeds x learning rates x budgets.
+"""Compare allocation rules at equal parameters: strategies x seeds x learning rates x budgets.
 
     python tests/benchmarks/compare.py --plan                   the cells, and how long they take
     python tests/benchmarks/compare.py --seeds 5                the embedded default
@@ -6,16 +6,17 @@
         --data DATA --tasks trec,clinc,banking77 --limit-train 400 --epochs 2 -- --batch-size 8
     python tests/benchmarks/compare.py --readme tests/benchmarks/results/default.json
 
-A cell is a run of train.py in a folder of its own under --out. Killed at any moment and started
-again, the grid goes on where it was; more seeds, rates, budgets or strategies add cells.
+A cell is one run of train.py, in its own folder under --out. After a kill, the same command runs
+the cells that are not finished. More seeds, rates, budgets or strategies add cells.
 
-1. Search: each strategy is trained at every rate on 80 % of the training lines, with a few seeds,
-   and takes the rate with the best mean exact match on the other 20 % (of equal ones the lowest).
-2. Final: at its rate, on all training lines, with every seed. Only here the test lines are read.
+1. Search: train each strategy at every rate on 80 % of the training lines, with a few seeds. Choose
+   the rate with the best mean exact match on the other 20 % (the lowest of equal ones).
+2. Final: train at that rate on all training lines, with every seed. Only this phase reads the test
+   lines.
 
-A budget is the size of a uniform mixture of so many experts a matrix; "paper" is the paper's own
-comparison, votes at keep 0.6 against an expert a matrix and task, whatever they spend.
-The record, NAME.json, its tables, NAME.md, and two figures go to tests/benchmarks/results.
+A budget of N is the size of a uniform mixture with N experts a matrix. The budget "paper" is the
+paper's own comparison: votes at keep 0.6 against one expert for each matrix and task, at their own
+sizes. The record, NAME.json, its tables, NAME.md, and two figures go to tests/benchmarks/results.
 """
 
 from __future__ import annotations
@@ -71,19 +72,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit-train", type=flags.positive, metavar="N", help="lines a task")
     parser.add_argument("--limit-test", type=flags.positive, metavar="N", help="lines a task")
     parser.add_argument("--epochs", type=flags.positive, default=3)
-    parser.add_argument("--samples", default="32", help="of the probe, a task")
+    parser.add_argument("--samples", default="32", help="of the probe, for each task")
     parser.add_argument("--rank", type=flags.positive, default=8, help="of an expert")
     parser.add_argument("--top-k", type=flags.positive, default=2)
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="comma list")
-    parser.add_argument("--budgets", default="paper,2", help="comma list of paper and experts a "
+    parser.add_argument("--budgets", default="paper,2", help="comma list: paper, or experts a "
                         "matrix (2 and 4 are near a whole rank of LoRA, 3 is not)")
     parser.add_argument("--seeds", type=flags.positive, default=5, metavar="N", help="how many")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N",
-                        help="for test lines that no choice was made by (default: %(default)s)")
+                        help="first of the final seeds (default: %(default)s)")
     parser.add_argument("--search-seeds", type=flags.positive, default=3, metavar="N",
-                        help="of the search, other ones (default: %(default)s)")
+                        help="seeds of the search, apart from the final ones (default: "
+                        "%(default)s)")
     parser.add_argument("--lrs", default="2e-3,4e-3,8e-3", help="comma list to search")
-    parser.add_argument("--draws", type=flags.positive, default=2, help="of random, a seed")
+    parser.add_argument("--draws", type=flags.positive, default=2,
+                        help="random allocations for each seed (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="print the cells, and run nothing")
     parser.add_argument("--report", action="store_true", help="record what is finished, "
                         "and run nothing")
@@ -95,26 +98,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data go together")
     if not 0 <= args.first_seed <= SEARCH - args.seeds:
-        parser.error(f"final seeds are from 0 to {SEARCH - 1}: those from {SEARCH} on search")
+        parser.error(f"final seeds are from 0 to {SEARCH - 1}; the search has those from {SEARCH}")
     args.lrs = sorted({float(lr) for lr in args.lrs.split(",")})
     args.strategies, args.budgets = args.strategies.split(","), args.budgets.split(",")
     if wrong := [s for s in args.strategies if s not in STRATEGIES] + [
             b for b in args.budgets if b != "paper" and not (b.isdecimal() and int(b))]:
         parser.error(f"{', '.join(wrong)}: strategies are {', '.join(STRATEGIES)}; budgets are "
-                     "whole numbers and paper")
-    # The default's weights stay float32 as in train.py without --model.
+                     "whole numbers or paper")
+    # The default's weights stay float32, as in train.py without --model.
     args.flags = (["--dtype", "float32"] if args.model is None else []) + rest
     return args
 
 
 def command(args: argparse.Namespace, cell: Cell, folder: Path) -> list[str]:
-    """The command line of a cell; its allocation is written beside the cells."""
+    """The command line of a cell. Writes the cell's allocation to --out/allocations."""
     if (folder / "config.json").exists():
         return [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(folder)]
     common = ["--out", str(folder), "--model", str(model_folder(args)), "--seed", str(cell.seed),
               "--data", str(data_folder(args, cell.seed))]
     if cell.phase == "probe":
-        shared = argparse.ArgumentParser(allow_abbrev=False)     # what the probe takes as well
+        shared = argparse.ArgumentParser(allow_abbrev=False)     # flags that the probe has too
         for flag in ("--dtype", "--device", "--max-length", "--base-bits"):
             shared.add_argument(flag)
         given = vars(shared.parse_known_args(args.flags)[0])
@@ -127,10 +130,11 @@ def command(args: argparse.Namespace, cell: Cell, folder: Path) -> list[str]:
 
 
 def run_cell(args: argparse.Namespace, cell: Cell, tick: Callable[[float], Any]) -> None:
-    """Run a cell to its end, or go on with it; RuntimeError where it fails for no known reason.
+    """Run or resume a cell. RuntimeError if it fails for another reason than divergence.
 
-    The child has a session of its own, so that Ctrl-C reaches it once, through us. It also holds
-    the folder's lock: where we are killed it lives on, and the next grid waits for it.
+    The child runs in a session of its own, so that Ctrl-C reaches it once, through this process. It
+    also holds the folder's lock: if this process is killed, the child lives on and the next grid
+    waits for it.
     """
     folder = args.out / cell.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,7 @@ def run_cell(args: argparse.Namespace, cell: Cell, tick: Callable[[float], Any])
         fcntl.flock(lock, fcntl.LOCK_EX)
         if finished(folder):
             return
-        # Before training all cells of the same data answer alike: the first one is asked.
+        # Cells of the same data share the base's answers: only the first cell computes them.
         base = data_folder(args, cell.seed).with_suffix(".before.json")
         if cell.strategy and base.exists() and not (folder / "before.json").exists():
             shutil.copy(base, folder / "before.json")
@@ -170,7 +174,7 @@ def run_cell(args: argparse.Namespace, cell: Cell, tick: Callable[[float], Any])
 
 
 def time_left(args: argparse.Namespace, cells: Sequence[Cell]) -> float | None:
-    """Seconds of what is not finished, by the finished cells of its phase; None: unknown."""
+    """Seconds that the open cells will take, from finished cells of their phase; None: unknown."""
     known: dict[str, list[float]] = {}
     for cell in cells:
         if finished(args.out / cell.name) and (spent := seconds_of(args.out / cell.name)):
@@ -190,7 +194,7 @@ def clock(seconds: float | None) -> str:
 
 
 def run_grid(args: argparse.Namespace) -> None:
-    """Run every cell that is not finished, under one bar."""
+    """Run every cell that is not finished, with one progress bar."""
     cells = list(all_cells(args))
     done = sum(finished(args.out / cell.name) for cell in cells)
     with tqdm(total=len(cells), initial=done, unit="cell",
@@ -223,18 +227,19 @@ def main(argv: Sequence[str]) -> None:
         print(compare_report.markdown(read_json(args.readme)))
         return
     file, fixed = args.out / "compare.json", {name: getattr(args, name) for name in FIXED}
-    # Folders of before --first-seed begin at 0.
+    # Folders written before --first-seed existed begin at seed 0.
     if file.exists() and (saved := {"first_seed": 0} | read_json(file)) != fixed:
         raise ValueError(f"{args.out} holds cells of other settings, {saved}: choose another --out")
     if not rows(args):
-        raise ValueError(f"the budget paper is for {', '.join(PAPER)} alone: nothing to compare")
+        raise ValueError(f"the budget paper compares only {', '.join(PAPER)}: add one of them to "
+                         "--strategies")
     if args.plan:
         plan(args)
         return
     if not args.report:
-        tasks(args, args.first_seed)         # are there, before there are cells of these settings
+        tasks(args, args.first_seed)         # a missing task raises before anything is written
         write_json(file, fixed)
-        for number in (signal.SIGINT, signal.SIGTERM):       # a job of a shell ignores the first
+        for number in (signal.SIGINT, signal.SIGTERM):       # background jobs ignore SIGINT
             signal.signal(number, signal.default_int_handler)
         run_grid(args)
     compare_report.write(args)

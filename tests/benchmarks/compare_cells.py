@@ -1,4 +1,4 @@
-"""The cells of compare.py: which there are, what is finished, their data and their allocations."""
+"""The cells of compare.py: their names, seeds, rates, data and allocations."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from minismoe.method.controls import shares
 
 STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
     "lora": {"strategy": "lora"}, "ranks": {"strategy": "ranks"},
-    "ranks-gain": {"strategy": "ranks"},              # of scores times entries: what a step gains
-    "ranks-depth": {"strategy": "ranks"},             # without a probe: more in the lower layers
+    "ranks-gain": {"strategy": "ranks"},              # scores times entries: the gain of a step
+    "ranks-depth": {"strategy": "ranks"},             # without the probe: more in the lower layers
     "uniform": {"strategy": "uniform"},
     "random": {"strategy": "random"}, "mola": {"strategy": "mola"},
     "votes": {"strategy": "votes"}, "votes-kind": {"strategy": "votes", "group": "kind"},
@@ -34,16 +34,16 @@ STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
     "votes-floor": {"strategy": "votes", "min_experts": 1},
     "proportional": {"strategy": "proportional"},
     "proportional-floor": {"strategy": "proportional", "min_experts": 1},
-    "floor-gain": {"strategy": "proportional", "min_experts": 1},       # of the same scores
-    "inverse": {"strategy": "votes"},                 # of scores turned round: the least sensitive
+    "floor-gain": {"strategy": "proportional", "min_experts": 1},       # scores times entries
+    "inverse": {"strategy": "votes"},                 # from inverted scores: the least sensitive
 }
 PAPER = ("uniform", "votes", "votes-kind", "votes-all")
-SEARCH = 1000                         # first seed of the search; not one of the final ones
-TEST_SEEDS = 10                       # the default's lines change by seed: validation avoids those
-                                      # of so many (of 50 seeds it would be left without a fact)
+SEARCH = 1000                         # first seed of the search; final seeds are below
+TEST_SEEDS = 10                       # validation avoids the test lines of so many final seeds of
+                                      # the default (avoiding those of 50 would leave no fact)
 VALIDATION, TOLERANCE = 0.2, 0.01
 FIXED = ("model", "data", "tasks", "limit_train", "limit_test", "epochs", "rank", "top_k",
-         "samples", "first_seed", "flags")          # what all cells of a folder share
+         "samples", "first_seed", "flags")          # the same for all cells of a folder
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The folder's: all of its settings."""
+        """Name of the cell's folder: all of its settings."""
         rate = "?" if self.lr is None else f"{self.lr:g}"
         budget = self.budget if self.budget == "paper" else f"x{self.budget}"
         parts = [self.strategy, budget, f"lr{rate}"] if self.strategy else []
@@ -74,7 +74,7 @@ def search_cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def final_cells(args: argparse.Namespace) -> list[Cell]:
-    """Seed by seed, so that a part of the grid is a fair comparison already."""
+    """Ordered by seed, so that the grid is a fair comparison before it is complete."""
     rates = {row: chosen_rate(args, *row) for row in rows(args)}
     return [cell for seed in range(args.first_seed, args.first_seed + args.seeds) for cell in (
         Cell("probe", seed), *(Cell("final", seed, strategy, budget, lr, draw)
@@ -83,13 +83,13 @@ def final_cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def all_cells(args: argparse.Namespace) -> Iterator[Cell]:
-    """The search, and then the final cells, whose rates are looked up when their turn comes."""
+    """The search, then the final cells. Their rates are looked up when the search is over."""
     yield from search_cells(args)
     yield from final_cells(args)
 
 
 def rows(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(budget, strategy) of everything that is compared."""
+    """All (budget, strategy) pairs to compare."""
     return [(b, s) for b in args.budgets for s in args.strategies if b != "paper" or s in PAPER]
 
 
@@ -102,7 +102,7 @@ def chosen_rate(args: argparse.Namespace, budget: str, strategy: str) -> float |
         folder = args.out / cell.name
         if not finished(folder):
             return None
-        result = folder / "results.json"               # absent where the training diverged
+        result = folder / "results.json"               # absent if the training diverged
         scores[cell.lr] += read_json(result)["mean"]["after"] if result.exists() else -1.0
     return max(args.lrs, key=lambda lr: (scores[lr], -lr))
 
@@ -117,7 +117,7 @@ def seconds_of(folder: Path) -> float | None:
 
 
 def tasks(args: argparse.Namespace, seed: int) -> list[Task]:
-    """The tasks; their lines depend on the seed only in the default."""
+    """The tasks. Lines of the default depend on the seed, lines of --data do not."""
     names = args.tasks.split(",") if args.tasks else ()
     found = load_tasks(args.data, names) if args.model else [
         task for task in toy.tasks(seed) if not names or task.name in names]
@@ -129,14 +129,16 @@ def tasks(args: argparse.Namespace, seed: int) -> list[Task]:
 
 
 def case(messages: Sequence[Mapping[str, str]]) -> frozenset[str]:
-    """What a line asks, whatever the words around it: the default asks the same in several."""
+    """The words of a question without filler, since the default asks one thing in several ways."""
     text = " ".join(m["content"] for m in messages[:-1]).lower()
     return frozenset(re.findall(r"\w+", text)) - {word.lower() for word in toy.NOISE}
 
 
 def split(task: Task, taken: set[frozenset[str]]) -> Task:
-    """A task for the search, whose test lines are training lines; no case is on both sides, and
-    none of those `taken` by final test sets is validated on."""
+    """A task for the search, made of the training lines of `task`.
+
+    No case is in both of its parts, and no case `taken` by a final test set is in its test part.
+    """
     groups: dict[frozenset[str], list] = {}
     for messages in task.train:
         groups.setdefault(case(messages), []).append(messages)
@@ -152,7 +154,7 @@ def split(task: Task, taken: set[frozenset[str]]) -> Task:
 
 
 def data_folder(args: argparse.Namespace, seed: int) -> Path:
-    """The data of a seed's cells, written where it is not there yet; whole or not at all."""
+    """The data folder of a seed's cells, written if absent; it appears whole or not at all."""
     search = seed >= SEARCH
     name = "search" if search else "full"
     if not args.model and seed != SEARCH:
@@ -188,7 +190,7 @@ def probed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
 
 
 def shapes_of(args: argparse.Namespace, modules: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """{module: (out, in)} by the headers of the weight files."""
+    """{module: (out, in)}, from the headers of the weight files."""
     shapes: dict[str, tuple[int, int]] = {}
     for file in model_folder(args).glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
@@ -205,11 +207,12 @@ def allocation_of(args: argparse.Namespace, cell: Cell) -> Allocation:
     if cell.strategy == "inverse":
         scores = {task: {m: 1 / max(s, 1e-100) for m, s in values.items()}
                   for task, values in scores.items()}
-    if cell.strategy == "ranks-depth":                # on a line from 8 to 2, as mola reversed
+    if cell.strategy == "ranks-depth":                # from 8 down to 2, the reverse of mola
         layer = {m: int(re.findall(r"\d+", m)[0]) for m in shapes}
         scores = {"": {m: (8 - 6 * i / max(layer.values())) ** 2 for m, i in layer.items()}}
     if cell.strategy.endswith("-gain"):
-        # A step of Adam moves each entry alike: it gains the sum of |g|, about sqrt(entries * s).
+        # A step of Adam moves every entry by the same amount, so its gain is the sum of |g|, which
+        # is about sqrt(entries * s).
         scores = {task: {m: s * math.prod(shapes[m]) for m, s in values.items()}
                   for task, values in scores.items()}
     settings = {**STRATEGIES[cell.strategy], "rank": args.rank, "top_k": args.top_k,
@@ -233,11 +236,11 @@ def budget_parameters(shapes: Mapping[str, tuple[int, int]], experts: int, rank:
 
 def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[str, Any],
         ) -> Allocation:
-    """A rule's allocation with `target` parameters, within 1 % where experts allow it.
+    """A rule's allocation with `target` parameters, within 1 % if whole experts allow it.
 
-    The steps of a rule are coarser than that: votes take some matrices at once. So its last step is
-    taken in part, the most sensitive matrices first; where 1 % are missing still, single experts
-    are moved. LoRA takes the nearest whole rank.
+    The steps of a rule can be coarser than 1 %: one step of votes adds several matrices. So the
+    last step is taken in part, the most sensitive matrices first. If the result is still more than
+    1 % off, single experts are added or removed. LoRA takes the nearest whole rank.
     """
     shapes = settings["shapes"]
 
@@ -248,7 +251,7 @@ def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[s
         return abs(size(counts) - target)
 
     under = allocate(scores, budget_params=target, **settings)
-    if settings["strategy"] == "ranks":                # a step is a single rank
+    if settings["strategy"] == "ranks":                # its steps are single ranks: fine enough
         return under
     larger = (allocate(scores, budget_params=round(target * (1 + i / 200)), **settings)
               for i in range(1, 200))

@@ -1,7 +1,7 @@
-"""What compare.py found: its record, paired intervals, and Markdown tables.
+"""The results of compare.py: its record, paired intervals, and Markdown tables.
 
-The record holds every run with its outcomes, so that tables and figures (compare_figures.py)
-need nothing else.
+The record holds every run with its outcomes. Tables and figures (compare_figures.py) are made from
+the record alone.
 
 Letters: S seeds, N test lines of a task, R resamples.
 """
@@ -22,8 +22,8 @@ from compare_figures import accuracy_svg, allocations_svg
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minismoe.io import drawing as report
 from minismoe.io.files import read_json, replacing, write_json
+from minismoe.io.text import clean
 from minismoe.model.checkpoint import versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -35,10 +35,10 @@ Interval = list[float]                       # mean, and the ends of 95 %
 def intervals(values: Mapping[str, Tensor], new_lines: bool) -> dict[str, Interval]:
     """Mean of each task's (S, N) and of all tasks as "mean", with 95 % bootstrap intervals.
 
-    Seeds are drawn, and lines of each task: the same for all seeds, or anew for each where every
-    seed has lines of its own (`new_lines`), of which there may be fewer: nan fills the rest. Few
-    seeds make a bootstrap narrow by sqrt(1 - 1/S) (Hesterberg 2015, arXiv 1411.5279), so its ends
-    are moved out by as much.
+    A resample draws seeds, and lines of each task. With `new_lines` every seed has its own lines,
+    so lines are drawn for each seed apart; a seed with fewer lines is filled up with nan. A
+    bootstrap of few seeds is too narrow by sqrt(1 - 1/S) (Hesterberg 2015, arXiv 1411.5279), so its
+    ends are moved out by that factor.
     """
     generator = torch.Generator().manual_seed(0)
     count = len(next(iter(values.values())))
@@ -61,9 +61,9 @@ def intervals(values: Mapping[str, Tensor], new_lines: bool) -> dict[str, Interv
 
 
 def outcomes(runs: Sequence[dict], task: str, seeds: Sequence[int], by_line: bool) -> Tensor:
-    """How right a strategy was on a task, its draws averaged: (S, N), or (S, 1) by accuracies.
+    """Share of right answers on a task, averaged over draws: (S, N), or (S, 1) from accuracies.
 
-    Where a seed has fewer lines than others, nan fills its row.
+    The row of a seed with fewer lines than others is filled up with nan.
     """
     return pad_sequence([torch.tensor([
         [float(c) for c in run["answers"][task]] if by_line else [run["tasks"][task]["after"]]
@@ -72,9 +72,10 @@ def outcomes(runs: Sequence[dict], task: str, seeds: Sequence[int], by_line: boo
 
 
 def against(row: dict, control: dict | None, new_lines: bool) -> dict[str, Any] | None:
-    """Paired difference to a control (or, without, the accuracy itself), over their common seeds.
+    """Paired difference to a control over common seeds; the accuracy itself if control is None.
 
-    Also its spread over seeds, and how many seeds, and lines a task, bring it to +-1 point.
+    Also its standard deviation over seeds, and the number of seeds, and of lines a task, that would
+    narrow the interval to +-1 point.
     """
     sides = [row] if control is None else [row, control]
     seeds = sorted(set.intersection(*({r["seed"] for r in side["runs"]} for side in sides)))
@@ -98,7 +99,7 @@ def against(row: dict, control: dict | None, new_lines: bool) -> dict[str, Any] 
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
-    """The record of all finished final cells, and of the search that led to their rates."""
+    """The record of all finished final cells and of the search that chose their rates."""
     cells = list(compare_cells.all_cells(args))
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in cells:
@@ -122,10 +123,10 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             task: "".join(map(str, right)) for task, right in read_json(answers).items()
             } if answers.exists() else None})
         allocation = read_json(folder / "allocation.json")
-        row.setdefault("rank", allocation["rank"])                 # the first seed's
+        row.setdefault("rank", allocation["rank"])                 # of the first seed
         row.setdefault("allocation", allocation.get("ranks") or allocation["experts"])
     modules = sorted({m for row in found.values() for m in row.get("allocation", {})})
-    for row in found.values():                         # a line each, and not one a matrix
+    for row in found.values():                         # one line of JSON each
         experts = row.pop("allocation", {})
         row["allocation"] = " ".join(str(experts.get(m, 0)) for m in modules)
     spent = [compare_cells.seconds_of(args.out / cell.name) or 0.0 for cell in cells]
@@ -140,7 +141,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def targets(args: argparse.Namespace, found: Mapping[tuple[str, str], dict]) -> dict[str, int]:
-    """What each budget is in parameters: those of the uniform mixture that names it."""
+    """The parameters of each budget: those of the uniform mixture that gives it its name."""
     wanted = {budget for budget, _ in found if budget != "paper"}
     if not wanted:
         return {}
@@ -150,7 +151,7 @@ def targets(args: argparse.Namespace, found: Mapping[tuple[str, str], dict]) -> 
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine of these measurements."""
     cpus = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in (
         cpus.read_text().splitlines() if cpus.exists() else ()) if line.startswith("model name")]
@@ -161,7 +162,7 @@ def machine() -> dict[str, Any]:
 
 
 def judge(record: dict[str, Any]) -> None:
-    """Add accuracies, and differences to the controls of the same budget, to each row."""
+    """Add to each row its accuracy and its differences to the controls of the same budget."""
     by_name = {(row["budget"], row["strategy"]): row for row in record["rows"]}
     for row in record["rows"]:
         row["accuracy"] = against(row, None, record["new_lines"])
@@ -177,10 +178,10 @@ def judge(record: dict[str, Any]) -> None:
 
 
 def write(args: argparse.Namespace) -> None:
-    """Write and print record, tables and figures of what is finished."""
+    """Write and print record, tables and figures of the finished cells."""
     record = collect(args)
     if not record["rows"]:
-        print("no final cell is finished, so there is nothing to report")
+        print("no final cell is finished yet: there is nothing to report")
         return
     judge(record)
     RESULTS.mkdir(exist_ok=True)
@@ -195,7 +196,7 @@ def write(args: argparse.Namespace) -> None:
 
 
 def markdown(record: Mapping[str, Any], per_task: bool = False) -> str:
-    """The tables that the README includes: claim (a) first, then each equal budget."""
+    """The tables of a record: the paper's comparison first, then each equal budget."""
     budgets = list(dict.fromkeys(row["budget"] for row in record["rows"]))
     seeds = max(row["accuracy"]["seeds"] for row in record["rows"])
     on = record["machine"]
@@ -214,7 +215,7 @@ def markdown(record: Mapping[str, Any], per_task: bool = False) -> str:
 
 
 def reached(rows: Sequence[dict]) -> list[str]:
-    """The table of a budget's accuracies, and what its marks mean."""
+    """The table of a budget's accuracies, and a note on its marks."""
     runs, tasks = rows[0]["runs"], list(rows[0]["runs"][0]["tasks"])
     before = [sum(run["tasks"][t]["before"] for run in runs) / len(runs) for t in tasks]
     body = [["none", "0", "", *map(percent, before), percent(sum(before) / len(tasks)), ""]]
@@ -228,7 +229,7 @@ def reached(rows: Sequence[dict]) -> list[str]:
                      percent(row["accuracy"].get("sd"))])
     notes = [note for used, note in (
         (rows[0]["off"] is not None, "Parameters are equal within 1 %" + (
-            ", but where they are marked." if any("off!" in line[1] for line in body) else ".")),
+            ", except where marked." if any("off!" in line[1] for line in body) else ".")),
         (any(row["edge"] for row in rows), "\\* the best rate is at an end of those tried."),
         (not all(row["accuracy"]["by_line"] for row in rows), "Intervals are over seeds only."),
     ) if used]
@@ -237,7 +238,7 @@ def reached(rows: Sequence[dict]) -> list[str]:
 
 
 def differences(rows: Sequence[dict], per_task: bool) -> list[str]:
-    """The means of a budget minus those of its controls; per task a table a control."""
+    """Differences to the controls: of the means in one table, or per task in one table each."""
     controls = [c for c in CONTROLS if any(row["against"].get(c) for row in rows)]
     if not controls:
         return []
@@ -258,9 +259,9 @@ def percent(share: float | None) -> str:
 
 
 def points(interval: Sequence[float]) -> str:
-    """A difference and its interval, in bold where that leaves out zero.
+    """A difference and its interval, in bold if the interval leaves out zero.
 
-    Nothing varies in one seed's accuracies, so they have no interval.
+    The accuracies of a single seed do not vary, so they have no interval.
     """
     mean, low, high = (100 * x + 0.0 for x in interval)
     if low == high:
@@ -270,7 +271,7 @@ def points(interval: Sequence[float]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; names of tasks come from strangers' files."""
-    lines = [[report.clean(c).replace("|", "\\|") for c in line] for line in (header, *rows)]
+    """A Markdown table. Cells are cleaned, since task names come from files of others."""
+    lines = [[clean(c).replace("|", "\\|") for c in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(header))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

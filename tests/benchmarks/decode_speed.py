@@ -1,13 +1,14 @@
-"""Generation speed and memory of int4 exports: against onnxruntime-genai and llama.cpp, and of
-frozen and routed experts against merged ones.
+"""Generation speed and memory of int4 exports, against onnxruntime-genai and llama.cpp.
+
+Merged experts are also compared with frozen ones beside the base and with routed ones.
 
     python tests/benchmarks/decode_speed.py --model SMOLLM2_135M [--gguf SMOLLM2_135M.Q4_1.gguf]
 
-All sides see the same prompt, weights of 4 bits in blocks of 32, and the same threads. Each
-measurement is a process of its own, the sides in turn; printed are medians over rounds, and ratios
-of the same round. Peers come with `pip install 'minismoe[bench]'`: onnxruntime-genai with onnx_ir
-(its model builder) and llama-cpp-python, whose GGUF file llama.cpp's convert_hf_to_gguf.py writes.
-A peer that is missing is left out.
+All sides get the same prompt, weights of 4 bits in blocks of 32, and the same number of threads.
+Each measurement runs in a process of its own, the sides in turn. Prints medians over rounds, and
+ratios within a round. Peers come with `pip install 'minismoe[bench]'`: onnxruntime-genai with
+onnx_ir (its model builder) and llama-cpp-python, whose GGUF file llama.cpp's convert_hf_to_gguf.py
+writes. A peer that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-# Neither torch nor numpy here: this file is also the child that measures start and memory.
+# Import neither torch nor numpy here: this file is also the child that measures start and memory.
 
 EXPERTS, RANK, TOP_K = 3, 8, 2
 CONTEXT = 2048
@@ -37,7 +38,7 @@ REACH = [("merged", "genai", "rate", 1.6), ("merged", "llama", "rate", 1.7),
          ("frozen", "merged", "rate", 0.80), ("dynamic", "merged", "rate", 0.60),
          ("merged", "genai", "prefill28", 1.0), ("merged", "genai", "prefill512", 1.0)]
 
-Read = Callable[[list[int]], Iterator[int]]      # a prompt from the beginning -> the next tokens
+Read = Callable[[list[int]], Iterator[int]]      # a prompt, from an empty cache -> the next tokens
 
 
 def ours(folder: Path, threads: int) -> tuple[list[int], Read]:
@@ -79,7 +80,7 @@ def llama(file: Path, threads: int) -> tuple[list[int], Read]:
 
 
 def child(side: str, folder: Path, threads: int, tokens: int) -> None:
-    """Measure one side in this process, and print it as JSON."""
+    """Measure one side in this process and print the result as JSON."""
     ids, read = {"genai": genai, "llama": llama}.get(side, ours)(folder, threads)
     times: list[float] = []
     for _, _ in zip(range(tokens), read(ids[:28])):
@@ -90,7 +91,7 @@ def child(side: str, folder: Path, threads: int, tokens: int) -> None:
               "rate": 1 / statistics.median(gaps), "tokens": len(times)}
     for length, repeats in ((28, 7), (512, 3)):
         seconds = []
-        for n in range(repeats):             # another beginning: no cache of prompts helps
+        for n in range(repeats):             # a new first token, so that no prompt cache helps
             prompt, start = [*ids[n + 1:n + length], 28 + n], time.perf_counter()
             next(read(prompt))
             seconds.append(time.perf_counter() - start)
@@ -128,7 +129,7 @@ def export(model: Path, folder: Path, side: str) -> None:
 
 
 def prepare(args: argparse.Namespace, root: Path) -> dict[str, Path]:
-    """The folder or file of each side that can be measured here."""
+    """{side: its folder or file}, for the sides that can be measured here."""
     me = [sys.executable, __file__, "--model", args.model]
     folders = {}
     for side in OURS:
@@ -150,7 +151,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--gguf", help="the same model in 4 bits, for llama.cpp")
-    parser.add_argument("--work", help="keep the exported folders here, and use those of before")
+    parser.add_argument("--work", help="keep the exported folders here, and reuse them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128, help="decoded a process")
     parser.add_argument("--rounds", type=int, default=5, help="processes a side")

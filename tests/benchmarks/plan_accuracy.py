@@ -1,10 +1,11 @@
-"""train.py --plan beside a measured peak: memory of real training steps, in a process of their own.
+"""Compare train.py --plan with the measured peak memory of real training steps.
 
     python tests/benchmarks/plan_accuracy.py
     python tests/benchmarks/plan_accuracy.py --model SMOLLM2_135M --data FOLDER --limit-train 64
 
-Takes the flags of train.py. Trained are the batch that the plan says is the largest, and others of
-the schedule before and after it. On CUDA the libraries' own part is left out of both sides.
+Takes the flags of train.py. The steps run in a process of their own, on the batch that the plan
+says is the largest and on its neighbours in the schedule. On CUDA both sides leave out the memory
+of the libraries.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the probe costs, against what it cannot do without and against the published protocol.
+"""The cost of the probe, against a plain backward and against the published protocol.
 
     python tests/benchmarks/probe_speed.py --model SMOLLM2_135M --data FOLDER
 
-In one process and in turn, on the same samples: the probe; a frozen forward and a backward that
-stops at activations, which any gradient needs; and the published protocol, which takes one sample
-and the weight gradients of one decoder layer a step. Peak memory of the probe and of a LoRA
-training step (8 experts of rank 8 on every matrix) are those of processes of their own.
+Timed in turn in one process, on the same samples: the probe; a forward of the frozen model and a
+backward of activations only, which any gradient needs; and the published protocol, which takes one
+sample and the weight gradients of one decoder layer a step. Peak memory of the probe, and of a LoRA
+training step with 8 experts of rank 8 on every matrix, is measured in separate processes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def samples(args: argparse.Namespace) -> tuple[list, int]:
 
 
 def backward_of_activations(model: nn.Module, batches: list) -> None:
-    """What every gradient needs: forward, loss, and the gradient of each layer's output."""
+    """Forward, loss, and the gradient of each layer's output: the least that any probe needs."""
     hook = model.model.embed_tokens.register_forward_hook(lambda m, i, out: out.requires_grad_())
     for ids, mask, labels in batches:
         supervised_losses(model, ids, mask, labels)[0].sum().backward()
@@ -50,7 +50,10 @@ def backward_of_activations(model: nn.Module, batches: list) -> None:
 
 
 def published(model: nn.Module, batches: list, layers: range) -> int:
-    """Batch 1, the weight gradients of one decoder layer a step; gives the pairs scored."""
+    """The published protocol: batch size 1 and the weight gradients of one decoder layer a step.
+
+    Returns the number of (sample, matrix) pairs scored.
+    """
     pairs = 0
     for layer in layers:
         weights = [m.weight for m in model.model.layers[layer].modules()
@@ -75,7 +78,7 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
 
 
 def peak(args: argparse.Namespace) -> None:
-    """Run one side, in this process of its own, and print its peak memory in MiB."""
+    """Run one side in this process and print its peak memory in MiB."""
     chosen, pad = samples(args)
     model = load_model(args.model, getattr(torch, args.dtype))
     if args.side == "probe":
@@ -87,7 +90,7 @@ def peak(args: argparse.Namespace) -> None:
             train_step(model, batch, TrainConfig(micro_batch_size=args.batch_size), pad)
             optimizer.step()
             optimizer.zero_grad()
-    # Not ru_maxrss: a process inherits that of the one that started it.
+    # Not ru_maxrss: a process inherits the value of its parent.
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 

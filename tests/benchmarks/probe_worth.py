@@ -1,4 +1,4 @@
-"""Is the probe to be believed? Four questions, asked of the embedded default or a real model.
+"""Can the probe be trusted? Four questions, on the embedded default or a real model.
 
     python tests/benchmarks/probe_worth.py                                   all four, the default
     python tests/benchmarks/probe_worth.py --name smollm2 --model SMOLLM2 --data DATA \\
@@ -7,11 +7,12 @@
 
 1. Stability: do disjoint samples of a task select the same matrices?
 2. Variants: what do the group, the normalisation and the loss change?
-3. Mid-training: does the ranking hold once the experts are trained? (--adapter; the default trains
-   its own.)
-4. Truth: train one matrix, one kind, one layer at a time: does the score tell what is gained?
+3. Mid-training: does the ranking hold after the experts are trained? (of --adapter; without it, a
+   mixture is trained)
+4. Truth: if one matrix, one kind or one layer is trained alone, does the score predict the gain?
 
-The record, worth-NAME.json, and its curve go to tests/benchmarks/results; a killed run goes on.
+The record, worth-NAME.json, and its curve go to tests/benchmarks/results. After a kill, the same
+command continues.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minismoe.cli import flags, probing, script
-from minismoe.cli import inputs as cli
+from minismoe.cli.inputs import Inputs, load_inputs, settled
 from minismoe.data.tasks import probe_batches
-from minismoe.io import drawing as report
+from minismoe.io import drawing
 from minismoe.io.files import read_json, replacing, write_json
 from minismoe.io.flags import from_flags
 from minismoe.method.allocate import GROUPS, allocate, parameters
@@ -50,7 +51,7 @@ from minismoe.training.evaluate import evaluate
 from minismoe.training.loop import TrainConfig, train
 
 SIZES, PAIRS = (8, 16, 32, 64, 128), 10      # samples a task; disjoint pairs of each size
-KEEP, SEED = 0.6, 1000                       # a seed that no comparison reports
+KEEP, SEED = 0.6, 1000                       # a seed that no comparison uses
 TRUTH_SEEDS, TRUTH_RANK = 3, 8
 Values = Mapping[str, float]                 # {module: score}
 
@@ -68,8 +69,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def samples_of(inputs: cli.Inputs, args: argparse.Namespace, count: int) -> tuple[Scores, dict]:
-    """A probe of `count` random samples a task, and how many supervised tokens each has."""
+def samples_of(inputs: Inputs, args: argparse.Namespace, count: int) -> tuple[Scores, dict]:
+    """The probe of `count` random samples a task, and the supervised tokens of each sample."""
     pools = {t: random.Random(args.seed).sample(e.examples, len(e.examples))
              for t, e in inputs.encoded.items()}
     total = sum(min(count, len(pool)) for pool in pools.values())
@@ -92,7 +93,7 @@ def shared(first: set[str], second: set[str]) -> float:
 
 
 def spearman(first: Iterable[float], second: Iterable[float]) -> float:
-    """Rank correlation of two rows (Spearman 1904), ties at their mean rank."""
+    """Rank correlation of two rows (Spearman 1904); ties get their mean rank."""
     ranks = []
     for row in (first, second):
         values = torch.tensor(list(row), dtype=torch.float64)
@@ -102,7 +103,7 @@ def spearman(first: Iterable[float], second: Iterable[float]) -> float:
 
 
 def stability(scores: Scores) -> dict[str, dict[str, list[float]]]:
-    """{task: {size: [mean overlap, smallest]}} of the matrices that disjoint samples select."""
+    """{task: {size: [mean overlap, smallest]}} of the matrices selected by disjoint samples."""
     generator, names = torch.Generator().manual_seed(SEED), list(scores.shapes)
     found: dict[str, dict[str, list[float]]] = {}
     for task, norms in scores.samples.items():
@@ -121,7 +122,7 @@ def stability(scores: Scores) -> dict[str, dict[str, list[float]]]:
 
 
 def variants(scores: Scores, tokens: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """{variant: [rank correlation, votes shared]} with the probe as it is, mean over tasks."""
+    """{variant: [rank correlation, votes shared]} with the unchanged probe, mean over tasks."""
     names, shapes = list(scores.shapes), scores.shapes
     as_is = dict.fromkeys(names, 1.0)
     weight = {m: float(out * in_) for m, (out, in_) in shapes.items()}
@@ -135,7 +136,7 @@ def variants(scores: Scores, tokens: Mapping[str, Tensor]) -> dict[str, list[flo
     for label, (group, size, summed) in rows.items():
         correlations, overlaps = [], []
         for task, norms in scores.samples.items():
-            # The gradient of a sum is that of the mean times the tokens; its square, times those.
+            # The gradient of a sum is that of the mean times the number of tokens; square both.
             times = tokens[task].square()[:, None] if summed else torch.ones(1)
             other = {m: v / size[m] for m, v in zip(names, (norms * times).sum(0).tolist())}
             correlations.append(spearman(scores[task].values(), other.values()))
@@ -144,9 +145,9 @@ def variants(scores: Scores, tokens: Mapping[str, Tensor]) -> dict[str, list[flo
     return found
 
 
-def train_and_score(inputs: cli.Inputs, args: argparse.Namespace, experts: Any, cfg: TrainConfig,
+def train_and_score(inputs: Inputs, args: argparse.Namespace, experts: Any, cfg: TrainConfig,
                     folder: Path) -> tuple[Any, float]:
-    """A fresh base with these experts, trained; and its mean exact match."""
+    """Train a new base with these experts. Returns the model and its mean exact match."""
     model = load_model(folder, getattr(torch, args.dtype), args.device)
     torch.manual_seed(cfg.seed)
     add_experts(model, experts, rank=TRUTH_RANK)
@@ -156,9 +157,9 @@ def train_and_score(inputs: cli.Inputs, args: argparse.Namespace, experts: Any, 
     return model, sum(right) / len(right)
 
 
-def during(inputs: cli.Inputs, args: argparse.Namespace, scores: Scores, folder: Path,
+def during(inputs: Inputs, args: argparse.Namespace, scores: Scores, folder: Path,
            ) -> dict[str, list[float]]:
-    """{task: [rank correlation, votes shared]} of the probe at the start and of a trained model."""
+    """{task: [rank correlation, votes shared]} of the base's probe and a trained model's."""
     if args.adapter:
         model = load_model(folder, getattr(torch, args.dtype), args.device)
         load_adapter(model, args.adapter)
@@ -174,7 +175,7 @@ def during(inputs: cli.Inputs, args: argparse.Namespace, scores: Scores, folder:
 
 
 def parts(names: Sequence[str]) -> dict[str, list[str]]:
-    """What is trained alone: each matrix, each kind, each layer."""
+    """{name: modules} of the parts that are trained alone: each matrix, kind and layer."""
     found = {name: [name] for name in names}
     for name in names:
         found.setdefault("kind " + name.split(".")[-1], []).append(name)
@@ -182,7 +183,7 @@ def parts(names: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def truth(inputs: cli.Inputs, args: argparse.Namespace, names: Sequence[str], folder: Path,
+def truth(inputs: Inputs, args: argparse.Namespace, names: Sequence[str], folder: Path,
           known: dict[str, list[float]], save: Callable[[], None]) -> None:
     """Fill `known` with the mean exact match of each part trained alone, seed by seed."""
     todo = [(seed, part) for seed in range(TRUTH_SEEDS) for part in parts(names)
@@ -201,8 +202,8 @@ def main(argv: Sequence[str]) -> None:
         return
     file = RESULTS / f"worth-{args.name}.json"
     record: dict[str, Any] = read_json(file) if file.exists() else {}
-    config = cli.settled(from_flags(flags.InputConfig, vars(args)))
-    inputs = cli.load_inputs(config, args.show)
+    config = settled(from_flags(flags.InputConfig, vars(args)))
+    inputs = load_inputs(config, args.show)
     args.device, args.dtype = config.device, config.dtype
     folder = model_folder(args)
     settings = {k: Path(str(v)).name for k, v in vars(args).items()
@@ -233,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def worths(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """{score: {where: rank correlation with what training that part alone gained}}."""
+    """{score: {where: rank correlation with the gain of training that part alone}}."""
     scores, shapes = record["scores"], record["shapes"]
     gained = {part: sum(found) / len(found) for part, found in record["truth"].items()}
     share = {m: sum(values[m] / sum(values.values()) for values in scores.values()) for m in shapes}
@@ -299,7 +300,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def curve_svg(record: Mapping[str, Any]) -> str:
-    """Overlap against samples, a line a task; 0.95 is dashed."""
+    """Overlap over samples, one line for each task; a dashed line marks 0.95."""
     rows, width, height = record["stability"], 300.0, 150.0
     low = math.floor(10 * min(v[0] for row in rows.values() for v in row.values())) / 10
 
@@ -311,17 +312,17 @@ def curve_svg(record: Mapping[str, Any]) -> str:
            'stroke-dasharray="3"/>']
     for value in (low, 0.95, 1.0):
         x, y = map(float, at(SIZES[0], value).split())
-        out.append(report._text(x - 6, y + 3, f"{value:g}", "end"))
+        out.append(drawing._text(x - 6, y + 3, f"{value:g}", "end"))
     for size in SIZES:
         x, y = map(float, at(size, low).split())
-        out.append(report._text(x, y + 14, str(size)))
-    out.append(report._text(width / 2 - 20, height + 8, "samples a task"))
+        out.append(drawing._text(x, y + 14, str(size)))
+    out.append(drawing._text(width / 2 - 20, height + 8, "samples a task"))
     for i, (task, row) in enumerate(rows.items()):
         places = [at(int(size), v[0]) for size, v in row.items()]
         color, y = hue(i, len(rows)), 26 + 13 * i
         out += [f'<path d="M{"L".join(places)}" fill="none" stroke="{color}" stroke-width="1.5"/>',
                 f'<path d="M{width - 66} {y - 3}h10" stroke="{color}" stroke-width="1.5"/>',
-                report._text(width - 52, y, report.clean(task)[:12], "start")]
+                drawing._text(width - 52, y, drawing.clean(task)[:12], "start")]
     return figure(width + 20, height + 14, "overlap of the selected matrices", out)
 
 

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/train_speed.py --model SMOLLM2_135M --data FOLDER
 
-Both adapt all linear layers and see the same batches. Each measurement is a process of its own, the
-two sides in turn; printed are medians over rounds, and ratios.
+Both adapt all linear layers and see the same batches. Each measurement runs in a process of its
+own, the two sides in turn. Prints medians over rounds, and ratios.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def ours(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     model = load_model(args.model, dtype)
     add_experts(model, dict.fromkeys(linear_layers(model), EXPERTS), rank=RANK)
     cfg = TrainConfig(micro_batch_size=args.batch_size)
-    steps = itertools.count(1)            # at step 0 expert use is counted, as once in 20 steps
+    steps = itertools.count(1)            # step 0 also counts expert use, as every 20th does
     return model, lambda examples, pad: train_step(model, examples, cfg, pad, next(steps))
 
 
@@ -61,7 +61,7 @@ def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
 
 
 def child(args: argparse.Namespace) -> None:
-    """Measure one side in this process, and print it as JSON."""
+    """Measure one side in this process and print the result as JSON."""
     torch.manual_seed(0)
     work, pad = batches(args)
     model, step = {"ours": ours, "peft": peft}[args.side](args, getattr(torch, args.dtype))

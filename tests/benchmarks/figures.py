@@ -1,0 +1,277 @@
+"""Draw the README's four pictures as SVG, from the records in results/.
+
+    python tests/benchmarks/figures.py
+
+method.svg    probe, vote, experts, merge: the probe of worth-default.json and the vote it leads to
+layer.svg     one linear layer with its experts and their shapes
+rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json, deciding.json)
+costs.svg     what merging, healing and quantising cost (merging.json)
+
+Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
+holds no script and no font: GitHub shows an SVG as an image.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from minismoe.io.files import read_json, replacing
+from minismoe.method.allocate import allocate
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WIDTH = 860.0                                # about the width of a README on GitHub
+INK, GREY, LINE, PALE = "#1f2328", "#59636e", "#d0d7de", "#f3f5f7"
+BLUE, LIGHT_BLUE, ORANGE = "#0a5cbf", "#d6e6f7", "#b3500b"
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+RULES = {"lora": "lora (plain LoRA)", "votes": "votes (the paper)"}
+Parts = list[str]
+
+
+def text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 13,
+         color: str = INK, bold: bool = False) -> str:
+    """A line of text whose baseline is y."""
+    weight = ' font-weight="600"' if bold else ""
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
+            f'fill="{color}"{weight}>{escape(words)}</text>')
+
+
+def box(x: float, y: float, width: float, height: float, fill: str, edge: str = "none",
+        corner: float = 4) -> str:
+    return (f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+            f'rx="{corner:g}" fill="{fill}" stroke="{edge}"/>')
+
+
+def line(path: str, color: str = INK, width: float = 1.4, arrow: bool = False) -> str:
+    """A path, with a head at its end if `arrow`."""
+    head = ' marker-end="url(#head)"' if arrow else ""
+    return f'<path d="{path}" fill="none" stroke="{color}" stroke-width="{width:g}"{head}/>'
+
+
+def dot(x: float, y: float, radius: float, fill: str, edge: str = "none") -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{fill}" stroke="{edge}"/>'
+
+
+def card(height: float, title: str, parts: Sequence[str]) -> str:
+    """The SVG: a white card with `parts` on it; `title` is for screen readers."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {height:g}" '
+            f'width="{WIDTH:g}" height="{height:g}" role="img" '
+            f'font-family="Helvetica, Arial, sans-serif"><title>{escape(title)}</title>\n'
+            '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+            f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="{INK}"/></marker>'
+            "</defs>\n" + box(0.5, 0.5, WIDTH - 1, height - 1, "#fff", LINE, 8) + "\n"
+            + "\n".join(parts) + "\n</svg>\n")
+
+
+def shade(share: float) -> str:
+    """From nearly white, 0, to dark blue, 1."""
+    ends = ((0xEE, 0xF4, 0xFB), (0x08, 0x3E, 0x86))
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(*ends, strict=True))
+
+
+def cells(x: float, y: float, wide: float, fills: Mapping[tuple[int, str], str]) -> Parts:
+    """A heatmap of one colour for each (layer, projection), 16 high each."""
+    return [box(x + layer * wide, y + 16 * KINDS.index(kind), wide - 1, 15, fill, corner=1)
+            for (layer, kind), fill in fills.items()]
+
+
+def place(module: str) -> tuple[int, str]:
+    """"model.layers.2.self_attn.q_proj" is (2, "q")."""
+    parts = module.split(".")
+    return int(parts[2]), parts[-1].removesuffix("_proj")
+
+
+def method(worth: Mapping[str, Any]) -> str:
+    """The four steps side by side, on the 28 matrices and five tasks of the embedded default."""
+    scores: dict[str, dict[str, float]] = worth["scores"]
+    experts = allocate(scores, keep=0.6).experts
+    top, wide, step = 92.0, 9.0, 48.0
+    left, vote, count, merge = 56.0, 330.0, 588.0, 722.0
+    parts: Parts = []
+    for x, name, says in ((left, "1  Probe", "squared gradient norm of each matrix"),
+                          (vote, "2  Vote", "each task: its top 60 %"),
+                          (count, "3  Experts", "a vote is an expert"),
+                          (merge, "4  Merge", "one matrix ships")):
+        parts += [text(x, 30, name, size=15, bold=True), text(x, 50, says, color=GREY)]
+    parts += [text(left - 7, top + 12 + 16 * i, kind, anchor="end", size=12, color=GREY)
+              for i, kind in enumerate(KINDS)]
+    for i, (task, values) in enumerate(scores.items()):
+        ranked = sorted(values, key=values.__getitem__)
+        parts += cells(left + step * i, top, wide, {
+            place(m): shade(n / (len(ranked) - 1)) for n, m in enumerate(ranked)})
+        chosen = allocate({task: values}, keep=0.6).experts
+        parts += cells(vote + step * i, top, wide, {
+            place(m): BLUE if m in chosen else "#e6eaef" for m in values})
+        for x in (left, vote):
+            parts.append(text(x + step * i + 2 * wide, top - 9, task, anchor="middle", size=11))
+    most = len(scores)
+    parts += cells(count, top, 22, {place(m): shade(experts.get(m, 0) / most)
+                                    for m in next(iter(scores.values()))})
+    for module in next(iter(scores.values())):
+        layer, kind = place(module)
+        number = experts.get(module, 0)
+        parts.append(text(count + 22 * layer + 10.5, top + 12 + 16 * KINDS.index(kind),
+                          str(number or "·"), anchor="middle", size=12,
+                          color="#fff" if number > most / 2 else INK))
+    parts += [text(count + 22 * n + 10.5, top - 9, str(n), anchor="middle", size=11)
+              for n in range(4)]
+    parts += [line(f"M{x} {top + 55}h20", arrow=True) for x in (300, 561, 689)]
+    parts += [box(merge, top - 2, 42, 42, PALE, GREY), text(merge + 21, top + 24, "W",
+              anchor="middle"), text(merge + 53, top + 24, "+", anchor="middle"),
+              *(box(merge + 66 + 9 * i, top - 2 + 5 * i, 30, 32, LIGHT_BLUE, BLUE)
+                for i in range(3)),
+              text(merge + 99, top + 29, "BA", anchor="middle", color=BLUE),
+              line(f"M{merge + 61} {top + 48}v20", arrow=True),
+              box(merge + 40, top + 74, 42, 42, LIGHT_BLUE, BLUE),
+              text(merge + 61, top + 100, "W′", anchor="middle")]
+    bottom = top + 7 * 16 + 22
+    parts += [text(left, bottom, "darker: higher rank within the task", size=12, color=GREY),
+              text(vote, bottom, "blue: gets this task’s vote", size=12, color=GREY),
+              text(count, bottom, "columns: layers", size=12, color=GREY),
+              text(merge, bottom, "same shape as W", size=12, color=GREY)]
+    return card(bottom + 18, "Probe, vote, experts, merge", parts)
+
+
+def layer() -> str:
+    """One linear layer with four experts, two of them active."""
+    def block(x: float, y: float, width: float, name: str, shape: str, fill: str, edge: str) -> str:
+        return (box(x, y - 26, width, 52, fill, edge)
+                + text(x + width / 2, y - 4, name, anchor="middle", bold=True)
+                + text(x + width / 2, y + 15, shape, anchor="middle", size=12, color=GREY))
+
+    base, mixed, routed, active = 56.0, 150.0, 250.0, (1, 3)
+    parts = [block(22, mixed, 92, "x", "(tokens, in)", "#fff", GREY),
+             block(170, base, 526, "W, frozen", "(out, in)", PALE, GREY),
+             block(170, mixed, 118, "A of E experts", "(E·r, in)", LIGHT_BLUE, BLUE),
+             block(572, mixed, 124, "B of E experts", "(E·r, out)", LIGHT_BLUE, BLUE),
+             block(170, routed, 118, "router, float32", "(E, in)", LIGHT_BLUE, BLUE),
+             block(752, mixed, 92, "y", "(tokens, out)", "#fff", GREY)]
+    for i in range(4):
+        on = i in active
+        parts += [box(336 + 34 * i, mixed - 14, 33, 28, LIGHT_BLUE if on else PALE, LINE, 2),
+                  text(352.5 + 34 * i, mixed + 4, f"h{i + 1}", anchor="middle", size=12),
+                  box(336 + 34 * i, routed - 14, 33, 28, LIGHT_BLUE if on else PALE, LINE, 2),
+                  text(352.5 + 34 * i, routed + 4, {1: "0.7", 3: "0.3"}.get(i, "0"),
+                       anchor="middle", size=12, color=INK if on else GREY)]
+    parts += [text(404, mixed - 24, "h = x Aᵀ  (tokens, E·r)", anchor="middle", size=12,
+                   color=GREY),
+              text(404, routed - 24, "gates g  (tokens, E)", anchor="middle", size=12, color=GREY),
+              text(404, routed + 34, "softmax over the k largest logits", anchor="middle", size=12,
+                   color=GREY)]
+    parts += [dot(528, mixed, 13, "#fff", INK), text(528, mixed + 5, "×", anchor="middle", size=15),
+              dot(724, mixed, 13, "#fff", INK), text(724, mixed + 5, "+", anchor="middle", size=15)]
+    parts += [line(path, arrow=True) for path in (
+        f"M114 {mixed}H168", f"M140 {mixed}V{base}H168", f"M140 {mixed}V{routed}H168",
+        f"M288 {mixed}H332", f"M472 {mixed}H513", f"M541 {mixed}H570", f"M696 {mixed}H709",
+        f"M737 {mixed}H750", f"M696 {base}H724V{mixed - 15}", f"M288 {routed}H332",
+        f"M472 {routed}H528V{mixed + 15}")]
+    parts += [text(546, routed - 15, "each token keeps k of the E experts (here 2 of 4);", size=12,
+                   color=GREY),
+              text(546, routed + 3, "α / r scales their sum; with E = 1 there is no", size=12,
+                   color=GREY),
+              text(546, routed + 21, "router, and the layer is a plain LoRA", size=12, color=GREY)]
+    return card(routed + 54, "One linear layer with its experts", parts)
+
+
+def rules(compared: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Exact match of each rule, and its difference to LoRA with a paired 95 % interval."""
+    low, high, row_height = -8, 4, 26
+    parts: Parts = []
+    longest = max(len(each["rows"]) for _, each in compared)
+    bottom = 92.0 + row_height * longest
+    for panel, (title, each) in enumerate(compared):
+        left = 24.0 + 418 * panel
+
+        def across(points: float, left: float = left) -> float:
+            return left + 192 + (points - low) / (high - low) * 190
+
+        seeds = max(row["accuracy"]["seeds"] for row in each["rows"])
+        rows = sorted(each["rows"], key=lambda row: -row["accuracy"]["intervals"]["mean"][0])
+        parts += [text(left, 30, f"{title}, {seeds} seeds", size=15, bold=True),
+                  text(left, 58, "rule", size=12, color=GREY),
+                  text(left + 172, 58, "exact match", size=12, color=GREY, anchor="end"),
+                  text(across(-2), 58, "minus LoRA, in points", size=12, color=GREY,
+                       anchor="middle")]
+        for points, label in ((-8, "−8"), (-4, "−4"), (0, "0"), (4, "+4")):
+            parts += [line(f"M{across(points):.1f} 70V{bottom - 18}", LINE if points else GREY, 1),
+                      text(across(points), bottom, label, size=12, color=GREY, anchor="middle")]
+        for i, row in enumerate(rows):
+            y = 86.0 + row_height * i
+            mean = 100 * row["accuracy"]["intervals"]["mean"][0]
+            parts += [text(left, y + 4, RULES.get(row["strategy"], row["strategy"])),
+                      text(left + 172, y + 4, f"{mean:.1f}", anchor="end")]
+            if found := row["against"].get("lora"):
+                gap, start, end = (100 * v for v in found["intervals"]["mean"])
+                color = ORANGE if end < 0 or start > 0 else BLUE
+                parts += [line(f"M{across(start):.1f} {y}H{across(end):.1f}", color, 2),
+                          dot(across(gap), y, 4, color)]
+            else:
+                parts.append(dot(across(0), y, 4, "#fff", GREY))
+    parts += [text(24, bottom + 30, "Equal parameters within 1 %. Lines are paired 95 % intervals "
+                   "over seeds and test lines; orange leaves out zero.", size=12, color=GREY)]
+    return card(bottom + 46, "Exact match by allocation rule, against plain LoRA", parts)
+
+
+def costs(found: Mapping[str, Any]) -> str:
+    """Exact match of the ways to merge, with a dot for each seed, and of the exported folders."""
+    low, high, row_height, top = 60, 78, 26, 86.0
+    bottom = top + row_height * len(found["merging"]) + 8
+    parts: Parts = []
+
+    def panel(left: float, labels: float, width: float, title: str, column: str,
+              rows: Sequence[tuple[str, str, float, Sequence[float]]]) -> None:
+        def across(percent: float) -> float:
+            return left + labels + (percent - low) / (high - low) * width
+
+        last = top + row_height * len(rows) + 8
+        parts.extend([text(left, 30, title, size=15, bold=True),
+                      text(left + labels - 16, 58, column, size=12, color=GREY, anchor="end"),
+                      text(across(69), 58, "exact match in %", size=12, color=GREY,
+                           anchor="middle")])
+        for percent in range(low, high + 1, 6):
+            parts.extend([line(f"M{across(percent):.1f} 70V{last - 18:.1f}", LINE, 1),
+                          text(across(percent), last, str(percent), size=12, color=GREY,
+                               anchor="middle")])
+        for i, (name, extra, mean, seeds) in enumerate(rows):
+            y = top + row_height * i
+            parts.extend([text(left, y + 4, name),
+                          text(left + labels - 16, y + 4, extra, anchor="end"),
+                          *(dot(across(seed), y, 3, "#9db7d5") for seed in seeds),
+                          line(f"M{across(mean):.1f} {y - 8}v16", BLUE, 3)])
+
+    panel(24, 262, 176, "Merging and healing, 3 seeds", "missed", [
+        (row["way"], "" if row["missed"] is None else f"{row['missed']} %", row["mean"],
+         row["seeds"]) for row in found["merging"]])
+    panel(502, 224, 104, "Exported, seed 0", "MB", [
+        (row["way"], str(row["MB"] or ""), row["exact_match"], ()) for row in found["quantising"]])
+    parts.extend([text(24, bottom + 30, "Bars are means, dots are seeds. Missed: share of the "
+                       "mixture’s output energy that the merged matrix lacks (median).", size=12,
+                       color=GREY)])
+    return card(bottom + 46, "What merging, healing and quantising cost", parts)
+
+
+def record(name: str) -> Any:
+    return read_json(RESULTS / f"{name}.json")
+
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "method": lambda: method(record("worth-default")),
+    "layer": layer,
+    "rules": lambda: rules([("SmolLM2-135M", record("smollm2")),
+                            ("Embedded default", record("deciding"))]),
+    "costs": lambda: costs(record("merging"))}
+
+
+def main() -> None:
+    for name, draw in PICTURES.items():
+        with replacing(RESULTS / f"{name}.svg") as tmp:
+            tmp.write_text(draw(), encoding="utf-8")
+    print(f"wrote {', '.join(f'{name}.svg' for name in PICTURES)} to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
