@@ -123,8 +123,3 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
                         "model sees them before --max-length, supervised tokens marked, and stop")
     parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
-
-
-def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `AllocationConfig`."""
-    add_flags(parser, AllocationConfig, "probe and allocation")

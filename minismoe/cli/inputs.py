@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -208,13 +209,11 @@ def print_examples(tokenizer: Tokenizer, tasks: Sequence[Task], count: int) -> N
             supervised = sum(label != IGNORE for label in example.labels)
             print(f"--- {clean(task.name)}: {len(example.ids)} tokens, {supervised} supervised")
             text = tokenizer.render(messages)
-            starts = tokenizer.encode(text)[1]
-            parts: list[str] = []
-            inside = False
-            for i, start in enumerate(starts):
-                if (example.labels[i] != IGNORE) != inside:
-                    inside = not inside
-                    parts.append(mark if inside else end)
-                stop = starts[i + 1] if i + 1 < len(starts) else len(text)
-                parts.append(clean(text[start:stop], "\n"))
-            print("".join(parts) + (end if inside else ""))
+            starts = [*tokenizer.encode(text)[1], len(text)]        # of each token in the text
+            parts = ""
+            for is_answer, tokens in groupby(zip(example.labels, starts, starts[1:]),
+                                             lambda token: token[0] != IGNORE):
+                spans = list(tokens)
+                piece = clean(text[spans[0][1]:spans[-1][2]], "\n")
+                parts += f"{mark}{piece}{end}" if is_answer else piece
+            print(parts)

@@ -112,13 +112,12 @@ def read_run(run: Path) -> InputConfig:
     return from_flags(InputConfig, saved)
 
 
-def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation | None,
-                 ) -> None:
+def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation) -> None:
     """Write config.json, which makes a folder a run; with --resume check that it is the same run.
 
-    Raises ValueError that lists what differs: the model, tasks, or the allocation, if known.
+    Raises ValueError that lists what differs of the model, the tasks and the allocation.
     """
-    chosen = {"the allocation": digest(allocation.to_json())[:16]} if allocation else {}
+    chosen = {"the allocation": digest(allocation.to_json())[:16]}
     content: dict[str, Any] = {
         "format": "minismoe.run/1", "arguments": config.arguments(),
         "identity": inputs.identity | chosen, "versions": versions(),
@@ -129,25 +128,21 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         if said := differences(content["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
         smaller = {name: content["arguments"][name] for name in SMALLER}
-        keep_bits(content, smaller, saved)
+        processes = saved.get("processes", distributed.world())
+        said = differences(
+            versions() | smaller | {"processes": distributed.world()},
+            saved["versions"] | {name: saved["arguments"].get(name) for name in SMALLER}
+            | {"processes": processes})
+        if said and not distributed.rank():
+            print(f"the last bits may differ: {said}", file=sys.stderr)
+        if processes == distributed.world():
+            same_threads(saved["threads"])
         content = saved | {"identity": content["identity"],
                            "arguments": saved["arguments"] | smaller}
     else:                                    # they may be left of a run without config.json
         for name in ("before.json", "results.json"):
             distributed.once((run / name).unlink, True)
     distributed.once(write_json, run / "config.json", content)
-
-
-def keep_bits(now: Mapping[str, Any], smaller: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Go on with as many threads as `saved` says; print what else may change the last bits."""
-    processes = saved.get("processes", now["processes"])
-    before = {**saved["versions"], **{name: saved["arguments"].get(name) for name in smaller}}
-    said = differences({**now["versions"], **smaller, "processes": now["processes"]},
-                       {**before, "processes": processes})
-    if said and not distributed.rank():
-        print(f"the last bits may differ: {said}", file=sys.stderr)
-    if processes == now["processes"]:
-        same_threads(saved["threads"])
 
 
 def same_threads(count: int) -> None:
