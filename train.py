@@ -56,9 +56,10 @@ def main(argv: Sequence[str]) -> None:
         answer_prompts(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
     run = runs.folder(config)
 
-    # Probe and allocate, if the flags leave that open.
-    allocation, scores = known_allocation(config, inputs, run), None
-    seconds: dict[str, float] = {}
+    # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
+    scores, seconds = None, dict[str, float]()
+    kept = run / "allocation.json" if config.resume else None
+    allocation = probing.known_allocation(config.allocating, inputs, config.inputs.seed, kept)
     if allocation is None:
         now = time.perf_counter()
         scores = probing.measure(config.allocating, inputs, config.inputs.seed, min(
@@ -157,13 +158,6 @@ def fitted(config: flags.RunConfig) -> TrainConfig:
     if training.memory and device.type == "cuda":
         plan.bound_cuda_memory(device, training.memory)
     return training
-
-
-def known_allocation(config: flags.RunConfig, inputs: Inputs, run: Path) -> Allocation | None:
-    """The allocation of the run that goes on, or that the flags alone decide; None if neither."""
-    if config.resume and (run / "allocation.json").exists():
-        return probing.read_allocation(config.allocating, run / "allocation.json")
-    return probing.known_allocation(config.allocating, inputs, config.inputs.seed)
 
 
 def adapt(inputs: Inputs, config: flags.RunConfig, allocation: Allocation) -> None:
