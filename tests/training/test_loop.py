@@ -141,7 +141,7 @@ def test_not_finite_gradient_is_not_stepped(tmp_path, monkeypatch) -> None:
         return line
 
     monkeypatch.setattr(training, "train_step", overflows)
-    with pytest.raises(ArithmeticError, match=r"at step 1, but its gradient inf"):
+    with pytest.raises(ArithmeticError, match=r"at step 1, but the norm of its gradient is inf"):
         train(model, examples(4), TrainConfig(batch_size=4), tmp_path, pad_id=0)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
