@@ -111,7 +111,7 @@ def test_what_went_wrong_in_an_exchange_is_said(monkeypatch) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(ValueError, match="--device cuda:1: of several processes each takes"):
+    with pytest.raises(ValueError, match="--device cuda:1: each process takes"):
         distributed.start(torch.device("cuda:1"))
 
 
