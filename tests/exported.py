@@ -6,12 +6,12 @@ import hashlib
 import json
 from pathlib import Path
 
+from tiny import BYTES
+
 from minismoe.export import graph
 from minismoe.model.decoder import CausalLM
 
-CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 48,
-          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "max_position_embeddings": 96, "tie_word_embeddings": True, "eos_token_id": 257}
+CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
 KINDS = {"ort": ("ort", None), "portable": ("portable", None),
          "static": ("portable", (1, 1, 96)), "chunks": ("portable", (2, 4, 96))}
 

@@ -67,14 +67,14 @@ def flat(seen: list[int]) -> bool:
     return len(seen) >= 2000 and max(seen[warm:]) <= 1.02 * seen[warm]
 
 
-def test_training(tmp_path: Path) -> None:
+def test_memory_stays_flat_in_2000_training_steps(tmp_path: Path) -> None:
     seen = watch(TRAIN, tmp_path)
     assert flat(seen), [b >> 20 for b in seen[::100]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
-def test_generation(tmp_path: Path) -> None:
+def test_memory_stays_flat_in_2000_generations(tmp_path: Path) -> None:
     before = {p.name for p in Path("/tmp").iterdir() if p.name.startswith("tmp")}
     seen = watch(GENERATE, tmp_path)
     assert flat(seen), [b >> 20 for b in seen[::100]]
