@@ -24,7 +24,14 @@ import torch
 from tqdm import tqdm
 
 from minismoe.cli import flags, plan, probing, report, runs, script
-from minismoe.cli.inputs import Inputs, load_base, load_inputs, model_folder, settled, start
+from minismoe.cli.inputs import (
+    Inputs,
+    join_processes,
+    load_base,
+    load_inputs,
+    model_folder,
+    settled,
+)
 from minismoe.io.files import read_json, write_json
 from minismoe.io.flags import add_flags, from_flags, non_default, text
 from minismoe.io.text import clean
@@ -44,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"nothing is missing: {config.out} holds its results")
         return
     config = replace(config, inputs=settled(config.inputs))
-    start(config.inputs)
+    join_processes(config.inputs)
     if config.plan:
         plan.show_plan(config.inputs, config.allocating, config.training, config.auto)
         return
@@ -180,4 +187,4 @@ def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Accur
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run_script(main)

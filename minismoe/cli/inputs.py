@@ -91,7 +91,7 @@ def _multiplies_bfloat16() -> bool:
                for kind in ("amx_tile", "avx512_bf16"))
 
 
-def start(config: InputConfig) -> torch.device:
+def join_processes(config: InputConfig) -> torch.device:
     """Join the other processes, if torchrun started several; the device of a settled config.
 
     Raises ValueError for --shard in a single process, or with --base-bits.
@@ -112,7 +112,7 @@ def load_inputs(config: InputConfig, show: int | None = None) -> Inputs:
     """
     if config.model is not None and config.data is None:         # before the model is fetched
         raise ValueError(TOGETHER)
-    device = start(config)
+    device = join_processes(config)
     folder = model_folder(config)
     if show:
         print_examples(*read_tasks(config, folder), show)

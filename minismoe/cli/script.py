@@ -16,7 +16,7 @@ from ..io.signals import Interrupted, handling, interrupt, locked
 from ..training import distributed
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
     number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
     argv = sys.argv[1:]

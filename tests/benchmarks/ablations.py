@@ -123,4 +123,4 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run_script(main)

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import finish
 
 import export
 import probe
 import train
 from minismoe.cli import probing
 from minismoe.cli.inputs import settled
-from minismoe.cli.script import run
 from minismoe.io.process import resident
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,19 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(ROOT / name), *args], text=True, timeout=120,
                           capture_output=True)
-
-
-def finish(main, *args: str, capsys) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a script's main under `run`."""
-    before, sys.argv = sys.argv, ["script", *args]
-    try:
-        with pytest.raises(SystemExit) as end:
-            run(main)
-            raise SystemExit(0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return end.value.code, out, err
 
 
 def test_probe_writes_its_three_files(inputs, tmp_path, capsys) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import CHATML
 
 from minismoe.data.tokenizer import (
     DEFAULT_TEMPLATE,
@@ -26,10 +27,6 @@ REPOSITORY = Path(__file__).parents[2]
 TEXT = "the naïve café 日本 🙂\u2028\u0085 <|im_end|> end"
 
 # In the style of published templates, written for these tests.
-CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
-{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}\
-{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 LLAMA3 = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system_message = messages[0]['content'] | trim %}

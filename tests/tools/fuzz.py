@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from tiny import BYTES, LLAMA3  # noqa: E402
 
 from minismoe.cli import probing  # noqa: E402
 from minismoe.cli.flags import AllocationConfig  # noqa: E402
@@ -48,13 +49,9 @@ from minismoe.runtime import FORMAT, Generator  # noqa: E402
 
 SECONDS, MEGABYTES = 2.0, 256
 ALLOWED = (ArithmeticError, OSError, ValueError)
-CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
-          "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-          "max_position_embeddings": 64, "tie_word_embeddings": True, "eos_token_id": 257,
-          "hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None,
-          "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                              "high_freq_factor": 4.0, "rope_theta": 1e4,
-                              "original_max_position_embeddings": 64}}
+CONFIG = BYTES | {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+                  "hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None,
+                  "rope_parameters": LLAMA3 | {"rope_theta": 1e4}}
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 ALLOCATION = Allocation({Q: 3, UP: 1}, rank=4, alpha=8, top_k=2)
 LINES = [{"prompt": "2 + 2", "completion": "4"},

@@ -51,7 +51,7 @@ def start(run: Path, flags: Sequence[str], prepare: Callable[[], Any] = lambda: 
         args = ["--resume"] if (run / "config.json").exists() else [*flags]
         sys.argv = ["train.py", *args, "--out", str(run)]
         prepare()
-        script.run(train.main)
+        script.run_script(train.main)
         code = 0
     except SystemExit as e:
         code = e.code

@@ -16,8 +16,7 @@ import kill_resume
 import pytest
 import torch
 import tqdm.std
-from test_cli import finish
-from test_loop import examples, tiny
+from tiny import examples, finish, tiny
 
 import minismoe.training.loop as training
 import probe
