@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run() -> None:
-    """As cli.script.run_script, which loads torch: exit with 0, with 1 and a line on stderr, or with 130."""
+    """As cli.run, which loads torch: exit with 0, with 1 and a line on stderr, or with 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
