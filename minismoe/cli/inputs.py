@@ -20,11 +20,10 @@ from safetensors import SafetensorError
 from ..data import toy
 from ..data.tasks import Encoded, Example, Task, encode, encode_all, load_tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..io import text as failure
 from ..io.hub import resolve
 from ..io.process import bound_memory
 from ..io.signals import Interrupted, handling, interrupt, locked
-from ..io.text import clean, table
+from ..io.text import clean, print_error, table
 from ..method.experts import linear_layers
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_model, read_config
@@ -56,7 +55,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(code)
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, SafetensorError,
             ValueError) as e:
-        failure.say(e, "--debug" in argv, f" (process {distributed.rank()})"
+        print_error(e, "--debug" in argv, f" (process {distributed.rank()})"
                     if distributed.world() > 1 else "")
         distributed.leave(1)
         sys.exit(1)
