@@ -135,7 +135,7 @@ def start(args: argparse.Namespace) -> torch.device:
 def base_folder(args: argparse.Namespace) -> Path:
     """The folder of the model, which one process fetches, or makes."""
     with distributed.one_first():
-        return toy.base_folder() if args.model is None else resolve(args.model)
+        return toy.checkpoint_folder() if args.model is None else resolve(args.model)
 
 
 def load_base(args: argparse.Namespace, folder: Path) -> CausalLM:

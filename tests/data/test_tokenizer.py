@@ -217,7 +217,7 @@ def test_bytes_where_the_model_has_their_vocabulary(tmp_path: Path) -> None:
 
 
 def test_importing_and_loading_import_no_torch(bpe: Path) -> None:
-    code = ("import sys; from minismoe.tokenizer import load_tokenizer; "
+    code = ("import sys; from minismoe.data.tokenizer import load_tokenizer; "
             "t = load_tokenizer(sys.argv[1]); t.render([{'role': 'user', 'content': 'x'}]); "
             "print(t.encode('a?b')[1]); assert 'torch' not in sys.modules")
     run = subprocess.run([sys.executable, "-c", code, str(bpe.parent)], cwd=REPOSITORY, timeout=60,

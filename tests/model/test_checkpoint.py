@@ -246,7 +246,7 @@ def test_broken_shard_index(folder: Path, index: Any, error: type[Exception], na
 
 PEAK = """
 import json, re, sys, torch
-from minismoe.checkpoint import load_model
+from minismoe.model.checkpoint import load_model
 # Not ru_maxrss: a child process inherits its parent's there, and pytest's own peak would hide ours.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
@@ -550,7 +550,7 @@ def test_the_hubs_own_client_fetches_no_code(hub: tuple[str, list[str]], folder:
         if "/" not in name:
             (folder / name).write_text("raise SystemExit('this was run')")
     address, asked = hub
-    load = "from minismoe.checkpoint import load_model\nprint(load_model('org/name').name)"
+    load = "from minismoe.model.checkpoint import load_model\nprint(load_model('org/name').name)"
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "NO_PROXY": "*"}
     fetched = python(load, HF_HUB_OFFLINE="0", **environment)
     assert fetched.stdout == "org/name\n", fetched.stderr
@@ -578,7 +578,7 @@ def test_a_missing_huggingface_hub_names_the_command(monkeypatch: pytest.MonkeyP
 
 
 def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
-    run = python("from minismoe.checkpoint import load_model\n"
+    run = python("from minismoe.model.checkpoint import load_model\n"
                  "try: load_model('no-such-org/no-such-model')\n"
                  "except FileNotFoundError as e: print(e)",
                  HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
