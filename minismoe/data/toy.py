@@ -18,7 +18,6 @@ import random
 import re
 import string
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -35,8 +34,8 @@ from .tokenizer import ByteTokenizer, Message
 BOS, END, PAD = ByteTokenizer.special.values()
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-    "vocab_size": ByteTokenizer.vocab_size, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "vocab_size": ByteTokenizer.vocab_size, "hidden_size": 96, "intermediate_size": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
     "bos_token_id": BOS, "eos_token_id": END, "pad_token_id": PAD, "torch_dtype": "float32",
@@ -163,7 +162,6 @@ def _pretrain(steps: int) -> CausalLM:
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 1.0) * (1 - step / steps))
-    seen, start = 0, time.perf_counter()
     with tqdm(range(steps), "making the toy base, once", unit="step") as bar:
         for step in bar:
             ids, mask, labels = collate([_lesson(rng) for _ in range(BATCH)], PAD)
@@ -173,10 +171,8 @@ def _pretrain(steps: int) -> CausalLM:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            seen += int(mask.sum())
-            if step % 10 == 9 or step == steps - 1:
-                speed = seen / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s")
+            if step % 10 == 9:
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
     return model
 
 
