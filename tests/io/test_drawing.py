@@ -52,21 +52,6 @@ def test_grid_keeps_modules_apart_that_end_alike():
     assert projections[0] == "q" and "layers.*.mlp.experts.1.up_proj" in projections
 
 
-def test_table_aligns_what_is_wide_on_a_terminal():
-    rows = [["日本語", "ab"], ["é", "cd"], ["e\u0301", "ef"], ["abcdefg", "gh"]]
-    lines = table(["task", "what"], rows).splitlines()[2:]
-    assert lines == ["日本語   ab", "é        cd", "e\u0301        ef", "abcdefg  gh"]
-
-
-def test_table_aligns_numbers_right_and_text_left():
-    text = table(["task", "before", "mean"], [["trec", 3, "0.86"], ["a longer one", "-", "12.10%"]])
-    assert text.splitlines() == ["task          before    mean",
-                                 "------------  ------  ------",
-                                 "trec               3    0.86",
-                                 "a longer one       -  12.10%"]
-    assert table(["a", "b"], []).splitlines() == ["a  b", "-  -"]
-
-
 def test_heatmap_digits_stand_in_their_row_and_column():
     counts = dict.fromkeys(model(30), 1.0)
     counts |= {"model.layers.7.mlp.up_proj": 4, "model.layers.29.self_attn.q_proj": 0}

@@ -17,8 +17,15 @@ from torch import Tensor
 
 from minismoe.method.loss import supervised_losses
 from minismoe.model.checkpoint import load_model
-from minismoe.model.decoder import CausalLM, Config, attend_short, rope_frequencies
-from minismoe.model.tokens import Cache, Tokens
+from minismoe.model.decoder import (
+    CausalLM,
+    Config,
+    _RMSNorm,
+    _SwiGLU,
+    attend_short,
+    rope_frequencies,
+)
+from minismoe.model.tokens import Cache, Tokens, _Gather, _Spread
 
 LENGTHS = (17, 9, 1)                             # of three rows: full, padded, and a single token
 CACHED = ("llama3", "llama_biases", "mistral_window", "qwen2_window", "qwen3")
@@ -195,6 +202,27 @@ def test_gradients_equal_transformers(checkpoint: Checkpoint) -> None:
         # The head's key bias has a gradient of exactly 0 but for rounding, so one scale for all.
         assert (p.grad - theirs[name].grad).abs().max() <= 1e-5 * largest, name
     hf.zero_grad()
+
+
+def test_hand_written_backwards() -> None:
+    """The norm, SwiGLU and the packing of tokens against the same formulas under autograd."""
+    def gradients(y: Tensor, *inputs: Tensor) -> list[Tensor]:
+        upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+        return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+    torch.manual_seed(0)
+    equal = torch.testing.assert_close
+    x, up = (torch.randn(5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.rand(8, dtype=torch.float64, requires_grad=True)
+    plain = x / (x.square().mean(-1, True) + 0.1).sqrt() * weight
+    equal(gradients(_RMSNorm.apply(x, weight, 0.1), x, weight), gradients(plain, x, weight))
+    equal(gradients(_SwiGLU.apply(x, up), x, up), gradients(x * x.sigmoid() * up, x, up))
+    # 5 tokens in 2 rows of 4: the first two of row 0 are shared with row 1; row 0 is padded.
+    places, shared = torch.tensor([0, 1, 2, 6, 7]), [(0, 2, 0, 2)]
+    plain = torch.stack([*x[:3], torch.zeros_like(x[0]), *x[:2], *x[3:]]).unflatten(0, (2, 4))
+    equal(gradients(_Spread.apply(x, places, (2, 4), shared), x), gradients(plain, x))
+    places = torch.tensor([4, 0, 2])
+    equal(gradients(_Gather.apply(x, places), x), gradients(x[places], x))
 
 
 # Rotary frequencies

@@ -88,7 +88,7 @@ def test_shapes_and_packing(bits: int, outputs: int, inputs: int) -> None:
 def test_rows_are_independent_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weight(40, 64)
     whole = quantize(w, 4)
-    monkeypatch.setattr("minismoe.model.quantize.ROWS", 3 * 64)
+    monkeypatch.setattr("minismoe.model.quantize.ON_CPU", 3 * 64)
     parts = quantize(w, 4)
     for field in ("data", "scales", "zeros"):
         assert torch.equal(getattr(whole, field), getattr(parts, field))

@@ -18,7 +18,7 @@ from minismoe.method.experts import add_experts, linear_layers
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
-from minismoe.model.lowbit import QuantizedLinear
+from minismoe.model.quantize import QuantizedLinear
 from minismoe.training.evaluate import generate
 from minismoe.training.loop import TrainConfig, train_step
 
