@@ -146,7 +146,8 @@ BAR = 260.0                              # width of the legend's colour bar, whi
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = "") -> str:
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"{style}>{escape(text)}</text>'
+    text = escape(clean(text))
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"{style}>{text}</text>'
 
 
 def _square(x: float, y: float, width: float, rgb: RGB, text: str, kind: str = "cell") -> str:
@@ -207,12 +208,12 @@ def _bar(y: float, ticks: Sequence[str], title: str) -> list[str]:
 
 
 def allocation_svg(scores: Mapping[str, Mapping[str, float]], experts: Mapping[str, int], *,
-                   title: str = "", measure: str = "sensitivity", what: str = "experts") -> str:
+                   measure: str = "sensitivity", what: str = "experts") -> str:
     """A figure as wide as a paper's column: each task's scores and the counts of experts.
 
     Scores are drawn as shares of their task's maximum, on one log scale for all tasks; grey means
     not measured. `what` names the counts ("ranks" for allocations of one expert with a rank each).
-    More than 38 layers widen the figure; few layers, or many tasks, go in two columns.
+    Many layers widen the figure; few layers, or many tasks, go in two columns.
     """
     names = list(dict.fromkeys(name for part in (*scores.values(), experts) for name in part))
     layers, projections, index = grid(dict(zip(names, range(len(names)), strict=True)))
@@ -237,16 +238,15 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], experts: Mapping[s
     panels.append((f"{sum(experts.values())} {what}", not few, {
         cell: counts[experts.get(name, 0)] for cell, name in modules.items()}))
     width = max(WIDTH, 40 + 9.0 * len(layers))
-    out = [_text(0, 11, clean(title), "start", BOLD)] if title else []
-    drawn, y = _panels(panels, width, 18.0 if title else 0.0, layers, projections)
     ticks = [f"{10.0 ** (i - decades):g}" for i in range(decades + 1)]
     if any(share < low for share in everything):
         ticks[0] = "≤" + ticks[0]
-    out += [*drawn, *_bar(y, ticks, measure + " (share of the maximum)"),
+    out, y = _panels(panels, width, 0.0, layers, projections)
+    out += [*_bar(y, ticks, measure + " (share of the maximum)"),
             _text(37, y + 52, f"{what} per matrix", "start")]
     out += [_square(147 + 15 * i, y + 43, 15, *counts[n], "key")
             for i, n in enumerate(sorted(counts)[::math.ceil(len(counts) / 10)])]
-    return _svg(width, y + 56, title, out)
+    return _svg(width, y + 56, f"{measure} and {what}", out)
 
 
 def routers_svg(use: Mapping[str, Mapping[str, Any]]) -> str:
