@@ -76,7 +76,7 @@ def test_heatmap_shades_follow_the_scale():
     assert "min <=1 " in clipped
 
 
-def test_heatmap_axis_also_names_few_or_odd_layers():
+def test_heatmap_axis_names_few_or_odd_layers_too():
     def axis(*layers: int) -> list[str]:
         values = {f"layers.{i}.q_proj": 1.0 for i in layers} | {"lm_head": 1.0}
         return rows(terminal_heatmap("", values, color=False))["layer"].split()

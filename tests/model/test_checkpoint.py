@@ -61,7 +61,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 @torch.no_grad()
-def test_sharded_equals_one_file(checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+def test_shards_load_as_one_file_does(checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
     hf, folder = checkpoint(family)
     hf.save_pretrained(tmp_path, max_shard_size="16KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
@@ -99,7 +99,8 @@ def test_a_tied_head_stays_tied_and_all_is_frozen(checkpoint: Checkpoint, tmp_pa
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_stored_and_requested_dtypes(folder: Path, stored: torch.dtype, asked: torch.dtype) -> None:
+def test_any_stored_dtype_loads_as_any_other(
+        folder: Path, stored: torch.dtype, asked: torch.dtype) -> None:
     edit(folder, lambda t: t.update({name: x.to(stored) for name, x in t.items()}))
     wanted = load_file(folder / "model.safetensors")
     model = load_model(folder, dtype=asked)
@@ -199,8 +200,8 @@ def corrupt(file: Path) -> None:
     (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), ValueError,
      "no valid safetensors file"),
 ])
-def test_broken_folders(folder: Path, spoil: Callable[[Path], object], error: type[Exception],
-                        named: str) -> None:
+def test_broken_folders_are_refused(
+        folder: Path, spoil: Callable[[Path], object], error: type[Exception], named: str) -> None:
     load_model(folder)
     spoil(folder)
     with pytest.raises(error, match=re.escape(named)) as e:
@@ -220,7 +221,8 @@ def test_broken_folders(folder: Path, spoil: Callable[[Path], object], error: ty
     ({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}, FileNotFoundError,
      "lacks model-2.safetensors, named in model.safetensors.index.json"),
 ])
-def test_broken_shard_index(folder: Path, index: Any, error: type[Exception], named: str) -> None:
+def test_a_broken_shard_index_is_refused(
+        folder: Path, index: Any, error: type[Exception], named: str) -> None:
     """A real file waits where "../secret" points, so only the check keeps it from being read."""
     shutil.copy(folder / "model.safetensors", folder.parent / "secret.safetensors")
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
@@ -306,7 +308,7 @@ def adapter(folder: Path, tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def test_adapter_round_trip(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_loads_unchanged(folder: Path, tmp_path: Path) -> None:
     model = load_model(folder)
     base = model(IDS)
     add_experts(model, ALLOCATION)
@@ -322,8 +324,8 @@ def test_adapter_round_trip(folder: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_adapter_round_trip_on_a_transformers_model(checkpoint: Checkpoint, adapter: Path,
-                                                    tmp_path: Path) -> None:
+def test_a_saved_adapter_loads_onto_a_transformers_model(
+        checkpoint: Checkpoint, adapter: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = checkpoint("llama")[1]
@@ -337,7 +339,7 @@ def test_adapter_round_trip_on_a_transformers_model(checkpoint: Checkpoint, adap
     assert torch.equal(again(IDS).logits, theirs(IDS).logits)
 
 
-def test_adapter_files(folder: Path, adapter: Path) -> None:
+def test_adapter_files_hold_what_loading_needs(folder: Path, adapter: Path) -> None:
     tensors = load_file(adapter / "adapter.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         f"{Q}.lora_A": (3, 4, 32), f"{Q}.lora_B": (3, 4, 32), f"{Q}.router": (3, 32),
@@ -365,7 +367,7 @@ def test_an_adapter_of_another_base_is_refused(checkpoint: Checkpoint, folder: P
     assert not expert_layers(other)
 
 
-def test_an_adapter_whose_tensors_do_not_fit(folder: Path, adapter: Path) -> None:
+def test_an_adapter_whose_tensors_do_not_fit_is_refused(folder: Path, adapter: Path) -> None:
     file = adapter / "adapter.safetensors"
     tensors = load_file(file)
     tensors[f"{Q}.lora_A"] = torch.zeros(3, 4, 31)
@@ -390,8 +392,9 @@ def test_an_adapter_whose_tensors_do_not_fit(folder: Path, adapter: Path) -> Non
     (lambda f: truncate(f / "adapter.safetensors"), ValueError, "no valid safetensors"),
     (lambda f: (f / "adapter.safetensors").unlink(), FileNotFoundError, "adapter.safetensors"),
 ])
-def test_broken_adapters(folder: Path, adapter: Path, spoil: Callable[[Path], object],
-                         error: type[Exception], named: str) -> None:
+def test_broken_adapters_are_refused(
+        folder: Path, adapter: Path, spoil: Callable[[Path], object], error: type[Exception],
+        named: str) -> None:
     spoil(adapter)
     with pytest.raises(error, match=re.escape(named)):
         load_adapter(load_model(folder), adapter)

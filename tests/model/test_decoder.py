@@ -106,7 +106,7 @@ def test_pads_reach_nothing(checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def test_a_batch_of_pads_alone(checkpoint: Checkpoint) -> None:
+def test_a_batch_of_padding_alone_is_zeros(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama")[1])
     assert not model.model(random_ids(), torch.zeros(3, 17, dtype=torch.long)).any()
 
@@ -115,7 +115,7 @@ def test_a_batch_of_pads_alone(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("family", CACHED)
 @torch.no_grad()
-def test_token_by_token(checkpoint: Checkpoint, family: str) -> None:
+def test_token_by_token_equals_one_pass(checkpoint: Checkpoint, family: str) -> None:
     hf, folder = checkpoint(family)
     model, ids = load_model(folder), random_ids()
     cache = Cache(model, 3, ids.shape[1])
@@ -127,8 +127,8 @@ def test_token_by_token(checkpoint: Checkpoint, family: str) -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", CACHED)
 @torch.no_grad()
-def test_prefill_then_steps_of_unequal_rows(checkpoint: Checkpoint, family: str, side: str,
-                                            ) -> None:
+def test_prefill_then_steps_of_unequal_rows_equal_one_pass(
+        checkpoint: Checkpoint, family: str, side: str) -> None:
     """A prompt of unequal lengths, a chunk of three tokens, then single tokens."""
     hf, folder = checkpoint(family)
     model, mask, more = load_model(folder), mask_of(LENGTHS, side), random_ids(3, 8, seed=2)
@@ -144,7 +144,7 @@ def test_prefill_then_steps_of_unequal_rows(checkpoint: Checkpoint, family: str,
 
 @pytest.mark.parametrize("family", CACHED)
 @torch.no_grad()
-def test_rows_that_stop(checkpoint: Checkpoint, family: str) -> None:
+def test_rows_that_stop_leave_the_others_unchanged(checkpoint: Checkpoint, family: str) -> None:
     """A row whose step is masked stands still: the others go on exactly, and it can go on later."""
     hf, folder = checkpoint(family)
     model, mask, ids = load_model(folder), mask_of(LENGTHS, "right"), random_ids()
@@ -231,7 +231,8 @@ def test_hand_written_backwards() -> None:
     (16, 500.0, LLAMA3),
     (64, 500000.0, {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})])
-def test_llama3_frequencies(head_dim: int, theta: float, scaling: dict[str, Any]) -> None:
+def test_llama3_frequencies_equal_the_published_code(
+        head_dim: int, theta: float, scaling: dict[str, Any]) -> None:
     """Against the published scalar code, by wavelength (meta-llama/llama3, apply_scaling)."""
     old = scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -315,7 +316,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "named"), REFUSED, ids=lambda x: str(x)[:60])
-def test_config_refuses(change: dict[str, Any], named: str) -> None:
+def test_config_refuses_what_is_not_implemented(change: dict[str, Any], named: str) -> None:
     Config.from_dict(MINIMAL)
     with pytest.raises(ValueError, match="not implemented") as e:
         Config.from_dict({**MINIMAL, **change})
@@ -343,7 +344,7 @@ def test_two_ropes_that_agree_are_one() -> None:
     assert Config.from_dict({**MINIMAL, **both}) == one
 
 
-def test_rope_of_old_and_new_config_files() -> None:
+def test_rope_of_old_and_new_config_files_is_read() -> None:
     four = {k: LLAMA3[k] for k in ("factor", "low_freq_factor", "high_freq_factor",
                                    "original_max_position_embeddings")}
     old = dict(MINIMAL, rope_theta=500.0, rope_scaling={"type": "llama3", **four})
@@ -361,7 +362,7 @@ def test_rope_of_old_and_new_config_files() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_config_written_by_transformers(checkpoint: Checkpoint, family: str) -> None:
+def test_a_config_written_by_transformers_is_read(checkpoint: Checkpoint, family: str) -> None:
     hf, folder = checkpoint(family)
     theirs, ours = hf.config, Config.from_dict(json.loads((folder / "config.json").read_text()))
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -381,7 +382,7 @@ def test_config_written_by_transformers(checkpoint: Checkpoint, family: str) -> 
         family, (None,) * ours.num_hidden_layers)
 
 
-def test_windows_of_silent_configs() -> None:
+def test_windows_of_silent_configs_are_those_of_transformers() -> None:
     """What a config leaves out means what it means in `transformers`."""
     qwen = dict(MINIMAL, model_type="qwen2", sliding_window=8, max_window_layers=1)
     assert Config.from_dict({**MINIMAL, "model_type": "mistral"}).windows == (4096, 4096)
@@ -406,7 +407,7 @@ def tokens_of(mask: list[list[bool]], windows: tuple[int | None, ...], cache: Ca
 
 
 @given(masks)
-def test_packing_round_trip(mask: list[list[bool]]) -> None:
+def test_packing_and_unpacking_lose_nothing(mask: list[list[bool]]) -> None:
     tokens = tokens_of(mask, (None,))
     B, T = len(mask), len(mask[0])
     x = torch.arange(1.0, B * T * 6 + 1).view(B * T, 2, 3)               # all different, none 0
@@ -427,7 +428,8 @@ def test_packing_round_trip(mask: list[list[bool]]) -> None:
 
 
 @given(masks, masks, st.integers(1, 8))
-def test_attention_masks(first: list[list[bool]], then: list[list[bool]], window: int) -> None:
+def test_masks_show_each_query_its_window(
+        first: list[list[bool]], then: list[list[bool]], window: int) -> None:
     """What each query sees, in a first batch alone and in a second that follows it in a cache."""
     then = [then[b % len(then)] for b in range(len(first))]
     cache = Cache(CausalLM(TINY), len(first), len(first[0]) + len(then[0]))
