@@ -30,9 +30,9 @@ from minismoe.cli import runs, script
 from minismoe.cli.export_flags import DEFAULTS, of_adapters, parse
 from minismoe.cli.flags import InputConfig
 from minismoe.cli.probing import PROBE_BATCH
+from minismoe.data import toy
 from minismoe.data.tasks import Example, Task, probe_batches
 from minismoe.data.tokenizer import Tokenizer, load_tokenizer
-from minismoe.data.toy import base_folder
 from minismoe.export import layouts, verify
 from minismoe.export.graph import AdapterInput, Lora, Mixture, Side, write_decoder, write_sampler
 from minismoe.export.heal import agreement, auto, compare, comparison, heal, save_frozen, twin
@@ -132,14 +132,14 @@ def load(args: argparse.Namespace) -> Source:
         load_adapter(inputs.model, run / "adapter")
         if args.task not in (None, *inputs.encoded):
             raise ValueError(f"{run} has no task {args.task!r}; it has {', '.join(inputs.encoded)}")
-        base, trained = resolve(name) if name else base_folder(), measured(run, inputs)
+        base, trained = resolve(name) if name else toy.checkpoint_folder(), measured(run, inputs)
     else:
         name, run = args.model, Path("runs") / (Path(args.model).name if args.model else "base")
         if not name:
             if needs := of_adapters(args):
                 raise ValueError(f"{NO_RUN}, which {needs} is for")
             print(f"{NO_RUN}: the embedded base alone")
-        base, trained = resolve(name) if name else base_folder(), {}
+        base, trained = resolve(name) if name else toy.checkpoint_folder(), {}
         settings = cli.settled(InputConfig(model=name, device=args.device, dtype=args.dtype))
         inputs = cli.Inputs(cli.load_base(settings, base), load_tokenizer(base), [], {})
     for flag, value in DEFAULTS.items():

@@ -29,7 +29,7 @@ import export
 import probe
 import train
 from minismoe.cli.script import run_script
-from minismoe.io import text as failure
+from minismoe.io.text import error_line
 from minismoe.method import experts
 from minismoe.model import checkpoint
 from minismoe.runtime import __main__ as terminal
@@ -298,7 +298,7 @@ def test_memory_that_the_cpu_does_not_have() -> None:
     """The sentence that torch really says is one that is known."""
     with pytest.raises(RuntimeError) as said:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert "--micro-batch-size" in failure.line(said.value)
+    assert "--micro-batch-size" in error_line(said.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -135,7 +135,7 @@ def load_inputs(config: InputConfig, show: int | None = None) -> Inputs:
 def model_folder(config: InputConfig) -> Path:
     """The folder of the model, which one process fetches, or makes."""
     with distributed.one_first():
-        return toy.base_folder() if config.model is None else resolve(config.model)
+        return toy.checkpoint_folder() if config.model is None else resolve(config.model)
 
 
 def load_base(config: InputConfig, folder: Path) -> CausalLM:

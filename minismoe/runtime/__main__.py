@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from ..io import text as failure
 from ..io.flags import positive
 from ..io.process import peak_resident
-from ..io.text import clean
+from ..io.text import clean, error_line, print_error
 from . import Generator
 
 
@@ -76,7 +75,7 @@ def _chat(generator: Generator, args: argparse.Namespace) -> None:
             history.append({"role": "assistant", "content": answer})
         except ValueError as e:              # no longer fits, or the template refuses it
             anew = "; /clear begins anew" if len(history) > 1 else ""
-            print(f"error: {failure.line(e)}{anew}", file=sys.stderr)
+            print(f"error: {error_line(e)}{anew}", file=sys.stderr)
             history.pop()
         except KeyboardInterrupt:            # while the template was rendered
             print()
@@ -142,7 +141,7 @@ def run() -> None:
             e = ValueError("out of memory: export again, with a smaller --context")
         if not isinstance(e, expected) and "onnxruntime" not in type(e).__module__:
             raise
-        failure.say(e)
+        print_error(e)
         sys.exit(1)
 
 

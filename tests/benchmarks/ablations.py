@@ -65,7 +65,7 @@ VARIANTS = {
 
 def run(variant: Variant, inputs: cli.Inputs, seed: int) -> dict[str, float]:
     """Exact match and separation, from 0 to 1, of a variant trained with a seed."""
-    model = load_model(toy.base_folder())
+    model = load_model(toy.checkpoint_folder())
     torch.manual_seed(seed)
     add_experts(model, dict.fromkeys(linear_layers(model), variant.experts), rank=variant.rank,
                 top_k=variant.top_k)

@@ -40,7 +40,7 @@ from minismoe.data import templates  # noqa: E402
 from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
 from minismoe.export import graph  # noqa: E402
-from minismoe.io import text as failure  # noqa: E402
+from minismoe.io.text import error_line  # noqa: E402
 from minismoe.method.allocation import Allocation  # noqa: E402
 from minismoe.method.experts import add_experts  # noqa: E402
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter  # noqa: E402
@@ -337,8 +337,8 @@ def run(fuzz: Fuzz, seed: int, number: int, debug: bool = False) -> tuple[str, b
     except ALLOWED as e:
         said = str(e)
         if debug:
-            print(failure.line(e))
-        if not said or "\n" in said.strip() or not failure.line(e).isprintable():
+            print(error_line(e))
+        if not said or "\n" in said.strip() or not error_line(e).isprintable():
             problem = f"says {said[:300]!r}"
     except Exception as e:
         if debug:
