@@ -1,9 +1,9 @@
-"""What training will take, told before it starts: bytes by part, and the micro-batch that fits.
+"""What training will take, told before it starts: bytes by part.
 
 Weights, adapters, gradients and the optimizer's moments are computed from config.json, exactly.
 Activations are measured: a few blocks of the model's sizes, with zeros for weights, compute the
-gradients of four small batches while the bytes of live tensors are counted. These are linear in the
-number of blocks and in the quantities of a batch (`quantities`), so four batches give all rates.
+gradients of a micro-batch while the bytes of live tensors are counted. Every further block keeps
+as much as these do, so no weights are needed and a large model takes seconds.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,29 +29,19 @@ from ..method.experts import add_experts, balance_loss, expert_layers, linear_la
 from ..method.loss import CHUNK, IGNORE, supervised_losses
 from ..method.sensitivity import sample_norms
 from ..model.config import Config
-from ..model.decoder import SHORT, CausalLM
+from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
-from ..model.tokens import shared_prefixes
 
 MIB = 1 << 20
-BLOCKS, WEIGHTS = 4, 1 << 24    # measured are so many blocks, or more up to so many weights
-TRIED = 32                      # micro-batches, those with the most places, that may be the largest
+BLOCKS = 4                      # of a deeper model so many are measured,
+PLACES = 2048                   # and of a larger micro-batch rows of so many tokens in all
+VOCABULARY = 256                # of the measured blocks; the memory of logits is computed
 
 
 def meta_model(config: Config) -> CausalLM:
     """The model without memory for its weights."""
     with torch.device("meta"):
         return CausalLM(config)
-
-
-def quantities(ids: Tensor, mask: Tensor, labels: Tensor) -> list[int]:
-    """What activations of a batch, each (B, T), are linear in: tokens, of which rows share some;
-    places (B * T); supervised tokens; and B * T * T, as attention weights are."""
-    supervised = F.pad(labels[:, 1:] != IGNORE, (0, 1))
-    again = sum((end - first - 1) * (stop - start) for first, end, start, stop in
-                shared_prefixes(ids, mask.bool() & ~supervised))
-    return [int(mask.sum()) - again, ids.numel(), int(supervised.sum()),
-            ids.numel() * ids.shape[1]]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -79,16 +68,9 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def freed(self, key: int, size: int) -> None:
-        """A storage was freed; another one may get its key."""
+        """Take off the bytes of a freed storage, whose key another one may get."""
         self.known.discard(key)
         self.now -= size
-
-
-def train_gradients(model: CausalLM, batch: Batch) -> None:
-    """What training computes of a micro-batch: see loop.train_step."""
-    losses, _ = supervised_losses(model, *batch, needed_only=True)
-    balance = balance_loss(expert_layers(model).values(), batch[1], model.model.copies)
-    (losses.sum() + balance).backward()
 
 
 @dataclass(frozen=True)
@@ -102,7 +84,7 @@ class Setup:
     base_bits: int | None = None
     recompute: bool = False
     shards: int = 1              # processes of which each holds a part of the blocks
-    rates: dict[int, Tensor] = field(default_factory=dict, init=False)   # by measured length
+    probe: bool = False          # of the model without experts, in place of training
 
     def fixed(self) -> dict[str, int]:
         """Bytes by part, of what does not depend on the batch."""
@@ -126,11 +108,10 @@ class Setup:
     def few_blocks(self) -> CausalLM:
         """Some blocks, spread over the model's depth, with their experts; weights are zeros."""
         layers, found = self.config.num_hidden_layers, self.allocation
-        each = sum(p.numel() for p in meta_model(self.config).model.layers[0].parameters())
-        count = min(layers, max(BLOCKS, WEIGHTS // each))
+        count = min(layers, BLOCKS)
         picked = [i * (layers - 1) // max(1, count - 1) for i in range(count)]
         model = meta_model(replace(
-            self.config, vocab_size=8, num_hidden_layers=count, tie_word_embeddings=False,
+            self.config, vocab_size=VOCABULARY, num_hidden_layers=count, tie_word_embeddings=False,
             windows=tuple(self.config.windows[i] for i in picked)))
         model.to(self.dtype).to_empty(device=self.device).requires_grad_(False)
         for parameter in model.parameters():
@@ -143,88 +124,48 @@ class Setup:
         model.model.recompute = self.recompute
         return model
 
-    def measured(self, model: CausalLM, batch: Batch,
-                 gradients: Callable[[CausalLM, Batch], Any] = train_gradients) -> list[float]:
-        """Bytes that a forward pass of all layers leaves, and what the rest takes beside them,
-        from `model`, a few of the blocks."""
+    def gradients(self, model: CausalLM, ids: Tensor, mask: Tensor, labels: Tensor) -> None:
+        """What the probe or training (loop.train_step) computes of a batch, each (B, T)."""
+        if self.probe:
+            sample_norms(model, linear_layers(model), ids, mask, labels)
+        else:
+            losses, _ = supervised_losses(model, ids, mask, labels, needed_only=True)
+            layers = expert_layers(model).values()
+            (losses.sum() + balance_loss(layers, mask, model.model.copies)).backward()
+
+    def measured(self, model: CausalLM, batch: Batch) -> tuple[float, float]:
+        """Bytes that the forward pass of all layers leaves, and what the rest takes beside them,
+        seen on `model`, which has a few of the layers."""
         counter, marks, count = LiveBytes(model), list[int](), len(model.model.layers)
-        hooks = [block.register_forward_pre_hook(lambda *_: marks.append(counter.now))
-                 for block in model.model.layers]
-        hooks.append(model.model.register_forward_hook(lambda *_: marks.append(counter.now)))
+        for block in model.model.layers:
+            block.register_forward_pre_hook(lambda *_: marks.append(counter.now))
+        model.model.register_forward_hook(lambda *_: marks.append(counter.now))
         with counter:
-            gradients(model, batch)
-        for hook in hooks:
-            hook.remove()
-        model.zero_grad(set_to_none=True)
-        kept, more = marks[count], 0.0           # --recompute passes the blocks again, after these
+            self.gradients(model, batch[0] % VOCABULARY, batch[1],
+                           batch[2].clamp(max=VOCABULARY - 1))
+        kept, more = marks[count], 0.0           # later marks are of --recompute
         if (absent := self.config.num_hidden_layers - count) > 0:
             # A first block's input needs no gradient; a last MLP sees supervised tokens alone.
             more = (marks[count - 1] - marks[1]) / (count - 2) * absent
-        return [kept + more, counter.peak - kept]
-
-    def rate(self, length: int) -> Tensor:
-        """Bytes of each of the quantities, (4, 2): kept, and beside; of batches so long."""
-        T = 64
-        if self.device == "mps" or self.device == "cpu" and self.dtype.itemsize < 4:
-            # Attention that keeps its weights (decoder.attend) outgrows the rest where it is long.
-            T *= -(-min(length, SHORT + 64) // T)
-        if T not in self.rates:
-            model, known, found = self.few_blocks(), [], []
-            for first, second, supervised in ((T, T // 2, 2), (T, T - 1, 2), (T, T - 1, 8),
-                                              (T - 32, T - 33, 2)):
-                batch = collate([
-                    Example("", [i] * n, [IGNORE] * (n - supervised) + [i] * supervised)
-                    for i, n in enumerate((first, second))], 0, self.device)
-                known.append(quantities(*batch))
-                found.append(self.measured(model, batch))
-            self.rates[T] = torch.linalg.solve(torch.tensor(known).double(),
-                                               torch.tensor(found).double())
-        return self.rates[T]
+        return kept + more, counter.peak - kept
 
     def activations(self, examples: Sequence[Example]) -> int:
         """Bytes of one micro-batch at its peak."""
-        batch = collate(sorted(examples, key=lambda e: e.ids), 0)
-        found = quantities(*batch)
-        kept, beside = (torch.tensor(found).double() @ self.rate(batch[0].shape[1])).tolist()
+        longest, cfg = max(len(e.ids) for e in examples), self.config
+        few = sorted(examples, key=lambda e: e.ids)[:max(2, PLACES // longest)]
+        scale = sum(len(e.ids) for e in examples) / sum(len(e.ids) for e in few)
+        kept, beside = (size * scale for size in self.measured(
+            self.few_blocks(), collate(few, 0, self.device)))
         if self.base_bits:                   # one matrix at a time is made of its bits
-            beside += (self.config.hidden_size * self.config.intermediate_size
-                       * self.dtype.itemsize)
-        return int(kept + max(beside, self.loss(found[2])))
-
-    def loss(self, supervised: int) -> int:
-        """Bytes of the logits that are held at once, and their exponentials."""
-        rows = min(supervised, max(1, CHUNK // self.config.vocab_size))
-        return rows * self.config.vocab_size * 8
-
-    def probe(self, length: int) -> list[float]:
-        """What the probe keeps of an example of so many tokens, and takes beside that: bytes."""
-        plain = replace(self, allocation=replace(self.allocation, experts={}, ranks={}),
-                        recompute=False)
-        ids = torch.ones(2, length, dtype=torch.long, device=self.device)
-        kept, beside = plain.measured(
-            plain.few_blocks(), (ids, ids, ids),
-            lambda model, batch: sample_norms(model, linear_layers(model), *batch))
-        return [kept / 2, beside / 2]
+            beside += cfg.hidden_size * cfg.intermediate_size * self.dtype.itemsize
+        supervised = sum(label != IGNORE for e in examples for label in e.labels[1:])
+        rows = min(supervised, max(1, CHUNK // cfg.vocab_size))
+        return int(kept + max(beside, rows * cfg.vocab_size * 8))    # logits, their exponentials
 
     def total(self, batches: Sequence[Sequence[Example]], micro: int) -> int:
         """Bytes of training in micro-batches of so many examples, beside the runtime's."""
         parts = [batch[i:i + micro] for batch in batches for i in range(0, len(batch), micro)]
-        parts.sort(key=lambda part: -len(part) * max(len(e.ids) for e in part))
-        return sum(self.fixed().values()) + max(map(self.activations, parts[:TRIED]))
-
-    def fit(self, batches: Sequence[Sequence[Example]], room: int) -> int:
-        """The largest micro-batch, at most a whole batch, with which training takes `room` bytes.
-
-        Raises ValueError, saying which flags would help by how much, if one example is too many.
-        """
-        micro = max(map(len, batches))
-        while (need := self.total(batches, micro)) > room:
-            if micro == 1:
-                raise ValueError(
-                    f"training one example at a time needs {need / MIB:,.0f} MiB, and "
-                    f"{room / MIB:,.0f} MiB are free: {self.advice(batches, 1)}")
-            micro -= 1
-        return micro
+        return sum(self.fixed().values()) + self.activations(largest(parts))
 
     def advice(self, batches: Sequence[Sequence[Example]], micro: int) -> str:
         """Flags with which training would take less memory, and how much less, best first."""
@@ -239,6 +180,11 @@ class Setup:
             (f"--max-length {length}", self.total(cut, micro)))]
         return ", ".join(f"{flag} saves {size / MIB:,.0f} MiB"
                          for size, flag in sorted(saved, reverse=True) if size > 0)
+
+
+def largest(batches: Sequence[Sequence[Example]]) -> Sequence[Example]:
+    """The batch of the most places, pads included."""
+    return max(batches, key=lambda batch: len(batch) * max(len(e.ids) for e in batch))
 
 
 def available(device: str) -> int | None:
