@@ -63,18 +63,18 @@ def look_ahead(inputs: InputConfig, allocating: AllocationConfig, training: Trai
     """Read config.json and the data, and measure activations; no weights are loaded."""
     folder = model_folder(inputs)
     config, device = read_config(folder)[0], torch.device(inputs.device)
+    names, examples = inputs.tasks.split(",") if inputs.tasks else [""], []
     if inputs.data or inputs.model is None:
         encoded = read_data(inputs, folder)[2]
         names, examples = list(encoded), [e for x in encoded.values() for e in x.examples]
-    else:                                    # a batch of examples of --max-length
+    if not examples:                         # a batch of examples of --max-length
         length = context(inputs, folder)
         answer = max(1, length // 10)
         ids = [[i, *range(length - 1)] for i in range(training.batch_size)]
         examples = [Example("", row, [IGNORE] * (length - answer) + row[-answer:]) for row in ids]
-        names = inputs.tasks.split(",") if inputs.tasks else [""]
     sizes = probing.shapes(meta_model(config))
     setup = Setup(config, probing.guess(allocating, sizes, names, inputs.seed),
-                  getattr(torch, inputs.dtype), device.type, inputs.base_bits, training.recompute,
+                  getattr(torch, inputs.dtype), inputs.device, inputs.base_bits, training.recompute,
                   distributed.world() if inputs.shard else 1)
     setup.activations([Example("", [1] * 4, [1] * 4)] * 2)      # the libraries load what they need
     runtime = 0 if device.type == "cuda" else resident()     # a GPU's is not in what it has free
@@ -87,12 +87,15 @@ def look_ahead(inputs: InputConfig, allocating: AllocationConfig, training: Trai
 
 def fitting_micro_batch(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig,
                         ) -> int:
-    """The largest micro-batch, of all processes together, that fits --memory or the device."""
+    """The largest micro-batch, of all processes together, that fits --memory or the device.
+
+    Raises ValueError, saying which flags help by how much, if one example is too many.
+    """
     return fitting(look_ahead(inputs, allocating, training), training.batch_size)
 
 
 def fitting(p: Prospect, batch_size: int) -> int:
-    """The same; ValueError, saying which flags help by how much, if one example is too many."""
+    """The same, of what is known already."""
     if p.room is None:
         raise ValueError(f"cannot tell how much memory {p.setup.device} has: give --memory")
     room, sizes = int(0.9 * p.room), range(1, batch_size + 1)    # allocators keep freed memory
@@ -127,13 +130,12 @@ def show_plan(inputs: InputConfig, allocating: AllocationConfig, training: Train
     micro = fitting(p, training.batch_size) if auto else training.micro_batch_size
     mine, fixed = distributed.share(micro), p.setup.fixed()
     peak, probe = p.training(mine), p.probe(mine)
-    parts = {"runtime": p.runtime, **fixed, "peak": peak}
-    parts["activations"] = 2 * peak - sum(parts.values())
+    parts = {"runtime": p.runtime, **fixed,
+             "activations": peak - p.runtime - sum(fixed.values()), "peak": peak}
     print(f"{fixed['adapters'] // 4:,} trainable parameters; {p.setup.allocation}"
           + (" (a guess: the probe decides)" if p.probes else ""))
-    print(table(["memory", "MiB"], [[part, f"{parts[part] / MIB:,.1f}"] for part in (
-        "runtime", *fixed, "activations", "peak")]))
-    print(f"{', '.join(fixed)} are exact; activations are told from measured small batches")
+    print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))
+    print(f"{', '.join(fixed)} are exact; activations were measured on a few blocks")
     print(f"{inputs.dtype}, {micro} of {training.batch_size} examples at a time, of up to "
           f"{p.longest} tokens; "
           + (f"there are {p.room / MIB:,.0f} MiB" if p.room else "free memory was not measured"))
@@ -146,13 +148,11 @@ def show_plan(inputs: InputConfig, allocating: AllocationConfig, training: Train
             p.setup.advice(p.batches, mine) if p.room is None or peak > p.room else
             "the probe alone; --allocation FILE leaves it out, --max-length shortens it"))
     if inputs.data or inputs.model is None:
+        measurable = fits and not inputs.shard and any(p.folder.glob("*.safetensors"))
         tokens = sum(len(e.ids) for batch in p.batches for e in batch)
-        print(f"training: {len(p.batches)} steps, {tokens:,} tokens; " + (
-            "their time was not measured: " + (
-                "they do not fit" if not fits else "the model is divided" if inputs.shard else
-                "the weights are not here")
-            if not fits or inputs.shard or not any(p.folder.glob("*.safetensors"))
-            else duration(p, inputs.device, micro, tokens)))
+        print(f"training: {len(p.batches)} steps, {tokens:,} tokens, "
+              + (duration(p, inputs.device, micro, tokens) if measurable else
+                 "whose time was not measured: that takes weights that fit, without --shard"))
         print(f"disk: {fixed['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.0f} MiB for the adapter "
               f"and {KEPT + 1} checkpoints (one while it is written)")
 
@@ -163,11 +163,11 @@ def duration(p: Prospect, device: str, micro: int, tokens: int) -> str:
     add_experts(model, p.setup.allocation)
     model.model.recompute = p.setup.recompute
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    cfg = TrainConfig(micro_batch_size=micro)
     begun, seen, seconds = time.perf_counter(), 0, 0.0
     for n, batch in enumerate(p.batches[::-(-len(p.batches) // STEPS)]):
         start = time.perf_counter()
-        # Its loss, read back, waits for the device.
-        line = train_step(model, batch, TrainConfig(micro_batch_size=micro), 0, 1)
+        line = train_step(model, batch, cfg, 0, 1)       # its loss, read back, waits for the device
         optimizer.step()
         optimizer.zero_grad()
         if n == 0 and len(p.batches) > 1:

@@ -61,7 +61,7 @@ def measured(argv: list[str], micro: int) -> int:
         train_step(model, batch, TrainConfig(micro_batch_size=micro), 0, step)
         optimizer.step()
         optimizer.zero_grad()
-    if p.setup.device == "cuda":
+    if p.setup.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return memory.peak_resident()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import tiny_config
 
 from minismoe.data.tasks import Example, collate
 from minismoe.io import process as memory
@@ -23,7 +24,6 @@ from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 from minismoe.training import memory as plan
-from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tiny_config(vocab_size=300, hidden_size=96, intermediate_size=256, num_hidden_layers=8,
