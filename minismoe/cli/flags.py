@@ -84,8 +84,8 @@ class AllocationConfig:
     targets: str | None = flag(
         None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
         "may get experts; default: all linear layers")
-    min_experts: int = flag(0, "experts that every matrix gets at least (default: %(default)s)", int,
-                            metavar="N")
+    min_experts: int = flag(
+        0, "experts that every matrix gets at least (default: %(default)s)", int, metavar="N")
     max_experts: int | None = flag(
         None, "experts a matrix gets at most (default: as many as tasks for votes and random; "
         "lora and ranks keep to one, and spend what such votes do)", positive, metavar="N")
