@@ -187,10 +187,11 @@ from minismoe.training.loop import TrainConfig, train_step
 from tests.training.test_memory import CONFIG, examples, setup
 memory.bound_memory()
 torch.manual_seed(0)
-setup()[0].activations(examples(2, 9))
-before = memory.resident()
 config = CONFIG.__class__(**{**vars(CONFIG), "hidden_size": 192, "intermediate_size": 512})
-seen, model = setup(config=config, recompute=sys.argv[1] == "recompute")
+options = {"config": config, "recompute": sys.argv[1] == "recompute"}
+setup(**options)[0].activations(examples(2, 9))
+before = memory.resident()
+seen, model = setup(**options)
 model.model.recompute = seen.recompute
 batch = examples(24, 120)
 for step in range(2):
