@@ -187,19 +187,21 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),
     (["--shard"], 1, "start several with torchrun"),
 ])
-def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path) -> None:
+def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path, capsys) -> None:
     extra = [] if "--model" in args else inputs
-    done = script("train.py", *extra, *args, *(
-        [] if "--resume" in args else ["--out", str(tmp_path / "r")]))
-    assert done.returncode == code and says in done.stderr
-    assert "Traceback" not in done.stderr
+    ended, _, err = finish(train.main, *extra, *args, *(
+        [] if "--resume" in args else ["--out", str(tmp_path / "r")]), capsys=capsys)
+    assert ended == code and says in err
+    assert "Traceback" not in err
     if code == 1:
-        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert err.splitlines()[-1].startswith("error: ")
 
 
 def test_debug_shows_the_traceback(tmp_path) -> None:
-    done = script("train.py", "--model", str(tmp_path / "x"), "--data", ".", "--debug")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+    for more, shown in ((), False), (("--debug",), True):     # as a user starts it
+        done = script("train.py", "--model", str(tmp_path / "x"), "--data", ".", *more)
+        assert done.returncode == 1 and ("Traceback" in done.stderr) == shown
+        assert "no such model folder" in done.stderr.splitlines()[-1]
 
 
 def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path) -> None:
