@@ -25,10 +25,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        _sync(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-        _sync(path.parent)
+        _rename(Path(name), path, 0o666)
     except SafetensorError as e:                     # how safetensors reports a full disk
         raise OSError(f"{path} cannot be written: {e}") from None
     except OSError as e:                             # a failed write does not name its file
@@ -52,13 +49,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield tmp
-        for part in (*tmp.rglob("*"), tmp):
-            _sync(part)
-        os.chmod(tmp, 0o777 & ~_umask())
-        os.replace(tmp, path)
-        _sync(path.parent)
+        _rename(tmp, path, 0o777)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # it is gone after the renaming
+
+
+def _rename(tmp: Path, path: Path, mode: int) -> None:
+    """Flush `tmp` to disk and rename it to `path`, with the permissions `mode` less the umask."""
+    for part in (*tmp.rglob("*"), tmp):
+        _sync(part)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(tmp, mode & ~umask)
+    os.replace(tmp, path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -71,12 +75,6 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -50,7 +50,7 @@ def test_grid_points_are_exact(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("value", [0.0, 1e-30, -3.0, 1e4])
-def test_constant_blocks_are_exact(bits: int, value: float) -> None:
+def test_constant_blocks_are_finite_and_close(bits: int, value: float) -> None:
     blocks = quantize(torch.full((2, 64), value), bits)
     assert blocks.scales.isfinite().all()
     assert (blocks.scales > 0).all()
