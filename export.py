@@ -162,4 +162,4 @@ def next_command(layout: str, out: Path, task: str | None) -> str:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run_script(main)

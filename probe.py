@@ -15,17 +15,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from minismoe.cli import probing, script
-from minismoe.cli.flags import (
-    AllocationConfig,
-    InputConfig,
-    add_allocation_flags,
-    add_input_flags,
-)
+from minismoe.cli import flags, probing, script
 from minismoe.cli.inputs import load_inputs, settled
 from minismoe.io.drawing import allocation_svg, terminal_heatmap
 from minismoe.io.files import replacing, write_json
-from minismoe.io.flags import from_flags, text
+from minismoe.io.flags import add_flags, from_flags, text
 from minismoe.io.text import clean
 from minismoe.training import distributed
 
@@ -36,16 +30,16 @@ def main(argv: Sequence[str]) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
-    add_input_flags(parser)
-    add_allocation_flags(parser)
+    flags.add_input_flags(parser)
+    add_flags(parser, flags.AllocationConfig, "probe and allocation")
     args = parser.parse_args(argv)
-    run, allocating = Path(args.out), from_flags(AllocationConfig, vars(args))
+    run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
     if (run / "config.json").exists():
         raise FileExistsError(f"{run} is a run of train.py, whose allocation it is to keep: choose "
                               "another --out")
 
     # Load, probe and allocate.
-    inputs = load_inputs(settled(from_flags(InputConfig, vars(args))), args.show)
+    inputs = load_inputs(settled(from_flags(flags.InputConfig, vars(args))), args.show)
     probing.known_allocation(allocating, inputs, args.seed)          # finds flags that are wrong
     with script.working_in(run, f"python probe.py {shlex.join(argv)}"):
         scores = probing.measure(allocating, inputs, args.seed)
@@ -69,4 +63,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run_script(main)

@@ -7,7 +7,8 @@
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, before.json, metrics.jsonl, results.json,
 answers.json (1 or 0 for each test line), routers.json and .svg, adapter/, checkpoints/. However a
-run ended, --resume does what is missing, and leaves the files of a run that nothing disturbed.
+run ended after the probe, --resume does what is missing, and leaves the files of a run that nothing
+disturbed.
 """
 
 from __future__ import annotations
@@ -22,20 +23,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minismoe.cli import plan, probing, report, runs, script
-from minismoe.cli.flags import (
-    CHOOSING,
-    AllocationConfig,
-    InputConfig,
-    RunConfig,
-    add_allocation_flags,
-    add_input_flags,
+from minismoe.cli import flags, plan, probing, report, runs, script
+from minismoe.cli.inputs import (
+    Inputs,
+    join_processes,
+    load_base,
+    load_inputs,
+    model_folder,
+    settled,
 )
-from minismoe.cli.inputs import Inputs, load_base, load_inputs, model_folder, settled, start
 from minismoe.io.files import read_json, write_json
 from minismoe.io.flags import add_flags, from_flags, non_default, text
 from minismoe.io.text import clean
-from minismoe.method.allocate import Allocation, Unfit
+from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts
 from minismoe.model.checkpoint import save_adapter
 from minismoe.training import distributed
@@ -45,65 +45,58 @@ from minismoe.training.loop import TrainConfig, train
 
 
 def main(argv: Sequence[str]) -> None:
+    # Configure.
     begun, config = time.perf_counter(), parse(argv)
     if config.resume and config.out and (Path(config.out) / "results.json").exists():
         print(f"nothing is missing: {config.out} holds its results")
         return
     config = replace(config, inputs=settled(config.inputs))
-    start(config.inputs)
+    join_processes(config.inputs)
     if config.plan:
         plan.show_plan(config.inputs, config.allocating, config.training, config.auto)
         return
     config = replace(config, training=fitted(config), auto=False)
 
-    # What is wrong with model, data or allocation is found before there is a run.
+    # Load.
     inputs = load_inputs(config.inputs, config.show)
-    for task in inputs.tasks:
+    for task in inputs.tasks:            # bad test lines are found before there is a run
         answer_prompts(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
     run = runs.folder(config)
-    allocation: Allocation | None
-    if config.resume and (run / "allocation.json").exists():
-        allocation = probing.read_allocation(config.allocating, run / "allocation.json")
-    else:
-        allocation = probing.known_allocation(config.allocating, inputs, config.inputs.seed)
-    if allocation:                       # B starts at 0: experts change nothing before training
-        adapt(inputs, config, allocation)
 
+    # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
+    scores, seconds = None, dict[str, float]()
+    kept = run / "allocation.json" if config.resume else None
+    allocation = probing.known_allocation(config.allocating, inputs, config.inputs.seed, kept)
+    if allocation is None:
+        now = time.perf_counter()
+        scores = probing.measure(config.allocating, inputs, config.inputs.seed, min(
+            probing.PROBE_BATCH, distributed.share(config.training.micro_batch_size)))
+        allocation = probing.choose(config.allocating, scores, config.inputs.seed)
+        seconds["probe"] = round(time.perf_counter() - now, 2)
+    adapt(inputs, config, allocation)
+
+    # From here on there is a run, with which --resume goes on.
     with script.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
         runs.write_config(run, config, inputs, allocation)
-        work(run, config, inputs, allocation)
+        if scores is not None:
+            once(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
+        once(write_json, run / "allocation.json", allocation.to_json())
+        train_and_evaluate(run, config, inputs, allocation, seconds)
     if not distributed.rank():
         print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
               + report.next_commands(run, embedded=config.inputs.model is None))
 
 
-def work(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation | None) -> None:
-    """Probe and allocate, evaluate, train, evaluate; what `run` holds already is not done again."""
-    seconds: dict[str, float] = {}
-    micro = distributed.share(config.training.micro_batch_size)
-
-    # Probe and allocate.
-    if allocation is None:
-        begun = time.perf_counter()
-        scores = probing.measure(config.allocating, inputs, config.inputs.seed,
-                                 min(probing.PROBE_BATCH, micro))
-        try:
-            allocation = probing.choose(config.allocating, scores, config.inputs.seed)
-        except Unfit:                    # no run to resume: it takes other flags
-            once((run / "config.json").unlink)
-            raise
-        seconds["probe"] = round(time.perf_counter() - begun, 2)
-        once(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
-        adapt(inputs, config, allocation)
-    once(write_json, run / "allocation.json", allocation.to_json())
-    runs.write_config(run, config, inputs, allocation)
+def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, allocation: Allocation,
+                       seconds: dict[str, float]) -> None:
+    """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     print(probing.allocation_heatmap(inputs.model, allocation))
     print(f"{allocation}, {trainable:,} trainable parameters")
 
-    # Evaluate the base, whose answers the experts do not change yet.
-    if not known_before(run, inputs):
-        before = score(inputs, "before", micro)
+    # Evaluate the base. B starts at 0, so that the experts change no answer yet.
+    if not distributed.gather((run / "before.json").exists())[0]:
+        before = score(inputs, "before", config)
         once(write_json, run / "before.json", {name: vars(a) for name, a in before.items()})
 
     # Train.
@@ -115,7 +108,7 @@ def work(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation | 
 
     # Evaluate again, and save what came out.
     report.report_routers(inputs, run)
-    after = score(inputs, "after", micro)
+    after = score(inputs, "after", config)
     if distributed.rank():
         return
     results = report.results_json(read_json(run / "before.json"), after, trainable,
@@ -126,16 +119,16 @@ def work(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation | 
     print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
 
 
-def parse(argv: Sequence[str]) -> RunConfig:
+def parse(argv: Sequence[str]) -> flags.RunConfig:
     """The flags; with --resume those of the run, most of which may not be changed."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, RunConfig, "run")
+    add_flags(parser, flags.RunConfig, "run")
     parser.add_argument("--allocation", type=text, metavar="FILE",
                         help='an allocation.json, or a bare {"module": experts} mapping; default: '
                         "probe and allocate")
-    add_input_flags(parser)
-    add_allocation_flags(parser)
+    flags.add_input_flags(parser)
+    add_flags(parser, flags.AllocationConfig, "probe and allocation")
     add_flags(parser, TrainConfig, "training")
     parser.set_defaults(micro_batch_size=None)               # as large as the batch
     args = parser.parse_args(argv)
@@ -143,21 +136,23 @@ def parse(argv: Sequence[str]) -> RunConfig:
         if not args.out:
             parser.error("--resume needs --out RUN")
         args = runs.resumed(parser, argv, Path(args.out))
-    auto, micro = "auto" in (args.batch_size, args.micro_batch_size), args.micro_batch_size
+    auto = "auto" in (args.batch_size, args.micro_batch_size)
     if args.batch_size == "auto":
-        if micro not in (None, "auto"):
+        if args.micro_batch_size not in (None, "auto"):
             parser.error("--batch-size auto chooses the micro-batch: leave out --micro-batch-size")
         args.batch_size = TrainConfig.batch_size
-    allocating = from_flags(AllocationConfig, vars(args), file=args.allocation)
-    if args.allocation and (idle := [f for f in non_default(allocating) if f in CHOOSING]):
+    if auto or args.micro_batch_size is None:
+        args.micro_batch_size = args.batch_size
+    values = vars(args)
+    allocating = from_flags(flags.AllocationConfig, values, file=args.allocation)
+    if args.allocation and (idle := [f for f in non_default(allocating) if f in flags.CHOOSING]):
         parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
     return from_flags(
-        RunConfig, vars(args), inputs=from_flags(InputConfig, vars(args)), allocating=allocating,
-        training=from_flags(TrainConfig, vars(args), micro_batch_size=(
-            args.batch_size if auto or micro is None else micro)), auto=auto)
+        flags.RunConfig, values, inputs=from_flags(flags.InputConfig, values),
+        allocating=allocating, training=from_flags(TrainConfig, values), auto=auto)
 
 
-def fitted(config: RunConfig) -> TrainConfig:
+def fitted(config: flags.RunConfig) -> TrainConfig:
     """How to train within --memory, or what the device has: the micro-batch, if it is auto."""
     training, device = config.training, torch.device(config.inputs.device)
     if config.auto:
@@ -172,7 +167,7 @@ def fitted(config: RunConfig) -> TrainConfig:
     return training
 
 
-def adapt(inputs: Inputs, config: RunConfig, allocation: Allocation) -> None:
+def adapt(inputs: Inputs, config: flags.RunConfig, allocation: Allocation) -> None:
     """Add experts to the model, which begin the same whatever was drawn at random before."""
     if config.inputs.shard:              # load the base again: a divided one cannot get experts
         inputs.model = load_base(config.inputs, model_folder(config.inputs))
@@ -182,23 +177,14 @@ def adapt(inputs: Inputs, config: RunConfig, allocation: Allocation) -> None:
         distributed.shard(inputs.model, torch.device(config.inputs.device))
 
 
-def known_before(run: Path, inputs: Inputs) -> bool:
-    """Whether before.json holds the base's answers to the test lines of these tasks."""
-    file = run / "before.json"
-    found = read_json(file) if file.exists() else {}
-    return isinstance(found, dict) and {
-        name: a.get("examples") for name, a in found.items()
-        if isinstance(a, dict) and isinstance(a.get("correct"), int)} == {
-        task.name: len(task.test) for task in inputs.tasks}
-
-
-def score(inputs: Inputs, when: str, micro: int) -> dict[str, Accuracy]:
-    """Exact match on every task's test split, with a bar; `micro` examples fit in training."""
+def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Accuracy]:
+    """Exact match on every task's test split, with a bar."""
+    batch = min(32, 2 * distributed.share(config.training.micro_batch_size))
     with tqdm(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
               unit="answer", disable=distributed.rank() > 0) as bar:
-        return {t.name: evaluate(inputs.model, inputs.tokenizer, t, min(32, 2 * micro), bar.update)
+        return {t.name: evaluate(inputs.model, inputs.tokenizer, t, batch, bar.update)
                 for t in inputs.tasks}
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run_script(main)

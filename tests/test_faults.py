@@ -23,21 +23,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import save_bytes_model
 
 import export
 import probe
 import train
-from minismoe.cli.script import run as run_script
-from minismoe.io import text as failure
+from minismoe.cli.script import run_script
+from minismoe.io.text import error_line
 from minismoe.method import experts
 from minismoe.model import checkpoint
-from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import __main__ as terminal
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 48,
-          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "max_position_embeddings": 128, "tie_word_embeddings": True, "eos_token_id": 257}
+MODEL = {"hidden_size": 64, "max_position_embeddings": 128}
 SHORT = ("--samples", "2", "--epochs", "1", "--batch-size", "8", "--dtype", "float32")
 Q = "model.layers.0.self_attn.q_proj"
 BAR = re.compile(r"^\s*$|^(evaluate|probe|train|freeze|heal)[^:]*: .*(\d+/\d+|\d+%|/s|sample)")
@@ -57,15 +55,6 @@ class World:
         return "--model", str(self.model), "--data", str(self.data)
 
 
-def make_model(folder: Path, **changes: Any) -> None:
-    config = CONFIG | changes
-    torch.manual_seed(0)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(dict(CausalLM(Config.from_dict(config)).named_parameters()),
-              folder / "model.safetensors")
-
-
 def lines(count: int, end: str = "") -> str:
     return "".join(json.dumps({"prompt": f"say {i}{end}", "completion": f"N{i}{end}"}) + "\n"
                    for i in range(count))
@@ -75,7 +64,7 @@ def lines(count: int, end: str = "") -> str:
 def original(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
     world = World(root / "model", root / "data", root / "run", root / "export")
-    make_model(world.model)
+    save_bytes_model(world.model, **MODEL)
     (world.data / "t").mkdir(parents=True)
     for name, count in (("train", 24), ("test", 3)):
         (world.data / "t" / f"{name}.jsonl").write_text(lines(count))
@@ -309,7 +298,7 @@ def test_memory_that_the_cpu_does_not_have() -> None:
     """The sentence that torch really says is one that is known."""
     with pytest.raises(RuntimeError) as said:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert "--micro-batch-size" in failure.line(said.value)
+    assert "--micro-batch-size" in error_line(said.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -676,7 +665,7 @@ def test_control_characters_of_files_do_not_reach_the_terminal(world: World) -> 
     assert code == 1 and all(c.isprintable() for c in err)
     file = world.model.parent / "a.json"
     file.write_text(json.dumps({evil: 1}))
-    make_model(world.model.parent / "good")
+    save_bytes_model(world.model.parent / "good", **MODEL)
     code, err = script(train.main, "--model", world.model.parent / "good", "--data", world.data,
                        "--allocation", file, "--out", world.run.parent / "new")
     assert code == 1 and "\ufffd]0;owned" in err and all(c.isprintable() for c in err)

@@ -17,10 +17,10 @@ def cases(count: int) -> None:
     assert f"{count} cases, 0 failed" in done.stdout
 
 
-def test_a_thousand_cases() -> None:
+def test_1000_damaged_inputs_are_read_or_refused() -> None:
     cases(1000)
 
 
 @pytest.mark.slow
-def test_twenty_thousand_cases() -> None:
+def test_20000_damaged_inputs_are_read_or_refused() -> None:
     cases(20_000)

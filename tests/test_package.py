@@ -1,32 +1,158 @@
-"""The names that a notebook uses, and what importing them costs."""
+"""The shape of the package: its public names, the arrows between rooms, and its size."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import minismoe
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(ROOT.glob("*.py"))
+MODULES = sorted((ROOT / "minismoe").rglob("*.py"))
+
+# Room -> the rooms that its files may import, at the top or inside a function.
+ARROWS = {
+    "": "",
+    "io": "",
+    "method": "",
+    "reference": "",
+    "model": "method io",
+    "data": "model method io",
+    "training": "data model method io",
+    "runtime": "data io",
+    "export": "training runtime data model method io",
+    "cli": "export training runtime data model method io",
+    "scripts": "cli export training runtime data model method io",
+}
+# What a room may import besides the standard library and ours, if that is restricted.
+LIBRARIES = {"method": {"torch"}, "reference": {"torch"}}
+WITHOUT_TORCH = {"minismoe.data.templates", "minismoe.data.tokenizer"}   # what the runtime reads
 
 
-def test_every_name_resolves_to_what_it_says() -> None:
-    import_module("minismoe.cli.inputs")            # imports every module, `minismoe.allocate` too
+def name_of(file: Path) -> str:
+    """minismoe/data/tasks.py -> minismoe.data.tasks"""
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    """The room of one of our modules; "" is minismoe/__init__.py, which imports on first use."""
+    first, _, rest = module.partition(".")
+    return rest.partition(".")[0] if first == "minismoe" else "scripts"
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules that a file imports anywhere in its text, with their full names."""
+    package = name_of(file).split(".")
+    if file.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[:len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parent, *filter(None, [node.module])])
+            for alias in node.names:                 # a name, or a module of that package
+                whole = ROOT / Path(*base.split("."), alias.name)
+                is_module = whole.is_dir() or whole.with_suffix(".py").is_file()
+                yield f"{base}.{alias.name}" if is_module else base
+
+
+def modules_after(code: str) -> set[str]:
+    """Names in sys.modules of a fresh process that has run `code`."""
+    code += "\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_every_public_name_resolves_to_what_it_says() -> None:
+    for file in MODULES:                    # a module that is imported must not hide a name
+        if file.name != "__main__.py":
+            import_module(name_of(file))
     for name in minismoe.__all__:
         assert getattr(minismoe, name).__name__ == name
 
 
-def test_importing_loads_nothing_heavy() -> None:
-    code = "import sys, minismoe; print({'torch', 'numpy', 'onnx'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "set()\n"
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert not {"torch", "numpy", "onnx", "onnxruntime"} & modules_after("import minismoe")
+
+
+@pytest.mark.parametrize("code", [
+    "import minismoe.runtime",
+    "import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_module('minismoe.runtime', "
+    "run_name='__main__')\nexcept SystemExit: pass"], ids=["import", "command line"])
+def test_the_runtime_starts_without_torch(code: str) -> None:
+    """numpy comes with onnxruntime, which imports it itself."""
+    found = modules_after(code)
+    assert "onnxruntime" in found and not {"torch", "onnx", "transformers"} & found
 
 
 def test_numpy_is_never_imported_and_nothing_unpickled() -> None:
-    for file in [*(ROOT / "minismoe").rglob("*.py"), *ROOT.glob("*.py")]:
+    for file in [*MODULES, *SCRIPTS]:
         found = re.findall(r"^\s*(?:import|from)\s+(?:numpy|pickle)|\.numpy\(|torch\.load\(",
                            file.read_text(), re.MULTILINE)
         assert not found, file
+
+
+def test_arrows_of_the_table_run_one_way() -> None:
+    seen: set[str] = set()
+    for room, allowed in ARROWS.items():
+        assert set(allowed.split()) <= seen, f"{room} points to a room below it in the table"
+        seen.add(room)
+    rooms = {room_of(name_of(file)) for file in MODULES}
+    assert rooms <= seen, f"rooms without a row in the table: {rooms - seen}"
+
+
+def test_imports_between_rooms_follow_the_table() -> None:
+    ours = {"minismoe", *(name_of(file) for file in SCRIPTS)}
+    wrong = []
+    for file in [*MODULES, *SCRIPTS]:
+        room = room_of(name_of(file))
+        for module in imports(file):
+            if module.split(".")[0] not in ours:
+                continue
+            target = room_of(module)
+            allowed = target == room or target in ARROWS[room].split()
+            if room == "runtime" and target == "data":
+                allowed = module in WITHOUT_TORCH
+            if not allowed:
+                wrong.append(f"{name_of(file)} imports {module}")
+    assert not wrong
+
+
+def test_the_method_and_the_reference_import_torch_alone() -> None:
+    for file in MODULES:
+        if (room := room_of(name_of(file))) in LIBRARIES:
+            found = {module.split(".")[0] for module in imports(file)}
+            strange = found - sys.stdlib_module_names - LIBRARIES[room] - {"minismoe"}
+            assert not strange, f"{name_of(file)} imports {strange}"
+
+
+def test_no_two_public_functions_or_classes_share_a_name() -> None:
+    homes = defaultdict(list)
+    for file in MODULES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
+                homes[node.name].append(name_of(file))
+    assert not {name: files for name, files in homes.items() if len(files) > 1}
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    long = {f"{name_of(file)}.{node.name}": lines for file in [*MODULES, *SCRIPTS]
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.FunctionDef)
+            and (lines := node.end_lineno - node.lineno + 1) > 50}
+    assert not long
+
+
+def test_package_and_scripts_stay_within_7000_lines() -> None:
+    assert sum(file.read_text().count("\n") for file in [*MODULES, *SCRIPTS]) <= 7000

@@ -1,8 +1,10 @@
-"""Tiny models that tests share: configurations, random weights, experts as training leaves them."""
+"""What tests share: tiny configurations, random weights, experts, examples, and a script's end."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from minismoe import reference
-from minismoe.method.experts import ExpertLinear, expert_layers
+from minismoe.data.tasks import Example
+from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 
@@ -24,6 +27,10 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidd
          "bos_token_id": 1, "eos_token_id": 2}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64, "rope_theta": 500.0}
+CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}\
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 needs_other_device = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch cannot have a device made in Python")
@@ -109,3 +116,41 @@ def plain(layer: ExpertLinear) -> reference.Mixture:
     """The same layer as the reference computes it, with the very same parameters."""
     return reference.Mixture(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.router,
                              layer.top_k, layer.scaling)
+
+
+def tiny(experts: int = 3, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """A model with experts on every matrix, for the training loop."""
+    torch.manual_seed(0)
+    model = CausalLM(tiny_config()).to(dtype)
+    linear = [n for n, m in model.named_modules()
+              if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    add_experts(model, dict.fromkeys(linear, experts), rank=4)
+    for layer in expert_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    return model
+
+
+def examples(count: int = 24) -> list[Example]:
+    """Random examples of two tasks, 4 to 10 tokens long, for the training loop."""
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for i in range(count):
+        ids = torch.randint(0, 50, (4 + i % 7,), generator=generator).tolist()
+        result.append(Example("ab"[i % 2], ids, [-100, -100, *ids[2:]], i))
+    return result
+
+
+def finish(main: Callable[[Sequence[str]], None], *args: str,
+           capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script's main as the command line calls it."""
+    from minismoe.cli.script import run_script
+
+    before, sys.argv = sys.argv, ["script", *args]
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+            raise SystemExit(0)
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return end.value.code, out, err     # type: ignore[return-value]

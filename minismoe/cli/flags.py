@@ -46,11 +46,11 @@ class InputConfig:
         None, "use the first N test lines of each task; default: all", positive, metavar="N")
     max_length: int = flag(1024, "longer training examples are cut (default: %(default)s)",
                            positive, metavar="TOKENS")
-    seed: int = flag(0, "of every random choice (default: 0)", seed)
+    seed: int = flag(0, "of every random choice (default: %(default)s)", seed)
     device: str = flag("auto", "cpu, cuda, mps, or auto (default)")
     dtype: str = flag(
         "auto", "of the frozen weights and activations; experts are held, and routers and norms "
-        "computed, in float32 anyway. auto: bfloat16 where the device multiplies it in hardware, "
+        "computed, in float32 anyway. auto: bfloat16 if the device multiplies it in hardware, "
         "and float32 for the tiny model", choices=("auto", "float32", "bfloat16"))
     shard: bool = flag(
         False, "under torchrun (torch 2.8): each process holds a part of the frozen blocks, for "
@@ -65,33 +65,34 @@ class AllocationConfig:
     """How much the probe measures, and how experts are given to matrices."""
 
     samples: int | str = flag(
-        32, "training examples a task to probe (default: 32); auto doubles them until --overlap "
-        "is reached, up to 512", positive_or_auto, metavar="N|auto")
+        32, "training examples a task to probe (default: %(default)s); auto doubles them until "
+        "--overlap is reached, up to 512", positive_or_auto, metavar="N|auto")
     overlap: float = flag(
-        0.95, "split-half overlap of the selected matrices that auto aims at (default: 0.95)",
+        0.95, "split-half overlap of the selected matrices that auto aims at (default: "
+        "%(default)s)",
         share, metavar="F")
-    strategy: str = flag("votes", "how experts are given to matrices (default: votes, the "
-                         "paper's)", choices=STRATEGIES)
-    keep: float | None = flag(None, "share of its group that a task votes for (default: 0.6 where "
+    strategy: str = flag("votes", "how experts are given to matrices (default: %(default)s, "
+                         "the paper's)", choices=STRATEGIES)
+    keep: float | None = flag(None, "share of its group that a task votes for (default: 0.6, if "
                               "no budget is given)", share, metavar="F")
     budget_experts: int | None = flag(None, "instead of --keep: at most N experts in all",
                                       positive, metavar="N")
     budget_params: int | None = flag(
         None, "instead of --keep: at most N trainable parameters", positive, metavar="N")
     group: str = flag("attention_mlp", "matrices that are ranked together (default: "
-                      "attention_mlp)", choices=GROUPS)
+                      "%(default)s)", choices=GROUPS)
     targets: str | None = flag(
         None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
         "may get experts; default: all linear layers")
-    min_experts: int = flag(0, "experts that every matrix gets at least (default: 0)", int,
-                            metavar="N")
+    min_experts: int = flag(
+        0, "experts that every matrix gets at least (default: %(default)s)", int, metavar="N")
     max_experts: int | None = flag(
         None, "experts a matrix gets at most (default: as many as tasks for votes and random; "
         "lora and ranks keep to one, and spend what such votes do)", positive, metavar="N")
-    rank: int = flag(8, "of each expert (default: 8)", positive)
+    rank: int = flag(8, "of each expert (default: %(default)s)", positive)
     alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
                                "twice the rank)", above_zero)
-    top_k: int = flag(2, "experts active a token (default: 2)", positive, metavar="K")
+    top_k: int = flag(2, "experts active a token (default: %(default)s)", positive, metavar="K")
     file: str | None = None             # --allocation of train.py: an allocation that exists
 
 
@@ -123,8 +124,3 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
                         "model sees them before --max-length, supervised tokens marked, and stop")
     parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
-
-
-def add_allocation_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `AllocationConfig`."""
-    add_flags(parser, AllocationConfig, "probe and allocation")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ def _multiplies_bfloat16() -> bool:
                for kind in ("amx_tile", "avx512_bf16"))
 
 
-def start(config: InputConfig) -> torch.device:
+def join_processes(config: InputConfig) -> torch.device:
     """Join the other processes, if torchrun started several; the device of a settled config.
 
     Raises ValueError for --shard in a single process, or with --base-bits.
@@ -111,7 +112,7 @@ def load_inputs(config: InputConfig, show: int | None = None) -> Inputs:
     """
     if config.model is not None and config.data is None:         # before the model is fetched
         raise ValueError(TOGETHER)
-    device = start(config)
+    device = join_processes(config)
     folder = model_folder(config)
     if show:
         print_examples(*read_tasks(config, folder), show)
@@ -134,7 +135,7 @@ def load_inputs(config: InputConfig, show: int | None = None) -> Inputs:
 def model_folder(config: InputConfig) -> Path:
     """The folder of the model, which one process fetches, or makes."""
     with distributed.one_first():
-        return toy.base_folder() if config.model is None else resolve(config.model)
+        return toy.checkpoint_folder() if config.model is None else resolve(config.model)
 
 
 def load_base(config: InputConfig, folder: Path) -> CausalLM:
@@ -208,13 +209,11 @@ def print_examples(tokenizer: Tokenizer, tasks: Sequence[Task], count: int) -> N
             supervised = sum(label != IGNORE for label in example.labels)
             print(f"--- {clean(task.name)}: {len(example.ids)} tokens, {supervised} supervised")
             text = tokenizer.render(messages)
-            starts = tokenizer.encode(text)[1]
-            parts: list[str] = []
-            inside = False
-            for i, start in enumerate(starts):
-                if (example.labels[i] != IGNORE) != inside:
-                    inside = not inside
-                    parts.append(mark if inside else end)
-                stop = starts[i + 1] if i + 1 < len(starts) else len(text)
-                parts.append(clean(text[start:stop], "\n"))
-            print("".join(parts) + (end if inside else ""))
+            starts = [*tokenizer.encode(text)[1], len(text)]        # of each token in the text
+            parts = ""
+            for is_answer, tokens in groupby(zip(example.labels, starts, starts[1:]),
+                                             lambda token: token[0] != IGNORE):
+                spans = list(tokens)
+                piece = clean(text[spans[0][1]:spans[-1][2]], "\n")
+                parts += f"{mark}{piece}{end}" if is_answer else piece
+            print(parts)

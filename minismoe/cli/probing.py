@@ -66,11 +66,14 @@ def guess(allocating: AllocationConfig, sizes: Mapping[str, tuple[int, int]],
     return choose(allocating, scores, seed)
 
 
-def known_allocation(allocating: AllocationConfig, inputs: Inputs, seed: int) -> Allocation | None:
-    """The allocation if the flags alone decide it; None if the probe is needed.
+def known_allocation(allocating: AllocationConfig, inputs: Inputs, seed: int,
+                     kept: Path | None = None) -> Allocation | None:
+    """The allocation in the file `kept`, or that the flags alone decide; None if neither is there.
 
     Raises ValueError as `guess` does.
     """
+    if kept and kept.exists():
+        return read_allocation(allocating, kept)
     try:
         found = guess(allocating, shapes(inputs.model), list(inputs.encoded), seed)
     except Unfit:                        # with other scores it may fit

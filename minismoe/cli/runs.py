@@ -32,24 +32,25 @@ def folder(config: RunConfig) -> Path:
 
     Raises FileExistsError if a new run would lie in that of another, or in what probe.py measured.
     """
-    out = config.out
-    if out is None:
+    if config.out is None:
         name, number = Path(config.inputs.model or "default").name, 1
-        while (free := Path("runs") / f"{name}-{number}").exists():
+        while (run := Path("runs") / f"{name}-{number}").exists():
             number += 1
-        return Path(distributed.gather(str(free))[0])
-    if not config.resume and (Path(out) / "config.json").exists():
-        raise FileExistsError(f"{out} holds a run already: go on with --resume, or choose "
-                              "another --out")
-    if (Path(out) / "sensitivity.json").exists() and not any(
-            (Path(out) / name).exists() for name in ("config.json", "before.json")):
-        raise FileExistsError(f"{out} is what probe.py measured: choose another --out, with "
-                              f"--allocation {out}/allocation.json to train on it")
-    return Path(out)
+    else:
+        run = Path(config.out)
+        held = [name for name in ("config.json", "before.json", "sensitivity.json")
+                if (run / name).exists()]
+        if "config.json" in held and not config.resume:
+            raise FileExistsError(f"{run} holds a run already: go on with --resume, or choose "
+                                  "another --out")
+        if held == ["sensitivity.json"]:
+            raise FileExistsError(f"{run} is what probe.py measured: choose another --out, with "
+                                  f"--allocation {run}/allocation.json to train on it")
+    return Path(distributed.gather(str(run))[0])     # no process looks after one has written
 
 
 def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> argparse.Namespace:
-    """The flags of a run, and those of argv that may change; ValueError lists what may not."""
+    """The flags of a run, changed by those of argv. ValueError lists those that may not change."""
     saved = saved_config(run)["arguments"]
     # A run divided among processes may go on in one process, and the other way round.
     kept = vars(as_typed(parser, {**saved, "shard": None, "out": str(run)}))
@@ -67,7 +68,7 @@ def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> 
 
 
 def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse.Namespace:
-    """The flags of a config.json as if they had been typed; ValueError if one could not be."""
+    """The flags of a config.json, read as if typed. ValueError names an unknown or wrong one."""
     if unknown := saved.keys() - vars(parser.parse_args([])):
         raise ValueError(f"{saved['out']}/config.json: there is no flag {', '.join(unknown)}")
     parser.exit_on_error = False
@@ -94,9 +95,9 @@ def saved_config(run: Path) -> dict[str, Any]:
 
 
 def read_run(run: Path) -> InputConfig:
-    """Which model and data a run was made with. Where it ran, and in what, is left to the reader.
+    """The model and data of a run's config.json; device, dtype and the like are the defaults.
 
-    Raises ValueError if its config.json is not that of a run.
+    Raises ValueError if the config.json is not that of a run.
     """
     for name in ("config.json", "adapter", "export"):
         inside(run, name)
@@ -112,13 +113,12 @@ def read_run(run: Path) -> InputConfig:
     return from_flags(InputConfig, saved)
 
 
-def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation | None,
-                 ) -> None:
+def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation) -> None:
     """Write config.json, which makes a folder a run; with --resume check that it is the same run.
 
-    Raises ValueError that lists what differs: the model, tasks, or the allocation, if known.
+    Raises ValueError that lists what differs of the model, the tasks and the allocation.
     """
-    chosen = {"the allocation": digest(allocation.to_json())[:16]} if allocation else {}
+    chosen = {"the allocation": digest(allocation.to_json())[:16]}
     content: dict[str, Any] = {
         "format": "minismoe.run/1", "arguments": config.arguments(),
         "identity": inputs.identity | chosen, "versions": versions(),
@@ -129,25 +129,21 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         if said := differences(content["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
         smaller = {name: content["arguments"][name] for name in SMALLER}
-        keep_bits(content, smaller, saved)
+        processes = saved.get("processes", distributed.world())
+        said = differences(
+            versions() | smaller | {"processes": distributed.world()},
+            saved["versions"] | {name: saved["arguments"].get(name) for name in SMALLER}
+            | {"processes": processes})
+        if said and not distributed.rank():
+            print(f"the last bits may differ: {said}", file=sys.stderr)
+        if processes == distributed.world():
+            same_threads(saved["threads"])
         content = saved | {"identity": content["identity"],
                            "arguments": saved["arguments"] | smaller}
-    else:                                    # they may be left of a run without config.json
+    else:                                    # of an earlier run whose config.json was removed
         for name in ("before.json", "results.json"):
             distributed.once((run / name).unlink, True)
     distributed.once(write_json, run / "config.json", content)
-
-
-def keep_bits(now: Mapping[str, Any], smaller: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Go on with as many threads as `saved` says; print what else may change the last bits."""
-    processes = saved.get("processes", now["processes"])
-    before = {**saved["versions"], **{name: saved["arguments"].get(name) for name in smaller}}
-    said = differences({**now["versions"], **smaller, "processes": now["processes"]},
-                       {**before, "processes": processes})
-    if said and not distributed.rank():
-        print(f"the last bits may differ: {said}", file=sys.stderr)
-    if processes == now["processes"]:
-        same_threads(saved["threads"])
 
 
 def same_threads(count: int) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..io import text
 from ..io.process import bound_memory
 from ..io.signals import Interrupted, handling, interrupt, locked
+from ..io.text import clean, print_error
 from ..training import distributed
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
     number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
     argv = sys.argv[1:]
@@ -31,14 +31,14 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         distributed.leave(0)
     except KeyboardInterrupt as e:
         if distributed.rank() == 0:
-            print(f"\ninterrupted{f': {text.clean(e)}' if str(e) else ''}", file=sys.stderr)
+            print(f"\ninterrupted{f': {clean(e)}' if str(e) else ''}", file=sys.stderr)
         code = 128 + getattr(e, "number", signal.SIGINT)
         distributed.leave(code)
         sys.exit(code)
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, SafetensorError,
             ValueError) as e:
-        text.say(e, "--debug" in argv, f" (process {distributed.rank()})"
-                 if distributed.world() > 1 else "")
+        print_error(e, "--debug" in argv, f" (process {distributed.rank()})"
+                    if distributed.world() > 1 else "")
         distributed.leave(1)
         sys.exit(1)
 

@@ -1,7 +1,7 @@
-"""Task files to batches: lines, chat messages, tokens and their supervision, padding.
+"""From task files to batches: lines, chat messages, tokens and their labels, padded tensors.
 
-A task is a folder with train.jsonl and, better, test.jsonl, or one .jsonl file. Each line is a JSON
-object of one of three forms, all of which become chat messages:
+A task is a folder with train.jsonl and, preferably, test.jsonl, or one .jsonl file. Each line is a
+JSON object in one of three forms, all of which become chat messages:
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"prompt": ..., "completion": ...}
@@ -13,7 +13,7 @@ from __future__ import annotations
 import codecs
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,24 @@ from torch import Tensor
 from ..method.loss import IGNORE
 from .tokenizer import Message, Tokenizer
 
-LINE = 1 << 20                   # bytes at most: about 250,000 tokens, more than any model reads
-HELD_OUT = 0.1                   # share of a task's lines that is test where it brings none
+LONGEST_LINE = 1 << 20           # bytes: about 250,000 tokens, more than any model reads
+HELD_OUT = 0.1                   # share of a task's lines for the test, if it has no test.jsonl
 Batch = tuple[Tensor, Tensor, Tensor]        # input_ids, attention_mask, labels, each (B, T)
 
 
 @dataclass
 class Task:
-    """Conversations of one task; every one ends with the assistant's turn."""
+    """Conversations of one task; each ends with an assistant's turn."""
 
     name: str
     train: list[list[Message]]
     test: list[list[Message]]
-    note: str = ""                # how the test split was made, where it did not come with the data
+    note: str = ""                # how the test split was made, if not from test.jsonl
 
 
 @dataclass
 class Example:
-    """One conversation as the model reads it; labels are IGNORE where unsupervised."""
+    """One conversation as tokens; labels are IGNORE at unsupervised tokens."""
 
     task: str
     ids: list[int]
@@ -51,7 +51,7 @@ class Example:
 
 @dataclass
 class Encoded:
-    """A task's training examples, and how many were cut or left out by the length limit."""
+    """A task's training examples, and how many the length limit cut or dropped."""
 
     examples: list[Example] = field(default_factory=list)
     truncated: int = 0
@@ -59,32 +59,36 @@ class Encoded:
 
 
 def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> list[Task]:
-    """All tasks of a folder (or the named ones), sorted by name.
+    """The tasks of a folder, or those of `names`, sorted by name. `seed` draws held-out lines.
 
-    Raises FileNotFoundError for a missing folder or task, and ValueError with the file, line and
-    reason of the first ten bad lines of all files.
+    Raises FileNotFoundError if the folder or a task is missing, and ValueError with file, line and
+    reason for the first ten bad lines of all files.
     """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is a file: give the folder that holds it"
                                 if root.exists() else f"no such data folder: {root}")
-    paths = [p for p in sorted(root.iterdir()) if not p.name.startswith("._") and (       # a Mac's
-        (p / "train.jsonl").is_file() or (p.is_file() and p.suffix == ".jsonl"))]
-    found = {p.stem if p.is_file() else p.name: p for p in paths}
     if (root / "train.jsonl").is_file():
         raise ValueError(f"{root} is itself a task: give the folder above it, "
                          f"and --tasks {root.resolve().name}")
+    found: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        is_file = path.is_file() and path.suffix == ".jsonl"
+        if path.name.startswith("._") or not (is_file or (path / "train.jsonl").is_file()):
+            continue                             # macOS writes files named ._*
+        name = path.stem if is_file else path.name
+        if name in found:
+            raise ValueError(f"{root} holds {name} twice, as a folder and as a file")
+        found[name] = path
     if missing := [n for n in names if n not in found]:
         raise FileNotFoundError(f"{root} has no task {', '.join(missing)}; "
                                 f"it has {', '.join(found) or 'none'}")
-    if twice := [n for n in found if root / n in paths and root / f"{n}.jsonl" in paths]:
-        raise ValueError(f"{root} holds {', '.join(twice)} twice, as a folder and as a file")
     if len(set(names)) < len(names):
         raise ValueError(f"a task is asked for twice: {', '.join(names)}")
     if not found:
         raise FileNotFoundError(f"{root} holds no task: a sub-folder with train.jsonl, or a .jsonl")
     bad: list[str] = []
-    tasks = [_load_task(name, found[name], seed, bad) for name in sorted(set(names) or found)]
+    tasks = [_load_task(name, found[name], seed, bad) for name in sorted(names or found)]
     if bad:
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise ValueError(f"{len(bad)} bad lines: " + "; ".join(bad[:10]) + more)
@@ -93,20 +97,19 @@ def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> 
 
 def _load_task(name: str, path: Path, seed: int, bad: list[str]) -> Task:
     known = len(bad)
-    train_file, test_file = (path / "train.jsonl", path / "test.jsonl") if path.is_dir() else (
-        path, None)
-    train = read_lines(train_file, bad)
+    train_file = path / "train.jsonl" if path.is_dir() else path
+    train = _read_conversations(train_file, bad)
     if not train and len(bad) == known:
         bad.append(f"{train_file}: it holds no example")
-    if test_file is not None and test_file.is_file():
-        return Task(name, train, read_lines(test_file, bad))
+    if path.is_dir() and (path / "test.jsonl").is_file():
+        return Task(name, train, _read_conversations(path / "test.jsonl", bad))
     random.Random(f"{seed} {name}").shuffle(train)
     n = min(len(train) - 1, max(1, round(HELD_OUT * len(train)))) if train else 0
     return Task(name, train[n:], train[:n], f"no test split: {n} of {len(train)} lines held out")
 
 
-def read_lines(file: Path, bad: list[str]) -> list[list[Message]]:
-    """Conversations of a .jsonl file; what is wrong with others is added to `bad`.
+def _read_conversations(file: Path, bad: list[str]) -> list[list[Message]]:
+    """Conversations of a .jsonl file; file, line and reason of each bad line are added to `bad`.
 
     Lines end at "\\n" only: str.splitlines would also split at U+0085 and U+2028 inside strings.
     """
@@ -116,10 +119,11 @@ def read_lines(file: Path, bad: list[str]) -> list[list[Message]]:
         if not line.strip():
             continue
         try:
-            if len(line) > LINE:
-                raise ValueError(f"the line has {len(line):,} bytes; at most {LINE:,} are read")
+            if len(line) > LONGEST_LINE:
+                raise ValueError(
+                    f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,} are read")
             messages = to_messages(json.loads(line.decode("utf-8")))
-            "".join(m["role"] + m["content"] for m in messages).encode()    # no half of an emoji
+            "".join(m["role"] + m["content"] for m in messages).encode()   # fails on half an emoji
             conversations.append(messages)
         except (ValueError, RecursionError) as e:
             bad.append(f"{file}:{number}: {e}")
@@ -127,11 +131,11 @@ def read_lines(file: Path, bad: list[str]) -> list[list[Message]]:
 
 
 def to_messages(line: Any) -> list[Message]:
-    """One parsed line as messages; ValueError says why it is none of the three forms."""
+    """One parsed line as messages; ValueError says why it has none of the three forms."""
     if not isinstance(line, dict):
         raise ValueError(f"not a JSON object but {type(line).__name__}")
     if "messages" in line:
-        if line.get("tools") not in (None, [], "", "[]", "null"):        # as some write none
+        if line.get("tools") not in (None, [], "", "[]", "null"):        # all mean no tools
             raise ValueError("tools are not supported")
         return _check_messages(line["messages"])
     if "prompt" in line and "completion" in line:
@@ -172,39 +176,39 @@ def _check_messages(messages: Any) -> list[Message]:
 
 
 def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, list[range]]:
-    """The rendered conversation, and the characters of it that the assistant's turns take up.
+    """The rendered conversation, and the ranges of characters that are the assistant's turns.
 
-    A turn begins where the conversation before it, rendered with the generation prompt, ends: at
-    inference the model continues from just there. So a greeting before any question is none.
-    ValueError where the template does not render a conversation's beginning as the beginning of
-    its text, or leaves it to the model to open its turn.
+    A turn begins where the rendering of the messages before it, with the generation prompt, ends:
+    the model continues from there at inference. A first message has no prompt, so it is no turn.
+    Raises ValueError if the template's text for the first messages is not the beginning of its text
+    for all, or if its generation prompt does not lead up to the answer.
     """
     text, spans = tokenizer.render(messages), []
     for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i > 0:
-            before = tokenizer.render(messages[:i], add_generation_prompt=True)
-            after = text if i + 1 == len(messages) else tokenizer.render(messages[:i + 1])
-            if not text.startswith(after):
-                raise ValueError(
-                    f"the chat template renders turn {i + 1} of {len(messages)} differently when "
-                    "more follows, so the answer's place is unknown: give a template whose output "
-                    "only grows, or data with one answer a line")
-            if not after.startswith(before):
-                raise ValueError(
-                    "the chat template does not begin an answer as its generation prompt, which "
-                    f"ends in {before[-20:]!r}: give a template that does")
-            head, found, _ = after[len(before):].partition(
-                message["content"].strip() or after)         # a blank answer has no place
-            if opens := [t for t in tokenizer.special if found and t in head and t in before]:
-                raise ValueError(
-                    f"the chat template opens an answer by {opens[0]}, which its generation prompt "
-                    "leaves out: give a template that heeds add_generation_prompt")
-            spans.append(range(len(before), len(after)))
+        if message["role"] != "assistant" or i == 0:
+            continue
+        before = tokenizer.render(messages[:i], add_generation_prompt=True)
+        after = text if i + 1 == len(messages) else tokenizer.render(messages[:i + 1])
+        if not text.startswith(after):
+            raise ValueError(
+                f"the chat template renders turn {i + 1} of {len(messages)} differently when more "
+                "follows, so the answer's place is unknown: give a template whose output only "
+                "grows, or data with one answer a line")
+        if not after.startswith(before):
+            raise ValueError("the chat template does not begin an answer as its generation prompt, "
+                             f"which ends in {before[-20:]!r}: give a template that does")
+        turn, answer = after[len(before):], message["content"].strip()
+        opening = turn[:turn.find(answer)] if answer in turn else ""
+        if opens := [t for t in tokenizer.special if t in opening and t in before]:
+            raise ValueError(
+                f"the chat template opens an answer by {opens[0]}, which its generation prompt "
+                "leaves out: give a template that heeds add_generation_prompt")
+        spans.append(range(len(before), len(after)))
     return text, spans
 
 
 def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
-    """Tokens of a conversation; supervised are the assistant's turns up to their end token."""
+    """Tokens of a conversation; the assistant's turns are supervised up to their end token."""
     text, spans = supervised_spans(messages, tokenizer)
     ids, starts = tokenizer.encode(text)
     labels = [IGNORE] * len(ids)
@@ -212,7 +216,7 @@ def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Exam
         for i, (token, start) in enumerate(zip(ids, starts)):
             if start in span:
                 labels[i] = token
-                if token in tokenizer.stop_ids:      # what follows it, a line end, is not generated
+                if token in tokenizer.stop_ids:      # a line end after it is not generated
                     break
     return Example(task, ids, labels)
 
@@ -220,8 +224,8 @@ def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Exam
 def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """The training examples of a task, cut to `max_length` tokens.
 
-    An example whose answer lies wholly behind the limit would teach nothing; it is left out.
-    Raises ValueError, naming the example, where `encode` does.
+    An example without a supervised token before the limit is dropped: it would teach nothing.
+    Raises the ValueErrors of `encode` with the example's task and line.
     """
     result = Encoded()
     for index, messages in enumerate(task.train):
@@ -242,20 +246,20 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """input_ids, attention_mask, labels of right-padded examples, each (B, T)."""
+    """input_ids, attention_mask and labels, each (B, T), of right-padded examples."""
     longest = max(len(e.ids) for e in examples)
-    ids, mask, labels = (torch.tensor(
-        [list(row) + [fill] * (longest - len(row)) for row in rows], device=device)
-        for rows, fill in (((e.ids for e in examples), pad_id),
-                           (([1] * len(e.ids) for e in examples), 0),
-                           ((e.labels for e in examples), IGNORE)))
-    return ids, mask, labels
+
+    def padded(rows: Iterable[list[int]], fill: int) -> Tensor:
+        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
+    return (padded((e.ids for e in examples), pad_id),
+            padded(([1] * len(e.ids) for e in examples), 0),
+            padded((e.labels for e in examples), IGNORE))
 
 
 def bucket(examples: Sequence[Example], batch_size: int, seed: int) -> list[list[Example]]:
-    """Shuffled batches of examples of similar length: pads would be computed for nothing.
+    """Shuffled batches of examples of similar length, to save padding.
 
-    Only neighbours of a shuffled order are sorted by length, so batches stay mixed.
+    Examples are sorted by length within windows of 16 batches only, so batches stay mixed.
     """
     rng = random.Random(seed)
     order = list(examples)
@@ -271,7 +275,7 @@ def bucket(examples: Sequence[Example], batch_size: int, seed: int) -> list[list
 
 def probe_batches(examples: Sequence[Example], count: int, batch_size: int, pad_id: int,
                   device: torch.device | str, skip: int = 0) -> Iterator[Batch]:
-    """`count` examples after the first `skip`, in batches of similar length."""
+    """Batches, of similar length within each, from `count` examples after the first `skip`."""
     chosen = sorted(examples[skip:skip + count], key=lambda e: len(e.ids))
     for i in range(0, len(chosen), batch_size):
         yield collate(chosen[i:i + batch_size], pad_id, device)

@@ -1,9 +1,9 @@
-"""A checkpoint's chat template, rendered in jinja2's sandbox and in a process of its own.
+"""A checkpoint's chat template, rendered in jinja2's sandbox inside a process of its own.
 
-The sandbox keeps a template away from files, code and the objects that it is given, but not from
-taking all time and memory, which one call in C can do: {{ 'a' * 10 ** 10 }}, [[x, x], [x, x]]
-doubled and compared. A process can be ended in the midst of that. One serves all templates: JSON
-lines go in and out, it ends itself after SECONDS, and the next rendering starts another.
+The sandbox denies a template access to files and code, but does not limit its time and memory: a
+single call in C, such as {{ 'a' * 10 ** 10 }}, can take all of both. A process can be killed during
+such a call. One process serves all templates: it reads and writes JSON lines, ends itself after
+SECONDS, and the next rendering starts another.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-SECONDS = 1.0                # of its processor, where the system counts them, for one rendering
-WAIT = 10.0                  # of the clock: a good template has that long on a busy machine
-MEMORY = 1 << 30             # bytes of the process's address space, where the system keeps to that
-LENGTH = 1 << 24             # characters of what is rendered
+SECONDS = 1.0                # of CPU time for one rendering (of the clock, on Windows)
+WAIT = 10.0                  # seconds of the clock: enough for a good template on a busy machine
+MEMORY = 1 << 30             # bytes of the process's address space (on Linux)
+LENGTH = 1 << 24             # characters of the rendered text
 
 
 # In this process
@@ -36,14 +36,14 @@ _process: subprocess.Popen[bytes] | None = None
 
 
 class Refused(ValueError):
-    """The template raised an exception: these are no values for it."""
+    """The template raised an exception for these values."""
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """The text of a template; `values` are what JSON can hold.
+    """The text of a template with `values`, which JSON must be able to hold.
 
-    Raises Refused, ValueError for a template that is broken or goes beyond SECONDS, MEMORY or
-    LENGTH, and ModuleNotFoundError where jinja2 is missing.
+    Raises Refused, ValueError if the template is broken or exceeds SECONDS, MEMORY or LENGTH, and
+    ModuleNotFoundError if jinja2 is missing.
     """
     request = json.dumps([template, values]).encode() + b"\n"
     with _lock:
@@ -54,7 +54,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
             reply = process.stdout.readline()        # type: ignore[union-attr]
         except OSError:
             reply = b""
-        except BaseException:        # Ctrl-C: what comes now would be taken for the next one's
+        except BaseException:        # Ctrl-C: the next call would read this call's answer
             stop()
             raise
         if not reply.endswith(b"\n"):
@@ -69,13 +69,13 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
 
 def start() -> subprocess.Popen[bytes]:
-    """The process, which is ready some 0.1 s after its start; the one that runs already, if any."""
+    """The running process, or a new one, which is ready about 0.1 s after its start."""
     global _process
     with _lock:
         if _process is None or _process.poll() is not None:
             if find_spec("jinja2") is None:
                 raise ModuleNotFoundError("the chat template needs jinja2: pip install jinja2")
-            # It imports what we would, and nothing from a working directory that we would not.
+            # Same import path as here: no module of the working directory is imported by mistake.
             paths = os.pathsep.join(map(os.path.abspath, sys.path))
             _process = subprocess.Popen(
                 [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -85,7 +85,7 @@ def start() -> subprocess.Popen[bytes]:
 
 
 def stop() -> None:
-    """End the process, if there is one."""
+    """Kill the process, if it runs."""
     global _process
     if _process is not None:
         _process.kill()
@@ -94,7 +94,7 @@ def stop() -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the process is the parent's, and may be answering it just now."""
+    """After a fork, in the child: leave the process to the parent, which may be using it."""
     global _lock, _process
     _lock, _process = threading.RLock(), None
 
@@ -107,19 +107,19 @@ if hasattr(os, "register_at_fork"):
 # In the other process
 
 def serve() -> None:
-    """Answer each line, [template, values], by one: [text, what is broken, what it refuses]."""
-    import jinja2.sandbox  # noqa: F401 (now, and not while a clock runs)
+    """For each line [template, values], write a line [text, what is broken, what it refuses]."""
+    import jinja2.sandbox  # noqa: F401 (before the clock runs)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches the whole group
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except (ImportError, OSError, ValueError):       # Windows, macOS: time alone is limited
+    except (ImportError, OSError, ValueError):       # Windows, macOS: only time is limited
         pass
     with open(os.devnull, "w") as nowhere:
         for line in sys.stdin.buffer:
-            # A thread of C, and a signal that ends the process: nothing in Python holds them up.
+            # A C thread and a signal end the process; neither waits for the Python interpreter.
             counted = hasattr(signal, "setitimer")
             faulthandler.dump_traceback_later(WAIT if counted else SECONDS, exit=True, file=nowhere)
             if counted:
@@ -157,7 +157,7 @@ def _compiled(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks what is supervised in some templates; here it is plain text."""
+        """{% generation %} marks supervised text in some templates; its tags are ignored here."""
         tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
@@ -171,7 +171,7 @@ def _compiled(template: str) -> Any:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    # Trimming as in transformers, for which templates are written.
+    # White space is trimmed as in transformers, for which templates are written.
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[
         Generation, "jinja2.ext.loopcontrols"])
     env.globals.update(raise_exception=raise_exception,

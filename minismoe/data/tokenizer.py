@@ -1,7 +1,7 @@
-"""Text to tokens and back, and chat templates; needs neither torch nor, for bytes, anything else.
+"""Text to tokens and back, and conversations to text. Nothing here imports torch.
 
-A real checkpoint's tokenizer.json is read by the `tokenizers` library, and its own chat template
-is rendered by templates.py. Where a checkpoint has no template, DEFAULT_TEMPLATE serves.
+The `tokenizers` library reads a checkpoint's tokenizer.json, and templates.py renders its chat
+template. Without a tokenizer.json, tokens are bytes; without a template, DEFAULT_TEMPLATE is used.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..io.hub import resolve
 from . import templates
 
 Message = Mapping[str, str]                  # {"role": ..., "content": ...}
 
-# Plain text that every tokenizer can spell; an assistant turn ends with the end-of-text token. The
-# space before an answer belongs to it: BPE makes one token of " yes", which a prompt that ended in
-# the space would tear apart, so that training and inference would see different tokens.
+# Plain text that every tokenizer can encode; an assistant turn ends with the end-of-text token. The
+# space before an answer belongs to the answer: BPE has one token for " yes", which a prompt that
+# ends in a space would split at inference but not in training.
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
@@ -33,7 +34,7 @@ class ByteTokenizer:
     vocab_size = 259
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids, and the character where each starts."""
+        """Token ids, and the index of the character where each starts."""
         ids: list[int] = []
         starts: list[int] = []
         at = 0
@@ -56,7 +57,7 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer.json, with the interface of ByteTokenizer.
 
-    vocab_size is the model's, if known: what does not fit it raises ValueError, here or in encode.
+    vocab_size is the model's, if known. ValueError, here or in `encode`, if a token is beyond it.
     """
 
     def __init__(self, file: Path, vocab_size: Any = None):
@@ -78,21 +79,21 @@ class FileTokenizer:
         self.mark_special(())
 
     def mark_special(self, tokens: Sequence[str]) -> None:
-        """Make those of `tokens` special that there are, as a tokenizer_config.json means them."""
+        """Make `tokens` special, as tokenizer_config.json asks, if the vocabulary has them."""
         done = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
-        self.backend.add_special_tokens([    # anew, others would forget the spaces they strip
+        self.backend.add_special_tokens([    # adding one again would reset which spaces it strips
             t for t in tokens if t not in done and self.backend.token_to_id(t) is not None])
         added = self.backend.get_added_tokens_decoder()
         self.special = {t.content: i for i, t in added.items() if t.special}
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
-        # Half of an emoji, or a byte of argv that is no UTF-8, is a "?", as ByteTokenizer has it.
+        # Lone surrogates (half an emoji, invalid UTF-8 in argv) become "?", as in ByteTokenizer.
         text = text.encode("utf-8", "replace").decode("utf-8")
         try:
             encoding = self.backend.encode(text, add_special_tokens=False)
-        except Exception as e:               # such as of a word that it lacks, and no unknown token
+        except Exception as e:               # such as an unknown word without an unknown token
             raise ValueError(f"{self.file} cannot encode {text[:40]!r}: {e}") from None
-        if max(encoding.ids, default=0) >= self.vocab_size:      # few tokens, but high numbers
+        if max(encoding.ids, default=0) >= self.vocab_size:      # ids may have gaps
             raise ValueError(f"{self.file} encodes {text[:40]!r} with token {max(encoding.ids)}, "
                              f"and the model has only {self.vocab_size}")
         return encoding.ids, [start for start, _ in encoding.offsets]
@@ -104,8 +105,8 @@ class FileTokenizer:
 class Tokenizer:
     """A tokenizer with its chat template and its special tokens.
 
-    stop_ids are all tokens that end a turn: those that the checkpoint declares, and the one with
-    which its template closes an assistant's message.
+    stop_ids are all tokens that end a turn: those that the checkpoint declares, and the one that
+    its template puts after an assistant's message.
     """
 
     def __init__(self, backend: ByteTokenizer | FileTokenizer, template: str | None, bos: str,
@@ -117,7 +118,7 @@ class Tokenizer:
         self.pad_id = pad_id if pad_id is not None else (self.stop_ids or [0])[0]
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids, and the character of `text` where each starts; special tokens are parsed."""
+        """Token ids (also of special tokens in `text`), and the character where each starts."""
         return self.backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -125,44 +126,47 @@ class Tokenizer:
         return self.backend.decode(ids)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the model reads it; ValueError as of `templates.render`."""
+        """The conversation as the model reads it; raises what `templates.render` raises."""
         if self.template is None:
             return _render_default(messages, self.bos, self.eos, add_generation_prompt)
         return templates.render(self.template, {
             "messages": [dict(m) for m in messages], "bos_token": self.bos, "eos_token": self.eos,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None, "documents": None,                    # as transformers has them
-            # Llama 3's day where no clock is: with today's, a run would not go on tomorrow.
+            "tools": None, "documents": None,                    # as transformers passes them
+            # Llama 3's default date. With today's date, a run could not be resumed tomorrow.
             "date_string": "26 Jul 2024"})
 
     def _turn_end(self) -> set[int]:
-        """The special token that closes an assistant's turn in the template, if one does."""
-        user, answer = ({"role": role, "content": text} for role, text in (
-            ("user", "question"), ("assistant", "answer")))
+        """The first special token after an assistant's message in the template, if there is one."""
+        user, answer = {"role": "user", "content": "question"}, {
+            "role": "assistant", "content": "answer"}
         try:
             whole = self.render([user, answer])
             _, found, tail = whole.rpartition(answer["content"])
-            tail = tail if found else whole[len(self.render([user], True)):]     # it is rewritten
-        except templates.Refused:            # as one does that wants a system message first
+            if not found:                    # the template changes the message's text
+                tail = whole[len(self.render([user], True)):]
+        except templates.Refused:            # such as a template that wants a system message first
             return set()
-        ids = (i for i in self.encode(tail)[0] if i in set(self.special.values()))
-        return set(list(ids)[:1])
+        special = set(self.special.values())
+        ends = [i for i in self.encode(tail)[0] if i in special]
+        return set(ends[:1])
 
 
 def _render_default(messages: Sequence[Message], bos_token: str, eos_token: str,
                     add_generation_prompt: bool) -> str:
-    """What DEFAULT_TEMPLATE renders, where there is no jinja2 either."""
+    """What DEFAULT_TEMPLATE renders, without jinja2."""
     turns = [f"Assistant: {m['content']}{eos_token}\n" if m["role"] == "assistant"
              else f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
     return bos_token + "".join(turns) + "Assistant:" * add_generation_prompt
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder; bytes where it has no tokenizer.json."""
-    if not Path(folder).is_dir():            # a hub name: fetched once, then in its cache
-        from ..io.hub import resolve
-        folder = resolve(folder)
-    folder = Path(folder)
+    """The tokenizer of a checkpoint folder or hub name; bytes, if a model of bytes has no file.
+
+    Raises ValueError for broken files, FileNotFoundError if tokenizer.json is missing, and
+    ModuleNotFoundError, with the pip command, if a library is missing.
+    """
+    folder = resolve(folder)
     config, settings, generation = (_read(folder / name) for name in (
         "config.json", "tokenizer_config.json", "generation_config.json"))
     stops = {i for source in (config, generation)
@@ -173,12 +177,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, sorted(stops))
     template = chat_template(folder, settings)
     if template is not None:
-        templates.start()                    # it gets ready while the next line works
+        templates.start()                    # its process starts while the tokenizer loads
     backend = FileTokenizer(folder / "tokenizer.json", config.get("vocab_size"))
     older = _read(folder / "special_tokens_map.json")
     bos, eos, pad = (_content(settings.get(name, older.get(name))) for name in (
         "bos_token", "eos_token", "pad_token"))
-    if not eos and stops and min(stops) < backend.vocab_size:    # it is named by its number alone
+    if not eos and stops and min(stops) < backend.vocab_size:    # only its number is given
         eos = backend.backend.id_to_token(min(stops)) or ""
     backend.mark_special((bos, eos, pad))
     return Tokenizer(backend, template, bos, eos,
@@ -186,19 +190,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template of a checkpoint folder; None where it brings none, ValueError for no text."""
+    """The template of a checkpoint folder, or None; ValueError if it is not text."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
         except ValueError as e:
-            raise ValueError(f"{file} is no UTF-8 text: {e}") from None
+            raise ValueError(f"{file} is not UTF-8 text: {e}") from None
     template = settings.get("chat_template")
-    if isinstance(template, list):           # several, named: [{"name": ..., "template": ...}]
+    if isinstance(template, list):           # several with names: [{"name": ..., "template": ...}]
         template = next((t.get("template") for t in template
                          if isinstance(t, dict) and t.get("name") == "default"), None)
     if not isinstance(template, str | None):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: its chat_template is no text")
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: its chat_template is not text")
     return template
 
 
@@ -219,6 +223,6 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _content(token: Any) -> str:
-    """A token's text: a string, an {"content": ...} object, or "" where there is none."""
+    """The text of a token, given as a string or as an object with "content"; else ""."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""

@@ -1,23 +1,23 @@
-"""The embedded default: a tiny Llama-form base, made here on first use, and five small tasks.
+"""The embedded default: a tiny Llama base, pretrained on first use, and five small tasks.
 
-The base is taught, in chat form, to repeat what is quoted, to write it in capitals, to name the
-larger of two numbers, and facts about invented animals. The tasks ask for some of that in other
-words, and for what it was not taught: how long a word is, the second of two, the smaller number.
-What each task lacks sits elsewhere in the base, so that each is sensitive in other matrices.
+In pretraining the base learns, in chat form, to repeat quoted words, to write them in capitals, to
+name the larger of two numbers, and facts about invented animals. Two of the tasks ask for capitals
+and facts in other words; three are new to the base: the length of a word, the second of two words,
+the smaller of two numbers. Each task needs another skill, so each is sensitive in other matrices.
 
-Nothing is downloaded: bytes are the tokens, the text is generated, and pretraining takes about a
-minute on two CPU cores. The result is cached under a name that holds a hash of this file.
+Nothing is downloaded: tokens are bytes, the text is generated, and pretraining takes about a minute
+on two CPU cores. The result is cached under a name that holds a hash of the recipe.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import re
 import string
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -29,25 +29,26 @@ from ..io.files import new_folder, replacing, write_json
 from ..method.loss import IGNORE, supervised_losses
 from ..model.decoder import Attention, CausalLM, Config
 from .tasks import Example, Task, collate
-from .tokenizer import Message
+from .tokenizer import ByteTokenizer, Message
 
-BOS, END, PAD = 256, 257, 258                # of tokenizer.ByteTokenizer
+BOS, END, PAD = ByteTokenizer.special.values()
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-    "vocab_size": 259, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "vocab_size": ByteTokenizer.vocab_size, "hidden_size": 96, "intermediate_size": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
     "bos_token_id": BOS, "eos_token_id": END, "pad_token_id": PAD, "torch_dtype": "float32",
 }
-STEPS, BATCH, RATE, SEED = 800, 64, 5e-3, 0
-TRAIN, TEST = 600, 100                       # lines a task, at most
+RECIPE = 1                   # raise it when code below changes the base: caches then make a new one
+STEPS, BATCH, RATE, SEED = 800, 64, 5e-3, 0  # of pretraining; BATCH in lessons
+TRAIN, TEST = 600, 100                       # conversations of a task, at most
 LETTERS = string.ascii_lowercase[:16]
 
-# Skill -> ways to ask for it. Gaps of facts: animal, noun, question, verb; of others: the operands.
+# Skill -> ways to ask for it. Facts fill in (animal, noun, question, verb), others their operands.
 LESSONS = {"echo": ("{}",), "facts": ("{1} of {0}", "the {0} has {1}", "{3} {0}"),
            "larger": ("max {} {}",), "capitals": ('capitals "{}"', '"{}" capitals')}
-WEIGHTS = (2, 2, 1, 1)                       # how often each is taught
+WEIGHTS = (2, 2, 1, 1)                       # how often each lesson is taught
 TASKS = {
     "capitals": ('Write "{}" in big letters.', 'Make "{}" upper case.'),
     "count": ('How many letters are in "{}"?', 'Count the letters of "{}".'),
@@ -60,17 +61,17 @@ FACTS = {"home": ("where does a {} live", "oslo rome lima cairo delhi paris toky
          "colour": ("how does a {} look", "red blue green white black gold pink grey"),
          "food": ("what does a {} eat", "figs nuts fish rice corn leaves honey moss")}
 
-Case = tuple[tuple[str, ...], str]           # what fills the gaps, and the answer
+Case = tuple[tuple[str, ...], str]           # the operands, and the answer
 
 
 def _animals(count: int) -> list[Case]:
-    """All facts about `count` animals: the same world for every seed of the tasks."""
+    """All facts about `count` animals, the same for every seed of the tasks."""
     rng, found = random.Random(SEED), dict[tuple[str, ...], str]()
     while len(found) < len(FACTS) * count:
         name = "".join(rng.choice(part) for part in ("bdfgklmnprstvz", "aeiou") * 2) + "x"
         for noun, (question, values) in FACTS.items():
-            gaps = name, noun, question.format(name), question.split()[-1]
-            found.setdefault(gaps, rng.choice(values.split()))
+            operands = name, noun, question.format(name), question.split()[-1]
+            found.setdefault(operands, rng.choice(values.split()))
     return list(found.items())
 
 
@@ -81,12 +82,12 @@ def _case(skill: str, rng: random.Random) -> Case:
     """A random case of a skill."""
     if skill == "facts":
         return rng.choice(WORLD)
-    if skill in ("larger", "smaller"):       # the tens differ: one look decides
+    if skill in ("larger", "smaller"):       # the tens differ, so the first digits decide
         a, b = (10 * tens + rng.randrange(10) for tens in rng.sample(range(1, 10), 2))
         return (str(a), str(b)), str(max(a, b) if skill == "larger" else min(a, b))
     low, high = {"capitals": (3, 5), "count": (2, 6), "second": (3, 4)}.get(skill, (2, 5))
     number = {"second": 2, "echo": rng.randint(1, 2)}.get(skill, 1)
-    letters = rng.sample(LETTERS, high * number)       # none comes twice: copying keeps its place
+    letters = rng.sample(LETTERS, high * number)       # each only once, which makes copying easier
     words = ["".join(letters.pop() for _ in range(rng.randint(low, high))) for _ in range(number)]
     if skill == "echo":
         return (" and ".join(f'"{word}"' for word in words),), " ".join(words)
@@ -99,18 +100,18 @@ def _chat(question: str, answer: str) -> list[Message]:
 
 
 def tasks(seed: int = 0) -> list[Task]:
-    """The five tasks, a skill each, asked in chat form; no test case is trained on.
+    """The five tasks, one for each skill, in chat form; no test case is trained on.
 
-    Test cases are set apart before they are put into words. The base may have met one in its
-    pretraining, as a fact must be known before it can be asked for, but never in such words.
+    Test cases are split off before questions are written. Pretraining may contain a test case (a
+    fact must be known before it can be asked for), but never a task's wording of it.
     """
     found = []
     for skill, questions in TASKS.items():
         rng = random.Random(f"{seed} {skill}")
         cases = list({_case(skill, rng): None for _ in range(TRAIN + TEST)})
         test = len(cases) // 6
-        lines = [[_chat(question.format(*gaps), answer)
-                  for gaps, answer in part for question in questions]
+        lines = [[_chat(question.format(*operands), answer)
+                  for operands, answer in part for question in questions]
                  for part in (cases[test:], cases[:test])]
         for part in lines:
             rng.shuffle(part)
@@ -119,21 +120,21 @@ def tasks(seed: int = 0) -> list[Task]:
 
 
 def _lesson(rng: random.Random) -> Example:
-    """A lesson in the default chat template, its question between meaningless words."""
+    """A pretraining example in the default chat template, with random words around its question."""
     skill = rng.choices(list(LESSONS), WEIGHTS)[0]
-    gaps, answer = _case(skill, rng)
+    operands, answer = _case(skill, rng)
     before, after = (rng.sample(NOISE, rng.randint(0, 1)) for _ in range(2))
-    text = " ".join([*before, rng.choice(LESSONS[skill]).format(*gaps), *after])
+    text = " ".join([*before, rng.choice(LESSONS[skill]).format(*operands), *after])
     prompt, end = f"User: {text}\nAssistant:".encode(), [*f" {answer}".encode(), END]
     return Example(skill, [BOS, *prompt, *end], [IGNORE] * (1 + len(prompt)) + end)
 
 
 @torch.no_grad()
 def _initialise(model: CausalLM, generator: torch.Generator) -> None:
-    """Random weights, but heads begin as copiers: q looks for its own like, o undoes v.
+    """Random weights, with q near k and o near v transposed: attention heads begin as copiers.
 
-    Copying is what most of the skills build on, and is slow to arise from pure noise (mimetic
-    initialisation, Trockman and Kolter 2023, arXiv 2305.09828).
+    Most skills build on copying, which is slow to arise from pure noise (mimetic initialisation,
+    Trockman and Kolter 2023, arXiv 2305.09828).
     """
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
@@ -155,13 +156,12 @@ def _initialise(model: CausalLM, generator: torch.Generator) -> None:
 
 
 def _pretrain(steps: int) -> CausalLM:
-    """A base that has learnt the skills: AdamW on all weights, a warm-up, then down to zero."""
+    """The trained base: AdamW on all weights; the rate warms up, then falls linearly to zero."""
     model, rng = CausalLM(Config.from_dict(CONFIG)), random.Random(SEED)
     _initialise(model, torch.Generator().manual_seed(SEED))
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 1.0) * (1 - step / steps))
-    seen, start = 0, time.perf_counter()
     with tqdm(range(steps), "making the toy base, once", unit="step") as bar:
         for step in bar:
             ids, mask, labels = collate([_lesson(rng) for _ in range(BATCH)], PAD)
@@ -171,15 +171,13 @@ def _pretrain(steps: int) -> CausalLM:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            seen += int(mask.sum())
-            if step % 10 == 9 or step == steps - 1:
-                speed = seen / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s")
+            if step % 10 == 9:
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
     return model
 
 
 def _cache() -> Path:
-    """Where this user's caches are: MINISMOE_CACHE, or the custom of the system."""
+    """MINISMOE_CACHE, or this user's cache folder by the convention of the system."""
     if own := os.environ.get("MINISMOE_CACHE"):
         return Path(own)
     home = Path.home()
@@ -190,13 +188,18 @@ def _cache() -> Path:
     return Path(os.environ.get(variable) or default) / "minismoe"
 
 
-def base_folder(*, _steps: int = STEPS) -> Path:
-    """The folder of the toy base, which is made where the cache does not hold it yet.
+def _recipe(steps: int) -> str:
+    """A hash of all constants that the weights of the base depend on."""
+    recipe = (RECIPE, CONFIG, steps, BATCH, RATE, SEED, LETTERS, LESSONS, WEIGHTS, NOISE, FACTS)
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
-    It appears whole or not at all; where two processes make it at once, the first one's is used.
+
+def checkpoint_folder(*, _steps: int = STEPS) -> Path:
+    """The folder of the toy base in the cache; it is pretrained first if the cache lacks it.
+
+    The folder appears whole or not at all. If two processes make it at once, the first one wins.
     """
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + str(_steps).encode()).hexdigest()
-    folder = _cache() / f"toy-{recipe[:12]}"
+    folder = _cache() / f"toy-{_recipe(_steps)}"
     if folder.is_dir():
         return folder
     model = _pretrain(_steps)
@@ -207,6 +210,6 @@ def base_folder(*, _steps: int = STEPS) -> Path:
                 save_file({name: p.detach().contiguous() for name, p in model.named_parameters()},
                           file, metadata={"format": "pt"})
     except OSError:
-        if not folder.is_dir():                      # else another process was faster
+        if not folder.is_dir():                      # if it is there, another process was faster
             raise
     return folder

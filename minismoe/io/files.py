@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and hold what they should."""
+"""Files and folders that appear whole or not at all; JSON, links and hashes of files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary name beside `path`; what is written there replaces `path`, or nothing does."""
+    """A temporary file beside `path`, renamed to `path` once it is written without error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
-        _sync(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-        _sync(path.parent)
-    except OSError as e:                             # a failed write does not say of which file
+        _rename(Path(name), path, 0o666)
+    except OSError as e:                             # a failed write does not name its file
         e.filename = e.filename or str(path)
         raise
     except Exception as e:                           # safetensors has its own for a full disk, and
@@ -34,35 +31,42 @@ def replacing(path: Path | str) -> Iterator[Path]:
             raise
         raise OSError(f"{path} cannot be written: {e}") from None
     finally:
-        Path(name).unlink(missing_ok=True)           # nothing, once it was renamed
+        Path(name).unlink(missing_ok=True)           # it is gone after the renaming
 
 
 def must_be_new(path: Path) -> None:
-    """FileExistsError where there is something of that name."""
+    """Raise FileExistsError if the path exists."""
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name, or remove it")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which is not there yet: it becomes `path`, or is gone."""
+    """The same for a folder; FileExistsError if `path` exists already."""
     must_be_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield tmp
-        for part in (*tmp.rglob("*"), tmp):
-            _sync(part)
-        os.chmod(tmp, 0o777 & ~_umask())
-        os.replace(tmp, path)
-        _sync(path.parent)
+        _rename(tmp, path, 0o777)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)       # nothing, once it was renamed
+        shutil.rmtree(tmp, ignore_errors=True)       # it is gone after the renaming
+
+
+def _rename(tmp: Path, path: Path, mode: int) -> None:
+    """Flush `tmp` to disk and rename it to `path`, with the permissions `mode` less the umask."""
+    for part in (*tmp.rglob("*"), tmp):
+        _sync(part)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(tmp, mode & ~umask)
+    os.replace(tmp, path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
-    windows = os.name == "nt"                        # it syncs what can be written, and no folder
+    windows = os.name == "nt"                        # it cannot flush folders or read-only handles
     if windows and path.is_dir():
         return
     fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
@@ -72,20 +76,14 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a value as JSON; the file appears whole or not at all."""
     with replacing(path) as tmp:
         tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path | str) -> Any:
-    """Read JSON; ValueError names the file and the place where it is broken."""
+    """The value of a JSON file; ValueError names the file and the place of an error."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
@@ -93,7 +91,10 @@ def read_json(path: Path | str) -> Any:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """folder / name; ValueError where it is a link that leads out, and not to the hub's blobs."""
+    """folder / name; ValueError if it is a link that leads out of the folder.
+
+    The hub's cache links to a neighbouring folder, blobs: those links are allowed.
+    """
     home, path = folder.resolve(), (folder / name).resolve()
     if not (path.is_relative_to(home) or path.parent == home.parent.parent / "blobs"):
         raise ValueError(f"{folder / name} is a link that leads out of its folder")

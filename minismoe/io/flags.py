@@ -57,13 +57,13 @@ def checked(kind: Callable[[str], Any], good: Callable[[Any], bool], wrong: str,
         if not good(value := kind(text)):
             raise argparse.ArgumentTypeError(f"{text or 'it'} {wrong}")
         return value
-    read.__name__ = kind.__name__            # argparse names it where `kind` itself fails
+    read.__name__ = kind.__name__            # argparse names it in the error if `kind` raises
     return read
 
 
 positive = checked(int, lambda n: n >= 1, "is not at least 1")
 seed = checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
-text = checked(str, bool, "is empty")          # as an unset variable of a shell is
+text = checked(str, bool, "is empty")          # an unset variable of a shell
 number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")
 above_zero = checked(float, lambda x: x > 0, "is not above 0 (inf is no limit)")
 part = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")

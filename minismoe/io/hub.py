@@ -1,4 +1,4 @@
-"""A checkpoint's folder, by its path or its name on the hub."""
+"""The folder of a checkpoint, from a path or from a name on Hugging Face's hub."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a checkpoint: a folder as it is, `org/name` by the hub or from its cache.
+    """The folder `model` itself, or else the cached copy of hub name `org/name`, fetched if needed.
 
-    huggingface_hub honours HF_HUB_OFFLINE; only weights, configuration and tokenizer are fetched,
-    and no code of a repository is ever run.
+    Only weights, configuration and tokenizer are fetched; no code of a repository ever runs.
+    huggingface_hub honours HF_HUB_OFFLINE. Raises FileNotFoundError if there is no such model, and
+    ModuleNotFoundError if huggingface_hub is not installed.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -22,10 +23,10 @@ def resolve(model: str | Path) -> Path:
             f"{model} is no folder here; to fetch it: pip install 'minismoe[hub]'") from None
     try:
         return Path(snapshot_download(str(model), allow_patterns=[
-            # Not *.safetensors: some repositories hold the weights twice, as consolidated.* too.
+            # Not *.safetensors: some repositories hold a second copy, consolidated.safetensors.
             "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
             "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
             "special_tokens_map.json", "chat_template.jinja"]))
-    except Exception as e:       # the hub has many ways to fail; each says itself what it was
+    except Exception as e:       # the hub's client raises many types of error
         reason = " ".join(str(e).split())[:300]
         raise FileNotFoundError(f"{model} is no folder here, and the hub says: {reason}") from None

@@ -1,4 +1,4 @@
-"""The memory of this process: what it takes, and what bounds it."""
+"""The memory of this process: how much it takes, and its limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def resident() -> int:
-    """Bytes that this process takes now, or where no system call tells, has taken."""
+    """Bytes that this process takes now; if the system does not say, its peak."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -19,7 +19,7 @@ def resident() -> int:
 
 
 def peak_resident() -> int:
-    """The most memory that this process has taken, in bytes; 0 where the system does not say."""
+    """The most bytes that this process has taken; 0 if the system does not say."""
     with suppress(OSError, IndexError):  # ru_maxrss, on Linux, begins with that of the parent
         return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
     try:
@@ -31,7 +31,7 @@ def peak_resident() -> int:
 
 
 def group_rooms(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes that the control groups of this process leave, as of a container (cgroup v2)."""
+    """Bytes still free in each control group of this process, as a container sets (cgroup v2)."""
     rooms = []
     with suppress(OSError, IndexError):
         group = root / re.findall(r"0::/(.*)", Path("/proc/self/cgroup").read_text())[0]
@@ -39,18 +39,18 @@ def group_rooms(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
             with suppress(OSError, ValueError):          # no such file; "max" is no number
                 most, used = (int((folder / f"memory.{name}").read_text())
                               for name in ("max", "current"))
-                stat = (folder / "memory.stat").read_text()          # pages of files can go
+                stat = (folder / "memory.stat").read_text()          # cached files can be dropped
                 rooms.append(most - used + int(re.findall(r"inactive_file (\d+)", stat)[0]))
     return rooms
 
 
 def bound_memory() -> None:
-    """Keep two caches of a CPU from growing with every length of batch that comes by.
+    """Keep two caches from growing with every new length of a batch on a CPU.
 
-    oneDNN keeps what it compiles for a shape, in bfloat16 23 MB a length of batch, up to 1,024
-    shapes; 64 are those of one step. And glibc learns to keep freed tensors in its heap, which
-    tensors of ever other sizes tear to pieces; a fixed threshold has it give large ones back. (At
-    256 KiB it took small models twice the time to train, in pages that came and went.)
+    oneDNN keeps the kernels that it compiles for a shape, up to 1,024 shapes (in bfloat16 23 MB for
+    each length of batch); one step has 64. And glibc learns to keep freed tensors in its heap,
+    which tensors of other sizes then fragment; with a fixed threshold it returns large ones. (At
+    256 KiB small models trained at half the speed, as pages were mapped again and again.)
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")                # read when the first matrix is multiplied

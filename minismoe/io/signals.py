@@ -15,12 +15,12 @@ from typing import Any
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
           if hasattr(signal, name)]
-# What dead processes leave in a run.
+# Temporary files that a killed process leaves in a run.
 LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.adapter.*.tmp", "checkpoints/.*.tmp")
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal, `number`, asked the process to end; the text says how far it came."""
+    """The signal `number` asked the process to end; the text says how far the process came."""
 
     def __init__(self, said: str = "", number: int = signal.SIGINT):
         super().__init__(said)
@@ -28,23 +28,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt(number: int, frame: object = None) -> None:
-    """A signal handler that ends what is going on. Raises Interrupted."""
+    """A signal handler that raises Interrupted."""
     _hang_up(number)
     raise Interrupted(number=number)
 
 
 def _hang_up(number: int) -> None:
-    """After SIGHUP the terminal is gone, and a bar that writes to it would raise."""
+    """After SIGHUP send output to nowhere: the terminal is gone, and writing to it would raise."""
     if number == getattr(signal, "SIGHUP", None):
         for fd in (1, 2):
-            with suppress(OSError):          # it may be closed
+            with suppress(OSError):          # a stream that is closed
                 if stat.S_ISCHR(os.fstat(fd).st_mode):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 @contextmanager
 def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP go to `handler` for a while, but not those that nohup ignores."""
+    """Ctrl-C, SIGTERM and SIGHUP go to `handler` meanwhile, unless nohup has them ignored."""
     before = {n: signal.signal(n, handler) for n in ENDING
               if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN}
     try:
@@ -56,9 +56,10 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 @contextmanager
 def waiting() -> Iterator[list[int]]:
-    """A list that takes in the signals that come, so that a step ends first.
+    """Collect signals in a list, so that a training step can end first.
 
-    A second Ctrl-C raises Interrupted at once; other signals often come twice when a session ends.
+    A second Ctrl-C raises Interrupted at once. Other signals do not: they often come twice when a
+    session ends.
     """
     came: list[int] = []
 
@@ -74,10 +75,10 @@ def waiting() -> Iterator[list[int]]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made if need be, for this process alone; what dead ones left in it goes.
+    """Make `folder`, hold it for this process alone, and remove temporary files of killed ones.
 
-    The lock is the system's, on an open file: it ends with the process, however that ends. Raises
-    BlockingIOError where another process holds it.
+    The lock is the system's, on an open file, so it ends with the process. Raises BlockingIOError
+    if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as f:

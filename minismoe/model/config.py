@@ -1,4 +1,4 @@
-"""What the decoder needs of a checkpoint's config.json; what it does not know it refuses."""
+"""The decoder's configuration, read from a checkpoint's config.json. The unknown is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class Config:
-    """What the decoder needs of config.json, under the names that it has there."""
+    """The fields of config.json that the decoder needs, mostly under the same names."""
 
     vocab_size: int
     hidden_size: int
@@ -30,7 +30,7 @@ class Config:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()             # a layer: tokens that it sees, None = all
+    windows: tuple[int | None, ...] = ()             # of each layer: tokens it sees, None = all
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Config:
@@ -50,7 +50,7 @@ class Config:
                                              most=1 << 31)}
         if heads % sizes["num_key_value_heads"]:
             wrong.append("num_attention_heads is no multiple of num_key_value_heads")
-        if sizes["head_dim"] % 2 and sizes["head_dim"] > 1:      # 1 is what a refused size becomes
+        if sizes["head_dim"] % 2 and sizes["head_dim"] > 1:      # refused sizes are returned as 1
             wrong.append(f"head_dim = {sizes['head_dim']} is odd")
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             wrong.append(f"hidden_act {config['hidden_act']!r}: only silu")
@@ -72,7 +72,7 @@ class Config:
 
 def _size(config: Mapping[str, Any], name: str, default: int | None, wrong: list[str],
           most: int = 1 << 20) -> int:
-    """config[name], where it is a size; `most` keeps a product of three sizes below 2^63."""
+    """config[name] if it is a size, else 1. `most` keeps a product of three sizes below 2^63."""
     size = default if config.get(name) is None else config[name]
     if isinstance(size, int) and not isinstance(size, bool) and 0 < size <= most:
         return size
@@ -90,7 +90,7 @@ def _number(config: Mapping[str, Any], name: str, default: float | None, wrong: 
 
 def _rope(config: Mapping[str, Any], wrong: list[str]) -> tuple[float, dict[str, float] | None]:
     """theta and llama3 scaling, from the older `rope_scaling` or the newer `rope_parameters`."""
-    older = config.get("rope_scaling") or {}             # which lacks theta
+    older = config.get("rope_scaling") or {}             # theta stands beside it
     rope = config.get("rope_parameters") or older
     if isinstance(rope, Mapping) and isinstance(older, Mapping) and any(
             rope.get(key, value) != value for key, value in older.items()):
@@ -117,7 +117,7 @@ def _rope(config: Mapping[str, Any], wrong: list[str]) -> tuple[float, dict[str,
 
 def _windows(config: Mapping[str, Any], kind: Any, layers: int, wrong: list[str],
              ) -> tuple[int | None, ...]:
-    """Sliding window of each layer. A config that names none means 4096, as in `transformers`."""
+    """Sliding window of each layer. Without one in the config it is 4096, as in `transformers`."""
     if config.get("sliding_window", 4096) is None or not (
             kind == "mistral" or kind in ("qwen2", "qwen3") and config.get("use_sliding_window")):
         return (None,) * layers

@@ -1,11 +1,11 @@
 """The Llama-family decoder, with the module names of Hugging Face checkpoints.
 
-One class serves Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2/2.5 and Qwen3: they differ in the
-biases, in a norm on q and k, in the rotary frequencies, and in a sliding window, all of which
-`Config` reads from config.json.
+One class serves Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2/2.5 and Qwen3. They differ in
+biases, norms on q and k, rotary frequencies and sliding windows, which `Config` reads from
+config.json.
 
-The real tokens of a batch are packed to rows (N, D); only attention, which needs sequences, sees
-them as (B, T) (tokens.py).
+The tokens of a batch are packed without padding to rows (N, D). Only attention, which needs
+sequences, sees them as (B, T); see tokens.py.
 
 Letters: B batch, T time, N real tokens, D hidden, H query heads, K key/value heads, C head size,
 S cached positions, V vocabulary.
@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,11 +28,17 @@ from ..method.experts import expert_layers, together
 from .config import Config
 from .tokens import Cache, Tokens, shared_prefixes
 
-SHORT = 256            # keys up to which a CPU trains bfloat16 with attention written out
+SHORT = 256            # keys; up to so many, a CPU trains bfloat16 faster with `attend_short`
 
 
 class _RMSNorm(torch.autograd.Function):
-    """F.rms_norm with a backward in five passes over x; autograd's takes three times as long."""
+    """RMS normalisation with a fused backward: five passes over x, a third of autograd's time.
+
+    y = x / rms * weight,   rms = sqrt(mean(x^2) + eps)
+    dx = g / rms - x <g, x> / (n rms^3),   g = dy * weight
+    d_weight = sum over rows of dy * x / rms
+    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -47,8 +52,8 @@ class _RMSNorm(torch.autograd.Function):
         (x, weight), n = ctx.saved_tensors, dy.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)
         x32, g = x.to(wide), (dy * weight).to(wide)
-        rms = torch.linalg.vecdot(x32, x32)[..., None].div_(n).add_(ctx.eps)
-        inverse = rms.rsqrt_()                                           # (..., 1): 1 / rms(x)
+        mean_square = torch.linalg.vecdot(x32, x32)[..., None].div_(n)
+        inverse = mean_square.add_(ctx.eps).rsqrt_()                     # (..., 1): 1 / rms
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = (dy * (x32 * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
@@ -57,7 +62,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 whatever the dtype of x."""
+    """x / rms(x) * weight over the last dimension, computed in float32 for any dtype of x."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -83,7 +88,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
     def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """(N, D) -> (N, D); with a cache, keys and values of these tokens are added to it."""
+        """(N, D) -> (N, D); keys and values are added to the cache, if there is one."""
         q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
                    for y in together(x, self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
@@ -93,7 +98,7 @@ class Attention(nn.Module):
             keys, values = tokens.sequences(k), tokens.sequences(v)
         else:
             keys, values = (c[self.layer] for c in (tokens.cache.keys, tokens.cache.values))
-            if tokens.shared:                        # every row starts here, and some start alike
+            if tokens.shared:                        # the cache was empty: all rows start at 0
                 keys[:, :, :tokens.shape[1]] = tokens.sequences(k)
                 values[:, :, :tokens.shape[1]] = tokens.sequences(v)
             else:
@@ -116,14 +121,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.requires_grad and narrow and cpu and k.shape[2] <= SHORT:
         return attend_short(q, k, v, mask)
     if (shared := q.shape[1] // k.shape[1]) > 1 and not cpu and (mask is not None or not narrow):
-        # CUDA shares heads without the (T, S) scores only unmasked and in half precision.
+        # CUDA's fused kernels share key/value heads only without a mask and in half precision.
         k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=shared > 1)
 
 
 def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same, written out: in bfloat16 a CPU's fused kernel takes six times as long to train."""
+    """`attend` step by step: a CPU's fused kernel takes six times as long to train in bfloat16."""
     heads, length = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[2]
     grouped = (q * q.shape[-1] ** -0.5).unflatten(1, heads).flatten(2, 3)        # (B, K, G*T, C)
     scores = (grouped @ k.mT).unflatten(2, (heads[1], length))                   # (B, K, G, T, S)
@@ -136,7 +141,11 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps its two inputs for the backward and not silu(gate) as well."""
+    """silu(gate) * up, which saves only its inputs for the backward; autograd saves silu(gate) too.
+
+    y = s(gate) * up,   s(z) = z sigmoid(z);   d_gate = dy * up * s'(gate),   d_up = dy * s(gate)
+    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -164,8 +173,8 @@ class MLP(nn.Module):
         return self.down_proj(_SwiGLU.apply(*together(x, self.gate_proj, self.up_proj)))
 
 
-class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x), of the rows `top` alone where they are given."""
+class DecoderLayer(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x), the latter on the rows `top` only, if given."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -182,43 +191,42 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-@contextmanager
-def _recomputing(block: nn.Module) -> Iterator[None]:
-    """Afterwards no graph is left in the block's routers: it would keep all that was recomputed."""
-    try:
-        yield
-    finally:
-        for layer in expert_layers(block).values():
-            if layer.router_logits is not None:
-                layer.router_logits = layer.router_logits.detach()
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _recomputing(block)
+def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
+    """layer(*inputs); its activations are not kept, but computed again in the backward pass."""
+    @contextmanager
+    def recomputing() -> Iterator[None]:
+        try:
+            yield
+        finally:         # detach the routers' logits: their graph would keep all activations
+            for experts in expert_layers(layer).values():
+                if experts.router_logits is not None:
+                    experts.router_logits = experts.router_logits.detach()
+    return checkpoint(layer, *inputs, use_reentrant=False,
+                      context_fn=lambda: (nullcontext(), recomputing()))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm."""
+    """Embedding, layers and the last norm."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.config = cfg
-        # nn.Embedding's own normal_, on the meta device where checkpoints load, would import
-        # torch's whole compiler: 1.2 s and 75 MB. Uniform, the variance is the same, 1.
+        # nn.Embedding would call normal_, which on the meta device imports torch's compiler: 1.2 s
+        # and 75 MB. This uniform distribution has the same variance, 1.
         table = torch.empty(cfg.vocab_size, cfg.hidden_size).uniform_(-3 ** 0.5, 3 ** 0.5)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.recompute = False       # activation checkpointing: slower, far less memory
-        self.copies: Tensor | None = None    # of the last forward: sequences that share each row
+        self.copies: Tensor | None = None    # `Tokens.copies` of the last forward
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: Cache | None = None, needed: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) of input_ids (B, T); zeros where attention_mask (B, T) is 0.
 
-        needed (B, T) says where they will be read. Elsewhere they may be zeros, as the last MLP is
-        then for those tokens alone, and what all rows, or some neighbours, begin with before them
-        (a system prompt, an instruction) is computed once. With a filled cache it changes nothing.
+        needed (B, T) marks the positions that the caller reads; others may return zeros. The last
+        MLP runs on needed positions only. A prefix that neighbouring rows share before their first
+        needed position (a system prompt) runs once. With a filled cache, needed is ignored.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if needed is None or (cache is not None and cache.used):
@@ -231,13 +239,12 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         rope = self._rope(tokens.positions, x.dtype)
         rows = len(x)
-        for block in self.layers:
-            given = (x, tokens, rope, top if block is self.layers[-1] else None)
+        for layer in self.layers:
+            inputs = (x, tokens, rope, top if layer is self.layers[-1] else None)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, *given, use_reentrant=False,
-                               context_fn=partial(_contexts, block))
+                x = _checkpointed(layer, *inputs)
             else:
-                x = block(*given)
+                x = layer(*inputs)
         x = self.norm(x)
         if top is not None:
             x = x.new_zeros(rows, x.shape[1]).index_copy(0, top, x)
@@ -251,23 +258,23 @@ class Decoder(nn.Module):
 
 
 def rope_frequencies(cfg: Config) -> Tensor:
-    """Radians a token of each rotary pair, (C / 2,); llama3 stretches the slow ones."""
+    """Radians a token turns each rotary pair, (C / 2,); llama3 scaling lowers low frequencies."""
     frequencies = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
     if (s := cfg.rope_scaling) is None:
         return frequencies
     turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = s["low_freq_factor"], s["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)   # 0: turns below low; 1: above high
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)   # 0 up to low turns, 1 from high
     return frequencies * (smooth + (1 - smooth) / s["factor"])
 
 
 class CausalLM(nn.Module):
     """The decoder and its head: model(input_ids, attention_mask) -> logits."""
 
-    name = ""              # where it was loaded from,
-    fingerprint = ""       # and what tells this base from others
-    merged = ""            # the base it was, before adapters were merged into it
-    base_bits: int | None = None       # of its linear layers, where they are held in 8 or 4
+    name = ""              # the path or hub name that it was loaded from
+    fingerprint = ""       # a hash that tells this base from others
+    merged = ""            # if adapters are merged into it: the name of the base without them
+    base_bits: int | None = None       # 8 or 4, if its linear layers are quantised
 
     def __init__(self, config: Config):
         super().__init__()
@@ -281,7 +288,7 @@ class CausalLM(nn.Module):
                 cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T).
 
-        attention_mask (B, T) is 0 at pads, on either side; logits at pads mean nothing. With a
-        cache, input_ids follow on the tokens that it holds, and it grows by the real ones.
+        attention_mask (B, T) is 0 at padding, on either side; logits at padding mean nothing. With
+        a cache, input_ids follow the tokens in it, and their keys and values are added to it.
         """
         return self.lm_head(self.model(input_ids, attention_mask, cache))

@@ -1,8 +1,9 @@
-"""Weights as blocks of 32 small integers, a scale and a zero point: w = scale * (q - zero).
+"""Weights in 8 or 4 bits, for exports and for a frozen base that is trained on.
 
+Blocks of 32 weights share one scale and one zero point: w = scale * (q - zero), with integers q.
 Each block takes the better of two grids: a symmetric one, whose zero is the middle of the range,
-and one that reaches from its smallest weight to its largest. In 4 bits both are also tried
-clipped, because a single large weight makes the steps of 31 others coarse.
+and one from the block's smallest weight to its largest. In 4 bits, clipped grids are tried too,
+because a single large weight makes the steps of the 31 others coarse.
 
 Letters: N outputs, K inputs, G = ceil(K / 32) blocks in a row.
 """
@@ -11,22 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 BLOCK = 32
-CLIPS = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.7), 8: (1.0,)}     # of the range; 8 bits need no clip
-ROWS = 1 << 18                  # elements computed at a time: what a cache holds
-MANY = 1 << 23                  # the same on other devices than a CPU
+CLIPS = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.7), 8: (1.0,)}     # shares of the range that are tried
+ON_CPU, ON_GPU = 1 << 18, 1 << 23    # weights computed at a time; a CPU's cache holds the former
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Integers as they are stored, low nibble first: data (N, G, 32 * bits / 8), uint8.
+    """A quantised weight. In 4 bits, a byte holds two values, the first in the low nibble.
 
-    scales (N, G), float32; zeros (N, ceil(G * bits / 8)), uint8, packed as the data is.
+    data (N, G, 32 * bits / 8) uint8, scales (N, G) float, zeros (N, ceil(G * bits / 8)) uint8.
     """
 
     bits: int
@@ -45,7 +47,7 @@ def quantize(weight: Tensor, bits: int) -> Blocks:
 
 def _step(weight: Tensor) -> int:
     """Rows that are computed at a time."""
-    return max(1, (ROWS if weight.device.type == "cpu" else MANY) // weight.shape[1])
+    return max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
 
 
 def _rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,8 +70,8 @@ def _grids(w: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(scale, zero) candidates (N, G, 1) of w (N, G, 32)."""
     most = 2 ** bits - 1
     low, high = w.amin(2, True).clamp(max=0), w.amax(2, True).clamp(min=0)   # 0 stays exact
-    tiny = 2.0 ** -20                # 16 steps of float16, which scales may become
-    # A symmetric grid has one step more on one side of its zero: the larger weight goes there.
+    tiny = 2.0 ** -20                # 16 steps of float16, which scales may be stored in
+    # A symmetric grid has one step more on one side of its zero: the side of the largest weight.
     far, middle = torch.maximum(-low, high), torch.where(high > -low, most // 2, most // 2 + 1.0)
     reach = (high - low).clamp(min=tiny)
     for clip in CLIPS[bits]:
@@ -86,9 +88,9 @@ def _pack(q: Tensor, bits: int) -> Tensor:
 
 
 def columns(blocks: Blocks, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What DequantizeLinear reads along axis 0: data (K, N), scales (G, N) and zeros (G, N).
+    """data (K, N), scales (G, N) and zeros (G, N), as ONNX's DequantizeLinear reads them on axis 0.
 
-    data and zeros are flat uint8, in which 4-bit values are packed on across the ends of rows.
+    data and zeros are flat uint8; in 4 bits, values are packed without a gap between rows.
     """
     bits, G = blocks.bits, blocks.scales.shape[1]
     data = unpack(blocks.data, bits).flatten(1)[:, :inputs]
@@ -97,14 +99,14 @@ def columns(blocks: Blocks, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of packing, with what padded it: (..., n) -> (..., n * 8 / bits)."""
+    """The inverse of `_pack`, padding included: (..., n) -> (..., n * 8 / bits)."""
     if bits == 8:
         return packed
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
 def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(N, 32 * G), computed in float32 and rounded once; only a few rows are float32 at a time."""
+    """The weight (N, 32 * G), computed in float32, a few rows at a time, and rounded to `dtype`."""
     N, G = blocks.scales.shape
     weight = torch.empty(N, G * BLOCK, dtype=dtype, device=blocks.scales.device)
     step = _step(weight)
@@ -113,3 +115,62 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
         q = unpack(blocks.data[part], blocks.bits).float()
         weight[part] = q.sub_(zeros).mul_(blocks.scales[part, :, None]).flatten(1)
     return weight
+
+
+class QuantizedWeight(nn.Module):
+    """A frozen weight (N, K) in blocks, with float16 scales, in place of a layer's parameter."""
+
+    data: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(self, weight: Tensor, bits: int, dtype: torch.dtype):
+        """Quantise `weight`; `dense` returns it as `dtype`."""
+        super().__init__()
+        self.bits, self.shape, self.dtype = bits, weight.shape, dtype
+        blocks = quantize(weight, bits)
+        self.register_buffer("data", blocks.data)
+        self.register_buffer("scales", blocks.scales.half())
+        self.register_buffer("zeros", blocks.zeros)
+
+    @property
+    def device(self) -> torch.device:
+        return self.scales.device
+
+    def dense(self) -> Tensor:
+        """The weight (N, K), dequantised anew at each call."""
+        blocks = Blocks(self.bits, self.data, self.scales, self.zeros)
+        return dequantize(blocks, self.dtype)[:, :self.shape[1]]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer that dequantises its frozen W in the backward again, and so does not keep it.
+
+    y = x W^T + b;   dx = dy W
+    Compared with autograd in tests/model/test_quantized_base.py,
+    test_outputs_and_gradients_are_those_of_the_rounded_weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dense(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy @ ctx.weight.dense(), None, None
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen nn.Linear whose weight is a QuantizedWeight."""
+
+    def __init__(self, linear: nn.Linear, weight: QuantizedWeight):
+        """A replacement of `linear` with its bias."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = weight, linear.bias         # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return _FrozenLinear.apply(x, self.weight, self.bias)

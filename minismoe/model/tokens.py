@@ -1,9 +1,9 @@
-"""Where the real tokens of a batch are, which of them are shared, and the cache of those before.
+"""Packing: a batch without padding, prefixes that sequences share held once; and the KV cache.
 
-Pads never reach a matrix multiplication, and what sequences begin with alike is computed once: the
-tokens of a batch are packed to rows (N, D), and only attention sees them as (B, T).
+The tokens of a batch are packed to rows (N, D), so no matrix multiplication runs on padding, and a
+prefix that neighbouring sequences share is computed once. Only attention sees tokens as (B, T).
 
-Letters: B batch, T time, N real tokens, K key/value heads, C head size.
+Letters: B batch, T time, N packed tokens, K key/value heads, C head size.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .config import Config
 if TYPE_CHECKING:
     from .decoder import CausalLM
 
-FEW = 4                # tokens that are not worth sharing
+FEW = 4                # a shared prefix of fewer tokens is not worth the work
 
 
 class Cache:
-    """Keys and values of the tokens so far, each row from position 0 on, whatever its padding."""
+    """Keys and values of the tokens so far; each row begins at position 0, without padding."""
 
     def __init__(self, model: CausalLM, batch: int, capacity: int):
         """Room for `capacity` tokens in each of `batch` rows."""
@@ -34,17 +34,20 @@ class Cache:
         self.keys = [weight.new_zeros(shape) for _ in range(cfg.num_hidden_layers)]
         self.values = [weight.new_zeros(shape) for _ in range(cfg.num_hidden_layers)]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
-        self.used = 0        # upper bound of lengths, known without asking the device
+        self.used = 0        # an upper bound of lengths, kept on the CPU to avoid a synchronisation
 
 
-# First row, last row + 1, first token, last token + 1.
+# Prefixes, each as (first row, last row + 1, first token, last token + 1).
 Shared = Sequence[tuple[int, int, int, int]]
 
 
 class Tokens:
-    """Where the real tokens of one (B, T) batch are, as rows of a packed (N, ...) tensor.
+    """The places of one batch's (B, T) tokens in packed tensors (N, ...).
 
-    Tokens that neighbouring sequences begin with alike are held once, by the first of them.
+    Tokens of a shared prefix are packed once, in the first of the rows that share it.
+    rows, positions (N,): sequence and rotary position of each packed token. slots (N,): its place
+    in right-padded (B*T). copies (N,), or None if nothing is shared: how many sequences have it.
+    masks: for each window, what attention may see.
     """
 
     def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None = None,
@@ -53,7 +56,7 @@ class Tokens:
         self.shape, self.device, self.shared = mask.shape, mask.device, shared
         B, T = mask.shape
         rows = torch.arange(B, device=self.device)[:, None].expand_as(mask)
-        order = mask.cumsum(1) - 1                                       # (B, T) place in its row
+        order = mask.cumsum(1) - 1                                       # (B, T) index in its row
         if cache is not None:
             seen = cache.lengths.clone()
             cache.lengths += mask.sum(1)
@@ -66,27 +69,27 @@ class Tokens:
             copies[first, start:stop] = end - first
         self.where = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
         self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
-        self.slots = self.rows * T + local                               # right-padded places
-        self.copies = self.pack(copies.reshape(-1)) if shared else None  # (N,) sequences
+        self.slots = self.rows * T + local
+        self.copies = self.pack(copies.reshape(-1)) if shared else None
         self.positions = local if cache is None else local + seen[self.rows]
         self.cache = cache
         longest = T if cache is None else cache.used
         self.masks = {w: self._mask(w, longest) for w in set(config.windows)}
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B*T, ...) -> (N, ...), without the pads."""
+        """(B*T, ...) -> (N, ...), without padding."""
         return x if self.where is None else x.index_select(0, self.where)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (B, T, ...), zeros at the pads."""
+        """(N, ...) -> (B, T, ...), with zeros at padding."""
         return self._spread(x, self.where)
 
     def sequences(self, x: Tensor) -> Tensor:
-        """(N, heads, C) -> (B, heads, T, C), each row's tokens from the left."""
+        """(N, heads, C) -> (B, heads, T, C), padded on the right."""
         return self._spread(x, self.slots).transpose(1, 2)
 
     def _spread(self, x: Tensor, places: Tensor | None) -> Tensor:
-        """(N, ...) -> (B, T, ...), each at its places of the B*T."""
+        """(N, ...) -> (B, T, ...), with token n at places[n] of the B*T."""
         if self.where is None or places is None:
             return x.unflatten(0, self.shape)
         return _Spread.apply(x, places, self.shape, self.shared)
@@ -97,7 +100,7 @@ class Tokens:
         return x if self.where is None else _Gather.apply(x, self.slots)
 
     def _mask(self, window: int | None, keys: int) -> Tensor | None:
-        """Which of `keys` each query sees, (B, 1, T, keys); None where causality says it all."""
+        """Which of `keys` each query may see, (B, 1, T, keys); None if attention is just causal."""
         if self.cache is None and (window is None or window >= keys):
             return None
         query = self.sequences(self.positions[:, None, None]).to(self.device)     # (B, 1, T, 1)
@@ -107,9 +110,12 @@ class Tokens:
 
 
 class _Spread(torch.autograd.Function):
-    """Packed tokens to their places of (B, T, ...), shared ones to each sequence's.
+    """Packed tokens to their places in (B, T, ...); shared prefixes are copied to each sequence.
 
-    By hand, for autograd does not know that places differ, and adds where it could copy.
+    y[places] = x, then y[other rows] = y[first row] for each prefix
+    dx = dy[places], where dy[first row] is the sum of dy over the rows of each prefix
+    The backward is written by hand because places differ: it copies where autograd would add.
+    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
     """
 
     @staticmethod
@@ -134,7 +140,10 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """x[places] of (M, ...), where no place comes twice, so that the gradient is copied."""
+    """y = x[places] of x (M, ...); all places differ, so the backward copies: dx[places] = dy.
+
+    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
@@ -150,10 +159,10 @@ class _Gather(torch.autograd.Function):
 
 
 def shared_prefixes(input_ids: Tensor, mask: Tensor) -> Shared:
-    """What the rows of a batch begin with alike: all of them, and groups of neighbours beyond that.
+    """Prefixes that all rows of a batch share, and longer ones that groups of neighbours share.
 
-    Only tokens where mask (B, T) is true are shared. Rows are compared with the next one alone, so
-    those that are alike should stand together.
+    Only tokens where mask (B, T) is true are shared. Each row is compared with the next one only:
+    rows with the same prefix should be neighbours.
     """
     same = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
     alike = same.cumprod(1).sum(1).tolist()                              # (B - 1,) tokens

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..io import text as failure
 from ..io.flags import positive
 from ..io.process import peak_resident
-from ..io.text import clean
+from ..io.text import clean, error_line, print_error
 
 if TYPE_CHECKING:
     from .generator import Generator
@@ -79,7 +78,7 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> Non
             history.append({"role": "assistant", "content": answer})
         except ValueError as e:              # too long, or refused by the template
             anew = "; /clear begins anew" if len(history) > 1 else ""
-            print(f"error: {failure.line(e)}{anew}", file=sys.stderr)
+            print(f"error: {error_line(e)}{anew}", file=sys.stderr)
             history.pop()
         except KeyboardInterrupt:            # while the template was rendered
             print()
@@ -154,7 +153,7 @@ def run() -> None:
             e = ValueError("out of memory: export again, with a smaller --context")
         if not isinstance(e, expected) and "onnxruntime" not in type(e).__module__:
             raise
-        failure.say(e)
+        print_error(e)
         sys.exit(1)
 
 

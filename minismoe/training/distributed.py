@@ -1,8 +1,8 @@
 """Several processes on one run, as torchrun starts them; a process alone is a world of one.
 
-Each computes its share of every micro-batch, and takes the same optimizer step from the same summed
-gradients. These alone go over nccl, where there is CUDA; all else over gloo, which tells at once
-where another process is gone: nccl would wait for it.
+Each computes its share of every micro-batch and takes the same optimizer step from the same summed
+gradients. On CUDA the gradients go over nccl. All else goes over gloo, which raises at once if
+another process has ended: nccl would wait for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..io.text import out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_joined = False          # by start(): processes that another program joined are none of ours
+_joined = False          # set by start(); a group that another program made is not ours
 
 
 def world() -> int:
@@ -32,19 +32,19 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Which of them this is; number 0 prints, and writes the files."""
+    """This process's number; 0 prints and writes the files."""
     return dist.get_rank() if world() > 1 else 0
 
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """A failed exchange as a ConnectionError of one line."""
+    """Raise a ConnectionError of one line if an exchange fails."""
     try:
         yield
     except RuntimeError as e:
         if out_of_memory(e):
             raise
-        # gloo names its source file first, then what happened; nccl says that last.
+        # gloo: "[its source file] reason. advice"; nccl: the reason is the last line.
         lines = str(e).splitlines()
         reason = lines[-1] if "NCCL" in lines[0] else lines[0].rpartition("] ")[2].split(". ")[0]
         raise ConnectionError("another process of this run has ended, or cannot be reached "
@@ -52,7 +52,7 @@ def _peers() -> Iterator[None]:
 
 
 def start(device: torch.device) -> None:
-    """Join the processes that torchrun started, if it did; all but the first fall silent."""
+    """Join the processes that torchrun started, if it did; only the first prints from then on."""
     global _joined
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined:
         return
@@ -61,8 +61,8 @@ def start(device: torch.device) -> None:
             raise ValueError(f"process {local} of this machine finds {torch.cuda.device_count()} "
                              "CUDA devices: start as many processes a machine as it has")
         if device.index not in (None, local):
-            raise ValueError(f"--device {device}: of several processes each takes a device of its "
-                             "own, so leave out the number")
+            raise ValueError(f"--device {device}: each process takes a device of its own, so leave "
+                             "out the number")
         torch.cuda.set_device(local)
     with _peers():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -72,9 +72,9 @@ def start(device: torch.device) -> None:
 
 
 def leave(code: int) -> None:
-    """End this process, if it is one of several; with code 0 when all have come here.
+    """End this process if it is one of several; with code 0, once all have come here.
 
-    At once: torch's threads were seen to abort a process that unwinds as usual.
+    os._exit, because torch's threads were seen to abort a process that ends as usual.
     """
     if world() > 1:
         if code == 0:
@@ -91,28 +91,28 @@ def _local_rank() -> int:
 
 @contextmanager
 def one_first() -> Iterator[None]:
-    """One process of each machine does what follows first; the others find what it left."""
-    if world() > 1 and _local_rank():
+    """The first process of each machine runs the block, then the others, who find what it left."""
+    if _local_rank():
         gather(None)
     yield
-    if world() > 1 and not _local_rank():
+    if not _local_rank():
         gather(None)
-    gather(None)                             # all have found it: it may be changed
+    gather(None)                             # nobody goes on before all have run the block
 
 
 def share(count: int) -> int:
-    """The largest part of `count` that one process gets."""
+    """The most that one process gets of `count` things."""
     return -(-count // world())
 
 
 def once(work: Callable[..., Any], *args: Any) -> None:
-    """work(*args), in the first process alone."""
+    """Call work(*args) in the first process only."""
     if rank() == 0:
         work(*args)
 
 
 def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
-    """The sum over the processes of each one's times * x, the same bits in all."""
+    """The sum over all processes of times * x, the same to the last bit in each."""
     if world() == 1:
         return x
     y = times * x.cpu()
@@ -122,7 +122,7 @@ def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
 
 
 def anywhere(flag: Any) -> bool:
-    """Whether flag is true in any process."""
+    """Whether `flag` is true in any process."""
     return bool(all_sum(torch.tensor(float(bool(flag)))))
 
 
@@ -141,7 +141,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON value of every process, in order."""
+    """The JSON value of every process, in the order of their ranks."""
     if world() == 1:
         return [value]
     data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
@@ -155,9 +155,9 @@ def gather(value: Any) -> list[Any]:
 
 
 def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """work(item), a JSON value, of each item in order; as many at a time as there are processes.
+    """work(item), a JSON value, for each item in order; each process works on one at a time.
 
-    Where the last round has fewer, the others repeat its last item: all pass the same exchanges.
+    If items run out, the other processes repeat the last one, so that all exchange equally often.
     """
     for i in range(0, len(items), world()):
         turn = items[i:i + world()]
@@ -165,10 +165,10 @@ def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Re
 
 
 def shard(model: Any, device: torch.device) -> None:
-    """Leave 1/N of each block's frozen weights in each process, in place, and all on `device`.
+    """Keep 1/N of each block's frozen weights in each of N processes, in place, on `device`.
 
-    A block is whole only while it computes. Embedding, head and what is trained stay whole. Modules
-    may not be exchanged afterwards, so experts come before; `model` is on the CPU.
+    A block is whole only while it computes; embedding, head and trained parameters always are.
+    `model` comes on the CPU and with its experts: modules cannot be replaced afterwards.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -1,4 +1,4 @@
-"""Greedy completion with the KV cache, and exact match a task."""
+"""Greedy completion with the KV cache, and exact match of each task."""
 
 from __future__ import annotations
 
@@ -23,27 +23,25 @@ from .distributed import anywhere, spread
 def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
              stop_ids: Sequence[int], batch_size: int = 32,
              progress: Callable[[int], Any] = lambda prompts: None) -> list[list[int]]:
-    """Greedy continuations of token prompts, up to and without a stop id, or max_new_tokens long.
+    """Greedy continuations of token prompts: up to a stop id, which is left out, or the limit.
 
-    Prompts of similar length share a batch; a row that has stopped costs nothing more, and a batch
-    ends when all of its rows have.
+    Prompts of similar length share a batch, which ends when all of its rows have stopped.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
     def complete(batch: list[int]) -> list[list[int]]:
-        return _generate(model, [prompts[n] for n in batch], max_new_tokens, stop_ids)
+        return _generate_batch(model, [prompts[n] for n in batch], max_new_tokens, stop_ids)
 
-    for chosen, found in zip(batches, spread(complete, batches)):
-        for n, tokens in zip(chosen, found):
-            completions[n] = tokens
-        progress(len(chosen))
-    return completions
+    completions: dict[int, list[int]] = {}
+    for batch, found in zip(batches, spread(complete, batches)):
+        completions |= zip(batch, found)
+        progress(len(batch))
+    return [completions[n] for n in range(len(prompts))]
 
 
-def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-              stop_ids: Sequence[int]) -> list[list[int]]:
+def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                    stop_ids: Sequence[int]) -> list[list[int]]:
     device = model.model.norm.weight.device
     longest = max(map(len, prompts))
     ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
@@ -59,7 +57,7 @@ def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens:
         hidden = model.model(ids, mask, cache, needed)[rows, last]               # (B, D)
         token = model.lm_head(hidden).argmax(-1)
         running = running & ~torch.isin(token, stops)
-        if not anywhere(running.any()):      # all take the same steps, as a sharded model needs
+        if not anywhere(running.any()):      # the processes of a sharded model step together
             break
         steps.append(torch.where(running, token, -1))
         ids, mask, last = token[:, None], running[:, None], torch.zeros_like(last)
@@ -69,16 +67,16 @@ def _generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens:
 
 @dataclass
 class Accuracy:
-    """Exact matches of one task."""
+    """How many answers of one task are exactly right."""
 
     correct: int
     examples: int
     wrong: list[tuple[str, str, str]] = field(default_factory=list)    # prompt, expected, given
-    right: list[int] = field(default_factory=list)                     # 1 or 0, line by line
+    right: list[int] = field(default_factory=list)                     # 1 or 0 a line
 
     @property
     def share(self) -> float:
-        """Correct answers of all."""
+        """Correct answers as a part of all, 0 to 1."""
         return self.correct / max(1, self.examples)
 
     @property
@@ -101,48 +99,49 @@ def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, batch_size: int 
 
 def exact_match(tokenizer: Tokenizer, task: Task, context: int,
                 complete: Callable[[list[list[int]], int], list[list[int]]]) -> Accuracy:
-    """Exact match on the test split: the answer of complete(prompts, limit), tokens in and out,
-    equals the last assistant turn, as the chat template writes it.
+    """Exact match on the test split; complete(prompts, limit) answers, tokens in and out.
 
-    White space around both is not compared. Generation may run a little longer than the longest
-    reference, so that an answer that goes on is wrong and not cut to be right. Raises as
-    `answer_prompts` does.
+    An answer is right if it equals the last turn as the chat template writes it, apart from white
+    space around both. Raises ValueError as `answer_prompts` does.
     """
     prompts = answer_prompts(tokenizer, task, context)
-    answers, limit = references(tokenizer, task)
-    result = Accuracy(0, len(answers))
-    for messages, answer, tokens in zip(task.test, answers, complete(prompts, limit)):
-        given, reference = (tokenizer.decode(t).strip() for t in (tokens, answer))
-        result.right.append(int(given == reference))
-        if given == reference:
-            result.correct += 1
-        else:
-            result.wrong.append((messages[-2]["content"] if len(messages) > 1 else "",
-                                 reference, given))
+    expected, limit = references(tokenizer, task)
+    result = Accuracy(0, len(expected))
+    for messages, reference, answer in zip(task.test, expected, complete(prompts, limit)):
+        wanted, given = tokenizer.decode(reference).strip(), tokenizer.decode(answer).strip()
+        result.right.append(int(given == wanted))
+        if given != wanted:
+            prompt = messages[-2]["content"] if len(messages) > 1 else ""
+            result.wrong.append((prompt, wanted, given))
+    result.correct = sum(result.right)
     return result
 
 
 def references(tokenizer: Tokenizer, task: Task) -> tuple[list[list[int]], int]:
-    """Tokens of the right answers, and how many an answer may have: a few more than the longest."""
-    answers = [answer_tokens(tokenizer, m) for m in task.test]
+    """Tokens of the right answers, and the limit for a completion.
+
+    The limit is 4 tokens above the longest answer: one that goes on is wrong, not cut to be right.
+    """
+    answers = [_answer_tokens(tokenizer, m) for m in task.test]
     return answers, max(map(len, answers)) + 4
 
 
-def answer_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Tokens of the last turn up to its end, with what a template adds to it (as an empty
-    <think> of Qwen3's)."""
+def _answer_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Tokens of the last turn before its stop id, as the chat template writes that turn.
+
+    Some templates add text to it: that of Qwen3 puts an empty <think> first.
+    """
     whole = tokenizer.render(messages)
     start = tokenizer.render(messages[:-1], add_generation_prompt=True)
-    added = whole.startswith(start)
-    ids = tokenizer.encode(whole[len(start):] if added else messages[-1]["content"])[0]
+    turn = whole[len(start):] if whole.startswith(start) else messages[-1]["content"]
     stops = set(tokenizer.stop_ids)
-    return list(itertools.takewhile(lambda i: i not in stops, ids))
+    return list(itertools.takewhile(lambda i: i not in stops, tokenizer.encode(turn)[0]))
 
 
 def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[int]]:
-    """Tokens of each test line up to its last answer.
+    """Tokens of each test line before its last answer.
 
-    Raises ValueError where there is no test line, or one that fills the `context`, in tokens.
+    Raises ValueError if there is no test line, or if one has `context` tokens or more.
     """
     if not task.test:
         raise ValueError(f"task {task.name} has no test line: give it a test.jsonl, or two lines")
@@ -153,8 +152,7 @@ def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[
         except ValueError as e:
             raise ValueError(f"task {task.name}, test line {number}: {e}") from None
         prompts.append(tokenizer.encode(text)[0])
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) >= context:
+        if len(prompts[-1]) >= context:
             raise ValueError(f"task {task.name}: the prompt of test line {number} has "
-                             f"{len(prompt)} tokens, and the model's context {context}")
+                             f"{len(prompts[-1])} tokens, and the model's context {context}")
     return prompts

@@ -1,4 +1,4 @@
-"""The training loop: bucketed batches, accumulation, schedule, metrics."""
+"""The training loop: `train_step` takes a batch to its gradients, `train` steps, logs and saves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from ..method.loss import IGNORE, supervised_losses
 from ..model.decoder import CausalLM
 from . import distributed
 from .resume import digest, discard, due, load_checkpoint, save_checkpoint
+
+REMEDY = "try a lower --lr, or --dtype float32"
 
 
 @dataclass(frozen=True)
@@ -76,74 +78,48 @@ def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example
             for batch in bucket(examples, cfg.batch_size, cfg.seed * 1000 + epoch)]
 
 
-def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
-          resume: bool = False) -> dict[str, float]:
-    """Train the experts of `model`, in place; gives steps, tokens, seconds and the last loss.
+def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
+               step: int = 0) -> dict[str, Any]:
+    """Add up the gradients of one optimizer step, in micro-batches, and return its metrics.
 
-    Writes run/metrics.jsonl, a line a step, and run/checkpoints. Raises Interrupted after Ctrl-C,
-    SIGTERM or SIGHUP, the finished step saved; ValueError where it can't go on from a checkpoint;
-    ArithmeticError, naming step and batch, where the loss is no longer finite.
+    The loss is the mean over the step's supervised tokens, whatever the micro-batches. The balance
+    loss is a statistic of each micro-batch, weighted by its tokens. Several processes share each
+    micro-batch: each has the gradients of its part, and all have the metrics of the whole.
     """
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    # With a smaller eps an entry whose gradient is rounding alone would move by the whole rate.
-    optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
-                                  weight_decay=cfg.weight_decay, fused=True)
-    batches = schedule(examples, cfg)
-    order = digest([[(e.task, e.index) for e in batch] for batch in batches])
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0}
-    if resume:
-        with distributed.one_first():    # which may remove a damaged one
-            state = load_checkpoint(run, parameters, optimizer, order) or state
-        if len(set(distributed.gather(state["step"]))) > 1:
-            raise ValueError(f"the processes do not see the same checkpoints: {run} must be a "
-                             "folder that they share")
-    else:
-        distributed.once(discard, run)
-    begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
-    metrics = _metrics_from(run / "metrics.jsonl", state["metrics"])
-    bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1,
-               disable=distributed.rank() > 0)
-    came = 0
-    with metrics, bar, waiting() as signals:
-        for step in range(state["step"], len(batches)):
-            start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, len(batches), cfg)
-            line = step_that_fits(model, batches[step], cfg, pad_id, step)
-            distributed.sum_gradients(parameters.values())
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.max_grad_norm).item()
-            if not math.isfinite(norm):
-                raise ArithmeticError(f"the loss is {line['loss']} at step {step + 1}, but its "
-                                      f"gradient {norm}: try a lower --lr, or --dtype float32")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            now = time.perf_counter()
-            line |= {"lr": group["lr"], "grad_norm": round(norm, 5),
-                     "tokens_per_second": round(line["tokens"] / (now - start), 1)}
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-            state = {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
-                     "seconds": now - begun, "loss": line["loss"], "order": order,
-                     "metrics": os.fstat(metrics.fileno()).st_size}
-            came = _asked(signals)
-            if distributed.rank() == 0 and (came or due(cfg.checkpoint_every, step + 1, saved)
-                                            or step + 1 == len(batches)):
-                os.fsync(metrics.fileno())
-                save_checkpoint(run, parameters, optimizer, state)
-                saved = time.monotonic()
-            if came:
-                break
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tok/s",
-                                refresh=False)
-            bar.update()
-        if came := came or _asked(signals):          # it may come after the last step
-            raise Interrupted(f"saved after step {state['step']} of {len(batches)}", came)
-    return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
-
-
-def _asked(signals: Sequence[int]) -> int:
-    """The signal that asked any of the processes to end, as it may come to one alone; 0: none."""
-    return max(distributed.gather(signals[0] if signals else 0))
+    device, layers = model.model.norm.weight.device, expert_layers(model)
+    supervised = Counter(e.task for e in batch for label in e.labels[1:] if label != IGNORE)
+    tokens, tasks = sum(len(e.ids) for e in batch), sorted(supervised)
+    sums: list[Tensor] = []              # a micro-batch: losses of each task, then the balance loss
+    for i in range(0, len(batch), cfg.micro_batch_size):
+        part = batch[i:i + cfg.micro_batch_size]
+        mine = part[distributed.rank()::distributed.world()]
+        # A process without an example computes one all the same, and counts it as 0.
+        counts = float(bool(mine))
+        # Sorted rows put shared prefixes side by side, so that the model computes them once.
+        mine = sorted(mine or part[:1], key=lambda e: e.ids)
+        ids, mask, labels = collate(mine, pad_id, device)
+        losses, rows = supervised_losses(model, ids, mask, labels, needed_only=True)
+        balance = balance_loss(layers.values(), mask, model.model.copies,
+                               partial(distributed.all_sum, times=counts))
+        balance = balance * (sum(len(e.ids) for e in part) / tokens)
+        loss = losses.sum() / supervised.total() + cfg.router_aux_loss_coef * balance
+        (counts * loss).backward()
+        task = torch.tensor([tasks.index(e.task) for e in mine], device=device)[rows]
+        by_task = losses.new_zeros(len(tasks)).index_add(0, task, losses.detach())
+        sums.append(counts * torch.cat([by_task, balance.detach()[None]]))
+    *task_sums, balance_sum = distributed.all_sum(torch.stack(sums).sum(0).cpu()).tolist()
+    mean = sum(task_sums) / supervised.total()
+    if not math.isfinite(mean):
+        lines = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
+        raise ArithmeticError(f"the loss is {mean} at step {step + 1}, on the training lines "
+                              f"{lines} (of those not held out): {REMEDY}")
+    line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance_sum, 5),
+            "tokens": tokens, "loss_by_task": {
+                task: round(total / supervised[task], 5) for task, total in zip(tasks, task_sums)}}
+    if step % cfg.expert_use_every == 0:
+        line["expert_use"] = {name: [round(u, 3) for u in use]
+                              for name, use in expert_use(layers, mask).items()}
+    return line
 
 
 def step_that_fits(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
@@ -155,65 +131,100 @@ def step_that_fits(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, 
         except (MemoryError, RuntimeError) as e:
             micro = min(cfg.micro_batch_size, len(batch)) // 2
             if not out_of_memory(e) or micro == 0 or distributed.world() > 1:
-                raise                                    # others are amid an exchange
+                raise                        # other processes wait in the middle of an exchange
             tqdm.write(f"step {step + 1}: out of memory, so {micro} examples at a time")
         cfg = replace(cfg, micro_batch_size=micro)
-        model.zero_grad(set_to_none=True)                # of the micro-batches that were done
+        model.zero_grad(set_to_none=True)    # gradients of the micro-batches that did fit
         for layer in expert_layers(model).values():
-            layer.router_logits = None                   # the graph of the one that was not
+            layer.router_logits = None       # holds the graph of the micro-batch that did not
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
-               step: int = 0) -> dict[str, Any]:
-    """Gradients of one optimizer step, in micro-batches, and its metrics.
+def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
+          resume: bool = False) -> dict[str, float]:
+    """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
 
-    The loss is the mean over the step's supervised tokens, whatever the micro-batches. The balance
-    loss is a statistic of each micro-batch, weighted by its tokens. Where several processes share
-    the micro-batches, the metrics are of all, and the gradients, of each one's part, add up.
+    Writes run/metrics.jsonl, a line a step, and run/checkpoints. Raises Interrupted after Ctrl-C,
+    SIGTERM or SIGHUP, once the step is saved; ValueError if it cannot go on from a checkpoint;
+    ArithmeticError, naming step and batch, if the loss is not finite.
     """
-    device, layers = model.model.norm.weight.device, expert_layers(model)
-    supervised = Counter(e.task for e in batch for label in e.labels[1:] if label != IGNORE)
-    tokens, tasks = sum(len(e.ids) for e in batch), sorted(supervised)
-    sums: list[Tensor] = []              # of the losses of each task, and the balance loss
-    for i in range(0, len(batch), cfg.micro_batch_size):
-        part = batch[i:i + cfg.micro_batch_size]
-        mine = part[distributed.rank()::distributed.world()]
-        here = float(bool(mine))         # where examples are too few, one is computed for nothing
-        # Rows that begin alike, as those of a task do, stand together: they share what is computed.
-        mine = sorted(mine or part[:1], key=lambda e: e.ids)
-        ids, mask, labels = collate(mine, pad_id, device)
-        losses, rows = supervised_losses(model, ids, mask, labels, needed_only=True)
-        balanced = balance_loss(layers.values(), mask, model.model.copies,
-                                partial(distributed.all_sum, times=here))
-        balanced = balanced * (sum(len(e.ids) for e in part) / tokens)
-        loss = losses.sum() / supervised.total() + cfg.router_aux_loss_coef * balanced
-        (here * loss).backward()
-        task = torch.tensor([tasks.index(e.task) for e in mine], device=device)[rows]
-        sums.append(here * torch.cat((losses.new_zeros(len(tasks)).index_add(
-            0, task, losses.detach()), balanced.detach()[None])))
-    *by_task, balance = distributed.all_sum(torch.stack(sums).sum(0).cpu()).tolist()
-    mean = sum(by_task) / supervised.total()
-    if not math.isfinite(mean):
-        names = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
-        raise ArithmeticError(f"the loss is {mean} at step {step + 1}, on the training lines "
-                              f"{names} (of those not held out): try a lower --lr, or "
-                              "--dtype float32")
-    line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance, 5),
-            "tokens": tokens, "loss_by_task": {
-                task: round(total / supervised[task], 5) for task, total in zip(tasks, by_task)}}
-    if step % cfg.expert_use_every == 0:
-        line["expert_use"] = {name: [round(u, 3) for u in use]
-                              for name, use in expert_use(layers, mask).items()}
-    return line
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # With a smaller eps an entry whose gradient is rounding alone would move by the whole rate.
+    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
+                                  weight_decay=cfg.weight_decay, fused=True)
+    batches = schedule(examples, cfg)
+    state = _first_state(run, trained, optimizer, batches, resume)
+    begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
+    metrics = _open_metrics(run / "metrics.jsonl", state["metrics"])
+    bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1,
+               disable=distributed.rank() > 0)
+    with metrics, bar, waiting() as signals:
+        for step in range(state["step"], len(batches)):
+            start = time.perf_counter()
+            line = step_that_fits(model, batches[step], cfg, pad_id, step)
+            distributed.sum_gradients(trained.values())
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
+            if not math.isfinite(norm):
+                raise ArithmeticError(f"the loss is {line['loss']} at step {step + 1}, but the "
+                                      f"norm of its gradient is {norm}: {REMEDY}")
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, len(batches), cfg)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            now = time.perf_counter()
+            line |= {"lr": lr, "grad_norm": round(norm, 5),
+                     "tokens_per_second": round(line["tokens"] / (now - start), 1)}
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
+                      "seconds": now - begun, "loss": line["loss"],
+                      "metrics": os.fstat(metrics.fileno()).st_size}
+            stop = _signal_to_any(signals)
+            if stop or step + 1 == len(batches) or due(cfg.checkpoint_every, step + 1, saved):
+                distributed.once(_save, run, trained, optimizer, state, metrics)
+                saved = time.monotonic()
+            if stop:
+                break
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tok/s",
+                                refresh=False)
+            bar.update()
+        if stop := _signal_to_any(signals):          # one may come after the last step, too
+            raise Interrupted(f"saved after step {state['step']} of {len(batches)}", stop)
+    return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
 
 
-def _metrics_from(file: Path, size: int) -> TextIO:
-    """The metrics file, open for appending behind its first `size` bytes."""
+def _first_state(run: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
+                 batches: Sequence[Sequence[Example]], resume: bool) -> dict[str, Any]:
+    """The state to begin with: that of the last checkpoint, or zeros and no checkpoint left."""
+    order = digest([[(e.task, e.index) for e in batch] for batch in batches])
+    fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0, "order": order}
+    if not resume:
+        distributed.once(discard, run)
+        return fresh
+    with distributed.one_first():            # the first may remove a damaged checkpoint
+        state = load_checkpoint(run, trained, optimizer, order) or fresh
+    if len(set(distributed.gather(state["step"]))) > 1:
+        raise ValueError(f"the processes do not see the same checkpoints: {run} must be a folder "
+                         "that they share")
+    return state
+
+
+def _open_metrics(file: Path, size: int) -> TextIO:
+    """The metrics file, cut to its first `size` bytes and open for appending."""
     if distributed.rank():
         return open(os.devnull, "w", encoding="utf-8")
     file.parent.mkdir(parents=True, exist_ok=True)
     metrics = file.open("a", encoding="utf-8", newline="\n")
     metrics.truncate(size)
     return metrics
+
+
+def _save(run: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
+          state: Mapping[str, Any], metrics: TextIO) -> None:
+    os.fsync(metrics.fileno())               # a checkpoint counts on the lines before it
+    save_checkpoint(run, trained, optimizer, state)
+
+
+def _signal_to_any(signals: Sequence[int]) -> int:
+    """The signal that asked any process to end, for one alone may get it; 0 if none did."""
+    return max(distributed.gather(signals[0] if signals else 0))

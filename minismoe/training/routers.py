@@ -1,13 +1,14 @@
-"""What trained routers do: how decidedly they choose, and whether they tell the tasks apart.
+"""What trained routers do: how sure their choices are, and whether they tell the tasks apart.
 
-u[t, e] is expert e's share of the gates of one matrix, over tokens of task t. Two numbers from 0
-to 1 sum a matrix up:
+u[t, e] is expert e's share of the gates of one matrix, over the tokens of task t. Two numbers from
+0 to 1 describe a matrix:
 
     entropy     mean over tokens of H(softmax of the router) / log E    1: all experts alike
     separation  I(task; expert) / log min(T, E)                         1: each task has its own
 
-I is the mutual information, tasks weighing alike: sum over t, e of u[t, e] log(u[t, e] / u[e]) / T.
-An expert with under 1 % of the gates, whatever the task, has collapsed.
+I is the mutual information, with equal weight for each task: the mean over t of
+sum over e of u[t, e] log(u[t, e] / u[e]), where u[e] is the mean of u[t, e] over t. An expert with
+less than 1 % of the gates in every task has collapsed.
 
 Letters: N tokens, E experts of a matrix, T tasks.
 """
@@ -31,8 +32,8 @@ def router_use(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]
                ) -> dict[str, dict[str, Any]]:
     """{module: {"use": {task: [share of each expert]}, "entropy": {task: .}, "separation": .}}.
 
-    tasks: batches as of `probe`, (input_ids, attention_mask, labels), each (B, T). Matrices with
-    one expert have no router, and are left out.
+    tasks: batches as for `probe`: (input_ids, attention_mask, labels), each (batch, length).
+    Matrices with one expert have no router and are left out.
     """
     layers = {name: m for name, m in expert_layers(model).items() if m.router is not None}
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
@@ -51,11 +52,11 @@ def router_use(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]
 
 
 def _summary(by_task: Mapping[str, Tensor]) -> dict[str, Any]:
-    """One matrix's numbers from its sums over tokens: gates, whose sum is N, and entropies."""
+    """One matrix's numbers from its sums over N tokens: E sums of gates, then one of entropies."""
     means = torch.stack([s / s[:-1].sum() for s in by_task.values()])            # (T, E + 1)
     u, entropy = means[:, :-1], means[:, -1]
     information = torch.special.xlogy(u, u / u.mean(0).clamp_min(1e-300)).sum(1).mean()
-    bound = math.log(min(u.shape)) or 1.0        # one task: nothing to tell apart
+    bound = math.log(min(u.shape)) or 1.0        # with one task the information is 0
     return {"use": dict(zip(by_task, [[round(x, 4) for x in row] for row in u.tolist()])),
             "entropy": dict(zip(by_task, [round(x, 4) for x in entropy.tolist()])),
             "separation": round(information.item() / bound, 4)}

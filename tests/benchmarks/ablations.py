@@ -65,7 +65,7 @@ VARIANTS = {
 
 def run(variant: Variant, inputs: Inputs, seed: int) -> dict[str, float]:
     """Exact match and separation, from 0 to 1, of a variant trained with a seed."""
-    model = load_model(toy.base_folder())
+    model = load_model(toy.checkpoint_folder())
     torch.manual_seed(seed)
     add_experts(model, dict.fromkeys(linear_layers(model), variant.experts), rank=variant.rank,
                 top_k=variant.top_k)
@@ -124,4 +124,4 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run_script(main)

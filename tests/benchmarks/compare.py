@@ -246,4 +246,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run_script(main)

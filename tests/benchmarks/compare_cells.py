@@ -180,7 +180,7 @@ def data_folder(args: argparse.Namespace, seed: int) -> Path:
 
 
 def model_folder(args: argparse.Namespace) -> Path:
-    return resolve(args.model) if args.model else toy.base_folder()
+    return resolve(args.model) if args.model else toy.checkpoint_folder()
 
 
 def probed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:

@@ -10,10 +10,10 @@ of the libraries.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,38 +32,37 @@ from minismoe.training.loop import TrainConfig, train_step
 AROUND = 2                       # steps before the largest, and after it
 
 
-def asked(argv: list[str]) -> tuple[RunConfig, argparse.Namespace]:
+def asked(argv: list[str]) -> tuple[limits.Prospect, RunConfig]:
     """What train.py's flags ask for."""
     config = train.parse(argv)
-    return config, limits.merged(settled(config.inputs), config.allocating, config.training)
+    config = replace(config, inputs=settled(config.inputs))
+    return limits.look_ahead(config.inputs, config.allocating, config.training), config
 
 
 def planned(argv: list[str]) -> dict[str, int]:
     """Bytes by part."""
-    config, args = asked(argv)
-    p = limits.look_ahead(args)
+    p, config = asked(argv)
+    micro = config.training.micro_batch_size
     if config.auto:
-        args.micro_batch_size = limits.largest_fitting(args, p)
-    parts = {"runtime": p.runtime, **plan.fixed(p.setup),
-             "activations": plan.largest(p.setup, p.batches, args.micro_batch_size)}
-    return {**parts, "micro_batch_size": args.micro_batch_size}
+        micro = limits.fitting(p, config.training.batch_size)
+    fixed = p.setup.fixed()
+    return {"runtime": p.runtime, **fixed, "micro_batch_size": micro,
+            "activations": p.setup.total(p.batches, micro) - sum(fixed.values())}
 
 
 def measured(argv: list[str], micro: int) -> int:
     """Bytes at the peak of some steps."""
-    _, args = asked(argv)
-    p = limits.look_ahead(args)
-    sizes = [plan.largest(p.setup, [batch], micro) for batch in p.batches]
-    place = sizes.index(max(sizes))
-    model = load_model(p.folder, p.setup.dtype, args.device, args.base_bits)
+    p, config = asked(argv)
+    place = p.batches.index(plan.largest(p.batches))
+    model = load_model(p.folder, p.setup.dtype, config.inputs.device, p.setup.base_bits)
     add_experts(model, p.setup.allocation)
-    model.model.recompute = args.recompute
+    model.model.recompute = p.setup.recompute
     optimizer = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], fused=True)
     for step, batch in enumerate(p.batches[max(0, place - AROUND):place + AROUND + 1]):
         train_step(model, batch, TrainConfig(micro_batch_size=micro), 0, step)
         optimizer.step()
         optimizer.zero_grad()
-    if p.setup.device == "cuda":
+    if p.setup.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return memory.peak_resident()
 

@@ -327,4 +327,4 @@ def curve_svg(record: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    script.run_script(main)

@@ -8,10 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-
-from minismoe.model.decoder import CausalLM, Config
+from tiny import save_bytes_model
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
@@ -23,14 +20,8 @@ import train_speed  # noqa: E402
 
 @pytest.mark.parametrize("side", decode_speed.OURS)
 def test_decode_speed_exports_a_side_and_measures_it(side, tmp_path, monkeypatch, capsys) -> None:
-    config = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 64,
-              "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-              "tie_word_embeddings": True, "eos_token_id": 257}
-    torch.manual_seed(0)
-    (model := tmp_path / "model").mkdir()
-    (model / "config.json").write_text(json.dumps(config))
-    save_file(dict(CausalLM(Config.from_dict(config)).named_parameters()),
-              model / "model.safetensors")
+    model = save_bytes_model(tmp_path / "model", hidden_size=64, intermediate_size=64,
+                             num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     decode_speed.export(model, tmp_path / side, side)
     monkeypatch.setenv("STARTED", "0")
     decode_speed.child(side, tmp_path / side, threads=1, tokens=4)

@@ -285,7 +285,7 @@ try:
 except KeyboardInterrupt:
     print("saved", flush=True)
     sys.exit(130)''']
-script.run(compare.main)
+script.run_script(compare.main)
 """
 
 

@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import finish
 
 import export
 import probe
 import train
 from minismoe.cli import probing
 from minismoe.cli.inputs import settled
-from minismoe.cli.script import run
-from minismoe.io.process import resident
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,19 +30,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(ROOT / name), *args], text=True, timeout=120,
                           capture_output=True)
-
-
-def finish(main, *args: str, capsys) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a script's main under `run`."""
-    before, sys.argv = sys.argv, ["script", *args]
-    try:
-        with pytest.raises(SystemExit) as end:
-            run(main)
-            raise SystemExit(0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return end.value.code, out, err
 
 
 def test_probe_writes_its_three_files(inputs, tmp_path, capsys) -> None:
@@ -201,19 +187,21 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),
     (["--shard"], 1, "start several with torchrun"),
 ])
-def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path) -> None:
+def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path, capsys) -> None:
     extra = [] if "--model" in args else inputs
-    done = script("train.py", *extra, *args, *(
-        [] if "--resume" in args else ["--out", str(tmp_path / "r")]))
-    assert done.returncode == code and says in done.stderr
-    assert "Traceback" not in done.stderr
+    ended, _, err = finish(train.main, *extra, *args, *(
+        [] if "--resume" in args else ["--out", str(tmp_path / "r")]), capsys=capsys)
+    assert ended == code and says in err
+    assert "Traceback" not in err
     if code == 1:
-        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert err.splitlines()[-1].startswith("error: ")
 
 
 def test_debug_shows_the_traceback(tmp_path) -> None:
-    done = script("train.py", "--model", str(tmp_path / "x"), "--data", ".", "--debug")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+    for more, shown in ((), False), (("--debug",), True):     # as a user starts it
+        done = script("train.py", "--model", str(tmp_path / "x"), "--data", ".", *more)
+        assert done.returncode == 1 and ("Traceback" in done.stderr) == shown
+        assert "no such model folder" in done.stderr.splitlines()[-1]
 
 
 def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path) -> None:
@@ -266,6 +254,7 @@ def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path,
                             "--micro-batch-size", "2", "--max-length", "64", capsys=capsys)
     assert code == 0, err
     assert "2 of 16 examples at a time, of up to 64 tokens" in out and "tokens/s" not in out
+    assert "gradients are exact; activations were measured" in out
     parts = {name: float(size.replace(",", "")) for name, size in
              re.findall(r"^(\S+(?: weights)?) +([\d,.]+)$", out, re.MULTILINE)}
     assert parts.pop("peak") == pytest.approx(sum(parts.values()), abs=0.4) and len(parts) == 6
@@ -277,19 +266,13 @@ def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path,
 
 def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch) -> None:
     """The same adapter as with that number given, and a resumed run keeps it."""
-    room = {}
-
-    def fits(setup, batches, free):
-        room["MiB"] = free / 2**20
-        return 3
-
     flags = [*inputs, "--epochs", "1", "--samples", "4", "--rank", "2"]
-    monkeypatch.setattr("minismoe.cli.plan.fit_micro_batch", fits)
+    monkeypatch.setattr("minismoe.cli.plan.Prospect.training",
+                        lambda self, micro: micro * (self.room // 4))
     auto = [*flags, "--batch-size", "auto", "--memory", "2G", "--out", str(tmp_path / "auto")]
     code, out, err = finish(train.main, *auto, capsys=capsys)
     assert code == 0, err
     assert "--micro-batch-size 3 of 16 fits" in out
-    assert room["MiB"] == pytest.approx(0.9 * 2048 - resident() / 2**20, abs=300)
     saved = json.loads((tmp_path / "auto" / "config.json").read_text())["arguments"]
     assert (saved["batch_size"], saved["micro_batch_size"]) == (16, 3)
     finish(train.main, *flags, "--micro-batch-size", "3", "--out", str(tmp_path / "given"),
@@ -298,7 +281,7 @@ def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch)
                     for run in ("auto", "given"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     (tmp_path / "auto" / "results.json").unlink()
-    monkeypatch.setattr("minismoe.cli.plan.fit_micro_batch", lambda *_: 5)
+    monkeypatch.setattr("minismoe.cli.plan.Prospect.training", lambda self, micro: 0)
     code, out, err = finish(train.main, *auto, "--resume", capsys=capsys)
     assert code == 0, err
     assert "fits" not in out and "nothing is missing" not in out
@@ -412,7 +395,7 @@ def test_auto_leaves_room_for_the_probe(inputs, tmp_path, capsys, monkeypatch) -
         json.dumps({"prompt": "the same " * 100 + str(i), "completion": "yes"}) + "\n"
         for i in range(40)))
     (tmp_path / "map.json").write_text('{"model.layers.0.mlp.up_proj": 2}')
-    monkeypatch.setattr("minismoe.cli.plan.runtime_bytes", lambda *_: 0)
+    monkeypatch.setattr("minismoe.cli.plan.resident", lambda: 0)
     fits = []
     for flags in ((), ("--allocation", str(tmp_path / "map.json"))):
         code, out, err = finish(

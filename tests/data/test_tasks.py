@@ -85,7 +85,7 @@ def chatml(bpe: Path) -> Tokenizer:
     {"instruction": "the cat?", "input": "", "output": "yes"},
     {"instruction": "the cat?", "input": None, "output": "yes"},
     {"instruction": "the", "input": "cat?", "output": "yes"}])
-def test_the_forms_of_a_line(line: dict[str, Any]) -> None:
+def test_each_form_of_a_line_becomes_messages(line: dict[str, Any]) -> None:
     wanted = PAIR_MESSAGES
     if line.get("input"):
         wanted = [say("user", "the\ncat?"), say("assistant", "yes")]
@@ -136,7 +136,8 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
      "a message has tool_calls and reasoning_content, which is not supported"),
     (json.dumps({"messages": [m | {"weight": 0} for m in PAIR_MESSAGES]}), "weight 0"),
 ], ids=lambda x: str(x)[:40])
-def test_a_bad_line(tmp_path: Path, line: str | bytes, reason: str) -> None:
+def test_a_bad_line_is_refused_with_its_place_and_reason(
+        tmp_path: Path, line: str | bytes, reason: str) -> None:
     line = line if isinstance(line, bytes) else line.encode()
     put(tmp_path, t__train=lines(PAIR).encode() + b"\n" + line + b"\n" + lines(PAIR).encode())
     with pytest.raises(ValueError) as e:
@@ -146,7 +147,7 @@ def test_a_bad_line(tmp_path: Path, line: str | bytes, reason: str) -> None:
     assert reason in str(e.value)
 
 
-def test_bad_lines_of_all_files_together(tmp_path: Path) -> None:
+def test_bad_lines_of_all_files_are_listed_at_once(tmp_path: Path) -> None:
     good, bad = lines(PAIR), "{}\n"
     put(tmp_path, a__train=good + bad * 4 + good, a__test=bad * 3, b=bad * 5 + good, c=good * 2,
         d__train="\n\n")
@@ -160,7 +161,7 @@ def test_bad_lines_of_all_files_together(tmp_path: Path) -> None:
             for x, p in zip(listed, places, strict=True)] == places
 
 
-def test_a_file_without_examples(tmp_path: Path) -> None:
+def test_a_file_without_examples_is_refused(tmp_path: Path) -> None:
     put(tmp_path, a__train="\n \n", b=lines(PAIR, PAIR))
     with pytest.raises(ValueError, match=r"a/train.jsonl: it holds no example"):
         load_tasks(tmp_path)
@@ -168,7 +169,7 @@ def test_a_file_without_examples(tmp_path: Path) -> None:
 
 # Tasks
 
-def test_folders_and_files(tmp_path: Path) -> None:
+def test_folders_and_files_are_tasks(tmp_path: Path) -> None:
     put(tmp_path, beta__train=lines(*numbered(3)), beta__test=lines(*numbered(2, "t")),
         alpha=lines(*numbered(20)), v__test=lines(PAIR))
     put(tmp_path / "dots.v1", train=lines(*numbered(2)))
@@ -186,7 +187,7 @@ def test_folders_and_files(tmp_path: Path) -> None:
     assert named == [alpha, beta]
 
 
-def test_an_unknown_task_or_folder(tmp_path: Path) -> None:
+def test_an_unknown_task_or_folder_is_refused(tmp_path: Path) -> None:
     put(tmp_path, a=lines(PAIR), b=lines(PAIR))
     with pytest.raises(FileNotFoundError, match="has no task c, x; it has a, b"):
         load_tasks(tmp_path, ["a", "c", "x"])
@@ -199,7 +200,7 @@ def test_an_unknown_task_or_folder(tmp_path: Path) -> None:
         load_tasks(tmp_path / "void", ["a"])
 
 
-def test_the_held_out_split(tmp_path: Path) -> None:
+def test_held_out_lines_depend_on_seed_and_task_alone(tmp_path: Path) -> None:
     put(tmp_path, a=lines(*numbered(40)), b=lines(*numbered(40)))
     first, again, other = (load_tasks(tmp_path, seed=s) for s in (1, 1, 2))
     assert first == again
@@ -267,7 +268,7 @@ def test_training_sees_the_tokens_of_inference(bpe: Path, backend: str) -> None:
     assert example.labels == [IGNORE] * len(prompt) + answer + [IGNORE] * line_end
 
 
-def test_a_template_that_changes_what_it_said(chatml: Tokenizer) -> None:
+def test_a_template_that_changes_earlier_turns_is_refused(chatml: Tokenizer) -> None:
     forgets = Tokenizer(ByteTokenizer(), FORGETS, "", "<|end|>")
     encode("t", [say("user", "a"), say("assistant", "why!yes")], forgets)    # one turn is fine
     two = [say("user", "a"), say("assistant", "why!yes"), say("user", "b"), say("assistant", "no")]
@@ -290,7 +291,7 @@ def test_a_blank_answer_amid_a_conversation_is_its_end_token(chatml: Tokenizer) 
     assert [text[s.start:s.stop] for s in spans] == [" <|im_end|>\n", "yes<|im_end|>\n"]
 
 
-def test_a_template_whose_prompt_does_not_lead_to_the_answer(bpe: Path) -> None:
+def test_a_template_whose_prompt_is_not_the_answers_beginning_is_refused(bpe: Path) -> None:
     thinks = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
     with pytest.raises(ValueError, match=r"as its generation prompt, which ends in .*<think>\\n'"):
         encode("t", PAIR_MESSAGES, Tokenizer(FileTokenizer(bpe), thinks, "", "<|im_end|>"))
@@ -325,7 +326,7 @@ def examples(lengths: list[int]) -> list[Example]:
     return [Example("t", [i + 1] * n, [IGNORE] * (n - 1) + [i + 1]) for i, n in enumerate(lengths)]
 
 
-def test_collate() -> None:
+def test_collate_pads_on_the_right() -> None:
     ids, mask, labels = collate(examples([3, 1, 2]), pad_id=99)
     assert ids.tolist() == [[1, 1, 1], [2, 99, 99], [3, 3, 99]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
@@ -367,7 +368,7 @@ def test_bucket_shuffles_by_seed_and_saves_pads() -> None:
     assert len(met[0] & met[1]) < len(met[0]) / 10
 
 
-def test_probe_batches() -> None:
+def test_probe_batches_hold_the_examples_asked_for() -> None:
     all_ = examples([5, 1, 4, 2, 3, 9, 9])
     batches = list(probe_batches(all_, count=4, batch_size=3, pad_id=0, device="cpu", skip=1))
     assert [tuple(ids.shape) for ids, _, _ in batches] == [(3, 3), (1, 4)]

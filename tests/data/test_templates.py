@@ -50,7 +50,7 @@ def test_deep_templates_are_refused_at_once() -> None:
         assert len(str(failed.value)) < 500
 
 
-def test_what_is_refused_is_one_short_line() -> None:
+def test_a_refusal_is_one_short_line() -> None:
     with pytest.raises(templates.Refused, match="TemplateError: one two") as failed:
         templates.render("{{ raise_exception('one\n' + 'two ' * 1000) }}", VALUES)
     assert "\n" not in str(failed.value) and len(str(failed.value)) < 500
@@ -63,8 +63,7 @@ def test_text_survives_the_pipe() -> None:
     assert templates.render(GOOD, {"messages": [{"content": long}]}) == long
 
 
-def test_an_answer_that_was_not_waited_for_is_not_the_next_ones(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_rendering_does_not_answer_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     process = templates.start()
 
     def interrupted() -> bytes:
@@ -108,7 +107,7 @@ def test_a_forked_child_starts_its_own() -> None:
     assert os.waitpid(child, 0)[1] == 0 and templates.start() is first
 
 
-def test_modules_of_the_working_directory_are_not_its_own(
+def test_no_module_of_the_working_directory_is_imported(
         tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "jinja2.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)

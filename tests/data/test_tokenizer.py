@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import CHATML
 
 from minismoe.data.tokenizer import (
     DEFAULT_TEMPLATE,
@@ -26,10 +27,6 @@ REPOSITORY = Path(__file__).parents[2]
 TEXT = "the naïve café 日本 🙂\u2028\u0085 <|im_end|> end"
 
 # In the style of published templates, written for these tests.
-CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
-{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}\
-{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 LLAMA3 = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system_message = messages[0]['content'] | trim %}
@@ -134,7 +131,7 @@ def test_a_cut_character_decodes_to_a_replacement() -> None:
 
 # tokenizer.json
 
-def test_file_tokenizer(bpe: Path) -> None:
+def test_a_file_tokenizer_encodes_as_its_library_does(bpe: Path) -> None:
     from tokenizers import Tokenizer as Backend
 
     backend, ours = Backend.from_file(str(bpe)), FileTokenizer(bpe)
@@ -150,7 +147,7 @@ def test_file_tokenizer(bpe: Path) -> None:
     assert "the" not in ours.special
 
 
-def test_a_file_that_truncates_and_pads_does_neither_here(bpe: Path, tmp_path: Path) -> None:
+def test_truncation_and_padding_of_a_file_are_ignored(bpe: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_file(str(bpe))
@@ -168,7 +165,7 @@ def test_a_missing_tokenizers_names_the_command(monkeypatch: pytest.MonkeyPatch,
         load_tokenizer(bpe.parent)
 
 
-def test_broken_folders(bpe: Path, tmp_path: Path) -> None:
+def test_broken_folders_are_refused(bpe: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -191,7 +188,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(bpe: Path, tmp_path: Path) -> No
         load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size - 1}))
 
 
-def test_texts_that_a_tokenizer_cannot_encode(bpe: Path, tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_encoded_is_refused(bpe: Path, tmp_path: Path) -> None:
     content = json.loads(bpe.read_text())
     content["model"]["vocab"]["Ġcat"] = 5000             # few tokens, but a number out of range
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -217,7 +214,7 @@ def test_bytes_where_the_model_has_their_vocabulary(tmp_path: Path) -> None:
 
 
 def test_importing_and_loading_import_no_torch(bpe: Path) -> None:
-    code = ("import sys; from minismoe.tokenizer import load_tokenizer; "
+    code = ("import sys, minismoe.runtime; from minismoe.data.tokenizer import load_tokenizer; "
             "t = load_tokenizer(sys.argv[1]); t.render([{'role': 'user', 'content': 'x'}]); "
             "print(t.encode('a?b')[1]); assert 'torch' not in sys.modules")
     run = subprocess.run([sys.executable, "-c", code, str(bpe.parent)], cwd=REPOSITORY, timeout=60,
@@ -260,7 +257,7 @@ def test_rendered_as_by_transformers(bpe: Path, tmp_path: Path, reference: Any, 
         assert tokenizer.encode(theirs)[0] == reference.encode(theirs, add_special_tokens=False)
 
 
-def test_the_default_template() -> None:
+def test_the_default_template_renders_plain_text() -> None:
     tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
     assert tokenizer.render([SYSTEM, USER | {"content": "a"}, ANSWER], True) == (
         "<|bos|>System: Be brief.\nUser: a\nAssistant: yes 🙂<|end|>\nAssistant:")
@@ -290,7 +287,7 @@ def test_what_a_template_refuses_is_said() -> None:
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}",
 ])
-def test_the_sandbox(template: str) -> None:
+def test_the_sandbox_stops_a_template_that_reaches_out(template: str) -> None:
     with pytest.raises(ValueError, match="the chat template fails"):
         tokenizer_of(template).render([dict(USER)])
 
@@ -372,7 +369,7 @@ def test_a_turn_end_is_read_off_the_template(bpe: Path, template: str, end: str)
     assert tokenizer.stop_ids == [backend.special[end]]
 
 
-def test_the_pad_token(bpe: Path, tmp_path: Path) -> None:
+def test_the_pad_token_is_the_declared_one_or_an_end_token(bpe: Path, tmp_path: Path) -> None:
     special = FileTokenizer(bpe).special
     settings = {"pad_token": "<|endoftext|>", "eos_token": "</s>"}
     assert load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings)).pad_id == special[

@@ -108,7 +108,7 @@ def test_lessons_are_right_and_never_worded_as_the_tasks_are():
 
 
 def test_lessons_are_in_the_form_of_fine_tuning(cache):
-    tokenizer = load_tokenizer(toy.base_folder(_steps=STEPS))
+    tokenizer = load_tokenizer(toy.checkpoint_folder(_steps=STEPS))
     rng = random.Random(1)
     for _ in range(50):
         lesson = toy._lesson(rng)
@@ -131,14 +131,14 @@ def test_tasks_are_deterministic_and_depend_on_the_seed():
 
 
 def test_sequences_are_short_and_fit_the_base(cache):
-    folder = toy.base_folder(_steps=STEPS)
+    folder = toy.checkpoint_folder(_steps=STEPS)
     tokenizer = load_tokenizer(folder)
     longest = max(len(encode(t.name, m, tokenizer).ids) for t in toy.tasks() for m in t.train)
     assert longest <= 64 < toy.CONFIG["max_position_embeddings"]
 
 
 def test_base_is_a_loadable_checkpoint(cache):
-    folder = toy.base_folder(_steps=STEPS)
+    folder = toy.checkpoint_folder(_steps=STEPS)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -149,29 +149,40 @@ def test_base_is_a_loadable_checkpoint(cache):
 
 def test_base_is_what_transformers_computes(cache):
     transformers = pytest.importorskip("transformers")
-    folder, ids = toy.base_folder(_steps=STEPS), torch.tensor([[toy.BOS, *b"User: max 12 34"]])
+    folder = toy.checkpoint_folder(_steps=STEPS)
+    ids = torch.tensor([[toy.BOS, *b"User: max 12 34"]])
     other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(load_model(folder)(ids), other(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_second_call_does_not_train(cache, monkeypatch):
-    folder = toy.base_folder(_steps=STEPS)
+    folder = toy.checkpoint_folder(_steps=STEPS)
     before = (folder / "model.safetensors").stat()
     monkeypatch.setattr(toy, "_pretrain", lambda steps: pytest.fail("trained again"))
-    assert toy.base_folder(_steps=STEPS) == folder
+    assert toy.checkpoint_folder(_steps=STEPS) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_base_is_deterministic_and_another_recipe_is_another_base(cache, monkeypatch):
-    one = (toy.base_folder(_steps=STEPS) / "model.safetensors").read_bytes()
+    one = (toy.checkpoint_folder(_steps=STEPS) / "model.safetensors").read_bytes()
     monkeypatch.setenv("MINISMOE_CACHE", str(cache / "elsewhere"))
-    again = toy.base_folder(_steps=STEPS)
+    again = toy.checkpoint_folder(_steps=STEPS)
     assert (again / "model.safetensors").read_bytes() == one
-    assert toy.base_folder(_steps=STEPS + 1) != again
+    assert toy.checkpoint_folder(_steps=STEPS + 1) != again
+
+
+@pytest.mark.parametrize("name", ["RECIPE", "CONFIG", "BATCH", "RATE", "SEED", "LETTERS", "LESSONS",
+                                  "WEIGHTS", "NOISE", "FACTS"])
+def test_a_changed_constant_makes_another_base(monkeypatch, name):
+    before, value = toy._recipe(STEPS), getattr(toy, name)
+    changed = value[:-1] if isinstance(value, (str, list, tuple)) else (
+        dict(list(value.items())[:-1]) if isinstance(value, dict) else value + 1)
+    monkeypatch.setattr(toy, name, changed)
+    assert toy._recipe(STEPS) != before
 
 
 def test_two_processes_at_once(cache):
-    code = f"from minismoe.data import toy; print(toy.base_folder(_steps={STEPS}))"
+    code = f"from minismoe.data import toy; print(toy.checkpoint_folder(_steps={STEPS}))"
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [p.communicate() for p in both]
@@ -186,10 +197,10 @@ def test_the_slower_process_uses_the_other_ones_base(cache, monkeypatch):
 
     def overtaken(steps):
         monkeypatch.setattr(toy, "_pretrain", train)
-        toy.base_folder(_steps=STEPS)
+        toy.checkpoint_folder(_steps=STEPS)
         return train(steps)
     monkeypatch.setattr(toy, "_pretrain", overtaken)
-    folder = toy.base_folder(_steps=STEPS)
+    folder = toy.checkpoint_folder(_steps=STEPS)
     assert list(cache.iterdir()) == [folder]
     load_model(folder)
 
@@ -199,7 +210,7 @@ def test_failure_leaves_nothing(cache, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(toy, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        toy.base_folder(_steps=STEPS)
+        toy.checkpoint_folder(_steps=STEPS)
     assert list(cache.iterdir()) == []
 
 

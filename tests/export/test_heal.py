@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from mixture import COUNTS, ROUTED, V, batch, model_of, tasks
 from safetensors import safe_open
-from test_freeze import COUNTS, ROUTED, V, batch, model_of, tasks
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors import safe_open
-from test_tokenizer import CHATML
-from tiny import random_hf
+from tiny import CHATML, random_hf
 from torch import Tensor
 
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer

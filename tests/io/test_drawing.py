@@ -52,21 +52,6 @@ def test_grid_keeps_modules_apart_that_end_alike():
     assert projections[0] == "q" and "layers.*.mlp.experts.1.up_proj" in projections
 
 
-def test_table_aligns_what_is_wide_on_a_terminal():
-    rows = [["日本語", "ab"], ["é", "cd"], ["e\u0301", "ef"], ["abcdefg", "gh"]]
-    lines = table(["task", "what"], rows).splitlines()[2:]
-    assert lines == ["日本語   ab", "é        cd", "e\u0301        ef", "abcdefg  gh"]
-
-
-def test_table_aligns_numbers_right_and_text_left():
-    text = table(["task", "before", "mean"], [["trec", 3, "0.86"], ["a longer one", "-", "12.10%"]])
-    assert text.splitlines() == ["task          before    mean",
-                                 "------------  ------  ------",
-                                 "trec               3    0.86",
-                                 "a longer one       -  12.10%"]
-    assert table(["a", "b"], []).splitlines() == ["a  b", "-  -"]
-
-
 def test_heatmap_digits_stand_in_their_row_and_column():
     counts = dict.fromkeys(model(30), 1.0)
     counts |= {"model.layers.7.mlp.up_proj": 4, "model.layers.29.self_attn.q_proj": 0}
@@ -91,7 +76,7 @@ def test_heatmap_shades_follow_the_scale():
     assert "min <=1 " in clipped
 
 
-def test_heatmap_axis_also_names_few_or_odd_layers():
+def test_heatmap_axis_names_few_or_odd_layers_too():
     def axis(*layers: int) -> list[str]:
         values = {f"layers.{i}.q_proj": 1.0 for i in layers} | {"lm_head": 1.0}
         return rows(terminal_heatmap("", values, color=False))["layer"].split()
@@ -129,7 +114,7 @@ def test_color_follows_the_terminal_and_no_color(monkeypatch):
 def test_control_characters_reach_neither_terminal_nor_svg():
     values = {f"model.layers.0.{EVIL}": 1.0, "model.layers.1.q_proj": 2.0}
     drawn = (terminal_heatmap(EVIL, values, color=False), table([EVIL], [[EVIL]]),
-             allocation_svg({EVIL: values}, {}, title=EVIL))
+             allocation_svg({EVIL: values}, {}, measure=EVIL))
     for text in drawn:
         assert all(char.isprintable() for char in text.replace("\n", ""))
     assert len(drawn[0].splitlines()) == 5 and len(drawn[1].splitlines()) == 3
@@ -142,7 +127,7 @@ ANY = st.text(st.characters(codec=None, exclude_categories=()))        # surroga
 @given(ANY, ANY, st.floats(), st.booleans())
 def test_no_name_or_value_breaks_a_drawing(task, name, value, color):
     values = {f"model.layers.3.{name}": value, name: value, "model.layers.4.q_proj": 1.0}
-    svg = allocation_svg({task: values}, {name: 2}, title=task)
+    svg = allocation_svg({task: values}, {name: 2}, measure=task)
     assert len(cells(svg)) == 2 * len(grid(values)[2])
     for scale in ("linear", "log"):
         text = terminal_heatmap(task, values, scale=scale, color=color)
@@ -151,14 +136,14 @@ def test_no_name_or_value_breaks_a_drawing(task, name, value, color):
 
 def test_svg_has_a_cell_for_each_matrix_and_names_every_task():
     scores = {"trec": model(30), "a<b & \"c\"": model(30), "x" * 90: model(30)}
-    svg = allocation_svg(scores, dict.fromkeys(model(30), 2), title="1 < 2 & 3")
+    svg = allocation_svg(scores, dict.fromkeys(model(30), 2), measure="1 < 2 & 3")
     assert len(cells(svg)) == 4 * 210
     names = [element.text for element in ET.fromstring(svg).iter(f"{SVG}title")]
-    assert names == ["1 < 2 & 3", *scores, "420 experts"]
+    assert names == ["1 < 2 & 3 and experts", *scores, "420 experts"]
     assert "a&lt;b &amp;" in svg
     assert texts(svg).count("layer") == 4 and texts(svg).count("gate") == 4
     assert texts(svg).count("25") == 4
-    assert svg == allocation_svg(scores, dict.fromkeys(model(30), 2), title="1 < 2 & 3")
+    assert svg == allocation_svg(scores, dict.fromkeys(model(30), 2), measure="1 < 2 & 3")
 
 
 def test_svg_writes_the_counts_in_their_cells():
@@ -186,7 +171,7 @@ def test_svg_colors_rank_scores_within_their_task():
 @pytest.mark.parametrize(("layers", "tasks"), [(30, 3), (30, 5), (4, 5), (80, 2), (1, 1)])
 def test_svg_panels_lie_inside_the_figure_and_apart(layers, tasks):
     svg = allocation_svg({f"t{i}": model(layers) for i in range(tasks)},
-                         dict.fromkeys(model(layers), 3), title="title")
+                         dict.fromkeys(model(layers), 3))
     left, top, width, height = map(float, ET.fromstring(svg).get("viewBox").split())
     boxes = [tuple(float(cell.get(key)) for key in ("x", "y", "width", "height"))
              for cell in cells(svg)]

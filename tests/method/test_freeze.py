@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from mixture import COUNTS, ROUTED, D, Data, batch, model_of, tasks
 from tiny import plain, randomise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minismoe import reference
 from minismoe.method import freeze as module
-from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
+from minismoe.method.experts import ExpertLinear, expert_layers
 from minismoe.method.freeze import (
     Fit,
     TaskFits,
@@ -29,42 +29,6 @@ from minismoe.method.freeze import (
     merged,
     residual,
 )
-from minismoe.model.decoder import CausalLM, Config
-
-V, D = 61, 16
-SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
-         "max_position_embeddings": 64, "tie_word_embeddings": True}
-COUNTS = {f"model.layers.{i}.{name}": count for i in range(2) for name, count in {
-    "self_attn.q_proj": 3, "self_attn.k_proj": 2, "self_attn.v_proj": 1, "self_attn.o_proj": 4,
-    "mlp.gate_proj": 2, "mlp.up_proj": 3, "mlp.down_proj": 3}.items()}
-ROUTED = [name for name, count in COUNTS.items() if count > 1]
-Data = tuple[Tensor, Tensor, Tensor]
-
-
-def model_of(kind: str = "ours", dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A tiny random model with experts: ours, or one of transformers."""
-    torch.manual_seed(0)
-    base: nn.Module = (CausalLM(Config.from_dict(dict(SIZES, model_type="llama")))
-                       if kind == "ours" else
-                       transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)))
-    for name, parameter in base.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
-    return randomise(add_experts(base.to(dtype), COUNTS, rank=2)).eval()
-
-
-def batch(seed: int, rows: int = 8, pad: str = "right") -> Data:
-    """Rows of 3 to 12 tokens."""
-    g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 13, (rows, 1), generator=g)
-    mask = (torch.arange(12) < lengths).long()
-    mask = mask.flip(1) if pad == "left" else mask
-    ids = torch.randint(0, V, mask.shape, generator=g)
-    return ids, mask, ids
-
-
-def tasks(rows: int = 8, pad: str = "right") -> dict[str, list[Data]]:
-    return {t: [batch(10 * i + j, rows, pad) for j in range(3)] for i, t in enumerate("ab")}
 
 
 def reads(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:

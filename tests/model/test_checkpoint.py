@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
-import hashlib
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minismoe.io.files import read_json, replacing, write_json
-from minismoe.io.hub import resolve
+from minismoe.io.files import read_json, write_json
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
@@ -41,13 +35,6 @@ ALLOCATION = Allocation({Q: 3, V: 1, DOWN: 2}, rank=4, alpha=12, top_k=2, strate
 def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     """A checkpoint of one file that a test may spoil."""
     return Path(shutil.copytree(checkpoint("llama")[1], tmp_path / "llama"))
-
-
-@pytest.fixture
-def umask() -> Iterator[Callable[[int], int]]:
-    before = os.umask(0o022)
-    yield os.umask
-    os.umask(before)
 
 
 @torch.no_grad()
@@ -74,7 +61,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 @torch.no_grad()
-def test_sharded_equals_one_file(checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+def test_shards_load_as_one_file_does(checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
     hf, folder = checkpoint(family)
     hf.save_pretrained(tmp_path, max_shard_size="16KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
@@ -112,7 +99,8 @@ def test_a_tied_head_stays_tied_and_all_is_frozen(checkpoint: Checkpoint, tmp_pa
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_stored_and_requested_dtypes(folder: Path, stored: torch.dtype, asked: torch.dtype) -> None:
+def test_any_stored_dtype_loads_as_any_other(
+        folder: Path, stored: torch.dtype, asked: torch.dtype) -> None:
     edit(folder, lambda t: t.update({name: x.to(stored) for name, x in t.items()}))
     wanted = load_file(folder / "model.safetensors")
     model = load_model(folder, dtype=asked)
@@ -212,8 +200,8 @@ def corrupt(file: Path) -> None:
     (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), ValueError,
      "no valid safetensors file"),
 ])
-def test_broken_folders(folder: Path, spoil: Callable[[Path], object], error: type[Exception],
-                        named: str) -> None:
+def test_broken_folders_are_refused(
+        folder: Path, spoil: Callable[[Path], object], error: type[Exception], named: str) -> None:
     load_model(folder)
     spoil(folder)
     with pytest.raises(error, match=re.escape(named)) as e:
@@ -233,7 +221,8 @@ def test_broken_folders(folder: Path, spoil: Callable[[Path], object], error: ty
     ({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}, FileNotFoundError,
      "lacks model-2.safetensors, named in model.safetensors.index.json"),
 ])
-def test_broken_shard_index(folder: Path, index: Any, error: type[Exception], named: str) -> None:
+def test_a_broken_shard_index_is_refused(
+        folder: Path, index: Any, error: type[Exception], named: str) -> None:
     """A real file waits where "../secret" points, so only the check keeps it from being read."""
     shutil.copy(folder / "model.safetensors", folder.parent / "secret.safetensors")
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
@@ -246,7 +235,7 @@ def test_broken_shard_index(folder: Path, index: Any, error: type[Exception], na
 
 PEAK = """
 import json, re, sys, torch
-from minismoe.checkpoint import load_model
+from minismoe.model.checkpoint import load_model
 # Not ru_maxrss: a child process inherits its parent's there, and pytest's own peak would hide ours.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
@@ -319,7 +308,7 @@ def adapter(folder: Path, tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def test_adapter_round_trip(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_loads_unchanged(folder: Path, tmp_path: Path) -> None:
     model = load_model(folder)
     base = model(IDS)
     add_experts(model, ALLOCATION)
@@ -335,8 +324,8 @@ def test_adapter_round_trip(folder: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_adapter_round_trip_on_a_transformers_model(checkpoint: Checkpoint, adapter: Path,
-                                                    tmp_path: Path) -> None:
+def test_a_saved_adapter_loads_onto_a_transformers_model(
+        checkpoint: Checkpoint, adapter: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = checkpoint("llama")[1]
@@ -350,7 +339,7 @@ def test_adapter_round_trip_on_a_transformers_model(checkpoint: Checkpoint, adap
     assert torch.equal(again(IDS).logits, theirs(IDS).logits)
 
 
-def test_adapter_files(folder: Path, adapter: Path) -> None:
+def test_adapter_files_hold_what_loading_needs(folder: Path, adapter: Path) -> None:
     tensors = load_file(adapter / "adapter.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         f"{Q}.lora_A": (3, 4, 32), f"{Q}.lora_B": (3, 4, 32), f"{Q}.router": (3, 32),
@@ -378,7 +367,7 @@ def test_an_adapter_of_another_base_is_refused(checkpoint: Checkpoint, folder: P
     assert not expert_layers(other)
 
 
-def test_an_adapter_whose_tensors_do_not_fit(folder: Path, adapter: Path) -> None:
+def test_an_adapter_whose_tensors_do_not_fit_is_refused(folder: Path, adapter: Path) -> None:
     file = adapter / "adapter.safetensors"
     tensors = load_file(file)
     tensors[f"{Q}.lora_A"] = torch.zeros(3, 4, 31)
@@ -403,8 +392,9 @@ def test_an_adapter_whose_tensors_do_not_fit(folder: Path, adapter: Path) -> Non
     (lambda f: truncate(f / "adapter.safetensors"), ValueError, "no valid safetensors"),
     (lambda f: (f / "adapter.safetensors").unlink(), FileNotFoundError, "adapter.safetensors"),
 ])
-def test_broken_adapters(folder: Path, adapter: Path, spoil: Callable[[Path], object],
-                         error: type[Exception], named: str) -> None:
+def test_broken_adapters_are_refused(
+        folder: Path, adapter: Path, spoil: Callable[[Path], object], error: type[Exception],
+        named: str) -> None:
     spoil(adapter)
     with pytest.raises(error, match=re.escape(named)):
         load_adapter(load_model(folder), adapter)
@@ -419,170 +409,3 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path, adapter: Pat
     (adapter / "adapter.safetensors").write_bytes(whole)
     load_adapter(model, adapter)
     assert isinstance(model.get_submodule(Q), ExpertLinear)
-
-
-# Writing
-
-@pytest.mark.parametrize("before", [None, "old"])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_is_half_written(tmp_path: Path, before: str | None, error: type[BaseException],
-                                 ) -> None:
-    file = tmp_path / "x.json"
-    if before:
-        file.write_text(before)
-    with pytest.raises(error), replacing(file) as tmp:
-        tmp.write_text("half")
-        assert tmp.parent == file.parent, "another file system could not be renamed from"
-        assert (file.read_text() if file.exists() else None) == before
-        raise error
-    assert (file.read_text() if file.exists() else None) == before
-    assert [p.name for p in tmp_path.iterdir()] == (["x.json"] if before else [])
-
-
-def test_what_was_written_replaces(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "folder" / "x.json"
-    for text in ("first", "second"):
-        with replacing(file) as tmp:
-            tmp.write_text(text)
-        assert file.read_text() == text
-    assert [p.name for p in file.parent.iterdir()] == ["x.json"]
-
-
-def test_the_writers_error_is_not_hidden(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="the reason"), replacing(tmp_path / "x") as tmp:
-        tmp.unlink()
-        raise RuntimeError("the reason")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no umask there")
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_permissions_honour_the_umask(tmp_path: Path, umask: Callable[[int], int], mask: int,
-                                      mode: int) -> None:
-    umask(mask)
-    write_json(tmp_path / "x.json", {})
-    assert (tmp_path / "x.json").stat().st_mode & 0o777 == mode
-    assert umask(mask) == mask, "the umask was left changed"
-
-
-def test_json_round_trip(tmp_path: Path) -> None:
-    value = {"größe": [1, 2.5, None, "\u2028"], "b": {"c": True}}
-    write_json(tmp_path / "x.json", value)
-    assert read_json(tmp_path / "x.json") == value
-    assert "größe" in (tmp_path / "x.json").read_text(encoding="utf-8")
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "x.json", {"bad": object()})
-    assert read_json(tmp_path / "x.json") == value
-
-
-# Hub names
-
-FETCHED = ["config.json", "generation_config.json", "model.safetensors",
-           "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
-           "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
-LEFT = ["modeling_custom.py", "pytorch_model.bin", "model.pkl", "consolidated.safetensors",
-        "original/model.safetensors", "onnx/model.onnx", "README.md", "model.gguf",
-        "adapter_model.safetensors", "training_args.bin", "tokenizer.model", ".gitattributes"]
-
-
-def test_the_hub_is_asked_for_weights_and_text_only(monkeypatch: pytest.MonkeyPatch,
-                                                    folder: Path) -> None:
-    asked: list[tuple[str, list[str]]] = []
-
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        return str(folder)
-
-    fake = types.ModuleType("huggingface_hub")
-    fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    assert resolve("org/name") == folder
-    model = load_model("org/name")
-    assert model.name == "org/name"
-    assert [name for name, _ in asked] == ["org/name"] * 2
-    for _, patterns in asked:
-        allowed = [f for f in FETCHED + LEFT if any(fnmatch.fnmatch(f, p) for p in patterns)]
-        assert allowed == FETCHED
-
-
-@pytest.fixture
-def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """A server on this machine that answers as the hub does, holding `folder` as org/name: its
-    address, and the files that were asked for."""
-    revision, asked = "0" * 40, []
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path, files = Path(self.path.split("?")[0]), list(folder.iterdir())
-            if "tree" in path.parts:
-                data = json.dumps([{"type": "file", "path": f.name, "size": f.stat().st_size,
-                                    "oid": f.name} for f in files]).encode()
-            elif "resolve" in path.parts:
-                asked.append(path.name)
-                data = (folder / path.name).read_bytes()
-            elif path.is_relative_to("/api/models/org/name"):
-                data = json.dumps({"id": "org/name", "sha": revision, "siblings": [
-                    {"rfilename": f.name} for f in files]}).encode()
-            else:
-                self.send_error(404)
-                return
-            self.send_response(200)
-            for name, value in (("Content-Length", len(data)), ("X-Repo-Commit", revision),
-                                ("ETag", f'"{hashlib.sha256(data).hexdigest()}"')):
-                self.send_header(name, str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-
-
-def test_the_hubs_own_client_fetches_no_code(hub: tuple[str, list[str]], folder: Path,
-                                             tmp_path: Path) -> None:
-    for name in LEFT:
-        if "/" not in name:
-            (folder / name).write_text("raise SystemExit('this was run')")
-    address, asked = hub
-    load = "from minismoe.checkpoint import load_model\nprint(load_model('org/name').name)"
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "NO_PROXY": "*"}
-    fetched = python(load, HF_HUB_OFFLINE="0", **environment)
-    assert fetched.stdout == "org/name\n", fetched.stderr
-    assert {"config.json", "model.safetensors"} <= set(asked) and not set(asked) & set(LEFT)
-    count = len(asked)
-    cached = python(load, HF_HUB_OFFLINE="1", **environment)
-    assert cached.stdout == "org/name\n" and len(asked) == count, cached.stderr
-
-
-def test_a_folder_is_never_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert resolve("org/name") == Path("org/name")
-    assert resolve(tmp_path) == tmp_path
-    for absent in ("./gone", "/no/such", "~/model", "gone", "a/b/c", "../up"):
-        with pytest.raises(FileNotFoundError, match="no such model folder"):
-            resolve(absent)
-
-
-def test_a_missing_huggingface_hub_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'minismoe\[hub\]'"):
-        load_model("org/name")
-
-
-def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
-    run = python("from minismoe.checkpoint import load_model\n"
-                 "try: load_model('no-such-org/no-such-model')\n"
-                 "except FileNotFoundError as e: print(e)",
-                 HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(
-        "no-such-org/no-such-model is no folder here, and the hub says: ")
-    assert run.stdout.count("\n") == 1, "the error takes more than one line"

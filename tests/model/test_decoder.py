@@ -17,8 +17,15 @@ from torch import Tensor
 
 from minismoe.method.loss import supervised_losses
 from minismoe.model.checkpoint import load_model
-from minismoe.model.decoder import CausalLM, Config, attend_short, rope_frequencies
-from minismoe.model.tokens import Cache, Tokens
+from minismoe.model.decoder import (
+    CausalLM,
+    Config,
+    _RMSNorm,
+    _SwiGLU,
+    attend_short,
+    rope_frequencies,
+)
+from minismoe.model.tokens import Cache, Tokens, _Gather, _Spread
 
 LENGTHS = (17, 9, 1)                             # of three rows: full, padded, and a single token
 CACHED = ("llama3", "llama_biases", "mistral_window", "qwen2_window", "qwen3")
@@ -99,7 +106,7 @@ def test_pads_reach_nothing(checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def test_a_batch_of_pads_alone(checkpoint: Checkpoint) -> None:
+def test_a_batch_of_padding_alone_is_zeros(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama")[1])
     assert not model.model(random_ids(), torch.zeros(3, 17, dtype=torch.long)).any()
 
@@ -108,7 +115,7 @@ def test_a_batch_of_pads_alone(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("family", CACHED)
 @torch.no_grad()
-def test_token_by_token(checkpoint: Checkpoint, family: str) -> None:
+def test_token_by_token_equals_one_pass(checkpoint: Checkpoint, family: str) -> None:
     hf, folder = checkpoint(family)
     model, ids = load_model(folder), random_ids()
     cache = Cache(model, 3, ids.shape[1])
@@ -120,8 +127,8 @@ def test_token_by_token(checkpoint: Checkpoint, family: str) -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", CACHED)
 @torch.no_grad()
-def test_prefill_then_steps_of_unequal_rows(checkpoint: Checkpoint, family: str, side: str,
-                                            ) -> None:
+def test_prefill_then_steps_of_unequal_rows_equal_one_pass(
+        checkpoint: Checkpoint, family: str, side: str) -> None:
     """A prompt of unequal lengths, a chunk of three tokens, then single tokens."""
     hf, folder = checkpoint(family)
     model, mask, more = load_model(folder), mask_of(LENGTHS, side), random_ids(3, 8, seed=2)
@@ -137,7 +144,7 @@ def test_prefill_then_steps_of_unequal_rows(checkpoint: Checkpoint, family: str,
 
 @pytest.mark.parametrize("family", CACHED)
 @torch.no_grad()
-def test_rows_that_stop(checkpoint: Checkpoint, family: str) -> None:
+def test_rows_that_stop_leave_the_others_unchanged(checkpoint: Checkpoint, family: str) -> None:
     """A row whose step is masked stands still: the others go on exactly, and it can go on later."""
     hf, folder = checkpoint(family)
     model, mask, ids = load_model(folder), mask_of(LENGTHS, "right"), random_ids()
@@ -197,13 +204,35 @@ def test_gradients_equal_transformers(checkpoint: Checkpoint) -> None:
     hf.zero_grad()
 
 
+def test_hand_written_backwards() -> None:
+    """The norm, SwiGLU and the packing of tokens against the same formulas under autograd."""
+    def gradients(y: Tensor, *inputs: Tensor) -> list[Tensor]:
+        upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+        return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+    torch.manual_seed(0)
+    equal = torch.testing.assert_close
+    x, up = (torch.randn(5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.rand(8, dtype=torch.float64, requires_grad=True)
+    plain = x / (x.square().mean(-1, True) + 0.1).sqrt() * weight
+    equal(gradients(_RMSNorm.apply(x, weight, 0.1), x, weight), gradients(plain, x, weight))
+    equal(gradients(_SwiGLU.apply(x, up), x, up), gradients(x * x.sigmoid() * up, x, up))
+    # 5 tokens in 2 rows of 4: the first two of row 0 are shared with row 1; row 0 is padded.
+    places, shared = torch.tensor([0, 1, 2, 6, 7]), [(0, 2, 0, 2)]
+    plain = torch.stack([*x[:3], torch.zeros_like(x[0]), *x[:2], *x[3:]]).unflatten(0, (2, 4))
+    equal(gradients(_Spread.apply(x, places, (2, 4), shared), x), gradients(plain, x))
+    places = torch.tensor([4, 0, 2])
+    equal(gradients(_Gather.apply(x, places), x), gradients(x[places], x))
+
+
 # Rotary frequencies
 
 @pytest.mark.parametrize(("head_dim", "theta", "scaling"), [
     (16, 500.0, LLAMA3),
     (64, 500000.0, {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})])
-def test_llama3_frequencies(head_dim: int, theta: float, scaling: dict[str, Any]) -> None:
+def test_llama3_frequencies_equal_the_published_code(
+        head_dim: int, theta: float, scaling: dict[str, Any]) -> None:
     """Against the published scalar code, by wavelength (meta-llama/llama3, apply_scaling)."""
     old = scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -287,7 +316,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "named"), REFUSED, ids=lambda x: str(x)[:60])
-def test_config_refuses(change: dict[str, Any], named: str) -> None:
+def test_config_refuses_what_is_not_implemented(change: dict[str, Any], named: str) -> None:
     Config.from_dict(MINIMAL)
     with pytest.raises(ValueError, match="not implemented") as e:
         Config.from_dict({**MINIMAL, **change})
@@ -315,7 +344,7 @@ def test_two_ropes_that_agree_are_one() -> None:
     assert Config.from_dict({**MINIMAL, **both}) == one
 
 
-def test_rope_of_old_and_new_config_files() -> None:
+def test_rope_of_old_and_new_config_files_is_read() -> None:
     four = {k: LLAMA3[k] for k in ("factor", "low_freq_factor", "high_freq_factor",
                                    "original_max_position_embeddings")}
     old = dict(MINIMAL, rope_theta=500.0, rope_scaling={"type": "llama3", **four})
@@ -333,7 +362,7 @@ def test_rope_of_old_and_new_config_files() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_config_written_by_transformers(checkpoint: Checkpoint, family: str) -> None:
+def test_a_config_written_by_transformers_is_read(checkpoint: Checkpoint, family: str) -> None:
     hf, folder = checkpoint(family)
     theirs, ours = hf.config, Config.from_dict(json.loads((folder / "config.json").read_text()))
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -353,7 +382,7 @@ def test_config_written_by_transformers(checkpoint: Checkpoint, family: str) -> 
         family, (None,) * ours.num_hidden_layers)
 
 
-def test_windows_of_silent_configs() -> None:
+def test_windows_of_silent_configs_are_those_of_transformers() -> None:
     """What a config leaves out means what it means in `transformers`."""
     qwen = dict(MINIMAL, model_type="qwen2", sliding_window=8, max_window_layers=1)
     assert Config.from_dict({**MINIMAL, "model_type": "mistral"}).windows == (4096, 4096)
@@ -378,7 +407,7 @@ def tokens_of(mask: list[list[bool]], windows: tuple[int | None, ...], cache: Ca
 
 
 @given(masks)
-def test_packing_round_trip(mask: list[list[bool]]) -> None:
+def test_packing_and_unpacking_lose_nothing(mask: list[list[bool]]) -> None:
     tokens = tokens_of(mask, (None,))
     B, T = len(mask), len(mask[0])
     x = torch.arange(1.0, B * T * 6 + 1).view(B * T, 2, 3)               # all different, none 0
@@ -399,7 +428,8 @@ def test_packing_round_trip(mask: list[list[bool]]) -> None:
 
 
 @given(masks, masks, st.integers(1, 8))
-def test_attention_masks(first: list[list[bool]], then: list[list[bool]], window: int) -> None:
+def test_masks_show_each_query_its_window(
+        first: list[list[bool]], then: list[list[bool]], window: int) -> None:
     """What each query sees, in a first batch alone and in a second that follows it in a cache."""
     then = [then[b % len(then)] for b in range(len(first))]
     cache = Cache(CausalLM(TINY), len(first), len(first[0]) + len(then[0]))

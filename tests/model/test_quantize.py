@@ -32,7 +32,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.95), (8, 1.0)])
 @pytest.mark.parametrize("seed", range(3))
-def test_better_than_either_grid(bits: int, share: float, seed: int) -> None:
+def test_the_error_is_below_that_of_either_grid(bits: int, share: float, seed: int) -> None:
     w = weight(seed=seed)
     found = error(dequantize(quantize(w, bits)), w)
     for symmetric in (True, False):
@@ -50,7 +50,7 @@ def test_grid_points_are_exact(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("value", [0.0, 1e-30, -3.0, 1e4])
-def test_constant_blocks(bits: int, value: float) -> None:
+def test_constant_blocks_are_finite_and_close(bits: int, value: float) -> None:
     blocks = quantize(torch.full((2, 64), value), bits)
     assert blocks.scales.isfinite().all()
     assert (blocks.scales > 0).all()
@@ -67,7 +67,8 @@ def test_small_weights_are_as_exact(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("outputs", "inputs"), [(5, 36), (4, 32), (7, 31), (3, 97)])
-def test_shapes_and_packing(bits: int, outputs: int, inputs: int) -> None:
+def test_packed_shapes_and_columns_hold_the_same_weights(
+        bits: int, outputs: int, inputs: int) -> None:
     w, groups = weight(outputs, inputs), -(-inputs // BLOCK)
     b = quantize(w, bits)
     assert b.data.shape == (outputs, groups, BLOCK * bits // 8)
@@ -88,7 +89,7 @@ def test_shapes_and_packing(bits: int, outputs: int, inputs: int) -> None:
 def test_rows_are_independent_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weight(40, 64)
     whole = quantize(w, 4)
-    monkeypatch.setattr("minismoe.model.quantize.ROWS", 3 * 64)
+    monkeypatch.setattr("minismoe.model.quantize.ON_CPU", 3 * 64)
     parts = quantize(w, 4)
     for field in ("data", "scales", "zeros"):
         assert torch.equal(getattr(whole, field), getattr(parts, field))

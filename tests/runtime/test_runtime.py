@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import hashlib
 import io
 import json
 import math
@@ -21,9 +20,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from exported import CONFIG, KINDS, describe, export
 
 from minismoe import generate
-from minismoe.export import graph
 from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import AdapterInput
 from minismoe.model.decoder import CausalLM, Config
@@ -33,11 +32,6 @@ from minismoe.runtime import generator as decoding
 from minismoe.runtime.generator import _draw
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 48,
-          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "max_position_embeddings": 96, "tie_word_embeddings": True, "eos_token_id": 257}
-KINDS = {"ort": ("ort", None), "portable": ("portable", None),
-         "static": ("portable", (1, 1, 96)), "chunks": ("portable", (2, 4, 96))}
 PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
 LORA = "model.layers.0.mlp.up_proj"
 
@@ -50,31 +44,6 @@ def model() -> CausalLM:
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
     return model.eval()
-
-
-def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
-           **beside: AdapterInput) -> Path:
-    """An exported folder of layout onnx."""
-    target, static = KINDS[kind]
-    weights, c = dict(model.named_parameters()), model.config
-    folder.mkdir()
-    graph.write_decoder(folder / "model.onnx", c, lambda name: weights[name].detach(), beside,
-                        target=target, precision="fp32", context=context, static=static)
-    graph.write_sampler(folder / "sampler.onnx", c.vocab_size)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    describe(folder, target=target, context=context, static=static, layers=c.num_hidden_layers,
-             kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
-             cache_type="float32", format="minismoe.export/1", adapters={})
-    return folder
-
-
-def describe(folder: Path, **info: object) -> None:
-    """Write export.json, or change what it says."""
-    file = folder / "export.json"
-    old = json.loads(file.read_text()) if file.is_file() else {}
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes())
-                      .hexdigest()} for p in folder.iterdir() if p != file}
-    file.write_text(json.dumps({"files": files, **old, **info}))
 
 
 def spoil_sampler(folder: Path, rank: int) -> None:

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from tiny import BYTES, LLAMA3  # noqa: E402
 
 from minismoe.cli import probing  # noqa: E402
 from minismoe.cli.flags import AllocationConfig  # noqa: E402
@@ -39,7 +40,7 @@ from minismoe.data import templates  # noqa: E402
 from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
 from minismoe.export import graph  # noqa: E402
-from minismoe.io import text as failure  # noqa: E402
+from minismoe.io.text import error_line  # noqa: E402
 from minismoe.method.experts import add_experts  # noqa: E402
 from minismoe.method.record import Allocation  # noqa: E402
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter  # noqa: E402
@@ -48,13 +49,9 @@ from minismoe.runtime import FORMAT, Generator  # noqa: E402
 
 SECONDS, MEGABYTES = 2.0, 256
 ALLOWED = (ArithmeticError, OSError, ValueError)
-CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
-          "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-          "max_position_embeddings": 64, "tie_word_embeddings": True, "eos_token_id": 257,
-          "hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None,
-          "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                              "high_freq_factor": 4.0, "rope_theta": 1e4,
-                              "original_max_position_embeddings": 64}}
+CONFIG = BYTES | {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+                  "hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None,
+                  "rope_parameters": LLAMA3 | {"rope_theta": 1e4}}
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 ALLOCATION = Allocation({Q: 3, UP: 1}, rank=4, alpha=8, top_k=2)
 LINES = [{"prompt": "2 + 2", "completion": "4"},
@@ -340,8 +337,8 @@ def run(fuzz: Fuzz, seed: int, number: int, debug: bool = False) -> tuple[str, b
     except ALLOWED as e:
         said = str(e)
         if debug:
-            print(failure.line(e))
-        if not said or "\n" in said.strip() or not failure.line(e).isprintable():
+            print(error_line(e))
+        if not said or "\n" in said.strip() or not error_line(e).isprintable():
             problem = f"says {said[:300]!r}"
     except Exception as e:
         if debug:

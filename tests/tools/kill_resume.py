@@ -38,7 +38,7 @@ SAME = ("allocation.json", "sensitivity.json", "answers.json", "adapter/adapter.
 PHASES = (("results.json", "finished"), ("answers.json", "writing results"),
           ("adapter/adapter.json", "evaluating after"), ("metrics.jsonl", "training"),
           ("before.json", "begins training"), ("allocation.json", "evaluating before"),
-          ("config.json", "probing"))
+          ("config.json", "beginning the run"))
 
 
 def start(run: Path, flags: Sequence[str], prepare: Callable[[], Any] = lambda: None) -> int:
@@ -51,7 +51,7 @@ def start(run: Path, flags: Sequence[str], prepare: Callable[[], Any] = lambda: 
         args = ["--resume"] if (run / "config.json").exists() else [*flags]
         sys.argv = ["train.py", *args, "--out", str(run)]
         prepare()
-        script.run(train.main)
+        script.run_script(train.main)
         code = 0
     except SystemExit as e:
         code = e.code

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -20,12 +22,14 @@ from tiny import needs_other_device
 from torchgen.gen import parse_native_yaml
 from torchgen.model import DispatchKey, NativeFunction
 
+import train
 from minismoe.io.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = [name for name, there in (("cuda", torch.cuda.is_available()),
                                  ("mps", torch.backends.mps.is_available())) if there]
 pytestmark = needs_other_device
+PLAIN = "--batch-size 4"
 
 
 @cache
@@ -49,14 +53,14 @@ def everywhere(name: str) -> bool:
 
 
 def script(name: str, *args: object) -> str:
-    """What a script prints that may use the other device, which is asked for nothing special."""
+    """What a script prints on the other device, which is asked only for what all devices have."""
     run = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "tools" / "other_device.py"), str(ROOT / name),
          *map(str, args)], text=True, capture_output=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-2000:]
     asked = run.stderr.splitlines()[-1].split()
-    assert (len(asked) > 5) == ("cpu" not in args), "on which device?"
+    assert len(asked) > 5, "it ran on the CPU"
     assert [x for x in asked if not everywhere(x)] == []
     return run.stdout
 
@@ -82,27 +86,37 @@ for y in (torch.ones(2, 2), torch.tensor([0])):
     assert not any(map(everywhere, ("aten::linalg_eig", "aten::_weight_int4pack_mm_for_cpu")))
 
 
-@pytest.mark.parametrize("flags", ["--batch-size 4", "--base-bits 8 --recompute "
-                                   "--batch-size auto"])
-def test_a_run_is_the_same_as_on_the_cpu(inputs: list[str], tmp_path: Path, flags: str) -> None:
-    for device in ("cpu", "other"):
-        script("train.py", *inputs, "--samples", 4, "--epochs", 2, *flags.split(), "--dtype",
-               "float32", "--device", device, "--out", tmp_path / device)
-    cpu, other = (load_file(tmp_path / d / "adapter" / "adapter.safetensors")
+@pytest.fixture(scope="module")
+def trained(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """flags -> a folder with a run of train.py on the CPU, "cpu", and one on the other, "other"."""
+    @cache
+    def make(flags: str) -> Path:
+        folder = tmp_path_factory.mktemp("devices")
+        known = [*inputs, "--samples", "4", "--epochs", "2", *flags.split(), "--dtype", "float32"]
+        train.main([*known, "--device", "cpu", "--out", str(folder / "cpu")])
+        script("train.py", *known, "--device", "other", "--out", folder / "other")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("flags", [PLAIN, "--base-bits 8 --recompute --batch-size auto"])
+def test_a_run_is_the_same_as_on_the_cpu(trained: Callable[[str], Path], flags: str) -> None:
+    folder = trained(flags)
+    cpu, other = (load_file(folder / d / "adapter" / "adapter.safetensors")
                   for d in ("cpu", "other"))
     assert cpu.keys() == other.keys() and all(
         v.abs().max() > 1e-3 for name, v in cpu.items() if name.endswith("lora_B"))
     for name, value in cpu.items():
         assert torch.allclose(other[name], value, rtol=0, atol=1e-5), name
-    cpu, other = (read_json(tmp_path / d / "sensitivity.json")["tasks"] for d in ("cpu", "other"))
+    cpu, other = (read_json(folder / d / "sensitivity.json")["tasks"] for d in ("cpu", "other"))
     for task, found in cpu.items():
         assert other[task]["scores"] == pytest.approx(found["scores"], rel=1e-5)
 
 
-def test_freezing_and_healing_stay_on_the_device(inputs: list[str], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    script("train.py", *inputs, "--samples", 4, "--epochs", 1, "--dtype", "float32",
-           "--device", "other", "--out", run)
+def test_freezing_and_healing_stay_on_the_device(trained: Callable[[str], Path],
+                                                 tmp_path: Path) -> None:
+    run = shutil.copytree(trained(PLAIN) / "other", tmp_path / "run")
     said = script("export.py", run, "--device", "other", "--routing", "auto", "--heal", 2,
                   "--target", "portable", "--precision", "fp32", "--out", tmp_path / "export")
     assert (tmp_path / "export" / "model.onnx").is_file(), said

@@ -39,7 +39,7 @@ def step(*args, original=training.train_step):
     return original(*args)
 
 training.train_step = step
-script.run(train.main)
+script.run_script(train.main)
 """
 
 SHARDED = """
@@ -98,7 +98,7 @@ def one(inputs, tmp_path_factory) -> Path:
     return run
 
 
-def test_what_went_wrong_in_an_exchange_is_said(monkeypatch) -> None:
+def test_a_failed_exchange_names_its_reason(monkeypatch) -> None:
     gloo = "[/a/b.cc:553] Connection closed by peer [127.0.0.1]:9. It may have ended. Good luck!"
     nccl = "NCCL error in: /c/d.cpp:3690, invalid usage\nLast error:\nDuplicate GPU detected"
     for said, reason in ((gloo, r"(Connection closed by peer [127.0.0.1]:9)"),
@@ -111,7 +111,7 @@ def test_what_went_wrong_in_an_exchange_is_said(monkeypatch) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(ValueError, match="--device cuda:1: of several processes each takes"):
+    with pytest.raises(ValueError, match="--device cuda:1: each process takes"):
         distributed.start(torch.device("cuda:1"))
 
 
@@ -197,7 +197,7 @@ def test_torchrun_ends_all_where_one_is_killed_and_more_go_on(inputs, one, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
-def test_the_embedded_default_after_20_steps(tmp_path, seed) -> None:
+def test_the_embedded_default_trains_alike_on_1_2_and_4_processes(tmp_path, seed) -> None:
     script, found = struck(tmp_path, 0, signal.SIGINT, step=20), []
     for count in (1, 2, 4):
         run = tmp_path / str(count)

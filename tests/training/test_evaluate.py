@@ -85,7 +85,7 @@ def test_the_answer_is_what_the_template_writes(model: CausalLM, monkeypatch) ->
     assert evaluate(model, tokenizer, task).right == [1, 0]
 
 
-def test_wilson_interval() -> None:
+def test_the_interval_equals_the_published_one() -> None:
     # Newcombe 1998, Statistics in Medicine 17: 857-872, table I, method 3 (score): 81 of 263.
     assert Accuracy(81, 263).interval == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert Accuracy(0, 20).interval == pytest.approx((0.0, 0.1611), abs=1e-4)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import tiny_config
 
 from minismoe.data.tasks import Example, collate
 from minismoe.io import process as memory
@@ -25,8 +26,8 @@ from minismoe.model.decoder import CausalLM
 from minismoe.training import memory as plan
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = Config(vocab_size=300, hidden_size=96, intermediate_size=256, num_hidden_layers=6,
-                num_attention_heads=6, num_key_value_heads=2, head_dim=16, windows=(None,) * 6)
+CONFIG = tiny_config(vocab_size=300, hidden_size=96, intermediate_size=256, num_hidden_layers=8,
+                     num_attention_heads=6, head_dim=16)
 
 
 def examples(count: int = 8, longest: int = 60, shared: int = 5) -> list[Example]:
@@ -36,11 +37,12 @@ def examples(count: int = 8, longest: int = 60, shared: int = 5) -> list[Example
     return [Example("a", ids, [-100] * (len(ids) - 4) + ids[-4:], i) for i, ids in enumerate(rows)]
 
 
-def setup(every: int = 1, dtype: torch.dtype = torch.float32, config: Config = CONFIG,
+def setup(some: bool = False, dtype: torch.dtype = torch.float32, config: Config = CONFIG,
           experts: int = 3, **options) -> tuple[plan.Setup, CausalLM]:
-    """A model with experts on each `every`-th matrix, and what the plan knows of it."""
+    """A model with experts on each matrix, or some of each block, and what the plan knows of it."""
     model = CausalLM(config).to(dtype)
-    allocation = Allocation(dict.fromkeys(list(linear_layers(model))[::every], experts), rank=4)
+    allocation = Allocation({name: experts for name in linear_layers(model) if not some
+                             or name.endswith(("q_proj", "gate_proj", "down_proj"))}, rank=4)
     return plan.Setup(config, allocation, dtype, **options), add_experts(model, allocation)
 
 
@@ -64,15 +66,45 @@ def autograd_keeps(model: CausalLM, batch: list[Example]) -> int:
 
 
 @pytest.mark.parametrize("experts", [1, 4])
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("longest", [60, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_keeps(dtype: torch.dtype, longest: int, every: int,
-                                             experts: int) -> None:
-    seen, model = setup(every, dtype, experts=experts)
+def test_what_blocks_keep_is_what_autograd_keeps(dtype: torch.dtype, longest: int, some: bool,
+                                                 experts: int) -> None:
+    """Four of the eight blocks tell for all."""
+    seen, model = setup(some, dtype, experts=experts)
     batch = examples(longest=longest)
-    found = sum(plan.kept(seen, plan.Shape.of(batch)))
-    assert found == pytest.approx(autograd_keeps(model, batch), rel=0.03)
+    kept, _ = seen.measured(seen.few_blocks(), collate(batch, 0))
+    assert kept == pytest.approx(autograd_keeps(model, batch), rel=0.03)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("probing", [False, True])
+def test_the_peak_of_a_deep_model_is_told_from_four_blocks(
+        probing: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, _ = setup(True, recompute=recompute, probe=probing)
+    if probing:
+        seen = replace(seen, allocation=Allocation({}), recompute=False)
+    told = seen.activations(examples(longest=100))
+    monkeypatch.setattr(plan, "BLOCKS", CONFIG.num_hidden_layers)
+    assert told == pytest.approx(seen.activations(examples(longest=100)), rel=0.02)
+
+
+def test_a_large_micro_batch_is_told_from_some_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, _ = setup()
+    whole = seen.activations(examples(24, 100))
+    monkeypatch.setattr(plan, "PLACES", 600)
+    assert seen.activations(examples(24, 100)) == pytest.approx(whole, rel=0.03)
+
+
+def test_live_bytes_count_what_is_freed_and_not_the_weights() -> None:
+    linear = torch.nn.Linear(4, 4)
+    with plan.LiveBytes(linear) as counter:
+        kept = torch.zeros(16)
+        linear.weight.T.mul(2)
+        assert (counter.now, counter.peak) == (64, 128)
+        del kept
+    assert counter.now == 0
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -85,36 +117,29 @@ def test_fixed_parts_are_those_of_the_loaded_model(tmp_path, bits: int | None, t
     save_file(dict(made.named_parameters()), tmp_path / "model.safetensors")
     model = load_model(tmp_path, torch.bfloat16, base_bits=bits)
     allocation = Allocation(dict(zip(linear_layers(model), range(1, 9))), rank=4)
-    found = plan.fixed(plan.Setup(model.config, allocation, torch.bfloat16, base_bits=bits))
+    found = plan.Setup(model.config, allocation, torch.bfloat16, base_bits=bits).fixed()
     assert found["base weights"] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     add_experts(model, allocation)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count == plan.trainable(plan.Setup(model.config, allocation))
     assert (found["adapters"], found["gradients"], found["optimizer"]) == (
         4 * count, 4 * count, 8 * count)
 
 
-def test_the_micro_batch_is_the_largest_that_fits() -> None:
+def test_more_examples_at_a_time_take_more(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, _ = setup()
     batches = [examples(8, 40), examples(8, 60)]
-    rest = sum(plan.fixed(seen).values())
-    sizes = [rest + plan.largest(seen, batches, micro) for micro in range(1, 9)]
+    sizes = [seen.total(batches, micro) for micro in range(1, 9)]
     assert sizes == sorted(sizes)
     for micro, size in enumerate(sizes, 1):
-        assert plan.fit_micro_batch(seen, batches, size) == micro
-    assert plan.fit_micro_batch(seen, batches, sizes[-1] + 1) == 8
-    for micro in range(1, 9):                # bounds leave nothing out
-        assert plan.largest(seen, batches, micro) == max(
-            plan.activations(seen, plan.Shape.of(batch[i:i + micro]))
+        assert size - sum(seen.fixed().values()) == max(
+            seen.activations(batch[i:i + micro])
             for batch in batches for i in range(0, len(batch), micro))
-    with pytest.raises(ValueError, match="one example at a time needs .* --recompute saves"):
-        plan.fit_micro_batch(seen, batches, sizes[0] - 1)
 
 
 def test_shards_are_parts_of_the_blocks() -> None:
     layers = 12
     seen = setup_only(replace(CONFIG, num_hidden_layers=layers, windows=(None,) * layers))
-    whole, parts = (plan.weight_bytes(replace(seen, shards=n)) for n in (1, 4))
+    whole, parts = (replace(seen, shards=n).fixed()["base weights"] for n in (1, 4))
     _, model = setup(config=seen.config)
     block = sum(p.numel() for p in model.model.layers[0].parameters() if not p.requires_grad) * 4
     assert whole - parts == pytest.approx(block * (layers - layers / 4 - 2), rel=0.01)
@@ -138,18 +163,19 @@ def test_memory_is_shared_by_the_processes_of_a_machine_and_bounded_by_a_contain
 
 @pytest.mark.parametrize("option", [{"recompute": True}, {"base_bits": 4}])
 def test_advice_names_what_the_flag_saves(option: dict) -> None:
-    big = replace(CONFIG, hidden_size=2048, intermediate_size=8192)
+    big = replace(CONFIG, hidden_size=384, intermediate_size=1024)
     before, after = setup_only(big), setup_only(big, **option)
     batches = [examples(8, 60)]
-    saved = [sum(plan.fixed(s).values()) + plan.largest(s, batches, 8) for s in (before, after)]
+    saved = [s.total(batches, 8) for s in (before, after)]
     flag = next(iter(option)).replace("_", "-")
     flag += " 4" if flag == "base-bits" else ""
-    assert f"--{flag} saves {(saved[0] - saved[1]) / plan.MIB:,.0f} MiB" in plan.advice(
-        before, batches, 8)
+    words = f"--{flag} saves {(saved[0] - saved[1]) / plan.MIB:,.0f} MiB"
+    assert words in before.advice(batches, 8)
 
 
 def setup_only(config: Config, **options) -> plan.Setup:
-    return plan.Setup(config, Allocation(dict.fromkeys(plan.shapes(config), 2)), **options)
+    return plan.Setup(config, Allocation(
+        dict.fromkeys(linear_layers(plan.meta_model(config)), 2)), **options)
 
 
 PEAK = """
@@ -158,21 +184,21 @@ import torch
 from minismoe.io import process as memory
 from minismoe.training import memory as plan
 from minismoe.training.loop import TrainConfig, train_step
-from test_memory import CONFIG, examples, setup
+from tests.training.test_memory import CONFIG, examples, setup
 memory.bound_memory()
 torch.manual_seed(0)
-before = plan.runtime_bytes("cpu", torch.float32)
 config = CONFIG.__class__(**{**vars(CONFIG), "hidden_size": 192, "intermediate_size": 512})
-seen, model = setup(config=config)
-model.model.recompute = sys.argv[1] == "recompute"
-seen = plan.replace(seen, recompute=model.model.recompute)
+options = {"config": config, "recompute": sys.argv[1] == "recompute"}
+setup(**options)[0].activations(examples(2, 9))
+before = memory.resident()
+seen, model = setup(**options)
+model.model.recompute = seen.recompute
 batch = examples(24, 120)
 for step in range(2):
     train_step(model, batch, TrainConfig(micro_batch_size=24), 0, step)
-parts = plan.fixed(seen)
-del parts["optimizer"]
-wanted = before + sum(parts.values()) + plan.largest(seen, [batch], 24)
-print(json.dumps([wanted - before, memory.peak_resident() - before]))
+peak = memory.peak_resident() - before
+wanted = seen.total([batch], 24) - seen.fixed()["optimizer"]
+print(json.dumps([wanted, peak]))
 """
 
 

@@ -16,8 +16,7 @@ import kill_resume
 import pytest
 import torch
 import tqdm.std
-from test_cli import finish
-from test_loop import examples, tiny
+from tiny import examples, finish, tiny
 
 import minismoe.training.loop as training
 import probe
@@ -250,7 +249,8 @@ def test_what_is_not_the_same_run_is_refused(inputs, tmp_path, capsys) -> None: 
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
 
 
-def test_an_interrupted_probe_says_how_to_begin_again(inputs, tmp_path, capsys, monkeypatch) -> None:
+def test_an_interrupted_probe_leaves_nothing_in_the_way(inputs, tmp_path, capsys,
+                                                        monkeypatch) -> None:
     def interrupted(*_: object) -> None:
         raise Interrupted()
 
@@ -261,6 +261,12 @@ def test_an_interrupted_probe_says_how_to_begin_again(inputs, tmp_path, capsys, 
     assert code == 130 and "go on with: python probe.py --model" in err
     assert [f.name for f in (tmp_path / "run").iterdir()] == [".lock"]
     assert finish(probe.main, *flags, capsys=capsys)[0] == 0
+    begin = (*inputs, *QUICK, "--out", str(tmp_path / "trained"))
+    with monkeypatch.context() as patch:
+        patch.setattr("minismoe.method.sensitivity.sample_norms", interrupted)
+        assert finish(train.main, *begin, capsys=capsys)[0] == 130
+    assert not (tmp_path / "trained").exists()
+    assert finish(train.main, *begin, capsys=capsys)[0] == 0
 
 
 def test_threads_are_those_of_the_beginning(capsys) -> None:

@@ -71,7 +71,7 @@ def test_an_expert_that_no_task_uses_is_named() -> None:
     assert collapsed(use) == ["model.proj: expert 1"]
 
 
-def test_on_a_transformers_model_and_drawn() -> None:
+def test_a_transformers_model_is_measured_and_drawn() -> None:
     model = random_hf("llama")
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     add_experts(model, {name: 1 + i % 3 for i, name in enumerate(names)})

@@ -19,7 +19,7 @@ import json, sys
 from pathlib import Path
 import minismoe.training.loop as training
 from minismoe.io import process as memory
-from test_loop import examples, tiny
+from tiny import examples, tiny
 memory.bound_memory()
 seen, step = [], training.step_that_fits
 
@@ -37,7 +37,7 @@ GENERATE = """
 import json, sys
 from pathlib import Path
 import torch
-from test_runtime import CONFIG, export
+from exported import CONFIG, export
 from minismoe.io import process as memory
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator
@@ -54,8 +54,7 @@ print(json.dumps(seen))
 
 def watch(code: str, folder: Path) -> list[int]:
     """Resident bytes, step by step, of a process that works in `folder`."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "training",
-                                      ROOT / "tests" / "runtime")))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True,
                          env={**os.environ, "PYTHONPATH": paths})
     assert run.returncode == 0, run.stderr
@@ -68,14 +67,14 @@ def flat(seen: list[int]) -> bool:
     return len(seen) >= 2000 and max(seen[warm:]) <= 1.02 * seen[warm]
 
 
-def test_training(tmp_path: Path) -> None:
+def test_memory_stays_flat_in_2000_training_steps(tmp_path: Path) -> None:
     seen = watch(TRAIN, tmp_path)
     assert flat(seen), [b >> 20 for b in seen[::100]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
-def test_generation(tmp_path: Path) -> None:
+def test_memory_stays_flat_in_2000_generations(tmp_path: Path) -> None:
     before = {p.name for p in Path("/tmp").iterdir() if p.name.startswith("tmp")}
     seen = watch(GENERATE, tmp_path)
     assert flat(seen), [b >> 20 for b in seen[::100]]

@@ -18,7 +18,7 @@ from minismoe.method.experts import add_experts, linear_layers
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
-from minismoe.model.lowbit import QuantizedLinear
+from minismoe.model.quantize import QuantizedLinear
 from minismoe.training.evaluate import generate
 from minismoe.training.loop import TrainConfig, train_step
 
@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_the_rounded_weights(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_probe_and_generation(checkpoint: Make, bits: int) -> None:
+def test_probe_and_generation_are_those_of_the_rounded_weights(checkpoint: Make, bits: int) -> None:
     models = pair(checkpoint("llama_tied")[1], bits, torch.float32)
     ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(1))
     batch = ids, torch.ones_like(ids), ids
@@ -89,6 +89,7 @@ def test_adapter_returns_to_its_base_in_any_form(checkpoint: Make, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 9.5), (4, 5.0)])
-def test_bits_a_weight(checkpoint: Make, bits: int, most: float) -> None:
+def test_a_weight_takes_few_more_bits_than_its_integers(
+        checkpoint: Make, bits: int, most: float) -> None:
     weight = load_model(checkpoint("llama")[1], base_bits=bits).model.layers[0].mlp.up_proj.weight
     assert sum(b.nbytes for b in weight.buffers()) * 8 <= most * weight.shape.numel() * 1.1

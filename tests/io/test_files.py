@@ -1,0 +1,70 @@
+"""Files appear whole or not at all, with the permissions of any other file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from minismoe.io.files import read_json, replacing, write_json
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_half_written(tmp_path: Path, before: str | None, error: type[BaseException],
+                                 ) -> None:
+    file = tmp_path / "x.json"
+    if before:
+        file.write_text(before)
+    with pytest.raises(error), replacing(file) as tmp:
+        tmp.write_text("half")
+        assert tmp.parent == file.parent, "another file system could not be renamed from"
+        assert (file.read_text() if file.exists() else None) == before
+        raise error
+    assert (file.read_text() if file.exists() else None) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["x.json"] if before else [])
+
+
+def test_what_was_written_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "folder" / "x.json"
+    for text in ("first", "second"):
+        with replacing(file) as tmp:
+            tmp.write_text(text)
+        assert file.read_text() == text
+    assert [p.name for p in file.parent.iterdir()] == ["x.json"]
+
+
+def test_the_writers_error_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the reason"), replacing(tmp_path / "x") as tmp:
+        tmp.unlink()
+        raise RuntimeError("the reason")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask there")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_honour_the_umask(tmp_path: Path, umask: Callable[[int], int], mask: int,
+                                      mode: int) -> None:
+    umask(mask)
+    write_json(tmp_path / "x.json", {})
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == mode
+    assert umask(mask) == mask, "the umask was left changed"
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    value = {"größe": [1, 2.5, None, "\u2028"], "b": {"c": True}}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+    assert "größe" in (tmp_path / "x.json").read_text(encoding="utf-8")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"bad": object()})
+    assert read_json(tmp_path / "x.json") == value

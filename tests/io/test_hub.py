@@ -1,0 +1,146 @@
+"""Hub names: what is fetched, from where, and what a failure says."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import save_bytes_model
+
+from minismoe.io.hub import resolve
+from minismoe.model.checkpoint import load_model
+
+REPOSITORY = Path(__file__).parents[2]
+FETCHED = ["config.json", "generation_config.json", "model.safetensors",
+           "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+           "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+LEFT = ["modeling_custom.py", "pytorch_model.bin", "model.pkl", "consolidated.safetensors",
+        "original/model.safetensors", "onnx/model.onnx", "README.md", "model.gguf",
+        "adapter_model.safetensors", "training_args.bin", "tokenizer.model", ".gitattributes"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint that a test may add files to."""
+    return save_bytes_model(tmp_path / "model")
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment})
+
+
+def test_the_hub_is_asked_for_weights_and_text_only(monkeypatch: pytest.MonkeyPatch,
+                                                    folder: Path) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    fake = types.ModuleType("huggingface_hub")
+    fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    assert resolve("org/name") == folder
+    model = load_model("org/name")
+    assert model.name == "org/name"
+    assert [name for name, _ in asked] == ["org/name"] * 2
+    for _, patterns in asked:
+        allowed = [f for f in FETCHED + LEFT if any(fnmatch.fnmatch(f, p) for p in patterns)]
+        assert allowed == FETCHED
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A server on this machine that answers as the hub does, holding `folder` as org/name: its
+    address, and the files that were asked for."""
+    revision, asked = "0" * 40, []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path, files = Path(self.path.split("?")[0]), list(folder.iterdir())
+            if "tree" in path.parts:
+                data = json.dumps([{"type": "file", "path": f.name, "size": f.stat().st_size,
+                                    "oid": f.name} for f in files]).encode()
+            elif "resolve" in path.parts:
+                asked.append(path.name)
+                data = (folder / path.name).read_bytes()
+            elif path.is_relative_to("/api/models/org/name"):
+                data = json.dumps({"id": "org/name", "sha": revision, "siblings": [
+                    {"rfilename": f.name} for f in files]}).encode()
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            for name, value in (("Content-Length", len(data)), ("X-Repo-Commit", revision),
+                                ("ETag", f'"{hashlib.sha256(data).hexdigest()}"')):
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_the_hubs_own_client_fetches_no_code(hub: tuple[str, list[str]], folder: Path,
+                                             tmp_path: Path) -> None:
+    for name in LEFT:
+        if "/" not in name:
+            (folder / name).write_text("raise SystemExit('this was run')")
+    address, asked = hub
+    load = "from minismoe.model.checkpoint import load_model\nprint(load_model('org/name').name)"
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "NO_PROXY": "*"}
+    fetched = python(load, HF_HUB_OFFLINE="0", **environment)
+    assert fetched.stdout == "org/name\n", fetched.stderr
+    assert {"config.json", "model.safetensors"} <= set(asked) and not set(asked) & set(LEFT)
+    count = len(asked)
+    cached = python(load, HF_HUB_OFFLINE="1", **environment)
+    assert cached.stdout == "org/name\n" and len(asked) == count, cached.stderr
+
+
+def test_a_folder_is_never_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/name") == Path("org/name")
+    assert resolve(tmp_path) == tmp_path
+    for absent in ("./gone", "/no/such", "~/model", "gone", "a/b/c", "../up"):
+        with pytest.raises(FileNotFoundError, match="no such model folder"):
+            resolve(absent)
+
+
+def test_a_missing_huggingface_hub_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'minismoe\[hub\]'"):
+        load_model("org/name")
+
+
+def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
+    run = python("from minismoe.model.checkpoint import load_model\n"
+                 "try: load_model('no-such-org/no-such-model')\n"
+                 "except FileNotFoundError as e: print(e)",
+                 HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(
+        "no-such-org/no-such-model is no folder here, and the hub says: ")
+    assert run.stdout.count("\n") == 1, "the error takes more than one line"
