@@ -315,7 +315,8 @@ def test_a_death_at_any_rename_is_made_good(inputs, tmp_path) -> None:  # noqa: 
             done.append(replace(*names))
 
         return kill_resume.ended(kill_resume.start(
-            run, [*inputs, *QUICK], lambda: setattr(os, "replace", dying)))
+            run, [*inputs, *QUICK, "--limit-train", "16", "--limit-test", "2"],
+            lambda: setattr(os, "replace", dying)))
 
     assert child(tmp_path / "whole", 1000) == 0
     for lives in range(1000):
