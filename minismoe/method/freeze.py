@@ -67,8 +67,8 @@ class TaskFits:
 
 @dataclass
 class Moments:
-    """Sums over tokens x, for the mixtures that read it. P, G, gates and written hold one mixture
-    after another."""
+    """Sums over tokens x for the mixtures that read it, which follow one another in P to written.
+    """
 
     M: Tensor                    # (D, D)
     P: Tensor                    # (sum of R, D)
@@ -76,6 +76,10 @@ class Moments:
     gates: Tensor                # (sum of E,)
     written: Tensor              # (mixtures,) sum of ||y||^2 of all that the matrix writes
     tokens: Tensor               # () how many
+
+    def add(self, other: Moments) -> None:
+        for ours, theirs in zip(vars(self).values(), vars(other).values()):
+            ours += theirs
 
     def split(self, readers: Readers) -> dict[str, Moments]:
         """The sums of each mixture, as views."""
@@ -118,9 +122,9 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
         for task in (*tasks, None):
             sums = total if task is None else gather(model, group, tasks[task], progress)
             for readers, parts, totals in zip(group, sums, total):
-                for sums_of_all, part in zip(totals, parts if task is not None else ()):
-                    for a, b in zip(vars(sums_of_all).values(), vars(part).values()):
-                        a += b
+                if task is not None:
+                    totals[0].add(parts[0])
+                    totals[1].add(parts[1])
                 for kind, fits in solve(readers, *parts).items():
                     found[kind].of(task).update(fits)
     return found
@@ -146,9 +150,10 @@ def _groups(inputs: Iterable[Readers], memory: int) -> list[list[Readers]]:
     groups: list[list[Readers]] = []
     used = 0
     for readers in inputs:
-        A = torch.cat([layer.lora_A.flatten(0, 1) for layer in readers.values()])
-        R, D = A.shape
-        size = 4 * (D * D + R * D + R * R) * A.itemsize     # to fit, held out; of a task, of all
+        like = [layer.lora_A for layer in readers.values()]
+        R, D = sum(len(A.flatten(0, 1)) for A in like), like[0].shape[-1]
+        # To fit and held out, of a task and of all tasks together.
+        size = 4 * (D * D + R * D + R * R) * like[0].itemsize
         if not groups or used + size > memory:
             groups.append([])
             used = 0
@@ -224,17 +229,17 @@ def solve(readers: Readers, fitting: Moments, held: Moments) -> dict[str, dict[s
 
     for name, layer in readers.items():
         mean, gates = constant_gates(layer, to_fit[name])
-        A = _wide(layer.lora_A)
-        A_mean, A_gates = ((A * c[:, None, None]).flatten(0, 1)
+        A_mean, A_gates = ((_wide(layer.lora_A) * c[:, None, None]).flatten(0, 1)
                            for c in (mean, mean if gates is None else gates))
         found["mean"][name] = made(name, A_mean, "mean")
         found["gates"][name] = made(name, A_gates, "mean" if gates is None else "gates")
         found["linear"][name] = found["gates"][name]
         starts.append(A_gates)
     for ridge in RIDGES:
-        stacked = linear(torch.cat(starts), fitting, ridge)
-        for name, A in zip(readers, () if stacked is None else stacked.split([*map(len, starts)])):
-            new = made(name, A, "linear")
+        A = linear(torch.cat(starts), fitting, ridge)
+        parts = () if A is None else A.split([len(start) for start in starts])
+        for name, part in zip(readers, parts):
+            new = made(name, part, "linear")
             if new.residual < found["linear"][name].residual:
                 found["linear"][name] = new
     return found
