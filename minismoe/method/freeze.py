@@ -185,7 +185,8 @@ def gather(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequenc
     sums_of = {layer: [part.split(readers)[name] for part in parts]
                for readers, parts in zip(group, found) for name, layer in readers.items()}
     adds_M = {next(iter(readers.values())) for readers in group}         # one of each input
-    mask = held = torch.empty(0)             # of the batch (B, T), and of its real tokens (N,)
+    mask = torch.empty(0)                    # of the batch, (B, T)
+    token_numbers: list[Tensor] = []         # of its real tokens to fit, and of those held out
 
     def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
         """Add the tokens of one batch, x (..., D) and y (..., out)."""
@@ -194,19 +195,21 @@ def gather(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequenc
         gates = top_k_gates(logits, layer.top_k)                         # (N, E)
         h = (x @ layer.lora_A.flatten(0, 1).T).unflatten(1, layer.lora_A.shape[:2])
         gated = (h * gates[..., None]).flatten(1)                        # (N, R)
-        for sums, rows in zip(sums_of[layer], (~held, held)):
+        for sums, rows in zip(sums_of[layer], token_numbers):
+            x_part, gated_part = x[rows], gated[rows]
             if layer in adds_M:
-                sums.M.addmm_(x[rows].T, x[rows])
-                sums.tokens += rows.sum()
-            sums.P.addmm_(gated[rows].T, x[rows])
-            sums.G.addmm_(gated[rows].T, gated[rows])
+                sums.M.addmm_(x_part.T, x_part)
+                sums.tokens += len(rows)
+            sums.P.addmm_(gated_part.T, x_part)
+            sums.G.addmm_(gated_part.T, gated_part)
             sums.gates += gates[rows].sum(0)
             sums.written += y[rows].square().sum()
 
     seen = 0
     for batch in batches:
         mask = batch[1]
-        held = (seen + mask.nonzero()[:, 0]) % HOLD == 1
+        held = (seen + mask.nonzero()[:, 0]) % HOLD == 1                 # (N,), of the real tokens
+        token_numbers = [part.nonzero()[:, 0] for part in (~held, held)]
         _run(model, batch, sums_of, hook)
         seen += len(mask)
         progress(len(mask))
