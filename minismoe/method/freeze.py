@@ -1,27 +1,22 @@
 """Freeze: the mixture of one matrix as one linear map of rank R = E*r, which is a plain LoRA.
 
 With h = A x of the stacked experts, and g*h each expert's r entries of it times its gate, a mixture
-adds scaling * B^T (g*h) to W x. The map A' that comes nearest to it over the calibration tokens,
+adds scaling * B^T (g*h) to W x. A fit (`reference.fits`) is a map A' that comes near it,
 
     A' = argmin  sum over tokens of  || B^T (g*h - A' x) ||^2
 
-is sought in three families, each of which holds the one before (`reference.fits` is the same in
-plain form):
-
-    mean    A' = c A, each expert's rows times one number: c is the gates' average over the tokens
+    mean    A' = c A, each expert's rows times one number: its mean gate
     gates   A' = c A, c by least squares: an E x E system
-    linear  any A', whatever B is: routing depends on x, and much of that dependence is linear;
-            A' = A_g + (P - A_g M) (M + ridge I)^-1, with A_g that of `gates`
+    linear  any A', whatever B is:  A' = A_g + (P - A_g M) (M + ridge I)^-1, A_g that of `gates`
 
-All follow from sums over tokens: M = sum x x^T, P = sum (g*h) x^T, G = sum (g*h) (g*h)^T. Every
-HOLD-th sample is held out: it chooses the ridge (or `gates`, if no ridge does better), and gives
-the residual, the share of the mixture's output energy that the fit misses.
+from sums over tokens, M = sum x x^T, P = sum (g*h) x^T, G = sum (g*h) (g*h)^T. Every HOLD-th sample
+is held out: it chooses the ridge (or `gates`, if no ridge does better), and gives the residual, the
+share of the mixture's output energy that the fit misses.
 
 Memory does not grow with samples or tasks. The largest sum is M, (D, D), one for all matrices that
 read the same x (q, k, v; gate, up). Matrices are taken in groups whose sums fit a budget, with one
 pass over the samples a group. The least is one M: D = 11,008 takes 4 sums of 485 MB in float32 (to
 fit and held out, of a task and of all), and 4 of 970 MB while solving.
-
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
