@@ -6,9 +6,8 @@ gives one expert to each of its most sensitive ones:
 
     E[W] = number of tasks t for which s[t, W] is in the top `keep` of W's group
 
-A matrix that many tasks lean on gets many experts, one that none does gets no adapter, and none
-gets more than there are tasks. Only the order within a task counts, so tasks whose gradients differ
-a thousandfold in size have the same say. An example, with keep = 0.5 of one group of four:
+Only the order within a task counts, so tasks whose gradients differ a thousandfold in size have the
+same say. A matrix without a vote gets no adapter. With keep = 0.5 of one group of four:
 
     sensitivity    q     k     v     o
     task 1       9.0   1.0   5.0   2.0     votes for q and v

@@ -1,28 +1,22 @@
 """Freeze: the mixture of one matrix as one linear map of rank R = E*r, which is a plain LoRA.
 
 With h = A x of the stacked experts, and g*h each expert's r entries of it times its gate, a mixture
-adds scaling * B^T (g*h) to W x. The map A' that comes nearest to it over the calibration tokens,
+adds scaling * B^T (g*h) to W x. A fit (`reference.fits`) is a map A' that comes near it,
 
     A' = argmin  sum over tokens of  || B^T (g*h - A' x) ||^2
 
-is sought in three families, each of which holds the one before (`reference.fits` is the same in
-plain form):
-
-    mean    A' = c A, each expert's rows times one number: c is the gates' average over the tokens
+    mean    A' = c A, each expert's rows times one number: its mean gate
     gates   A' = c A, c by least squares: an E x E system
-    linear  any A', whatever B is: routing depends on x, and much of that dependence is linear;
-            A' = A_g + (P - A_g M) (M + ridge I)^-1, with A_g that of `gates`
+    linear  any A', whatever B is:  A' = A_g + (P - A_g M) (M + ridge I)^-1, A_g that of `gates`
 
-All follow from sums over tokens: M = sum x x^T, P = sum (g*h) x^T, G = sum (g*h) (g*h)^T. Every
-HOLD-th sample is held out: it chooses the ridge, or `gates` if no ridge does better. The residual
-of a fit, the share of the mixture's output energy that it misses on these samples, is what freezing
-loses in a matrix.
+from sums over tokens, M = sum x x^T, P = sum (g*h) x^T, G = sum (g*h) (g*h)^T. Every HOLD-th sample
+is held out: it chooses the ridge (or `gates`, if no ridge does better), and gives the residual, the
+share of the mixture's output energy that the fit misses.
 
-Memory does not depend on the number of samples or tasks. The largest sum is M, (D, D), one for all
-matrices that read the same x (q, k, v; gate, up). Matrices are taken in groups whose sums fit a
-budget, with one pass over the samples for each group. The least is one M: D = 11,008 takes 4 sums
-of 485 MB in float32 (fitting and held out, of a task and of all), and while solving 4 of 970 MB.
-
+Memory does not grow with samples or tasks. The largest sum is M, (D, D), one for all matrices that
+read the same x (q, k, v; gate, up). Matrices are taken in groups whose sums fit a budget, with one
+pass over the samples a group. The least is one M: D = 11,008 takes 4 sums of 485 MB in float32 (to
+fit and held out, of a task and of all), and 4 of 970 MB while solving.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
@@ -68,24 +62,35 @@ class TaskFits:
 
 @dataclass
 class Moments:
-    """Sums over the tokens that one mixture reads; those that read the same x share one M."""
+    """Sums over tokens x for the mixtures that read it, which follow one another in P to written.
+    """
 
     M: Tensor                    # (D, D)
-    P: Tensor                    # (R, D)
-    G: Tensor                    # (R, R)
-    gates: Tensor                # (E,)
-    written: Tensor              # () sum of ||y||^2 of all that the matrix writes
+    P: Tensor                    # (sum of R, D)
+    G: Tensor                    # (sum of R, sum of R), of which blocks of one mixture are filled
+    gates: Tensor                # (sum of E,)
+    written: Tensor              # (mixtures,) sum of ||y||^2 of all that the matrix writes
     tokens: Tensor               # () how many
 
+    def add(self, other: Moments) -> None:
+        for ours, theirs in zip(vars(self).values(), vars(other).values()):
+            ours += theirs
 
-def zeros(readers: Readers) -> dict[str, Moments]:
-    """Empty sums of matrices that read the same x."""
-    found: dict[str, Moments] = {}
-    for name, layer in readers.items():
-        (E, r, D), new = layer.lora_A.shape, layer.lora_A.new_zeros
-        M = next(iter(found.values())).M if found else new(D, D)
-        found[name] = Moments(M, new(E * r, D), new(E * r, E * r), new(E), new(()), new(()))
-    return found
+    def split(self, readers: Readers) -> dict[str, Moments]:
+        """The sums of each mixture, as views."""
+        counts = [len(layer.lora_A) for layer in readers.values()]
+        ranks = [len(layer.lora_A.flatten(0, 1)) for layer in readers.values()]
+        rows = self.G.split(ranks)
+        return {name: Moments(self.M, P, rows[i].split(ranks, 1)[i], gates, written, self.tokens)
+                for i, (name, P, gates, written) in enumerate(zip(
+                    readers, self.P.split(ranks), self.gates.split(counts), self.written))}
+
+
+def zeros(readers: Readers) -> Moments:
+    """Empty sums."""
+    A = torch.cat([layer.lora_A.detach().flatten(0, 1) for layer in readers.values()])
+    (R, D), E, new = A.shape, sum(len(layer.lora_A) for layer in readers.values()), A.new_zeros
+    return Moments(new(D, D), new(R, D), new(R, R), new(E), new(len(readers)), new(()))
 
 
 def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memory: int = 1 << 30,
@@ -113,7 +118,8 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
             sums = total if task is None else gather(model, group, tasks[task], progress)
             for readers, parts, totals in zip(group, sums, total):
                 if task is not None:
-                    _add(totals, parts)
+                    totals[0].add(parts[0])
+                    totals[1].add(parts[1])
                 for kind, fits in solve(readers, *parts).items():
                     found[kind].of(task).update(fits)
     return found
@@ -139,9 +145,10 @@ def _groups(inputs: Iterable[Readers], memory: int) -> list[list[Readers]]:
     groups: list[list[Readers]] = []
     used = 0
     for readers in inputs:
-        stacks = [layer.lora_A.flatten(0, 1) for layer in readers.values()]            # (R, D)
-        numbers = stacks[0].shape[1] ** 2 + sum(A.numel() + len(A) ** 2 for A in stacks)
-        size = 4 * numbers * stacks[0].itemsize     # to fit and held out, of a task and of all
+        like = [layer.lora_A for layer in readers.values()]
+        R, D = sum(len(A.flatten(0, 1)) for A in like), like[0].shape[-1]
+        # To fit and held out, of a task and of all tasks together.
+        size = 4 * (D * D + R * D + R * R) * like[0].itemsize
         if not groups or used + size > memory:
             groups.append([])
             used = 0
@@ -166,14 +173,15 @@ def _run(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[ExpertLinea
 @torch.no_grad()
 def gather(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
            progress: Callable[[int], Any] = lambda samples: None,
-           ) -> list[tuple[dict[str, Moments], dict[str, Moments]]]:
+           ) -> list[tuple[Moments, Moments]]:
     """Sums over the real tokens of the samples to fit and of those held out, for each input of
     `group`, in float32 or better."""
     found = [(zeros(readers), zeros(readers)) for readers in group]
-    sums_of = {layer: [part[name] for part in parts] for readers, parts in zip(group, found)
-               for name, layer in readers.items()}
+    sums_of = {layer: [part.split(readers)[name] for part in parts]
+               for readers, parts in zip(group, found) for name, layer in readers.items()}
     adds_M = {next(iter(readers.values())) for readers in group}         # one of each input
-    mask = held = torch.empty(0)             # of the batch (B, T), and of its real tokens (N,)
+    mask = torch.empty(0)                    # of the batch, (B, T)
+    token_numbers: list[Tensor] = []         # of its real tokens to fit, and of those held out
 
     def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
         """Add the tokens of one batch, x (..., D) and y (..., out)."""
@@ -182,59 +190,54 @@ def gather(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequenc
         gates = top_k_gates(logits, layer.top_k)                         # (N, E)
         h = (x @ layer.lora_A.flatten(0, 1).T).unflatten(1, layer.lora_A.shape[:2])
         gated = (h * gates[..., None]).flatten(1)                        # (N, R)
-        for sums, rows in zip(sums_of[layer], (~held, held)):
+        for sums, rows in zip(sums_of[layer], token_numbers):
+            x_part, gated_part = x[rows], gated[rows]
             if layer in adds_M:
-                sums.M.addmm_(x[rows].T, x[rows])
-            sums.P.addmm_(gated[rows].T, x[rows])
-            sums.G.addmm_(gated[rows].T, gated[rows])
+                sums.M.addmm_(x_part.T, x_part)
+                sums.tokens += len(rows)
+            sums.P.addmm_(gated_part.T, x_part)
+            sums.G.addmm_(gated_part.T, gated_part)
             sums.gates += gates[rows].sum(0)
             sums.written += y[rows].square().sum()
-            sums.tokens += rows.sum()
 
     seen = 0
     for batch in batches:
         mask = batch[1]
-        held = (seen + mask.nonzero()[:, 0]) % HOLD == 1
+        held = (seen + mask.nonzero()[:, 0]) % HOLD == 1                 # (N,), of the real tokens
+        token_numbers = [part.nonzero()[:, 0] for part in (~held, held)]
         _run(model, batch, sums_of, hook)
         seen += len(mask)
         progress(len(mask))
     return found
 
 
-def _add(totals: Sequence[dict[str, Moments]], parts: Sequence[dict[str, Moments]]) -> None:
-    """Add the sums of a task to those of all."""
-    for total, part in zip(totals, parts):
-        for i, name in enumerate(part):
-            for letter, value in vars(part[name]).items():
-                if letter != "M" or i == 0:                  # M is shared
-                    getattr(total[name], letter).add_(value)
-
-
 @torch.no_grad()
-def solve(readers: Readers, fitting: dict[str, Moments], held: dict[str, Moments],
-          ) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the matrices that read one x, from its sums."""
-    fitting, held = _wide_sums(fitting), _wide_sums(held)
+def solve(readers: Readers, fitting: Moments, held: Moments) -> dict[str, dict[str, Fit]]:
+    """{kind: {module: Fit}} of the mixtures that read one x, from its sums."""
+    fitting, held = (Moments(*map(_wide, vars(sums).values())) for sums in (fitting, held))
+    to_fit, held_out = fitting.split(readers), held.split(readers)
     found: dict[str, dict[str, Fit]] = {kind: {} for kind in KINDS}
-    starts: dict[str, Tensor] = {}
+    starts = []
 
     def made(name: str, A: Tensor, kind: str) -> Fit:
-        layer, sums = readers[name], held[name]
+        layer, sums = readers[name], held_out[name]
         energy = layer.scaling ** 2 * (_gram(layer) * sums.G).sum() / sums.written.clamp(min=1e-30)
         return replace(exact(layer), lora_A=A.to(layer.lora_A), kind=kind,
                        residual=residual(layer, A, sums), energy=energy.item())
 
     for name, layer in readers.items():
-        mean, gates = constant_gates(layer, fitting[name])
-        A = _wide(layer.lora_A)
-        A_mean, starts[name] = ((A * c[:, None, None]).flatten(0, 1)
-                                for c in (mean, mean if gates is None else gates))
+        mean, gates = constant_gates(layer, to_fit[name])
+        A_mean, A_gates = ((_wide(layer.lora_A) * c[:, None, None]).flatten(0, 1)
+                           for c in (mean, mean if gates is None else gates))
         found["mean"][name] = made(name, A_mean, "mean")
-        found["gates"][name] = made(name, starts[name], "mean" if gates is None else "gates")
+        found["gates"][name] = made(name, A_gates, "mean" if gates is None else "gates")
         found["linear"][name] = found["gates"][name]
+        starts.append(A_gates)
     for ridge in RIDGES:
-        for name, A in linear(starts, fitting, ridge).items():
-            new = made(name, A, "linear")
+        A = linear(torch.cat(starts), fitting, ridge)
+        parts = () if A is None else A.split([len(start) for start in starts])
+        for name, part in zip(readers, parts):
+            new = made(name, part, "linear")
             if new.residual < found["linear"][name].residual:
                 found["linear"][name] = new
     return found
@@ -258,18 +261,14 @@ def constant_gates(layer: ExpertLinear, sums: Moments) -> tuple[Tensor, Tensor |
     return mean, scale * torch.linalg.solve(scaled, scale * b)
 
 
-def linear(starts: Mapping[str, Tensor], sums: Mapping[str, Moments], ridge: float,
-           ) -> dict[str, Tensor]:
-    """A' (R, D) of each module, shrunk towards `starts`; ridge is relative to M's diagonal."""
-    M = next(iter(sums.values())).M
-    missing = torch.cat([sums[name].P - A @ M for name, A in starts.items()])    # (sum of R, D)
-    damped = M.clone()
-    damped.diagonal().add_(ridge * M.diagonal().mean())
+def linear(start: Tensor, sums: Moments, ridge: float) -> Tensor | None:
+    """A' (R, D) shrunk towards `start`; ridge is relative to M's diagonal. None if M is singular.
+    """
+    damped = sums.M.clone()
+    damped.diagonal().add_(ridge * sums.M.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:                                           # not positive definite, to rounding
-        return {}
-    steps = torch.cholesky_solve(missing.T, factor).T.split([len(A) for A in starts.values()])
-    return {name: A + step for (name, A), step in zip(starts.items(), steps)}
+    missing = sums.P - start @ sums.M
+    return None if failed else start + torch.cholesky_solve(missing.T, factor).T
 
 
 def residual(layer: ExpertLinear, A: Tensor, sums: Moments) -> float:
@@ -289,12 +288,6 @@ def _gram(layer: ExpertLinear) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """x in float64: on CUDA, or else on the CPU, since other devices may lack float64."""
     return x.double() if x.device.type == "cuda" else x.cpu().double()
-
-
-def _wide_sums(sums: dict[str, Moments]) -> dict[str, Moments]:
-    M = _wide(next(iter(sums.values())).M)
-    return {name: Moments(M, *map(_wide, (s.P, s.G, s.gates, s.written, s.tokens)))
-            for name, s in sums.items()}
 
 
 @torch.no_grad()

@@ -33,13 +33,13 @@ def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[
     if targets is None:
         return everything
     words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)]
-    found = {word: [module for module in everything
-                    if place(module)[2] == word or fnmatchcase(module, word)] for word in words}
-    missed = [word for word in words if not found[word]]
-    if missed or not words:
+    hits = {word: {m for m in everything if place(m)[2] == word or fnmatchcase(m, word)}
+            for word in words}
+    if not words or not all(hits.values()):
         present = sorted({place(module)[2] for module in everything})
-        raise ValueError(f"no module matches targets {missed}; projections present: {present}")
-    return [module for module in everything if any(module in hits for hits in found.values())]
+        raise ValueError(f"no module matches targets {[w for w in words if not hits[w]]}; "
+                         f"projections present: {present}")
+    return [module for module in everything if module in set().union(*hits.values())]
 
 
 def grouped(modules: list[str], group: str) -> list[list[str]]:
