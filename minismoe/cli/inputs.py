@@ -97,7 +97,7 @@ def join_processes(config: InputConfig) -> torch.device:
     Raises ValueError for --shard in a single process, or with --base-bits.
     """
     device = torch.device(config.device)
-    distributed.start(device)
+    distributed.join(device)
     if config.shard and (config.base_bits or distributed.world() == 1):
         raise ValueError("--shard divides a model among processes: start several with torchrun, "
                          "without --base-bits")

@@ -133,13 +133,15 @@ def _check(scores: Sensitivities, draft: Allocation, budgets: tuple[int | None, 
     """Raise one ValueError that names everything wrong with the arguments of `allocate`."""
     modules: set[str] = set().union(*scores.values())
     given = [budget for budget in budgets if budget is not None]
-    top = MOST if high is None else high
     checks = [
         (draft.strategy in STRATEGIES, f"strategy {draft.strategy!r} is none of {STRATEGIES}"),
         (draft.group in GROUPS, f"group {draft.group!r} is none of {GROUPS}"),
-        (is_whole(low, 0) and (top is MOST or is_whole(top, max(1, low))) and max(low, top) <= MOST,
-         f"min_experts {low!r} and max_experts {high!r} must be whole numbers from 0 and 1 to "
-         f"{MOST}, the first not above the second"),
+        (is_whole(low, 0) and low <= MOST,
+         f"min_experts must be a whole number from 0 to {MOST}, got {low!r}"),
+        (high is None or is_whole(high, 1) and high <= MOST,
+         f"max_experts must be a whole number from 1 to {MOST}, got {high!r}"),
+        (not (is_whole(low, 0) and is_whole(high, 1)) or low <= high,
+         f"min_experts {low!r} is above max_experts {high!r}"),
         (draft.strategy not in ("lora", "ranks") or low in (0, 1),
          f"{draft.strategy!r} is one expert a module, so min_experts {low!r} cannot be met"),
         (len(given) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),

@@ -115,7 +115,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
     for group in _groups(_inputs(model, first), memory):
         total = [(zeros(readers), zeros(readers)) for readers in group]
         for task in (*tasks, None):
-            sums = total if task is None else gather(model, group, tasks[task], progress)
+            sums = total if task is None else moments_of(model, group, tasks[task], progress)
             for readers, parts, totals in zip(group, sums, total):
                 if task is not None:
                     totals[0].add(parts[0])
@@ -171,7 +171,7 @@ def _run(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[ExpertLinea
 
 
 @torch.no_grad()
-def gather(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
+def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
            progress: Callable[[int], Any] = lambda samples: None,
            ) -> list[tuple[Moments, Moments]]:
     """Sums over the real tokens of the samples to fit and of those held out, for each input of

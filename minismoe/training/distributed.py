@@ -23,7 +23,7 @@ from ..io.text import out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_joined = False          # set by start(); a group that another program made is not ours
+_joined = False          # set by join(); a group that another program made is not ours
 
 
 def world() -> int:
@@ -51,7 +51,7 @@ def _peers() -> Iterator[None]:
                               f"({reason})") from e
 
 
-def start(device: torch.device) -> None:
+def join(device: torch.device) -> None:
     """Join the processes that torchrun started, if it did; only the first prints from then on."""
     global _joined
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined:

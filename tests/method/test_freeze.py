@@ -23,10 +23,10 @@ from minismoe.method.freeze import (
     exact,
     fit,
     freeze,
-    gather,
     linear,
     merge,
     merged,
+    moments_of,
     residual,
 )
 
@@ -125,7 +125,7 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     layer = ExpertLinear(nn.Linear(D, out, dtype=torch.float64), E, r, 2.0 * r, k)
     randomise(layer, seed)
     tokens = torch.randn(1, N, D, dtype=torch.float64)
-    ((sums, _),) = gather(Whole(layer, tokens), [{"layer": layer}], [ids_of(tokens)])
+    ((sums, _),) = moments_of(Whole(layer, tokens), [{"layer": layer}], [ids_of(tokens)])
     mean, gates = module.constant_gates(layer, sums)
     best = mean if gates is None else gates
     A_mean, A = ((layer.lora_A * c[:, None, None]).flatten(0, 1).detach() for c in (mean, best))
@@ -247,7 +247,7 @@ def test_inputs_that_are_shared_are_multiplied_once() -> None:
     short = [[name.split(".")[-1][0] for name in readers] for readers in group]
     assert short == [["q", "k"], ["o"], ["g", "u"], ["d"]] * 2
     with Products() as products:
-        gather(model, group, [batch(0)])
+        moments_of(model, group, [batch(0)])
     assert products.shapes.count((D, D)) == 2 * 2 * 3        # fitting and held-out samples
     assert products.shapes.count((24, 24)) == 2 * 2
 

@@ -48,7 +48,7 @@ sys.path.insert(0, {root!r})
 import torch
 from minismoe import load_model
 from minismoe.training import distributed
-distributed.start(torch.device("cpu"))
+distributed.join(torch.device("cpu"))
 model = load_model({model!r}, torch.float32)
 whole = sum(p.numel() for p in model.model.layers.parameters())
 distributed.shard(model, torch.device("cpu"))
@@ -112,7 +112,7 @@ def test_a_failed_exchange_names_its_reason(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ValueError, match="--device cuda:1: each process takes"):
-        distributed.start(torch.device("cuda:1"))
+        distributed.join(torch.device("cuda:1"))
 
 
 def test_shard_leaves_a_part_of_the_blocks_in_each_process(inputs) -> None:
