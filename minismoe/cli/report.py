@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tasks import probe_batches
-from ..io.drawing import routers_svg, terminal_heatmap
-from ..io.files import read_json, replacing, write_json
+from ..io.drawing import terminal_heatmap
+from ..io.files import read_json, write_json
 from ..io.text import clean, table
 from ..training import distributed
 from ..training.evaluate import Accuracy
@@ -29,8 +29,6 @@ def report_routers(inputs: Inputs, run: Path) -> None:
     if not use or distributed.rank():
         return
     write_json(run / "routers.json", use)
-    with replacing(run / "routers.svg") as tmp:
-        tmp.write_text(routers_svg(use), encoding="utf-8")
     print(terminal_heatmap("how far the routers tell the tasks apart, of 1",
                            {name: found["separation"] for name, found in use.items()}))
     if lost := collapsed(use):

@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..data.tokenizer import Tokenizer
-from ..io.drawing import allocation_svg, terminal_heatmap
+from ..io.drawing import terminal_heatmap
 from ..io.files import replacing
 from ..io.text import clean
-from ..method.experts import ExpertLinear, linear_layers
 from ..method.freeze import Fit, TaskFits, fit
 from ..method.loss import IGNORE
 from ..training.evaluate import evaluate
@@ -90,17 +89,12 @@ def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
 
 
 def show_residuals(source: Source, fits: Fits) -> None:
-    """Print the share of each mixture's output that the fits miss; draw adapter/residual.svg."""
+    """Print the share of each mixture's output that the fits miss."""
     residuals = {name: f.residual for name, f in fits.items()}
     print(terminal_heatmap("share of the mixture's output that one linear map misses", residuals))
     kinds = [f.kind for f in fits.values()]
     print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median residual on "
           f"held-out samples {100 * median(residuals.values()):.2f} %")
-    counts = {name: len(layer.lora_A) if isinstance(layer, ExpertLinear) else 0
-              for name, layer in linear_layers(source.model).items()}
-    svg = allocation_svg({"lost": residuals}, counts, measure="output energy lost by freezing")
-    with replacing(source.run / "adapter" / "residual.svg") as tmp:
-        tmp.write_text(svg, encoding="utf-8")
 
 
 def save_frozen(folder: str | Path, frozen: TaskFits) -> None:

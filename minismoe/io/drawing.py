@@ -1,8 +1,7 @@
-"""Heatmaps of a value for each weight matrix: for the terminal, and as SVG figures for a paper.
+"""Heatmaps of a value for each weight matrix: for the terminal, and as an SVG figure for a paper.
 
-Input: mappings of module name to number. Output: a string. Module and task names come from files
-of others, so they are cleaned of control characters before they are drawn. SVG figures have a white
-background, so that they read well on dark pages too.
+Names come from files of others, so they are cleaned of control characters. The figure has a white
+background, so that it reads well on dark pages too.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ import math
 import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeVar
 from xml.sax.saxutils import escape
 
 from .text import clean
 
-Scale = Literal["linear", "log"]
+Value = TypeVar("Value")
 RGB = tuple[int, int, int]
 Cell = tuple[str, str]  # (layer label, projection label)
 Drawn = tuple[RGB, str]  # a cell's colour and the text in it
@@ -31,56 +29,56 @@ VIRIDIS = "440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725".split
 SHADES = " ░▒▓█"
 XTERM = (53, 54, 60, 24, 30, 36, 72, 71, 77, 113, 149, 148, 184, 220)  # viridis in 256 colours
 BLUES = "d6e6f4 abd0e6 6aaed6 3787c0 105ba4 08306b".split()
+ABSENT = (236, 236, 236)
+# SVG. One unit is a hundredth of an inch in a column 3.4 inches wide: a font of 10 is 7.2 pt.
+WIDTH, SIZE, ROW, GAP = 340.0, 10.0, 11.0, 12.0
+BOLD = ' font-weight="bold"'
 
 
 def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[:max(0, width - 1)] + "…"
 
 
-def grid(values: Mapping[str, float]) -> tuple[list[str], list[str], dict[Cell, float]]:
+def grid(values: Mapping[str, Value]) -> tuple[list[str], list[str], dict[Cell, Value]]:
     """Layer labels and projection labels, both in order, and the value of each cell.
 
     "model.layers.12.self_attn.q_proj" is cell ("12", "q"). A name without a layer number gets
-    layer "-", the last. Modules that would share a cell get their whole path as projection label.
+    layer "-", the last. If a cell is taken, the whole path becomes the projection label.
     """
-    found = []
-    for name in values:
+    cells: dict[Cell, Value] = {}
+    for name, value in values.items():
         number = re.search(r"(?:^|\.)([0-9]{1,6})(?:\.|$)", name)
         layer = number[1] if number else "-"
-        short = name.rsplit(".", 1)[-1].removesuffix("_proj")
-        found.append((layer, clean(short), clean(name.replace(f".{layer}.", ".*.", 1))))
-    times = Counter((layer, short) for layer, short, _ in found)
-    crowded = {short for (_, short), count in times.items() if count > 1}
-    cells = {(layer, path if short in crowded else short): value
-             for (layer, short, path), value in zip(found, values.values(), strict=True)}
-    layers = sorted(dict.fromkeys(layer for layer, _ in cells),
-                    key=lambda layer: math.inf if layer == "-" else int(layer))
-    rank = {projection: i for i, projection in enumerate(PROJECTIONS)}
-    projections = sorted(dict.fromkeys(projection for _, projection in cells),
-                         key=lambda projection: rank.get(projection, len(rank)))
-    return layers, projections, cells
+        at = layer, clean(name.rsplit(".", 1)[-1].removesuffix("_proj"))
+        cells[(layer, clean(name.replace(f".{layer}.", ".*.", 1))) if at in cells else at] = value
+    layers = sorted({layer for layer, _ in cells}, key=lambda n: (n == "-", len(n), n))
+    projections = dict.fromkeys(projection for _, projection in cells)
+    known = [name for name in PROJECTIONS if name in projections]
+    return layers, known + [name for name in projections if name not in known], cells
 
 
-def _span(values: Iterable[float], scale: Scale) -> tuple[float, float]:
-    """The ends of a scale, from the finite (on a log scale: finite and positive) values."""
+def _scaled(values: Iterable[float], scale: Literal["linear", "log"],
+            ) -> tuple[float, float, Callable[[float], float]]:
+    """The ends of a scale of the finite values, and the place of a value in it, from 0 to 1."""
     used = [v for v in values if math.isfinite(v) and (scale == "linear" or v > 0)]
     low, high = min(used, default=0.0), max(used, default=0.0)
-    return (max(low, high * LOG_DEPTH) if scale == "log" else low), high
+    if scale == "log":
+        low = max(low, high * LOG_DEPTH)
 
+    def place(value: float) -> float:
+        if low >= high:                  # all values are equal: draw them full, or empty if 0
+            return float(value >= high > 0)
+        f = math.log if scale == "log" else float
+        return (f(min(max(value, low), high)) - f(low)) / (f(high) - f(low))
 
-def _position(value: float, low: float, high: float, scale: Scale) -> float:
-    """Place of a value between the ends, from 0 to 1."""
-    if low >= high:                      # all values are equal: draw them full, or empty if 0
-        return float(value >= high > 0)
-    f = math.log if scale == "log" else float
-    return (f(min(max(value, low), high)) - f(low)) / (f(high) - f(low))
+    return low, high, place
 
 
 def _color(ramp: Sequence[str], position: float) -> RGB:
     i = min(int(position * (len(ramp) - 1)), len(ramp) - 2)
     part = position * (len(ramp) - 1) - i
     left, right = bytes.fromhex(ramp[i]), bytes.fromhex(ramp[i + 1])
-    red, green, blue = (round(a + part * (b - a)) for a, b in zip(left, right, strict=True))
+    red, green, blue = (round(a + part * (b - a)) for a, b in zip(left, right))
     return red, green, blue
 
 
@@ -89,8 +87,8 @@ def _paint(text: str, position: float) -> str:
     return f"\x1b[48;5;{XTERM[level]};38;5;{16 if level > 5 else 231}m{text}\x1b[0m"
 
 
-def terminal_heatmap(title: str, values: Mapping[str, float], *, scale: Scale = "linear",
-                     digits: bool = False, color: bool | None = None) -> str:
+def terminal_heatmap(title: str, values: Mapping[str, float], *, digits: bool = False,
+                     scale: Literal["linear", "log"] = "linear", color: bool | None = None) -> str:
     """One row for each projection, one column for each layer, in blocks of at most 80 columns.
 
     `digits` writes the values as integers. `color` defaults to True if stdout is a terminal and
@@ -99,10 +97,10 @@ def terminal_heatmap(title: str, values: Mapping[str, float], *, scale: Scale = 
     if color is None:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     layers, projections, cells = grid(values)
-    low, high = _span(cells.values(), scale)
+    low, high, place = _scaled(cells.values(), scale)
     texts = {at: f"{v:.0f}" if digits else "" for at, v in cells.items() if math.isfinite(v)}
     gutter = 1 + min(max(map(len, ["layer", *projections])), 24)
-    cell = 1 + max(1, *map(len, texts.values()), 1)
+    cell = 1 + max([1, *map(len, texts.values())])
     if len(layers) * cell > TERMINAL_WIDTH - gutter:
         cell -= 1                        # no space between cells
     per_block = max(1, (TERMINAL_WIDTH - gutter) // cell)
@@ -110,7 +108,7 @@ def terminal_heatmap(title: str, values: Mapping[str, float], *, scale: Scale = 
     def draw(at: Cell) -> str:
         if at not in texts or texts[at] in ("0", "-0"):
             return "·".rjust(cell)
-        text, position = texts[at].rjust(cell), _position(cells[at], low, high, scale)
+        text, position = texts[at].rjust(cell), place(cells[at])
         if color:
             return _paint(text, position)
         return text if digits else SHADES[min(int(position * 5), 4)] * cell
@@ -120,29 +118,16 @@ def terminal_heatmap(title: str, values: Mapping[str, float], *, scale: Scale = 
         block = layers[start:start + per_block]
         lines += [_clip(name, gutter - 1).ljust(gutter) + "".join(draw((n, name)) for n in block)
                   for name in projections]
-        lines.append("layer".ljust(gutter) + _axis(block, cell))
-    ramp = "" if digits and not color else (
-        "".join(_paint(" ", i / 14) for i in range(14)) if color else SHADES) + " "
+        every, axis = 1 if max(map(len, block)) < cell else 5, ""
+        for n in [n for n in block if n == "-" or int(n) % every == 0] or block[:1]:
+            axis = axis.ljust((block.index(n) + 1) * cell - len(n)) + n
+        lines.append("layer".ljust(gutter) + axis)
+    ramp = "".join(_paint(" ", i / 14) for i in range(14)) + " " if color else (
+        "" if digits else SHADES + " ")
     clipped = "<=" if any(value < low for value in cells.values()) else ""
     lines.append(f"{'':{gutter}}min {clipped}{low:.3g} {ramp}max {high:.3g}"
                  + (", log scale" if scale == "log" else ""))
     return "\n".join(lines)
-
-
-def _axis(layers: Sequence[str], cell: int) -> str:
-    """Layer numbers, each ending where its cell ends; every fifth only, if they do not all fit."""
-    every = 1 if max(map(len, layers)) < cell else 5
-    axis = ""
-    for n in [n for n in layers if n == "-" or int(n) % every == 0] or layers[:1]:
-        axis = axis.ljust((layers.index(n) + 1) * cell - len(n)) + n
-    return axis
-
-
-# SVG. One unit is a hundredth of an inch in a column 3.4 inches wide: a font of 10 is 7.2 pt.
-WIDTH, SIZE, ROW, GAP = 340.0, 10.0, 11.0, 12.0
-BOLD = ' font-weight="bold"'
-ABSENT = (236, 236, 236)
-BAR = 260.0                              # width of the legend's colour bar, which starts at x = 37
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = "") -> str:
@@ -150,16 +135,14 @@ def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = ""
     return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"{style}>{text}</text>'
 
 
-def _square(x: float, y: float, width: float, rgb: RGB, text: str, kind: str = "cell") -> str:
-    """One cell with its number in black or white, whichever is easier to read, or grey for 0."""
-    is_light = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 125
-    ink = "#777" if text == "0" else "#000" if is_light else "#fff"
-    rect = (f'<rect class="{kind}" x="{x:.2f}" y="{y:.2f}" width="{width - 0.5:.2f}" '
+def _square(x: float, y: float, width: float, rgb: RGB, text: str) -> str:
+    """One cell with its number in black or white, whichever is easier to read."""
+    ink = "#000" if 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 125 else "#fff"
+    rect = (f'<rect class="cell" x="{x:.2f}" y="{y:.2f}" width="{width - 0.5:.2f}" '
             f'height="{ROW - 0.5}" fill="#{bytes(rgb).hex()}"/>')
-    if not text:
-        return rect
-    size = min(SIZE, width / (0.65 * len(text)))
-    return rect + _text(x + width / 2, y + 9, text, style=f' font-size="{size:.2f}" fill="{ink}"')
+    size = min(SIZE, width / (0.65 * max(1, len(text))))
+    style = f' font-size="{size:.2f}" fill="{ink}"'
+    return rect + (_text(x + width / 2, y + 9, text, style=style) if text else "")
 
 
 def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
@@ -167,102 +150,62 @@ def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
     """One heatmap with its title: projection names on the left, layer numbers below."""
     left = x + 6 + 6.2 * min(max(map(len, ["layer", *projections])), 14)
     size = (x + width - left) / max(1, len(layers))
-    every = next((n for n in (1, 5, 10, 20) if n * size >= 16), 50)
+    every = 1 if size >= 16 else 5
+    title = clean(title)
     out = [f"<g><title>{escape(title)}</title>",
-           _text(left, y + 10, _clip(title, int(size * len(layers) / 6.8)), "start", BOLD)]
-    for row, projection in enumerate(projections):
+           _text(left, y + 10, _clip(title, int((x + width - left) / 6.8)), "start", BOLD)]
+    for row, label in enumerate([*projections, "layer"]):
         top = y + 14 + ROW * row
-        out.append(_text(left - 4, top + 9, _clip(projection, 14), "end"))
-        out += [_square(left + i * size, top, size, *cells[n, projection])
-                for i, n in enumerate(layers) if (n, projection) in cells]
-    bottom = y + 24 + ROW * len(projections)
-    out.append(_text(left - 4, bottom, "layer", "end"))
-    out += [_text(left + (i + 0.5) * size, bottom, layer) for i, layer in enumerate(layers)
+        out.append(_text(left - 4, top + 9, _clip(label, 14), "end"))
+        out += [_square(left + i * size, top, size, *cells[n, label])
+                for i, n in enumerate(layers) if (n, label) in cells]
+    out += [_text(left + (i + 0.5) * size, top + 9, layer) for i, layer in enumerate(layers)
             if layer == "-" or int(layer) % every == 0]
     return [*out, "</g>"]
 
 
-def _panels(panels: Sequence[tuple[str, bool, Mapping[Cell, Drawn]]], width: float, y: float,
-            layers: Sequence[str], projections: Sequence[str]) -> tuple[list[str], float]:
-    """Heatmaps (title, is_wide, cells) from y down, narrow ones in pairs; and the y below them."""
-    half, step = (width - GAP) / 2, 32 + ROW * len(projections)
-    x, out = 0.0, []
-    for title, is_wide, cells in panels:
-        if is_wide and x:
-            x, y = 0.0, y + step
-        out += _panel(x, y, width if is_wide else half, title, layers, projections, cells)
-        x, y = (0.0, y + step) if is_wide or x else (half + GAP, y)
-    return out, y + step if x else y
+def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[str, int],
+                   what: str = "experts") -> str:
+    """A figure as wide as a paper's column: each task's sensitivities, and the allocated counts.
 
-
-def _bar(y: float, ticks: Sequence[str], title: str) -> list[str]:
-    """The legend of the Viridis colours, with its ticks at equal distances."""
-    stops = (f'<stop offset="{i / 8}" stop-color="#{hue}"/>' for i, hue in enumerate(VIRIDIS))
-    out = [f'<linearGradient id="shares">{"".join(stops)}</linearGradient>',
-           f'<rect x="37" y="{y + 14}" width="{BAR:g}" height="8" fill="url(#shares)"/>',
-           _text(37, y + 10, title, "start")]
-    for i, tick in enumerate(ticks):
-        x = 37 + BAR * i / (len(ticks) - 1)
-        out += [f'<path d="M{x:.2f} {y + 22}v3" stroke="#000"/>', _text(x, y + 34, tick)]
-    return out
-
-
-def allocation_svg(scores: Mapping[str, Mapping[str, float]], experts: Mapping[str, int], *,
-                   measure: str = "sensitivity", what: str = "experts") -> str:
-    """A figure as wide as a paper's column: each task's scores and the counts of experts.
-
-    Scores are drawn as shares of their task's maximum, on one log scale for all tasks; grey means
-    not measured. `what` names the counts ("ranks" for allocations of one expert with a rank each).
-    Many layers widen the figure; few layers, or many tasks, go in two columns.
+    Sensitivities are drawn as shares of their task's maximum, on one log scale for all tasks; grey
+    means not measured. `what` names the counts: "experts" or "ranks". Up to 12 layers go in two
+    columns; many layers widen the figure.
     """
-    names = list(dict.fromkeys(name for part in (*scores.values(), experts) for name in part))
-    layers, projections, index = grid(dict(zip(names, range(len(names)), strict=True)))
-    modules = {cell: names[int(i)] for cell, i in index.items()}
-    tops = {task: _span(values.values(), "log")[1] or 1.0 for task, values in scores.items()}
-    shares = {task: {name: v / tops[task] for name, v in values.items() if math.isfinite(v)}
-              for task, values in scores.items()}
-    everything = [share for task in shares.values() for share in task.values()]
-    decades = max(1, math.ceil(-math.log10(_span([*everything, 1.0], "log")[0])))
-    low, most = 10.0 ** -decades, max(experts.values(), default=0)
-
-    def share_cell(share: float | None) -> Drawn:
-        return (ABSENT if share is None else
-                _color(VIRIDIS, _position(share, low, 1.0, "log"))), ""
-
-    counts: dict[int, Drawn] = {0: (ABSENT, "0")} | {
-        n: (_color(BLUES, (n - 1) / max(1, most - 1)), str(n)) for n in experts.values() if n > 0}
-    few, many = len(layers) <= 12, len(scores) > 4
-    panels = [(clean(task), not few and not many, {
-        cell: share_cell(of_task.get(name)) for cell, name in modules.items()})
+    names = dict.fromkeys(name for part in (*scores.values(), counts) for name in part)
+    layers, projections, modules = grid({name: name for name in names})
+    shares = {}
+    for task, values in scores.items():
+        top = _scaled(values.values(), "log")[1] or 1.0
+        shares[task] = {name: v / top for name, v in values.items() if math.isfinite(v)}
+    every_share = [v for of_task in shares.values() for v in of_task.values()]
+    low, _, place = _scaled([0.1, 1.0, *every_share], "log")
+    most = max(counts.values(), default=0)
+    panels: list[tuple[str, dict[str, Drawn]]] = [
+        (task, {name: (_color(VIRIDIS, place(v)), "") for name, v in of_task.items()})
         for task, of_task in shares.items()]
-    panels.append((f"{sum(experts.values())} {what}", not few, {
-        cell: counts[experts.get(name, 0)] for cell, name in modules.items()}))
-    width = max(WIDTH, 40 + 9.0 * len(layers))
-    ticks = [f"{10.0 ** (i - decades):g}" for i in range(decades + 1)]
-    if any(share < low for share in everything):
-        ticks[0] = "≤" + ticks[0]
-    out, y = _panels(panels, width, 0.0, layers, projections)
-    out += [*_bar(y, ticks, measure + " (share of the maximum)"),
-            _text(37, y + 52, f"{what} per matrix", "start")]
-    out += [_square(147 + 15 * i, y + 43, 15, *counts[n], "key")
-            for i, n in enumerate(sorted(counts)[::math.ceil(len(counts) / 10)])]
-    return _svg(width, y + 56, f"{measure} and {what}", out)
+    panels.append((f"{sum(counts.values())} {what}", {
+        name: (_color(BLUES, (n - 1) / max(1, most - 1)), str(n))
+        for name, n in counts.items() if n}))
+    columns, width = 2 if len(layers) <= 12 else 1, max(WIDTH, 46 + 9.0 * len(layers))
+    wide, step = (width + GAP) / columns - GAP, 32 + ROW * len(projections)
+    out = []
+    for i, (title, drawn) in enumerate(panels):
+        absent = (ABSENT, "0" if i == len(shares) else "")
+        out += _panel(i % columns * (wide + GAP), i // columns * step, wide, title, layers,
+                      projections, {at: drawn.get(name, absent) for at, name in modules.items()})
+    y = step * math.ceil(len(panels) / columns)
+    return _svg(width, y + 38, f"sensitivity and {what}", out + _legend(y, low))
 
 
-def routers_svg(use: Mapping[str, Mapping[str, Any]]) -> str:
-    """Heatmaps of `routers.router_use`: the routers' entropy on each task, and the separation."""
-    layers, projections, _ = grid(dict.fromkeys(use, 0.0))
-    most = max((found["separation"] for found in use.values()), default=0.0) or 1.0
-    maps = {f"entropy, {clean(task)}": {m: found["entropy"][task] for m, found in use.items()}
-            for task in next(iter(use.values()))["entropy"]}
-    maps[f"separation, of {most:.2g}"] = {m: f["separation"] / most for m, f in use.items()}
-    panels = [(title, False, {at: (_color(VIRIDIS, min(max(v, 0.0), 1.0)), "")
-                              for at, v in grid(values)[2].items()})
-              for title, values in maps.items()]
-    width = max(WIDTH, 2 * (40 + 9.0 * len(layers))) + GAP
-    out, y = _panels(panels, width, 0.0, layers, projections)
-    out += _bar(y, ["0", "1"], "entropy, or share of the largest separation")
-    return _svg(width, y + 38, "routers", out)
+def _legend(y: float, low: float) -> list[str]:
+    """The Viridis colours as a bar, with a log scale from `low` to 1."""
+    stops = (f'<stop offset="{i / 8}" stop-color="#{hue}"/>' for i, hue in enumerate(VIRIDIS))
+    return [f'<linearGradient id="shares">{"".join(stops)}</linearGradient>',
+            f'<rect x="37" y="{y + 14}" width="260" height="8" fill="url(#shares)"/>',
+            _text(37, y + 10, "sensitivity (share of the maximum)", "start"),
+            *(_text(x, y + 34, tick) for x, tick in (
+                (37, f"≤{low:.2g}"), (167, f"{low ** 0.5:.2g}"), (297, "1")))]
 
 
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:

@@ -114,7 +114,7 @@ def test_color_follows_the_terminal_and_no_color(monkeypatch):
 def test_control_characters_reach_neither_terminal_nor_svg():
     values = {f"model.layers.0.{EVIL}": 1.0, "model.layers.1.q_proj": 2.0}
     drawn = (terminal_heatmap(EVIL, values, color=False), table([EVIL], [[EVIL]]),
-             allocation_svg({EVIL: values}, {}, measure=EVIL))
+             allocation_svg({EVIL: values}, {}))
     for text in drawn:
         assert all(char.isprintable() for char in text.replace("\n", ""))
     assert len(drawn[0].splitlines()) == 5 and len(drawn[1].splitlines()) == 3
@@ -127,7 +127,7 @@ ANY = st.text(st.characters(codec=None, exclude_categories=()))        # surroga
 @given(ANY, ANY, st.floats(), st.booleans())
 def test_no_name_or_value_breaks_a_drawing(task, name, value, color):
     values = {f"model.layers.3.{name}": value, name: value, "model.layers.4.q_proj": 1.0}
-    svg = allocation_svg({task: values}, {name: 2}, measure=task)
+    svg = allocation_svg({task: values}, {name: 2})
     assert len(cells(svg)) == 2 * len(grid(values)[2])
     for scale in ("linear", "log"):
         text = terminal_heatmap(task, values, scale=scale, color=color)
@@ -136,14 +136,14 @@ def test_no_name_or_value_breaks_a_drawing(task, name, value, color):
 
 def test_svg_has_a_cell_for_each_matrix_and_names_every_task():
     scores = {"trec": model(30), "a<b & \"c\"": model(30), "x" * 90: model(30)}
-    svg = allocation_svg(scores, dict.fromkeys(model(30), 2), measure="1 < 2 & 3")
+    svg = allocation_svg(scores, dict.fromkeys(model(30), 2))
     assert len(cells(svg)) == 4 * 210
     names = [element.text for element in ET.fromstring(svg).iter(f"{SVG}title")]
-    assert names == ["1 < 2 & 3 and experts", *scores, "420 experts"]
+    assert names == ["sensitivity and experts", *scores, "420 experts"]
     assert "a&lt;b &amp;" in svg
     assert texts(svg).count("layer") == 4 and texts(svg).count("gate") == 4
     assert texts(svg).count("25") == 4
-    assert svg == allocation_svg(scores, dict.fromkeys(model(30), 2), measure="1 < 2 & 3")
+    assert svg == allocation_svg(scores, dict.fromkeys(model(30), 2))
 
 
 def test_svg_writes_the_counts_in_their_cells():
@@ -193,6 +193,6 @@ def test_constant_values_are_drawn(value):
 
 def test_nothing_is_drawn_as_nothing():
     assert terminal_heatmap("none", {}, color=False).startswith("none\n")
-    assert "28 ranks<" in (svg := allocation_svg({}, {"layers.0.q_proj": 28}, what="ranks"))
-    assert "ranks per matrix" in svg and "experts" not in svg
+    assert "28 ranks<" in (svg := allocation_svg({}, {"layers.0.q_proj": 28}, "ranks"))
+    assert "experts" not in svg
     assert cells(allocation_svg({}, {})) == [] and cells(allocation_svg({"t": {}}, {})) == []
