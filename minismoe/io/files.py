@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +15,12 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary file beside `path`, renamed to `path` once it is written without error."""
+    """A name beside `path` for a file, renamed to `path` once it is written without error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    tmp = _beside(path)
     try:
-        yield Path(name)
-        _rename(Path(name), path, 0o666)
+        yield tmp
+        _rename(tmp, path)
     except OSError as e:                             # a failed write does not name its file
         e.filename = e.filename or str(path)
         raise
@@ -31,7 +29,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
             raise
         raise OSError(f"{path} cannot be written: {e}") from None
     finally:
-        Path(name).unlink(missing_ok=True)           # it is gone after the renaming
+        tmp.unlink(missing_ok=True)                  # it is gone after the renaming
 
 
 def must_be_new(path: Path) -> None:
@@ -42,24 +40,30 @@ def must_be_new(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder; FileExistsError if `path` exists already."""
+    """A folder that is renamed to `path` without error; FileExistsError if `path` exists."""
     must_be_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    tmp = _beside(path)
+    tmp.mkdir()
     try:
         yield tmp
-        _rename(tmp, path, 0o777)
+        _rename(tmp, path)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # it is gone after the renaming
 
 
-def _rename(tmp: Path, path: Path, mode: int) -> None:
-    """Flush `tmp` to disk and rename it to `path`, with the permissions `mode` less the umask."""
+def _beside(path: Path) -> Path:
+    """An unused name beside `path`, on the same file system; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _rename(tmp: Path, path: Path) -> None:
+    """Flush `tmp` to disk and rename it to `path`."""
     for part in (*tmp.rglob("*"), tmp):
         _sync(part)
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(tmp, mode & ~umask)
+    os.chmod(tmp, (0o777 if tmp.is_dir() else 0o666) & ~umask)   # safetensors makes private files
     os.replace(tmp, path)
     _sync(path.parent)
 
@@ -102,7 +106,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file's content, read 1 MiB at a time."""
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with file.open("rb") as f:
         while block := f.read(1 << 20):

@@ -1,7 +1,6 @@
-"""Flags of a command line as fields of a dataclass, and what their values may be.
+"""Flags of a command line as fields of a frozen dataclass, and what their values may be.
 
-A configuration is a frozen dataclass. Each field that `flag` makes becomes a command-line flag of
-the same name; its type, default and help stand in one place, and mypy knows what the field holds.
+Each field that `flag` makes becomes a command-line flag of the same name.
 """
 
 from __future__ import annotations

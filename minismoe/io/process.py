@@ -27,7 +27,7 @@ def peak_resident() -> int:
     except ImportError:                                  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def group_rooms(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
@@ -47,10 +47,9 @@ def group_rooms(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
 def bound_memory() -> None:
     """Keep two caches from growing with every new length of a batch on a CPU.
 
-    oneDNN keeps the kernels that it compiles for a shape, up to 1,024 shapes (in bfloat16 23 MB for
-    each length of batch); one step has 64. And glibc learns to keep freed tensors in its heap,
-    which tensors of other sizes then fragment; with a fixed threshold it returns large ones. (At
-    256 KiB small models trained at half the speed, as pages were mapped again and again.)
+    oneDNN keeps the kernels of up to 1,024 shapes (in bfloat16 23 MB for each length of batch); one
+    step has 64. glibc learns to keep freed tensors, which tensors of other sizes fragment; with a
+    fixed threshold it returns large ones (at 256 KiB, small models trained at half the speed).
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")                # read when the first matrix is multiplied

@@ -58,8 +58,7 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 def waiting() -> Iterator[list[int]]:
     """Collect signals in a list, so that a training step can end first.
 
-    A second Ctrl-C raises Interrupted at once. Other signals do not: they often come twice when a
-    session ends.
+    A second Ctrl-C raises Interrupted at once; other signals often come twice as a session ends.
     """
     came: list[int] = []
 
@@ -83,7 +82,12 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as f:
         try:
-            _lock(f.fileno())
+            if sys.platform == "win32":
+                import msvcrt
+                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise
@@ -93,12 +97,3 @@ def locked(folder: Path) -> Iterator[None]:
             for path in folder.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
-
-
-def _lock(fd: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

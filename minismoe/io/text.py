@@ -17,8 +17,7 @@ ADVICE = {
     errno.ENOSPC: "free some space or choose another folder; earlier files are unchanged",
     errno.EDQUOT: "your quota is used up: free some space or choose another folder",
     errno.EFBIG: "files may not be that large here (ulimit -f)",
-    errno.EACCES: "choose a place that you may read and write",
-    errno.EPERM: "choose a place that you may read and write",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose a place that you may read and write"),
     errno.EROFS: "choose a place that can be written",
 }
 MEMORY_ADVICE = ("--dtype bfloat16 halves the weights; in training, half the --micro-batch-size or "
@@ -31,9 +30,8 @@ def clean(text: object, keep: str = "") -> str:
 
     Spaces of any width, the joiners of Persian, Hindi and emoji, and characters of `keep` stay.
     """
-    keep += "\u200c\u200d"
-    return "".join(c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs"
-                   else "\ufffd" for c in str(text))
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" + keep
+                   or unicodedata.category(c) == "Zs" else "\ufffd" for c in str(text))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
