@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A name beside `path` for a file, renamed to `path` once it is written without error."""
+    """A temporary file beside `path`, renamed to `path` once it is written without error."""
     path = Path(path)
-    tmp = _beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
     try:
-        yield tmp
-        _rename(tmp, path)
+        yield Path(name)
+        _rename(Path(name), path)
     except OSError as e:                             # a failed write does not name its file
         e.filename = e.filename or str(path)
         raise
@@ -29,7 +31,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
             raise
         raise OSError(f"{path} cannot be written: {e}") from None
     finally:
-        tmp.unlink(missing_ok=True)                  # it is gone after the renaming
+        Path(name).unlink(missing_ok=True)           # it is gone after the renaming
 
 
 def must_be_new(path: Path) -> None:
@@ -40,10 +42,10 @@ def must_be_new(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that is renamed to `path` without error; FileExistsError if `path` exists."""
+    """A temporary folder, renamed to `path` at the end; FileExistsError if `path` exists."""
     must_be_new(path)
-    tmp = _beside(path)
-    tmp.mkdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield tmp
         _rename(tmp, path)
@@ -51,19 +53,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(tmp, ignore_errors=True)       # it is gone after the renaming
 
 
-def _beside(path: Path) -> Path:
-    """An unused name beside `path`, on the same file system; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
 def _rename(tmp: Path, path: Path) -> None:
-    """Flush `tmp` to disk and rename it to `path`."""
+    """Flush `tmp` to disk and rename it to `path`, with the permissions that the umask allows."""
     for part in (*tmp.rglob("*"), tmp):
         _sync(part)
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(tmp, (0o777 if tmp.is_dir() else 0o666) & ~umask)   # safetensors makes private files
+    os.chmod(tmp, (0o777 if tmp.is_dir() else 0o666) & ~umask)
     os.replace(tmp, path)
     _sync(path.parent)
 

@@ -16,8 +16,6 @@ from ..io.text import clean, error_line, print_error
 if TYPE_CHECKING:
     from .generator import Generator
 
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")   # arguments of `generate`
-
 
 def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: bool) -> str:
     """Print the answer to a prompt as it comes, and return it; Ctrl-C ends the answer."""
@@ -85,7 +83,8 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> Non
             history.pop()
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str]) -> None:
+    """The command line; errors are raised."""
     parser = argparse.ArgumentParser(prog="python -m minismoe.runtime", description=(
         "Generate from a folder that export.py wrote, without PyTorch."))
     add = parser.add_argument
@@ -105,12 +104,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
-    return parser
-
-
-def main(argv: Sequence[str]) -> None:
-    """The command line; errors are raised."""
-    parser = _parser()
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
     if args.chat and (args.prompt is not None or args.raw):
         parser.error("--chat reads line by line, through the template: leave out PROMPT and --raw")
@@ -119,7 +112,8 @@ def main(argv: Sequence[str]) -> None:
     from .generator import Generator  # here, since --help needs no onnxruntime
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
-    sampling = {name: getattr(args, name) for name in SAMPLING}
+    sampling = {name: getattr(args, name)
+                for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
     if args.chat or (args.prompt is None and sys.stdin.isatty()):
         _chat(generator, sampling, args.stats)
         return

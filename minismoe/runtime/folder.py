@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..io.files import sha256
+from ..io.files import inside, sha256
 from ..io.text import clean
 
 FORMAT = "minismoe.export/1"
@@ -67,6 +67,4 @@ def plain_file(folder: Path, name: object) -> Path:
         raise ValueError(f"{folder / 'export.json'} names {name!r}, which is no plain file name")
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} lacks {name}, which its export.json names: export again")
-    if (folder / name).resolve().parent != folder.resolve():
-        raise ValueError(f"{folder / name} is a link that leads out of its folder")
-    return folder / name
+    return inside(folder, name)

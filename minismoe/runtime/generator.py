@@ -1,7 +1,6 @@
 """The Generator: prompts in, tokens and text out, with a key/value cache that is never copied.
 
-Keys and values stay on the device of the session, in bound OrtValues. How they are kept depends on
-the graph:
+Keys and values stay on the session's device, in bound OrtValues:
 
     ort        one buffer of the whole context a row, bound as past and as present; the system
                hands out its pages as they are written. Prompts are padded on the right.
@@ -116,8 +115,8 @@ class Generator:
     def step(self, rows: Sequence[Row]) -> ort.OrtValue:
         """Read T more tokens of each row (B, T) and return the logits of the graph.
 
-        None pads rows of different lengths: on the right for target ort, and there only in the
-        first step after `reset`; on the left otherwise. A static graph fixes B and T.
+        None pads shorter rows: on the left; for target ort on the right, and only in the first step
+        after `reset`. A static graph fixes B and T.
         """
         B, T, io = len(rows), len(rows[0]), self._io
         positions = array("q")
@@ -126,8 +125,12 @@ class Generator:
             positions.extend(max(0, at := at + (token is not None)) for token in row)
             mask.extend(int(t is not None) for t in row if t is not None or not self._shared)
         S = sum(self.static[1:]) if self.static else max(map(len, self._masks))
+        seen, zero = array("q"), array("q", [0])
+        for mask in self._masks:
+            gap = zero * (S - len(mask))
+            seen += mask + gap if self._shared else gap + mask[-S:]
         inputs = {"input_ids": (array("q", [t or 0 for row in rows for t in row]), T),
-                  "attention_mask": (self._mask(S), S)}
+                  "attention_mask": (seen, S)}
         if self._positions:
             inputs["position_ids"] = positions, T
         for name, (values, length) in inputs.items():
@@ -144,14 +147,6 @@ class Generator:
                           for i, name in enumerate(self._past, start=1)}
         self._seen += [t for t in rows[0] if t is not None]
         return ort.OrtValue(outputs[0])
-
-    def _mask(self, S: int) -> array[int]:
-        """attention_mask (B, S): the masks of the rows, with zeros on their padded side."""
-        flat, zero = array("q"), array("q", [0])
-        for mask in self._masks:
-            gap = zero * (S - len(mask))
-            flat += mask + gap if self._shared else gap + mask[-S:]
-        return flat
 
     def _pad(self, rows: Sequence[Row]) -> list[Row]:
         """Pad rows to one length; for a static graph to a multiple of its T, and to B rows."""
@@ -201,7 +196,7 @@ class Generator:
         return [ids[n + _draw(best[n:n + (top_k or size)], rng, temperature, top_p)]
                 for n in range(0, B * size, size)]
 
-    def _tokens(self, prompts: Sequence[Sequence[int]], max_tokens: int | None, *,
+    def _tokens(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None, *,
                 temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
                 seed: int | None = None) -> Iterator[list[Any]]:
         """Yield the next token of each prompt, step by step; None for a prompt that has stopped."""
@@ -209,10 +204,11 @@ class Generator:
                 and 0 <= top_k <= self.candidates):
             raise ValueError(f"temperature {temperature}, top-p {top_p}, top-k {top_k}: expected "
                              f"at least 0, above 0 up to 1, and 0 to {self.candidates}")
-        longest, vocab = max(map(len, prompts), default=0), self.info["vocab_size"]
-        if not all(prompts) or not prompts:
+        rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
+        if not all(rows):
             raise ValueError("a prompt is empty")
-        if not all(0 <= min(prompt) <= max(prompt) < vocab for prompt in prompts):
+        longest, vocab = max(map(len, rows)), self.info["vocab_size"]
+        if not all(0 <= min(row) <= max(row) < vocab for row in rows):
             raise ValueError(f"a prompt has tokens outside of the model's {vocab}")
         if (room := self.room(longest)) < 1:
             raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of "
@@ -220,10 +216,10 @@ class Generator:
                              "of a static graph, past")
         steps = room if max_tokens is None else min(room, max_tokens)
         rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
-        running, self.ended = [True] * len(prompts), "stop"
+        running, self.ended = [True] * len(rows), "stop"
         self._turn = turn = self._turn + 1
         try:
-            logits = self._read(prompts, steps)
+            logits = self._read(rows, steps)
             for n in range(1, steps + 1):
                 chosen = self._choose(logits, rng, temperature, top_p, top_k)
                 running = [r and token not in stops for r, token in zip(running, chosen)]
@@ -259,18 +255,16 @@ class Generator:
         sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed.
         Raises ValueError if the prompt is empty or too long.
         """
-        ids = self.tokenizer.encode(prompt)[0] if isinstance(prompt, str) else list(prompt)
-        for token, in self._tokens([ids], max_tokens, **sampling):
+        for token, in self._tokens([prompt], max_tokens, **sampling):
             yield token
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
               **sampling: Any) -> list[list[int]]:
         """The tokens that follow each prompt, all read together; arguments as for `generate`."""
-        rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
-        size = self.static[0] if self.static else max(1, len(rows))
+        size = self.static[0] if self.static else max(1, len(prompts))
         found: list[list[int]] = []
-        for start in range(0, len(rows), size):
-            part = rows[start:start + size]
+        for start in range(0, len(prompts), size):
+            part = prompts[start:start + size]
             steps = list(self._tokens(part, max_tokens, **sampling))
             found += [[s[i] for s in steps if s[i] is not None] for i in range(len(part))]
         return found
@@ -312,12 +306,12 @@ def enough_onnxruntime() -> None:
 
 
 def _provider(name: str | None) -> str:
-    present = ort.get_available_providers()
-    wanted = (name or "cpu").lower().removesuffix("executionprovider")
-    for provider in present:
-        if provider.lower() == f"{wanted}executionprovider":
-            return provider
-    raise ValueError(f"onnxruntime has no provider {name!r} here; present: {', '.join(present)}")
+    present = {p.lower(): p for p in ort.get_available_providers()}
+    wanted = (name or "cpu").lower().removesuffix("executionprovider") + "executionprovider"
+    if wanted not in present:
+        raise ValueError(f"onnxruntime has no provider {name!r} here; present: "
+                         f"{', '.join(present.values())}")
+    return present[wanted]
 
 
 def _session(file: Path, provider: str, threads: int | None) -> ort.InferenceSession:
