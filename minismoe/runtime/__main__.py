@@ -29,9 +29,8 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
     try:
         for piece in generator.text(timed(generator.generate(prompt, **sampling))):
             answer += piece
-            if terminal:                     # a model can write control characters
-                piece = clean(piece, "\n\t")
-            print(piece, end="", flush=True)
+            # A model can write control characters.
+            print(clean(piece, "\n\t") if terminal else piece, end="", flush=True)
     except KeyboardInterrupt:
         generator.ended = "interrupted"
     print(flush=True)
@@ -56,31 +55,24 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> Non
     while True:
         try:
             line = input(ask)
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print()
-            continue
-        command = line.strip()
-        if command == "/exit":
-            return
-        if command == "/clear":
-            history.clear()
-        if command in ("", "/clear"):
-            continue
-        history.append({"role": "user", "content": line})
-        try:
-            prompt = generator.tokenizer.render(history, add_generation_prompt=True)
+            command = line.strip()
+            if command == "/exit":
+                return
+            if command in ("", "/clear"):
+                history = [] if command else history
+                continue
+            asked = [*history, {"role": "user", "content": line}]
+            prompt = generator.tokenizer.render(asked, add_generation_prompt=True)
             # Stripped as in the training data: the template writes the space before an answer.
             answer = _say(generator, prompt, sampling, stats).strip()
-            history.append({"role": "assistant", "content": answer})
-        except ValueError as e:              # too long, or refused by the template
-            anew = "; /clear begins anew" if len(history) > 1 else ""
-            print(f"error: {error_line(e)}{anew}", file=sys.stderr)
-            history.pop()
-        except KeyboardInterrupt:            # while the template was rendered
+            history = [*asked, {"role": "assistant", "content": answer}]
+        except EOFError:
+            return
+        except KeyboardInterrupt:            # of a line, or while the template was rendered
             print()
-            history.pop()
+        except ValueError as e:              # too long, or refused by the template
+            anew = "; /clear begins anew" if history else ""
+            print(f"error: {error_line(e)}{anew}", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -128,10 +120,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run() -> None:
-    """Call main and exit: 0 done, 1 failed with one line on stderr, 130 after Ctrl-C.
-
-    cli.inputs.run does the same for the scripts, but loads torch.
-    """
+    """Call main and exit: 0 done, 1 failed with one line on stderr, 130 after Ctrl-C."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):   # text that is no UTF-8 ends nothing
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
