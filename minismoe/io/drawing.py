@@ -36,7 +36,7 @@ BOLD = ' font-weight="bold"'
 
 
 def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[:max(0, width - 1)] + "…"
+    return text if len(text) <= width else text[:width - 1] + "…"
 
 
 def grid(values: Mapping[str, Value]) -> tuple[list[str], list[str], dict[Cell, Value]]:
@@ -52,9 +52,9 @@ def grid(values: Mapping[str, Value]) -> tuple[list[str], list[str], dict[Cell, 
         at = layer, clean(name.rsplit(".", 1)[-1].removesuffix("_proj"))
         cells[(layer, clean(name.replace(f".{layer}.", ".*.", 1))) if at in cells else at] = value
     layers = sorted({layer for layer, _ in cells}, key=lambda n: (n == "-", len(n), n))
-    projections = dict.fromkeys(projection for _, projection in cells)
-    known = [name for name in PROJECTIONS if name in projections]
-    return layers, known + [name for name in projections if name not in known], cells
+    projections = sorted(dict.fromkeys(projection for _, projection in cells),
+                         key=lambda name: (*PROJECTIONS, name).index(name))
+    return layers, projections, cells
 
 
 def _scaled(values: Iterable[float], scale: Literal["linear", "log"],
@@ -150,8 +150,7 @@ def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
     """One heatmap with its title: projection names on the left, layer numbers below."""
     left = x + 6 + 6.2 * min(max(map(len, ["layer", *projections])), 14)
     size = (x + width - left) / max(1, len(layers))
-    every = 1 if size >= 16 else 5
-    title = clean(title)
+    every, title = 1 if size >= 16 else 5, clean(title)
     out = [f"<g><title>{escape(title)}</title>",
            _text(left, y + 10, _clip(title, int((x + width - left) / 6.8)), "start", BOLD)]
     for row, label in enumerate([*projections, "layer"]):

@@ -164,9 +164,7 @@ class Generator:
         """
         kept = 0
         if len(prompts) == len(self._masks) == 1 and not self.static:
-            pairs = zip(self._seen, prompts[0][:-1])
-            kept = next((i for i, (a, b) in enumerate(pairs) if a != b),
-                        min(len(self._seen), len(prompts[0]) - 1))
+            kept = len(os.path.commonprefix([self._seen, list(prompts[0][:-1])]))
         if kept and (self._shared or kept == len(self._seen)):
             del self._seen[kept:], self._masks[0][kept:]
         else:
@@ -321,8 +319,6 @@ def _session(file: Path, provider: str, threads: int | None) -> ort.InferenceSes
         threads = allowed if allowed and allowed < (os.cpu_count() or 1) else 0
     options.intra_op_num_threads = threads
     options.log_severity_level = 3           # errors only
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}: export again")
     providers = [provider, *["CPUExecutionProvider"] * (provider != "CPUExecutionProvider")]
     return _opened(lambda name: ort.InferenceSession(name, options, providers=providers), file)
 
