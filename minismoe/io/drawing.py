@@ -150,8 +150,8 @@ def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
     """One heatmap with its title: projection names on the left, layer numbers below."""
     left = x + 6 + 6.2 * min(max(map(len, ["layer", *projections])), 14)
     size = (x + width - left) / max(1, len(layers))
-    every, title = 1 if size >= 16 else 5, clean(title)
-    out = [f"<g><title>{escape(title)}</title>",
+    every = 1 if size >= 16 else 5       # layer numbers that fit
+    out = [f"<g><title>{escape(clean(title))}</title>",
            _text(left, y + 10, _clip(title, int((x + width - left) / 6.8)), "start", BOLD)]
     for row, label in enumerate([*projections, "layer"]):
         top = y + 14 + ROW * row
@@ -179,14 +179,15 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
         shares[task] = {name: v / top for name, v in values.items() if math.isfinite(v)}
     every_share = [v for of_task in shares.values() for v in of_task.values()]
     low, _, place = _scaled([0.1, 1.0, *every_share], "log")
-    most = max(counts.values(), default=0)
     panels: list[tuple[str, dict[str, Drawn]]] = [
         (task, {name: (_color(VIRIDIS, place(v)), "") for name, v in of_task.items()})
         for task, of_task in shares.items()]
+    most = max(counts.values(), default=0)
     panels.append((f"{sum(counts.values())} {what}", {
         name: (_color(BLUES, (n - 1) / max(1, most - 1)), str(n))
         for name, n in counts.items() if n}))
-    columns, width = 2 if len(layers) <= 12 else 1, max(WIDTH, 46 + 9.0 * len(layers))
+    columns = 2 if len(layers) <= 12 else 1
+    width = max(WIDTH, 46 + 9.0 * len(layers))
     wide, step = (width + GAP) / columns - GAP, 32 + ROW * len(projections)
     out = []
     for i, (title, drawn) in enumerate(panels):
