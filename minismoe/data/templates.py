@@ -1,9 +1,8 @@
 """A checkpoint's chat template, rendered in jinja2's sandbox inside a process of its own.
 
-The sandbox denies a template access to files and code, but does not limit its time and memory: a
-single call in C, such as {{ 'a' * 10 ** 10 }}, can take all of both. A process can be killed during
-such a call. One process serves all templates: it reads and writes JSON lines, ends itself after
-SECONDS, and the next rendering starts another.
+The sandbox denies a template files and code, but not time and memory: one call in C, such as
+{{ 'a' * 10 ** 10 }}, can take all of both, and only a process can be killed during it. One process
+serves all templates by JSON lines; it ends itself after SECONDS, and is then started anew.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ LENGTH = 1 << 24             # characters of the rendered text
 # In this process
 
 _lock = threading.RLock()
-_process: subprocess.Popen[bytes] | None = None
+_process: Any = None                             # a subprocess.Popen, or None
 
 
 class Refused(ValueError):
@@ -42,16 +41,15 @@ class Refused(ValueError):
 def render(template: str, values: Mapping[str, Any]) -> str:
     """The text of a template with `values`, which JSON must be able to hold.
 
-    Raises Refused, ValueError if the template is broken or exceeds SECONDS, MEMORY or LENGTH, and
-    ModuleNotFoundError if jinja2 is missing.
+    Raises Refused, ValueError if the template is broken or beyond a limit, and ModuleNotFoundError.
     """
     request = json.dumps([template, values]).encode() + b"\n"
     with _lock:
         process = start()
         try:
-            process.stdin.write(request)             # type: ignore[union-attr]
-            process.stdin.flush()                    # type: ignore[union-attr]
-            reply = process.stdout.readline()        # type: ignore[union-attr]
+            process.stdin.write(request)
+            process.stdin.flush()
+            reply = process.stdout.readline()
         except OSError:
             reply = b""
         except BaseException:        # Ctrl-C: the next call would read this call's answer
@@ -68,7 +66,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     return str(text)
 
 
-def start() -> subprocess.Popen[bytes]:
+def start() -> Any:
     """The running process, or a new one, which is ready about 0.1 s after its start."""
     global _process
     with _lock:
@@ -117,10 +115,10 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, OSError, ValueError):       # Windows, macOS: only time is limited
         pass
+    counted = hasattr(signal, "setitimer")
     with open(os.devnull, "w") as nowhere:
         for line in sys.stdin.buffer:
             # A C thread and a signal end the process; neither waits for the Python interpreter.
-            counted = hasattr(signal, "setitimer")
             faulthandler.dump_traceback_later(WAIT if counted else SECONDS, exit=True, file=nowhere)
             if counted:
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -174,8 +172,8 @@ def _compiled(template: str) -> Any:
     # White space is trimmed as in transformers, for which templates are written.
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[
         Generation, "jinja2.ext.loopcontrols"])
-    env.globals.update(raise_exception=raise_exception,
-                       strftime_now=lambda form: datetime.now().strftime(form))
+    env.globals |= {"raise_exception": raise_exception,
+                    "strftime_now": lambda form: datetime.now().strftime(form)}
     env.filters["tojson"] = tojson
     return env.from_string(template)
 
