@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -166,15 +166,12 @@ def _compiled(template: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
     # White space is trimmed as in transformers, for which templates are written.
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[
         Generation, "jinja2.ext.loopcontrols"])
     env.globals |= {"raise_exception": raise_exception,
                     "strftime_now": lambda form: datetime.now().strftime(form)}
-    env.filters["tojson"] = tojson
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return env.from_string(template)
 
 
