@@ -1,9 +1,9 @@
 """Weights in 8 or 4 bits, for exports and for a frozen base that is trained on.
 
 Blocks of 32 weights share one scale and one zero point: w = scale * (q - zero), with integers q.
-Each block takes the better of two grids: a symmetric one, whose zero is the middle of the range,
-and one from the block's smallest weight to its largest. In 4 bits, clipped grids are tried too,
-because a single large weight makes the steps of the 31 others coarse.
+Each block takes the best of several grids: symmetric ones, whose zero is the middle of the range,
+and ones from its smallest weight to its largest; in 4 bits also clipped ones, because a single
+large weight makes the steps of the 31 others coarse.
 
 Letters: N outputs, K inputs, G = ceil(K / 32) blocks in a row.
 """
@@ -118,14 +118,13 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class QuantizedWeight(nn.Module):
-    """A frozen weight (N, K) in blocks, with float16 scales, in place of a layer's parameter."""
+    """A frozen weight (N, K) in blocks, with float16 scales; `dense` returns it as `dtype`."""
 
     data: Tensor
     scales: Tensor
     zeros: Tensor
 
     def __init__(self, weight: Tensor, bits: int, dtype: torch.dtype):
-        """Quantise `weight`; `dense` returns it as `dtype`."""
         super().__init__()
         self.bits, self.shape, self.dtype = bits, weight.shape, dtype
         blocks = quantize(weight, bits)
@@ -163,10 +162,9 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen nn.Linear whose weight is a QuantizedWeight."""
+    """A frozen nn.Linear whose weight is a QuantizedWeight, in place of `linear`."""
 
     def __init__(self, linear: nn.Linear, weight: QuantizedWeight):
-        """A replacement of `linear` with its bias."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = weight, linear.bias         # type: ignore[assignment]
