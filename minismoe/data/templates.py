@@ -45,24 +45,21 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     """
     request = json.dumps([template, values]).encode() + b"\n"
     with _lock:
-        process = start()
+        process, reply = start(), b""
         try:
             process.stdin.write(request)
             process.stdin.flush()
             reply = process.stdout.readline()
-        except OSError:
-            reply = b""
-        except BaseException:        # Ctrl-C: the next call would read this call's answer
-            stop()
-            raise
-        if not reply.endswith(b"\n"):
-            stop()
-            raise ValueError(f"the chat template takes more than {SECONDS} s or {MEMORY >> 20} MB")
-    text, broken, refused = json.loads(reply)
-    if broken:
-        raise ValueError(f"the chat template {broken}")
-    if refused:
-        raise Refused(f"the chat template fails: {refused}")
+        except OSError:                          # it has ended itself
+            pass
+        finally:
+            if not reply.endswith(b"\n"):        # after Ctrl-C, the next call would read the answer
+                stop()
+    if not reply.endswith(b"\n"):
+        raise ValueError(f"the chat template takes more than {SECONDS} s or {MEMORY >> 20} MB")
+    text, problem, refused = json.loads(reply)
+    if problem:
+        raise (Refused if refused else ValueError)(f"the chat template {problem}")
     return str(text)
 
 
@@ -105,7 +102,7 @@ if hasattr(os, "register_at_fork"):
 # In the other process
 
 def serve() -> None:
-    """For each line [template, values], write a line [text, what is broken, what it refuses]."""
+    """For each line [template, values], write a line [text, problem, whether it is a refusal]."""
     import jinja2.sandbox  # noqa: F401 (before the clock runs)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches the whole group
@@ -130,22 +127,20 @@ def serve() -> None:
             sys.stdout.buffer.flush()
 
 
-def _answer(template: str, values: Mapping[str, Any]) -> tuple[str, str, str]:
-    compiled = None
+def _answer(template: str, values: Mapping[str, Any]) -> tuple[str, str, bool]:
+    compiled, text = None, ""
     try:
         compiled = _compiled(template)
-        parts, length = [], 0
         for part in compiled.generate(values):
-            parts.append(part)
-            length += len(part)
-            if length > LENGTH:
-                return "", f"gives more than {LENGTH >> 20} M characters", ""
-        return "".join(parts), "", ""
+            text += part
+            if len(text) > LENGTH:
+                return "", f"gives more than {LENGTH >> 20} M characters", False
+        return text, "", False
     except MemoryError:
-        return "", f"takes more than {MEMORY >> 20} MB", ""
+        return "", f"takes more than {MEMORY >> 20} MB", False
     except Exception as e:                           # a template can raise anything
         said = " ".join(f"{type(e).__name__}: {e}"[:400].split())
-        return ("", f"is broken: {said}", "") if compiled is None else ("", "", said)
+        return "", f"{'fails' if compiled else 'is broken'}: {said}", compiled is not None
 
 
 @lru_cache(8)

@@ -229,7 +229,10 @@ class Decoder(nn.Module):
             top = tokens.pack(needed.reshape(-1)).nonzero().squeeze(1)
         self.copies = tokens.copies
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
-        rope, rows = self._rope(tokens.positions, x.dtype), len(x)
+        angles = tokens.positions.float()[:, None] * rope_frequencies(self.config).to(x.device)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # of (N, C / 2), float32
+        rope = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        rows = len(x)
         for layer in self.layers:
             inputs = (x, tokens, rope, top if layer is self.layers[-1] else None)
             recompute = self.recompute and torch.is_grad_enabled()
@@ -238,11 +241,6 @@ class Decoder(nn.Module):
         if top is not None:
             x = x.new_zeros(rows, x.shape[1]).index_copy(0, top, x)
         return tokens.unpack(x)
-
-    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = positions.float()[:, None] * rope_frequencies(self.config).to(positions.device)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)        # of (N, C / 2), float32
-        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
 
 def rope_frequencies(cfg: Config) -> Tensor:

@@ -39,27 +39,24 @@ class Blocks:
 
 def quantize(weight: Tensor, bits: int) -> Blocks:
     """Blocks of a weight (N, K) in 4 or 8 bits; K is padded with zeros to a multiple of 32."""
-    step = _step(weight)
-    data, scales, zeros = zip(*(_rows(weight[n:n + step], bits)
-                                for n in range(0, len(weight), step)))
-    return Blocks(bits, torch.cat(data), torch.cat(scales), torch.cat(zeros))
+    parts, step = [], _step(weight)
+    for n in range(0, len(weight), step):
+        w = F.pad(weight[n:n + step].float(), (0, -weight.shape[1] % BLOCK))
+        w = w.unflatten(1, (-1, BLOCK))
+        best, scales, zeros = (w.new_full((*w.shape[:2], 1), torch.inf) for _ in range(3))
+        for scale, zero in _grids(w, bits):
+            error = (_round(w, scale, zero, bits).sub_(zero).mul_(scale) - w).square_().sum(2, True)
+            better = error < best
+            best, scales, zeros = (torch.where(better, new, old) for new, old in (
+                (error, best), (scale, scales), (zero, zeros)))
+        q = _round(w, scales, zeros, bits).byte()
+        parts.append((_pack(q, bits), scales.squeeze(2), _pack(zeros.squeeze(2).byte(), bits)))
+    return Blocks(bits, *(torch.cat(part) for part in zip(*parts)))
 
 
 def _step(weight: Tensor) -> int:
     """Rows that are computed at a time."""
     return max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
-
-
-def _rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    w = F.pad(weight.float(), (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    best, scales, zeros = (w.new_full((*w.shape[:2], 1), torch.inf) for _ in range(3))
-    for scale, zero in _grids(w, bits):
-        error = (_round(w, scale, zero, bits).sub_(zero).mul_(scale) - w).square_().sum(2, True)
-        better = error < best
-        best, scales, zeros = (torch.where(better, new, old) for new, old in (
-            (error, best), (scale, scales), (zero, zeros)))
-    q = _round(w, scales, zeros, bits).byte()
-    return _pack(q, bits), scales.squeeze(2), _pack(zeros.squeeze(2).byte(), bits)
 
 
 def _round(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

@@ -54,7 +54,6 @@ class Tokens:
         B, T = mask.shape
         rows = torch.arange(B, device=self.device)[:, None].expand_as(mask)
         order = mask.cumsum(1) - 1                                       # (B, T) index in its row
-        counts = mask.sum(1)
         copies = torch.ones_like(order)
         if shared:
             mask = mask.clone()
@@ -68,7 +67,7 @@ class Tokens:
         self.positions, longest = local, T
         if cache is not None:
             self.positions = local + cache.lengths[self.rows]
-            cache.lengths += counts
+            cache.lengths += order[:, -1] + 1
             longest = cache.used = min(cache.used + T, cache.keys[0].shape[2])
         self.masks = {w: self._mask(w, longest) for w in set(config.windows)}
 
