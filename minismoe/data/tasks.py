@@ -119,8 +119,7 @@ def _read_conversations(file: Path, bad: list[str]) -> list[list[Message]]:
             continue
         try:
             if len(line) > LONGEST_LINE:
-                raise ValueError(f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,} "
-                                 "are read")
+                raise ValueError(f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,}")
             messages = to_messages(json.loads(line.decode("utf-8")))
             "".join(m["role"] + m["content"] for m in messages).encode()   # fails on half an emoji
             conversations.append(messages)
@@ -191,17 +190,15 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
         if not text.startswith(after):
             raise ValueError(
                 f"the chat template renders turn {i + 1} of {len(messages)} differently when more "
-                "follows, so the answer's place is unknown: give a template whose output only "
-                "grows, or data with one answer a line")
+                "follows: give a template whose output only grows, or data with one answer a line")
         if not after.startswith(before):
             raise ValueError("the chat template does not begin an answer as its generation prompt, "
                              f"which ends in {before[-20:]!r}: give a template that does")
         turn, answer = after[len(before):], message["content"].strip()
         opening = turn[:turn.find(answer)] if answer in turn else ""
         if opens := [t for t in tokenizer.special if t in opening and t in before]:
-            raise ValueError(
-                f"the chat template opens an answer by {opens[0]}, which its generation prompt "
-                "leaves out: give a template that heeds add_generation_prompt")
+            raise ValueError(f"the chat template opens an answer by {opens[0]}, which its "
+                             "generation prompt leaves out: use one that heeds it")
         spans.append(range(len(before), len(after)))
     return text, spans
 

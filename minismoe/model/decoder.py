@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         self.copies = tokens.copies
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         angles = tokens.positions.float()[:, None] * rope_frequencies(self.config).to(x.device)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # of (N, C / 2), float32
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
         rope = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
         rows = len(x)
         for layer in self.layers:
