@@ -198,7 +198,8 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
         opening = turn[:turn.find(answer)] if answer in turn else ""
         if opens := [t for t in tokenizer.special if t in opening and t in before]:
             raise ValueError(f"the chat template opens an answer by {opens[0]}, which its "
-                             "generation prompt leaves out: use one that heeds it")
+                             "generation prompt leaves out: give a template that heeds "
+                             "add_generation_prompt")
         spans.append(range(len(before), len(after)))
     return text, spans
 
