@@ -96,11 +96,10 @@ def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> 
 
 
 def _load_task(name: str, path: Path, seed: int, bad: list[str]) -> Task:
-    known = len(bad)
-    train_file = path / "train.jsonl" if path.is_dir() else path
-    train = _read_conversations(train_file, bad)
+    known, file = len(bad), path / "train.jsonl" if path.is_dir() else path
+    train = _read_conversations(file, bad)
     if not train and len(bad) == known:
-        bad.append(f"{train_file}: it holds no example")
+        bad.append(f"{file}: it holds no example")
     if path.is_dir() and (path / "test.jsonl").is_file():
         return Task(name, train, _read_conversations(path / "test.jsonl", bad))
     random.Random(f"{seed} {name}").shuffle(train)
@@ -114,14 +113,13 @@ def _read_conversations(file: Path, bad: list[str]) -> list[list[Message]]:
     Lines end at "\\n" only: str.splitlines would also split at U+0085 and U+2028 inside strings.
     """
     conversations = []
-    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    for number, line in enumerate(content.split(b"\n"), 1):
+    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             if len(line) > LONGEST_LINE:
-                raise ValueError(
-                    f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,} are read")
+                raise ValueError(f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,}")
             messages = to_messages(json.loads(line.decode("utf-8")))
             "".join(m["role"] + m["content"] for m in messages).encode()   # fails on half an emoji
             conversations.append(messages)
@@ -178,10 +176,10 @@ def _check_messages(messages: Any) -> list[Message]:
 def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, list[range]]:
     """The rendered conversation, and the ranges of characters that are the assistant's turns.
 
-    A turn begins where the rendering of the messages before it, with the generation prompt, ends:
-    the model continues from there at inference. A first message has no prompt, so it is no turn.
-    Raises ValueError if the template's text for the first messages is not the beginning of its text
-    for all, or if its generation prompt does not lead up to the answer.
+    A turn begins where the rendering of the messages before it, with the generation prompt, ends,
+    as at inference. A first message has no prompt, so it is no turn. Raises ValueError if the
+    template's texts of the first messages and of all differ, or if its generation prompt does not
+    lead up to the answer.
     """
     text, spans = tokenizer.render(messages), []
     for i, message in enumerate(messages):
@@ -192,17 +190,16 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
         if not text.startswith(after):
             raise ValueError(
                 f"the chat template renders turn {i + 1} of {len(messages)} differently when more "
-                "follows, so the answer's place is unknown: give a template whose output only "
-                "grows, or data with one answer a line")
+                "follows: give a template whose output only grows, or data with one answer a line")
         if not after.startswith(before):
             raise ValueError("the chat template does not begin an answer as its generation prompt, "
                              f"which ends in {before[-20:]!r}: give a template that does")
         turn, answer = after[len(before):], message["content"].strip()
         opening = turn[:turn.find(answer)] if answer in turn else ""
         if opens := [t for t in tokenizer.special if t in opening and t in before]:
-            raise ValueError(
-                f"the chat template opens an answer by {opens[0]}, which its generation prompt "
-                "leaves out: give a template that heeds add_generation_prompt")
+            raise ValueError(f"the chat template opens an answer by {opens[0]}, which its "
+                             "generation prompt leaves out: give a template that heeds "
+                             "add_generation_prompt")
         spans.append(range(len(before), len(after)))
     return text, spans
 
@@ -224,8 +221,8 @@ def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Exam
 def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """The training examples of a task, cut to `max_length` tokens.
 
-    An example without a supervised token before the limit is dropped: it would teach nothing.
-    Raises the ValueErrors of `encode` with the example's task and line.
+    An example without a supervised token before the limit is dropped. Raises the ValueErrors of
+    `encode` with the example's task and line.
     """
     result = Encoded()
     for index, messages in enumerate(task.train):
@@ -261,10 +258,8 @@ def bucket(examples: Sequence[Example], batch_size: int, seed: int) -> list[list
 
     Examples are sorted by length within windows of 16 batches only, so batches stay mixed.
     """
-    rng = random.Random(seed)
-    order = list(examples)
+    rng, order, window = random.Random(seed), list(examples), 16 * batch_size
     rng.shuffle(order)
-    window = 16 * batch_size
     batches = []
     for i in range(0, len(order), window):
         near = sorted(order[i:i + window], key=lambda e: len(e.ids))

@@ -1,9 +1,8 @@
 """A checkpoint's chat template, rendered in jinja2's sandbox inside a process of its own.
 
-The sandbox denies a template access to files and code, but does not limit its time and memory: a
-single call in C, such as {{ 'a' * 10 ** 10 }}, can take all of both. A process can be killed during
-such a call. One process serves all templates: it reads and writes JSON lines, ends itself after
-SECONDS, and the next rendering starts another.
+The sandbox denies a template files and code, but not time and memory: one call in C, such as
+{{ 'a' * 10 ** 10 }}, can take all of both, and only a process can be killed during it. One process
+serves all templates by JSON lines; it ends itself after SECONDS, and is then started anew.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ LENGTH = 1 << 24             # characters of the rendered text
 # In this process
 
 _lock = threading.RLock()
-_process: subprocess.Popen[bytes] | None = None
+_process: Any = None                             # a subprocess.Popen, or None
 
 
 class Refused(ValueError):
@@ -42,33 +41,29 @@ class Refused(ValueError):
 def render(template: str, values: Mapping[str, Any]) -> str:
     """The text of a template with `values`, which JSON must be able to hold.
 
-    Raises Refused, ValueError if the template is broken or exceeds SECONDS, MEMORY or LENGTH, and
-    ModuleNotFoundError if jinja2 is missing.
+    Raises Refused, ValueError if the template is broken or beyond a limit, and ModuleNotFoundError.
     """
     request = json.dumps([template, values]).encode() + b"\n"
     with _lock:
-        process = start()
+        process, reply = start(), b""
         try:
-            process.stdin.write(request)             # type: ignore[union-attr]
-            process.stdin.flush()                    # type: ignore[union-attr]
-            reply = process.stdout.readline()        # type: ignore[union-attr]
-        except OSError:
-            reply = b""
-        except BaseException:        # Ctrl-C: the next call would read this call's answer
-            stop()
-            raise
-        if not reply.endswith(b"\n"):
-            stop()
-            raise ValueError(f"the chat template takes more than {SECONDS} s or {MEMORY >> 20} MB")
-    text, broken, refused = json.loads(reply)
-    if broken:
-        raise ValueError(f"the chat template {broken}")
-    if refused:
-        raise Refused(f"the chat template fails: {refused}")
+            process.stdin.write(request)
+            process.stdin.flush()
+            reply = process.stdout.readline()
+        except OSError:                          # it has ended itself
+            pass
+        finally:
+            if not reply.endswith(b"\n"):        # after Ctrl-C, the next call would read the answer
+                stop()
+    if not reply.endswith(b"\n"):
+        raise ValueError(f"the chat template takes more than {SECONDS} s or {MEMORY >> 20} MB")
+    text, problem, refused = json.loads(reply)
+    if problem:
+        raise (Refused if refused else ValueError)(f"the chat template {problem}")
     return str(text)
 
 
-def start() -> subprocess.Popen[bytes]:
+def start() -> Any:
     """The running process, or a new one, which is ready about 0.1 s after its start."""
     global _process
     with _lock:
@@ -107,7 +102,7 @@ if hasattr(os, "register_at_fork"):
 # In the other process
 
 def serve() -> None:
-    """For each line [template, values], write a line [text, what is broken, what it refuses]."""
+    """For each line [template, values], write a line [text, problem, whether it is a refusal]."""
     import jinja2.sandbox  # noqa: F401 (before the clock runs)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches the whole group
@@ -117,10 +112,10 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, OSError, ValueError):       # Windows, macOS: only time is limited
         pass
+    counted = hasattr(signal, "setitimer")
     with open(os.devnull, "w") as nowhere:
         for line in sys.stdin.buffer:
             # A C thread and a signal end the process; neither waits for the Python interpreter.
-            counted = hasattr(signal, "setitimer")
             faulthandler.dump_traceback_later(WAIT if counted else SECONDS, exit=True, file=nowhere)
             if counted:
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -132,22 +127,20 @@ def serve() -> None:
             sys.stdout.buffer.flush()
 
 
-def _answer(template: str, values: Mapping[str, Any]) -> tuple[str, str, str]:
-    compiled = None
+def _answer(template: str, values: Mapping[str, Any]) -> tuple[str, str, bool]:
+    compiled, text = None, ""
     try:
         compiled = _compiled(template)
-        parts, length = [], 0
         for part in compiled.generate(values):
-            parts.append(part)
-            length += len(part)
-            if length > LENGTH:
-                return "", f"gives more than {LENGTH >> 20} M characters", ""
-        return "".join(parts), "", ""
+            text += part
+            if len(text) > LENGTH:
+                return "", f"gives more than {LENGTH >> 20} M characters", False
+        return text, "", False
     except MemoryError:
-        return "", f"takes more than {MEMORY >> 20} MB", ""
+        return "", f"takes more than {MEMORY >> 20} MB", False
     except Exception as e:                           # a template can raise anything
         said = " ".join(f"{type(e).__name__}: {e}"[:400].split())
-        return ("", f"is broken: {said}", "") if compiled is None else ("", "", said)
+        return "", f"{'fails' if compiled else 'is broken'}: {said}", compiled is not None
 
 
 @lru_cache(8)
@@ -168,15 +161,12 @@ def _compiled(template: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
     # White space is trimmed as in transformers, for which templates are written.
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[
         Generation, "jinja2.ext.loopcontrols"])
-    env.globals.update(raise_exception=raise_exception,
-                       strftime_now=lambda form: datetime.now().strftime(form))
-    env.filters["tojson"] = tojson
+    env.globals |= {"raise_exception": raise_exception,
+                    "strftime_now": lambda form: datetime.now().strftime(form)}
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return env.from_string(template)
 
 

@@ -6,12 +6,12 @@ template. Without a tokenizer.json, tokens are bytes; without a template, DEFAUL
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..io.files import read_json
 from ..io.hub import resolve
 from . import templates
 
@@ -37,16 +37,12 @@ class ByteTokenizer:
         """Token ids, and the index of the character where each starts."""
         ids: list[int] = []
         starts: list[int] = []
-        at = 0
-        for part in re.split(f"({'|'.join(map(re.escape, self.special))})", text):
-            if part in self.special:
-                ids.append(self.special[part])
-                starts.append(at)
-            else:
-                ids += part.encode("utf-8", "replace")
-                starts += range(at, at + len(part)) if part.isascii() else [
-                    at + i for i, char in enumerate(part) for _ in char.encode("utf-8", "replace")]
-            at += len(part)
+        pattern = "|".join([*map(re.escape, self.special), "(?s:.)"])
+        for found in re.finditer(pattern, text):
+            special = self.special.get(found[0])
+            new = found[0].encode("utf-8", "replace") if special is None else [special]
+            ids += new
+            starts += [found.start()] * len(new)
         return ids, starts
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -76,15 +72,18 @@ class FileTokenizer:
         self.file, self.vocab_size = file, size if vocab_size is None else vocab_size
         if not isinstance(self.vocab_size, int) or size > self.vocab_size:
             raise ValueError(f"{file} has {size} tokens, and the model only {vocab_size!r}")
-        self.mark_special(())
+
+    @property
+    def special(self) -> dict[str, int]:
+        """The ids of all special tokens."""
+        added = self.backend.get_added_tokens_decoder()
+        return {t.content: i for i, t in added.items() if t.special}
 
     def mark_special(self, tokens: Sequence[str]) -> None:
         """Make `tokens` special, as tokenizer_config.json asks, if the vocabulary has them."""
-        done = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
-        self.backend.add_special_tokens([    # adding one again would reset which spaces it strips
+        done = self.special                  # adding one again would reset which spaces it strips
+        self.backend.add_special_tokens([
             t for t in tokens if t not in done and self.backend.token_to_id(t) is not None])
-        added = self.backend.get_added_tokens_decoder()
-        self.special = {t.content: i for i, t in added.items() if t.special}
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         # Lone surrogates (half an emoji, invalid UTF-8 in argv) become "?", as in ByteTokenizer.
@@ -112,18 +111,11 @@ class Tokenizer:
     def __init__(self, backend: ByteTokenizer | FileTokenizer, template: str | None, bos: str,
                  eos: str, pad_id: int | None = None, stop_ids: Sequence[int] = ()):
         self.backend, self.bos, self.eos, self.special = backend, bos, eos, backend.special
+        self.encode, self.decode = backend.encode, backend.decode
         self.template, self.has_template = template, template is not None
-        stops = {*stop_ids, *(i for i in [backend.special.get(eos)] if i is not None)}
-        self.stop_ids = sorted(stops | self._turn_end())
+        declared = {self.special[eos]} if eos in self.special else set()
+        self.stop_ids = sorted({*stop_ids} | declared | self._turn_end())
         self.pad_id = pad_id if pad_id is not None else (self.stop_ids or [0])[0]
-
-    def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids (also of special tokens in `text`), and the character where each starts."""
-        return self.backend.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return self.backend.decode(ids)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it; raises what `templates.render` raises."""
@@ -138,17 +130,15 @@ class Tokenizer:
 
     def _turn_end(self) -> set[int]:
         """The first special token after an assistant's message in the template, if there is one."""
-        user, answer = {"role": "user", "content": "question"}, {
-            "role": "assistant", "content": "answer"}
+        user = {"role": "user", "content": "question"}
         try:
-            whole = self.render([user, answer])
-            _, found, tail = whole.rpartition(answer["content"])
+            whole = self.render([user, {"role": "assistant", "content": "answer"}])
+            _, found, tail = whole.rpartition("answer")
             if not found:                    # the template changes the message's text
                 tail = whole[len(self.render([user], True)):]
         except templates.Refused:            # such as a template that wants a system message first
             return set()
-        special = set(self.special.values())
-        ends = [i for i in self.encode(tail)[0] if i in special]
+        ends = [i for i in self.encode(tail)[0] if i in self.special.values()]
         return set(ends[:1])
 
 
@@ -167,26 +157,25 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     ModuleNotFoundError, with the pip command, if a library is missing.
     """
     folder = resolve(folder)
-    config, settings, generation = (_read(folder / name) for name in (
-        "config.json", "tokenizer_config.json", "generation_config.json"))
-    stops = {i for source in (config, generation)
-             for i in _as_list(source.get("eos_token_id")) if isinstance(i, int) and i >= 0}
+    config, settings, generation, older = (_read(folder / f"{name}.json") for name in (
+        "config", "tokenizer_config", "generation_config", "special_tokens_map"))
+    ends = [source.get("eos_token_id") for source in (config, generation)]
+    stops = sorted({i for end in ends for i in (end if isinstance(end, list) else [end])
+                    if isinstance(i, int) and i >= 0})
     if not (folder / "tokenizer.json").is_file():
         if config.get("vocab_size") != ByteTokenizer.vocab_size:
             raise FileNotFoundError(f"{folder} holds no tokenizer.json")
-        return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, sorted(stops))
+        return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, stops)
     template = chat_template(folder, settings)
     if template is not None:
         templates.start()                    # its process starts while the tokenizer loads
     backend = FileTokenizer(folder / "tokenizer.json", config.get("vocab_size"))
-    older = _read(folder / "special_tokens_map.json")
     bos, eos, pad = (_content(settings.get(name, older.get(name))) for name in (
         "bos_token", "eos_token", "pad_token"))
-    if not eos and stops and min(stops) < backend.vocab_size:    # only its number is given
-        eos = backend.backend.id_to_token(min(stops)) or ""
+    if not eos and stops and stops[0] < backend.vocab_size:      # only its number is given
+        eos = backend.backend.id_to_token(stops[0]) or ""
     backend.mark_special((bos, eos, pad))
-    return Tokenizer(backend, template, bos, eos,
-                     backend.special.get(pad), sorted(stops))
+    return Tokenizer(backend, template, bos, eos, backend.special.get(pad), stops)
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -207,19 +196,10 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as e:
-        raise ValueError(f"{file} is not valid JSON: {e}") from None
+    value = read_json(file) if file.is_file() else {}
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds no JSON object")
     return value
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _content(token: Any) -> str:

@@ -1,12 +1,9 @@
-"""The embedded default: a tiny Llama base, pretrained on first use, and five small tasks.
+"""The embedded default: a tiny Llama base of bytes, and five small tasks. Nothing is downloaded.
 
-In pretraining the base learns, in chat form, to repeat quoted words, to write them in capitals, to
-name the larger of two numbers, and facts about invented animals. Two of the tasks ask for capitals
-and facts in other words; three are new to the base: the length of a word, the second of two words,
-the smaller of two numbers. Each task needs another skill, so each is sensitive in other matrices.
-
-Nothing is downloaded: tokens are bytes, the text is generated, and pretraining takes about a minute
-on two CPU cores. The result is cached under a name that holds a hash of the recipe.
+The base learns, in about a minute of pretraining on first use, to repeat quoted words, to write
+them in capitals, to name the larger of two numbers, and facts about invented animals. Two tasks ask
+for capitals and facts in other words; three are new to it: a word's length, the second of two
+words, the smaller of two numbers. Each needs another skill, so each is sensitive in other matrices.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..io.files import new_folder, replacing, write_json
@@ -95,27 +92,23 @@ def _case(skill: str, rng: random.Random) -> Case:
                           "second": words[-1]}[skill]
 
 
-def _chat(question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
 def tasks(seed: int = 0) -> list[Task]:
-    """The five tasks, one for each skill, in chat form; no test case is trained on.
+    """The five tasks, in chat form.
 
-    Test cases are split off before questions are written. Pretraining may contain a test case (a
-    fact must be known before it can be asked for), but never a task's wording of it.
+    No test case is trained on in any wording. Pretraining may contain a test case (a fact must be
+    known before it can be asked for), but never a task's wording of it.
     """
     found = []
     for skill, questions in TASKS.items():
         rng = random.Random(f"{seed} {skill}")
         cases = list({_case(skill, rng): None for _ in range(TRAIN + TEST)})
-        test = len(cases) // 6
-        lines = [[_chat(question.format(*operands), answer)
-                  for operands, answer in part for question in questions]
-                 for part in (cases[test:], cases[:test])]
-        for part in lines:
-            rng.shuffle(part)
-        found.append(Task(skill, lines[0][:TRAIN], lines[1][:TEST]))
+        parts: list[list[list[Message]]] = []
+        for part in (cases[len(cases) // 6:], cases[:len(cases) // 6]):
+            parts.append([[{"role": "user", "content": question.format(*operands)},
+                           {"role": "assistant", "content": answer}]
+                          for operands, answer in part for question in questions])
+            rng.shuffle(parts[-1])
+        found.append(Task(skill, parts[0][:TRAIN], parts[1][:TEST]))
     return found
 
 
@@ -130,49 +123,42 @@ def _lesson(rng: random.Random) -> Example:
 
 
 @torch.no_grad()
-def _initialise(model: CausalLM, generator: torch.Generator) -> None:
+def _initialise(model: CausalLM) -> None:
     """Random weights, with q near k and o near v transposed: attention heads begin as copiers.
 
     Most skills build on copying, which is slow to arise from pure noise (mimetic initialisation,
     Trockman and Kolter 2023, arXiv 2305.09828).
     """
+    cfg, generator = model.config, torch.Generator().manual_seed(SEED)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             small = 0.1 if name.endswith("down_proj.weight") else 1.0
             std = 0.5 if "embed" in name else small * weight.shape[1] ** -0.5
             weight.normal_(std=std, generator=generator)
     model.model.norm.weight.fill_(0.2)       # the head is the embedding: keep its logits near 1
-    cfg = model.config
-
-    def spread(weight: Tensor) -> Tensor:                # from key/value heads to all query heads
-        heads = weight.unflatten(0, (cfg.num_key_value_heads, cfg.head_dim))
-        times = cfg.num_attention_heads // cfg.num_key_value_heads
-        return heads.repeat_interleave(times, 0).flatten(0, 1)
-
     for attn in model.modules():
         if isinstance(attn, Attention):
-            attn.q_proj.weight.mul_(0.3).add_(spread(attn.k_proj.weight), alpha=0.7)
-            attn.o_proj.weight.copy_(0.5 * spread(attn.v_proj.weight).T)
+            k, v = (layer.weight.unflatten(0, (-1, cfg.head_dim)).repeat_interleave(
+                cfg.num_attention_heads // cfg.num_key_value_heads, 0).flatten(0, 1)
+                for layer in (attn.k_proj, attn.v_proj))     # spread to all query heads
+            attn.q_proj.weight.mul_(0.3).add_(k, alpha=0.7)
+            attn.o_proj.weight.copy_(0.5 * v.T)
 
 
 def _pretrain(steps: int) -> CausalLM:
     """The trained base: AdamW on all weights; the rate warms up, then falls linearly to zero."""
     model, rng = CausalLM(Config.from_dict(CONFIG)), random.Random(SEED)
-    _initialise(model, torch.Generator().manual_seed(SEED))
+    _initialise(model)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 1.0) * (1 - step / steps))
-    with tqdm(range(steps), "making the toy base, once", unit="step") as bar:
-        for step in bar:
-            ids, mask, labels = collate([_lesson(rng) for _ in range(BATCH)], PAD)
-            loss = supervised_losses(model, ids, mask, labels)[0].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 10 == 9:
-                bar.set_postfix_str(f"loss {loss.item():.3f}")
+    for _ in tqdm(range(steps), "making the toy base, once", unit="step"):
+        ids, mask, labels = collate([_lesson(rng) for _ in range(BATCH)], PAD)
+        optimizer.zero_grad()
+        supervised_losses(model, ids, mask, labels)[0].mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
     return model
 
 
@@ -180,12 +166,11 @@ def _cache() -> Path:
     """MINISMOE_CACHE, or this user's cache folder by the convention of the system."""
     if own := os.environ.get("MINISMOE_CACHE"):
         return Path(own)
-    home = Path.home()
     if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "minismoe"
-    variable, default = (("LOCALAPPDATA", home / "AppData" / "Local")
-                         if sys.platform == "win32" else ("XDG_CACHE_HOME", home / ".cache"))
-    return Path(os.environ.get(variable) or default) / "minismoe"
+        return Path.home() / "Library/Caches/minismoe"
+    variable, default = (("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32"
+                         else ("XDG_CACHE_HOME", ".cache"))
+    return Path(os.environ.get(variable) or Path.home() / default) / "minismoe"
 
 
 def _recipe(steps: int) -> str:
@@ -207,8 +192,7 @@ def checkpoint_folder(*, _steps: int = STEPS) -> Path:
         with new_folder(folder) as temporary:
             write_json(temporary / "config.json", CONFIG)
             with replacing(temporary / "model.safetensors") as file:
-                save_file({name: p.detach().contiguous() for name, p in model.named_parameters()},
-                          file, metadata={"format": "pt"})
+                save_file(dict(model.named_parameters()), file, metadata={"format": "pt"})
     except OSError:
         if not folder.is_dir():                      # if it is there, another process was faster
             raise

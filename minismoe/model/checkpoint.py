@@ -1,7 +1,4 @@
-"""Loading Hugging Face checkpoints; saving and loading adapters.
-
-The checkpoints of a training run are in training/resume.py.
-"""
+"""Loading Hugging Face checkpoints; saving and loading adapters."""
 
 from __future__ import annotations
 
@@ -37,8 +34,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
 
     With base_bits, 8 or 4, all linear layers but the head are quantised. Weights are memory-mapped,
     or converted one at a time, so peak memory is one copy of the weights in their final form.
-    Raises ValueError that lists every missing, surplus and misshapen tensor, or everything in
-    config.json that is not implemented.
+    Raises ValueError that lists every tensor that does not fit, or all that is not implemented.
     """
     folder = resolve(path)
     cfg, config = read_config(folder)
@@ -47,23 +43,25 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     wanted = {name: p.shape for name, p in model.named_parameters()}
     files = {file: _headers(file) for file in weight_files(folder)}
     found = {name: header for headers in files.values() for name, header in headers.items()}
-    known = {"lm_head.weight"} if cfg.tie_word_embeddings else set()     # and not loaded
+    tied = cfg.tie_word_embeddings
     _check_fit(f"{folder} does not fit its config.json", wanted, {
         name: header for name, header in found.items()
-        if name not in known and not name.endswith("rotary_emb.inv_freq")})
+        if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq"))})
     digest = hashlib.sha256(repr(cfg).encode())
-    layers = linear_layers(model) if base_bits else {}
+    quantised = linear_layers(model) if base_bits else {}
     for file, headers in files.items():
         digest.update(_start(file))
         with _opened(file) as f:
             for name in [name for name in headers if name in wanted]:
-                if base_bits and (linear := layers.get(name.removesuffix(".weight"))):
+                parent, _, child = name.rpartition(".")
+                if child == "weight" and base_bits and parent in quantised:
                     weight = _tensor(f, file, name, None, device)
-                    model.set_submodule(name.removesuffix(".weight"), QuantizedLinear(
-                        linear, QuantizedWeight(weight, base_bits, dtype)))
+                    model.set_submodule(parent, QuantizedLinear(
+                        quantised[parent], QuantizedWeight(weight, base_bits, dtype)))
                 else:
-                    _assign(model, name, _tensor(f, file, name, dtype, device))
-    if cfg.tie_word_embeddings:
+                    parameter = nn.Parameter(_tensor(f, file, name, dtype, device), False)
+                    setattr(model.get_submodule(parent), child, parameter)
+    if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
         if "lm_head.weight" in found and not _heads_agree(folder):
             raise ValueError(f"{folder} holds a head of its own, and its config.json ties it to "
@@ -143,7 +141,7 @@ def _headers(file: Path) -> dict[str, tuple[str, list[int]]]:
 def _check_fit(complaint: str, wanted: Mapping[str, Sequence[int]],
                found: Mapping[str, tuple[str, list[int]]]) -> None:
     """Raise ValueError with up to 20 tensors that are surplus, misshapen or missing."""
-    problems = []
+    problems = [f"{name} is missing" for name in wanted if name not in found]
     for name, (dtype, shape) in found.items():
         if name not in wanted:
             problems.append(f"{name} is surplus")
@@ -151,7 +149,6 @@ def _check_fit(complaint: str, wanted: Mapping[str, Sequence[int]],
             problems.append(f"{name} is {dtype}, not one of {', '.join(DTYPES)}")
         elif shape != list(wanted[name]):
             problems.append(f"{name} is {shape} instead of {list(wanted[name])}")
-    problems += [f"{name} is missing" for name in wanted if name not in found]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{complaint}: " + "; ".join(problems[:20]) + more)
@@ -168,18 +165,13 @@ def _tensor(f: Any, file: Path, name: str, dtype: torch.dtype | None, device: st
             ) -> Tensor:
     """One tensor of the open file `f`; without a conversion, it shares the mapped file's memory.
 
-    A tensor that is converted here, or later (dtype None), is read through another mapping that
-    ends with it: pages of `f` that were read stay in memory for as long as `f` is open.
+    One that is converted, here or later (dtype None), is read through a mapping of its own: pages
+    of `f` that were read stay in memory for as long as `f` is open.
     """
     if DTYPES[f.get_slice(name).get_dtype()] == dtype and torch.device(device).type == "cpu":
         return f.get_tensor(name)
     with _opened(file) as own:
         return own.get_tensor(name).to(device=device, dtype=dtype)
-
-
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
 
 
 def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
@@ -204,11 +196,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     into it, if the adapter was trained on another base (by the fingerprints of `load_model`;
     `transformers` models have none), or if its tensors do not fit the allocation or the model.
     """
-    folder = Path(folder)
-    for name in ("adapter.json", "adapter.safetensors"):
-        if not inside(folder, name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}")
-    allocation, digest = _read_adapter_json(model, folder / "adapter.json")
+    record, file = (Path(folder) / name for name in ("adapter.json", "adapter.safetensors"))
+    for part in (record, file):
+        if not inside(part.parent, part.name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {part.name}")
+    meta = read_json(record)
+    if not isinstance(meta, dict) or meta.get("format") != ADAPTER_FORMAT:
+        raise ValueError(f"{record} is not of the form {ADAPTER_FORMAT}")
+    _check_base(model, meta)
+    try:
+        allocation = Allocation.from_json(meta.get("allocation"))
+    except ValueError as e:
+        raise ValueError(f"{record}: {e}") from None
     layers = adaptable(model, {name: allocation.rank_of(name) for name in allocation.experts})
     shapes: dict[str, tuple[int, ...]] = {}
     for name, E in allocation.experts.items():
@@ -216,9 +215,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
         shapes |= {f"{name}.lora_A": (E, r, in_), f"{name}.lora_B": (E, r, out)}
         if E > 1:
             shapes[f"{name}.router"] = E, in_
-    file = folder / "adapter.safetensors"
     _check_fit(f"{file} does not fit", shapes, _headers(file))
-    if digest is not None and sha256(file) != digest:
+    if meta.get("sha256") not in (None, sha256(file)):
         raise ValueError(f"{file} is damaged: its hash is not that of adapter.json")
     add_experts(model, allocation)       # after all checks: a refusal leaves the model unchanged
     with _opened(file) as f:
@@ -227,23 +225,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     return allocation
 
 
-def _read_adapter_json(model: nn.Module, file: Path) -> tuple[Allocation, str | None]:
-    """The allocation and the hash in an adapter.json, which must be of the base `model`."""
-    meta = read_json(file)
-    if not isinstance(meta, dict) or meta.get("format") != ADAPTER_FORMAT:
-        raise ValueError(f"{file} is not of the form {ADAPTER_FORMAT}")
+def _check_base(model: nn.Module, meta: Mapping[str, Any]) -> None:
+    """Raise ValueError if `meta`, an adapter.json, is of another base than `model`."""
     if getattr(model, "merged", ""):
         raise ValueError(f"{model.name} has adapters merged into it, which can't be taken out "
                          f"again: load this adapter onto {model.merged}")
     ours, its = getattr(model, "fingerprint", None), meta.get("fingerprint")
     if ours and its and ours != its:
-        raise ValueError("the adapter was trained on another base: "
-                         f"{clean(its)} ({clean(meta.get('base_model'))}), and this one is {ours} "
+        raise ValueError(f"the adapter was trained on another base: {clean(its)} "
+                         f"({clean(meta.get('base_model'))}), and this one is {ours} "
                          f"({getattr(model, 'name', '?')})")
-    try:
-        return Allocation.from_json(meta.get("allocation")), meta.get("sha256")
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from None
 
 
 def _expert_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -102,16 +102,14 @@ def _rope(config: Mapping[str, Any], wrong: list[str]) -> tuple[float, dict[str,
     for partial in (config.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
         if partial not in (None, 1):
             wrong.append(f"partial_rotary_factor {partial}: only 1.0")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    if kind == "llama3":
+        scaling = {name: _number(rope, name, None, wrong) for name in (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            wrong.append("rope type llama3: low_freq_factor is not below high_freq_factor")
+    elif kind != "default":
         wrong.append(f"rope type {kind!r}: only default and llama3")
-        return theta, None
-    scaling = {name: _number(rope, name, None, wrong) for name in (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        wrong.append("rope type llama3: low_freq_factor is not below high_freq_factor")
     return theta, scaling
 
 

@@ -1,13 +1,9 @@
 """The Llama-family decoder, with the module names of Hugging Face checkpoints.
 
-One class serves Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2/2.5 and Qwen3. They differ in
-biases, norms on q and k, rotary frequencies and sliding windows, which `Config` reads from
-config.json.
+One class serves Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2/2.5 and Qwen3; `Config` says how
+they differ. Tokens are packed to rows (N, D), without padding, except in attention; see tokens.py.
 
-The tokens of a batch are packed without padding to rows (N, D). Only attention, which needs
-sequences, sees them as (B, T); see tokens.py.
-
-Letters: B batch, T time, N real tokens, D hidden, H query heads, K key/value heads, C head size,
+Letters: B batch, T time, N packed tokens, D hidden, H query heads, K key/value heads, C head size,
 S cached positions, V vocabulary.
 """
 
@@ -97,13 +93,12 @@ class Attention(nn.Module):
         if tokens.cache is None:
             keys, values = tokens.sequences(k), tokens.sequences(v)
         else:
-            keys, values = (c[self.layer] for c in (tokens.cache.keys, tokens.cache.values))
-            if tokens.shared:                        # the cache was empty: all rows start at 0
-                keys[:, :, :tokens.shape[1]] = tokens.sequences(k)
-                values[:, :, :tokens.shape[1]] = tokens.sequences(v)
-            else:
-                keys[tokens.rows, :, tokens.positions] = k
-                values[tokens.rows, :, tokens.positions] = v
+            keys, values = tokens.cache.keys[self.layer], tokens.cache.values[self.layer]
+            for held, new in ((keys, k), (values, v)):
+                if tokens.shared:                    # the cache was empty: all rows start at 0
+                    held[:, :, :tokens.shape[1]] = tokens.sequences(new)
+                else:
+                    held[tokens.rows, :, tokens.positions] = new
             keys, values = keys[:, :, :tokens.cache.used], values[:, :, :tokens.cache.used]
         y = attend(tokens.sequences(q), keys, values, mask)
         return self.o_proj(tokens.flat(y))
@@ -132,11 +127,9 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     heads, length = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[2]
     grouped = (q * q.shape[-1] ** -0.5).unflatten(1, heads).flatten(2, 3)        # (B, K, G*T, C)
     scores = (grouped @ k.mT).unflatten(2, (heads[1], length))                   # (B, K, G, T, S)
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    else:
-        mask = mask[:, :, None]
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    seen = (torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if mask is None
+            else mask[:, :, None])
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
     return (weights.flatten(2, 3) @ v).unflatten(2, (heads[1], length)).flatten(1, 2)
 
 
@@ -156,8 +149,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
-        return d_gate, F.silu(gate).mul_(dy)
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
 class MLP(nn.Module):
@@ -237,24 +229,18 @@ class Decoder(nn.Module):
             top = tokens.pack(needed.reshape(-1)).nonzero().squeeze(1)
         self.copies = tokens.copies
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
-        rope = self._rope(tokens.positions, x.dtype)
+        angles = tokens.positions.float()[:, None] * rope_frequencies(self.config).to(x.device)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
+        rope = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
         rows = len(x)
         for layer in self.layers:
             inputs = (x, tokens, rope, top if layer is self.layers[-1] else None)
-            if self.recompute and torch.is_grad_enabled():
-                x = _checkpointed(layer, *inputs)
-            else:
-                x = layer(*inputs)
+            recompute = self.recompute and torch.is_grad_enabled()
+            x = _checkpointed(layer, *inputs) if recompute else layer(*inputs)
         x = self.norm(x)
         if top is not None:
             x = x.new_zeros(rows, x.shape[1]).index_copy(0, top, x)
         return tokens.unpack(x)
-
-    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = positions.float()[:, None] * rope_frequencies(self.config).to(positions.device)
-        cos, sin = angles.cos(), angles.sin()                            # (N, C / 2), float32
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
 
 
 def rope_frequencies(cfg: Config) -> Tensor:

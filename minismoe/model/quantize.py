@@ -1,9 +1,9 @@
 """Weights in 8 or 4 bits, for exports and for a frozen base that is trained on.
 
 Blocks of 32 weights share one scale and one zero point: w = scale * (q - zero), with integers q.
-Each block takes the better of two grids: a symmetric one, whose zero is the middle of the range,
-and one from the block's smallest weight to its largest. In 4 bits, clipped grids are tried too,
-because a single large weight makes the steps of the 31 others coarse.
+Each block takes the best of several grids: symmetric ones, whose zero is the middle of the range,
+and ones from its smallest weight to its largest; in 4 bits also clipped ones, because a single
+large weight makes the steps of the 31 others coarse.
 
 Letters: N outputs, K inputs, G = ceil(K / 32) blocks in a row.
 """
@@ -39,27 +39,24 @@ class Blocks:
 
 def quantize(weight: Tensor, bits: int) -> Blocks:
     """Blocks of a weight (N, K) in 4 or 8 bits; K is padded with zeros to a multiple of 32."""
-    step = _step(weight)
-    data, scales, zeros = zip(*(_rows(weight[n:n + step], bits)
-                                for n in range(0, len(weight), step)))
-    return Blocks(bits, torch.cat(data), torch.cat(scales), torch.cat(zeros))
+    parts, step = [], _step(weight)
+    for n in range(0, len(weight), step):
+        w = F.pad(weight[n:n + step].float(), (0, -weight.shape[1] % BLOCK))
+        w = w.unflatten(1, (-1, BLOCK))
+        best, scales, zeros = (w.new_full((*w.shape[:2], 1), torch.inf) for _ in range(3))
+        for scale, zero in _grids(w, bits):
+            error = (_round(w, scale, zero, bits).sub_(zero).mul_(scale) - w).square_().sum(2, True)
+            better = error < best
+            best, scales, zeros = (torch.where(better, new, old) for new, old in (
+                (error, best), (scale, scales), (zero, zeros)))
+        q = _round(w, scales, zeros, bits).byte()
+        parts.append((_pack(q, bits), scales.squeeze(2), _pack(zeros.squeeze(2).byte(), bits)))
+    return Blocks(bits, *(torch.cat(part) for part in zip(*parts)))
 
 
 def _step(weight: Tensor) -> int:
     """Rows that are computed at a time."""
     return max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
-
-
-def _rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    w = F.pad(weight.float(), (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    best, scales, zeros = (w.new_full((*w.shape[:2], 1), torch.inf) for _ in range(3))
-    for scale, zero in _grids(w, bits):
-        error = (_round(w, scale, zero, bits).sub_(zero).mul_(scale) - w).square_().sum(2, True)
-        better = error < best
-        best, scales, zeros = (torch.where(better, new, old) for new, old in (
-            (error, best), (scale, scales), (zero, zeros)))
-    q = _round(w, scales, zeros, bits).byte()
-    return _pack(q, bits), scales.squeeze(2), _pack(zeros.squeeze(2).byte(), bits)
 
 
 def _round(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -118,14 +115,13 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class QuantizedWeight(nn.Module):
-    """A frozen weight (N, K) in blocks, with float16 scales, in place of a layer's parameter."""
+    """A frozen weight (N, K) in blocks, with float16 scales; `dense` returns it as `dtype`."""
 
     data: Tensor
     scales: Tensor
     zeros: Tensor
 
     def __init__(self, weight: Tensor, bits: int, dtype: torch.dtype):
-        """Quantise `weight`; `dense` returns it as `dtype`."""
         super().__init__()
         self.bits, self.shape, self.dtype = bits, weight.shape, dtype
         blocks = quantize(weight, bits)
@@ -163,10 +159,9 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen nn.Linear whose weight is a QuantizedWeight."""
+    """A frozen nn.Linear whose weight is a QuantizedWeight, in place of `linear`."""
 
     def __init__(self, linear: nn.Linear, weight: QuantizedWeight):
-        """A replacement of `linear` with its bias."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = weight, linear.bias         # type: ignore[assignment]

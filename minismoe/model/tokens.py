@@ -1,8 +1,5 @@
 """Packing: a batch without padding, prefixes that sequences share held once; and the KV cache.
 
-The tokens of a batch are packed to rows (N, D), so no matrix multiplication runs on padding, and a
-prefix that neighbouring sequences share is computed once. Only attention sees tokens as (B, T).
-
 Letters: B batch, T time, N packed tokens, K key/value heads, C head size.
 """
 
@@ -42,7 +39,7 @@ Shared = Sequence[tuple[int, int, int, int]]
 
 
 class Tokens:
-    """The places of one batch's (B, T) tokens in packed tensors (N, ...).
+    """The places of one batch's (B, T) tokens in packed tensors (N, ...), without padding.
 
     Tokens of a shared prefix are packed once, in the first of the rows that share it.
     rows, positions (N,): sequence and rotary position of each packed token. slots (N,): its place
@@ -53,14 +50,10 @@ class Tokens:
     def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None = None,
                  shared: Shared = ()):
         mask = attention_mask.bool()
-        self.shape, self.device, self.shared = mask.shape, mask.device, shared
+        self.shape, self.device, self.shared, self.cache = mask.shape, mask.device, shared, cache
         B, T = mask.shape
         rows = torch.arange(B, device=self.device)[:, None].expand_as(mask)
         order = mask.cumsum(1) - 1                                       # (B, T) index in its row
-        if cache is not None:
-            seen = cache.lengths.clone()
-            cache.lengths += mask.sum(1)
-            cache.used = min(cache.used + T, cache.keys[0].shape[2])
         copies = torch.ones_like(order)
         if shared:
             mask = mask.clone()
@@ -71,9 +64,11 @@ class Tokens:
         self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
         self.slots = self.rows * T + local
         self.copies = self.pack(copies.reshape(-1)) if shared else None
-        self.positions = local if cache is None else local + seen[self.rows]
-        self.cache = cache
-        longest = T if cache is None else cache.used
+        self.positions, longest = local, T
+        if cache is not None:
+            self.positions = local + cache.lengths[self.rows]
+            cache.lengths += order[:, -1] + 1
+            longest = cache.used = min(cache.used + T, cache.keys[0].shape[2])
         self.masks = {w: self._mask(w, longest) for w in set(config.windows)}
 
     def pack(self, x: Tensor) -> Tensor:
@@ -114,13 +109,13 @@ class _Spread(torch.autograd.Function):
 
     y[places] = x, then y[other rows] = y[first row] for each prefix
     dx = dy[places], where dy[first row] is the sum of dy over the rows of each prefix
-    The backward is written by hand because places differ: it copies where autograd would add.
-    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
+    Places differ, so the backward copies where autograd would add. Compared with autograd by
+    test_hand_written_backwards in tests/model/test_decoder.py.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, shape: tuple[int, int], shared: Shared,
-                ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, places: Tensor, shape: Sequence[int],
+                shared: Shared) -> Tensor:
         ctx.save_for_backward(places)
         ctx.shared = shared
         y = x.new_zeros(math.prod(shape), *x.shape[1:]).index_copy_(0, places, x)

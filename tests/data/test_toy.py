@@ -116,7 +116,8 @@ def test_lessons_are_in_the_form_of_fine_tuning(cache):
         prompt = bytes(lesson.ids[1:start]).decode()
         question = prompt.removeprefix("User: ").removesuffix("\nAssistant:")
         answer = bytes(lesson.ids[start:-1]).decode().strip()
-        whole = encode("", toy._chat(question, answer), tokenizer)
+        whole = encode("", [{"role": "user", "content": question},
+                            {"role": "assistant", "content": answer}], tokenizer)
         assert whole.ids == [*lesson.ids, ord("\n")]
         assert whole.labels == [*lesson.labels, -100]
 
