@@ -144,7 +144,8 @@ def files_up_to(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("main, size", [
     (probe.main, 200), (train.main, 2000), (train.main, 10_000), (export.main, 4000),
     (export.main, 100_000)], ids=["probe", "train", "train later", "export", "export later"])
-def test_files_that_cannot_grow(world: World, main: Any, size: int) -> None:
+def test_a_limit_on_file_size_ends_in_one_line_and_changes_no_file(
+        world: World, main: Any, size: int) -> None:
     before, out = hashes(world.model.parent), world.run.parent / "new"
     what = [world.run] if main is export.main else [*world.inputs, *SHORT[:2]]
     with files_up_to(size):
@@ -162,7 +163,8 @@ def again(world: World, before: dict[Path, str]) -> dict[Path, str]:
     return {p: h for p, h in before.items() if p.name in ("frozen.safetensors", "residual.svg")}
 
 
-def test_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_ends_in_one_line_and_leaves_no_part_of_a_file(
+        world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A small tmpfs, where one can be mounted; else only the writers of Python are made to fail."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -211,7 +213,7 @@ def permissions_count() -> Iterator[None]:
 
 @pytest.mark.parametrize("main", [train.main, probe.main, export.main],
                          ids=["train", "probe", "export"])
-def test_no_permission(world: World, main: Any) -> None:
+def test_missing_permissions_are_named_with_their_path(world: World, main: Any) -> None:
     out = world.run.parent / "new"
     what = [world.run] if main is export.main else [*world.inputs, *SHORT[:2]]
     out.mkdir(mode=0o500)
@@ -243,7 +245,7 @@ def test_a_read_only_model_and_data_are_enough(world: World) -> None:
     ("train.py", ""), ("-m minismoe.runtime", ""), ("-m minismoe.runtime", "2>&1 "),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ("train.py", "2>&1 "), ("probe.py", ""), ("export.py", ""), ("export.py", "2>&1 ")))])
-def test_a_closed_pipe(world: World, name: str, closed: str) -> None:
+def test_a_closed_pipe_ends_without_a_traceback(world: World, name: str, closed: str) -> None:
     """Where nothing of stdout is read, and where stderr goes the same way."""
     out = world.run.parent / "new"
     what = {"train.py": [*world.inputs, *SHORT, "--out", out], "export.py": [world.run, "--out",
@@ -258,7 +260,7 @@ def test_a_closed_pipe(world: World, name: str, closed: str) -> None:
         assert said.startswith("error: nobody reads the output any more")
 
 
-def test_a_full_output(world: World) -> None:
+def test_output_to_a_full_device_fails_in_one_line(world: World) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
@@ -284,7 +286,7 @@ def test_out_of_memory_names_the_flags_that_help(world: World, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:9", "xpu", "mps"])
-def test_a_device_that_is_not_there(world: World, device: str) -> None:
+def test_a_device_that_is_not_there_is_refused_by_name(world: World, device: str) -> None:
     with contextlib.suppress(AssertionError, RuntimeError):    # what torch says differs by device
         torch.empty(1, device=device)
         pytest.skip(f"{device} is there")
@@ -294,7 +296,7 @@ def test_a_device_that_is_not_there(world: World, device: str) -> None:
               folder=world.model.parent, says=f"torch finds no device {device} here")
 
 
-def test_memory_that_the_cpu_does_not_have() -> None:
+def test_the_out_of_memory_error_of_torch_on_a_cpu_is_recognised() -> None:
     """The sentence that torch really says is one that is known."""
     with pytest.raises(RuntimeError) as said:
         torch.empty(1 << 60, dtype=torch.uint8)
@@ -302,7 +304,8 @@ def test_memory_that_the_cpu_does_not_have() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number(world: World, value: float) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(
+        world: World, value: float) -> None:
     tensors(world.model / "model.safetensors",
             lambda t: t["model.layers.1.mlp.down_proj.weight"].fill_(value))
     out = world.run.parent / "new"
@@ -330,7 +333,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_hostile_config(world: World, name: str) -> None:
+def test_a_hostile_config_json_is_refused(world: World, name: str) -> None:
     change, says = CONFIGS[name]
     edit(world.model / "config.json", lambda c: c.update(change))
     fails(train.main, *world.inputs, "--out", world.run.parent / "new", says=f"model.*{says}",
@@ -361,7 +364,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_broken_weights(world: World, name: str) -> None:
+def test_broken_weights_are_refused(world: World, name: str) -> None:
     spoil, says = WEIGHTS[name]
     spoil(world.model / "model.safetensors")
     fails(probe.main, *world.inputs, "--out", world.run.parent / "new", says=f"model.*{says}",
@@ -370,7 +373,7 @@ def test_broken_weights(world: World, name: str) -> None:
 
 @pytest.mark.parametrize("place", ["/etc/passwd", "../data/x.safetensors", "file:///etc/passwd",
                                    "sub/x.safetensors", "..", "https://example.org/x"])
-def test_shards_of_elsewhere(world: World, place: str) -> None:
+def test_shards_outside_of_the_folder_are_refused(world: World, place: str) -> None:
     (world.model / "model.safetensors").unlink()
     (world.model / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": place}}))
@@ -388,7 +391,7 @@ def test_links_as_the_hub_makes_them_are_followed(world: World) -> None:
     assert script(probe.main, *world.inputs, "--out", world.run.parent / "new") == (0, "")
 
 
-def test_a_tokenizer_that_does_not_fit(world: World, bpe: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(world: World, bpe: Path) -> None:
     shutil.copyfile(bpe, world.model / "tokenizer.json")
     fails(train.main, *world.inputs, "--out", world.run.parent / "new", folder=world.model.parent,
           says="tokenizer.json has 3.. tokens, and the model only 259")
@@ -422,7 +425,7 @@ def link_out(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_broken_adapter(world: World, name: str) -> None:
+def test_a_broken_adapter_is_refused(world: World, name: str) -> None:
     spoil, says = ADAPTERS[name]
     spoil(world.run / "adapter")
     fails(export.main, world.run, "--out", world.run.parent / "new", says=says,
@@ -447,7 +450,7 @@ ALLOCATIONS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
-def test_a_wrong_allocation(world: World, name: str) -> None:
+def test_a_wrong_allocation_is_refused(world: World, name: str) -> None:
     value, says = ALLOCATIONS[name]
     file = world.model.parent / "a.json"
     file.write_text(json.dumps(value))
@@ -469,7 +472,8 @@ def test_top_k_over_the_experts_takes_them_all(world: World) -> None:
     lambda c: c.pop("arguments"), lambda c: c.update(arguments=[1]),
     lambda c: c["arguments"].update(model=3), lambda c: c["arguments"].update(max_length="9"),
     lambda c: c["arguments"].update(seed=None), lambda c: c["arguments"].update(tasks=["t"])])
-def test_a_run_with_a_hostile_config(world: World, change: Callable[[Any], object]) -> None:
+def test_exporting_a_run_with_a_hostile_config_is_refused(world: World,
+                                                          change: Callable[[Any], object]) -> None:
     edit(world.run / "config.json", change)
     fails(export.main, world.run, "--out", world.run.parent / "new", folder=world.model.parent,
           says="config.json is none of a run: ")
@@ -482,8 +486,9 @@ def test_a_run_with_a_hostile_config(world: World, change: Callable[[Any], objec
     (lambda c: c["arguments"].update(model=5), "no such model folder: 5"),
     (lambda c: c["arguments"].update(spam=1), "config.json: there is no flag spam"),
     (lambda c: c["arguments"].update(help=True), "config.json: there is no flag help")])
-def test_going_on_with_a_hostile_config(world: World, change: Callable[[Any], object],
-                                        says: str) -> None:
+def test_resuming_a_run_with_a_hostile_config_is_refused(world: World,
+                                                         change: Callable[[Any], object],
+                                                         says: str) -> None:
     (world.run / "results.json").unlink()
     edit(world.run / "config.json", change)
     fails(train.main, "--resume", "--out", world.run, folder=world.run, says=says)
@@ -510,14 +515,14 @@ DATA: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_data_that_cannot_be_used(world: World, name: str) -> None:
+def test_broken_training_lines_are_refused(world: World, name: str) -> None:
     content, says = DATA[name]
     (world.data / "t" / "train.jsonl").write_bytes(content)
     fails(train.main, *world.inputs, "--out", world.run.parent / "new", says=says,
           folder=world.model.parent)
 
 
-def test_tests_that_cannot_be_used(world: World) -> None:
+def test_unusable_test_lines_are_refused(world: World) -> None:
     test, out = world.data / "t" / "test.jsonl", world.run.parent / "new"
     test.write_bytes(b"")
     fails(train.main, *world.inputs, *SHORT, "--out", out, folder=world.run,
@@ -527,7 +532,7 @@ def test_tests_that_cannot_be_used(world: World) -> None:
           says="task t: the prompt of test line 3 has 2.. tokens, and the model's context 128")
 
 
-def test_one_example(world: World) -> None:
+def test_one_example_trains_but_no_test_line_is_refused(world: World) -> None:
     (world.data / "t" / "train.jsonl").write_text(lines(1))
     out = world.run.parent / "new"
     assert script(train.main, *world.inputs, *SHORT, "--out", out) == (0, "")
@@ -541,19 +546,19 @@ def test_one_example(world: World) -> None:
 @pytest.mark.parametrize("tasks, says", [
     ("../model", "has no task ../model; it has t"), ("..", r"has no task \.\.; it has t"),
     ("a/b", "has no task a/b"), ("t,t", "asked for twice: t, t")])
-def test_names_of_tasks(world: World, tasks: str, says: str) -> None:
+def test_wrong_names_of_tasks_are_refused(world: World, tasks: str, says: str) -> None:
     fails(train.main, *world.inputs, "--tasks", tasks, "--out", world.run.parent / "new",
           says=says, folder=world.model.parent)
 
 
-def test_a_task_that_is_there_twice(world: World) -> None:
+def test_a_task_that_is_both_file_and_folder_is_refused(world: World) -> None:
     (world.data / "t.jsonl").write_text(lines(3))
     fails(train.main, *world.inputs, "--out", world.run.parent / "new", folder=world.model.parent,
           says="data holds t twice, as a folder and as a file")
 
 
 @pytest.mark.parametrize("name", ["con", "..", "a b", "\x1b[31mred", "-", "t\u202etxt", "nul.x"])
-def test_a_task_of_an_odd_name(world: World, name: str) -> None:
+def test_an_odd_name_of_a_task_is_no_path_and_no_terminal_command(world: World, name: str) -> None:
     """No name becomes a path, and none reaches the terminal as a command to it."""
     (world.data / "t").rename(world.data / "keep")
     shutil.rmtree(world.data / "keep")
@@ -607,14 +612,14 @@ EXPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_a_broken_export(world: World, name: str) -> None:
+def test_a_broken_export_is_refused(world: World, name: str) -> None:
     spoil, says = EXPORTS[name]
     spoil(world.export)
     fails(terminal.main, world.export, "hello", "--verify", says=says, folder=world.model.parent)
 
 
 @pytest.mark.parametrize("place", ["../secret", "/SECRET", "file:///SECRET", "link", "missing"])
-def test_external_data_of_elsewhere(world: World, place: str) -> None:
+def test_external_data_outside_of_the_folder_is_refused(world: World, place: str) -> None:
     """A graph may name any file as its weights; what is outside is not read."""
     import onnx
 
@@ -640,7 +645,7 @@ def test_external_data_of_elsewhere(world: World, place: str) -> None:
     (("",), "the prompt is empty"),
     (("a", "--temperature", "nan"), "temperature nan"), (("a", "--top-p", "2"), "top-p 2"),
     (("a", "--top-k", "-1"), "top-k -1"), (("a", "--task", "../x"), "no adapter '../x'")])
-def test_requests_that_are_refused(world: World, args: tuple[str, ...], says: str) -> None:
+def test_wrong_requests_are_refused(world: World, args: tuple[str, ...], says: str) -> None:
     fails(terminal.main, world.export, *args, says=says, folder=world.export)
 
 

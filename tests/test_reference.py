@@ -16,7 +16,7 @@ from minismoe import reference
 FILE = Path(reference.__file__)
 
 
-def test_it_is_one_page_that_imports_torch_alone() -> None:
+def test_the_reference_is_one_page_that_imports_torch_alone() -> None:
     text = FILE.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
     imported = {name.name.split(".")[0] for node in ast.walk(ast.parse(text))
@@ -39,7 +39,7 @@ def test_the_toy_learns_and_freezing_loses_less_by_each_fit() -> None:
     assert len(lost) == 3 and lost[0] > lost[1] > 1.5 * lost[2]
 
 
-def test_top_k_by_hand() -> None:
+def test_top_k_gates_equal_those_by_hand() -> None:
     layer = reference.Mixture(torch.eye(1), None, torch.ones(3, 1, 1), torch.ones(3, 1, 1),
                               torch.tensor([[0.0], [1.0], [2.0]]), 2, 1.0)
     gates = layer.gates(torch.ones(1, 1))
@@ -50,7 +50,7 @@ def test_top_k_by_hand() -> None:
 
 @pytest.mark.parametrize(("keep", "expected"), [
     (0.5, {"q": 1, "k": 0, "v": 2, "o": 1}), (0.01, {"q": 1, "k": 0, "v": 1, "o": 0})])
-def test_the_vote_by_hand(keep: float, expected: dict[str, int]) -> None:
+def test_votes_equal_counts_by_hand(keep: float, expected: dict[str, int]) -> None:
     scores = {"1": {"q": 9.0, "k": 1.0, "v": 5.0, "o": 2.0},
               "2": {"q": 0.1, "k": 0.2, "v": 0.9, "o": 0.3}}
     assert reference.vote(scores, ["qkvo"], keep) == expected

@@ -1,8 +1,8 @@
 """Several processes on one run, as torchrun starts them; a process alone is a world of one.
 
-Each computes its share of every micro-batch and takes the same optimizer step from the same summed
-gradients. On CUDA the gradients go over nccl. All else goes over gloo, which raises at once if
-another process has ended: nccl would wait for it.
+Each computes its share of every micro-batch and takes the same step from the same summed gradients.
+CUDA's gradients go over nccl, all else over gloo, which raises at once if a process has ended: nccl
+would wait for it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..io.text import out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_joined = False          # set by join(); a group that another program made is not ours
+_joined = False                              # a group that another program made is not ours
 
 
 def world() -> int:
@@ -34,6 +33,22 @@ def world() -> int:
 def rank() -> int:
     """This process's number; 0 prints and writes the files."""
     return dist.get_rank() if world() > 1 else 0
+
+
+def _local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
+def share(count: int) -> int:
+    """The most that one process gets of `count` things."""
+    return -(-count // world())
+
+
+def once(work: Callable[..., Any], *args: Any) -> None:
+    """Call work(*args) in the first process only."""
+    if rank() == 0:
+        work(*args)
 
 
 @contextmanager
@@ -72,21 +87,14 @@ def join(device: torch.device) -> None:
 
 
 def leave(code: int) -> None:
-    """End this process if it is one of several; with code 0, once all have come here.
-
-    os._exit, because torch's threads were seen to abort a process that ends as usual.
-    """
+    """End this process if it is one of several; with code 0, once all have come here."""
     if world() > 1:
         if code == 0:
             gather(None)
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
-        os._exit(code)
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", rank()))
+        os._exit(code)                       # torch's threads abort some processes at a usual end
 
 
 @contextmanager
@@ -98,17 +106,6 @@ def one_first() -> Iterator[None]:
     if not _local_rank():
         gather(None)
     gather(None)                             # nobody goes on before all have run the block
-
-
-def share(count: int) -> int:
-    """The most that one process gets of `count` things."""
-    return -(-count // world())
-
-
-def once(work: Callable[..., Any], *args: Any) -> None:
-    """Call work(*args) in the first process only."""
-    if rank() == 0:
-        work(*args)
 
 
 def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
@@ -123,7 +120,7 @@ def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
 
 def anywhere(flag: Any) -> bool:
     """Whether `flag` is true in any process."""
-    return bool(all_sum(torch.tensor(float(bool(flag)))))
+    return bool(all_sum(torch.tensor(float(flag))))
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
@@ -144,14 +141,14 @@ def gather(value: Any) -> list[Any]:
     """The JSON value of every process, in the order of their ranks."""
     if world() == 1:
         return [value]
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
+    data = json.dumps(value).encode()
+    size = torch.tensor(len(data))
     with _peers():
-        dist.all_gather(sizes, torch.tensor([len(data)]))
-        longest = max(map(int, sizes))
-        found = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(found, F.pad(data, (0, longest - len(data))))
-    return [json.loads(bytes(row[:int(size)].tolist())) for row, size in zip(found, sizes)]
+        dist.all_reduce(size, dist.ReduceOp.MAX)
+        data = data.ljust(int(size))         # JSON may end in spaces
+        found = [torch.empty(len(data), dtype=torch.uint8) for _ in range(world())]
+        dist.all_gather(found, torch.tensor(list(data), dtype=torch.uint8))
+    return [json.loads(bytes(row.tolist())) for row in found]
 
 
 def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:

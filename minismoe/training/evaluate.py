@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ..data.tasks import Task
-from ..data.tokenizer import Message, Tokenizer
+from ..data.tokenizer import Tokenizer
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache
 from .distributed import anywhere, spread
@@ -28,15 +26,13 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
     Prompts of similar length share a batch, which ends when all of its rows have stopped.
     """
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-
-    def complete(batch: list[int]) -> list[list[int]]:
-        return _generate_batch(model, [prompts[n] for n in batch], max_new_tokens, stop_ids)
-
-    completions: dict[int, list[int]] = {}
-    for batch, found in zip(batches, spread(complete, batches)):
-        completions |= zip(batch, found)
-        progress(len(batch))
+    batches = [[prompts[n] for n in order[i:i + batch_size]]
+               for i in range(0, len(order), batch_size)]
+    found: list[list[int]] = []
+    for answers in spread(lambda b: _generate_batch(model, b, max_new_tokens, stop_ids), batches):
+        found += answers
+        progress(len(answers))
+    completions = dict(zip(order, found))
     return [completions[n] for n in range(len(prompts))]
 
 
@@ -45,24 +41,22 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
     device = model.model.norm.weight.device
     longest = max(map(len, prompts))
     ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = torch.arange(longest, device=device) < lengths[:, None]       # right-padded
+    lengths = torch.tensor([[len(p)] for p in prompts], device=device)
+    positions = torch.arange(longest, device=device)
+    mask, needed = positions < lengths, positions == lengths - 1       # (B, T), right-padded
     stops = torch.tensor(list(stop_ids), device=device)
     cache = Cache(model, len(prompts), longest + max_new_tokens)
-    rows, last = torch.arange(len(prompts), device=device), lengths - 1
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    steps: list[Tensor] = []
-    for _ in range(max_new_tokens):
-        needed = F.one_hot(last, ids.shape[1]).bool()                            # (B, T)
-        hidden = model.model(ids, mask, cache, needed)[rows, last]               # (B, D)
+    tokens = torch.full((len(prompts), max_new_tokens), -1, device=device)
+    for step in range(max_new_tokens):
+        hidden = model.model(ids, mask, cache, needed)[needed]                   # (B, D)
         token = model.lm_head(hidden).argmax(-1)
         running = running & ~torch.isin(token, stops)
         if not anywhere(running.any()):      # the processes of a sharded model step together
             break
-        steps.append(torch.where(running, token, -1))
-        ids, mask, last = token[:, None], running[:, None], torch.zeros_like(last)
-    columns = torch.stack(steps, 1).tolist() if steps else [[] for _ in prompts]
-    return [[t for t in row if t >= 0] for row in columns]
+        tokens[:, step] = torch.where(running, token, -1)
+        ids, mask, needed = token[:, None], running[:, None], torch.ones_like(needed[:, :1])
+    return [[t for t in row if t >= 0] for row in tokens.tolist()]
 
 
 @dataclass
@@ -77,12 +71,12 @@ class Accuracy:
     @property
     def share(self) -> float:
         """Correct answers as a part of all, 0 to 1."""
-        return self.correct / max(1, self.examples)
+        return self.correct / self.examples
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the share (Wilson 1927); it holds for few examples and near 0 or 1."""
-        n, p, z = max(1, self.examples), self.share, 1.959964
+        n, p, z = self.examples, self.share, 1.959964
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return max(0.0, middle - half), min(1.0, middle + half)
@@ -91,10 +85,9 @@ class Accuracy:
 def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, batch_size: int = 32,
              progress: Callable[[int], Any] = lambda prompts: None) -> Accuracy:
     """Exact match of `model` on the test split of a task."""
-    def complete(prompts: list[list[int]], limit: int) -> list[list[int]]:
-        return generate(model, prompts, limit, tokenizer.stop_ids, batch_size, progress)
-
-    return exact_match(tokenizer, task, model.config.max_position_embeddings, complete)
+    return exact_match(
+        tokenizer, task, model.config.max_position_embeddings, lambda prompts, limit: generate(
+            model, prompts, limit, tokenizer.stop_ids, batch_size, progress))
 
 
 def exact_match(tokenizer: Tokenizer, task: Task, context: int,
@@ -108,7 +101,7 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
     expected, limit = references(tokenizer, task)
     result = Accuracy(0, len(expected))
     for messages, reference, answer in zip(task.test, expected, complete(prompts, limit)):
-        wanted, given = tokenizer.decode(reference).strip(), tokenizer.decode(answer).strip()
+        wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
         result.right.append(int(given == wanted))
         if given != wanted:
             prompt = messages[-2]["content"] if len(messages) > 1 else ""
@@ -118,24 +111,19 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
 
 
 def references(tokenizer: Tokenizer, task: Task) -> tuple[list[list[int]], int]:
-    """Tokens of the right answers, and the limit for a completion.
+    """Tokens of the right answers without stop ids, and the limit for a completion.
 
-    The limit is 4 tokens above the longest answer: one that goes on is wrong, not cut to be right.
+    An answer is the last turn as the chat template writes it: that of Qwen3 puts an empty <think>
+    first. The limit is 4 tokens above the longest, so that an answer which goes on is wrong.
     """
-    answers = [_answer_tokens(tokenizer, m) for m in task.test]
+    answers = []
+    for messages in task.test:
+        whole = tokenizer.render(messages)
+        start = tokenizer.render(messages[:-1], add_generation_prompt=True)
+        turn = whole[len(start):] if whole.startswith(start) else messages[-1]["content"]
+        answers.append(list(itertools.takewhile(
+            lambda i: i not in tokenizer.stop_ids, tokenizer.encode(turn)[0])))
     return answers, max(map(len, answers)) + 4
-
-
-def _answer_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Tokens of the last turn before its stop id, as the chat template writes that turn.
-
-    Some templates add text to it: that of Qwen3 puts an empty <think> first.
-    """
-    whole = tokenizer.render(messages)
-    start = tokenizer.render(messages[:-1], add_generation_prompt=True)
-    turn = whole[len(start):] if whole.startswith(start) else messages[-1]["content"]
-    stops = set(tokenizer.stop_ids)
-    return list(itertools.takewhile(lambda i: i not in stops, tokenizer.encode(turn)[0]))
 
 
 def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[int]]:

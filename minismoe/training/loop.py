@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ def step_that_fits(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, 
             micro = min(cfg.micro_batch_size, len(batch)) // 2
             if not out_of_memory(e) or micro == 0 or distributed.world() > 1:
                 raise                        # other processes wait in the middle of an exchange
-            tqdm.write(f"step {step + 1}: out of memory, so {micro} examples at a time")
+        tqdm.write(f"step {step + 1}: out of memory, so {micro} examples at a time")
         cfg = replace(cfg, micro_batch_size=micro)
         model.zero_grad(set_to_none=True)    # gradients of the micro-batches that did fit
         for layer in expert_layers(model).values():
@@ -145,9 +145,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
           resume: bool = False) -> dict[str, float]:
     """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
 
-    Writes run/metrics.jsonl, a line a step, and run/checkpoints. Raises Interrupted after Ctrl-C,
-    SIGTERM or SIGHUP, once the step is saved; ValueError if it cannot go on from a checkpoint;
-    ArithmeticError, naming step and batch, if the loss is not finite.
+    Writes run/metrics.jsonl and run/checkpoints. Raises Interrupted after a signal, once the step
+    is saved; ValueError for an unfitting checkpoint; ArithmeticError if the loss is not finite.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     # With a smaller eps an entry whose gradient is rounding alone would move by the whole rate.
@@ -156,11 +155,13 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     batches = schedule(examples, cfg)
     state = _first_state(run, trained, optimizer, batches, resume)
     begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
-    metrics = _open_metrics(run / "metrics.jsonl", state["metrics"])
-    bar = tqdm(total=len(batches), initial=state["step"], desc="train", unit="step", smoothing=0.1,
-               disable=distributed.rank() > 0)
+    run.mkdir(parents=True, exist_ok=True)
+    metrics = (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n")
+    bar = tqdm(range(state["step"], len(batches)), "train", len(batches), unit="step",
+               initial=state["step"], smoothing=0.1, disable=distributed.rank() > 0)
     with metrics, bar, waiting() as signals:
-        for step in range(state["step"], len(batches)):
+        distributed.once(metrics.truncate, state["metrics"])
+        for step in bar:
             start = time.perf_counter()
             line = step_that_fits(model, batches[step], cfg, pad_id, step)
             distributed.sum_gradients(trained.values())
@@ -172,22 +173,21 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             now = time.perf_counter()
-            line |= {"lr": lr, "grad_norm": round(norm, 5),
-                     "tokens_per_second": round(line["tokens"] / (now - start), 1)}
-            metrics.write(json.dumps(line) + "\n")
+            speed = round(line["tokens"] / (now - start), 1)
+            line |= {"lr": lr, "grad_norm": round(norm, 5), "tokens_per_second": speed}
+            distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
                       "seconds": now - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
             stop = _signal_to_any(signals)
             if stop or step + 1 == len(batches) or due(cfg.checkpoint_every, step + 1, saved):
-                distributed.once(_save, run, trained, optimizer, state, metrics)
+                os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
+                distributed.once(save_checkpoint, run, trained, optimizer, state)
                 saved = time.monotonic()
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tok/s", refresh=False)
             if stop:
                 break
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:.0f} tok/s",
-                                refresh=False)
-            bar.update()
         if stop := _signal_to_any(signals):          # one may come after the last step, too
             raise Interrupted(f"saved after step {state['step']} of {len(batches)}", stop)
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
@@ -207,22 +207,6 @@ def _first_state(run: Path, trained: Mapping[str, Tensor], optimizer: torch.opti
         raise ValueError(f"the processes do not see the same checkpoints: {run} must be a folder "
                          "that they share")
     return state
-
-
-def _open_metrics(file: Path, size: int) -> TextIO:
-    """The metrics file, cut to its first `size` bytes and open for appending."""
-    if distributed.rank():
-        return open(os.devnull, "w", encoding="utf-8")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    metrics = file.open("a", encoding="utf-8", newline="\n")
-    metrics.truncate(size)
-    return metrics
-
-
-def _save(run: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
-          state: Mapping[str, Any], metrics: TextIO) -> None:
-    os.fsync(metrics.fileno())               # a checkpoint counts on the lines before it
-    save_checkpoint(run, trained, optimizer, state)
 
 
 def _signal_to_any(signals: Sequence[int]) -> int:

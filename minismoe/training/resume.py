@@ -1,10 +1,9 @@
 """Checkpoints that are whole or not there, and that are checked before training goes on.
 
 run/checkpoints/step-NUMBER holds experts.safetensors, optimizer.safetensors and state.json, which
-lists the SHA-256 of both and its own. It is written under another name, flushed to disk and
-renamed. The last two are kept: if the newest is damaged, training goes on from the one before.
-Between two optimizer steps no gradient is accumulated, the order of the data follows from its seed,
-and training draws nothing at random, so a checkpoint holds none of these.
+lists the SHA-256 of both and its own. The last two are kept: if the newest is damaged, training
+goes on from the one before. The order of the data follows from its seed, and training draws nothing
+at random, so a checkpoint holds neither.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     for folder in reversed(checkpoints(run)):
         try:
-            return folder, _checked(folder)
+            return folder, _checked_state(folder)
         except (AttributeError, FileNotFoundError, KeyError, TypeError, ValueError) as e:
             shutil.rmtree(folder)
             then = ("going on from the one before" if checkpoints(run) else
@@ -85,7 +84,7 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _checked(folder: Path) -> dict[str, Any]:
+def _checked_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint; an exception if a file is missing or not what was written."""
     saved = read_json(folder / "state.json")
     state: dict[str, Any] = saved["state"]
@@ -104,8 +103,7 @@ def load_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torc
     Raises ValueError if it is of other experts or of other batches (`order` is their digest), or
     if the run's metrics.jsonl is shorter than it was.
     """
-    found = newest(run)
-    if found is None:
+    if (found := newest(run)) is None:
         return None
     folder, state = found
     experts = load_file(folder / "experts.safetensors")

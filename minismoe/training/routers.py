@@ -1,16 +1,13 @@
 """What trained routers do: how sure their choices are, and whether they tell the tasks apart.
 
-u[t, e] is expert e's share of the gates of one matrix, over the tokens of task t. Two numbers from
-0 to 1 describe a matrix:
+u[t, e] is expert e's share of the gates of one matrix, over the N tokens of task t. With E experts
+and T tasks, two numbers from 0 to 1 describe a matrix:
 
     entropy     mean over tokens of H(softmax of the router) / log E    1: all experts alike
     separation  I(task; expert) / log min(T, E)                         1: each task has its own
 
-I is the mutual information, with equal weight for each task: the mean over t of
-sum over e of u[t, e] log(u[t, e] / u[e]), where u[e] is the mean of u[t, e] over t. An expert with
-less than 1 % of the gates in every task has collapsed.
-
-Letters: N tokens, E experts of a matrix, T tasks.
+I is the mutual information with equal weight for each task: the mean over t of
+sum over e of u[t, e] log(u[t, e] / u[e]), where u[e] is the mean of u[t, e] over t.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from torch import Tensor, nn
 
 from ..method.experts import expert_layers, top_k_gates, without_pads
 
-COLLAPSED = 0.01
+COLLAPSED = 0.01                             # an expert with a lower share in every task
 
 
 @torch.no_grad()
@@ -32,8 +29,7 @@ def router_use(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]
                ) -> dict[str, dict[str, Any]]:
     """{module: {"use": {task: [share of each expert]}, "entropy": {task: .}, "separation": .}}.
 
-    tasks: batches as for `probe`: (input_ids, attention_mask, labels), each (batch, length).
-    Matrices with one expert have no router and are left out.
+    tasks: batches as for `probe`. Matrices with one expert have no router and are left out.
     """
     layers = {name: m for name, m in expert_layers(model).items() if m.router is not None}
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in layers}

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import figures  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-READMES = ("README.md", "tests/benchmarks/README.md")
+READMES = ("README.md", "tests/README.md", "tests/benchmarks/README.md")
 
 
 @pytest.mark.parametrize("name", figures.PICTURES)

@@ -101,7 +101,8 @@ def trained(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 @pytest.mark.parametrize("flags", [PLAIN, "--base-bits 8 --recompute --batch-size auto"])
-def test_a_run_is_the_same_as_on_the_cpu(trained: Callable[[str], Path], flags: str) -> None:
+def test_a_run_on_another_device_equals_that_on_the_cpu(trained: Callable[[str], Path],
+                                                        flags: str) -> None:
     folder = trained(flags)
     cpu, other = (load_file(folder / d / "adapter" / "adapter.safetensors")
                   for d in ("cpu", "other"))

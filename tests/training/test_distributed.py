@@ -115,7 +115,7 @@ def test_a_failed_exchange_names_its_reason(monkeypatch) -> None:
         distributed.join(torch.device("cuda:1"))
 
 
-def test_shard_leaves_a_part_of_the_blocks_in_each_process(inputs) -> None:
+def test_shard_divides_the_blocks_among_the_processes(inputs) -> None:
     program = SHARDED.format(root=str(ROOT), model=inputs[1])
     outputs = [p.communicate(timeout=120) for p in by_hand(2, "-c", program)]
     held = json.loads(outputs[0][0])
@@ -126,7 +126,7 @@ def test_shard_leaves_a_part_of_the_blocks_in_each_process(inputs) -> None:
 @pytest.mark.parametrize("count, flags", [
     (2, ""), (4, ""), (2, "--shard"),
     pytest.param(2, "--device other", marks=needs_other_device)])
-def test_processes_equal_one(inputs, one, tmp_path, count, flags) -> None:
+def test_several_processes_give_the_result_of_one(inputs, one, tmp_path, count, flags) -> None:
     run = tmp_path / "run"
     command = [str(ROOT / "train.py"), *inputs, *FLAGS, *flags.split(), "--out", str(run)]
     if "other" in flags:
@@ -157,7 +157,7 @@ def struck(folder: Path, victim: int, number: signal.Signals, step: int = 10) ->
     return str(file)
 
 
-def test_one_is_killed_the_other_ends_and_one_goes_on(inputs, one, tmp_path) -> None:
+def test_if_one_process_is_killed_the_other_ends_and_the_run_resumes(inputs, one, tmp_path) -> None:
     run = tmp_path / "run"
     alive, _ = processes = by_hand(2, struck(tmp_path, 1, signal.SIGKILL), *inputs, *FLAGS,
                                    "--checkpoint-every", "4", "--out", str(run))
@@ -172,7 +172,7 @@ def test_one_is_killed_the_other_ends_and_one_goes_on(inputs, one, tmp_path) -> 
     assert [line["step"] for line in read(run / "metrics.jsonl")] == list(range(1, 19))
 
 
-def test_one_is_interrupted_and_both_stop_after_that_step(inputs, one, tmp_path) -> None:
+def test_if_one_process_is_interrupted_both_stop_after_that_step(inputs, one, tmp_path) -> None:
     run = tmp_path / "run"
     processes = by_hand(2, struck(tmp_path, 1, signal.SIGINT), *inputs, *FLAGS, "--out", str(run))
     ends = [p.communicate(timeout=100)[1] for p in processes]
@@ -183,7 +183,7 @@ def test_one_is_interrupted_and_both_stop_after_that_step(inputs, one, tmp_path)
 
 
 @pytest.mark.slow
-def test_torchrun_ends_all_where_one_is_killed_and_more_go_on(inputs, one, tmp_path) -> None:
+def test_torchrun_ends_all_if_one_is_killed_and_three_resume(inputs, one, tmp_path) -> None:
     run = tmp_path / "run"
     process = torchrun(2, struck(tmp_path, 0, signal.SIGKILL), *inputs, *FLAGS,
                        "--checkpoint-every", "4", "--out", str(run))

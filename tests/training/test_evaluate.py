@@ -72,7 +72,8 @@ def test_exact_match_needs_the_whole_answer(model: CausalLM, monkeypatch) -> Non
     assert [w[1:] for w in result.wrong] == [("yes", "yes it i"), ("yes", "")]
 
 
-def test_the_answer_is_what_the_template_writes(model: CausalLM, monkeypatch) -> None:
+def test_the_expected_answer_is_the_turn_as_the_template_writes_it(
+        model: CausalLM, monkeypatch) -> None:
     """As Qwen3's, which puts an empty <think> before the last answer, to be generated too."""
     template = ("{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }}\nA "
                 "{% else %}<think>\n\n</think>\n{{ m.content }}<|end|>{% endif %}{% endfor %}")

@@ -146,7 +146,7 @@ def test_not_finite_gradient_is_not_stepped(tmp_path, monkeypatch) -> None:
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
-def test_another_allocation_is_not_resumed(tmp_path) -> None:
+def test_resuming_another_allocation_is_refused(tmp_path) -> None:
     cfg = TrainConfig(epochs=1, batch_size=8, checkpoint_every=1)
     train(tiny(), examples(), cfg, tmp_path, pad_id=0)
     model = CausalLM(tiny_config())
@@ -191,7 +191,7 @@ def test_a_batch_that_overflows_is_halved_and_counted_once(tmp_path, monkeypatch
         torch.testing.assert_close(gradients(found)[name], gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_what_does_not_fit_one_example_at_a_time_is_raised(monkeypatch) -> None:
+def test_running_out_of_memory_with_one_example_is_raised(monkeypatch) -> None:
     import minismoe.training.loop as training
 
     def never(*args, **options):

@@ -86,7 +86,7 @@ def test_no_flipped_bit_goes_unseen(trained, tmp_path) -> None:
             shutil.rmtree(run)
 
 
-def test_two_damaged_checkpoints_begin_anew(trained, tmp_path, capsys) -> None:
+def test_a_run_with_two_damaged_checkpoints_starts_anew(trained, tmp_path, capsys) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
     for folder in (run / "checkpoints").iterdir():
         os.truncate(folder / "experts.safetensors", 100)
@@ -95,7 +95,7 @@ def test_two_damaged_checkpoints_begin_anew(trained, tmp_path, capsys) -> None:
     assert "step-00000008 is damaged" in err and "no whole one is left, so it begins anew" in err
 
 
-def test_lost_metrics_are_asked_for_and_cost_no_checkpoint(trained, tmp_path) -> None:
+def test_lost_metrics_are_refused_and_cost_no_checkpoint(trained, tmp_path) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
     metrics = (run / "metrics.jsonl").read_text()
     for left in (metrics[:-20], None):
@@ -110,7 +110,7 @@ def test_lost_metrics_are_asked_for_and_cost_no_checkpoint(trained, tmp_path) ->
     goes_on(run, trained[1])
 
 
-def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
+def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch) -> None:
     """A power cut after the rename must not find files of zeros under the new name."""
     said: list[tuple[str, str]] = []
     sync, replace = files._sync, os.replace
@@ -125,13 +125,13 @@ def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
     assert said[done + 1:] == [("sync", "checkpoints")]
 
 
-def test_other_batches_are_refused(trained, tmp_path) -> None:
+def test_resuming_on_other_batches_is_refused(trained, tmp_path) -> None:
     run = shutil.copytree(trained[0], tmp_path / "run")
     with pytest.raises(ValueError, match="trained on other batches"):
         training.train(tiny(), examples(23), CFG, run, pad_id=0, resume=True)
 
 
-def test_no_clock_that_jumps_matters(trained, tmp_path, monkeypatch) -> None:
+def test_a_wall_clock_that_jumps_changes_nothing(trained, tmp_path, monkeypatch) -> None:
     """Only the bar reads the wall clock, which here jumps by a day at each look, or back."""
     rng = random.Random(0)
     for module in (time, tqdm.std):
@@ -139,14 +139,14 @@ def test_no_clock_that_jumps_matters(trained, tmp_path, monkeypatch) -> None:
     goes_on(tmp_path, trained[1])
 
 
-def test_what_checkpoint_every_takes() -> None:
+def test_checkpoint_every_takes_steps_or_minutes_above_zero() -> None:
     assert [flags.interval(text) for text in ("200", "10m", "0.5m")] == [200, "10m", "0.5m"]
     for text in ("0", "0m", "-1m", "nanm", "infm", "m", "10s"):
         with pytest.raises((ValueError, argparse.ArgumentTypeError)):
             flags.interval(text)
 
 
-def test_minutes_between_checkpoints(tmp_path, monkeypatch) -> None:
+def test_a_checkpoint_is_saved_at_the_first_step_after_the_minutes(tmp_path, monkeypatch) -> None:
     clock, step = [0.0], training.train_step
 
     def slow(*args):
@@ -162,8 +162,8 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch) -> None:
     assert saved == [4, 8, 12]                    # 100 s each: the first step after 90 s
 
 
-def test_every_ending_signal_is_waited_for(inputs, tmp_path, capsys,  # noqa: F811
-                                           monkeypatch, signals) -> None:
+def test_every_ending_signal_lets_the_step_end_and_saves_it(inputs, tmp_path, capsys,
+                                                            monkeypatch, signals) -> None:
     run, step = tmp_path / "a run", training.train_step
     for saved, number in zip((2, 4, 6), ENDING):
         calls: list[int] = []
@@ -184,7 +184,7 @@ def test_every_ending_signal_is_waited_for(inputs, tmp_path, capsys,  # noqa: F8
 
 
 @posix
-def test_a_closed_terminal_loses_nothing(inputs, tmp_path, signals) -> None:  # noqa: F811
+def test_a_closed_terminal_loses_nothing(inputs, tmp_path, signals) -> None:
     """The terminal goes away, and with it what bars are drawn on."""
     import pty
     pid, terminal = pty.fork()
@@ -205,7 +205,7 @@ def test_a_closed_terminal_loses_nothing(inputs, tmp_path, signals) -> None:  # 
     assert resume.newest(tmp_path / "run")[1]["step"] == steps
 
 
-def test_one_process_a_run(tmp_path) -> None:
+def test_a_second_process_on_a_run_is_refused(tmp_path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path; from minismoe.io.signals import locked
@@ -221,7 +221,7 @@ with locked(Path({str(tmp_path)!r})): print("held", flush=True); time.sleep(60)"
         pass
 
 
-def test_what_is_not_the_same_run_is_refused(inputs, tmp_path, capsys) -> None:  # noqa: F811
+def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, tmp_path, capsys) -> None:
     run, model, data = tmp_path / "run", tmp_path / "model", tmp_path / "data"
     shutil.copytree(inputs[1], model)
     shutil.copytree(inputs[3], data)
@@ -249,7 +249,7 @@ def test_what_is_not_the_same_run_is_refused(inputs, tmp_path, capsys) -> None: 
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
 
 
-def test_an_interrupted_probe_leaves_nothing_in_the_way(inputs, tmp_path, capsys,
+def test_a_run_interrupted_while_probing_can_start_anew(inputs, tmp_path, capsys,
                                                         monkeypatch) -> None:
     def interrupted(*_: object) -> None:
         raise Interrupted()
@@ -269,7 +269,7 @@ def test_an_interrupted_probe_leaves_nothing_in_the_way(inputs, tmp_path, capsys
     assert finish(train.main, *begin, capsys=capsys)[0] == 0
 
 
-def test_threads_are_those_of_the_beginning(capsys) -> None:
+def test_resume_restores_the_number_of_threads(capsys) -> None:
     before = torch.get_num_threads()
     try:
         runs.same_threads(before)
@@ -283,7 +283,7 @@ def test_threads_are_those_of_the_beginning(capsys) -> None:
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_export_has_no_name(tmp_path, number) -> None:
+def test_a_killed_export_leaves_nothing_under_its_name(tmp_path, number) -> None:
     def write(end: bool) -> None:
         with handling(interrupt), new_folder(tmp_path / "out") as folder:
             (folder / "model.onnx").write_bytes(b"whole" if not end else b"half")
@@ -304,7 +304,7 @@ def test_a_killed_export_has_no_name(tmp_path, number) -> None:
 
 
 @posix
-def test_a_death_at_any_rename_is_made_good(inputs, tmp_path) -> None:  # noqa: F811
+def test_a_run_killed_at_any_rename_ends_with_the_same_bytes(inputs, tmp_path) -> None:
     """The process ends, without a chance to clean up, at the first, second ... file it renames."""
     def child(run: Path, lives: int) -> int | None:
         replace, done = os.replace, []
@@ -329,7 +329,7 @@ def test_a_death_at_any_rename_is_made_good(inputs, tmp_path) -> None:  # noqa: 
 
 
 @posix
-def test_killed_at_random_moments(inputs, tmp_path) -> None:  # noqa: F811
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(inputs, tmp_path) -> None:
     """What `python tests/kill_resume.py` does at length."""
     flags = [*inputs, *QUICK, "--dtype", "bfloat16"]
     begun = time.monotonic()

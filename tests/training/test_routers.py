@@ -41,7 +41,7 @@ def batch(rows: list[list[int]], real: list[int]) -> tuple[torch.Tensor, ...]:
     return ids, torch.tensor([[int(i < n) for i in range(ids.shape[1])] for n in real]), ids
 
 
-def test_shares_entropy_and_separation_by_hand() -> None:
+def test_shares_entropy_and_separation_equal_counts_by_hand() -> None:
     model = routed([[9, -9], [-9, 9], [0, 0], [math.log(3), 0]], 1)
     tasks = {"a": [batch([[0, 0], [0, 1]], [2, 1])],          # token 1 is a pad here
              "b": [batch([[1, 1]], [2]), batch([[1, 3]], [2])]}
@@ -55,7 +55,7 @@ def test_shares_entropy_and_separation_by_hand() -> None:
     assert found["separation"] == pytest.approx(expected / math.log(2), abs=1e-4)
 
 
-def test_the_ends_of_separation_and_a_single_task() -> None:
+def test_separation_is_1_for_tasks_apart_and_0_for_tasks_alike_or_one() -> None:
     model = routed([[9, -9], [-9, 9], [0, 0], [0, 0]], 1)
     one, other = [batch([[0, 0]], [2])], [batch([[1, 1]], [2])]
     assert router_use(model, {"a": one, "b": other})["model.proj"]["separation"] == 1
