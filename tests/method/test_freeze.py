@@ -23,11 +23,12 @@ from minismoe.method.freeze import (
     exact,
     fit,
     freeze,
+    gather,
     linear,
+    measured,
     merge,
     merged,
-    moments_of,
-    residual,
+    views,
 )
 
 
@@ -125,12 +126,14 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     layer = ExpertLinear(nn.Linear(D, out, dtype=torch.float64), E, r, 2.0 * r, k)
     randomise(layer, seed)
     tokens = torch.randn(1, N, D, dtype=torch.float64)
-    ((sums, _),) = moments_of(Whole(layer, tokens), [{"layer": layer}], [ids_of(tokens)])
-    mean, gates = module.constant_gates(layer, sums)
+    readers = {"layer": layer}
+    (rows,) = gather(Whole(layer, tokens), [readers], [ids_of(tokens)])
+    sums = views(readers, rows[0])["layer"]
+    mean, gates = sums.gates / N, module.constant_gates(layer, sums)
     best = mean if gates is None else gates
     A_mean, A = ((layer.lora_A * c[:, None, None]).flatten(0, 1).detach() for c in (mean, best))
-    fitted = linear(A, sums, 1e-10)
-    losses = [residual(layer, a, sums) for a in (A_mean, A, fitted) if a is not None]
+    losses = [measured(layer, a, "", sums).residual
+              for a in (A_mean, A, *linear([A], [sums], 1e-10))]
     assert losses == sorted(losses, reverse=True) or max(
         b - a for a, b in zip(losses, losses[1:])) < 1e-7
     x, same = tokens[0], plain(layer.requires_grad_(False))
@@ -247,7 +250,7 @@ def test_inputs_that_are_shared_are_multiplied_once() -> None:
     short = [[name.split(".")[-1][0] for name in readers] for readers in group]
     assert short == [["q", "k"], ["o"], ["g", "u"], ["d"]] * 2
     with Products() as products:
-        moments_of(model, group, [batch(0)])
+        gather(model, group, [batch(0)])
     assert products.shapes.count((D, D)) == 2 * 2 * 3        # fitting and held-out samples
     assert products.shapes.count((24, 24)) == 2 * 2
 
