@@ -1,19 +1,18 @@
 """Freeze: the mixture of one matrix as one linear map of rank R = E*r, which is a plain LoRA.
 
-`reference.fits` says what the fits A' are: mean, gates and linear. Here they come from sums over
-tokens, with h = A x of the stacked experts, and g*h each expert's r entries of h times its gate:
+The fits are those of `reference.fits`. Here they come from sums over tokens, with h = A x of the
+stacked experts, and g*h each expert's r entries of h times its gate:
 
     M = sum x x^T     P = sum (g*h) x^T     G = sum (g*h) (g*h)^T
-    gates   c solves an E x E system;  A_g is each expert's rows of A times its c
-    linear  A' = A_g + (P - A_g M) (M + ridge I)^-1,  whatever B is
+    linear = A_g + (P - A_g M) (M + ridge I)^-1,  whatever B is; A_g is the fit "gates"
 
 Every HOLD-th sample is held out: it chooses the ridge (or `gates`, if no ridge does better), and
 gives the residual, the share of the mixture's output energy that the fit misses.
 
 Memory does not grow with samples or tasks. Matrices are taken in groups whose sums fit a budget,
-with one pass over the samples a group. The largest sum is M, one for all matrices that read the
-same x (q, k, v; gate, up). The least is one input: D = 11,008 takes 4 M's of 485 MB in float32 (to
-fit and held out, of a task and of all), and 4 of 970 MB while solving.
+with one pass over the samples a group. M is the largest; all matrices that read the same x (q, k,
+v; gate, up) share it. D = 11,008 takes 4 M's of 485 MB in float32 (to fit and held out, of a task
+and of all), and 4 of 970 MB while solving.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
@@ -87,8 +86,8 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
 
     found = {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in KINDS}
     first = [t[:1] for t in next(iter(tasks.values()))[0]]
-    for group in _groups(_inputs(model, first), memory):
-        total = [_empty(readers) for readers in group]
+    for group in _groups(model, first, memory):
+        total = gather(model, group, ())                         # zeros
         for task in (*tasks, None):
             parts = total if task is None else gather(model, group, tasks[task], progress)
             for readers, part, whole in zip(group, parts, total):
@@ -100,28 +99,23 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, batch: Sequence[Tensor]) -> list[Readers]:
-    """The routed layers in the order of a forward pass, those together that read the same x."""
+def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list[Readers]]:
+    """The routed layers in the order of a forward pass, those together that read the same x, in
+    groups whose sums fit `memory` bytes (or of one x)."""
     names = {layer: n for n, layer in expert_layers(model).items() if layer.router is not None}
-    found: list[tuple[Tensor, dict[str, ExpertLinear]]] = []
+    inputs: list[tuple[Tensor, dict[str, ExpertLinear]]] = []
 
     def hook(layer: ExpertLinear, args: tuple[Tensor, ...], y: Tensor) -> None:
-        if not found or found[-1][0] is not args[0]:
-            found.append((args[0], {}))
-        found[-1][1][names[layer]] = layer
+        if not inputs or inputs[-1][0] is not args[0]:
+            inputs.append((args[0], {}))
+        inputs[-1][1][names[layer]] = layer
 
     _run(model, batch, names, hook)
-    return [readers for _, readers in found]
-
-
-def _groups(inputs: Iterable[Readers], memory: int) -> list[list[Readers]]:
-    """Inputs in order, in groups whose sums fit `memory` bytes; a group has at least one input."""
     groups: list[list[Readers]] = []
     room = memory
-    for readers in inputs:
-        itemsize = next(iter(readers.values())).lora_A.itemsize
+    for _, readers in inputs:
         # To fit and held out, of a task and of all tasks together.
-        size = 4 * sum(map(prod, _shapes(readers))) * itemsize
+        size = 4 * sum(map(prod, _shapes(readers))) * next(iter(readers.values())).lora_A.itemsize
         if not groups or size > room:
             groups.append([])
             room = memory
@@ -151,14 +145,8 @@ def _shapes(readers: Readers) -> list[tuple[int, ...]]:
             *((E,) for E, _, _ in sizes), *((1,) for _ in sizes)]
 
 
-def _empty(readers: Readers) -> Tensor:
-    """Zeros (2, .): a row of all sums for the samples to fit, and one for those held out."""
-    A = next(iter(readers.values())).lora_A
-    return A.new_zeros(2, sum(map(prod, _shapes(readers))))
-
-
 def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
-    """The sums of each mixture, as views of a row of `_empty`."""
+    """The sums of each mixture, as views of one row of `gather`."""
     shapes = _shapes(readers)
     M, *others = (x.view(shape) for x, shape in zip(row.split([*map(prod, shapes)]), shapes))
     return {name: Sums(M, *others[i::len(readers)]) for i, name in enumerate(readers)}
@@ -167,8 +155,10 @@ def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
 @torch.no_grad()
 def gather(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
            progress: Callable[[int], Any] = lambda samples: None) -> list[Tensor]:
-    """For each input of `group`, sums (2, .) over the real tokens, in float32 or better."""
-    found = [_empty(readers) for readers in group]
+    """For each input of `group`, a row of all sums over the real tokens of the samples to fit, and
+    one of those held out: (2, .), in float32 or better."""
+    found = [next(iter(readers.values())).lora_A.new_zeros(2, sum(map(prod, _shapes(readers))))
+             for readers in group]
     sums_of = {layer: [views(readers, row)[name] for row in rows]
                for readers, rows in zip(group, found) for name, layer in readers.items()}
     adds_M = {next(iter(readers.values())) for readers in group}         # one of each input
