@@ -63,8 +63,7 @@ STRATEGIES = tuple(ROWS)
 
 
 def parameters(shape: tuple[int, int], experts: int, rank: int) -> int:
-    """Trainable parameters of a module with a weight of `shape` (out, in): lora_A, lora_B, router.
-    """
+    """Trainable parameters (lora_A, lora_B, router) of a module whose weight is (out, in)."""
     d_out, d_in = shape
     return experts * rank * (d_in + d_out) + (experts * d_in if experts > 1 else 0)
 
@@ -130,8 +129,8 @@ def _check(scores: Sensitivities, draft: Allocation, budgets: tuple[int | None, 
         (draft.group in GROUPS, f"group {draft.group!r} is none of {GROUPS}"),
         (is_whole(low, 0) and low <= MOST
          and (high is None or is_whole(high, max(1, low)) and high <= MOST),
-         f"min_experts {low!r} and max_experts {high!r} must be whole numbers from 0 and from 1 to "
-         f"{MOST}, and min_experts the smaller"),
+         f"needs whole numbers 0 <= min_experts <= max_experts <= {MOST}, max_experts 1 or more, "
+         f"got min_experts {low!r} and max_experts {high!r}"),
         (draft.strategy not in ("lora", "ranks") or low in (0, 1),
          f"{draft.strategy!r} is one expert a module, so min_experts {low!r} cannot be met"),
         (len(given) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),

@@ -87,9 +87,9 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
     found = {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in KINDS}
     first = [t[:1] for t in next(iter(tasks.values()))[0]]
     for group in _groups(model, first, memory):
-        total = gather(model, group, ())                         # zeros
+        total = moments_of(model, group, ())                         # zeros
         for task in (*tasks, None):
-            parts = total if task is None else gather(model, group, tasks[task], progress)
+            parts = total if task is None else moments_of(model, group, tasks[task], progress)
             for readers, part, whole in zip(group, parts, total):
                 if task is not None:
                     whole += part
@@ -100,8 +100,8 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
 
 @torch.no_grad()
 def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list[Readers]]:
-    """The routed layers in the order of a forward pass, those together that read the same x, in
-    groups whose sums fit `memory` bytes (or of one x)."""
+    """The routed layers in the order of a forward pass, those that read the same x together, in
+    groups whose sums fit `memory` bytes; one x is always taken."""
     names = {layer: n for n, layer in expert_layers(model).items() if layer.router is not None}
     inputs: list[tuple[Tensor, dict[str, ExpertLinear]]] = []
 
@@ -146,14 +146,14 @@ def _shapes(readers: Readers) -> list[tuple[int, ...]]:
 
 
 def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
-    """The sums of each mixture, as views of one row of `gather`."""
+    """The sums of each mixture, as views of one row of `moments_of`."""
     shapes = _shapes(readers)
     M, *others = (x.view(shape) for x, shape in zip(row.split([*map(prod, shapes)]), shapes))
     return {name: Sums(M, *others[i::len(readers)]) for i, name in enumerate(readers)}
 
 
 @torch.no_grad()
-def gather(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
+def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
            progress: Callable[[int], Any] = lambda samples: None) -> list[Tensor]:
     """For each input of `group`, a row of all sums over the real tokens of the samples to fit, and
     one of those held out: (2, .), in float32 or better."""
@@ -194,7 +194,7 @@ def gather(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequenc
 
 @torch.no_grad()
 def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the mixtures that read one x, from its sums (2, .)."""
+    """{kind: {module: Fit}} of the mixtures that read one x, from its sums (2, .) of `moments_of`."""
     to_fit, held_out = (views(readers, row) for row in _wide(rows))
     found: dict[str, dict[str, Fit]] = {kind: {} for kind in KINDS}
     starts = []
@@ -280,9 +280,7 @@ def merged(weight: Tensor, fit: Fit) -> Tensor:
 @torch.no_grad()
 def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
     """Replace each mixture but those in `keep` by one expert of rank R without a router, in place.
-
-    Raises ValueError, before anything is changed, with the names that have no fit.
-    """
+    Raises ValueError, before anything is changed, with the names that have no fit."""
     for name, layer in _replaced(model, fits, keep).items():
         A, B = fits[name].lora_A, fits[name].lora_B
         new = ExpertLinear(layer, experts=1, rank=len(A), alpha=len(A), top_k=1)
@@ -294,7 +292,6 @@ def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()
 @torch.no_grad()
 def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
     """Replace each adapted layer but those in `keep` by an nn.Linear of merged weights, in place.
-
     A merged layer has no experts, so a second call changes nothing. Raises ValueError as `freeze`.
     """
     for name, layer in _replaced(model, fits, keep).items():
@@ -306,6 +303,7 @@ def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ())
 
 def _replaced(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str],
               ) -> dict[str, ExpertLinear]:
+    """The layers to replace, each of which has a fit."""
     layers = {n: layer for n, layer in expert_layers(model).items() if n not in set(keep)}
     if missing := [n for n in layers if n not in fits]:
         raise ValueError(f"no fit for {', '.join(missing)}: freeze the adapter again")

@@ -23,11 +23,11 @@ from minismoe.method.freeze import (
     exact,
     fit,
     freeze,
-    gather,
     linear,
     measured,
     merge,
     merged,
+    moments_of,
     views,
 )
 
@@ -127,7 +127,7 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     randomise(layer, seed)
     tokens = torch.randn(1, N, D, dtype=torch.float64)
     readers = {"layer": layer}
-    (rows,) = gather(Whole(layer, tokens), [readers], [ids_of(tokens)])
+    (rows,) = moments_of(Whole(layer, tokens), [readers], [ids_of(tokens)])
     sums = views(readers, rows[0])["layer"]
     mean, gates = sums.gates / N, module.constant_gates(layer, sums)
     best = mean if gates is None else gates
@@ -250,7 +250,7 @@ def test_inputs_that_are_shared_are_multiplied_once() -> None:
     short = [[name.split(".")[-1][0] for name in readers] for readers in group]
     assert short == [["q", "k"], ["o"], ["g", "u"], ["d"]] * 2
     with Products() as products:
-        gather(model, group, [batch(0)])
+        moments_of(model, group, [batch(0)])
     assert products.shapes.count((D, D)) == 2 * 2 * 3        # fitting and held-out samples
     assert products.shapes.count((24, 24)) == 2 * 2
 
