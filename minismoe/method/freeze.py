@@ -87,7 +87,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
     found = {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in KINDS}
     first = [t[:1] for t in next(iter(tasks.values()))[0]]
     for group in _groups(model, first, memory):
-        total = moments_of(model, group, ())                         # zeros
+        total = moments_of(model, group, ())                     # zeros
         for task in (*tasks, None):
             parts = total if task is None else moments_of(model, group, tasks[task], progress)
             for readers, part, whole in zip(group, parts, total):
@@ -194,7 +194,7 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
 
 @torch.no_grad()
 def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the mixtures that read one x, from its sums (2, .) of `moments_of`."""
+    """{kind: {module: Fit}} of the mixtures that read one x, from its `moments_of` (2, .)."""
     to_fit, held_out = (views(readers, row) for row in _wide(rows))
     found: dict[str, dict[str, Fit]] = {kind: {} for kind in KINDS}
     starts = []
