@@ -1,13 +1,8 @@
-"""Allocate: how many LoRA experts each weight matrix gets. The vote, and the budget.
+"""Allocate: how many LoRA experts each weight matrix gets: `reference.vote`, and budgets.
 
-LoRA-SMoE (Xu and Diao 2025, arXiv 2505.06272) lets the tasks vote. s[t, W] is how sensitive matrix
-W is to task t (`sensitivity.py` measures it). Matrices are ranked within a group, and each task
-gives one expert to each of its most sensitive ones:
-
-    E[W] = number of tasks t for which s[t, W] is in the top `keep` of W's group
-
-Only the order within a task counts, so tasks whose gradients differ a thousandfold in size have the
-same say. A matrix without a vote gets no adapter. With keep = 0.5 of one group of four:
+A task gives one expert to each of the `keep` most sensitive matrices of a group. Only the order
+within a task counts, so tasks whose gradients differ a thousandfold in size have the same say. A
+matrix without a vote gets no adapter. With keep = 0.5 of one group of four:
 
     sensitivity    q     k     v     o
     task 1       9.0   1.0   5.0   2.0     votes for q and v
@@ -37,7 +32,7 @@ class Unfit(ValueError):
 
 
 def vote(scores: Sensitivities, groups: Sequence[Sequence[str]], keep: float) -> Counts:
-    """The paper's rule: {module: experts}. Of equal scores, the first of the group wins."""
+    """{module: experts}. Of equal scores, the first of the group wins."""
     votes = {module: 0 for members in groups for module in members}
     for values in scores.values():
         for members in groups:
@@ -68,10 +63,7 @@ STRATEGIES = tuple(ROWS)
 
 
 def parameters(shape: tuple[int, int], experts: int, rank: int) -> int:
-    """Trainable parameters of one module: lora_A, lora_B, and a router for two experts or more.
-
-    `shape` is that of the frozen weight, (out, in).
-    """
+    """Trainable parameters (lora_A, lora_B, router) of a module whose weight is (out, in)."""
     d_out, d_in = shape
     return experts * rank * (d_in + d_out) + (experts * d_in if experts > 1 else 0)
 
@@ -82,17 +74,16 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
              targets: Iterable[str] | str | None = None, rank: int = 8, alpha: float | None = None,
              top_k: int = 2, seed: int = 0, shapes: Mapping[str, tuple[int, int]] | None = None
              ) -> Allocation:
-    """Give each scored module its number of experts: the rule at the top of this file.
+    """Give each module of {task: {module: sensitivity}} its number of experts.
 
     It spends what votes give at `keep` (a share of each group, 0.6 by default), or at most
     `budget_experts` experts, or at most `budget_params` trainable parameters. Counts are clamped to
     min_experts..max_experts; no max_experts means the number of tasks for votes and random, and no
     limit for the others. "lora" is one expert a module, of the largest rank that fits, alpha / rank
     kept; in experts, one of twice the `rank` counts as two. "ranks" gives each module a rank of its
-    own, in proportion to the root of its share of the sensitivity. `alpha` is 2 * rank by default.
-    `seed` is for "random". `shapes`, {module: (out, in)}, is `scores.shapes` by default.
-    Raises ValueError for wrong arguments, and Unfit (a ValueError) for a budget that is too small,
-    with the nearest possible one.
+    own, in proportion to the root of its share of the sensitivity. `alpha` is 2 * rank by default,
+    `shapes`, {module: (out, in)}, is `scores.shapes`; `seed` is for "random". Raises ValueError
+    for wrong arguments, and Unfit for a budget that is too small, with the nearest possible one.
     """
     alpha = (2 * rank if is_whole(rank, 1) else 1) if alpha is None else alpha
     draft = Allocation({}, rank, alpha, top_k, strategy, group, keep)
@@ -136,12 +127,10 @@ def _check(scores: Sensitivities, draft: Allocation, budgets: tuple[int | None, 
     checks = [
         (draft.strategy in STRATEGIES, f"strategy {draft.strategy!r} is none of {STRATEGIES}"),
         (draft.group in GROUPS, f"group {draft.group!r} is none of {GROUPS}"),
-        (is_whole(low, 0) and low <= MOST,
-         f"min_experts must be a whole number from 0 to {MOST}, got {low!r}"),
-        (high is None or is_whole(high, 1) and high <= MOST,
-         f"max_experts must be a whole number from 1 to {MOST}, got {high!r}"),
-        (not (is_whole(low, 0) and is_whole(high, 1)) or is_whole(high, low),
-         f"min_experts {low!r} is above max_experts {high!r}"),
+        (is_whole(low, 0) and low <= MOST
+         and (high is None or is_whole(high, max(1, low)) and high <= MOST),
+         f"needs whole numbers 0 <= min_experts <= max_experts <= {MOST}, max_experts 1 or more, "
+         f"got min_experts {low!r} and max_experts {high!r}"),
         (draft.strategy not in ("lora", "ranks") or low in (0, 1),
          f"{draft.strategy!r} is one expert a module, so min_experts {low!r} cannot be met"),
         (len(given) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),

@@ -1,8 +1,7 @@
 """The strategies that the paper's vote is compared with: other ways to spend the same budget.
 
-A strategy is a row of allocations from small to large. It is a function that takes an `Order` and
-gives a range of whole numbers, and the allocation of each number. `allocate` takes the largest one
-that fits the budget.
+A strategy is a function that takes an `Order` and gives a row of allocations from small to large:
+a range of whole numbers, and the allocation of each. `allocate` takes the largest that fits.
 """
 
 from __future__ import annotations
@@ -49,24 +48,19 @@ def uniform(order: Order) -> Row:
 
 
 def mola(order: Order) -> Row:
-    """More experts the higher the layer: a line from 2 at the lowest to 8 at the highest.
-
-    The inverted triangle "2468" of MoLA (Gao et al. 2024, arXiv 2402.08562), without its steps.
-    """
-    layers = {module: place(module)[0] for module in order.modules}
-    numbers = [layer for layer in layers.values() if layer is not None]
-    if unplaced := [module for module, layer in layers.items() if layer is None]:
+    """More experts the higher the layer: a line from 2 at the lowest to 8 at the highest, as MoLA's
+    inverted triangle "2468" (Gao et al. 2024, arXiv 2402.08562), without its steps."""
+    layers = {m: layer for m in order.modules if (layer := place(m)[0]) is not None}
+    if unplaced := [m for m in order.modules if m not in layers]:
         raise ValueError(f"strategy 'mola' finds no layer number in {unplaced}")
-    low, high = min(numbers), max(numbers)
-    return _by_weight(order, {module: 2 + 6 * ((layer or 0) - low) / max(1, high - low)
-                              for module, layer in layers.items()})
+    low, high = min(layers.values()), max(layers.values())
+    return _by_weight(order, {m: 2 + 6 * (layer - low) / max(1, high - low)
+                              for m, layer in layers.items()})
 
 
 def draw(order: Order) -> Row:
-    """Experts dropped one by one on modules chosen at random ("random").
-
-    One more in total with the same seed adds an expert and moves none, so costs only grow.
-    """
+    """Experts dropped one by one on modules chosen at random ("random"). One more in total with the
+    same seed adds an expert and moves none, so costs only grow."""
     high = order.high or max(order.low, len(order.scores))
 
     def count(total: int) -> Counts:
@@ -115,16 +109,13 @@ def _by_total(order: Order, high: int, count: Callable[[int], Counts]) -> Row:
 
 
 def _by_weight(order: Order, weights: Mapping[str, float]) -> Row:
-    weights, high = {module: weights[module] for module in order.modules}, _limit(order)
-    return _by_total(order, high,
-                     lambda total: largest_remainder(weights, total, order.low, high))
+    sorted_, high = {module: weights[module] for module in order.modules}, _limit(order)
+    return _by_total(order, high, lambda n: largest_remainder(sorted_, n, order.low, high))
 
 
 def shares(scores: Sensitivities, groups: Sequence[Sequence[str]]) -> dict[str, float]:
-    """A module's part of its group's sensitivity, summed over tasks.
-
-    A task's parts sum to 1 in each group, and a group weighs as much as it has modules.
-    """
+    """A module's part of its group's sensitivity, summed over tasks. In each group a task's parts
+    sum to the number of modules."""
     weights: dict[str, float] = {}
     for members in groups:
         totals = {task: math.fsum(values[m] for m in members) for task, values in scores.items()}

@@ -1,12 +1,10 @@
 """Experts: a frozen linear layer plus the top-k of E LoRA experts, as two matrix products.
 
-    y = W x + scaling * sum over the top-k experts e of  g_e(x) B_e^T A_e x
-    g = softmax over the k largest router logits (float32),  scaling = lora_alpha / r
-
-A loop over experts is slow and cannot be exported. Stacked, the experts are one chain: h = x A^T
-with A flattened to (E*r, in), each expert's r entries of h times its gate (0 outside the top-k),
-y += h B with B flattened to (E*r, out). Since r is small, computing all experts costs less than
-gathering the chosen ones. Letters: N tokens, E experts, r rank, k experts active a token.
+The layer is `reference.Mixture`, whose loop over experts is slow and cannot be exported. Stacked,
+the experts are one chain: h = x A^T with A flattened to (E*r, in), each expert's r entries of h
+times its gate (0 outside the top-k), y += h B with B flattened to (E*r, out). Since r is small,
+computing all experts costs less than gathering the chosen ones.
+Letters: N tokens, E experts, r rank, k experts active a token.
 """
 
 from __future__ import annotations
@@ -45,9 +43,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layers: Sequence[ExpertLinear], *parameters: Tensor | None,
                 ) -> tuple[Tensor, ...]:
         """x (N, in) -> y (N, out) of each layer, and the router logits (N, sum of E) of all.
-
-        `parameters`: lora_A, lora_B and router of each layer in turn, so that autograd knows them.
-        """
+        `parameters`: lora_A, lora_B, router of each layer in turn, so that autograd knows them."""
         A, routers, ranks, counts = _stacked(layers, x)
         if x.dtype == routers.dtype:
             h, logits = (x @ torch.cat((A, routers)).T).split((len(A), len(routers)), 1)
@@ -114,11 +110,8 @@ def _gated(h: Tensor, scale: Tensor) -> Tensor:
 
 
 class ExpertLinear(nn.Linear):
-    """A frozen nn.Linear with LoRA experts: lora_A (E, r, in), lora_B (E, r, out), router (E, in).
-
-    `weight` and `bias` are those of the linear layer. E = 1 has no router. B starts at 0, so that
-    y = W x at first.
-    """
+    """A frozen nn.Linear with LoRA experts: lora_A (E, r, in), lora_B (E, r, out), router (E, in),
+    which E = 1 lacks. B starts at 0, so that y = W x at first."""
 
     def __init__(self, linear: nn.Linear, experts: int, rank: int, alpha: float, top_k: int):
         nn.Module.__init__(self)
@@ -136,7 +129,7 @@ class ExpertLinear(nn.Linear):
         self.router_logits: Tensor | None = None         # (N, E) of the last forward
 
     def dense(self) -> Tensor:
-        """The frozen weight (out, in), dequantised if it is held in few bits."""
+        """The frozen weight (out, in), dequantised if it is quantised."""
         return self.weight if isinstance(self.weight, Tensor) else self.weight.dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,18 +142,15 @@ class ExpertLinear(nn.Linear):
 
 
 def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
-    """The outputs of several linear layers on the same x (..., in), adapted ones computed jointly.
-    """
+    """The outputs of several linear layers on the same x, adapted ones computed jointly."""
     if any(m._forward_hooks for m in linears):           # a hook needs its own layer's call
         return [m(x) for m in linears]
     layers = [m for m in linears if isinstance(m, ExpertLinear)]
-    outputs = dict(zip(layers, _apply(x, layers)))
-    return [outputs[m] if isinstance(m, ExpertLinear) else m(x) for m in linears]
+    outputs: dict[Any, Tensor] = dict(zip(layers, _apply(x, layers) if layers else []))
+    return [outputs[m] if m in outputs else m(x) for m in linears]
 
 
 def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
-    if not layers:
-        return []
     kind = x.device.type                                 # casts are explicit, so no autocast
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
@@ -190,36 +180,30 @@ def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,
     if hasattr(experts, "experts"):
         rank, alpha, top_k, ranks = experts.rank, experts.alpha, experts.top_k, experts.ranks
         experts = experts.experts
-    alpha = 2 * rank if alpha is None else alpha
+    scaling = 2 if alpha is None else alpha / rank
     layers = adaptable(model, {name: ranks.get(name, rank) for name in experts})
     model.requires_grad_(False)
     for name, count in experts.items():
-        if count == 0:                   # the paper's files list matrices without an adapter too
-            continue
-        parent, _, child = name.rpartition(".")
-        r = ranks.get(name, rank)
-        setattr(model.get_submodule(parent), child,
-                ExpertLinear(layers[name], count, r, alpha / rank * r, top_k))
+        if count > 0:                    # the paper's files list matrices without an adapter too
+            r = ranks.get(name, rank)
+            model.set_submodule(name, ExpertLinear(layers[name], count, r, scaling * r, top_k))
     return model
 
 
 def adaptable(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Linear]:
     """The layers to get experts of these ranks. Raises ValueError with all names that are no
-    nn.Linear of the model, or its head (a tied head must stay tied), or smaller than the rank.
-    """
-    modules = dict(model.named_modules())
-    wrong = [name for name in ranks if not isinstance(modules.get(name), nn.Linear)
-             or isinstance(modules[name], ExpertLinear) or name.split(".")[-1] == "lm_head"]
-    if wrong:
+    nn.Linear of the model, or its head (a tied head must stay tied), or smaller than the rank."""
+    layers = linear_layers(model)
+    adapted = expert_layers(model)
+    if wrong := [name for name in ranks if name not in layers or name in adapted]:
         raise ValueError("no linear layer that can be adapted" + (
-            " (some have experts already: load the base anew)" if expert_layers(model) else "")
+            " (some have experts already: load the base anew)" if adapted else "")
             + f": {', '.join(wrong)}")
-    layers: dict[str, Any] = {name: modules[name] for name in ranks}
-    if small := {f"{name} {[*m.weight.shape]}": ranks[name] for name, m in layers.items()
-                 if ranks[name] > min(m.weight.shape)}:
-        raise ValueError(f"rank {max(small.values())} is more than the matrix itself has: "
-                         f"{', '.join(small)}")
-    return layers
+    if small := [name for name, r in ranks.items() if r > min(layers[name].weight.shape)]:
+        raise ValueError(
+            f"rank {max(ranks[name] for name in small)} is more than the matrix itself has: "
+            + ", ".join(f"{name} {[*layers[name].weight.shape]}" for name in small))
+    return {name: layers[name] for name in ranks}
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
@@ -230,13 +214,11 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
 def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
                  copies: Tensor | None = None,
                  total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Tensor:
-    """Mean balance loss of the last forward over the routed matrices; 1 is perfect balance.
+    """Mean `reference.balance_loss` of the last forward over the routed matrices.
 
-    Of a matrix it is E * sum over e of f_e P_e, f_e the share of (token, choice) pairs that expert
-    e gets, P_e its mean probability (Switch, Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6,
-    in the top-k form of Mixtral; `reference.balance_loss`). attention_mask (B, T): pads, if rows
-    hold them, do not count. copies (N,): in how many sequences each row occurs. If processes hold
-    parts of a batch, `total` sums counts over them; then losses and gradients sum to the batch's.
+    attention_mask (B, T): pads, if rows hold them, do not count. copies (N,): in how many sequences
+    each row occurs. If processes hold parts of a batch, `total` sums counts over them; then losses
+    and gradients sum to the batch's.
     """
     stacks = defaultdict(list)           # matrices of equal N and E together: few kernels
     for layer in layers:
@@ -265,9 +247,8 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
 
 def without_pads(rows: Tensor, attention_mask: Tensor) -> Tensor:
     """The real tokens of rows (N, ...) that hold all B*T positions or the real tokens only."""
-    if len(rows) == attention_mask.numel():
-        return rows[attention_mask.reshape(-1).bool()]
-    return rows
+    full = len(rows) == attention_mask.numel()
+    return rows[attention_mask.reshape(-1).bool()] if full else rows
 
 
 def expert_use(layers: Mapping[str, ExpertLinear], attention_mask: Tensor,
@@ -277,6 +258,6 @@ def expert_use(layers: Mapping[str, ExpertLinear], attention_mask: Tensor,
     for name, layer in layers.items():
         if layer.router_logits is not None:
             logits = without_pads(layer.router_logits.detach(), attention_mask)
-            chosen = logits.topk(layer.top_k, -1).indices.reshape(-1)
+            chosen = logits.topk(layer.top_k, -1).indices.flatten()
             use[name] = (chosen.bincount(minlength=logits.shape[-1]) / len(chosen)).tolist()
     return use

@@ -1,30 +1,27 @@
 """Freeze: the mixture of one matrix as one linear map of rank R = E*r, which is a plain LoRA.
 
-With h = A x of the stacked experts, and g*h each expert's r entries of it times its gate, a mixture
-adds scaling * B^T (g*h) to W x. A fit (`reference.fits`) is a map A' that comes near it,
+The fits are those of `reference.fits`. Here they come from sums over tokens, with h = A x of the
+stacked experts, and g*h each expert's r entries of h times its gate:
 
-    A' = argmin  sum over tokens of  || B^T (g*h - A' x) ||^2
+    M = sum x x^T     P = sum (g*h) x^T     G = sum (g*h) (g*h)^T
+    linear = A_g + (P - A_g M) (M + ridge I)^-1,  whatever B is; A_g is the fit "gates"
 
-    mean    A' = c A, each expert's rows times one number: its mean gate
-    gates   A' = c A, c by least squares: an E x E system
-    linear  any A', whatever B is:  A' = A_g + (P - A_g M) (M + ridge I)^-1, A_g that of `gates`
+Every HOLD-th sample is held out: it chooses the ridge (or `gates`, if no ridge does better), and
+gives the residual, the share of the mixture's output energy that the fit misses.
 
-from sums over tokens, M = sum x x^T, P = sum (g*h) x^T, G = sum (g*h) (g*h)^T. Every HOLD-th sample
-is held out: it chooses the ridge (or `gates`, if no ridge does better), and gives the residual, the
-share of the mixture's output energy that the fit misses.
-
-Memory does not grow with samples or tasks. The largest sum is M, (D, D), one for all matrices that
-read the same x (q, k, v; gate, up). Matrices are taken in groups whose sums fit a budget, with one
-pass over the samples a group. The least is one M: D = 11,008 takes 4 sums of 485 MB in float32 (to
-fit and held out, of a task and of all), and 4 of 970 MB while solving.
+Memory does not grow with samples or tasks. Matrices are taken in groups whose sums fit a budget,
+with one pass over the samples a group. M is the largest; all matrices that read the same x (q, k,
+v; gate, up) share it. D = 11,008 takes 4 M's of 485 MB in float32 (to fit and held out, of a task
+and of all), and 4 of 970 MB while solving.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,37 +57,14 @@ class TaskFits:
         return self.together if task is None else self.by_task[task]
 
 
-@dataclass
-class Moments:
-    """Sums over tokens x for the mixtures that read it, which follow one another in P to written.
-    """
+class Sums(NamedTuple):
+    """Sums over tokens for one mixture; those that read the same x share M."""
 
     M: Tensor                    # (D, D)
-    P: Tensor                    # (sum of R, D)
-    G: Tensor                    # (sum of R, sum of R), of which blocks of one mixture are filled
-    gates: Tensor                # (sum of E,)
-    written: Tensor              # (mixtures,) sum of ||y||^2 of all that the matrix writes
-    tokens: Tensor               # () how many
-
-    def add(self, other: Moments) -> None:
-        for ours, theirs in zip(vars(self).values(), vars(other).values()):
-            ours += theirs
-
-    def split(self, readers: Readers) -> dict[str, Moments]:
-        """The sums of each mixture, as views."""
-        counts = [len(layer.lora_A) for layer in readers.values()]
-        ranks = [len(layer.lora_A.flatten(0, 1)) for layer in readers.values()]
-        rows = self.G.split(ranks)
-        return {name: Moments(self.M, P, rows[i].split(ranks, 1)[i], gates, written, self.tokens)
-                for i, (name, P, gates, written) in enumerate(zip(
-                    readers, self.P.split(ranks), self.gates.split(counts), self.written))}
-
-
-def zeros(readers: Readers) -> Moments:
-    """Empty sums."""
-    A = torch.cat([layer.lora_A.detach().flatten(0, 1) for layer in readers.values()])
-    (R, D), E, new = A.shape, sum(len(layer.lora_A) for layer in readers.values()), A.new_zeros
-    return Moments(new(D, D), new(R, D), new(R, R), new(E), new(len(readers)), new(()))
+    P: Tensor                    # (R, D)
+    G: Tensor                    # (R, R)
+    gates: Tensor                # (E,), of all experts together: the number of tokens
+    written: Tensor              # (1,) sum of ||y||^2 of all that the matrix writes
 
 
 def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memory: int = 1 << 30,
@@ -112,48 +86,41 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
 
     found = {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in KINDS}
     first = [t[:1] for t in next(iter(tasks.values()))[0]]
-    for group in _groups(_inputs(model, first), memory):
-        total = [(zeros(readers), zeros(readers)) for readers in group]
+    for group in _groups(model, first, memory):
+        total = moments_of(model, group, ())                     # zeros
         for task in (*tasks, None):
-            sums = total if task is None else moments_of(model, group, tasks[task], progress)
-            for readers, parts, totals in zip(group, sums, total):
+            parts = total if task is None else moments_of(model, group, tasks[task], progress)
+            for readers, part, whole in zip(group, parts, total):
                 if task is not None:
-                    totals[0].add(parts[0])
-                    totals[1].add(parts[1])
-                for kind, fits in solve(readers, *parts).items():
+                    whole += part
+                for kind, fits in solve(readers, part).items():
                     found[kind].of(task).update(fits)
     return found
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, batch: Sequence[Tensor]) -> list[Readers]:
-    """The routed layers in the order of a forward pass, those together that read the same x."""
+def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list[Readers]]:
+    """The routed layers in the order of a forward pass, those that read the same x together, in
+    groups whose sums fit `memory` bytes; one x is always taken."""
     names = {layer: n for n, layer in expert_layers(model).items() if layer.router is not None}
-    found: list[tuple[Tensor, dict[str, ExpertLinear]]] = []
+    inputs: list[tuple[Tensor, dict[str, ExpertLinear]]] = []
 
     def hook(layer: ExpertLinear, args: tuple[Tensor, ...], y: Tensor) -> None:
-        if not found or found[-1][0] is not args[0]:
-            found.append((args[0], {}))
-        found[-1][1][names[layer]] = layer
+        if not inputs or inputs[-1][0] is not args[0]:
+            inputs.append((args[0], {}))
+        inputs[-1][1][names[layer]] = layer
 
     _run(model, batch, names, hook)
-    return [readers for _, readers in found]
-
-
-def _groups(inputs: Iterable[Readers], memory: int) -> list[list[Readers]]:
-    """Inputs in order, in groups whose sums fit `memory` bytes; a group has at least one input."""
     groups: list[list[Readers]] = []
-    used = 0
-    for readers in inputs:
-        like = [layer.lora_A for layer in readers.values()]
-        R, D = sum(len(A.flatten(0, 1)) for A in like), like[0].shape[-1]
+    room = memory
+    for _, readers in inputs:
         # To fit and held out, of a task and of all tasks together.
-        size = 4 * (D * D + R * D + R * R) * like[0].itemsize
-        if not groups or used + size > memory:
+        size = 4 * sum(map(prod, _shapes(readers))) * next(iter(readers.values())).lora_A.itemsize
+        if not groups or size > room:
             groups.append([])
-            used = 0
+            room = memory
         groups[-1].append(readers)
-        used += size
+        room -= size
     return groups
 
 
@@ -170,15 +137,30 @@ def _run(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[ExpertLinea
             handle.remove()
 
 
+def _shapes(readers: Readers) -> list[tuple[int, ...]]:
+    """Shapes of M, of each reader's P and G, and (last, so that these are aligned) of the rest."""
+    sizes = [layer.lora_A.shape for layer in readers.values()]
+    D = sizes[0][2]
+    return [(D, D), *((E * r, D) for E, r, _ in sizes), *((E * r, E * r) for E, r, _ in sizes),
+            *((E,) for E, _, _ in sizes), *((1,) for _ in sizes)]
+
+
+def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
+    """The sums of each mixture, as views of one row of `moments_of`."""
+    shapes = _shapes(readers)
+    M, *others = (x.view(shape) for x, shape in zip(row.split([*map(prod, shapes)]), shapes))
+    return {name: Sums(M, *others[i::len(readers)]) for i, name in enumerate(readers)}
+
+
 @torch.no_grad()
 def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
-           progress: Callable[[int], Any] = lambda samples: None,
-           ) -> list[tuple[Moments, Moments]]:
-    """Sums over the real tokens of the samples to fit and of those held out, for each input of
-    `group`, in float32 or better."""
-    found = [(zeros(readers), zeros(readers)) for readers in group]
-    sums_of = {layer: [part.split(readers)[name] for part in parts]
-               for readers, parts in zip(group, found) for name, layer in readers.items()}
+           progress: Callable[[int], Any] = lambda samples: None) -> list[Tensor]:
+    """For each input of `group`, a row of all sums over the real tokens of the samples to fit, and
+    one of those held out: (2, .), in float32 or better."""
+    found = [next(iter(readers.values())).lora_A.new_zeros(2, sum(map(prod, _shapes(readers))))
+             for readers in group]
+    sums_of = {layer: [views(readers, row)[name] for row in rows]
+               for readers, rows in zip(group, found) for name, layer in readers.items()}
     adds_M = {next(iter(readers.values())) for readers in group}         # one of each input
     mask = torch.empty(0)                    # of the batch, (B, T)
     token_numbers: list[Tensor] = []         # of its real tokens to fit, and of those held out
@@ -194,11 +176,10 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
             x_part, gated_part = x[rows], gated[rows]
             if layer in adds_M:
                 sums.M.addmm_(x_part.T, x_part)
-                sums.tokens += len(rows)
             sums.P.addmm_(gated_part.T, x_part)
             sums.G.addmm_(gated_part.T, gated_part)
-            sums.gates += gates[rows].sum(0)
-            sums.written += y[rows].square().sum()
+            sums.gates.add_(gates[rows].sum(0))
+            sums.written.add_(y[rows].square().sum())
 
     seen = 0
     for batch in batches:
@@ -212,39 +193,31 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
 
 
 @torch.no_grad()
-def solve(readers: Readers, fitting: Moments, held: Moments) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the mixtures that read one x, from its sums."""
-    fitting, held = (Moments(*map(_wide, vars(sums).values())) for sums in (fitting, held))
-    to_fit, held_out = fitting.split(readers), held.split(readers)
+def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
+    """{kind: {module: Fit}} of the mixtures that read one x, from its `moments_of` (2, .)."""
+    to_fit, held_out = (views(readers, row) for row in _wide(rows))
     found: dict[str, dict[str, Fit]] = {kind: {} for kind in KINDS}
     starts = []
-
-    def made(name: str, A: Tensor, kind: str) -> Fit:
-        layer, sums = readers[name], held_out[name]
-        energy = layer.scaling ** 2 * (_gram(layer) * sums.G).sum() / sums.written.clamp(min=1e-30)
-        return replace(exact(layer), lora_A=A.to(layer.lora_A), kind=kind,
-                       residual=residual(layer, A, sums), energy=energy.item())
-
     for name, layer in readers.items():
-        mean, gates = constant_gates(layer, to_fit[name])
-        A_mean, A_gates = ((_wide(layer.lora_A) * c[:, None, None]).flatten(0, 1)
-                           for c in (mean, mean if gates is None else gates))
-        found["mean"][name] = made(name, A_mean, "mean")
-        found["gates"][name] = made(name, A_gates, "mean" if gates is None else "gates")
-        found["linear"][name] = found["gates"][name]
-        starts.append(A_gates)
+        sums, A = to_fit[name], _wide(layer.lora_A)
+        mean, gates = sums.gates / sums.gates.sum(), constant_gates(layer, sums)
+        for kind, c in ("mean", mean), ("gates", gates):
+            if c is not None:
+                A_c = (A * c[:, None, None]).flatten(0, 1)
+                fitted = measured(layer, A_c, kind, held_out[name])
+            found[kind][name] = fitted                   # for singular gates again the mean
+        found["linear"][name] = fitted
+        starts.append(A_c)
     for ridge in RIDGES:
-        A = linear(torch.cat(starts), fitting, ridge)
-        parts = () if A is None else A.split([len(start) for start in starts])
-        for name, part in zip(readers, parts):
-            new = made(name, part, "linear")
-            if new.residual < found["linear"][name].residual:
-                found["linear"][name] = new
+        for name, A in zip(readers, linear(starts, [*to_fit.values()], ridge)):
+            fitted = measured(readers[name], A, "linear", held_out[name])
+            if fitted.residual < found["linear"][name].residual:
+                found["linear"][name] = fitted
     return found
 
 
-def constant_gates(layer: ExpertLinear, sums: Moments) -> tuple[Tensor, Tensor | None]:
-    """Mean gates (E,) and those of least squares (E,), None if their system is singular."""
+def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:
+    """The gates (E,) of least squares; None if their system is singular."""
     E, r, _ = layer.lora_A.shape
     A, K = _wide(layer.lora_A.flatten(0, 1)), _gram(layer)
 
@@ -255,28 +228,29 @@ def constant_gates(layer: ExpertLinear, sums: Moments) -> tuple[Tensor, Tensor |
     Q, b = blocks(K * (A @ sums.M @ A.T)), blocks(K * (sums.P @ A.T)).sum(0)
     scale = Q.diagonal().rsqrt()                         # experts differ in size, not in meaning
     scaled = Q * scale * scale[:, None]
-    mean = sums.gates / sums.tokens
     if not scaled.isfinite().all() or torch.linalg.eigvalsh(scaled)[0] < 1e-9:
-        return mean, None
-    return mean, scale * torch.linalg.solve(scaled, scale * b)
+        return None
+    return scale * torch.linalg.solve(scaled, scale * b)
 
 
-def linear(start: Tensor, sums: Moments, ridge: float) -> Tensor | None:
-    """A' (R, D) shrunk towards `start`; ridge is relative to M's diagonal. None if M is singular.
-    """
-    damped = sums.M.clone()
-    damped.diagonal().add_(ridge * sums.M.diagonal().mean())
+def linear(starts: Sequence[Tensor], sums: Sequence[Sums], ridge: float) -> list[Tensor]:
+    """A' (R, D) of each start, shrunk towards it; none if M is singular. All share M."""
+    M = sums[0].M
+    damped = M.clone()
+    damped.diagonal().add_(ridge * M.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(damped)
-    missing = sums.P - start @ sums.M
-    return None if failed else start + torch.cholesky_solve(missing.T, factor).T
+    return [] if failed else [A + torch.cholesky_solve((s.P - A @ M).T, factor).T
+                              for A, s in zip(starts, sums)]
 
 
-def residual(layer: ExpertLinear, A: Tensor, sums: Moments) -> float:
-    """Share of the mixture's output energy that A (R, D) misses on the tokens of `sums`."""
+def measured(layer: ExpertLinear, A: Tensor, kind: str, sums: Sums) -> Fit:
+    """The fit A (R, D), with its residual and energy on the tokens of `sums`."""
     K, cross = _gram(layer), A @ sums.P.T
-    missed = (K * (sums.G - cross - cross.T + A @ sums.M @ A.T)).sum()
     energy = (K * sums.G).sum()
-    return max(0.0, (missed / energy).item()) if energy > 0 else 0.0
+    missed = (K * (sums.G - cross - cross.T + A @ sums.M @ A.T)).sum()
+    return Fit(A.to(layer.lora_A), exact(layer).lora_B, kind,
+               max(0.0, (missed / energy).item()) if energy > 0 else 0.0,
+               (layer.scaling ** 2 * energy / sums.written.clamp(min=1e-30)).item())
 
 
 def _gram(layer: ExpertLinear) -> Tensor:
@@ -306,12 +280,10 @@ def merged(weight: Tensor, fit: Fit) -> Tensor:
 @torch.no_grad()
 def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
     """Replace each mixture but those in `keep` by one expert of rank R without a router, in place.
-
-    Raises ValueError, before anything is changed, with the names that have no fit.
-    """
+    Raises ValueError, before anything is changed, with the names that have no fit."""
     for name, layer in _replaced(model, fits, keep).items():
         A, B = fits[name].lora_A, fits[name].lora_B
-        new = ExpertLinear(layer, 1, len(A), len(A), 1)
+        new = ExpertLinear(layer, experts=1, rank=len(A), alpha=len(A), top_k=1)
         new.lora_A.copy_(A[None])
         new.lora_B.copy_(B.T[None])
         model.set_submodule(name, new)
@@ -320,7 +292,6 @@ def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()
 @torch.no_grad()
 def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
     """Replace each adapted layer but those in `keep` by an nn.Linear of merged weights, in place.
-
     A merged layer has no experts, so a second call changes nothing. Raises ValueError as `freeze`.
     """
     for name, layer in _replaced(model, fits, keep).items():
@@ -332,6 +303,7 @@ def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ())
 
 def _replaced(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str],
               ) -> dict[str, ExpertLinear]:
+    """The layers to replace, each of which has a fit."""
     layers = {n: layer for n, layer in expert_layers(model).items() if n not in set(keep)}
     if missing := [n for n in layers if n not in fits]:
         raise ValueError(f"no fit for {', '.join(missing)}: freeze the adapter again")

@@ -1,8 +1,8 @@
 """Cross-entropy of the supervised tokens, without the full logits tensor.
 
-A vocabulary of 50,000 makes logits the largest tensor of a training step, and most tokens of a
-fine-tuning batch are prompt, which has no loss. So the head runs on supervised positions only, a
-chunk at a time, and a chunk keeps the gradient of its hidden states in place of its logits.
+A vocabulary of 50,000 makes logits the largest tensor of a training step, and most tokens are
+prompt, which has no loss. So the head runs on supervised positions only, a chunk at a time, and a
+chunk keeps the gradient of its hidden states in place of its logits.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
     """Loss (S,) of each supervised token of a batch, and the batch row (S,) that it is in.
 
     input_ids, attention_mask and labels are (B, T); labels are IGNORE where unsupervised, and
-    aligned with input_ids (the shift happens here). `model` is ours or a `transformers` causal
-    model: a decoder `.model` under a bias-free `.lm_head`. needed_only, for ours: skip positions
-    that no loss needs (see Decoder.forward). Raises ValueError for a head that is not supported.
+    aligned with input_ids (the shift happens here). `model`, ours or of `transformers`, has a
+    decoder `.model` under an `.lm_head`. needed_only, for ours: skip positions that no loss needs.
+    Raises ValueError for a head that is not supported.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,16 +20,15 @@ def natural(module: str) -> tuple[list[Any], str]:
 def place(module: str) -> tuple[int | None, str, str]:
     """model.layers.3.self_attn.q_proj -> (3, "self_attn", "q_proj"); None without a number."""
     *parents, kind = module.split(".")
-    numbers = [i for i, part in enumerate(parents) if part.isdecimal()]
-    layer = int(parents[numbers[0]]) if numbers else None
-    return layer, ".".join(parents[numbers[0] + 1 if numbers else 0:]), kind
+    at = next((i for i, part in enumerate(parents) if part.isdecimal()), None)
+    if at is None:
+        return None, ".".join(parents), kind
+    return int(parents[at]), ".".join(parents[at + 1:]), kind
 
 
 def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[str]:
-    """In natural order, the modules whose last component is a target or whose name matches one.
-
-    No targets (None): all modules. Raises ValueError with the targets that match nothing.
-    """
+    """In natural order, the modules whose last component is a target or whose name matches one, or
+    all for None. Raises ValueError with the targets that match nothing."""
     everything = sorted(modules, key=natural)
     if targets is None:
         return everything
@@ -36,18 +36,16 @@ def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[
     hits = {word: {m for m in everything if place(m)[2] == word or fnmatchcase(m, word)}
             for word in words}
     if not words or not all(hits.values()):
-        present = sorted({place(module)[2] for module in everything})
         raise ValueError(f"no module matches targets {[w for w in words if not hits[w]]}; "
-                         f"projections present: {present}")
+                         f"projections present: {sorted({place(m)[2] for m in everything})}")
     return [module for module in everything if module in set().union(*hits.values())]
 
 
 def grouped(modules: list[str], group: str) -> list[list[str]]:
     """Modules that are ranked together: attention and MLP apart, each projection apart, or all."""
-    groups: dict[str, list[str]] = {}
+    groups = defaultdict(list)
     for module in modules:
         _, parent, kind = place(module)
-        half = "attention" if re.search("attn|attention", parent.lower()) else "mlp"
-        name = {"attention_mlp": half, "kind": kind, "all": "all"}[group]
-        groups.setdefault(name, []).append(module)
+        attention = re.search("attn|attention", parent.lower()) is not None
+        groups[{"attention_mlp": attention, "kind": kind, "all": ""}[group]].append(module)
     return list(groups.values())

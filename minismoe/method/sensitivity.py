@@ -1,24 +1,19 @@
-"""Probe: how sensitive each weight matrix is to each task, from the gradients of a few samples.
+"""Probe: how sensitive each weight matrix is to each task: `reference.sensitivity`, fast.
 
-    s[t, W] = sum over the samples i of task t of  || dL_i / dW ||_F^2
-
-L_i is sample i's mean loss over its supervised tokens (LoRA-SMoE, Xu and Diao 2025, arXiv
-2505.06272). No gradient of a weight is kept. A linear layer reads X (T, in) of one sample and
-writes Y (T, out); with D = dL_i/dY its gradient is dL_i/dW = D^T X, and
+No gradient of a weight is kept. A linear layer reads X (T, in) of one sample and writes Y (T, out);
+with D = dL_i/dY its gradient is dL_i/dW = D^T X, and
 
     || D^T X ||_F^2 = < X X^T, D D^T >      two T x T products in place of one out x in
 
 (the ghost norm of Li et al. 2022, arXiv 2110.05679; for a long sequence D^T X is cheaper and is
 taken). So one batched forward and one backward of activations score every matrix for every sample.
-
 Letters: B samples of a batch, T tokens, M matrices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +30,8 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 class Scores(dict[str, dict[str, float]]):
-    """{task: {module: sensitivity}}. Empty at first; `shapes` is as `shapes_of` gives it.
-
-    samples: {task: (n, M)}, the squared norms of every single sample.
-    """
+    """{task: {module: sensitivity}}, empty at first. `shapes` is as `shapes_of` gives it, `samples`
+    {task: (n, M)} the squared norms of every single sample."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]]):
         super().__init__()
@@ -64,18 +57,24 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]],
 
     tasks: batches of (input_ids, attention_mask, labels), each (B, T), labels -100 where
     unsupervised and aligned with input_ids. Samples are added to `scores`, if given. The model is
-    left as it was: weights, requires_grad, mode and hooks, also after an exception. Raises
-    ValueError for a task without a batch.
+    left as it was, also after an exception. Raises ValueError for a task without a batch.
     """
-    modules = linear_layers(model)
     scores = Scores(shapes_of(model)) if scores is None else scores
-    with _frozen(model):
+    asked = {p: p.requires_grad for p in model.parameters()}
+    modes = {m: m.training for m in model.modules()}
+    model.eval().requires_grad_(False)
+    try:
         for task, batches in tasks.items():
             for batch in batches:
-                scores.add(task, sample_norms(model, modules, *batch).cpu().double())
+                scores.add(task, sample_norms(model, linear_layers(model), *batch).cpu().double())
                 progress(len(batch[0]))
             if task not in scores:
                 raise ValueError(f"task {task!r} has no batch (a generator can be read only once)")
+    finally:
+        for parameter, flag in asked.items():
+            parameter.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
     return scores
 
 
@@ -97,11 +96,8 @@ def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: 
 
 
 class _Ghost:
-    """The norms of one batch: X of the forward pass meets D of the backward pass.
-
-    Plainly, for one sample and layer: || torch.autograd.grad(L_i, layer.weight) ||^2. Compared in
-    tests/method/test_sensitivity.py::test_equals_the_gradient_of_each_sample.
-    """
+    """The norms of one batch: X of the forward pass meets D of the backward pass. Compared in
+    tests/method/test_sensitivity.py::test_equals_the_gradient_of_each_sample."""
 
     def __init__(self, attention_mask: Tensor, modules: int, dtype: torch.dtype):
         self.mask = attention_mask.bool()[..., None]                       # (B, T, 1)
@@ -123,8 +119,10 @@ class _Ghost:
 
             def backward_hook(gradient: Tensor) -> None:
                 d = self.by_sample(gradient)                               # (B, T, out)
-                left, right = (x, d @ d.mT) if use_gram else 2 * (
-                    (d * self.mask).mT @ self.by_sample(x),)
+                if use_gram:
+                    left, right = x, d @ d.mT
+                else:
+                    left = right = (d * self.mask).mT @ self.by_sample(x)
                 self.norms[:, column] += torch.linalg.vecdot(
                     *(side.flatten(1).to(self.norms.dtype) for side in (left, right)))
 
@@ -143,31 +141,15 @@ class _Ghost:
         return x.view(*self.mask.shape[:2], -1)
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight requires a gradient, and dropout is off; afterwards all is as before."""
-    asked = {p: p.requires_grad for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in asked.items():
-            parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def overlap(samples: Tensor, names: Sequence[str],
             select: Callable[[dict[str, float]], set[str]]) -> float:
     """Split-half overlap: how far the matrices that a task selects depend on the samples drawn.
 
-    samples (n, M) are squared norms. Even and odd samples each select matrices by their sums; given
-    back is the share of one selection that is in the other, nan for a single sample. If `select`
-    takes a share p of the matrices, chance alone gives p.
+    samples (n, M) are squared norms; even and odd ones each select matrices by their sums. The
+    share of one selection that is in the other; nan for a single sample. Chance alone gives the
+    share of all matrices that `select` takes.
     """
     if len(samples) < 2:
         return math.nan
-    halves = [select(dict(zip(names, samples[i::2].sum(0).tolist(), strict=True)))
-              for i in (0, 1)]
+    halves = [select(dict(zip(names, samples[i::2].sum(0).tolist()))) for i in (0, 1)]
     return len(halves[0] & halves[1]) / max(1, len(halves[0]))

@@ -24,10 +24,11 @@ from minismoe.method.freeze import (
     fit,
     freeze,
     linear,
+    measured,
     merge,
     merged,
     moments_of,
-    residual,
+    views,
 )
 
 
@@ -125,12 +126,14 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     layer = ExpertLinear(nn.Linear(D, out, dtype=torch.float64), E, r, 2.0 * r, k)
     randomise(layer, seed)
     tokens = torch.randn(1, N, D, dtype=torch.float64)
-    ((sums, _),) = moments_of(Whole(layer, tokens), [{"layer": layer}], [ids_of(tokens)])
-    mean, gates = module.constant_gates(layer, sums)
+    readers = {"layer": layer}
+    (rows,) = moments_of(Whole(layer, tokens), [readers], [ids_of(tokens)])
+    sums = views(readers, rows[0])["layer"]
+    mean, gates = sums.gates / N, module.constant_gates(layer, sums)
     best = mean if gates is None else gates
     A_mean, A = ((layer.lora_A * c[:, None, None]).flatten(0, 1).detach() for c in (mean, best))
-    fitted = linear(A, sums, 1e-10)
-    losses = [residual(layer, a, sums) for a in (A_mean, A, fitted) if a is not None]
+    losses = [measured(layer, a, "", sums).residual
+              for a in (A_mean, A, *linear([A], [sums], 1e-10))]
     assert losses == sorted(losses, reverse=True) or max(
         b - a for a, b in zip(losses, losses[1:])) < 1e-7
     x, same = tokens[0], plain(layer.requires_grad_(False))
@@ -243,7 +246,7 @@ class Products(TorchDispatchMode):
 
 def test_inputs_that_are_shared_are_multiplied_once() -> None:
     model = model_of()
-    group = module._inputs(model, batch(0))
+    (group,) = module._groups(model, batch(0), 1 << 30)
     short = [[name.split(".")[-1][0] for name in readers] for readers in group]
     assert short == [["q", "k"], ["o"], ["g", "u"], ["d"]] * 2
     with Products() as products:
