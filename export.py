@@ -24,9 +24,15 @@ from minismoe.cli.flags import InputConfig
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export import layouts, verify
-from minismoe.export.frozen import Calibration, Frozen, show_residuals
 from minismoe.export.heal import heal
-from minismoe.export.routing import cost_rows, cost_table, freeze_routing
+from minismoe.export.routing import (
+    Calibration,
+    Frozen,
+    cost_rows,
+    cost_table,
+    freeze_routing,
+    show_residuals,
+)
 from minismoe.export.settings import ExportConfig, FreezeConfig, Source, TableConfig
 from minismoe.io.files import must_be_new, new_folder, read_json, sha256, write_json
 from minismoe.io.text import clean
@@ -97,7 +103,7 @@ def print_costs(config: TableConfig, source: Source) -> None:
     calibration = Calibration(config, source)
     kinds = calibration.fits()
     fits = kinds[config.fit].together
-    show_residuals(source, fits)
+    show_residuals(fits)
     healed = heal(source.model, fits, calibration.examples, config.heal, source.tokenizer.pad_id)
     tolerances = (0.0, 0.01, 0.02) if config.routing == "auto" else ()
     rows = cost_rows(source.model, kinds, healed, calibration.score, tolerances)

@@ -30,10 +30,10 @@ from ..method.experts import expert_layers
 from ..method.freeze import freeze, merged
 from ..model.checkpoint import DTYPES, MERGED, weight_files, weights
 from ..model.config import Config
-from .frozen import Fits, Frozen
 from .graph import write_decoder, write_sampler
 from .heal import twin
 from .mixture import Adapter, AdapterInput
+from .routing import Fits, Frozen
 from .settings import ExportConfig, Source
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)

@@ -35,9 +35,9 @@ from ..training.evaluate import (
     generate,
     references,
 )
-from .frozen import Frozen
 from .heal import twin
 from .layouts import read_peft
+from .routing import Frozen
 from .settings import ExportConfig, Source
 from .weights import PRECISIONS
 
