@@ -94,12 +94,12 @@ def agreement(model: CausalLM, teacher: CausalLM, batches: Iterable[Batch]) -> f
     for ids, mask, *_ in batches:
         for a, b in _logits(models, [m.model(ids, mask)[mask.bool()] for m in models]):
             same.append(a.argmax(-1) == b.argmax(-1))
-    return torch.cat(same).double().mean().item()
+    return int(torch.cat(same).sum()) / len(torch.cat(same))
 
 
 def _logits(models: Sequence[CausalLM], hidden: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Logits of each model in float32 or better from its (N, D), for a chunk of tokens at a time.
-    """
-    for parts in zip(*(h.split(max(1, CHUNK // models[0].lm_head.out_features)) for h in hidden)):
+    """Logits of each model from its (N, D), in float32 or better, a chunk of tokens at a time."""
+    rows = max(1, CHUNK // models[0].lm_head.out_features)
+    for parts in zip(*(h.split(rows) for h in hidden)):
         logits = [m.lm_head(h) for m, h in zip(models, parts)]
         yield [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]

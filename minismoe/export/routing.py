@@ -19,16 +19,15 @@ from tqdm import tqdm
 from ..data.tasks import Batch, Example, probe_batches
 from ..data.tokenizer import Tokenizer
 from ..io.drawing import terminal_heatmap
-from ..io.files import replacing
+from ..io.files import replacing, write_json
 from ..io.text import clean, table
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, TaskFits, fit, merge
 from ..method.loss import IGNORE
 from ..training.evaluate import evaluate
 from .heal import agreement, heal, twin
-from .settings import ExportConfig, FreezeConfig, Source
+from .settings import ExportConfig, FreezeConfig, Source, TableConfig
 
-FROZEN_FORMAT = "minismoe.frozen/1"
 BATCH = 16                                   # calibration samples at once
 Fits = Mapping[str, Fit]                     # module -> its fit
 Score = Callable[[Any, str], float]          # model, task -> from 0 to 1
@@ -128,7 +127,7 @@ def save_frozen(folder: Path, frozen: TaskFits) -> None:
                for name, found in fits.items() for part in ("lora_A", "lora_B")}
     notes = {name: [found.kind, found.residual, found.energy] for name, found in fits.items()}
     with replacing(folder / "frozen.safetensors") as tmp:
-        save_file(tensors, tmp, metadata={"format": FROZEN_FORMAT, "fits": json.dumps(notes)})
+        save_file(tensors, tmp, metadata={"format": "minismoe.frozen/1", "fits": json.dumps(notes)})
 
 
 def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], float],
@@ -193,6 +192,19 @@ def cost_rows(model: nn.Module, kinds: Mapping[str, TaskFits], healed: Fits, sco
     return rows + [row(f"auto, {100 * tolerance:g} points: {len(keep)} routed",
                        dict.fromkeys(tasks, linear.together), keep)
                    for tolerance, keep in zip(tolerances, routed)]
+
+
+def print_costs(config: TableConfig, source: Source) -> None:
+    """Print what each way to freeze the routing of a run costs, and write routing.json."""
+    data = Calibration(config, source)
+    kinds = data.fits()
+    fits = kinds[config.fit].together
+    show_residuals(fits)
+    healed = heal(source.model, fits, data.examples, config.heal, source.tokenizer.pad_id)
+    rows = cost_rows(source.model, kinds, healed, data.score,
+                     (0.0, 0.01, 0.02) if config.routing == "auto" else ())
+    write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})
+    print(cost_table(rows))
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
