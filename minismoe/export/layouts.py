@@ -62,7 +62,8 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
     adapters = {}
     for number, task in enumerate(frozen.by_task if config.adapters else ()):
         adapters[task] = f"{number}.onnx_adapter"        # the name of a task may be no file name
-        write_adapter(folder / adapters[task], pairs_of(frozen.by_task[task]))
+        write_adapter(folder / adapters[task], {
+            name: (f.lora_A, f.lora_B) for name, f in frozen.by_task[task].items()})
     return {"target": config.target, "precision": config.precision, "context": config.context,
             "static": config.static, "layers": sizes.num_hidden_layers,
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
@@ -75,7 +76,7 @@ def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits
     if config.layout == "peft":
         for name in ("config.json", "generation_config.json"):       # they are of a whole model
             (folder / name).unlink()
-        write_peft(folder, pairs_of(fits), source.name)
+        write_peft(folder, {n: (f.lora_A, f.lora_B) for n, f in fits.items()}, source.name)
         return
     stored = weights(source.base)
     write_hf(folder, source.base, lambda name: merged(
@@ -83,11 +84,6 @@ def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits
     if fits:
         settings = read_json(folder / "config.json")
         write_json(folder / "config.json", {**settings, MERGED: source.name})
-
-
-def pairs_of(fits: Fits) -> Pairs:
-    """The matrices of fits."""
-    return {name: (f.lora_A, f.lora_B) for name, f in fits.items()}
 
 
 def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> None:

@@ -76,9 +76,8 @@ class MixtureGraph(WeightGraph):
             E, first, gate_of_rank = max(map(len, routers)), 0, []      # each (G * E, R)
             for A, _, router in parts:
                 gate = torch.zeros(len(routers) * E, len(A))
-                if len(router):
-                    gate[first:first + len(router)] = torch.eye(
-                        len(router)).repeat_interleave(len(A) // len(router), 1)
+                if n := len(router):
+                    gate[first:first + n] = torch.eye(n).repeat_interleave(len(A) // n, 1)
                     first += E
                 else:
                     gate[:E] = 1                 # always 1: the gates of any matrix sum to 1
@@ -89,8 +88,8 @@ class MixtureGraph(WeightGraph):
                 self.tensor(f"{label}.gates", torch.cat(gate_of_rank, 1)))
             h = self.node("Mul", f"{label}.gates", h, gates)
         hs = [h] if len(parts) == 1 else self.node(
-            "Split", f"{label}.lora_A", h, [len(A) for A, _, _ in parts],
-            outputs=len(parts), axis=-1)
+            "Split", f"{label}.lora_A", h, [len(A) for A, _, _ in parts], outputs=len(parts),
+            axis=-1)
         return self.join(f"{label}.lora_B", [
             self.node("MatMul", f"{label}.lora_B.{i}", h, self.tensor(f"{label}.lora_B.{i}", B.T))
             for i, (h, (_, B, _)) in enumerate(zip(hs, parts))])
@@ -136,6 +135,5 @@ class MixtureGraph(WeightGraph):
 def flat(layer: ExpertLinear) -> tuple[Tensor, Tensor, Tensor]:
     """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) without one."""
     A, B = (p.detach().float().cpu().flatten(0, 1) for p in (layer.lora_A, layer.lora_B))
-    if layer.router is None:
-        return A, (B * layer.scaling).T, A[:0]
-    return A, (B * layer.scaling).T, layer.router.detach().float().cpu()
+    router = A[:0] if layer.router is None else layer.router.detach().float().cpu()
+    return A, (B * layer.scaling).T, router

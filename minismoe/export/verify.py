@@ -102,10 +102,10 @@ def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, pre
 
     Raises ValueError if they differ by more than float32 explains.
     """
-    found = compare_logits(
-        round_weights(model, precision), partial(logits, generator), prompts,
-        generator.tokenizer.stop_ids, "fp32",
-        min(FEW, generator.room(max(map(len, prompts)))), " with the same rounded weights")
+    count = min(FEW, generator.room(max(map(len, prompts))))
+    found = compare_logits(round_weights(model, precision), partial(logits, generator), prompts,
+                           generator.tokenizer.stop_ids, "fp32", count,
+                           " with the same rounded weights")
     return {"rounded_error": found["logits_error"]}
 
 
@@ -234,10 +234,7 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
 
 
 def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) -> dict[str, Any]:
-    """Compare the folder with PyTorch in float32; returns the figures, for a graph by adapter.
-
-    Raises ValueError if they disagree.
-    """
+    """Compare the folder with PyTorch in float32; returns the figures, for a graph by adapter."""
     base = load_model(source.base)
 
     def reference(task: str | None, adapted: bool = True) -> CausalLM:
