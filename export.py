@@ -24,9 +24,7 @@ from minismoe.cli.flags import InputConfig
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export import layouts, verify
-from minismoe.export.frozen import Calibration, Frozen, show_residuals
-from minismoe.export.heal import heal
-from minismoe.export.routing import cost_rows, cost_table, freeze_routing
+from minismoe.export.routing import Frozen, freeze_routing, print_costs
 from minismoe.export.settings import ExportConfig, FreezeConfig, Source, TableConfig
 from minismoe.io.files import must_be_new, new_folder, read_json, sha256, write_json
 from minismoe.io.text import clean
@@ -61,13 +59,13 @@ def main(argv: Sequence[str]) -> None:
 
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
-    task = next(iter(info.get("adapters", ())), None)
-    print(clean(f"{out}: {size / 1e6:.1f} MB\n{next_command(config.layout, out, task)}", "\n"))
+    command = next_command(config.layout, out, next(iter(info.get("adapters", ())), None))
+    print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
 
 
 def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) -> dict[str, Any]:
     """Write the folder and run it beside PyTorch; returns the content of its export.json."""
-    tokenizer = layouts.copy_base_files(source.base, folder, config.layout != "onnx")
+    layouts.copy_base_files(source.base, folder, config.layout != "onnx")
     info: dict[str, Any] = {
         "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
         "routed": frozen.routed, "arguments": asdict(config), "versions": versions()}
@@ -79,30 +77,17 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
         layouts.write_weights(config, source, folder, frozen.of(config.task))
     info["checked"] = verify.check(config, source, folder, frozen)
     if config.layout == "genai":
-        layouts.write_genai(folder, tokenizer, info["context"], config.target == "ort")
+        layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":
         layouts.write_web(folder, config.precision, info["cache_type"])
-    if config.layout in ("genai", "web"):
-        (folder / "sampler.onnx").unlink()               # their programs choose tokens themselves
+    if config.layout in ("genai", "web"):                # their programs choose tokens themselves
+        (folder / "sampler.onnx").unlink()
     (folder / "export.json").unlink(missing_ok=True)
     info["files"] = {
         f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)}
         for f in sorted(folder.rglob("*")) if f.is_file()}
     write_json(folder / "export.json", info)
     return info
-
-
-def print_costs(config: TableConfig, source: Source) -> None:
-    """Print what each way to freeze the routing of a run costs, and write routing.json."""
-    calibration = Calibration(config, source)
-    kinds = calibration.fits()
-    fits = kinds[config.fit].together
-    show_residuals(source, fits)
-    healed = heal(source.model, fits, calibration.examples, config.heal, source.tokenizer.pad_id)
-    tolerances = (0.0, 0.01, 0.02) if config.routing == "auto" else ()
-    rows = cost_rows(source.model, kinds, healed, calibration.score, tolerances)
-    write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})
-    print(cost_table(rows))
 
 
 def load_run(config: FreezeConfig) -> Source:

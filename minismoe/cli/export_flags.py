@@ -8,56 +8,45 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..export.settings import ExportConfig, FolderConfig, FreezeConfig, TableConfig
-from ..io.flags import add_flags, from_flags, text
+from ..export.settings import ExportConfig, TableConfig
+from ..io.flags import add_flags, from_flags
 
 TABLE = """Print exact match and residual of each way to freeze the routing of a run, write them to
 RUN/routing.json, and export nothing."""
 NO_RUN = "runs holds no run yet (python train.py makes one)"
-USUAL = {name: getattr(FolderConfig, name) for name in (     # may always be given as what they are
+USUAL = {name: getattr(ExportConfig, name) for name in (     # may always be given as what they are
     "layout", "precision", "routing", "target")}
 
 
 def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
-    """The settings that a command line asks for. Exits with 2 if flags contradict each other."""
+    """The settings that a command line asks for. Exits with 2 if flags contradict each other.
+
+    Without RUN and --model, the newest run in `runs`; ValueError if flags need one, and none is.
+    """
     table = list(argv[:1]) == ["table"]
+    kind: Any = TableConfig if table else ExportConfig
     parser = argparse.ArgumentParser(description=TABLE if table else description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("run", nargs="?", metavar="RUN", help="folder of train.py (default: newest in runs)")
-    if table:
-        parser.prog += " table"
-        add_flags(parser, TableConfig, "freezing")
-    else:
-        add("--model", type=text,
-            help="instead of RUN: a checkpoint folder or hub name, without adapters")
-        add("--out", type=text, metavar="DIR", help="folder to make (default: one in RUN/export)")
-        add_flags(parser, FolderConfig, "folder")
-        add_flags(parser, FreezeConfig, "freezing")
-    add("--debug", action="store_true", help="show a traceback on failure")
+    parser.prog += " table" * table
+    parser.add_argument("run", nargs="?", metavar="RUN",
+                        help="folder of train.py (default: newest in runs)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
+    add_flags(parser, kind, "freezing" if table else "export")
     # None is "not given": a flag without effect is refused even if it repeats the default.
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
     given = {name: value for name, value in vars(parser.parse_args(argv[table:])).items()
              if value is not None}
-    if given.get("calibration") == 1:
+    config: Any = from_flags(kind, given)
+    if config.calibration == 1:
         parser.error("--calibration: a fit needs two samples a task, one held out")
-    if table:
-        return with_newest_run(from_flags(TableConfig, given), "the table")
-    config = from_flags(ExportConfig, given)
-    if wrong := contradiction(config, given):
+    if not table and (wrong := contradiction(config, given)):
         parser.error(wrong)
-    return config if config.model else with_newest_run(config, of_adapters(given))
-
-
-def with_newest_run(config: Any, needs: str) -> Any:
-    """The settings, with the newest run in `runs` unless they name one.
-
-    Raises ValueError if there is no run and `needs`, what was asked for, makes sense only for one.
-    """
+    if config.run or not table and config.model:
+        return config
     made = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
-    if not config.run and not made and needs:
+    if not made and (needs := "the table" if table else of_adapters(given)):
         raise ValueError(f"{NO_RUN}, which {needs} is for")
-    return config if config.run or not made else replace(config, run=str(made[-1].parents[1]))
+    return replace(config, run=str(made[-1].parents[1])) if made else config
 
 
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +32,7 @@ def twin(model: Any) -> Any:
 
 
 def heal(model: CausalLM, fits: Mapping[str, Fit], examples: Sequence[Example], steps: int,
-         pad_id: int, *, keep: Collection[str] = (), lr: float = HEAL_LR, seed: int = 0,
-         ) -> dict[str, Fit]:
+         pad_id: int, *, keep: Collection[str] = (), lr: float = HEAL_LR) -> dict[str, Fit]:
     """Train the frozen mixtures of `model` for some steps, and return them as fits, by module.
 
     Matrices in `keep` go on routing and are not trained.
@@ -43,31 +42,29 @@ def heal(model: CausalLM, fits: Mapping[str, Fit], examples: Sequence[Example], 
     layers = {n: layer for n, layer in expert_layers(student).items() if n not in set(keep)}
     parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     if parameters:                           # none if every matrix goes on routing
-        tune(student, model, parameters, examples, steps, pad_id, lr, seed)
+        tune(student, model, parameters, examples, steps, pad_id, lr)
     return {n: replace(exact(layer), kind="healed", residual=fits[n].residual,
                        energy=fits[n].energy) for n, layer in layers.items()}
 
 
 def tune(student: CausalLM, teacher: CausalLM, parameters: Sequence[Tensor],
-         examples: Sequence[Example], steps: int, pad_id: int, lr: float, seed: int) -> None:
+         examples: Sequence[Example], steps: int, pad_id: int, lr: float) -> None:
     """Train `parameters` of the student, in place.
 
     The loss is that of training. If no example has a label, it is the divergence from the teacher.
     """
     device = teacher.lm_head.weight.device
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    cfg = TrainConfig(lr=lr, seed=seed, router_aux_loss_coef=0.0)
+    cfg = TrainConfig(lr=lr, router_aux_loss_coef=0.0)
     cfg = replace(cfg, epochs=math.ceil(steps / math.ceil(len(examples) / cfg.batch_size)))
     labelled = any(label != IGNORE for e in examples for label in e.labels[1:])
-    batches = schedule(examples, cfg)
     with trange(steps, desc="heal", unit="step") as bar:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, cfg)
+        for step, batch in zip(bar, schedule(examples, cfg)):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, cfg)
             if labelled:
-                loss = train_step(student, batches[step], cfg, pad_id, step)["loss"]
+                loss = train_step(student, batch, cfg, pad_id, step)["loss"]
             else:
-                loss = distil_step(student, teacher, collate(batches[step], pad_id, device))
+                loss = distil_step(student, teacher, collate(batch, pad_id, device))
             torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             optimizer.step()
             student.zero_grad(set_to_none=True)          # shared parameters have gradients too
@@ -75,18 +72,15 @@ def tune(student: CausalLM, teacher: CausalLM, parameters: Sequence[Tensor],
 
 
 def distil_step(student: CausalLM, teacher: CausalLM, batch: Batch) -> float:
-    """Gradients of the mean divergence KL(teacher || student) over the real tokens; its value.
-
-    Logits exist for a chunk of tokens at a time, as in the loss of training.
-    """
+    """Gradients of the mean divergence KL(teacher || student) over the real tokens; its value."""
     ids, mask, _ = batch
     with torch.no_grad():
         target = teacher.model(ids, mask)[mask.bool()]                   # (N, D)
     hidden = student.model(ids, mask)[mask.bool()]
     leaf, total = hidden.detach().requires_grad_(), 0.0
-    for wanted, given in zip(*(h.split(_rows(student)) for h in (target, leaf))):
-        p, q = (_logits(student, h).log_softmax(-1) for h in (wanted, given))
-        loss = F.kl_div(q, p, log_target=True, reduction="sum") / len(hidden)
+    for wanted, given in _logits((teacher, student), (target, leaf)):
+        loss = F.kl_div(given.log_softmax(-1), wanted.log_softmax(-1), log_target=True,
+                        reduction="sum") / len(hidden)
         loss.backward()
         total += loss.item()
     hidden.backward(leaf.grad)
@@ -96,21 +90,16 @@ def distil_step(student: CausalLM, teacher: CausalLM, batch: Batch) -> float:
 @torch.no_grad()
 def agreement(model: CausalLM, teacher: CausalLM, batches: Iterable[Batch]) -> float:
     """Share of real tokens after which both models find the same next token the likeliest."""
-    same = count = 0
+    same, models = [], (model, teacher)
     for ids, mask, *_ in batches:
-        hidden = [m.model(ids, mask)[mask.bool()] for m in (model, teacher)]
-        for a, b in zip(*(h.split(_rows(model)) for h in hidden)):
-            same += int((_logits(model, a).argmax(-1) == _logits(teacher, b).argmax(-1)).sum())
-            count += len(a)
-    return same / max(1, count)
+        for a, b in _logits(models, [m.model(ids, mask)[mask.bool()] for m in models]):
+            same.append(a.argmax(-1) == b.argmax(-1))
+    return int(torch.cat(same).sum()) / len(torch.cat(same))
 
 
-def _rows(model: CausalLM) -> int:
-    """Tokens whose logits are held at once."""
-    return max(1, CHUNK // model.lm_head.out_features)
-
-
-def _logits(model: CausalLM, hidden: Tensor) -> Tensor:
-    """Logits in float32 or better."""
-    logits = model.lm_head(hidden)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _logits(models: Sequence[CausalLM], hidden: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Logits of each model from its (N, D), in float32 or better, a chunk of tokens at a time."""
+    rows = max(1, CHUNK // models[0].lm_head.out_features)
+    for parts in zip(*(h.split(rows) for h in hidden)):
+        logits = [m.lm_head(h) for m, h in zip(models, parts)]
+        yield [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]

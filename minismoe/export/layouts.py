@@ -14,26 +14,22 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from onnxruntime import AdapterFormat, OrtValue
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.tokenizer import (
-    DEFAULT_TEMPLATE,
-    ByteTokenizer,
-    Tokenizer,
-    chat_template,
-    load_tokenizer,
-)
+from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
 from ..io.files import read_json, replacing, write_json
 from ..method.experts import expert_layers
 from ..method.freeze import freeze, merged
 from ..model.checkpoint import DTYPES, MERGED, weight_files, weights
 from ..model.config import Config
-from .frozen import Fits, Frozen
 from .graph import write_decoder, write_sampler
 from .heal import twin
 from .mixture import Adapter, AdapterInput
+from .routing import Fits, Frozen
 from .settings import ExportConfig, Source
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
@@ -66,7 +62,8 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
     adapters = {}
     for number, task in enumerate(frozen.by_task if config.adapters else ()):
         adapters[task] = f"{number}.onnx_adapter"        # the name of a task may be no file name
-        write_adapter(folder / adapters[task], pairs_of(frozen.by_task[task]))
+        write_adapter(folder / adapters[task], {
+            name: (f.lora_A, f.lora_B) for name, f in frozen.by_task[task].items()})
     return {"target": config.target, "precision": config.precision, "context": config.context,
             "static": config.static, "layers": sizes.num_hidden_layers,
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
@@ -79,7 +76,7 @@ def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits
     if config.layout == "peft":
         for name in ("config.json", "generation_config.json"):       # they are of a whole model
             (folder / name).unlink()
-        write_peft(folder, pairs_of(fits), source.name)
+        write_peft(folder, {n: (f.lora_A, f.lora_B) for n, f in fits.items()}, source.name)
         return
     stored = weights(source.base)
     write_hf(folder, source.base, lambda name: merged(
@@ -89,26 +86,21 @@ def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits
         write_json(folder / "config.json", {**settings, MERGED: source.name})
 
 
-def pairs_of(fits: Fits) -> Pairs:
-    """The matrices of fits."""
-    return {name: (f.lora_A, f.lora_B) for name, f in fits.items()}
-
-
-def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> Tokenizer:
+def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> None:
     """Copy configuration and tokenizer of the checkpoint `base`, completed for every reader.
 
     All stop ids of the chat template go to generation_config.json. The template goes to both of
     its places, since transformers.js reads tokenizer_config.json only. spell_bytes: write the
-    tokenizer.json that a model of bytes does without. Returns the tokenizer of `base`.
+    tokenizer.json that a model of bytes does without.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(base)
     config, settings, generation = (
         read_json(base / name) if (base / name).is_file() else {} for name in (
             "config.json", "tokenizer_config.json", "generation_config.json"))
-    for name in ("tokenizer.json", "special_tokens_map.json"):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)
+    for file in (base / "tokenizer.json", base / "special_tokens_map.json"):
+        if file.is_file():
+            shutil.copyfile(file, out / file.name)
     if spell_bytes and isinstance(tokenizer.backend, ByteTokenizer):
         write_json(out / "tokenizer.json", _byte_level())
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>",
@@ -122,7 +114,6 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> Tokenize
     write_json(out / "tokenizer_config.json", settings | {"chat_template": template})
     write_json(out / "generation_config.json",
                defaults | generation | {"eos_token_id": tokenizer.stop_ids})
-    return tokenizer
 
 
 def _byte_level() -> dict[str, Any]:
@@ -146,8 +137,8 @@ def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
     """Write an adapter folder that PEFT, vLLM and llama.cpp read alike.
 
     They disagree about scaling and about uneven ranks, so every pair is padded with zeros to R, the
-    largest rank, and lora_alpha = r = R. Modules are targeted by their full names: a short name
-    such as "q_proj" would also adapt layers without a pair. Raises ValueError if there is no pair.
+    largest rank, and lora_alpha = r = R. Full names are targets: a short one such as "q_proj" would
+    also adapt layers without a pair. Raises ValueError if there is no pair.
     """
     if not pairs:
         raise ValueError("no matrix is adapted: there is nothing to write for PEFT")
@@ -166,19 +157,11 @@ def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
         "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True})
 
 
-def read_peft(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """The pairs of a folder that `write_peft` wrote."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    names = {key.removeprefix("base_model.model.").rsplit(".", 2)[0] for key in tensors}
-    return {n: (tensors[f"base_model.model.{n}.lora_A.weight"],
-                tensors[f"base_model.model.{n}.lora_B.weight"]) for n in sorted(names)}
-
-
 def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iterable[str]) -> None:
     """Write the weights of `base`, with those of `names` replaced by weight(name).
 
-    The files of the base are copied and overwritten in place, so they keep dtypes and shards, and
-    one tensor at a time is in memory. Raises ValueError for a dtype, shape or name that differs.
+    Copied files are overwritten in place: dtypes and shards stay, and one tensor at a time is in
+    memory. Raises ValueError for a dtype, shape or name that differs.
     """
     left, files = set(names), weight_files(base)
     if len(files) > 1:
@@ -201,7 +184,7 @@ def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iter
         raise ValueError(f"{base} has no {', '.join(sorted(left))}")
 
 
-def write_genai(out: Path, tokenizer: Tokenizer, context: int, share_buffer: bool = True) -> None:
+def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
     """Write genai_config.json beside model.onnx and the files of `copy_base_files`.
 
     context: tokens of prompt and completion. share_buffer: the graph writes new keys into the
@@ -211,13 +194,14 @@ def write_genai(out: Path, tokenizer: Tokenizer, context: int, share_buffer: boo
     sizes = Config.from_dict(config)
     sampling = {key: generation[key] for key in (
         "do_sample", "temperature", "top_k", "top_p", "repetition_penalty") if key in generation}
-    bos = [generation["bos_token_id"]] if "bos_token_id" in generation else tokenizer.stop_ids[:1]
+    stops = generation["eos_token_id"]
+    bos = generation.get("bos_token_id", stops[0] if stops else None)
     write_json(out / "genai_config.json", {
         "model": {
             "type": config["model_type"], "context_length": context,
-            "vocab_size": sizes.vocab_size, "eos_token_id": tokenizer.stop_ids,
+            "vocab_size": sizes.vocab_size, "eos_token_id": stops,
             "pad_token_id": generation["pad_token_id"],
-            **({"bos_token_id": bos[0]} if bos else {}),
+            **({} if bos is None else {"bos_token_id": bos}),
             "decoder": {                     # inputs and outputs have its default names
                 "filename": "model.onnx", "session_options": {"provider_options": []},
                 "head_size": sizes.head_dim, "hidden_size": sizes.hidden_size,
@@ -234,8 +218,6 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
 
     Several precisions can go to the same folder; the last one is the default.
     """
-    import onnx
-
     dtype, suffix = WEB_DTYPES[precision]
     name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # the name that is fetched
     (out / "onnx").mkdir(exist_ok=True)
@@ -263,15 +245,11 @@ def _mapping(holder: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def write_adapter(file: Path, pairs: Pairs) -> None:
     """Write an .onnx_adapter: the graph inputs <module>.lora_A (in, R) and .lora_B (R, out)."""
-    from onnxruntime import AdapterFormat, OrtValue
-
-    parameters = {f"{name}.{part}": OrtValue.from_dlpack(
-                      matrix.detach().float().cpu().T.contiguous())
-                  for name, pair in pairs.items()
-                  for part, matrix in zip(("lora_A", "lora_B"), pair)}
     adapter = AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
-    adapter.set_parameters(parameters)
+    adapter.set_parameters({
+        f"{name}.{part}": OrtValue.from_dlpack(matrix.detach().float().cpu().T.contiguous())
+        for name, pair in pairs.items() for part, matrix in zip(("lora_A", "lora_B"), pair)})
     with replacing(file) as tmp:
         adapter.export_adapter(str(tmp))

@@ -1,6 +1,6 @@
 """Adapters in an ONNX graph: experts of a layer, or a LoRA that is an input of the graph.
 
-Their output is added to that of the matrices of one group, which read the same x:
+Together, those of the matrices that read the same x compute:
 
     x -> MatMul router -> top k -> Softmax -> MatMul (gate of each rank) -+
     x -> MatMul [A_q A_k A_v] -------------------------------------------Mul -> Split
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
+from onnx import TensorProto
+from onnx.helper import make_tensor, make_tensor_value_info
 from torch import Tensor
 
 from ..method.experts import ExpertLinear
@@ -45,13 +46,11 @@ class MixtureGraph(WeightGraph):
               sizes: Sequence[int]) -> str:
         """What the adapters of modules add, side by side: x (B, T, in) -> (B, T, sum of sizes)."""
         found = [self.adapters.get(name) for name in names]
+        if any(isinstance(a, AdapterInput) for a in found):
+            return self.join(f"{label}.lora_B", [
+                self.adapter_input(name, x, inputs, size) for name, size in zip(names, sizes)])
         layers = [a if isinstance(a, ExpertLinear) else None for a in found]
-        if not any(isinstance(a, AdapterInput) for a in found):
-            return self.experts(layers, label, x, inputs, sizes)
-        if any(layers):
-            raise ValueError(f"{label}: adapters that are inputs and adapters that are not")
-        return self.join(f"{label}.lora_B", [
-            self.adapter_input(name, x, inputs, size) for name, size in zip(names, sizes)])
+        return self.experts(layers, label, x, inputs, sizes)
 
     def adapter_input(self, name: str, x: str, inputs: int, size: int) -> str:
         """The LoRA that comes as an input of the graph; its default has rank 0 and adds nothing."""
@@ -59,8 +58,8 @@ class MixtureGraph(WeightGraph):
         B = self.tensor(f"{name}.lora_B", torch.empty(0, size))
         if name in self.adapters:
             rank = f"{name}.rank"
-            self.inputs += [self.value(A, TensorProto.FLOAT, [inputs, rank]),
-                            self.value(B, TensorProto.FLOAT, [rank, size])]
+            self.inputs += [make_tensor_value_info(A, TensorProto.FLOAT, [inputs, rank]),
+                            make_tensor_value_info(B, TensorProto.FLOAT, [rank, size])]
         h = self.node("MatMul", f"{name}.lora_A", x, A)
         return self.node("MatMul", f"{name}.lora_B", h, B)
 
@@ -77,9 +76,8 @@ class MixtureGraph(WeightGraph):
             E, first, gate_of_rank = max(map(len, routers)), 0, []      # each (G * E, R)
             for A, _, router in parts:
                 gate = torch.zeros(len(routers) * E, len(A))
-                if len(router):
-                    gate[first:first + len(router)] = torch.eye(
-                        len(router)).repeat_interleave(len(A) // len(router), 1)
+                if n := len(router):
+                    gate[first:first + n] = torch.eye(n).repeat_interleave(len(A) // n, 1)
                     first += E
                 else:
                     gate[:E] = 1                 # always 1: the gates of any matrix sum to 1
@@ -90,8 +88,8 @@ class MixtureGraph(WeightGraph):
                 self.tensor(f"{label}.gates", torch.cat(gate_of_rank, 1)))
             h = self.node("Mul", f"{label}.gates", h, gates)
         hs = [h] if len(parts) == 1 else self.node(
-            "Split", f"{label}.lora_A", h, self.constant([len(A) for A, _, _ in parts]),
-            outputs=len(parts), axis=-1)
+            "Split", f"{label}.lora_A", h, [len(A) for A, _, _ in parts], outputs=len(parts),
+            axis=-1)
         return self.join(f"{label}.lora_B", [
             self.node("MatMul", f"{label}.lora_B.{i}", h, self.tensor(f"{label}.lora_B.{i}", B.T))
             for i, (h, (_, B, _)) in enumerate(zip(hs, parts))])
@@ -108,17 +106,17 @@ class MixtureGraph(WeightGraph):
         rows = [F.pad(router, (0, 0, 0, E - len(router))) for router in routers]
         y = self.node("MatMul", name, x, self.tensor(name, torch.cat(rows).T))
         if G > 1:
-            y = self.node("Reshape", f"{name}.split", y, self.constant([0, 0, G, E]))
+            y = self.node("Reshape", f"{name}.split", y, [0, 0, G, E])
         if min(counts) < E:                      # -inf: padding experts are never chosen
             fewer = torch.tensor([[0.0 if e < n else -math.inf for e in range(E)] for n in counts])
             y = self.node("Add", name, y, self.tensor(f"{name}.counts", fewer))
         if k < E:
-            values, chosen = self.node("TopK", name, y, self.constant([k]), outputs=2, axis=-1,
+            values, chosen = self.node("TopK", name, y, [k], outputs=2, axis=-1,
                                        sorted=0)
             y = self.node("ScatterElements", name, self.no_choice(G, E), chosen, values, axis=-1)
         y = self.node("Softmax", name, y, axis=-1)
         if G > 1:
-            y = self.node("Reshape", f"{name}.join", y, self.constant([0, 0, G * E]))
+            y = self.node("Reshape", f"{name}.join", y, [0, 0, G * E])
         return y
 
     def no_choice(self, G: int, E: int) -> str:
@@ -127,17 +125,15 @@ class MixtureGraph(WeightGraph):
         if name not in self.shared and self.static:
             self.shared[name] = self.tensor(name, torch.full((*self.static[:2], *sizes), -math.inf))
         elif name not in self.shared:
-            shape = self.node("Concat", name, self.node("Shape", name, "input_ids"),
-                              self.constant(sizes), axis=0)
+            shape = self.node("Concat", name, self.node("Shape", name, "input_ids"), sizes, axis=0)
             self.shared[name] = self.node(
                 "ConstantOfShape", name, shape,
-                value=helper.make_tensor("value", TensorProto.FLOAT, [1], [-math.inf]))
+                value=make_tensor("value", TensorProto.FLOAT, [1], [-math.inf]))
         return self.shared[name]
 
 
 def flat(layer: ExpertLinear) -> tuple[Tensor, Tensor, Tensor]:
     """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) without one."""
     A, B = (p.detach().float().cpu().flatten(0, 1) for p in (layer.lora_A, layer.lora_B))
-    if layer.router is None:
-        return A, (B * layer.scaling).T, A[:0]
-    return A, (B * layer.scaling).T, layer.router.detach().float().cpu()
+    router = A[:0] if layer.router is None else layer.router.detach().float().cpu()
+    return A, (B * layer.scaling).T, router

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import re
@@ -19,11 +20,10 @@ SMALL = 1 << 10                 # a tensor of at most so many bytes stays in the
 TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
          torch.int64: TensorProto.INT64, torch.uint8: TensorProto.UINT8,
          torch.bool: TensorProto.BOOL}
-Size = int | str                # of an axis: a number, or a name if it varies
 
 
 class Graph:
-    """Nodes and tensors. Bytes of tensors are written to `data` at once, and not kept."""
+    """Nodes and tensors; the bytes of large ones are written to `data` at once, and not kept."""
 
     def __init__(self, data: BinaryIO | None = None, location: str = ""):
         self.data, self.location = data, location
@@ -32,20 +32,17 @@ class Graph:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
 
-    def node(self, op: str, module: str, *inputs: str, outputs: int = 1,
+    def node(self, op: str, module: str, *inputs: str | int | Sequence[int], outputs: int = 1,
              named: Sequence[str] = (), **attributes: Any) -> Any:
         """Add a node; returns the name of its output, or a list of several.
 
-        `named` names the outputs; "" leaves one out.
+        inputs: names, or whole numbers as constants. `named` names the outputs; "" leaves one out.
         """
         name = "/" + re.sub(r"\.(?!\d)", "/", module) + "/" + op
         named = named or [f"{name}/output_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(op, inputs, named, name, **attributes))
+        names = [x if isinstance(x, str) else self.constant(x) for x in inputs]
+        self.nodes.append(helper.make_node(op, names, named, name, **attributes))
         return named[0] if len(named) == 1 else list(named)
-
-    def value(self, name: str, data_type: int, shape: Sequence[Size]) -> onnx.ValueInfoProto:
-        """An input or output of the graph."""
-        return helper.make_tensor_value_info(name, data_type, shape)
 
     def constant(self, values: Any, dtype: torch.dtype = torch.int64) -> str:
         """Add a small tensor of these values; equal ones are stored once."""
@@ -56,8 +53,7 @@ class Graph:
     def tensor(self, name: str, value: Tensor, data_type: int | None = None,
                shape: Sequence[int] | None = None) -> str:
         """Add a tensor; returns its name."""
-        return self.stream(name, data_type or TYPES[value.dtype],
-                           value.shape if shape is None else shape, [value])
+        return self.stream(name, data_type or TYPES[value.dtype], shape or value.shape, [value])
 
     def stream(self, name: str, data_type: int, shape: Sequence[int], parts: Iterable[Tensor],
                ) -> str:
@@ -76,25 +72,23 @@ class Graph:
                 align = 1 << (16 if size >= 1 << 20 else 12)
                 start = self.data.seek(-(-self.data.tell() // align) * align)
             self.data.write(raw)
-        if self.data is None or start is None:
-            return name
-        proto.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self.location), ("offset", start),
-                           ("length", self.data.tell() - start)):
-            proto.external_data.add(key=key, value=str(value))
+        if self.data is not None and start is not None:
+            proto.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", self.location), ("offset", start),
+                               ("length", self.data.tell() - start)):
+                proto.external_data.add(key=key, value=str(value))
         return name
 
     def alias(self, of: str, shape: Sequence[int], data_type: int | None = None) -> str:
         """Add a tensor of the same bytes in another shape or type; returns its name."""
-        name = f"{of}.flat"
-        proto = self.tensors[name] = TensorProto()
-        proto.CopyFrom(self.tensors[of])
-        proto.name, proto.dims[:] = name, shape
+        proto = copy.deepcopy(self.tensors[of])
+        proto.name, proto.dims[:] = f"{of}.flat", shape
         proto.data_type = data_type or proto.data_type
-        return name
+        self.tensors[proto.name] = proto
+        return proto.name
 
     def save(self, file: Path) -> None:
-        """Write the graph; the data file has been written already."""
+        """Write the graph beside its data file."""
         graph = helper.make_graph(self.nodes, file.stem, self.inputs, self.outputs,
                                   list(self.tensors.values()))
         opsets = [helper.make_opsetid(domain, 1 if domain else OPSET)

@@ -1,21 +1,89 @@
-"""Decide which mixtures keep routing, and measure the cost of each way to freeze the others."""
+"""Freeze the mixtures of a run, decide which keep routing, and measure what each way costs."""
 
 from __future__ import annotations
 
+import json
+import random
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
+from ..data.tasks import Batch, Example, probe_batches
+from ..data.tokenizer import Tokenizer
+from ..io.drawing import terminal_heatmap
+from ..io.files import replacing, write_json
 from ..io.text import clean, table
 from ..method.experts import expert_layers
-from ..method.freeze import Fit, TaskFits, merge
-from .frozen import Calibration, Fits, Frozen, Score, save_frozen, show_residuals
-from .heal import heal, twin
-from .settings import ExportConfig, Source
+from ..method.freeze import Fit, TaskFits, fit, merge
+from ..method.loss import IGNORE
+from ..training.evaluate import evaluate
+from .heal import agreement, heal, twin
+from .settings import ExportConfig, FreezeConfig, Source, TableConfig
+
+BATCH = 16                                   # calibration samples at once
+Fits = Mapping[str, Fit]                     # module -> its fit
+Score = Callable[[Any, str], float]          # model, task -> from 0 to 1
+
+
+@dataclass
+class Frozen(TaskFits):
+    """The mixtures of a run as linear maps, and the matrices that keep routing instead."""
+
+    routed: list[str] = field(default_factory=list)
+
+
+class Calibration:
+    """The samples that mixtures are frozen with and scored on: of the run, or of --prompts."""
+
+    def __init__(self, config: FreezeConfig, source: Source):
+        self.config, self.source = config, source
+        self.pools: Mapping[str, Sequence[Example]] = {
+            name: random.Random(0).sample(e, len(e)) for name, e in source.examples.items()}
+        if config.prompts:
+            self.pools = {"prompts": unlabelled(config.prompts, source.tokenizer)}
+        self.examples = [e for pool in self.pools.values() for e in pool]
+
+    @cached_property
+    def batches(self) -> dict[str, list[Batch]]:
+        """Padded batches by task, on the model's device."""
+        device = self.source.model.lm_head.weight.device
+        return {name: list(probe_batches(pool, self.config.calibration, BATCH,
+                                         self.source.tokenizer.pad_id, device))
+                for name, pool in self.pools.items()}
+
+    def fits(self) -> dict[str, TaskFits]:
+        """All mixtures, frozen, by kind of fit."""
+        with tqdm(desc="freeze", unit="sample") as bar:
+            return fit(self.source.model, self.batches, progress=bar.update)
+
+    def score(self, model: Any, task: str) -> float:
+        """Exact match on a task's test split, or without labels agreement with the mixture."""
+        if self.config.prompts:
+            return agreement(model, self.source.model, self.batches[task])
+        tests = next(t for t in self.source.tasks if t.name == task)
+        with tqdm(total=len(tests.test), desc=f"evaluate {clean(task)}", leave=False) as bar:
+            return evaluate(model, self.source.tokenizer, tests, progress=bar.update).share
+
+
+def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
+    """One example a line of a file, without labels. ValueError if it is empty or no UTF-8."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is no UTF-8 text: {e}") from None
+    prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt")
+    ids = [tokenizer.encode(tokenizer.render(p, add_generation_prompt=True))[0] for p in prompts]
+    return [Example("prompts", tokens, [IGNORE] * len(tokens)) for tokens in ids]
 
 
 def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
@@ -25,25 +93,41 @@ def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
         return Frozen({}, {}, layers)
     data = Calibration(config, source)
     frozen = Frozen(**vars(data.fits()[config.fit]))
-    show_residuals(source, frozen.of(config.task))
+    fits = frozen.of(config.task)
+    show_residuals(fits)
     if config.routing == "auto":
-        tasks, fits = [config.task] if config.task else list(data.pools), frozen.of(config.task)
+        tasks = [config.task] if config.task else list(data.pools)
         (frozen.routed,) = fewest_routed(
             source.model, fits, lambda m: mean(data.score(m, t) for t in tasks), [config.tolerance])
         print(f"auto: routing stays in {len(frozen.routed)} of {len(fits)} matrices")
-
-    def healed(fits: Fits, task: str | None) -> dict[str, Fit]:
-        examples = data.pools[task] if task else data.examples
-        return heal(source.model, fits, examples, config.heal or 0, source.tokenizer.pad_id,
-                    keep=frozen.routed)
-
     if config.heal:
-        for task in data.pools if config.adapters else [config.task] if config.task else []:
-            frozen.by_task[task] = healed(frozen.by_task[task], task)
-        if not config.adapters and not config.task:
-            frozen.together = healed(frozen.together, None)
+        healed: list[str | None] = [*data.pools] if config.adapters else [config.task]
+        for task in healed:
+            frozen.of(task).update(heal(
+                source.model, frozen.of(task), data.pools[task] if task else data.examples,
+                config.heal, source.tokenizer.pad_id, keep=frozen.routed))
     save_frozen(source.run / "adapter", frozen)
     return frozen
+
+
+def show_residuals(fits: Fits) -> None:
+    """Print the share of each mixture's output that the fits miss."""
+    residuals = {name: f.residual for name, f in fits.items()}
+    print(terminal_heatmap("share of the mixture's output that one linear map misses", residuals))
+    kinds = [f.kind for f in fits.values()]
+    print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median residual on "
+          f"held-out samples {100 * median(residuals.values()):.2f} %")
+
+
+def save_frozen(folder: Path, frozen: TaskFits) -> None:
+    """Write folder/frozen.safetensors: <module>.lora_A and .lora_B, and <task>/<module>.lora_A."""
+    fits = {**frozen.together, **{f"{task}/{name}": found for task, by_name in
+                                  frozen.by_task.items() for name, found in by_name.items()}}
+    tensors = {f"{name}.{part}": getattr(found, part).contiguous()
+               for name, found in fits.items() for part in ("lora_A", "lora_B")}
+    notes = {name: [found.kind, found.residual, found.energy] for name, found in fits.items()}
+    with replacing(folder / "frozen.safetensors") as tmp:
+        save_file(tensors, tmp, metadata={"format": "minismoe.frozen/1", "fits": json.dumps(notes)})
 
 
 def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], float],
@@ -76,9 +160,9 @@ def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], flo
 
 def cost_rows(model: nn.Module, kinds: Mapping[str, TaskFits], healed: Fits, score: Score,
               tolerances: Sequence[float] = ()) -> list[dict[str, Any]]:
-    """A row for the mixture and for each way to freeze it: its name, the score of each
-    task and their mean, the median held-out residual of the merged mixtures, and the number of
-    parameters that stay beside the base.
+    """A row for the mixture and for each way to freeze it: its name, the score of each task and
+    their mean, the median held-out residual of the merged mixtures, and the number of parameters
+    that stay beside the base.
 
     kinds: the fits by kind, "linear" among them. healed: of all tasks together.
     """
@@ -98,17 +182,29 @@ def cost_rows(model: nn.Module, kinds: Mapping[str, TaskFits], healed: Fits, sco
                 "residual": median(lost or [0.0]),
                 "parameters": sum(p.numel() for p in current.parameters() if p.requires_grad)}
 
+    together = {f"merged, {kind}": found.together for kind, found in kinds.items()}
     rows = [row("mixture", {})]
-    rows += [row(f"merged, {kind}", dict.fromkeys(tasks, found.together))
-             for kind, found in kinds.items()]
-    rows.append(row("merged, linear, a task", linear.by_task))
-    rows.append(row("merged, healed", dict.fromkeys(tasks, healed)))
+    rows += [row(name, dict.fromkeys(tasks, fits)) for name, fits in together.items()]
+    rows += [row("merged, linear, a task", linear.by_task),
+             row("merged, healed", dict.fromkeys(tasks, healed))]
     routed = fewest_routed(model, linear.together, lambda m: mean(score(m, t) for t in tasks),
                            tolerances) if tolerances else []
-    for tolerance, keep in zip(tolerances, routed):
-        rows.append(row(f"auto, {100 * tolerance:g} points: {len(keep)} routed",
-                        dict.fromkeys(tasks, linear.together), keep))
-    return rows
+    return rows + [row(f"auto, {100 * tolerance:g} points: {len(keep)} routed",
+                       dict.fromkeys(tasks, linear.together), keep)
+                   for tolerance, keep in zip(tolerances, routed)]
+
+
+def print_costs(config: TableConfig, source: Source) -> None:
+    """Print what each way to freeze the routing of a run costs, and write routing.json."""
+    data = Calibration(config, source)
+    kinds = data.fits()
+    fits = kinds[config.fit].together
+    show_residuals(fits)
+    healed = heal(source.model, fits, data.examples, config.heal, source.tokenizer.pad_id)
+    rows = cost_rows(source.model, kinds, healed, data.score,
+                     (0.0, 0.01, 0.02) if config.routing == "auto" else ())
+    write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})
+    print(cost_table(rows))
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
-from ..io.flags import flag, number, positive
+from ..io.flags import flag, number, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
 from .weights import PRECISIONS
@@ -54,9 +54,12 @@ class TableConfig(FreezeConfig):
 
 
 @dataclass(frozen=True)
-class FolderConfig:
-    """What the exported folder holds."""
+class ExportConfig(FreezeConfig):
+    """What the exported folder holds. Without run and model: the embedded default."""
 
+    model: str | None = flag(
+        None, "instead of RUN: a checkpoint folder or hub name, without adapters", text)
+    out: str | None = flag(None, "folder to make (default: one in RUN/export)", text, metavar="DIR")
     routing: str = flag(
         "merge", "merge (default): into the weights; freeze: a LoRA beside them; dynamic: token "
         "by token, as trained; auto: dynamic in the fewest matrices that --tolerance needs",
@@ -81,14 +84,6 @@ class FolderConfig:
         "what the test lines need)", positive, metavar="TOKENS")
     check: int = flag(8, "prompts on which the export must agree with PyTorch (default: 8)",
                       positive, metavar="N")
-
-
-@dataclass(frozen=True)
-class ExportConfig(FolderConfig, FreezeConfig):
-    """Everything that `export.py` is asked for. Without run and model: the embedded default."""
-
-    model: str | None = None                 # a checkpoint, instead of a run
-    out: str | None = None                   # the folder to make
 
     @property
     def graph(self) -> bool:

@@ -5,6 +5,7 @@ Letters: n tokens compared, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -16,10 +17,12 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.tasks import Task
+from ..io.files import read_json
 from ..io.text import clean, table
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
@@ -27,17 +30,9 @@ from ..model.checkpoint import load_adapter, load_model, weights
 from ..model.decoder import CausalLM
 from ..model.quantize import dequantize, quantize
 from ..runtime import Generator
-from ..training.evaluate import (
-    Accuracy,
-    answer_prompts,
-    evaluate,
-    exact_match,
-    generate,
-    references,
-)
-from .frozen import Frozen
+from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
 from .heal import twin
-from .layouts import read_peft
+from .routing import Frozen
 from .settings import ExportConfig, Source
 from .weights import PRECISIONS
 
@@ -53,15 +48,13 @@ Read = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 
 @torch.no_grad()
-def logits(model: CausalLM, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """Logits (n, V) after the prompt and after each token of the text."""
+def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
+    """Logits (n, V) after the prompt and after each token of the text; a graph reads these singly.
+    """
+    if isinstance(model, Generator):
+        return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
+                            for given in model.forced(prompt, text)])
     return model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:]
-
-
-def graph_logits(generator: Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """The same logits from a graph, which reads the prompt at once and then token by token."""
-    return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
-                        for given in generator.forced(prompt, text)])
 
 
 def compare_logits(model: CausalLM, read: Read, prompts: Prompts, stop_ids: Sequence[int],
@@ -91,16 +84,16 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
 
     Raises ValueError as `compare_logits` does, and if a float32 text differs.
     """
-    stop_ids, count = generator.tokenizer.stop_ids, tokens_of(generator, prompts, TOKENS)
-    found = compare_logits(model, partial(graph_logits, generator), prompts, stop_ids, precision,
-                           count)
+    stop_ids = generator.tokenizer.stop_ids
+    count = min(TOKENS, generator.room(max(map(len, prompts))))  # a static past may hold few
+    found = compare_logits(model, partial(logits, generator), prompts, stop_ids, precision, count)
     texts = [generate(model, prompts, count, stop_ids), generator.batch(prompts, count),
              [list(generator.generate(prompt, count)) for prompt in prompts]]
-    same = [sum(a == b for a, b in zip(texts[0], other)) for other in texts[1:]]
-    if precision == "fp32" and same != [len(prompts)] * 2:
-        raise ValueError(f"the export says other texts than PyTorch: {same[1]} of {len(prompts)} "
-                         f"are equal, and {same[0]} in a batch")
-    return found | {"texts": len(prompts), "texts_equal": same[1], "batched_equal": same[0]}
+    batched, single = (sum(a == b for a, b in zip(texts[0], other)) for other in texts[1:])
+    if precision == "fp32" and (batched, single) != (len(prompts),) * 2:
+        raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
+                         f"are equal, and {batched} in a batch")
+    return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
 
 
 def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
@@ -109,16 +102,11 @@ def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, pre
 
     Raises ValueError if they differ by more than float32 explains.
     """
-    found = compare_logits(
-        round_weights(model, precision), partial(graph_logits, generator), prompts,
-        generator.tokenizer.stop_ids, "fp32", tokens_of(generator, prompts, FEW),
-        " with the same rounded weights")
+    count = min(FEW, generator.room(max(map(len, prompts))))
+    found = compare_logits(round_weights(model, precision), partial(logits, generator), prompts,
+                           generator.tokenizer.stop_ids, "fp32", count,
+                           " with the same rounded weights")
     return {"rounded_error": found["logits_error"]}
-
-
-def tokens_of(generator: Generator, prompts: Prompts, most: int) -> int:
-    """Tokens of each text to compare: a static graph may have room for few."""
-    return min(most, generator.room(max(map(len, prompts))))
 
 
 def unrounded(generator: Generator) -> Generator:
@@ -152,32 +140,42 @@ def round_weights(model: CausalLM, precision: str) -> CausalLM:
     return model
 
 
-def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy:
-    """Exact match of an exported folder on the test split of a task."""
+def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float:
+    """Exact match of an exported folder on the test split of a task, 0 to 1."""
     def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        outputs: list[list[int]] = [[] for _ in prompts]
+        outputs: dict[int, list[int]] = {}
         with tqdm(total=len(prompts), desc=f"evaluate {clean(task.name)}", unit="answer",
                   leave=False) as bar:
             for start in range(0, len(order), batch_size):
                 part = order[start:start + batch_size]
-                for i, tokens in zip(part, generator.batch([prompts[i] for i in part], limit)):
-                    outputs[i] = tokens
+                outputs |= zip(part, generator.batch([prompts[i] for i in part], limit))
                 bar.update(len(part))
-        return outputs
+        return [outputs[i] for i in range(len(prompts))]
 
-    return exact_match(generator.tokenizer, task, generator.context, complete)
+    return exact_match(generator.tokenizer, task, generator.context, complete).share
 
 
-def answers_fit(generator: Generator, task: Task) -> bool:
-    """Whether the context, or the past of a static graph, holds a task's answers; says if not."""
-    prompts = answer_prompts(generator.tokenizer, task, generator.context)
-    wanted = references(generator.tokenizer, task)[1]
-    room = generator.room(max(map(len, prompts)))
-    if room < wanted:
-        print(f"{clean(task.name)}: no exact match, as an answer may have {wanted} tokens, and "
-              f"there is room for {room}")
-    return room >= wanted
+def accuracies(config: ExportConfig, source: Source, generator: Generator, model: CausalLM,
+               tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+    """Exact match by task: of the export, in training and, if rounded, of `model` in float32.
+
+    Tasks whose answers the context, or the past of a static graph, cannot hold are left out.
+    """
+    found = {}
+    for task in tasks:
+        prompts = answer_prompts(generator.tokenizer, task, generator.context)
+        wanted = references(generator.tokenizer, task)[1]
+        room = generator.room(max(map(len, prompts)))
+        if room < wanted:
+            print(f"{clean(task.name)}: no exact match, as an answer may have {wanted} tokens, and "
+                  f"there is room for {room}")
+            continue
+        row = {"trained": source.trained[task.name]} if task.name in source.trained else {}
+        if config.precision != "fp32":
+            row["float32"] = evaluate(model, source.tokenizer, task).share
+        found[task.name] = row | {config.precision: accuracy(generator, task)}
+    return found
 
 
 def show_logits(name: str, seen: Mapping[str, Any]) -> None:
@@ -191,14 +189,15 @@ def show_logits(name: str, seen: Mapping[str, Any]) -> None:
 
 def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
     """Print exact match by task."""
-    by_task = {name: row for part in found for name, row in part.items()}
-    if by_task:
-        columns = list(dict.fromkeys(c for row in by_task.values() for c in row))
-        rows = [[clean(name), *(f"{row[c]:.3f}" if c in row else "-" for c in columns)]
-                for name, row in by_task.items()]
-        means = [f"{statistics.mean(row[c] for row in by_task.values()):.3f}"
-                 if all(c in row for row in by_task.values()) else "-" for c in columns]
-        print(table(["exact match", *columns], [*rows, ["mean", *means]]))
+    by_task = {clean(name): row for part in found for name, row in part.items()}
+    if not by_task:
+        return
+    columns = list(dict.fromkeys(c for row in by_task.values() for c in row))
+    rows = {name: [row.get(c, math.nan) for c in columns] for name, row in by_task.items()}
+    means = [statistics.mean(column) for column in zip(*rows.values())]
+    print(table(["exact match", *columns], [
+        [name, *("-" if math.isnan(x) else f"{x:.3f}" for x in row)]
+        for name, row in (*rows.items(), ("mean", means))]))
 
 
 def some_prompts(source: Source, count: int) -> list[list[int]]:
@@ -215,29 +214,27 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     Raises ValueError if the context asked for, the model, or a static past is too short for them.
     """
     longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
-    tests = [answer_prompts(tokenizer, task, longest) for task in source.tasks]
-    prompts = [len(p) for p in some_prompts(source, config.check)]
-    answers = [max(map(len, test)) + references(tokenizer, task)[1]
-               for task, test in zip(source.tasks, tests)]
-    longest_prompt = max([*prompts, *(len(p) for test in tests for p in test)])
-    needed = min(longest, max([longest_prompt + TOKENS, *answers]))
+    prompts, answers = some_prompts(source, config.check), [0]
+    for task in source.tasks:
+        tests = answer_prompts(tokenizer, task, longest)
+        answers.append(max(map(len, tests)) + references(tokenizer, task)[1])
+        prompts += tests
+    prompt = max(map(len, prompts))
+    needed = min(longest, max(prompt + TOKENS, *answers))
     context = config.context or min(longest, max(2048, needed))
     if context > longest:
         raise ValueError(f"--context {context}: the model was made for {longest} positions")
     if context < needed:
         raise ValueError(f"--context {context}: the texts that the export is checked with "
                          f"need {needed}")
-    if config.static and config.static[2] < (least := longest_prompt + config.static[1]):
+    if config.static and config.static[2] < (least := prompt + config.static[1]):
         raise ValueError(f"--static with {config.static[2]} past positions: the texts that the "
                          f"export is checked with need {least}")
     return replace(config, context=context)
 
 
 def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) -> dict[str, Any]:
-    """Compare the folder with PyTorch in float32; returns the figures, for a graph by adapter.
-
-    Raises ValueError if they disagree.
-    """
+    """Compare the folder with PyTorch in float32; returns the figures, for a graph by adapter."""
     base = load_model(source.base)
 
     def reference(task: str | None, adapted: bool = True) -> CausalLM:
@@ -256,18 +253,16 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
     prompts = some_prompts(source, config.check)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
-        seen: dict[str, Any] = {}
-        if blocks:
-            blocks.use(adapter)
-            seen = compare_rounded(reference(task, adapted), blocks, prompts, config.precision)
         generator.use(adapter)
         model = reference(task, adapted)
-        seen |= compare_graph(model, generator, prompts, config.precision)
+        seen = compare_graph(model, generator, prompts, config.precision)
+        if blocks:
+            blocks.use(adapter)
+            seen |= compare_rounded(reference(task, adapted), blocks, prompts, config.precision)
         show_logits(task or source.name, seen)
         if adapted:
-            seen["exact_match"] = {
-                t.name: accuracies(config, source, generator, model, t) for t in source.tasks
-                if task in (None, t.name) and answers_fit(generator, t)}
+            seen["exact_match"] = accuracies(config, source, generator, model, [
+                t for t in source.tasks if task in (None, t.name)])
         found[task or ""] = seen
     show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
     return found
@@ -280,7 +275,10 @@ def check_weights(config: ExportConfig, source: Source, folder: Path, frozen: Fr
         exported = load_model(folder)
     else:
         load_adapter(exported := twin(base), source.run / "adapter")
-        merge(exported, {n: Fit(*pair) for n, pair in read_peft(folder).items()})
+        tensors = load_file(folder / "adapter_model.safetensors")
+        key = "base_model.model.{}.lora_{}.weight".format
+        merge(exported, {name: Fit(tensors[key(name, "A")], tensors[key(name, "B")])
+                         for name in read_json(folder / "adapter_config.json")["target_modules"]})
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(
         stored(f"{n}.weight").dtype == torch.float32 for n in frozen.of(config.task))
@@ -288,12 +286,3 @@ def check_weights(config: ExportConfig, source: Source, folder: Path, frozen: Fr
                           source.tokenizer.stop_ids, "fp32" if exact else "bf16")
     show_logits(source.name, seen)
     return seen
-
-
-def accuracies(config: ExportConfig, source: Source, generator: Generator, model: CausalLM,
-               task: Task) -> dict[str, float]:
-    """Exact match of the export, beside that seen in training and, if rounded, that of float32."""
-    found = {"trained": source.trained[task.name]} if task.name in source.trained else {}
-    if config.precision != "fp32":
-        found["float32"] = evaluate(model, source.tokenizer, task).share
-    return found | {config.precision: accuracy(generator, task).share}

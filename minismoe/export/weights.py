@@ -10,7 +10,7 @@ Letters: B batch, T new tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import torch
@@ -44,42 +44,32 @@ class WeightGraph(Graph):
         """Cast x, unless the whole graph is in float32."""
         return x if self.dtype == torch.float32 else self.node("Cast", name, x, to=to)
 
-    # Matrices (out, in) of modules that read the same x are stored side by side
-    #   fp32, fp16: x -> MatMul [W_q^T W_k^T W_v^T]
-    #   int8, int4: MatMulNBits (ort), or DequantizeLinear -> MatMul (portable)
-
     def product(self, label: str, x: str, weights: Sequence[Tensor]) -> str:
-        """x (B, T, in) -> (B, T, sum of out)."""
+        """x (B, T, in) -> (B, T, sum of out), by weights (out, in) that are stored side by side."""
         outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
         if self.bits:
             blocks = self.blocks(label, weights, self.bits)
             return self.multiply(label, x, blocks, inputs, outputs, self.bits)
-
-        def rows() -> Iterator[Tensor]:
-            step = max(1, CHUNK // outputs)
-            for i in range(0, inputs, step):
-                yield torch.cat([w[:, i:i + step].to(self.dtype) for w in weights]).T
-
+        step = max(1, CHUNK // outputs)
         return self.node("MatMul", label, x, self.stream(
-            f"{label}.weight", self.real, (inputs, outputs), rows()))
+            f"{label}.weight", self.real, (inputs, outputs), (
+                torch.cat([w[:, i:i + step].to(self.dtype) for w in weights]).T
+                for i in range(0, inputs, step))))
 
     def blocks(self, label: str, weights: Sequence[Tensor], bits: int) -> list[str]:
         """Store the data, scales and zeros of quantised weights; returns their names."""
         parts = [quantize(w, bits) for w in weights]
+        data, scales, zeros = (torch.cat([getattr(p, field) for p in parts])
+                               for field in ("data", "scales", "zeros"))
         names = [f"{label}.{field}" for field in ("weight", "scales", "zeros")]
         if self.ort:
-            for name, values in zip(names, zip(*((p.data, p.scales, p.zeros) for p in parts))):
-                self.stream(name, TYPES[values[0].dtype],
-                            (sum(map(len, values)), *values[0].shape[1:]), values)
-            return names
-        b = Blocks(bits, *(torch.cat([getattr(p, field) for p in parts])
-                           for field in ("data", "scales", "zeros")))
-        inputs, (outputs, groups) = weights[0].shape[1], b.scales.shape
+            return [self.tensor(*each) for each in zip(names, (data, scales, zeros))]
+        inputs, (outputs, groups) = weights[0].shape[1], scales.shape
         kind = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
-        for name, value, rows, data_type in zip(names, columns(b, inputs), (inputs, groups, groups),
-                                                (kind, TensorProto.FLOAT, kind)):
-            self.tensor(name, value, data_type, (rows, outputs))
-        return names
+        by_column = columns(Blocks(bits, data, scales, zeros), inputs)
+        return [self.tensor(name, value, data_type, (rows, outputs))
+                for name, value, rows, data_type in zip(
+                    names, by_column, (inputs, groups, groups), (kind, TensorProto.FLOAT, kind))]
 
     def multiply(self, label: str, x: str, blocks: Sequence[str], inputs: int, outputs: int,
                  bits: int) -> str:
@@ -90,19 +80,15 @@ class WeightGraph(Graph):
         return self.node("MatMul", label, x, self.node(
             "DequantizeLinear", label, *blocks, axis=0, block_size=BLOCK))
 
-    # Embedding and head: a tied table (V, D) is stored once, and both read it
-
     def table(self, name: str) -> list[str]:
-        """The stored tensors of an embedding or head."""
-        if name in self.shared:
-            return self.shared[name]
-        value = self.weight(f"{name}.weight")
-        if self.table_bits:
-            self.shared[name] = self.blocks(name, [value], self.table_bits)
-        else:
-            step = max(1, CHUNK // value.shape[1])
-            self.shared[name] = [self.stream(f"{name}.weight", self.real, value.shape, (
-                value[i:i + step].to(self.dtype) for i in range(0, len(value), step)))]
+        """The stored tensors of an embedding or head (V, D); a tied table is stored once."""
+        if name not in self.shared:
+            value = self.weight(f"{name}.weight")
+            rows = value.split(max(1, CHUNK // value.shape[1]))
+            self.shared[name] = (
+                self.blocks(name, [value], self.table_bits) if self.table_bits else
+                [self.stream(f"{name}.weight", self.real, value.shape, (
+                    part.to(self.dtype) for part in rows))])
         return self.shared[name]
 
     def embed_blocks(self, name: str, data: str, scales: str, zeros: str) -> str:
@@ -111,7 +97,7 @@ class WeightGraph(Graph):
         No standard operator gathers 4-bit values, so the bytes that hold them are gathered.
         """
         D, V = self.config.hidden_size, self.config.vocab_size
-        token = self.node("Unsqueeze", name, "input_ids", self.constant([2]))    # (B, T, 1)
+        token = self.node("Unsqueeze", name, "input_ids", [2])    # (B, T, 1)
         rows, blocks = torch.arange(D) * V, torch.arange(D) // BLOCK * V
         q = self.gather(f"{name}.weight", data, token, rows)
         zero = self.gather(f"{name}.zeros", zeros, token, blocks)
@@ -138,8 +124,7 @@ class WeightGraph(Graph):
                           self.tensor(f"{name}.at", at // 2))
         byte = self.node("Cast", f"{name}.byte", self.node("Gather", name, data, place),
                          to=TensorProto.INT64)
-        divisor = self.node("Gather", f"{name}.nibble", self.constant([1, 16]),
-                            self.node("Mod", name, token, two))
-        q = self.node("Mod", f"{name}.nibble", self.node("Div", f"{name}.nibble", byte, divisor),
-                      self.constant(16))
+        divisor = self.node("Gather", f"{name}.nibble", [1, 16], self.node("Mod", name, token, two))
+        q = self.node("Div", f"{name}.nibble", byte, divisor)
+        q = self.node("Mod", f"{name}.nibble", q, 16)
         return self.node("Cast", name, q, to=TensorProto.FLOAT)

@@ -16,9 +16,8 @@ from safetensors import safe_open
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
-from minismoe.export.frozen import save_frozen
 from minismoe.export.heal import agreement, distil_step, heal, twin
-from minismoe.export.routing import cost_rows, cost_table, fewest_routed
+from minismoe.export.routing import cost_rows, cost_table, fewest_routed, save_frozen
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import fit, freeze, merge
 from minismoe.method.loss import IGNORE
