@@ -163,7 +163,9 @@ def fitted(config: flags.RunConfig) -> TrainConfig:
         raise ValueError("--memory is for --batch-size auto and --plan; on a CUDA device it is a "
                          "limit as well")
     if training.memory and device.type == "cuda":
-        plan.bound_cuda_memory(device, training.memory)
+        # Torch takes no more; training then halves a micro-batch that does not fit.
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, training.memory / total), device.index)
     return training
 
 

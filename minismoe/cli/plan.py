@@ -40,41 +40,34 @@ Activations = Callable[[Sequence[Example]], int]
 
 @dataclass
 class Prospect:
-    """What is known of a run before it starts."""
+    """What is known of a run before it starts; sizes are bytes."""
 
     folder: Path                 # of the base
-    config: Config
     allocation: Allocation
     batches: list[list[Example]]
     longest: int                 # tokens
-    probes: bool
-    runtime: int                 # bytes of Python and the libraries
-    room: int | None             # bytes that may be used; None: unknown
-    fixed: dict[str, int]        # bytes by part
-    model: CausalLM | None       # with its experts; None: no weights, or more than there is room
-    activations: dict[str, Activations]      # "train" and, if it is to run, "probe"
-
-    def training(self, micro: int) -> int:
-        """Bytes at the peak of training."""
-        return self.unmoved + self.activations["train"](largest(self.batches, micro))
-
-    def probe(self, micro: int) -> int:
-        """Bytes at the peak of the probe; 0 if it does not run."""
-        if "probe" not in self.activations:
-            return 0
-        rows = probe_rows(self.longest, micro)
-        return self.runtime + self.fixed["base weights"] + self.activations["probe"](rows)
+    probed: list[Example]        # a batch of the probe; empty if there is none
+    runtime: int                 # of Python and the libraries
+    room: int | None             # that may be used; None: unknown
+    fixed: dict[str, int]        # by part
+    model: CausalLM | None = None            # with its experts; None: no weights, or no room
+    train_bytes: Activations | None = None   # None as the model
+    probe_bytes: Activations | None = None   # None if there is no probe, too
 
     @property
     def unmoved(self) -> int:
-        """Bytes that are taken whatever the batch."""
+        """What is taken whatever the batch."""
         return self.runtime + sum(self.fixed.values())
 
+    def training(self, micro: int) -> int:
+        """The peak of training; without activations if these were not measured."""
+        return self.unmoved + (self.train_bytes(largest(self.batches, micro))
+                               if self.train_bytes else 0)
 
-def probe_rows(longest: int, count: int) -> list[Example]:
-    """A batch of the probe: rows that share no tokens, all supervised."""
-    return [Example("", [i] * longest, [i] * longest)
-            for i in range(min(probing.PROBE_BATCH, count))]
+    def probe(self, micro: int) -> int:
+        """The peak of the probe; 0 if it does not run or was not measured."""
+        return (self.runtime + self.fixed["base weights"] + self.probe_bytes(self.probed[:micro])
+                if self.probe_bytes else 0)
 
 
 def look_ahead(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig,
@@ -92,25 +85,27 @@ def look_ahead(inputs: InputConfig, allocating: AllocationConfig, training: Trai
         ids = [[i, *range(length - 1)] for i in range(training.batch_size)]
         examples = [Example("", row, [IGNORE] * (length - answer) + row[-answer:]) for row in ids]
     allocation = probing.guess(allocating, shapes_of(meta_model(config)), names, inputs.seed)
-    fixed = fixed_bytes(config, allocation, dtype, inputs.base_bits,
-                        distributed.world() if inputs.shard else 1)
+    fixed = fixed_bytes(config, allocation, dtype, inputs.base_bits, shards(inputs))
     if device.type == "cuda":
         runtime = 0                          # it is not in what a GPU has free
     else:
         warm_up(replace(config, vocab_size=9, hidden_size=64, intermediate_size=64,
                         num_hidden_layers=1, windows=config.windows[:1]), dtype, inputs.device)
         runtime = resident() + (ONEDNN if device.type == "cpu" and dtype.itemsize < 4 else 0)
-    p = Prospect(folder, config, allocation, schedule(examples, training),
-                 max(len(e.ids) for e in examples), probing.needed(allocating), runtime,
-                 training.memory or available(inputs.device), fixed, None, {})
+    longest = max(len(e.ids) for e in examples)
+    # Rows that share no tokens, all supervised.
+    probed = [Example("", [i] * longest, [i] * longest)
+              for i in range(min(probing.PROBE_BATCH, training.batch_size))]
+    p = Prospect(folder, allocation, schedule(examples, training), longest,
+                 probed if probing.needed(allocating) else [], runtime,
+                 training.memory or available(inputs.device), fixed)
     if any(folder.glob("*.safetensors")) and (p.room is None or p.unmoved < p.room):
         p.model = load_base(inputs, folder)
-        if p.probes:
-            rows = probe_rows(p.longest, training.batch_size)
-            p.activations["probe"] = measured(p.model, rows, probe=True)
+        if p.probed:
+            p.probe_bytes = measured(p.model, p.probed, probe=True)
         add_experts(p.model, allocation)
         p.model.model.recompute = training.recompute
-        p.activations["train"] = measured(p.model, largest(p.batches, training.batch_size))
+        p.train_bytes = measured(p.model, largest(p.batches, training.batch_size))
     return p
 
 
@@ -137,16 +132,15 @@ def fitting(p: Prospect, inputs: InputConfig, training: TrainConfig) -> int:
     if p.room is None:
         raise ValueError(f"cannot tell how much memory {inputs.device} has: give --memory")
     room, sizes = int(0.9 * p.room), range(1, training.batch_size + 1)   # allocators keep some
-    if not p.activations and p.unmoved < p.room:
-        raise ValueError(f"auto measures a step, but {p.folder} holds no weights: add its "
-                         ".safetensors, or give --micro-batch-size a number")
-    need = p.training(1) if p.activations else p.unmoved
-    if need > room:
+    if (need := p.training(1)) > room:
         raise ValueError(
             f"training one example at a time needs {need / MIB:,.0f} MiB"
-            f"{'' if p.activations else ' besides activations'}, of which Python and torch take "
+            f"{'' if p.model else ' besides activations'}, of which Python and torch take "
             f"{p.runtime / MIB:,.0f}, and {room / MIB:,.0f} MiB may be used: "
             + (advice(p, inputs, training, 1) or "give a larger --memory"))
+    if not p.model:
+        raise ValueError(f"auto measures a step, but {p.folder} holds no .safetensors: add them, "
+                         "or give --micro-batch-size a number")
     micro = bisect_right(sizes, room, key=p.training)
     if p.probe(micro) > room:
         micro = max(1, bisect_right(sizes[:probing.PROBE_BATCH], room, key=p.probe))
@@ -158,31 +152,25 @@ def fitting(p: Prospect, inputs: InputConfig, training: TrainConfig) -> int:
 
 def advice(p: Prospect, inputs: InputConfig, training: TrainConfig, micro: int) -> str:
     """Flags with which training would take less memory, and how much less, best first."""
-    saved = []
-    if not inputs.base_bits:
-        few = fixed_bytes(p.config, p.allocation, getattr(torch, inputs.dtype), 4,
-                          distributed.world() if inputs.shard else 1)
-        saved.append((p.fixed["base weights"] - few["base weights"], "--base-bits 4"))
-    if p.model:
-        batch, now, half = largest(p.batches, micro), p.training(micro), max(1, micro // 2)
-        saved.append((now - p.training(half), f"--micro-batch-size {half}"))
-        cut = [replace(e, ids=e.ids[:p.longest // 2], labels=e.labels[:p.longest // 2])
-               for e in batch]
-        saved.append((now - p.unmoved - p.activations["train"](cut),
-                      f"--max-length {p.longest // 2}"))
-        if not training.recompute:
-            p.model.model.recompute = True
-            less = measured(p.model, largest(p.batches, training.batch_size))
-            saved.append((now - p.unmoved - less(batch), "--recompute"))
-            p.model.model.recompute = False
+    config, now, half = read_config(p.folder)[0], p.training(micro), max(1, micro // 2)
+    few = fixed_bytes(config, p.allocation, getattr(torch, inputs.dtype), 4, shards(inputs))
+    saved = [(p.fixed["base weights"] - few["base weights"], "--base-bits 4"),
+             (now - p.training(half), f"--micro-batch-size {half}")]
+    if p.model and p.train_bytes:
+        batch, length = largest(p.batches, micro), p.longest // 2
+        cut = [replace(e, ids=e.ids[:length], labels=e.labels[:length]) for e in batch]
+        p.model.model.recompute = True
+        recomputed = measured(p.model, largest(p.batches, training.batch_size))
+        p.model.model.recompute = training.recompute
+        saved += [(now - p.unmoved - p.train_bytes(cut), f"--max-length {length}"),
+                  (now - p.unmoved - recomputed(batch), "--recompute")]
     return ", ".join(f"{flag} saves {size / MIB:,.0f} MiB"
                      for size, flag in sorted(saved, reverse=True) if size > 0)
 
 
-def bound_cuda_memory(device: torch.device, size: int) -> None:
-    """Let torch take at most `size` bytes; training halves a micro-batch that does not fit."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device.index)
+def shards(inputs: InputConfig) -> int:
+    """Processes that each hold a part of the blocks."""
+    return distributed.world() if inputs.shard else 1
 
 
 def show_plan(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig, auto: bool,
@@ -194,31 +182,30 @@ def show_plan(inputs: InputConfig, allocating: AllocationConfig, training: Train
     p = look_ahead(inputs, allocating, training)
     micro = fitting(p, inputs, training) if auto else training.micro_batch_size
     mine = distributed.share(micro)
-    parts, peak, probe = {"runtime": p.runtime, **p.fixed}, p.unmoved, p.probe(mine)
-    if p.activations:
-        peak = p.training(mine)
+    peak, probe, parts = p.training(mine), p.probe(mine), {"runtime": p.runtime, **p.fixed}
+    if p.model:
         parts |= {"activations": peak - p.unmoved, "peak": peak}
-    fits = all(distributed.gather(p.room is None or max(peak, probe) <= p.room))
     print(f"{p.fixed['adapters'] // 4:,} trainable parameters; {p.allocation}"
-          + (" (a guess: the probe decides)" if p.probes else ""))
+          + (" (a guess: the probe decides)" if p.probed else ""))
     print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))
     print(f"{', '.join(p.fixed)} are exact; activations were "
-          + ("measured on small batches" if p.activations else
-             f"not measured: that takes weights that fit (.safetensors in {p.folder})"))
+          + ("measured on small batches" if p.model else
+             f"not measured: that takes weights that fit, as .safetensors in {p.folder}"))
     print(f"{inputs.dtype}, {micro} of {training.batch_size} examples at a time, of up to "
           f"{p.longest} tokens; "
           + (f"there are {p.room / MIB:,.0f} MiB" if p.room else "free memory was not measured"))
     if probe > peak:
         print(f"the probe before it takes up to {probe / MIB:,.0f} MiB")
+    fits = all(distributed.gather(p.room is None or max(peak, probe) <= p.room))
     if not fits:
         print("too much: " + (
             "Python and torch alone take more" if p.room and p.runtime >= p.room else
             advice(p, inputs, training, mine) if p.room is None or peak > p.room else
             "the probe alone; --allocation FILE leaves it out, --max-length shortens it"))
     if inputs.data or inputs.model is None:
-        tokens = sum(len(e.ids) for batch in p.batches for e in batch)
-        print(f"training: {len(p.batches)} steps, {tokens:,} tokens, "
-              + (duration(p, p.model, micro, tokens) if p.model and fits and not inputs.shard else
+        count = sum(len(e.ids) for batch in p.batches for e in batch)
+        print(f"training: {len(p.batches)} steps, {count:,} tokens, "
+              + (duration(p, p.model, micro, count) if p.model and fits and not inputs.shard else
                  "whose time was not measured: that takes weights that fit, without --shard"))
         print(f"disk: {p.fixed['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.0f} MiB for the adapter "
               f"and {KEPT + 1} checkpoints (one while it is written)")
@@ -241,4 +228,4 @@ def duration(p: Prospect, model: CausalLM, micro: int, tokens: int) -> str:
             break
     rate = seen / seconds
     return (f"{rate:,.0f} tokens/s measured: about {tokens / rate / 60:,.1f} minutes, besides "
-            f"{'the probe and ' if p.probes else ''}two evaluations")
+            f"{'the probe and ' if p.probed else ''}two evaluations")

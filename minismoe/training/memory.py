@@ -1,8 +1,8 @@
 """What training will take, told before it starts: bytes by part.
 
-Weights, adapters, gradients and the optimizer's moments follow exactly from config.json. Activations
-are measured on the loaded model: the live bytes of a step are counted at two small sizes, and a
-line through both tells those of a larger micro-batch.
+Weights, adapters, gradients and the optimizer's moments follow exactly from config.json.
+Activations are measured on the loaded model: the live bytes of a step are counted at two small
+sizes, and a line through both tells those of a larger micro-batch.
 """
 
 from __future__ import annotations
