@@ -6,9 +6,8 @@
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, before.json, metrics.jsonl, results.json,
-answers.json (1 or 0 for each test line), routers.json and .svg, adapter/, checkpoints/. However a
-run ended after the probe, --resume does what is missing, and leaves the files of a run that nothing
-disturbed.
+answers.json (1 or 0 for each test line), routers.json, adapter/, checkpoints/. However a run ended
+after the probe, --resume does what is missing, and leaves the files of a run that nothing disturbed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from minismoe.cli.inputs import (
     model_folder,
     settled,
 )
-from minismoe.io.files import read_json, write_json
+from minismoe.io.files import write_json
 from minismoe.io.flags import add_flags, from_flags, non_default, text
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
@@ -99,6 +98,8 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         before = score(inputs, "before", config)
         once(write_json, run / "before.json", {name: vars(a) for name, a in before.items()})
 
+    known = report.read_before(run / "before.json", inputs.encoded) if not distributed.rank() else {}
+
     # Train.
     inputs.model.model.recompute = config.training.recompute
     summary = train(inputs.model, inputs.examples, config.training, run, inputs.tokenizer.pad_id,
@@ -111,8 +112,8 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     after = score(inputs, "after", config)
     if distributed.rank():
         return
-    results = report.results_json(read_json(run / "before.json"), after, trainable,
-                                  sum(allocation.experts.values()), seconds)
+    results = report.results_json(known, after, trainable, sum(allocation.experts.values()),
+                                  seconds)
     write_json(run / "answers.json", {name: a.right for name, a in after.items()})
     write_json(run / "results.json", results)
     report.print_results(results, after, config.verbose)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..data.tasks import probe_batches
-from ..io.drawing import routers_svg, terminal_heatmap
-from ..io.files import read_json, replacing, write_json
+from ..io.drawing import terminal_heatmap
+from ..io.files import read_json, write_json
 from ..io.text import clean, table
 from ..training import distributed
 from ..training.evaluate import Accuracy
@@ -21,7 +21,7 @@ ROUTED = 32                              # examples a task that the routers are 
 
 
 def report_routers(inputs: Inputs, run: Path) -> None:
-    """Draw what the routers do on some training examples of each task, and write it down."""
+    """Draw what the routers do on some training examples of each task; write routers.json."""
     device = inputs.model.lm_head.weight.device
     use = router_use(inputs.model, {
         name: probe_batches(e.examples, ROUTED, PROBE_BATCH, inputs.tokenizer.pad_id, device)
@@ -29,8 +29,6 @@ def report_routers(inputs: Inputs, run: Path) -> None:
     if not use or distributed.rank():
         return
     write_json(run / "routers.json", use)
-    with replacing(run / "routers.svg") as tmp:
-        tmp.write_text(routers_svg(use), encoding="utf-8")
     print(terminal_heatmap("how far the routers tell the tasks apart, of 1",
                            {name: found["separation"] for name, found in use.items()}))
     if lost := collapsed(use):
@@ -38,13 +36,25 @@ def report_routers(inputs: Inputs, run: Path) -> None:
               f"{', ...' if len(lost) > 5 else ''}; a larger --router-aux-loss-coef spreads them")
 
 
-def results_json(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Accuracy],
+def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:
+    """The base's accuracy by task. ValueError if before.json does not say it."""
+    content = read_json(file)
+    try:
+        found = {name: Accuracy(content[name]["correct"], content[name]["examples"])
+                 for name in tasks}
+    except (KeyError, TypeError):
+        found = {"": Accuracy(-1, 0)}
+    if not all(type(n) is int and n >= 0 for a in found.values() for n in (a.correct, a.examples)):
+        raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
+    return found
+
+
+def results_json(before: Mapping[str, Accuracy], after: Mapping[str, Accuracy],
                  trainable: int, experts: int, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The content of results.json; `before` is that of before.json."""
+    """The content of results.json."""
     tasks: dict[str, dict[str, Any]] = {}
     for name, a in after.items():
-        b = Accuracy(before[name]["correct"], before[name]["examples"])
-        tasks[name] = {"before": round(b.share, 4), "after": round(a.share, 4),
+        tasks[name] = {"before": round(before[name].share, 4), "after": round(a.share, 4),
                        "interval": [round(x, 4) for x in a.interval], "examples": a.examples}
     mean = {when: round(sum(t[when] for t in tasks.values()) / len(tasks), 4)
             for when in ("before", "after")}

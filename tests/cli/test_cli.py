@@ -331,6 +331,24 @@ def test_what_an_older_run_left_is_not_taken_for_this_ones(inputs, tmp_path, cap
         "sum": (0, 3), "upper": (0, 6)}
 
 
+def test_a_damaged_before_json_is_one_clear_line(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    before = (tmp_path / "before.json").read_text()
+    (tmp_path / "results.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["arguments"]["overlap"] = 0.95                # as older versions wrote
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for damaged in ("[]", "{}", '{"sum": 1, "upper": 2}', before.replace('"correct": 0',
+                                                                         '"correct": "0"')):
+        (tmp_path / "before.json").write_text(damaged)
+        code, _, err = finish(train.main, *known, "--resume", capsys=capsys)
+        assert code == 1 and "before.json is damaged: remove it" in err, err
+    (tmp_path / "before.json").unlink()
+    assert finish(train.main, *known, "--resume", capsys=capsys)[0] == 0
+    assert (tmp_path / "before.json").read_text() == before
+
+
 def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "2", "--out", str(tmp_path)
     assert finish(train.main, *known, capsys=capsys)[0] == 0
