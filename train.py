@@ -6,8 +6,9 @@
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, before.json, metrics.jsonl, results.json,
-answers.json (1 or 0 for each test line), routers.json, adapter/, checkpoints/. However a run ended
-after the probe, --resume does what is missing, and leaves the files of a run that nothing disturbed.
+answers.json (1 or 0 for each test line), routers.json, adapter/, checkpoints/. However a run
+ended after the probe, --resume does what is missing, and leaves the files of a run that nothing
+disturbed.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         before = score(inputs, "before", config)
         once(write_json, run / "before.json", {name: vars(a) for name, a in before.items()})
 
-    known = report.read_before(run / "before.json", inputs.encoded) if not distributed.rank() else {}
+    if not distributed.rank():
+        known = report.read_before(run / "before.json", inputs.encoded)
 
     # Train.
     inputs.model.model.recompute = config.training.recompute
