@@ -159,7 +159,8 @@ def fitted(config: flags.RunConfig) -> TrainConfig:
     """How to train within --memory, or what the device has: the micro-batch, if it is auto."""
     training, device = config.training, torch.device(config.inputs.device)
     if config.auto:
-        micro = plan.fitting_micro_batch(config.inputs, config.allocating, training)
+        micro = plan.fitting(plan.look_ahead(config.inputs, config.allocating, training),
+                             config.inputs, training)
         print(f"--micro-batch-size {micro} of {training.batch_size} fits")
         training = replace(training, micro_batch_size=micro)
     elif training.memory and not config.resume and device.type != "cuda":

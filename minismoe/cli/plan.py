@@ -118,17 +118,11 @@ def warm_up(config: Config, dtype: torch.dtype, device: str) -> None:
     optimizer.step()
 
 
-def fitting_micro_batch(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig,
-                        ) -> int:
+def fitting(p: Prospect, inputs: InputConfig, training: TrainConfig) -> int:
     """The largest micro-batch, of all processes together, that fits --memory or the device.
 
     Raises ValueError, saying which flags help by how much, if one example is too many.
     """
-    return fitting(look_ahead(inputs, allocating, training), inputs, training)
-
-
-def fitting(p: Prospect, inputs: InputConfig, training: TrainConfig) -> int:
-    """The same, of what is known already."""
     if p.room is None:
         raise ValueError(f"cannot tell how much memory {inputs.device} has: give --memory")
     room, sizes = int(0.9 * p.room), range(1, training.batch_size + 1)   # allocators keep some
