@@ -78,7 +78,7 @@ def print_results(results: Mapping[str, Any], after: Mapping[str, Accuracy], ver
 
 
 def next_commands(run: Path, embedded: bool) -> str:
-    """Commands that a person may want to type now."""
+    """Commands to type next."""
     name, size = shlex.quote(str(run)), read_json(run / "results.json")["trainable_parameters"]
     if embedded:
         return (f"Next: freeze, quantise and chat; see the sensitivities; compare at equal size; "
