@@ -6,8 +6,8 @@
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, before.json, metrics.jsonl, results.json,
-answers.json (1 or 0 for each test line), routers.json and .svg, adapter/, checkpoints/. However a
-run ended after the probe, --resume does what is missing, and leaves the files of a run that nothing
+answers.json (1 or 0 for each test line), routers.json, adapter/, checkpoints/. However a run
+ended after the probe, --resume does what is missing, and leaves the files of a run that nothing
 disturbed.
 """
 
@@ -32,7 +32,7 @@ from minismoe.cli.inputs import (
     model_folder,
     settled,
 )
-from minismoe.io.files import read_json, write_json
+from minismoe.io.files import write_json
 from minismoe.io.flags import add_flags, from_flags, non_default, text
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
@@ -99,6 +99,9 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         before = score(inputs, "before", config)
         once(write_json, run / "before.json", {name: vars(a) for name, a in before.items()})
 
+    if not distributed.rank():
+        known = report.read_before(run / "before.json", inputs.encoded)
+
     # Train.
     inputs.model.model.recompute = config.training.recompute
     summary = train(inputs.model, inputs.examples, config.training, run, inputs.tokenizer.pad_id,
@@ -111,8 +114,8 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     after = score(inputs, "after", config)
     if distributed.rank():
         return
-    results = report.results_json(read_json(run / "before.json"), after, trainable,
-                                  sum(allocation.experts.values()), seconds)
+    results = report.results_json(known, after, trainable, sum(allocation.experts.values()),
+                                  seconds)
     write_json(run / "answers.json", {name: a.right for name, a in after.items()})
     write_json(run / "results.json", results)
     report.print_results(results, after, config.verbose)
@@ -156,14 +159,17 @@ def fitted(config: flags.RunConfig) -> TrainConfig:
     """How to train within --memory, or what the device has: the micro-batch, if it is auto."""
     training, device = config.training, torch.device(config.inputs.device)
     if config.auto:
-        micro = plan.fitting_micro_batch(config.inputs, config.allocating, training)
+        micro = plan.fitting(plan.look_ahead(config.inputs, config.allocating, training),
+                             config.inputs, training)
         print(f"--micro-batch-size {micro} of {training.batch_size} fits")
         training = replace(training, micro_batch_size=micro)
     elif training.memory and not config.resume and device.type != "cuda":
         raise ValueError("--memory is for --batch-size auto and --plan; on a CUDA device it is a "
                          "limit as well")
     if training.memory and device.type == "cuda":
-        plan.bound_cuda_memory(device, training.memory)
+        # Torch takes no more; training then halves a micro-batch that does not fit.
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, training.memory / total), device.index)
     return training
 
 

@@ -10,17 +10,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from ..io.flags import (
-    above_zero,
-    add_flags,
-    as_flags,
-    flag,
-    positive,
-    positive_or_auto,
-    seed,
-    share,
-    text,
-)
+from ..io.flags import above_zero, add_flags, as_flags, flag, positive, seed, share, text
 from ..method.allocate import GROUPS, STRATEGIES
 from ..training.loop import TrainConfig
 
@@ -64,13 +54,8 @@ class InputConfig:
 class AllocationConfig:
     """How much the probe measures, and how experts are given to matrices."""
 
-    samples: int | str = flag(
-        32, "training examples a task to probe (default: %(default)s); auto doubles them until "
-        "--overlap is reached, up to 512", positive_or_auto, metavar="N|auto")
-    overlap: float = flag(
-        0.95, "split-half overlap of the selected matrices that auto aims at (default: "
-        "%(default)s)",
-        share, metavar="F")
+    samples: int = flag(32, "training examples a task to probe (default: %(default)s)", positive,
+                        metavar="N")
     strategy: str = flag("votes", "how experts are given to matrices (default: %(default)s, "
                          "the paper's)", choices=STRATEGIES)
     keep: float | None = flag(None, "share of its group that a task votes for (default: 0.6, if "

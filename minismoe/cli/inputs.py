@@ -70,7 +70,9 @@ def settled(config: InputConfig) -> InputConfig:
     dtype = config.dtype
     if dtype == "auto":
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                else device.type == "cpu" and _multiplies_bfloat16())
+                else device.type == "cpu" and any(     # others are slower in it than in float32
+                    getattr(torch.cpu, f"_is_{kind}_supported", lambda: False)()
+                    for kind in ("amx_tile", "avx512_bf16")))
         dtype = "bfloat16" if fast and config.model is not None else "float32"
     return replace(config, device=str(device), dtype=dtype)
 
@@ -83,12 +85,6 @@ def _is_there(device: torch.device) -> bool:
     except (AssertionError, RuntimeError):
         return False
     return True
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; if not, float32 is faster."""
-    return any(getattr(torch.cpu, f"_is_{kind}_supported", lambda: False)()
-               for kind in ("amx_tile", "avx512_bf16"))
 
 
 def join_processes(config: InputConfig) -> torch.device:

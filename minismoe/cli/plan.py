@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,52 +17,63 @@ import torch
 from ..data.tasks import Example
 from ..io.process import resident
 from ..io.text import table
-from ..method.experts import add_experts
+from ..method.allocate import Allocation
+from ..method.experts import add_experts, linear_layers
 from ..method.loss import IGNORE
-from ..model.checkpoint import load_model, read_config
+from ..method.sensitivity import shapes_of
+from ..model.checkpoint import read_config
+from ..model.config import Config
+from ..model.decoder import CausalLM
 from ..training import distributed
 from ..training.loop import TrainConfig, schedule, train_step
-from ..training.memory import MIB, Setup, available, meta_model
+from ..training.memory import MIB, available, fixed_bytes, largest, measured, meta_model
 from ..training.resume import KEPT
 from . import probing
 from .flags import AllocationConfig, InputConfig
-from .inputs import context, model_folder, read_data
+from .inputs import context, load_base, model_folder, read_data
 
 STEPS, SECONDS = 4, 30           # measured steps, the first to warm up; and how long they may take
 ONEDNN = 64 * MIB                # what it compiles for bfloat16 on a CPU: see process.bound_memory
 
+Activations = Callable[[Sequence[Example]], int]
+
 
 @dataclass
 class Prospect:
-    """What is known of a run before it starts."""
+    """What is known of a run before it starts; sizes are bytes."""
 
     folder: Path                 # of the base
-    setup: Setup
+    allocation: Allocation
     batches: list[list[Example]]
     longest: int                 # tokens
-    probes: bool
-    runtime: int                 # bytes of Python and the libraries
-    room: int | None             # bytes that may be used; None: unknown
+    probed: list[Example]        # a batch of the probe; empty if there is none
+    runtime: int                 # of Python and the libraries
+    room: int | None             # that may be used; None: unknown
+    fixed: dict[str, int]        # by part
+    model: CausalLM | None = None            # with its experts; None: no weights, or no room
+    train_bytes: Activations | None = None   # None as the model
+    probe_bytes: Activations | None = None   # None if there is no probe, too
+
+    @property
+    def unmoved(self) -> int:
+        """What is taken whatever the batch."""
+        return self.runtime + sum(self.fixed.values())
 
     def training(self, micro: int) -> int:
-        """Bytes at the peak of training."""
-        return self.runtime + self.setup.total(self.batches, micro)
+        """The peak of training; without activations if these were not measured."""
+        return self.unmoved + (self.train_bytes(largest(self.batches, micro))
+                               if self.train_bytes else 0)
 
     def probe(self, micro: int) -> int:
-        """Bytes at the peak of the probe, whose rows share no tokens; 0 if it is not needed."""
-        if not self.probes:
-            return 0
-        rows = [Example("", [i] * self.longest, [i] * self.longest)
-                for i in range(min(probing.PROBE_BATCH, micro))]
-        setup = replace(self.setup, probe=True, recompute=False, allocation=replace(
-            self.setup.allocation, experts={}, ranks={}))
-        return self.runtime + setup.total([rows], len(rows))
+        """The peak of the probe; 0 if it does not run or was not measured."""
+        return (self.runtime + self.fixed["base weights"] + self.probe_bytes(self.probed[:micro])
+                if self.probe_bytes else 0)
 
 
 def look_ahead(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig,
                ) -> Prospect:
-    """Read config.json and the data, and measure activations; no weights are loaded."""
-    folder = model_folder(inputs)
+    """Read config.json and the data; if the weights are there and fit, measure activations."""
+    folder, dtype = model_folder(inputs), getattr(torch, inputs.dtype)
     config, device = read_config(folder)[0], torch.device(inputs.device)
     names, examples = inputs.tasks.split(",") if inputs.tasks else [""], []
     if inputs.data or inputs.model is None:
@@ -72,70 +84,107 @@ def look_ahead(inputs: InputConfig, allocating: AllocationConfig, training: Trai
         answer = max(1, length // 10)
         ids = [[i, *range(length - 1)] for i in range(training.batch_size)]
         examples = [Example("", row, [IGNORE] * (length - answer) + row[-answer:]) for row in ids]
-    sizes = probing.shapes(meta_model(config))
-    setup = Setup(config, probing.guess(allocating, sizes, names, inputs.seed),
-                  getattr(torch, inputs.dtype), inputs.device, inputs.base_bits, training.recompute,
-                  distributed.world() if inputs.shard else 1)
-    setup.activations([Example("", [1] * 4, [1] * 4)] * 2)      # the libraries load what they need
-    runtime = 0 if device.type == "cuda" else resident()     # a GPU's is not in what it has free
-    if device.type == "cpu" and setup.dtype.itemsize < 4:
-        runtime += ONEDNN
-    return Prospect(folder, setup, schedule(examples, training),
-                    max(len(e.ids) for e in examples), probing.needed(allocating), runtime,
-                    training.memory or available(inputs.device))
+    allocation = probing.guess(allocating, shapes_of(meta_model(config)), names, inputs.seed)
+    fixed = fixed_bytes(config, allocation, dtype, inputs.base_bits, shards(inputs))
+    if device.type == "cuda":
+        runtime = 0                          # it is not in what a GPU has free
+    else:
+        warm_up(replace(config, vocab_size=9, hidden_size=64, intermediate_size=64,
+                        num_hidden_layers=1, windows=config.windows[:1]), dtype, inputs.device)
+        runtime = resident() + (ONEDNN if device.type == "cpu" and dtype.itemsize < 4 else 0)
+    longest = max(len(e.ids) for e in examples)
+    # Rows that share no tokens, all supervised.
+    probed = [Example("", [i] * longest, [i] * longest)
+              for i in range(min(probing.PROBE_BATCH, training.batch_size))]
+    p = Prospect(folder, allocation, schedule(examples, training), longest,
+                 probed if probing.needed(allocating) else [], runtime,
+                 training.memory or available(inputs.device), fixed)
+    if any(folder.glob("*.safetensors")) and (p.room is None or p.unmoved < p.room):
+        p.model = load_base(inputs, folder)
+        if p.probed:
+            p.probe_bytes = measured(p.model, p.probed, probe=True)
+        add_experts(p.model, allocation)
+        p.model.model.recompute = training.recompute
+        p.train_bytes = measured(p.model, largest(p.batches, training.batch_size))
+    return p
 
 
-def fitting_micro_batch(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig,
-                        ) -> int:
+def warm_up(config: Config, dtype: torch.dtype, device: str) -> None:
+    """Train a step, so that the libraries load what they need: torch 70 MB for an optimizer."""
+    model = CausalLM(config).to(device, dtype).requires_grad_(False)
+    add_experts(model, dict.fromkeys(linear_layers(model), 2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    train_step(model, [Example("", [1, 2, 3], [1, 2, 3])] * 2, TrainConfig(), 0)
+    optimizer.step()
+
+
+def fitting(p: Prospect, inputs: InputConfig, training: TrainConfig) -> int:
     """The largest micro-batch, of all processes together, that fits --memory or the device.
 
     Raises ValueError, saying which flags help by how much, if one example is too many.
     """
-    return fitting(look_ahead(inputs, allocating, training), training.batch_size)
-
-
-def fitting(p: Prospect, batch_size: int) -> int:
-    """The same, of what is known already."""
     if p.room is None:
-        raise ValueError(f"cannot tell how much memory {p.setup.device} has: give --memory")
-    room, sizes = int(0.9 * p.room), range(1, batch_size + 1)    # allocators keep freed memory
-    micro = bisect_right(sizes, room, key=p.training)
-    if micro == 0:
-        need = p.training(1)
+        raise ValueError(f"cannot tell how much memory {inputs.device} has: give --memory")
+    room, sizes = int(0.9 * p.room), range(1, training.batch_size + 1)   # allocators keep some
+    if (need := p.training(1)) > room:
         raise ValueError(
-            f"training one example at a time needs {need / MIB:,.0f} MiB, of which Python and "
-            f"torch take {p.runtime / MIB:,.0f}, and {room / MIB:,.0f} MiB may be used: "
-            + (p.setup.advice(p.batches, 1) or "give a larger --memory"))
+            f"training one example at a time needs {need / MIB:,.0f} MiB"
+            f"{'' if p.model else ' besides activations'}, of which Python and torch take "
+            f"{p.runtime / MIB:,.0f}, and {room / MIB:,.0f} MiB may be used: "
+            + (advice(p, inputs, training, 1) or "give a larger --memory"))
+    if not p.model:
+        raise ValueError(f"auto measures a step, but {p.folder} holds no .safetensors: add them, "
+                         "or give --micro-batch-size a number")
+    micro = bisect_right(sizes, room, key=p.training)
     if p.probe(micro) > room:
         micro = max(1, bisect_right(sizes[:probing.PROBE_BATCH], room, key=p.probe))
     if (more := p.probe(micro) - room) > 0:
         print(f"the probe may take {more / MIB:,.0f} MiB more than there are: "
               "--allocation FILE leaves it out", file=sys.stderr)
-    return min(batch_size, min(distributed.gather(micro)) * distributed.world())
+    return min(training.batch_size, min(distributed.gather(micro)) * distributed.world())
 
 
-def bound_cuda_memory(device: torch.device, size: int) -> None:
-    """Let torch take at most `size` bytes; training halves a micro-batch that does not fit."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device.index)
+def advice(p: Prospect, inputs: InputConfig, training: TrainConfig, micro: int) -> str:
+    """Flags with which training would take less memory, and how much less, best first."""
+    config, now, half = read_config(p.folder)[0], p.training(micro), max(1, micro // 2)
+    few = fixed_bytes(config, p.allocation, getattr(torch, inputs.dtype), 4, shards(inputs))
+    saved = [(p.fixed["base weights"] - few["base weights"], "--base-bits 4"),
+             (now - p.training(half), f"--micro-batch-size {half}")]
+    if p.model and p.train_bytes:
+        batch, length = largest(p.batches, micro), p.longest // 2
+        cut = [replace(e, ids=e.ids[:length], labels=e.labels[:length]) for e in batch]
+        p.model.model.recompute = True
+        recomputed = measured(p.model, largest(p.batches, training.batch_size))
+        p.model.model.recompute = training.recompute
+        saved += [(now - p.unmoved - p.train_bytes(cut), f"--max-length {length}"),
+                  (now - p.unmoved - recomputed(batch), "--recompute")]
+    return ", ".join(f"{flag} saves {size / MIB:,.0f} MiB"
+                     for size, flag in sorted(saved, reverse=True) if size > 0)
+
+
+def shards(inputs: InputConfig) -> int:
+    """Processes that each hold a part of the blocks."""
+    return distributed.world() if inputs.shard else 1
 
 
 def show_plan(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig, auto: bool,
               ) -> None:
     """Print parameters, memory by part, time and disk of the run that the flags ask for.
 
-    A folder that holds config.json alone will do; then the time is left out.
+    Of a folder that holds config.json alone, all but activations and time.
     """
     p = look_ahead(inputs, allocating, training)
-    micro = fitting(p, training.batch_size) if auto else training.micro_batch_size
-    mine, fixed = distributed.share(micro), p.setup.fixed()
-    peak, probe = p.training(mine), p.probe(mine)
-    parts = {"runtime": p.runtime, **fixed,
-             "activations": peak - p.runtime - sum(fixed.values()), "peak": peak}
-    print(f"{fixed['adapters'] // 4:,} trainable parameters; {p.setup.allocation}"
-          + (" (a guess: the probe decides)" if p.probes else ""))
+    micro = fitting(p, inputs, training) if auto else training.micro_batch_size
+    mine = distributed.share(micro)
+    peak, probe, parts = p.training(mine), p.probe(mine), {"runtime": p.runtime, **p.fixed}
+    if p.model:
+        parts |= {"activations": peak - p.unmoved, "peak": peak}
+    print(f"{p.fixed['adapters'] // 4:,} trainable parameters; {p.allocation}"
+          + (" (a guess: the probe decides)" if p.probed else ""))
     print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))
-    print(f"{', '.join(fixed)} are exact; activations were measured on a few blocks")
+    print(f"{', '.join(p.fixed)} are exact; activations were "
+          + ("measured on small batches" if p.model else
+             f"not measured: that takes weights that fit, as .safetensors in {p.folder}"))
     print(f"{inputs.dtype}, {micro} of {training.batch_size} examples at a time, of up to "
           f"{p.longest} tokens; "
           + (f"there are {p.room / MIB:,.0f} MiB" if p.room else "free memory was not measured"))
@@ -145,23 +194,19 @@ def show_plan(inputs: InputConfig, allocating: AllocationConfig, training: Train
     if not fits:
         print("too much: " + (
             "Python and torch alone take more" if p.room and p.runtime >= p.room else
-            p.setup.advice(p.batches, mine) if p.room is None or peak > p.room else
+            advice(p, inputs, training, mine) if p.room is None or peak > p.room else
             "the probe alone; --allocation FILE leaves it out, --max-length shortens it"))
     if inputs.data or inputs.model is None:
-        measurable = fits and not inputs.shard and any(p.folder.glob("*.safetensors"))
-        tokens = sum(len(e.ids) for batch in p.batches for e in batch)
-        print(f"training: {len(p.batches)} steps, {tokens:,} tokens, "
-              + (duration(p, inputs.device, micro, tokens) if measurable else
+        count = sum(len(e.ids) for batch in p.batches for e in batch)
+        print(f"training: {len(p.batches)} steps, {count:,} tokens, "
+              + (duration(p, p.model, micro, count) if p.model and fits and not inputs.shard else
                  "whose time was not measured: that takes weights that fit, without --shard"))
-        print(f"disk: {fixed['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.0f} MiB for the adapter "
+        print(f"disk: {p.fixed['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.0f} MiB for the adapter "
               f"and {KEPT + 1} checkpoints (one while it is written)")
 
 
-def duration(p: Prospect, device: str, micro: int, tokens: int) -> str:
+def duration(p: Prospect, model: CausalLM, micro: int, tokens: int) -> str:
     """How long training will take, from a few measured steps, spread over the schedule."""
-    model = load_model(p.folder, p.setup.dtype, device, p.setup.base_bits)
-    add_experts(model, p.setup.allocation)
-    model.model.recompute = p.setup.recompute
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     cfg = TrainConfig(micro_batch_size=micro)
     begun, seen, seconds = time.perf_counter(), 0, 0.0
@@ -177,4 +222,4 @@ def duration(p: Prospect, device: str, micro: int, tokens: int) -> str:
             break
     rate = seen / seconds
     return (f"{rate:,.0f} tokens/s measured: about {tokens / rate / 60:,.1f} minutes, besides "
-            f"{'the probe and ' if p.probes else ''}two evaluations")
+            f"{'the probe and ' if p.probed else ''}two evaluations")

@@ -18,13 +18,12 @@ from ..io.files import read_json
 from ..io.text import clean, table
 from ..method.allocate import Allocation, Unfit, allocate
 from ..method.experts import linear_layers
-from ..method.sensitivity import Scores, overlap, probe
+from ..method.sensitivity import Scores, overlap, probe, shapes_of
 from ..training import distributed
 from .flags import AllocationConfig
 from .inputs import Inputs
 
-PROBE_BATCH = 16                         # samples at once
-AUTO_START, AUTO_MOST = 16, 512          # samples a task of --samples auto
+PROBE_BATCH = 16                                     # samples at once
 BLIND = ("uniform", "mola", "random", "lora")        # given a budget, these read no score
 
 
@@ -75,18 +74,12 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs, seed: int,
     if kept and kept.exists():
         return read_allocation(allocating, kept)
     try:
-        found = guess(allocating, shapes(inputs.model), list(inputs.encoded), seed)
+        found = guess(allocating, shapes_of(inputs.model), list(inputs.encoded), seed)
     except Unfit:                        # with other scores it may fit
         if not needed(allocating):
             raise
         return None
     return None if needed(allocating) else found
-
-
-def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """{module: (out, in)} of the linear layers that may get experts."""
-    return {name: (m.weight.shape[0], m.weight.shape[1])
-            for name, m in linear_layers(model).items()}
 
 
 def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocation:
@@ -109,65 +102,35 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
 
 def measure(allocating: AllocationConfig, inputs: Inputs, seed: int, size: int = PROBE_BATCH,
             ) -> Scores:
-    """Probe all tasks, with a bar, and print how far the result can be trusted.
-
-    Each process computes `size` samples at once. With --samples auto the samples of each task are
-    doubled until the split-half overlap of all tasks reaches --overlap.
+    """Probe all tasks, `size` samples at once in each process, with a bar; print how far the result
+    can be trusted: the overlap of the matrices that halves of the samples would vote for.
     """
-    auto = allocating.samples == "auto"
-    wanted = AUTO_START if auto else int(allocating.samples)
-    pools = {name: random.Random(seed).sample(e.examples, len(e.examples))
-             for name, e in inputs.encoded.items()}
-    most = min(AUTO_MOST if auto else wanted, max(map(len, pools.values())))
-    scores, done = Scores(shapes(inputs.model)), 0
     pad_id, device = inputs.tokenizer.pad_id, inputs.model.lm_head.weight.device
+    batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(
+        random.Random(seed).sample(e.examples, len(e.examples)), allocating.samples, size, pad_id,
+        device)]
+    scores = Scores(shapes_of(inputs.model))
 
     def norms(item: tuple[str, Batch]) -> list[list[float]]:
         return probe(inputs.model, {item[0]: [item[1]]}).samples[item[0]].tolist()
 
-    with tqdm(desc="probe", unit="sample", total=0, disable=distributed.rank() > 0) as bar:
-        while True:
-            batches = [(name, batch) for name, pool in pools.items() for batch in
-                       probe_batches(pool, wanted - done, size, pad_id, device, done)]
-            bar.total += sum(len(batch[0]) for _, batch in batches)
-            for (name, _), found in zip(batches, distributed.spread(norms, batches)):
-                scores.add(name, torch.tensor(found, dtype=torch.float64))
-                bar.update(len(found))
-            agreement, done = trust(allocating, scores), wanted
-            if not auto or lowest(agreement) >= allocating.overlap or done >= most:
-                break
-            wanted = min(2 * done, most)
-    print_agreement(allocating, scores, agreement, done)
-    return scores
-
-
-def trust(allocating: AllocationConfig, scores: Scores) -> dict[str, float]:
-    """Split-half overlap of the matrices that each task would vote for."""
-    names = list(scores.shapes)
+    with tqdm(desc="probe", unit="sample", total=sum(len(batch[0]) for _, batch in batches),
+              disable=distributed.rank() > 0) as bar:
+        for (name, _), found in zip(batches, distributed.spread(norms, batches)):
+            scores.add(name, torch.tensor(found, dtype=torch.float64))
+            bar.update(len(found))
 
     def select(one_task: dict[str, float]) -> set[str]:
         return set(allocate({"": one_task}, group=allocating.group, keep=allocating.keep or 0.6,
                             targets=allocating.targets).experts)
 
-    return {task: overlap(samples, names, select) for task, samples in scores.samples.items()}
-
-
-def lowest(agreement: Mapping[str, float]) -> float:
-    """The lowest overlap; a task of a single sample has none. 1 if no task has one."""
-    return min((a for a in agreement.values() if not math.isnan(a)), default=1.0)
-
-
-def print_agreement(allocating: AllocationConfig, scores: Scores, agreement: Mapping[str, float],
-                    done: int) -> None:
-    """Print how many samples of each task were probed, and the overlap of their halves."""
-    rows = [[clean(t), len(scores.samples[t]), "-" if math.isnan(a) else f"{a:.2f}"]
-            for t, a in agreement.items()]
+    rows = []
+    for task, samples in scores.samples.items():
+        agreement = overlap(samples, list(scores.shapes), select)        # nan of a single sample
+        rows.append([clean(task), len(samples),
+                     "-" if math.isnan(agreement) else f"{agreement:.2f}"])
     print(table(["task", "samples probed", "split-half overlap"], rows))
-    if allocating.samples == "auto":
-        least = lowest(agreement)
-        print(f"--samples auto stopped at {done} a task: the lowest overlap is {least:.2f}, "
-              f"{'at' if least >= allocating.overlap else 'below'} the target of "
-              f"{allocating.overlap:.2f}")
+    return scores
 
 
 def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ ROUTED = 32                              # examples a task that the routers are 
 
 
 def report_routers(inputs: Inputs, run: Path) -> None:
-    """Draw what the routers do on some training examples of each task, and write it down."""
+    """Draw what the routers do on some training examples of each task; write routers.json."""
     device = inputs.model.lm_head.weight.device
     use = router_use(inputs.model, {
         name: probe_batches(e.examples, ROUTED, PROBE_BATCH, inputs.tokenizer.pad_id, device)
@@ -36,13 +36,25 @@ def report_routers(inputs: Inputs, run: Path) -> None:
               f"{', ...' if len(lost) > 5 else ''}; a larger --router-aux-loss-coef spreads them")
 
 
-def results_json(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Accuracy],
+def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:
+    """The base's accuracy by task. ValueError if before.json does not say it."""
+    content = read_json(file)
+    try:
+        found = {name: Accuracy(content[name]["correct"], content[name]["examples"])
+                 for name in tasks}
+    except (KeyError, TypeError):
+        found = {"": Accuracy(-1, 0)}
+    if not all(type(n) is int and n >= 0 for a in found.values() for n in (a.correct, a.examples)):
+        raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
+    return found
+
+
+def results_json(before: Mapping[str, Accuracy], after: Mapping[str, Accuracy],
                  trainable: int, experts: int, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The content of results.json; `before` is that of before.json."""
+    """The content of results.json."""
     tasks: dict[str, dict[str, Any]] = {}
     for name, a in after.items():
-        b = Accuracy(before[name]["correct"], before[name]["examples"])
-        tasks[name] = {"before": round(b.share, 4), "after": round(a.share, 4),
+        tasks[name] = {"before": round(before[name].share, 4), "after": round(a.share, 4),
                        "interval": [round(x, 4) for x in a.interval], "examples": a.examples}
     mean = {when: round(sum(t[when] for t in tasks.values()) / len(tasks), 4)
             for when in ("before", "after")}
@@ -66,7 +78,7 @@ def print_results(results: Mapping[str, Any], after: Mapping[str, Accuracy], ver
 
 
 def next_commands(run: Path, embedded: bool) -> str:
-    """Commands that a person may want to type now."""
+    """Commands to type next."""
     name, size = shlex.quote(str(run)), read_json(run / "results.json")["trainable_parameters"]
     if embedded:
         return (f"Next: freeze, quantise and chat; see the sensitivities; compare at equal size; "

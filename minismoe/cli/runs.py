@@ -53,7 +53,9 @@ def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> 
     """The flags of a run, changed by those of argv. ValueError lists those that may not change."""
     saved = saved_config(run)["arguments"]
     # A run divided among processes may go on in one process, and the other way round.
-    kept = vars(as_typed(parser, {**saved, "shard": None, "out": str(run)}))
+    saved = {**saved, "shard": None, "out": str(run)}
+    saved.pop("overlap", None)               # a flag that older versions had
+    kept = vars(as_typed(parser, saved))
     args = parser.parse_args(argv, argparse.Namespace(**kept))
     for name in ("batch_size", "micro_batch_size", "dtype"):     # the run settled what auto is
         if getattr(args, name) == "auto":

@@ -1,9 +1,8 @@
 """What training will take, told before it starts: bytes by part.
 
-Weights, adapters, gradients and the optimizer's moments are computed from config.json, exactly.
-Activations are measured: a few blocks of the model's sizes, with zeros for weights, compute the
-gradients of a micro-batch while the bytes of live tensors are counted. Every further block keeps
-as much as these do, so no weights are needed and a large model takes seconds.
+Weights, adapters, gradients and the optimizer's moments follow exactly from config.json.
+Activations are measured on the loaded model: the live bytes of a step are counted at two small
+sizes, and a line through both tells those of a larger micro-batch.
 """
 
 from __future__ import annotations
@@ -11,31 +10,29 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..data.tasks import Batch, Example, collate
+from ..data.tasks import Example, collate
 from ..io.process import group_rooms, resident
 from ..method.allocate import Allocation, parameters
-from ..method.experts import add_experts, balance_loss, expert_layers, linear_layers
+from ..method.experts import balance_loss, expert_layers, linear_layers
 from ..method.loss import CHUNK, IGNORE, supervised_losses
-from ..method.sensitivity import sample_norms
+from ..method.sensitivity import sample_norms, shapes_of
 from ..model.config import Config
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
 
 MIB = 1 << 20
-BLOCKS = 4                      # of a deeper model so many are measured,
-PLACES = 2048                   # and of a larger micro-batch rows of so many tokens in all
-VOCABULARY = 256                # of the measured blocks; the memory of logits is computed
+SMALL = 512                     # tokens of the smaller measured step, if that is a row or more
+VOCABULARY = 256                # rows of its head; the memory of logits is computed
 
 
 def meta_model(config: Config) -> CausalLM:
@@ -44,18 +41,40 @@ def meta_model(config: Config) -> CausalLM:
         return CausalLM(config)
 
 
+def fixed_bytes(config: Config, allocation: Allocation, dtype: torch.dtype,
+                base_bits: int | None = None, shards: int = 1) -> dict[str, int]:
+    """Bytes by part of what does not depend on the batch; of `shards` processes, those of each."""
+    model, size = meta_model(config), dtype.itemsize
+    shapes = shapes_of(model)
+    trained = sum(parameters(shapes[name], count, allocation.rank_of(name))
+                  for name, count in allocation.experts.items())
+    base = sum(p.numel() for p in model.parameters()) * size
+    if shards > 1:                       # besides its part, a process holds two whole blocks
+        blocks = sum(p.numel() for p in model.model.layers.parameters()) * size
+        base -= blocks - min(blocks, blocks // shards + 2 * blocks // config.num_hidden_layers)
+    if base_bits:
+        for N, K in shapes.values():
+            G = -(-K // BLOCK)
+            row = G * (BLOCK * base_bits // 8) + 2 * G + -(-G * base_bits // 8)  # scales, zeros
+            base += N * (row - K * size)
+    return {"base weights": base, "adapters": 4 * trained, "optimizer": 8 * trained,
+            "gradients": 4 * trained}
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live tensors that are made under it, and their peak.
 
-    These are the same each time and on every device. What a process takes from the system is not:
-    allocators round up, and keep what was freed. Scratch memory inside a kernel is not seen.
+    These are the same each time and on every device, unlike what a process takes: allocators round
+    up, and keep what was freed. Scratch memory inside a kernel is not seen.
     """
 
-    def __init__(self, model: torch.nn.Module):
-        """Views of the weights of `model` are not counted."""
+    def __init__(self, model: nn.Module):
+        """What `model` holds already, gradients too, is not counted."""
         super().__init__()
         self.now = self.peak = 0
-        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+        held = [*model.parameters(), *model.buffers(),
+                *(p.grad for p in model.parameters() if p.grad is not None)]
+        self.known = {t.untyped_storage()._cdata for t in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -73,118 +92,64 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What memory depends on, beside the batches."""
+def step_bytes(model: CausalLM, examples: Sequence[Example], probe: bool) -> tuple[int, int]:
+    """Bytes that a forward pass leaves, and what the rest takes beside them, logits aside.
 
-    config: Config
-    allocation: Allocation
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    base_bits: int | None = None
-    recompute: bool = False
-    shards: int = 1              # processes of which each holds a part of the blocks
-    probe: bool = False          # of the model without experts, in place of training
-
-    def fixed(self) -> dict[str, int]:
-        """Bytes by part, of what does not depend on the batch."""
-        model, size, found = meta_model(self.config), self.dtype.itemsize, self.allocation
-        shapes = {n: (m.out_features, m.in_features) for n, m in linear_layers(model).items()}
-        trained = sum(parameters(shapes[name], count, found.rank_of(name))
-                      for name, count in found.experts.items())
-        base = sum(p.numel() for p in model.parameters()) * size
-        if self.shards > 1:                  # besides its part, a process holds two whole blocks
-            blocks = sum(p.numel() for p in model.model.layers.parameters()) * size
-            two = 2 * blocks // self.config.num_hidden_layers
-            base -= blocks - min(blocks, blocks // self.shards + two)
-        if bits := self.base_bits:
-            for N, K in shapes.values():
-                G = -(-K // BLOCK)
-                row = G * (BLOCK * bits // 8) + 2 * G + -(-G * bits // 8)    # with scales, zeros
-                base += N * (row - K * size)
-        return {"base weights": base, "adapters": 4 * trained, "optimizer": 8 * trained,
-                "gradients": 4 * trained}
-
-    def few_blocks(self) -> CausalLM:
-        """Some blocks, spread over the model's depth, with their experts; weights are zeros."""
-        layers, found = self.config.num_hidden_layers, self.allocation
-        count = min(layers, BLOCKS)
-        picked = [i * (layers - 1) // max(1, count - 1) for i in range(count)]
-        model = meta_model(replace(
-            self.config, vocab_size=VOCABULARY, num_hidden_layers=count, tie_word_embeddings=False,
-            windows=tuple(self.config.windows[i] for i in picked)))
-        model.to(self.dtype).to_empty(device=self.device).requires_grad_(False)
-        for parameter in model.parameters():
-            parameter.zero_()
-        named = {name: re.sub(r"layers\.(\d+)", lambda m: f"layers.{picked[int(m[1])]}", name)
-                 for name in linear_layers(model)}
-        add_experts(model, replace(
-            found, experts={new: found.experts.get(old, 0) for new, old in named.items()},
-            ranks={new: found.ranks[old] for new, old in named.items() if old in found.ranks}))
-        model.model.recompute = self.recompute
-        return model
-
-    def gradients(self, model: CausalLM, ids: Tensor, mask: Tensor, labels: Tensor) -> None:
-        """What the probe or training (loop.train_step) computes of a batch, each (B, T)."""
-        if self.probe:
-            sample_norms(model, linear_layers(model), ids, mask, labels)
-        else:
-            losses, _ = supervised_losses(model, ids, mask, labels, needed_only=True)
-            layers = expert_layers(model).values()
-            (losses.sum() + balance_loss(layers, mask, model.model.copies)).backward()
-
-    def measured(self, model: CausalLM, batch: Batch) -> tuple[float, float]:
-        """Bytes that the forward pass of all layers leaves, and what the rest takes beside them,
-        seen on `model`, which has a few of the layers."""
-        counter, marks, count = LiveBytes(model), list[int](), len(model.model.layers)
-        for block in model.model.layers:
-            block.register_forward_pre_hook(lambda *_: marks.append(counter.now))
-        model.model.register_forward_hook(lambda *_: marks.append(counter.now))
+    The step is one of training (loop.train_step without its sums), or of the probe.
+    """
+    head, kept = model.lm_head, list[int]()
+    ids, mask, labels = collate(examples, 0, head.weight.device)
+    labels = labels.clamp(max=min(VOCABULARY, len(head.weight)) - 1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:                  # as a micro-batch before would leave it
+            parameter.grad = torch.zeros_like(parameter)
+    counter = LiveBytes(model)
+    hook = model.model.register_forward_hook(lambda *_: kept.append(counter.now))
+    model.lm_head = nn.Linear(1, 1, bias=False)
+    model.lm_head.weight = nn.Parameter(head.weight[:VOCABULARY], requires_grad=False)
+    try:
         with counter:
-            self.gradients(model, batch[0] % VOCABULARY, batch[1],
-                           batch[2].clamp(max=VOCABULARY - 1))
-        kept, more = marks[count], 0.0           # later marks are of --recompute
-        if (absent := self.config.num_hidden_layers - count) > 0:
-            # A first block's input needs no gradient; a last MLP sees supervised tokens alone.
-            more = (marks[count - 1] - marks[1]) / (count - 2) * absent
-        return kept + more, counter.peak - kept
-
-    def activations(self, examples: Sequence[Example]) -> int:
-        """Bytes of one micro-batch at its peak."""
-        longest, cfg = max(len(e.ids) for e in examples), self.config
-        few = sorted(examples, key=lambda e: e.ids)[:max(2, PLACES // longest)]
-        scale = sum(len(e.ids) for e in examples) / sum(len(e.ids) for e in few)
-        kept, beside = (size * scale for size in self.measured(
-            self.few_blocks(), collate(few, 0, self.device)))
-        if self.base_bits:                   # one matrix at a time is made of its bits
-            beside += cfg.hidden_size * cfg.intermediate_size * self.dtype.itemsize
-        supervised = sum(label != IGNORE for e in examples for label in e.labels[1:])
-        rows = min(supervised, max(1, CHUNK // cfg.vocab_size))
-        return int(kept + max(beside, rows * cfg.vocab_size * 8))    # logits, their exponentials
-
-    def total(self, batches: Sequence[Sequence[Example]], micro: int) -> int:
-        """Bytes of training in micro-batches of so many examples, beside the runtime's."""
-        parts = [batch[i:i + micro] for batch in batches for i in range(0, len(batch), micro)]
-        return sum(self.fixed().values()) + self.activations(largest(parts))
-
-    def advice(self, batches: Sequence[Sequence[Example]], micro: int) -> str:
-        """Flags with which training would take less memory, and how much less, best first."""
-        length, half = max(len(e.ids) for batch in batches for e in batch) // 2, max(1, micro // 2)
-        cut = [[replace(e, ids=e.ids[:length], labels=e.labels[:length]) for e in batch]
-               for batch in batches]
-        now = self.total(batches, micro)
-        saved = [(now - size, flag) for flag, size in (
-            ("--recompute", replace(self, recompute=True).total(batches, micro)),
-            ("--base-bits 4", replace(self, base_bits=4).total(batches, micro)),
-            (f"--micro-batch-size {half}", self.total(batches, half)),
-            (f"--max-length {length}", self.total(cut, micro)))]
-        return ", ".join(f"{flag} saves {size / MIB:,.0f} MiB"
-                         for size, flag in sorted(saved, reverse=True) if size > 0)
+            if probe:
+                sample_norms(model, linear_layers(model), ids, mask, labels)
+            else:
+                losses, _ = supervised_losses(model, ids, mask, labels, needed_only=True)
+                balance = balance_loss(expert_layers(model).values(), mask, model.model.copies)
+                (losses.sum() + balance).backward()
+    finally:
+        hook.remove()
+        model.lm_head = head
+        model.zero_grad(set_to_none=True)
+    return kept[0], counter.peak - kept[0]
 
 
-def largest(batches: Sequence[Sequence[Example]]) -> Sequence[Example]:
-    """The batch of the most places, pads included."""
-    return max(batches, key=lambda batch: len(batch) * max(len(e.ids) for e in batch))
+def measured(model: CausalLM, examples: Sequence[Example], probe: bool = False,
+             ) -> Callable[[Sequence[Example]], int]:
+    """A function that tells the bytes of a micro-batch at its peak, measured on some `examples`."""
+    rows = sorted(examples, key=lambda e: e.ids)     # as training does: prefixes are shared
+    few = max(1, SMALL // max(len(e.ids) for e in rows))
+    parts = (rows[:few], rows[:2 * few]) if few < len(rows) else ([], rows)
+    small, large = (step_bytes(model, part, probe) if part else (0, 0) for part in parts)
+    start, end = map(tokens, parts)
+    vocabulary = len(model.lm_head.weight)
+
+    def peak(batch: Sequence[Example]) -> int:
+        along = (tokens(batch) - start) / (end - start)
+        kept, beside = (a + along * (b - a) for a, b in zip(small, large))
+        supervised = sum(label != IGNORE for e in batch for label in e.labels[1:])
+        logits = min(supervised, max(1, CHUNK // vocabulary)) * vocabulary * 8   # and exponentials
+        return int(kept + max(beside, logits))
+    return peak
+
+
+def tokens(batch: Sequence[Example]) -> int:
+    """Tokens of a batch, without pads."""
+    return sum(len(e.ids) for e in batch)
+
+
+def largest(batches: Sequence[Sequence[Example]], micro: int) -> Sequence[Example]:
+    """The micro-batch, of at most so many examples, of the most places, pads included."""
+    return max((batch[i:i + micro] for batch in batches for i in range(0, len(batch), micro)),
+               key=lambda part: len(part) * max(len(e.ids) for e in part))
 
 
 def available(device: str) -> int | None:

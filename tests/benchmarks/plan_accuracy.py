@@ -21,13 +21,14 @@ import torch
 
 import train
 from minismoe.cli import plan as limits
+from minismoe.cli import probing
 from minismoe.cli.flags import RunConfig
-from minismoe.cli.inputs import settled
+from minismoe.cli.inputs import load_base, model_folder, read_data, settled
 from minismoe.io import process as memory
 from minismoe.method.experts import add_experts
-from minismoe.model.checkpoint import load_model
+from minismoe.method.sensitivity import shapes_of
 from minismoe.training import memory as plan
-from minismoe.training.loop import TrainConfig, train_step
+from minismoe.training.loop import TrainConfig, schedule, train_step
 
 AROUND = 2                       # steps before the largest, and after it
 
@@ -44,25 +45,29 @@ def planned(argv: list[str]) -> dict[str, int]:
     p, config = asked(argv)
     micro = config.training.micro_batch_size
     if config.auto:
-        micro = limits.fitting(p, config.training.batch_size)
-    fixed = p.setup.fixed()
-    return {"runtime": p.runtime, **fixed, "micro_batch_size": micro,
-            "activations": p.setup.total(p.batches, micro) - sum(fixed.values())}
+        micro = limits.fitting(p, config.inputs, config.training)
+    return {"runtime": p.runtime, **p.fixed, "micro_batch_size": micro,
+            "activations": p.training(micro) - p.unmoved}
 
 
 def measured(argv: list[str], micro: int) -> int:
     """Bytes at the peak of some steps."""
-    p, config = asked(argv)
-    place = p.batches.index(plan.largest(p.batches))
-    model = load_model(p.folder, p.setup.dtype, config.inputs.device, p.setup.base_bits)
-    add_experts(model, p.setup.allocation)
-    model.model.recompute = p.setup.recompute
+    config = train.parse(argv)
+    config = replace(config, inputs=settled(config.inputs))
+    folder = model_folder(config.inputs)
+    examples = [e for x in read_data(config.inputs, folder)[2].values() for e in x.examples]
+    batches = schedule(examples, config.training)
+    place = batches.index(plan.largest(batches, config.training.batch_size))
+    model = load_base(config.inputs, folder)
+    add_experts(model, probing.guess(config.allocating, shapes_of(model),
+                                     sorted({e.task for e in examples}), config.inputs.seed))
+    model.model.recompute = config.training.recompute
     optimizer = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], fused=True)
-    for step, batch in enumerate(p.batches[max(0, place - AROUND):place + AROUND + 1]):
+    for step, batch in enumerate(batches[max(0, place - AROUND):place + AROUND + 1]):
         train_step(model, batch, TrainConfig(micro_batch_size=micro), 0, step)
         optimizer.step()
         optimizer.zero_grad()
-    if p.setup.device.startswith("cuda"):
+    if config.inputs.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return memory.peak_resident()
 

@@ -55,17 +55,6 @@ def test_probe_draws_ranks_where_these_differ(inputs, tmp_path, capsys) -> None:
     assert code == 0 and f">{total} ranks<" in (tmp_path / "allocation.svg").read_text()
 
 
-def test_samples_auto_says_where_it_stopped(inputs, tmp_path, capsys) -> None:
-    code, out, _ = finish(probe.main, *inputs, "--out", str(tmp_path), "--samples", "auto",
-                          "--overlap", "1.0", capsys=capsys)
-    assert code == 0
-    stop, lowest = re.search(r"stopped at (\d+) a task: the lowest overlap is (\S+),", out).groups()
-    assert int(stop) == 27 or float(lowest) == 1.0            # all that the larger task has
-    counts = json.loads((tmp_path / "sensitivity.json").read_text())["tasks"]
-    assert {t: v["samples"] for t, v in counts.items()} == {
-        "sum": int(stop), "upper": min(24, int(stop))}
-
-
 def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
     out_dir = tmp_path / "run"
     code, out, _ = finish(train.main, *inputs, "--out", str(out_dir), "--samples", "8",
@@ -104,8 +93,8 @@ def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, units) -> Non
 
 
 @pytest.mark.parametrize("main", [train.main, probe.main])
-def test_samples_are_a_number_or_auto(inputs, tmp_path, capsys, main) -> None:
-    for wrong in ("0", "some"):
+def test_samples_are_a_number(inputs, tmp_path, capsys, main) -> None:
+    for wrong in ("0", "some", "auto"):
         code, _, err = finish(main, *inputs, "--samples", wrong, "--out", str(tmp_path / "run"),
                               capsys=capsys)
         assert code == 2 and "--samples" in err and not (tmp_path / "run").exists()
@@ -254,12 +243,19 @@ def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path,
                             "--micro-batch-size", "2", "--max-length", "64", capsys=capsys)
     assert code == 0, err
     assert "2 of 16 examples at a time, of up to 64 tokens" in out and "tokens/s" not in out
+    assert "gradients are exact; activations were not measured: that takes weights" in out
+    parts = {name: float(size.replace(",", "")) for name, size in
+             re.findall(r"^(\S+(?: weights)?) +([\d,.]+)$", out, re.MULTILINE)}
+    assert list(parts) == ["runtime", "base weights", "adapters", "optimizer", "gradients"]
+    code, out, err = finish(train.main, "--plan", "--model", "model", "--batch-size", "auto",
+                            capsys=capsys)
+    assert code == 1 and "model holds no .safetensors" in err
+    code, out, err = finish(train.main, "--plan", *inputs, capsys=capsys)
+    assert code == 0, err
     assert "gradients are exact; activations were measured" in out
     parts = {name: float(size.replace(",", "")) for name, size in
              re.findall(r"^(\S+(?: weights)?) +([\d,.]+)$", out, re.MULTILINE)}
     assert parts.pop("peak") == pytest.approx(sum(parts.values()), abs=0.4) and len(parts) == 6
-    code, out, err = finish(train.main, "--plan", *inputs, capsys=capsys)
-    assert code == 0, err
     assert "12 steps, " in out and "tokens/s measured" in out and "disk: " in out
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "config.json"]
 
@@ -333,6 +329,24 @@ def test_what_an_older_run_left_is_not_taken_for_this_ones(inputs, tmp_path, cap
     before = json.loads((tmp_path / "before.json").read_text())
     assert {task: (b["correct"], b["examples"]) for task, b in before.items()} == {
         "sum": (0, 3), "upper": (0, 6)}
+
+
+def test_a_damaged_before_json_is_one_clear_line(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    before = (tmp_path / "before.json").read_text()
+    (tmp_path / "results.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["arguments"]["overlap"] = 0.95                # as older versions wrote
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for damaged in ("[]", "{}", '{"sum": 1, "upper": 2}', before.replace('"correct": 0',
+                                                                         '"correct": "0"')):
+        (tmp_path / "before.json").write_text(damaged)
+        code, _, err = finish(train.main, *known, "--resume", capsys=capsys)
+        assert code == 1 and "before.json is damaged: remove it" in err, err
+    (tmp_path / "before.json").unlink()
+    assert finish(train.main, *known, "--resume", capsys=capsys)[0] == 0
+    assert (tmp_path / "before.json").read_text() == before
 
 
 def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> None:

@@ -38,12 +38,12 @@ def examples(count: int = 8, longest: int = 60, shared: int = 5) -> list[Example
 
 
 def setup(some: bool = False, dtype: torch.dtype = torch.float32, config: Config = CONFIG,
-          experts: int = 3, **options) -> tuple[plan.Setup, CausalLM]:
-    """A model with experts on each matrix, or some of each block, and what the plan knows of it."""
+          experts: int = 3) -> tuple[CausalLM, Allocation]:
+    """A model with experts on each matrix, or on some of each block."""
     model = CausalLM(config).to(dtype)
     allocation = Allocation({name: experts for name in linear_layers(model) if not some
                              or name.endswith(("q_proj", "gate_proj", "down_proj"))}, rank=4)
-    return plan.Setup(config, allocation, dtype, **options), add_experts(model, allocation)
+    return add_experts(model, allocation), allocation
 
 
 def autograd_keeps(model: CausalLM, batch: list[Example]) -> int:
@@ -69,32 +69,36 @@ def autograd_keeps(model: CausalLM, batch: list[Example]) -> int:
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("longest", [60, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_blocks_keep_is_what_autograd_keeps(dtype: torch.dtype, longest: int, some: bool,
-                                                 experts: int) -> None:
-    """Four of the eight blocks tell for all."""
-    seen, model = setup(some, dtype, experts=experts)
+def test_what_a_forward_pass_leaves_is_what_autograd_keeps(
+        dtype: torch.dtype, longest: int, some: bool, experts: int) -> None:
+    model, _ = setup(some, dtype, experts=experts)
     batch = examples(longest=longest)
-    kept, _ = seen.measured(seen.few_blocks(), collate(batch, 0))
+    kept, _ = plan.step_bytes(model, batch, probe=False)
     assert kept == pytest.approx(autograd_keeps(model, batch), rel=0.03)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("probing", [False, True])
-def test_the_peak_of_a_deep_model_is_told_from_four_blocks(
+def test_a_large_micro_batch_is_told_from_two_small_ones(
         probing: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, _ = setup(True, recompute=recompute, probe=probing)
+    model, _ = setup(True)
     if probing:
-        seen = replace(seen, allocation=Allocation({}), recompute=False)
-    told = seen.activations(examples(longest=100))
-    monkeypatch.setattr(plan, "BLOCKS", CONFIG.num_hidden_layers)
-    assert told == pytest.approx(seen.activations(examples(longest=100)), rel=0.02)
+        model = CausalLM(CONFIG).requires_grad_(False)
+    model.model.recompute = recompute and not probing
+    batch = examples(24, 100)
+    told = plan.measured(model, batch, probing)(batch)
+    assert plan.SMALL // 100 * 2 < 24
+    monkeypatch.setattr(plan, "SMALL", 100 * 24)
+    assert told == pytest.approx(plan.measured(model, batch, probing)(batch), rel=0.02)
 
 
-def test_a_large_micro_batch_is_told_from_some_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, _ = setup()
-    whole = seen.activations(examples(24, 100))
-    monkeypatch.setattr(plan, "PLACES", 600)
-    assert seen.activations(examples(24, 100)) == pytest.approx(whole, rel=0.03)
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model, _ = setup()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    head = model.lm_head
+    plan.measured(model, examples())
+    assert model.lm_head is head and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_live_bytes_count_what_is_freed_and_not_the_weights() -> None:
@@ -117,7 +121,7 @@ def test_fixed_parts_are_those_of_the_loaded_model(tmp_path, bits: int | None, t
     save_file(dict(made.named_parameters()), tmp_path / "model.safetensors")
     model = load_model(tmp_path, torch.bfloat16, base_bits=bits)
     allocation = Allocation(dict(zip(linear_layers(model), range(1, 9))), rank=4)
-    found = plan.Setup(model.config, allocation, torch.bfloat16, base_bits=bits).fixed()
+    found = plan.fixed_bytes(model.config, allocation, torch.bfloat16, bits)
     assert found["base weights"] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     add_experts(model, allocation)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -125,22 +129,22 @@ def test_fixed_parts_are_those_of_the_loaded_model(tmp_path, bits: int | None, t
         4 * count, 4 * count, 8 * count)
 
 
-def test_more_examples_at_a_time_take_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, _ = setup()
+def test_more_examples_at_a_time_take_more() -> None:
+    model, _ = setup()
     batches = [examples(8, 40), examples(8, 60)]
-    sizes = [seen.total(batches, micro) for micro in range(1, 9)]
+    told = plan.measured(model, plan.largest(batches, 8))
+    sizes = [told(plan.largest(batches, micro)) for micro in range(1, 9)]
     assert sizes == sorted(sizes)
-    for micro, size in enumerate(sizes, 1):
-        assert size - sum(seen.fixed().values()) == max(
-            seen.activations(batch[i:i + micro])
-            for batch in batches for i in range(0, len(batch), micro))
+    assert sizes == [max(told(batch[i:i + micro]) for batch in batches
+                         for i in range(0, len(batch), micro)) for micro in range(1, 9)]
 
 
 def test_shards_are_parts_of_the_blocks() -> None:
     layers = 12
-    seen = setup_only(replace(CONFIG, num_hidden_layers=layers, windows=(None,) * layers))
-    whole, parts = (replace(seen, shards=n).fixed()["base weights"] for n in (1, 4))
-    _, model = setup(config=seen.config)
+    config = replace(CONFIG, num_hidden_layers=layers, windows=(None,) * layers)
+    model, allocation = setup(config=config)
+    whole, parts = (plan.fixed_bytes(config, allocation, torch.float32, shards=n)["base weights"]
+                    for n in (1, 4))
     block = sum(p.numel() for p in model.model.layers[0].parameters() if not p.requires_grad) * 4
     assert whole - parts == pytest.approx(block * (layers - layers / 4 - 2), rel=0.01)
 
@@ -161,23 +165,6 @@ def test_memory_is_shared_by_the_processes_of_a_machine_and_bounded_by_a_contain
     assert plan.available("cpu") - memory.resident() == pytest.approx(500_000, abs=2**20)
 
 
-@pytest.mark.parametrize("option", [{"recompute": True}, {"base_bits": 4}])
-def test_advice_names_what_the_flag_saves(option: dict) -> None:
-    big = replace(CONFIG, hidden_size=384, intermediate_size=1024)
-    before, after = setup_only(big), setup_only(big, **option)
-    batches = [examples(8, 60)]
-    saved = [s.total(batches, 8) for s in (before, after)]
-    flag = next(iter(option)).replace("_", "-")
-    flag += " 4" if flag == "base-bits" else ""
-    words = f"--{flag} saves {(saved[0] - saved[1]) / plan.MIB:,.0f} MiB"
-    assert words in before.advice(batches, 8)
-
-
-def setup_only(config: Config, **options) -> plan.Setup:
-    return plan.Setup(config, Allocation(
-        dict.fromkeys(linear_layers(plan.meta_model(config)), 2)), **options)
-
-
 PEAK = """
 import json, sys
 import torch
@@ -188,16 +175,16 @@ from tests.training.test_memory import CONFIG, examples, setup
 memory.bound_memory()
 torch.manual_seed(0)
 config = CONFIG.__class__(**{**vars(CONFIG), "hidden_size": 192, "intermediate_size": 512})
-options = {"config": config, "recompute": sys.argv[1] == "recompute"}
-setup(**options)[0].activations(examples(2, 9))
-before = memory.resident()
-seen, model = setup(**options)
-model.model.recompute = seen.recompute
 batch = examples(24, 120)
+plan.step_bytes(setup()[0], examples(2, 9), False)
+before = memory.resident()
+model, allocation = setup(config=config)
+model.model.recompute = sys.argv[1] == "recompute"
 for step in range(2):
     train_step(model, batch, TrainConfig(micro_batch_size=24), 0, step)
 peak = memory.peak_resident() - before
-wanted = seen.total([batch], 24) - seen.fixed()["optimizer"]
+fixed = plan.fixed_bytes(config, allocation, torch.float32)
+wanted = sum(fixed.values()) - fixed["optimizer"] + plan.measured(model, batch)(batch)
 print(json.dumps([wanted, peak]))
 """
 
