@@ -26,7 +26,7 @@ from ..model.config import Config
 from ..model.decoder import CausalLM
 from ..training import distributed
 from ..training.loop import TrainConfig, schedule, train_step
-from ..training.memory import MIB, available, fixed_bytes, largest, measured, meta_model
+from ..training.memory import MIB, available, fixed_bytes, largest, measure_peak, meta_model
 from ..training.resume import KEPT
 from . import probing
 from .flags import AllocationConfig, InputConfig
@@ -102,10 +102,10 @@ def look_ahead(inputs: InputConfig, allocating: AllocationConfig, training: Trai
     if any(folder.glob("*.safetensors")) and (p.room is None or p.unmoved < p.room):
         p.model = load_base(inputs, folder)
         if p.probed:
-            p.probe_bytes = measured(p.model, p.probed, probe=True)
+            p.probe_bytes = measure_peak(p.model, p.probed, probe=True)
         add_experts(p.model, allocation)
         p.model.model.recompute = training.recompute
-        p.train_bytes = measured(p.model, largest(p.batches, training.batch_size))
+        p.train_bytes = measure_peak(p.model, largest(p.batches, training.batch_size))
     return p
 
 
@@ -154,7 +154,7 @@ def advice(p: Prospect, inputs: InputConfig, training: TrainConfig, micro: int) 
         batch, length = largest(p.batches, micro), p.longest // 2
         cut = [replace(e, ids=e.ids[:length], labels=e.labels[:length]) for e in batch]
         p.model.model.recompute = True
-        recomputed = measured(p.model, largest(p.batches, training.batch_size))
+        recomputed = measure_peak(p.model, largest(p.batches, training.batch_size))
         p.model.model.recompute = training.recompute
         saved += [(now - p.unmoved - p.train_bytes(cut), f"--max-length {length}"),
                   (now - p.unmoved - recomputed(batch), "--recompute")]

@@ -122,7 +122,7 @@ def step_bytes(model: CausalLM, examples: Sequence[Example], probe: bool) -> tup
     return kept[0], counter.peak - kept[0]
 
 
-def measured(model: CausalLM, examples: Sequence[Example], probe: bool = False,
+def measure_peak(model: CausalLM, examples: Sequence[Example], probe: bool = False,
              ) -> Callable[[Sequence[Example]], int]:
     """A function that tells the bytes of a micro-batch at its peak, measured on some `examples`."""
     rows = sorted(examples, key=lambda e: e.ids)     # as training does: prefixes are shared

@@ -299,7 +299,8 @@ def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
 @pytest.mark.parametrize("main", [train.main, probe.main])
 @pytest.mark.parametrize("flags, says", [
     ("--keep 0.5 --budget-experts 5", "only one of keep"), ("--targets nothing", "no module"),
-    ("--min-experts -1", "min_experts"), ("--min-experts 1100", "from 0 to 1024, got 1100")])
+    ("--min-experts -1", "min_experts"),
+    ("--min-experts 1100", "<= 1024, max_experts 1 or more, got min_experts 1100")])
 def test_allocation_flags_are_checked_before_the_probe(inputs, tmp_path, capsys, monkeypatch, main,
                                                        flags, says) -> None:
     monkeypatch.chdir(tmp_path)
