@@ -12,6 +12,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"       # set before transformers reads it: no test downloads
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # of torch, also in the processes that tests start
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
