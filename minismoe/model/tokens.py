@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from .config import Config
 
-if TYPE_CHECKING:
-    from .decoder import CausalLM
-
 FEW = 4                # a shared prefix of fewer tokens is not worth the work
 
 
 class Cache:
     """Keys and values of the tokens so far; each row begins at position 0, without padding."""
 
-    def __init__(self, model: CausalLM, batch: int, capacity: int):
-        """Room for `capacity` tokens in each of `batch` rows."""
+    def __init__(self, model: Any, batch: int, capacity: int):
+        """Room for `capacity` tokens in each of `batch` rows of `model`, a CausalLM."""
         cfg, weight = model.config, model.model.norm.weight
         shape = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
         self.keys = [weight.new_zeros(shape) for _ in range(cfg.num_hidden_layers)]
