@@ -32,6 +32,8 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
                         help="folder of train.py (default: newest in runs)")
     parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
     add_flags(parser, kind, "freezing" if table else "export")
+    if "--table" in argv:                    # how the command was called before
+        parser.error("--table is a command of its own: export.py table RUN")
     # None is "not given": a flag without effect is refused even if it repeats the default.
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
     given = {name: value for name, value in vars(parser.parse_args(argv[table:])).items()

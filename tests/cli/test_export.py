@@ -321,6 +321,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--tolerance 0.01 --routing freeze", "--tolerance needs --routing auto"),
     ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
     ("--routing dynamic --calibration 9", "freezes nothing: leave out --calibration"),
+    ("--table", "export.py table RUN"),
 ])
 def test_wrong_usage(run: Path, flags: str, reason: str,
                      capsys: pytest.CaptureFixture[str]) -> None:
