@@ -269,8 +269,8 @@ def bucket(examples: Sequence[Example], batch_size: int, seed: int) -> list[list
 
 
 def probe_batches(examples: Sequence[Example], count: int, batch_size: int, pad_id: int,
-                  device: torch.device | str, skip: int = 0) -> Iterator[Batch]:
-    """Batches, of similar length within each, from `count` examples after the first `skip`."""
-    chosen = sorted(examples[skip:skip + count], key=lambda e: len(e.ids))
+                  device: torch.device | str) -> Iterator[Batch]:
+    """Batches, of similar length within each, from the first `count` examples."""
+    chosen = sorted(examples[:count], key=lambda e: len(e.ids))
     for i in range(0, len(chosen), batch_size):
         yield collate(chosen[i:i + batch_size], pad_id, device)
