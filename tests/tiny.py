@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minismoe import reference
 from minismoe.data.tasks import Example
@@ -154,3 +156,18 @@ def finish(main: Callable[[Sequence[str]], None], *args: str,
         sys.argv = before
     out, err = capsys.readouterr()
     return end.value.code, out, err     # type: ignore[return-value]
+
+
+class Shapes(TorchDispatchMode):
+    """The shape of every tensor that an operation gives back while the mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen += [(func.overloadpacket.__name__, tuple(t.shape))
+                      for t in (out if isinstance(out, tuple | list) else (out,))
+                      if isinstance(t, Tensor)]
+        return out

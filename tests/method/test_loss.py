@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from tiny import Shapes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.loss import IGNORE, supervised_losses
@@ -67,21 +65,6 @@ def trained_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad],
                             strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
-class Shapes(TorchDispatchMode):
-    """The shape of every tensor that an operation gives back while the mode is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.seen += [(func.overloadpacket.__name__, tuple(t.shape))
-                      for t in (out if isinstance(out, tuple | list) else (out,))
-                      if isinstance(t, Tensor)]
-        return out
 
 
 @pytest.mark.parametrize("head", ["frozen head", "trained head"])

@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny import plain
+from tiny import Shapes, plain
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minismoe import reference
 from minismoe.method.experts import add_experts, expert_layers
@@ -94,20 +93,6 @@ def norms_of(model: nn.Module, data: Data) -> Tensor:
     scores = probe(model, {"task": [data]})
     assert list(scores.shapes) == MATRICES
     return scores.samples["task"]
-
-
-class Shapes(TorchDispatchMode):
-    """The name and result shape of every operation while the mode is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self.seen.append((func.overloadpacket.__name__, tuple(out.shape)))
-        return out
 
 
 # --- the norms ----------------------------------------------------------------------------------
