@@ -55,7 +55,7 @@ def ours(folder: Path, threads: int) -> tuple[list[int], Read]:
 def genai(folder: Path, threads: int) -> tuple[list[int], Read]:
     import onnxruntime_genai as og
     config = og.Config(str(folder))
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {
+    config.overlay(json.dumps({"model": {"eos_token_id": [], "decoder": {"session_options": {
         "intra_op_num_threads": threads}}}}))
     model = og.Model(config)
 
