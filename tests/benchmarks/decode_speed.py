@@ -55,13 +55,14 @@ def ours(folder: Path, threads: int) -> tuple[list[int], Read]:
 def genai(folder: Path, threads: int) -> tuple[list[int], Read]:
     import onnxruntime_genai as og
     config = og.Config(str(folder))
-    config.overlay(json.dumps({"model": {"eos_token_id": [], "decoder": {"session_options": {
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {
         "intra_op_num_threads": threads}}}}))
     model = og.Model(config)
 
     def read(ids: list[int]) -> Iterator[int]:
         params = og.GeneratorParams(model)
-        params.set_search_options(max_length=min(CONTEXT, len(ids) + 256), do_sample=False)
+        length = min(CONTEXT, len(ids) + 256)                    # a stop token ends nothing
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, params)
         generator.append_tokens(ids)
         while not generator.is_done():

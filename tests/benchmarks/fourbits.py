@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ from minismoe.io.text import clean
 from minismoe.method.freeze import merge
 from minismoe.model.checkpoint import load_adapter, load_model, versions
 from minismoe.model.decoder import CausalLM
+from minismoe.runtime import Generator
 from minismoe.training.evaluate import evaluate, exact_match
 
 TRAIN = ("train.py --model {model} --data {data} --tasks trec,clinc,banking77 --limit-train 400 "
@@ -99,7 +99,7 @@ ROWS = [
     genai("rtn_last", 32, "8"), genai("k_quant_last", 32, "8"), genai("k_quant_last", 128, "8"),
     genai("k_quant_mixed", 32, "8, as some layers"),
     *(ort(method, block) for block in (32, 128) for method in ("rtn", "hqq", "gptq"))]
-SIDES = {row.name: row.side for row in ROWS}
+Answer = Callable[[list[int], int], list[int]]          # prompt, most tokens -> tokens, no stop id
 
 
 class Bench:
@@ -138,13 +138,12 @@ class Bench:
                   leave=False) as bar:
             if row.side == "torch":
                 return evaluate(self.mixture(), tokenizer, task, progress=bar.update).share
-            _, read = getattr(decode_speed, row.side)(self.made(row), self.threads)
+            answer = OPEN[row.side](self.made(row), self.threads, tokenizer.stop_ids)
 
             def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
                 answers = []
                 for prompt in prompts:
-                    answers.append([*takewhile(lambda token: token not in tokenizer.stop_ids,
-                                               islice(read(prompt), limit))])
+                    answers.append(answer(prompt, limit))
                     bar.update()
                 return answers
             return exact_match(tokenizer, task, decode_speed.CONTEXT, complete).share
@@ -158,6 +157,38 @@ class Bench:
         return float(json.loads(seen.stdout.splitlines()[-1])["rate"])
 
 
+def open_ours(folder: Path, threads: int, stop_ids: Sequence[int]) -> Answer:
+    """A folder of ours, which knows its stop ids, in our runtime."""
+    generator = Generator(folder, threads=threads)
+    return lambda prompt, limit: [*generator.generate(prompt, limit)]
+
+
+def open_genai(folder: Path, threads: int, stop_ids: Sequence[int]) -> Answer:
+    """A folder of genai in genai. Like ours, it keeps what a prompt and the last one begin with."""
+    import onnxruntime_genai as og
+    config = og.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {
+        "intra_op_num_threads": threads}}}}))
+    params = og.GeneratorParams(model := og.Model(config))
+    params.set_search_options(max_length=decode_speed.CONTEXT, do_sample=False)
+    generator, seen = og.Generator(model, params), list[int]()
+
+    def answer(prompt: list[int], limit: int) -> list[int]:
+        kept = len(os.path.commonprefix([seen, prompt[:-1]]))
+        generator.rewind_to(kept)
+        generator.append_tokens(prompt[kept:])
+        seen[:] = prompt
+        tokens: list[int] = []
+        while len(tokens) < limit:
+            generator.generate_next_token()
+            if (token := int(generator.get_next_tokens()[0])) in stop_ids:
+                break
+            tokens.append(token)
+        return tokens
+    return answer
+
+
+OPEN = {"ours": open_ours, "genai": open_genai}
 GRAPH = Row("genai float32", "genai", "32", f"{BUILDER} -p fp32")
 
 
