@@ -131,6 +131,10 @@ class Bench:
         load_adapter(model := load_model(self.source.base), self.run / "adapter")
         return model
 
+    def read_back(self, row: Row) -> CausalLM:
+        """The model of a folder of ours, with the weights that it holds."""
+        return fourbits_drift.read_back(self.made(row), load_model(self.merged))
+
     def scored(self, row: Row, task: Task) -> float:
         """Exact match of a row on the test lines of a task, a prompt at a time, 0 to 1."""
         tokenizer = self.source.tokenizer
@@ -251,8 +255,8 @@ def main(argv: Sequence[str]) -> None:
         if args.drift:
             drift = record.setdefault("drift", {}).setdefault(Path(run).name, {})
             fourbits_drift.measure(bench.source, {"mixture": bench.mixture} | {
-                row.name: partial(fourbits_drift.read_back, bench.made(row), bench.merged)
-                for row in there if row.side == "ours"}, drift, save)
+                row.name: partial(bench.read_back, row) for row in there if row.side == "ours"},
+                drift, save)
         elif number == 0:                    # speed does not depend on the seed
             decode(bench, [row for row in there if row.side != "torch"], rows, args.rounds, save)
     print(report(record))
@@ -335,12 +339,12 @@ def decode(bench: Bench, there: Sequence[Row], rows: dict[str, Any], rounds: int
 
 def report(record: Mapping[str, Any]) -> str:
     """The tables of a record, in Markdown."""
-    runs = list(record["runs"].values())
-    names = [row.name for row in ROWS if any(row.name in rows for rows in runs)]
-    tasks = list(dict.fromkeys(t for rows in runs for row in rows.values() for t in row["tasks"]))
-    lines = []
-    for name in names:
-        seen = [rows[name] for rows in runs if name in rows]
+    runs, lines = list(record["runs"].values()), []
+    tasks = dict.fromkeys(t for rows in runs for row in rows.values() for t in row["tasks"]).keys()
+    for name in (row.name for row in ROWS):
+        seen = [rows[name] for rows in runs if name in rows and rows[name]["tasks"].keys() >= tasks]
+        if not seen:                         # a row that was interrupted is not shown
+            continue
         means = [statistics.mean(row["tasks"].values()) for row in seen]
         first = seen[0]
         lines.append([

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minismoe.cli.runs import read_run
 from minismoe.data.tasks import Task, load_tasks
 from minismoe.export.settings import Source
 from minismoe.model.checkpoint import load_model
@@ -35,12 +36,11 @@ ANSWERED = ("boolq", "arc_easy")
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def read_back(folder: Path, checkpoint: Path) -> CausalLM:
-    """The model of an exported folder (target ort, merged) in PyTorch; `checkpoint` has its sizes.
+def read_back(folder: Path, model: CausalLM) -> CausalLM:
+    """Give a model, in place, the matrices of its exported folder (target ort, merged).
 
-    Raises ValueError if the graph holds other matrices than the checkpoint.
+    Raises ValueError if the graph lacks a matrix of the model.
     """
-    model = load_model(checkpoint)
     graph = onnx.load(str(folder / "model.onnx")).graph
     stored = {t.name: torch.from_numpy(to_array(t).copy()) for t in graph.initializer}
     left = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -88,16 +88,17 @@ def divergence(base: CausalLM, model: CausalLM, prompts: Iterable[list[int]], st
 
 
 @torch.no_grad()
-def likeliest(model: CausalLM, prompts: Iterable[list[int]], right: Iterable[list[int]]) -> float:
-    """Share of prompts after which the right answer is the likeliest of all answers, 0 to 1."""
-    hits, answers = [], sorted({*map(tuple, right := list(right))})
-    for prompt, wanted in zip(prompts, right):
+def likeliest(model: CausalLM, prompts: Sequence[list[int]], right: Sequence[list[int]],
+              answers: Sequence[list[int]]) -> float:
+    """Share of prompts after which the right one of the answers is the likeliest, 0 to 1."""
+    hits = []
+    for prompt, wanted in zip(prompts, right, strict=True):
         scores = []
         for answer in answers:
             logits = model(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1:-1]
             at = torch.tensor(answer)[:, None]
             scores.append(logits.log_softmax(-1).gather(1, at).sum().item())
-        hits.append(answers[scores.index(max(scores))] == tuple(wanted))
+        hits.append(answers[scores.index(max(scores))] == wanted)
     return statistics.mean(hits)
 
 
@@ -121,15 +122,15 @@ def measure(source: Source, models: Mapping[str, Callable[[], CausalLM]], found:
             row["kl"][task.name] = statistics.mean(divergence(base, model, some, start))
             if task.name in ANSWERED:
                 row["exact"][task.name] = evaluate(model, tokenizer, task).share
+                right = references(tokenizer, task)[0]
                 row["likeliest"][task.name] = likeliest(
-                    model, prompts[task.name], references(tokenizer, task)[0])
+                    model, prompts[task.name], right, [*map(list, {*map(tuple, right)})])
         found[name] = row
         save()
 
 
 def outside(source: Source) -> list[Task]:
     """The tasks of the run's data folder that were not trained, with ANSWERS test lines each."""
-    from minismoe.cli.runs import read_run
     trained = {task.name for task in source.tasks}
     others = [t for t in load_tasks(read_run(source.run).data or "") if t.name not in trained]
     for task in others:
