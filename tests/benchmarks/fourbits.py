@@ -60,7 +60,7 @@ MERGED = "export.py --model {merged} --out {out}"
 HEALED = "export.py {run} --limit-test 2 --heal 40 --out {out}"    # they are scored here instead
 BUILDER = "-m onnxruntime_genai.models.builder -i {merged} -o {out} -c {cache} -e cpu"
 TOOLS = Path(__file__).with_name("fourbits_ort.py")
-CALIBRATION = 16                             # training lines of each task, for GPTQ
+CALIBRATION = 8                             # training lines of each task, for GPTQ
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,10 @@ class Bench:
                   leave=False) as bar:
             if row.side == "torch":
                 return evaluate(self.mixture(), tokenizer, task, progress=bar.update).share
-            answer = OPEN[row.side](self.made(row), self.threads, tokenizer.stop_ids)
+            folder = self.made(row)
+            faster = folder.with_name("float")           # the same weights, for HQQ
+            answer = OPEN[row.side](faster if faster.exists() else folder, self.threads,
+                                    tokenizer.stop_ids)
 
             def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
                 answers = []

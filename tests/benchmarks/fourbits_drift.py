@@ -18,6 +18,7 @@ from typing import Any
 import onnx
 import torch
 from compare_report import table
+from onnx import TensorProto
 from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,7 +43,7 @@ def read_back(folder: Path, model: CausalLM) -> CausalLM:
     Raises ValueError if the graph lacks a matrix of the model.
     """
     graph = onnx.load(str(folder / "model.onnx")).graph
-    stored = {t.name: torch.from_numpy(to_array(t).copy()) for t in graph.initializer}
+    stored = tensors(graph)
     left = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for node in graph.node:
         if node.op_type not in ("MatMulNBits", "MatMul", "Gemm"):
@@ -64,6 +65,12 @@ def read_back(folder: Path, model: CausalLM) -> CausalLM:
     return model
 
 
+def tensors(graph: onnx.GraphProto) -> dict[str, Tensor]:
+    """The stored tensors of a graph that torch has a type for, by name."""
+    return {t.name: torch.from_numpy(to_array(t).copy()) for t in graph.initializer
+            if t.data_type not in (TensorProto.INT4, TensorProto.UINT4)}
+
+
 def dense(node: onnx.NodeProto, stored: Mapping[str, Tensor]) -> Tensor:
     """The weight (N, K) that a node multiplies by."""
     weight = stored[node.input[1]]
@@ -72,8 +79,10 @@ def dense(node: onnx.NodeProto, stored: Mapping[str, Tensor]) -> Tensor:
     size = {a.name: a.i for a in node.attribute}
     q = unpack(weight, size["bits"]).flatten(1).unflatten(1, (-1, size["block_size"])).float()
     scales = stored[node.input[2]].view(len(q), -1, 1)                               # (N, G, 1)
-    zeros = unpack(stored[node.input[3]].view(len(q), -1), size["bits"])[:, :q.shape[1], None]
-    return ((q - zeros.float()) * scales).flatten(1)[:, :size["K"]].contiguous()
+    zeros = stored[node.input[3]].view(len(q), -1)
+    if zeros.dtype == torch.uint8:                       # HQQ's are floats
+        zeros = unpack(zeros, size["bits"])[:, :q.shape[1]].float()
+    return ((q - zeros[..., None]) * scales).flatten(1)[:, :size["K"]].contiguous()
 
 
 @torch.no_grad()
