@@ -54,7 +54,7 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
     layout, needs = config.layout, of_adapters(given) if config.model else ""
-    ungraphed = first(given, "target", "static", "context", "precision")
+    ungraphed = first(given, "target", "static", "context", "precision", "block")
     idle = first(given, "fit", "calibration", "heal", "prompts", "task")
     rules = [
         (config.run and config.model, "RUN names its base itself: give RUN or --model"),
@@ -63,6 +63,8 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (layout == "hf" and config.routing == "freeze",
          "--layout hf holds merged weights: --routing merge, or --layout peft"),
         ("tolerance" in given and config.routing != "auto", "--tolerance needs --routing auto"),
+        (config.block and not config.precision.startswith("int"),
+         f"--precision {config.precision} has no blocks: leave out --block"),
         (config.static and config.target == "ort", "--static needs --target portable"),
         (config.static and layout != "onnx", "--static needs --layout onnx"),
         (layout == "web" and config.target == "portable", "--layout web needs --target ort"),

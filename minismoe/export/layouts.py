@@ -26,6 +26,7 @@ from ..method.experts import expert_layers
 from ..method.freeze import freeze, merged
 from ..model.checkpoint import DTYPES, MERGED, weight_files, weights
 from ..model.config import Config
+from ..model.quantize import BLOCK
 from .graph import write_decoder, write_sampler
 from .heal import twin
 from .mixture import Adapter, AdapterInput
@@ -57,7 +58,8 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
         return stored(name) if found is None else merged(stored(name).float(), found)
 
     write_decoder(folder / "model.onnx", sizes, weight, beside, target=config.target,
-                  precision=config.precision, context=config.context or 0, static=config.static)
+                  precision=config.precision, context=config.context or 0,
+                  block=config.block or BLOCK, static=config.static)
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
     adapters = {}
     for number, task in enumerate(frozen.by_task if config.adapters else ()):

@@ -11,6 +11,7 @@ from ..data.tokenizer import Tokenizer
 from ..io.flags import flag, number, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
+from ..model.quantize import BLOCKS
 from .weights import PRECISIONS
 
 
@@ -74,6 +75,8 @@ class ExportConfig(FreezeConfig):
     precision: str = flag(
         "fp32", "of the base weights, int4-8 with embedding and head in 8 bits; adapters and "
         "routers stay in float32 (default: fp32)", choices=tuple(PRECISIONS))
+    block: int | None = flag(None, "weights that share a scale, in 8 or 4 bits (default: 32)", int,
+                             choices=BLOCKS)
     target: str = flag("ort", "onnxruntime's fused operators (default), or standard ONNX "
                        "operators only", choices=("ort", "portable"))
     static: tuple[int, int, int] | None = flag(

@@ -28,7 +28,7 @@ from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
 from ..model.checkpoint import load_adapter, load_model, weights
 from ..model.decoder import CausalLM
-from ..model.quantize import dequantize, quantize
+from ..model.quantize import BLOCK, dequantize, quantize
 from ..runtime import Generator
 from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
 from .heal import twin
@@ -96,14 +96,14 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
     return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
 
 
-def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
+def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts,
                     ) -> dict[str, Any]:
-    """Compare an `unrounded` graph with `model`, whose weights are rounded in place like its own.
+    """Compare an `unrounded` graph with `model`, whose weights `round_weights` rounded.
 
     Raises ValueError if they differ by more than float32 explains.
     """
     count = min(FEW, generator.room(max(map(len, prompts))))
-    found = compare_logits(round_weights(model, precision), partial(logits, generator), prompts,
+    found = compare_logits(model, partial(logits, generator), prompts,
                            generator.tokenizer.stop_ids, "fp32", count,
                            " with the same rounded weights")
     return {"rounded_error": found["logits_error"]}
@@ -128,15 +128,16 @@ def unrounded(generator: Generator) -> Generator:
 
 
 @torch.no_grad()
-def round_weights(model: CausalLM, precision: str) -> CausalLM:
+def round_weights(model: CausalLM, precision: str, block: int) -> CausalLM:
     """Round the weights of the model in place, as a graph of that precision does."""
     bits, table_bits = PRECISIONS[precision]
     for name, part in model.named_modules():
         if name == "lm_head" and model.config.tie_word_embeddings:
             part.weight = model.model.embed_tokens.weight
         elif isinstance(part, (nn.Linear, nn.Embedding)):
-            blocks = quantize(part.weight, bits if name.endswith("_proj") else table_bits)
-            part.weight = nn.Parameter(dequantize(blocks)[:, :part.weight.shape[1]], False)
+            blocks = quantize(part.weight, bits if name.endswith("_proj") else table_bits,
+                              block)
+            part.weight = nn.Parameter(dequantize(blocks), False)
     return model
 
 
@@ -258,7 +259,9 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
         seen = compare_graph(model, generator, prompts, config.precision)
         if blocks:
             blocks.use(adapter)
-            seen |= compare_rounded(reference(task, adapted), blocks, prompts, config.precision)
+            rounded = round_weights(reference(task, adapted), config.precision,
+                                    config.block or BLOCK)
+            seen |= compare_rounded(rounded, blocks, prompts)
         show_logits(task or source.name, seen)
         if adapted:
             seen["exact_match"] = accuracies(config, source, generator, model, [
