@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..data.tasks import Task
@@ -28,13 +28,12 @@ from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
 from ..model.checkpoint import load_adapter, load_model, weights
 from ..model.decoder import CausalLM
-from ..model.quantize import BLOCK, dequantize, quantize
 from ..runtime import Generator
 from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
 from .heal import twin
 from .routing import Frozen
+from .scales import round_weights
 from .settings import ExportConfig, Source
-from .weights import PRECISIONS
 
 # How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
@@ -125,20 +124,6 @@ def unrounded(generator: Generator) -> Generator:
                                           providers=["CPUExecutionProvider"])
     other.use(None)
     return other
-
-
-@torch.no_grad()
-def round_weights(model: CausalLM, precision: str, block: int) -> CausalLM:
-    """Round the weights of the model in place, as a graph of that precision does."""
-    bits, table_bits = PRECISIONS[precision]
-    for name, part in model.named_modules():
-        if name == "lm_head" and model.config.tie_word_embeddings:
-            part.weight = model.model.embed_tokens.weight
-        elif isinstance(part, (nn.Linear, nn.Embedding)):
-            blocks = quantize(part.weight, bits if name.endswith("_proj") else table_bits,
-                              block)
-            part.weight = nn.Parameter(dequantize(blocks), False)
-    return model
 
 
 def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float:
@@ -250,17 +235,20 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
     if not config.graph:
         return check_weights(config, source, folder, frozen, reference(config.task), base)
     generator, found = Generator(folder), {}
-    blocks = unrounded(generator) if config.precision.startswith("int") else None
+    blocks = unrounded(generator) if config.block else None
     prompts = some_prompts(source, config.check)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
         generator.use(adapter)
-        model = reference(task, adapted)
-        seen = compare_graph(model, generator, prompts, config.precision)
+        model = rounded = reference(task, adapted)
+        if config.block:
+            rounded = round_weights(reference(task, adapted), config.precision, config.block,
+                                    frozen.blocks)
+        # Healed weights are no longer those of the model: the graph is compared with them.
+        seen = compare_graph(rounded if frozen.blocks else model, generator, prompts,
+                             config.precision)
         if blocks:
             blocks.use(adapter)
-            rounded = round_weights(reference(task, adapted), config.precision,
-                                    config.block or BLOCK)
             seen |= compare_rounded(rounded, blocks, prompts)
         show_logits(task or source.name, seen)
         if adapted:

@@ -1,0 +1,173 @@
+"""A quantised model whose scales can be trained: w = e^delta * scale * (q - zero), delta a block.
+
+Integers and zero points stay, so the file, the graph and its kernels stay what they are. After
+PEQA (arXiv 2305.14152) and the end-to-end stage of EfficientQAT (arXiv 2407.11062).
+
+Letters: N outputs, K inputs, G blocks in a row, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..model.decoder import CausalLM
+from ..model.quantize import Blocks, dequantize, quantize, rows_at_a_time
+from .weights import PRECISIONS
+
+
+class ScaledWeight(nn.Module):
+    """A weight (N, K) in blocks, with a trainable log-scale `delta` (N, G) for each of them.
+
+    `refresh` makes `dense` anew; call it after each change of delta.
+    """
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype):
+        super().__init__()
+        self.blocks, self.shape, self.dense = blocks, blocks.shape, torch.empty(0, dtype=dtype)
+        self.delta = nn.Parameter(torch.zeros_like(blocks.scales))
+        self.refresh()
+
+    def healed(self) -> Blocks:
+        """The blocks with the scales as they are now."""
+        return replace(self.blocks, scales=self.blocks.scales * self.delta.detach().exp())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.dense = dequantize(self.healed(), self.dense.dtype)
+
+    def block_sums(self, gradient: Tensor, rows: Tensor | slice) -> Tensor:
+        """d delta (n, G) of some rows from d w (n, K): the sums over each block of d w * w."""
+        x = gradient.mul_(self.dense[rows])
+        x = F.pad(x, (0, -x.shape[1] % self.blocks.size)).unflatten(1, (-1, self.blocks.size))
+        return x.sum(2, dtype=self.delta.dtype)
+
+
+class _Multiply(torch.autograd.Function):
+    """y = x w^T + b;   dx = dy w,   d delta = block sums of (dy^T x) * w.
+
+    The gradient of w exists for a few rows at a time only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: ScaledWeight, bias: Tensor | None,
+                ) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(x)
+        return F.linear(x, weight.dense, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        dx = dy @ weight.dense if ctx.needs_input_grad[0] else None
+        dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+        step = rows_at_a_time(weight.dense)
+        return dx, torch.cat([weight.block_sums(dy[:, n:n + step].T @ x, slice(n, n + step))
+                              for n in range(0, len(weight.dense), step)]), None, None
+
+
+class _Lookup(torch.autograd.Function):
+    """x = w[ids];   d delta[ids] += block sums of dx * w[ids]."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, delta: Tensor, weight: ScaledWeight) -> Tensor:
+        ctx.weight, ctx.ids = weight, ids
+        return F.embedding(ids, weight.dense)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, Tensor, None]:
+        ids, weight = ctx.ids.flatten(), ctx.weight
+        sums = weight.block_sums(dx.flatten(0, -2), ids)
+        return None, torch.zeros_like(weight.delta).index_add_(0, ids, sums), None
+
+
+class ScaledLinear(nn.Linear):
+    """An nn.Linear of a ScaledWeight."""
+
+    def __init__(self, weight: ScaledWeight, bias: Tensor | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.scaled, self.bias = weight, bias                # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return _Multiply.apply(x, self.scaled.delta, self.scaled, self.bias)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An nn.Embedding of a ScaledWeight."""
+
+    def __init__(self, weight: ScaledWeight):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.scaled = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., K)."""
+        return _Lookup.apply(ids, self.scaled.delta, self.scaled)
+
+
+def quantised_weights(model: CausalLM, precision: str,
+                      ) -> Iterator[tuple[str, nn.Linear | nn.Embedding, int]]:
+    """(name, module, bits) of each module whose weight a graph of that precision quantises.
+
+    A tied head is left out: its weight is that of the embedding.
+    """
+    bits, table_bits = PRECISIONS[precision]
+    for name, part in list(model.named_modules()):
+        tied = name == "lm_head" and model.config.tie_word_embeddings
+        if isinstance(part, (nn.Linear, nn.Embedding)) and not tied:
+            yield name, part, bits if name.endswith("_proj") else table_bits
+
+
+def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,
+                   ) -> dict[str, Blocks]:
+    """The blocks of all weights that a graph quantises, by name; weight(name) reads one of them."""
+    device = model.lm_head.weight.device
+    return {f"{name}.weight": quantize(weight(f"{name}.weight").to(device), bits, block)
+            for name, _, bits in quantised_weights(model, precision)}
+
+
+@torch.no_grad()
+def round_weights(model: CausalLM, precision: str, block: int,
+                  blocks: Mapping[str, Blocks] | None = None) -> CausalLM:
+    """Round the weights of the model in place, as a graph of that precision does.
+
+    blocks: those that the graph stores in place of the model's own weights, by weight name.
+    """
+    for name, part, bits in quantised_weights(model, precision):
+        found = (blocks or {}).get(f"{name}.weight") or quantize(part.weight, bits, block)
+        dense = dequantize(found, part.weight.dtype).to(part.weight.device)
+        part.weight = nn.Parameter(dense, requires_grad=False)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def scale_model(model: CausalLM, blocks: Mapping[str, Blocks], keep: Collection[str] = (),
+                ) -> dict[str, ScaledWeight]:
+    """Give the model these weights in place of its layers; returns those that can be trained.
+
+    Matrices in `keep` stay mixtures, of rounded weights that are not trained.
+    """
+    scaled: dict[str, ScaledWeight] = {}
+    for name, part in list(model.named_modules()):
+        if (found := blocks.get(f"{name}.weight")) is None:
+            continue
+        if name in keep:
+            part.weight = nn.Parameter(dequantize(found, part.weight.dtype), requires_grad=False)
+            continue
+        weight = scaled[f"{name}.weight"] = ScaledWeight(found, part.weight.dtype)
+        model.set_submodule(name, ScaledEmbedding(weight) if isinstance(part, nn.Embedding)
+                            else ScaledLinear(weight, part.bias))
+    if model.config.tie_word_embeddings:
+        model.lm_head = ScaledLinear(scaled["model.embed_tokens.weight"], None)
+    return scaled
