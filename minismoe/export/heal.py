@@ -79,17 +79,12 @@ def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collectio
     """
     student = twin(lesson.teacher).train()
     scaled = scale_model(student, blocks, keep)
-
-    def refresh() -> None:
-        for weight in scaled.values():
-            weight.refresh()
-
-    tune(student, lesson, [weight.delta for weight in scaled.values()], lr, refresh)
-    return {**blocks, **{name: weight.healed() for name, weight in scaled.items()}}
+    tune(student, lesson, [weight.delta for weight in scaled.values()], lr)
+    return {name: replace(found, scales=found.scales * scaled[name].delta.detach().exp())
+            if name in scaled else found for name, found in blocks.items()}
 
 
-def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float,
-         after_step: Callable[[], None] = lambda: None) -> None:
+def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float) -> None:
     """Train `parameters` of the student, in place."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     cfg = TrainConfig(lr=lr)
@@ -102,7 +97,6 @@ def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: fl
             torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             optimizer.step()
             student.zero_grad(set_to_none=True)          # shared parameters have gradients too
-            after_step()
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
 

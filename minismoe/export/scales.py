@@ -9,7 +9,6 @@ Letters: N outputs, K inputs, G blocks in a row, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,41 +17,54 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..model.decoder import CausalLM
-from ..model.quantize import Blocks, dequantize, quantize, rows_at_a_time
+from ..model.quantize import Blocks, dequantize, quantize, rows_at_a_time, unpack
 from .weights import PRECISIONS
 
 
 class ScaledWeight(nn.Module):
     """A weight (N, K) in blocks, with a trainable log-scale `delta` (N, G) for each of them.
 
-    `refresh` makes `dense` anew; call it after each change of delta.
+    It is made anew in each forward and backward, and so not kept.
     """
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype):
         super().__init__()
-        self.blocks, self.shape, self.dense = blocks, blocks.shape, torch.empty(0, dtype=dtype)
-        self.delta = nn.Parameter(torch.zeros_like(blocks.scales))
-        self.refresh()
-
-    def healed(self) -> Blocks:
-        """The blocks with the scales as they are now."""
-        return replace(self.blocks, scales=self.blocks.scales * self.delta.detach().exp())
+        self.size, self.shape, self.dtype = blocks.size, blocks.shape, dtype
+        self.scales, self.delta = blocks.scales, nn.Parameter(torch.zeros_like(blocks.scales))
+        q, zeros = unpack(blocks.data, blocks.bits), unpack(blocks.zeros, blocks.bits)
+        narrow = torch.int8 if blocks.bits == 4 else torch.int16
+        self.steps = q.to(narrow).sub_(zeros[:, :q.shape[1], None])       # (N, G, size): q - zero
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        self.dense = dequantize(self.healed(), self.dense.dtype)
+    def rows(self, which: Tensor | slice) -> Tensor:
+        """Some rows of the weight, (n, K)."""
+        scales = self.scales[which] * self.delta[which].exp()
+        w = self.steps[which].float().mul_(scales[..., None])
+        return w.flatten(1)[:, :self.shape[1]].to(self.dtype)
 
-    def block_sums(self, gradient: Tensor, rows: Tensor | slice) -> Tensor:
-        """d delta (n, G) of some rows from d w (n, K): the sums over each block of d w * w."""
-        x = gradient.mul_(self.dense[rows])
-        x = F.pad(x, (0, -x.shape[1] % self.blocks.size)).unflatten(1, (-1, self.blocks.size))
+    def parts(self) -> list[slice]:
+        """Slices of the rows, few enough at a time for a CPU's cache."""
+        step = rows_at_a_time(self.steps.flatten(1))
+        return [slice(n, n + step) for n in range(0, self.shape[0], step)]
+
+    def dense(self) -> Tensor:
+        """The weight (N, K)."""
+        return torch.cat([self.rows(part) for part in self.parts()])
+
+    def block_sums(self, gradient: Tensor, w: Tensor) -> Tensor:
+        """d delta (n, G) of some rows from d w and w (n, K): the sums over each block of d w * w.
+
+        Writes over the gradient.
+        """
+        x = F.pad(gradient.mul_(w), (0, -w.shape[1] % self.size)).unflatten(1, (-1, self.size))
         return x.sum(2, dtype=self.delta.dtype)
 
 
 class _Multiply(torch.autograd.Function):
     """y = x w^T + b;   dx = dy w,   d delta = block sums of (dy^T x) * w.
 
-    The gradient of w exists for a few rows at a time only.
+    The gradient of w exists for a few rows at a time only. Compared with autograd in
+    tests/export/test_heal.py::test_gradients_of_scales_equal_autograd, as is `_Lookup`.
     """
 
     @staticmethod
@@ -60,17 +72,16 @@ class _Multiply(torch.autograd.Function):
                 ) -> Tensor:
         ctx.weight = weight
         ctx.save_for_backward(x)
-        return F.linear(x, weight.dense, bias)
+        return F.linear(x, weight.dense(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        dx = dy @ weight.dense if ctx.needs_input_grad[0] else None
+        (x,), weight, w = ctx.saved_tensors, ctx.weight, ctx.weight.dense()
+        dx = dy @ w if ctx.needs_input_grad[0] else None
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-        step = rows_at_a_time(weight.dense)
-        return dx, torch.cat([weight.block_sums(dy[:, n:n + step].T @ x, slice(n, n + step))
-                              for n in range(0, len(weight.dense), step)]), None, None
+        return dx, torch.cat([weight.block_sums(dy[:, part].T @ x, w[part])
+                              for part in weight.parts()]), None, None
 
 
 class _Lookup(torch.autograd.Function):
@@ -78,15 +89,16 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, delta: Tensor, weight: ScaledWeight) -> Tensor:
-        ctx.weight, ctx.ids = weight, ids
-        return F.embedding(ids, weight.dense)
+        ctx.weight, ctx.ids, x = weight, ids.flatten(), weight.rows(ids.flatten())
+        ctx.save_for_backward(x)
+        return x.view(*ids.shape, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[None, Tensor, None]:
-        ids, weight = ctx.ids.flatten(), ctx.weight
-        sums = weight.block_sums(dx.flatten(0, -2), ids)
-        return None, torch.zeros_like(weight.delta).index_add_(0, ids, sums), None
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        sums = weight.block_sums(dx.reshape(x.shape).clone(), x)
+        return None, torch.zeros_like(weight.delta).index_add_(0, ctx.ids, sums), None
 
 
 class ScaledLinear(nn.Linear):

@@ -155,7 +155,6 @@ def test_gradients_of_scales_equal_autograd(mixture: Any, block: int, recompute:
     deltas = {}
     for name, weight in scaled.items():
         weight.delta.data = torch.randn(weight.delta.shape).double() * 0.1
-        weight.refresh()
         deltas[name] = weight.delta.detach().clone().requires_grad_()
     heal_step(student, Lesson(model, data, 1, 0), data)
 
@@ -201,8 +200,8 @@ def test_no_gradient_of_a_whole_matrix_is_held(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("minismoe.model.quantize.ON_CPU", 4 * 64)        # four rows at a time
     weight, largest = ScaledWeight(quantize(torch.randn(40, 64), 4), torch.float32), []
     sums = ScaledWeight.block_sums
-    monkeypatch.setattr(ScaledWeight, "block_sums", lambda self, gradient, rows: (
-        largest.append(gradient.numel()), sums(self, gradient, rows))[1])
+    monkeypatch.setattr(ScaledWeight, "block_sums", lambda self, gradient, w: (
+        largest.append(gradient.numel()), sums(self, gradient, w))[1])
     ScaledLinear(weight, None)(torch.randn(3, 64)).sum().backward()
     assert len(largest) == 10 and max(largest) == 4 * 64
 
