@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     if config.task and config.task not in source.examples:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
                          f"{', '.join(source.examples)}")
-    config = verify.with_context(config, source)
+    config = verify.with_context(config.settled(bool(config.prompts or source.examples)), source)
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(config.out or source.run / "export" / name)
     must_be_new(out)
@@ -95,7 +95,7 @@ def load_run(config: FreezeConfig) -> Source:
     run = Path(config.run or "")
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
-    saved = runs.read_run(run)
+    saved, training = runs.read_run(run)
     if saved.data and not Path(saved.data).exists():
         raise FileNotFoundError(f"{run / 'config.json'} names the data folder {saved.data}, "
                                 "which is not here: export where train.py ran")
@@ -104,10 +104,11 @@ def load_run(config: FreezeConfig) -> Source:
                                    limit_test=config.limit_test or saved.limit_test))
     inputs = cli.load_inputs(settings)
     load_adapter(inputs.model, run / "adapter")
+    inputs.model.model.recompute = training.recompute
     return Source(run, cli.model_folder(settings), inputs.model.name, inputs.model,
                   inputs.tokenizer, inputs.tasks,
                   {task: e.examples for task, e in inputs.encoded.items()},
-                  trained(run, inputs.tasks))
+                  trained(run, inputs.tasks), training.micro_batch_size)
 
 
 def load_base(config: ExportConfig) -> Source:

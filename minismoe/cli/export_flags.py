@@ -54,8 +54,9 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
     layout, needs = config.layout, of_adapters(given) if config.model else ""
-    ungraphed = first(given, "target", "static", "context", "precision")
+    ungraphed = first(given, "target", "static", "context", "precision", "block")
     idle = first(given, "fit", "calibration", "heal", "prompts", "task")
+    few = config.precision.startswith(("int", "auto"))
     rules = [
         (config.run and config.model, "RUN names its base itself: give RUN or --model"),
         (not config.graph and ungraphed,
@@ -63,6 +64,12 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (layout == "hf" and config.routing == "freeze",
          "--layout hf holds merged weights: --routing merge, or --layout peft"),
         ("tolerance" in given and config.routing != "auto", "--tolerance needs --routing auto"),
+        (config.block and not few,
+         f"--precision {config.precision} has no blocks: leave out --block"),
+        (config.model and config.heal and not config.prompts,
+         "--model has no data to heal on: give --prompts FILE"),
+        (config.model and config.prompts and not few,
+         f"--precision {config.precision} keeps a base as it is: leave out --prompts"),
         (config.static and config.target == "ort", "--static needs --target portable"),
         (config.static and layout != "onnx", "--static needs --layout onnx"),
         (layout == "web" and config.target == "portable", "--layout web needs --target ort"),
@@ -83,7 +90,8 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
 def of_adapters(given: Mapping[str, Any]) -> str:
     """The first flag given that has no effect on a base without adapters."""
     return first(given, *["layout"] * (given.get("layout") == "peft"), "routing", "adapters",
-                 "heal", "prompts", "task", "fit", "calibration", "tolerance", "limit_test")
+                 *["heal"] * ("prompts" not in given), "task", "fit", "calibration", "tolerance",
+                 "limit_test")
 
 
 def first(given: Mapping[str, Any], *names: str) -> str:

@@ -17,6 +17,7 @@ from ..io.text import clean
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
 from ..training import distributed
+from ..training.loop import TrainConfig
 from ..training.resume import digest
 from .flags import InputConfig, RunConfig
 from .inputs import Inputs
@@ -96,8 +97,10 @@ def saved_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def read_run(run: Path) -> InputConfig:
-    """The model and data of a run's config.json; device, dtype and the like are the defaults.
+def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
+    """The model and data of a run's config.json, and what it took to save memory.
+
+    Device, dtype and the like are the defaults.
 
     Raises ValueError if the config.json is not that of a run.
     """
@@ -112,7 +115,10 @@ def read_run(run: Path) -> InputConfig:
                  if type(value) is not (int if name in numbers else str)
                  and (value is not None or name in ("max_length", "seed"))]:
         raise ValueError(f"{run / 'config.json'} is none of a run: {', '.join(wrong)}")
-    return from_flags(InputConfig, saved)
+    smaller = {name: arguments.get(name) for name in ("micro_batch_size", "recompute")}
+    if type(smaller["micro_batch_size"]) is not int or smaller["micro_batch_size"] < 1:
+        smaller = {}                         # of an older version, or not settled: the defaults
+    return from_flags(InputConfig, saved), from_flags(TrainConfig, smaller)
 
 
 def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation) -> None:

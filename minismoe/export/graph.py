@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from onnx import TensorProto
 from onnx.helper import make_tensor_value_info as value
-from torch import Tensor
 
 from ..model.config import Config
 from ..model.decoder import rope_frequencies
@@ -71,7 +70,7 @@ class DecoderGraph(MixtureGraph):
         if not self.adapters.keys() & set(names):
             return y
         delta = self.delta(names, label, self.cast(f"{label}.wide", x, TensorProto.FLOAT),
-                           weights[0].shape[1], [len(w) for w in weights])
+                           weights[0].shape[1], [w.shape[0] for w in weights])
         return self.node("Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.real))
 
     def attention(self, i: int, x: str) -> str:
@@ -236,11 +235,11 @@ class DecoderGraph(MixtureGraph):
             return self.node("Gather", name, *table, "input_ids")
         if not self.ort:
             return self.embed_blocks(name, *table)
-        row = -(-D // BLOCK) * BLOCK
+        row = -(-D // self.block) * self.block
         data = self.alias(table[0], [c.vocab_size, row * self.table_bits // 8])
         x = self.node("GatherBlockQuantized", name, data, "input_ids", *table[1:],
-                      domain="com.microsoft", bits=self.table_bits, block_size=BLOCK, gather_axis=0,
-                      quantize_axis=1)
+                      domain="com.microsoft", bits=self.table_bits, block_size=self.block,
+                      gather_axis=0, quantize_axis=1)
         return x if row == D else self.node("Slice", name, x, [0], [D], [-1])
 
     def head(self, x: str, all_logits: bool) -> None:
@@ -303,13 +302,15 @@ def cached(kind: str, layer: int) -> tuple[str, str]:
     return f"{kind}.{layer}.key", f"{kind}.{layer}.value"
 
 
-def write_decoder(file: Path, config: Config, weight: Callable[[str], Tensor],
+def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
                   adapters: Mapping[str, Adapter], *, target: str, precision: str, context: int,
-                  static: tuple[int, int, int] | None = None, all_logits: bool = False) -> None:
+                  block: int = BLOCK, static: tuple[int, int, int] | None = None,
+                  all_logits: bool = False) -> None:
     """Write the graph to `file`, and its tensors to `file`.data.
 
-    weight(name) returns the tensor of a Hugging Face name, and is called once for each. `adapters`:
-    of matrices, by module name. `context`: the number of positions.
+    weight(name) returns the tensor of a Hugging Face name, or its `Blocks`, and is called once for
+    each. `adapters`: of matrices, by module name. `context`: the number of positions. `block`:
+    weights that share a scale, in few bits.
     static (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is read in
     chunks of T, the first of which is padded on the left. Raises ValueError for what a target
     cannot do, and for `adapters` of modules that the model does not have.
@@ -329,7 +330,7 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Tensor],
         raise ValueError(f"adapters for no matrix of this model: {', '.join(wrong[:5])}")
     with open(f"{file}.data", "wb") as data:
         graph = DecoderGraph(adapters, data, f"{file.name}.data", config, weight, target,
-                             precision, static)
+                             precision, block, static)
         graph.decoder(context, all_logits)
     graph.save(file)
 

@@ -1,14 +1,15 @@
-"""Heal a frozen mixture: train its linear maps for a few steps towards the mixture.
+"""Heal a frozen model: train it for a few steps towards the mixture.
 
-The mixture itself never changes: the student is a twin of the model, which shares every weight.
+In float, A and B of the frozen maps are trained; in few bits, the scales of the blocks. The mixture
+itself never changes: the student is a twin of the model, which shares every weight.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +22,28 @@ from ..method.experts import expert_layers
 from ..method.freeze import Fit, exact, freeze
 from ..method.loss import CHUNK, IGNORE
 from ..model.decoder import CausalLM
-from ..training.loop import TrainConfig, learning_rate, schedule, train_step
+from ..model.quantize import Blocks
+from ..training.loop import TrainConfig, learning_rate, schedule
+from .scales import scale_model
 
-HEAL_LR = 2e-4                               # low: A and B start near their optimum
+MAPS_LR = 2e-4                               # low: A and B start near their optimum
+SCALES_LR = 3e-3                             # of the logarithms of the scales
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is trained on: towards `teacher`, on examples, for some steps."""
+
+    teacher: CausalLM
+    examples: Sequence[Example]
+    steps: int
+    pad_id: int
+    micro_batch_size: int = 16
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any token is supervised. If none is, all real tokens are followed."""
+        return any(label != IGNORE for e in self.examples for label in e.labels[1:])
 
 
 def twin(model: Any) -> Any:
@@ -31,59 +51,82 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def heal(model: CausalLM, fits: Mapping[str, Fit], examples: Sequence[Example], steps: int,
-         pad_id: int, *, keep: Collection[str] = (), lr: float = HEAL_LR) -> dict[str, Fit]:
-    """Train the frozen mixtures of `model` for some steps, and return them as fits, by module.
+def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, keep: Collection[str] = (),
+              rounded: Callable[[CausalLM], Any] = lambda student: None, lr: float = MAPS_LR,
+              ) -> dict[str, Fit]:
+    """Train the frozen mixtures of the teacher, and return them as fits, by module.
 
-    Matrices in `keep` go on routing and are not trained.
+    Matrices in `keep` go on routing and are not trained. rounded: rounds the base of the student in
+    place, if what ships is a base in few bits with the maps beside it.
     """
-    student = twin(model).train()
+    student = twin(lesson.teacher).train()
     freeze(student, fits, keep)
+    rounded(student)
     layers = {n: layer for n, layer in expert_layers(student).items() if n not in set(keep)}
     parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     if parameters:                           # none if every matrix goes on routing
-        tune(student, model, parameters, examples, steps, pad_id, lr)
+        tune(student, lesson, parameters, lr)
     return {n: replace(exact(layer), kind="healed", residual=fits[n].residual,
                        energy=fits[n].energy) for n, layer in layers.items()}
 
 
-def tune(student: CausalLM, teacher: CausalLM, parameters: Sequence[Tensor],
-         examples: Sequence[Example], steps: int, pad_id: int, lr: float) -> None:
-    """Train `parameters` of the student, in place.
+def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collection[str] = (),
+                lr: float = SCALES_LR) -> dict[str, Blocks]:
+    """Train the scales of a model's quantised weights, and return them, by weight name.
 
-    The loss is that of training. If no example has a label, it is the divergence from the teacher.
+    blocks: of all weights that are quantised. Those of matrices in `keep`, which go on routing, are
+    not trained.
     """
-    device = teacher.lm_head.weight.device
+    student = twin(lesson.teacher).train()
+    scaled = scale_model(student, blocks, keep)
+    tune(student, lesson, [weight.delta for weight in scaled.values()], lr)
+    return {name: replace(found, scales=found.scales * scaled[name].delta.detach().exp())
+            if name in scaled else found for name, found in blocks.items()}
+
+
+def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float) -> None:
+    """Train `parameters` of the student, in place."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    cfg = TrainConfig(lr=lr, router_aux_loss_coef=0.0)
-    cfg = replace(cfg, epochs=math.ceil(steps / math.ceil(len(examples) / cfg.batch_size)))
-    labelled = any(label != IGNORE for e in examples for label in e.labels[1:])
-    with trange(steps, desc="heal", unit="step") as bar:
-        for step, batch in zip(bar, schedule(examples, cfg)):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, cfg)
-            if labelled:
-                loss = train_step(student, batch, cfg, pad_id, step)["loss"]
-            else:
-                loss = distil_step(student, teacher, collate(batch, pad_id, device))
+    cfg = TrainConfig(lr=lr)
+    epochs = math.ceil(lesson.steps / math.ceil(len(lesson.examples) / cfg.batch_size))
+    batches = schedule(lesson.examples, replace(cfg, epochs=epochs))
+    with trange(lesson.steps, desc="heal", unit="step") as bar:
+        for step, batch in zip(bar, batches):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, lesson.steps, cfg)
+            loss = heal_step(student, lesson, batch)
             torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             optimizer.step()
             student.zero_grad(set_to_none=True)          # shared parameters have gradients too
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
 
-def distil_step(student: CausalLM, teacher: CausalLM, batch: Batch) -> float:
-    """Gradients of the mean divergence KL(teacher || student) over the real tokens; its value."""
-    ids, mask, _ = batch
-    with torch.no_grad():
-        target = teacher.model(ids, mask)[mask.bool()]                   # (N, D)
-    hidden = student.model(ids, mask)[mask.bool()]
-    leaf, total = hidden.detach().requires_grad_(), 0.0
-    for wanted, given in _logits((teacher, student), (target, leaf)):
-        loss = F.kl_div(given.log_softmax(-1), wanted.log_softmax(-1), log_target=True,
-                        reduction="sum") / len(hidden)
-        loss.backward()
-        total += loss.item()
-    hidden.backward(leaf.grad)
+def heal_step(student: CausalLM, lesson: Lesson, batch: Sequence[Example]) -> float:
+    """Add up the gradients of one step, in micro-batches; returns its loss.
+
+    The loss is the mean over the supervised tokens of cross-entropy + KL(teacher || student);
+    without labels, the mean of KL over the real tokens.
+    """
+    teacher, total = lesson.teacher, 0.0
+    device, labelled = teacher.lm_head.weight.device, lesson.labelled
+    count = sum(label != IGNORE if labelled else 1 for e in batch for label in e.labels[labelled:])
+    for i in range(0, len(batch), lesson.micro_batch_size):
+        # Sorted rows put shared prefixes side by side, so that the model computes them once.
+        part = sorted(batch[i:i + lesson.micro_batch_size], key=lambda e: e.ids)
+        ids, mask, labels = collate(part, lesson.pad_id, device)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        needed = mask.bool() & (targets != IGNORE) if labelled else mask.bool()
+        with torch.no_grad():
+            wanted = teacher.model(ids, mask, needed=needed)[needed]             # (N, D)
+        hidden = student.model(ids, mask, needed=needed)[needed]
+        leaf, targets = hidden.detach().requires_grad_(), targets[needed]
+        rows = max(1, CHUNK // teacher.lm_head.out_features)
+        for (p, q), target in zip(_logits((teacher, student), (wanted, leaf)), targets.split(rows)):
+            q = q.log_softmax(-1)
+            loss = F.kl_div(q, p.log_softmax(-1), log_target=True, reduction="sum")
+            loss = (loss + F.nll_loss(q, target, ignore_index=IGNORE, reduction="sum")) / count
+            loss.backward()
+            total += loss.item()
+        hidden.backward(leaf.grad)
     return total
 
 

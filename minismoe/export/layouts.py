@@ -26,10 +26,11 @@ from ..method.experts import expert_layers
 from ..method.freeze import freeze, merged
 from ..model.checkpoint import DTYPES, MERGED, weight_files, weights
 from ..model.config import Config
+from ..model.quantize import BLOCK
 from .graph import write_decoder, write_sampler
 from .heal import twin
 from .mixture import Adapter, AdapterInput
-from .routing import Fits, Frozen
+from .routing import Fits, Frozen, merged_weights
 from .settings import ExportConfig, Source
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
@@ -50,14 +51,11 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
     beside: dict[str, Adapter] = {n: a for n, a in expert_layers(model).items() if n not in into}
     if config.adapters:
         into, beside = {}, dict.fromkeys(into, AdapterInput())
-    stored = weights(source.base)
-
-    def weight(name: str) -> Tensor:
-        found = into.get(name.removesuffix(".weight"))
-        return stored(name) if found is None else merged(stored(name).float(), found)
-
-    write_decoder(folder / "model.onnx", sizes, weight, beside, target=config.target,
-                  precision=config.precision, context=config.context or 0, static=config.static)
+    weight = merged_weights(source.base, into)
+    write_decoder(folder / "model.onnx", sizes,
+                  lambda name: frozen.blocks[name] if name in frozen.blocks else weight(name),
+                  beside, target=config.target, precision=config.precision,
+                  context=config.context or 0, block=config.block or BLOCK, static=config.static)
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
     adapters = {}
     for number, task in enumerate(frozen.by_task if config.adapters else ()):

@@ -13,7 +13,7 @@ from statistics import mean, median
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.tasks import Batch, Example, probe_batches
@@ -22,10 +22,14 @@ from ..io.drawing import terminal_heatmap
 from ..io.files import replacing, write_json
 from ..io.text import clean, table
 from ..method.experts import expert_layers
-from ..method.freeze import Fit, TaskFits, fit, merge
+from ..method.freeze import Fit, TaskFits, fit, merge, merged
 from ..method.loss import IGNORE
+from ..model.checkpoint import weights
+from ..model.decoder import CausalLM
+from ..model.quantize import Blocks
 from ..training.evaluate import evaluate
-from .heal import agreement, heal, twin
+from .heal import Lesson, agreement, heal_maps, heal_scales, twin
+from .scales import quantize_model, round_weights
 from .settings import ExportConfig, FreezeConfig, Source, TableConfig
 
 BATCH = 16                                   # calibration samples at once
@@ -38,6 +42,7 @@ class Frozen(TaskFits):
     """The mixtures of a run as linear maps, and the matrices that keep routing instead."""
 
     routed: list[str] = field(default_factory=list)
+    blocks: dict[str, Blocks] = field(default_factory=dict)      # healed weights in few bits
 
 
 class Calibration:
@@ -89,9 +94,13 @@ def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
 def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
     """Freeze the mixtures of a run as the settings say, and save the fits beside its adapter."""
     layers = list(expert_layers(source.model))
-    if not layers or config.routing == "dynamic":
+    if config.routing == "dynamic":
         return Frozen({}, {}, layers)
     data = Calibration(config, source)
+    if not layers:
+        frozen = Frozen({}, {})
+        heal_frozen(config, source, data, frozen)
+        return frozen
     frozen = Frozen(**vars(data.fits()[config.fit]))
     fits = frozen.of(config.task)
     show_residuals(fits)
@@ -100,14 +109,41 @@ def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
         (frozen.routed,) = fewest_routed(
             source.model, fits, lambda m: mean(data.score(m, t) for t in tasks), [config.tolerance])
         print(f"auto: routing stays in {len(frozen.routed)} of {len(fits)} matrices")
-    if config.heal:
-        healed: list[str | None] = [*data.pools] if config.adapters else [config.task]
-        for task in healed:
-            frozen.of(task).update(heal(
-                source.model, frozen.of(task), data.pools[task] if task else data.examples,
-                config.heal, source.tokenizer.pad_id, keep=frozen.routed))
+    heal_frozen(config, source, data, frozen)
     save_frozen(source.run / "adapter", frozen)
     return frozen
+
+
+def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen: Frozen) -> None:
+    """Train what is frozen for config.heal steps: scales, if all that is frozen is merged into
+    weights in few bits, or else the maps."""
+    tasks: list[str | None] = [*data.pools] if config.adapters else [config.task]
+
+    def rounded(model: CausalLM) -> None:
+        if config.block:
+            round_weights(model, config.precision, config.block)
+
+    for task in tasks if config.heal else ():
+        lesson = Lesson(source.model, data.pools[task] if task else data.examples,
+                        config.heal or 0, source.tokenizer.pad_id, source.micro_batch_size)
+        if config.block and config.routing != "freeze" and not config.adapters:
+            into = {n: f for n, f in frozen.of(task).items() if n not in frozen.routed}
+            blocks = quantize_model(source.model, merged_weights(source.base, into),
+                                    config.precision, config.block)
+            frozen.blocks = heal_scales(lesson, blocks, keep=frozen.routed)
+        else:
+            frozen.of(task).update(heal_maps(lesson, frozen.of(task), keep=frozen.routed,
+                                             rounded=rounded))
+
+
+def merged_weights(base: Path, fits: Fits) -> Callable[[str], Tensor]:
+    """A function that reads a tensor of a checkpoint by name, with the fit of its module merged."""
+    stored = weights(base)
+
+    def weight(name: str) -> Tensor:
+        found = fits.get(name.removesuffix(".weight"))
+        return stored(name) if found is None else merged(stored(name).float(), found)
+    return weight
 
 
 def show_residuals(fits: Fits) -> None:
@@ -200,7 +236,8 @@ def print_costs(config: TableConfig, source: Source) -> None:
     kinds = data.fits()
     fits = kinds[config.fit].together
     show_residuals(fits)
-    healed = heal(source.model, fits, data.examples, config.heal, source.tokenizer.pad_id)
+    healed = heal_maps(Lesson(source.model, data.examples, config.heal, source.tokenizer.pad_id,
+                              source.micro_batch_size), fits)
     rows = cost_rows(source.model, kinds, healed, data.score,
                      (0.0, 0.01, 0.02) if config.routing == "auto" else ())
     write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})

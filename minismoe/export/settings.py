@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
-from ..io.flags import flag, number, positive, text
+from ..io.flags import flag, natural, number, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
+from ..model.quantize import BLOCK, BLOCKS
 from .weights import PRECISIONS
+
+STEPS = 40                               # of healing, if it is not said how many
 
 
 def static_sizes(text: str) -> tuple[int, int, int]:
@@ -30,8 +33,9 @@ class FreezeConfig:
     run: str | None = None                   # folder of train.py
     fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) in its "
                     "input, constant gates, or their mean", choices=KINDS)
-    heal: int | None = flag(None, "train the frozen maps for so many steps", positive,
-                            metavar="STEPS")
+    heal: int | None = flag(
+        None, "train for so many steps after freezing: the frozen maps in float, in few bits the "
+        "scales (default: 40 for int4 with data, or else 0)", natural, metavar="STEPS")
     calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
                             metavar="N")
     prompts: str | None = flag(
@@ -72,8 +76,11 @@ class ExportConfig(FreezeConfig):
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
                        "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
     precision: str = flag(
-        "fp32", "of the base weights, int4-8 with embedding and head in 8 bits; adapters and "
-        "routers stay in float32 (default: fp32)", choices=tuple(PRECISIONS))
+        "auto", "of the base weights, int4-8 with embedding and head in 8 bits; adapters and "
+        "routers stay in float32. auto (default): int4 if it is healed, or else int4-8",
+        choices=("auto", *PRECISIONS))
+    block: int | None = flag(None, "weights that share a scale, in 8 or 4 bits (default: 32)", int,
+                             choices=BLOCKS)
     target: str = flag("ort", "onnxruntime's fused operators (default), or standard ONNX "
                        "operators only", choices=("ort", "portable"))
     static: tuple[int, int, int] | None = flag(
@@ -84,6 +91,22 @@ class ExportConfig(FreezeConfig):
         "what the test lines need)", positive, metavar="TOKENS")
     check: int = flag(8, "prompts on which the export must agree with PyTorch (default: 8)",
                       positive, metavar="N")
+
+    def settled(self, has_examples: bool) -> ExportConfig:
+        """The same with values in place of "auto" and of the defaults of --heal and --block.
+
+        has_examples: whether there is something to heal on.
+        """
+        if not self.graph:
+            return replace(self, precision="fp32", heal=self.heal or 0)
+        heals = has_examples and self.heal != 0 and self.routing != "dynamic"
+        precision = self.precision
+        if precision == "auto":
+            precision = "int4" if heals else "int4-8"
+        heal = (STEPS if heals and precision == "int4" else 0) if self.heal is None else self.heal
+        few = any(PRECISIONS[precision])
+        return replace(self, precision=precision, heal=heal,
+                       block=self.block or BLOCK if few else None)
 
     @property
     def graph(self) -> bool:
@@ -108,3 +131,4 @@ class Source:
     tasks: Sequence[Task] = ()
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)      # by task
     trained: Mapping[str, float] = field(default_factory=dict)     # exact match seen in training
+    micro_batch_size: int = 16               # examples computed at once, as in training

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..data.tasks import Task
@@ -28,13 +28,12 @@ from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
 from ..model.checkpoint import load_adapter, load_model, weights
 from ..model.decoder import CausalLM
-from ..model.quantize import dequantize, quantize
 from ..runtime import Generator
 from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
 from .heal import twin
 from .routing import Frozen
+from .scales import round_weights
 from .settings import ExportConfig, Source
-from .weights import PRECISIONS
 
 # How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
@@ -96,14 +95,14 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
     return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
 
 
-def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
+def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts,
                     ) -> dict[str, Any]:
-    """Compare an `unrounded` graph with `model`, whose weights are rounded in place like its own.
+    """Compare an `unrounded` graph with `model`, whose weights `round_weights` rounded.
 
     Raises ValueError if they differ by more than float32 explains.
     """
     count = min(FEW, generator.room(max(map(len, prompts))))
-    found = compare_logits(round_weights(model, precision), partial(logits, generator), prompts,
+    found = compare_logits(model, partial(logits, generator), prompts,
                            generator.tokenizer.stop_ids, "fp32", count,
                            " with the same rounded weights")
     return {"rounded_error": found["logits_error"]}
@@ -125,19 +124,6 @@ def unrounded(generator: Generator) -> Generator:
                                           providers=["CPUExecutionProvider"])
     other.use(None)
     return other
-
-
-@torch.no_grad()
-def round_weights(model: CausalLM, precision: str) -> CausalLM:
-    """Round the weights of the model in place, as a graph of that precision does."""
-    bits, table_bits = PRECISIONS[precision]
-    for name, part in model.named_modules():
-        if name == "lm_head" and model.config.tie_word_embeddings:
-            part.weight = model.model.embed_tokens.weight
-        elif isinstance(part, (nn.Linear, nn.Embedding)):
-            blocks = quantize(part.weight, bits if name.endswith("_proj") else table_bits)
-            part.weight = nn.Parameter(dequantize(blocks)[:, :part.weight.shape[1]], False)
-    return model
 
 
 def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float:
@@ -249,16 +235,21 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
     if not config.graph:
         return check_weights(config, source, folder, frozen, reference(config.task), base)
     generator, found = Generator(folder), {}
-    blocks = unrounded(generator) if config.precision.startswith("int") else None
+    blocks = unrounded(generator) if config.block else None
     prompts = some_prompts(source, config.check)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
         generator.use(adapter)
-        model = reference(task, adapted)
-        seen = compare_graph(model, generator, prompts, config.precision)
+        model = rounded = reference(task, adapted)
+        if config.block:
+            rounded = round_weights(reference(task, adapted), config.precision, config.block,
+                                    frozen.blocks)
+        # Healed weights are no longer those of the model: the graph is compared with them.
+        seen = compare_graph(rounded if frozen.blocks else model, generator, prompts,
+                             config.precision)
         if blocks:
             blocks.use(adapter)
-            seen |= compare_rounded(reference(task, adapted), blocks, prompts, config.precision)
+            seen |= compare_rounded(rounded, blocks, prompts)
         show_logits(task or source.name, seen)
         if adapted:
             seen["exact_match"] = accuracies(config, source, generator, model, [

@@ -18,7 +18,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from ..model.config import Config
-from ..model.quantize import BLOCK, Blocks, columns, quantize
+from ..model.quantize import Blocks, columns, quantize
 from .nodes import TYPES, Graph
 
 CHUNK = 1 << 22                 # elements that are converted at a time
@@ -27,13 +27,16 @@ PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), 
 
 
 class WeightGraph(Graph):
-    """A graph that reads the weights of one model by their Hugging Face names."""
+    """A graph that reads the weights of one model by their Hugging Face names.
+
+    A weight is a tensor, or ready-made `Blocks` that are stored as they are.
+    """
 
     def __init__(self, data: BinaryIO, location: str, config: Config,
-                 weight: Callable[[str], Tensor], target: str, precision: str,
+                 weight: Callable[[str], Any], target: str, precision: str, block: int,
                  static: tuple[int, int, int] | None):
         super().__init__(data, location)
-        self.config, self.weight = config, weight
+        self.config, self.weight, self.block = config, weight, block
         self.ort, self.static = target == "ort", static
         self.bits, self.table_bits = PRECISIONS[precision]
         self.dtype = torch.float16 if precision == "fp16" else torch.float32
@@ -44,9 +47,9 @@ class WeightGraph(Graph):
         """Cast x, unless the whole graph is in float32."""
         return x if self.dtype == torch.float32 else self.node("Cast", name, x, to=to)
 
-    def product(self, label: str, x: str, weights: Sequence[Tensor]) -> str:
+    def product(self, label: str, x: str, weights: Sequence[Any]) -> str:
         """x (B, T, in) -> (B, T, sum of out), by weights (out, in) that are stored side by side."""
-        outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
+        outputs, inputs = sum(w.shape[0] for w in weights), weights[0].shape[1]
         if self.bits:
             blocks = self.blocks(label, weights, self.bits)
             return self.multiply(label, x, blocks, inputs, outputs, self.bits)
@@ -56,9 +59,9 @@ class WeightGraph(Graph):
                 torch.cat([w[:, i:i + step].to(self.dtype) for w in weights]).T
                 for i in range(0, inputs, step))))
 
-    def blocks(self, label: str, weights: Sequence[Tensor], bits: int) -> list[str]:
+    def blocks(self, label: str, weights: Sequence[Any], bits: int) -> list[str]:
         """Store the data, scales and zeros of quantised weights; returns their names."""
-        parts = [quantize(w, bits) for w in weights]
+        parts = [w if isinstance(w, Blocks) else quantize(w, bits, self.block) for w in weights]
         data, scales, zeros = (torch.cat([getattr(p, field) for p in parts])
                                for field in ("data", "scales", "zeros"))
         names = [f"{label}.{field}" for field in ("weight", "scales", "zeros")]
@@ -66,7 +69,8 @@ class WeightGraph(Graph):
             return [self.tensor(*each) for each in zip(names, (data, scales, zeros))]
         inputs, (outputs, groups) = weights[0].shape[1], scales.shape
         kind = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
-        by_column = columns(Blocks(bits, data, scales, zeros), inputs)
+        by_column = columns(Blocks(bits, self.block, torch.Size((outputs, inputs)), data, scales,
+                                   zeros))
         return [self.tensor(name, value, data_type, (rows, outputs))
                 for name, value, rows, data_type in zip(
                     names, by_column, (inputs, groups, groups), (kind, TensorProto.FLOAT, kind))]
@@ -76,19 +80,20 @@ class WeightGraph(Graph):
         """x (.., in) times stored blocks. accuracy_level 4 rounds x to int8, a block at a time."""
         if self.ort:
             return self.node("MatMulNBits", label, x, *blocks, domain="com.microsoft", K=inputs,
-                             N=outputs, bits=bits, block_size=BLOCK, accuracy_level=4)
+                             N=outputs, bits=bits, block_size=self.block,
+                             accuracy_level=4)
         return self.node("MatMul", label, x, self.node(
-            "DequantizeLinear", label, *blocks, axis=0, block_size=BLOCK))
+            "DequantizeLinear", label, *blocks, axis=0, block_size=self.block))
 
     def table(self, name: str) -> list[str]:
         """The stored tensors of an embedding or head (V, D); a tied table is stored once."""
         if name not in self.shared:
             value = self.weight(f"{name}.weight")
-            rows = value.split(max(1, CHUNK // value.shape[1]))
             self.shared[name] = (
-                self.blocks(name, [value], self.table_bits) if self.table_bits else
                 [self.stream(f"{name}.weight", self.real, value.shape, (
-                    part.to(self.dtype) for part in rows))])
+                    part.to(self.dtype) for part in value.split(max(1, CHUNK // value.shape[1]))))]
+                if isinstance(value, Tensor) and not self.table_bits else
+                self.blocks(name, [value], self.table_bits))
         return self.shared[name]
 
     def embed_blocks(self, name: str, data: str, scales: str, zeros: str) -> str:
@@ -98,10 +103,10 @@ class WeightGraph(Graph):
         """
         D, V = self.config.hidden_size, self.config.vocab_size
         token = self.node("Unsqueeze", name, "input_ids", [2])    # (B, T, 1)
-        rows, blocks = torch.arange(D) * V, torch.arange(D) // BLOCK * V
+        rows, blocks = torch.arange(D) * V, torch.arange(D) // self.block * V
         q = self.gather(f"{name}.weight", data, token, rows)
         zero = self.gather(f"{name}.zeros", zeros, token, blocks)
-        scale = self.node("Gather", f"{name}.scales", self.alias(scales, [-(-D // BLOCK) * V]),
+        scale = self.node("Gather", f"{name}.scales", self.alias(scales, [-(-D // self.block) * V]),
                           self.node("Add", f"{name}.scales", token, self.tensor(
                               f"{name}.scales.at", blocks)))
         return self.node("Mul", name, self.node("Sub", name, q, zero), scale)    # (B, T, D)

@@ -61,6 +61,7 @@ def checked(kind: Callable[[str], Any], good: Callable[[Any], bool], wrong: str,
 
 
 positive = checked(int, lambda n: n >= 1, "is not at least 1")
+natural = checked(int, lambda n: n >= 0, "is below 0")
 seed = checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
 text = checked(str, bool, "is empty")          # an unset variable of a shell
 number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")

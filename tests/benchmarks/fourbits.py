@@ -88,10 +88,11 @@ def ort(method: str, block: int) -> Row:
 
 ROWS = [
     Row("mixture, float32 in PyTorch", "torch", "32", ""),
-    Row("merged, float32", "ours", "32", MERGED),
-    Row("merged, float32, healed", "ours", "32", HEALED),
-    Row("minismoe int4, blocks of 32", "ours", "4", f"{MERGED} --precision int4"),
-    Row("minismoe int4-8, blocks of 32", "ours", "8", f"{MERGED} --precision int4-8"),
+    Row("merged, float32", "ours", "32", f"{MERGED} --precision fp32"),
+    Row("merged, float32, healed", "ours", "32", f"{HEALED} --precision fp32"),
+    *(Row(f"minismoe int4, blocks of {block}", "ours", "4",
+          f"{MERGED} --precision int4 --block {block}") for block in (32, 128)),
+    Row("minismoe int4-8, blocks of 32", "ours", "8", f"{MERGED} --precision int4-8 --block 32"),
     *(Row(f"minismoe int4, blocks of {block}, healed", "ours", "4",
           f"{HEALED} --precision int4 --block {block}") for block in (32, 64, 128)),
     genai("default", 32), genai("rtn", 32), genai("k_quant", 32),
@@ -215,7 +216,7 @@ def copy_run(run: Path, folder: Path) -> None:
 
 def write_merged(source: Source, folder: Path) -> None:
     """Write the mixture, merged by the linear fit, as a checkpoint in float32."""
-    frozen = freeze_routing(ExportConfig(), source)
+    frozen = freeze_routing(ExportConfig(heal=0), source)
     load_adapter(model := load_model(source.base), source.run / "adapter")
     merge(model, frozen.of(None))
     copy_base_files(source.base, folder)

@@ -141,7 +141,7 @@ def measure(source: Source, models: Mapping[str, Callable[[], CausalLM]], found:
 def outside(source: Source) -> list[Task]:
     """The tasks of the run's data folder that were not trained, with ANSWERS test lines each."""
     trained = {task.name for task in source.tasks}
-    others = [t for t in load_tasks(read_run(source.run).data or "") if t.name not in trained]
+    others = [t for t in load_tasks(read_run(source.run)[0].data or "") if t.name not in trained]
     for task in others:
         task.test = task.test[:ANSWERS]
     return others

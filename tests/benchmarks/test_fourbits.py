@@ -15,7 +15,7 @@ from tiny import save_bytes_model
 
 import train
 from minismoe.export import graph
-from minismoe.export.verify import round_weights
+from minismoe.export.scales import round_weights
 from minismoe.io.files import read_json
 from minismoe.model.checkpoint import load_model
 
@@ -31,24 +31,26 @@ def checkpoint(tmp_path_factory) -> Path:
     return save_bytes_model(tmp_path_factory.mktemp("fourbits") / "model", **SIZES)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4-8", "int4"])
-def test_a_folder_read_back_is_the_model_with_rounded_weights(precision, checkpoint, tmp_path,
-                                                              ) -> None:
+@pytest.mark.parametrize(("precision", "block"), [("fp32", 32), ("int8", 32), ("int4-8", 128),
+                                                  ("int4", 64)])
+def test_a_folder_read_back_is_the_model_with_rounded_weights(precision, block, checkpoint,
+                                                              tmp_path) -> None:
     model = load_model(checkpoint)
     weights = dict(model.named_parameters())
     graph.write_decoder(tmp_path / "model.onnx", model.config, lambda n: weights[n].detach(), {},
-                        target="ort", precision=precision, context=64)
+                        target="ort", precision=precision, context=64, block=block)
     other = deepcopy(model)                  # what the graph lacks must not come from it unseen
     for p in other.parameters():
         p.data.mul_(0 if p.ndim > 1 else 1)
     found = fourbits_drift.read_back(tmp_path, other)
-    wanted = model if precision == "fp32" else round_weights(load_model(checkpoint), precision)
+    wanted = model if precision == "fp32" else round_weights(
+        load_model(checkpoint), precision, block)
     for name, p in wanted.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), p, rtol=0, atol=1e-6)
 
 
 def test_divergence_is_that_of_torch_and_zero_for_the_base(checkpoint) -> None:
-    base, model = load_model(checkpoint), round_weights(load_model(checkpoint), "int4")
+    base, model = load_model(checkpoint), round_weights(load_model(checkpoint), "int4", 32)
     ids = [5, 9, 2, 70, 33, 8]
     found = fourbits_drift.divergence(base, model, [ids, ids[:4]], 2)
     wanted = F.kl_div(*(m(torch.tensor([ids]))[0, 2:].log_softmax(-1) for m in (model, base)),

@@ -1,9 +1,10 @@
 """Training speed and memory: a mixture of 8 experts of rank 8 against PEFT's LoRA of rank 64.
 
-    python tests/benchmarks/train_speed.py --model SMOLLM2_135M --data FOLDER
+    python tests/benchmarks/train_speed.py --model SMOLLM2_135M --data FOLDER [--sides ours,heal]
 
-Both adapt all linear layers and see the same batches. Each measurement runs in a process of its
-own, the two sides in turn. Prints medians over rounds, and ratios.
+All sides see the same batches; ours and peft adapt all linear layers. heal trains the scales of a
+copy in 4 bits towards the mixture of `ours`. Each measurement runs in a process of its own, the
+sides in turn. Prints medians over rounds, and ratios.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import torch
 
 from minismoe.data.tasks import bucket, collate, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
+from minismoe.export.heal import Lesson, heal_step, twin
+from minismoe.export.scales import quantize_model, scale_model
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.training.loop import TrainConfig, train_step
 
-EXPERTS, RANK, WARM = 8, 8, 2
+RANK, WARM = 8, 2
 
 
 def batches(args: argparse.Namespace) -> tuple[list, int]:
@@ -41,7 +44,7 @@ def batches(args: argparse.Namespace) -> tuple[list, int]:
 
 def ours(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     model = load_model(args.model, dtype)
-    add_experts(model, dict.fromkeys(linear_layers(model), EXPERTS), rank=RANK)
+    add_experts(model, dict.fromkeys(linear_layers(model), args.experts), rank=RANK)
     cfg = TrainConfig(micro_batch_size=args.batch_size)
     steps = itertools.count(1)            # step 0 also counts expert use, as every 20th does
     return model, lambda examples, pad: train_step(model, examples, cfg, pad, next(steps))
@@ -52,7 +55,8 @@ def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     from transformers import AutoModelForCausalLM
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype),
-        LoraConfig(r=EXPERTS * RANK, lora_alpha=2 * EXPERTS * RANK, target_modules="all-linear"))
+        LoraConfig(r=args.experts * RANK, lora_alpha=2 * args.experts * RANK,
+                   target_modules="all-linear"))
 
     def step(examples: list, pad: int) -> None:
         ids, mask, labels = collate(examples, pad)
@@ -60,11 +64,21 @@ def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     return model, step
 
 
+def heal(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
+    teacher = ours(args, dtype)[0]
+    student = twin(teacher).train()
+    scaled = scale_model(student, quantize_model(
+        teacher, lambda name: teacher.get_parameter(name).detach(), "int4", 32)).values()
+
+    return torch.nn.ModuleList(scaled), lambda examples, pad: heal_step(
+        student, Lesson(teacher, examples, 1, pad, args.batch_size), examples)
+
+
 def child(args: argparse.Namespace) -> None:
     """Measure one side in this process and print the result as JSON."""
     torch.manual_seed(0)
     work, pad = batches(args)
-    model, step = {"ours": ours, "peft": peft}[args.side](args, getattr(torch, args.dtype))
+    model, step = SIDES[args.side](args, getattr(torch, args.dtype))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     rates = []
     for examples in work:
@@ -77,6 +91,9 @@ def child(args: argparse.Namespace) -> None:
                       "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
+SIDES = {"ours": ours, "peft": peft, "heal": heal}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,18 +104,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes a side and dtype")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--side", choices=("ours", "peft"), help=argparse.SUPPRESS)
+    parser.add_argument("--experts", type=int, default=8, help="of each matrix")
+    parser.add_argument("--sides", default="ours,peft", help="the first with each of the others")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         child(args)
         return
-    print(f"{EXPERTS} experts of rank {RANK} against PEFT LoRA of rank {EXPERTS * RANK}, batch "
+    first, *others = args.sides.split(",")
+    print(f"{args.experts} experts of rank {RANK}, or a LoRA of rank {args.experts * RANK}, batch "
           f"{args.batch_size}, {args.steps} steps x {args.rounds} rounds, "
           f"{torch.get_num_threads()} threads")
     print("dtype      side   tokens/s   peak MiB   by round")
     for dtype in args.dtypes.split(","):
-        seen: dict[str, list[dict]] = {"ours": [], "peft": []}
+        seen: dict[str, list[dict]] = {side: [] for side in (first, *others)}
         for _ in range(args.rounds):
             for side, results in seen.items():
                 run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side,
@@ -109,9 +129,10 @@ def main() -> None:
         for side, m in middle.items():
             print(f"{dtype:10} {side:5} {m['rate']:9.0f} {m['peak']:10.0f}   "
                   + " ".join(f"{r['rate']:.0f}" for r in seen[side]))
-        pairs = [a["rate"] / b["rate"] for a, b in zip(seen["ours"], seen["peft"])]
-        print(f"{dtype:10} ratio: {statistics.median(pairs):.2f} x tokens/s, "
-              f"{middle['ours']['peak'] / middle['peft']['peak']:.2f} x peak memory", flush=True)
+        for other in others:
+            pairs = [a["rate"] / b["rate"] for a, b in zip(seen[first], seen[other])]
+            print(f"{dtype:10} {first} / {other}: {statistics.median(pairs):.2f} x tokens/s, "
+                  f"{middle[first]['peak'] / middle[other]['peak']:.2f} x peak memory", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import onnx
+import onnx.numpy_helper
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import export
 import train
+from minismoe.cli.export_flags import parse
 from minismoe.export import layouts, verify
 from minismoe.export.routing import fewest_routed
 from minismoe.export.settings import ExportConfig
@@ -72,6 +74,8 @@ def frozen_of(run: Path) -> dict[str, dict[str, Fit]]:
     "--precision int8 --target portable", "--precision fp16", "--static 1x1x64 --target portable",
     "--layout genai", "--layout genai --adapters", "--layout genai --target portable",
     "--layout web --precision int4", "--layout peft", "--layout hf --heal 2", "--prompts",
+    "--precision int4 --heal 2 --block 128", "--precision int4 --heal 2 --routing auto",
+    "--precision int4 --heal 2 --routing freeze", "--precision int8 --heal 2 --adapters",
 ])
 def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
     """Each passes its own check against PyTorch, and says what it holds."""
@@ -81,12 +85,16 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         args += [str(tmp_path / "lines"), "--heal", "2", "--routing", "auto"]
     if "dynamic" not in args:
         args += ["--calibration", "16"]
+    if flags and not {"--precision", "peft", "hf"} & set(args):
+        args += ["--precision", "fp32"]
     export.main([str(run), "--out", str(out), "--check", "4", *args])
     info = json.loads((out / "export.json").read_text())
     if args[:2] != ["--routing", "dynamic"]:
-        kinds = {f.kind for f in frozen_of(run)[
-            info["arguments"]["task"] or ""].values()}
-        assert ("healed" in kinds) == ("--heal" in args)
+        frozen = frozen_of(run)["number" if "--adapters" in args else
+                                info["arguments"]["task"] or ""]
+        kinds = {f.kind for f in frozen.values()}
+        few = info["arguments"]["block"] and not {"freeze", "--adapters"} & set(args)
+        assert ("healed" in kinds) == ("--heal" in args and not few)
         assert not ("--fit" in args and "linear" in kinds)
     for file in out.rglob("model*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph
@@ -177,7 +185,7 @@ def test_a_base_alone(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", ["--task number", "--heal 3", "--routing auto",
-                                   "--prompts x", "--layout peft", "--adapters", "--fit linear",
+                                   "--layout peft", "--adapters", "--fit linear",
                                    "--calibration 64", "--limit-test 5"])
 def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, flags: str,
                                                      capsys: pytest.CaptureFixture[str],
@@ -193,8 +201,37 @@ def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, 
 def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
     export.main([str(run), "--out", str(tmp_path / "out"), "--check", "2"])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
-    wanted = ExportConfig(run=str(run), out=str(tmp_path / "out"), check=2, context=128)
+    wanted = ExportConfig(run=str(run), out=str(tmp_path / "out"), check=2, context=128,
+                          precision="int4", heal=40, block=32)
     assert arguments == asdict(wanted)
+
+
+@pytest.mark.parametrize(("flags", "wanted"), [
+    ("--model base", ("int4-8", 0, 32)), ("--routing dynamic", ("int4-8", 0, 32)),
+    ("--heal 0", ("int4-8", 0, 32)), ("--model base --prompts x", ("int4", 40, 32)),
+    ("--precision int4 --block 128", ("int4", 40, 128)), ("--precision int8", ("int8", 0, 32)),
+    ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 0, None)),
+    ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 0, None)),
+    ("--layout peft --heal 3", ("fp32", 3, None)), ("--heal 9", ("int4", 9, 32))])
+def test_what_auto_becomes(flags: str, wanted: tuple[str, int, int | None]) -> None:
+    args = flags.split() if "--model" in flags else ["run", *flags.split()]
+    config = parse(args, "")
+    assert isinstance(config, ExportConfig)
+    config = config.settled(has_examples=bool(config.run or config.prompts))
+    assert (config.precision, config.heal, config.block) == wanted
+
+
+def test_a_base_is_healed_on_prompts_towards_itself(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("".join(f"say {i}\n" for i in range(32)))
+    tensors = []
+    for steps in ("0", "5"):
+        export.main(["--model", str(run.parent / "model"), "--prompts", str(tmp_path / "lines"),
+                     "--heal", steps, "--precision", "int4", "--out", str(tmp_path / steps)])
+        graph = onnx.load(tmp_path / steps / "model.onnx").graph
+        tensors.append({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer})
+    for name, before in tensors[0].items():
+        same = (before == tensors[1][name]).all()
+        assert bool(same) == (not name.endswith(".scales")), name
 
 
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:

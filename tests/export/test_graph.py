@@ -229,12 +229,12 @@ def test_two_adapters_on_one_base(model: Callable[..., CausalLM], tmp_path: Path
 # Precisions
 
 @torch.no_grad()
-def rounded(m: CausalLM, bits: int, table_bits: int) -> CausalLM:
+def rounded(m: CausalLM, bits: int, table_bits: int, size: int = 32) -> CausalLM:
     """The model that quantised weights stand for."""
     for name, part in m.named_modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
-            blocks = quantize(part.weight, bits if "_proj" in name else table_bits)
-            part.weight = nn.Parameter(dequantize(blocks)[:, :part.weight.shape[1]])
+            blocks = quantize(part.weight, bits if "_proj" in name else table_bits, size)
+            part.weight = nn.Parameter(dequantize(blocks))
     if m.config.tie_word_embeddings:
         m.lm_head.weight = m.model.embed_tokens.weight
     return m
@@ -251,6 +251,17 @@ def test_blocks(model: Callable[..., CausalLM], tmp_path: Path, family: str, tar
     file = write(tmp_path / "m.onnx", m, beside, target=target, precision=precision,
                  all_logits=True)
     compare(file, rounded(m, *PRECISIONS[precision]), target, 0.06)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_blocks_of_other_sizes(model: Callable[..., CausalLM], tmp_path: Path, size: int,
+                               target: str, precision: str) -> None:
+    m = model("smollm2")                     # its rows are no multiple of a block
+    file = write(tmp_path / "m.onnx", m, {}, target=target, precision=precision, block=size,
+                 all_logits=True)
+    compare(file, rounded(m, *PRECISIONS[precision], size), target, 0.06)
 
 
 @pytest.mark.parametrize("target", ["ort", "portable"])

@@ -16,11 +16,19 @@ from safetensors import safe_open
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
-from minismoe.export.heal import agreement, distil_step, heal, twin
+from minismoe.export.heal import Lesson, agreement, heal_maps, heal_scales, heal_step, twin
 from minismoe.export.routing import cost_rows, cost_table, fewest_routed, save_frozen
+from minismoe.export.scales import (
+    ScaledLinear,
+    ScaledWeight,
+    quantize_model,
+    round_weights,
+    scale_model,
+)
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import fit, freeze, merge
 from minismoe.method.loss import IGNORE
+from minismoe.model.quantize import dequantize, quantize
 
 
 def examples(labelled: bool = True, count: int = 24) -> list[Example]:
@@ -81,7 +89,7 @@ def divergence(model: Any, teacher: Any, data: list[Example]) -> float:
 def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
     start, data = fits["mean"].together, examples(labelled)
     keep = [ROUTED[0], ROUTED[-1]]
-    healed = heal(mixture, start, data, 20, 0, keep=keep, lr=1e-2)
+    healed = heal_maps(Lesson(mixture, data, 20, 0), start, keep=keep, lr=1e-2)
     assert list(healed) == [n for n in COUNTS if n not in keep]
     assert {f.kind for f in healed.values()} == {"healed"}
     losses = []
@@ -96,24 +104,106 @@ def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> Non
 
 
 def test_healing_is_deterministic(mixture: Any, fits: Any) -> None:
-    first, again = (heal(mixture, fits["gates"].together, examples(), 3, 0) for _ in range(2))
+    lesson = Lesson(mixture, examples(), 3, 0)
+    first, again = (heal_maps(lesson, fits["gates"].together) for _ in range(2))
     assert all(torch.equal(first[n].lora_A, again[n].lora_A) for n in first)
 
 
-def test_divergence_and_its_gradient_equal_autograd(mixture: Any, fits: Any,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def step_loss(student: Any, teacher: Any, data: list[Example]) -> torch.Tensor:
+    """The loss of a healing step by autograd, from full logits."""
+    ids, mask, labels = collate(data, 0)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    read = mask.bool() & (targets != IGNORE) if (targets != IGNORE).any() else mask.bool()
+    q = student(ids, mask)[read].log_softmax(-1)
+    p = teacher(ids, mask)[read].detach().log_softmax(-1)
+    ce = F.nll_loss(q, targets[read], ignore_index=IGNORE, reduction="sum")
+    return ((p.exp() * (p - q)).sum() + ce) / len(q)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("size", [3, 16])
+def test_a_step_and_its_gradient_equal_autograd(
+        mixture: Any, fits: Any, labelled: bool, size: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(healing, "CHUNK", 5 * V)                   # five tokens at a time
-    student, data = twin(mixture), collate(examples(), 0)
+    student, data = twin(mixture), examples(labelled)
     freeze(student, fits["mean"].together)
     parts = [p for p in student.parameters() if p.requires_grad]
-    found = distil_step(student, mixture, data)
-    assert found == pytest.approx(divergence(student, mixture, examples()), rel=1e-4)
-    ids, mask, _ = data
-    p = mixture(ids, mask)[mask.bool()].detach().log_softmax(-1)
-    q = student(ids, mask)[mask.bool()].log_softmax(-1)
-    expected = torch.autograd.grad((p.exp() * (p - q)).sum() / len(p), parts)
-    for part, gradient in zip(parts, expected):
+    found = heal_step(student, Lesson(mixture, data, 1, 0, size), data)
+    wanted = step_loss(student, mixture, data)
+    assert found == pytest.approx(wanted.item(), rel=1e-4)
+    for part, gradient in zip(parts, torch.autograd.grad(wanted, parts)):
         torch.testing.assert_close(part.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+# --- scales -------------------------------------------------------------------------------------
+
+def blocks_of(model: Any, precision: str, block: int) -> Any:
+    return quantize_model(model, lambda name: model.get_parameter(name).detach(), precision, block)
+
+
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_scales_equal_autograd(mixture: Any, block: int, recompute: bool) -> None:
+    """In float64: a functional call of the mixture with weights that autograd makes of scales."""
+    model, data = copy.deepcopy(mixture).double(), examples()
+    merge(model, fit(model, tasks())["linear"].together)
+    blocks = blocks_of(model, "int4", block)
+    student = twin(model)
+    student.model.recompute = recompute
+    scaled = scale_model(student, blocks)
+    deltas = {}
+    for name, weight in scaled.items():
+        weight.delta.data = torch.randn(weight.delta.shape).double() * 0.1
+        deltas[name] = weight.delta.detach().clone().requires_grad_()
+    heal_step(student, Lesson(model, data, 1, 0), data)
+
+    def dense(name: str) -> torch.Tensor:
+        b = blocks[name]
+        grown = deltas[name].exp().repeat_interleave(b.size, 1)[:, :b.shape[1]]
+        return grown * dequantize(b).double()
+
+    plain = twin(model)
+    weights = {name: dense(name) for name in scaled}
+    def call(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(plain, weights, (ids, mask))
+    step_loss(call, model, data).backward()
+    for name, weight in scaled.items():
+        torch.testing.assert_close(weight.delta.grad, deltas[name].grad, rtol=1e-4, atol=1e-8,
+                                   msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_healing_scales_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
+    """Integers and zero points stay, and so do the matrices that go on routing."""
+    keep, data = [ROUTED[0]], examples(labelled)
+    base = twin(mixture)
+    merge(base, fits["linear"].together, keep)
+    before = blocks_of(base, "int4", 32)
+    lesson = Lesson(mixture, data, 30, 0)
+    after, again = (heal_scales(lesson, before, keep=keep, lr=3e-2) for _ in range(2))
+    losses = []
+    for blocks in (before, after):
+        model = twin(base)
+        round_weights(model, "int4", 32, blocks)
+        losses.append(loss_of(model, data) if labelled else divergence(model, mixture, data))
+    assert losses[1] < 0.95 * losses[0]
+    for name, healed in after.items():
+        assert torch.equal(healed.data, before[name].data), name
+        assert torch.equal(healed.zeros, before[name].zeros), name
+        assert torch.equal(healed.scales, again[name].scales), "not deterministic"
+        assert torch.equal(healed.scales, before[name].scales) == (
+            name.removesuffix(".weight") in keep), name
+
+
+def test_no_gradient_of_a_whole_matrix_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minismoe.model.quantize.ON_CPU", 4 * 64)        # four rows at a time
+    weight, largest = ScaledWeight(quantize(torch.randn(40, 64), 4), torch.float32), []
+    sums = ScaledWeight.block_sums
+    monkeypatch.setattr(ScaledWeight, "block_sums", lambda self, gradient, w: (
+        largest.append(gradient.numel()), sums(self, gradient, w))[1])
+    ScaledLinear(weight, None)(torch.randn(3, 64)).sum().backward()
+    assert len(largest) == 10 and max(largest) == 4 * 64
 
 
 # --- auto and the table -------------------------------------------------------------------------

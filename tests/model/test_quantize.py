@@ -66,24 +66,27 @@ def test_small_weights_are_as_exact(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("outputs", "inputs"), [(5, 36), (4, 32), (7, 31), (3, 97)])
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 36), (4, 32), (7, 31), (3, 97), (2, 192)])
 def test_packed_shapes_and_columns_hold_the_same_weights(
-        bits: int, outputs: int, inputs: int) -> None:
-    w, groups = weight(outputs, inputs), -(-inputs // BLOCK)
-    b = quantize(w, bits)
-    assert b.data.shape == (outputs, groups, BLOCK * bits // 8)
+        bits: int, size: int, outputs: int, inputs: int) -> None:
+    w, groups = weight(outputs, inputs), -(-inputs // size)
+    b = quantize(w, bits, size)
+    assert b.shape == w.shape
+    assert b.data.shape == (outputs, groups, size * bits // 8)
     assert b.scales.shape == (outputs, groups)
     assert b.zeros.shape == (outputs, -(-groups * bits // 8))
     found = dequantize(b)
-    assert found.shape == (outputs, groups * BLOCK)
-    assert not found[:, inputs:].any(), "padding must stay 0"
-    assert error(found[:, :inputs], w) < (0.01 if bits == 4 else 1e-4)
+    assert found.shape == w.shape
+    padding = unpack(b.data, bits) - unpack(b.zeros, bits)[:, :groups, None]
+    assert not padding.flatten(1)[:, inputs:].any(), "padding must stay 0"
+    assert error(found, w) < (0.01 if bits == 4 else 1e-4)
 
-    data, scales, zeros = columns(b, inputs)                     # the same from (K, N)
+    data, scales, zeros = columns(b)                             # the same from (K, N)
     q = unpack(data, bits)[:inputs * outputs].view(inputs, outputs).float()
     zero = unpack(zeros, bits)[:groups * outputs].view(groups, outputs)
-    each = torch.arange(inputs) // BLOCK
-    torch.testing.assert_close(((q - zero[each]) * scales[each]).T, found[:, :inputs])
+    each = torch.arange(inputs) // size
+    torch.testing.assert_close(((q - zero[each]) * scales[each]).T, found)
 
 
 def test_rows_are_independent_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,185 @@
+"""A quantised model whose scales can be trained: w = e^delta * scale * (q - zero), delta a block.
+
+Integers and zero points stay, so the file, the graph and its kernels stay what they are. After
+PEQA (arXiv 2305.14152) and the end-to-end stage of EfficientQAT (arXiv 2407.11062).
+
+Letters: N outputs, K inputs, G blocks in a row, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..model.decoder import CausalLM
+from ..model.quantize import Blocks, dequantize, quantize, rows_at_a_time, unpack
+from .weights import PRECISIONS
+
+
+class ScaledWeight(nn.Module):
+    """A weight (N, K) in blocks, with a trainable log-scale `delta` (N, G) for each of them.
+
+    It is made anew in each forward and backward, and so not kept.
+    """
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype):
+        super().__init__()
+        self.size, self.shape, self.dtype = blocks.size, blocks.shape, dtype
+        self.scales, self.delta = blocks.scales, nn.Parameter(torch.zeros_like(blocks.scales))
+        q, zeros = unpack(blocks.data, blocks.bits), unpack(blocks.zeros, blocks.bits)
+        narrow = torch.int8 if blocks.bits == 4 else torch.int16
+        self.steps = q.to(narrow).sub_(zeros[:, :q.shape[1], None])       # (N, G, size): q - zero
+
+    @torch.no_grad()
+    def rows(self, which: Tensor | slice) -> Tensor:
+        """Some rows of the weight, (n, K)."""
+        scales = self.scales[which] * self.delta[which].exp()
+        w = self.steps[which].float().mul_(scales[..., None])
+        return w.flatten(1)[:, :self.shape[1]].to(self.dtype)
+
+    def parts(self) -> list[slice]:
+        """Slices of the rows, few enough at a time for a CPU's cache."""
+        step = rows_at_a_time(self.steps.flatten(1))
+        return [slice(n, n + step) for n in range(0, self.shape[0], step)]
+
+    def dense(self) -> Tensor:
+        """The weight (N, K)."""
+        return torch.cat([self.rows(part) for part in self.parts()])
+
+    def block_sums(self, gradient: Tensor, w: Tensor) -> Tensor:
+        """d delta (n, G) of some rows from d w and w (n, K): the sums over each block of d w * w.
+
+        Writes over the gradient.
+        """
+        x = F.pad(gradient.mul_(w), (0, -w.shape[1] % self.size)).unflatten(1, (-1, self.size))
+        return x.sum(2, dtype=self.delta.dtype)
+
+
+class _Multiply(torch.autograd.Function):
+    """y = x w^T + b;   dx = dy w,   d delta = block sums of (dy^T x) * w.
+
+    The gradient of w exists for a few rows at a time only. Compared with autograd in
+    tests/export/test_heal.py::test_gradients_of_scales_equal_autograd, as is `_Lookup`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: ScaledWeight, bias: Tensor | None,
+                ) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(x)
+        return F.linear(x, weight.dense(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), weight, w = ctx.saved_tensors, ctx.weight, ctx.weight.dense()
+        dx = dy @ w if ctx.needs_input_grad[0] else None
+        dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+        return dx, torch.cat([weight.block_sums(dy[:, part].T @ x, w[part])
+                              for part in weight.parts()]), None, None
+
+
+class _Lookup(torch.autograd.Function):
+    """x = w[ids];   d delta[ids] += block sums of dx * w[ids]."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, delta: Tensor, weight: ScaledWeight) -> Tensor:
+        ctx.weight, ctx.ids, x = weight, ids.flatten(), weight.rows(ids.flatten())
+        ctx.save_for_backward(x)
+        return x.view(*ids.shape, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, Tensor, None]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        sums = weight.block_sums(dx.reshape(x.shape).clone(), x)
+        return None, torch.zeros_like(weight.delta).index_add_(0, ctx.ids, sums), None
+
+
+class ScaledLinear(nn.Linear):
+    """An nn.Linear of a ScaledWeight."""
+
+    def __init__(self, weight: ScaledWeight, bias: Tensor | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.scaled, self.bias = weight, bias                # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return _Multiply.apply(x, self.scaled.delta, self.scaled, self.bias)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An nn.Embedding of a ScaledWeight."""
+
+    def __init__(self, weight: ScaledWeight):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.scaled = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., K)."""
+        return _Lookup.apply(ids, self.scaled.delta, self.scaled)
+
+
+def quantised_weights(model: CausalLM, precision: str,
+                      ) -> Iterator[tuple[str, nn.Linear | nn.Embedding, int]]:
+    """(name, module, bits) of each module whose weight a graph of that precision quantises.
+
+    A tied head is left out: its weight is that of the embedding.
+    """
+    bits, table_bits = PRECISIONS[precision]
+    for name, part in list(model.named_modules()):
+        tied = name == "lm_head" and model.config.tie_word_embeddings
+        if isinstance(part, (nn.Linear, nn.Embedding)) and not tied:
+            yield name, part, bits if name.endswith("_proj") else table_bits
+
+
+def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,
+                   ) -> dict[str, Blocks]:
+    """The blocks of all weights that a graph quantises, by name; weight(name) reads one of them."""
+    device = model.lm_head.weight.device
+    return {f"{name}.weight": quantize(weight(f"{name}.weight").to(device), bits, block)
+            for name, _, bits in quantised_weights(model, precision)}
+
+
+@torch.no_grad()
+def round_weights(model: CausalLM, precision: str, block: int,
+                  blocks: Mapping[str, Blocks] | None = None) -> CausalLM:
+    """Round the weights of the model in place, as a graph of that precision does.
+
+    blocks: those that the graph stores in place of the model's own weights, by weight name.
+    """
+    for name, part, bits in quantised_weights(model, precision):
+        found = (blocks or {}).get(f"{name}.weight") or quantize(part.weight, bits, block)
+        dense = dequantize(found, part.weight.dtype).to(part.weight.device)
+        part.weight = nn.Parameter(dense, requires_grad=False)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def scale_model(model: CausalLM, blocks: Mapping[str, Blocks], keep: Collection[str] = (),
+                ) -> dict[str, ScaledWeight]:
+    """Give the model these weights in place of its layers; returns those that can be trained.
+
+    Matrices in `keep` stay mixtures, of rounded weights that are not trained.
+    """
+    scaled: dict[str, ScaledWeight] = {}
+    for name, part in list(model.named_modules()):
+        if (found := blocks.get(f"{name}.weight")) is None:
+            continue
+        if name in keep:
+            part.weight = nn.Parameter(dequantize(found, part.weight.dtype), requires_grad=False)
+            continue
+        weight = scaled[f"{name}.weight"] = ScaledWeight(found, part.weight.dtype)
+        model.set_submodule(name, ScaledEmbedding(weight) if isinstance(part, nn.Embedding)
+                            else ScaledLinear(weight, part.bias))
+    if model.config.tie_word_embeddings:
+        model.lm_head = ScaledLinear(scaled["model.embed_tokens.weight"], None)
+    return scaled
