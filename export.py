@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Export a run to what onnxruntime, onnxruntime-genai, transformers.js, peft or transformers open.
 
-    python export.py                                  the newest run in runs
-    python export.py RUN --out FOLDER --routing merge --precision int4-8
+    python export.py                                  the newest run in runs, in 4 bits, healed
+    python export.py RUN --out FOLDER --precision fp32
     python export.py table RUN                        what each way to freeze the routing costs
     python export.py --model FOLDER --out FOLDER      a base without adapters
 
@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(config.out or source.run / "export" / name)
     must_be_new(out)
+    if config.graph:
+        print(plan(config))
 
     # Freeze the routing
     frozen = freeze_routing(config, source)
@@ -61,6 +63,15 @@ def main(argv: Sequence[str]) -> None:
     size = sum(entry["bytes"] for entry in info["files"].values())
     command = next_command(config.layout, out, next(iter(info.get("adapters", ())), None))
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
+
+
+def plan(config: ExportConfig) -> str:
+    """What will be written, and how to have something else, in one line."""
+    blocks = f" in blocks of {config.block}" if config.block else ""
+    heal = (f", healed for {config.heal} steps, each of less than two training steps (--heal 0 "
+            "leaves that out)") if config.heal else ""
+    floats = "; --precision fp32 keeps floats" if config.block else ""
+    return f"writes {config.precision}{blocks}{heal}{floats}"
 
 
 def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) -> dict[str, Any]:

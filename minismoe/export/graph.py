@@ -318,6 +318,11 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
     if target not in ("ort", "portable") or precision not in PRECISIONS:
         raise ValueError(f"target {target!r}, precision {precision!r}: expected ort or portable, "
                          f"and one of {', '.join(PRECISIONS)}")
+    rows = {config.hidden_size, config.intermediate_size,
+            config.num_attention_heads * config.head_dim}
+    if target == "portable" and block > BLOCK and (odd := sorted(k for k in rows if k % block)):
+        raise ValueError(f"--block {block}: rows of {odd[0]} weights are no whole blocks, which "
+                         "OpenVINO refuses in the portable target; use a smaller --block")
     if target == "ort" and config.head_dim % 16:
         raise ValueError(f"head size {config.head_dim}: onnxruntime's attention takes multiples of "
                          "16 only; use the portable target")

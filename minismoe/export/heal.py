@@ -27,7 +27,7 @@ from ..training.loop import TrainConfig, learning_rate, schedule
 from .scales import scale_model
 
 MAPS_LR = 2e-4                               # low: A and B start near their optimum
-SCALES_LR = 3e-3                             # of the logarithms of the scales
+SCALES_LR = 2e-3                             # of the logarithms of the scales
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ class ScaledWeight(nn.Module):
     @torch.no_grad()
     def rows(self, which: Tensor | slice) -> Tensor:
         """Some rows of the weight, (n, K)."""
-        scales = self.scales[which] * self.delta[which].exp()
-        w = self.steps[which].float().mul_(scales[..., None])
-        return w.flatten(1)[:, :self.shape[1]].to(self.dtype)
+        scales = (self.scales[which] * self.delta[which].exp()).to(self.dtype)
+        return self.steps[which].to(self.dtype).mul_(scales[..., None]).flatten(1)[
+            :, :self.shape[1]]
 
     def parts(self) -> list[slice]:
         """Slices of the rows, few enough at a time for a CPU's cache."""
@@ -49,7 +49,10 @@ class ScaledWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """The weight (N, K)."""
-        return torch.cat([self.rows(part) for part in self.parts()])
+        w = torch.empty(self.shape, dtype=self.dtype, device=self.steps.device)
+        for part in self.parts():
+            w[part] = self.rows(part)
+        return w
 
     def block_sums(self, gradient: Tensor, w: Tensor) -> Tensor:
         """d delta (n, G) of some rows from d w and w (n, K): the sums over each block of d w * w.
