@@ -234,10 +234,10 @@ class DecoderGraph(MixtureGraph):
         if not self.table_bits:
             return self.node("Gather", name, *table, "input_ids")
         if not self.ort:
-            return self.embed_blocks(name, *table)
+            return self.embed_blocks(name, *table[:2])
         row = -(-D // self.block) * self.block
         data = self.alias(table[0], [c.vocab_size, row * self.table_bits // 8])
-        x = self.node("GatherBlockQuantized", name, data, "input_ids", *table[1:],
+        x = self.node("GatherBlockQuantized", name, data, "input_ids", table[1],
                       domain="com.microsoft", bits=self.table_bits, block_size=self.block,
                       gather_axis=0, quantize_axis=1)
         return x if row == D else self.node("Slice", name, x, [0], [D], [-1])

@@ -590,6 +590,7 @@ def test_openvino_reads_large_tables_and_large_blocks(
     pytest.importorskip("openvino")
     config = Config.from_dict({**SIZES, "vocab_size": vocab, "num_hidden_layers": 1,
                                "hidden_size": hidden, "intermediate_size": hidden,
+                               "num_attention_heads": hidden // 16,
                                "model_type": "llama", "tie_word_embeddings": True})
     model, file = CausalLM(config), tmp_path / "model.onnx"
     write_decoder(file, config, lambda name: model.get_parameter(name).data, {}, target="portable",
