@@ -72,7 +72,7 @@ def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, keep: Collection[str] 
 
 def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collection[str] = (),
                 lr: float = SCALES_LR) -> dict[str, Blocks]:
-    """Train the scales of a model's quantised weights, and return them, by weight name.
+    """Train the scales of a model's quantised weights; returns the blocks with them, on the CPU.
 
     blocks: of all weights that are quantised. Those of matrices in `keep`, which go on routing, are
     not trained.
@@ -80,8 +80,9 @@ def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collectio
     student = twin(lesson.teacher).train()
     scaled = scale_model(student, blocks, keep)
     tune(student, lesson, [weight.delta for weight in scaled.values()], lr)
-    return {name: replace(found, scales=found.scales * scaled[name].delta.detach().exp())
-            if name in scaled else found for name, found in blocks.items()}
+    return {name: replace(found, data=found.data.cpu(), scales=(
+                scaled[name].grown() if name in scaled else found.scales).cpu())
+            for name, found in blocks.items()}
 
 
 def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float) -> None:

@@ -36,9 +36,13 @@ class ScaledWeight(nn.Module):
     @torch.no_grad()
     def rows(self, which: Tensor | slice) -> Tensor:
         """Some rows of the weight, (n, K)."""
-        scales = (self.scales[which] * self.delta[which].exp()).to(self.dtype)
-        return self.steps[which].to(self.dtype).mul_(scales[..., None]).flatten(1)[
-            :, :self.shape[1]]
+        scales = self.grown(which).to(self.dtype)[..., None]
+        return self.steps[which].to(self.dtype).mul_(scales).flatten(1)[:, :self.shape[1]]
+
+    @torch.no_grad()
+    def grown(self, which: Tensor | slice = slice(None)) -> Tensor:
+        """The scales of some rows as they are now, (n, G)."""
+        return self.scales[which] * self.delta[which].exp()
 
     def parts(self) -> list[slice]:
         """Slices of the rows, few enough at a time for a CPU's cache."""
