@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,20 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
               f"{len(times) - 1} tokens at {(len(times) - 2) / rest if rest else 0:.0f} tokens/s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
     return answer
+
+
+def _choose(generator: Generator, prompt: str, args: argparse.Namespace) -> None:
+    """Print the likeliest of --choices, or with --best several after their probabilities."""
+    from .choices import read_choices
+    choices, start = read_choices(generator.folder, args.choices), time.perf_counter()
+    answers = generator.choose(prompt, choices, args.best or 1)
+    seconds, terminal = time.perf_counter() - start, sys.stdout.isatty()
+    for answer in answers:
+        text = clean(answer.text) if terminal else answer.text
+        print(f"{math.exp(answer.logprob):.4f}\t{text}" if args.best else text, flush=True)
+    if args.stats:
+        print(f"[answer of {len(choices)} in {seconds:.3f} s, "
+              f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
 
 
 def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> None:
@@ -92,6 +107,10 @@ def main(argv: Sequence[str]) -> None:
     add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens "
         "(default: as many as the folder's sampler gives, 64)")
     add("--seed", type=int, help="of the draws; default: another one each time")
+    add("--choices", metavar="FILE|TASK", help="answer with one of these: the lines of a file, or "
+        "the answers of a task that the folder knows")
+    add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
+        "after its probability")
     add("--provider", help="onnxruntime's execution provider, such as cuda (default: cpu)")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
@@ -101,12 +120,18 @@ def main(argv: Sequence[str]) -> None:
         parser.error("--chat reads line by line, through the template: leave out PROMPT and --raw")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
+    if args.choices is not None and (
+            args.chat or args.raw or args.max_tokens or args.temperature):
+        parser.error("--choices gives one whole answer, through the template: leave out --chat, "
+                     "--raw, --max-tokens and --temperature")
+    if args.best and args.choices is None:
+        parser.error("--best needs --choices")
     from .generator import Generator  # here, since --help needs no onnxruntime
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     sampling = {name: getattr(args, name)
                 for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
-    if args.chat or (args.prompt is None and sys.stdin.isatty()):
+    if args.chat or (args.prompt is None and sys.stdin.isatty() and args.choices is None):
         _chat(generator, sampling, args.stats)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
@@ -114,6 +139,9 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("the prompt is empty")
     if not args.raw:
         prompt = generator.tokenizer.render([{"role": "user", "content": prompt}], True)
+    if args.choices is not None:
+        _choose(generator, prompt, args)
+        return
     _say(generator, prompt, sampling, args.stats)
     if generator.ended == "interrupted":
         raise KeyboardInterrupt

@@ -19,12 +19,14 @@ import os
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
+from .choices import Answer, likeliest
 from .folder import CACHE_TYPES, plain_file, read_info
 
 FLOAT, INT64 = 1, 7                          # onnx.TensorProto's numbers
@@ -202,21 +204,12 @@ class Generator:
                 and 0 <= top_k <= self.candidates):
             raise ValueError(f"temperature {temperature}, top-p {top_p}, top-k {top_k}: expected "
                              f"at least 0, above 0 up to 1, and 0 to {self.candidates}")
-        rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
-        if not all(rows):
-            raise ValueError("a prompt is empty")
-        longest, vocab = max(map(len, rows)), self.info["vocab_size"]
-        if not all(0 <= min(row) <= max(row) < vocab for row in rows):
-            raise ValueError(f"a prompt has tokens outside of the model's {vocab}")
-        if (room := self.room(longest)) < 1:
-            raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of "
-                             f"{self.context}: shorten it, or export with a longer --context or, "
-                             "of a static graph, past")
+        rows = self.encoded(prompts)
+        room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
         rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
         running, self.ended = [True] * len(rows), "stop"
-        self._turn = turn = self._turn + 1
-        try:
+        with self.owned() as turn:
             logits = self._read(rows, steps)
             for n in range(1, steps + 1):
                 chosen = self._choose(logits, rng, temperature, top_p, top_k)
@@ -229,10 +222,32 @@ class Generator:
                 if n < steps:
                     logits = self.step(self._pad([[token] for token in chosen]))
             self.ended = "max_tokens" if steps == max_tokens else "context"
+
+    @contextmanager
+    def owned(self) -> Iterator[int]:
+        """The number of a generation that owns the cache until the next one begins."""
+        self._turn = turn = self._turn + 1
+        try:
+            yield turn
         except (Exception, KeyboardInterrupt):
             if self._turn == turn:
                 self.reset()                 # a step that was cut off leaves the cache half written
             raise
+
+    def encoded(self, prompts: Sequence[str | Sequence[int]], new: int = 1) -> list[list[int]]:
+        """Token ids of prompts; raises ValueError if `new` more do not fit the context."""
+        rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
+        if not all(rows):
+            raise ValueError("a prompt is empty")
+        longest, vocab = max(map(len, rows), default=0), self.info["vocab_size"]
+        if not all(0 <= min(row) <= max(row) < vocab for row in rows):
+            raise ValueError(f"a prompt has tokens outside of the model's {vocab}")
+        if self.room(longest + new - 1) < 1:
+            answer = f" for an answer of {new}" if new > 1 else ""
+            raise ValueError(f"a prompt of {longest} tokens leaves no room{answer} in the context "
+                             f"of {self.context}: shorten it, or export with a longer --context "
+                             "or, of a static graph, past")
+        return rows
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens."""
@@ -266,6 +281,20 @@ class Generator:
             steps = list(self._tokens(part, max_tokens, **sampling))
             found += [[s[i] for s in steps if s[i] is not None] for i in range(len(part))]
         return found
+
+    def choose(self, prompt: str | Sequence[int], choices: Sequence[str], best: int = 1,
+               ) -> list[Answer]:
+        """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
+
+        Raises ValueError for answers that cannot come out: empty ones, and others that the
+        tokenizer cannot write.
+        """
+        return likeliest(self, [prompt], choices, best)[0]
+
+    def choose_batch(self, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
+                     best: int = 1) -> list[list[Answer]]:
+        """The same for several prompts; what they all begin with is read once."""
+        return likeliest(self, prompts, choices, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""
