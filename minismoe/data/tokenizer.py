@@ -114,7 +114,8 @@ class Tokenizer:
         self.backend, self.bos, self.eos, self.special = backend, bos, eos, backend.special
         self.encode, self.decode = backend.encode, backend.decode
         self.template, self.has_template = template, template is not None
-        declared, written = [self.special[eos]] * (eos in self.special), self._turn_end()
+        declared = [self.special[eos]] if eos in self.special else []
+        written = self._turn_end()
         self.stop_ids = sorted({*stop_ids, *declared, *written})
         self.end_id = next(iter((*written, *declared, *self.stop_ids)), None)   # after an answer
         self.pad_id = pad_id if pad_id is not None else (self.stop_ids or [0])[0]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.flags import positive
@@ -39,29 +40,49 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
     if stats and len(times) > 1:
         first, rest = times[1] - times[0], times[-1] - times[1]
-        print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s, "
-              f"{len(times) - 1} tokens at {(len(times) - 2) / rest if rest else 0:.0f} tokens/s, "
+        print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s "
+              f"and {generator.kept_tokens} from the cache, {len(times) - 1} tokens at "
+              f"{(len(times) - 2) / rest if rest else 0:.0f} tokens/s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
     return answer
 
 
-def _choose(generator: Generator, prompt: str, args: argparse.Namespace) -> None:
+def _choose(generator: Generator, prompt: str, name: str, best: int | None, stats: bool) -> None:
     """Print the likeliest of --choices, or with --best several after their probabilities."""
     from .choices import read_choices
-    choices, start = read_choices(generator.folder, args.choices), time.perf_counter()
-    answers = generator.choose(prompt, choices, args.best or 1)
-    seconds, terminal = time.perf_counter() - start, sys.stdout.isatty()
+    choices, start = read_choices(generator.folder, name), time.perf_counter()
+    answers = generator.choose(prompt, choices, best or 1)
+    seconds = time.perf_counter() - start
     for answer in answers:
-        text = clean(answer.text) if terminal else answer.text
-        print(f"{math.exp(answer.logprob):.4f}\t{text}" if args.best else text, flush=True)
-    if args.stats:
-        print(f"[answer of {len(choices)} in {seconds:.3f} s, "
-              f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
+        text = clean(answer.text) if sys.stdout.isatty() else answer.text
+        print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
+    if stats:
+        print(f"[one of {len(choices)} answers in {seconds:.3f} s, {generator.kept_tokens} tokens "
+              f"from the cache, peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
 
 
-def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> None:
+def _keep(generator: Generator, name: str, raw: bool, stats: bool) -> str:
+    """Have the generator keep the text of --prefix, in a file beside it; returns the text."""
+    from .prefix import system_tokens
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{name} is not UTF-8 text: {e}") from None
+    if not text.strip():
+        raise ValueError(f"{name} is empty: write the system prompt into it")
+    file, start = f"{name}.safetensors", time.perf_counter()
+    tokens = text if raw else system_tokens(generator.tokenizer, text)
+    there = generator.keep(tokens, file)
+    if stats:
+        print(f"[prefix {'from' if there else 'read, and kept in'} {clean(file)}: "
+              f"{time.perf_counter() - start:.3f} s]", file=sys.stderr)
+    return text
+
+
+def _chat(generator: Generator, system: Sequence[dict[str, str]], sampling: Mapping[str, Any],
+          stats: bool) -> None:
     """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
-    history: list[dict[str, str]] = []
+    history = [*system]
     ask = "> " if sys.stdin.isatty() else ""
     if ask:
         with suppress(ImportError):          # lines can be edited, and exceed 4,095 bytes
@@ -74,7 +95,7 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> Non
             if command == "/exit":
                 return
             if command in ("", "/clear"):
-                history = [] if command else history
+                history = [*system] if command else history
                 continue
             asked = [*history, {"role": "user", "content": line}]
             prompt = generator.tokenizer.render(asked, add_generation_prompt=True)
@@ -90,8 +111,8 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> Non
             print(f"error: {error_line(e)}{anew}", file=sys.stderr)
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command line; errors are raised."""
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; exits with 2 if some contradict others."""
     parser = argparse.ArgumentParser(prog="python -m minismoe.runtime", description=(
         "Generate from a folder that export.py wrote, without PyTorch."))
     add = parser.add_argument
@@ -99,6 +120,12 @@ def main(argv: Sequence[str]) -> None:
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
+    add("--prefix", metavar="FILE", help="a system prompt, with --raw text before the prompt: "
+        "read once, and kept in FILE.safetensors")
+    add("--choices", metavar="FILE|TASK", help="answer with one of these: the lines of a file, or "
+        "the answers of a task that the folder knows")
+    add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
+        "after its probability")
     add("--task", help="use the adapter of this task, if the folder has adapters")
     add("--max-tokens", type=positive, metavar="N", help="default: until the context is full")
     add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
@@ -107,10 +134,6 @@ def main(argv: Sequence[str]) -> None:
     add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens "
         "(default: as many as the folder's sampler gives, 64)")
     add("--seed", type=int, help="of the draws; default: another one each time")
-    add("--choices", metavar="FILE|TASK", help="answer with one of these: the lines of a file, or "
-        "the answers of a task that the folder knows")
-    add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
-        "after its probability")
     add("--provider", help="onnxruntime's execution provider, such as cuda (default: cpu)")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
@@ -126,21 +149,29 @@ def main(argv: Sequence[str]) -> None:
                      "--raw, --max-tokens and --temperature")
     if args.best and args.choices is None:
         parser.error("--best needs --choices")
+    return args
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line; errors are raised."""
+    args = _parse(argv)
     from .generator import Generator  # here, since --help needs no onnxruntime
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     sampling = {name: getattr(args, name)
                 for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
+    before = _keep(generator, args.prefix, args.raw, args.stats) if args.prefix else ""
+    system = [{"role": "system", "content": before}] if before else []
     if args.chat or (args.prompt is None and sys.stdin.isatty() and args.choices is None):
-        _chat(generator, sampling, args.stats)
+        _chat(generator, system, sampling, args.stats)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
-    if not args.raw:
-        prompt = generator.tokenizer.render([{"role": "user", "content": prompt}], True)
+    prompt = before + prompt if args.raw else generator.tokenizer.render(
+        [*system, {"role": "user", "content": prompt}], True)
     if args.choices is not None:
-        _choose(generator, prompt, args)
+        _choose(generator, prompt, args.choices, args.best, args.stats)
         return
     _say(generator, prompt, sampling, args.stats)
     if generator.ended == "interrupted":

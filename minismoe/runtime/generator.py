@@ -28,6 +28,7 @@ import onnxruntime as ort
 from ..data.tokenizer import load_tokenizer
 from .choices import Answer, likeliest
 from .folder import CACHE_TYPES, plain_file, read_info
+from .prefix import Prefix
 
 FLOAT, INT64 = 1, 7                          # onnx.TensorProto's numbers
 DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
@@ -56,6 +57,8 @@ class Generator:
         self.tokenizer = load_tokenizer(self.folder)
         self.ended, self._turn = "", 0       # the number of the generation that owns the cache
         self.prompt_tokens = 0               # tokens the last generation read, cached ones excluded
+        self.kept_tokens = 0                 # those that were in the cache
+        self._prefix: Prefix | None = None
         self._shared = self.info["target"] == "ort" and not self.static
         name = _provider(provider)
         self._device = DEVICES.get(name, "cpu")
@@ -92,11 +95,36 @@ class Generator:
         self._file = None if task is None else _opened(        # it owns the parameters' memory
             ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
         self._adapter = self._file.get_parameters() if self._file else {}
+        self.task, self._prefix = task, None
         self.reset()
 
-    def reset(self, rows: int = 1, capacity: int | None = None) -> None:
-        """Empty the cache, and make room for `rows` prompts of `capacity` tokens."""
-        rows, _, P = self.static or (rows, 0, (capacity or self.context) if self._shared else 0)
+    def keep(self, prefix: str | Sequence[int], file: str | Path | None = None) -> bool:
+        """Keep what the cache holds of a prefix: prompts that begin with it pay for the rest.
+
+        It is taken from `file`; if that does not exist, the prefix is read and the file written.
+        Returns whether the file was there. Raises ValueError for a file of another model, adapter
+        or prefix, or a damaged one, and for a prefix that fills the context.
+        """
+        if self._device != "cpu":
+            raise ValueError("a prefix is kept from a cache on the CPU: leave out the provider")
+        kept = Prefix(self, *self.encoded([prefix]))
+        there = file is not None and Path(file).is_file()
+        if there:
+            kept.load(Path(file or ""))
+        else:
+            kept.take(self)
+            if file is not None:
+                kept.save(Path(file))
+        self._prefix = kept
+        return there
+
+    def reset(self, rows: int = 1, capacity: int | None = None, length: int = 0) -> None:
+        """Empty the cache, and make room for `rows` prompts of `capacity` tokens.
+
+        length: tokens that the caller puts into it, in a portable cache, which has no free room.
+        """
+        rows, _, P = self.static or (
+            rows, 0, (capacity or self.context) if self._shared else length)
         self._seen: list[int] = []                               # tokens of row 0 in the cache
         self._masks = [array("q") for _ in range(rows)]
         self._io = self._session.io_binding()
@@ -163,15 +191,21 @@ class Generator:
 
         A single prompt that begins like the last one, as in a chat, is read from the first token
         that differs. A portable cache cannot be cut: it is kept only if the prompt extends it.
+        Where more tokens are those of the prefix that `keep` was given, the cache begins with them.
         """
         kept = 0
         if len(prompts) == len(self._masks) == 1 and not self.static:
             kept = len(os.path.commonprefix([self._seen, list(prompts[0][:-1])]))
-        if kept and (self._shared or kept == len(self._seen)):
+            if not self._shared and kept < len(self._seen):
+                kept = 0
+        held = self._prefix.shared(prompts[0]) if self._prefix and len(prompts) == 1 else 0
+        if self._prefix and held > kept:
+            self._prefix.fill(self, kept := held)
+        elif kept:
             del self._seen[kept:], self._masks[0][kept:]
         else:
-            kept = 0
             self.reset(len(prompts), None if len(prompts) == 1 else max(map(len, prompts)) + new)
+        self.kept_tokens = kept
         self.prompt_tokens = sum(map(len, prompts)) - kept
         rows = self._pad([prompt[kept:] for prompt in prompts])
         T = self.static[1] if self.static else CHUNK if len(rows) == 1 else len(rows[0])
