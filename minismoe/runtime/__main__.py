@@ -57,8 +57,8 @@ def _choose(generator: Generator, prompt: str, name: str, best: int | None, stat
         text = clean(answer.text) if sys.stdout.isatty() else answer.text
         print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
     if stats:
-        print(f"[one of {len(choices)} answers in {seconds:.3f} s, {generator.kept_tokens} tokens "
-              f"from the cache, peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
+        print(f"[one of {len(choices)} answers in {seconds:.3f} s, "
+              f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
 
 
 def _keep(generator: Generator, name: str, raw: bool, stats: bool) -> str:
@@ -72,15 +72,15 @@ def _keep(generator: Generator, name: str, raw: bool, stats: bool) -> str:
         raise ValueError(f"{name} is empty: write the system prompt into it")
     file, start = f"{name}.safetensors", time.perf_counter()
     tokens = text if raw else system_tokens(generator.tokenizer, text)
-    there = generator.keep(tokens, file)
+    kept = generator.keep(tokens, file)
     if stats:
-        print(f"[prefix {'from' if there else 'read, and kept in'} {clean(file)}: "
-              f"{time.perf_counter() - start:.3f} s]", file=sys.stderr)
+        print(f"[prefix of {len(kept.tokens)} tokens {'from' if kept.loaded else 'read for'} "
+              f"{clean(file)}: {time.perf_counter() - start:.3f} s]", file=sys.stderr)
     return text
 
 
-def _chat(generator: Generator, system: Sequence[dict[str, str]], sampling: Mapping[str, Any],
-          stats: bool) -> None:
+def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
+          system: Sequence[dict[str, str]] = ()) -> None:
     """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
     history = [*system]
     ask = "> " if sys.stdin.isatty() else ""
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
     before = _keep(generator, args.prefix, args.raw, args.stats) if args.prefix else ""
     system = [{"role": "system", "content": before}] if before else []
     if args.chat or (args.prompt is None and sys.stdin.isatty() and args.choices is None):
-        _chat(generator, system, sampling, args.stats)
+        _chat(generator, sampling, args.stats, system)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     if not prompt:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import heapq
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..data.tokenizer import Tokenizer
+from ..io.files import read_json
 from ..io.text import clean
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def read_choices(folder: Path, name: str) -> list[str]:
 
 
 def _known(file: Path) -> dict[str, list[str]]:
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = read_json(file) if file.is_file() else {}
     if not (isinstance(known, dict) and all(
             isinstance(answers, list) and all(isinstance(a, str) for a in answers)
             for answers in known.values())):

@@ -98,25 +98,17 @@ class Generator:
         self.task, self._prefix = task, None
         self.reset()
 
-    def keep(self, prefix: str | Sequence[int], file: str | Path | None = None) -> bool:
+    def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
         """Keep what the cache holds of a prefix: prompts that begin with it pay for the rest.
 
         It is taken from `file`; if that does not exist, the prefix is read and the file written.
-        Returns whether the file was there. Raises ValueError for a file of another model, adapter
-        or prefix, or a damaged one, and for a prefix that fills the context.
+        Raises ValueError for a damaged file, for one of another model, adapter or prefix, and for a
+        prefix that fills the context.
         """
         if self._device != "cpu":
             raise ValueError("a prefix is kept from a cache on the CPU: leave out the provider")
-        kept = Prefix(self, *self.encoded([prefix]))
-        there = file is not None and Path(file).is_file()
-        if there:
-            kept.load(Path(file or ""))
-        else:
-            kept.take(self)
-            if file is not None:
-                kept.save(Path(file))
-        self._prefix = kept
-        return there
+        self._prefix = Prefix(self, self.encoded([prefix])[0], Path(file) if file else None)
+        return self._prefix
 
     def reset(self, rows: int = 1, capacity: int | None = None, length: int = 0) -> None:
         """Empty the cache, and make room for `rows` prompts of `capacity` tokens.

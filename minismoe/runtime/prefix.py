@@ -31,9 +31,12 @@ LONGEST_HEADER = 1 << 24                     # bytes
 
 
 class Prefix:
-    """Tokens, and what a generator's cache holds of them: `data` is (2 * layers, K, n, C)."""
+    """Tokens, and what a generator's cache holds of them: `data` is (2 * layers, K, n, C).
 
-    def __init__(self, generator: Generator, tokens: Sequence[int]):
+    It is loaded from `file` if that exists; else the tokens are read, and saved in `file` if given.
+    """
+
+    def __init__(self, generator: Generator, tokens: Sequence[int], file: Path | None = None):
         info = generator.info
         self.tokens = list(tokens)
         self.dtype, self.size = DTYPES[info["cache_type"]]
@@ -43,6 +46,13 @@ class Prefix:
         self.bytes = len(tokens) * self.size * info["kv_heads"]                # of a name
         self.data = (ctypes.c_char * (self.bytes * len(self.names)))()
         self.model = _identity(generator)
+        self.loaded = False
+        if file is not None and file.is_file():
+            self.load(file)
+        else:
+            self.take(generator)
+            if file is not None:
+                self.save(file)
 
     def shared(self, prompt: Sequence[int]) -> int:
         """How many of its tokens a prompt begins with; the prompt's last is not counted."""
@@ -115,6 +125,7 @@ class Prefix:
         header = self.header(hashlib.sha256(self.data).hexdigest())
         if not whole or header != length.to_bytes(8, "little") + text:
             raise ValueError(f"{file} is damaged{again}")
+        self.loaded = True
 
 
 def _identity(generator: Generator) -> str:
