@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ class Task:
     test: list[list[Message]]
     note: str = ""                # how the test split was made, if not from test.jsonl
     choices: list[str] = field(default_factory=list)     # its answers, if they are a small set
+    instruction: str = ""         # lines that all of its prompts begin with
 
 
 @dataclass
@@ -120,6 +122,14 @@ def closed_answers(conversations: Sequence[Sequence[Message]]) -> list[str]:
     once = sum(number == 1 for number in counts.values())
     closed = len(counts) <= MOST_CHOICES and 100 * once <= len(conversations)
     return sorted(counts) if closed else []
+
+
+def shared_instruction(conversations: Sequence[Sequence[Message]]) -> str:
+    """The whole lines that all prompts begin with, if each is one user's message; else ""."""
+    if not all([m["role"] for m in messages[:-1]] == ["user"] for messages in conversations):
+        return ""
+    text = os.path.commonprefix([messages[0]["content"] for messages in conversations])
+    return text[:text.rfind("\n") + 1]
 
 
 def _read_conversations(file: Path, bad: list[str]) -> list[list[Message]]:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.flags import positive
@@ -61,26 +60,8 @@ def _choose(generator: Generator, prompt: str, name: str, best: int | None, stat
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
 
 
-def _keep(generator: Generator, name: str, raw: bool, stats: bool) -> str:
-    """Have the generator keep the text of --prefix, in a file beside it; returns the text."""
-    from .prefix import system_tokens
-    try:
-        text = Path(name).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{name} is not UTF-8 text: {e}") from None
-    if not text.strip():
-        raise ValueError(f"{name} is empty: write the system prompt into it")
-    file, start = f"{name}.safetensors", time.perf_counter()
-    tokens = text if raw else system_tokens(generator.tokenizer, text)
-    kept = generator.keep(tokens, file)
-    if stats:
-        print(f"[prefix of {len(kept.tokens)} tokens {'from' if kept.loaded else 'read for'} "
-              f"{clean(file)}: {time.perf_counter() - start:.3f} s]", file=sys.stderr)
-    return text
-
-
 def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
-          system: Sequence[dict[str, str]] = ()) -> None:
+          system: Sequence[Mapping[str, str]] = ()) -> None:
     """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
     history = [*system]
     ask = "> " if sys.stdin.isatty() else ""
@@ -120,8 +101,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
-    add("--prefix", metavar="FILE", help="a system prompt, with --raw text before the prompt: "
-        "read once, and kept in FILE.safetensors")
+    add("--prefix", metavar="FILE|TASK", help="begin with a file's text as the system prompt (with "
+        "--raw, as text before the prompt), or with a task's instruction; it is read once, and its "
+        "cache kept in FILE.safetensors, or in the folder")
     add("--choices", metavar="FILE|TASK", help="answer with one of these: the lines of a file, or "
         "the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
@@ -156,20 +138,34 @@ def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
     from .generator import Generator  # here, since --help needs no onnxruntime
+    from .prefix import opening, shared_tokens
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     sampling = {name: getattr(args, name)
                 for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
-    before = _keep(generator, args.prefix, args.raw, args.stats) if args.prefix else ""
-    system = [{"role": "system", "content": before}] if before else []
+    system, before, file = opening(
+        generator.folder, args.prefix, args.raw) if args.prefix else ([], "", None)
+
+    def write(said: str) -> str:
+        """The prompt as the model reads it."""
+        return before + said if args.raw else generator.tokenizer.render(
+            [*system, {"role": "user", "content": before + said}], True)
+    if file:
+        start = time.perf_counter()
+        kept = generator.keep(shared_tokens(generator.tokenizer, write), file)
+        if args.stats:
+            print(f"[prefix of {len(kept.tokens)} tokens {'from' if kept.loaded else 'read for'} "
+                  f"{clean(file)}: {time.perf_counter() - start:.3f} s]", file=sys.stderr)
     if args.chat or (args.prompt is None and sys.stdin.isatty() and args.choices is None):
+        if before:
+            raise ValueError("--prefix is text before one prompt here: give PROMPT; a chat takes a "
+                             "file, as its system prompt")
         _chat(generator, sampling, args.stats, system)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
-    prompt = before + prompt if args.raw else generator.tokenizer.render(
-        [*system, {"role": "user", "content": prompt}], True)
+    prompt = write(prompt)
     if args.choices is not None:
         _choose(generator, prompt, args.choices, args.best, args.stats)
         return

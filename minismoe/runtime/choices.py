@@ -23,13 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..data.tokenizer import Tokenizer
-from ..io.files import read_json
 from ..io.text import clean
+from .folder import known_tasks, read_text
 
 if TYPE_CHECKING:
     from .generator import Generator
-
-CHOICES = "choices.json"                     # of an exported folder: answers by task
 
 
 class Answer(NamedTuple):
@@ -129,27 +127,10 @@ def read_choices(folder: Path, name: str) -> list[str]:
 
     Raises ValueError if `name` is neither, or for a file that is not UTF-8 or has an empty line.
     """
-    known = _known(folder / CHOICES)
+    known = {task: choices for task, (choices, _) in known_tasks(folder).items() if choices}
     if name in known:
         return known[name]
-    if not Path(name).is_file():
-        raise ValueError(f"--choices {clean(name)}: there is no such file, and {folder} knows the "
-                         f"answers of {', '.join(map(clean, known)) or 'no task'}")
-    try:
-        lines = Path(name).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{name} is not UTF-8 text: {e}") from None
-    if lines == [""]:
-        raise ValueError(f"{name} is empty: write one answer a line")
+    lines = read_text(name, folder, known).removesuffix("\n").split("\n")
     if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
         raise ValueError(f"{name}, line {empty[0]} is empty: write one answer a line")
     return [line.strip() for line in lines]
-
-
-def _known(file: Path) -> dict[str, list[str]]:
-    known = read_json(file) if file.is_file() else {}
-    if not (isinstance(known, dict) and all(
-            isinstance(answers, list) and all(isinstance(a, str) for a in answers)
-            for answers in known.values())):
-        raise ValueError(f"{file} holds no answers by task: export again")
-    return known

@@ -14,13 +14,14 @@ import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import Message, Tokenizer
 from ..io.files import replacing
+from .folder import known_tasks, read_text
 
 if TYPE_CHECKING:
     from .generator import Generator
@@ -136,9 +137,25 @@ def _identity(generator: Generator) -> str:
     return hashlib.sha256(json.dumps(used).encode()).hexdigest()
 
 
-def system_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens that every chat with this system prompt begins with."""
-    chats = [[{"role": "system", "content": text}, {"role": "user", "content": said}]
-             for said in ("a", "1", "\n", "(")]
+def shared_tokens(tokenizer: Tokenizer, write: Callable[[str], str]) -> list[int]:
+    """The tokens that write(text) begins with, whatever the text: a token may reach into it."""
     return list(os.path.commonprefix([
-        tokenizer.encode(tokenizer.render(chat, True))[0] for chat in chats]))
+        tokenizer.encode(write(text))[0] for text in ("a", "1", "\n", "(", " ")]))
+
+
+def opening(folder: Path, name: str, raw: bool) -> tuple[list[Message], str, Path]:
+    """What --prefix opens every prompt with: system messages, or text; and the file of its cache.
+
+    A file is a system message, or with `raw` text; its cache is kept beside it. A task is the
+    instruction of its prompts; its cache is kept in the exported folder. Raises ValueError if
+    `name` is neither, and for an empty file.
+    """
+    known = {task: instruction for task, (_, instruction) in known_tasks(folder).items()
+             if instruction}
+    if name in known:                        # a task's name may be no file name
+        kept = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return [], known[name], folder / f"prefix-{kept}.safetensors"
+    text, file = read_text(name, folder, known), Path(f"{name}.safetensors")
+    if not text.strip():
+        raise ValueError(f"{name} is empty: write the prefix into it")
+    return ([], text, file) if raw else ([{"role": "system", "content": text}], "", file)

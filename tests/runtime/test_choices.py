@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -192,18 +193,20 @@ def test_tokens_of_an_answer_are_those_that_training_supervises(bpe, template) -
 # Where the set comes from.
 
 def test_answers_come_from_a_file_or_the_folder(tmp_path) -> None:
-    (tmp_path / "choices.json").write_text('{"t": ["a", "b c"], "u": ["x"]}')
+    tasks = {"t": ["a", "b c"], "u": ["x"], "open": []}
+    (tmp_path / "tasks.json").write_text(json.dumps({
+        name: {"choices": choices, "instruction": ""} for name, choices in tasks.items()}))
     (tmp_path / "lines").write_bytes("\ufeffyes \r\nnö\n".encode())
     assert read_choices(tmp_path, "t") == ["a", "b c"]
     assert read_choices(tmp_path, str(tmp_path / "lines")) == ["yes", "nö"]
-    with pytest.raises(ValueError, match="no such file, and .* knows the answers of t, u"):
-        read_choices(tmp_path, "v")
-    with pytest.raises(ValueError, match="knows the answers of no task"):
+    with pytest.raises(ValueError, match="open is no file, and none of the tasks .* this: t, u$"):
+        read_choices(tmp_path, "open")
+    with pytest.raises(ValueError, match="v is no file, and none of the tasks .* this: none"):
         read_choices(tmp_path / "other", "v")
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "is empty: write one answer a line"), (b"a\n\nb\n", "line 2 is empty"),
+    (b"", "line 1 is empty: write one answer a line"), (b"a\n\nb\n", "line 2 is empty"),
     (b"a\n\xff\n", "is not UTF-8 text")])
 def test_broken_files_of_answers(tmp_path, content, message) -> None:
     (tmp_path / "lines").write_bytes(content)
@@ -211,10 +214,12 @@ def test_broken_files_of_answers(tmp_path, content, message) -> None:
         read_choices(tmp_path, str(tmp_path / "lines"))
 
 
-@pytest.mark.parametrize("content", ["[]", '{"t": "ab"}', '{"t": [1]}', "{", "[" * 100_000])
-def test_a_broken_choices_json_is_named(tmp_path, content) -> None:
-    (tmp_path / "choices.json").write_text(content)
-    with pytest.raises(ValueError, match="choices.json"):
+@pytest.mark.parametrize("content", [
+    "[]", '{"t": ["ab"]}', '{"t": {"choices": [1], "instruction": ""}}', "{", "[" * 100_000,
+    '{"t": {"choices": [], "instruction": 1}}', '{"t": {"choices": null, "instruction": ""}}'])
+def test_a_broken_tasks_json_is_named(tmp_path, content) -> None:
+    (tmp_path / "tasks.json").write_text(content)
+    with pytest.raises(ValueError, match="tasks.json"):
         read_choices(tmp_path, "t")
 
 
@@ -230,12 +235,13 @@ def test_command(generator, folders, model, tmp_path) -> None:
     assert several.stdout == "".join(f"{math.exp(p):.4f}\t{text}\n" for text, p in expected)
     assert re.match(r"\[one of 8 answers in \S+ s, peak", several.stderr)
     folder = export(model, tmp_path / "f")
-    (folder / "choices.json").write_text('{"t": ["no", "card"]}')
+    (folder / "tasks.json").write_text(json.dumps({
+        "t": {"choices": ["no", "card"], "instruction": "say\n"}}))
     describe(folder)
     best = generator.choose(prompt, ["no", "card"])[0].text
     assert command(folder, "--choices", "t", input="hello\n").stdout == best + "\n"
     wrong = command(folder, "hello", "--choices", "u")
-    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "of t\n" in wrong.stderr
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and ": t\n" in wrong.stderr
 
 
 @pytest.mark.parametrize("flags", [["--chat"], ["x", "--raw"], ["x", "--max-tokens", "3"],

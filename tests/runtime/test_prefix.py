@@ -22,7 +22,7 @@ from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import AdapterInput
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator
-from minismoe.runtime.prefix import Prefix, system_tokens
+from minismoe.runtime.prefix import Prefix, shared_tokens
 
 PREFIX = b"System: be brief, and say what you know.\nUser: "          # 47 tokens
 PROMPTS = [PREFIX + b"hello", PREFIX + b"h", PREFIX[:30] + b"another end"]
@@ -210,9 +210,11 @@ def test_the_file_appears_whole_or_not_at_all(folders, tmp_path, monkeypatch) ->
 @given(text=st.text("ab \n.é🙂<", min_size=1, max_size=8), asked=st.text(max_size=6))
 def test_every_chat_begins_with_the_tokens_of_its_system_prompt(bpe, text, asked) -> None:
     tokenizer = Tokenizer(FileTokenizer(bpe), CHATML, "", "<|im_end|>")
-    tokens = system_tokens(tokenizer, text)
-    whole = tokenizer.encode(tokenizer.render([
-        {"role": "system", "content": text}, {"role": "user", "content": asked}], True))[0]
+
+    def write(said: str) -> str:
+        return tokenizer.render([{"role": "system", "content": text},
+                                 {"role": "user", "content": said}], True)
+    tokens, whole = shared_tokens(tokenizer, write), tokenizer.encode(write(asked))[0]
     end = tokenizer.encode(f"<|im_start|>system\n{text}<|im_end|>\n<|im_start|>user")[0]
     assert tokens[:len(end)] == end and len(tokens) <= len(end) + 1       # a line end, perhaps
     assert whole[:len(end)] == end
@@ -243,9 +245,30 @@ def test_command(folders, tmp_path) -> None:
     assert raw.stdout == "".join(generator.text(generator.generate("be brief he", 6))) + "\n"
 
 
+def test_command_with_the_instruction_of_a_task(model, tmp_path) -> None:
+    folder = export(model, tmp_path / "f")
+    (folder / "tasks.json").write_text(json.dumps({
+        name: {"choices": ["yes", "no"], "instruction": text} for name, text in (
+            ("../t", "Say yes or no.\n"), ("u", ""))}))
+    describe(folder)
+    generator = Generator(folder, threads=1)
+    prompt = generator.tokenizer.render([{"role": "user", "content": "Say yes or no.\nhm"}], True)
+    expected = generator.choose(prompt, ["yes", "no"])[0].text + "\n"
+    for origin in ("read for", "from"):
+        done = command(folder, "hm", "--prefix", "../t", "--choices", "../t", "--stats")
+        assert done.stdout == expected, done.stderr
+        assert f"prefix of 22 tokens {origin} {folder}/prefix-" in done.stderr
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(list(folder.glob("prefix-*"))) == 1
+    chat = command(folder, "--chat", "--prefix", "../t", input="x\n")
+    assert chat.returncode == 1 and "text before one prompt here: give PROMPT" in chat.stderr
+    lacking = command(folder, "x", "--prefix", "u")
+    assert lacking.returncode == 1 and "u is no file, and none of the tasks" in lacking.stderr
+
+
 @pytest.mark.parametrize("content, message", [
-    (b" \n", "is empty: write the system prompt"), (b"\xff", "is not UTF-8"),
-    (None, "No such file"), (b"x" * 100, "leaves no room in the context of 96")])
+    (b" \n", "is empty: write the"), (b"\xff", "is not UTF-8"),
+    (None, "is no file, and none of the tasks"),
+    (b"x" * 100, "leaves no room in the context of 96")])
 def test_failures_are_one_line(folders, tmp_path, content, message) -> None:
     if content is not None:
         (tmp_path / "rules").write_bytes(content)
