@@ -319,7 +319,7 @@ class Generator:
 
     def choose_batch(self, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
                      best: int = 1) -> list[list[Answer]]:
-        """The same for several prompts; what they all begin with is read once."""
+        """The same for several prompts; for target ort, what they begin with alike is read once."""
         return likeliest(self, prompts, choices, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
