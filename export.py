@@ -30,6 +30,7 @@ from minismoe.io.files import must_be_new, new_folder, read_json, sha256, write_
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter, versions
 from minismoe.runtime import FORMAT
+from minismoe.runtime.folder import TASKS
 from minismoe.runtime.generator import enough_onnxruntime
 
 
@@ -82,6 +83,9 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
         "routed": frozen.routed, "arguments": asdict(config), "versions": versions()}
     if config.graph:
         info |= layouts.write_graph(config, source, folder, frozen)
+        if config.layout == "onnx" and source.tasks:
+            write_json(folder / TASKS, {
+                t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
         write_json(folder / "export.json", info | {"files": {
             f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()}})
     else:
