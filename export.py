@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Export a run to what onnxruntime, onnxruntime-genai, transformers.js, peft or transformers open.
 
-    python export.py                                  the newest run in runs
-    python export.py RUN --out FOLDER --routing merge --precision int4-8
+    python export.py                                  the newest run in runs, in 4 bits, healed
+    python export.py RUN --out FOLDER --precision fp32
     python export.py table RUN                        what each way to freeze the routing costs
     python export.py --model FOLDER --out FOLDER      a base without adapters
 
@@ -30,6 +30,7 @@ from minismoe.io.files import must_be_new, new_folder, read_json, sha256, write_
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter, versions
 from minismoe.runtime import FORMAT
+from minismoe.runtime.folder import TASKS
 from minismoe.runtime.generator import enough_onnxruntime
 
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(config.out or source.run / "export" / name)
     must_be_new(out)
+    if config.graph:
+        print(plan(config))
 
     # Freeze the routing
     frozen = freeze_routing(config, source)
@@ -63,6 +66,15 @@ def main(argv: Sequence[str]) -> None:
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
 
 
+def plan(config: ExportConfig) -> str:
+    """What will be written, and how to have something else, in one line."""
+    blocks = f" in blocks of {config.block}" if config.block else ""
+    heal = (f", healed for {config.heal} steps, each of less than two training steps (--heal 0 "
+            "leaves that out)") if config.heal else ""
+    floats = "; --precision fp32 keeps floats" if config.block else ""
+    return f"writes {config.precision}{blocks}{heal}{floats}"
+
+
 def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) -> dict[str, Any]:
     """Write the folder and run it beside PyTorch; returns the content of its export.json."""
     layouts.copy_base_files(source.base, folder, config.layout != "onnx")
@@ -71,6 +83,9 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
         "routed": frozen.routed, "arguments": asdict(config), "versions": versions()}
     if config.graph:
         info |= layouts.write_graph(config, source, folder, frozen)
+        if config.layout == "onnx" and source.tasks:
+            write_json(folder / TASKS, {
+                t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
         write_json(folder / "export.json", info | {"files": {
             f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()}})
     else:

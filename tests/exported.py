@@ -1,9 +1,11 @@
-"""A tiny exported folder, written without export.py, for the tests of the runtime."""
+"""A tiny exported folder, written without export.py, and the runtime in a bare process."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from tiny import BYTES
@@ -13,6 +15,7 @@ from minismoe.export.mixture import AdapterInput
 from minismoe.model.decoder import CausalLM
 
 CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"ort": ("ort", None), "portable": ("portable", None),
          "static": ("portable", (1, 1, 96)), "chunks": ("portable", (2, 4, 96))}
 
@@ -40,3 +43,27 @@ def describe(folder: Path, **info: object) -> None:
     files = {p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes())
                       .hexdigest()} for p in folder.iterdir() if p != file}
     file.write_text(json.dumps({"files": files, **old, **info}))
+
+
+BARE = """
+import re, runpy, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "onnx", "safetensors", "tokenizers", "tqdm", "jinja2"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+sys.argv = ["runtime", *sys.argv[1:]]
+try:
+    runpy.run_module("minismoe.runtime", run_name="__main__")
+finally:
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "minismoe":
+            source = open(module.__file__).read()
+            assert not re.search(r"^ *(import|from) (numpy|torch)", source, re.M), name
+"""
+
+
+def command(*args: object, **options: str) -> subprocess.CompletedProcess[str]:
+    """`python -m minismoe.runtime` without the libraries that it must do without."""
+    return subprocess.run([sys.executable, "-c", BARE, *map(str, args)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=60, **options)

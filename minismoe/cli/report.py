@@ -83,10 +83,10 @@ def next_commands(run: Path, embedded: bool) -> str:
     if embedded:
         return (f"Next: freeze, quantise and chat; see the sensitivities; compare at equal size; "
                 "your own data\n"
-                f"  python export.py {name} --precision int4-8\n"
+                f"  python export.py {name}\n"
                 "  python probe.py --out runs/probe\n"
                 f"  python train.py --strategy uniform --budget-params {size}\n"
                 "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER\n"
                 "  python train.py --help")
-    return (f"Next: python export.py {name} --precision int4-8, or compare with --strategy uniform "
+    return (f"Next: python export.py {name}, or compare with --strategy uniform "
             f"or lora\nat the same size: --budget-params {size}")

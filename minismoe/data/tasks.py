@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ from ..method.loss import IGNORE
 from .tokenizer import Message, Tokenizer
 
 LONGEST_LINE = 1 << 20           # bytes: about 250,000 tokens, more than any model reads
+MOST_CHOICES = 300               # answers of a task that are still a small set
 HELD_OUT = 0.1                   # share of a task's lines for the test, if it has no test.jsonl
 Batch = tuple[Tensor, Tensor, Tensor]        # input_ids, attention_mask, labels, each (B, T)
 
@@ -37,6 +40,8 @@ class Task:
     train: list[list[Message]]
     test: list[list[Message]]
     note: str = ""                # how the test split was made, if not from test.jsonl
+    choices: list[str] = field(default_factory=list)     # its answers, if they are a small set
+    instruction: str = ""         # lines that all of its prompts begin with
 
 
 @dataclass
@@ -105,6 +110,26 @@ def _load_task(name: str, path: Path, seed: int, bad: list[str]) -> Task:
     random.Random(f"{seed} {name}").shuffle(train)
     n = min(len(train) - 1, max(1, round(HELD_OUT * len(train)))) if train else 0
     return Task(name, train[n:], train[:n], f"no test split: {n} of {len(train)} lines held out")
+
+
+def closed_answers(conversations: Sequence[Sequence[Message]]) -> list[str]:
+    """The answers of a task, sorted, if they are a small closed set; else none.
+
+    The share of lines whose answer no other line has estimates how often a new line has an answer
+    that was never seen (Good 1953): a set is closed if that is at most one line in a hundred.
+    """
+    counts = Counter(messages[-1]["content"].strip() for messages in conversations)
+    once = sum(number == 1 for number in counts.values())
+    closed = len(counts) <= MOST_CHOICES and 100 * once <= len(conversations)
+    return sorted(counts) if closed else []
+
+
+def shared_instruction(conversations: Sequence[Sequence[Message]]) -> str:
+    """The whole lines that all prompts begin with, if each is one user's message; else ""."""
+    if not all([m["role"] for m in messages[:-1]] == ["user"] for messages in conversations):
+        return ""
+    text = os.path.commonprefix([messages[0]["content"] for messages in conversations])
+    return text[:text.rfind("\n") + 1]
 
 
 def _read_conversations(file: Path, bad: list[str]) -> list[list[Message]]:

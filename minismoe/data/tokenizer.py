@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,10 @@ class Tokenizer:
         self.backend, self.bos, self.eos, self.special = backend, bos, eos, backend.special
         self.encode, self.decode = backend.encode, backend.decode
         self.template, self.has_template = template, template is not None
-        declared = {self.special[eos]} if eos in self.special else set()
-        self.stop_ids = sorted({*stop_ids} | declared | self._turn_end())
+        declared = [self.special[eos]] if eos in self.special else []
+        written = self._turn_end()
+        self.stop_ids = sorted({*stop_ids, *declared, *written})
+        self.end_id = next(iter((*written, *declared, *self.stop_ids)), None)   # after an answer
         self.pad_id = pad_id if pad_id is not None else (self.stop_ids or [0])[0]
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -128,7 +131,16 @@ class Tokenizer:
             # Llama 3's default date. With today's date, a run could not be resumed tomorrow.
             "date_string": "26 Jul 2024"})
 
-    def _turn_end(self) -> set[int]:
+    def turn(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of the last message as the template writes it, without the token that ends it.
+
+        The template of Qwen3 puts an empty <think> before an answer, which is part of the turn.
+        """
+        whole, start = self.render(messages), self.render(messages[:-1], True)
+        text = whole[len(start):] if whole.startswith(start) else messages[-1]["content"]
+        return list(takewhile(lambda i: i not in self.stop_ids, self.encode(text)[0]))
+
+    def _turn_end(self) -> list[int]:
         """The first special token after an assistant's message in the template, if there is one."""
         user = {"role": "user", "content": "question"}
         try:
@@ -137,9 +149,8 @@ class Tokenizer:
             if not found:                    # the template changes the message's text
                 tail = whole[len(self.render([user], True)):]
         except templates.Refused:            # such as a template that wants a system message first
-            return set()
-        ends = [i for i in self.encode(tail)[0] if i in self.special.values()]
-        return set(ends[:1])
+            return []
+        return [i for i in self.encode(tail)[0] if i in self.special.values()][:1]
 
 
 def _render_default(messages: Sequence[Message], bos_token: str, eos_token: str,

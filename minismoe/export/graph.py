@@ -234,10 +234,10 @@ class DecoderGraph(MixtureGraph):
         if not self.table_bits:
             return self.node("Gather", name, *table, "input_ids")
         if not self.ort:
-            return self.embed_blocks(name, *table)
+            return self.embed_blocks(name, *table[:2])
         row = -(-D // self.block) * self.block
         data = self.alias(table[0], [c.vocab_size, row * self.table_bits // 8])
-        x = self.node("GatherBlockQuantized", name, data, "input_ids", *table[1:],
+        x = self.node("GatherBlockQuantized", name, data, "input_ids", table[1],
                       domain="com.microsoft", bits=self.table_bits, block_size=self.block,
                       gather_axis=0, quantize_axis=1)
         return x if row == D else self.node("Slice", name, x, [0], [D], [-1])
@@ -318,6 +318,11 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
     if target not in ("ort", "portable") or precision not in PRECISIONS:
         raise ValueError(f"target {target!r}, precision {precision!r}: expected ort or portable, "
                          f"and one of {', '.join(PRECISIONS)}")
+    rows = {config.hidden_size, config.intermediate_size,
+            config.num_attention_heads * config.head_dim}
+    if target == "portable" and block > BLOCK and (odd := sorted(k for k in rows if k % block)):
+        raise ValueError(f"--block {block}: rows of {odd[0]} weights are no whole blocks, which "
+                         "OpenVINO refuses in the portable target; use a smaller --block")
     if target == "ort" and config.head_dim % 16:
         raise ValueError(f"head size {config.head_dim}: onnxruntime's attention takes multiples of "
                          "16 only; use the portable target")

@@ -27,7 +27,7 @@ from ..training.loop import TrainConfig, learning_rate, schedule
 from .scales import scale_model
 
 MAPS_LR = 2e-4                               # low: A and B start near their optimum
-SCALES_LR = 3e-3                             # of the logarithms of the scales
+SCALES_LR = 2e-3                             # of the logarithms of the scales
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, keep: Collection[str] 
 
 def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collection[str] = (),
                 lr: float = SCALES_LR) -> dict[str, Blocks]:
-    """Train the scales of a model's quantised weights, and return them, by weight name.
+    """Train the scales of a model's quantised weights; returns the blocks with them, on the CPU.
 
     blocks: of all weights that are quantised. Those of matrices in `keep`, which go on routing, are
     not trained.
@@ -80,8 +80,9 @@ def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collectio
     student = twin(lesson.teacher).train()
     scaled = scale_model(student, blocks, keep)
     tune(student, lesson, [weight.delta for weight in scaled.values()], lr)
-    return {name: replace(found, scales=found.scales * scaled[name].delta.detach().exp())
-            if name in scaled else found for name, found in blocks.items()}
+    return {name: replace(found, data=found.data.cpu(), scales=(
+                scaled[name].grown() if name in scaled else found.scales).cpu())
+            for name, found in blocks.items()}
 
 
 def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float) -> None:
@@ -103,8 +104,8 @@ def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: fl
 def heal_step(student: CausalLM, lesson: Lesson, batch: Sequence[Example]) -> float:
     """Add up the gradients of one step, in micro-batches; returns its loss.
 
-    The loss is the mean over the supervised tokens of cross-entropy + KL(teacher || student);
-    without labels, the mean of KL over the real tokens.
+    The loss is the mean cross-entropy of the supervised tokens; without labels, the mean of
+    KL(teacher || student) over the real tokens.
     """
     teacher, total = lesson.teacher, 0.0
     device, labelled = teacher.lm_head.weight.device, lesson.labelled
@@ -115,15 +116,18 @@ def heal_step(student: CausalLM, lesson: Lesson, batch: Sequence[Example]) -> fl
         ids, mask, labels = collate(part, lesson.pad_id, device)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         needed = mask.bool() & (targets != IGNORE) if labelled else mask.bool()
-        with torch.no_grad():
-            wanted = teacher.model(ids, mask, needed=needed)[needed]             # (N, D)
-        hidden = student.model(ids, mask, needed=needed)[needed]
+        hidden = student.model(ids, mask, needed=needed)[needed]                 # (N, D)
         leaf, targets = hidden.detach().requires_grad_(), targets[needed]
+        models, inputs = [student], [leaf]
+        if not labelled:
+            with torch.no_grad():
+                models.append(teacher)
+                inputs.append(teacher.model(ids, mask, needed=needed)[needed])
         rows = max(1, CHUNK // teacher.lm_head.out_features)
-        for (p, q), target in zip(_logits((teacher, student), (wanted, leaf)), targets.split(rows)):
-            q = q.log_softmax(-1)
-            loss = F.kl_div(q, p.log_softmax(-1), log_target=True, reduction="sum")
-            loss = (loss + F.nll_loss(q, target, ignore_index=IGNORE, reduction="sum")) / count
+        for logits, target in zip(_logits(models, inputs), targets.split(rows)):
+            q, *p = [x.log_softmax(-1) for x in logits]
+            loss = (F.nll_loss(q, target, reduction="sum") if labelled else
+                    F.kl_div(q, p[0], log_target=True, reduction="sum")) / count
             loss.backward()
             total += loss.item()
         hidden.backward(leaf.grad)

@@ -1,6 +1,6 @@
 """A quantised model whose scales can be trained: w = e^delta * scale * (q - zero), delta a block.
 
-Integers and zero points stay, so the file, the graph and its kernels stay what they are. After
+Integers stay, so the file, the graph and its kernels stay what they are. After
 PEQA (arXiv 2305.14152) and the end-to-end stage of EfficientQAT (arXiv 2407.11062).
 
 Letters: N outputs, K inputs, G blocks in a row, T tokens.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..model.decoder import CausalLM
-from ..model.quantize import Blocks, dequantize, quantize, rows_at_a_time, unpack
+from ..model.quantize import Blocks, centred, dequantize, quantize, rows_at_a_time
 from .weights import PRECISIONS
 
 
@@ -31,16 +31,18 @@ class ScaledWeight(nn.Module):
         super().__init__()
         self.size, self.shape, self.dtype = blocks.size, blocks.shape, dtype
         self.scales, self.delta = blocks.scales, nn.Parameter(torch.zeros_like(blocks.scales))
-        q, zeros = unpack(blocks.data, blocks.bits), unpack(blocks.zeros, blocks.bits)
-        narrow = torch.int8 if blocks.bits == 4 else torch.int16
-        self.steps = q.to(narrow).sub_(zeros[:, :q.shape[1], None])       # (N, G, size): q - zero
+        self.steps = centred(blocks)
 
     @torch.no_grad()
     def rows(self, which: Tensor | slice) -> Tensor:
         """Some rows of the weight, (n, K)."""
-        scales = self.scales[which] * self.delta[which].exp()
-        w = self.steps[which].float().mul_(scales[..., None])
-        return w.flatten(1)[:, :self.shape[1]].to(self.dtype)
+        scales = self.grown(which).to(self.dtype)[..., None]
+        return self.steps[which].to(self.dtype).mul_(scales).flatten(1)[:, :self.shape[1]]
+
+    @torch.no_grad()
+    def grown(self, which: Tensor | slice = slice(None)) -> Tensor:
+        """The scales of some rows as they are now, (n, G)."""
+        return self.scales[which] * self.delta[which].exp()
 
     def parts(self) -> list[slice]:
         """Slices of the rows, few enough at a time for a CPU's cache."""
@@ -49,7 +51,10 @@ class ScaledWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """The weight (N, K)."""
-        return torch.cat([self.rows(part) for part in self.parts()])
+        w = torch.empty(self.shape, dtype=self.dtype, device=self.steps.device)
+        for part in self.parts():
+            w[part] = self.rows(part)
+        return w
 
     def block_sums(self, gradient: Tensor, w: Tensor) -> Tensor:
         """d delta (n, G) of some rows from d w and w (n, K): the sums over each block of d w * w.

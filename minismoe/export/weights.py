@@ -60,20 +60,22 @@ class WeightGraph(Graph):
                 for i in range(0, inputs, step))))
 
     def blocks(self, label: str, weights: Sequence[Any], bits: int) -> list[str]:
-        """Store the data, scales and zeros of quantised weights; returns their names."""
+        """Store the data and scales of quantised weights, for `portable` also their zeros, which
+        `ort` operators know; returns their names."""
         parts = [w if isinstance(w, Blocks) else quantize(w, bits, self.block) for w in weights]
-        data, scales, zeros = (torch.cat([getattr(p, field) for p in parts])
-                               for field in ("data", "scales", "zeros"))
-        names = [f"{label}.{field}" for field in ("weight", "scales", "zeros")]
+        data, scales = (torch.cat([getattr(p, field) for p in parts])
+                        for field in ("data", "scales"))
         if self.ort:
-            return [self.tensor(*each) for each in zip(names, (data, scales, zeros))]
+            return [self.tensor(f"{label}.weight", data), self.tensor(f"{label}.scales", scales)]
         inputs, (outputs, groups) = weights[0].shape[1], scales.shape
         kind = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
-        by_column = columns(Blocks(bits, self.block, torch.Size((outputs, inputs)), data, scales,
-                                   zeros))
-        return [self.tensor(name, value, data_type, (rows, outputs))
-                for name, value, rows, data_type in zip(
-                    names, by_column, (inputs, groups, groups), (kind, TensorProto.FLOAT, kind))]
+        shape = torch.Size((outputs, inputs))
+        data, scales = columns(Blocks(bits, self.block, shape, data, scales))
+        zeros = torch.full((-(-groups * outputs * bits // 8),), 0x88 if bits == 4 else 0x80,
+                           dtype=torch.uint8)
+        return [self.tensor(f"{label}.weight", data, kind, (inputs, outputs)),
+                self.tensor(f"{label}.scales", scales),
+                self.tensor(f"{label}.zeros", zeros, kind, (groups, outputs))]
 
     def multiply(self, label: str, x: str, blocks: Sequence[str], inputs: int, outputs: int,
                  bits: int) -> str:
@@ -96,7 +98,7 @@ class WeightGraph(Graph):
                 self.blocks(name, [value], self.table_bits))
         return self.shared[name]
 
-    def embed_blocks(self, name: str, data: str, scales: str, zeros: str) -> str:
+    def embed_blocks(self, name: str, data: str, scales: str) -> str:
         """Rows of a table stored as (D, V), as the head's product needs it: (B, T, D).
 
         No standard operator gathers 4-bit values, so the bytes that hold them are gathered.
@@ -105,7 +107,7 @@ class WeightGraph(Graph):
         token = self.node("Unsqueeze", name, "input_ids", [2])    # (B, T, 1)
         rows, blocks = torch.arange(D) * V, torch.arange(D) // self.block * V
         q = self.gather(f"{name}.weight", data, token, rows)
-        zero = self.gather(f"{name}.zeros", zeros, token, blocks)
+        zero = self.constant(float(1 << (self.table_bits - 1)), torch.float32)
         scale = self.node("Gather", f"{name}.scales", self.alias(scales, [-(-D // self.block) * V]),
                           self.node("Add", f"{name}.scales", token, self.tensor(
                               f"{name}.scales.at", blocks)))

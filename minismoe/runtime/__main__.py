@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,15 +39,31 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
     if stats and len(times) > 1:
         first, rest = times[1] - times[0], times[-1] - times[1]
-        print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s, "
-              f"{len(times) - 1} tokens at {(len(times) - 2) / rest if rest else 0:.0f} tokens/s, "
+        print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s "
+              f"and {generator.kept_tokens} from the cache, {len(times) - 1} tokens at "
+              f"{(len(times) - 2) / rest if rest else 0:.0f} tokens/s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
     return answer
 
 
-def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> None:
+def _choose(generator: Generator, prompt: str, name: str, best: int | None, stats: bool) -> None:
+    """Print the likeliest of --choices, or with --best several after their probabilities."""
+    from .choices import read_choices
+    choices, start = read_choices(generator.folder, name), time.perf_counter()
+    answers = generator.choose(prompt, choices, best or 1)
+    seconds = time.perf_counter() - start
+    for answer in answers:
+        text = clean(answer.text) if sys.stdout.isatty() else answer.text
+        print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
+    if stats:
+        print(f"[one of {len(choices)} answers in {seconds:.3f} s, "
+              f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
+
+
+def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
+          system: Sequence[Mapping[str, str]] = ()) -> None:
     """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
-    history: list[dict[str, str]] = []
+    history = [*system]
     ask = "> " if sys.stdin.isatty() else ""
     if ask:
         with suppress(ImportError):          # lines can be edited, and exceed 4,095 bytes
@@ -59,7 +76,7 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> Non
             if command == "/exit":
                 return
             if command in ("", "/clear"):
-                history = [] if command else history
+                history = [*system] if command else history
                 continue
             asked = [*history, {"role": "user", "content": line}]
             prompt = generator.tokenizer.render(asked, add_generation_prompt=True)
@@ -75,8 +92,8 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool) -> Non
             print(f"error: {error_line(e)}{anew}", file=sys.stderr)
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command line; errors are raised."""
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; exits with 2 if some contradict others."""
     parser = argparse.ArgumentParser(prog="python -m minismoe.runtime", description=(
         "Generate from a folder that export.py wrote, without PyTorch."))
     add = parser.add_argument
@@ -84,6 +101,13 @@ def main(argv: Sequence[str]) -> None:
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
+    add("--prefix", metavar="FILE|TASK", help="begin with a file's text as the system prompt (with "
+        "--raw, as text before the prompt), or with a task's instruction; it is read once, and its "
+        "cache kept in FILE.safetensors, or in the folder")
+    add("--choices", metavar="FILE|TASK", help="answer with one of these: the lines of a file, or "
+        "the answers of a task that the folder knows")
+    add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
+        "after its probability")
     add("--task", help="use the adapter of this task, if the folder has adapters")
     add("--max-tokens", type=positive, metavar="N", help="default: until the context is full")
     add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
@@ -101,19 +125,50 @@ def main(argv: Sequence[str]) -> None:
         parser.error("--chat reads line by line, through the template: leave out PROMPT and --raw")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
+    if args.choices is not None and (
+            args.chat or args.raw or args.max_tokens or args.temperature):
+        parser.error("--choices gives one whole answer, through the template: leave out --chat, "
+                     "--raw, --max-tokens and --temperature")
+    if args.best and args.choices is None:
+        parser.error("--best needs --choices")
+    return args
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line; errors are raised."""
+    args = _parse(argv)
     from .generator import Generator  # here, since --help needs no onnxruntime
+    from .prefix import opening, shared_tokens
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     sampling = {name: getattr(args, name)
                 for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
-    if args.chat or (args.prompt is None and sys.stdin.isatty()):
-        _chat(generator, sampling, args.stats)
+    system, before, file = opening(
+        generator.folder, args.prefix, args.raw) if args.prefix else ([], "", None)
+
+    def write(said: str) -> str:
+        """The prompt as the model reads it."""
+        return before + said if args.raw else generator.tokenizer.render(
+            [*system, {"role": "user", "content": before + said}], True)
+    if file:
+        start = time.perf_counter()
+        kept = generator.keep(shared_tokens(generator.tokenizer, write), file)
+        if args.stats:
+            print(f"[prefix of {len(kept.tokens)} tokens {'from' if kept.loaded else 'read for'} "
+                  f"{clean(file)}: {time.perf_counter() - start:.3f} s]", file=sys.stderr)
+    if args.chat or (args.prompt is None and sys.stdin.isatty() and args.choices is None):
+        if before:
+            raise ValueError("--prefix is text before one prompt here: give PROMPT; a chat takes a "
+                             "file, as its system prompt")
+        _chat(generator, sampling, args.stats, system)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
-    if not args.raw:
-        prompt = generator.tokenizer.render([{"role": "user", "content": prompt}], True)
+    prompt = write(prompt)
+    if args.choices is not None:
+        _choose(generator, prompt, args.choices, args.best, args.stats)
+        return
     _say(generator, prompt, sampling, args.stats)
     if generator.ended == "interrupted":
         raise KeyboardInterrupt

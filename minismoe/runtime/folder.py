@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..io.files import inside, sha256
+from ..io.files import inside, read_json, sha256
 from ..io.text import clean
 
 FORMAT = "minismoe.export/1"
+TASKS = "tasks.json"                         # {task: {"choices": answers, "instruction": text}}
 CACHE_TYPES = {"float32": 1, "float16": 10}  # onnx.TensorProto's numbers
 SIZES = ("context", "layers", "kv_heads", "head_dim", "vocab_size")
 
@@ -68,3 +71,28 @@ def plain_file(folder: Path, name: object) -> Path:
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} lacks {name}, which its export.json names: export again")
     return inside(folder, name)
+
+
+def known_tasks(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Answers and instruction of each task of the run; [] and "" where a task has none.
+
+    Raises ValueError if tasks.json is broken.
+    """
+    known = read_json(folder / TASKS) if (folder / TASKS).is_file() else {}
+    with suppress(AttributeError, KeyError, TypeError):
+        found = {name: ([*task["choices"]], task["instruction"]) for name, task in known.items()}
+        if all(isinstance(text, str) for choices, last in found.values()
+               for text in [*choices, last]):
+            return found
+    raise ValueError(f"{folder / TASKS} does not hold what export.py writes: export again")
+
+
+def read_text(name: str, folder: Path, tasks: Iterable[str]) -> str:
+    """The text of a file that is not one of `tasks`; ValueError if it is not there, or no UTF-8."""
+    if not Path(name).is_file():
+        raise ValueError(f"{name} is no file, and none of the tasks of which {folder} knows this: "
+                         f"{', '.join(tasks) or 'none'}")
+    try:
+        return Path(name).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{name} is not UTF-8 text: {e}") from None

@@ -19,13 +19,16 @@ import os
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
+from .choices import Answer, likeliest
 from .folder import CACHE_TYPES, plain_file, read_info
+from .prefix import Prefix
 
 FLOAT, INT64 = 1, 7                          # onnx.TensorProto's numbers
 DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
@@ -54,6 +57,8 @@ class Generator:
         self.tokenizer = load_tokenizer(self.folder)
         self.ended, self._turn = "", 0       # the number of the generation that owns the cache
         self.prompt_tokens = 0               # tokens the last generation read, cached ones excluded
+        self.kept_tokens = 0                 # those that were in the cache
+        self._prefix: Prefix | None = None
         self._shared = self.info["target"] == "ort" and not self.static
         name = _provider(provider)
         self._device = DEVICES.get(name, "cpu")
@@ -90,11 +95,28 @@ class Generator:
         self._file = None if task is None else _opened(        # it owns the parameters' memory
             ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
         self._adapter = self._file.get_parameters() if self._file else {}
+        self.task, self._prefix = task, None
         self.reset()
 
-    def reset(self, rows: int = 1, capacity: int | None = None) -> None:
-        """Empty the cache, and make room for `rows` prompts of `capacity` tokens."""
-        rows, _, P = self.static or (rows, 0, (capacity or self.context) if self._shared else 0)
+    def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
+        """Keep what the cache holds of a prefix: prompts that begin with it pay for the rest.
+
+        It is taken from `file`; if that does not exist, the prefix is read and the file written.
+        Raises ValueError for a damaged file, for one of another model, adapter or prefix, and for a
+        prefix that fills the context.
+        """
+        if self._device != "cpu":
+            raise ValueError("a prefix is kept from a cache on the CPU: leave out the provider")
+        self._prefix = Prefix(self, self.encoded([prefix])[0], Path(file) if file else None)
+        return self._prefix
+
+    def reset(self, rows: int = 1, capacity: int | None = None, length: int = 0) -> None:
+        """Empty the cache, and make room for `rows` prompts of `capacity` tokens.
+
+        length: tokens that the caller puts into it, in a portable cache, which has no free room.
+        """
+        rows, _, P = self.static or (
+            rows, 0, (capacity or self.context) if self._shared else length)
         self._seen: list[int] = []                               # tokens of row 0 in the cache
         self._masks = [array("q") for _ in range(rows)]
         self._io = self._session.io_binding()
@@ -161,15 +183,21 @@ class Generator:
 
         A single prompt that begins like the last one, as in a chat, is read from the first token
         that differs. A portable cache cannot be cut: it is kept only if the prompt extends it.
+        Where more tokens are those of the prefix that `keep` was given, the cache begins with them.
         """
         kept = 0
         if len(prompts) == len(self._masks) == 1 and not self.static:
             kept = len(os.path.commonprefix([self._seen, list(prompts[0][:-1])]))
-        if kept and (self._shared or kept == len(self._seen)):
+            if not self._shared and kept < len(self._seen):
+                kept = 0
+        held = self._prefix.shared(prompts[0]) if self._prefix and len(prompts) == 1 else 0
+        if self._prefix and held > kept:
+            self._prefix.fill(self, kept := held)
+        elif kept:
             del self._seen[kept:], self._masks[0][kept:]
         else:
-            kept = 0
             self.reset(len(prompts), None if len(prompts) == 1 else max(map(len, prompts)) + new)
+        self.kept_tokens = kept
         self.prompt_tokens = sum(map(len, prompts)) - kept
         rows = self._pad([prompt[kept:] for prompt in prompts])
         T = self.static[1] if self.static else CHUNK if len(rows) == 1 else len(rows[0])
@@ -202,21 +230,12 @@ class Generator:
                 and 0 <= top_k <= self.candidates):
             raise ValueError(f"temperature {temperature}, top-p {top_p}, top-k {top_k}: expected "
                              f"at least 0, above 0 up to 1, and 0 to {self.candidates}")
-        rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
-        if not all(rows):
-            raise ValueError("a prompt is empty")
-        longest, vocab = max(map(len, rows)), self.info["vocab_size"]
-        if not all(0 <= min(row) <= max(row) < vocab for row in rows):
-            raise ValueError(f"a prompt has tokens outside of the model's {vocab}")
-        if (room := self.room(longest)) < 1:
-            raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of "
-                             f"{self.context}: shorten it, or export with a longer --context or, "
-                             "of a static graph, past")
+        rows = self.encoded(prompts)
+        room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
         rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
         running, self.ended = [True] * len(rows), "stop"
-        self._turn = turn = self._turn + 1
-        try:
+        with self.owned() as turn:
             logits = self._read(rows, steps)
             for n in range(1, steps + 1):
                 chosen = self._choose(logits, rng, temperature, top_p, top_k)
@@ -229,10 +248,32 @@ class Generator:
                 if n < steps:
                     logits = self.step(self._pad([[token] for token in chosen]))
             self.ended = "max_tokens" if steps == max_tokens else "context"
+
+    @contextmanager
+    def owned(self) -> Iterator[int]:
+        """The number of a generation that owns the cache until the next one begins."""
+        self._turn = turn = self._turn + 1
+        try:
+            yield turn
         except (Exception, KeyboardInterrupt):
             if self._turn == turn:
                 self.reset()                 # a step that was cut off leaves the cache half written
             raise
+
+    def encoded(self, prompts: Sequence[str | Sequence[int]], new: int = 1) -> list[list[int]]:
+        """Token ids of prompts; raises ValueError if `new` more do not fit the context."""
+        rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
+        if not all(rows):
+            raise ValueError("a prompt is empty")
+        longest, vocab = max(map(len, rows), default=0), self.info["vocab_size"]
+        if not all(0 <= min(row) <= max(row) < vocab for row in rows):
+            raise ValueError(f"a prompt has tokens outside of the model's {vocab}")
+        if self.room(longest + new - 1) < 1:
+            answer = f" for an answer of {new}" if new > 1 else ""
+            raise ValueError(f"a prompt of {longest} tokens leaves no room{answer} in the context "
+                             f"of {self.context}: shorten it, or export with a longer --context "
+                             "or, of a static graph, past")
+        return rows
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens."""
@@ -266,6 +307,20 @@ class Generator:
             steps = list(self._tokens(part, max_tokens, **sampling))
             found += [[s[i] for s in steps if s[i] is not None] for i in range(len(part))]
         return found
+
+    def choose(self, prompt: str | Sequence[int], choices: Sequence[str], best: int = 1,
+               ) -> list[Answer]:
+        """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
+
+        Raises ValueError for answers that cannot come out: empty ones, and others that the
+        tokenizer cannot write.
+        """
+        return likeliest(self, [prompt], choices, best)[0]
+
+    def choose_batch(self, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
+                     best: int = 1) -> list[list[Answer]]:
+        """The same for several prompts; for target ort, what they begin with alike is read once."""
+        return likeliest(self, prompts, choices, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""

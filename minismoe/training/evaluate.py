@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -113,16 +112,9 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
 def references(tokenizer: Tokenizer, task: Task) -> tuple[list[list[int]], int]:
     """Tokens of the right answers without stop ids, and the limit for a completion.
 
-    An answer is the last turn as the chat template writes it: that of Qwen3 puts an empty <think>
-    first. The limit is 4 tokens above the longest, so that an answer which goes on is wrong.
+    The limit is 4 tokens above the longest, so that an answer which goes on is wrong.
     """
-    answers = []
-    for messages in task.test:
-        whole = tokenizer.render(messages)
-        start = tokenizer.render(messages[:-1], add_generation_prompt=True)
-        turn = whole[len(start):] if whole.startswith(start) else messages[-1]["content"]
-        answers.append(list(itertools.takewhile(
-            lambda i: i not in tokenizer.stop_ids, tokenizer.encode(turn)[0])))
+    answers = [tokenizer.turn(messages) for messages in task.test]
     return answers, max(map(len, answers)) + 4
 
 

@@ -55,7 +55,7 @@ def fixed_bytes(config: Config, allocation: Allocation, dtype: torch.dtype,
     if base_bits:
         for N, K in shapes.values():
             G = -(-K // BLOCK)
-            row = G * (BLOCK * base_bits // 8) + 2 * G + -(-G * base_bits // 8)  # scales, zeros
+            row = G * (BLOCK * base_bits // 8) + 2 * G                           # data, scales
             base += N * (row - K * size)
     return {"base weights": base, "adapters": 4 * trained, "optimizer": 8 * trained,
             "gradients": 4 * trained}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from minismoe.method.freeze import Fit, merge
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator, read_info
+from minismoe.runtime.folder import known_tasks
 from minismoe.training.evaluate import generate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +123,21 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         (expected,) = generate(model, [PROMPT], 20, [257])
         assert len(expected) > 3
         assert list(Generator(out, threads=1).generate(PROMPT, 20)) == expected
+
+
+def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> None:
+    """Those of all training lines, however few of them the run used."""
+    shutil.copytree(run.parent, home := tmp_path / "home")
+    (home / "data" / "number.jsonl").write_text("".join(
+        json.dumps({"instruction": "Say it.\nNow:", "input": f"say {i}", "output": f"N{i % 5}"})
+        + "\n" for i in range(40)))
+    config = (home / "run" / "config.json").read_text().replace(str(run.parent), str(home))
+    (home / "run" / "config.json").write_text(json.dumps(json.loads(config) | {"limit_train": 2}))
+    export.main([str(home / "run"), "--out", str(tmp_path / "out"), "--check", "1"])
+    info = read_info(tmp_path / "out", verify=True)
+    assert "tasks.json" in info["files"]
+    assert known_tasks(tmp_path / "out") == {
+        "number": (["N0", "N1", "N2", "N3", "N4"], "Say it.\nNow:\n"), "twice": ([], "")}
 
 
 def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:

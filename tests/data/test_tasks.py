@@ -18,11 +18,13 @@ from minismoe.data.tasks import (
     Example,
     Task,
     bucket,
+    closed_answers,
     collate,
     encode,
     encode_all,
     load_tasks,
     probe_batches,
+    shared_instruction,
     supervised_spans,
     to_messages,
 )
@@ -420,3 +422,23 @@ def test_what_a_template_refuses_is_named(tmp_path, monkeypatch) -> None:
     lines = [[{"role": "user", "content": text}] for text in ("good", "bad")]
     with pytest.raises(ValueError, match="task t, training line 2, 'bad': the template refuses"):
         encode_all(Task("t", lines, []), None, 10)
+
+
+@pytest.mark.parametrize("answers, expected", [
+    (["b", "a "] * 50, ["a", "b"]), (["a", "b"] * 50 + ["c"], ["a", "b", "c"]),
+    (["a", "b"] * 40 + ["c"], []), (["a", "b"] * 50 + ["c", "d"], []), (["a"], []),
+    ([str(n) for n in range(300)] * 2, sorted(map(str, range(300)))),
+    ([str(n) for n in range(301)] * 2, [])])
+def test_a_small_set_of_answers_is_closed(answers: list[str], expected: list[str]) -> None:
+    """At most 300, and at most one line in a hundred has an answer of its own."""
+    assert closed_answers([[say("user", "q"), say("assistant", a)] for a in answers]) == expected
+
+
+@pytest.mark.parametrize("prompts, expected", [
+    (["Do it.\nNow\na", "Do it.\nNow\nb"], "Do it.\nNow\n"), (["Do it.\na", "Do it. b"], ""),
+    (["Say 1", "Say 2"], ""), (["Do it.\nsay", "Do it.\nsaw"], "Do it.\n"), ([], "")])
+def test_whole_lines_that_all_prompts_begin_with(prompts: list[str], expected: str) -> None:
+    lines = [[say("user", text), say("assistant", "a")] for text in prompts]
+    assert shared_instruction(lines) == expected
+    longer = [*lines, [say("system", "s"), say("user", "Do it.\nNow\nb"), say("assistant", "a")]]
+    assert shared_instruction(longer) == ""

@@ -258,7 +258,9 @@ def test_blocks(model: Callable[..., CausalLM], tmp_path: Path, family: str, tar
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_blocks_of_other_sizes(model: Callable[..., CausalLM], tmp_path: Path, size: int,
                                target: str, precision: str) -> None:
-    m = model("smollm2")                     # its rows are no multiple of a block
+    # Rows of the ort graph are no whole blocks, which the portable target refuses.
+    m = model("smollm2") if target == "ort" else model(
+        "llama", hidden_size=128, intermediate_size=256, num_attention_heads=8)
     file = write(tmp_path / "m.onnx", m, {}, target=target, precision=precision, block=size,
                  all_logits=True)
     compare(file, rounded(m, *PRECISIONS[precision], size), target, 0.06)

@@ -574,17 +574,29 @@ def test_openvino_says_the_same(run: Run, tmp_path: Path, precision: str,
     assert greedy(run, openvino_step(tmp_path / "model.onnx"), static) == expected
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_openvino_reads_a_large_table(tmp_path: Path, precision: str) -> None:
+def test_portable_rows_are_whole_blocks(tmp_path: Path) -> None:
+    config = Config.from_dict({**SIZES, "model_type": "llama", "intermediate_size": 96})
+    with pytest.raises(ValueError, match="--block 64: rows of 96 weights are no whole blocks"):
+        write_decoder(tmp_path / "model.onnx", config, torch.empty, {}, target="portable",
+                      precision="int4", block=64, context=CONTEXT)
+
+
+@pytest.mark.parametrize(("precision", "vocab", "hidden", "block"), [
+    ("int8", 270_001, 32, 32), ("int4", 270_001, 32, 32), ("int4", 301, 192, 64),
+    ("int8", 301, 128, 128), ("int4", 300, 128, 128)])
+def test_openvino_reads_large_tables_and_large_blocks(
+        tmp_path: Path, precision: str, vocab: int, hidden: int, block: int) -> None:
     """It computes places in integers as floats, which are inexact from 2^24 on."""
     pytest.importorskip("openvino")
-    config = Config.from_dict({**SIZES, "vocab_size": 270_001, "num_hidden_layers": 1,
+    config = Config.from_dict({**SIZES, "vocab_size": vocab, "num_hidden_layers": 1,
+                               "hidden_size": hidden, "intermediate_size": hidden,
+                               "num_attention_heads": hidden // 16,
                                "model_type": "llama", "tie_word_embeddings": True})
     model, file = CausalLM(config), tmp_path / "model.onnx"
     write_decoder(file, config, lambda name: model.get_parameter(name).data, {}, target="portable",
-                  precision=precision, context=CONTEXT)
+                  precision=precision, block=block, context=CONTEXT)
     past = {f"past_key_values.0.{part}": torch.zeros(1, 2, 0, 16) for part in ("key", "value")}
-    feeds = {"input_ids": torch.tensor([[3, 4, 135_001, 269_999, 270_000]]), **past,
+    feeds = {"input_ids": torch.tensor([[3, 4, vocab // 2, vocab - 2, vocab - 1]]), **past,
              "attention_mask": torch.ones(1, 5).long(), "position_ids": torch.arange(5)[None]}
     ours, theirs = (step(feeds) for step in (
         ort_step(session_of(file, exact=True)), openvino_step(file)))

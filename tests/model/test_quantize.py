@@ -1,12 +1,16 @@
-"""quantize.py: errors against plain rounding, packing, and shapes that do not divide."""
+"""quantize.py: the rounding of onnxruntime, packing, and shapes that do not divide."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
-from minismoe.model.quantize import BLOCK, columns, dequantize, quantize, unpack
+from minismoe.model.quantize import BLOCK, centred, columns, dequantize, quantize, unpack
 
 
 def weight(outputs: int = 24, inputs: int = 96, seed: int = 0) -> Tensor:
@@ -14,38 +18,33 @@ def weight(outputs: int = 24, inputs: int = 96, seed: int = 0) -> Tensor:
     return torch.randn(outputs, inputs, generator=g) * torch.rand(outputs, 1, generator=g)
 
 
-def plain(w: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Rounded block by block, without a search."""
-    blocks, most = w.unflatten(1, (-1, BLOCK)), 2 ** bits - 1
-    low, high = blocks.amin(2, True).clamp(max=0), blocks.amax(2, True).clamp(min=0)
-    if symmetric:
-        scale = blocks.abs().amax(2, True) / (most // 2)
-        return ((blocks / scale).round() * scale).flatten(1)
-    scale = (high - low) / most
-    zero = (-low / scale).round()
-    return (((blocks / scale).round() + zero).clamp(0, most).sub(zero) * scale).flatten(1)
-
-
 def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
-@pytest.mark.parametrize(("bits", "share"), [(4, 0.95), (8, 1.0)])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_error_is_below_that_of_either_grid(bits: int, share: float, seed: int) -> None:
-    w = weight(seed=seed)
-    found = error(dequantize(quantize(w, bits)), w)
-    for symmetric in (True, False):
-        assert found <= share * error(plain(w, bits, symmetric), w) + 1e-9
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnxruntime_rounds_the_same(bits: int, size: int) -> None:
+    w = weight(24, 200)
+    ours, G = quantize(w, bits, size), -(-200 // size)
+    data = np.zeros((24, G, size * bits // 8), dtype=np.uint8)
+    scales, zeros = np.zeros(24 * G, dtype=np.float32), np.zeros(24 * G, dtype=np.uint8)
+    rounding = {4: _pybind_state.quantize_matmul_4bits, 8: _pybind_state.quantize_matmul_8bits}
+    rounding[bits](data, w.T.contiguous().numpy(), scales, zeros, size, 24, 200, True)
+    torch.testing.assert_close(ours.scales.flatten(), torch.from_numpy(scales), rtol=1e-6, atol=0)
+    theirs = replace(ours, data=torch.from_numpy(data))
+    far = (centred(ours).int() - centred(theirs).int()).abs().flatten(1)[:, :200]
+    assert far.max() <= 1 and (far > 0).float().mean() < 0.01      # halves round either way
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_grid_points_are_exact(bits: int) -> None:
     """Weights that lie on a grid with a step of 1, over its whole range, come back as they were."""
-    q = torch.randint(0, 2 ** bits, (6, 64), generator=torch.Generator().manual_seed(0))
-    q[:, ::BLOCK], q[:, 1::BLOCK] = 0, 2 ** bits - 1
-    w = (q - 2 ** (bits - 1) // 2).float()
+    zero = 2 ** (bits - 1)
+    w = torch.randint(-zero, zero, (6, 64), generator=torch.Generator().manual_seed(0)).float()
+    w[:, ::BLOCK] = -zero
     assert error(dequantize(quantize(w, bits)), w) <= 1e-12
+    assert error(dequantize(quantize(-w, bits)), -w) <= 1e-12      # the scale is negative
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -53,7 +52,7 @@ def test_grid_points_are_exact(bits: int) -> None:
 def test_constant_blocks_are_finite_and_close(bits: int, value: float) -> None:
     blocks = quantize(torch.full((2, 64), value), bits)
     assert blocks.scales.isfinite().all()
-    assert (blocks.scales > 0).all()
+    assert (blocks.scales != 0).all()
     torch.testing.assert_close(dequantize(blocks), torch.full((2, 64), value), rtol=1e-2, atol=1e-6)
 
 
@@ -75,18 +74,15 @@ def test_packed_shapes_and_columns_hold_the_same_weights(
     assert b.shape == w.shape
     assert b.data.shape == (outputs, groups, size * bits // 8)
     assert b.scales.shape == (outputs, groups)
-    assert b.zeros.shape == (outputs, -(-groups * bits // 8))
     found = dequantize(b)
     assert found.shape == w.shape
-    padding = unpack(b.data, bits) - unpack(b.zeros, bits)[:, :groups, None]
-    assert not padding.flatten(1)[:, inputs:].any(), "padding must stay 0"
-    assert error(found, w) < (0.01 if bits == 4 else 1e-4)
+    assert not centred(b).flatten(1)[:, inputs:].any(), "padding must stay 0"
+    assert error(found, w) < (0.02 if bits == 4 else 1e-4)
 
-    data, scales, zeros = columns(b)                             # the same from (K, N)
-    q = unpack(data, bits)[:inputs * outputs].view(inputs, outputs).float()
-    zero = unpack(zeros, bits)[:groups * outputs].view(groups, outputs)
+    data, scales = columns(b)                                    # the same from (K, N)
+    q = unpack(data, bits)[:inputs * outputs].view(inputs, outputs).float() - 2 ** (bits - 1)
     each = torch.arange(inputs) // size
-    torch.testing.assert_close(((q - zero[each]) * scales[each]).T, found)
+    torch.testing.assert_close((q * scales[each]).T, found)
 
 
 def test_rows_are_independent_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,5 +90,5 @@ def test_rows_are_independent_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     whole = quantize(w, 4)
     monkeypatch.setattr("minismoe.model.quantize.ON_CPU", 3 * 64)
     parts = quantize(w, 4)
-    for field in ("data", "scales", "zeros"):
+    for field in ("data", "scales"):
         assert torch.equal(getattr(whole, field), getattr(parts, field))

@@ -20,7 +20,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exported import CONFIG, KINDS, describe, export
+from exported import CONFIG, KINDS, command, describe, export
 
 from minismoe import generate
 from minismoe.export.layouts import write_adapter
@@ -323,29 +323,6 @@ def test_verify_compares_hashes(model, tmp_path) -> None:
 
 
 # The command line.
-
-BARE = """
-import re, runpy, sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "onnx", "safetensors", "tokenizers", "tqdm", "jinja2"):
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Block())
-sys.argv = ["runtime", *sys.argv[1:]]
-try:
-    runpy.run_module("minismoe.runtime", run_name="__main__")
-finally:
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "minismoe":
-            source = open(module.__file__).read()
-            assert not re.search(r"^ *(import|from) (numpy|torch)", source, re.M), name
-"""
-
-
-def command(*args: object, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", BARE, *map(str, args)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=60, **options)
-
 
 def test_a_missing_onnxruntime_is_one_line(folders) -> None:
     code = "import sys; sys.modules['onnxruntime'] = None; sys.argv = ['x', 'y', 'z']; " + (

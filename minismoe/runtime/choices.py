@@ -1,0 +1,140 @@
+"""Answers from a set: only these can come out, each with its exact log-probability.
+
+The tokens of all answers form a tree. Where answers part, the model's logits are compared over the
+tokens that some answer goes on with; tokens that all of them share are read without a choice,
+together with the token before them. An answer ends with the token that ends the assistant's turn,
+so one answer may begin another.
+
+    "card arrival"  --.                   .-- " arrival" <end>
+    "card linking"  --+--  root: "card" --+-- " linking" <end>    once one answer is left, the
+    "card"          --'                   '-- <end>               rest is not read at all
+
+Several prompts are read one after another, from where the last one differs. Rows of a batch would
+not be faster: onnxruntime's attention takes one new token a row there, and 16 rows of one token
+cost more than one row of 16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import math
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..data.tokenizer import Tokenizer
+from ..io.text import clean
+from .folder import known_tasks, read_text
+
+if TYPE_CHECKING:
+    from .generator import Generator
+
+
+class Answer(NamedTuple):
+    """An answer of the set, and its log-probability among all of the set."""
+
+    text: str
+    logprob: float
+
+
+class Written(NamedTuple):
+    """An answer as the model writes it, with the end token."""
+
+    tokens: list[int]
+    text: str
+
+
+def likeliest(generator: Generator, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
+              best: int) -> list[list[Answer]]:
+    """The `best` likeliest answers to each prompt, the likeliest first.
+
+    Raises ValueError as `written` does, for `best` below 1, and for a prompt that leaves too little
+    of the context for the longest answer.
+    """
+    if best < 1:
+        raise ValueError(f"the {best} best answers: expected at least 1")
+    answers = written(generator.tokenizer, tuple(choices))
+    rows = generator.encoded(prompts, max(len(answer.tokens) for answer in answers))
+    with generator.owned():
+        return [_search(generator, row, answers, best) for row in rows]
+
+
+@lru_cache(8)
+def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> list[Written]:
+    """The answers as the chat template writes them after a question, sorted by their tokens.
+
+    Raises ValueError for an empty set, and for an answer that is empty, is there twice, or is not
+    what its tokens say.
+    """
+    if not choices:
+        raise ValueError("the set of answers is empty: give at least one answer")
+    if tokenizer.end_id is None:
+        raise ValueError("the tokenizer has no token that ends an answer")
+    found: dict[tuple[int, ...], str] = {}
+    for text in choices:
+        if not text.strip():
+            raise ValueError("an answer of the set is empty")
+        tokens = tokenizer.turn([{"role": "user", "content": "question"},
+                                 {"role": "assistant", "content": text}])
+        if not tokenizer.decode(tokens).rstrip().endswith(text.strip()):
+            raise ValueError(f"the tokenizer cannot write the answer {clean(text[:80])!r}: it "
+                             f"would read {clean(tokenizer.decode(tokens)[:80])!r}")
+        if tuple(tokens) in found:
+            raise ValueError(f"the answer {clean(text[:80])!r} is in the set twice")
+        found[tuple(tokens)] = text
+    return sorted(Written([*tokens, tokenizer.end_id], text) for tokens, text in found.items())
+
+
+def _search(generator: Generator, prompt: list[int], answers: list[Written], best: int,
+            ) -> list[Answer]:
+    """Best-first search: the likeliest beginning is read on, until `best` answers are whole.
+
+    A longer beginning is never likelier, so the answers come in order. The generator reads only
+    what its cache does not hold of a beginning.
+    """
+    found: list[Answer] = []
+    order = count()                          # decides between equals, before groups are compared
+    heap = [(0.0, next(order), answers)]     # -log-probability of what a group has in common
+    while heap and len(found) < best:
+        loss, _, group = heapq.heappop(heap)
+        if len(group) == 1:
+            found.append(Answer(group[0].text, -loss))
+            continue
+        # What the first and the last share, all do: they are sorted.
+        shared = os.path.commonprefix([group[0].tokens, group[-1].tokens])
+        parts: dict[int, list[Written]] = {}
+        for answer in group:
+            parts.setdefault(answer.tokens[len(shared)], []).append(answer)
+        for part, more in zip(parts.values(), _losses(generator, [*prompt, *shared], [*parts])):
+            heapq.heappush(heap, (loss + more, next(order), part))
+    return found
+
+
+def _losses(generator: Generator, tokens: list[int], following: Sequence[int]) -> list[float]:
+    """-log-probability of each token that may follow `tokens`, among these alone."""
+    logits = generator._read([tokens], 1)
+    row = ctypes.cast(logits.data_ptr(), ctypes.POINTER(ctypes.c_float))
+    values = [row[token] for token in following]
+    highest = max(values)
+    total = highest + math.log(sum(math.exp(value - highest) for value in values))
+    if math.isnan(total):
+        raise ArithmeticError("the model's logits are not numbers")
+    return [total - value for value in values]
+
+
+def read_choices(folder: Path, name: str) -> list[str]:
+    """The answers that an exported folder knows of a task, or those of a file, one a line.
+
+    Raises ValueError if `name` is neither, or for a file that is not UTF-8 or has an empty line.
+    """
+    known = {task: choices for task, (choices, _) in known_tasks(folder).items() if choices}
+    if name in known:
+        return known[name]
+    lines = read_text(name, folder, known).removesuffix("\n").split("\n")
+    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+        raise ValueError(f"{name}, line {empty[0]} is empty: write one answer a line")
+    return [line.strip() for line in lines]

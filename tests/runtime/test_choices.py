@@ -1,0 +1,252 @@
+"""Answers from a set: their probabilities by brute force in PyTorch, and only these come out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from exported import CONFIG, KINDS, command, describe, export
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CHATML
+
+from minismoe.data.tasks import encode
+from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from minismoe.method.loss import IGNORE
+from minismoe.model.decoder import CausalLM, Config
+from minismoe.runtime import Generator
+from minismoe.runtime.choices import read_choices, written
+
+# One begins another; all of some begin alike; one stands alone; some are not ASCII.
+CHOICES = ["card", "card arrival", "card arrested", "cards", "no", "ärger", "ähre", "caro"]
+PROMPTS = ["User: a\nAssistant:", "User: what is it?\nAssistant:", "User: b\nAssistant:"]
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    torch.manual_seed(5)
+    model = CausalLM(Config.from_dict(CONFIG))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exports")
+    return {kind: export(model, root / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def generator(folders) -> Generator:
+    return Generator(folders["ort"], threads=1)
+
+
+@torch.no_grad()
+def by_hand(model: CausalLM, prompt: str, choices: list[str]) -> dict[str, float]:
+    """Log-probability of each answer: at each of its tokens, a softmax over what may stand there.
+
+    The default template writes a space before an answer, and 257 ends it.
+    """
+    found, whole = {}, {c: [*f" {c}".encode(), 257] for c in choices}
+    for choice, tokens in whole.items():
+        start = list(prompt.encode())
+        logits = model(torch.tensor([start + tokens]))[0, len(start) - 1:].double()
+        found[choice] = 0.0
+        for n, token in enumerate(tokens):
+            allowed = sorted({t[n] for t in whole.values() if t[:n] == tokens[:n]})
+            found[choice] += (logits[n, token] - logits[n, allowed].logsumexp(0)).item()
+    return found
+
+
+def agree(answers: list, expected: dict[str, float]) -> None:
+    assert {a.text for a in answers} == set(expected)
+    for answer in answers:
+        assert answer.logprob == pytest.approx(expected[answer.text], abs=1e-3)
+    assert [a.logprob for a in answers] == sorted((a.logprob for a in answers), reverse=True)
+    assert sum(math.exp(a.logprob) for a in answers) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_are_those_of_brute_force(model, folders, kind) -> None:
+    generator = Generator(folders[kind], threads=1)
+    for prompt in PROMPTS:
+        whole = generator.choose(prompt, CHOICES, best=99)
+        agree(whole, by_hand(model, prompt, CHOICES))
+        for best in (1, 3):
+            assert [a.text for a in generator.choose(prompt, CHOICES, best)] == [
+                a.text for a in whole[:best]]
+    together = generator.choose_batch(PROMPTS, CHOICES)
+    assert together == [generator.choose(prompt, CHOICES) for prompt in PROMPTS]
+
+
+@settings(max_examples=40)
+@given(choices=st.lists(st.text("ab é", min_size=1, max_size=6).map(str.strip).filter(bool),
+                        min_size=1, max_size=7, unique=True),
+       asked=st.text("abc", min_size=1, max_size=4))
+def test_any_set(model, generator, choices: list[str], asked: str) -> None:
+    """Most of these sets hold answers that begin others."""
+    prompt = f"User: {asked}\nAssistant:"
+    agree(generator.choose(prompt, choices, len(choices)), by_hand(model, prompt, choices))
+
+
+def test_an_answer_that_begins_another_can_win_and_lose(generator) -> None:
+    pairs = [(text, f"{text}{more}") for text in "abcdef" for more in "abcdef"]
+    won = [pair.index(generator.choose(PROMPTS[0], pair)[0].text) for pair in pairs]
+    assert set(won) == {0, 1}
+
+
+def fed(generator: Generator, monkeypatch) -> list[int]:
+    """Numbers of tokens that each step reads, from now on."""
+    sizes, step = [], generator.step
+    monkeypatch.setattr(generator, "step", lambda rows: sizes.append(len(rows[0])) or step(rows))
+    return sizes
+
+
+def test_tokens_without_a_choice_take_no_step(generator, monkeypatch) -> None:
+    length, sizes = len(PROMPTS[0]), fed(generator, monkeypatch)
+
+    def steps(*choices: str, best: int = 1) -> list[int]:
+        del sizes[:]
+        generator.reset()
+        generator.choose(PROMPTS[0], choices, best)
+        return sizes[:]
+    assert steps("only this") == []                             # known before anything is read
+    assert steps("yes, it is", "no") == [length + 1]            # after the space: y or n
+    assert steps("the answer is a", "the answer is b") == [length + len(" the answer is ")]
+    # The whole set: first a or b; then one step for each, from the token that differs.
+    both = steps("a long way", "a long walk", "b so it is", "b so it was", best=4)
+    assert sorted(both[1:]) == sorted([len("a long wa"), len("b so it ")])
+
+
+def test_what_prompts_share_is_read_once(generator, monkeypatch) -> None:
+    header, sizes = "User: " + "one and the same question: " * 2, fed(generator, monkeypatch)
+    generator.reset()
+    prompts = [f"{header}{n}\nAssistant:" for n in "xyz"]
+    generator.choose_batch(prompts, ["yes", "no"])
+    assert sizes == [len(prompts[0]) + 1, *[len("x\nAssistant: ")] * 2]
+
+
+def test_a_generation_that_goes_on_is_refused_and_the_next_is_right(generator) -> None:
+    expected = list(generator.generate(PROMPTS[1], 6))
+    begun = generator.generate(PROMPTS[1], 6)
+    next(begun)
+    generator.choose(PROMPTS[0], CHOICES)
+    with pytest.raises(RuntimeError, match="another generation"):
+        next(begun)
+    generator.choose(PROMPTS[1], CHOICES, 3)
+    assert list(generator.generate(PROMPTS[1], 6)) == expected
+
+
+@pytest.mark.parametrize("choices, message", [
+    ([], "the set of answers is empty"), (["a", " "], "an answer of the set is empty"),
+    (["a", "b", "a"], "'a' is in the set twice"), (["\ud800"], r"cannot write .* would read ' \?'"),
+    (["yes<|end|>no"], "cannot write the answer"), (["a" * 80], "no room for an answer of 82 in"),
+])
+def test_refusals(generator, choices, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        generator.choose(PROMPTS[0], choices)
+
+
+def test_more_refusals(generator, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="the 0 best answers"):
+        generator.choose(PROMPTS[0], ["a"], 0)
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        generator.choose("", ["a"])
+    assert generator.choose_batch([], ["a"]) == []
+    monkeypatch.setattr(generator.tokenizer, "end_id", None)
+    with pytest.raises(ValueError, match="no token that ends an answer"):
+        generator.choose(PROMPTS[0], ["unseen before"])
+
+
+def test_logits_that_are_not_numbers_end_it(model, tmp_path) -> None:
+    broken = CausalLM(model.config)
+    broken.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(ArithmeticError, match="not numbers"):
+        Generator(export(broken, tmp_path / "f"), threads=1).choose(PROMPTS[0], ["a", "b"])
+
+
+THINK = CHATML.replace(
+    "+ message['content']", "+ ('<s></s>\n' if message['role'] == 'assistant' else '') "
+    "+ message['content']").replace("eos_token", "'<|im_end|>'")
+
+
+@pytest.mark.parametrize("template", [CHATML, THINK, None])
+def test_tokens_of_an_answer_are_those_that_training_supervises(bpe, template) -> None:
+    backend = FileTokenizer(bpe) if template else ByteTokenizer()
+    tokenizer = Tokenizer(backend, template, "", "<|im_end|>" if template else "<|end|>")
+    choices = ("yes", "the mat", "the answer is yes", "日本")
+    if template == THINK:                    # </s> is a special token within the turn
+        tokenizer.stop_ids = [backend.special["<|im_end|>"]]
+        tokenizer.end_id = tokenizer.stop_ids[0]
+    for tokens, text in written(tokenizer, choices):
+        example = encode("t", [{"role": "user", "content": "question"},
+                               {"role": "assistant", "content": text}], tokenizer)
+        assert tokens == [label for label in example.labels if label != IGNORE]
+
+
+# Where the set comes from.
+
+def test_answers_come_from_a_file_or_the_folder(tmp_path) -> None:
+    tasks = {"t": ["a", "b c"], "u": ["x"], "open": []}
+    (tmp_path / "tasks.json").write_text(json.dumps({
+        name: {"choices": choices, "instruction": ""} for name, choices in tasks.items()}))
+    (tmp_path / "lines").write_bytes("\ufeffyes \r\nnö\n".encode())
+    assert read_choices(tmp_path, "t") == ["a", "b c"]
+    assert read_choices(tmp_path, str(tmp_path / "lines")) == ["yes", "nö"]
+    with pytest.raises(ValueError, match="open is no file, and none of the tasks .* this: t, u$"):
+        read_choices(tmp_path, "open")
+    with pytest.raises(ValueError, match="v is no file, and none of the tasks .* this: none"):
+        read_choices(tmp_path / "other", "v")
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "line 1 is empty: write one answer a line"), (b"a\n\nb\n", "line 2 is empty"),
+    (b"a\n\xff\n", "is not UTF-8 text")])
+def test_broken_files_of_answers(tmp_path, content, message) -> None:
+    (tmp_path / "lines").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_choices(tmp_path, str(tmp_path / "lines"))
+
+
+@pytest.mark.parametrize("content", [
+    "[]", '{"t": ["ab"]}', '{"t": {"choices": [1], "instruction": ""}}', "{", "[" * 100_000,
+    '{"t": {"choices": [], "instruction": 1}}', '{"t": {"choices": null, "instruction": ""}}'])
+def test_a_broken_tasks_json_is_named(tmp_path, content) -> None:
+    (tmp_path / "tasks.json").write_text(content)
+    with pytest.raises(ValueError, match="tasks.json"):
+        read_choices(tmp_path, "t")
+
+
+# The command line, in a process without torch.
+
+def test_command(generator, folders, model, tmp_path) -> None:
+    (tmp_path / "lines").write_text("\n".join(CHOICES))
+    prompt = generator.tokenizer.render([{"role": "user", "content": "hello"}], True)
+    expected = generator.choose(prompt, CHOICES, 3)
+    asked = [folders["ort"], "hello", "--choices", tmp_path / "lines", "--threads", 1]
+    assert command(*asked).stdout == expected[0].text + "\n"
+    several = command(*asked, "--best", 3, "--stats")
+    assert several.stdout == "".join(f"{math.exp(p):.4f}\t{text}\n" for text, p in expected)
+    assert re.match(r"\[one of 8 answers in \S+ s, peak", several.stderr)
+    folder = export(model, tmp_path / "f")
+    (folder / "tasks.json").write_text(json.dumps({
+        "t": {"choices": ["no", "card"], "instruction": "say\n"}}))
+    describe(folder)
+    best = generator.choose(prompt, ["no", "card"])[0].text
+    assert command(folder, "--choices", "t", input="hello\n").stdout == best + "\n"
+    wrong = command(folder, "hello", "--choices", "u")
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and ": t\n" in wrong.stderr
+
+
+@pytest.mark.parametrize("flags", [["--chat"], ["x", "--raw"], ["x", "--max-tokens", "3"],
+                                   ["x", "--temperature", "1"]])
+def test_flags_that_contradict_choices(folders, flags) -> None:
+    done = command(folders["ort"], *flags, "--choices", "t")
+    assert done.returncode == 2 and f"{flags[-2 if len(flags) > 2 else -1]}" in done.stderr
+    assert command(folders["ort"], "x", "--best", 2).returncode == 2
