@@ -79,10 +79,13 @@ def dense(node: onnx.NodeProto, stored: Mapping[str, Tensor]) -> Tensor:
     size = {a.name: a.i for a in node.attribute}
     q = unpack(weight, size["bits"]).flatten(1).unflatten(1, (-1, size["block_size"])).float()
     scales = stored[node.input[2]].view(len(q), -1, 1)                               # (N, G, 1)
-    zeros = stored[node.input[3]].view(len(q), -1)
-    if zeros.dtype == torch.uint8:                       # HQQ's are floats
-        zeros = unpack(zeros, size["bits"])[:, :q.shape[1]].float()
-    return ((q - zeros[..., None]) * scales).flatten(1)[:, :size["K"]].contiguous()
+    zeros = torch.tensor(2.0 ** (size["bits"] - 1))                  # of a symmetric grid
+    if len(node.input) > 3:
+        zeros = stored[node.input[3]].view(len(q), -1)
+        if zeros.dtype == torch.uint8:                   # HQQ's are floats
+            zeros = unpack(zeros, size["bits"])[:, :q.shape[1]].float()
+        zeros = zeros[..., None]
+    return ((q - zeros) * scales).flatten(1)[:, :size["K"]].contiguous()
 
 
 @torch.no_grad()
