@@ -76,8 +76,9 @@ class ExportConfig(FreezeConfig):
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
                        "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
     precision: str = flag(
-        "auto", "of the base weights, int4-8 with embedding and head in 8 bits; adapters and "
-        "routers stay in float32. auto (default): int4 if it is healed, or else int4-8",
+        "auto", "of the base weights, int4-8 with embedding and head in 8 bits; beside few bits, "
+        "lora_A takes 8, and lora_B and routers stay in float32. auto (default): int4 if it is "
+        "healed, or else int4-8",
         choices=("auto", *PRECISIONS))
     block: int | None = flag(None, "weights that share a scale, in 8 or 4 bits (default: 32)", int,
                              choices=BLOCKS)
