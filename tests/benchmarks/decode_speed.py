@@ -61,7 +61,8 @@ def genai(folder: Path, threads: int) -> tuple[list[int], Read]:
 
     def read(ids: list[int]) -> Iterator[int]:
         params = og.GeneratorParams(model)
-        params.set_search_options(max_length=min(CONTEXT, len(ids) + 256), do_sample=False)
+        length = min(CONTEXT, len(ids) + 256)                    # a stop token ends nothing
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, params)
         generator.append_tokens(ids)
         while not generator.is_done():

@@ -1,0 +1,103 @@
+"""Quantise the float32 folder of genai's model builder with onnxruntime's own tools.
+
+    python tests/benchmarks/fourbits_ort.py METHOD BLOCK GRAPH_FOLDER CALIBRATION_JSON OUT
+
+METHOD is rtn, hqq or gptq. Only rtn quantises an embedding, so that of the others is quantised by
+it as well. GPTQ reads the calibration file: a list of texts, each a list of tokens. HQQ's zeros are
+floats, for which onnxruntime has no fast kernel: a folder beside OUT, float, computes the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from fourbits_drift import dense, tensors
+from onnx.helper import make_node
+from onnx.numpy_helper import from_array
+from onnxruntime.quantization import CalibrationDataReader
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    GPTQWeightOnlyQuantConfig,
+    HQQWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
+
+
+class Texts(CalibrationDataReader):
+    """Each text as the inputs of the graph, with an empty past."""
+
+    def __init__(self, model: onnx.ModelProto, texts: list[list[int]]):
+        self.texts, self.past = list(texts), {}
+        for entry in model.graph.input:
+            if entry.name.startswith("past_key_values"):
+                _, heads, _, size = (d.dim_value for d in entry.type.tensor_type.shape.dim)
+                self.past[entry.name] = torch.zeros(1, heads, 0, size).numpy()
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The inputs of the next text; None after the last one."""
+        if not self.texts:
+            return None
+        ids = torch.tensor([self.texts.pop(0)])
+        return {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy(),
+                **self.past}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.get_next, None)
+
+
+def main(method: str, block: str, graph: str, calibration: str, out: str) -> None:
+    size, source, folder = int(block), Path(graph), Path(out)
+    model = onnx.load(str(source / "model.onnx"))
+    config = {
+        "rtn": lambda: DefaultWeightOnlyQuantConfig(size, accuracy_level=4),
+        "hqq": lambda: HQQWeightOnlyQuantConfig(size),
+        "gptq": lambda: GPTQWeightOnlyQuantConfig(
+            Texts(model, json.loads(Path(calibration).read_text())))}[method]()
+    quantizer = MatMulNBitsQuantizer(model, block_size=size, accuracy_level=4, algo_config=config)
+    quantizer.process()
+    model = quantizer.model.model
+    config = DefaultWeightOnlyQuantConfig(size, op_types_to_quantize=("Gather",))
+    MatMulNBitsQuantizer(model, algo_config=config).process()            # in place
+    save(model, source, folder)
+    if method == "hqq":
+        unquantise(model.graph)
+        save(model, source, folder.with_name("float"))
+
+
+def save(model: onnx.ModelProto, source: Path, folder: Path) -> None:
+    """Write a folder like `source` with another graph."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if not file.name.startswith("model.onnx"):
+            shutil.copy(file, folder)
+    other = onnx.ModelProto()
+    other.CopyFrom(model)                    # saving moves the tensors to the file
+    onnx.save_model(other, str(folder / "model.onnx"), save_as_external_data=True,
+                    location="model.onnx.data")
+
+
+def unquantise(graph: onnx.GraphProto) -> None:
+    """Multiply by the float weights that the quantised ones stand for, in place."""
+    stored = tensors(graph)
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            name, weight = f"{node.name}.float", dense(node, stored).T.contiguous()
+            graph.initializer.append(from_array(weight.numpy(), name))
+            x, y = node.input[0], node.output[0]
+            node.Clear()
+            node.MergeFrom(make_node("MatMul", [x, name], [y], name))
+    used = {name for node in graph.node for name in node.input}
+    kept = [t for t in graph.initializer if t.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
