@@ -75,6 +75,20 @@ def test_logits_are_those_of_the_whole_prompt(model, folders, tmp_path, kind) ->
         generator = Generator(folders[kind], threads=1)
 
 
+def test_a_cache_of_16_bits(model, tmp_path) -> None:
+    folder, file = export(model, tmp_path / "f", precision="fp16"), tmp_path / "p.safetensors"
+    plain, *others = (Generator(folder, threads=1) for _ in range(3))
+    wanted = [torch.from_dlpack(logits).clone() for logits in plain.forced(PROMPTS[0], [7])]
+    for generator in others:                 # one reads it, one takes it from the file
+        generator.keep(PREFIX, file)
+        for logits, expected in zip(generator.forced(PROMPTS[0], [7]), wanted):
+            torch.testing.assert_close(torch.from_dlpack(logits), expected, rtol=0, atol=3e-2)
+        assert generator.kept_tokens == len(PREFIX)
+    with safe_open(file, "pt") as f:
+        assert f.get_tensor("1.value").shape == (1, 2, len(PREFIX), 16)
+        assert f.get_tensor("1.value").dtype == torch.float16
+
+
 def test_it_stays_after_other_prompts_and_batches(folders, monkeypatch) -> None:
     generator, sizes = Generator(folders["ort"], threads=1), []
     step = generator.step
