@@ -119,7 +119,8 @@ class Drafts:
                 best, length = place, n
         drafts: list[int] = []
         while length and len(drafts) < most:                 # a text that repeats runs into itself
-            token = (text + drafts)[best + len(drafts)]
+            at = best + len(drafts)
+            token = text[at] if at < len(text) else drafts[at - len(text)]
             if token in self.stops:
                 break
             drafts.append(token)
