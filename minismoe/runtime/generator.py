@@ -56,6 +56,7 @@ class Generator:
         self.tokenizer = load_tokenizer(self.folder)
         self.ended, self._turn = "", 0       # the number of the generation that owns the cache
         self.prompt_tokens = 0               # tokens the last generation read, cached ones excluded
+        self.steps = 0                       # that wrote its tokens after the first, if speculated
         self._shared = self.info["target"] == "ort" and not self.static
         name = _provider(provider)
         self._device = DEVICES.get(name, "cpu")
@@ -102,10 +103,10 @@ class Generator:
         self._seen: list[int] = []                               # tokens of row 0 in the cache
         self._masks = [array("q") for _ in range(rows)]
         shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]
+        kind = CACHE_TYPES[self.info["cache_type"]], self._device if self._shared else "cpu"
+        make = ort.OrtValue.ortvalue_from_shape_and_type
         self._past: dict[str, Any] = {
-            f"{i}.{part}": SharedRows(shape) if rows == 1 and not self._obstacle else
-            ort.OrtValue.ortvalue_from_shape_and_type(
-                shape, CACHE_TYPES[self.info["cache_type"]], self._device if self._shared else "cpu")
+            f"{i}.{part}": make(shape, *kind) if self._obstacle or rows > 1 else SharedRows(shape)
             for i in range(self.info["layers"]) for part in ("key", "value")}
         for value in self._past.values():
             if P and not self._shared:                           # masked, yet 0 * nan is nan
@@ -211,10 +212,12 @@ class Generator:
 
     def _plain(self, logits: ort.OrtValue, steps: int, choose: Choose) -> Iterator[list[int]]:
         """Yield the next token of each row, step by step."""
+        chosen: list[int] = []
         for n in range(steps):
             if n:
                 logits = self.step(self._pad([[token] for token in chosen]))
-            yield (chosen := [*choose(logits)])
+            chosen = [*choose(logits)]
+            yield chosen
 
     def _tokens(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None, *,
                 temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
@@ -244,7 +247,7 @@ class Generator:
         self._turn = turn = self._turn + 1
         try:
             logits = self._read(rows, steps)
-            plain = speculate is False or self._obstacle or len(rows) > 1
+            plain = speculate is False or self._obstacle or len(rows) > 1 or steps < 2
             for chosen in self._plain(logits, steps, choose) if plain else speculated(
                     self, logits, rows[0], steps, choose):
                 running = [r and token not in stops for r, token in zip(running, chosen)]
@@ -275,7 +278,8 @@ class Generator:
         """Yield the tokens that follow a prompt, up to and without a stop token.
 
         prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
-        sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed.
+        sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed;
+        speculate: default, where it can be; the tokens are the same without.
         Raises ValueError if the prompt is empty or too long.
         """
         for token, in self._tokens([prompt], max_tokens, **sampling):

@@ -41,35 +41,38 @@ Choose = Callable[["ort.OrtValue"], Iterator[int]]
 
 
 class SharedRows:
-    """Memory of float32 (1, K, P, C) that is also memory of (ROWS, K, P, C), all rows the same.
+    """Memory of float32 (1, K, P, C), and once `share` was called of (ROWS, K, P, C): equal rows.
 
     `shape` and `data_ptr` are as of an OrtValue. P is rounded up until a row fills whole pages.
-    Raises OSError where the system has no such memory: it is Linux's mremap.
+    The memory is taken once, but a process's resident size counts it once for each row in use.
     """
 
     def __init__(self, shape: Sequence[int]):
         _, K, P, C = shape
-        whole = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, 4 * K * C)
-        self._shape = [1, K, -(-P // whole) * whole, C]
-        size = 4 * math.prod(self._shape)
-        self._memory = mmap.mmap(-1, ROWS * size)            # it is unmapped with this object
+        pages = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, 4 * K * C)
+        self._shape = [1, K, -(-P // pages) * pages, C]
+        self._size = 4 * math.prod(self._shape)
+        self._memory = mmap.mmap(-1, ROWS * self._size)      # it is unmapped with this object
         self._first = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        if sys.platform != "linux":
-            raise OSError("this needs Linux")
-        mremap = ctypes.CDLL(None).mremap
-        mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int,
-                           ctypes.c_void_p]
-        mremap.restype = ctypes.c_void_p
-        for place in range(self._first + size, self._first + ROWS * size, size):
-            # Of size 0, the old pages stay where they are. 3: MREMAP_MAYMOVE | MREMAP_FIXED.
-            if mremap(self._first, 0, size, 3, place) != place:
-                raise OSError("mremap failed")
 
     def shape(self) -> list[int]:
         return self._shape
 
     def data_ptr(self) -> int:
         return self._first
+
+    def share(self) -> None:
+        """Make all rows the first one. Raises OSError where that cannot be: only Linux has it."""
+        if sys.platform != "linux":
+            raise OSError("no mremap")
+        mremap = ctypes.CDLL(None).mremap
+        mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int,
+                           ctypes.c_void_p]
+        mremap.restype = ctypes.c_void_p
+        for place in range(self._first + self._size, self._first + ROWS * self._size, self._size):
+            # From size 0, the old pages are there as well. 3: MREMAP_MAYMOVE | MREMAP_FIXED.
+            if mremap(self._first, 0, self._size, 3, place) != place:
+                raise OSError("mremap failed")
 
 
 def obstacle(generator: Generator) -> str:
@@ -78,12 +81,14 @@ def obstacle(generator: Generator) -> str:
         return "folders of target ort without static sizes"
     if (generator._device, generator.info["cache_type"]) != ("cpu", "float32"):
         return "a cache in float32 on the CPU"
-    # With more threads than heads, onnxruntime splits the cache of one row, and of several not.
+    if os.environ.get("ORT_GQA_DISABLE_FLASH_ATTENTION"):
+        return "onnxruntime's flash attention"       # rows are written before any attends
+    # With more threads than heads, it splits the cache of one row, and of several not.
     threads = generator._session.get_session_options().intra_op_num_threads or os.cpu_count() or 1
     if threads > (heads := generator.info.get("heads", generator.info["kv_heads"])):
         return f"at most as many threads as attention heads ({heads} here)"
     try:
-        SharedRows([1, 1, 1, 1])
+        SharedRows([1, 1, 1, 1]).share()
     except OSError:
         return "Linux"
     return ""
@@ -155,7 +160,8 @@ class Pace:
     def learn(self, drafts: int, seconds: float) -> None:
         """A step took so long; a step that something else held up counts little."""
         if not drafts:
-            self.plain += 0.1 * (min(seconds, 2 * self.plain or seconds) - self.plain)
+            before = self.plain or seconds
+            self.plain = before + 0.1 * (min(seconds, 2 * before) - before)
             self.share += 0.01 * (0.4 - self.share)
         elif self.plain:
             share = (seconds / self.plain - 1) / drafts
@@ -164,6 +170,9 @@ class Pace:
 
 def read_rows(generator: Generator, tokens: Sequence[int]) -> ort.OrtValue:
     """Logits (n, 1, V) after each of n tokens that follow what the cache of one prompt holds."""
+    if len(generator._ios) == 1:             # since `reset`, there were plain steps only
+        for value in generator._past.values():
+            value.share()
     rows, seen = copy(generator), len(generator._seen)
     rows._io = generator._bound(len(tokens))
     rows._masks = [array("q", [1]) * (seen + n) for n in range(len(tokens))]
@@ -179,24 +188,46 @@ def cut(generator: Generator, count: int) -> None:
         del generator._seen[-count:], generator._masks[0][-count:]
 
 
-def exact(generator: Generator, tokens: Sequence[int]) -> bool:
-    """Whether two tokens, read as rows of a full batch, give the very logits of plain decoding."""
-    def data(value: ort.OrtValue) -> bytes:
-        return ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
+    """The tokens that come after the last one of a text and its drafts, read in one step."""
+    logits = read_rows(generator, tokens) if len(tokens) > 1 else generator.step([tokens])
+    new: list[int] = []
+    for token, draft in zip_longest(choose(logits), tokens[1:]):
+        new.append(token)
+        if token != draft:
+            break
+    cut(generator, len(tokens) - len(new))
+    return new
 
-    rows = data(read_rows(generator, [*tokens, *tokens[:1] * (ROWS - 2)]))
-    cut(generator, ROWS)
-    single = b"".join(data(generator.step([[token]])) for token in tokens)
-    cut(generator, 2)
-    return rows.startswith(single)
+
+def audited(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
+    """The same by plain steps, to see whether rows give these very logits here: once is enough.
+
+    A processor whose kernels round rows of a batch in another way must not speculate.
+    """
+    def data(logits: ort.OrtValue) -> bytes:
+        return ctypes.string_at(logits.data_ptr(), logits.tensor_size_in_bytes())
+
+    rows = data(read_rows(generator, tokens))
+    cut(generator, len(tokens))
+    single, new = b"", []
+    for token, draft in zip_longest(tokens, tokens[1:]):
+        logits = generator.step([[token]])
+        single += data(logits)
+        new.append(next(choose(logits)))
+        if new[-1] != draft:
+            break
+    if not rows.startswith(single) or len(new) > 1:
+        generator._exact = rows.startswith(single)
+    return new
 
 
 def speculated(generator: Generator, logits: ort.OrtValue, prompt: Sequence[int], steps: int,
                choose: Choose) -> Iterator[list[int]]:
     """Yield the `steps` tokens that follow a prompt, one by one, as plain decoding does.
 
-    logits: of the prompt; choose: gives the tokens of each row of logits. Where consecutive yields
-    come of one step, the cache may hold tokens that were not asked for yet.
+    logits: of the prompt; choose: gives the next token of each row of logits. The cache may hold
+    tokens that are still to be yielded.
     """
     drafts, pace = Drafts(prompt, generator.tokenizer.stop_ids), generator._pace
     new, done = [next(choose(logits))], 1
@@ -207,18 +238,14 @@ def speculated(generator: Generator, logits: ort.OrtValue, prompt: Sequence[int]
         drafts.add(new)
         guesses, length = drafts.find(min(ROWS, steps - done) - 1)
         count = drafts.worth(length, len(guesses), pace.share)
-        if count and generator._exact is None and steps - done >= ROWS:
-            generator._exact = exact(generator, [new[-1], guesses[0]])
-        count *= bool(generator._exact)
-        start = time.thread_time()
-        logits = read_rows(generator, [new[-1], *guesses[:count]]) if count else generator.step(
-            [new[-1:]])
-        new = []
-        for token, guess in zip_longest(choose(logits), guesses[:count]):
-            new.append(token)
-            if token != guess:
-                break
-        pace.learn(count, time.thread_time() - start)
-        cut(generator, 1 + count - len(new))
+        tokens = [new[-1], *guesses[:count if generator._exact is not False else 0]]
+        if len(tokens) > 1 and generator._exact is None:
+            new = audited(generator, tokens, choose)
+            generator.steps += len(new)
+        else:
+            start = time.thread_time()
+            new = verified(generator, tokens, choose)
+            pace.learn(len(tokens) - 1, time.thread_time() - start)
+            generator.steps += 1
         drafts.learn(length, [token == guess for token, guess in zip(new, guesses)])
-        done, generator.steps = done + len(new), generator.steps + 1
+        done += len(new)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -112,6 +111,7 @@ def test_a_stop_token_in_what_is_drafted(generator: Generator, plain: Generator,
 
 @pytest.mark.parametrize("most", [1, 2, 5, 6, 7, 8])
 def test_the_most_tokens(generator: Generator, plain: Generator, most: int) -> None:
+    assert tokens(generator, REPEATS, 0) == tokens(plain, REPEATS, 0) == []
     assert tokens(generator, REPEATS * 2, most) == tokens(plain, REPEATS * 2, most)
     assert generator.ended == "max_tokens" and len(generator._seen) == 2 * len(REPEATS) + most - 1
     for length in range(96 - most, 96):
@@ -157,10 +157,8 @@ def test_rows_that_do_not_give_the_same_logits_are_not_used(folder: Path, plain:
                                                             ) -> None:
     """As where a row does not see what those before it wrote in the same step."""
     class Apart(SharedRows):
-        def data_ptr(self) -> int:           # of as many rows, each with memory of its own
-            self.own = getattr(self, "own", None) or (
-                ctypes.c_float * (ROWS * math.prod(self.shape())))()
-            return ctypes.addressof(self.own)
+        def share(self) -> None:
+            pass
 
     monkeypatch.setattr(speculate, "SharedRows", Apart)
     monkeypatch.setattr("minismoe.runtime.generator.SharedRows", Apart)
@@ -195,6 +193,7 @@ def test_what_it_is_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_are_one_memory() -> None:
     shared = SharedRows([1, 3, 50, 16])
+    shared.share()
     _, K, P, C = shared.shape()
     assert P >= 50 and 4 * K * P * C % 4096 == 0
     whole = (ctypes.c_float * (ROWS * K * P * C)).from_address(shared.data_ptr())
@@ -249,7 +248,7 @@ def test_pace() -> None:
 
     pace = Pace()
     list(steps(100))
-    assert pace.plain == pytest.approx(0.010, rel=0.01) and pace.share == pytest.approx(0.3, abs=0.02)
+    assert pace.plain == pytest.approx(0.010) and pace.share == pytest.approx(0.3, abs=0.02)
     pace.learn(2, 5.0)                       # held up
     assert pace.share < 0.35
     for _ in range(1000):                    # what it once found is forgotten in time
