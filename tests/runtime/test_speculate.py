@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator, speculate
+from minismoe.runtime import __main__ as terminal
 from minismoe.runtime.speculate import LONGEST, MATCH, ROWS, Drafts, Pace, SharedRows, obstacle
 
 REPEATS = b"to be, or not to be, or not"
@@ -187,6 +189,18 @@ def test_what_it_is_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "on the CPU" in obstacle(generator)
     generator._shared = False
     assert "target ort" in obstacle(generator)
+
+
+def test_the_command_line(folder: Path, generator: Generator, capsys: pytest.CaptureFixture[str],
+                          ) -> None:
+    flags = [str(folder), "to be, or not to be", "--raw", "--max-tokens", "40", "--threads", "1"]
+    terminal.main([*flags, "--stats"])
+    found = capsys.readouterr()
+    assert re.search(r"40 tokens at \d+ tokens/s, 1\.\d a step, peak", found.err)
+    for flag in ("--speculate", "--no-speculate"):
+        terminal.main([*flags, "--stats", flag])
+        again = capsys.readouterr()
+        assert again.out == found.out and ("a step" in again.err) == (flag == "--speculate")
 
 
 # Memory, drafts and pace
