@@ -81,8 +81,8 @@ class ExportConfig(FreezeConfig):
         "healed, or else int4-8",
         choices=("auto", *PRECISIONS))
     block: int | None = flag(
-        None, "weights that share a scale, in 8 or 4 bits (default: 128 if they are healed, rows are "
-        "long and the target is ort; or else 32)", int, choices=BLOCKS)
+        None, "weights that share a scale, in 8 or 4 bits (default: 128 if scales are healed, rows "
+        "are long and the target is ort; or else 32)", int, choices=BLOCKS)
     target: str = flag("ort", "onnxruntime's fused operators (default), or standard ONNX "
                        "operators only", choices=("ort", "portable"))
     static: tuple[int, int, int] | None = flag(
