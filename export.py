@@ -46,7 +46,9 @@ def main(argv: Sequence[str]) -> None:
     if config.task and config.task not in source.examples:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
                          f"{', '.join(source.examples)}")
-    config = verify.with_context(config.settled(bool(config.prompts or source.examples)), source)
+    config = config.settled(bool(config.prompts or source.examples),
+                            source.model.config.hidden_size)
+    config = verify.with_context(config, source)
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(config.out or source.run / "export" / name)
     must_be_new(out)

@@ -21,18 +21,19 @@ KINDS = {"ort": ("ort", None), "portable": ("portable", None),
 
 
 def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
-           **beside: AdapterInput) -> Path:
+           precision: str = "fp32", **beside: AdapterInput) -> Path:
     """An exported folder of layout onnx."""
     target, static = KINDS[kind]
     weights, c = dict(model.named_parameters()), model.config
     folder.mkdir()
     graph.write_decoder(folder / "model.onnx", c, lambda name: weights[name].detach(), beside,
-                        target=target, precision="fp32", context=context, static=static)
+                        target=target, precision=precision, context=context, static=static)
     graph.write_sampler(folder / "sampler.onnx", c.vocab_size)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     describe(folder, target=target, context=context, static=static, layers=c.num_hidden_layers,
              kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
-             cache_type="float32", format="minismoe.export/1", adapters={})
+             cache_type="float16" if precision == "fp16" else "float32",
+             format="minismoe.export/1", adapters={})
     return folder
 
 

@@ -81,7 +81,7 @@ def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collectio
     scaled = scale_model(student, blocks, keep)
     tune(student, lesson, [weight.delta for weight in scaled.values()], lr)
     return {name: replace(found, data=found.data.cpu(), scales=(
-                scaled[name].grown() if name in scaled else found.scales).cpu())
+                scaled[name].trained_scales() if name in scaled else found.scales).cpu())
             for name, found in blocks.items()}
 
 

@@ -31,27 +31,27 @@ class ScaledWeight(nn.Module):
         super().__init__()
         self.size, self.shape, self.dtype = blocks.size, blocks.shape, dtype
         self.scales, self.delta = blocks.scales, nn.Parameter(torch.zeros_like(blocks.scales))
-        self.steps = centred(blocks)
+        self.integers = centred(blocks)
 
     @torch.no_grad()
     def rows(self, which: Tensor | slice) -> Tensor:
         """Some rows of the weight, (n, K)."""
-        scales = self.grown(which).to(self.dtype)[..., None]
-        return self.steps[which].to(self.dtype).mul_(scales).flatten(1)[:, :self.shape[1]]
+        scales = self.trained_scales(which).to(self.dtype)[..., None]
+        return self.integers[which].to(self.dtype).mul_(scales).flatten(1)[:, :self.shape[1]]
 
     @torch.no_grad()
-    def grown(self, which: Tensor | slice = slice(None)) -> Tensor:
+    def trained_scales(self, which: Tensor | slice = slice(None)) -> Tensor:
         """The scales of some rows as they are now, (n, G)."""
         return self.scales[which] * self.delta[which].exp()
 
     def parts(self) -> list[slice]:
         """Slices of the rows, few enough at a time for a CPU's cache."""
-        step = rows_at_a_time(self.steps.flatten(1))
+        step = rows_at_a_time(self.integers.flatten(1))
         return [slice(n, n + step) for n in range(0, self.shape[0], step)]
 
     def dense(self) -> Tensor:
         """The weight (N, K)."""
-        w = torch.empty(self.shape, dtype=self.dtype, device=self.steps.device)
+        w = torch.empty(self.shape, dtype=self.dtype, device=self.integers.device)
         for part in self.parts():
             w[part] = self.rows(part)
         return w

@@ -76,11 +76,13 @@ class ExportConfig(FreezeConfig):
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
                        "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
     precision: str = flag(
-        "auto", "of the base weights, int4-8 with embedding and head in 8 bits; adapters and "
-        "routers stay in float32. auto (default): int4 if it is healed, or else int4-8",
+        "auto", "of the base weights, int4-8 with embedding and head in 8 bits; beside few bits, "
+        "lora_A takes 8, and lora_B and routers stay in float32. auto (default): int4 if it is "
+        "healed, or else int4-8",
         choices=("auto", *PRECISIONS))
-    block: int | None = flag(None, "weights that share a scale, in 8 or 4 bits (default: 32)", int,
-                             choices=BLOCKS)
+    block: int | None = flag(
+        None, "weights that share a scale, in 8 or 4 bits (default: 128 if scales are healed, rows "
+        "are long and the target is ort; or else 32)", int, choices=BLOCKS)
     target: str = flag("ort", "onnxruntime's fused operators (default), or standard ONNX "
                        "operators only", choices=("ort", "portable"))
     static: tuple[int, int, int] | None = flag(
@@ -92,10 +94,11 @@ class ExportConfig(FreezeConfig):
     check: int = flag(8, "prompts on which the export must agree with PyTorch (default: 8)",
                       positive, metavar="N")
 
-    def settled(self, has_examples: bool) -> ExportConfig:
+    def settled(self, has_examples: bool, hidden_size: int) -> ExportConfig:
         """The same with values in place of "auto" and of the defaults of --heal and --block.
 
-        has_examples: whether there is something to heal on.
+        has_examples: whether there is something to heal on. hidden_size: of the model; blocks of
+        128 decode faster and lose nothing once healed, but short rows would be padded to them.
         """
         if not self.graph:
             return replace(self, precision="fp32", heal=self.heal or 0)
@@ -104,9 +107,10 @@ class ExportConfig(FreezeConfig):
         if precision == "auto":
             precision = "int4" if heals else "int4-8"
         heal = (STEPS if heals and precision == "int4" else 0) if self.heal is None else self.heal
-        few = any(PRECISIONS[precision])
-        return replace(self, precision=precision, heal=heal,
-                       block=self.block or BLOCK if few else None)
+        large = heal and self.target == "ort" and hidden_size >= 4 * BLOCKS[-1]
+        block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
+            PRECISIONS[precision]) else None
+        return replace(self, precision=precision, heal=heal, block=block)
 
     @property
     def graph(self) -> bool:

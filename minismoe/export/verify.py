@@ -31,6 +31,7 @@ from ..model.decoder import CausalLM
 from ..runtime import Generator
 from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
 from .heal import twin
+from .mixture import round_adapters
 from .routing import Frozen
 from .scales import round_weights
 from .settings import ExportConfig, Source
@@ -244,6 +245,8 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
         if config.block:
             rounded = round_weights(reference(task, adapted), config.precision, config.block,
                                     frozen.blocks)
+            if not config.adapters:          # as inputs of the graph they stay as they are
+                round_adapters(rounded, config.block)
         # Healed weights are no longer those of the model: the graph is compared with them.
         seen = compare_graph(rounded if frozen.blocks else model, generator, prompts,
                              config.precision)

@@ -38,10 +38,11 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
     if generator.ended == "context":
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
     if stats and len(times) > 1:
-        first, rest = times[1] - times[0], times[-1] - times[1]
+        first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
+        a_step = f", {count / generator.steps:.1f} a step" if count > generator.steps > 0 else ""
         print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s "
-              f"and {generator.kept_tokens} from the cache, {len(times) - 1} tokens at "
-              f"{(len(times) - 2) / rest if rest else 0:.0f} tokens/s, "
+              f"and {generator.kept_tokens} from the cache, {count + 1} tokens at "
+              f"{count / rest if rest else 0:.0f} tokens/s{a_step}, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
     return answer
 
@@ -116,6 +117,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens "
         "(default: as many as the folder's sampler gives, 64)")
     add("--seed", type=int, help="of the draws; default: another one each time")
+    add("--speculate", action=argparse.BooleanOptionalAction, help="draft tokens from the text so "
+        "far and verify several at once; the answer stays the same (default: where it can be done)")
     add("--provider", help="onnxruntime's execution provider, such as cuda (default: cpu)")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
@@ -142,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     sampling = {name: getattr(args, name)
-                for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
+                for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "speculate")}
     system, before, file = opening(
         generator.folder, args.prefix, args.raw) if args.prefix else ([], "", None)
 

@@ -20,6 +20,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..data.tokenizer import load_tokenizer
 from .choices import Answer, likeliest
 from .folder import CACHE_TYPES, plain_file, read_info
 from .prefix import Prefix
+from .speculate import Choose, Pace, SharedRows, obstacle, speculated
 
 FLOAT, INT64 = 1, 7                          # onnx.TensorProto's numbers
 DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
@@ -59,6 +61,7 @@ class Generator:
         self.prompt_tokens = 0               # tokens the last generation read, cached ones excluded
         self.kept_tokens = 0                 # those that were in the cache
         self._prefix: Prefix | None = None
+        self.steps = 0                       # that wrote its tokens after the first, if speculated
         self._shared = self.info["target"] == "ort" and not self.static
         name = _provider(provider)
         self._device = DEVICES.get(name, "cpu")
@@ -70,6 +73,7 @@ class Generator:
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
         self._positions = any(i.name == "position_ids" for i in self._session.get_inputs())
         self._fits()
+        self._obstacle, self._pace = obstacle(self), Pace()      # of speculation
         self.use(task)
 
     def _fits(self) -> None:
@@ -96,6 +100,7 @@ class Generator:
             ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
         self._adapter = self._file.get_parameters() if self._file else {}
         self.task, self._prefix = task, None
+        self._exact: bool | None = None      # whether rows give the logits of plain decoding
         self.reset()
 
     def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
@@ -119,20 +124,32 @@ class Generator:
             rows, 0, (capacity or self.context) if self._shared else length)
         self._seen: list[int] = []                               # tokens of row 0 in the cache
         self._masks = [array("q") for _ in range(rows)]
-        self._io = self._session.io_binding()
-        for name, value in self._adapter.items():
-            self._io.bind_ortvalue_input(name, value)
-        self._io.bind_output("logits")                           # output 0, as step expects
         shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]
-        self._past = {f"{i}.{part}": ort.OrtValue.ortvalue_from_shape_and_type(
-            shape, CACHE_TYPES[self.info["cache_type"]], self._device if self._shared else "cpu")
+        kind = CACHE_TYPES[self.info["cache_type"]], self._device if self._shared else "cpu"
+        make = ort.OrtValue.ortvalue_from_shape_and_type
+        self._past: dict[str, Any] = {
+            f"{i}.{part}": make(shape, *kind) if self._obstacle or rows > 1 else SharedRows(shape)
             for i in range(self.info["layers"]) for part in ("key", "value")}
-        for name, value in self._past.items():
-            if self._shared:
-                self._io.bind_ortvalue_input(f"past_key_values.{name}", value)
-                self._io.bind_ortvalue_output(f"present.{name}", value)
-            elif P:                                              # masked, yet 0 * nan is nan
+        for value in self._past.values():
+            if P and not self._shared:                           # masked, yet 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+        self._ios: dict[int, ort.IOBinding] = {}                 # by rows
+        self._io = self._bound(rows)
+
+    def _bound(self, rows: int) -> ort.IOBinding:
+        """The session's values, bound for batches of so many rows."""
+        if rows in self._ios:
+            return self._ios[rows]
+        self._ios[rows] = io = self._session.io_binding()
+        for name, value in self._adapter.items():
+            io.bind_ortvalue_input(name, value)
+        io.bind_output("logits")                                 # output 0, as step expects
+        for name, value in self._past.items() if self._shared else ():
+            place = (self._device, 0, CACHE_TYPES[self.info["cache_type"]],
+                     [rows, *value.shape()[1:]], value.data_ptr())
+            io.bind_input(f"past_key_values.{name}", *place)
+            io.bind_output(f"present.{name}", *place)
+        return io
 
     def step(self, rows: Sequence[Row]) -> ort.OrtValue:
         """Read T more tokens of each row (B, T) and return the logits of the graph.
@@ -206,8 +223,8 @@ class Generator:
         return logits
 
     def _choose(self, logits: ort.OrtValue, rng: random.Random, temperature: float, top_p: float,
-                top_k: int) -> list[int]:
-        """Choose the next token of each row from logits (B, 1, V)."""
+                top_k: int) -> Iterator[int]:
+        """Choose the next token of each row from logits (B, 1, V), as it is asked for."""
         B, size = logits.shape()[0], self.candidates
         best, ids = (ctypes.c_float * (B * size))(), (ctypes.c_int64 * (B * size))()
         io = self._sampler.io_binding()
@@ -217,14 +234,22 @@ class Generator:
         self._sampler.run_with_iobinding(io)
         if math.isnan(sum(best)):
             raise ArithmeticError("the model's logits are not numbers")
-        if temperature == 0:
-            return ids[::size]
-        return [ids[n + _draw(best[n:n + (top_k or size)], rng, temperature, top_p)]
-                for n in range(0, B * size, size)]
+        for n in range(0, B * size, size):
+            yield ids[n] if temperature == 0 else ids[
+                n + _draw(best[n:n + (top_k or size)], rng, temperature, top_p)]
+
+    def _plain(self, logits: ort.OrtValue, steps: int, choose: Choose) -> Iterator[list[int]]:
+        """Yield the next token of each row, step by step."""
+        chosen: list[int] = []
+        for n in range(steps):
+            if n:
+                logits = self.step(self._pad([[token] for token in chosen]))
+            chosen = [*choose(logits)]
+            yield chosen
 
     def _tokens(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None, *,
                 temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
-                seed: int | None = None) -> Iterator[list[Any]]:
+                seed: int | None = None, speculate: bool | None = None) -> Iterator[list[Any]]:
         """Yield the next token of each prompt, step by step; None for a prompt that has stopped."""
         if not (0 <= temperature < math.inf and 0 < top_p <= 1 and isinstance(top_k, int)
                 and 0 <= top_k <= self.candidates):
@@ -233,20 +258,23 @@ class Generator:
         rows = self.encoded(prompts)
         room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
-        rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
-        running, self.ended = [True] * len(rows), "stop"
+        if speculate and (why := self._obstacle or ("single prompts" if len(rows) > 1 else "")):
+            raise ValueError(f"speculation is for {why}: leave it out")
+        choose = partial(self._choose, rng=random.Random(seed), temperature=temperature,
+                         top_p=top_p, top_k=top_k)
+        stops = set(self.tokenizer.stop_ids)
+        running, self.ended, self.steps = [True] * len(rows), "stop", 0
         with self.owned() as turn:
             logits = self._read(rows, steps)
-            for n in range(1, steps + 1):
-                chosen = self._choose(logits, rng, temperature, top_p, top_k)
+            plain = speculate is False or self._obstacle or len(rows) > 1 or steps < 2
+            for chosen in self._plain(logits, steps, choose) if plain else speculated(
+                    self, logits, rows[0], steps, choose):
                 running = [r and token not in stops for r, token in zip(running, chosen)]
                 if not any(running):
                     return
                 yield [token if r else None for r, token in zip(running, chosen)]
                 if self._turn != turn:
                     raise RuntimeError("another generation began before this one ended")
-                if n < steps:
-                    logits = self.step(self._pad([[token] for token in chosen]))
             self.ended = "max_tokens" if steps == max_tokens else "context"
 
     @contextmanager
@@ -291,7 +319,8 @@ class Generator:
         """Yield the tokens that follow a prompt, up to and without a stop token.
 
         prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
-        sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed.
+        sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed;
+        speculate: default, where it can be; the tokens are the same without.
         Raises ValueError if the prompt is empty or too long.
         """
         for token, in self._tokens([prompt], max_tokens, **sampling):

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from exported import CONFIG, export
 from tiny import save_bytes_model
+
+from minismoe.model.decoder import CausalLM, Config
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_speed  # noqa: E402
 import probe_speed  # noqa: E402
+import speculation  # noqa: E402
 import train_speed  # noqa: E402
 
 
@@ -31,12 +35,29 @@ def test_decode_speed_exports_a_side_and_measures_it(side, tmp_path, monkeypatch
     assert all(value > 0 for value in seen.values())
 
 
+def test_speculation_compares_both_ways(tmp_path, monkeypatch, capsys) -> None:
+    export(CausalLM(Config.from_dict(CONFIG)), tmp_path / "exported", context=256)
+    for task, line in {
+            "piqa": "question: how?\n\nSolution1: cut, cut\n\nSolution2: cut, cut\n\nAnswer",
+            "boolq": "question: is it so?\n\nAnswer", "clinc": ""}.items():
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "test.jsonl").write_text(json.dumps(
+            {"instruction": line, "input": "hello"}))
+    monkeypatch.setattr(sys, "argv", ["speculation", "--folder", str(tmp_path / "exported"),
+                                      "--data", str(tmp_path), "--rounds", "1", "--tokens", "24"])
+    speculation.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "ours" in line]
+    assert [(row[1], row[2], row[-3:]) for row in rows] == [
+        ("copies", "4", ["4", "of", "4"]), ("others", "2", ["2", "of", "2"])]
+
+
 def arguments(inputs: list[str], **more: object) -> argparse.Namespace:
     return argparse.Namespace(model=inputs[1], data=inputs[3], tasks=None, batch_size=4, **more)
 
 
-def test_train_speed_measures_our_side(inputs, capsys) -> None:
-    train_speed.child(arguments(inputs, steps=2, side="ours", dtype="float32"))
+@pytest.mark.parametrize("side", ["ours", "heal"])
+def test_train_speed_measures_our_sides(side, inputs, capsys) -> None:
+    train_speed.child(arguments(inputs, steps=2, side=side, dtype="float32", experts=2))
     assert min(json.loads(capsys.readouterr().out).values()) > 0
 
 

@@ -229,13 +229,18 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     ("--precision int4 --block 128", ("int4", 40, 128)), ("--precision int8", ("int8", 0, 32)),
     ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 0, None)),
     ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 0, None)),
-    ("--layout peft --heal 3", ("fp32", 3, None)), ("--heal 9", ("int4", 9, 32))])
+    ("--layout peft --heal 3", ("fp32", 3, None)), ("--heal 9", ("int4", 9, 32)),
+    ("--target portable", ("int4", 40, 32)), ("--block 64", ("int4", 40, 64))])
 def test_what_auto_becomes(flags: str, wanted: tuple[str, int, int | None]) -> None:
     args = flags.split() if "--model" in flags else ["run", *flags.split()]
     config = parse(args, "")
     assert isinstance(config, ExportConfig)
-    config = config.settled(has_examples=bool(config.run or config.prompts))
-    assert (config.precision, config.heal, config.block) == wanted
+    has_examples = bool(config.run or config.prompts)
+    small = config.settled(has_examples, hidden_size=64)
+    assert (small.precision, small.heal, small.block) == wanted
+    large = config.settled(has_examples, hidden_size=576)
+    healed = large.block and large.heal and config.target == "ort"
+    assert large.block == (config.block or 128 if healed else wanted[2])
 
 
 def test_a_base_is_healed_on_prompts_towards_itself(run: Path, tmp_path: Path) -> None:

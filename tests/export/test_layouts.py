@@ -382,6 +382,15 @@ def test_genai_says_the_same_and_stops(any_run: Run, tmp_path: Path, target: str
     assert text.removesuffix("<|im_end|>").removesuffix("<|end|>") == any_run.text
 
 
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_genai_reads_blocks_of_any_size(run: Run, tmp_path: Path, block: int) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    decoder(run, tmp_path, target="ort", precision="int4", block=block)
+    write_genai(tmp_path, CONTEXT)
+    assert genai_says(og.Model(str(tmp_path)))[1] == greedy(
+        run, ort_step(session_of(tmp_path / "model.onnx")))
+
+
 @pytest.mark.parametrize("bos", [5, None])
 def test_genai_without_a_stop(run: Run, tmp_path: Path, bos: int | None) -> None:
     """Some bases name no end, and some no start either; the configuration then leaves it out."""
@@ -439,12 +448,12 @@ def web_says(folder: Path, dtype: str = "") -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def web_folder(run: Run, web: Path) -> Path:
+def web_folder(run: Run, web: Path, block: int = 32) -> Path:
     """The layout of transformers.js, of a merged run in three precisions."""
     copy_base_files(run.base, web)
     for precision, cache_type in (("fp32", "float32"), ("fp16", "float16"), ("int4", "float32")):
         write_decoder(web / "model.onnx", run.merged.config, run.weight, {}, target="ort",
-                      precision=precision, context=CONTEXT)
+                      precision=precision, block=block, context=CONTEXT)
         write_web(web, precision, cache_type)
     return web
 
@@ -478,9 +487,10 @@ def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: 
 
 
 @needs_node
-def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path, block: int) -> None:
     """Precisions in one folder: two are asked for by name, int4 is what the config says."""
-    web, tokenizer = web_folder(any_run, tmp_path / "web"), load_tokenizer(any_run.base)
+    web, tokenizer = web_folder(any_run, tmp_path / "web", block), load_tokenizer(any_run.base)
     data = json.loads((web / "config.json").read_text())["transformers.js_config"][
         "use_external_data_format"]                  # Node finds the data without, a browser not
     assert {file.name for file in (web / "onnx").iterdir()} == {

@@ -290,6 +290,7 @@ def test_tasks(model, tmp_path, folders) -> None:
     (lambda f: (f / "model.onnx").write_bytes(b"x"), "1 bytes instead of"),
     (lambda f: describe(f, files={"../export.json": {}}), "no plain file name"),
     (lambda f: describe(f, layers="2"), "not understood"),
+    (lambda f: describe(f, heads="2"), "not understood"),
     (lambda f: describe(f, format="other/1"), "other/1"),
     (lambda f: (f / "export.json").write_text("{"), "not understood"),
     (lambda f: describe(f, files={}), "names no model.onnx and no sampler.onnx"),

@@ -1,0 +1,251 @@
+"""Speculation: tokens that a text had before are drafted, and one step tells how many are right.
+
+A step reads the last token and its drafts as a batch, one token a row, whose rows all see one
+cache: their memory is one. Each row writes its key and value, then attends up to itself.
+
+    cache   [ prompt and answer | a | b | c ]      row 0 reads a, which is sure, and gives b' after
+    row 0   [ ----------------- | a ]              it; row 1 reads the draft b, and gives c' after
+    row 1   [ ----------------- | a | b ]          it; row 2 reads the draft c. If b' is b, then c'
+    row 2   [ ----------------- | a | b | c ]      counts; if it is not, b and c are cut off.
+
+Rows of one token run the very kernels of plain decoding, so logits are the same to the last bit,
+and so are the tokens, greedy or drawn. A chunk of several tokens would be faster to read, but its
+attention rounds differently, and int8 activations make another text of that within few tokens.
+
+Letters: K key/value heads, P positions of the cache, C head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+    from .generator import Generator
+
+ROWS = 6                                     # tokens that one step reads at most
+MATCH = 2                                    # tokens that must have stood before the drafts before
+LONGEST = 8                                  # longer matches are all alike
+Choose = Callable[["ort.OrtValue"], Iterator[int]]
+
+
+class SharedRows:
+    """Memory of float32 (1, K, P, C), and once `share` was called of (ROWS, K, P, C): equal rows.
+
+    `shape` and `data_ptr` are as of an OrtValue. P is rounded up until a row fills whole pages.
+    The memory is taken once, but a process's resident size counts it once for each row in use.
+    """
+
+    def __init__(self, shape: Sequence[int]):
+        _, K, P, C = shape
+        pages = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, 4 * K * C)
+        self._shape = [1, K, -(-P // pages) * pages, C]
+        self._size = 4 * math.prod(self._shape)
+        self._memory = mmap.mmap(-1, ROWS * self._size)      # it is unmapped with this object
+        self._first = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+    def shape(self) -> list[int]:
+        return self._shape
+
+    def data_ptr(self) -> int:
+        return self._first
+
+    def share(self) -> None:
+        """Make all rows the first one. Raises OSError where that cannot be: only Linux has it."""
+        if sys.platform != "linux":
+            raise OSError("no mremap")
+        mremap = ctypes.CDLL(None).mremap
+        mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int,
+                           ctypes.c_void_p]
+        mremap.restype = ctypes.c_void_p
+        for place in range(self._first + self._size, self._first + ROWS * self._size, self._size):
+            # From size 0, the old pages are there as well. 3: MREMAP_MAYMOVE | MREMAP_FIXED.
+            if mremap(self._first, 0, self._size, 3, place) != place:
+                raise OSError("mremap failed")
+
+
+def obstacle(generator: Generator) -> str:
+    """What a generator must be for speculation and is not; empty if it can speculate."""
+    if not generator._shared:                # a portable cache cannot be cut
+        return "folders of target ort without static sizes"
+    if (generator._device, generator.info["cache_type"]) != ("cpu", "float32"):
+        return "a cache in float32 on the CPU"
+    if os.environ.get("ORT_GQA_DISABLE_FLASH_ATTENTION"):
+        return "onnxruntime's flash attention"       # rows are written before any attends
+    # With more threads than heads, it splits the cache of one row, and of several not.
+    threads = generator._session.get_session_options().intra_op_num_threads or os.cpu_count() or 1
+    if threads > (heads := generator.info.get("heads", generator.info["kv_heads"])):
+        return f"at most as many threads as attention heads ({heads} here)"
+    try:
+        SharedRows([1, 1, 1, 1]).share()
+    except OSError:
+        return "Linux"
+    return ""
+
+
+class Drafts:
+    """What may follow a text: the tokens after the longest of its ends that it had before.
+
+    rates: of matches 0 to LONGEST tokens long, how often the next token is the same too.
+    """
+
+    def __init__(self, tokens: Sequence[int], stops: Sequence[int]):
+        self.text: list[int] = []
+        self.stops = set(stops)
+        self.places: dict[tuple[int, ...], list[int]] = {}   # after MATCH tokens; the last is best
+        self.rates = [min(0.9, 0.2 + 0.1 * n) for n in range(LONGEST + 1)]
+        self.add(tokens)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.text.append(token)
+            if len(self.text) >= MATCH:
+                self.places.setdefault(tuple(self.text[-MATCH:]), []).append(len(self.text))
+
+    def find(self, most: int) -> tuple[list[int], int]:
+        """Up to `most` tokens that may come next, without a stop token, and the match's length."""
+        text, best, length = self.text, 0, 0
+        for place in self.places.get(tuple(text[-MATCH:]), [])[-2:-18:-1]:
+            n = MATCH
+            while n < LONGEST and n < place and text[place - n - 1] == text[-n - 1]:
+                n += 1
+            if n > length:
+                best, length = place, n
+        drafts: list[int] = []
+        while length and len(drafts) < most:                 # a text that repeats runs into itself
+            at = best + len(drafts)
+            token = text[at] if at < len(text) else drafts[at - len(text)]
+            if token in self.stops:
+                break
+            drafts.append(token)
+        return drafts, length
+
+    def learn(self, length: int, right: Sequence[bool]) -> None:
+        """right: of each draft that was compared, after a match of that length, whether it was."""
+        for n, hit in enumerate(right, start=length):
+            n = min(n, LONGEST)
+            self.rates[n] += 0.1 * (hit - self.rates[n])
+
+    def worth(self, length: int, most: int, share: float) -> int:
+        """How many drafts, up to `most`, promise the most tokens a second.
+
+        share: what each of them adds to the time of a step that reads one token.
+        """
+        tokens, chance, best, gain = 1.0, 1.0, 0, 1.0
+        for n in range(1, most + 1):
+            chance *= self.rates[min(length + n - 1, LONGEST)]
+            tokens += chance
+            if tokens / (1 + n * share) > gain:
+                best, gain = n, tokens / (1 + n * share)
+        return best
+
+
+class Pace:
+    """How long steps take: `plain` seconds, and `share` of that more for each draft."""
+
+    def __init__(self) -> None:
+        self.plain, self.share = 0.0, 0.4
+
+    def learn(self, drafts: int, seconds: float) -> None:
+        """A step took so long; a step that something else held up counts little."""
+        if not drafts:
+            before = self.plain or seconds
+            self.plain = before + 0.1 * (min(seconds, 2 * before) - before)
+            self.share += 0.01 * (0.4 - self.share)
+        elif self.plain:
+            share = (seconds / self.plain - 1) / drafts
+            self.share += 0.1 * (min(max(share, 0), 2 * self.share) - self.share)
+
+
+def read_rows(generator: Generator, tokens: Sequence[int]) -> ort.OrtValue:
+    """Logits (n, 1, V) after each of n tokens that follow what the cache of one prompt holds."""
+    if len(generator._ios) == 1:             # since `reset`, there were plain steps only
+        for value in generator._past.values():
+            value.share()
+    rows, seen = copy(generator), len(generator._seen)
+    rows._io = generator._bound(len(tokens))
+    rows._masks = [array("q", [1]) * (seen + n) for n in range(len(tokens))]
+    logits = rows.step([[token] for token in tokens])
+    generator._seen[seen:] = tokens
+    generator._masks[0].extend([1] * len(tokens))
+    return logits
+
+
+def cut(generator: Generator, count: int) -> None:
+    """Cut the last `count` tokens off the cache of one prompt."""
+    if count:
+        del generator._seen[-count:], generator._masks[0][-count:]
+
+
+def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
+    """The tokens that come after the last one of a text and its drafts, read in one step."""
+    logits = read_rows(generator, tokens) if len(tokens) > 1 else generator.step([tokens])
+    new: list[int] = []
+    for token, draft in zip_longest(choose(logits), tokens[1:]):
+        new.append(token)
+        if token != draft:
+            break
+    cut(generator, len(tokens) - len(new))
+    return new
+
+
+def audited(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
+    """The same by plain steps, to see whether rows give these very logits here: once is enough.
+
+    A processor whose kernels round rows of a batch in another way must not speculate.
+    """
+    def data(logits: ort.OrtValue) -> bytes:
+        return ctypes.string_at(logits.data_ptr(), logits.tensor_size_in_bytes())
+
+    rows = data(read_rows(generator, tokens))
+    cut(generator, len(tokens))
+    single, new = b"", []
+    for token, draft in zip_longest(tokens, tokens[1:]):
+        logits = generator.step([[token]])
+        single += data(logits)
+        new.append(next(choose(logits)))
+        if new[-1] != draft:
+            break
+    if not rows.startswith(single) or len(new) > 1:
+        generator._exact = rows.startswith(single)
+    return new
+
+
+def speculated(generator: Generator, logits: ort.OrtValue, prompt: Sequence[int], steps: int,
+               choose: Choose) -> Iterator[list[int]]:
+    """Yield the `steps` tokens that follow a prompt, one by one, as plain decoding does.
+
+    logits: of the prompt; choose: gives the next token of each row of logits. The cache may hold
+    tokens that are still to be yielded.
+    """
+    drafts, pace = Drafts(prompt, generator.tokenizer.stop_ids), generator._pace
+    new, done = [next(choose(logits))], 1
+    while True:
+        yield from ([token] for token in new)
+        if done == steps:
+            return
+        drafts.add(new)
+        guesses, length = drafts.find(min(ROWS, steps - done) - 1)
+        count = drafts.worth(length, len(guesses), pace.share)
+        tokens = [new[-1], *guesses[:count if generator._exact is not False else 0]]
+        if len(tokens) > 1 and generator._exact is None:
+            new = audited(generator, tokens, choose)
+            generator.steps += len(new)
+        else:
+            start = time.thread_time()
+            new = verified(generator, tokens, choose)
+            pace.learn(len(tokens) - 1, time.thread_time() - start)
+            generator.steps += 1
+        drafts.learn(length, [token == guess for token, guess in zip(new, guesses)])
+        done += len(new)

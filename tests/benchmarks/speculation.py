@@ -1,0 +1,179 @@
+"""Decoding with and without speculation, on texts that copy their prompt and on others.
+
+    python tests/benchmarks/speculation.py --folder EXPORTED --data DATA [--genai FOLDER]
+
+Copies are of the passages of a file (--passages: JSON lines with a passage and a question, as of
+BoolQ), or of the longest instructions in DATA/piqa: to repeat a passage, to correct it, to quote an
+answer from it, to answer from it. Other texts answer the questions of DATA/boolq and DATA/clinc by
+themselves. Each prompt is answered with and without speculation in turn, greedily, from an empty
+cache; times are of the tokens after the first. --genai is a folder of onnxruntime-genai's own
+builder (`python -m onnxruntime_genai.models.builder -i MODEL -o FOLDER -p int4 -e cpu`), which
+answers the same prompts with and without its own speculation by n-grams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+REACH = {"copies": 1.3, "others": 0.97}
+# What speculation by n-grams may do in onnxruntime-genai 0.18, everything on.
+THEIRS = {"ngram_size": 3, "max_draft_tokens": 8, "min_adaptive_k": 2, "cooldown": True,
+          "ngram_chained_lookup": True}
+ASKED = ("Repeat this text word for word:\n\n{passage}",
+         "Correct the spelling of this paragraph, and write it out again:\n\n{passage}",
+         "{passage}\n\nQuestion: {question}? Quote the sentence that answers the question.",
+         "{passage}\n\nQuestion: {question}?")
+# A prompt, the most tokens, whether to speculate -> the tokens, then how many steps there were.
+Answer = Callable[[list[int], int, bool], Iterator[int]]
+
+
+class Run(NamedTuple):
+    """One answer: its tokens, and the seconds and steps that those after the first took."""
+
+    tokens: list[int]
+    seconds: float
+    steps: int
+
+
+def ours(folder: Path, threads: int) -> tuple[Any, Answer, Callable[[], int]]:
+    from minismoe.runtime import Generator
+    generator = Generator(folder, threads=threads)
+
+    def answer(prompt: list[int], most: int, speculate: bool) -> Iterator[int]:
+        generator.reset()
+        return generator.generate(prompt, most, speculate=speculate)
+    return generator.tokenizer, answer, lambda: generator.steps
+
+
+def genai(folder: Path, threads: int) -> tuple[Answer, Callable[[], int]]:
+    import onnxruntime_genai as og
+    config = og.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {
+        "intra_op_num_threads": threads}}}}))
+    model, steps = og.Model(config), [0]
+    stop = json.loads((folder / "genai_config.json").read_text())["model"]["eos_token_id"]
+    stops = stop if isinstance(stop, list) else [stop]
+
+    def answer(prompt: list[int], most: int, speculate: bool) -> Iterator[int]:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(prompt) + most, do_sample=False)
+        if speculate:
+            params.set_speculative_options(**THEIRS)
+        generator = og.Generator(model, params)
+        generator.append_tokens(prompt)
+        count = 0
+        while not generator.is_done():
+            generator.generate_next_token()
+            count += 1
+            if (token := int(generator.get_next_tokens()[0])) not in stops:
+                yield token
+        if speculate:                        # but for those accepted, a step wrote each token
+            steps[0] = count - 1 - int(generator.get_speculative_stats()["draft_tokens_accepted"])
+    return answer, lambda: steps[0]
+
+
+def timed(answer: Answer, steps: Callable[[], int], prompt: list[int], most: int, speculate: bool,
+          clock: Callable[[], float]) -> Run:
+    running = answer(prompt, most, speculate)
+    tokens = [next(running)]
+    start = clock()
+    tokens += running
+    seconds = clock() - start
+    return Run(tokens, seconds, steps() if speculate else len(tokens) - 1)
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def questions(data: Path, count: int) -> dict[str, list[str]]:
+    """What is asked, by kind: here without passages."""
+    asked = [line["instruction"].partition("question: ")[2].partition("\n")[0]
+             for line in lines(data / "boolq/test.jsonl")[:count]]
+    return {"others": [q[:1].upper() + q[1:] for q in asked] + [
+        line["input"] for line in lines(data / "clinc/test.jsonl")[:count]]}
+
+
+def passages(data: Path, file: str | None, count: int) -> list[dict[str, str]]:
+    if file:
+        return [x for x in lines(Path(file)) if 250 < len(x["passage"]) < 1000][:count]
+    found = []
+    for line in lines(data / "piqa/test.jsonl"):
+        goal, _, rest = line["instruction"].partition("question: ")[2].partition("\n")
+        solution = rest.partition("Solution1: ")[2].partition("Solution2: ")[0].strip()
+        found.append({"passage": solution, "question": goal.strip(" ?")})
+    return sorted(found, key=lambda x: -len(x["passage"]))[:count]
+
+
+def report(side: str, kind: str, runs: Sequence[tuple[list[Run], list[Run]]]) -> float:
+    """Print one row; returns the ratio of tokens a second. runs: without and with, by prompt."""
+    def rate(which: int) -> float:
+        return sum(len(pair[which][0].tokens) - 1 for pair in runs) / sum(
+            statistics.median(run.seconds for run in pair[which]) for pair in runs)
+
+    ratios = [statistics.median(a.seconds / b.seconds for a, b in zip(*pair))
+              * (len(pair[1][0].tokens) - 1) / (len(pair[0][0].tokens) - 1) for pair in runs]
+    same = sum(len({tuple(run.tokens) for which in pair for run in which}) == 1 for pair in runs)
+    written = sum(len(pair[1][-1].tokens) - 1 for pair in runs)
+    print(f"{side:7} {kind:8} {len(runs):5} {written:7} {rate(0):8.1f} {rate(1):8.1f} "
+          f"{written / max(1, sum(pair[1][-1].steps for pair in runs)):7.2f} "
+          f"{rate(1) / rate(0):7.2f} {statistics.median(ratios):7.2f} {min(ratios):7.2f} "
+          f"{same:5} of {len(runs)}", flush=True)
+    return rate(1) / rate(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, type=Path, help="of export.py, layout onnx")
+    parser.add_argument("--data", required=True, type=Path, help="folder with piqa, boolq, clinc")
+    parser.add_argument("--genai", type=Path, help="the same model for onnxruntime-genai")
+    parser.add_argument("--passages", help="a file of JSON lines to copy from; default: DATA/piqa")
+    parser.add_argument("--count", type=int, default=8, help="passages, and questions of each task")
+    parser.add_argument("--tokens", type=int, default=128, help="an answer's most")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu", action="store_true", help="count seconds of the CPU, not of the "
+                        "clock: with --threads 1, where other programs run")
+    args = parser.parse_args()
+    tokenizer, *mine = ours(args.folder, args.threads)
+    sides = {"ours": mine} | ({"genai": genai(args.genai, args.threads)} if args.genai else {})
+    texts = {kind: [tokenizer.encode(tokenizer.render([{"role": "user", "content": text}], True))[0]
+                    for text in found] for kind, found in {
+        "copies": [ask.format(**x) for ask in ASKED
+                   for x in passages(args.data, args.passages, args.count)],
+        **questions(args.data, args.count)}.items()}
+    clock = time.process_time if args.cpu else time.perf_counter
+    print("tokens/s without and with speculation, tokens a step; ratio of all texts, their median "
+          "and least; texts that stay the same\n"
+          "side    kind     texts  tokens  without     with  a step   ratio  median   least  same")
+    for side, (answer, steps) in sides.items():
+        list(answer(texts["copies"][0], 16, True))           # warm
+        for kind, prompts in texts.items():
+            runs = []
+            for prompt in prompts:
+                pair: tuple[list[Run], list[Run]] = ([], [])
+                for n in range(2 * args.rounds):
+                    which = (n + 1) // 2 % 2                 # 0 1 1 0 0 1: drift meets both
+                    pair[which].append(timed(answer, steps, prompt, args.tokens, bool(which),
+                                             clock))
+                if len(pair[0][0].tokens) > 8:
+                    runs.append(pair)
+            ratio = report(side, kind, runs)
+            if side == "ours":
+                print(f"        to reach: {REACH[kind]}" + ("" if ratio >= REACH[kind] else
+                                                            ": not reached"))
+
+
+if __name__ == "__main__":
+    main()
