@@ -33,12 +33,12 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 class Texts(CalibrationDataReader):
     """Each text as the inputs of the graph, with an empty past."""
 
-    def __init__(self, model: onnx.ModelProto, texts: list[list[int]]):
-        self.texts, self.past = list(texts), {}
-        for entry in model.graph.input:
-            if entry.name.startswith("past_key_values"):
-                _, heads, _, size = (d.dim_value for d in entry.type.tensor_type.shape.dim)
-                self.past[entry.name] = torch.zeros(1, heads, 0, size).numpy()
+    def __init__(self, folder: Path, texts: list[list[int]]):
+        sizes = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+        none = torch.zeros(1, sizes["num_key_value_heads"], 0, sizes["head_size"]).numpy()
+        self.texts, self.past = list(texts), {
+            f"past_key_values.{layer}.{part}": none for part in ("key", "value")
+            for layer in range(sizes["num_hidden_layers"])}
 
     def get_next(self) -> dict[str, Any] | None:
         """The inputs of the next text; None after the last one."""
@@ -59,7 +59,7 @@ def main(method: str, block: str, graph: str, calibration: str, out: str) -> Non
         "rtn": lambda: DefaultWeightOnlyQuantConfig(size, accuracy_level=4),
         "hqq": lambda: HQQWeightOnlyQuantConfig(size),
         "gptq": lambda: GPTQWeightOnlyQuantConfig(
-            Texts(model, json.loads(Path(calibration).read_text())))}[method]()
+            Texts(source, json.loads(Path(calibration).read_text())))}[method]()
     quantizer = MatMulNBitsQuantizer(model, block_size=size, accuracy_level=4, algo_config=config)
     quantizer.process()
     model = quantizer.model.model
