@@ -134,7 +134,8 @@ class Bench:
 
     def read_back(self, row: Row) -> CausalLM:
         """The model of a folder of ours, with the weights that it holds."""
-        return fourbits_drift.read_back(self.made(row), load_model(self.merged))
+        like = load_model(self.merged, self.source.model.lm_head.weight.dtype)
+        return fourbits_drift.read_back(self.made(row), like)
 
     def scored(self, row: Row, task: Task) -> float:
         """Exact match of a row on the test lines of a task, a prompt at a time, 0 to 1."""
@@ -258,7 +259,7 @@ def main(argv: Sequence[str]) -> None:
         there = [row for row in tqdm(wanted, "rows") if measured(bench, row, rows, save)]
         if args.drift:
             drift = record.setdefault("drift", {}).setdefault(Path(run).name, {})
-            fourbits_drift.measure(bench.source, {"mixture": bench.mixture} | {
+            fourbits_drift.measure(bench.source, {
                 row.name: partial(bench.read_back, row) for row in there if row.side == "ours"},
                 drift, save)
         elif number == 0:                    # speed does not depend on the seed

@@ -1,8 +1,8 @@
 """Whether healing overfits: how far our folders are from the base on tasks that were not trained.
 
 For the routed mixture and each folder of ours: KL(base || model) in nats a token on prompts of the
-tasks outside of training, and accuracy on some of them. The base is the checkpoint in float32. A
-folder's weights are read back from its graph, so activations are not rounded here.
+tasks outside of training, and accuracy on some of them. All are computed in PyTorch, in the dtype
+that is faster here: a folder's weights are read back from its graph.
 
 Letters: T tokens, V vocabulary, N outputs, K inputs, G blocks in a row.
 """
@@ -44,12 +44,12 @@ def read_back(folder: Path, model: CausalLM) -> CausalLM:
     Raises ValueError if the graph lacks a matrix of the model.
     """
     graph = onnx.load(str(folder / "model.onnx")).graph
-    stored = tensors(graph)
+    stored, dtype = tensors(graph), model.model.norm.weight.dtype
     left = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for node in graph.node:
         if node.op_type not in ("MatMulNBits", "MatMul", "Gemm"):
             continue
-        weight = dense(node, stored)
+        weight = dense(node, stored).to(dtype)
         if "embed_tokens" in node.input[1]:              # a tied head
             model.model.embed_tokens.weight = nn.Parameter(weight, False)
             model.lm_head.weight = model.model.embed_tokens.weight
@@ -94,7 +94,7 @@ def predicted(model: CausalLM, texts: Sequence[list[int]], start: int) -> Tensor
     """Log-probabilities (N, V) of what follows each token of the texts, from token `start` on."""
     ids, mask, _ = collate([Example("", text, text) for text in texts], 0)
     needed = mask.bool() & (torch.arange(ids.shape[1]) >= start)
-    return model.lm_head(model.model(ids, mask, needed=needed)[needed]).log_softmax(-1)
+    return model.lm_head(model.model(ids, mask, needed=needed)[needed]).float().log_softmax(-1)
 
 
 def divergence(base: CausalLM, model: CausalLM, prompts: Sequence[list[int]], start: int) -> float:
@@ -122,14 +122,17 @@ def measure(source: Source, models: Mapping[str, Callable[[], CausalLM]], found:
             save: Callable[[], None]) -> None:
     """Add to `found`, by name: {"kl": {task: nats}, "exact", "likeliest": {task: 0 to 1}}.
 
-    Models that are in `found` are skipped. The tasks are those beside the trained ones.
+    Measured are the base, the mixture and `models`, but for those in `found`. The tasks are those
+    beside the trained ones.
     """
-    tokenizer, base = source.tokenizer, load_model(source.base)
+    tokenizer = source.tokenizer
+    base = load_model(source.base, source.model.lm_head.weight.dtype)
     context = base.config.max_position_embeddings
     others = outside(source)
     prompts = {task.name: answer_prompts(tokenizer, task, context) for task in others}
     start = len(os.path.commonprefix([p for several in prompts.values() for p in several]))
-    for name, make in tqdm([("base", lambda: base), *models.items()], "drift", unit="model"):
+    every = {"base": lambda: base, "mixture": lambda: source.model, **models}
+    for name, make in tqdm(every.items(), "drift", unit="model"):
         if name in found:
             continue
         model, row = make(), {"kl": {}, "exact": {}, "likeliest": {}}      # type: ignore[var-annotated]
