@@ -1,8 +1,8 @@
 """Whether healing overfits: how far our folders are from the base on tasks that were not trained.
 
-For the routed mixture and each folder of ours: KL(base || model) in nats a token on prompts of the
-tasks outside of training, and accuracy on some of them. All are computed in PyTorch, in the dtype
-that is faster here: a folder's weights are read back from its graph.
+For the routed mixture and each folder of ours: KL(base || model) and KL(mixture || model) in nats a
+token on prompts of tasks outside of training, and accuracy on some of them. All are computed in
+PyTorch, in the dtype that is faster here: a folder's weights are read back from its graph.
 
 Letters: T tokens, V vocabulary, N outputs, K inputs, G blocks in a row.
 """
@@ -34,6 +34,7 @@ from minismoe.training.evaluate import answer_prompts, evaluate, references
 PROMPTS = 64                                 # of each task, for the divergence
 BATCH = 16                                   # prompts read at once
 ANSWERS = 150                                # test lines of each task that is answered
+KINDS = ("base", "mixture", "exact", "likeliest")
 ANSWERED = ("boolq", "arc_easy")
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -120,7 +121,8 @@ def likeliest(model: CausalLM, prompts: Sequence[list[int]], right: Sequence[lis
 
 def measure(source: Source, models: Mapping[str, Callable[[], CausalLM]], found: dict[str, Any],
             save: Callable[[], None]) -> None:
-    """Add to `found`, by name: {"kl": {task: nats}, "exact", "likeliest": {task: 0 to 1}}.
+    """Add to `found`, by name: {"base", "mixture": {task: KL(it || model) in nats a token},
+    "exact", "likeliest": {task: 0 to 1}}.
 
     Measured are the base, the mixture and `models`, but for those in `found`. The tasks are those
     beside the trained ones.
@@ -135,10 +137,12 @@ def measure(source: Source, models: Mapping[str, Callable[[], CausalLM]], found:
     for name, make in tqdm(every.items(), "drift", unit="model"):
         if name in found:
             continue
-        model, row = make(), {"kl": {}, "exact": {}, "likeliest": {}}      # type: ignore[var-annotated]
+        model = make()
+        row: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
         for task in tqdm(others, name, leave=False, unit="task"):
             some = prompts[task.name][:PROMPTS]
-            row["kl"][task.name] = divergence(base, model, some, start)
+            for kind, other in (("base", base), ("mixture", source.model)):
+                row[kind][task.name] = divergence(other, model, some, start)
             if task.name in ANSWERED:
                 row["exact"][task.name] = evaluate(model, tokenizer, task).share
                 right = references(tokenizer, task)[0]
@@ -158,14 +162,14 @@ def outside(source: Source) -> list[Task]:
 
 
 def report(drift: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of a record, in Markdown: means over the runs, and the divergence of each."""
+    """The table of a record, in Markdown: means over the runs."""
     runs, lines = list(drift.values()), []
     for name in dict.fromkeys(name for found in runs for name in found):
         rows = [found[name] for found in runs if name in found]
-        kl = [statistics.mean(row["kl"].values()) for row in rows]
-        lines.append([name, f"{statistics.mean(kl):.3f}", " ".join(f"{x:.3f}" for x in kl)] + [
-            f"{100 * statistics.mean(row[key][task] for row in rows):.1f}"
-            for key in ("exact", "likeliest") for task in rows[0][key]])
-    columns = [f"{task}{how}" for how in ("", ", likeliest answer")
+        mean = {kind: {task: statistics.mean(row[kind][task] for row in rows)
+                       for task in rows[0][kind]} for kind in KINDS}
+        lines.append([name] + [f"{statistics.mean(mean[kind].values()):.3f}" for kind in KINDS[:2]]
+                     + [f"{100 * x:.1f}" for kind in KINDS[2:] for x in mean[kind].values()])
+    columns = [f"{task}, {how}" for how in ("exact match", "likeliest answer")
                for task in rows[0]["exact"]]
-    return table(["", "KL from the base, nats a token", "each run", *columns], lines)
+    return table(["", "KL from the base, nats a token", "from the mixture", *columns], lines)

@@ -93,6 +93,16 @@ def test_the_table_has_a_line_a_row_and_means_over_runs() -> None:
                         f"| {second.name} | 4 | 88 | 55.0 | 85.0 | 70.0 | 75.0 65.0 | 50 | 3 |"]
 
 
+def test_the_table_of_drift_has_means_over_tasks_and_runs() -> None:
+    def seen(a: float, b: float, right: float) -> dict[str, dict[str, float]]:
+        return {"base": {"x": a, "y": b}, "mixture": {"x": 0, "y": 0}, "exact": {"x": right},
+                "likeliest": {"x": 1}}
+    said = fourbits_drift.report({"seed0": {"merged": seen(0.1, 0.3, 0.5)},
+                                  "seed1": {"merged": seen(0.5, 0.7, 0.7)}}).splitlines()
+    assert said[0].count("|") == 6 and said[0].endswith("| x, exact match | x, likeliest answer |")
+    assert said[2:] == ["| merged | 0.400 | 0.000 | 60.0 | 100.0 |"]
+
+
 def test_it_measures_a_run_says_what_it_left_out_and_goes_on(checkpoint, tmp_path, monkeypatch,
                                                              capsys) -> None:
     for name in ("number", "boolq"):
@@ -116,7 +126,8 @@ def test_it_measures_a_run_says_what_it_left_out_and_goes_on(checkpoint, tmp_pat
     assert list(record["runs"]["run"]) == [rows[0].name]
     found = record["drift"]["run"]
     assert list(found) == ["base", "mixture", rows[0].name]
-    assert found["base"]["kl"] == {"boolq": 0} and found["mixture"]["kl"]["boolq"] > 0
+    assert found["base"]["base"] == found["mixture"]["mixture"] == {"boolq": 0}
+    assert found["base"]["mixture"]["boolq"] > 0 < found["mixture"]["base"]["boolq"]
     # once more: nothing that is there is made or measured again
     monkeypatch.setattr(fourbits, "ROWS", rows)
     monkeypatch.setattr(fourbits, "call", None)
