@@ -8,7 +8,7 @@ Together, those of the matrices that read the same x compute:
 
 Decoding is bound by memory, so B stays one MatMul a matrix: a block-diagonal B would read zeros.
 Beside a base in blocks, A is in 8-bit blocks too. B stays float32: its rows of r weights are too
-short for blocks, which made prompts a tenth slower and decoding no faster.
+short for blocks, which make prompts 8 % slower and decoding no faster.
 
 Letters: B batch, T new tokens, G matrices that read the same x, E experts of a matrix, r rank,
 R all ranks of a matrix or a group.

@@ -258,8 +258,8 @@ class Generator:
         rows = self.encoded(prompts)
         room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
-        if speculate and (why := self._obstacle or ("single prompts" if len(rows) > 1 else "")):
-            raise ValueError(f"speculation is for {why}: leave it out")
+        if speculate and (lack := self._obstacle or ("a single prompt" if len(rows) > 1 else "")):
+            raise ValueError(f"speculation needs {lack}: leave it out")
         choose = partial(self._choose, rng=random.Random(seed), temperature=temperature,
                          top_p=top_p, top_k=top_k)
         stops = set(self.tokenizer.stop_ids)

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from .generator import Generator
 
 ROWS = 6                                     # tokens that one step reads at most
-MATCH = 2                                    # tokens that must have stood before the drafts before
+MATCH = 2                                    # the fewest tokens of an end that the text had before
 LONGEST = 8                                  # longer matches are all alike
+PLACES = 16                                  # of a match, the last ones, are looked at
+SHARE = 0.4                                  # of a plain step, that a draft adds: until measured
 Choose = Callable[["ort.OrtValue"], Iterator[int]]
 
 
@@ -76,9 +78,9 @@ class SharedRows:
 
 
 def obstacle(generator: Generator) -> str:
-    """What a generator must be for speculation and is not; empty if it can speculate."""
+    """What a generator lacks for speculation; empty if it can speculate."""
     if not generator._shared:                # a portable cache cannot be cut
-        return "folders of target ort without static sizes"
+        return "a folder of target ort"
     if (generator._device, generator.info["cache_type"]) != ("cpu", "float32"):
         return "a cache in float32 on the CPU"
     if os.environ.get("ORT_GQA_DISABLE_FLASH_ATTENTION"):
@@ -103,7 +105,7 @@ class Drafts:
     def __init__(self, tokens: Sequence[int], stops: Sequence[int]):
         self.text: list[int] = []
         self.stops = set(stops)
-        self.places: dict[tuple[int, ...], list[int]] = {}   # after MATCH tokens; the last is best
+        self.places: dict[tuple[int, ...], list[int]] = {}   # that come after these MATCH tokens
         self.rates = [min(0.9, 0.2 + 0.1 * n) for n in range(LONGEST + 1)]
         self.add(tokens)
 
@@ -116,7 +118,7 @@ class Drafts:
     def find(self, most: int) -> tuple[list[int], int]:
         """Up to `most` tokens that may come next, without a stop token, and the match's length."""
         text, best, length = self.text, 0, 0
-        for place in self.places.get(tuple(text[-MATCH:]), [])[-2:-18:-1]:
+        for place in self.places.get(tuple(text[-MATCH:]), [])[-2:-2 - PLACES:-1]:
             n = MATCH
             while n < LONGEST and n < place and text[place - n - 1] == text[-n - 1]:
                 n += 1
@@ -152,17 +154,17 @@ class Drafts:
 
 
 class Pace:
-    """How long steps take: `plain` seconds, and `share` of that more for each draft."""
+    """How long steps take: `plain` seconds of the CPU, and `share` of that more for each draft."""
 
     def __init__(self) -> None:
-        self.plain, self.share = 0.0, 0.4
+        self.plain, self.share = 0.0, SHARE
 
     def learn(self, drafts: int, seconds: float) -> None:
         """A step took so long; a step that something else held up counts little."""
         if not drafts:
             before = self.plain or seconds
             self.plain = before + 0.1 * (min(seconds, 2 * before) - before)
-            self.share += 0.01 * (0.4 - self.share)
+            self.share += 0.01 * (SHARE - self.share)        # forgets, else it would never retry
         elif self.plain:
             share = (seconds / self.plain - 1) / drafts
             self.share += 0.1 * (min(max(share, 0), 2 * self.share) - self.share)

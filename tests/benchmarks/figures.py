@@ -246,8 +246,9 @@ def costs(found: Mapping[str, Any]) -> str:
     panel(24, 262, 176, "Merging and healing, 3 seeds", "missed", [
         (row["way"], "" if row["missed"] is None else f"{row['missed']} %", row["mean"],
          row["seeds"]) for row in found["merging"]])
-    panel(502, 224, 104, "Exported, seed 0", "MB", [
-        (row["way"], str(row["MB"] or ""), row["exact_match"], ()) for row in found["quantising"]])
+    panel(502, 224, 104, "Exported, 3 runs", "MB", [
+        (row["way"], str(row["MB"] or ""), row["mean"], row["seeds"])
+        for row in found["quantising"]])
     parts.extend([text(24, bottom + 30, "Bars are means, dots are seeds. Missed: share of the "
                        "mixture’s output energy that the merged matrix lacks (median).", size=12,
                        color=GREY)])

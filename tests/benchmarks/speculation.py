@@ -2,10 +2,10 @@
 
     python tests/benchmarks/speculation.py --folder EXPORTED --data DATA [--genai FOLDER]
 
-Copies are of the passages of a file (--passages: JSON lines with a passage and a question, as of
-BoolQ), or of the longest instructions in DATA/piqa: to repeat a passage, to correct it, to quote an
-answer from it, to answer from it. Other texts answer the questions of DATA/boolq and DATA/clinc by
-themselves. Each prompt is answered with and without speculation in turn, greedily, from an empty
+Copies repeat or correct the passages of a file (--passages: JSON lines with a passage and a
+question, as of BoolQ) or the longest instructions in DATA/piqa; answers quote them or answer from
+them. Other texts answer the questions of DATA/boolq and the requests of DATA/clinc by themselves.
+Each prompt is answered with and without speculation in turn, greedily, from an empty
 cache; times are of the tokens after the first. --genai is a folder of onnxruntime-genai's own
 builder (`python -m onnxruntime_genai.models.builder -i MODEL -o FOLDER -p int4 -e cpu`), which
 answers the same prompts with and without its own speculation by n-grams.
@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-REACH = {"copies": 1.3, "others": 0.97}
+REACH = {"copies": 1.3, "answers": 1.3, "others": 0.97}
 # What speculation by n-grams may do in onnxruntime-genai 0.18, everything on.
 THEIRS = {"ngram_size": 3, "max_draft_tokens": 8, "min_adaptive_k": 2, "cooldown": True,
           "ngram_chained_lookup": True}
-ASKED = ("Repeat this text word for word:\n\n{passage}",
-         "Correct the spelling of this paragraph, and write it out again:\n\n{passage}",
-         "{passage}\n\nQuestion: {question}? Quote the sentence that answers the question.",
-         "{passage}\n\nQuestion: {question}?")
+ASKED = {"copies": ("Repeat this text word for word:\n\n{passage}",
+                    "Correct the spelling of this paragraph, and write it out again:\n\n{passage}"),
+         "answers": ("{passage}\n\nQuestion: {question}? Quote the sentence that answers it.",
+                     "{passage}\n\nQuestion: {question}?")}
 # A prompt, the most tokens, whether to speculate -> the tokens, then how many steps there were.
 Answer = Callable[[list[int], int, bool], Iterator[int]]
 
@@ -96,12 +96,12 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def questions(data: Path, count: int) -> dict[str, list[str]]:
-    """What is asked, by kind: here without passages."""
+def questions(data: Path, count: int) -> list[str]:
+    """Questions and requests without a passage."""
     asked = [line["instruction"].partition("question: ")[2].partition("\n")[0]
              for line in lines(data / "boolq/test.jsonl")[:count]]
-    return {"others": [q[:1].upper() + q[1:] for q in asked] + [
-        line["input"] for line in lines(data / "clinc/test.jsonl")[:count]]}
+    return [q[:1].upper() + q[1:] for q in asked] + [
+        line["input"] for line in lines(data / "clinc/test.jsonl")[:count]]
 
 
 def passages(data: Path, file: str | None, count: int) -> list[dict[str, str]]:
@@ -150,9 +150,10 @@ def main() -> None:
     sides = {"ours": mine} | ({"genai": genai(args.genai, args.threads)} if args.genai else {})
     texts = {kind: [tokenizer.encode(tokenizer.render([{"role": "user", "content": text}], True))[0]
                     for text in found] for kind, found in {
-        "copies": [ask.format(**x) for ask in ASKED
-                   for x in passages(args.data, args.passages, args.count)],
-        **questions(args.data, args.count)}.items()}
+        **{kind: [ask.format(**x) for ask in asked
+                  for x in passages(args.data, args.passages, args.count)]
+           for kind, asked in ASKED.items()},
+        "others": questions(args.data, args.count)}.items()}
     clock = time.process_time if args.cpu else time.perf_counter
     print("tokens/s without and with speculation, tokens a step; ratio of all texts, their median "
           "and least; texts that stay the same\n"

@@ -48,7 +48,7 @@ def test_speculation_compares_both_ways(tmp_path, monkeypatch, capsys) -> None:
     speculation.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "ours" in line]
     assert [(row[1], row[2], row[-3:]) for row in rows] == [
-        ("copies", "4", ["4", "of", "4"]), ("others", "2", ["2", "of", "2"])]
+        (kind, "2", ["2", "of", "2"]) for kind in ("copies", "answers", "others")]
 
 
 def arguments(inputs: list[str], **more: object) -> argparse.Namespace:

@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator, speculate
 from minismoe.runtime import __main__ as terminal
-from minismoe.runtime.speculate import LONGEST, MATCH, ROWS, Drafts, Pace, SharedRows, obstacle
+from minismoe.runtime.speculate import (
+    LONGEST,
+    MATCH,
+    PLACES,
+    ROWS,
+    SHARE,
+    Drafts,
+    Pace,
+    SharedRows,
+    obstacle,
+)
 
 REPEATS = b"to be, or not to be, or not"
 HOT = {"temperature": 1.2, "top_k": 3, "seed": 5}
@@ -45,7 +55,7 @@ def plain(folder: Path) -> Generator:
 @pytest.fixture(scope="module")
 def generator(folder: Path) -> Generator:
     if why := obstacle(Generator(folder, threads=1)):
-        pytest.skip(f"speculation is for {why}")
+        pytest.skip(f"speculation needs {why}")
     return Generator(folder, threads=1)
 
 
@@ -170,13 +180,13 @@ def test_rows_that_do_not_give_the_same_logits_are_not_used(folder: Path, plain:
 
 
 def test_refusals(folder: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="for single prompts"):
+    with pytest.raises(ValueError, match="needs a single prompt"):
         generator.batch([REPEATS, REPEATS], 3, speculate=True)
     assert generator.batch([REPEATS], 3, speculate=True)
     monkeypatch.setattr("sys.platform", "darwin")
     other = Generator(folder, threads=1)
     assert tokens(other, REPEATS, 9) == tokens(generator, REPEATS, 9) and not other.steps
-    with pytest.raises(ValueError, match="speculation is for Linux"):
+    with pytest.raises(ValueError, match="speculation needs Linux"):
         tokens(other, REPEATS, 9, speculate=True)
 
 
@@ -226,7 +236,7 @@ def test_drafts_follow_the_longest_match(text: list[int], most: int) -> None:
         assert not drafts
         return
     assert len(drafts) == most
-    recent = sorted(found, key=lambda x: x[1])[-16:]
+    recent = sorted(found, key=lambda x: x[1])[-PLACES:]
     assert length == max(n for n, _ in recent)
     end = max(end for n, end in recent if n == length)
     assert drafts == [(text[end:] * ROWS)[n] for n in range(most)]
@@ -267,4 +277,4 @@ def test_pace() -> None:
     assert pace.share < 0.35
     for _ in range(1000):                    # what it once found is forgotten in time
         pace.learn(0, 0.010)
-    assert pace.share == pytest.approx(0.4, abs=0.01)
+    assert pace.share == pytest.approx(SHARE, abs=0.01)
