@@ -8,16 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from tiny import BYTES
 
 from minismoe.export import graph
 from minismoe.export.mixture import AdapterInput
-from minismoe.model.decoder import CausalLM
+from minismoe.model.decoder import CausalLM, Config
 
 CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"ort": ("ort", None), "portable": ("portable", None),
          "static": ("portable", (1, 1, 96)), "chunks": ("portable", (2, 4, 96))}
+
+
+def random_model(seed: int) -> CausalLM:
+    """A model of CONFIG whose answers vary: its weights are larger than usual."""
+    torch.manual_seed(seed)
+    model = CausalLM(Config.from_dict(CONFIG))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
+    return model.eval()
 
 
 def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,

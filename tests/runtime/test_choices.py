@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import CONFIG, KINDS, command, describe, export
+from exported import KINDS, command, describe, export, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML
@@ -17,7 +17,7 @@ from tiny import CHATML
 from minismoe.data.tasks import encode
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from minismoe.method.loss import IGNORE
-from minismoe.model.decoder import CausalLM, Config
+from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime.choices import read_choices, written
 
@@ -28,12 +28,7 @@ PROMPTS = ["User: a\nAssistant:", "User: what is it?\nAssistant:", "User: b\nAss
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    torch.manual_seed(5)
-    model = CausalLM(Config.from_dict(CONFIG))
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
-    return model.eval()
+    return random_model(seed=5)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import CONFIG, KINDS, command, describe, export
+from exported import KINDS, command, describe, export, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from tiny import CHATML
 from minismoe.data.tokenizer import FileTokenizer, Tokenizer
 from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import AdapterInput
-from minismoe.model.decoder import CausalLM, Config
+from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime.prefix import Prefix, shared_tokens
 
@@ -33,12 +33,7 @@ LORA = "model.layers.0.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    torch.manual_seed(3)
-    model = CausalLM(Config.from_dict(CONFIG))
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
-    return model.eval()
+    return random_model(seed=3)
 
 
 @pytest.fixture(scope="module")

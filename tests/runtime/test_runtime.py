@@ -20,12 +20,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exported import CONFIG, KINDS, command, describe, export
+from exported import KINDS, command, describe, export, random_model
 
 from minismoe import generate
 from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import AdapterInput
-from minismoe.model.decoder import CausalLM, Config
+from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime import __main__ as terminal
 from minismoe.runtime import generator as decoding
@@ -38,12 +38,7 @@ LORA = "model.layers.0.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    torch.manual_seed(3)
-    model = CausalLM(Config.from_dict(CONFIG))
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
-    return model.eval()
+    return random_model(seed=3)
 
 
 def spoil_sampler(folder: Path, rank: int) -> None:
