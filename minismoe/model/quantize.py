@@ -42,9 +42,9 @@ class Blocks:
 
 def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
     """Blocks of `size` weights, in 4 or 8 bits, of a weight (N, K)."""
-    parts, step, zero = [], rows_at_a_time(weight), 1 << (bits - 1)
-    for n in range(0, len(weight), step):
-        w = F.pad(weight[n:n + step].float(), (0, -weight.shape[1] % size))
+    parts, zero = [], 1 << (bits - 1)
+    for rows in few_rows(weight):
+        w = F.pad(weight[rows].float(), (0, -weight.shape[1] % size))
         w = w.unflatten(1, (-1, size))
         low, high = w.amin(2, True), w.amax(2, True)
         scale = torch.where(high > -low, high, low) / -zero
@@ -54,9 +54,10 @@ def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
     return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
 
 
-def rows_at_a_time(weight: Tensor) -> int:
-    """Rows that are computed at a time, so that they stay in a CPU's cache."""
-    return max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
+def few_rows(weight: Tensor) -> list[slice]:
+    """Slices of the rows of a weight (N, K), each of few enough rows for a CPU's cache."""
+    step = max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
+    return [slice(n, n + step) for n in range(0, weight.shape[0], step)]
 
 
 def _pack(q: Tensor, bits: int) -> Tensor:
@@ -83,18 +84,11 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
-def centred(blocks: Blocks) -> Tensor:
-    """q - zero, (N, G, size) int8."""
-    zero = 1 << (blocks.bits - 1)
-    return unpack(blocks.data, blocks.bits).sub(zero).view(torch.int8)   # wraps around below 0
-
-
 def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (N, K), computed in float32, a few rows at a time, and rounded to `dtype`."""
     N, K = blocks.shape
     weight = torch.empty(N, K, dtype=dtype, device=blocks.scales.device)
-    step = rows_at_a_time(weight)
-    for part in (slice(n, n + step) for n in range(0, N, step)):
+    for part in few_rows(weight):
         q = unpack(blocks.data[part], blocks.bits).float().sub_(1 << (blocks.bits - 1))
         weight[part] = q.mul_(blocks.scales[part, :, None]).flatten(1)[:, :K]
     return weight
