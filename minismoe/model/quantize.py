@@ -46,12 +46,21 @@ def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
     for rows in few_rows(weight):
         w = F.pad(weight[rows].float(), (0, -weight.shape[1] % size))
         w = w.unflatten(1, (-1, size))
-        low, high = w.amin(2, True), w.amax(2, True)
-        scale = torch.where(high > -low, high, low) / -zero
-        scale = torch.where(scale.abs() < TINY, TINY, scale)
-        q = (w / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).byte()
-        parts.append((_pack(q, bits), scale.squeeze(2)))
+        scale = steps(w, zero)
+        parts.append((pack(integers(w, scale, zero), bits), scale.squeeze(2)))
     return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
+
+
+def steps(w: Tensor, zero: int) -> Tensor:
+    """The scales (..., 1) of blocks of weights (..., n)."""
+    low, high = w.amin(-1, True), w.amax(-1, True)
+    scale = torch.where(high > -low, high, low) / -zero
+    return torch.where(scale.abs() < TINY, TINY, scale)
+
+
+def integers(w: Tensor, scale: Tensor, zero: int) -> Tensor:
+    """q (..., n) uint8 of weights, from 0 to 2 * zero - 1."""
+    return (w / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).byte()
 
 
 def few_rows(weight: Tensor) -> list[slice]:
@@ -60,7 +69,7 @@ def few_rows(weight: Tensor) -> list[slice]:
     return [slice(n, n + step) for n in range(0, weight.shape[0], step)]
 
 
-def _pack(q: Tensor, bits: int) -> Tensor:
+def pack(q: Tensor, bits: int) -> Tensor:
     """uint8 (..., n) below 2^bits -> (..., ceil(n * bits / 8)), the first in the low nibble."""
     if bits == 8:
         return q
@@ -74,11 +83,11 @@ def columns(blocks: Blocks) -> tuple[Tensor, Tensor]:
     data is flat uint8; in 4 bits, values are packed without a gap between rows.
     """
     data = unpack(blocks.data, blocks.bits).flatten(1)[:, :blocks.shape[1]]
-    return _pack(data.T.flatten(), blocks.bits), blocks.scales.T
+    return pack(data.T.flatten(), blocks.bits), blocks.scales.T
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_pack`, padding included: (..., n) -> (..., n * 8 / bits)."""
+    """The inverse of `pack`, padding included: (..., n) -> (..., n * 8 / bits)."""
     if bits == 8:
         return packed
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
