@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from ..io.files import new_folder, replacing, write_json
 from ..method.loss import IGNORE, supervised_losses
-from ..model.decoder import Attention, CausalLM, Config
+from ..model.decoder import CausalLM, Config
+from ..model.layers import Attention
 from .tasks import Example, Task, collate
 from .tokenizer import ByteTokenizer, Message
 

@@ -3,14 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
 @dataclass(frozen=True)
+class Family:
+    """How a family's config.json and checkpoints differ from Llama's."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of settings that it may leave out
+    settings: Mapping[str, str] = field(default_factory=dict)  # its name of one -> Llama's
+    modules: Mapping[str, str] = field(default_factory=dict)   # Llama's name of one -> its own
+    other: str = ""               # the type of layers that are not full_attention
+    pattern: str = "layer_types"  # the setting that tells them if there are no layer_types:
+    full: Callable[[Any, int], bool] | None = None           # whether it makes layer i a full one
+
+
+_QWEN = Family({"max_window_layers": 28}, other="sliding_attention", pattern="max_window_layers",
+               full=lambda first, i: i < first)
+_GEMMA = Family(
+    {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+     "max_position_embeddings": 1 << 17, "rope_theta": 1e6, "hidden_act": "gelu_pytorch_tanh",
+     "sliding_window": 4096, "sliding_window_pattern": 6, "tie_word_embeddings": True},
+    {"hidden_activation": "hidden_act"}, other="sliding_attention",
+    pattern="sliding_window_pattern", full=lambda every, i: (i + 1) % every == 0)
+FAMILIES = {
+    "llama": Family(), "granite": Family(), "qwen2": _QWEN, "qwen3": _QWEN,
+    "mistral": Family(other="sliding_attention", full=lambda *_: False),
+    "smollm3": Family({"rope_theta": 2e6, "tie_word_embeddings": True}, other="sliding_attention"),
+    "granitemoehybrid": Family({}, {"shared_intermediate_size": "intermediate_size"},
+                               {"mlp": "shared_mlp"}, other="attention"),
+    "gemma3": _GEMMA, "gemma3_text": _GEMMA,
+    "lfm2": Family(
+        {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 128_000,
+         "tie_word_embeddings": True, "full_attn_idxs": range(256)},
+        {"norm_eps": "rms_norm_eps", "block_ff_dim": "intermediate_size",
+         "tie_embedding": "tie_word_embeddings"},
+        {"input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm",
+         "norm": "embedding_norm", "o_proj": "out_proj", "q_norm": "q_layernorm",
+         "k_norm": "k_layernorm", "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3",
+         "down_proj": "w2"}, "conv", "full_attn_idxs", lambda full, i: i in full)}
+GEMMA = ("gemma3", "gemma3_text")
+
+
+def later(default: Any) -> Any:
+    """A field that the text of a Config names only if it is not the default."""
+    return field(default=default, repr=False)
+
+
+@dataclass(frozen=True, repr=False)
 class Config:
     """The fields of config.json that the decoder needs, mostly under the same names."""
 
@@ -24,21 +68,61 @@ class Config:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Mapping[str, float] | None = None  # None, or llama3's four numbers
+    rope_scaling: Mapping[str, float] | None = None  # None, linear's factor, llama3's four numbers
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()             # of each layer: tokens it sees, None = all
+    # What other families have; the defaults are Llama's.
+    activation: str = later("silu")                  # or gelu, the form with tanh
+    local_rope_theta: float | None = later(None)     # of layers with a window; None: as the others
+    no_rope_layers: tuple[int, ...] = later(())      # layers that do not rotate queries and keys
+    norm_offset: float = later(0.0)                  # added to the stored weights of norms
+    post_norms: bool = later(False)                  # norms after attention and MLP, too
+    fused_mlp: bool = later(False)                   # gate and up are one matrix
+    embedding_multiplier: float = later(1.0)
+    attention_multiplier: float | None = later(None)     # of scores; None: 1 / sqrt(head_dim)
+    residual_multiplier: float = later(1.0)          # of what attention and MLP add
+    output_multiplier: float = later(1.0)            # of the logits
+    conv_layers: tuple[int, ...] = later(())         # with a short convolution, not attention
+    conv_size: int = later(1)                        # tokens that it sees
+    conv_bias: bool = later(False)
+    names: Mapping[str, str] = field(default_factory=dict, repr=False)   # `Family.modules`
+
+    def __repr__(self) -> str:
+        """The text that fingerprints hash: those of models without the later fields stay."""
+        shown = [f.name for f in fields(self)
+                 if f.repr or getattr(self, f.name) not in (f.default, {})]
+        return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """The layers that have keys and values."""
+        return [i for i in range(self.num_hidden_layers) if i not in self.conv_layers]
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention multiplies the products of queries and keys with."""
+        return self.attention_multiplier or self.head_dim ** -0.5
+
+    @property
+    def ropes(self) -> tuple[str, ...]:
+        """Rotary frequencies of each layer: "global", "local", or "" without rotation."""
+        return tuple("" if i in self.no_rope_layers else
+                     "local" if window and self.local_rope_theta else "global"
+                     for i, window in enumerate(self.windows))
+
+    def name(self, module: str) -> str:
+        """The checkpoint's name of a module, given Llama's name of it."""
+        return ".".join(self.names.get(part, part) for part in module.split("."))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Config:
         """Read a config.json; ValueError names everything in it that is not implemented."""
         wrong: list[str] = []
-        kind = config.get("model_type")
-        if kind not in MODEL_TYPES:
-            wrong.append(f"model_type {kind!r}: only {', '.join(MODEL_TYPES)}")
+        kind, config = _as_llama(config, wrong)
         sizes = {name: _size(config, name, None, wrong) for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
         heads = sizes["num_attention_heads"]
@@ -52,22 +136,82 @@ class Config:
             wrong.append("num_attention_heads is no multiple of num_key_value_heads")
         if sizes["head_dim"] % 2 and sizes["head_dim"] > 1:      # refused sizes are returned as 1
             wrong.append(f"head_dim = {sizes['head_dim']} is odd")
-        if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            wrong.append(f"hidden_act {config['hidden_act']!r}: only silu")
+        act = config.get("hidden_act", "silu")
+        if not isinstance(act, str) or act not in ACTIVATIONS:
+            wrong.append(f"hidden_act {act!r}: only {', '.join(ACTIVATIONS)}")
         if quantised := config.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
             wrong.append(f"quantization_config ({method}): only bf16, fp16 and fp32 weights")
         theta, scaling = _rope(config, wrong)
         bias = bool(config.get("attention_bias", False))
-        windows = _windows(config, kind, sizes["num_hidden_layers"], wrong)
+        still = _no_rope(config, kind, sizes["num_hidden_layers"], wrong)
+        types = _layer_types(config, kind, sizes["num_hidden_layers"], wrong)
+        window = _size(config, "sliding_window", 4096, wrong, most=1 << 31) if (
+            "sliding_attention" in types) else None
         eps = _number(config, "rms_norm_eps", 1e-6, wrong)
+        own = _own(config, kind, sizes, wrong)
         if wrong:
             raise ValueError("this model is not implemented: " + "; ".join(wrong))
-        return cls(**sizes, rms_norm_eps=eps, rope_theta=theta, rope_scaling=scaling,
+        return cls(**{**sizes, **own}, rms_norm_eps=eps, rope_theta=theta, rope_scaling=scaling,
                    tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
                    qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
-                   mlp_bias=bool(config.get("mlp_bias", False)), qk_norm=kind == "qwen3",
-                   windows=windows)
+                   mlp_bias=bool(config.get("mlp_bias", False)),
+                   qk_norm=kind in ("qwen3", "lfm2", *GEMMA), activation=ACTIVATIONS[act],
+                   windows=tuple(window if t == "sliding_attention" else None for t in types),
+                   conv_layers=tuple(i for i, t in enumerate(types) if t == "conv"),
+                   no_rope_layers=still, names=FAMILIES[kind].modules)
+
+
+def _as_llama(config: Mapping[str, Any], wrong: list[str]) -> tuple[str, Mapping[str, Any]]:
+    """model_type, and the settings under Llama's names, with the family's defaults."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        wrong.append(f"model_type {kind!r}: only {', '.join(FAMILIES)}")
+        return "llama", config
+    if isinstance(text := config.get("text_config"), Mapping):   # beside it, a vision tower
+        config = {**text, "quantization_config": config.get("quantization_config")}
+    family = FAMILIES[kind]
+    config = {**family.defaults, **config, **{
+        name: config[own] for own, name in family.settings.items() if own in config}}
+    ropes = config.get("rope_parameters")
+    if kind in GEMMA and isinstance(ropes, Mapping) and isinstance(
+            local := ropes.get("sliding_attention"), Mapping):
+        config |= {"rope_parameters": ropes.get("full_attention"),
+                   "rope_local_base_freq": local.get("rope_theta")}
+        if local.get("rope_type") != "default":
+            wrong.append(f"rope type {local.get('rope_type')!r} of sliding_attention: only default")
+    return kind, config
+
+
+def _own(config: Mapping[str, Any], kind: str, sizes: Mapping[str, int], wrong: list[str],
+         ) -> dict[str, Any]:
+    """The fields of Config that one family has."""
+    def number(name: str, default: float) -> float:
+        return _number(config, name, default, wrong)
+
+    if kind in GEMMA:
+        wrong += [f"{name} = {config[name]!r}" for name in (
+            "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+            if config.get(name)]
+        return {"norm_offset": 1.0, "post_norms": True,
+                "embedding_multiplier": sizes["hidden_size"] ** 0.5,
+                "local_rope_theta": number("rope_local_base_freq", 1e4),
+                "attention_multiplier": number("query_pre_attn_scalar", 256) ** -0.5}
+    if kind.startswith("granite"):
+        fused = kind == "granitemoehybrid"
+        if fused and (experts := config.get("num_local_experts", 8)) != 0:
+            wrong.append(f"num_local_experts = {experts!r}: only 0, which is a dense model")
+        return {"fused_mlp": fused, "output_multiplier": 1 / number("logits_scaling", 1.0), **{
+            f"{n}_multiplier": number(f"{n}_multiplier", 1.0)
+            for n in ("embedding", "attention", "residual")}}
+    if kind == "lfm2":
+        inner, step = sizes["intermediate_size"], _size(config, "block_multiple_of", 256, wrong)
+        if config.get("block_auto_adjust_ff_dim", True):
+            inner = int(number("block_ffn_dim_multiplier", 1.0) * (2 * inner // 3))
+            inner = -(-inner // step) * step
+        return {"intermediate_size": inner, "conv_bias": bool(config.get("conv_bias", False)),
+                "conv_size": _size(config, "conv_L_cache", 3, wrong, most=64)}
+    return {}
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None, wrong: list[str],
@@ -89,7 +233,7 @@ def _number(config: Mapping[str, Any], name: str, default: float | None, wrong: 
 
 
 def _rope(config: Mapping[str, Any], wrong: list[str]) -> tuple[float, dict[str, float] | None]:
-    """theta and llama3 scaling, from the older `rope_scaling` or the newer `rope_parameters`."""
+    """theta and scaling, from the older `rope_scaling` or the newer `rope_parameters`."""
     older = config.get("rope_scaling") or {}             # theta stands beside it
     rope = config.get("rope_parameters") or older
     if isinstance(rope, Mapping) and isinstance(older, Mapping) and any(
@@ -108,27 +252,47 @@ def _rope(config: Mapping[str, Any], wrong: list[str]) -> tuple[float, dict[str,
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
         if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
             wrong.append("rope type llama3: low_freq_factor is not below high_freq_factor")
+    elif kind == "linear":
+        scaling = {"factor": _number(rope, "factor", None, wrong)}
     elif kind != "default":
-        wrong.append(f"rope type {kind!r}: only default and llama3")
+        wrong.append(f"rope type {kind!r}: only default, linear and llama3")
     return theta, scaling
 
 
-def _windows(config: Mapping[str, Any], kind: Any, layers: int, wrong: list[str],
-             ) -> tuple[int | None, ...]:
-    """Sliding window of each layer. Without one in the config it is 4096, as in `transformers`."""
-    if config.get("sliding_window", 4096) is None or not (
-            kind == "mistral" or kind in ("qwen2", "qwen3") and config.get("use_sliding_window")):
-        return (None,) * layers
-    window = _size(config, "sliding_window", 4096, wrong, most=1 << 31)
-    first = 0 if kind == "mistral" else config.get("max_window_layers", 28)
-    if not isinstance(first, int):
-        wrong.append(f"max_window_layers = {first!r} is not an integer")
-        first = 0
-    types = config.get("layer_types") or ["full_attention"] * min(first, layers) + [
-        "sliding_attention"] * (layers - first)
-    known = {"full_attention": None, "sliding_attention": window}
+def _no_rope(config: Mapping[str, Any], kind: str, layers: int, wrong: list[str],
+             ) -> tuple[int, ...]:
+    """The layers that do not rotate queries and keys."""
+    if kind == "granitemoehybrid" and config.get("position_embedding_type") != "rope":
+        return tuple(range(layers))
+    if kind != "smollm3":
+        return ()
+    rotates = config.get("no_rope_layers")                   # its name says the opposite
+    if rotates is None:
+        every = _size(config, "no_rope_layer_interval", 4, wrong)
+        rotates = [(i + 1) % every for i in range(layers)]
+    if not isinstance(rotates, list) or len(rotates) < layers:
+        wrong.append(f"no_rope_layers {rotates!r}: expected 0 or 1 for each layer")
+        rotates = [1] * layers
+    return tuple(i for i in range(layers) if not rotates[i])
+
+
+def _layer_types(config: Mapping[str, Any], kind: str, layers: int, wrong: list[str]) -> list[str]:
+    """The type of each layer: full_attention, or the other one that the family has."""
+    family, plain = FAMILIES[kind], ["full_attention"] * layers
+    if not family.other or family.other == "sliding_attention" and kind not in GEMMA and (
+            config.get("sliding_window", 4096) is None
+            or kind != "mistral" and not config.get("use_sliding_window")):
+        return plain
+    types = config.get("layer_types")
+    try:
+        if not types and family.full:
+            types = [plain[0] if family.full(config.get(family.pattern), i) else family.other
+                     for i in range(layers)]
+    except (TypeError, ZeroDivisionError):
+        wrong.append(f"{family.pattern} = {config.get(family.pattern)!r} tells no layer's type")
+        return plain
     if not isinstance(types, list) or len(types) != layers or not all(
-            isinstance(t, str) and t in known for t in types):
-        wrong.append(f"layer_types {types!r}: only {' and '.join(known)}, one for each layer")
-        return (None,) * layers
-    return tuple(known[t] for t in types)
+            t in (plain[0], family.other) for t in types):
+        wrong.append(f"layer_types {types!r}: only {plain[0]} and {family.other}, one for each")
+        return plain
+    return types

@@ -1,10 +1,10 @@
-"""The Llama-family decoder, with the module names of Hugging Face checkpoints.
+"""The decoder, with the module names of Hugging Face checkpoints.
 
-One class serves Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2/2.5 and Qwen3; `Config` says how
-they differ. Tokens are packed to rows (N, D), without padding, except in attention; see tokens.py.
+One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3, Granite, Gemma 3 and LFM2;
+`Config` says how they differ, and layers.py holds the parts. Tokens are packed to rows (N, D),
+without padding, except in attention; see tokens.py.
 
-Letters: B batch, T time, N packed tokens, D hidden, H query heads, K key/value heads, C head size,
-S cached positions, V vocabulary.
+Letters: B batch, T time, N packed tokens, D hidden, C head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,172 +15,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..method.experts import expert_layers, together
+from ..method.experts import expert_layers
 from .config import Config
+from .layers import DecoderLayer, Part, RMSNorm, Rope, SandwichLayer
 from .tokens import Cache, Tokens, shared_prefixes
-
-SHORT = 256            # keys; up to so many, a CPU trains bfloat16 faster with `attend_short`
-
-
-class _RMSNorm(torch.autograd.Function):
-    """RMS normalisation with a fused backward: five passes over x, a third of autograd's time.
-
-    y = x / rms * weight,   rms = sqrt(mean(x^2) + eps)
-    dx = g / rms - x <g, x> / (n rms^3),   g = dy * weight
-    d_weight = sum over rows of dy * x / rms
-    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (x, weight), n = ctx.saved_tensors, dy.shape[-1]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x32, g = x.to(wide), (dy * weight).to(wide)
-        mean_square = torch.linalg.vecdot(x32, x32)[..., None].div_(n)
-        inverse = mean_square.add_(ctx.eps).rsqrt_()                     # (..., 1): 1 / rms
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (dy * (x32 * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
-        along = torch.linalg.vecdot(g, x32)[..., None] * inverse ** 3 / n
-        return (g * inverse).addcmul_(x32, along, value=-1).to(x.dtype), d_weight, None
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 for any dtype of x."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with grouped queries and rotary positions."""
-
-    def __init__(self, cfg: Config, layer: int):
-        super().__init__()
-        self.layer, self.window, self.size = layer, cfg.windows[layer], cfg.head_dim
-        q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
-        self.q_proj = nn.Linear(cfg.hidden_size, q, bias=cfg.qkv_bias)
-        self.k_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
-        self.v_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
-        self.o_proj = nn.Linear(q, cfg.hidden_size, bias=cfg.o_bias)
-        if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
-            self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
-
-    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """(N, D) -> (N, D); keys and values are added to the cache, if there is one."""
-        q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
-                   for y in together(x, self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, mask = rotate(q, rope), rotate(k, rope), tokens.masks[self.window]
-        if tokens.cache is None:
-            keys, values = tokens.sequences(k), tokens.sequences(v)
-        else:
-            keys, values = tokens.cache.keys[self.layer], tokens.cache.values[self.layer]
-            for held, new in ((keys, k), (values, v)):
-                if tokens.shared:                    # the cache was empty: all rows start at 0
-                    held[:, :, :tokens.shape[1]] = tokens.sequences(new)
-                else:
-                    held[tokens.rows, :, tokens.positions] = new
-            keys, values = keys[:, :, :tokens.cache.used], values[:, :, :tokens.cache.used]
-        y = attend(tokens.sequences(q), keys, values, mask)
-        return self.o_proj(tokens.flat(y))
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + C/2) of (N, heads, C) by their position's angles (RoPE, Su 2021)."""
-    cos, sin = rope                                     # (N, 1, C), the first half of sin negated
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v of q (B, H, T, C) and k, v (B, K, S, C); causal without a mask."""
-    narrow, cpu = q.dtype.itemsize < 4, q.device.type == "cpu"
-    if q.requires_grad and narrow and cpu and k.shape[2] <= SHORT:
-        return attend_short(q, k, v, mask)
-    if (shared := q.shape[1] // k.shape[1]) > 1 and not cpu and (mask is not None or not narrow):
-        # CUDA's fused kernels share key/value heads only without a mask and in half precision.
-        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          enable_gqa=shared > 1)
-
-
-def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` step by step: a CPU's fused kernel takes six times as long to train in bfloat16."""
-    heads, length = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[2]
-    grouped = (q * q.shape[-1] ** -0.5).unflatten(1, heads).flatten(2, 3)        # (B, K, G*T, C)
-    scores = (grouped @ k.mT).unflatten(2, (heads[1], length))                   # (B, K, G, T, S)
-    seen = (torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if mask is None
-            else mask[:, :, None])
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    return (weights.flatten(2, 3) @ v).unflatten(2, (heads[1], length)).flatten(1, 2)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which saves only its inputs for the backward; autograd saves silu(gate) too.
-
-    y = s(gate) * up,   s(z) = z sigmoid(z);   d_gate = dy * up * s'(gate),   d_up = dy * s(gate)
-    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
-
-
-class MLP(nn.Module):
-    """down(silu(gate x) * up x)."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(*together(x, self.gate_proj, self.up_proj)))
-
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x), the latter on the rows `top` only, if given."""
-
-    def __init__(self, cfg: Config, layer: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.self_attn = Attention(cfg, layer)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.mlp = MLP(cfg)
-
-    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor],
-                top: Tensor | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), tokens, rope)
-        if top is not None:
-            x = x.index_select(0, top)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
@@ -197,7 +38,7 @@ def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
                       context_fn=lambda: (nullcontext(), recomputing()))
 
 
-class Decoder(nn.Module):
+class Decoder(Part):
     """Embedding, layers and the last norm."""
 
     def __init__(self, cfg: Config):
@@ -207,10 +48,13 @@ class Decoder(nn.Module):
         # and 75 MB. This uniform distribution has the same variance, 1.
         table = torch.empty(cfg.vocab_size, cfg.hidden_size).uniform_(-3 ** 0.5, 3 ** 0.5)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        layer = SandwichLayer if cfg.post_norms else DecoderLayer
+        self.layers = nn.ModuleList(layer(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg)
         self.recompute = False       # activation checkpointing: slower, far less memory
         self.copies: Tensor | None = None    # `Tokens.copies` of the last forward
+        for part in [m for m in self.modules() if isinstance(m, Part)] if cfg.names else ():
+            part.rename(cfg.names)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: Cache | None = None, needed: Tensor | None = None) -> Tensor:
@@ -229,25 +73,43 @@ class Decoder(nn.Module):
             top = tokens.pack(needed.reshape(-1)).nonzero().squeeze(1)
         self.copies = tokens.copies
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
-        angles = tokens.positions.float()[:, None] * rope_frequencies(self.config).to(x.device)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
-        rope = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        if self.config.embedding_multiplier != 1:
+            x = x * x.new_tensor(self.config.embedding_multiplier)       # rounded to x's dtype
+        ropes = {kind: self.rope(kind, tokens.positions, x) for kind in set(self.config.ropes)}
         rows = len(x)
-        for layer in self.layers:
-            inputs = (x, tokens, rope, top if layer is self.layers[-1] else None)
+        for layer, kind in zip(self.layers, self.config.ropes):
+            inputs = (x, tokens, ropes[kind], top if layer is self.layers[-1] else None)
             recompute = self.recompute and torch.is_grad_enabled()
             x = _checkpointed(layer, *inputs) if recompute else layer(*inputs)
         x = self.norm(x)
+        if self.config.output_multiplier != 1:       # of the logits; the head is linear
+            x = x * self.config.output_multiplier
         if top is not None:
             x = x.new_zeros(rows, x.shape[1]).index_copy(0, top, x)
         return tokens.unpack(x)
 
+    def rope(self, kind: str, positions: Tensor, x: Tensor) -> Rope:
+        """What `rotate` needs, for tokens at positions (N,), in x's dtype; None for no rotation."""
+        if not kind:
+            return None
+        angles = positions.float()[:, None] * rope_frequencies(self.config, kind).to(x.device)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
-def rope_frequencies(cfg: Config) -> Tensor:
-    """Radians a token turns each rotary pair, (C / 2,); llama3 scaling lowers low frequencies."""
-    frequencies = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
-    if (s := cfg.rope_scaling) is None:
+
+def rope_frequencies(cfg: Config, kind: str = "global") -> Tensor:
+    """Radians a token turns each rotary pair, (C / 2,), in layers of a kind of `Config.ropes`.
+
+    Linear scaling lowers all of them, llama3 scaling low ones.
+    """
+    theta, s = cfg.rope_theta, cfg.rope_scaling
+    if kind == "local":
+        theta, s = cfg.local_rope_theta or theta, None
+    frequencies = theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
+    if s is None:
         return frequencies
+    if "low_freq_factor" not in s:
+        return frequencies / s["factor"]
     turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)   # 0 up to low turns, 1 from high
