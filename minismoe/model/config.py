@@ -209,6 +209,8 @@ def _own(config: Mapping[str, Any], kind: str, sizes: Mapping[str, int], wrong: 
         if config.get("block_auto_adjust_ff_dim", True):
             inner = int(number("block_ffn_dim_multiplier", 1.0) * (2 * inner // 3))
             inner = -(-inner // step) * step
+        if config.get("conv_L_cache") == 1:
+            wrong.append("conv_L_cache = 1 is no convolution")
         return {"intermediate_size": inner, "conv_bias": bool(config.get("conv_bias", False)),
                 "conv_size": _size(config, "conv_L_cache", 3, wrong, most=64)}
     return {}

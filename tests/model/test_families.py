@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from tiny import SIZES, random_hf
 
 from minismoe.method.loss import supervised_losses
 from minismoe.model.checkpoint import load_model
-from minismoe.model.config import Config
 from minismoe.training.evaluate import generate
 
 KINDS = ("smollm3", "granite", "granitemoehybrid", "gemma3_text", "lfm2")
@@ -53,7 +51,7 @@ def some_config(kind: str, seed: int) -> dict[str, Any]:
                                {"sliding_window_pattern": r.randint(1, 4)})),
                    "rope_scaling": r.choice((None, {"rope_type": "linear", "factor": 8.0}))}
     if kind == "lfm2":
-        config |= {"norm_eps": r.choice((1e-5, 1e-2)), "conv_L_cache": r.randint(1, 5),
+        config |= {"norm_eps": r.choice((1e-5, 1e-2)), "conv_L_cache": r.randint(2, 5),
                    "block_multiple_of": r.choice((1, 24)), "block_auto_adjust_ff_dim": r.random()
                    < 0.5, "block_ffn_dim_multiplier": r.choice((1.0, 1.3)),
                    "layer_types": [*r.choices(("conv", "full_attention"), k=layers - 2),
