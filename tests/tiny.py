@@ -82,8 +82,8 @@ FAMILIES |= {
         "sliding_attention"], "sliding_window": 2 * WINDOW, "tie_word_embeddings": False}),
     "lfm2": ("lfm2", {"num_hidden_layers": 4, "block_multiple_of": 20, "layer_types": [
         "conv", "full_attention", "conv", "full_attention"]}),
-    "lfm2_bias": ("lfm2", {"num_hidden_layers": 3, "block_auto_adjust_ff_dim": False,
-                           "full_attn_idxs": [1], "conv_bias": True, "conv_L_cache": 4,
+    "lfm2_long": ("lfm2", {"num_hidden_layers": 3, "block_auto_adjust_ff_dim": False,
+                           "full_attn_idxs": [1], "conv_L_cache": 4,
                            "tie_word_embeddings": False})}
 
 

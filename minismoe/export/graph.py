@@ -219,11 +219,8 @@ class DecoderGraph(MixtureGraph):
         s[""] = "", ""                           # layers that do not rotate
         for kind in sorted({*self.config.ropes} - {""}):
             angles = torch.arange(context).float()[:, None] * rope_frequencies(self.config, kind)
-            name = "rotary" if kind == "global" else f"rotary.{kind}"
-            s[kind] = [self.tensor(f"{name}.{n}", t.to(self.dtype)) for n, t in (
+            s[kind] = [self.angles(f"rotary.{kind}.{n}", t.to(self.dtype)) for n, t in (
                 ("cos", angles.cos()), ("sin", angles.sin()))]          # (context, C / 2)
-            if not self.ort:
-                s[kind] = [self.angles(f"{name}.{n}", t) for n, t in zip(("cos", "sin"), s[kind])]
         if self.ort:
             count = self.node("ReduceSum", "lengths", "attention_mask", [1], keepdims=0)
             s["seqlens"] = self.node("Cast", "lengths", self.node("Sub", "lengths", count, 1),
@@ -231,73 +228,71 @@ class DecoderGraph(MixtureGraph):
             s["total"] = self.node("Cast", "total", self.node("Squeeze", "total", self.node(
                 "Shape", "total", "attention_mask", start=1, end=2)), to=TensorProto.INT32)
 
-    def angles(self, name: str, table: str) -> str:
-        """cos, or sin with its first half negated, of each position: (B, 1, T, C)."""
+    def angles(self, name: str, values: Tensor) -> str:
+        """A table; for `portable`, cos, or sin with its first half negated, of each position."""
+        table = self.tensor(name, values)
+        if self.ort:
+            return table
         half = self.node("Gather", name, table, "position_ids")
         first = half if name.endswith("cos") else self.node("Neg", name, half)
         whole = self.node("Concat", name, first, half, axis=-1)
-        return self.node("Unsqueeze", name, whole, [1])
+        return self.node("Unsqueeze", name, whole, [1])                 # (B, 1, T, C)
 
     def conv(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D) by a short convolution; its last L - 1 inputs are its cache."""
-        c, name, L = self.config, f"model.layers.{i}.conv", self.config.conv_size
-        x = self.linear([f"{name}.in_proj"], f"{name}.in_proj", x, c.conv_bias)
+        name, L = f"model.layers.{i}.conv", self.config.conv_size
+        x = self.linear([f"{name}.in_proj"], f"{name}.in_proj", x, False)
         b, gate, u = self.node("Split", name, x, outputs=3, axis=-1, num_outputs=3)
         past = self.node("Transpose", f"{name}.past", f"past_conv.{i}", perm=[0, 2, 1])
         x = self.node("Concat", name, past, self.node("Mul", name, b, u), axis=1)
-        at = self.shared["conv"]                 # pads do not stand between past and new inputs
-        ordered = self.node("GatherND", name, x, at, batch_dims=1)
-        x, last = (x, ordered) if self.ort else (
-            ordered, self.node("Slice", name, ordered, [1 - L], [END], [1]))
+        last = self.node("GatherND", name, x, self.shared["conv"], batch_dims=1)
+        if not self.ort:
+            x, last = last, self.node("Slice", name, last, [1 - L], [END], [1])
         self.node("Transpose", f"{name}.present", last, perm=[0, 2, 1], named=[f"present_conv.{i}"])
         taps = self.weight(f"{name}.conv.weight")[:, 0].T.to(self.dtype)             # (L, D)
         parts = [self.node("Mul", f"{name}.{j}", self.tensor(f"{name}.conv.{j}", tap), self.node(
             "Slice", f"{name}.{j}", x, [j], [j - L + 1 or END], [1])) for j, tap in enumerate(taps)]
-        if c.conv_bias:
-            bias = self.weight(f"{name}.conv.bias").to(self.dtype)
-            parts.append(self.tensor(f"{name}.conv.bias", bias))
         y = self.node("Mul", f"{name}.gate", gate, self.node("Sum", name, *parts))
-        return self.linear([f"{name}.out_proj"], f"{name}.out_proj", y, c.conv_bias)
+        return self.linear([f"{name}.out_proj"], f"{name}.out_proj", y, False)
 
     def conv_places(self) -> str:
-        """Which of their L - 1 past and T new inputs convolutions gather, (B, ., 1).
+        """Which of its L - 1 past and T new inputs a convolution gathers, (B, ., 1).
 
-        For `ort`, the last L - 1 before the pads on the right. Otherwise all, where the past goes
-        to the right of the pads.
+        For `ort`, the last L - 1 before the pads on the right. Or else all, with the pads first, so
+        that none stands between past and new tokens.
         """
-        past, new, name = self.config.conv_size - 1, self.new(), "conv"
+        name, past = "conv", self.config.conv_size - 1
+        T, new = self.new()
         if self.ort:
             at = self.node("Add", name, self.node("Max", name, new, 1),
-                           self.tensor("conv.places", torch.arange(past)))
-            return self.node("Unsqueeze", name, at, [2])
-        T = self.constant([self.static[1]]) if self.static else self.node(
-            "Shape", name, "input_ids", start=1, end=2)
-        columns = self.tensor("conv.places", torch.arange(past + self.static[1])) if (
-            self.static) else self.node("Range", name, 0, self.node(
-                "Squeeze", name, self.node("Add", f"{name}.size", T, past)), 1)
-        pads = self.node("Sub", name, T, new)                                    # (B, 1)
-        moved = self.node("Max", name, self.node("Sub", f"{name}.moved", columns, pads), 0)
-        real = self.node("GreaterOrEqual", name, columns, self.node("Add", name, pads, past))
-        return self.node("Unsqueeze", name, self.node("Where", name, real, columns, moved), [2])
+                           self.tensor(name, torch.arange(past)))
+        else:
+            size = self.static[1] + past if self.static else self.node(
+                "Squeeze", name, self.node("Add", f"{name}.size", T, past))
+            at, pads = self.node("Range", name, 0, size, 1), self.node("Sub", name, T, new)
+            moved = self.node("Max", name, self.node("Sub", f"{name}.moved", at, pads), 0)
+            real = self.node("GreaterOrEqual", name, at, self.node("Add", name, pads, past))
+            at = self.node("Where", name, real, at, moved)
+        return self.node("Unsqueeze", name, at, [2])
 
-    def new(self) -> str:
-        """How many of the T new tokens of each row are no pads, (B, 1)."""
+    def new(self) -> tuple[str, str]:
+        """T (1,), and how many of the T new tokens of each row are no pads, (B, 1)."""
         if "new" not in self.shared:
-            size = self.constant([-self.static[1]]) if self.static else self.node(
-                "Neg", "new", self.node("Shape", "new", "input_ids", start=1, end=2))
-            new = self.node("Slice", "new", "attention_mask", size, [END], [1])      # (B, T)
-            self.shared["new"] = self.node("ReduceSum", "new", new, [1])
+            T = self.constant([self.static[1]]) if self.static else self.node(
+                "Shape", "new", "input_ids", start=1, end=2)
+            start = self.node("Neg", "new", T)
+            new = self.node("Slice", "new", "attention_mask", start, [END], [1])     # (B, T)
+            self.shared["new"] = T, self.node("ReduceSum", "new", new, [1])
         return self.shared["new"]
 
     def mlp(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
         c, name, bias = self.config, self.config.name(f"model.layers.{i}.mlp"), self.config.mlp_bias
-        parts = ["input_linear", "output_linear"] if c.fused_mlp else [
-            c.name(f"{part}_proj") for part in ("gate", "up", "down")]
-        *into, down = (f"{name}.{part}" for part in parts)
+        parts = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
+        *into, down = (f"{name}.{c.name(part)}" for part in (*parts, "down_proj"))
         both = self.linear(into, f"{name}.gate_up_proj", x, bias)
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
-        if c.activation == "gelu":
+        if c.activation != "silu":
             act = self.node("Gelu", name, gate, approximate="tanh")
         elif self.ort:
             act = self.node("QuickGelu", name, gate, domain="com.microsoft", alpha=1.0)
@@ -341,7 +336,7 @@ class DecoderGraph(MixtureGraph):
         name = "lm_head.last"
         if not self.ort:
             return self.node("Gather", name, x, -1, axis=1)
-        at = self.node("Max", name, self.node("Sub", name, self.new(), 1), 0)
+        at = self.node("Max", name, self.node("Sub", name, self.new()[1], 1), 0)
         return self.node("GatherND", name, x, at, batch_dims=1)
 
     def decoder(self, context: int, all_logits: bool) -> None:
@@ -377,18 +372,16 @@ class DecoderGraph(MixtureGraph):
     def layer(self, i: int, x: str, added: str | None) -> tuple[str, str]:
         """x + added (B, T, D) -> what goes on, and what the MLP adds to it."""
         c, name = self.config, f"model.layers.{i}"
-        after = "post_attention_layernorm"
-        before_mlp = "pre_feedforward_layernorm" if c.post_norms else after
-        y, x = self.norm(c.name(f"{name}.input_layernorm"), x, added)
-        y = (self.conv if i in c.conv_layers else self.attention)(i, y)
-        if c.post_norms:
-            y, _ = self.norm(f"{name}.{after}", y, None)
-        added = self.times(f"{name}.attention", y, c.residual_multiplier)
-        y, x = self.norm(c.name(f"{name}.{before_mlp}"), x, added)
-        y = self.mlp(i, y)
-        if c.post_norms:
-            y, _ = self.norm(f"{name}.post_feedforward_layernorm", y, None)
-        return x, self.times(f"{name}.mlp", y, c.residual_multiplier)
+        mixer = self.conv if i in c.conv_layers else self.attention
+        second = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+        for before, part, after in (("input_layernorm", mixer, "post_attention_layernorm"),
+                                    (second, self.mlp, "post_feedforward_layernorm")):
+            y, x = self.norm(c.name(f"{name}.{before}"), x, added)
+            added = part(i, y)
+            if c.post_norms:
+                added, _ = self.norm(f"{name}.{after}", added, None)
+            added = self.times(f"{name}.{before}", added, c.residual_multiplier)
+        return x, added or ""
 
 
 def cached(kind: str, layer: int) -> tuple[str, str]:

@@ -42,13 +42,10 @@ def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[
 
 
 def grouped(modules: list[str], group: str) -> list[list[str]]:
-    """Modules that are ranked together: attention and MLP apart, each projection apart, or all.
-
-    Convolutions, which stand in for attention, count as attention.
-    """
+    """Modules that are ranked together: attention and MLP apart, each projection apart, or all."""
     groups = defaultdict(list)
     for module in modules:
         _, parent, kind = place(module)
-        attention = re.search("attn|attention|conv", parent.lower()) is not None
+        attention = re.search("attn|attention|conv", parent.lower()) is not None     # mixes tokens
         groups[{"attention_mlp": attention, "kind": kind, "all": ""}[group]].append(module)
     return list(groups.values())

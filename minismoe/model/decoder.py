@@ -53,8 +53,8 @@ class Decoder(Part):
         self.norm = RMSNorm(cfg.hidden_size, cfg)
         self.recompute = False       # activation checkpointing: slower, far less memory
         self.copies: Tensor | None = None    # `Tokens.copies` of the last forward
-        for part in [m for m in self.modules() if isinstance(m, Part)] if cfg.names else ():
-            part.rename(cfg.names)
+        for part in [part for part in self.modules() if isinstance(part, Part)]:
+            part.rename(cfg.names or {})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: Cache | None = None, needed: Tensor | None = None) -> Tensor:
@@ -75,7 +75,11 @@ class Decoder(Part):
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         if self.config.embedding_multiplier != 1:
             x = x * x.new_tensor(self.config.embedding_multiplier)       # rounded to x's dtype
-        ropes = {kind: self.rope(kind, tokens.positions, x) for kind in set(self.config.ropes)}
+        ropes: dict[str, Rope] = {"": None}
+        for kind in {*self.config.ropes} - {""}:
+            angles = tokens.positions[:, None] * rope_frequencies(self.config, kind).to(x.device)
+            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
+            ropes[kind] = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
         rows = len(x)
         for layer, kind in zip(self.layers, self.config.ropes):
             inputs = (x, tokens, ropes[kind], top if layer is self.layers[-1] else None)
@@ -87,14 +91,6 @@ class Decoder(Part):
         if top is not None:
             x = x.new_zeros(rows, x.shape[1]).index_copy(0, top, x)
         return tokens.unpack(x)
-
-    def rope(self, kind: str, positions: Tensor, x: Tensor) -> Rope:
-        """What `rotate` needs, for tokens at positions (N,), in x's dtype; None for no rotation."""
-        if not kind:
-            return None
-        angles = positions.float()[:, None] * rope_frequencies(self.config, kind).to(x.device)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
-        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
 
 def rope_frequencies(cfg: Config, kind: str = "global") -> Tensor:

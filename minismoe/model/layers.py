@@ -1,7 +1,4 @@
-"""The parts of a decoder layer, from norms up to the layer itself.
-
-Llama's are first; parts that other families have beside them or instead say so. `Config` tells
-which of them a model has. Tokens come packed, as rows (N, D); see tokens.py.
+"""The parts of a decoder layer, up to the layer itself, for tokens that tokens.py packs.
 
 Letters: B batch, T time, N packed tokens, D hidden, H query heads, K key/value heads, C head size,
 S cached positions, L taps of a convolution.
@@ -25,26 +22,21 @@ from .tokens import Tokens
 
 SHORT = 256            # keys; up to so many, a CPU trains bfloat16 faster with `attend_short`
 Rope = tuple[Tensor, Tensor] | None      # cos and sin (N, 1, C), the first half of sin negated
-# Each activation and its derivative: d_gate of (dy, gate).
-ACTIVATIONS: dict[str, tuple[Any, Any]] = {
+ACTIVATIONS: dict[str, tuple[Any, Any]] = {      # f(z), and dy f'(z) of (dy, z)
     "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu": tuple(partial(f, approximate="tanh") for f in (
-        F.gelu, torch.ops.aten.gelu_backward))}     # type: ignore[dict-item]
+    "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"),
+                          partial(torch.ops.aten.gelu_backward, approximate="tanh"))}
 
 
 class Part(nn.Module):
-    """A module that finds its parts by Llama's names, whatever the family's checkpoints call them.
+    """A module that finds its parts by Llama's names, and has them under the checkpoint's."""
 
-    `names`: Llama's name -> the checkpoint's, under which the part is registered.
-    """
-
-    names: Mapping[str, str] = {}
+    names: Mapping[str, str] = {}        # Llama's name -> the checkpoint's, where they differ
 
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(self.names.get(name, name))
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Register the parts under the checkpoint's names."""
         self.names = names
         self._modules = {names.get(name, name): part for name, part in self._modules.items()}
 
@@ -171,10 +163,10 @@ class ShortConv(nn.Module):
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.layer, D, bias = layer, cfg.hidden_size, cfg.conv_bias
-        self.in_proj = nn.Linear(D, 3 * D, bias=bias)
-        self.conv = nn.Conv1d(D, D, cfg.conv_size, groups=D, bias=bias)
-        self.out_proj = nn.Linear(D, D, bias=bias)
+        self.layer, D = layer, cfg.hidden_size
+        self.in_proj = nn.Linear(D, 3 * D, bias=False)
+        self.conv = nn.Conv1d(D, D, cfg.conv_size, groups=D, bias=False)
+        self.out_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
         """(N, D) -> (N, D); the last L - 1 inputs of the convolution are kept in the cache."""
@@ -206,32 +198,22 @@ class _GatedUnit(torch.autograd.Function):
 
 
 class MLP(Part):
-    """down(f(gate x) * up x), where f is SiLU, or the activation of the family."""
+    """down(f(gate x) * up x), where f is one of ACTIVATIONS."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.activation = cfg.activation
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.activation, self.fused = cfg.activation, cfg.fused_mlp
+        if self.fused:
+            self.input_linear = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
+        else:
+            self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+            self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = together(x, self.gate_proj, self.up_proj)
+        gate, up = (self.input_linear(x).chunk(2, -1) if self.fused
+                    else together(x, self.gate_proj, self.up_proj))
         return self.down_proj(_GatedUnit.apply(gate, up, self.activation))
-
-
-class FusedMLP(nn.Module):
-    """The same, with gate and up in one matrix: of dense `granitemoehybrid`."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.activation = cfg.activation
-        self.input_linear = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
-        self.output_linear = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.input_linear(x).chunk(2, -1)
-        return self.output_linear(_GatedUnit.apply(gate, up, self.activation))
 
 
 class DecoderLayer(Part):
@@ -246,7 +228,7 @@ class DecoderLayer(Part):
         else:
             self.self_attn = Attention(cfg, layer)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg)
-        self.mlp = FusedMLP(cfg) if cfg.fused_mlp else MLP(cfg)
+        self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
         mixer = self.conv if self.convolves else self.self_attn

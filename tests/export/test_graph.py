@@ -265,7 +265,7 @@ def rounded(m: CausalLM, bits: int, table_bits: int, size: int = 32) -> CausalLM
 
 
 @pytest.mark.parametrize("family", ["llama", "smollm2", "qwen3", "llama_biases", "gemma3",
-                                    "granite4", "lfm2_bias"])
+                                    "granite4", "lfm2_long"])
 @pytest.mark.parametrize("target", ["ort", "portable"])
 @pytest.mark.parametrize("precision", ["int4", "int4-8", "int8"])
 def test_blocks(model: Callable[..., CausalLM], tmp_path: Path, family: str, target: str,
@@ -354,7 +354,7 @@ def test_portable_graphs_are_standard(model: Callable[..., CausalLM], tmp_path: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3", "gemma3", "lfm2_bias"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3", "gemma3", "lfm2_long"])
 def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: str) -> None:
     """18 tokens, more than the past holds, in chunks of 4; the first is padded on the left."""
     m, T, P = model(family), 4, 16

@@ -35,7 +35,7 @@ def test_greedy_equals_torch(model: CausalLM, tmp_path: Path, kind: str) -> None
     assert generator.batch(PROMPTS, 12) == expected
     if kind in ("ort", "portable"):
         cuttable = kind == "ort" and not model.config.conv_layers
-        for longer, fed in ((PROMPTS[2] + bytes(expected[2][:1]) + b"xyz", 4), (b"longer: q", 1)):
+        for longer, fed in (([*PROMPTS[2], *expected[2][:1], *b"xyz"], 4), (b"longer: q", 1)):
             list(generator.generate(PROMPTS[2], 1))
             said = list(generator.generate(longer, 8))
             assert said == generate(model, [longer], 8, generator.tokenizer.stop_ids)[0]
