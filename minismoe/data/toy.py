@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from ..io.files import new_folder, replacing, write_json
 from ..method.loss import IGNORE, supervised_losses
-from ..model.decoder import CausalLM, Config
-from ..model.layers import Attention
+from ..model.decoder import Attention, CausalLM, Config
 from .tasks import Example, Task, collate
 from .tokenizer import ByteTokenizer, Message
 

@@ -51,12 +51,9 @@ class DecoderGraph(MixtureGraph):
 
     def norm_weight(self, name: str) -> Tensor:
         """What a norm multiplies by, in the graph's dtype."""
-        weight = self.weight(f"{name}.weight")
-        offset = self.config.norm_offset
-        return (weight.float() + offset if offset else weight).to(self.dtype)
+        return (self.weight(f"{name}.weight").float() + self.config.norm_offset).to(self.dtype)
 
     def times(self, name: str, x: str, factor: float) -> str:
-        """factor * x."""
         return x if factor == 1 else self.node(
             "Mul", f"{name}.times", x, self.constant(factor, self.dtype))
 
@@ -256,11 +253,8 @@ class DecoderGraph(MixtureGraph):
         return self.linear([f"{name}.out_proj"], f"{name}.out_proj", y, False)
 
     def conv_places(self) -> str:
-        """Which of its L - 1 past and T new inputs a convolution gathers, (B, ., 1).
-
-        For `ort`, the last L - 1 before the pads on the right. Or else all, with the pads first, so
-        that none stands between past and new tokens.
-        """
+        """Which of its L - 1 past and T new inputs a convolution gathers, (B, ., 1): for `ort` the
+        last L - 1 before the pads, otherwise all, with the pads before the past."""
         name, past = "conv", self.config.conv_size - 1
         T, new = self.new()
         if self.ort:
@@ -275,12 +269,12 @@ class DecoderGraph(MixtureGraph):
             at = self.node("Where", name, real, at, moved)
         return self.node("Unsqueeze", name, at, [2])
 
-    def new(self) -> tuple[str, str]:
+    def new(self) -> tuple[Any, str]:
         """T (1,), and how many of the T new tokens of each row are no pads, (B, 1)."""
         if "new" not in self.shared:
-            T = self.constant([self.static[1]]) if self.static else self.node(
+            T: Any = [self.static[1]] if self.static else self.node(
                 "Shape", "new", "input_ids", start=1, end=2)
-            start = self.node("Neg", "new", T)
+            start = [-self.static[1]] if self.static else self.node("Neg", "new", T)
             new = self.node("Slice", "new", "attention_mask", start, [END], [1])     # (B, T)
             self.shared["new"] = T, self.node("ReduceSum", "new", new, [1])
         return self.shared["new"]

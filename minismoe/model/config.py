@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "granitemoehybrid",
-               "gemma3", "gemma3_text", "lfm2")
+               "gemma3_text", "lfm2")
 # What config.json of a family may leave out, where Llama's defaults are others.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True},
@@ -147,9 +147,6 @@ def _as_llama(config: Mapping[str, Any], wrong: list[str]) -> tuple[str, Mapping
     if kind not in MODEL_TYPES:
         wrong.append(f"model_type {kind!r}: only {', '.join(MODEL_TYPES)}")
         return "llama", config
-    if kind == "gemma3" and isinstance(text := config.get("text_config"), Mapping):
-        kind = "gemma3_text"                 # beside a vision tower, which is left out
-        config = {**text, "quantization_config": config.get("quantization_config")}
     config = {**DEFAULTS.get(kind, {}), **config, **{
         name: config[own] for own, name in SETTINGS.get(kind, {}).items() if own in config}}
     ropes = config.get("rope_parameters")

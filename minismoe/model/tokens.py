@@ -22,9 +22,7 @@ FEW = 4                # a shared prefix of fewer tokens is not worth the work
 
 class Cache:
     """Keys and values of the tokens so far; each row begins at position 0, without padding.
-
-    A convolution has instead its last inputs, (batch, L - 1, D) in `states`. All are by layer.
-    """
+    Convolutions have their last inputs, (batch, L - 1, D), in `states` instead."""
 
     def __init__(self, model: Any, batch: int, capacity: int):
         """Room for `capacity` tokens in each of `batch` rows of `model`, a CausalLM."""
@@ -101,10 +99,8 @@ class Tokens:
         return x if self.where is None else _Gather.apply(x, self.slots)
 
     def after_state(self, x: Tensor, layer: int, size: int) -> Tensor:
-        """x (B, T, D), padded on the right, behind the `size` inputs before it: (B, size + T, D).
-
-        These are zeros, or those in the cache, which then holds the last ones of both.
-        """
+        """x (B, T, D) behind the `size` inputs before it: zeros, or those of the cache, which then
+        holds the last ones."""
         if self.cache is None:
             return F.pad(x, (0, 0, size, 0))
         whole = torch.cat((self.cache.states[layer], x), 1)

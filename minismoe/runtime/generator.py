@@ -7,7 +7,7 @@ Keys and values stay on the session's device, in bound OrtValues:
     portable   the present of a step is the past of the next step. Prompts are padded on the left.
     static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
 
-A convolution's cache is its last inputs, in any target as in portable: it cannot be cut.
+The last inputs of convolutions go from step to step as in portable, whatever the target.
 
 Letters: B prompts, T new tokens, P past positions, S = P + T, K key/value heads, C head size,
 V vocabulary.

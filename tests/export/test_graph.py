@@ -149,7 +149,7 @@ def test_logits_of_the_last_token_alone(model: Callable[..., CausalLM], tmp_path
 def test_experts_of_other_families(model: Callable[..., CausalLM], tmp_path: Path, family: str,
                                    target: str) -> None:
     m = model(family)
-    beside = mixed(m, lambda i, part: (i + len(part) % 3, 2))
+    beside = mixed(m, lambda i, part: (i + len(part) % 3, 2), scale=0.1)
     compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, target, 1e-4)
 
 
@@ -358,7 +358,7 @@ def test_portable_graphs_are_standard(model: Callable[..., CausalLM], tmp_path: 
 def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: str) -> None:
     """18 tokens, more than the past holds, in chunks of 4; the first is padded on the left."""
     m, T, P = model(family), 4, 16
-    beside = mixed(m, lambda i, part: (3, 2))
+    beside = mixed(m, lambda i, part: (3, 2), scale=0.1)
     run = Runner(write(tmp_path / "m.onnx", m, beside, target="portable", static=(1, T, P),
                        all_logits=True), batch=1)
     run.past = {n: torch.zeros(i.shape).numpy() for n, i in run.kinds.items() if n in run.past}

@@ -17,8 +17,14 @@ from torch import Tensor
 
 from minismoe.method.loss import supervised_losses
 from minismoe.model.checkpoint import load_model
-from minismoe.model.decoder import CausalLM, Config, rope_frequencies
-from minismoe.model.layers import _GatedUnit, _RMSNorm, attend_short
+from minismoe.model.decoder import (
+    CausalLM,
+    Config,
+    _GatedUnit,
+    _RMSNorm,
+    attend_short,
+    rope_frequencies,
+)
 from minismoe.model.tokens import Cache, Tokens, _Gather, _Spread
 
 LENGTHS = (17, 9, 1)                             # of three rows: full, padded, and a single token
