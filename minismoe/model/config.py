@@ -16,7 +16,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "granitemoehybrid": {"num_local_experts": 8, "layer_types": ["mamba"]},
     "gemma3_text": {
         "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-        "max_position_embeddings": 1 << 17, "rope_theta": 1e6, "sliding_window": 4096,
+        "max_position_embeddings": 1 << 17, "rope_theta": 1e6,
         "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "lfm2": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 128_000,
              "tie_word_embeddings": True}}
@@ -147,8 +147,9 @@ def _as_llama(config: Mapping[str, Any], wrong: list[str]) -> tuple[str, Mapping
     if kind not in MODEL_TYPES:
         wrong.append(f"model_type {kind!r}: only {', '.join(MODEL_TYPES)}")
         return "llama", config
-    config = {**DEFAULTS.get(kind, {}), **config, **{
+    config = {**config, **{
         name: config[own] for own, name in SETTINGS.get(kind, {}).items() if own in config}}
+    config |= {n: v for n, v in DEFAULTS.get(kind, {}).items() if config.get(n) is None}
     ropes = config.get("rope_parameters")
     if kind == "gemma3_text" and isinstance(ropes, Mapping) and "sliding_attention" in ropes:
         config["rope_local_base_freq"], scaled = _rope(

@@ -11,8 +11,11 @@ import torch
 from tiny import SIZES, random_hf
 
 from minismoe.method.loss import supervised_losses
+from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_model
+from minismoe.model.config import Config
 from minismoe.training.evaluate import generate
+from minismoe.training.memory import meta_model
 
 KINDS = ("smollm3", "granite", "granitemoehybrid", "gemma3_text", "lfm2")
 
@@ -107,3 +110,104 @@ def test_random_models_equal_transformers(kind: str, seed: int, tmp_path: Path) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_random_models_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
     compare(kind, seed, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probe_equals_the_gradients_of_each_sample(kind: str, tmp_path: Path) -> None:
+    """The squared norm of every linear layer's gradient, in float64."""
+    random_hf("", kind, **some_config(kind, 1)).save_pretrained(tmp_path)
+    model, g = load_model(tmp_path, torch.float64), torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(97, (3, 9), generator=g), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:], mask[2, :4] = 0, 0
+    labels = torch.where(mask.bool(), ids, -100)
+    scores = probe(model, {"a": [(ids, mask, labels)]})["a"]
+    model.requires_grad_(True)
+    wanted = dict.fromkeys(scores, 0.0)
+    for row in zip(ids, mask, labels):
+        model.zero_grad()
+        supervised_losses(model, *(part[None] for part in row))[0].mean().backward()
+        for name in wanted:
+            wanted[name] += float(model.get_parameter(f"{name}.weight").grad.square().sum())
+    assert min(wanted.values()) > 0
+    assert scores == pytest.approx(wanted, rel=1e-9)
+
+
+# What their publishers say of sizes, and how many parameters that makes.
+
+GEMMA = {"model_type": "gemma3_text", "head_dim": 256, "num_attention_heads": 4,
+         "num_key_value_heads": 1, "vocab_size": 262144, "sliding_window": 512,
+         "max_position_embeddings": 32768, "hidden_activation": "gelu_pytorch_tanh"}
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "gemma-3-270m": (268_098_176, GEMMA | {
+        "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3}),
+    "gemma-3-1b": (999_885_952, GEMMA | {
+        "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "sliding_window_pattern": 6}),
+    "SmolLM3-3B": (3_075_098_624, {
+        "model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "vocab_size":
+        128256, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9, "rope_theta": 5e6}),
+    "granite-4.0-350m": (352_379_904, {
+        "model_type": "granitemoehybrid", "hidden_size": 1024, "shared_intermediate_size": 2048,
+        "vocab_size": 100352, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "num_local_experts": 0, "layer_types": ["attention"] * 28,
+        "position_embedding_type": "rope", "tie_word_embeddings": True}),
+    "LFM2-350M": (354_483_968, {
+        "model_type": "lfm2", "hidden_size": 1024, "block_ff_dim": 6656, "vocab_size": 65536,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14], "norm_eps": 1e-5})}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_make_the_published_models(name: str) -> None:
+    count, settings = PUBLISHED[name]
+    config = Config.from_dict(settings)
+    assert sum(p.numel() for p in meta_model(config).parameters()) == count
+    if name.startswith("gemma"):
+        assert [i for i, w in enumerate(config.windows) if w is None] == [
+            *range(5, config.num_hidden_layers, 6)]
+        assert config.ropes[4:6] == ("local", "global")
+    if name == "SmolLM3-3B":
+        assert config.no_rope_layers == tuple(range(3, 36, 4))
+    if name == "LFM2-350M":
+        assert config.attention_layers == [2, 5, 8, 10, 12, 14]
+
+
+@pytest.mark.parametrize(("name", "change", "named"), [
+    ("gemma-3-1b", {"model_type": "gemma3n_text"}, "gemma3n_text"),
+    ("gemma-3-1b", {"model_type": "gemma3"}, "gemma3'"),
+    ("gemma-3-1b", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+    ("gemma-3-1b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma-3-1b", {"sliding_window_pattern": 0}, "sliding_window_pattern = 0"),
+    ("gemma-3-1b", {"rope_parameters": {"full_attention": {"rope_type": "default"},
+                                        "sliding_attention": {"rope_type": "yarn"}}}, "yarn"),
+    ("gemma-3-1b", {"rope_parameters": {"full_attention": {"rope_type": "default"},
+                                        "sliding_attention": "x"}}, "only one rope"),
+    ("SmolLM3-3B", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ("granite-4.0-350m", {"num_local_experts": 8}, "num_local_experts = 8"),
+    ("granite-4.0-350m", {"layer_types": ["mamba"] * 28}, "mamba"),
+    ("granite-4.0-350m", {"layer_types": None}, "layer_types"),
+    ("granite-4.0-350m", {"logits_scaling": 0}, "logits_scaling = 0"),
+    ("LFM2-350M", {"model_type": "lfm2_moe"}, "lfm2_moe"),
+    ("LFM2-350M", {"conv_bias": True}, "conv_bias = True"),
+    ("LFM2-350M", {"conv_L_cache": 1}, "conv_L_cache = 1"),
+    ("LFM2-350M", {"full_attn_idxs": 3}, "3 does not tell"),
+    ("LFM2-350M", {"layer_types": ["conv", {}] * 8}, "layer_types")])
+def test_what_is_not_implemented_is_refused(name: str, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match="not implemented") as e:
+        Config.from_dict(PUBLISHED[name][1] | change)
+    assert named in str(e.value)
+
+
+def test_texts_of_older_families_stay() -> None:
+    """A fingerprint hashes them: an adapter must know its base after an update."""
+    text = repr(Config.from_dict(SIZES | {"model_type": "llama"}))
+    assert text == (
+        "Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, "
+        "num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256, "
+        "rms_norm_eps=1e-06, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=False, "
+        "qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, windows=(None, None))")
+    granite = SIZES | {"model_type": "granite"}
+    assert repr(Config.from_dict(granite)) != repr(
+        Config.from_dict(granite | {"residual_multiplier": 0.5}))
