@@ -63,7 +63,7 @@ def test_transformers_and_peft_compute_the_same(run: Run, tmp_path: Path) -> Non
     for model in (auto.from_pretrained(tmp_path / "hf"), peft.PeftModel.from_pretrained(
             auto.from_pretrained(run.base), tmp_path).eval()):
         assert (model(ids).logits - want).abs().max() <= 2e-5 * want.abs().max()
-    assert (auto.from_pretrained(run.base)(ids).logits - want).abs().max() > 0.02 * want.abs().max()
+    assert (auto.from_pretrained(run.base)(ids).logits - want).abs().max() > 1e-3 * want.abs().max()
 
 
 def graph(run: Run, folder: Path) -> Path:
