@@ -41,7 +41,7 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
                         target=target, precision=precision, context=context, static=static)
     graph.write_sampler(folder / "sampler.onnx", c.vocab_size)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    describe(folder, target=target, context=context, static=static, layers=c.num_hidden_layers,
+    describe(folder, target=target, context=context, static=static, layers=len(c.attention_layers),
              kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
              cache_type="float16" if precision == "fp16" else "float32",
              format="minismoe.export/1", adapters={})

@@ -26,7 +26,7 @@ BYTES = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermedi
          "tie_word_embeddings": True, "eos_token_id": 257}
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-         "bos_token_id": 1, "eos_token_id": 2}
+         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64, "rope_theta": 500.0}
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
@@ -58,17 +58,44 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_window": ("qwen3", {"head_dim": 8, "attention_bias": True, "use_sliding_window": True,
                                "sliding_window": WINDOW, "max_window_layers": 1}),
 }
+LLAMAS = tuple(FAMILIES)                 # families of Llama's modules
+FAMILIES |= {
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
+    "smollm3_window": ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True,
+                                   "sliding_window": WINDOW, "tie_word_embeddings": False}),
+    "granite": ("granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+                            "attention_multiplier": 0.3, "logits_scaling": 6.0}),
+    "granite4": ("granitemoehybrid", {
+        "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "mamba_n_heads": 4,
+        "shared_intermediate_size": 52, "position_embedding_type": "rope",
+        "tie_word_embeddings": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2, "logits_scaling": 2.0}),
+    "granite4_nope": ("granitemoehybrid", {
+        "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "mamba_n_heads": 4,
+        "shared_intermediate_size": 52}),
+    "gemma3": ("gemma3_text", {
+        "num_hidden_layers": 4, "head_dim": 16, "sliding_window": WINDOW,
+        "sliding_window_pattern": 2, "query_pre_attn_scalar": 20, "rope_theta": 500.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_local_base_freq": 50.0}),
+    "gemma3_untied": ("gemma3_text", {
+        "num_key_value_heads": 1, "head_dim": 12, "layer_types": ["full_attention",
+        "sliding_attention"], "sliding_window": 2 * WINDOW, "tie_word_embeddings": False}),
+    "lfm2": ("lfm2", {"num_hidden_layers": 4, "block_multiple_of": 20, "layer_types": [
+        "conv", "full_attention", "conv", "full_attention"]}),
+    "lfm2_long": ("lfm2", {"num_hidden_layers": 3, "block_auto_adjust_ff_dim": False,
+                           "full_attn_idxs": [1], "conv_L_cache": 4,
+                           "tie_word_embeddings": False})}
 
 
-def random_hf(family: str, **changes: Any) -> Any:
-    """A `transformers` model in which every parameter matters.
+def random_hf(family: str, kind: str = "", **changes: Any) -> Any:
+    """A `transformers` model in which every parameter matters: of a family, or of a model_type.
 
     Its own initialisation leaves norms at 1, biases at 0 and attention almost uniform: a decoder
     that forgot any of them would pass.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind, differs = FAMILIES[family]
+    kind, differs = FAMILIES.get(family, (kind, {}))
     config = AutoConfig.for_model(kind, **{**SIZES, **differs, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(sum(map(ord, family)))

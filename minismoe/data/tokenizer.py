@@ -69,7 +69,8 @@ class FileTokenizer:
             raise ValueError(f"{file} is no valid tokenizer: {e}") from None
         self.backend.no_truncation()
         self.backend.no_padding()
-        size = self.backend.get_vocab_size()
+        # Added tokens may be beyond the model, as Gemma's for images is: `encode` refuses these.
+        size = self.backend.get_vocab_size(with_added_tokens=vocab_size is None)
         self.file, self.vocab_size = file, size if vocab_size is None else vocab_size
         if not isinstance(self.vocab_size, int) or size > self.vocab_size:
             raise ValueError(f"{file} has {size} tokens, and the model only {vocab_size!r}")

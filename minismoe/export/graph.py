@@ -9,7 +9,7 @@ float16 graphs compute norms, routers and adapters in float32. CPUs have few flo
 onnxruntime inserts casts for the others, so the graph runs on a CPU as well as on a GPU.
 
 Letters: B batch, T new tokens, P past tokens, S = P + T, D hidden, H query heads, K key/value
-heads, C head size, V vocabulary.
+heads, C head size, L taps of a convolution, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from onnx import TensorProto
 from onnx.helper import make_tensor_value_info as value
+from torch import Tensor
 
+from ..method.experts import linear_layers
 from ..model.config import Config
-from ..model.decoder import rope_frequencies
+from ..model.decoder import CausalLM, rope_frequencies
 from ..model.quantize import BLOCK
 from .mixture import Adapter, MixtureGraph
 from .nodes import Graph
@@ -37,7 +39,7 @@ class DecoderGraph(MixtureGraph):
 
     def norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
         """(x + added, normalised; x + added)."""
-        weight = self.tensor(f"{name}.weight", self.weight(f"{name}.weight").to(self.dtype))
+        weight = self.tensor(f"{name}.weight", self.norm_weight(name))
         if self.ort and added is not None:
             y, _, _, x = self.node(
                 "SkipSimplifiedLayerNormalization", name, x, added, weight, domain="com.microsoft",
@@ -46,6 +48,14 @@ class DecoderGraph(MixtureGraph):
         if added is not None:
             x = self.node("Add", name, x, added)
         return self.rms(name, x, weight), x
+
+    def norm_weight(self, name: str) -> Tensor:
+        """What a norm multiplies by, in the graph's dtype."""
+        return (self.weight(f"{name}.weight").float() + self.config.norm_offset).to(self.dtype)
+
+    def times(self, name: str, x: str, factor: float) -> str:
+        return x if factor == 1 else self.node(
+            "Mul", f"{name}.times", x, self.constant(factor, self.dtype))
 
     def rms(self, name: str, x: str, weight: str) -> str:
         """x, normalised by its root mean square over the last axis, times weight."""
@@ -78,7 +88,8 @@ class DecoderGraph(MixtureGraph):
         c, name = self.config, f"model.layers.{i}.self_attn"
         qkv = self.linear([f"{name}.{p}_proj" for p in "qkv"], f"{name}.qkv_proj", x, c.qkv_bias)
         y = (self.attend_ort if self.ort else self.attend)(i, name, qkv)
-        return self.linear([f"{name}.o_proj"], f"{name}.o_proj", y, c.o_bias)
+        out = c.name(f"{name}.o_proj")
+        return self.linear([out], out, y, c.o_bias)
 
     def attend_ort(self, i: int, name: str, qkv: str) -> str:
         """(B, T, (H + 2K) * C) -> (B, T, H * C) by one operator, which also rotates and caches."""
@@ -88,12 +99,14 @@ class DecoderGraph(MixtureGraph):
         if c.qk_norm:
             q, k, v = self.node("Split", f"{name}.qkv_proj", qkv, [H * C, K * C, K * C], outputs=3,
                                 axis=-1)
-            q, k = self.head_norm(f"{name}.q_norm", q, H), self.head_norm(f"{name}.k_norm", k, K)
+            q = self.head_norm(c.name(f"{name}.q_norm"), q, H)
+            k = self.head_norm(c.name(f"{name}.k_norm"), k, K)
+        rope = c.ropes[i]
         return self.node(
             "GroupQueryAttention", name, q, k, v, *cached("past_key_values", i), s["seqlens"],
-            s["total"], s["cos"], s["sin"], named=[f"{name}.y", *cached("present", i)],
-            domain="com.microsoft", num_heads=H, kv_num_heads=K, do_rotary=1,
-            local_window_size=c.windows[i] or -1)[0]
+            s["total"], *s[rope], named=[f"{name}.y", *cached("present", i)],
+            domain="com.microsoft", num_heads=H, kv_num_heads=K, do_rotary=int(rope != ""),
+            scale=c.attention_scale, local_window_size=c.windows[i] or -1)[0]
 
     def head_norm(self, name: str, x: str, heads: int) -> str:
         """(B, T, heads * C), normalised head by head."""
@@ -113,18 +126,20 @@ class DecoderGraph(MixtureGraph):
         x = self.node("Transpose", f"{name}.heads", x, perm=[0, 2, 1, 3])
         qk, v = self.node("Split", f"{name}.heads", x, [H + K, K], outputs=2, axis=1)
         if c.qk_norm:
-            weight = torch.cat([self.weight(f"{name}.{n}_norm.weight").expand(heads, 1, C)
-                                for n, heads in (("q", H), ("k", K))]).to(self.dtype)
+            weight = torch.cat([self.norm_weight(c.name(f"{name}.{n}_norm")).expand(heads, 1, C)
+                                for n, heads in (("q", H), ("k", K))])
             qk = self.rms(f"{name}.qk_norm", qk, self.tensor(f"{name}.qk_norm.weight", weight))
-        turned = self.node("Concat", f"{name}.rotate", *reversed(self.node(
-            "Split", f"{name}.rotate", qk, outputs=2, axis=-1, num_outputs=2)), axis=-1)
-        qk = self.node("Add", f"{name}.rotate",
-                       self.node("Mul", f"{name}.rotate.cos", qk, s["cos"]),
-                       self.node("Mul", f"{name}.rotate.sin", turned, s["sin"]))
+        if c.ropes[i]:
+            cos, sin = s[c.ropes[i]]
+            turned = self.node("Concat", f"{name}.rotate", *reversed(self.node(
+                "Split", f"{name}.rotate", qk, outputs=2, axis=-1, num_outputs=2)), axis=-1)
+            qk = self.node("Add", f"{name}.rotate",
+                           self.node("Mul", f"{name}.rotate.cos", qk, cos),
+                           self.node("Mul", f"{name}.rotate.sin", turned, sin))
         q, k = self.node("Split", f"{name}.qk", qk, [H, K], outputs=2, axis=1)
         keys, values = self.cache(i, "key", k), self.cache(i, "value", v)
         q = self.node("Reshape", f"{name}.q", q, [0, K, -1, C])
-        q = self.node("Mul", f"{name}.q", q, self.constant(C ** -0.5, self.dtype))
+        q = self.node("Mul", f"{name}.q", q, self.constant(c.attention_scale, self.dtype))
         keys = self.node("Transpose", f"{name}.keys", keys, perm=[0, 1, 3, 2])
         scores = self.node("MatMul", f"{name}.scores", q, keys)
         scores = self.node("Add", f"{name}.scores", scores, self.mask(c.windows[i]))
@@ -197,35 +212,87 @@ class DecoderGraph(MixtureGraph):
 
     def positions(self, context: int) -> None:
         """cos and sin of the rotary angles, and for `ort` the length of each row of a batch."""
-        angles = torch.arange(context).float()[:, None] * rope_frequencies(self.config)
         s = self.shared
-        s["cos"], s["sin"] = (self.tensor(f"rotary.{n}", t.to(self.dtype)) for n, t in (
-            ("cos", angles.cos()), ("sin", angles.sin())))              # (context, C / 2)
+        s[""] = "", ""                           # layers that do not rotate
+        for kind in sorted({*self.config.ropes} - {""}):
+            angles = torch.arange(context).float()[:, None] * rope_frequencies(self.config, kind)
+            s[kind] = [self.angles(f"rotary.{kind}.{n}", t.to(self.dtype)) for n, t in (
+                ("cos", angles.cos()), ("sin", angles.sin()))]          # (context, C / 2)
         if self.ort:
             count = self.node("ReduceSum", "lengths", "attention_mask", [1], keepdims=0)
             s["seqlens"] = self.node("Cast", "lengths", self.node("Sub", "lengths", count, 1),
                                      to=TensorProto.INT32)
             s["total"] = self.node("Cast", "total", self.node("Squeeze", "total", self.node(
                 "Shape", "total", "attention_mask", start=1, end=2)), to=TensorProto.INT32)
-            return
-        for part in ("cos", "sin"):
-            half = self.node("Gather", f"rotary.{part}", s[part], "position_ids")
-            first = half if part == "cos" else self.node("Neg", f"rotary.{part}", half)
-            whole = self.node("Concat", f"rotary.{part}", first, half, axis=-1)
-            s[part] = self.node("Unsqueeze", f"rotary.{part}", whole, [1])
+
+    def angles(self, name: str, values: Tensor) -> str:
+        """A table; for `portable`, cos, or sin with its first half negated, of each position."""
+        table = self.tensor(name, values)
+        if self.ort:
+            return table
+        half = self.node("Gather", name, table, "position_ids")
+        first = half if name.endswith("cos") else self.node("Neg", name, half)
+        whole = self.node("Concat", name, first, half, axis=-1)
+        return self.node("Unsqueeze", name, whole, [1])                 # (B, 1, T, C)
+
+    def conv(self, i: int, x: str) -> str:
+        """x (B, T, D) -> (B, T, D) by a short convolution; its last L - 1 inputs are its cache."""
+        name, L = f"model.layers.{i}.conv", self.config.conv_size
+        x = self.linear([f"{name}.in_proj"], f"{name}.in_proj", x, False)
+        b, gate, u = self.node("Split", name, x, outputs=3, axis=-1, num_outputs=3)
+        past = self.node("Transpose", f"{name}.past", f"past_conv.{i}", perm=[0, 2, 1])
+        x = self.node("Concat", name, past, self.node("Mul", name, b, u), axis=1)
+        last = self.node("GatherND", name, x, self.shared["conv"], batch_dims=1)
+        if not self.ort:
+            x, last = last, self.node("Slice", name, last, [1 - L], [END], [1])
+        self.node("Transpose", f"{name}.present", last, perm=[0, 2, 1], named=[f"present_conv.{i}"])
+        taps = self.weight(f"{name}.conv.weight")[:, 0].T.to(self.dtype)             # (L, D)
+        parts = [self.node("Mul", f"{name}.{j}", self.tensor(f"{name}.conv.{j}", tap), self.node(
+            "Slice", f"{name}.{j}", x, [j], [j - L + 1 or END], [1])) for j, tap in enumerate(taps)]
+        y = self.node("Mul", f"{name}.gate", gate, self.node("Sum", name, *parts))
+        return self.linear([f"{name}.out_proj"], f"{name}.out_proj", y, False)
+
+    def conv_places(self) -> str:
+        """Which of its L - 1 past and T new inputs a convolution gathers, (B, ., 1): for `ort` the
+        last L - 1 before the pads, otherwise all, with the pads before the past."""
+        name, past = "conv", self.config.conv_size - 1
+        T, new = self.new()
+        if self.ort:
+            at = self.node("Add", name, self.node("Max", name, new, 1),
+                           self.tensor(name, torch.arange(past)))
+        else:
+            size = self.static[1] + past if self.static else self.node(
+                "Squeeze", name, self.node("Add", f"{name}.size", T, past))
+            at, pads = self.node("Range", name, 0, size, 1), self.node("Sub", name, T, new)
+            moved = self.node("Max", name, self.node("Sub", f"{name}.moved", at, pads), 0)
+            real = self.node("GreaterOrEqual", name, at, self.node("Add", name, pads, past))
+            at = self.node("Where", name, real, at, moved)
+        return self.node("Unsqueeze", name, at, [2])
+
+    def new(self) -> tuple[Any, str]:
+        """T (1,), and how many of the T new tokens of each row are no pads, (B, 1)."""
+        if "new" not in self.shared:
+            T: Any = [self.static[1]] if self.static else self.node(
+                "Shape", "new", "input_ids", start=1, end=2)
+            start = [-self.static[1]] if self.static else self.node("Neg", "new", T)
+            new = self.node("Slice", "new", "attention_mask", start, [END], [1])     # (B, T)
+            self.shared["new"] = T, self.node("ReduceSum", "new", new, [1])
+        return self.shared["new"]
 
     def mlp(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
-        name, bias = f"model.layers.{i}.mlp", self.config.mlp_bias
-        both = self.linear([f"{name}.gate_proj", f"{name}.up_proj"], f"{name}.gate_up_proj", x,
-                           bias)
+        c, name, bias = self.config, self.config.name(f"model.layers.{i}.mlp"), self.config.mlp_bias
+        parts = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
+        *into, down = (f"{name}.{c.name(part)}" for part in (*parts, "down_proj"))
+        both = self.linear(into, f"{name}.gate_up_proj", x, bias)
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
-        if self.ort:
+        if c.activation != "silu":
+            act = self.node("Gelu", name, gate, approximate="tanh")
+        elif self.ort:
             act = self.node("QuickGelu", name, gate, domain="com.microsoft", alpha=1.0)
         else:
             act = self.node("Mul", f"{name}.act", gate, self.node("Sigmoid", name, gate))
-        return self.linear([f"{name}.down_proj"], f"{name}.down_proj",
-                           self.node("Mul", name, act, up), bias)
+        return self.linear([down], down, self.node("Mul", name, act, up), bias)
 
     def embed(self) -> str:
         """input_ids (B, T) -> (B, T, D)."""
@@ -263,10 +330,7 @@ class DecoderGraph(MixtureGraph):
         name = "lm_head.last"
         if not self.ort:
             return self.node("Gather", name, x, -1, axis=1)
-        size = self.node("Neg", name, self.node("Shape", name, "input_ids", start=1, end=2))
-        new = self.node("Slice", name, "attention_mask", size, [END], [1])       # (B, T)
-        count = self.node("ReduceSum", name, new, [1])                           # (B, 1)
-        at = self.node("Max", name, self.node("Sub", name, count, 1), 0)
+        at = self.node("Max", name, self.node("Sub", name, self.new()[1], 1), 0)
         return self.node("GatherND", name, x, at, batch_dims=1)
 
     def decoder(self, context: int, all_logits: bool) -> None:
@@ -281,20 +345,37 @@ class DecoderGraph(MixtureGraph):
         self.outputs.append(value("logits", TensorProto.FLOAT,
                                   [B, T if all_logits else 1, c.vocab_size]))
         for i in range(c.num_hidden_layers):
-            for past, present in zip(cached("past_key_values", i), cached("present", i)):
-                for values, name, length in ((self.inputs, past, P),
-                                             (self.outputs, present, P if self.static else S)):
-                    values.append(value(name, self.real,
-                                        [B, c.num_key_value_heads, length, c.head_dim]))
+            keys = [B, c.num_key_value_heads, P, c.head_dim]
+            conv = [B, c.hidden_size, c.conv_size - 1]
+            for past, present in ([(f"past_conv.{i}", f"present_conv.{i}")]
+                                  if i in c.conv_layers else
+                                  zip(cached("past_key_values", i), cached("present", i))):
+                shape = conv if i in c.conv_layers else keys
+                self.inputs.append(value(past, self.real, shape))
+                self.outputs.append(value(present, self.real, [
+                    S if n == P and not self.static else n for n in shape]))
         self.positions(context)
-        x, added = self.embed(), None
+        if c.conv_layers:
+            self.shared["conv"] = self.conv_places()
+        x, added = self.times("model.embed_tokens", self.embed(), c.embedding_multiplier), None
         for i in range(c.num_hidden_layers):
-            y, x = self.norm(f"model.layers.{i}.input_layernorm", x, added)
-            added = self.attention(i, y)
-            y, x = self.norm(f"model.layers.{i}.post_attention_layernorm", x, added)
-            added = self.mlp(i, y)
-        y, _ = self.norm("model.norm", x, added)
-        self.head(y, all_logits)
+            x, added = self.layer(i, x, added)
+        y, _ = self.norm(c.name("model.norm"), x, added)
+        self.head(self.times("model.norm", y, c.output_multiplier), all_logits)
+
+    def layer(self, i: int, x: str, added: str | None) -> tuple[str, str]:
+        """x + added (B, T, D) -> what goes on, and what the MLP adds to it."""
+        c, name = self.config, f"model.layers.{i}"
+        mixer = self.conv if i in c.conv_layers else self.attention
+        second = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+        for before, part, after in (("input_layernorm", mixer, "post_attention_layernorm"),
+                                    (second, self.mlp, "post_feedforward_layernorm")):
+            y, x = self.norm(c.name(f"{name}.{before}"), x, added)
+            added = part(i, y)
+            if c.post_norms:
+                added, _ = self.norm(f"{name}.{after}", added, None)
+            added = self.times(f"{name}.{before}", added, c.residual_multiplier)
+        return x, added or ""
 
 
 def cached(kind: str, layer: int) -> tuple[str, str]:
@@ -329,9 +410,9 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
     if target == "ort" and static:
         raise ValueError("static shapes need the portable target: the cache of onnxruntime's "
                          "attention grows")
-    known = {f"model.layers.{i}.{part}_proj" for i in range(config.num_hidden_layers) for part in (
-        *(f"self_attn.{n}" for n in "qkvo"), *(f"mlp.{n}" for n in ("gate", "up", "down")))}
-    if wrong := sorted(set(adapters) - known):
+    with torch.device("meta"):
+        known = linear_layers(CausalLM(config))
+    if wrong := sorted(set(adapters) - set(known)):
         raise ValueError(f"adapters for no matrix of this model: {', '.join(wrong[:5])}")
     with open(f"{file}.data", "wb") as data:
         graph = DecoderGraph(adapters, data, f"{file.name}.data", config, weight, target,

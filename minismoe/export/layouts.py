@@ -63,7 +63,7 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
         write_adapter(folder / adapters[task], {
             name: (f.lora_A, f.lora_B) for name, f in frozen.by_task[task].items()})
     return {"target": config.target, "precision": config.precision, "context": config.context,
-            "static": config.static, "layers": sizes.num_hidden_layers,
+            "static": config.static, "layers": len(sizes.attention_layers),
             "heads": sizes.num_attention_heads,
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
             "vocab_size": sizes.vocab_size, "adapters": adapters,
@@ -195,6 +195,11 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
         "do_sample", "temperature", "top_k", "top_p", "repetition_penalty") if key in generation}
     stops = generation["eos_token_id"]
     bos = generation.get("bos_token_id", stops[0] if stops else None)
+    conv = {"conv_cache_size": sizes.conv_size - 1, "layer_types": [
+                "conv" if i in sizes.conv_layers else "full_attention"
+                for i in range(sizes.num_hidden_layers)],
+            "inputs": {"past_conv_names": "past_conv.%d"},
+            "outputs": {"present_conv_names": "present_conv.%d"}} if sizes.conv_layers else {}
     write_json(out / "genai_config.json", {
         "model": {
             "type": config["model_type"], "context_length": context,
@@ -206,7 +211,7 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
                 "head_size": sizes.head_dim, "hidden_size": sizes.hidden_size,
                 "num_attention_heads": sizes.num_attention_heads,
                 "num_key_value_heads": sizes.num_key_value_heads,
-                "num_hidden_layers": sizes.num_hidden_layers}},
+                "num_hidden_layers": sizes.num_hidden_layers, **conv}},
         # A shared buffer is allocated for max_length at once.
         "search": {"do_sample": False, **sampling, "max_length": context,
                    "past_present_share_buffer": share_buffer}})

@@ -132,7 +132,7 @@ def quantised_weights(model: CausalLM, precision: str,
     for name, part in list(model.named_modules()):
         tied = name == "lm_head" and model.config.tie_word_embeddings
         if isinstance(part, (nn.Linear, nn.Embedding)) and not tied:
-            yield name, part, bits if name.endswith("_proj") else table_bits
+            yield name, part, bits if ".layers." in name else table_bits
 
 
 def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,

@@ -46,6 +46,6 @@ def grouped(modules: list[str], group: str) -> list[list[str]]:
     groups = defaultdict(list)
     for module in modules:
         _, parent, kind = place(module)
-        attention = re.search("attn|attention", parent.lower()) is not None
+        attention = re.search("attn|attention|conv", parent.lower()) is not None     # mixes tokens
         groups[{"attention_mlp": attention, "kind": kind, "all": ""}[group]].append(module)
     return list(groups.values())

@@ -1,17 +1,19 @@
-"""The Llama-family decoder, with the module names of Hugging Face checkpoints.
+"""The decoder, with the module names of Hugging Face checkpoints.
 
-One class serves Llama 1/2/3, SmolLM2, TinyLlama, Mistral, Qwen2/2.5 and Qwen3; `Config` says how
-they differ. Tokens are packed to rows (N, D), without padding, except in attention; see tokens.py.
+One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3, Granite, Gemma 3 and LFM2;
+`Config` says how they differ. Tokens are packed to rows (N, D), without padding, except in
+attention and convolutions; see tokens.py.
 
 Letters: B batch, T time, N packed tokens, D hidden, H query heads, K key/value heads, C head size,
-S cached positions, V vocabulary.
+S cached positions, L taps of a convolution, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,24 @@ from .config import Config
 from .tokens import Cache, Tokens, shared_prefixes
 
 SHORT = 256            # keys; up to so many, a CPU trains bfloat16 faster with `attend_short`
+Rope = tuple[Tensor, Tensor] | None      # cos and sin (N, 1, C), the first half of sin negated
+ACTIVATIONS: dict[str, tuple[Any, Any]] = {      # f(z), and dy f'(z) of (dy, z)
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"),
+                          partial(torch.ops.aten.gelu_backward, approximate="tanh"))}
+
+
+class Part(nn.Module):
+    """A module that finds its parts by Llama's names, and has them under the checkpoint's."""
+
+    names: Mapping[str, str] = {}        # Llama's name -> the checkpoint's, where they differ
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(self.names.get(name, name))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        self.names = names
+        self._modules = {names.get(name, name): part for name, part in self._modules.items()}
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -40,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -58,38 +78,43 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 for any dtype of x."""
+    """x / rms(x) * weight over the last dimension, in float32; Gemma stores the weight less 1."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, cfg: Config):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.offset, self.eps = cfg.norm_offset, cfg.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        weight = self.weight.to(wide) + self.offset if self.offset else self.weight
+        return _RMSNorm.apply(x, weight, self.eps)
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Causal self-attention with grouped queries and rotary positions."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
         self.layer, self.window, self.size = layer, cfg.windows[layer], cfg.head_dim
+        self.scale = cfg.attention_scale
         q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
         self.q_proj = nn.Linear(cfg.hidden_size, q, bias=cfg.qkv_bias)
         self.k_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(q, cfg.hidden_size, bias=cfg.o_bias)
         if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
-            self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+            self.q_norm = RMSNorm(cfg.head_dim, cfg)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg)
 
-    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
         """(N, D) -> (N, D); keys and values are added to the cache, if there is one."""
         q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
                    for y in together(x, self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, mask = rotate(q, rope), rotate(k, rope), tokens.masks[self.window]
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if tokens.cache is None:
             keys, values = tokens.sequences(k), tokens.sequences(v)
         else:
@@ -100,32 +125,32 @@ class Attention(nn.Module):
                 else:
                     held[tokens.rows, :, tokens.positions] = new
             keys, values = keys[:, :, :tokens.cache.used], values[:, :, :tokens.cache.used]
-        y = attend(tokens.sequences(q), keys, values, mask)
+        y = attend(tokens.sequences(q), keys, values, tokens.masks[self.window], self.scale)
         return self.o_proj(tokens.flat(y))
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (i, i + C/2) of (N, heads, C) by their position's angles (RoPE, Su 2021)."""
-    cos, sin = rope                                     # (N, 1, C), the first half of sin negated
+    cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v of q (B, H, T, C) and k, v (B, K, S, C); causal without a mask."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of q (B, H, T, C) and k, v (B, K, S, C); causal without a mask."""
     narrow, cpu = q.dtype.itemsize < 4, q.device.type == "cpu"
     if q.requires_grad and narrow and cpu and k.shape[2] <= SHORT:
-        return attend_short(q, k, v, mask)
+        return attend_short(q, k, v, mask, scale)
     if (shared := q.shape[1] // k.shape[1]) > 1 and not cpu and (mask is not None or not narrow):
         # CUDA's fused kernels share key/value heads only without a mask and in half precision.
         k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          enable_gqa=shared > 1)
+                                          scale=scale, enable_gqa=shared > 1)
 
 
-def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """`attend` step by step: a CPU's fused kernel takes six times as long to train in bfloat16."""
     heads, length = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[2]
-    grouped = (q * q.shape[-1] ** -0.5).unflatten(1, heads).flatten(2, 3)        # (B, K, G*T, C)
+    grouped = (q * scale).unflatten(1, heads).flatten(2, 3)                      # (B, K, G*T, C)
     scores = (grouped @ k.mT).unflatten(2, (heads[1], length))                   # (B, K, G, T, S)
     seen = (torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if mask is None
             else mask[:, :, None])
@@ -133,54 +158,103 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     return (weights.flatten(2, 3) @ v).unflatten(2, (heads[1], length)).flatten(1, 2)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which saves only its inputs for the backward; autograd saves silu(gate) too.
+class ShortConv(nn.Module):
+    """LFM2's token mixer: gated by b and c, each channel is a weighted sum over L tokens.
 
-    y = s(gate) * up,   s(z) = z sigmoid(z);   d_gate = dy * up * s'(gate),   d_up = dy * s(gate)
+    b, c, u = in_proj(x);   y = out_proj(c * conv(b * u)).
+    """
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.layer, D = layer, cfg.hidden_size
+        self.in_proj = nn.Linear(D, 3 * D, bias=False)
+        self.conv = nn.Conv1d(D, D, cfg.conv_size, groups=D, bias=False)
+        self.out_proj = nn.Linear(D, D, bias=False)
+
+    def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
+        """(N, D) -> (N, D); the last L - 1 inputs of the convolution are kept in the cache."""
+        b, c, u = self.in_proj(x).chunk(3, -1)
+        u = tokens.sequences((b * u)[:, None]).squeeze(1)                # (B, T, D)
+        u = tokens.after_state(u, self.layer, self.conv.kernel_size[0] - 1)
+        return self.out_proj(c * tokens.flat(self.conv(u.mT).mT[:, None]))
+
+
+class _GatedUnit(torch.autograd.Function):
+    """f(gate) * up, which saves only its inputs for the backward; autograd saves f(gate) too.
+
+    y = f(gate) * up;   d_gate = dy * up * f'(gate),   d_up = dy * f(gate)
+    f is one of ACTIVATIONS, such as silu(z) = z sigmoid(z).
     Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.activation = activation
+        return ACTIVATIONS[activation][0](gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gate, up), (f, derivative) = ctx.saved_tensors, ACTIVATIONS[ctx.activation]
+        return derivative(dy * up, gate), f(gate).mul_(dy), None
 
 
-class MLP(nn.Module):
-    """down(silu(gate x) * up x)."""
+class MLP(Part):
+    """down(f(gate x) * up x), where f is one of ACTIVATIONS."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+        self.activation, self.fused = cfg.activation, cfg.fused_mlp
+        if self.fused:
+            self.input_linear = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
+        else:
+            self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
+            self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=cfg.mlp_bias)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=cfg.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(*together(x, self.gate_proj, self.up_proj)))
+        gate, up = (self.input_linear(x).chunk(2, -1) if self.fused
+                    else together(x, self.gate_proj, self.up_proj))
+        return self.down_proj(_GatedUnit.apply(gate, up, self.activation))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Part):
     """x + attention(norm x), then x + mlp(norm x), the latter on the rows `top` only, if given."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.self_attn = Attention(cfg, layer)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.residual, self.convolves = cfg.residual_multiplier, layer in cfg.conv_layers
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg)
+        if self.convolves:
+            self.conv = ShortConv(cfg, layer)
+        else:
+            self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, tokens: Tokens, rope: tuple[Tensor, Tensor],
-                top: Tensor | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), tokens, rope)
+    def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
+        mixer = self.conv if self.convolves else self.self_attn
+        x = x.add(mixer(self.input_layernorm(x), tokens, rope), alpha=self.residual)
         if top is not None:
             x = x.index_select(0, top)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual)
+
+
+class SandwichLayer(DecoderLayer):
+    """Gemma's layer: what attention and MLP write is normalised, too."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__(cfg, layer)
+        self.pre_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
+        self.post_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
+
+    def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), tokens, rope)
+        x = x + self.post_attention_layernorm(y)
+        if top is not None:
+            x = x.index_select(0, top)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
@@ -197,7 +271,7 @@ def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
                       context_fn=lambda: (nullcontext(), recomputing()))
 
 
-class Decoder(nn.Module):
+class Decoder(Part):
     """Embedding, layers and the last norm."""
 
     def __init__(self, cfg: Config):
@@ -207,10 +281,13 @@ class Decoder(nn.Module):
         # and 75 MB. This uniform distribution has the same variance, 1.
         table = torch.empty(cfg.vocab_size, cfg.hidden_size).uniform_(-3 ** 0.5, 3 ** 0.5)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        layer = SandwichLayer if cfg.post_norms else DecoderLayer
+        self.layers = nn.ModuleList(layer(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg)
         self.recompute = False       # activation checkpointing: slower, far less memory
         self.copies: Tensor | None = None    # `Tokens.copies` of the last forward
+        for part in [part for part in self.modules() if isinstance(part, Part)]:
+            part.rename(cfg.names or {})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: Cache | None = None, needed: Tensor | None = None) -> Tensor:
@@ -229,25 +306,35 @@ class Decoder(nn.Module):
             top = tokens.pack(needed.reshape(-1)).nonzero().squeeze(1)
         self.copies = tokens.copies
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
-        angles = tokens.positions.float()[:, None] * rope_frequencies(self.config).to(x.device)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
-        rope = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        if self.config.embedding_multiplier != 1:
+            x = x * x.new_tensor(self.config.embedding_multiplier)       # rounded to x's dtype
+        ropes: dict[str, Rope] = {"": None}
+        for kind in {*self.config.ropes} - {""}:
+            angles = tokens.positions[:, None] * rope_frequencies(self.config, kind).to(x.device)
+            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
+            ropes[kind] = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
         rows = len(x)
-        for layer in self.layers:
-            inputs = (x, tokens, rope, top if layer is self.layers[-1] else None)
+        for layer, kind in zip(self.layers, self.config.ropes):
+            inputs = (x, tokens, ropes[kind], top if layer is self.layers[-1] else None)
             recompute = self.recompute and torch.is_grad_enabled()
             x = _checkpointed(layer, *inputs) if recompute else layer(*inputs)
         x = self.norm(x)
+        if self.config.output_multiplier != 1:       # of the logits; the head is linear
+            x = x * self.config.output_multiplier
         if top is not None:
             x = x.new_zeros(rows, x.shape[1]).index_copy(0, top, x)
         return tokens.unpack(x)
 
 
-def rope_frequencies(cfg: Config) -> Tensor:
+def rope_frequencies(cfg: Config, kind: str = "global") -> Tensor:
     """Radians a token turns each rotary pair, (C / 2,); llama3 scaling lowers low frequencies."""
-    frequencies = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
-    if (s := cfg.rope_scaling) is None:
+    theta, s = (cfg.local_rope_theta or 0.0, None) if kind == "local" else (
+        cfg.rope_theta, cfg.rope_scaling)
+    frequencies = theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
+    if s is None:
         return frequencies
+    if "low_freq_factor" not in s:
+        return frequencies / s["factor"]
     turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)   # 0 up to low turns, 1 from high

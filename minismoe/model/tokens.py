@@ -1,6 +1,7 @@
 """Packing: a batch without padding, prefixes that sequences share held once; and the KV cache.
 
-Letters: B batch, T time, N packed tokens, K key/value heads, C head size.
+Letters: B batch, T time, N packed tokens, D hidden, K key/value heads, C head size, L taps of a
+convolution.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -19,15 +21,19 @@ FEW = 4                # a shared prefix of fewer tokens is not worth the work
 
 
 class Cache:
-    """Keys and values of the tokens so far; each row begins at position 0, without padding."""
+    """Keys and values of the tokens so far; each row begins at position 0, without padding.
+    Convolutions have their last inputs, (batch, L - 1, D), in `states` instead."""
 
     def __init__(self, model: Any, batch: int, capacity: int):
         """Room for `capacity` tokens in each of `batch` rows of `model`, a CausalLM."""
         cfg, weight = model.config, model.model.norm.weight
         shape = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
-        self.keys = [weight.new_zeros(shape) for _ in range(cfg.num_hidden_layers)]
-        self.values = [weight.new_zeros(shape) for _ in range(cfg.num_hidden_layers)]
+        self.keys = {i: weight.new_zeros(shape) for i in cfg.attention_layers}
+        self.values = {i: weight.new_zeros(shape) for i in cfg.attention_layers}
+        self.states = {i: weight.new_zeros(batch, cfg.conv_size - 1, cfg.hidden_size)
+                       for i in cfg.conv_layers}
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.capacity = capacity
         self.used = 0        # an upper bound of lengths, kept on the CPU to avoid a synchronisation
 
 
@@ -61,11 +67,12 @@ class Tokens:
         self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
         self.slots = self.rows * T + local
         self.copies = self.pack(copies.reshape(-1)) if shared else None
+        self.new = order[:, -1] + 1                                      # (B,) tokens of each row
         self.positions, longest = local, T
         if cache is not None:
             self.positions = local + cache.lengths[self.rows]
-            cache.lengths += order[:, -1] + 1
-            longest = cache.used = min(cache.used + T, cache.keys[0].shape[2])
+            cache.lengths += self.new
+            longest = cache.used = min(cache.used + T, cache.capacity)
         self.masks = {w: self._mask(w, longest) for w in set(config.windows)}
 
     def pack(self, x: Tensor) -> Tensor:
@@ -90,6 +97,16 @@ class Tokens:
         """(B, heads, T, C) -> (N, heads * C), the inverse of `sequences`."""
         x = x.transpose(1, 2).flatten(2).flatten(0, 1)
         return x if self.where is None else _Gather.apply(x, self.slots)
+
+    def after_state(self, x: Tensor, layer: int, size: int) -> Tensor:
+        """x (B, T, D) behind the `size` inputs before it: zeros, or those of the cache, which then
+        holds the last ones."""
+        if self.cache is None:
+            return F.pad(x, (0, 0, size, 0))
+        whole = torch.cat((self.cache.states[layer], x), 1)
+        last = self.new[:, None] + torch.arange(size, device=self.device)            # (B, size)
+        self.cache.states[layer] = whole.take_along_dim(last[..., None], 1)
+        return whole
 
     def _mask(self, window: int | None, keys: int) -> Tensor | None:
         """Which of `keys` each query may see, (B, 1, T, keys); None if attention is just causal."""

@@ -7,6 +7,8 @@ Keys and values stay on the session's device, in bound OrtValues:
     portable   the present of a step is the past of the next step. Prompts are padded on the left.
     static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
 
+The last inputs of convolutions go from step to step as in portable, whatever the target.
+
 Letters: B prompts, T new tokens, P past positions, S = P + T, K key/value heads, C head size,
 V vocabulary.
 """
@@ -71,19 +73,24 @@ class Generator:
         self._sampler = _session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
-        self._positions = any(i.name == "position_ids" for i in self._session.get_inputs())
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._positions = "position_ids" in self._inputs
+        self._caches = [name.removeprefix("past_").removeprefix("key_values.")      # 0.key, conv.1
+                        for name in self._inputs if name.startswith("past_")]
+        # Those that a step gives back in another buffer.
+        self._moving = [n for n in self._caches if not self._shared or n.startswith("conv")]
         self._fits()
         self._obstacle, self._pace = obstacle(self), Pace()      # of speculation
         self.use(task)
 
     def _fits(self) -> None:
         """Raise ValueError if export.json disagrees with the graphs."""
-        info, found = self.info, {i.name: i for i in self._session.get_inputs()}
-        layers = sum(name.startswith("past_key_values.") for name in found) / 2
-        past = found.get("past_key_values.0.key")
+        info = self.info
+        keys = [i for name, i in self._inputs.items() if name.endswith(".key")]
+        past = keys[0] if keys else None
         logits = self._session.get_outputs()[0]
         kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
-        if (layers != info["layers"] or past is None or logits.shape[-1:] != [info["vocab_size"]]
+        if (len(keys) != info["layers"] or past is None or logits.shape[-1:] != [info["vocab_size"]]
                 or (past.type, *past.shape[1::2]) != (kind, info["kv_heads"], info["head_dim"])
                 or self._positions == (info["target"] == "ort")
                 or not (isinstance(self.candidates, int) and self.candidates)):
@@ -110,6 +117,8 @@ class Generator:
         Raises ValueError for a damaged file, for one of another model, adapter or prefix, and for a
         prefix that fills the context.
         """
+        if any(name.startswith("conv") for name in self._caches):
+            raise ValueError("a prefix is kept of keys and values: this model has convolutions")
         if self._device != "cpu":
             raise ValueError("a prefix is kept from a cache on the CPU: leave out the provider")
         self._prefix = Prefix(self, self.encoded([prefix])[0], Path(file) if file else None)
@@ -125,13 +134,16 @@ class Generator:
         self._seen: list[int] = []                               # tokens of row 0 in the cache
         self._masks = [array("q") for _ in range(rows)]
         shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]
-        kind = CACHE_TYPES[self.info["cache_type"]], self._device if self._shared else "cpu"
-        make = ort.OrtValue.ortvalue_from_shape_and_type
-        self._past: dict[str, Any] = {
-            f"{i}.{part}": make(shape, *kind) if self._obstacle or rows > 1 else SharedRows(shape)
-            for i in range(self.info["layers"]) for part in ("key", "value")}
-        for value in self._past.values():
-            if P and not self._shared:                           # masked, yet 0 * nan is nan
+        self._past: dict[str, Any] = {}
+        for name in self._caches:
+            conv, moves = name.startswith("conv"), name in self._moving
+            if not (moves or self._obstacle or rows > 1):
+                self._past[name] = SharedRows(shape)
+                continue
+            value = self._past[name] = ort.OrtValue.ortvalue_from_shape_and_type(
+                [rows, *self._inputs[f"past_{name}"].shape[1:]] if conv else shape,
+                CACHE_TYPES[self.info["cache_type"]], "cpu" if moves else self._device)
+            if moves and (conv or P):                            # masked, yet 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
         self._ios: dict[int, ort.IOBinding] = {}                 # by rows
         self._io = self._bound(rows)
@@ -144,11 +156,12 @@ class Generator:
         for name, value in self._adapter.items():
             io.bind_ortvalue_input(name, value)
         io.bind_output("logits")                                 # output 0, as step expects
-        for name, value in self._past.items() if self._shared else ():
-            place = (self._device, 0, CACHE_TYPES[self.info["cache_type"]],
-                     [rows, *value.shape()[1:]], value.data_ptr())
-            io.bind_input(f"past_key_values.{name}", *place)
-            io.bind_output(f"present.{name}", *place)
+        for name, value in self._past.items():
+            if name not in self._moving:
+                place = (self._device, 0, CACHE_TYPES[self.info["cache_type"]],
+                         [rows, *value.shape()[1:]], value.data_ptr())
+                io.bind_input(f"past_key_values.{name}", *place)
+                io.bind_output(f"present.{name}", *place)
         return io
 
     def step(self, rows: Sequence[Row]) -> ort.OrtValue:
@@ -175,15 +188,15 @@ class Generator:
         for name, (values, length) in inputs.items():
             io.bind_input(name, "cpu", 0, INT64, [B, length], values.buffer_info()[0])
         io.bind_output("logits")
-        if not self._shared:
-            for name, value in self._past.items():
-                io.bind_ortvalue_input(f"past_key_values.{name}", value)
-                io.bind_output(f"present.{name}", self._device)
+        for name in self._moving:
+            past, new = ("past_", "present_") if name.startswith("conv") else (
+                "past_key_values.", "present.")
+            io.bind_ortvalue_input(past + name, self._past[name])
+            io.bind_output(new + name, self._device)
         self._session.run_with_iobinding(io)
-        outputs = io.get_outputs_as_ortvaluevector()
-        if not self._shared:
-            self._past = {name: ort.OrtValue(outputs[i])
-                          for i, name in enumerate(self._past, start=1)}
+        outputs = io.get_outputs_as_ortvaluevector()             # in the order of binding
+        for i, name in enumerate(self._moving, start=len(outputs) - len(self._moving)):
+            self._past[name] = ort.OrtValue(outputs[i])
         self._seen += [t for t in rows[0] if t is not None]
         return ort.OrtValue(outputs[0])
 
@@ -199,13 +212,13 @@ class Generator:
         """Read prompts, with room for `new` tokens after them, and return their last logits.
 
         A single prompt that begins like the last one, as in a chat, is read from the first token
-        that differs. A portable cache cannot be cut: it is kept only if the prompt extends it.
+        that differs. A cache that cannot be cut is kept only if the prompt extends it.
         Where more tokens are those of the prefix that `keep` was given, the cache begins with them.
         """
         kept = 0
         if len(prompts) == len(self._masks) == 1 and not self.static:
             kept = len(os.path.commonprefix([self._seen, list(prompts[0][:-1])]))
-            if not self._shared and kept < len(self._seen):
+            if self._moving and kept < len(self._seen):
                 kept = 0
         held = self._prefix.shared(prompts[0]) if self._prefix and len(prompts) == 1 else 0
         if self._prefix and held > kept:

@@ -81,6 +81,8 @@ def obstacle(generator: Generator) -> str:
     """What a generator lacks for speculation; empty if it can speculate."""
     if not generator._shared:                # a portable cache cannot be cut
         return "a folder of target ort"
+    if generator._moving:                    # nor can a convolution's
+        return "a model without convolutions"
     if (generator._device, generator.info["cache_type"]) != ("cpu", "float32"):
         return "a cache in float32 on the CPU"
     if os.environ.get("ORT_GQA_DISABLE_FLASH_ATTENTION"):

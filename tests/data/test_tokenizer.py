@@ -47,6 +47,11 @@ LLAMA3 = """{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
+GEMMA = """{{ bos_token }}{% for message in messages %}
+{%- if message.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
+{{- '<turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}
+{{- message.content | trim + '<end_of_turn>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"""
 MISTRAL = """{%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}
     {%- set loop_messages = messages[1:] %}
@@ -186,6 +191,29 @@ def test_a_tokenizer_larger_than_the_vocabulary(bpe: Path, tmp_path: Path) -> No
     load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size}))
     with pytest.raises(ValueError, match=f"has {size} tokens, and the model only {size - 1}"):
         load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size - 1}))
+
+
+def test_gemma_has_no_system_role_and_a_token_beyond_its_model(bpe: Path, tmp_path: Path) -> None:
+    """Turns are of user and model, and end with a token that no configuration calls an end."""
+    content, size = json.loads(bpe.read_text()), FileTokenizer(bpe).vocab_size
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] += [{"id": size + n, "content": t, "special": True, **plain}
+                                for n, t in enumerate(("<end_of_turn>", "<image_soft_token>"))]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size + 1}))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    (tmp_path / "chat_template.jinja").write_text(GEMMA)
+    tokenizer = load_tokenizer(tmp_path)
+    user, answer = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "yes"}
+    assert tokenizer.render([user, answer, user], True) == (
+        "<s><turn>user\nthe cat<end_of_turn>\n<turn>model\nyes<end_of_turn>\n"
+        "<turn>user\nthe cat<end_of_turn>\n<turn>model\n")
+    assert tokenizer.stop_ids == [size] == [tokenizer.end_id]
+    assert tokenizer.decode(tokenizer.turn([user, answer])) == "yes"
+    with pytest.raises(ValueError, match="no system role"):
+        tokenizer.render([{"role": "system", "content": "be"}, user])
+    with pytest.raises(ValueError, match=f"token {size + 1}, and the model has only {size + 1}"):
+        tokenizer.encode("the <image_soft_token>")
 
 
 def test_a_text_that_cannot_be_encoded_is_refused(bpe: Path, tmp_path: Path) -> None:

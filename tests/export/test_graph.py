@@ -11,19 +11,20 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from tiny import FAMILIES, random_hf
+from tiny import FAMILIES, LLAMAS, random_hf
 from torch import Tensor, nn
 
 from minismoe.export.graph import write_decoder, write_sampler
 from minismoe.export.mixture import AdapterInput
 from minismoe.export.weights import PRECISIONS
-from minismoe.method.experts import ExpertLinear, expert_layers
+from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import dequantize, quantize
 from minismoe.model.tokens import Cache
 
 LENGTHS = (17, 9, 1)
+NEW = [family for family in FAMILIES if family not in LLAMAS]
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -40,8 +41,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CausalLM]:
         if key not in made:
             made[key] = tmp_path_factory.mktemp(family)
             size = FAMILIES[family][1].get("head_dim", 8)
-            random_hf(family, **{"head_dim": size if size % 16 == 0 else 16, **changes}
-                      ).save_pretrained(made[key])
+            size = {"head_dim": size if size % 16 == 0 else 16}
+            if FAMILIES[family][0] in ("lfm2", "granite", "granitemoehybrid"):   # D / H, always
+                size = {"hidden_size": 64, "mamba_n_heads": 64}
+            random_hf(family, **{**size, **changes}).save_pretrained(made[key])
         return load_model(made[key])
 
     return make
@@ -72,7 +75,8 @@ class Runner:
         self.session = ort.InferenceSession(str(file), options)
         self.kinds = {i.name: i for i in self.session.get_inputs()}
         self.mask = torch.zeros(batch, 0, dtype=torch.long)
-        self.past = {n: torch.zeros(batch, i.shape[1], 0, i.shape[3], dtype=self.real(i)).numpy()
+        self.past = {n: torch.zeros([batch, *(d if isinstance(d, int) else 0 for d in i.shape[1:])],
+                                    dtype=self.real(i)).numpy()
                      for n, i in self.kinds.items() if n.startswith("past")}
 
     @staticmethod
@@ -140,21 +144,30 @@ def test_logits_of_the_last_token_alone(model: Callable[..., CausalLM], tmp_path
 
 # Beside the matrices
 
+@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("family", NEW)
+def test_experts_of_other_families(model: Callable[..., CausalLM], tmp_path: Path, family: str,
+                                   target: str) -> None:
+    m = model(family)
+    beside = mixed(m, lambda i, part: (i + len(part) % 3, 2), scale=0.1)
+    compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, target, 1e-4)
+
+
 def mixed(m: CausalLM, experts: Callable[[int, str], tuple[int, int]], scale: float = 0.3,
           ) -> dict[str, Any]:
     """Put random experts on `m`, (E, k) of each matrix; E = 0 is a frozen LoRA, E < 0 nothing."""
     g, beside = torch.Generator().manual_seed(0), {}
-    for i in range(m.config.num_hidden_layers):
-        for part in PARTS:
-            name, (E, k) = f"model.layers.{i}.{part}", experts(i, part)
-            if E < 0:
-                continue
-            layer = ExpertLinear(m.get_submodule(name), max(E, 1), 5 if E == 0 else 2, 8.0, k)
-            for p in (layer.lora_A, layer.lora_B, layer.router):
-                if p is not None:
-                    p.data = torch.randn(p.shape, generator=g) * scale
-            m.set_submodule(name, layer)
-            beside[name] = layer
+    for name, linear in linear_layers(m).items():
+        _, _, i, part = name.split(".", 3)
+        E, k = experts(int(i), part)
+        if E < 0:
+            continue
+        layer = ExpertLinear(linear, max(E, 1), 5 if E == 0 else 2, 8.0, k)
+        for p in (layer.lora_A, layer.lora_B, layer.router):
+            if p is not None:
+                p.data = torch.randn(p.shape, generator=g) * scale
+        m.set_submodule(name, layer)
+        beside[name] = layer
     return beside
 
 
@@ -241,7 +254,7 @@ def rounded(m: CausalLM, bits: int, table_bits: int, size: int = 32) -> CausalLM
     """The model that quantised weights stand for."""
     for name, part in m.named_modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
-            blocks = quantize(part.weight, bits if "_proj" in name else table_bits, size)
+            blocks = quantize(part.weight, bits if ".layers." in name else table_bits, size)
             part.weight = nn.Parameter(dequantize(blocks))
     for layer in expert_layers(m).values():
         blocks = quantize(layer.lora_A.flatten(0, 1), 8, size)
@@ -251,7 +264,8 @@ def rounded(m: CausalLM, bits: int, table_bits: int, size: int = 32) -> CausalLM
     return m
 
 
-@pytest.mark.parametrize("family", ["llama", "smollm2", "qwen3", "llama_biases"])
+@pytest.mark.parametrize("family", ["llama", "smollm2", "qwen3", "llama_biases", "gemma3",
+                                    "granite4", "lfm2_long"])
 @pytest.mark.parametrize("target", ["ort", "portable"])
 @pytest.mark.parametrize("precision", ["int4", "int4-8", "int8"])
 def test_blocks(model: Callable[..., CausalLM], tmp_path: Path, family: str, target: str,
@@ -305,7 +319,7 @@ def test_adapters_beside_blocks(model: Callable[..., CausalLM], tmp_path: Path, 
 
 
 @pytest.mark.parametrize("target", ["ort", "portable"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm2", "gemma3", "lfm2"])
 def test_float16(model: Callable[..., CausalLM], tmp_path: Path, target: str, family: str) -> None:
     m = model(family)
     beside = mixed(m, lambda i, part: (3, 3), scale=0.1)
@@ -317,12 +331,12 @@ def test_float16(model: Callable[..., CausalLM], tmp_path: Path, target: str, fa
 # Form
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4-8", "int4"])
-@pytest.mark.parametrize("family", ["smollm2", "qwen3_window", "llama_biases"])
+@pytest.mark.parametrize("family", ["smollm2", "qwen3_window", "llama_biases", "gemma3", "lfm2"])
 @pytest.mark.parametrize("static", [None, (1, 4, 12)])
 def test_portable_graphs_are_standard(model: Callable[..., CausalLM], tmp_path: Path, family: str,
                                       precision: str, static: Any) -> None:
     m = model(family)
-    beside = mixed(m, lambda i, part: (3, 2) if "_proj" in part and i == 0 else (0, 1))
+    beside = mixed(m, lambda i, part: (3, 2) if i == 0 else (0, 1))
     file = write(tmp_path / "m.onnx", m, beside, target="portable", precision=precision,
                  static=static)
     graph = onnx.load(file, load_external_data=False)
@@ -340,15 +354,14 @@ def test_portable_graphs_are_standard(model: Callable[..., CausalLM], tmp_path: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3", "gemma3", "lfm2_long"])
 def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: str) -> None:
     """18 tokens, more than the past holds, in chunks of 4; the first is padded on the left."""
     m, T, P = model(family), 4, 16
-    beside = mixed(m, lambda i, part: (3, 2))
+    beside = mixed(m, lambda i, part: (3, 2), scale=0.1)
     run = Runner(write(tmp_path / "m.onnx", m, beside, target="portable", static=(1, T, P),
                        all_logits=True), batch=1)
-    run.past = {n: torch.zeros(1, m.config.num_key_value_heads, P, m.config.head_dim).numpy()
-                for n in run.past}
+    run.past = {n: torch.zeros(i.shape).numpy() for n, i in run.kinds.items() if n in run.past}
     ids = random_ids(18, batch=1)
     want, seen = m(ids), 0
     while seen < ids.shape[1]:
@@ -367,15 +380,14 @@ def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: s
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen2_window"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen2_window", "gemma3", "lfm2"])
 def test_static_chunks_with_pads_between(model: Callable[..., CausalLM], tmp_path: Path,
                                          family: str) -> None:
     """As in generation: each chunk holds a few tokens behind pads, which no window counts."""
     m, T, P = model(family), 4, 40
     run = Runner(write(tmp_path / "m.onnx", m, target="portable", static=(1, T, P),
                        all_logits=True), batch=1)
-    run.past = {n: torch.zeros(1, m.config.num_key_value_heads, P, m.config.head_dim).numpy()
-                for n in run.past}
+    run.past = {n: torch.zeros(i.shape).numpy() for n, i in run.kinds.items() if n in run.past}
     ids, seen, mask = random_ids(16, batch=1), 0, [0] * P
     want = m(ids)
     for new in (3, 1, 1, 4, 1, 2, 1, 1, 2):

@@ -1,0 +1,87 @@
+"""Folders of families beside Llama, opened by the programs that they are for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from test_layouts import CHAT, CONTEXT, LIMIT, genai_says, needs_node, web_says
+from tiny import BYTES, random_hf
+
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.export.graph import write_decoder
+from minismoe.export.layouts import copy_base_files, write_genai, write_hf, write_peft, write_web
+from minismoe.method.experts import linear_layers
+from minismoe.model.checkpoint import load_model
+from minismoe.model.decoder import CausalLM
+from minismoe.training.evaluate import generate
+
+
+class Run(NamedTuple):
+    """A base, a model with a low-rank pair in all of its matrices, and what that says to CHAT."""
+
+    base: Path
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    merged: CausalLM
+    prompt: list[int]
+    tokens: list[int]
+
+
+@pytest.fixture(scope="module", params=["smollm3", "granite", "granite4", "gemma3", "lfm2"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    base, g = tmp_path_factory.mktemp(request.param), torch.Generator().manual_seed(0)
+    random_hf(request.param, vocab_size=BYTES["vocab_size"], hidden_size=64, head_dim=16,
+              eos_token_id=257, mamba_n_heads=64, tie_word_embeddings=request.param == "lfm2"
+              ).save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    if config["model_type"] == "granitemoehybrid":   # as it is published, and transformers.js reads
+        config["layer_types"] = ["attention"] * 2
+        (base / "config.json").write_text(json.dumps(config))
+    merged, pairs = load_model(base), {}
+    for name, linear in linear_layers(merged).items():
+        out, inputs = linear.weight.shape
+        pairs[name] = A, B = (torch.randn(3, inputs, generator=g) * 0.1,
+                              torch.randn(out, 3, generator=g) * 0.1)
+        linear.weight = torch.nn.Parameter(linear.weight + B @ A, requires_grad=False)
+    tokenizer = load_tokenizer(base)
+    prompt = tokenizer.encode(tokenizer.render(CHAT, add_generation_prompt=True))[0]
+    return Run(base, pairs, merged, prompt, generate(merged, [prompt], LIMIT, [257])[0])
+
+
+@torch.no_grad()
+def test_transformers_and_peft_compute_the_same(run: Run, tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    copy_base_files(run.base, tmp_path / "hf")
+    write_hf(tmp_path / "hf", run.base, lambda n: run.merged.get_parameter(n).data,
+             [f"{name}.weight" for name in run.pairs])
+    write_peft(tmp_path, run.pairs, str(run.base))
+    auto, ids = transformers.AutoModelForCausalLM, torch.randint(259, (2, 20))
+    want = run.merged(ids)
+    for model in (auto.from_pretrained(tmp_path / "hf"), peft.PeftModel.from_pretrained(
+            auto.from_pretrained(run.base), tmp_path).eval()):
+        assert (model(ids).logits - want).abs().max() <= 2e-5 * want.abs().max()
+    assert (auto.from_pretrained(run.base)(ids).logits - want).abs().max() > 1e-3 * want.abs().max()
+
+
+def graph(run: Run, folder: Path) -> Path:
+    copy_base_files(run.base, folder)
+    write_decoder(folder / "model.onnx", run.merged.config, lambda name: run.merged.get_parameter(
+        name).data, {}, target="ort", precision="fp32", context=CONTEXT)
+    return folder
+
+
+def test_genai_says_the_same(run: Run, tmp_path: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    write_genai(graph(run, tmp_path), CONTEXT)
+    prompt, tokens, _ = genai_says(og.Model(str(tmp_path)))
+    assert (prompt, tokens[:len(run.tokens)]) == (run.prompt, run.tokens)
+
+
+@needs_node
+def test_transformers_js_says_the_same(run: Run, tmp_path: Path) -> None:
+    write_web(graph(run, tmp_path / "web"), "fp32")
+    said = web_says(tmp_path / "web")
+    assert (said["prompt"], said["tokens"][:len(run.tokens)]) == (run.prompt, run.tokens)

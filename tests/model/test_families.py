@@ -1,0 +1,213 @@
+"""Families beside Llama against `transformers`, on random configurations of each."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SIZES, random_hf
+
+from minismoe.method.loss import supervised_losses
+from minismoe.method.sensitivity import probe
+from minismoe.model.checkpoint import load_model
+from minismoe.model.config import Config
+from minismoe.training.evaluate import generate
+from minismoe.training.memory import meta_model
+
+KINDS = ("smollm3", "granite", "granitemoehybrid", "gemma3_text", "lfm2")
+
+
+def some_config(kind: str, seed: int) -> dict[str, Any]:
+    """A config.json of a family, of random sizes, many of them odd."""
+    r = random.Random(f"{kind} {seed}")
+    K, share, C, layers = r.choice((1, 2, 3)), r.choice((1, 2, 3)), r.choice((4, 6, 10)), r.choice(
+        (2, 3, 5))
+    D = K * share * (C if kind in ("lfm2", "granite", "granitemoehybrid") else r.choice((5, 8)))
+    config = SIZES | {
+        "hidden_size": D, "intermediate_size": r.randint(11, 60), "num_hidden_layers": layers,
+        "num_attention_heads": K * share, "num_key_value_heads": K, "head_dim": C,
+        "tie_word_embeddings": r.random() < 0.5}
+    if kind != "lfm2":
+        config |= {"rms_norm_eps": r.choice((1e-6, 1e-2)), "attention_bias": r.random() < 0.3}
+    window = r.choice((3, 7, 64))                    # of texts of up to 17 tokens
+    types = ["full_attention", "sliding_attention"]
+    if kind == "smollm3":
+        config |= {"no_rope_layers": [r.randint(0, 1) for _ in range(layers)],
+                   "mlp_bias": r.random() < 0.3, "rope_theta": r.choice((50.0, 2e6))}
+        if r.random() < 0.5:
+            config |= {"use_sliding_window": True, "sliding_window": window,
+                       "layer_types": r.choices(types, k=layers)}
+    if kind.startswith("granite"):
+        config |= {"embedding_multiplier": r.uniform(0.5, 12), "logits_scaling": r.uniform(0.5, 8),
+                   "attention_multiplier": r.uniform(0.1, 1), "residual_multiplier": r.random()}
+    if kind == "granitemoehybrid":
+        config |= {"num_local_experts": 0, "shared_intermediate_size": r.randint(11, 60),
+                   "layer_types": ["full_attention"] * layers, "mamba_n_heads": D,
+                   "position_embedding_type": r.choice(("rope", None))}
+    if kind == "gemma3_text":
+        config |= {"query_pre_attn_scalar": r.randint(1, 30), "sliding_window": window,
+                   "rope_theta": 300.0, "rope_local_base_freq": r.choice((20.0, 300.0)),
+                   **r.choice(({"layer_types": r.choices(types, k=layers)},
+                               {"sliding_window_pattern": r.randint(1, 4)})),
+                   "rope_scaling": r.choice((None, {"rope_type": "linear", "factor": 8.0}))}
+    if kind == "lfm2":
+        config |= {"norm_eps": r.choice((1e-5, 1e-2)), "conv_L_cache": r.randint(2, 5),
+                   "block_multiple_of": r.choice((1, 24)), "block_auto_adjust_ff_dim": r.random()
+                   < 0.5, "block_ffn_dim_multiplier": r.choice((1.0, 1.3)),
+                   "layer_types": [*r.choices(("conv", "full_attention"), k=layers - 2),
+                                   *r.sample(("conv", "full_attention"), 2)]}
+    return config
+
+
+def compare(kind: str, seed: int, folder: Path) -> None:
+    """Logits with pads on either side, every gradient, and greedy texts."""
+    config = some_config(kind, seed)
+    hf = random_hf("", kind, **config)
+    hf.save_pretrained(folder)
+    model, g = load_model(folder), torch.Generator().manual_seed(seed)
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in hf.named_parameters()}
+    lengths = (17, random.Random(seed).randint(2, 16), 1)
+    ids = torch.randint(97, (3, 17), generator=g)
+    right = (torch.arange(17) < torch.tensor(lengths)[:, None]).long()
+    for mask in (right, right.flip(1)):
+        labels = torch.where(mask.cumsum(1) > 1, ids * mask - 100 * (1 - mask), -100)
+        for m in (hf, model):
+            m.requires_grad_(True).zero_grad()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        found = hf(ids, attention_mask=mask, position_ids=positions, labels=labels)
+        ours = model(ids, mask)
+        close(ours[mask.bool()], found.logits[mask.bool()])
+        found.loss.backward()
+        supervised_losses(model, ids, mask, labels)[0].mean().backward()
+        theirs = dict(hf.named_parameters())
+        largest = max(p.grad.abs().max() for p in theirs.values())
+        for name, p in model.named_parameters():
+            assert (p.grad - theirs[name].grad).abs().max() <= 1e-4 * largest, name
+    prompts = [row[:n].tolist() for row, n in zip(ids, lengths)]
+    for prompt, text in zip(prompts, generate(model, prompts, 12, ())):
+        said = hf.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
+                           eos_token_id=None, use_cache=True)
+        assert text == said[0, len(prompt):].tolist()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= 2e-5, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_models_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
+    compare(kind, seed, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 60))
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_random_models_equal_transformers(kind: str, seed: int, tmp_path: Path) -> None:
+    compare(kind, seed, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probe_equals_the_gradients_of_each_sample(kind: str, tmp_path: Path) -> None:
+    """The squared norm of every linear layer's gradient, in float64."""
+    random_hf("", kind, **some_config(kind, 1)).save_pretrained(tmp_path)
+    model, g = load_model(tmp_path, torch.float64), torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(97, (3, 9), generator=g), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:], mask[2, :4] = 0, 0
+    labels = torch.where(mask.bool(), ids, -100)
+    scores = probe(model, {"a": [(ids, mask, labels)]})["a"]
+    model.requires_grad_(True)
+    wanted = dict.fromkeys(scores, 0.0)
+    for row in zip(ids, mask, labels):
+        model.zero_grad()
+        supervised_losses(model, *(part[None] for part in row))[0].mean().backward()
+        for name in wanted:
+            wanted[name] += float(model.get_parameter(f"{name}.weight").grad.square().sum())
+    assert min(wanted.values()) > 0
+    assert scores == pytest.approx(wanted, rel=1e-9)
+
+
+# What their publishers say of sizes, and how many parameters that makes.
+
+GEMMA = {"model_type": "gemma3_text", "head_dim": 256, "num_attention_heads": 4,
+         "num_key_value_heads": 1, "vocab_size": 262144, "sliding_window": 512,
+         "max_position_embeddings": 32768, "hidden_activation": "gelu_pytorch_tanh"}
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "gemma-3-270m": (268_098_176, GEMMA | {
+        "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3}),
+    "gemma-3-1b": (999_885_952, GEMMA | {
+        "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "sliding_window_pattern": 6}),
+    "SmolLM3-3B": (3_075_098_624, {
+        "model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "vocab_size":
+        128256, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9, "rope_theta": 5e6}),
+    "granite-4.0-350m": (352_379_904, {
+        "model_type": "granitemoehybrid", "hidden_size": 1024, "shared_intermediate_size": 2048,
+        "vocab_size": 100352, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "num_local_experts": 0, "layer_types": ["attention"] * 28,
+        "position_embedding_type": "rope", "tie_word_embeddings": True}),
+    "LFM2-350M": (354_483_968, {
+        "model_type": "lfm2", "hidden_size": 1024, "block_ff_dim": 6656, "vocab_size": 65536,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14], "norm_eps": 1e-5})}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_make_the_published_models(name: str) -> None:
+    count, settings = PUBLISHED[name]
+    config = Config.from_dict(settings)
+    assert sum(p.numel() for p in meta_model(config).parameters()) == count
+    if name.startswith("gemma"):
+        assert [i for i, w in enumerate(config.windows) if w is None] == [
+            *range(5, config.num_hidden_layers, 6)]
+        assert config.ropes[4:6] == ("local", "global")
+    if name == "SmolLM3-3B":
+        assert config.no_rope_layers == tuple(range(3, 36, 4))
+    if name == "LFM2-350M":
+        assert config.attention_layers == [2, 5, 8, 10, 12, 14]
+
+
+@pytest.mark.parametrize(("name", "change", "named"), [
+    ("gemma-3-1b", {"model_type": "gemma3n_text"}, "gemma3n_text"),
+    ("gemma-3-1b", {"model_type": "gemma3"}, "gemma3'"),
+    ("gemma-3-1b", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+    ("gemma-3-1b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma-3-1b", {"sliding_window_pattern": 0}, "sliding_window_pattern = 0"),
+    ("gemma-3-1b", {"rope_parameters": {"full_attention": {"rope_type": "default"},
+                                        "sliding_attention": {"rope_type": "yarn"}}}, "yarn"),
+    ("gemma-3-1b", {"rope_parameters": {"full_attention": {"rope_type": "default"},
+                                        "sliding_attention": "x"}}, "only one rope"),
+    ("SmolLM3-3B", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ("granite-4.0-350m", {"num_local_experts": 8}, "num_local_experts = 8"),
+    ("granite-4.0-350m", {"layer_types": ["mamba"] * 28}, "mamba"),
+    ("granite-4.0-350m", {"layer_types": None}, "layer_types"),
+    ("granite-4.0-350m", {"logits_scaling": 0}, "logits_scaling = 0"),
+    ("LFM2-350M", {"model_type": "lfm2_moe"}, "lfm2_moe"),
+    ("LFM2-350M", {"conv_bias": True}, "conv_bias = True"),
+    ("LFM2-350M", {"conv_L_cache": 1}, "conv_L_cache = 1"),
+    ("LFM2-350M", {"full_attn_idxs": 3}, "3 does not tell"),
+    ("LFM2-350M", {"layer_types": ["conv", {}] * 8}, "layer_types")])
+def test_what_is_not_implemented_is_refused(name: str, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match="not implemented") as e:
+        Config.from_dict(PUBLISHED[name][1] | change)
+    assert named in str(e.value)
+
+
+def test_texts_of_older_families_stay() -> None:
+    """A fingerprint hashes them: an adapter must know its base after an update."""
+    text = repr(Config.from_dict(SIZES | {"model_type": "llama"}))
+    assert text == (
+        "Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, "
+        "num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256, "
+        "rms_norm_eps=1e-06, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=False, "
+        "qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, windows=(None, None))")
+    granite = SIZES | {"model_type": "granite"}
+    assert repr(Config.from_dict(granite)) != repr(
+        Config.from_dict(granite | {"residual_multiplier": 0.5}))

@@ -1,0 +1,50 @@
+"""Families beside Llama in the runtime: what PyTorch says, singly, in batches and as chats go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from exported import KINDS, export
+from tiny import BYTES, random_hf
+
+from minismoe import generate, load_model
+from minismoe.model.decoder import CausalLM
+from minismoe.runtime import Generator
+from minismoe.runtime.choices import written
+
+PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
+
+
+@pytest.fixture(scope="module", params=["smollm3", "granite4", "gemma3", "lfm2"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+    folder = tmp_path_factory.mktemp(request.param)
+    random_hf(request.param, vocab_size=BYTES["vocab_size"], hidden_size=64, head_dim=16,
+              eos_token_id=257, mamba_n_heads=64, tie_word_embeddings=False).save_pretrained(folder)
+    return load_model(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_torch(model: CausalLM, tmp_path: Path, kind: str) -> None:
+    generator = Generator(export(model, tmp_path / kind, kind), threads=1)
+    expected = generate(model, PROMPTS, 12, generator.tokenizer.stop_ids)
+    assert len({*map(tuple, expected)}) == len(PROMPTS)
+    assert [list(generator.generate(p, 12)) for p in PROMPTS] == expected
+    assert generator.batch(PROMPTS, 12) == expected
+    if kind in ("ort", "portable"):
+        cuttable = kind == "ort" and not model.config.conv_layers
+        for longer, fed in (([*PROMPTS[2], *expected[2][:1], *b"xyz"], 4), (b"longer: q", 1)):
+            list(generator.generate(PROMPTS[2], 1))
+            said = list(generator.generate(longer, 8))
+            assert said == generate(model, [longer], 8, generator.tokenizer.stop_ids)[0]
+            assert generator.prompt_tokens == (fed if cuttable or fed == 4 else len(longer))
+    answers = {a.text: a.tokens for a in written(generator.tokenizer, ("yes", "no", "nobody"))}
+    for text, logprob in generator.choose(PROMPTS[1], [*answers], 3):
+        tokens, wanted = answers[text], 0.0
+        logits = model(torch.tensor([[*PROMPTS[1], *tokens]]))[0, len(PROMPTS[1]) - 1:]
+        for n, token in enumerate(tokens):           # among the answers that began alike
+            others = {a[n] for a in answers.values() if a[:n] == tokens[:n]}
+            wanted += float(logits[n, token] - logits[n, sorted(others)].logsumexp(0))
+        assert logprob == pytest.approx(wanted, abs=1e-4)
