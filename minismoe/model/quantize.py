@@ -54,6 +54,14 @@ def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
     return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
 
 
+def quantize_rows(weight: Tensor) -> Blocks:
+    """A weight (N, K) in 8 bits with one positive scale a row, as NPUs take it."""
+    scales = (weight.float().abs().amax(1) / 127).clamp_min(TINY)
+    data = torch.cat([(w.float() / s[:, None]).round_().add_(128).byte() for w, s in zip(
+        *(t.split(rows_at_a_time(weight)) for t in (weight, scales)))])
+    return Blocks(8, weight.shape[1], weight.shape, data[:, None], scales[:, None])
+
+
 def rows_at_a_time(weight: Tensor) -> int:
     """Rows that are computed at a time, so that they stay in a CPU's cache."""
     return max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
