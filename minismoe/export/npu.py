@@ -26,14 +26,21 @@ from onnx import TensorProto
 from onnx.helper import make_tensor_value_info as value
 from torch import Tensor, nn
 
+from ..method.freeze import merge
 from ..model.config import Config
 from ..model.decoder import CausalLM
-from ..model.quantize import BLOCK, Blocks, columns, unpack
+from ..model.quantize import BLOCK, Blocks, columns
+from ..runtime.npu import qnn_session
 from .graph import DecoderGraph, cached
+from .heal import twin
 from .nodes import Graph
-from .scales import few_bits
+from .routing import Calibration, Frozen
+from .scales import few_bits, round_weights
+from .settings import ExportConfig, Source
+from .weights import PRECISIONS
 
 TOP = 65535                      # the largest activation in 16 bits
+TEXTS = 24                       # of each task, to measure activations on
 WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)       # candidates: quantile of the extremes, and factor
 FLOAT_ABOVE = 0.005              # mean error of a tensor from which on its layer stays in float16
 
@@ -215,6 +222,25 @@ def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, pre
     lookup.save(folder / "embed.onnx")
 
 
+def compile_npu(folder: Path, soc: int) -> None:
+    """Compile both graphs for a chip: prompt.qnn.onnx, model.qnn.onnx, and a binary of each."""
+    for name in ("prompt", "model"):
+        qnn_session(folder / f"{name}.onnx", soc, (
+            ("ep.context_enable", "1"), ("ep.context_embed_mode", "0"),
+            ("ep.context_file_path", str(folder / f"{name}.qnn.onnx"))))
+
+
+def calibrated(config: ExportConfig, source: Source, frozen: Frozen) -> Ranges:
+    """The ranges of the model as it ships, over texts of the run or of --prompts."""
+    if not any(PRECISIONS[config.precision]):
+        return {}
+    model, pools = twin(source.model), Calibration(config, source).pools
+    merge(model, frozen.of(config.task))
+    round_weights(model, config.precision, config.block or BLOCK, frozen.blocks)
+    return activation_ranges(model.eval(), [e.ids for pool in pools.values()
+                                            for e in pool[:TEXTS]])
+
+
 @torch.no_grad()
 def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> dict[str, tuple[
         Range, Range]]:
@@ -256,6 +282,6 @@ def watch(model: CausalLM, layers: Mapping[str, nn.Module], texts: Sequence[Sequ
     handles = [layer.register_forward_hook(lambda _, inputs, y, name=name: hook(name, inputs, y))
                for name, layer in layers.items()]
     for text in texts:
-        model(torch.tensor([list(text)]))
+        model(torch.tensor([list(text)], device=model.lm_head.weight.device))
     for handle in handles:
         handle.remove()
