@@ -36,8 +36,11 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
                  for name, entry in info["files"].items()}
         if odd := [e for e in files.values() if (type(e[0]), type(e[1])) != (int, str)]:
             raise ValueError(f"size and hash {odd[0]}")
-        npu = {"embed.onnx", "prompt.onnx"} if info["target"] == "npu" else set()
-        if lacking := {"model.onnx", "sampler.onnx", *npu} - info["files"].keys():
+        needed = {"model.onnx", "sampler.onnx"}
+        if info["target"] == "npu":
+            needed |= {"embed.onnx", "prompt.onnx"} | (
+                {"model.qnn.onnx", "prompt.qnn.onnx"} if info.get("soc") else set())
+        if lacking := needed - info["files"].keys():
             raise ValueError(f"it names no {' and no '.join(sorted(lacking))}")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
         layout = info.get("layout") if isinstance(info, dict) else None

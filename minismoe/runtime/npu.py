@@ -74,8 +74,8 @@ def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
         refused = dict.fromkeys(re.findall(r"name: (.*?), type: (\w+)", "".join(said)))
         nodes = ", ".join(f"{kind} of {name or 'a node without a name'}" for name, kind in refused)
         reason = f"it refuses {nodes}" if nodes else str(e).splitlines()[0]
-        hint = ("; export again with --compile and this chip's number"
-                if file.suffixes[-2:-1] == [".qnn"] else "")
+        hint = ("; if this is another chip, export again with --compile and its number"
+                if file.name.endswith(".qnn.onnx") else "")
         raise ValueError(f"QNN cannot open {file} for the chip {soc}: {clean(reason)}{hint}"
                          ) from None
     session.disable_fallback()               # else a failure would print, and run on the CPU
@@ -105,17 +105,22 @@ class NpuSteps:
                  on_cpu: Callable[[Path], ort.InferenceSession]):
         self.info = info
 
-        def on_qnn(file: Path) -> ort.InferenceSession:
-            compiled = file.with_suffix(".qnn.onnx")
-            return qnn_session(compiled if compiled.is_file() else file, info.get("soc") or SOC)
-
-        short = (provider or "cpu").lower().removesuffix("executionprovider")
-        if short not in ("cpu", "qnn"):
-            raise ValueError(f"a folder of target npu runs on cpu or qnn, not on {provider}")
-        if short == "qnn" and EMULATED:
+        kind, _, chip = (provider or "cpu").lower().replace("executionprovider", "").partition(":")
+        made_for, asked = info.get("soc"), int(chip) if chip.isdecimal() else None
+        if kind not in ("cpu", "qnn") or bool(chip) > bool(asked and kind == "qnn"):
+            raise ValueError(f"a folder of target npu runs on cpu, qnn or qnn:SOC, not {provider}")
+        if made_for and asked and asked != made_for:
+            raise ValueError(f"{folder} was compiled for the chip {made_for}, not {asked}: export "
+                             f"again with --compile qnn:{asked}")
+        if kind == "qnn" and EMULATED:
             print("the HTP is emulated here: its answers are a device's, its speed is not",
                   file=sys.stderr)
-        open_ = on_qnn if short == "qnn" else on_cpu
+
+        def on_qnn(file: Path) -> ort.InferenceSession:
+            return qnn_session(file.with_suffix(".qnn.onnx") if made_for else file,
+                               made_for or asked or SOC)
+
+        open_ = on_qnn if kind == "qnn" else on_cpu
         self.embed = on_cpu(folder / "embed.onnx")
         self.one, self.several = open_(folder / "model.onnx"), open_(folder / "prompt.onnx")
 
