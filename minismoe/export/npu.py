@@ -68,7 +68,7 @@ Ranges = Mapping[str, tuple[Range, Range]]         # linear layer -> of its inpu
 class NpuGraph(DecoderGraph):
     """One step of T tokens after the P slots of a cache; returns the keys and values of the T."""
 
-    masked = -1e4
+    masked, opset = -1e4, 23         # RMSNormalization is new in 23
 
     def __init__(self, data: BinaryIO, location: str, config: Config, weight: Callable[[str], Any],
                  precision: str, block: int, static: tuple[int, int, int], ranges: Ranges):
@@ -80,7 +80,7 @@ class NpuGraph(DecoderGraph):
         ones, shape = weight, self.tensors[weight].dims
         if len(shape) > 1:                             # one weight a head
             ones = self.tensor(f"{name}.ones", torch.ones(shape[-1], dtype=self.dtype))
-        y = self.node("SimplifiedLayerNormalization", name, x, ones, axis=-1, stash_type=1,
+        y = self.node("RMSNormalization", name, x, ones, axis=-1, stash_type=1,
                       epsilon=self.config.rms_norm_eps)
         return y if ones == weight else self.node("Mul", name, y, weight)
 
