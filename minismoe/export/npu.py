@@ -1,4 +1,4 @@
-"""The decoder for NPUs: static shapes, activations in 16 bits, and nothing that needs a CPU between.
+"""The decoder for NPUs: static shapes, activations in 16 bits, and no operator that needs a CPU.
 
     embed.onnx    input_ids (1, T) -> hidden (1, T, D): the table is looked up on the CPU
     prompt.onnx   T tokens a step, whose keys and values the runtime appends to a cache of P slots
@@ -6,10 +6,10 @@
     model.onnx.data                  the weights of all three
 
 Qualcomm's HTP computes floats in float16, whose largest number is 65504. So the norms, which square
-numbers of 25,000 (SmolLM2's first token), are one operator each, which sums in float32, and the mask
-is -1e4. Linear layers multiply integers: weights in 8 bits a row, or in 4 bits a block, activations
-in 16 bits with one range a tensor. A layer whose activations no such range holds stays in float16,
-as do norms, rotary angles, softmax and the residual stream.
+numbers of 25,000 (SmolLM2's first token), are one operator each, which HTP sums in float32, and the
+mask is -1e4. Linear layers multiply integers: weights in 8 bits a row, or in 4 bits a block;
+activations in 16 bits, with one range a tensor. A layer whose activations no such range holds stays
+in float16, as do norms, rotary angles, softmax and the residual stream.
 
 Letters: T new tokens, P slots of the cache, D hidden, K key/value heads, C head size, V vocabulary.
 """
@@ -41,12 +41,12 @@ from .weights import PRECISIONS
 
 TOP = 65535                      # the largest activation in 16 bits
 TEXTS = 24                       # of each task, to measure activations on
-WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)       # candidates: quantile of the extremes, and factor
+WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)     # candidates: quantile of extremes, and factor
 FLOAT_ABOVE = 0.005              # mean error of a tensor from which on its layer stays in float16
 
 
 class Range(NamedTuple):
-    """The activations that 16 bits hold: low <= 0 <= high. Their step is a constant of the tensor."""
+    """The activations that 16 bits hold: low <= 0 <= high."""
 
     low: float
     high: float
@@ -126,8 +126,11 @@ class NpuGraph(DecoderGraph):
                          *step)
 
     def stored(self, label: str, w: Blocks) -> str:
-        """A weight (out, in) in few bits, for MatMul (in, out); in 8 bits each row has one scale."""
-        data, scales = columns(w)                                  # the zeros of the blocks are 0
+        """A weight (out, in) in few bits, for MatMul (in, out): 8 bits a row, or 4 bits a block.
+
+        QNN wants zero points of 0, so the highest bit of each integer is flipped.
+        """
+        data, scales = columns(w)
         if w.bits == 8:
             return self.node("DequantizeLinear", label, self.tensor(
                 f"{label}.weight", data ^ 0x80, TensorProto.INT8, tuple(w.shape)[::-1]),

@@ -27,8 +27,8 @@ from ..io.text import clean
 QNN = "QNNExecutionProvider"
 EMULATED = platform.machine().lower() in ("x86_64", "amd64")
 SOC = 60                                     # Snapdragon X Elite, unless a folder says another one
-# The CPU unpacks these weights once. Else it would fuse nodes, round activations to 8 bits, and unpack
-# 8-bit weights for every token.
+# The CPU unpacks these weights once. Else it would fuse nodes, round activations to 8 bits, and
+# unpack 8-bit weights for every token.
 EXACT = (("session.disable_quant_qdq", "1"),)
 INT64, HALF = 7, 2                           # onnx.TensorProto's number; bytes of a float16
 
@@ -156,7 +156,7 @@ class NpuSteps:
     def _append(self, cache: Any, present: Any, seen: int, new: int) -> None:
         """Copy the last `new` of (1, K, T, C) to slot `seen` of (1, K, P, C), head by head."""
         (_, K, T, C), P = present.shape(), cache.shape()[2]
-        if [1, K, P, C] != cache.shape() or not new <= T <= self.info["static"][1] or (
+        if cache.shape() != [1, K, P, C] or not new <= T <= self.info["static"][1] or (
                 seen + new > P or present.data_type() != "tensor(float16)"):
             raise ValueError("prompt.onnx or model.onnx is not what export.json says: export again")
         for head in range(K):
