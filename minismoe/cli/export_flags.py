@@ -78,6 +78,8 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          "--target npu takes --precision " + ", ".join(NPU_PRECISIONS) + "; the last two need it"),
         (npu and config.static and config.static[0] > 1,
          "--target npu reads one prompt at a time: --static 1xTxP"),
+        (npu and config.static and config.context,
+         "--static says how many positions there are: leave out --context"),
         (config.compile and not npu, "--compile needs --target npu"),
         (config.static and config.target == "ort", "--static needs --target portable or npu"),
         (config.static and layout != "onnx", "--static needs --layout onnx"),

@@ -46,7 +46,7 @@ class FreezeConfig:
                     "input, constant gates, or their mean", choices=KINDS)
     heal: int | None = flag(
         None, "train for so many steps after freezing: the frozen maps in float, in few bits the "
-        "scales (default: 40 for int4 with data, or else 0)", natural, metavar="STEPS")
+        "scales (default: 40 for int4 and w4a16 with data, or else 0)", natural, metavar="STEPS")
     calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
                             metavar="N")
     prompts: str | None = flag(

@@ -235,7 +235,8 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
         raise ValueError(f"--context {context}: the texts that the export is checked with "
                          f"need {needed}")
     if config.target == "npu":               # all tokens are in the cache, whose size is fixed
-        static = config.static or (1, NPU_TOKENS, max(needed, min(longest, NPU_SLOTS)))
+        static = config.static or (
+            1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS)))
         if not needed <= static[2] <= longest:
             raise ValueError(f"--static with {static[2]} past positions: the texts that the export "
                              f"is checked with need {needed}, and the model ends at {longest}")

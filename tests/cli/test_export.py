@@ -440,6 +440,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--precision w8a16", "the last two need it"), ("--compile qnn:60", "needs --target npu"),
     ("--target npu --compile 60", "invalid qnn:SOC value"),
     ("--target npu --static 2x8x64", "one prompt at a time"),
+    ("--target npu --static 1x8x64 --context 64", "leave out --context"),
     ("--target npu --layout genai", "--target npu holds one merged model"),
     ("--target npu --routing dynamic", "--target npu holds one merged model"),
 ])
