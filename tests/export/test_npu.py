@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from exported import CONFIG, command, describe
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from minismoe.export.graph import write_sampler
@@ -115,6 +115,9 @@ def test_graphs_in_few_bits_compute_what_the_rounded_model_does(tmp_path: Path, 
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     kinds = {t.data_type for t in graph.initializer if t.name.endswith("_proj.weight")}
     assert kinds == {TensorProto.INT8 if precision == "w8a16" else TensorProto.INT4}
+    constants = [numpy_helper.to_array(t) for t in graph.initializer if not t.external_data
+                 and t.data_type == TensorProto.FLOAT]
+    assert constants and max(abs(c).max() for c in constants) < 65504        # HTP's largest float
     assert [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim] == [1, 1, 259]
 
 
