@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..model.decoder import CausalLM
-from ..model.quantize import (
-    Blocks,
-    centred,
-    dequantize,
-    quantize,
-    quantize_rows,
-    rows_at_a_time,
-)
+from ..model.quantize import Blocks, centred, dequantize, quantize, quantize_rows, rows_at_a_time
 from .weights import NPU_PRECISIONS, PRECISIONS
 
 

@@ -104,7 +104,6 @@ class NpuSteps:
     def __init__(self, folder: Path, info: Mapping[str, Any], provider: str | None,
                  on_cpu: Callable[[Path], ort.InferenceSession]):
         self.info = info
-
         kind, _, chip = (provider or "cpu").lower().replace("executionprovider", "").partition(":")
         made_for, asked = info.get("soc"), int(chip) if chip.isdecimal() else None
         if kind not in ("cpu", "qnn") or bool(chip) > bool(asked and kind == "qnn"):
