@@ -6,7 +6,7 @@ import json
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import mean, median
@@ -28,6 +28,7 @@ from ..model.checkpoint import weights
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks
 from ..training.evaluate import evaluate
+from .gptq import refine
 from .heal import Lesson, agreement, heal_maps, heal_scales, twin
 from .scales import quantize_model, round_weights
 from .settings import ExportConfig, FreezeConfig, Source, TableConfig
@@ -115,23 +116,27 @@ def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
 
 
 def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen: Frozen) -> None:
-    """Train what is frozen for config.heal steps: scales, if all that is frozen is merged into
-    weights in few bits, or else the maps."""
+    """Round what is merged into weights in few bits, and train what is frozen for config.heal
+    steps: the scales, if all of it is merged into such weights, or else the maps."""
     tasks: list[str | None] = [*data.pools] if config.adapters else [config.task]
 
     def rounded(model: CausalLM) -> None:
         if config.block:
             round_weights(model, config.precision, config.block)
 
-    for task in tasks if config.heal else ():
+    for task in tasks if data.pools else ():
         lesson = Lesson(source.model, data.pools[task] if task else data.examples,
                         config.heal or 0, source.tokenizer.pad_id, source.micro_batch_size)
         if config.block and config.routing != "freeze" and not config.adapters:
             into = {n: f for n, f in frozen.of(task).items() if n not in frozen.routed}
-            blocks = quantize_model(source.model, merged_weights(source.base, into),
-                                    config.precision, config.block)
-            frozen.blocks = heal_scales(lesson, blocks, keep=frozen.routed)
-        else:
+            weight = merged_weights(source.base, into)
+            blocks = quantize_model(source.model, weight, config.precision, config.block)
+            refine(source.model, blocks, weight, [
+                batch for name in ([task] if task else data.pools) for batch in data.batches[name]])
+            frozen.blocks = heal_scales(lesson, blocks, keep=frozen.routed) if config.heal else {
+                name: replace(found, data=found.data.cpu(), scales=found.scales.cpu())
+                for name, found in blocks.items()}
+        elif config.heal:
             frozen.of(task).update(heal_maps(lesson, frozen.of(task), keep=frozen.routed,
                                              rounded=rounded))
 

@@ -9,6 +9,7 @@ Letters: N outputs, K inputs, G blocks in a row, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..model.decoder import CausalLM
-from ..model.quantize import Blocks, centred, dequantize, quantize, quantize_rows, rows_at_a_time
+from ..model.quantize import Blocks, dequantize, few_rows, quantize, quantize_rows
 from .weights import NPU_PRECISIONS, PRECISIONS
 
 
@@ -29,39 +30,28 @@ class ScaledWeight(nn.Module):
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype):
         super().__init__()
-        self.size, self.shape, self.dtype = blocks.size, blocks.shape, dtype
-        self.scales, self.delta = blocks.scales, nn.Parameter(torch.zeros_like(blocks.scales))
-        self.integers = centred(blocks)
+        self.blocks, self.shape, self.dtype = blocks, blocks.shape, dtype
+        self.delta = nn.Parameter(torch.zeros_like(blocks.scales))
 
     @torch.no_grad()
-    def rows(self, which: Tensor | slice) -> Tensor:
-        """Some rows of the weight, (n, K)."""
-        scales = self.trained_scales(which).to(self.dtype)[..., None]
-        return self.integers[which].to(self.dtype).mul_(scales).flatten(1)[:, :self.shape[1]]
+    def rows(self, which: Tensor | slice = slice(None)) -> Tensor:
+        """Some rows of the weight, (n, K); default, all."""
+        data, scales = self.blocks.data[which], self.trained_scales(which)
+        shape = torch.Size((len(data), self.shape[1]))
+        return dequantize(replace(self.blocks, shape=shape, data=data, scales=scales), self.dtype)
 
     @torch.no_grad()
     def trained_scales(self, which: Tensor | slice = slice(None)) -> Tensor:
         """The scales of some rows as they are now, (n, G)."""
-        return self.scales[which] * self.delta[which].exp()
-
-    def parts(self) -> list[slice]:
-        """Slices of the rows, few enough at a time for a CPU's cache."""
-        step = rows_at_a_time(self.integers.flatten(1))
-        return [slice(n, n + step) for n in range(0, self.shape[0], step)]
-
-    def dense(self) -> Tensor:
-        """The weight (N, K)."""
-        w = torch.empty(self.shape, dtype=self.dtype, device=self.integers.device)
-        for part in self.parts():
-            w[part] = self.rows(part)
-        return w
+        return self.blocks.scales[which] * self.delta[which].exp()
 
     def block_sums(self, gradient: Tensor, w: Tensor) -> Tensor:
         """d delta (n, G) of some rows from d w and w (n, K): the sums over each block of d w * w.
 
         Writes over the gradient.
         """
-        x = F.pad(gradient.mul_(w), (0, -w.shape[1] % self.size)).unflatten(1, (-1, self.size))
+        size = self.blocks.size
+        x = F.pad(gradient.mul_(w), (0, -w.shape[1] % size)).unflatten(1, (-1, size))
         return x.sum(2, dtype=self.delta.dtype)
 
 
@@ -77,16 +67,16 @@ class _Multiply(torch.autograd.Function):
                 ) -> Tensor:
         ctx.weight = weight
         ctx.save_for_backward(x)
-        return F.linear(x, weight.dense(), bias)
+        return F.linear(x, weight.rows(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weight, w = ctx.saved_tensors, ctx.weight, ctx.weight.dense()
+        (x,), weight, w = ctx.saved_tensors, ctx.weight, ctx.weight.rows()
         dx = dy @ w if ctx.needs_input_grad[0] else None
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)
         return dx, torch.cat([weight.block_sums(dy[:, part].T @ x, w[part])
-                              for part in weight.parts()]), None, None
+                              for part in few_rows(w)]), None, None
 
 
 class _Lookup(torch.autograd.Function):

@@ -110,7 +110,7 @@ def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list
             inputs.append((args[0], {}))
         inputs[-1][1][names[layer]] = layer
 
-    _run(model, batch, names, hook)
+    run_hooked(model, batch, names, hook)
     groups: list[list[Readers]] = []
     room = memory
     for _, readers in inputs:
@@ -124,13 +124,14 @@ def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list
     return groups
 
 
-def _run(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[ExpertLinear],
-         hook: Callable[..., None]) -> None:
-    """Run a model on a batch, without its head, and call a forward hook for some layers."""
+def run_hooked(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[nn.Module],
+               hook: Callable[..., None]) -> Any:
+    """What a model returns of a batch, without its head; calls a forward hook for some layers."""
     was = model.training
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
-        getattr(model.eval(), "model", model)(input_ids=batch[0], attention_mask=batch[1])
+        decoder = getattr(model.eval(), "model", model)
+        return decoder(input_ids=batch[0], attention_mask=batch[1])
     finally:
         model.train(was)
         for handle in handles:
@@ -186,7 +187,7 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
         mask = batch[1]
         held = (seen + mask.nonzero()[:, 0]) % HOLD == 1                 # (N,), of the real tokens
         token_numbers = [part.nonzero()[:, 0] for part in (~held, held)]
-        _run(model, batch, sums_of, hook)
+        run_hooked(model, batch, sums_of, hook)
         seen += len(mask)
         progress(len(mask))
     return found

@@ -42,32 +42,42 @@ class Blocks:
 
 def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
     """Blocks of `size` weights, in 4 or 8 bits, of a weight (N, K)."""
-    parts, step, zero = [], rows_at_a_time(weight), 1 << (bits - 1)
-    for n in range(0, len(weight), step):
-        w = F.pad(weight[n:n + step].float(), (0, -weight.shape[1] % size))
+    parts, zero = [], 1 << (bits - 1)
+    for rows in few_rows(weight):
+        w = F.pad(weight[rows].float(), (0, -weight.shape[1] % size))
         w = w.unflatten(1, (-1, size))
-        low, high = w.amin(2, True), w.amax(2, True)
-        scale = torch.where(high > -low, high, low) / -zero
-        scale = torch.where(scale.abs() < TINY, TINY, scale)
-        q = (w / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).byte()
-        parts.append((_pack(q, bits), scale.squeeze(2)))
+        scale = steps(w, zero)
+        parts.append((pack(integers(w, scale, zero), bits), scale.squeeze(2)))
     return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
 
 
 def quantize_rows(weight: Tensor) -> Blocks:
     """A weight (N, K) in 8 bits with one positive scale a row, as NPUs take it."""
-    scales = (weight.float().abs().amax(1) / 127).clamp_min(TINY)
-    data = torch.cat([(w.float() / s[:, None]).round_().add_(128).byte() for w, s in zip(
-        *(t.split(rows_at_a_time(weight)) for t in (weight, scales)))])
-    return Blocks(8, weight.shape[1], weight.shape, data[:, None], scales[:, None])
+    scales = (weight.float().abs().amax(1, True) / 127).clamp_min(TINY)
+    data = torch.cat([integers(weight[rows].float(), scales[rows], 128)
+                      for rows in few_rows(weight)])
+    return Blocks(8, weight.shape[1], weight.shape, data[:, None], scales)
 
 
-def rows_at_a_time(weight: Tensor) -> int:
-    """Rows that are computed at a time, so that they stay in a CPU's cache."""
-    return max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
+def steps(w: Tensor, zero: int) -> Tensor:
+    """The scales (..., 1) of blocks of weights (..., n)."""
+    low, high = w.amin(-1, True), w.amax(-1, True)
+    scale = torch.where(high > -low, high, low) / -zero
+    return torch.where(scale.abs() < TINY, TINY, scale)
 
 
-def _pack(q: Tensor, bits: int) -> Tensor:
+def integers(w: Tensor, scale: Tensor, zero: int) -> Tensor:
+    """q (..., n) uint8 of weights, from 0 to 2 * zero - 1."""
+    return (w / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).byte()
+
+
+def few_rows(weight: Tensor) -> list[slice]:
+    """Slices of the rows of a weight (N, K), each of few enough rows for a CPU's cache."""
+    step = max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
+    return [slice(n, n + step) for n in range(0, weight.shape[0], step)]
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
     """uint8 (..., n) below 2^bits -> (..., ceil(n * bits / 8)), the first in the low nibble."""
     if bits == 8:
         return q
@@ -81,28 +91,21 @@ def columns(blocks: Blocks) -> tuple[Tensor, Tensor]:
     data is flat uint8; in 4 bits, values are packed without a gap between rows.
     """
     data = unpack(blocks.data, blocks.bits).flatten(1)[:, :blocks.shape[1]]
-    return _pack(data.T.flatten(), blocks.bits), blocks.scales.T
+    return pack(data.T.flatten(), blocks.bits), blocks.scales.T
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_pack`, padding included: (..., n) -> (..., n * 8 / bits)."""
+    """The inverse of `pack`, padding included: (..., n) -> (..., n * 8 / bits)."""
     if bits == 8:
         return packed
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-
-
-def centred(blocks: Blocks) -> Tensor:
-    """q - zero, (N, G, size) int8."""
-    zero = 1 << (blocks.bits - 1)
-    return unpack(blocks.data, blocks.bits).sub(zero).view(torch.int8)   # wraps around below 0
 
 
 def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (N, K), computed in float32, a few rows at a time, and rounded to `dtype`."""
     N, K = blocks.shape
     weight = torch.empty(N, K, dtype=dtype, device=blocks.scales.device)
-    step = rows_at_a_time(weight)
-    for part in (slice(n, n + step) for n in range(0, N, step)):
+    for part in few_rows(weight):
         q = unpack(blocks.data[part], blocks.bits).float().sub_(1 << (blocks.bits - 1))
         weight[part] = q.mul_(blocks.scales[part, :, None]).flatten(1)[:, :K]
     return weight

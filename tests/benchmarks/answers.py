@@ -27,12 +27,13 @@ from minismoe.runtime import Generator
 from minismoe.runtime.prefix import shared_tokens
 
 Ask = Callable[[Sequence[list[int]]], list[str]]         # prompts -> answers
-RATIOS = [("choices, single", "plain, single"), ("choices, batches", "plain, batches"),
-          ("choices, batches", "plain, single")]
+RATIOS = [("choices, single", "plain, single"), ("first token, single", "plain, single"),
+          ("choices, batches", "plain, batches"), ("choices, batches", "plain, single")]
 
 
 def ways(generator: Generator, choices: Sequence[str], batch: int) -> dict[str, Ask]:
-    """Four ways to answer. A plain answer may be 4 tokens longer than the longest of the set."""
+    """Ways to answer. A plain answer may be 4 tokens longer than the longest of the set. The first
+    token alone is no answer: its time is the least that any way to answer takes."""
     encode, decode = generator.tokenizer.encode, generator.tokenizer.decode
     limit = max(len(encode(choice)[0]) for choice in choices) + 4
 
@@ -42,6 +43,8 @@ def ways(generator: Generator, choices: Sequence[str], batch: int) -> dict[str, 
     return {
         "plain, single": lambda prompts: [decode(list(generator.generate(p, limit))).strip()
                                           for p in prompts],
+        "first token, single": lambda prompts: [decode(list(generator.generate(p, 1))).strip()
+                                                for p in prompts],
         "choices, single": lambda prompts: [generator.choose(p, choices)[0].text for p in prompts],
         "plain, batches": batched(lambda prompts: [
             decode(tokens).strip() for tokens in generator.batch(prompts, limit)]),

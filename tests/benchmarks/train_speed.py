@@ -68,7 +68,7 @@ def heal(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     teacher = ours(args, dtype)[0]
     student = twin(teacher).train()
     scaled = scale_model(student, quantize_model(
-        teacher, lambda name: teacher.get_parameter(name).detach(), "int4", 32)).values()
+        teacher, lambda name: teacher.get_parameter(name).detach(), "int4", 128)).values()
 
     return torch.nn.ModuleList(scaled), lambda examples, pad: heal_step(
         student, Lesson(teacher, examples, 1, pad, args.batch_size), examples)

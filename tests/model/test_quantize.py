@@ -10,7 +10,7 @@ import torch
 from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
-from minismoe.model.quantize import BLOCK, centred, columns, dequantize, quantize, unpack
+from minismoe.model.quantize import BLOCK, columns, dequantize, quantize, quantize_rows, unpack
 
 
 def weight(outputs: int = 24, inputs: int = 96, seed: int = 0) -> Tensor:
@@ -33,7 +33,8 @@ def test_onnxruntime_rounds_the_same(bits: int, size: int) -> None:
     rounding[bits](data, w.T.contiguous().numpy(), scales, zeros, size, 24, 200, True)
     torch.testing.assert_close(ours.scales.flatten(), torch.from_numpy(scales), rtol=1e-6, atol=0)
     theirs = replace(ours, data=torch.from_numpy(data))
-    far = (centred(ours).int() - centred(theirs).int()).abs().flatten(1)[:, :200]
+    q, p = (unpack(b.data, bits).flatten(1)[:, :200].int() for b in (ours, theirs))
+    far = (q - p).abs()
     assert far.max() <= 1 and (far > 0).float().mean() < 0.01      # halves round either way
 
 
@@ -76,7 +77,8 @@ def test_packed_shapes_and_columns_hold_the_same_weights(
     assert b.scales.shape == (outputs, groups)
     found = dequantize(b)
     assert found.shape == w.shape
-    assert not centred(b).flatten(1)[:, inputs:].any(), "padding must stay 0"
+    padding = unpack(b.data, bits).flatten(1)[:, inputs:]
+    assert (padding == 2 ** (bits - 1)).all(), "padding must stay 0"
     assert error(found, w) < (0.02 if bits == 4 else 1e-4)
 
     data, scales = columns(b)                                    # the same from (K, N)
@@ -92,3 +94,12 @@ def test_rows_are_independent_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     parts = quantize(w, 4)
     for field in ("data", "scales"):
         assert torch.equal(getattr(whole, field), getattr(parts, field))
+
+
+def test_rows_have_one_positive_scale_each() -> None:
+    w = weight(40, 48)
+    w[0], w[1] = 0, -w[1].abs()
+    found = quantize_rows(w)
+    assert found.scales.shape == (40, 1) and bool((found.scales > 0).all())
+    assert bool(((dequantize(found) - w).abs() <= found.scales / 2 + 1e-6).all())
+    assert int(found.data.min()) >= 1                    # from -127 to 127
