@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..export.settings import ExportConfig, TableConfig
+from ..export.weights import NPU_PRECISIONS
 from ..io.flags import add_flags, from_flags
 
 TABLE = """Print exact match and residual of each way to freeze the routing of a run, write them to
@@ -54,9 +55,10 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
     layout, needs = config.layout, of_adapters(given) if config.model else ""
-    ungraphed = first(given, "target", "static", "context", "precision", "block")
+    ungraphed = first(given, "target", "static", "compile", "context", "precision", "block")
     idle = first(given, "fit", "calibration", "heal", "prompts", "task")
-    few = config.precision.startswith(("int", "auto"))
+    few = config.precision.startswith(("int", "auto", "w4"))
+    npu = config.target == "npu"
     rules = [
         (config.run and config.model, "RUN names its base itself: give RUN or --model"),
         (not config.graph and ungraphed,
@@ -70,9 +72,18 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          "--model has no data to heal on: give --prompts FILE"),
         (config.model and config.prompts and not few,
          f"--precision {config.precision} keeps a base as it is: leave out --prompts"),
-        (config.static and config.target == "ort", "--static needs --target portable"),
+        (npu and (layout != "onnx" or config.adapters or config.routing != "merge"),
+         "--target npu holds one merged model: leave out --layout, --adapters and --routing"),
+        (npu != (config.precision in NPU_PRECISIONS) and config.precision not in ("auto", "fp16"),
+         "--target npu takes --precision " + ", ".join(NPU_PRECISIONS) + "; the last two need it"),
+        (npu and config.static and config.static[0] > 1,
+         "--target npu reads one prompt at a time: --static 1xTxP"),
+        (npu and config.static and config.context,
+         "--static says how many positions there are: leave out --context"),
+        (config.compile and not npu, "--compile needs --target npu"),
+        (config.static and config.target == "ort", "--static needs --target portable or npu"),
         (config.static and layout != "onnx", "--static needs --layout onnx"),
-        (layout == "web" and config.target == "portable", "--layout web needs --target ort"),
+        (layout == "web" and config.target != "ort", "--layout web needs --target ort"),
         (config.routing == "dynamic" and idle,
          f"--routing dynamic freezes nothing: leave out {idle}"),
         (config.adapters and config.routing != "merge",

@@ -37,6 +37,8 @@ END = 1 << 62                   # the end of any axis
 class DecoderGraph(MixtureGraph):
     """The graph of one model. Its methods are the modules of model/decoder.py, leaf to root."""
 
+    masked = -1e9               # added to the scores of keys that a query does not see
+
     def norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
         """(x + added, normalised; x + added)."""
         weight = self.tensor(f"{name}.weight", self.norm_weight(name))
@@ -172,7 +174,7 @@ class DecoderGraph(MixtureGraph):
         seen = (self.seen_static if self.static else self.seen)(name, window)
         real = self.node("Unsqueeze", name, self.node(
             "Cast", name, "attention_mask", to=TensorProto.BOOL), [1, 2])
-        none = -1e4 if self.dtype == torch.float16 else -1e9
+        none = -1e4 if self.dtype == torch.float16 else self.masked
         y = self.node("Where", name, self.node("And", name, seen, real),
                       self.constant(0.0, self.dtype), self.constant(none, self.dtype))
         heads = c.num_attention_heads // c.num_key_value_heads

@@ -30,8 +30,10 @@ from ..model.quantize import BLOCK
 from .graph import write_decoder, write_sampler
 from .heal import twin
 from .mixture import Adapter, AdapterInput
+from .npu import calibrated, compile_npu, write_npu
 from .routing import Fits, Frozen, merged_weights
 from .settings import ExportConfig, Source
+from .weights import NPU_PRECISIONS
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
 
@@ -51,11 +53,19 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
     beside: dict[str, Adapter] = {n: a for n, a in expert_layers(model).items() if n not in into}
     if config.adapters:
         into, beside = {}, dict.fromkeys(into, AdapterInput())
-    weight = merged_weights(source.base, into)
-    write_decoder(folder / "model.onnx", sizes,
-                  lambda name: frozen.blocks[name] if name in frozen.blocks else weight(name),
-                  beside, target=config.target, precision=config.precision,
-                  context=config.context or 0, block=config.block or BLOCK, static=config.static)
+    stored = merged_weights(source.base, into)
+
+    def weight(name: str) -> Any:
+        return frozen.blocks[name] if name in frozen.blocks else stored(name)
+
+    sizing: dict[str, Any] = dict(precision=config.precision, context=config.context or 0,
+                                  block=config.block or BLOCK, static=config.static)
+    if config.target == "npu":
+        write_npu(folder, sizes, weight, ranges=calibrated(config, source, frozen), **sizing)
+        if config.compile:
+            compile_npu(folder, config.compile)
+    else:
+        write_decoder(folder / "model.onnx", sizes, weight, beside, target=config.target, **sizing)
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
     adapters = {}
     for number, task in enumerate(frozen.by_task if config.adapters else ()):
@@ -67,7 +77,8 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
             "heads": sizes.num_attention_heads,
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
             "vocab_size": sizes.vocab_size, "adapters": adapters,
-            "cache_type": "float16" if config.precision == "fp16" else "float32"}
+            "cache_type": "float16" if config.precision in NPU_PRECISIONS else "float32",
+            **({"soc": config.compile} if config.compile else {})}
 
 
 def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits) -> None:

@@ -25,6 +25,8 @@ TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
 class Graph:
     """Nodes and tensors; the bytes of large ones are written to `data` at once, and not kept."""
 
+    opset = OPSET
+
     def __init__(self, data: BinaryIO | None = None, location: str = ""):
         self.data, self.location = data, location
         self.nodes: list[onnx.NodeProto] = []
@@ -91,7 +93,7 @@ class Graph:
         """Write the graph beside its data file."""
         graph = helper.make_graph(self.nodes, file.stem, self.inputs, self.outputs,
                                   list(self.tensors.values()))
-        opsets = [helper.make_opsetid(domain, 1 if domain else OPSET)
+        opsets = [helper.make_opsetid(domain, 1 if domain else self.opset)
                   for domain in sorted({"", *(n.domain for n in self.nodes)})]
         onnx.save(helper.make_model(graph, producer_name="minismoe", ir_version=IR,
                                     opset_imports=opsets), str(file))

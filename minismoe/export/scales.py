@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..model.decoder import CausalLM
-from ..model.quantize import Blocks, dequantize, few_rows, quantize
-from .weights import PRECISIONS
+from ..model.quantize import Blocks, dequantize, few_rows, quantize, quantize_rows
+from .weights import NPU_PRECISIONS, PRECISIONS
 
 
 class ScaledWeight(nn.Module):
@@ -135,11 +135,19 @@ def quantised_weights(model: CausalLM, precision: str,
             yield name, part, bits if ".layers." in name else table_bits
 
 
+def few_bits(weight: Any, precision: str, bits: int, block: int) -> Blocks:
+    """A weight as a graph of that precision stores it; ready-made `Blocks` stay as they are."""
+    if isinstance(weight, Blocks):
+        return weight
+    rows = bits == 8 and precision in NPU_PRECISIONS
+    return quantize_rows(weight) if rows else quantize(weight, bits, block)
+
+
 def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,
                    ) -> dict[str, Blocks]:
     """The blocks of all weights that a graph quantises, by name; weight(name) reads one of them."""
     device = model.lm_head.weight.device
-    return {f"{name}.weight": quantize(weight(f"{name}.weight").to(device), bits, block)
+    return {f"{name}.weight": few_bits(weight(f"{name}.weight").to(device), precision, bits, block)
             for name, _, bits in quantised_weights(model, precision)}
 
 
@@ -151,7 +159,8 @@ def round_weights(model: CausalLM, precision: str, block: int,
     blocks: those that the graph stores in place of the model's own weights, by weight name.
     """
     for name, part, bits in quantised_weights(model, precision):
-        found = (blocks or {}).get(f"{name}.weight") or quantize(part.weight, bits, block)
+        found = (blocks or {}).get(f"{name}.weight") or few_bits(
+            part.weight, precision, bits, block)
         dense = dequantize(found, part.weight.dtype).to(part.weight.device)
         part.weight = nn.Parameter(dense, requires_grad=False)
     if model.config.tie_word_embeddings:

@@ -26,6 +26,17 @@ def static_sizes(text: str) -> tuple[int, int, int]:
 static_sizes.__name__ = "BxTxP"              # as argparse calls it in a message
 
 
+def qnn_chip(text: str) -> int:
+    """An argparse type: qnn:SOC."""
+    kind, _, number = text.lower().partition(":")
+    if kind != "qnn":
+        raise ValueError(text)
+    return positive(number)
+
+
+qnn_chip.__name__ = "qnn:SOC"
+
+
 @dataclass(frozen=True)
 class FreezeConfig:
     """How the routing of a run is frozen, and where that runs."""
@@ -35,7 +46,7 @@ class FreezeConfig:
                     "input, constant gates, or their mean", choices=KINDS)
     heal: int | None = flag(
         None, "train for so many steps after freezing: the frozen maps in float, in few bits the "
-        "scales (default: 40 for int4 with data, or else 0)", natural, metavar="STEPS")
+        "scales (default: 40 for int4 and w4a16 with data, or else 0)", natural, metavar="STEPS")
     calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
                             metavar="N")
     prompts: str | None = flag(
@@ -83,11 +94,15 @@ class ExportConfig(FreezeConfig):
     block: int | None = flag(
         None, "weights that share a scale, in 8 or 4 bits (default: 128 if scales are healed, rows "
         "are long and the target is ort; or else 32)", int, choices=BLOCKS)
-    target: str = flag("ort", "onnxruntime's fused operators (default), or standard ONNX "
-                       "operators only", choices=("ort", "portable"))
+    target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
+                       "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
+                       choices=("ort", "portable", "npu"))
     static: tuple[int, int, int] | None = flag(
         None, "fixed sizes for accelerators: prompts, tokens a step, past positions; needs "
-        "--target portable", static_sizes, metavar="BxTxP")
+        "--target portable, or npu (default there: 1x64x512)", static_sizes, metavar="BxTxP")
+    compile: int | None = flag(
+        None, "compile for the NPU of a chip, by Qualcomm's number: qnn:60 is Snapdragon X Elite, "
+        "qnn:43 8 Gen 2, qnn:57 8 Gen 3; needs --target npu", qnn_chip, metavar="qnn:SOC")
     context: int | None = flag(
         None, "positions of the graph (default: what the model was made for, at most 2048, or "
         "what the test lines need)", positive, metavar="TOKENS")
@@ -103,13 +118,18 @@ class ExportConfig(FreezeConfig):
         if not self.graph:
             return replace(self, precision="fp32", heal=self.heal or 0)
         heals = has_examples and self.heal != 0 and self.routing != "dynamic"
-        precision = self.precision
+        npu, precision = self.target == "npu", self.precision
+        if npu and not has_examples and precision not in ("auto", "fp16"):
+            raise ValueError(f"--precision {precision} rounds activations by ranges that texts "
+                             "show: export a RUN, give --prompts FILE, or take --precision fp16")
         if precision == "auto":
-            precision = "int4" if heals else "int4-8"
-        heal = (STEPS if heals and precision == "int4" else 0) if self.heal is None else self.heal
+            precision = ("w8a16" if has_examples else "fp16") if npu else (
+                "int4" if heals else "int4-8")
+        heal = (STEPS if heals and precision in ("int4", "w4a16") else 0
+                ) if self.heal is None else self.heal
         large = heal and self.target == "ort" and hidden_size >= 4 * BLOCKS[-1]
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
-            PRECISIONS[precision]) else None
+            PRECISIONS[precision]) and precision != "w8a16" else None
         return replace(self, precision=precision, heal=heal, block=block)
 
     @property

@@ -28,6 +28,7 @@ from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
 from ..model.checkpoint import load_adapter, load_model, weights
 from ..model.decoder import CausalLM
+from ..model.quantize import BLOCK
 from ..runtime import Generator
 from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
 from .heal import twin
@@ -35,11 +36,14 @@ from .mixture import round_adapters
 from .routing import Frozen
 from .scales import round_weights
 from .settings import ExportConfig, Source
+from .weights import PRECISIONS
 
 # How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
 # a graph must also agree with PyTorch on the same rounded weights.
-TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6}
+TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
+              "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2}      # a16: of the activations alone
+NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
 TOKENS = 24                              # of each greedy text
 FEW = 4                                  # of each text read without rounding, which is slow
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
@@ -97,16 +101,32 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
 
 
 def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts,
-                    ) -> dict[str, Any]:
+                    precision: str = "fp32") -> dict[str, Any]:
     """Compare an `unrounded` graph with `model`, whose weights `round_weights` rounded.
 
-    Raises ValueError if they differ by more than float32 explains.
+    Raises ValueError if they differ by more than the precision of the activations explains.
     """
     count = min(FEW, generator.room(max(map(len, prompts))))
     found = compare_logits(model, partial(logits, generator), prompts,
-                           generator.tokenizer.stop_ids, "fp32", count,
+                           generator.tokenizer.stop_ids, precision, count,
                            " with the same rounded weights")
     return {"rounded_error": found["logits_error"]}
+
+
+def compare_npu(generator: Generator, compiled: Generator, prompt: Sequence[int]) -> dict[str, Any]:
+    """Compare what was compiled for an NPU with the same graphs on the CPU, along one short text.
+
+    Raises ValueError if they differ by more than float16 explains: a graph that compiles may
+    compute something else.
+    """
+    text = list(generator.generate(prompt, FEW - 1))
+    wanted, found = (logits(g, prompt, text) for g in (generator, compiled))
+    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    if not error <= TOLERANCES["a16"]:
+        raise ValueError(f"the compiled graphs are not what the CPU computes: their logits are off "
+                         f"by {error:.2g} of the largest; try another T in --static 1xTxP")
+    print(f"compiled: logits within {error:.1e} of the CPU's largest")
+    return {"compiled_error": float(f"{error:.3g}")}
 
 
 def unrounded(generator: Generator) -> Generator:
@@ -214,6 +234,13 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     if context < needed:
         raise ValueError(f"--context {context}: the texts that the export is checked with "
                          f"need {needed}")
+    if config.target == "npu":               # all tokens are in the cache, whose size is fixed
+        static = config.static or (
+            1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS)))
+        if not needed <= static[2] <= longest:
+            raise ValueError(f"--static with {static[2]} past positions: the texts that the export "
+                             f"is checked with need {needed}, and the model ends at {longest}")
+        return replace(config, context=static[2], static=static)
     if config.static and config.static[2] < (least := prompt + config.static[1]):
         raise ValueError(f"--static with {config.static[2]} past positions: the texts that the "
                          f"export is checked with need {least}")
@@ -236,24 +263,28 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
     if not config.graph:
         return check_weights(config, source, folder, frozen, reference(config.task), base)
     generator, found = Generator(folder), {}
-    blocks = unrounded(generator) if config.block else None
+    npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
+    blocks = (generator if npu else unrounded(generator)) if rounds else None
     prompts = some_prompts(source, config.check)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
         generator.use(adapter)
         model = rounded = reference(task, adapted)
-        if config.block:
-            rounded = round_weights(reference(task, adapted), config.precision, config.block,
+        if rounds:
+            block = config.block or BLOCK
+            rounded = round_weights(reference(task, adapted), config.precision, block,
                                     frozen.blocks)
             if not config.adapters:          # as inputs of the graph they stay as they are
-                round_adapters(rounded, config.block)
+                round_adapters(rounded, block)
         # Healed weights are no longer those of the model: the graph is compared with them.
         seen = compare_graph(rounded if frozen.blocks else model, generator, prompts,
                              config.precision)
         if blocks:
             blocks.use(adapter)
-            seen |= compare_rounded(rounded, blocks, prompts)
+            seen |= compare_rounded(rounded, blocks, prompts, "a16" if npu else "fp32")
         show_logits(task or source.name, seen)
+        if config.compile:
+            seen |= compare_npu(generator, Generator(folder, "qnn"), prompts[0])
         if adapted:
             seen["exact_match"] = accuracies(config, source, generator, model, [
                 t for t in source.tasks if task in (None, t.name)])

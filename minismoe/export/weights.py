@@ -23,7 +23,9 @@ from .nodes import TYPES, Graph
 
 CHUNK = 1 << 22                 # elements that are converted at a time
 # Bits of the blocks of linear layers, and of embedding and head, which suffer most from few.
-PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), "int4": (4, 4)}
+PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), "int4": (4, 4),
+              "w8a16": (8, 8), "w4a16": (4, 8)}              # with activations in 16 bits
+NPU_PRECISIONS = ("fp16", "w8a16", "w4a16")
 
 
 class WeightGraph(Graph):

@@ -51,6 +51,14 @@ def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
     return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
 
 
+def quantize_rows(weight: Tensor) -> Blocks:
+    """A weight (N, K) in 8 bits with one positive scale a row, as NPUs take it."""
+    scales = (weight.float().abs().amax(1, True) / 127).clamp_min(TINY)
+    data = torch.cat([integers(weight[rows].float(), scales[rows], 128)
+                      for rows in few_rows(weight)])
+    return Blocks(8, weight.shape[1], weight.shape, data[:, None], scales)
+
+
 def steps(w: Tensor, zero: int) -> Tensor:
     """The scales (..., 1) of blocks of weights (..., n)."""
     low, high = w.amin(-1, True), w.amax(-1, True)

@@ -119,7 +119,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, help="of the draws; default: another one each time")
     add("--speculate", action=argparse.BooleanOptionalAction, help="draft tokens from the text so "
         "far and verify several at once; the answer stays the same (default: where it can be done)")
-    add("--provider", help="onnxruntime's execution provider, such as cuda (default: cpu)")
+    add("--provider", help="onnxruntime's execution provider, such as cuda; qnn for a folder of "
+        "target npu, emulated on x86-64 (default: cpu)")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")

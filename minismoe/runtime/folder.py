@@ -36,7 +36,11 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
                  for name, entry in info["files"].items()}
         if odd := [e for e in files.values() if (type(e[0]), type(e[1])) != (int, str)]:
             raise ValueError(f"size and hash {odd[0]}")
-        if lacking := {"model.onnx", "sampler.onnx"} - info["files"].keys():
+        needed = {"model.onnx", "sampler.onnx"}
+        if info["target"] == "npu":
+            needed |= {"embed.onnx", "prompt.onnx"} | (
+                {"model.qnn.onnx", "prompt.qnn.onnx"} if info.get("soc") else set())
+        if lacking := needed - info["files"].keys():
             raise ValueError(f"it names no {' and no '.join(sorted(lacking))}")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
         layout = info.get("layout") if isinstance(info, dict) else None
@@ -56,9 +60,11 @@ def _check(info: Any) -> None:
     """Raise ValueError, KeyError or TypeError if a value is missing or out of range."""
     sizes = [*(info[key] for key in SIZES), info.get("heads", 1), *(info.get("static") or [])]
     if info["format"] != FORMAT or info["cache_type"] not in CACHE_TYPES or (
-            info["target"] not in ("ort", "portable")):
+            info["target"] not in ("ort", "portable", "npu")):
         raise ValueError(f"format {info['format']!r}, cache type {info['cache_type']!r}, "
                          f"target {info['target']!r}")
+    if info["target"] == "npu" and (info["static"][0], type(info.get("soc", 0))) != (1, int):
+        raise ValueError(f"static {info['static']}, chip {info['soc']!r}")
     if not all(type(size) is int and 0 < size <= 1 << 24 for size in sizes) or len(
             sizes) not in (6, 9) or not isinstance(info.get("adapters") or {}, dict):
         raise ValueError(f"sizes {sizes}")

@@ -6,6 +6,7 @@ Keys and values stay on the session's device, in bound OrtValues:
                hands out its pages as they are written. Prompts are padded on the right.
     portable   the present of a step is the past of the next step. Prompts are padded on the left.
     static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
+    npu        one buffer of P slots, which the new keys and values are copied into.
 
 The last inputs of convolutions go from step to step as in portable, whatever the target.
 
@@ -31,6 +32,7 @@ import onnxruntime as ort
 from ..data.tokenizer import load_tokenizer
 from .choices import Answer, likeliest
 from .folder import CACHE_TYPES, plain_file, read_info
+from .npu import EXACT, NpuSteps
 from .prefix import Prefix
 from .speculate import Choose, Pace, SharedRows, obstacle, speculated
 
@@ -65,11 +67,15 @@ class Generator:
         self._prefix: Prefix | None = None
         self.steps = 0                       # that wrote its tokens after the first, if speculated
         self._shared = self.info["target"] == "ort" and not self.static
-        name = _provider(provider)
+        self._npu = NpuSteps(self.folder, self.info, provider, partial(
+            _session, provider="CPUExecutionProvider", threads=threads, entries=EXACT),
+                             ) if self.info["target"] == "npu" else None
+        name = _provider(None if self._npu else provider)
         self._device = DEVICES.get(name, "cpu")
         if self._shared and self._device == "cuda" and self.info["cache_type"] == "float32":
             self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
-        self._session = _session(self.folder / "model.onnx", name, threads)
+        self._session = self._npu.one if self._npu else _session(
+            self.folder / "model.onnx", name, threads)
         self._sampler = _session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
@@ -119,8 +125,9 @@ class Generator:
         """
         if any(name.startswith("conv") for name in self._caches):
             raise ValueError("a prefix is kept of keys and values: this model has convolutions")
-        if self._device != "cpu":
-            raise ValueError("a prefix is kept from a cache on the CPU: leave out the provider")
+        if self._device != "cpu" or self._npu:
+            raise ValueError("a prefix is kept from a cache on the CPU: leave out the provider, or "
+                             "export for another target than npu")
         self._prefix = Prefix(self, self.encoded([prefix])[0], Path(file) if file else None)
         return self._prefix
 
@@ -170,6 +177,10 @@ class Generator:
         None pads shorter rows: on the left; for target ort on the right, and only in the first step
         after `reset`. A static graph fixes B and T.
         """
+        if self._npu:
+            logits = self._npu.step(rows[0], len(self._seen), self._past)
+            self._seen += [t for t in rows[0] if t is not None]
+            return logits
         B, T, io = len(rows), len(rows[0]), self._io
         positions = array("q")
         for mask, row in zip(self._masks, rows):
@@ -203,6 +214,8 @@ class Generator:
     def _pad(self, rows: Sequence[Row]) -> list[Row]:
         """Pad rows to one length; for a static graph to a multiple of its T, and to B rows."""
         B, T, _ = self.static or (len(rows), 1, 0)
+        if self._npu and len(rows[0]) == 1:
+            T = 1                            # its second graph
         longest = -(-max(map(len, rows)) // T) * T
         gaps = [[None] * (longest - len(row)) for row in rows]
         rows = [[*row, *gap] if self._shared else [*gap, *row] for row, gap in zip(rows, gaps)]
@@ -318,7 +331,8 @@ class Generator:
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens."""
-        return (self.context - length) // (self.static[1] if self.static else 1)
+        return (self.context - length) // (
+            self.static[1] if self.static and not self._npu else 1)
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
@@ -403,19 +417,24 @@ def enough_onnxruntime() -> None:
 def _provider(name: str | None) -> str:
     present = {p.lower(): p for p in ort.get_available_providers()}
     wanted = (name or "cpu").lower().removesuffix("executionprovider") + "executionprovider"
+    if wanted.startswith("qnn"):
+        raise ValueError("the provider qnn needs a folder of export.py --target npu")
     if wanted not in present:
         raise ValueError(f"onnxruntime has no provider {name!r} here; present: "
                          f"{', '.join(present.values())}")
     return present[wanted]
 
 
-def _session(file: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+def _session(file: Path, provider: str, threads: int | None,
+             entries: Sequence[tuple[str, str]] = ()) -> ort.InferenceSession:
     options = ort.SessionOptions()
     if threads is None:                      # 0: all physical cores; not if we may use fewer
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
         threads = allowed if allowed and allowed < (os.cpu_count() or 1) else 0
     options.intra_op_num_threads = threads
     options.log_severity_level = 3           # errors only
+    for key, text in entries:
+        options.add_session_config_entry(key, text)
     providers = [provider, *["CPUExecutionProvider"] * (provider != "CPUExecutionProvider")]
     return _opened(lambda name: ort.InferenceSession(name, options, providers=providers), file)
 

@@ -7,13 +7,18 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import onnx
 import onnx.numpy_helper
 import pytest
 import torch
+from onnxruntime import OrtValue
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -125,6 +130,47 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         assert list(Generator(out, threads=1).generate(PROMPT, 20)) == expected
 
 
+@pytest.mark.parametrize("flags", ["", "--precision fp16 --static 1x8x64",
+                                   "--precision w4a16 --heal 2 --prompts"])
+def test_an_npu_folder(run: Path, tmp_path: Path, flags: str) -> None:
+    out, args = tmp_path / "out", flags.split()
+    if "--prompts" in args:
+        (tmp_path / "lines").write_text("say 5\nsay 77\nsing\nwhat?\nsay 6\n")
+        args += [str(tmp_path / "lines")]
+    elif find_spec("onnxruntime_qnn") and "w4a16" not in flags:   # QNN takes whole blocks only
+        args += ["--compile", "qnn:60"]
+    export.main([str(run), "--out", str(out), "--target", "npu", "--check", "2", "--calibration",
+                 "16", *args])
+    info = read_info(out, verify=True)
+    assert info["static"] == ([1, 8, 64] if "--static" in args else [1, 64, 128])
+    assert info["precision"] == (args[1] if "--precision" in args else "w8a16")
+    seen = info["checked"][""]
+    assert seen.get("rounded_error", 0) < 0.02 and set(seen["exact_match"]) == {"number", "twice"}
+    assert ("compiled_error" in seen) == ("--compile" in args) == (out / "model.qnn.onnx").exists()
+    assert list(Generator(out, threads=1).generate(PROMPT, 4))
+
+
+def test_what_compiles_and_computes_something_else_is_refused() -> None:
+    """`compare_npu` reads the same text with both, and compares."""
+    class Given:
+        def __init__(self, factor: float):
+            self.factor = factor
+
+        def generate(self, prompt: list[int], count: int) -> list[int]:
+            return [1] * count
+
+        def forced(self, prompt: list[int], text: list[int]) -> Iterator[Any]:
+            return (OrtValue.from_dlpack(torch.tensor([[[0.0, 5.0 * self.factor]]]))
+                    for _ in range(len(text) + 1))
+
+    with mock.patch.object(verify, "Generator", Given):
+        assert verify.compare_npu(Given(1), Given(1.001), [1, 2])["compiled_error"] < 2e-3
+        with pytest.raises(ValueError, match="not what the CPU computes.*--static 1xTxP"):
+            verify.compare_npu(Given(1), Given(1.1), [1, 2])
+        with pytest.raises(ValueError, match="not what the CPU computes"):
+            verify.compare_npu(Given(1), Given(math.nan), [1, 2])
+
+
 def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> None:
     """Those of all training lines, however few of them the run used."""
     shutil.copytree(run.parent, home := tmp_path / "home")
@@ -194,6 +240,13 @@ def test_the_path_of_a_web_folder_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_
     assert repr(str(tmp_path / "out")) in export.next_command("web", Path("out"), None)
 
 
+def test_activations_are_not_rounded_without_texts(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give --prompts FILE, or take --precision fp16"):
+        export.main(["--model", str(run.parent / "model"), "--out", str(tmp_path / "out"),
+                     "--target", "npu", "--precision", "w8a16"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_base_alone(run: Path, tmp_path: Path) -> None:
     base = run.parent / "model"
     export.main(["--model", str(base), "--out", str(tmp_path / "out")])
@@ -230,7 +283,9 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 0, None)),
     ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 0, None)),
     ("--layout peft --heal 3", ("fp32", 3, None)), ("--heal 9", ("int4", 9, 32)),
-    ("--target portable", ("int4", 40, 32)), ("--block 64", ("int4", 40, 64))])
+    ("--target portable", ("int4", 40, 32)), ("--block 64", ("int4", 40, 64)),
+    ("--target npu", ("w8a16", 0, None)), ("--target npu --model base", ("fp16", 0, None)),
+    ("--target npu --precision w4a16", ("w4a16", 40, 32))])
 def test_what_auto_becomes(flags: str, wanted: tuple[str, int, int | None]) -> None:
     args = flags.split() if "--model" in flags else ["run", *flags.split()]
     config = parse(args, "")
@@ -360,7 +415,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("flags, reason", [
-    ("--static 1x1x8", "--static needs --target portable"),
+    ("--static 1x1x8", "--static needs --target portable or npu"),
     ("--static 1xtwo", "invalid BxTxP value"),
     ("--layout hf --routing dynamic", "cannot route"),
     ("--layout hf --precision int4", "holds no graph"),
@@ -381,6 +436,13 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
     ("--routing dynamic --calibration 9", "freezes nothing: leave out --calibration"),
     ("--table", "export.py table RUN"),
+    ("--target npu --precision int4", "--target npu takes --precision fp16, w8a16, w4a16"),
+    ("--precision w8a16", "the last two need it"), ("--compile qnn:60", "needs --target npu"),
+    ("--target npu --compile 60", "invalid qnn:SOC value"),
+    ("--target npu --static 2x8x64", "one prompt at a time"),
+    ("--target npu --static 1x8x64 --context 64", "leave out --context"),
+    ("--target npu --layout genai", "--target npu holds one merged model"),
+    ("--target npu --routing dynamic", "--target npu holds one merged model"),
 ])
 def test_wrong_usage(run: Path, flags: str, reason: str,
                      capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,6 +473,7 @@ def test_a_table_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     ("--context 4096", "made for 128 positions"),
     ("--context 32", "need 4[0-9]$"),
     ("--prompts nowhere.txt", "nowhere.txt"),
+    ("--target npu --static 1x8x32", "--static with 32 past positions: .* need 4[0-9]"),
 ])
 def test_errors(run: Path, flags: str, reason: str) -> None:
     with pytest.raises((ValueError, OSError), match=reason):

@@ -10,7 +10,7 @@ import torch
 from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
-from minismoe.model.quantize import BLOCK, columns, dequantize, quantize, unpack
+from minismoe.model.quantize import BLOCK, columns, dequantize, quantize, quantize_rows, unpack
 
 
 def weight(outputs: int = 24, inputs: int = 96, seed: int = 0) -> Tensor:
@@ -94,3 +94,12 @@ def test_rows_are_independent_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     parts = quantize(w, 4)
     for field in ("data", "scales"):
         assert torch.equal(getattr(whole, field), getattr(parts, field))
+
+
+def test_rows_have_one_positive_scale_each() -> None:
+    w = weight(40, 48)
+    w[0], w[1] = 0, -w[1].abs()
+    found = quantize_rows(w)
+    assert found.scales.shape == (40, 1) and bool((found.scales > 0).all())
+    assert bool(((dequantize(found) - w).abs() <= found.scales / 2 + 1e-6).all())
+    assert int(found.data.min()) >= 1                    # from -127 to 127

@@ -1,0 +1,290 @@
+"""The decoder for NPUs: static shapes, activations in 16 bits, and no operator that needs a CPU.
+
+    embed.onnx    input_ids (1, T) -> hidden (1, T, D): the table is looked up on the CPU
+    prompt.onnx   T tokens a step, whose keys and values the runtime appends to a cache of P slots
+    model.onnx    the same graph for one token a step
+    model.onnx.data                  the weights of all three
+
+Qualcomm's HTP computes floats in float16, whose largest number is 65504. So the norms, which square
+numbers of 25,000 (SmolLM2's first token), are one operator each, which HTP sums in float32, and the
+mask is -1e4. Linear layers multiply integers: weights in 8 bits a row, or in 4 bits a block;
+activations in 16 bits, with one range a tensor. A layer whose activations no such range holds stays
+in float16, as do norms, rotary angles, softmax and the residual stream.
+
+Letters: T new tokens, P slots of the cache, D hidden, K key/value heads, C head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto
+from onnx.helper import make_tensor_value_info as value
+from torch import Tensor, nn
+
+from ..method.freeze import merge
+from ..model.config import Config
+from ..model.decoder import CausalLM
+from ..model.quantize import BLOCK, Blocks, columns
+from ..runtime.npu import qnn_session
+from .graph import DecoderGraph, cached
+from .heal import twin
+from .nodes import Graph
+from .routing import Calibration, Frozen
+from .scales import few_bits, round_weights
+from .settings import ExportConfig, Source
+from .weights import PRECISIONS
+
+TOP = 65535                      # the largest activation in 16 bits
+TEXTS = 24                       # of each task, to measure activations on
+WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)     # candidates: quantile of extremes, and factor
+FLOAT_ABOVE = 0.005              # mean error of a tensor from which on its layer stays in float16
+
+
+class Range(NamedTuple):
+    """The activations that 16 bits hold: low <= 0 <= high."""
+
+    low: float
+    high: float
+
+    def round(self, x: Tensor) -> Tensor:
+        """x as 16 bits store it."""
+        scale, zero = self.step()
+        return x.div(scale).round_().add_(zero).clamp_(0, TOP).sub_(zero).mul_(scale)
+
+    def step(self) -> tuple[float, int]:
+        """Scale and zero point."""
+        scale = max(self.high - self.low, 1e-6) / TOP
+        return scale, round(-self.low / scale)
+
+
+Ranges = Mapping[str, tuple[Range, Range]]         # linear layer -> of its inputs, of its outputs
+
+
+class NpuGraph(DecoderGraph):
+    """One step of T tokens after the P slots of a cache; returns the keys and values of the T."""
+
+    masked, opset = -1e4, 23         # RMSNormalization is new in 23
+
+    def __init__(self, data: BinaryIO, location: str, config: Config, weight: Callable[[str], Any],
+                 precision: str, block: int, static: tuple[int, int, int], ranges: Ranges):
+        super().__init__({}, data, location, config, weight, "portable", precision, block, static)
+        self.precision, self.ranges = precision, ranges
+
+    def rms(self, name: str, x: str, weight: str) -> str:
+        """As in the base class, in one operator: HTP sums the squares in float32."""
+        ones, shape = weight, self.tensors[weight].dims
+        if len(shape) > 1:                             # one weight a head
+            ones = self.tensor(f"{name}.ones", torch.ones(shape[-1], dtype=self.dtype))
+        y = self.node("RMSNormalization", name, x, ones, axis=-1, stash_type=1,
+                      epsilon=self.config.rms_norm_eps)
+        return y if ones == weight else self.node("Mul", name, y, weight)
+
+    def embed(self) -> str:
+        """The hidden states that embed.onnx looked up."""
+        return "hidden"
+
+    def cache(self, i: int, part: str, new: str) -> str:
+        """Past and new (1, K, P + T, C); the present is the new alone."""
+        name, past, present = (f"model.layers.{i}.self_attn.{part}",
+                               f"past_key_values.{i}.{part}", f"present.{i}.{part}")
+        if self.dtype == torch.float16:
+            self.node("Identity", name, new, named=[present])
+        else:
+            past = self.node("Cast", f"{name}.past", past, to=self.real)
+            self.node("Cast", name, new, to=TensorProto.FLOAT16, named=[present])
+        return self.node("Concat", name, past, new, axis=2)
+
+    def linear(self, names: Sequence[str], label: str, x: str, bias: bool) -> str:
+        """x (1, T, in) -> (1, T, sum of out), by the modules `names`."""
+        if not self.bits:
+            return super().linear(names, label, x, bias)
+        parts = [few_bits(self.weight(f"{n}.weight"), self.precision, self.bits, self.block)
+                 for n in names]
+        ranges = [self.ranges[n] for n in names if n in self.ranges]
+        if len(ranges) < len(names):
+            y = self.float_product(label, x, joined(parts))
+        else:
+            y = self.narrow(f"{label}.y", self.node("MatMul", label, self.narrow(
+                f"{label}.x", x, [r for r, _ in ranges]), self.stored(label, joined(parts))),
+                [r for _, r in ranges])
+        if not bias:
+            return y
+        values = torch.cat([self.weight(f"{n}.bias").to(self.dtype) for n in names])
+        return self.node("Add", f"{label}.bias", y, self.tensor(f"{label}.bias", values))
+
+    def narrow(self, name: str, x: str, ranges: Sequence[Range]) -> str:
+        """x, rounded to 16 bits in a range that holds all of these."""
+        scale, zero = Range(min(r.low for r in ranges), max(r.high for r in ranges)).step()
+        step = [self.constant(scale, torch.float32),
+                self.tensor(f"{name}.zero", torch.tensor(zero).to(torch.int16), TensorProto.UINT16)]
+        return self.node("DequantizeLinear", name, self.node("QuantizeLinear", name, x, *step),
+                         *step)
+
+    def stored(self, label: str, w: Blocks) -> str:
+        """A weight (out, in) in few bits, for MatMul (in, out): 8 bits a row, or 4 bits a block.
+
+        QNN wants zero points of 0, so the highest bit of each integer is flipped.
+        """
+        data, scales = columns(w)
+        if w.bits == 8:
+            return self.node("DequantizeLinear", label, self.tensor(
+                f"{label}.weight", data ^ 0x80, TensorProto.INT8, tuple(w.shape)[::-1]),
+                self.tensor(f"{label}.scales", scales[0]), axis=1)
+        return self.node("DequantizeLinear", label, self.tensor(
+            f"{label}.weight", data ^ 0x88, TensorProto.INT4, tuple(w.shape)[::-1]),
+            self.tensor(f"{label}.scales", scales), axis=0, block_size=w.size)
+
+    def float_product(self, label: str, x: str, w: Blocks) -> str:
+        """x times a weight in few bits, without rounding x; a row of 8 bits is cut into blocks."""
+        (N, K), data, scales = w.shape, w.data, w.scales
+        if w.bits == 8:
+            data = F.pad(data.flatten(1), (0, -K % BLOCK), value=0x80).unflatten(1, (-1, BLOCK))
+            scales = scales.expand(-1, data.shape[1])
+        return self.node("MatMulNBits", label, x, self.tensor(f"{label}.weight", data),
+                         self.tensor(f"{label}.scales", scales.contiguous()), K=K, N=N,
+                         bits=w.bits, block_size=BLOCK if w.bits == 8 else w.size,
+                         domain="com.microsoft")
+
+    def table(self, name: str) -> list[str]:
+        """The stored tensors of an embedding or head (V, D); in few bits, 8 with a scale a row."""
+        if not self.bits:
+            return super().table(name)
+        if name not in self.shared:
+            w = few_bits(self.weight(f"{name}.weight"), self.precision, 8, self.block)
+            self.shared[name] = [
+                self.tensor(f"{name}.weight", w.data.flatten(1) ^ 0x80, TensorProto.INT8),
+                self.tensor(f"{name}.scales", w.scales.flatten())]
+        return self.shared[name]
+
+    def head(self, x: str, all_logits: bool) -> None:
+        """Hidden states (1, T, D) -> logits (1, 1, V) of the last position."""
+        tied, name = self.config.tie_word_embeddings, "lm_head"
+        if not self.bits:
+            super().head(x, all_logits)
+            return
+        w = self.node("DequantizeLinear", name, *self.table(
+            "model.embed_tokens" if tied else name), axis=0)
+        ins, outs = self.ranges[name]
+        y = self.node("Gemm", name, self.narrow(f"{name}.x", self.last(x), [ins]), w, transB=1)
+        y = self.narrow(f"{name}.y", y, [outs])
+        self.node("Unsqueeze", name, y, [1], named=["logits"])
+
+    def resize(self, new: int) -> None:
+        """Set T, in the inputs, the outputs, and the mask: nothing else depends on it."""
+        _, _, P = self.static or (1, 1, 1)
+        self.static, c = (1, new, P), self.config
+        self.inputs = [value("hidden", self.real, [1, new, c.hidden_size]),
+                       value("attention_mask", TensorProto.INT64, [1, P + new]),
+                       value("position_ids", TensorProto.INT64, [1, new])]
+        self.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
+        for i in range(c.num_hidden_layers):
+            for past, present in zip(cached("past_key_values", i), cached("present", i)):
+                for values, name, length in (self.inputs, past, P), (self.outputs, present, new):
+                    values.append(value(name, TensorProto.FLOAT16, [
+                        1, c.num_key_value_heads, length, c.head_dim]))
+        self.tensor("mask.full.past", torch.arange(P + new) <= torch.arange(P, P + new)[:, None])
+
+
+def joined(parts: Sequence[Blocks]) -> Blocks:
+    """Weights (out, in) in few bits as one, below each other."""
+    data, scales = (torch.cat([getattr(p, field) for p in parts]) for field in ("data", "scales"))
+    return Blocks(parts[0].bits, parts[0].size, torch.Size((len(data), parts[0].shape[1])), data,
+                  scales)
+
+
+def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, precision: str,
+              context: int, block: int, static: tuple[int, int, int], ranges: Ranges) -> None:
+    """Write embed.onnx, prompt.onnx and model.onnx over one file of weights.
+
+    Raises ValueError for attention windows shorter than the cache.
+    """
+    if any(w and w < sum(static[1:]) for w in config.windows):
+        raise ValueError(f"an attention window of {min(filter(None, config.windows))} tokens is "
+                         f"shorter than the cache: --static 1x{static[1]}xP with a smaller P")
+    with open(folder / "model.onnx.data", "wb") as data:
+        graph = NpuGraph(data, "model.onnx.data", config, weight, precision, block, static, ranges)
+        embedding = graph.table("model.embed_tokens")
+        graph.decoder(context, False)
+        for file, new in ("prompt.onnx", static[1]), ("model.onnx", 1):
+            graph.resize(new)
+            graph.save(folder / file)
+    lookup = Graph()
+    lookup.tensors = {name: graph.tensors[name] for name in embedding}
+    lookup.inputs = [value("input_ids", TensorProto.INT64, [1, "T"])]
+    lookup.outputs = [value("hidden", graph.real, [1, "T", config.hidden_size])]
+    row, *scale = (lookup.node("Gather", name, name, "input_ids") for name in embedding)
+    if scale:
+        row = lookup.node("Mul", "scale", lookup.node("Cast", "row", row, to=TensorProto.FLOAT),
+                          lookup.node("Unsqueeze", "scale", *scale, [2]))
+    lookup.node("Identity", "hidden", row, named=["hidden"])
+    lookup.save(folder / "embed.onnx")
+
+
+def compile_npu(folder: Path, soc: int) -> None:
+    """Compile both graphs for a chip: prompt.qnn.onnx, model.qnn.onnx, and a binary of each."""
+    for name in ("prompt", "model"):
+        qnn_session(folder / f"{name}.onnx", soc, (
+            ("ep.context_enable", "1"), ("ep.context_embed_mode", "0"),
+            ("ep.context_file_path", str(folder / f"{name}.qnn.onnx"))))
+
+
+def calibrated(config: ExportConfig, source: Source, frozen: Frozen) -> Ranges:
+    """The ranges of the model as it ships, over texts of the run or of --prompts."""
+    if not any(PRECISIONS[config.precision]):
+        return {}
+    model, pools = twin(source.model), Calibration(config, source).pools
+    merge(model, frozen.of(config.task))
+    round_weights(model, config.precision, config.block or BLOCK, frozen.blocks)
+    return activation_ranges(model.eval(), [e.ids for pool in pools.values()
+                                            for e in pool[:TEXTS]])
+
+
+@torch.no_grad()
+def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> dict[str, tuple[
+        Range, Range]]:
+    """The ranges of what linear layers read and write, by module name; without those of layers
+    whose activations no range holds.
+
+    A range is chosen by the error of its worst token, relative to the token's norm, on every fourth
+    text. The others give the candidates, from the extremes of each token. So a range may cut single
+    outliers, but not those that make up a token.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    extremes: dict[tuple[str, int], list[Tensor]] = {}
+    watch(model, layers, [t for i, t in enumerate(texts) if i % 4], lambda key, x: (
+        extremes.setdefault(key, []).append(torch.stack(x.aminmax(dim=-1)))))
+    choices = {key: [Range(min(0.0, f * low.quantile(1 - q).item()),
+                           max(0.0, f * high.quantile(q).item())) for q, f in WIDER]
+               for key, found in extremes.items() for low, high in [torch.cat(found, 1)]}
+    errors: dict[tuple[str, int], list[Tensor]] = {}
+    watch(model, layers, texts[::4], lambda key, x: errors.setdefault(key, []).append(
+        torch.stack([(r.round(x) - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-6)
+                     for r in choices[key]])))
+    best, good = {}, set(layers)
+    for key, found in errors.items():
+        error = torch.cat(found, 1)                                # (candidates, tokens)
+        n = int(error.amax(1).argmin())
+        best[key] = choices[key][n]
+        if error[n].mean() > FLOAT_ABOVE and key[0] != "lm_head":
+            good.discard(key[0])
+    return {name: (best[name, 0], best[name, 1]) for name in layers if name in good}
+
+
+def watch(model: CausalLM, layers: Mapping[str, nn.Module], texts: Sequence[Sequence[int]],
+          see: Callable[[tuple[str, int], Tensor], Any]) -> None:
+    """Read texts, and call see((name, 0), inputs (N, in)) and see((name, 1), outputs (N, out))."""
+    def hook(name: str, inputs: tuple[Tensor], y: Tensor) -> None:
+        for side, x in enumerate((inputs[0], y)):
+            see((name, side), x.detach().flatten(0, -2).float())
+
+    handles = [layer.register_forward_hook(lambda _, inputs, y, name=name: hook(name, inputs, y))
+               for name, layer in layers.items()]
+    for text in texts:
+        model(torch.tensor([list(text)], device=model.lm_head.weight.device))
+    for handle in handles:
+        handle.remove()

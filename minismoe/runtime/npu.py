@@ -1,0 +1,163 @@
+"""The graphs of an NPU folder, on a CPU or on Qualcomm's HTP, and the cache that they append to.
+
+On x86-64 the HTP is emulated: the results are a device's, the speed is not. There, and while a
+folder holds no context binary, a graph is compiled when it is opened.
+
+Letters: T new tokens, P slots of the cache, K key/value heads, C head size, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import sys
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from ..io.text import clean
+
+QNN = "QNNExecutionProvider"
+EMULATED = platform.machine().lower() in ("x86_64", "amd64")
+SOC = 60                                     # Snapdragon X Elite, unless a folder says another one
+# The CPU unpacks these weights once. Else it would fuse nodes, round activations to 8 bits, and
+# unpack 8-bit weights for every token.
+EXACT = (("session.disable_quant_qdq", "1"),)
+INT64, HALF = 7, 2                           # onnx.TensorProto's number; bytes of a float16
+
+
+def qnn_package() -> Any:
+    """The module onnxruntime_qnn, registered. ImportError if it is missing."""
+    try:
+        import onnxruntime_qnn
+    except ImportError:
+        raise ImportError("QNN needs onnxruntime-qnn (Python 3.11 and glibc 2.35 or later): "
+                          "pip install 'minismoe[npu]'") from None
+    if not _qnn_devices():
+        ort.register_execution_provider_library(QNN, onnxruntime_qnn.get_library_path())
+    return onnxruntime_qnn
+
+
+def _qnn_devices() -> list[Any]:
+    return [d for d in ort.get_ep_devices() if d.ep_name == QNN]
+
+
+def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
+                ) -> ort.InferenceSession:
+    """Compile or load a graph for QNN's HTP, all of it: nothing falls back to the CPU.
+
+    soc: the chip, by Qualcomm's number. Raises ValueError with the nodes that QNN refuses.
+    """
+    backend, found = qnn_package().get_qnn_htp_path(), _qnn_devices()
+    if not EMULATED:
+        found = [d for d in found if d.device.type == ort.OrtHardwareDeviceType.NPU]
+    if not found:
+        raise ValueError("QNN finds no NPU here: leave out --provider")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for key, text in ("session.disable_cpu_ep_fallback", "1"), *entries:
+        options.add_session_config_entry(key, text)
+    options.add_provider_for_devices(found, {
+        "backend_path": backend, **({"soc_model": str(soc)} if EMULATED else {})})
+    said: list[str] = []
+    try:
+        with _standard_error(said):
+            session = ort.InferenceSession(str(file), options)
+    except Exception as e:                   # onnxruntime raises bare Exceptions
+        refused = dict.fromkeys(re.findall(r"name: (.*?), type: (\w+)", "".join(said)))
+        nodes = ", ".join(f"{kind} of {name or 'a node without a name'}" for name, kind in refused)
+        reason = f"it refuses {nodes}" if nodes else str(e).splitlines()[0]
+        hint = ("; if this is another chip, export again with --compile and its number"
+                if file.name.endswith(".qnn.onnx") else "")
+        raise ValueError(f"QNN cannot open {file} for the chip {soc}: {clean(reason)}{hint}"
+                         ) from None
+    session.disable_fallback()               # else a failure would print, and run on the CPU
+    return session
+
+
+@contextmanager
+def _standard_error(said: list[str]) -> Iterator[None]:
+    """Add what native code writes to standard error to `said`, instead of showing it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said.append(file.read().decode("utf-8", "replace"))
+
+
+class NpuSteps:
+    """Steps of T tokens and of one, whose keys and values are appended to one cache of P slots."""
+
+    def __init__(self, folder: Path, info: Mapping[str, Any], provider: str | None,
+                 on_cpu: Callable[[Path], ort.InferenceSession]):
+        self.info = info
+        kind, _, chip = (provider or "cpu").lower().replace("executionprovider", "").partition(":")
+        made_for, asked = info.get("soc"), int(chip) if chip.isdecimal() else None
+        if kind not in ("cpu", "qnn") or bool(chip) > bool(asked and kind == "qnn"):
+            raise ValueError(f"a folder of target npu runs on cpu, qnn or qnn:SOC, not {provider}")
+        if made_for and asked and asked != made_for:
+            raise ValueError(f"{folder} was compiled for the chip {made_for}, not {asked}: export "
+                             f"again with --compile qnn:{asked}")
+        if kind == "qnn" and EMULATED:
+            print("the HTP is emulated here: its answers are a device's, its speed is not",
+                  file=sys.stderr)
+
+        def on_qnn(file: Path) -> ort.InferenceSession:
+            return qnn_session(file.with_suffix(".qnn.onnx") if made_for else file,
+                               made_for or asked or SOC)
+
+        open_ = on_qnn if kind == "qnn" else on_cpu
+        self.embed = on_cpu(folder / "embed.onnx")
+        self.one, self.several = open_(folder / "model.onnx"), open_(folder / "prompt.onnx")
+
+    def step(self, tokens: Sequence[int | None], seen: int, cache: Mapping[str, Any]) -> Any:
+        """Logits (1, 1, V) after T tokens, None on the left for padding, that follow `seen` others.
+
+        Their keys and values are appended to the cache, (1, K, P, C) each.
+        """
+        T, new, P = len(tokens), sum(t is not None for t in tokens), self.info["static"][2]
+        session = self.one if T == 1 else self.several
+        pads = T - new
+        ints = {"input_ids": array("q", [t or 0 for t in tokens]),
+                "attention_mask": array("q", [1] * seen + [0] * (P - seen + pads) + [1] * new),
+                "position_ids": array("q", [max(0, seen + i - pads) for i in range(T)])}
+        look, run = self.embed.io_binding(), session.io_binding()
+        for name, values in ints.items():
+            (look if name == "input_ids" else run).bind_input(
+                name, "cpu", 0, INT64, [1, len(values)], values.buffer_info()[0])
+        look.bind_output("hidden")
+        self.embed.run_with_iobinding(look)
+        run.bind_ortvalue_input("hidden", ort.OrtValue(look.get_outputs_as_ortvaluevector()[0]))
+        for name, value in cache.items():
+            run.bind_ortvalue_input(f"past_key_values.{name}", value)
+        for output in session.get_outputs():
+            run.bind_output(output.name)
+        session.run_with_iobinding(run)
+        outputs = dict(zip([o.name for o in session.get_outputs()], map(
+            ort.OrtValue, run.get_outputs_as_ortvaluevector())))
+        for name, value in cache.items():
+            self._append(value, outputs[f"present.{name}"], seen, new)
+        return outputs["logits"]
+
+    def _append(self, cache: Any, present: Any, seen: int, new: int) -> None:
+        """Copy the last `new` of (1, K, T, C) to slot `seen` of (1, K, P, C), head by head."""
+        (_, K, T, C), P = present.shape(), cache.shape()[2]
+        if cache.shape() != [1, K, P, C] or not new <= T <= self.info["static"][1] or (
+                seen + new > P or present.data_type() != "tensor(float16)"):
+            raise ValueError("prompt.onnx or model.onnx is not what export.json says: export again")
+        for head in range(K):
+            ctypes.memmove(cache.data_ptr() + HALF * C * (head * P + seen),
+                           present.data_ptr() + HALF * C * (head * T + T - new), HALF * C * new)

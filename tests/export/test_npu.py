@@ -1,0 +1,254 @@
+"""The NPU target: its graphs beside PyTorch and transformers, and compiled for an emulated HTP."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from exported import CONFIG, command, describe
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from minismoe.export.graph import write_sampler
+from minismoe.export.npu import Range, activation_ranges, compile_npu, write_npu
+from minismoe.export.scales import round_weights
+from minismoe.model.checkpoint import load_model
+from minismoe.model.config import Config
+from minismoe.model.decoder import CausalLM
+from minismoe.runtime import Generator
+from minismoe.runtime.generator import _session
+from minismoe.runtime.npu import EXACT, NpuSteps, qnn_session
+
+T, P = 8, 64
+SIZES = CONFIG | {"intermediate_size": 96}           # whole blocks of 32, which QNN wants
+needs_qnn = pytest.mark.skipif(importlib.util.find_spec("onnxruntime_qnn") is None,
+                               reason="onnxruntime-qnn is not installed")
+TOLERANCES = {"fp16": 5e-3, "w8a16": 5e-3, "w4a16": 5e-3}      # beside the same rounded weights
+
+
+def random_model(seed: int = 0, **changes: Any) -> CausalLM:
+    """A model of SIZES whose answers vary: its weights are larger than usual."""
+    torch.manual_seed(seed)
+    model = CausalLM(Config.from_dict(SIZES | changes))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
+    return model.eval()
+
+
+def texts(vocab: int, count: int = 12, length: int = 21) -> list[list[int]]:
+    """Random texts."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocab, (count, length), generator=generator).tolist()
+
+
+def write(model: CausalLM, folder: Path, precision: str, **ranges: Any) -> Path:
+    """An exported folder of target npu."""
+    folder.mkdir()
+    weights, c = dict(model.named_parameters()), model.config
+    write_npu(folder, c, lambda name: weights[name].detach(), precision=precision, context=P,
+              block=32, static=(1, T, P), ranges=ranges or (
+                  {} if precision == "fp16" else activation_ranges(model, texts(c.vocab_size))))
+    write_sampler(folder / "sampler.onnx", c.vocab_size)
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    describe(folder, target="npu", context=P, static=(1, T, P), layers=c.num_hidden_layers,
+             kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
+             cache_type="float16", format="minismoe.export/1", adapters={})
+    return folder
+
+
+def logits(folder: Path, text: list[int], provider: str | None = None) -> Tensor:
+    """Logits (4, V) after all but three tokens, read in chunks of T, and after each of the rest."""
+    info = json.loads((folder / "export.json").read_text())
+    steps = NpuSteps(folder, info, provider, partial(
+        _session, provider="CPUExecutionProvider", threads=1, entries=EXACT))
+    shape = [1, info["kv_heads"], P, info["head_dim"]]
+    cache = {f"{i}.{part}": ort.OrtValue.from_dlpack(torch.zeros(shape, dtype=torch.float16))
+             for i in range(info["layers"]) for part in ("key", "value")}
+    first, found = text[:-3], []
+    rows: list[Any] = [[None] * (-len(first) % T) + first][0]
+    seen = 0
+    for start in range(0, len(rows), T):
+        got = steps.step(rows[start:start + T], seen, cache)
+        seen += sum(t is not None for t in rows[start:start + T])
+    for token in [None, *text[-3:]]:
+        if token is not None:
+            got = steps.step([token], seen, cache)
+            seen += 1
+        found.append(torch.from_dlpack(got).clone().flatten())
+    return torch.stack(found)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_biases", "smollm2", "qwen2", "qwen3"])
+def test_graphs_compute_what_transformers_does(checkpoint: Any, tmp_path: Path, family: str,
+                                               ) -> None:
+    hf, saved = checkpoint(family)
+    folder = write(load_model(saved), tmp_path / "npu", "fp16")
+    text = texts(97)[0]
+    with torch.no_grad():
+        wanted = hf(torch.tensor([text])).logits[0, -4:]
+    assert error(logits(folder, text), wanted) < TOLERANCES["fp16"]
+
+
+@pytest.mark.parametrize("precision", ["w8a16", "w4a16"])
+def test_graphs_in_few_bits_compute_what_the_rounded_model_does(tmp_path: Path, precision: str,
+                                                                ) -> None:
+    model, text = random_model(), texts(259)[0]
+    folder = write(model, tmp_path / "npu", precision)
+    round_weights(model, precision, 32)
+    with torch.no_grad():
+        wanted = model(torch.tensor([text]))[0, -4:]
+    assert error(logits(folder, text), wanted) < TOLERANCES[precision]
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    kinds = {t.data_type for t in graph.initializer if t.name.endswith("_proj.weight")}
+    assert kinds == {TensorProto.INT8 if precision == "w8a16" else TensorProto.INT4}
+    constants = [numpy_helper.to_array(t) for t in graph.initializer if not t.external_data
+                 and t.data_type == TensorProto.FLOAT]
+    assert constants and max(abs(c).max() for c in constants) < 65504        # HTP's largest float
+    assert [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim] == [1, 1, 259]
+
+
+def test_both_graphs_read_one_file_of_weights(tmp_path: Path) -> None:
+    folder = write(random_model(), tmp_path / "npu", "fp16")
+    places = [{t.name: tuple(e.value for e in t.external_data) for t in onnx.load(
+        folder / f"{name}.onnx", load_external_data=False).graph.initializer if t.external_data}
+        for name in ("model", "prompt", "embed")]
+    names = places[0].keys() & places[1].keys()
+    assert len(names) > 8 and all(places[0][n] == places[1][n] for n in names)
+    assert places[2].items() <= places[0].items()
+
+
+def massive(model: CausalLM) -> CausalLM:
+    """The model with one huge feature in its last MLP, after token 7 only."""
+    with torch.no_grad():
+        for layer in model.model.layers:                 # hidden feature 0 tells that token alone
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        table, mlp = model.model.embed_tokens.weight, model.model.layers[-1].mlp
+        table[:, 0], table[7, 0] = 0, 4
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight[0] = 0
+            part.weight[0, 0] = 200
+    return model
+
+
+def test_a_layer_whose_activations_no_range_holds_stays_in_floats(tmp_path: Path) -> None:
+    model = massive(random_model())
+    seen = [[7, *text] for text in texts(259)]
+    ranges = activation_ranges(model, seen)
+    name = "model.layers.1.mlp.down_proj"
+    assert name not in ranges and len(ranges) == 2 * 7 + 1 - 1
+    folder = write(model, tmp_path / "npu", "w8a16", **ranges)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    assert [n.name for n in graph.node if n.op_type == "MatMulNBits"] == [
+        "/model/layers.1/mlp/down_proj/MatMulNBits"]
+    round_weights(model, "w8a16", 32)
+    with torch.no_grad():
+        wanted = model(torch.tensor([seen[0]]))[0, -4:]
+    assert error(logits(folder, seen[0]), wanted) < TOLERANCES["w8a16"]
+
+
+def test_a_range_rounds_as_onnx_does() -> None:
+    """Against onnxruntime's QuantizeLinear and DequantizeLinear, also beyond the range."""
+    x, found = torch.linspace(-3, 5, 999), Range(-1.3, 3.1)
+    scale, zero = found.step()
+    step = [helper.make_tensor("s", TensorProto.FLOAT, [], [scale]),
+            helper.make_tensor("z", TensorProto.UINT16, [], [zero])]
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [999])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [999])], step)
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (wanted,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(found.round(x), torch.from_numpy(wanted), rtol=0, atol=1e-6)
+
+
+def test_the_generator_says_what_pytorch_says(tmp_path: Path) -> None:
+    from minismoe.training.evaluate import generate
+
+    model = random_model()
+    generator = Generator(write(model, tmp_path / "npu", "fp16"), threads=1)
+    prompts = [text[:n] for n, text in zip((1, 7, 8, 9, 20), texts(259))]
+    wanted = generate(model, prompts, 12, generator.tokenizer.stop_ids)
+    assert [list(generator.generate(p, 12)) for p in prompts] == wanted
+    assert generator.batch(prompts, 12) == wanted
+
+
+def test_the_runtime_needs_no_torch_for_an_npu_folder(tmp_path: Path) -> None:
+    folder = write(random_model(), tmp_path / "npu", "w8a16")
+    done = command(folder, "hello", "--max-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    wrong = command(folder, "hello", "--provider", "cuda")
+    assert wrong.returncode == 1 and "runs on cpu, qnn or qnn:SOC" in wrong.stderr
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch) -> None:
+    folder = write(random_model(), tmp_path / "npu", "fp16")
+    monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
+    with pytest.raises(ImportError, match=r"pip install 'minismoe\[npu\]'"):
+        Generator(folder, "qnn")
+
+
+def test_keys_that_do_not_fit_the_cache_are_refused(tmp_path: Path) -> None:
+    steps = Generator(write(random_model(), tmp_path / "npu", "fp16"), threads=1)._npu
+
+    def value(*shape: int) -> Any:
+        return ort.OrtValue.from_dlpack(torch.zeros(shape, dtype=torch.float16))
+    for present, seen, new in (((1, 2, 8, 17), 0, 8), ((1, 3, 8, 16), 0, 8), ((1, 2, 9, 16), 0, 9),
+                               ((1, 2, 4, 16), 0, 8), ((1, 2, 8, 16), 60, 8)):
+        with pytest.raises(ValueError, match="export again"):
+            steps._append(value(1, 2, P, 16), value(*present), seen, new)
+    steps._append(value(1, 2, P, 16), value(1, 2, 8, 16), 56, 8)
+
+
+@needs_qnn
+@pytest.mark.parametrize("precision", ["fp16", "w8a16", "w4a16"])
+def test_the_compiled_graphs_compute_what_the_cpu_does(tmp_path: Path, precision: str, capsys,
+                                                       ) -> None:
+    model, text = random_model(), texts(259)[0]
+    ranges = {} if precision == "fp16" else activation_ranges(model, texts(259))
+    ranges.pop("model.layers.1.mlp.down_proj", None)     # one layer stays in floats
+    folder = write(model, tmp_path / "npu", precision, **ranges)
+    wanted = logits(folder, text)
+    assert error(logits(folder, text, "qnn"), wanted) < 1e-2
+    assert "its speed is not" in capsys.readouterr().err
+
+
+@needs_qnn
+def test_a_context_binary_is_loaded_and_another_chip_refuses_it(tmp_path: Path) -> None:
+    folder, text = write(random_model(), tmp_path / "npu", "fp16"), texts(259)[0]
+    compile_npu(folder, 60)
+    describe(folder, soc=60)
+    assert len(list(folder.glob("*.bin"))) == 2
+    wanted = logits(folder, text)
+    for name in ("model.onnx", "prompt.onnx"):           # they are not read
+        (folder / name).write_bytes(b"")
+    assert error(logits(folder, text, "qnn"), wanted) < 1e-2
+    with pytest.raises(ValueError, match="compiled for the chip 60, not 57.*--compile qnn:57"):
+        logits(folder, text, "qnn:57")
+    for file in folder.glob("*.bin"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="QNN cannot open .* if this is another chip, export"):
+        logits(folder, text, "qnn")
+
+
+@needs_qnn
+def test_a_refused_operator_is_named_with_its_node(tmp_path: Path) -> None:
+    """QNN takes 4 bits in whole blocks only."""
+    folder = write(random_model(intermediate_size=48), tmp_path / "npu", "w4a16")
+    with pytest.raises(ValueError, match="refuses MatMul of /model/layers.0/mlp/down_proj/MatMul"):
+        qnn_session(folder / "model.onnx", 60)
