@@ -201,8 +201,10 @@ def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, pre
               context: int, block: int, static: tuple[int, int, int], ranges: Ranges) -> None:
     """Write embed.onnx, prompt.onnx and model.onnx over one file of weights.
 
-    Raises ValueError for attention windows shorter than the cache.
+    Raises ValueError for attention windows shorter than the cache, and for convolutions.
     """
+    if config.conv_layers:
+        raise ValueError("--target npu has no convolutions: take --target portable --static")
     if any(w and w < sum(static[1:]) for w in config.windows):
         raise ValueError(f"an attention window of {min(filter(None, config.windows))} tokens is "
                          f"shorter than the cache: --static 1x{static[1]}xP with a smaller P")

@@ -252,3 +252,14 @@ def test_a_refused_operator_is_named_with_its_node(tmp_path: Path) -> None:
     folder = write(random_model(intermediate_size=48), tmp_path / "npu", "w4a16")
     with pytest.raises(ValueError, match="refuses MatMul of /model/layers.0/mlp/down_proj/MatMul"):
         qnn_session(folder / "model.onnx", 60)
+
+
+@pytest.mark.parametrize(("sizes", "reason"), [
+    ({"model_type": "mistral", "sliding_window": 16}, "window of 16 .*--static 1x8xP"),
+    ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "no convolutions")])
+def test_models_that_the_graph_cannot_hold_are_refused(
+        tmp_path: Path, sizes: dict[str, Any], reason: str) -> None:
+    config = Config.from_dict(SIZES | {"num_hidden_layers": 2} | sizes)
+    with pytest.raises(ValueError, match=reason):
+        write_npu(tmp_path, config, lambda name: None, precision="fp16", context=P, block=32,
+                  static=(1, T, P), ranges={})
