@@ -56,7 +56,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     layout, needs = config.layout, of_adapters(given) if config.model else ""
     ungraphed = first(given, "target", "static", "context", "precision", "block")
     idle = first(given, "fit", "calibration", "heal", "prompts", "task")
-    few = config.precision.startswith(("int", "auto"))
+    few = not config.precision.startswith("fp")
     rules = [
         (config.run and config.model, "RUN names its base itself: give RUN or --model"),
         (not config.graph and ungraphed,
@@ -64,7 +64,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (layout == "hf" and config.routing == "freeze",
          "--layout hf holds merged weights: --routing merge, or --layout peft"),
         ("tolerance" in given and config.routing != "auto", "--tolerance needs --routing auto"),
-        (config.block and not few,
+        (config.block and (not few or config.precision == "q8"),
          f"--precision {config.precision} has no blocks: leave out --block"),
         (config.model and config.heal and not config.prompts,
          "--model has no data to heal on: give --prompts FILE"),
@@ -73,6 +73,9 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (config.static and config.target == "ort", "--static needs --target portable"),
         (config.static and layout != "onnx", "--static needs --layout onnx"),
         (layout == "web" and config.target == "portable", "--layout web needs --target ort"),
+        (config.precision.startswith("q") and config.target == "portable",
+         f"--precision {config.precision} needs --target ort"),
+        (config.page and layout != "web", "--page needs --layout web"),
         (config.routing == "dynamic" and idle,
          f"--routing dynamic freezes nothing: leave out {idle}"),
         (config.adapters and config.routing != "merge",

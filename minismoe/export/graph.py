@@ -24,7 +24,7 @@ from onnx.helper import make_tensor_value_info as value
 
 from ..model.config import Config
 from ..model.decoder import rope_frequencies
-from ..model.quantize import BLOCK
+from ..model.quantize import BLOCK, ROW
 from .mixture import Adapter, MixtureGraph
 from .nodes import Graph
 from .weights import PRECISIONS
@@ -235,6 +235,8 @@ class DecoderGraph(MixtureGraph):
             return self.node("Gather", name, *table, "input_ids")
         if not self.ort:
             return self.embed_blocks(name, *table[:2])
+        if self.block == ROW:
+            return self.embed_panels(name, *table)
         row = -(-D // self.block) * self.block
         data = self.alias(table[0], [c.vocab_size, row * self.table_bits // 8])
         x = self.node("GatherBlockQuantized", name, data, "input_ids", table[1],

@@ -39,7 +39,10 @@ from .settings import ExportConfig, Source
 # How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
 # a graph must also agree with PyTorch on the same rounded weights.
-TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6}
+TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
+              "q8": 0.15, "two bytes": 1e-2, "q4f16": 0.6}
+# What explains the error of a graph whose weights are rounded, and whose activations are not.
+EXPLAINS = {"q8": "two bytes", "q4f16": "fp16"}
 TOKENS = 24                              # of each greedy text
 FEW = 4                                  # of each text read without rounding, which is slow
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
@@ -96,15 +99,15 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
     return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
 
 
-def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts,
+def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
                     ) -> dict[str, Any]:
     """Compare an `unrounded` graph with `model`, whose weights `round_weights` rounded.
 
-    Raises ValueError if they differ by more than float32 explains.
+    Raises ValueError if they differ by more than the type of its activations explains.
     """
     count = min(FEW, generator.room(max(map(len, prompts))))
     found = compare_logits(model, partial(logits, generator), prompts,
-                           generator.tokenizer.stop_ids, "fp32", count,
+                           generator.tokenizer.stop_ids, EXPLAINS.get(precision, "fp32"), count,
                            " with the same rounded weights")
     return {"rounded_error": found["logits_error"]}
 
@@ -252,7 +255,7 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
                              config.precision)
         if blocks:
             blocks.use(adapter)
-            seen |= compare_rounded(rounded, blocks, prompts)
+            seen |= compare_rounded(rounded, blocks, prompts, config.precision)
         show_logits(task or source.name, seen)
         if adapted:
             seen["exact_match"] = accuracies(config, source, generator, model, [
