@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -40,13 +41,18 @@ class Browser:
         self.profile = tempfile.mkdtemp()
         theirs_in, self.ours_out = os.pipe()
         self.ours_in, theirs_out = os.pipe()
-        # The shell gives the pipes the numbers that Chromium expects.
+
+        def number() -> None:                # as Chromium expects, past what is 3 or 4 now
+            high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
+            for end, number in zip(high, (3, 4)):
+                os.dup2(end, number)
+                os.close(end)
+
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", str(CHROMIUM),
-             "--headless=new", "--no-sandbox", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-             "--remote-debugging-pipe", f"--user-data-dir={self.profile}", *flags],
-            pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            [str(CHROMIUM), "--headless=new", "--no-sandbox", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={self.profile}", *flags],
+            preexec_fn=number, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL)
         os.close(theirs_in)
         os.close(theirs_out)
