@@ -51,7 +51,8 @@ class Browser:
         self.process = subprocess.Popen(
             [str(CHROMIUM), "--headless=new", "--no-sandbox", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={self.profile}", *flags],
+             "--disable-dev-shm-usage", "--remote-debugging-pipe",
+             f"--user-data-dir={self.profile}", *flags],
             preexec_fn=number, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL)
         os.close(theirs_in)
