@@ -69,6 +69,8 @@ async function load(data) {
           TextStreamer, env } = await library();
   Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: HERE,
                        useBrowserCache: false, useWasmCache: false });
+  const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
+  env.backends.onnx.wasm.numThreads = threads;
   const config = await AutoConfig.from_pretrained(".");
   const adapter = await navigator.gpu?.requestAdapter();
   const gpu = adapter?.features.has("shader-f16") &&
@@ -92,7 +94,6 @@ async function load(data) {
   ({ context } = data);
   stopping = new InterruptableStoppingCriteria();
   Streamer = TextStreamer;
-  const threads = self.crossOriginIsolated ? env.backends.onnx.wasm.numThreads : 1;
   self.postMessage({ is: "ready", on: gpu ? "WebGPU" : "WASM", threads });
 }
 
