@@ -13,13 +13,12 @@ if ("ServiceWorkerGlobalScope" in self) {
     if (event.request.method === "GET") event.respondWith(keep(event));
   });
 } else {
-  self.onmessage = async ({ data }) => {
-    try {
-      await { load, ask, stop: () => stopping?.interrupt() }[data.does](data);
-    } catch (error) {
-      self.postMessage({ is: "error", text: inOneLine(error), of: data.does });
-    }
-  };
+  const fail = (error, of) => self.postMessage({ is: "error", text: inOneLine(error), of });
+  self.onmessage = ({ data }) =>
+    ({ load, ask, stop: () => stopping?.interrupt() })[data.does](data)
+      ?.catch(error => fail(error, data.does));
+  // transformers.js loses the error of a missing data file, and waits for ever.
+  self.onunhandledrejection = ({ reason }) => fail(reason, "load");
 }
 
 // Weights are those of export.json, and stay until it changes. Other files are asked for each time,
