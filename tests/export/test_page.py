@@ -196,7 +196,8 @@ def test_the_page_in_a_browser(web: Path) -> None:
         tab.press("Enter", 13)
         tab.wait_status("First token after")
         assert tab.text(".assistant") == answer
-        assert asked == []
+        own = ("google.com", "googleapis.com", "gvt1.com")       # of Chromium itself
+        assert not [line for line in asked if not any(host in line for host in own)]
 
 
 @needs_browser
