@@ -32,6 +32,7 @@ from .heal import twin
 from .mixture import Adapter, AdapterInput
 from .routing import Fits, Frozen, merged_weights
 from .settings import ExportConfig, Source
+from .weights import HALF
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
 
@@ -69,7 +70,7 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
             "heads": sizes.num_attention_heads,
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
             "vocab_size": sizes.vocab_size, "adapters": adapters,
-            "cache_type": "float16" if config.precision.endswith("f16") else "float32"}
+            "cache_type": "float16" if config.precision in HALF else "float32"}
 
 
 def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits) -> None:

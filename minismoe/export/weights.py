@@ -26,6 +26,7 @@ CHUNK = 1 << 22                 # elements that are converted at a time
 # q8 and q4f16 are transformers.js's names: rows of 8 bits for WASM, and int4 in float16 for WebGPU.
 PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), "int4": (4, 4),
               "q8": (8, 8), "q4f16": (4, 4)}
+HALF = ("fp16", "q4f16")        # activations and cache are float16
 PANEL = 64                      # columns of a product that WASM reads from one part of the memory
 
 
@@ -39,10 +40,10 @@ class WeightGraph(Graph):
                  weight: Callable[[str], Any], target: str, precision: str, block: int,
                  static: tuple[int, int, int] | None):
         super().__init__(data, location)
-        self.config, self.weight, self.block = config, weight, block
+        self.config, self.weight, self.block = config, weight, ROW if precision == "q8" else block
         self.ort, self.static = target == "ort", static
         self.bits, self.table_bits = PRECISIONS[precision]
-        self.dtype = torch.float16 if precision.endswith("f16") else torch.float32
+        self.dtype = torch.float16 if precision in HALF else torch.float32
         self.real = TYPES[self.dtype]
         self.shared: dict[str, Any] = {}         # tensors and nodes that every layer reads
 
@@ -111,7 +112,7 @@ class WeightGraph(Graph):
         def number(value: float) -> str:
             return self.constant(value, torch.float32)
 
-        rows, zero = f"{label}.rows", self.constant(128, torch.uint8)
+        rows, zero = f"{label}.bytes", self.constant(128, torch.uint8)
         shape = self.node("Concat", f"{label}.shape", self.node("Shape", rows, x, end=-1),
                           [outputs], axis=0)
         x = self.node("Reshape", rows, x, [1, -1, inputs])                       # (1, R, in)

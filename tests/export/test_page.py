@@ -201,8 +201,7 @@ def test_the_page_in_a_browser(web: Path) -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["onnx/model_quantized.onnx_data", "tokenizer.json", "tasks.json",
-                                  "export.json", "worker.js"])
+@pytest.mark.parametrize("name", ["onnx/model_quantized.onnx_data", "export.json", "worker.js"])
 def test_a_missing_file_is_named(web: Path, tmp_path: Path, name: str) -> None:
     (web / name).rename(tmp_path / "away")
     vendor(web)
