@@ -3,6 +3,7 @@
 
     python export.py                                  the newest run in runs, in 4 bits, healed
     python export.py RUN --out FOLDER --precision fp32
+    python export.py RUN --layout web --page          a page that runs the model in a browser
     python export.py table RUN                        what each way to freeze the routing costs
     python export.py --model FOLDER --out FOLDER      a base without adapters
 
@@ -46,21 +47,24 @@ def main(argv: Sequence[str]) -> None:
     if config.task and config.task not in source.examples:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
                          f"{', '.join(source.examples)}")
-    config = config.settled(bool(config.prompts or source.examples),
-                            source.model.config.hidden_size)
-    config = verify.with_context(config, source)
+    parts = [verify.with_context(part.settled(bool(config.prompts or source.examples),
+                                              source.model.config.hidden_size), source)
+             for part in alternatives(config)]
+    config = parts[-1]
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(config.out or source.run / "export" / name)
     must_be_new(out)
     if config.graph:
-        print(plan(config))
+        print(*map(plan, parts), sep="\n")
 
     # Freeze the routing
-    frozen = freeze_routing(config, source)
+    frozen = [freeze_routing(part, source) for part in parts]
 
     # Write and check under another name: only a folder that works gets its own
     with new_folder(out) as folder:
-        info = write(config, source, frozen, folder)
+        layouts.copy_base_files(source.base, folder, config.layout != "onnx")
+        for part, its_frozen in zip(parts, frozen):
+            info = write(part, source, its_frozen, folder)
 
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
@@ -68,9 +72,17 @@ def main(argv: Sequence[str]) -> None:
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
 
 
+def alternatives(config: ExportConfig) -> list[ExportConfig]:
+    """The settings of each graph of the folder; a browser has one for WebGPU beside that for WASM.
+    """
+    if config.layout == "web" and config.precision == "auto":
+        return [replace(config, precision="q4f16"), config]
+    return [config]
+
+
 def plan(config: ExportConfig) -> str:
     """What will be written, and how to have something else, in one line."""
-    blocks = f" in blocks of {config.block}" if config.block else ""
+    blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
     heal = (f", healed for {config.heal} steps, each of less than two training steps (--heal 0 "
             "leaves that out)") if config.heal else ""
     floats = "; --precision fp32 keeps floats" if config.block else ""
@@ -79,30 +91,29 @@ def plan(config: ExportConfig) -> str:
 
 def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) -> dict[str, Any]:
     """Write the folder and run it beside PyTorch; returns the content of its export.json."""
-    layouts.copy_base_files(source.base, folder, config.layout != "onnx")
     info: dict[str, Any] = {
         "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
         "routed": frozen.routed, "arguments": asdict(config), "versions": versions()}
     if config.graph:
         info |= layouts.write_graph(config, source, folder, frozen)
-        if config.layout == "onnx" and source.tasks:
+        if config.layout in ("onnx", "web") and source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
         write_json(folder / "export.json", info | {"files": {
-            f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()}})
+            f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()
+            if f.is_file() and f.name != "export.json"}})
     else:
         layouts.write_weights(config, source, folder, frozen.of(config.task))
     info["checked"] = verify.check(config, source, folder, frozen)
     if config.layout == "genai":
         layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":
-        layouts.write_web(folder, config.precision, info["cache_type"])
+        layouts.write_web(folder, config.precision, info["cache_type"], config.page)
     if config.layout in ("genai", "web"):                # their programs choose tokens themselves
         (folder / "sampler.onnx").unlink()
-    (folder / "export.json").unlink(missing_ok=True)
     info["files"] = {
         f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)}
-        for f in sorted(folder.rglob("*")) if f.is_file()}
+        for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / "export.json"}
     write_json(folder / "export.json", info)
     return info
 
@@ -154,8 +165,11 @@ def trained(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
 
 def next_command(layout: str, out: Path, task: str | None) -> str:
     """How the folder is opened, with the adapter of `task` if it holds any."""
+    if (out / layouts.PAGE).is_file():
+        layout = "page"
     chosen = f" --task {shlex.quote(task)}" if task else ""
     return {"onnx": f"python -m minismoe.runtime {shlex.quote(str(out))}{chosen} --chat",
+            "page": f"python -m minismoe.runtime {shlex.quote(str(out))} --serve",
             "genai": f"onnxruntime_genai.Model({str(out)!r})",
             # transformers.js takes a relative path for one of its own models, then of the hub
             "web": f"await pipeline('text-generation', {str(out.absolute())!r})"

@@ -57,7 +57,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     layout, needs = config.layout, of_adapters(given) if config.model else ""
     ungraphed = first(given, "target", "static", "compile", "context", "precision", "block")
     idle = first(given, "fit", "calibration", "heal", "prompts", "task")
-    few = config.precision.startswith(("int", "auto", "w4"))
+    few = not config.precision.startswith("fp")
     npu = config.target == "npu"
     rules = [
         (config.run and config.model, "RUN names its base itself: give RUN or --model"),
@@ -66,7 +66,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (layout == "hf" and config.routing == "freeze",
          "--layout hf holds merged weights: --routing merge, or --layout peft"),
         ("tolerance" in given and config.routing != "auto", "--tolerance needs --routing auto"),
-        (config.block and not few,
+        (config.block and (not few or config.precision in ("q8", "w8a16")),
          f"--precision {config.precision} has no blocks: leave out --block"),
         (config.model and config.heal and not config.prompts,
          "--model has no data to heal on: give --prompts FILE"),
@@ -84,6 +84,9 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (config.static and config.target == "ort", "--static needs --target portable or npu"),
         (config.static and layout != "onnx", "--static needs --layout onnx"),
         (layout == "web" and config.target != "ort", "--layout web needs --target ort"),
+        (config.precision.startswith("q") and config.target != "ort",
+         f"--precision {config.precision} needs --target ort"),
+        (config.page and layout != "web", "--page needs --layout web"),
         (config.routing == "dynamic" and idle,
          f"--routing dynamic freezes nothing: leave out {idle}"),
         (config.adapters and config.routing != "merge",

@@ -33,13 +33,15 @@ from .mixture import Adapter, AdapterInput
 from .npu import calibrated, compile_npu, write_npu
 from .routing import Fits, Frozen, merged_weights
 from .settings import ExportConfig, Source
-from .weights import NPU_PRECISIONS
+from .weights import HALF
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
 
 # How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
 WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
-              "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4")}
+              "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4"), "q8": ("q8", "_quantized"),
+              "q4f16": ("q4f16", "_q4f16")}
+PAGE = "index.html"                          # of layout web; what it needs is beside it in page/
 
 
 def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,
@@ -77,7 +79,7 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
             "heads": sizes.num_attention_heads,
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
             "vocab_size": sizes.vocab_size, "adapters": adapters,
-            "cache_type": "float16" if config.precision in NPU_PRECISIONS else "float32",
+            "cache_type": "float16" if config.precision in HALF else "float32",
             **({"soc": config.compile} if config.compile else {})}
 
 
@@ -228,11 +230,14 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
                    "past_present_share_buffer": share_buffer}})
 
 
-def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
+def write_web(out: Path, precision: str, cache_type: str = "float32", page: bool = False) -> None:
     """Move out/model.onnx to where transformers.js looks for it, and name it in out/config.json.
 
-    Several precisions can go to the same folder; the last one is the default.
+    Several precisions can go to the same folder; the last one is the default, and q4f16 is that of
+    WebGPU. page: add the page that loads them.
     """
+    if page:
+        shutil.copytree(Path(__file__).with_name("page"), out, dirs_exist_ok=True)
     dtype, suffix = WEB_DTYPES[precision]
     name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # the name that is fetched
     (out / "onnx").mkdir(exist_ok=True)
@@ -247,6 +252,8 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
     (out / "model.onnx").unlink()
     config = read_json(out / "config.json")
     ours = _mapping(config, "transformers.js_config") | {"dtype": dtype}
+    if dtype == "q4f16":
+        ours["device_config"] = _mapping(ours, "device_config") | {"webgpu": {"dtype": dtype}}
     config["transformers.js_config"] = ours | {
         "use_external_data_format": _mapping(ours, "use_external_data_format") | {name: 1},  # files
         "kv_cache_dtype": _mapping(ours, "kv_cache_dtype") | {dtype: cache_type}}    # for version 3

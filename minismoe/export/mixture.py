@@ -100,7 +100,7 @@ class MixtureGraph(WeightGraph):
 
     def into_ranks(self, label: str, x: str, A: Tensor) -> str:
         """A x, x (B, T, in) -> (B, T, R), by A (R, in); in 8-bit blocks beside a base in blocks."""
-        if self.bits:
+        if self.bits and self.dtype == torch.float32:
             blocks = self.blocks(label, [A], A_BITS)
             return self.multiply(label, x, blocks, A.shape[1], len(A), A_BITS)
         return self.node("MatMul", label, x, self.tensor(label, A.T))

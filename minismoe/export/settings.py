@@ -11,7 +11,7 @@ from ..data.tokenizer import Tokenizer
 from ..io.flags import flag, natural, number, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
-from ..model.quantize import BLOCK, BLOCKS
+from ..model.quantize import BLOCK, BLOCKS, ROW
 from .weights import PRECISIONS
 
 STEPS = 40                               # of healing, if it is not said how many
@@ -86,10 +86,12 @@ class ExportConfig(FreezeConfig):
                           "time; layouts onnx and genai")
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
                        "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
+    page: bool = flag(False, "with --layout web: add a page to chat with the model in a browser")
     precision: str = flag(
         "auto", "of the base weights, int4-8 with embedding and head in 8 bits; beside few bits, "
-        "lora_A takes 8, and lora_B and routers stay in float32. auto (default): int4 if it is "
-        "healed, or else int4-8",
+        "lora_A takes 8, and lora_B and routers stay in float32. q8: rows in 8 bits, for browsers; "
+        "q4f16: int4 in float16, for their WebGPU. auto (default): int4 if it is healed, or else "
+        "int4-8; for --layout web both q8 and q4f16, of which the browser loads one",
         choices=("auto", *PRECISIONS))
     block: int | None = flag(
         None, "weights that share a scale, in 8 or 4 bits (default: 128 if scales are healed, rows "
@@ -124,12 +126,13 @@ class ExportConfig(FreezeConfig):
                              "show: export a RUN, give --prompts FILE, or take --precision fp16")
         if precision == "auto":
             precision = ("w8a16" if has_examples else "fp16") if npu else (
-                "int4" if heals else "int4-8")
-        heal = (STEPS if heals and precision in ("int4", "w4a16") else 0
-                ) if self.heal is None else self.heal
+                "q8" if self.layout == "web" else "int4" if heals else "int4-8")
+        few = heals and precision in ("int4", "q4f16", "w4a16")
+        heal = (STEPS if few else 0) if self.heal is None else self.heal
         large = heal and self.target == "ort" and hidden_size >= 4 * BLOCKS[-1]
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
             PRECISIONS[precision]) and precision != "w8a16" else None
+        block = ROW if precision == "q8" else block
         return replace(self, precision=precision, heal=heal, block=block)
 
     @property

@@ -42,7 +42,9 @@ from .weights import PRECISIONS
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
 # a graph must also agree with PyTorch on the same rounded weights.
 TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
-              "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2}      # a16: of the activations alone
+              "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2, "q8": 0.15, "two bytes": 1e-2, "q4f16": 0.6}
+# What explains the error of a graph whose weights are rounded as those of the model are.
+EXPLAINS = {"w8a16": "a16", "w4a16": "a16", "q8": "two bytes", "q4f16": "fp16"}      # or fp32
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
 TOKENS = 24                              # of each greedy text
 FEW = 4                                  # of each text read without rounding, which is slow
@@ -100,15 +102,15 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
     return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
 
 
-def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts,
-                    precision: str = "fp32") -> dict[str, Any]:
+def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
+                    ) -> dict[str, Any]:
     """Compare an `unrounded` graph with `model`, whose weights `round_weights` rounded.
 
-    Raises ValueError if they differ by more than the precision of the activations explains.
+    Raises ValueError if they differ by more than the type of its activations explains.
     """
     count = min(FEW, generator.room(max(map(len, prompts))))
     found = compare_logits(model, partial(logits, generator), prompts,
-                           generator.tokenizer.stop_ids, precision, count,
+                           generator.tokenizer.stop_ids, EXPLAINS.get(precision, "fp32"), count,
                            " with the same rounded weights")
     return {"rounded_error": found["logits_error"]}
 
@@ -281,7 +283,7 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
                              config.precision)
         if blocks:
             blocks.use(adapter)
-            seen |= compare_rounded(rounded, blocks, prompts, "a16" if npu else "fp32")
+            seen |= compare_rounded(rounded, blocks, prompts, config.precision)
         show_logits(task or source.name, seen)
         if config.compile:
             seen |= compare_npu(generator, Generator(folder, "qnn"), prompts[0])

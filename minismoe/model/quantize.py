@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 BLOCKS = (32, 64, 128)               # weights that may share a scale
 BLOCK = BLOCKS[0]                    # if nothing else is asked for
+ROW = -1                             # in place of a size: a block as long as the row
 TINY = 2.0 ** -20         # the least scale: 16 steps of float16, which scales may be stored in
 ON_CPU, ON_GPU = 1 << 18, 1 << 23    # weights computed at a time; a CPU's cache holds the former
 
@@ -43,6 +44,7 @@ class Blocks:
 def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
     """Blocks of `size` weights, in 4 or 8 bits, of a weight (N, K)."""
     parts, zero = [], 1 << (bits - 1)
+    size = weight.shape[1] if size == ROW else size
     for rows in few_rows(weight):
         w = F.pad(weight[rows].float(), (0, -weight.shape[1] % size))
         w = w.unflatten(1, (-1, size))

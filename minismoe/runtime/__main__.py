@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..io.flags import positive
+from ..io.flags import natural, positive
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, print_error
+from .serve import serve
 
 if TYPE_CHECKING:
     from .generator import Generator
@@ -98,9 +100,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minismoe.runtime", description=(
         "Generate from a folder that export.py wrote, without PyTorch."))
     add = parser.add_argument
-    add("folder", help="an exported folder of layout onnx")
+    add("folder", help="an exported folder of layout onnx, or web to serve")
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
+    add("--serve", action="store_true", help="serve a page of --layout web to this machine's "
+        "browsers, until Ctrl-C")
+    add("--port", type=natural, help="of --serve (default: a free one)")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--prefix", metavar="FILE|TASK", help="begin with a file's text as the system prompt (with "
         "--raw, as text before the prompt), or with a task's instruction; it is read once, and its "
@@ -133,6 +138,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             args.chat or args.raw or args.max_tokens or args.temperature):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
                      "--raw, --max-tokens and --temperature")
+    if args.port and not args.serve:
+        parser.error("--port needs --serve")
     if args.best and args.choices is None:
         parser.error("--best needs --choices")
     return args
@@ -141,6 +148,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
+    if args.serve:
+        serve(Path(args.folder), args.port or 0)
+        return
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .prefix import opening, shared_tokens
 

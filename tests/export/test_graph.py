@@ -20,7 +20,7 @@ from minismoe.export.weights import PRECISIONS
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import dequantize, quantize
+from minismoe.model.quantize import ROW, dequantize, quantize
 from minismoe.model.tokens import Cache
 
 LENGTHS = (17, 9, 1)
@@ -291,6 +291,29 @@ def test_blocks_of_other_sizes(model: Callable[..., CausalLM], tmp_path: Path, s
     compare(file, rounded(m, *PRECISIONS[precision], size), target, 0.06)
 
 
+@pytest.mark.parametrize("family", ["llama", "smollm2", "qwen3", "llama_biases"])
+@pytest.mark.parametrize("vocab", [97, 320])
+def test_rows_for_browsers(model: Callable[..., CausalLM], tmp_path: Path, family: str,
+                           vocab: int) -> None:
+    """q8 in several panels and in one; two bytes a value are nearly float32."""
+    m = model(family, hidden_size=64, intermediate_size=192, vocab_size=vocab)
+    beside = mixed(m, lambda i, part: (2, 2) if "q" in part else (0, 1), scale=0.1)
+    file = write(tmp_path / "m.onnx", m, beside, precision="q8", all_logits=True)
+    shapes = {len(t.dims): t.dims for t in onnx.load(file, load_external_data=False).graph
+              .initializer if t.name.endswith("embed_tokens.weight")}
+    assert shapes == {3: [5, 64, 64] if vocab == 320 else [1, 64, 97]}
+    compare(file, rounded(m, 8, 8, ROW), "ort", 4e-4)
+
+
+def test_four_bits_in_float16(model: Callable[..., CausalLM], tmp_path: Path) -> None:
+    """q4f16, for WebGPU."""
+    m = model("smollm2")
+    beside = mixed(m, lambda i, part: (2, 2) if "q" in part else (0, 1), scale=0.1)
+    file = write(tmp_path / "m.onnx", m, beside, precision="q4f16", all_logits=True)
+    assert {i.type for n, i in Runner(file).kinds.items() if "past" in n} == {"tensor(float16)"}
+    compare(file, rounded(m, 4, 4), "ort", 0.06)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("target", "precision", "block"), [
     ("ort", "int4", 128), ("ort", "int8", 32), ("portable", "int4", 32), ("portable", "int8", 32)])
@@ -406,9 +429,12 @@ def test_static_chunks_with_pads_between(model: Callable[..., CausalLM], tmp_pat
 
 @pytest.mark.parametrize("target", ["ort", "portable"])
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 1), ("fp16", 1 / 2), ("int8", 0.3),
-                                                  ("int4-8", 0.3), ("int4", 0.18)])
+                                                  ("int4-8", 0.3), ("int4", 0.18),
+                                                  ("q8", 0.26), ("q4f16", 0.15)])
 def test_a_tied_table_is_stored_once(model: Callable[..., CausalLM], tmp_path: Path, target: str,
                                      precision: str, share: float) -> None:
+    if precision.startswith("q") and target == "portable":
+        pytest.skip("for browsers, the target is ort")
     m = model("smollm2", vocab_size=4001, hidden_size=64)
     file = write(tmp_path / "m.onnx", m, target=target, precision=precision)
     others = sum(p.numel() for n, p in m.named_parameters() if "embed" not in n)

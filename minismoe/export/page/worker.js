@@ -1,0 +1,124 @@
+// The model and its files, away from the page's thread. One script with two jobs: as a service
+// worker it keeps the files, so that the page opens offline; as the page's worker it loads the model
+// with transformers.js and answers.
+
+const VERSION = "4.3.1";                 // of @huggingface/transformers
+const HERE = new URL("./", self.location).href;
+const CACHE = `minismoe ${HERE}`;
+
+if ("ServiceWorkerGlobalScope" in self) {
+  self.addEventListener("install", () => self.skipWaiting());
+  self.addEventListener("activate", event => event.waitUntil(self.clients.claim()));
+  self.addEventListener("fetch", event => {
+    if (event.request.method === "GET") event.respondWith(keep(event));
+  });
+} else {
+  const fail = (error, of) => self.postMessage({ is: "error", text: inOneLine(error), of });
+  self.onmessage = ({ data }) =>
+    ({ load, ask, stop: () => stopping?.interrupt() })[data.does](data)
+      ?.catch(error => fail(error, data.does));
+  // transformers.js loses the error of a missing data file, and waits for ever.
+  self.onunhandledrejection = ({ reason }) => fail(reason, "load");
+}
+
+// Weights are those of export.json, and stay until it changes. Other files are asked for each time,
+// and taken from the cache offline.
+async function keep(event) {
+  const { request } = event, file = request.url.split("?")[0];
+  let cache = await caches.open(CACHE);
+  const found = await cache.match(file);
+  if (found && file.startsWith(`${HERE}onnx/`)) return found;
+  try {
+    const response = await fetch(request);
+    if (found && file === `${HERE}export.json` &&
+        await found.text() !== await response.clone().text()) {
+      await caches.delete(CACHE);
+      cache = await caches.open(CACHE);
+    }
+    if (response.status === 200) {       // without space the page works, but not offline
+      event.waitUntil(cache.put(file, response.clone()).catch(() => {}));
+    }
+    return response;
+  } catch (error) {
+    if (found) return found;
+    throw error;
+  }
+}
+
+// transformers.js from vendor/ or else from a CDN, and with it its build of onnxruntime.
+async function library() {
+  const vendor = `${HERE}vendor/node_modules/`, file = "dist/transformers.min.js";
+  try {
+    const found = await import(`${vendor}@huggingface/transformers/${file}`);
+    const paths = found.env.backends.onnx.wasm.wasmPaths;
+    for (const part in paths) {
+      paths[part] = paths[part].replace(/.*\/dist\//, `${vendor}onnxruntime-web/dist/`);
+    }
+    return found;
+  } catch {
+    return import(`https://cdn.jsdelivr.net/npm/@huggingface/transformers@${VERSION}/${file}`)
+      .catch(() => { throw new Error("vendor/ holds no transformers.js, and the CDN is not reached"); });
+  }
+}
+
+let model, tokenizer, context, stopping, Streamer;
+
+async function load(data) {
+  const { AutoConfig, AutoModelForCausalLM, AutoTokenizer, InterruptableStoppingCriteria,
+          TextStreamer, env } = await library();
+  Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: HERE,
+                       useBrowserCache: false, useWasmCache: false });
+  const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
+  env.backends.onnx.wasm.numThreads = threads;
+  const config = await AutoConfig.from_pretrained(".");
+  const adapter = await navigator.gpu?.requestAdapter();
+  const gpu = adapter?.features.has("shader-f16") &&
+    config["transformers.js_config"].device_config?.webgpu;
+  const files = {};
+  const progress_callback = event => {
+    if (event.status !== "progress") return;
+    files[event.file] = event;
+    const sum = part => Object.values(files).reduce((all, file) => all + file[part], 0);
+    self.postMessage({ is: "progress", loaded: sum("loaded"), total: sum("total") });
+  };
+  tokenizer = await AutoTokenizer.from_pretrained(".");
+  model = await AutoModelForCausalLM.from_pretrained(
+    ".", { config, device: gpu ? "webgpu" : "wasm", progress_callback });
+  // Between tokens, let in a message that says stop.
+  const { port1, port2 } = new MessageChannel(), forward = model.forward.bind(model);
+  model.forward = async inputs => {
+    await new Promise(done => { port1.onmessage = done; port2.postMessage(null); });
+    return forward(inputs);
+  };
+  ({ context } = data);
+  stopping = new InterruptableStoppingCriteria();
+  Streamer = TextStreamer;
+  self.postMessage({ is: "ready", on: gpu ? "WebGPU" : "WASM", threads });
+}
+
+async function ask({ messages }) {
+  const inputs = tokenizer.apply_chat_template(
+    messages, { add_generation_prompt: true, return_dict: true });
+  const room = context - inputs.input_ids.dims[1];
+  if (room < 1) throw new Error(`the text is ${1 - room} tokens too long: begin anew`);
+  const start = performance.now(), times = [];
+  const streamer = new Streamer(tokenizer, {
+    skip_prompt: true, skip_special_tokens: true,
+    token_callback_function: () => times.push(performance.now()),
+    callback_function: text => self.postMessage({ is: "text", text }) });
+  stopping.reset();
+  await model.generate({ ...inputs, max_new_tokens: room, do_sample: false, streamer,
+                         stopping_criteria: stopping });
+  self.postMessage({ is: "done", first: (times[0] - start) / 1000, tokens: times.length,
+                     seconds: (times.at(-1) - times[0]) / 1000 });
+}
+
+function inOneLine(error) {
+  const text = String(error?.message ?? error).split("\n")[0];
+  const missing = text.match(/(?:locate file|locally at)[^"]*"([^"]+)"/);
+  if (missing) return `${missing[1].replace(HERE, "").replace("./", "")} is missing: copy the folder whole`;
+  if (/memory|alloc/i.test(text) || error instanceof RangeError || typeof error === "number") {
+    return "too little memory for this model: close other tabs";
+  }
+  return text;
+}

@@ -1,0 +1,61 @@
+"""Serve an exported folder of layout web to browsers of this machine."""
+
+from __future__ import annotations
+
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ..io.text import clean
+
+HOST = "127.0.0.1"
+HEADERS = {                  # the first two let a page share memory, which threads need
+    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp",
+    "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+
+class _Files(SimpleHTTPRequestHandler):
+    """Files of one folder, for pages of this machine only."""
+
+    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript",
+                      ".mjs": "text/javascript", ".wasm": "application/wasm"}
+
+    def send_head(self):                                     # type: ignore[no-untyped-def]
+        """Answer with headers; returns the open file, or None if the request is refused."""
+        folder, file = Path(self.directory).resolve(), Path(self.translate_path(self.path))
+        # Another site may have its name lead to 127.0.0.1, but the browser still sends that name.
+        name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        if name not in (HOST, "localhost") or not file.resolve().is_relative_to(folder):
+            self.send_error(403)
+            return None
+        if file.is_dir() and file != Path(self.directory):   # no lists of files
+            self.send_error(404)
+            return None
+        return super().send_head()
+
+    def end_headers(self) -> None:
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: a page asks for many files."""
+
+
+def serve(folder: Path, port: int) -> None:
+    """Serve the folder at 127.0.0.1:port, or at a free port if it is 0, until Ctrl-C.
+
+    Raises FileNotFoundError if the folder holds no page, OSError if the port is taken.
+    """
+    if not (folder / "index.html").is_file():
+        raise FileNotFoundError(f"{folder} holds no index.html; export.py --layout web --page "
+                                "writes one")
+    try:
+        server = ThreadingHTTPServer((HOST, port), partial(_Files, directory=str(folder)))
+    except (OSError, OverflowError) as e:
+        raise OSError(f"port {port} cannot be opened: {e}; give another --port") from None
+    with server:
+        print(f"http://{HOST}:{server.server_port}/ shows {clean(folder)}; Ctrl-C ends it",
+              flush=True)
+        server.serve_forever()

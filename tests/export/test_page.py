@@ -1,0 +1,215 @@
+"""The page of layout web in headless Chromium: a tiny export, served as a user does."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+import torch
+from browser import Browser, needs_browser, vendor
+from safetensors.torch import save_file
+
+import export
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.model.decoder import CausalLM, Config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96,
+          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "tie_word_embeddings": True, "eos_token_id": 257, "max_position_embeddings": 1024}
+PRINTABLE = [*range(32, 127)]
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported page of a random model that answers in letters, and a task."""
+    root = tmp_path_factory.mktemp("page")
+    (root / "base").mkdir()
+    (root / "base" / "config.json").write_text(json.dumps(CONFIG))
+    torch.manual_seed(0)
+    model = CausalLM(Config.from_dict(CONFIG))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=1.0 * p.shape[1] ** -0.5)
+    with torch.no_grad():
+        others = [i for i in range(259) if i not in PRINTABLE]
+        model.model.embed_tokens.weight[others] *= 0.01
+    save_file(dict(model.named_parameters()), root / "base" / "model.safetensors")
+    export.main(["--model", str(root / "base"), "--layout", "web", "--page", "--out",
+                 str(root / "web")])
+    write_tasks(root / "web")
+    return root / "web"
+
+
+def write_tasks(folder: Path) -> None:
+    """Add a task, as a run has them."""
+    (folder / "tasks.json").write_text(json.dumps(
+        {"count": {"choices": [], "instruction": "Count: "}}))
+    file = folder / "export.json"
+    info = json.loads(file.read_text())
+    info["files"]["tasks.json"] = {"bytes": 0, "sha256": ""}
+    file.write_text(json.dumps(info))
+
+
+@contextmanager
+def served(folder: Path, *flags: str) -> Iterator[str]:
+    """The address at which the runtime serves a folder; Ctrl-C ends it in one line."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minismoe.runtime", str(folder), "--serve", *flags], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        yield line.split()[0]
+    finally:
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    assert (process.returncode, said) == (130, "interrupted\n")
+
+
+def says(folder: Path, text: str, count: int) -> str:
+    """The greedy answer of onnx/model_quantized.onnx by onnxruntime itself."""
+    session = ort.InferenceSession(str(folder / "onnx" / "model_quantized.onnx"))
+    tokenizer = load_tokenizer(folder)
+    new = tokenizer.encode(tokenizer.render([{"role": "user", "content": text}], True))[0]
+    past = {x.name: torch.empty(1, 2, 0, 16).numpy() for x in session.get_inputs()[2:]}
+    tokens, seen = [], 0
+    names = [x.name.replace("present", "past_key_values") for x in session.get_outputs()]
+    for _ in range(count):
+        seen += len(new)
+        found = dict(zip(names, session.run(None, {
+            "input_ids": torch.tensor([new]).numpy(),
+            "attention_mask": torch.ones(1, seen, dtype=torch.int64).numpy(), **past})))
+        new = [int(found.pop("logits")[0, -1].argmax())]
+        past = found
+        tokens += new
+    return tokenizer.decode(tokens)
+
+
+def test_a_web_folder_holds_what_a_browser_loads(web: Path) -> None:
+    assert {f.name for f in (web / "onnx").iterdir()} == {
+        f"model_{name}.onnx{part}" for name in ("quantized", "q4f16") for part in ("", "_data")}
+    config = json.loads((web / "config.json").read_text())["transformers.js_config"]
+    assert config["dtype"] == "q8" and config["device_config"] == {"webgpu": {"dtype": "q4f16"}}
+    info = json.loads((web / "export.json").read_text())
+    assert {"index.html", "worker.js", "onnx/model_q4f16.onnx"} <= info["files"].keys()
+    worker = (web / "worker.js").read_text()
+    links = re.findall(r"https?://[^`\"']+", worker + (web / "index.html").read_text())
+    assert links == ["https://cdn.jsdelivr.net/npm/@huggingface/transformers@${VERSION}/${file}"]
+
+
+def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
+    (web.parent / "secret").write_text("secret")
+    (web / "link").symlink_to(web.parent / "secret")
+    with served(web, "--port", "0") as address:
+        def get(path: str, host: str = "localhost") -> tuple[int, http.client.HTTPMessage, bytes]:
+            connection = http.client.HTTPConnection(address.split("/")[2], timeout=30)
+            connection.request("GET", path, headers={"Host": host})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+
+        status, headers, content = get("/")
+        assert status == 200 and content == (web / "index.html").read_bytes()
+        assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        assert get("/worker.js")[1]["Content-Type"] == "text/javascript"
+        for path in ("/../secret", "/%2e%2e/secret", "/link", "/onnx/../../secret", "/onnx/",
+                     f"/{web.parent}/secret", "/nothing"):
+            status, _, content = get(path)
+            assert status in (403, 404) and b"secret" not in content.replace(b"/secret", b"")
+        assert get("/", "evil.example")[0] == 403
+        port = address.rsplit(":")[-1].strip("/")
+        taken = subprocess.run([sys.executable, "-m", "minismoe.runtime", str(web), "--serve",
+                                "--port", port], cwd=ROOT, capture_output=True, text=True)
+        assert taken.returncode == 1 and f"port {port} cannot be opened" in taken.stderr
+    (web / "link").unlink()
+
+
+def test_a_folder_without_a_page_is_not_served(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "minismoe.runtime", str(tmp_path), "--serve"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "holds no index.html; export.py --layout web --page writes one" in done.stderr
+
+
+@contextmanager
+def proxy() -> Iterator[tuple[str, list[str]]]:
+    """Where all requests to other machines go, and the first lines of those that came."""
+    seen: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def listen() -> None:
+            while True:
+                try:
+                    connection = server.accept()[0]
+                except OSError:
+                    return
+                with connection:
+                    seen.append(connection.recv(200).split(b"\r\n")[0].decode())
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}", seen
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@needs_browser
+def test_the_page_in_a_browser(web: Path) -> None:
+    """It answers as onnxruntime does, stops, opens offline, and asks no other machine."""
+    vendor(web)
+    with proxy() as (outside, asked), Browser(f"--proxy-server={outside}",
+                                              "--proxy-bypass-list=127.0.0.1") as tab:
+        with served(web) as address:
+            tab.open(address)
+            assert "WASM" in tab.wait_status("Ready")
+            assert tab.js("crossOriginIsolated")
+            tab.type("Hello")
+            tab.press("Enter", 13)
+            said = tab.wait_status("First token after")
+            assert re.fullmatch(r"First token after [\d.]+ s, [\d.]+ tokens/s on WASM, .*", said)
+            answer = tab.text(".assistant")
+            assert len(answer) > 900 and answer[:200] == says(web, "Hello", 200)
+
+            tab.js("document.querySelector('#anew').click()")
+            tab.js("document.querySelector('#task').value = 'count'")
+            tab.js("document.querySelector('#text').focus()")
+            tab.type("to")
+            tab.click("#send")
+            tab.wait("!document.querySelector('#stop').hidden")
+            tab.click("#stop")
+            tab.wait_status("First token after")
+            stopped = tab.text(".assistant")
+            assert 0 < len(stopped) < 900 and stopped == says(web, "Count: to", len(stopped))
+        tab.open(address)                    # the server is gone
+        tab.wait_status("Ready")
+        tab.type("Hello")
+        tab.press("Enter", 13)
+        tab.wait_status("First token after")
+        assert tab.text(".assistant") == answer
+        own = ("google.com", "googleapis.com", "gvt1.com")       # of Chromium itself
+        assert not [line for line in asked if not any(host in line for host in own)]
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["onnx/model_quantized.onnx_data", "export.json", "worker.js"])
+def test_a_missing_file_is_named(web: Path, tmp_path: Path, name: str) -> None:
+    (web / name).rename(tmp_path / "away")
+    vendor(web)
+    try:
+        with served(web) as address, Browser() as tab:
+            tab.open(address)
+            tab.wait("document.querySelector('#below')?.className === 'wrong'")
+            said = tab.text("#status")
+            assert name in said and "missing" in said and "\n" not in said
+    finally:
+        (tmp_path / "away").rename(web / name)
