@@ -32,7 +32,7 @@ from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter, versions
 from minismoe.runtime import FORMAT
 from minismoe.runtime.folder import TASKS
-from minismoe.runtime.generator import enough_onnxruntime
+from minismoe.runtime.session import enough_onnxruntime
 
 
 def main(argv: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ from .mixture import Adapter, AdapterInput
 from .npu import calibrated, compile_npu, write_npu
 from .routing import Fits, Frozen, merged_weights
 from .settings import ExportConfig, Source
-from .weights import HALF
+from .weights import HALF, NPU_PRECISIONS
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
 
@@ -79,7 +79,7 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
             "heads": sizes.num_attention_heads,
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
             "vocab_size": sizes.vocab_size, "adapters": adapters,
-            "cache_type": "float16" if config.precision in HALF else "float32",
+            "cache_type": "float16" if config.precision in (*HALF, *NPU_PRECISIONS) else "float32",
             **({"soc": config.compile} if config.compile else {})}
 
 

@@ -28,7 +28,7 @@ CHUNK = 1 << 22                 # elements that are converted at a time
 PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), "int4": (4, 4),
               "q8": (8, 8), "q4f16": (4, 4), "w8a16": (8, 8), "w4a16": (4, 8)}
 NPU_PRECISIONS = ("fp16", "w8a16", "w4a16")
-HALF = (*NPU_PRECISIONS, "q4f16")        # activations and cache are float16
+HALF = ("fp16", "q4f16")        # activations are float16
 PANEL = 64                      # columns of a product that WASM reads from one part of the memory
 
 

@@ -21,7 +21,7 @@ import math
 import os
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from .choices import Answer, likeliest
 from .folder import CACHE_TYPES, plain_file, read_info
 from .npu import EXACT, NpuSteps
 from .prefix import Prefix
+from .session import enough_onnxruntime, execution_provider, open_session, opened
 from .speculate import Choose, Pace, SharedRows, obstacle, speculated
 
 FLOAT, INT64 = 1, 7                          # onnx.TensorProto's numbers
@@ -68,15 +69,15 @@ class Generator:
         self.steps = 0                       # that wrote its tokens after the first, if speculated
         self._shared = self.info["target"] == "ort" and not self.static
         self._npu = NpuSteps(self.folder, self.info, provider, partial(
-            _session, provider="CPUExecutionProvider", threads=threads, entries=EXACT),
+            open_session, provider="CPUExecutionProvider", threads=threads, entries=EXACT),
                              ) if self.info["target"] == "npu" else None
-        name = _provider(None if self._npu else provider)
+        name = execution_provider(None if self._npu else provider)
         self._device = DEVICES.get(name, "cpu")
         if self._shared and self._device == "cuda" and self.info["cache_type"] == "float32":
             self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
-        self._session = self._npu.one if self._npu else _session(
+        self._session = self._npu.one if self._npu else open_session(
             self.folder / "model.onnx", name, threads)
-        self._sampler = _session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
+        self._sampler = open_session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
         self._inputs = {i.name: i for i in self._session.get_inputs()}
@@ -109,7 +110,7 @@ class Generator:
             raise ValueError(f"{self.folder} has no adapter {task!r}; present: "
                              f"{', '.join(self.tasks) or 'none'}")
         # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
-        self._file = None if task is None else _opened(        # it owns the parameters' memory
+        self._file = None if task is None else opened(        # it owns the parameters' memory
             ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
         self._adapter = self._file.get_parameters() if self._file else {}
         self.task, self._prefix = task, None
@@ -405,42 +406,3 @@ def _draw(logits: Sequence[float], rng: random.Random, temperature: float, top_p
             del weights[n + 1:]
             break
     return rng.choices(range(len(weights)), weights)[0]
-
-
-def enough_onnxruntime() -> None:
-    """Raise ImportError if onnxruntime is too old to share memory: it would crash."""
-    if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 30):
-        raise ImportError(f"onnxruntime {ort.__version__} is too old: install 1.30 or later, which "
-                          "needs Python 3.11 or later")
-
-
-def _provider(name: str | None) -> str:
-    present = {p.lower(): p for p in ort.get_available_providers()}
-    wanted = (name or "cpu").lower().removesuffix("executionprovider") + "executionprovider"
-    if wanted.startswith("qnn"):
-        raise ValueError("the provider qnn needs a folder of export.py --target npu")
-    if wanted not in present:
-        raise ValueError(f"onnxruntime has no provider {name!r} here; present: "
-                         f"{', '.join(present.values())}")
-    return present[wanted]
-
-
-def _session(file: Path, provider: str, threads: int | None,
-             entries: Sequence[tuple[str, str]] = ()) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    if threads is None:                      # 0: all physical cores; not if we may use fewer
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        threads = allowed if allowed and allowed < (os.cpu_count() or 1) else 0
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3           # errors only
-    for key, text in entries:
-        options.add_session_config_entry(key, text)
-    providers = [provider, *["CPUExecutionProvider"] * (provider != "CPUExecutionProvider")]
-    return _opened(lambda name: ort.InferenceSession(name, options, providers=providers), file)
-
-
-def _opened(read: Callable[[str], Any], file: Path) -> Any:
-    try:
-        return read(str(file))
-    except Exception as e:                   # onnxruntime raises bare Exceptions
-        raise ValueError(f"onnxruntime cannot open {file}: {str(e).splitlines()[0]}") from None
