@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..io.flags import natural, positive
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, print_error
-from .serve import serve
+from .serve import serve_page
 
 if TYPE_CHECKING:
     from .generator import Generator
@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
     if args.serve:
-        serve(Path(args.folder), args.port or 0)
+        serve_page(Path(args.folder), args.port or 0)
         return
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .prefix import opening, shared_tokens

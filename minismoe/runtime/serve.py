@@ -43,7 +43,7 @@ class _Files(SimpleHTTPRequestHandler):
         """Nothing: a page asks for many files."""
 
 
-def serve(folder: Path, port: int) -> None:
+def serve_page(folder: Path, port: int) -> None:
     """Serve the folder at 127.0.0.1:port, or at a free port if it is 0, until Ctrl-C.
 
     Raises FileNotFoundError if the folder holds no page, OSError if the port is taken.

@@ -355,6 +355,21 @@ def test_results_that_are_none_are_refused_before_any_work(run: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export.main([str(run), "--out", str(tmp_path / "web"), "--layout", "web", "--page", "--heal",
+                 "2", "--calibration", "16", "--check", "2"])
+    said = capsys.readouterr().out
+    for part in ("writes q4f16 in blocks of 32, healed for 2 steps", "writes q8, healed"):
+        assert part in said
+    assert f"python -m minismoe.runtime {tmp_path / 'web'} --serve" in said
+    info = json.loads((tmp_path / "web" / "export.json").read_text())
+    assert info["precision"] == "q8" and "index.html" in info["files"]
+    assert {f"onnx/model_{name}.onnx_data" for name in ("quantized", "q4f16")} <= {*info["files"]}
+    assert known_tasks(tmp_path / "web").keys() == {"number", "twice"}
+    assert not [name for name in info["files"] if "sampler" in name]
+
+
 def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(verify.TOLERANCES, "int4", 1e-6)

@@ -449,9 +449,10 @@ def web_says(folder: Path, dtype: str = "") -> dict[str, Any]:
 
 
 def web_folder(run: Run, web: Path, block: int = 32) -> Path:
-    """The layout of transformers.js, of a merged run in three precisions."""
+    """The layout of transformers.js, of a merged run in four precisions."""
     copy_base_files(run.base, web)
-    for precision, cache_type in (("fp32", "float32"), ("fp16", "float16"), ("int4", "float32")):
+    for precision, cache_type in (("fp32", "float32"), ("fp16", "float16"), ("q8", "float32"),
+                                  ("int4", "float32")):
         write_decoder(web / "model.onnx", run.merged.config, run.weight, {}, target="ort",
                       precision=precision, block=block, context=CONTEXT)
         write_web(web, precision, cache_type)
@@ -463,7 +464,7 @@ def test_a_web_folder_holds_graphs_that_open(any_run: Run, tmp_path: Path) -> No
     web = web_folder(any_run, tmp_path / "web")
     expected = [*any_run.tokens, load_tokenizer(any_run.base).stop_ids[-1]]
     assert greedy(any_run, ort_step(session_of(web / "onnx/model.onnx"))) == expected
-    for name in ("model_fp16", "model_q4"):
+    for name in ("model_fp16", "model_quantized", "model_q4"):
         assert session_of(web / f"onnx/{name}.onnx").get_outputs()[0].name == "logits"
     config = json.loads((web / "config.json").read_text())["transformers.js_config"]
     assert config["dtype"] == "q4" and config["kv_cache_dtype"]["fp16"] == "float16"
@@ -489,16 +490,18 @@ def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: 
 @needs_node
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path, block: int) -> None:
-    """Precisions in one folder: two are asked for by name, int4 is what the config says."""
+    """Precisions in one folder: three are asked for by name, int4 is what the config says."""
     web, tokenizer = web_folder(any_run, tmp_path / "web", block), load_tokenizer(any_run.base)
     data = json.loads((web / "config.json").read_text())["transformers.js_config"][
         "use_external_data_format"]                  # Node finds the data without, a browser not
     assert {file.name for file in (web / "onnx").iterdir()} == {
-        *data, *(f"{name}_data" for name in data)} and len(data) == 3
+        *data, *(f"{name}_data" for name in data)} and len(data) == 4
     assert web_says(web, "fp32") == {
         "prompt": any_run.prompt, "tokens": [*any_run.tokens, tokenizer.stop_ids[-1]],
         "text": any_run.text}
     assert web_says(web, "fp16")["tokens"][0] == any_run.tokens[0]
+    assert web_says(web, "q8")["tokens"] == greedy(
+        any_run, ort_step(session_of(web / "onnx/model_quantized.onnx")))
     assert web_says(web)["tokens"] == greedy(
         any_run, ort_step(session_of(web / "onnx/model_q4.onnx")))
 

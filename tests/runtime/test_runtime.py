@@ -125,9 +125,9 @@ def test_the_cache_is_where_attention_is(model, tmp_path, monkeypatch, kind, cac
                                          device) -> None:
     folder = export(model, tmp_path / "f", kind)
     describe(folder, cache_type=cache_type)
-    monkeypatch.setattr(decoding, "_provider", lambda name: "CUDAExecutionProvider")
-    opened = decoding._session
-    monkeypatch.setattr(decoding, "_session", lambda file, name, threads: opened(
+    monkeypatch.setattr(decoding, "execution_provider", lambda name: "CUDAExecutionProvider")
+    opened = decoding.open_session
+    monkeypatch.setattr(decoding, "open_session", lambda file, name, threads: opened(
         file, "CPUExecutionProvider", threads))
     for name in ("_fits", "use"):
         monkeypatch.setattr(Generator, name, lambda *args: None)

@@ -1,0 +1,86 @@
+"""The page of layout web in headless Chromium, as a user sees it: load time, first token, tokens a
+second and, with --data, exact match on test lines.
+
+    python export.py RUN --layout web --page --out WEB
+    MINISMOE_NODE_MODULES=... python tests/benchmarks/browser_speed.py WEB --data DATA --tasks trec
+
+A folder without vendor/ gets the files of MINISMOE_NODE_MODULES. Figures are those that the page
+prints; load time runs from the first request to the line "Ready", once with an empty cache, and
+once from the cache of the service worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from browser import Browser, vendor
+
+from minismoe.data.tasks import load_tasks
+
+PROMPT = "What is the capital of France, and why is it so well known?"
+
+
+def ask(tab: Browser, text: str, seconds: float = 10) -> tuple[str, str]:
+    """The answer to a message that begins a chat, stopped after some seconds, and the figures below
+    it."""
+    tab.js("document.querySelector('#anew').click()")
+    tab.type(text)
+    tab.press("Enter", 13)
+    with contextlib.suppress(AssertionError):
+        tab.wait_status("First token after", seconds=seconds)
+    tab.press("Escape", 27)
+    return tab.text(".assistant"), tab.wait_status("First token after", seconds=120)
+
+
+def loading(tab: Browser, address: str) -> float:
+    """Seconds until the page is ready."""
+    start = time.perf_counter()
+    tab.open(address)
+    tab.wait("document.querySelector('#status')?.textContent.startsWith('Loading')")
+    print(tab.wait_status("Ready", seconds=300))
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="an export with --layout web --page")
+    parser.add_argument("--rounds", type=int, default=5, help="answers measured (default: 5)")
+    parser.add_argument("--data", type=Path, help="folder of task folders with test.jsonl")
+    parser.add_argument("--tasks", default="trec,clinc,banking77", help="of --data, a comma list")
+    parser.add_argument("--lines", type=int, default=50, help="of each task (default: 50)")
+    args = parser.parse_args()
+    if not (args.folder / "vendor").exists():
+        vendor(args.folder)
+    server = subprocess.Popen([sys.executable, "-m", "minismoe.runtime", str(args.folder),
+                               "--serve"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout
+        address = server.stdout.readline().split()[0]
+        with Browser() as tab:
+            loads = [loading(tab, address) for _ in range(2)]
+            print(f"load: {loads[0]:.1f} s, again {loads[1]:.1f} s")
+            found = [ask(tab, PROMPT)[1].split() for _ in range(args.rounds + 1)][1:]
+            first, rate = ([float(words[i]) for words in found] for i in (3, 5))
+            print(f"first token {statistics.median(first):.2f} s, {statistics.median(rate):.1f} "
+                  f"tokens/s ({min(rate):.1f} to {max(rate):.1f})")
+            for task in load_tasks(args.data, args.tasks.split(",")) if args.data else ():
+                lines = task.test[:args.lines]
+                right = sum(ask(tab, said["content"], 60)[0].strip() == answer["content"].strip()
+                            for said, answer in lines)
+                print(f"{task.name}: {right} of {len(lines)} exact", flush=True)
+    finally:
+        server.terminate()
+
+
+if __name__ == "__main__":
+    main()
