@@ -68,7 +68,7 @@ def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
         "backend_path": backend, **({"soc_model": str(soc)} if EMULATED else {})})
     said: list[str] = []
     try:
-        with _standard_error(said):
+        with _kept_back(said):
             session = ort.InferenceSession(str(file), options)
     except Exception as e:                   # onnxruntime raises bare Exceptions
         refused = dict.fromkeys(re.findall(r"name: (.*?), type: (\w+)", "".join(said)))
@@ -83,17 +83,20 @@ def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
 
 
 @contextmanager
-def _standard_error(said: list[str]) -> Iterator[None]:
-    """Add what native code writes to standard error to `said`, instead of showing it."""
-    sys.stderr.flush()
-    kept = os.dup(2)
+def _kept_back(said: list[str]) -> Iterator[None]:
+    """Add what native code writes to standard output and error to `said`, instead of showing it."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            for number, before in enumerate(kept, start=1):
+                os.dup2(before, number)
+                os.close(before)
             file.seek(0)
             said.append(file.read().decode("utf-8", "replace"))
 
