@@ -187,10 +187,10 @@ def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iter
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)                      # data starts at a multiple of 8
             f.write(len(text).to_bytes(8, "little") + text)
-            for name, (start, end) in spans.items():
+            for name, (start, size) in spans.items():
                 if name not in left:
                     old.seek(8 + length + start)
-                    f.write(old.read(end - start))
+                    f.write(old.read(size))
                     continue
                 entry, new = header[name], weight(name).detach().cpu().contiguous()
                 if DTYPES.get(entry["dtype"]) != new.dtype or entry["shape"] != [*new.shape]:
@@ -203,13 +203,13 @@ def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iter
 
 
 def _text_header(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """A safetensors header without images, and where each tensor of it starts and ends now."""
+    """A safetensors header without images, and where each of its tensors was, and its bytes."""
     new, spans, end = {n: header.pop(n) for n in ["__metadata__"] if n in header}, {}, 0
     for stored, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if not IMAGES.match(stored):
             name, (start, stop) = text_name(stored), entry["data_offsets"]
+            spans[name] = start, stop - start
             new[name] = entry | {"data_offsets": [end, end := end + stop - start]}
-            spans[name] = start, stop
     return new, spans
 
 

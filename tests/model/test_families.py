@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SIZES, random_hf
+from tiny import BYTES, SIZES, random_hf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minismoe.export.layouts import copy_base_files, write_hf
@@ -212,7 +212,8 @@ def test_what_is_not_implemented_is_refused(name: str, change: dict[str, Any], n
 
 IMAGED: dict[str, Any] = {
     "text_config": SIZES | {
-        "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 3, "sliding_window_pattern": 2,
+        "vocab_size": BYTES["vocab_size"], "num_hidden_layers": 4, "head_dim": 16,
+        "sliding_window": 3, "sliding_window_pattern": 2,
         "query_pre_attn_scalar": 20, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "vision_config": {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -262,9 +263,9 @@ def test_only_known_parts_are_left_out(tmp_path: Path) -> None:
     """Names that are broken, and images beside another family, are surplus."""
     save_imaged(tmp_path, True)
     config, tensors = read_json(tmp_path / "config.json"), load_file(tmp_path / "model.safetensors")
-    spare = torch.zeros(2)
-    save_file(tensors | {"language_model.model.norms.weight": spare, "audio_tower.a": spare,
-                         "language_model.extra": spare}, tmp_path / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(2) for name in (
+        "language_model.model.norms.weight", "audio_tower.a", "language_model.extra")},
+        tmp_path / "model.safetensors")
     with pytest.raises(ValueError) as e:
         load_model(tmp_path)
     assert {part.split(": ")[-1] for part in str(e.value).split("; ")} == {
