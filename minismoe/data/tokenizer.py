@@ -14,6 +14,7 @@ from typing import Any
 
 from ..io.files import read_json
 from ..io.hub import resolve
+from ..model.config import text_part
 from . import templates
 
 Message = Mapping[str, str]                  # {"role": ..., "content": ...}
@@ -171,6 +172,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = resolve(folder)
     config, settings, generation, older = (_read(folder / f"{name}.json") for name in (
         "config", "tokenizer_config", "generation_config", "special_tokens_map"))
+    config = text_part(config)
     ends = [source.get("eos_token_id") for source in (config, generation)]
     stops = sorted({i for end in ends for i in (end if isinstance(end, list) else [end])
                     if isinstance(i, int) and i >= 0})

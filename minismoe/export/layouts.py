@@ -24,8 +24,8 @@ from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, loa
 from ..io.files import read_json, replacing, write_json
 from ..method.experts import expert_layers
 from ..method.freeze import freeze, merged
-from ..model.checkpoint import DTYPES, MERGED, weight_files, weights
-from ..model.config import Config
+from ..model.checkpoint import DTYPES, IMAGES, MERGED, text_name, weight_files, weights
+from ..model.config import Config, text_part
 from ..model.quantize import BLOCK
 from .graph import write_decoder, write_sampler
 from .heal import twin
@@ -122,7 +122,7 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> None:
     bos = tokenizer.backend.special.get(tokenizer.bos)
     defaults = {"pad_token_id": tokenizer.pad_id} | ({} if bos is None else {"bos_token_id": bos})
     generation = {key: value for key, value in generation.items() if value is not None}
-    write_json(out / "config.json", config)
+    write_json(out / "config.json", text_part(config))
     write_json(out / "tokenizer_config.json", settings | {"chat_template": template})
     write_json(out / "generation_config.json",
                defaults | generation | {"eos_token_id": tokenizer.stop_ids})
@@ -172,28 +172,45 @@ def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
 def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iterable[str]) -> None:
     """Write the weights of `base`, with those of `names` replaced by weight(name).
 
-    Copied files are overwritten in place: dtypes and shards stay, and one tensor at a time is in
+    Dtypes and shards stay, what belongs to images is left out, and one tensor at a time is in
     memory. Raises ValueError for a dtype, shape or name that differs.
     """
     left, files = set(names), weight_files(base)
     if len(files) > 1:
-        shutil.copyfile(base / "model.safetensors.index.json", out / "model.safetensors.index.json")
+        index = read_json(base / "model.safetensors.index.json")
+        write_json(out / "model.safetensors.index.json", index | {"weight_map": {
+            text_name(n): f for n, f in index["weight_map"].items() if not IMAGES.match(n)}})
     for file in files:
-        with replacing(out / file.name) as tmp:
-            shutil.copyfile(file, tmp)
-            with open(tmp, "r+b") as f:
-                length = int.from_bytes(f.read(8), "little")
-                header = json.loads(f.read(length))
-                for name in sorted(left & header.keys()):
-                    entry, new = header[name], weight(name).detach().cpu().contiguous()
-                    if DTYPES.get(entry["dtype"]) != new.dtype or entry["shape"] != [*new.shape]:
-                        raise ValueError(f"{name} of {file} is {entry['dtype']} {entry['shape']}, "
-                                         f"not {new.dtype} {[*new.shape]}")
-                    f.seek(8 + length + entry["data_offsets"][0])
-                    f.write((ctypes.c_char * new.nbytes).from_address(new.data_ptr()))
-        left -= header.keys()
+        with open(file, "rb") as old, replacing(out / file.name) as tmp, open(tmp, "wb") as f:
+            length = int.from_bytes(old.read(8), "little")
+            header, spans = _text_header(json.loads(old.read(length)))
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)                      # data starts at a multiple of 8
+            f.write(len(text).to_bytes(8, "little") + text)
+            for name, (start, size) in spans.items():
+                if name not in left:
+                    old.seek(8 + length + start)
+                    f.write(old.read(size))
+                    continue
+                entry, new = header[name], weight(name).detach().cpu().contiguous()
+                if DTYPES.get(entry["dtype"]) != new.dtype or entry["shape"] != [*new.shape]:
+                    raise ValueError(f"{name} of {file} is {entry['dtype']} {entry['shape']}, "
+                                     f"not {new.dtype} {[*new.shape]}")
+                f.write((ctypes.c_char * new.nbytes).from_address(new.data_ptr()))
+        left -= spans.keys()
     if left:
         raise ValueError(f"{base} has no {', '.join(sorted(left))}")
+
+
+def _text_header(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """A safetensors header without images, and where each of its tensors was, and its bytes."""
+    new, spans, end = {n: header.pop(n) for n in ["__metadata__"] if n in header}, {}, 0
+    for stored, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if not IMAGES.match(stored):
+            name, (start, stop) = text_name(stored), entry["data_offsets"]
+            spans[name] = start, stop - start
+            new[name] = entry | {"data_offsets": [end, end := end + stop - start]}
+    return new, spans
 
 
 def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from .quantize import QuantizedLinear, QuantizedWeight
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_FORMAT = "minismoe.adapter/1"
+IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")   # tensors of images
 MERGED = "minismoe_merged"               # in config.json: the base that adapters were merged into
 
 
@@ -42,24 +44,26 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
         model = CausalLM(cfg)
     wanted = {name: p.shape for name, p in model.named_parameters()}
     files = {file: _headers(file) for file in weight_files(folder)}
-    found = {name: header for headers in files.values() for name, header in headers.items()}
+    found = {text_name(n): header for headers in files.values() for n, header in headers.items()}
     tied = cfg.tie_word_embeddings
     _check_fit(f"{folder} does not fit its config.json", wanted, {
         name: header for name, header in found.items()
-        if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq"))})
+        if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")
+                or config["model_type"] == "gemma3" and IMAGES.match(name))})
     digest = hashlib.sha256(repr(cfg).encode())
     quantised = linear_layers(model) if base_bits else {}
     for file, headers in files.items():
         digest.update(_start(file))
         with _opened(file) as f:
-            for name in [name for name in headers if name in wanted]:
+            for stored in [n for n in headers if text_name(n) in wanted]:
+                name = text_name(stored)
                 parent, _, child = name.rpartition(".")
                 if child == "weight" and base_bits and parent in quantised:
-                    weight = _tensor(f, file, name, None, device)
+                    weight = _tensor(f, file, stored, None, device)
                     model.set_submodule(parent, QuantizedLinear(
                         quantised[parent], QuantizedWeight(weight, base_bits, dtype)))
                 else:
-                    parameter = nn.Parameter(_tensor(f, file, name, dtype, device), False)
+                    parameter = nn.Parameter(_tensor(f, file, stored, dtype, device), False)
                     setattr(model.get_submodule(parent), child, parameter)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -87,12 +91,19 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
 
 def weights(folder: Path) -> Callable[[str], Tensor]:
     """A function that reads one tensor of a checkpoint folder by name, in its stored dtype."""
-    home = {name: file for file in weight_files(folder) for name in _headers(file)}
+    home = {text_name(n): (file, n) for file in weight_files(folder) for n in _headers(file)}
 
     def weight(name: str) -> Tensor:
-        with _opened(home[name]) as f:
-            return f.get_tensor(name)
+        file, stored = home[name]
+        with _opened(file) as f:
+            return f.get_tensor(stored)
     return weight
+
+
+def text_name(stored: str) -> str:
+    """Our name of language_model.model.NAME (Gemma 3) or model.language_model.NAME (newer)."""
+    return re.sub(r"^language_model\.(?=model\.|lm_head\.)|(?<=^model\.)language_model\.", "",
+                  stored)
 
 
 def _heads_agree(folder: Path) -> bool:

@@ -9,13 +9,16 @@ from functools import partial
 from typing import Any
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "granitemoehybrid",
-               "gemma3_text", "lfm2")
+               "gemma3", "gemma3_text", "lfm2")
+# What a config.json of text and images says of both, beside its text_config.
+OUTER = ("eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
 # What config.json of a family may leave out, where Llama's defaults are others.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True},
     "granitemoehybrid": {"num_local_experts": 8, "layer_types": ["mamba"]},
     "gemma3_text": {
         "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
         "max_position_embeddings": 1 << 17, "rope_theta": 1e6,
         "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "lfm2": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 128_000,
@@ -101,7 +104,7 @@ class Config:
     def from_dict(cls, config: Mapping[str, Any]) -> Config:
         """Read a config.json; ValueError names everything in it that is not implemented."""
         wrong: list[str] = []
-        kind, config = _as_llama(config, wrong)
+        kind, config = _as_llama(text_part(config), wrong)
         sizes = {name: _size(config, name, None, wrong) for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
         heads = sizes["num_attention_heads"]
@@ -139,6 +142,17 @@ class Config:
                    activation="silu" if act == "swish" else act, no_rope_layers=still,
                    windows=tuple(window if t == "sliding_attention" else None for t in types),
                    conv_layers=tuple(i for i, t in enumerate(types) if t == "conv"))
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of the text model in one of text and images; any other as it is."""
+    if config.get("model_type") != "gemma3":
+        return config
+    if not isinstance(inner := config.get("text_config"), Mapping):
+        raise ValueError(f"text_config of model_type 'gemma3' is {inner!r}, not an object")
+    outer = {name: config[name] for name in OUTER if config.get(name) is not None}
+    return {**inner, "tie_word_embeddings": True, **outer,
+            "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
 
 
 def _as_llama(config: Mapping[str, Any], wrong: list[str]) -> tuple[str, Mapping[str, Any]]:

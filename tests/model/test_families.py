@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SIZES, random_hf
+from safetensors.torch import load_file, save_file
+from tiny import BYTES, SIZES, random_hf
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from minismoe.export.layouts import copy_base_files, write_hf
+from minismoe.io.files import read_json, write_json
 from minismoe.method.loss import supervised_losses
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_model
-from minismoe.model.config import Config
+from minismoe.model.config import Config, text_part
 from minismoe.training.evaluate import generate
 from minismoe.training.memory import meta_model
 
@@ -177,7 +181,10 @@ def test_published_sizes_make_the_published_models(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "change", "named"), [
     ("gemma-3-1b", {"model_type": "gemma3n_text"}, "gemma3n_text"),
-    ("gemma-3-1b", {"model_type": "gemma3"}, "gemma3'"),
+    ("gemma-3-1b", {"model_type": "gemma3n", "text_config": GEMMA}, "gemma3n'"),
+    ("gemma-3-1b", {"model_type": "llava", "text_config": GEMMA}, "llava'"),
+    ("gemma-3-1b", {"model_type": "gemma3", "text_config": GEMMA, "quantization_config": {
+        "quant_method": "awq"}}, "awq"),
     ("gemma-3-1b", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
     ("gemma-3-1b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma-3-1b", {"sliding_window_pattern": 0}, "sliding_window_pattern = 0"),
@@ -199,6 +206,95 @@ def test_what_is_not_implemented_is_refused(name: str, change: dict[str, Any], n
     with pytest.raises(ValueError, match="not implemented") as e:
         Config.from_dict(PUBLISHED[name][1] | change)
     assert named in str(e.value)
+
+
+# Text and images
+
+IMAGED: dict[str, Any] = {
+    "text_config": SIZES | {
+        "vocab_size": BYTES["vocab_size"], "num_hidden_layers": 4, "head_dim": 16,
+        "sliding_window": 3, "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 20, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "vision_config": {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+    "mm_tokens_per_image": 4, "eos_token_id": [2, 5]}
+
+
+def save_imaged(folder: Path, published: bool, tied: bool = True, **options: Any) -> Any:
+    """Write a random Gemma 3 of text and images, under one of its two namings."""
+    hf = random_hf("gemma3_images", "gemma3", **IMAGED, tie_word_embeddings=tied)
+    hf.save_pretrained(folder, save_original_format=published, **options)
+    return hf
+
+
+def names(folder: Path) -> set[str]:
+    """Names of all tensors in a folder's files."""
+    return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("published", [True, False])
+@torch.no_grad()
+def test_images_are_left_out(published: bool, tied: bool, tmp_path: Path) -> None:
+    """Loaded, and exported for `transformers` to open, in one file or in several."""
+    hf = save_imaged(tmp_path / "base", published, tied,
+                     max_shard_size="1GB" if published else "20KB")
+    start = "language_model.model." if published else "model.language_model."
+    assert f"{start}norm.weight" in names(tmp_path / "base")
+    ids, model = torch.randint(97, (2, 17)), load_model(tmp_path / "base")
+    want = hf(ids).logits
+    assert (model(ids) - want).abs().max() <= 1e-5 * want.abs().max()
+    changed = "model.layers.1.mlp.up_proj.weight"
+    copy_base_files(tmp_path / "base", tmp_path / "out")
+    write_hf(tmp_path / "out", tmp_path / "base", lambda n: model.get_parameter(n).data * 2,
+             [changed])
+    model.get_parameter(changed).mul_(2)
+    want = model(ids)
+    assert names(tmp_path / "out") == {n for n, _ in model.named_parameters()} - (
+        {"lm_head.weight"} if tied else set())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs).__name__ == "Gemma3ForCausalLM"
+    for opened in (theirs(ids).logits, load_model(tmp_path / "out")(ids)):
+        assert (opened - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_only_known_parts_are_left_out(tmp_path: Path) -> None:
+    """Names that are broken, and images beside another family, are surplus."""
+    save_imaged(tmp_path, True)
+    config, tensors = read_json(tmp_path / "config.json"), load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(2) for name in (
+        "language_model.model.norms.weight", "audio_tower.a", "language_model.extra")},
+        tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as e:
+        load_model(tmp_path)
+    assert {part.split(": ")[-1] for part in str(e.value).split("; ")} == {
+        "model.norms.weight is surplus", "audio_tower.a is surplus",
+        "language_model.extra is surplus"}
+    write_json(tmp_path / "config.json", text_part(config))
+    with pytest.raises(ValueError, match="multi_modal_projector.*is surplus"):
+        load_model(tmp_path)
+    write_json(tmp_path / "config.json", config | {"text_config": None})
+    with pytest.raises(ValueError, match="config.json: text_config .* is None, not an object"):
+        load_model(tmp_path)
+
+
+def test_what_a_text_config_leaves_out() -> None:
+    """Gemma 3 4B as it is published: head sizes and theta are defaults, and the head is tied."""
+    config = Config.from_dict({"model_type": "gemma3", "vision_config": {}, "text_config": {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+        "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024}})
+    theirs = AutoConfig.for_model("gemma3_text")
+    assert sum(p.numel() for p in meta_model(config).parameters()) == 3_880_263_168
+    assert (config.head_dim, config.num_key_value_heads, config.rope_theta) == (256, 4, 1e6)
+    bare = Config.from_dict({"model_type": "gemma3", "text_config": {}})
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+                 "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(bare, name) == getattr(theirs, name), name
+    assert bare.windows == tuple(None if t == "full_attention" else theirs.sliding_window
+                                 for t in theirs.layer_types)
 
 
 def test_texts_of_older_families_stay() -> None:
