@@ -144,10 +144,10 @@ class Config:
                    conv_layers=tuple(i for i, t in enumerate(types) if t == "conv"))
 
 
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the text model in one of text and images; any other as it is."""
     if config.get("model_type") != "gemma3":
-        return config
+        return dict(config)
     if not isinstance(inner := config.get("text_config"), Mapping):
         raise ValueError(f"text_config of model_type 'gemma3' is {inner!r}, not an object")
     outer = {name: config[name] for name in OUTER if config.get(name) is not None}
