@@ -88,7 +88,11 @@ def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits
     if config.layout == "peft":
         for name in ("config.json", "generation_config.json"):       # they are of a whole model
             (folder / name).unlink()
-        write_peft(folder, {n: (f.lora_A, f.lora_B) for n, f in fits.items()}, source.name)
+        whole = read_json(source.base / "config.json")
+        # How transformers names the text part of a model of text and images.
+        root = "model." if text_part(whole) is whole else "model.language_model."
+        write_peft(folder, {n.replace("model.", root, 1): (f.lora_A, f.lora_B)
+                            for n, f in fits.items()}, source.name)
         return
     stored = weights(source.base)
     write_hf(folder, source.base, lambda name: merged(

@@ -26,7 +26,7 @@ from ..io.files import read_json
 from ..io.text import clean, table
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
-from ..model.checkpoint import load_adapter, load_model, weights
+from ..model.checkpoint import load_adapter, load_model, text_name, weights
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
 from ..runtime import Generator
@@ -304,7 +304,7 @@ def check_weights(config: ExportConfig, source: Source, folder: Path, frozen: Fr
         load_adapter(exported := twin(base), source.run / "adapter")
         tensors = load_file(folder / "adapter_model.safetensors")
         key = "base_model.model.{}.lora_{}.weight".format
-        merge(exported, {name: Fit(tensors[key(name, "A")], tensors[key(name, "B")])
+        merge(exported, {text_name(name): Fit(tensors[key(name, "A")], tensors[key(name, "B")])
                          for name in read_json(folder / "adapter_config.json")["target_modules"]})
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(

@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny import BYTES, SIZES, random_hf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minismoe.export.layouts import copy_base_files, write_hf
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.export.layouts import copy_base_files, write_hf, write_weights
+from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.files import read_json, write_json
+from minismoe.method.freeze import Fit
 from minismoe.method.loss import supervised_losses
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_model
@@ -257,6 +260,24 @@ def test_images_are_left_out(published: bool, tied: bool, tmp_path: Path) -> Non
     assert type(theirs).__name__ == "Gemma3ForCausalLM"
     for opened in (theirs(ids).logits, load_model(tmp_path / "out")(ids)):
         assert (opened - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@torch.no_grad()
+def test_peft_adapts_the_text_of_a_model_with_images(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    hf, folder = save_imaged(tmp_path / "base", True), tmp_path / "peft"
+    name, model = "model.layers.1.mlp.up_proj", load_model(tmp_path / "base")
+    fit = Fit(torch.randn(3, 32), torch.randn(48, 3))
+    copy_base_files(tmp_path / "base", folder)
+    write_weights(ExportConfig(layout="peft"), Source(tmp_path, tmp_path / "base", "base", model,
+                                                      load_tokenizer(tmp_path / "base")),
+                  folder, {name: fit})
+    ids = torch.randint(97, (2, 17))
+    model.get_submodule(name).weight += fit.lora_B @ fit.lora_A
+    want = model(ids)
+    assert (hf(ids).logits - want).abs().max() > 1e-3 * want.abs().max()
+    found = peft.PeftModel.from_pretrained(hf, folder)(ids).logits
+    assert (found - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_only_known_parts_are_left_out(tmp_path: Path) -> None:
