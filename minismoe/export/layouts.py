@@ -90,7 +90,7 @@ def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits
             (folder / name).unlink()
         whole = read_json(source.base / "config.json")
         # How transformers names the text part of a model of text and images.
-        root = "model." if text_part(whole) is whole else "model.language_model."
+        root = "model." if text_part(whole) == whole else "model.language_model."
         write_peft(folder, {n.replace("model.", root, 1): (f.lora_A, f.lora_B)
                             for n, f in fits.items()}, source.name)
         return

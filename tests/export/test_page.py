@@ -29,6 +29,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermed
           "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
           "tie_word_embeddings": True, "eos_token_id": 257, "max_position_embeddings": 1024}
 PRINTABLE = [*range(32, 127)]
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 @pytest.fixture(scope="module")
