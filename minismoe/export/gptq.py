@@ -74,9 +74,13 @@ def second_moments(model: CausalLM, names: Collection[str], batches: Iterable[Se
     sums = {name: torch.zeros(layer.in_features, layer.in_features, device=device)
             for layer, name in layers.items()}
 
+    last: list[Any] = [None, None]           # q, k and v read the same x, and so do gate and up
+
     def hook(layer: Any, args: tuple[Tensor, ...], y: Any) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1]).float()
-        sums[layers[layer]].addmm_(x.T, x)
+        if args[0] is not last[0]:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            last[:] = args[0], x.T @ x
+        sums[layers[layer]] += last[1]
 
     for batch in batches:
         hidden = run_hooked(model, batch, [m for m in layers if m is not model.lm_head], hook)
