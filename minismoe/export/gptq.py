@@ -83,7 +83,8 @@ def second_moments(model: CausalLM, names: Collection[str], batches: Iterable[Se
         sums[layers[layer]] += last[1]
 
     for batch in batches:
-        hidden = run_hooked(model, batch, [m for m in layers if m is not model.lm_head], hook)
+        hidden = run_hooked(model.model, batch, [m for m in layers if m is not model.lm_head],
+                            hook)
         if model.lm_head in layers:
             hook(model.lm_head, (hidden[batch[1].bool()],), None)
     return sums

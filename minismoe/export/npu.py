@@ -26,7 +26,7 @@ from onnx import TensorProto
 from onnx.helper import make_tensor_value_info as value
 from torch import Tensor, nn
 
-from ..method.freeze import merge
+from ..method.freeze import merge, run_hooked
 from ..model.config import Config
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, Blocks, columns
@@ -256,7 +256,8 @@ def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> dict[s
     text. The others give the candidates, from the extremes of each token. So a range may cut single
     outliers, but not those that make up a token.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers: dict[nn.Module, str] = {
+        m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     extremes: dict[tuple[str, int], list[Tensor]] = {}
     watch(model, layers, [t for i, t in enumerate(texts) if i % 4], lambda key, x: (
         extremes.setdefault(key, []).append(torch.stack(x.aminmax(dim=-1)))))
@@ -267,26 +268,23 @@ def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> dict[s
     watch(model, layers, texts[::4], lambda key, x: errors.setdefault(key, []).append(
         torch.stack([(r.round(x) - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-6)
                      for r in choices[key]])))
-    best, good = {}, set(layers)
+    best, good = {}, set(layers.values())
     for key, found in errors.items():
         error = torch.cat(found, 1)                                # (candidates, tokens)
         n = int(error.amax(1).argmin())
         best[key] = choices[key][n]
         if error[n].mean() > FLOAT_ABOVE and key[0] != "lm_head":
             good.discard(key[0])
-    return {name: (best[name, 0], best[name, 1]) for name in layers if name in good}
+    return {name: (best[name, 0], best[name, 1]) for name in layers.values() if name in good}
 
 
-def watch(model: CausalLM, layers: Mapping[str, nn.Module], texts: Sequence[Sequence[int]],
+def watch(model: CausalLM, layers: Mapping[nn.Module, str], texts: Sequence[Sequence[int]],
           see: Callable[[tuple[str, int], Tensor], Any]) -> None:
     """Read texts, and call see((name, 0), inputs (N, in)) and see((name, 1), outputs (N, out))."""
-    def hook(name: str, inputs: tuple[Tensor], y: Tensor) -> None:
+    def hook(layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
         for side, x in enumerate((inputs[0], y)):
-            see((name, side), x.detach().flatten(0, -2).float())
+            see((layers[layer], side), x.flatten(0, -2).float())
 
-    handles = [layer.register_forward_hook(lambda _, inputs, y, name=name: hook(name, inputs, y))
-               for name, layer in layers.items()]
     for text in texts:
-        model(torch.tensor([list(text)], device=model.lm_head.weight.device))
-    for handle in handles:
-        handle.remove()
+        ids = torch.tensor([list(text)], device=model.lm_head.weight.device)
+        run_hooked(model, (ids, torch.ones_like(ids)), layers, hook)

@@ -110,7 +110,7 @@ def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list
             inputs.append((args[0], {}))
         inputs[-1][1][names[layer]] = layer
 
-    run_hooked(model, batch, names, hook)
+    run_hooked(getattr(model, "model", model), batch, names, hook)
     groups: list[list[Readers]] = []
     room = memory
     for _, readers in inputs:
@@ -126,12 +126,12 @@ def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list
 
 def run_hooked(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[nn.Module],
                hook: Callable[..., None]) -> Any:
-    """What a model returns of a batch, without its head; calls a forward hook for some layers."""
+    """What a model, or its decoder without the head, returns of a batch (input_ids, attention_mask,
+    ...); calls a forward hook for some of its layers."""
     was = model.training
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
-        decoder = getattr(model.eval(), "model", model)
-        return decoder(input_ids=batch[0], attention_mask=batch[1])
+        return model.eval()(input_ids=batch[0], attention_mask=batch[1])
     finally:
         model.train(was)
         for handle in handles:
@@ -187,7 +187,7 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
         mask = batch[1]
         held = (seen + mask.nonzero()[:, 0]) % HOLD == 1                 # (N,), of the real tokens
         token_numbers = [part.nonzero()[:, 0] for part in (~held, held)]
-        run_hooked(model, batch, sums_of, hook)
+        run_hooked(getattr(model, "model", model), batch, sums_of, hook)
         seen += len(mask)
         progress(len(mask))
     return found

@@ -20,7 +20,7 @@ from ..io.hub import resolve
 from ..io.text import clean
 from ..method.allocate import Allocation
 from ..method.experts import adaptable, add_experts, expert_layers, linear_layers
-from .config import Config
+from .config import Config, text_part
 from .decoder import CausalLM
 from .quantize import QuantizedLinear, QuantizedWeight
 
@@ -49,7 +49,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     _check_fit(f"{folder} does not fit its config.json", wanted, {
         name: header for name, header in found.items()
         if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")
-                or config["model_type"] == "gemma3" and IMAGES.match(name))})
+                or text_part(config) != config and IMAGES.match(name))})
     digest = hashlib.sha256(repr(cfg).encode())
     quantised = linear_layers(model) if base_bits else {}
     for file, headers in files.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,17 +28,6 @@ PROMPTS = ["User: a\nAssistant:", "User: what is it?\nAssistant:", "User: b\nAss
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
     return random_model(seed=5)
-
-
-@pytest.fixture(scope="module")
-def folders(model, tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("exports")
-    return {kind: export(model, root / kind, kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def generator(folders) -> Generator:
-    return Generator(folders["ort"], threads=1)
 
 
 @torch.no_grad()

@@ -37,12 +37,6 @@ def model() -> CausalLM:
 
 
 @pytest.fixture(scope="module")
-def folders(model, tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("exports")
-    return {kind: export(model, root / kind, kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
 def kept(folders, tmp_path_factory) -> Path:
     """The file that a generator of folders["ort"] keeps of PREFIX."""
     file = tmp_path_factory.mktemp("kept") / "p.safetensors"

@@ -55,17 +55,6 @@ def spoil_sampler(folder: Path, rank: int) -> None:
                             for p in folder.iterdir() if p.name != "export.json"})
 
 
-@pytest.fixture(scope="module")
-def folders(model, tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("exports")
-    return {kind: export(model, root / kind, kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def generator(folders) -> Generator:
-    return Generator(folders["ort"], threads=1)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_torch(model, folders, kind) -> None:
     generator = Generator(folders[kind], threads=1)

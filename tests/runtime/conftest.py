@@ -1,0 +1,22 @@
+"""Exports of the `model` of a test file, one of each kind, and a generator of the first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from exported import KINDS, export
+
+from minismoe.model.decoder import CausalLM
+from minismoe.runtime import Generator
+
+
+@pytest.fixture(scope="module")
+def folders(model: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exports")
+    return {kind: export(model, root / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def generator(folders: dict[str, Path]) -> Generator:
+    return Generator(folders["ort"], threads=1)
