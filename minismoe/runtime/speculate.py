@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+    from .cache import CachedModel
     from .generator import Generator
 
 ROWS = 6                                     # tokens that one step reads at most
@@ -77,19 +78,19 @@ class SharedRows:
                 raise OSError("mremap failed")
 
 
-def obstacle(generator: Generator) -> str:
-    """What a generator lacks for speculation; empty if it can speculate."""
-    if not generator._shared:                # a portable cache cannot be cut
+def obstacle(model: CachedModel) -> str:
+    """What a graph and its cache lack for speculation; empty if they have all."""
+    if not model._shared:                # a portable cache cannot be cut
         return "a folder of target ort"
-    if generator._moving:                    # nor can a convolution's
+    if model._moving:                    # nor can a convolution's
         return "a model without convolutions"
-    if (generator._device, generator.info["cache_type"]) != ("cpu", "float32"):
+    if (model._device, model.info["cache_type"]) != ("cpu", "float32"):
         return "a cache in float32 on the CPU"
     if os.environ.get("ORT_GQA_DISABLE_FLASH_ATTENTION"):
         return "onnxruntime's flash attention"       # rows are written before any attends
     # With more threads than heads, it splits the cache of one row, and of several not.
-    threads = generator._session.get_session_options().intra_op_num_threads or os.cpu_count() or 1
-    if threads > (heads := generator.info.get("heads", generator.info["kv_heads"])):
+    threads = model._session.get_session_options().intra_op_num_threads or os.cpu_count() or 1
+    if threads > (heads := model.info.get("heads", model.info["kv_heads"])):
         return f"at most as many threads as attention heads ({heads} here)"
     try:
         SharedRows([1, 1, 1, 1]).share()

@@ -26,9 +26,8 @@ from minismoe import generate
 from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import AdapterInput
 from minismoe.model.decoder import CausalLM
-from minismoe.runtime import Generator
+from minismoe.runtime import Generator, cache
 from minismoe.runtime import __main__ as terminal
-from minismoe.runtime import generator as decoding
 from minismoe.runtime.generator import _draw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,9 +113,9 @@ def test_the_cache_is_where_attention_is(model, tmp_path, monkeypatch, kind, cac
                                          device) -> None:
     folder = export(model, tmp_path / "f", kind)
     describe(folder, cache_type=cache_type)
-    monkeypatch.setattr(decoding, "execution_provider", lambda name: "CUDAExecutionProvider")
-    opened = decoding.open_session
-    monkeypatch.setattr(decoding, "open_session", lambda file, name, threads: opened(
+    monkeypatch.setattr(cache, "execution_provider", lambda name: "CUDAExecutionProvider")
+    opened = cache.open_session
+    monkeypatch.setattr(cache, "open_session", lambda file, name, threads: opened(
         file, "CPUExecutionProvider", threads))
     for name in ("_fits", "use"):
         monkeypatch.setattr(Generator, name, lambda *args: None)

@@ -173,7 +173,7 @@ def test_rows_that_do_not_give_the_same_logits_are_not_used(folder: Path, plain:
             pass
 
     monkeypatch.setattr(speculate, "SharedRows", Apart)
-    monkeypatch.setattr("minismoe.runtime.generator.SharedRows", Apart)
+    monkeypatch.setattr("minismoe.runtime.cache.SharedRows", Apart)
     generator = Generator(folder, threads=1)
     assert tokens(generator, REPEATS, 40) == tokens(plain, REPEATS, 40)
     assert generator._exact is False and generator.steps == 39

@@ -1,0 +1,190 @@
+"""A graph with its sampler and its key/value cache, read in steps; the cache is never copied.
+
+Keys and values stay on the session's device, in bound OrtValues:
+
+    ort        one buffer of the whole context a row, bound as past and as present; the system
+               hands out its pages as they are written. Prompts are padded on the right.
+    portable   the present of a step is the past of the next step. Prompts are padded on the left.
+    static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
+    npu        one buffer of P slots, which the new keys and values are copied into.
+
+The last inputs of convolutions go from step to step as in portable, whatever the target.
+
+Letters: B prompts, T new tokens, P past positions, S = P + T, K key/value heads, C head size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from .folder import CACHE_TYPES, plain_file, read_info
+from .npu import EXACT, NpuSteps
+from .session import enough_onnxruntime, execution_provider, open_session, opened
+from .speculate import SharedRows, obstacle
+
+FLOAT, INT64 = 1, 7                          # onnx.TensorProto's numbers
+DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
+
+Row = Sequence["int | None"]                 # new tokens of a prompt; None is padding
+
+
+class CachedModel:
+    """The graphs of a folder, and a cache of what they have read.
+
+    Arguments and errors are those of `Generator`.
+    """
+
+    def __init__(self, folder: str | Path, provider: str | None, threads: int | None,
+                 task: str | None, verify: bool):
+        enough_onnxruntime()
+        self.folder = Path(folder)
+        self.info = read_info(self.folder, verify)
+        self.static: list[int] | None = self.info.get("static")              # B, T, P
+        self.context: int = min([self.info["context"], *(self.static or [])[2:]])
+        self.tasks: dict[str, str] = self.info.get("adapters") or {}
+        self._shared = self.info["target"] == "ort" and not self.static
+        self._npu = NpuSteps(self.folder, self.info, provider, partial(
+            open_session, provider="CPUExecutionProvider", threads=threads, entries=EXACT),
+                             ) if self.info["target"] == "npu" else None
+        name = execution_provider(None if self._npu else provider)
+        self._device = DEVICES.get(name, "cpu")
+        if self._shared and self._device == "cuda" and self.info["cache_type"] == "float32":
+            self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
+        self._session = self._npu.one if self._npu else open_session(
+            self.folder / "model.onnx", name, threads)
+        self._sampler = open_session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
+        best = self._sampler.get_outputs()[0].shape
+        self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._positions = "position_ids" in self._inputs
+        self._caches = [name.removeprefix("past_").removeprefix("key_values.")      # 0.key, conv.1
+                        for name in self._inputs if name.startswith("past_")]
+        # Those that a step gives back in another buffer.
+        self._moving = [n for n in self._caches if not self._shared or n.startswith("conv")]
+        self._fits()
+        self._obstacle = obstacle(self)      # of speculation
+        self.use(task)
+
+    def _fits(self) -> None:
+        """Raise ValueError if export.json disagrees with the graphs."""
+        info = self.info
+        keys = [i for name, i in self._inputs.items() if name.endswith(".key")]
+        past = keys[0] if keys else None
+        logits = self._session.get_outputs()[0]
+        kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
+        if (len(keys) != info["layers"] or past is None or logits.shape[-1:] != [info["vocab_size"]]
+                or (past.type, *past.shape[1::2]) != (kind, info["kv_heads"], info["head_dim"])
+                or self._positions == (info["target"] == "ort")
+                or not (isinstance(self.candidates, int) and self.candidates)):
+            raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
+                             "sampler.onnx: export again")
+
+    def use(self, task: str | None) -> None:
+        """Switch to the adapter of a task; None: the model without an adapter."""
+        if task is not None and task not in self.tasks:
+            raise ValueError(f"{self.folder} has no adapter {task!r}; present: "
+                             f"{', '.join(self.tasks) or 'none'}")
+        # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
+        self._file = None if task is None else opened(        # it owns the parameters' memory
+            ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
+        self._adapter = self._file.get_parameters() if self._file else {}
+        self.task = task
+        self.reset()
+
+    def reset(self, rows: int = 1, capacity: int | None = None, length: int = 0) -> None:
+        """Empty the cache, and make room for `rows` prompts of `capacity` tokens.
+
+        length: tokens that the caller puts into it, in a portable cache, which has no free room.
+        """
+        rows, _, P = self.static or (
+            rows, 0, (capacity or self.context) if self._shared else length)
+        self._seen: list[int] = []                               # tokens of row 0 in the cache
+        self._masks = [array("q") for _ in range(rows)]
+        shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]
+        self._past: dict[str, Any] = {}
+        for name in self._caches:
+            conv, moves = name.startswith("conv"), name in self._moving
+            if not (moves or self._obstacle or rows > 1):
+                self._past[name] = SharedRows(shape)
+                continue
+            value = self._past[name] = ort.OrtValue.ortvalue_from_shape_and_type(
+                [rows, *self._inputs[f"past_{name}"].shape[1:]] if conv else shape,
+                CACHE_TYPES[self.info["cache_type"]], "cpu" if moves else self._device)
+            if moves and (conv or P):                            # masked, yet 0 * nan is nan
+                ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+        self._ios: dict[int, ort.IOBinding] = {}                 # by rows
+        self._io = self._bound(rows)
+
+    def _bound(self, rows: int) -> ort.IOBinding:
+        """The session's values, bound for batches of so many rows."""
+        if rows in self._ios:
+            return self._ios[rows]
+        self._ios[rows] = io = self._session.io_binding()
+        for name, value in self._adapter.items():
+            io.bind_ortvalue_input(name, value)
+        io.bind_output("logits")                                 # output 0, as step expects
+        for name, value in self._past.items():
+            if name not in self._moving:
+                place = (self._device, 0, CACHE_TYPES[self.info["cache_type"]],
+                         [rows, *value.shape()[1:]], value.data_ptr())
+                io.bind_input(f"past_key_values.{name}", *place)
+                io.bind_output(f"present.{name}", *place)
+        return io
+
+    def step(self, rows: Sequence[Row]) -> ort.OrtValue:
+        """Read T more tokens of each row (B, T) and return the logits of the graph.
+
+        None pads shorter rows: on the left; for target ort on the right, and only in the first step
+        after `reset`. A static graph fixes B and T.
+        """
+        if self._npu:
+            logits = self._npu.step(rows[0], len(self._seen), self._past)
+            self._seen += [t for t in rows[0] if t is not None]
+            return logits
+        B, T, io = len(rows), len(rows[0]), self._io
+        positions = array("q")
+        for mask, row in zip(self._masks, rows):
+            at = mask.count(1) - 1
+            positions.extend(max(0, at := at + (token is not None)) for token in row)
+            mask.extend(int(t is not None) for t in row if t is not None or not self._shared)
+        S = sum(self.static[1:]) if self.static else max(map(len, self._masks))
+        seen, zero = array("q"), array("q", [0])
+        for mask in self._masks:
+            gap = zero * (S - len(mask))
+            seen += mask + gap if self._shared else gap + mask[-S:]
+        inputs = {"input_ids": (array("q", [t or 0 for row in rows for t in row]), T),
+                  "attention_mask": (seen, S)}
+        if self._positions:
+            inputs["position_ids"] = positions, T
+        for name, (values, length) in inputs.items():
+            io.bind_input(name, "cpu", 0, INT64, [B, length], values.buffer_info()[0])
+        io.bind_output("logits")
+        for name in self._moving:
+            past, new = ("past_", "present_") if name.startswith("conv") else (
+                "past_key_values.", "present.")
+            io.bind_ortvalue_input(past + name, self._past[name])
+            io.bind_output(new + name, self._device)
+        self._session.run_with_iobinding(io)
+        outputs = io.get_outputs_as_ortvaluevector()             # in the order of binding
+        for i, name in enumerate(self._moving, start=len(outputs) - len(self._moving)):
+            self._past[name] = ort.OrtValue(outputs[i])
+        self._seen += [t for t in rows[0] if t is not None]
+        return ort.OrtValue(outputs[0])
+
+    def _pad(self, rows: Sequence[Row]) -> list[Row]:
+        """Pad rows to one length; for a static graph to a multiple of its T, and to B rows."""
+        B, T, _ = self.static or (len(rows), 1, 0)
+        if self._npu and len(rows[0]) == 1:
+            T = 1                            # its second graph
+        longest = -(-max(map(len, rows)) // T) * T
+        gaps = [[None] * (longest - len(row)) for row in rows]
+        rows = [[*row, *gap] if self._shared else [*gap, *row] for row, gap in zip(rows, gaps)]
+        return rows + rows[-1:] * (B - len(rows))
