@@ -14,7 +14,7 @@ heads, C head size, L taps of a convolution, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,16 @@ from torch import Tensor
 
 from ..method.experts import linear_layers
 from ..model.config import Config
-from ..model.decoder import CausalLM, rope_frequencies
+from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, ROW
-from .mixture import Adapter, MixtureGraph
+from .mixture import Adapter
 from .nodes import Graph
+from .places import END, PlacesGraph
 from .weights import PRECISIONS
 
-END = 1 << 62                   # the end of any axis
 
-
-class DecoderGraph(MixtureGraph):
+class DecoderGraph(PlacesGraph):
     """The graph of one model. Its methods are the modules of model/decoder.py, leaf to root."""
-
-    masked = -1e9               # added to the scores of keys that a query does not see
 
     def norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
         """(x + added, normalised; x + added)."""
@@ -71,19 +68,6 @@ class DecoderGraph(MixtureGraph):
                          self.constant(eps, torch.float32))
         y = self.node("Div", name, wide, self.node("Sqrt", name, mean))
         return self.node("Mul", name, self.cast(f"{name}.narrow", y, self.real), weight)
-
-    def linear(self, names: Sequence[str], label: str, x: str, bias: bool) -> str:
-        """x (B, T, in) -> (B, T, sum of out), by the modules `names`."""
-        weights = [self.weight(f"{n}.weight") for n in names]
-        y = self.product(label, x, weights)
-        if bias:
-            values = torch.cat([self.weight(f"{n}.bias").to(self.dtype) for n in names])
-            y = self.node("Add", f"{label}.bias", y, self.tensor(f"{label}.bias", values))
-        if not self.adapters.keys() & set(names):
-            return y
-        delta = self.delta(names, label, self.cast(f"{label}.wide", x, TensorProto.FLOAT),
-                           weights[0].shape[1], [w.shape[0] for w in weights])
-        return self.node("Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.real))
 
     def attention(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
@@ -161,82 +145,6 @@ class DecoderGraph(MixtureGraph):
         self.node("Slice", name, whole, [self.static[1]], [END], [2], named=[present])
         return whole
 
-    def mask(self, window: int | None) -> str:
-        """The mask (B, 1, H/K * T, S) to add to scores: 0, or a large negative number.
-
-        Query t, the (P + t)-th token, sees key j if j <= P + t, j is within the window, and
-        attention_mask is 1 at j. A pad sees nothing; -inf would make its row NaN, and then the
-        products of other rows with its values.
-        """
-        name, c = f"mask.{window or 'full'}", self.config
-        if name in self.shared:
-            return self.shared[name]
-        seen = (self.seen_static if self.static else self.seen)(name, window)
-        real = self.node("Unsqueeze", name, self.node(
-            "Cast", name, "attention_mask", to=TensorProto.BOOL), [1, 2])
-        none = -1e4 if self.dtype == torch.float16 else self.masked
-        y = self.node("Where", name, self.node("And", name, seen, real),
-                      self.constant(0.0, self.dtype), self.constant(none, self.dtype))
-        heads = c.num_attention_heads // c.num_key_value_heads
-        self.shared[name] = self.node("Tile", name, y, [1, 1, heads, 1])
-        return self.shared[name]
-
-    def seen(self, name: str, window: int | None) -> str:
-        """(T, S): whether query t sees key j, apart from pads."""
-        S, T = (self.node("Squeeze", f"{name}.{n}", self.node("Shape", f"{name}.{n}", n, start=1,
-                                                              end=2))
-                for n in ("attention_mask", "input_ids"))
-        key = self.node("Range", f"{name}.key", 0, S, 1)
-        query = self.node("Range", f"{name}.query", self.node("Sub", name, S, T), S, 1)
-        query = self.node("Unsqueeze", f"{name}.query", query, [1])
-        seen = self.node("LessOrEqual", name, key, query)
-        if window is None:
-            return seen
-        first = self.node("Sub", f"{name}.query", query, window)
-        return self.node("And", f"{name}.near", seen, self.node("Greater", name, key, first))
-
-    def seen_static(self, name: str, window: int | None) -> str:
-        """The same (T, S) in a static graph; with a window (B, 1, T, S).
-
-        Chunks may be padded, so the distance counts real tokens, not positions of the cache.
-        """
-        _, T, P = self.static or (0, 0, 0)
-        seen = self.tensor(f"{name}.past", torch.arange(P + T) <= torch.arange(P, P + T)[:, None])
-        if window is None:
-            return seen
-        count = self.node("CumSum", name, "attention_mask", 1)                           # (B, S)
-        first = self.node("Slice", f"{name}.first", count, [P], [END], [1])              # (B, T)
-        first = self.node("Sub", f"{name}.first", first, window)
-        near = self.node("Greater", f"{name}.recent",
-                         self.node("Unsqueeze", f"{name}.keys", count, [1, 2]),
-                         self.node("Unsqueeze", f"{name}.first", first, [1, 3]))
-        return self.node("And", f"{name}.near", seen, near)
-
-    def positions(self, context: int) -> None:
-        """cos and sin of the rotary angles, and for `ort` the length of each row of a batch."""
-        s = self.shared
-        s[""] = "", ""                           # layers that do not rotate
-        for kind in sorted({*self.config.ropes} - {""}):
-            angles = torch.arange(context).float()[:, None] * rope_frequencies(self.config, kind)
-            s[kind] = [self.angles(f"rotary.{kind}.{n}", t.to(self.dtype)) for n, t in (
-                ("cos", angles.cos()), ("sin", angles.sin()))]          # (context, C / 2)
-        if self.ort:
-            count = self.node("ReduceSum", "lengths", "attention_mask", [1], keepdims=0)
-            s["seqlens"] = self.node("Cast", "lengths", self.node("Sub", "lengths", count, 1),
-                                     to=TensorProto.INT32)
-            s["total"] = self.node("Cast", "total", self.node("Squeeze", "total", self.node(
-                "Shape", "total", "attention_mask", start=1, end=2)), to=TensorProto.INT32)
-
-    def angles(self, name: str, values: Tensor) -> str:
-        """A table; for `portable`, cos, or sin with its first half negated, of each position."""
-        table = self.tensor(name, values)
-        if self.ort:
-            return table
-        half = self.node("Gather", name, table, "position_ids")
-        first = half if name.endswith("cos") else self.node("Neg", name, half)
-        whole = self.node("Concat", name, first, half, axis=-1)
-        return self.node("Unsqueeze", name, whole, [1])                 # (B, 1, T, C)
-
     def conv(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D) by a short convolution; its last L - 1 inputs are its cache."""
         name, L = f"model.layers.{i}.conv", self.config.conv_size
@@ -253,33 +161,6 @@ class DecoderGraph(MixtureGraph):
             "Slice", f"{name}.{j}", x, [j], [j - L + 1 or END], [1])) for j, tap in enumerate(taps)]
         y = self.node("Mul", f"{name}.gate", gate, self.node("Sum", name, *parts))
         return self.linear([f"{name}.out_proj"], f"{name}.out_proj", y, False)
-
-    def conv_places(self) -> str:
-        """Which of its L - 1 past and T new inputs a convolution gathers, (B, ., 1): for `ort` the
-        last L - 1 before the pads, otherwise all, with the pads before the past."""
-        name, past = "conv", self.config.conv_size - 1
-        T, new = self.new()
-        if self.ort:
-            at = self.node("Add", name, self.node("Max", name, new, 1),
-                           self.tensor(name, torch.arange(past)))
-        else:
-            size = self.static[1] + past if self.static else self.node(
-                "Squeeze", name, self.node("Add", f"{name}.size", T, past))
-            at, pads = self.node("Range", name, 0, size, 1), self.node("Sub", name, T, new)
-            moved = self.node("Max", name, self.node("Sub", f"{name}.moved", at, pads), 0)
-            real = self.node("GreaterOrEqual", name, at, self.node("Add", name, pads, past))
-            at = self.node("Where", name, real, at, moved)
-        return self.node("Unsqueeze", name, at, [2])
-
-    def new(self) -> tuple[Any, str]:
-        """T (1,), and how many of the T new tokens of each row are no pads, (B, 1)."""
-        if "new" not in self.shared:
-            T: Any = [self.static[1]] if self.static else self.node(
-                "Shape", "new", "input_ids", start=1, end=2)
-            start = [-self.static[1]] if self.static else self.node("Neg", "new", T)
-            new = self.node("Slice", "new", "attention_mask", start, [END], [1])     # (B, T)
-            self.shared["new"] = T, self.node("ReduceSum", "new", new, [1])
-        return self.shared["new"]
 
     def mlp(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""

@@ -47,6 +47,19 @@ class MixtureGraph(WeightGraph):
         super().__init__(*model)
         self.adapters = adapters
 
+    def linear(self, names: Sequence[str], label: str, x: str, bias: bool) -> str:
+        """x (B, T, in) -> (B, T, sum of out), by the modules `names`."""
+        weights = [self.weight(f"{n}.weight") for n in names]
+        y = self.product(label, x, weights)
+        if bias:
+            values = torch.cat([self.weight(f"{n}.bias").to(self.dtype) for n in names])
+            y = self.node("Add", f"{label}.bias", y, self.tensor(f"{label}.bias", values))
+        if not self.adapters.keys() & set(names):
+            return y
+        delta = self.delta(names, label, self.cast(f"{label}.wide", x, TensorProto.FLOAT),
+                           weights[0].shape[1], [w.shape[0] for w in weights])
+        return self.node("Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.real))
+
     def delta(self, names: Sequence[str], label: str, x: str, inputs: int,
               sizes: Sequence[int]) -> str:
         """What the adapters of modules add, side by side: x (B, T, in) -> (B, T, sum of sizes)."""
