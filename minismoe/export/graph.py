@@ -26,7 +26,7 @@ from torch import Tensor
 from ..method.experts import linear_layers
 from ..model.config import Config
 from ..model.decoder import CausalLM
-from ..model.quantize import BLOCK, ROW
+from ..model.quantize import BLOCK
 from .mixture import Adapter
 from .nodes import Graph
 from .places import END, PlacesGraph
@@ -185,8 +185,6 @@ class DecoderGraph(PlacesGraph):
             return self.node("Gather", name, *table, "input_ids")
         if not self.ort:
             return self.embed_blocks(name, *table[:2])
-        if self.block == ROW:
-            return self.embed_panels(name, *table)
         row = -(-D // self.block) * self.block
         data = self.alias(table[0], [c.vocab_size, row * self.table_bits // 8])
         x = self.node("GatherBlockQuantized", name, data, "input_ids", table[1],

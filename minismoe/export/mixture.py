@@ -112,7 +112,9 @@ class MixtureGraph(WeightGraph):
             for i, (h, (_, B, _)) in enumerate(zip(hs, parts))])
 
     def into_ranks(self, label: str, x: str, A: Tensor) -> str:
-        """A x, x (B, T, in) -> (B, T, R), by A (R, in); in 8-bit blocks beside a base in blocks."""
+        """A x, x (B, T, in) -> (B, T, R), by A (R, in); in 8 bits beside a base in few bits."""
+        if self.rows:
+            return self.product(label, x, [A])
         if self.bits and self.dtype == torch.float32:
             blocks = self.blocks(label, [A], A_BITS)
             return self.multiply(label, x, blocks, A.shape[1], len(A), A_BITS)

@@ -19,7 +19,7 @@ OPSET, IR = 21, 10
 SMALL = 1 << 10                 # a tensor of at most so many bytes stays in the graph file
 TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
          torch.int64: TensorProto.INT64, torch.uint8: TensorProto.UINT8,
-         torch.bool: TensorProto.BOOL}
+         torch.int8: TensorProto.INT8, torch.bool: TensorProto.BOOL}
 
 
 class Graph:

@@ -42,9 +42,9 @@ from .weights import PRECISIONS
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
 # a graph must also agree with PyTorch on the same rounded weights.
 TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
-              "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2, "q8": 0.15, "two bytes": 1e-2, "q4f16": 0.6}
+              "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2, "q8": 0.15, "q4f16": 0.6}
 # What explains the error of a graph whose weights are rounded as those of the model are.
-EXPLAINS = {"w8a16": "a16", "w4a16": "a16", "q8": "two bytes", "q4f16": "fp16"}      # or fp32
+EXPLAINS = {"w8a16": "a16", "w4a16": "a16", "q4f16": "fp16"}         # or fp32
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
 TOKENS = 24                              # of each greedy text
 FEW = 4                                  # of each text read without rounding, which is slow

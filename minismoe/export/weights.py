@@ -2,7 +2,7 @@
 
 Weights stream to the data file tensor by tensor. `ort` graphs multiply quantised blocks by
 MatMulNBits, and look rows up by GatherBlockQuantized; `portable` graphs use DequantizeLinear and
-MatMul, and look bytes up. Rows of 8 bits, for browsers, are multiplied by MatMulIntegerToFloat.
+MatMul, and look bytes up. Rows of 8 bits, for browsers, become floats when a session loads.
 
 Letters: B batch, T new tokens, D hidden, V vocabulary.
 """
@@ -29,7 +29,6 @@ PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), 
               "q8": (8, 8), "q4f16": (4, 4), "w8a16": (8, 8), "w4a16": (4, 8)}
 NPU_PRECISIONS = ("fp16", "w8a16", "w4a16")
 HALF = ("fp16", "q4f16")        # activations are float16
-PANEL = 64                      # columns of a product that WASM reads from one part of the memory
 
 
 class WeightGraph(Graph):
@@ -42,9 +41,10 @@ class WeightGraph(Graph):
                  weight: Callable[[str], Any], target: str, precision: str, block: int,
                  static: tuple[int, int, int] | None):
         super().__init__(data, location)
-        self.config, self.weight, self.block = config, weight, ROW if precision == "q8" else block
+        self.config, self.weight, self.block = config, weight, block
         self.ort, self.static = target == "ort", static
-        self.bits, self.table_bits = PRECISIONS[precision]
+        self.rows = precision == "q8"            # 8 bits in the file, floats in a session
+        self.bits, self.table_bits = (0, 0) if self.rows else PRECISIONS[precision]
         self.dtype = torch.float16 if precision in HALF else torch.float32
         self.real = TYPES[self.dtype]
         self.shared: dict[str, Any] = {}         # tensors and nodes that every layer reads
@@ -59,6 +59,8 @@ class WeightGraph(Graph):
         if self.bits:
             blocks = self.blocks(label, weights, self.bits)
             return self.multiply(label, x, blocks, inputs, outputs, self.bits)
+        if self.rows:
+            return self.node("MatMul", label, x, self.floats(label, weights, transposed=True))
         step = max(1, CHUNK // outputs)
         return self.node("MatMul", label, x, self.stream(
             f"{label}.weight", self.real, (inputs, outputs), (
@@ -71,10 +73,6 @@ class WeightGraph(Graph):
         parts = [w if isinstance(w, Blocks) else quantize(w, bits, self.block) for w in weights]
         data, scales = (torch.cat([getattr(p, field) for p in parts])
                         for field in ("data", "scales"))
-        if self.block == ROW:
-            N, _, K = data.shape
-            n = N if N % PANEL else PANEL
-            data, scales = data.view(-1, n, K).mT, scales.view(-1, 1, n)
         if self.ort:
             return [self.tensor(f"{label}.weight", data),
                     self.tensor(f"{label}.scales", scales.to(self.dtype))]
@@ -91,8 +89,6 @@ class WeightGraph(Graph):
     def multiply(self, label: str, x: str, blocks: Sequence[str], inputs: int, outputs: int,
                  bits: int) -> str:
         """x (.., in) times stored blocks. accuracy_level 4 rounds x to int8, a block at a time."""
-        if self.block == ROW:
-            return self.multiply_panels(label, x, blocks, inputs, outputs)
         if self.ort:
             return self.node("MatMulNBits", label, x, *blocks, domain="com.microsoft", K=inputs,
                              N=outputs, bits=bits, block_size=self.block,
@@ -100,63 +96,30 @@ class WeightGraph(Graph):
         return self.node("MatMul", label, x, self.node(
             "DequantizeLinear", label, *blocks, axis=0, block_size=self.block))
 
-    def multiply_panels(self, label: str, x: str, blocks: Sequence[str], inputs: int,
-                        outputs: int) -> str:
-        """x (.., in) times rows of 8 bits, stored as (N / n, in, n) with n = PANEL, or N if that is
-        no multiple.
+    def floats(self, label: str, weights: Sequence[Any], transposed: bool = False) -> str:
+        """Weights (N, K) below each other, in rows of 8 bits: float32 (N, K) or (K, N).
 
-        onnxruntime's WASM kernel copies 128 x 128 weights at a time. In a matrix (in, N) their rows
-        are N bytes apart, and push each other out of the cache where that is a multiple of 1024.
-
-        x of a token is rounded to a byte, `high`, and the rest to another, `low`: beside the
-        outliers of a language model, one byte a value is too few.
+        No operator here depends on an input, so a session computes the floats once, as it loads.
+        onnxruntime's WASM build multiplies these faster than it multiplies 8 bits.
         """
-        def number(value: float) -> str:
-            return self.constant(value, torch.float32)
-
-        rows, zero = f"{label}.bytes", self.constant(128, torch.uint8)
-        shape = self.node("Concat", f"{label}.shape", self.node("Shape", rows, x, end=-1),
-                          [outputs], axis=0)
-        x = self.node("Reshape", rows, x, [1, -1, inputs])                       # (1, R, in)
-        largest = self.node("ReduceMax", rows, self.node("Abs", rows, x), [-1])  # (1, R, 1)
-        scale = self.node("Max", rows, self.node("Mul", rows, largest, number(1 / 127)),
-                          number(1e-20))
-        x = self.node("Div", rows, x, scale)
-        high = self.node("Round", rows, x)
-        low = self.node("Mul", f"{label}.low", self.node("Sub", rows, x, high), number(254))
-        both = self.node("Concat", rows, high, low, axis=1)                      # (1, 2 R, in)
-        y = self.node("MatMulIntegerToFloat", label, self.node(
-            "QuantizeLinear", rows, both, number(1), zero), blocks[0], number(1), blocks[1], zero,
-            zero, domain="com.microsoft")                                        # (N / n, 2 R, n)
-        high, low = self.node("Split", rows, y, outputs=2, axis=1, num_outputs=2)
-        y = self.node("Add", rows, high, self.node("Mul", f"{label}.high", low, number(1 / 254)))
-        y = self.node("Mul", f"{label}.scaled", y, scale)
-        return self.node("Reshape", f"{label}.joined", self.node("Transpose", rows, y,
-                                                                 perm=[1, 0, 2]), shape)
+        parts = [w if isinstance(w, Blocks) else quantize(w, 8, ROW) for w in weights]
+        data = torch.cat([p.data.squeeze(1) for p in parts]).bitwise_xor(128).view(torch.int8)
+        scales = torch.cat([p.scales for p in parts])                            # (N, 1)
+        data, scales = (data.T, scales.T) if transposed else (data, scales)
+        wide = self.node("Cast", label, self.tensor(f"{label}.weight", data), to=TensorProto.FLOAT)
+        return self.node("Mul", f"{label}.floats", wide, self.tensor(f"{label}.scales", scales))
 
     def table(self, name: str) -> list[str]:
         """The stored tensors of an embedding or head (V, D); a tied table is stored once."""
         if name not in self.shared:
             value = self.weight(f"{name}.weight")
             self.shared[name] = (
+                [self.floats(name, [value])] if self.rows else
                 [self.stream(f"{name}.weight", self.real, value.shape, (
                     part.to(self.dtype) for part in value.split(max(1, CHUNK // value.shape[1]))))]
                 if isinstance(value, Tensor) and not self.table_bits else
                 self.blocks(name, [value], self.table_bits))
         return self.shared[name]
-
-    def embed_panels(self, name: str, data: str, scales: str) -> str:
-        """Rows of a table in panels, for the tokens (B, T): (B, T, D)."""
-        panels, D, n = self.tensors[data].dims
-        token = self.node("Unsqueeze", name, "input_ids", [2, 3])
-        panel = self.node("Mul", f"{name}.panel", self.node("Div", name, token, n), [1, 0, 0])
-        column = self.node("Mul", f"{name}.column", self.node("Mod", name, token, n), [0, 0, 1])
-        rows = self.tensor(f"{name}.rows", torch.arange(D)[:, None] * torch.tensor([0, 1, 0]))
-        at = self.node("Add", f"{name}.rows", self.node("Add", name, panel, column), rows)
-        q = self.node("Cast", name, self.node("GatherND", name, data, at), to=TensorProto.FLOAT)
-        q = self.node("Sub", name, q, self.constant(128.0, torch.float32))
-        return self.node("Mul", name, q, self.node(
-            "Gather", f"{name}.scales", self.alias(scales, [panels * n, 1]), "input_ids"))
 
     def embed_blocks(self, name: str, data: str, scales: str) -> str:
         """Rows of a table stored as (D, V), as the head's product needs it: (B, T, D).
