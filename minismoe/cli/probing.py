@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.tasks import Batch, probe_batches
@@ -18,7 +19,7 @@ from ..io.files import read_json
 from ..io.text import clean, table
 from ..method.allocate import Allocation, Unfit, allocate
 from ..method.experts import linear_layers
-from ..method.sensitivity import Scores, overlap, probe, shapes_of
+from ..method.sensitivity import Scores, probe, shapes_of
 from ..training import distributed
 from .flags import AllocationConfig
 from .inputs import Inputs
@@ -35,14 +36,11 @@ def needed(allocating: AllocationConfig) -> bool:
 
 def choose(allocating: AllocationConfig, scores: Scores, seed: int) -> Allocation:
     """The allocation that the flags ask for; Unfit if the scores choose one that does not fit."""
-    a = allocating
-    found = allocate(scores, strategy=a.strategy, group=a.group, keep=a.keep,
-                     budget_experts=a.budget_experts, budget_params=a.budget_params,
-                     min_experts=a.min_experts, max_experts=a.max_experts, targets=a.targets,
-                     rank=a.rank, alpha=a.alpha, top_k=a.top_k, seed=seed)
-    if small := [f"{m} {[*scores.shapes[m]]}" for m in found.experts
-                 if found.rank_of(m) > min(scores.shapes[m])]:
-        raise Unfit(f"rank {found.rank} is more than the matrix itself has: {', '.join(small)}")
+    settings = asdict(allocating)
+    del settings["samples"], settings["file"]
+    found = allocate(scores, **settings, seed=seed)
+    if small := found.too_large(scores.shapes):
+        raise Unfit(small)
     return found
 
 
@@ -131,6 +129,20 @@ def measure(allocating: AllocationConfig, inputs: Inputs, seed: int, size: int =
                      "-" if math.isnan(agreement) else f"{agreement:.2f}"])
     print(table(["task", "samples probed", "split-half overlap"], rows))
     return scores
+
+
+def overlap(samples: Tensor, names: Sequence[str],
+            select: Callable[[dict[str, float]], set[str]]) -> float:
+    """Split-half overlap: how far the matrices that a task selects depend on the samples drawn.
+
+    samples (n, M) are squared norms; even and odd ones each select matrices by their sums. The
+    share of one selection that is in the other; nan for a single sample. Chance alone gives the
+    share of all matrices that `select` takes.
+    """
+    if len(samples) < 2:
+        return math.nan
+    halves = [select(dict(zip(names, samples[i::2].sum(0).tolist()))) for i in (0, 1)]
+    return len(halves[0] & halves[1]) / max(1, len(halves[0]))
 
 
 def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:

@@ -1,4 +1,4 @@
-"""What train.py prints and draws of a run, and its results.json."""
+"""What train.py prints of a run, and its results.json."""
 
 from __future__ import annotations
 
@@ -7,33 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.tasks import probe_batches
-from ..io.drawing import terminal_heatmap
-from ..io.files import read_json, write_json
+from ..io.files import read_json
 from ..io.text import clean, table
-from ..training import distributed
 from ..training.evaluate import Accuracy
-from ..training.routers import collapsed, router_use
-from .inputs import Inputs
-from .probing import PROBE_BATCH
-
-ROUTED = 32                              # examples a task that the routers are watched on
-
-
-def report_routers(inputs: Inputs, run: Path) -> None:
-    """Draw what the routers do on some training examples of each task; write routers.json."""
-    device = inputs.model.lm_head.weight.device
-    use = router_use(inputs.model, {
-        name: probe_batches(e.examples, ROUTED, PROBE_BATCH, inputs.tokenizer.pad_id, device)
-        for name, e in inputs.encoded.items()})
-    if not use or distributed.rank():
-        return
-    write_json(run / "routers.json", use)
-    print(terminal_heatmap("how far the routers tell the tasks apart, of 1",
-                           {name: found["separation"] for name, found in use.items()}))
-    if lost := collapsed(use):
-        print(f"{len(lost)} experts get under 1 % of the gates: {', '.join(lost[:5])}"
-              f"{', ...' if len(lost) > 5 else ''}; a larger --router-aux-loss-coef spreads them")
 
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:

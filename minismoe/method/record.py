@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -44,6 +44,14 @@ class Allocation:
         several = f"s {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f" {ranks[0]}"
         return (f"{self.strategy}: {sum(self.experts.values())} experts of rank{several} on "
                 f"{len(self.experts)} matrices")
+
+    def too_large(self, shapes: Mapping[str, Sequence[int]]) -> str:
+        """Names the modules whose rank is above the smaller side of their (out, in); "" if none."""
+        small = [module for module in self.experts if self.rank_of(module) > min(shapes[module])]
+        if not small:
+            return ""
+        return (f"rank {max(map(self.rank_of, small))} is more than the matrix itself has: "
+                + ", ".join(f"{module} {[*shapes[module]]}" for module in small))
 
     def problems(self) -> list[str]:
         """One message for each wrong value; a count of 0 is allowed."""

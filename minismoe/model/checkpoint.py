@@ -219,7 +219,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
         allocation = Allocation.from_json(meta.get("allocation"))
     except ValueError as e:
         raise ValueError(f"{record}: {e}") from None
-    layers = adaptable(model, {name: allocation.rank_of(name) for name in allocation.experts})
+    layers = adaptable(model, allocation)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, E in allocation.experts.items():
         (out, in_), r = layers[name].weight.shape, allocation.rank_of(name)
