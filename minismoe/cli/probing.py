@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,10 +82,10 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs, seed: int,
 def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocation:
     """An allocation file; a bare mapping takes rank, alpha and top-k from the flags."""
     value = read_json(file)
-    if isinstance(value, dict) and "format" not in value:
+    if "format" not in value:
         value = {"format": "minismoe.allocation/1", "experts": value, "rank": allocating.rank,
                  "alpha": allocating.alpha or 2 * allocating.rank, "top_k": allocating.top_k}
-    elif isinstance(value, dict) and file == allocating.file:
+    elif file == allocating.file:
         for name in ("rank", "alpha", "top_k"):
             asked = getattr(allocating, name)
             if asked not in (getattr(AllocationConfig, name), value.get(name)):
@@ -118,31 +117,18 @@ def measure(allocating: AllocationConfig, inputs: Inputs, seed: int, size: int =
             scores.add(name, torch.tensor(found, dtype=torch.float64))
             bar.update(len(found))
 
-    def select(one_task: dict[str, float]) -> set[str]:
-        return set(allocate({"": one_task}, group=allocating.group, keep=allocating.keep or 0.6,
+    def voted(samples: Tensor) -> set[str]:
+        one_task = dict(zip(scores.shapes, samples.sum(0).tolist()))
+        return set(allocate({"": one_task}, group=allocating.group, keep=allocating.keep,
                             targets=allocating.targets).experts)
 
     rows = []
     for task, samples in scores.samples.items():
-        agreement = overlap(samples, list(scores.shapes), select)        # nan of a single sample
-        rows.append([clean(task), len(samples),
-                     "-" if math.isnan(agreement) else f"{agreement:.2f}"])
+        halves = voted(samples[::2]), voted(samples[1::2])
+        share = len(halves[0] & halves[1]) / len(halves[0])
+        rows.append([clean(task), len(samples), f"{share:.2f}" if len(samples) > 1 else "-"])
     print(table(["task", "samples probed", "split-half overlap"], rows))
     return scores
-
-
-def overlap(samples: Tensor, names: Sequence[str],
-            select: Callable[[dict[str, float]], set[str]]) -> float:
-    """Split-half overlap: how far the matrices that a task selects depend on the samples drawn.
-
-    samples (n, M) are squared norms; even and odd ones each select matrices by their sums. The
-    share of one selection that is in the other; nan for a single sample. Chance alone gives the
-    share of all matrices that `select` takes.
-    """
-    if len(samples) < 2:
-        return math.nan
-    halves = [select(dict(zip(names, samples[i::2].sum(0).tolist()))) for i in (0, 1)]
-    return len(halves[0] & halves[1]) / max(1, len(halves[0]))
 
 
 def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,12 @@ from ..training.evaluate import Accuracy
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:
     """The base's accuracy by task. ValueError if before.json does not say it."""
-    content = read_json(file)
-    try:
-        found = {name: Accuracy(content[name]["correct"], content[name]["examples"])
-                 for name in tasks}
-    except (KeyError, TypeError):
-        found = {"": Accuracy(-1, 0)}
-    if not all(type(n) is int and n >= 0 for a in found.values() for n in (a.correct, a.examples)):
-        raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
-    return found
+    with suppress(KeyError, TypeError, ValueError):
+        content = read_json(file)
+        counts = {name: (content[name]["correct"], content[name]["examples"]) for name in tasks}
+        if all(type(n) is int and n >= 0 for pair in counts.values() for n in pair):
+            return {name: Accuracy(*pair) for name, pair in counts.items()}
+    raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
 
 
 def results_json(before: Mapping[str, Accuracy], after: Mapping[str, Accuracy],

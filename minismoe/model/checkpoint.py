@@ -81,8 +81,6 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json")
     config = read_json(file)
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no JSON object")
     try:
         return Config.from_dict(config), config
     except ValueError as e:
@@ -120,8 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}")
-    content = read_json(index)
-    files = content.get("weight_map") if isinstance(content, dict) else None
+    files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(n, str) for n in files.values()):
         raise ValueError(f"{index} holds no weight_map of tensors to files")
     names = sorted(set(files.values()))
@@ -212,7 +209,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
         if not inside(part.parent, part.name).is_file():
             raise FileNotFoundError(f"{folder} holds no {part.name}")
     meta = read_json(record)
-    if not isinstance(meta, dict) or meta.get("format") != ADAPTER_FORMAT:
+    if meta.get("format") != ADAPTER_FORMAT:
         raise ValueError(f"{record} is not of the form {ADAPTER_FORMAT}")
     _check_base(model, meta)
     try:

@@ -18,8 +18,9 @@ from typing import Any
 import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
-from .cache import FLOAT, INT64, CachedModel
+from .cache import CachedModel
 from .choices import Answer, likeliest
+from .folder import FLOAT, INT64
 from .prefix import Prefix
 from .speculate import Choose, Pace, speculated
 

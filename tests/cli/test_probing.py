@@ -1,43 +1,35 @@
-"""The split-half overlap of a probe, by hand."""
+"""How far halves of a probe agree, by hand."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from minismoe.cli.probing import overlap
-
-
-def top(count: int) -> Any:
-    return lambda scores: set(sorted(scores, key=scores.__getitem__)[-count:])
-
-
-@pytest.mark.parametrize(("even", "odd", "count", "expected"), [
-    ([1, 2, 3, 4], [1, 2, 3, 4], 2, 1.0),
-    ([1, 2, 3, 4], [4, 3, 2, 1], 2, 0.0),
-    ([1, 2, 3, 4], [1, 4, 2, 3], 2, 0.5),                   # {c, d} and {b, d}
-    ([1, 2, 3, 4], [3, 2, 1, 4], 3, 2 / 3),                 # {b, c, d} and {a, b, d}
-    ([1, 2, 3, 4], [4, 3, 2, 1], 4, 1.0),
-])
-def test_overlap_of_two_samples(even: list[int], odd: list[int], count: int,
-                                expected: float) -> None:
-    assert overlap(torch.tensor([even, odd]), "abcd", top(count)) == pytest.approx(expected)
+from minismoe.cli import probing
+from minismoe.cli.flags import AllocationConfig
+from minismoe.data.tasks import Encoded, Example
 
 
-def test_overlap_sums_even_and_odd_samples() -> None:
-    samples = torch.tensor([[5.0, 0, 1], [0, 1, 9], [0, 4, 1], [0, 9, 1], [0, 3, 0]])
-    assert overlap(samples, "abc", top(1)) == 0             # even (5, 7, 2): b; odd (0, 10, 10): c
-    seen: list[dict[str, float]] = []
-    assert overlap(samples, "abc", lambda s: seen.append(s) or {"a", "b"}) == 1
-    assert seen == [{"a": 5, "b": 7, "c": 2}, {"a": 0, "b": 10, "c": 10}]
-
-
-def test_overlap_of_nothing_is_0() -> None:
-    assert overlap(torch.ones(4, 2), "ab", lambda scores: set()) == 0
-
-
-def test_a_single_sample_has_no_halves() -> None:
-    assert math.isnan(overlap(torch.ones(1, 3), "abc", top(1)))
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_the_overlap_of_halves_is_that_by_hand(monkeypatch, capsys, count: int) -> None:
+    """Token i of a sample stands for row i of the norms; two of four matrices are voted for."""
+    norms = torch.rand(count, 4, generator=torch.Generator().manual_seed(count)).double()
+    model = nn.Module()
+    for name in "abcd":
+        setattr(model, name, nn.Linear(3, 3))
+    model.lm_head = nn.Linear(3, 3)
+    inputs = SimpleNamespace(
+        model=model, tokenizer=SimpleNamespace(pad_id=0),
+        encoded={"t": Encoded([Example("t", [i], [i]) for i in range(count)])})
+    monkeypatch.setattr(probing, "probe", lambda _, tasks: SimpleNamespace(
+        samples={"t": norms[tasks["t"][0][0][:, 0]]}))
+    scores = probing.measure(AllocationConfig(keep=0.5, group="all"), inputs, seed=0, size=3)
+    rows = scores.samples["t"].tolist()
+    assert sorted(rows) == sorted(norms.tolist())
+    even, odd = (set(sorted(range(4), key=lambda m: -sum(row[m] for row in half))[:2])
+                 for half in (rows[::2], rows[1::2]))
+    expected = f"{len(even & odd) / 2:.2f}" if count > 1 else "-"
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["t", str(count), expected]
