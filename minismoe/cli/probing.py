@@ -18,6 +18,7 @@ from ..io.files import read_json
 from ..io.text import clean, table
 from ..method.allocate import Allocation, Unfit, allocate
 from ..method.experts import linear_layers
+from ..method.record import FORMAT
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..training import distributed
 from .flags import AllocationConfig
@@ -83,7 +84,7 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
     """An allocation file; a bare mapping takes rank, alpha and top-k from the flags."""
     value = read_json(file)
     if "format" not in value:
-        value = {"format": "minismoe.allocation/1", "experts": value, "rank": allocating.rank,
+        value = {"format": FORMAT, "experts": value, "rank": allocating.rank,
                  "alpha": allocating.alpha or 2 * allocating.rank, "top_k": allocating.top_k}
     elif file == allocating.file:
         for name in ("rank", "alpha", "top_k"):

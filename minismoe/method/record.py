@@ -88,7 +88,7 @@ class Allocation:
         A count of 0 means no adapter. Raises one ValueError that names everything wrong.
         """
         if not isinstance(value, Mapping):
-            raise ValueError(f"an allocation is a JSON object, got {value!r}")  # noqa: TRY004
+            raise ValueError(f"an allocation is a JSON object, got {value!r}")
         settings: dict[str, Any] = dict(value) if "format" in value else {"experts": value}
         found, experts = settings.pop("format", FORMAT), settings.pop("experts", None)
         known = {f.name: settings.pop(f.name) for f in fields(cls) if f.name in settings}

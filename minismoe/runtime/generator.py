@@ -217,12 +217,7 @@ class Generator(CachedModel):
         Raises ValueError for answers that cannot come out: empty ones, and others that the
         tokenizer cannot write.
         """
-        return likeliest(self, [prompt], choices, best)[0]
-
-    def choose_batch(self, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
-                     best: int = 1) -> list[list[Answer]]:
-        """The same for several prompts; for target ort, what they begin with alike is read once."""
-        return likeliest(self, prompts, choices, best)
+        return likeliest(self, prompt, choices, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""
