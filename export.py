@@ -154,11 +154,12 @@ def load_base(config: ExportConfig) -> Source:
 def trained(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
     """Exact match by task from a run's results, if it was measured on the same number of lines."""
     file = run / "results.json"
-    rows = read_json(file) if file.is_file() else {"tasks": {}}
+    if not file.is_file():
+        return {}
     try:
-        found = {t.name: rows["tasks"].get(t.name, {}) for t in tasks}
-        return {t.name: float(found[t.name]["after"]) for t in tasks
-                if found[t.name].get("examples") == len(t.test)}
+        rows = read_json(file)["tasks"]
+        return {t.name: float(rows[t.name]["after"]) for t in tasks
+                if rows.get(t.name, {}).get("examples") == len(t.test)}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file} is not understood: {type(e).__name__} {e}") from None
 

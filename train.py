@@ -6,9 +6,8 @@
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, before.json, metrics.jsonl, results.json,
-answers.json (1 or 0 for each test line), routers.json, adapter/, checkpoints/. However a run
-ended after the probe, --resume does what is missing, and leaves the files of a run that nothing
-disturbed.
+answers.json (1 or 0 for each test line), adapter/, checkpoints/. However a run ended after the
+probe, --resume does what is missing, and leaves the files of a run that nothing disturbed.
 """
 
 from __future__ import annotations
@@ -110,7 +109,6 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
 
     # Evaluate again, and save what came out.
-    report.report_routers(inputs, run)
     after = score(inputs, "after", config)
     if distributed.rank():
         return

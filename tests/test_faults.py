@@ -408,7 +408,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit": (lambda f: flip(f / "adapter.safetensors", -5), "is damaged: its hash"),
     "missing": (lambda f: (f / "adapter.safetensors").unlink(), "adapter.safetensors"),
     "no JSON": (lambda f: (f / "adapter.json").write_text("{"), "adapter.json is not valid JSON"),
-    "a list": (lambda f: (f / "adapter.json").write_text("[]"), "is not of the form"),
+    "a list": (lambda f: (f / "adapter.json").write_text("[]"), "holds no JSON object"),
     "more experts": (lambda f: edit(f / "adapter.json", lambda a: a["allocation"]["experts"].update(
         {Q: 1000})), "does not fit: .*lora_A"),
     "a rank of 2^40": (lambda f: edit(f / "adapter.json", lambda a: a["allocation"].update(
@@ -442,7 +442,7 @@ ALLOCATIONS: dict[str, tuple[Any, str]] = {
     "too many": ({Q: 10 ** 9}, "whole numbers from 0 to 1024, got .*1000000000"),
     "a text": ({Q: "2"}, "whole numbers from 0 to 1024, got .*'2'"),
     "true": ({Q: True}, "whole numbers from 0 to 1024, got .*True"),
-    "a list": ([Q], "is a JSON object, got"),
+    "a list": ([Q], "holds no JSON object"),
     "rank over the matrix": ({"format": "minismoe.allocation/1", "rank": 65, "experts": {Q: 1}},
                              r"rank 65 is more than the matrix itself has: .*q_proj \[64, 64\]"),
     "no top-k": ({"format": "minismoe.allocation/1", "top_k": 0, "experts": {Q: 2}},

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -53,7 +52,7 @@ class Inputs:
         """The training examples of all tasks."""
         return [e for encoded in self.encoded.values() for e in encoded.examples]
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model and of each task's lines: a resumed run must find the same."""
         found = {"the model": self.model.fingerprint}
@@ -156,11 +155,11 @@ def read_tasks(config: InputConfig, folder: Path) -> tuple[Tokenizer, list[Task]
     if (config.model is None) != (config.data is None):
         raise ValueError(TOGETHER)
     names = [name.strip() for name in config.tasks.split(",")] if config.tasks else []
+    if len(set(names)) < len(names):
+        raise ValueError(f"a task is asked for twice: {', '.join(names)}")
     if config.data is not None:
         tasks = load_tasks(config.data, names, config.seed)
     else:
-        if len(set(names)) < len(names):
-            raise ValueError(f"a task is asked for twice: {', '.join(names)}")
         if missing := [name for name in names if name not in toy.TASKS]:
             raise ValueError(f"the tiny model has no task {', '.join(missing)}; it has "
                              f"{', '.join(toy.TASKS)}")
@@ -202,7 +201,7 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task], encoded: Mapping[str
             print(f"{clean(task.name)}: {task.note}")
     if dropped := sum(e.dropped for e in encoded.values()):
         print(f"{dropped} examples were left out: --max-length would remove their whole answer")
-    if not tokenizer.has_template:
+    if tokenizer.template is None:
         print("chat template: the checkpoint brings none, so the default one is used (--show 1)")
 
 

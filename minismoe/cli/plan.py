@@ -51,8 +51,8 @@ class Prospect:
     room: int | None             # that may be used; None: unknown
     fixed: dict[str, int]        # by part
     model: CausalLM | None = None            # with its experts; None: no weights, or no room
-    train_bytes: Activations | None = None   # None as the model
-    probe_bytes: Activations | None = None   # None if there is no probe, too
+    train_bytes: Activations = lambda batch: 0           # of activations; 0 without the model
+    probe_bytes: Activations | None = None   # None without the model, or a probe
 
     @property
     def unmoved(self) -> int:
@@ -61,8 +61,7 @@ class Prospect:
 
     def training(self, micro: int) -> int:
         """The peak of training; without activations if these were not measured."""
-        return self.unmoved + (self.train_bytes(largest(self.batches, micro))
-                               if self.train_bytes else 0)
+        return self.unmoved + self.train_bytes(largest(self.batches, micro))
 
     def probe(self, micro: int) -> int:
         """The peak of the probe; 0 if it does not run or was not measured."""
@@ -150,7 +149,7 @@ def advice(p: Prospect, inputs: InputConfig, training: TrainConfig, micro: int) 
     few = fixed_bytes(config, p.allocation, getattr(torch, inputs.dtype), 4, shards(inputs))
     saved = [(p.fixed["base weights"] - few["base weights"], "--base-bits 4"),
              (now - p.training(half), f"--micro-batch-size {half}")]
-    if p.model and p.train_bytes:
+    if p.model:
         batch, length = largest(p.batches, micro), p.longest // 2
         cut = [replace(e, ids=e.ids[:length], labels=e.labels[:length]) for e in batch]
         p.model.model.recompute = True

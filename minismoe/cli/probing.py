@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.tasks import Batch, probe_batches
@@ -18,7 +18,8 @@ from ..io.files import read_json
 from ..io.text import clean, table
 from ..method.allocate import Allocation, Unfit, allocate
 from ..method.experts import linear_layers
-from ..method.sensitivity import Scores, overlap, probe, shapes_of
+from ..method.record import FORMAT
+from ..method.sensitivity import Scores, probe, shapes_of
 from ..training import distributed
 from .flags import AllocationConfig
 from .inputs import Inputs
@@ -35,14 +36,11 @@ def needed(allocating: AllocationConfig) -> bool:
 
 def choose(allocating: AllocationConfig, scores: Scores, seed: int) -> Allocation:
     """The allocation that the flags ask for; Unfit if the scores choose one that does not fit."""
-    a = allocating
-    found = allocate(scores, strategy=a.strategy, group=a.group, keep=a.keep,
-                     budget_experts=a.budget_experts, budget_params=a.budget_params,
-                     min_experts=a.min_experts, max_experts=a.max_experts, targets=a.targets,
-                     rank=a.rank, alpha=a.alpha, top_k=a.top_k, seed=seed)
-    if small := [f"{m} {[*scores.shapes[m]]}" for m in found.experts
-                 if found.rank_of(m) > min(scores.shapes[m])]:
-        raise Unfit(f"rank {found.rank} is more than the matrix itself has: {', '.join(small)}")
+    settings = asdict(allocating)
+    del settings["samples"], settings["file"]
+    found = allocate(scores, **settings, seed=seed)
+    if small := found.too_large(scores.shapes):
+        raise Unfit(small)
     return found
 
 
@@ -85,10 +83,10 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs, seed: int,
 def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocation:
     """An allocation file; a bare mapping takes rank, alpha and top-k from the flags."""
     value = read_json(file)
-    if isinstance(value, dict) and "format" not in value:
-        value = {"format": "minismoe.allocation/1", "experts": value, "rank": allocating.rank,
+    if "format" not in value:
+        value = {"format": FORMAT, "experts": value, "rank": allocating.rank,
                  "alpha": allocating.alpha or 2 * allocating.rank, "top_k": allocating.top_k}
-    elif isinstance(value, dict) and file == allocating.file:
+    elif file == allocating.file:
         for name in ("rank", "alpha", "top_k"):
             asked = getattr(allocating, name)
             if asked not in (getattr(AllocationConfig, name), value.get(name)):
@@ -120,15 +118,16 @@ def measure(allocating: AllocationConfig, inputs: Inputs, seed: int, size: int =
             scores.add(name, torch.tensor(found, dtype=torch.float64))
             bar.update(len(found))
 
-    def select(one_task: dict[str, float]) -> set[str]:
-        return set(allocate({"": one_task}, group=allocating.group, keep=allocating.keep or 0.6,
+    def voted(samples: Tensor) -> set[str]:
+        one_task = dict(zip(scores.shapes, samples.sum(0).tolist()))
+        return set(allocate({"": one_task}, group=allocating.group, keep=allocating.keep,
                             targets=allocating.targets).experts)
 
     rows = []
     for task, samples in scores.samples.items():
-        agreement = overlap(samples, list(scores.shapes), select)        # nan of a single sample
-        rows.append([clean(task), len(samples),
-                     "-" if math.isnan(agreement) else f"{agreement:.2f}"])
+        halves = voted(samples[::2]), voted(samples[1::2])
+        share = len(halves[0] & halves[1]) / len(halves[0])
+        rows.append([clean(task), len(samples), f"{share:.2f}" if len(samples) > 1 else "-"])
     print(table(["task", "samples probed", "split-half overlap"], rows))
     return scores
 

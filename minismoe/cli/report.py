@@ -1,52 +1,26 @@
-"""What train.py prints and draws of a run, and its results.json."""
+"""What train.py prints of a run, and its results.json."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..data.tasks import probe_batches
-from ..io.drawing import terminal_heatmap
-from ..io.files import read_json, write_json
+from ..io.files import read_json
 from ..io.text import clean, table
-from ..training import distributed
 from ..training.evaluate import Accuracy
-from ..training.routers import collapsed, router_use
-from .inputs import Inputs
-from .probing import PROBE_BATCH
-
-ROUTED = 32                              # examples a task that the routers are watched on
-
-
-def report_routers(inputs: Inputs, run: Path) -> None:
-    """Draw what the routers do on some training examples of each task; write routers.json."""
-    device = inputs.model.lm_head.weight.device
-    use = router_use(inputs.model, {
-        name: probe_batches(e.examples, ROUTED, PROBE_BATCH, inputs.tokenizer.pad_id, device)
-        for name, e in inputs.encoded.items()})
-    if not use or distributed.rank():
-        return
-    write_json(run / "routers.json", use)
-    print(terminal_heatmap("how far the routers tell the tasks apart, of 1",
-                           {name: found["separation"] for name, found in use.items()}))
-    if lost := collapsed(use):
-        print(f"{len(lost)} experts get under 1 % of the gates: {', '.join(lost[:5])}"
-              f"{', ...' if len(lost) > 5 else ''}; a larger --router-aux-loss-coef spreads them")
 
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:
     """The base's accuracy by task. ValueError if before.json does not say it."""
-    content = read_json(file)
-    try:
-        found = {name: Accuracy(content[name]["correct"], content[name]["examples"])
-                 for name in tasks}
-    except (KeyError, TypeError):
-        found = {"": Accuracy(-1, 0)}
-    if not all(type(n) is int and n >= 0 for a in found.values() for n in (a.correct, a.examples)):
-        raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
-    return found
+    with suppress(KeyError, TypeError, ValueError):
+        content = read_json(file)
+        counts = {name: (content[name]["correct"], content[name]["examples"]) for name in tasks}
+        if all(type(n) is int and n >= 0 for pair in counts.values() for n in pair):
+            return {name: Accuracy(*pair) for name, pair in counts.items()}
+    raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
 
 
 def results_json(before: Mapping[str, Accuracy], after: Mapping[str, Accuracy],

@@ -91,23 +91,17 @@ def saved_config(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{run} holds no run to go on with: begin it without --resume")
     config = read_json(run / "config.json")
     form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
-    if not isinstance(config, dict) or not all(isinstance(config.get(k), t)
-                                               for k, t in form.items()):
+    if not all(isinstance(config.get(name), kind) for name, kind in form.items()):
         raise ValueError(f"{run / 'config.json'} lacks what going on needs: {', '.join(form)}")
     return config
 
 
 def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
-    """The model and data of a run's config.json, and what it took to save memory.
-
-    Device, dtype and the like are the defaults.
-
-    Raises ValueError if the config.json is not that of a run.
-    """
+    """The model and data of a run's config.json, and what it took to save memory; all else is the
+    default. Raises ValueError if the config.json is not that of a run."""
     for name in ("config.json", "adapter", "export"):
         inside(run, name)
-    content = read_json(run / "config.json")
-    arguments = content.get("arguments") if isinstance(content, dict) else None
+    arguments = read_json(run / "config.json").get("arguments")
     arguments = arguments if isinstance(arguments, dict) else {}
     numbers = ("limit_train", "limit_test", "max_length", "seed")
     saved = {name: arguments.get(name) for name in ("model", "data", "tasks", *numbers)}

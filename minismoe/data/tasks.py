@@ -88,8 +88,6 @@ def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> 
     if missing := [n for n in names if n not in found]:
         raise FileNotFoundError(f"{root} has no task {', '.join(missing)}; "
                                 f"it has {', '.join(found) or 'none'}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"a task is asked for twice: {', '.join(names)}")
     if not found:
         raise FileNotFoundError(f"{root} holds no task: a sub-folder with train.jsonl, or a .jsonl")
     bad: list[str] = []

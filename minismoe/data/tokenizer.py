@@ -115,7 +115,7 @@ class Tokenizer:
                  eos: str, pad_id: int | None = None, stop_ids: Sequence[int] = ()):
         self.backend, self.bos, self.eos, self.special = backend, bos, eos, backend.special
         self.encode, self.decode = backend.encode, backend.decode
-        self.template, self.has_template = template, template is not None
+        self.template = template
         declared = [self.special[eos]] if eos in self.special else []
         written = self._turn_end()
         self.stop_ids = sorted({*stop_ids, *declared, *written})
@@ -170,8 +170,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     ModuleNotFoundError, with the pip command, if a library is missing.
     """
     folder = resolve(folder)
-    config, settings, generation, older = (_read(folder / f"{name}.json") for name in (
-        "config", "tokenizer_config", "generation_config", "special_tokens_map"))
+    config, settings, generation, older = (
+        read_json(file) if (file := folder / f"{name}.json").is_file() else {}
+        for name in ("config", "tokenizer_config", "generation_config", "special_tokens_map"))
     config = text_part(config)
     ends = [source.get("eos_token_id") for source in (config, generation)]
     stops = sorted({i for end in ends for i in (end if isinstance(end, list) else [end])
@@ -207,13 +208,6 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if not isinstance(template, str | None):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: its chat_template is not text")
     return template
-
-
-def _read(file: Path) -> dict[str, Any]:
-    value = read_json(file) if file.is_file() else {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return value
 
 
 def _content(token: Any) -> str:

@@ -82,12 +82,15 @@ def write_json(path: Path | str, value: Any) -> None:
         tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path | str) -> Any:
-    """The value of a JSON file; ValueError names the file and the place of an error."""
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file; ValueError names the file and the place of an error."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .record import Allocation
+
 
 def top_k_gates(logits: Tensor, k: int) -> Tensor:
     """Softmax over the k largest of (N, E) router logits, zero elsewhere."""
@@ -169,41 +171,36 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
             if isinstance(m, nn.Linear) and name.split(".")[-1] != "lm_head"}
 
 
-def add_experts(model: nn.Module, experts: Any, *, rank: int = 8,
-                alpha: float | None = None, top_k: int = 2) -> nn.Module:
+def add_experts(model: nn.Module, experts: Allocation | Mapping[str, int], *, rank: int = 8,
+                top_k: int = 2) -> nn.Module:
     """Freeze `model` and put LoRA experts on its linear layers, in place.
 
-    experts: module name -> number of experts, or an `Allocation`, which brings its own rank, alpha
-    and top_k. Raises ValueError as `adaptable` does.
+    experts: an `Allocation`, or {module: number of experts}, which are of `rank`, with alpha twice
+    the rank. Raises ValueError as `adaptable` does.
     """
-    ranks: Mapping[str, int] = {}
-    if hasattr(experts, "experts"):
-        rank, alpha, top_k, ranks = experts.rank, experts.alpha, experts.top_k, experts.ranks
-        experts = experts.experts
-    scaling = 2 if alpha is None else alpha / rank
-    layers = adaptable(model, {name: ranks.get(name, rank) for name in experts})
+    if not isinstance(experts, Allocation):
+        experts = Allocation(dict(experts), rank, 2 * rank, top_k)
+    layers, scaling = adaptable(model, experts), experts.alpha / experts.rank
     model.requires_grad_(False)
-    for name, count in experts.items():
+    for name, count in experts.experts.items():
         if count > 0:                    # the paper's files list matrices without an adapter too
-            r = ranks.get(name, rank)
-            model.set_submodule(name, ExpertLinear(layers[name], count, r, scaling * r, top_k))
+            r = experts.rank_of(name)
+            model.set_submodule(
+                name, ExpertLinear(layers[name], count, r, scaling * r, experts.top_k))
     return model
 
 
-def adaptable(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Linear]:
-    """The layers to get experts of these ranks. Raises ValueError with all names that are no
-    nn.Linear of the model, or its head (a tied head must stay tied), or smaller than the rank."""
-    layers = linear_layers(model)
-    adapted = expert_layers(model)
-    if wrong := [name for name in ranks if name not in layers or name in adapted]:
+def adaptable(model: nn.Module, allocation: Allocation) -> dict[str, nn.Linear]:
+    """The linear layers of `model`. Raises ValueError with all names of the allocation that are
+    none, or the head (a tied head must stay tied), or smaller than the rank."""
+    layers, adapted = linear_layers(model), expert_layers(model)
+    if wrong := [name for name in allocation.experts if name not in layers or name in adapted]:
         raise ValueError("no linear layer that can be adapted" + (
             " (some have experts already: load the base anew)" if adapted else "")
             + f": {', '.join(wrong)}")
-    if small := [name for name, r in ranks.items() if r > min(layers[name].weight.shape)]:
-        raise ValueError(
-            f"rank {max(ranks[name] for name in small)} is more than the matrix itself has: "
-            + ", ".join(f"{name} {[*layers[name].weight.shape]}" for name in small))
-    return {name: layers[name] for name in ranks}
+    if small := allocation.too_large({name: m.weight.shape for name, m in layers.items()}):
+        raise ValueError(small)
+    return layers
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:

@@ -155,7 +155,7 @@ def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
 
 @torch.no_grad()
 def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
-           progress: Callable[[int], Any] = lambda samples: None) -> list[Tensor]:
+               progress: Callable[[int], Any] = lambda samples: None) -> list[Tensor]:
     """For each input of `group`, a row of all sums over the real tokens of the samples to fit, and
     one of those held out: (2, .), in float32 or better."""
     found = [next(iter(readers.values())).lora_A.new_zeros(2, sum(map(prod, _shapes(readers))))

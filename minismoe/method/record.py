@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -45,6 +45,14 @@ class Allocation:
         return (f"{self.strategy}: {sum(self.experts.values())} experts of rank{several} on "
                 f"{len(self.experts)} matrices")
 
+    def too_large(self, shapes: Mapping[str, Sequence[int]]) -> str:
+        """Names the modules whose rank is above the smaller side of their (out, in); "" if none."""
+        small = [module for module in self.experts if self.rank_of(module) > min(shapes[module])]
+        if not small:
+            return ""
+        return (f"rank {max(map(self.rank_of, small))} is more than the matrix itself has: "
+                + ", ".join(f"{module} {[*shapes[module]]}" for module in small))
+
     def problems(self) -> list[str]:
         """One message for each wrong value; a count of 0 is allowed."""
         keep, trainable = self.keep, self.trainable_parameters
@@ -80,7 +88,7 @@ class Allocation:
         A count of 0 means no adapter. Raises one ValueError that names everything wrong.
         """
         if not isinstance(value, Mapping):
-            raise ValueError(f"an allocation is a JSON object, got {value!r}")  # noqa: TRY004
+            raise ValueError(f"an allocation is a JSON object, got {value!r}")
         settings: dict[str, Any] = dict(value) if "format" in value else {"experts": value}
         found, experts = settings.pop("format", FORMAT), settings.pop("experts", None)
         known = {f.name: settings.pop(f.name) for f in fields(cls) if f.name in settings}

@@ -12,7 +12,6 @@ Letters: B samples of a batch, T tokens, M matrices.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,16 +49,14 @@ class Scores(dict[str, dict[str, float]]):
             for task, scores in self.items()}}
 
 
-def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]],
-          scores: Scores | None = None,
-          progress: Callable[[int], Any] = lambda samples: None) -> Scores:
+def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> Scores:
     """Score every linear layer of `model` but its head, for every task.
 
     tasks: batches of (input_ids, attention_mask, labels), each (B, T), labels -100 where
-    unsupervised and aligned with input_ids. Samples are added to `scores`, if given. The model is
-    left as it was, also after an exception. Raises ValueError for a task without a batch.
+    unsupervised and aligned with input_ids. The model is left as it was, also after an exception.
+    Raises ValueError for a task without a batch.
     """
-    scores = Scores(shapes_of(model)) if scores is None else scores
+    scores = Scores(shapes_of(model))
     asked = {p: p.requires_grad for p in model.parameters()}
     modes = {m: m.training for m in model.modules()}
     model.eval().requires_grad_(False)
@@ -67,7 +64,6 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]],
         for task, batches in tasks.items():
             for batch in batches:
                 scores.add(task, sample_norms(model, linear_layers(model), *batch).cpu().double())
-                progress(len(batch[0]))
             if task not in scores:
                 raise ValueError(f"task {task!r} has no batch (a generator can be read only once)")
     finally:
@@ -139,17 +135,3 @@ class _Ghost:
         if len(x) != len(self.places):
             x = x.index_select(0, self.places)
         return x.view(*self.mask.shape[:2], -1)
-
-
-def overlap(samples: Tensor, names: Sequence[str],
-            select: Callable[[dict[str, float]], set[str]]) -> float:
-    """Split-half overlap: how far the matrices that a task selects depend on the samples drawn.
-
-    samples (n, M) are squared norms; even and odd ones each select matrices by their sums. The
-    share of one selection that is in the other; nan for a single sample. Chance alone gives the
-    share of all matrices that `select` takes.
-    """
-    if len(samples) < 2:
-        return math.nan
-    halves = [select(dict(zip(names, samples[i::2].sum(0).tolist()))) for i in (0, 1)]
-    return len(halves[0] & halves[1]) / max(1, len(halves[0]))

@@ -81,8 +81,6 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json")
     config = read_json(file)
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no JSON object")
     try:
         return Config.from_dict(config), config
     except ValueError as e:
@@ -120,8 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}")
-    content = read_json(index)
-    files = content.get("weight_map") if isinstance(content, dict) else None
+    files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(n, str) for n in files.values()):
         raise ValueError(f"{index} holds no weight_map of tensors to files")
     names = sorted(set(files.values()))
@@ -212,14 +209,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
         if not inside(part.parent, part.name).is_file():
             raise FileNotFoundError(f"{folder} holds no {part.name}")
     meta = read_json(record)
-    if not isinstance(meta, dict) or meta.get("format") != ADAPTER_FORMAT:
+    if meta.get("format") != ADAPTER_FORMAT:
         raise ValueError(f"{record} is not of the form {ADAPTER_FORMAT}")
     _check_base(model, meta)
     try:
         allocation = Allocation.from_json(meta.get("allocation"))
     except ValueError as e:
         raise ValueError(f"{record}: {e}") from None
-    layers = adaptable(model, {name: allocation.rank_of(name) for name in allocation.experts})
+    layers = adaptable(model, allocation)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, E in allocation.experts.items():
         (out, in_), r = layers[name].weight.shape, allocation.rank_of(name)

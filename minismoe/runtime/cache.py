@@ -25,12 +25,11 @@ from typing import Any
 
 import onnxruntime as ort
 
-from .folder import CACHE_TYPES, plain_file, read_info
+from .folder import CACHE_TYPES, INT64, plain_file, read_info
 from .npu import EXACT, NpuSteps
 from .session import enough_onnxruntime, execution_provider, open_session, opened
 from .speculate import SharedRows, obstacle
 
-FLOAT, INT64 = 1, 7                          # onnx.TensorProto's numbers
 DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
 
 Row = Sequence["int | None"]                 # new tokens of a prompt; None is padding

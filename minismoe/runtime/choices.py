@@ -9,8 +9,8 @@ so one answer may begin another.
     "card linking"  --+--  root: "card" --+-- " linking" <end>    once one answer is left, the
     "card"          --'                   '-- <end>               rest is not read at all
 
-Several prompts are read one after another, from where the last one differs. Rows of a batch would
-not be faster: onnxruntime's attention takes one new token a row there, and 16 rows of one token
+A prompt is read from where the last one differs. To read several as rows of a batch would not be
+faster: onnxruntime's attention takes one new token a row there, and 16 rows of one token
 cost more than one row of 16.
 """
 
@@ -48,9 +48,9 @@ class Written(NamedTuple):
     text: str
 
 
-def likeliest(generator: Generator, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
-              best: int) -> list[list[Answer]]:
-    """The `best` likeliest answers to each prompt, the likeliest first.
+def likeliest(generator: Generator, prompt: str | Sequence[int], choices: Sequence[str], best: int,
+              ) -> list[Answer]:
+    """The `best` likeliest answers to a prompt, the likeliest first.
 
     Raises ValueError as `written` does, for `best` below 1, and for a prompt that leaves too little
     of the context for the longest answer.
@@ -58,9 +58,9 @@ def likeliest(generator: Generator, prompts: Sequence[str | Sequence[int]], choi
     if best < 1:
         raise ValueError(f"the {best} best answers: expected at least 1")
     answers = written(generator.tokenizer, tuple(choices))
-    rows = generator.encoded(prompts, max(len(answer.tokens) for answer in answers))
+    (row,) = generator.encoded([prompt], max(len(answer.tokens) for answer in answers))
     with generator.owned():
-        return [_search(generator, row, answers, best) for row in rows]
+        return _search(generator, row, answers, best)
 
 
 @lru_cache(8)

@@ -14,7 +14,8 @@ from ..io.text import clean
 
 FORMAT = "minismoe.export/1"
 TASKS = "tasks.json"                         # {task: {"choices": answers, "instruction": text}}
-CACHE_TYPES = {"float32": 1, "float16": 10}  # onnx.TensorProto's numbers
+FLOAT, FLOAT16, INT64 = 1, 10, 7             # onnx.TensorProto's numbers
+CACHE_TYPES = {"float32": FLOAT, "float16": FLOAT16}
 SIZES = ("context", "layers", "kv_heads", "head_dim", "vocab_size")
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
-from .cache import FLOAT, INT64, CachedModel
+from .cache import CachedModel
 from .choices import Answer, likeliest
+from .folder import FLOAT, INT64
 from .prefix import Prefix
 from .speculate import Choose, Pace, speculated
 
@@ -216,12 +217,7 @@ class Generator(CachedModel):
         Raises ValueError for answers that cannot come out: empty ones, and others that the
         tokenizer cannot write.
         """
-        return likeliest(self, [prompt], choices, best)[0]
-
-    def choose_batch(self, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
-                     best: int = 1) -> list[list[Answer]]:
-        """The same for several prompts; for target ort, what they begin with alike is read once."""
-        return likeliest(self, prompts, choices, best)
+        return likeliest(self, prompt, choices, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""

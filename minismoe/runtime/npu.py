@@ -23,6 +23,7 @@ from typing import Any
 import onnxruntime as ort
 
 from ..io.text import clean
+from .folder import INT64
 
 QNN = "QNNExecutionProvider"
 EMULATED = platform.machine().lower() in ("x86_64", "amd64")
@@ -30,7 +31,7 @@ SOC = 60                                     # Snapdragon X Elite, unless a fold
 # The CPU unpacks these weights once. Else it would fuse nodes, round activations to 8 bits, and
 # unpack 8-bit weights for every token.
 EXACT = (("session.disable_quant_qdq", "1"),)
-INT64, HALF = 7, 2                           # onnx.TensorProto's number; bytes of a float16
+HALF = 2                                     # bytes of a float16
 
 
 def qnn_package() -> Any:

@@ -28,6 +28,7 @@ from ..model.decoder import CausalLM
 from . import distributed
 from .resume import digest, discard, due, load_checkpoint, save_checkpoint
 
+USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
 REMEDY = "try a lower --lr, or --dtype float32"
 
 
@@ -60,7 +61,6 @@ class TrainConfig:
     checkpoint_every: int | str = flag(
         200, "optimizer steps, or minutes: 10m (default: %(default)s)", flags.interval,
         metavar="N|Nm")
-    expert_use_every: int = 20          # steps between two lines of metrics.jsonl that hold it
     seed: int = 0
 
 
@@ -116,7 +116,7 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
     line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance_sum, 5),
             "tokens": tokens, "loss_by_task": {
                 task: round(total / supervised[task], 5) for task, total in zip(tasks, task_sums)}}
-    if step % cfg.expert_use_every == 0:
+    if step % USE_EVERY == 0:
         line["expert_use"] = {name: [round(u, 3) for u in use]
                               for name, use in expert_use(layers, mask).items()}
     return line

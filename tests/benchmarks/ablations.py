@@ -4,7 +4,7 @@
     python tests/benchmarks/ablations.py --readme tests/benchmarks/results/ablations.json
 
 For each seed, all variants are trained on the same lines in the same order. The table shows exact
-match, and how far the routers tell the tasks apart (training/routers.py), averaged over matrices.
+match, and how far the routers tell the tasks apart (routers.py), averaged over matrices.
 The record goes to tests/benchmarks/results. After a kill, the same command continues.
 """
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import torch
 from compare_report import RESULTS, machine, table
+from routers import separation, shares_of_gates
 from tqdm import tqdm
 
 from minismoe.cli import flags, script
@@ -36,7 +37,6 @@ from minismoe.method.experts import add_experts, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model, versions
 from minismoe.training.evaluate import evaluate
 from minismoe.training.loop import TrainConfig, train
-from minismoe.training.routers import router_use
 
 FIRST_SEED, LR = 1000, 8e-3                  # seeds that no comparison reports
 
@@ -75,11 +75,12 @@ def run(variant: Variant, inputs: Inputs, seed: int) -> dict[str, float]:
     cfg = TrainConfig(lr=LR, seed=seed, router_aux_loss_coef=variant.balance)
     with TemporaryDirectory() as folder:
         train(model, inputs.examples, cfg, Path(folder), inputs.tokenizer.pad_id)
-    use = router_use(model, {name: probe_batches(e.examples, 32, 8, inputs.tokenizer.pad_id, "cpu")
-                             for name, e in inputs.encoded.items()})
+    shares = shares_of_gates(model, {
+        name: probe_batches(e.examples, 32, 8, inputs.tokenizer.pad_id, "cpu")
+        for name, e in inputs.encoded.items()})
     right = [evaluate(model, inputs.tokenizer, task).share for task in inputs.tasks]
-    return {"exact_match": sum(right) / len(right), "separation":
-            sum(found["separation"] for found in use.values()) / max(1, len(use))}
+    return {"exact_match": sum(right) / len(right),
+            "separation": sum(map(separation, shares.values())) / max(1, len(shares))}
 
 
 def main(argv: Sequence[str]) -> None:

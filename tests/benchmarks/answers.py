@@ -49,7 +49,7 @@ def ways(generator: Generator, choices: Sequence[str], batch: int) -> dict[str, 
         "plain, batches": batched(lambda prompts: [
             decode(tokens).strip() for tokens in generator.batch(prompts, limit)]),
         "choices, batches": batched(lambda prompts: [
-            best[0].text for best in generator.choose_batch(prompts, choices)])}
+            generator.choose(p, choices)[0].text for p in prompts])}
 
 
 def measure(generator: Generator, task: Task, args: argparse.Namespace) -> list[list[object]]:

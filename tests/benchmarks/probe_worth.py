@@ -73,11 +73,10 @@ def samples_of(inputs: Inputs, args: argparse.Namespace, count: int) -> tuple[Sc
     """The probe of `count` random samples a task, and the supervised tokens of each sample."""
     pools = {t: random.Random(args.seed).sample(e.examples, len(e.examples))
              for t, e in inputs.encoded.items()}
-    total = sum(min(count, len(pool)) for pool in pools.values())
-    with tqdm(total=total, desc="probe", unit="sample") as bar:
-        scores = probe(inputs.model, {t: probe_batches(pool, count, probing.PROBE_BATCH,
-                       inputs.tokenizer.pad_id, args.device) for t, pool in pools.items()},
-                       progress=bar.update)
+    scores = probe(inputs.model, {
+        t: tqdm(probe_batches(pool, count, probing.PROBE_BATCH, inputs.tokenizer.pad_id,
+                              args.device), f"probe {t}", unit="batch")
+        for t, pool in pools.items()})
     tokens = {t: torch.tensor([sum(label != IGNORE for label in e.labels)
                                for e in pool[:count]], dtype=torch.float64)
               for t, pool in pools.items()}

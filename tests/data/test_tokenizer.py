@@ -238,7 +238,7 @@ def test_bytes_where_the_model_has_their_vocabulary(tmp_path: Path) -> None:
     assert isinstance(tokenizer.backend, ByteTokenizer)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad_id) == ("<|bos|>", "<|end|>", 258)
     assert tokenizer.stop_ids == [10, 257]
-    assert not tokenizer.has_template
+    assert tokenizer.template is None
 
 
 def test_importing_and_loading_import_no_torch(bpe: Path) -> None:
@@ -276,7 +276,7 @@ def test_rendered_as_by_transformers(bpe: Path, tmp_path: Path, reference: Any, 
         settings["chat_template"] = [{"name": "tool_use", "template": "wrong"},
                                      {"name": "default", "template": template}]
     tokenizer = load_tokenizer(write(tmp_path, bpe, tokenizer_config=settings))
-    assert tokenizer.has_template
+    assert tokenizer.template is not None
     for messages in CONVERSATIONS:
         theirs = reference.apply_chat_template(
             messages, chat_template=template, tokenize=False,

@@ -333,7 +333,7 @@ def test_one_expert_trains_as_peft_lora_does(alpha: float) -> None:
         r=4, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none"))
     names = [n for n, m in llama().named_modules()
              if isinstance(m, nn.Linear) and n.split(".")[-1] in targets]
-    mine = add_experts(llama(), dict.fromkeys(names, 1), rank=4, alpha=alpha)
+    mine = add_experts(llama(), Allocation(dict.fromkeys(names, 1), rank=4, alpha=alpha))
     state = dict(theirs.named_parameters())
     for name, layer in expert_layers(mine).items():
         for part, mine_part in (("lora_A", layer.lora_A[0]), ("lora_B", layer.lora_B[0].T)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from minismoe import reference
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.loss import IGNORE
-from minismoe.method.sensitivity import Scores, overlap, probe, sample_norms
+from minismoe.method.sensitivity import probe, sample_norms
 from minismoe.model.decoder import CausalLM, Config
 
 V, D = 61, 16
@@ -220,20 +219,17 @@ def test_order_company_and_batches_do_not_matter(kind: str) -> None:
     shuffled = norms_of(model, tuple(t[order] for t in data))
     torch.testing.assert_close(shuffled, whole[order], rtol=1e-4, atol=0)
     parts = [tuple(t[i:i + 2] for t in data) for i in (0, 2, 4)]
-    steps: list[int] = []
-    scores = probe(model, {"a": parts, "b": [parts[1]]}, progress=steps.append)
-    assert steps == [2, 2, 2, 2]
+    scores = probe(model, {"a": parts, "b": [parts[1]]})
     torch.testing.assert_close(scores.samples["a"], whole, rtol=1e-4, atol=0)
     for task, rows in (("a", whole), ("b", whole[2:4])):
         assert scores[task] == pytest.approx(dict(zip(MATRICES, rows.sum(0).tolist(), strict=True)),
                                              rel=1e-4)
 
 
-def test_scores_add_up_over_calls() -> None:
+def test_scores_add_up() -> None:
     model, first, second = model_of("llama"), batch([5, 3]), batch([6, 2, 4], seed=2)
-    scores = probe(model, {"a": [first]})
-    assert isinstance(scores, Scores)
-    assert probe(model, {"a": iter([second]), "b": [second]}, scores) is scores
+    scores = probe(model, {"a": [first], "b": iter([second])})
+    scores.add("a", scores.samples["b"])
     together = probe(model, {"a": [first, second]})
     assert scores["a"] == pytest.approx(together["a"])
     torch.testing.assert_close(scores.samples["a"], together.samples["a"])
@@ -314,7 +310,7 @@ def test_the_model_is_left_as_it_was(kind: str) -> None:
     assert norms_of(model, data).equal(first)
 
 
-@pytest.mark.parametrize("where", ["labels", "input_ids", "backward", "batches", "progress"])
+@pytest.mark.parametrize("where", ["labels", "input_ids", "backward", "batches"])
 @pytest.mark.parametrize("kind", ["llama", "hf-qwen2"])
 def test_also_after_an_exception(kind: str, where: str) -> None:
     model, (ids, mask, labels) = mixed(kind), batch([7, 3, 5])
@@ -327,10 +323,6 @@ def test_also_after_an_exception(kind: str, where: str) -> None:
         bad = torch.full_like(ids, V + 5)
         yield (bad if where == "input_ids" else ids), mask, (bad if where == "labels" else labels)
 
-    def progress(samples: int) -> None:
-        if where == "progress":
-            raise RuntimeError("the terminal is gone")
-
     if where == "backward":
         def fail(module: nn.Module, inputs: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
@@ -339,42 +331,8 @@ def test_also_after_an_exception(kind: str, where: str) -> None:
         handle = model.model.layers[0].register_forward_hook(fail)
         before = state(model)
     with pytest.raises((RuntimeError, IndexError, ZeroDivisionError)):
-        probe(model, {"task": batches()}, progress=progress)
+        probe(model, {"task": batches()})
     assert_same(model, before)
     if where == "backward":
         handle.remove()
     assert norms_of(model, (ids, mask, labels)).isfinite().all()
-
-
-# --- overlap ------------------------------------------------------------------------------------
-
-def top(count: int) -> Any:
-    return lambda scores: set(sorted(scores, key=scores.__getitem__)[-count:])
-
-
-@pytest.mark.parametrize(("even", "odd", "count", "expected"), [
-    ([1, 2, 3, 4], [1, 2, 3, 4], 2, 1.0),
-    ([1, 2, 3, 4], [4, 3, 2, 1], 2, 0.0),
-    ([1, 2, 3, 4], [1, 4, 2, 3], 2, 0.5),                   # {c, d} and {b, d}
-    ([1, 2, 3, 4], [3, 2, 1, 4], 3, 2 / 3),                 # {b, c, d} and {a, b, d}
-    ([1, 2, 3, 4], [4, 3, 2, 1], 4, 1.0),
-])
-def test_overlap_of_two_samples(even: list[int], odd: list[int], count: int,
-                                expected: float) -> None:
-    assert overlap(torch.tensor([even, odd]), "abcd", top(count)) == pytest.approx(expected)
-
-
-def test_overlap_sums_even_and_odd_samples() -> None:
-    samples = torch.tensor([[5.0, 0, 1], [0, 1, 9], [0, 4, 1], [0, 9, 1], [0, 3, 0]])
-    assert overlap(samples, "abc", top(1)) == 0             # even (5, 7, 2): b; odd (0, 10, 10): c
-    seen: list[dict[str, float]] = []
-    assert overlap(samples, "abc", lambda s: seen.append(s) or {"a", "b"}) == 1
-    assert seen == [{"a": 5, "b": 7, "c": 2}, {"a": 0, "b": 10, "c": 10}]
-
-
-def test_overlap_of_nothing_is_0() -> None:
-    assert overlap(torch.ones(4, 2), "ab", lambda scores: set()) == 0
-
-
-def test_a_single_sample_has_no_halves() -> None:
-    assert math.isnan(overlap(torch.ones(1, 3), "abc", top(1)))

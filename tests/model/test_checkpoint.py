@@ -384,7 +384,7 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused(folder: Path, adapter: P
 @pytest.mark.parametrize(("spoil", "error", "named"), [
     (lambda f: (f / "adapter.json").unlink(), FileNotFoundError, "holds no adapter.json"),
     (lambda f: (f / "adapter.json").write_text("{}"), ValueError, "not of the form"),
-    (lambda f: (f / "adapter.json").write_text("[]"), ValueError, "not of the form"),
+    (lambda f: (f / "adapter.json").write_text("[]"), ValueError, "no JSON object"),
     (lambda f: (f / "adapter.json").write_text('{"format": "minismoe.adapter/1"}'), ValueError,
      "allocation"),
     (lambda f: (f / "adapter.json").write_text(

@@ -64,8 +64,6 @@ def test_probabilities_are_those_of_brute_force(model, folders, kind) -> None:
         for best in (1, 3):
             assert [a.text for a in generator.choose(prompt, CHOICES, best)] == [
                 a.text for a in whole[:best]]
-    together = generator.choose_batch(PROMPTS, CHOICES)
-    assert together == [generator.choose(prompt, CHOICES) for prompt in PROMPTS]
 
 
 @settings(max_examples=40)
@@ -111,7 +109,8 @@ def test_what_prompts_share_is_read_once(generator, monkeypatch) -> None:
     header, sizes = "User: " + "one and the same question: " * 2, fed(generator, monkeypatch)
     generator.reset()
     prompts = [f"{header}{n}\nAssistant:" for n in "xyz"]
-    generator.choose_batch(prompts, ["yes", "no"])
+    for prompt in prompts:
+        generator.choose(prompt, ["yes", "no"])
     assert sizes == [len(prompts[0]) + 1, *[len("x\nAssistant: ")] * 2]
 
 
@@ -141,7 +140,6 @@ def test_more_refusals(generator, monkeypatch) -> None:
         generator.choose(PROMPTS[0], ["a"], 0)
     with pytest.raises(ValueError, match="a prompt is empty"):
         generator.choose("", ["a"])
-    assert generator.choose_batch([], ["a"]) == []
     monkeypatch.setattr(generator.tokenizer, "end_id", None)
     with pytest.raises(ValueError, match="no token that ends an answer"):
         generator.choose(PROMPTS[0], ["unseen before"])

@@ -34,7 +34,7 @@ from minismoe.cli import script  # noqa: E402
 SHORT = ("--limit-train 24 --limit-test 6 --epochs 2 --batch-size 8 --samples 16 "
          "--checkpoint-every 2").split()
 SAME = ("allocation.json", "sensitivity.json", "answers.json", "adapter/adapter.json",
-        "adapter/adapter.safetensors", "before.json", "routers.json")
+        "adapter/adapter.safetensors", "before.json")
 PHASES = (("results.json", "finished"), ("answers.json", "writing results"),
           ("adapter/adapter.json", "evaluating after"), ("metrics.jsonl", "training"),
           ("before.json", "begins training"), ("allocation.json", "evaluating before"),

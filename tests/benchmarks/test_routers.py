@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from routers import separation, shares_of_gates
 from tiny import random_hf
 from torch import nn
 
 from minismoe.method.experts import add_experts, expert_layers
-from minismoe.training.routers import collapsed, router_use
 
 T = 6
 
@@ -41,32 +41,21 @@ def batch(rows: list[list[int]], real: list[int]) -> tuple[torch.Tensor, ...]:
     return ids, torch.tensor([[int(i < n) for i in range(ids.shape[1])] for n in real]), ids
 
 
-def test_shares_entropy_and_separation_equal_counts_by_hand() -> None:
+def test_shares_and_separation_equal_counts_by_hand() -> None:
     model = routed([[9, -9], [-9, 9], [0, 0], [math.log(3), 0]], 1)
     tasks = {"a": [batch([[0, 0], [0, 1]], [2, 1])],          # token 1 is a pad here
              "b": [batch([[1, 1]], [2]), batch([[1, 3]], [2])]}
-    found = router_use(model, tasks)["model.proj"]
-    assert found["use"] == {"a": [1.0, 0.0], "b": [0.25, 0.75]}
-    last = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
-    assert found["entropy"]["a"] == pytest.approx(0, abs=1e-4)
-    assert found["entropy"]["b"] == pytest.approx(last / 4, abs=1e-4)
+    u = shares_of_gates(model, tasks)["model.proj"]
+    assert u.tolist() == [[1.0, 0.0], [0.25, 0.75]]
     p = 0.625                                                  # of expert 0
     expected = (math.log(1 / p) + 0.25 * math.log(0.25 / p) + 0.75 * math.log(0.75 / (1 - p))) / 2
-    assert found["separation"] == pytest.approx(expected / math.log(2), abs=1e-4)
+    assert separation(u) == pytest.approx(expected / math.log(2))
 
 
 def test_separation_is_1_for_tasks_apart_and_0_for_tasks_alike_or_one() -> None:
-    model = routed([[9, -9], [-9, 9], [0, 0], [0, 0]], 1)
-    one, other = [batch([[0, 0]], [2])], [batch([[1, 1]], [2])]
-    assert router_use(model, {"a": one, "b": other})["model.proj"]["separation"] == 1
-    assert router_use(model, {"a": one, "b": one})["model.proj"]["separation"] == 0
-    assert router_use(model, {"a": one})["model.proj"]["separation"] == 0
-
-
-def test_an_expert_that_no_task_uses_is_named() -> None:
-    model = routed([[9, -9, 0], [8, -9, 9], [9, -9, 9], [0, -9, 9]], 2)
-    use = router_use(model, {"a": [batch([[0, 1]], [2])], "b": [batch([[2, 3]], [2])]})
-    assert collapsed(use) == ["model.proj: expert 1"]
+    apart = torch.eye(2).double()
+    assert separation(apart) == pytest.approx(1)
+    assert separation(apart[[0, 0]]) == separation(apart[:1]) == 0
 
 
 def test_a_transformers_model_is_measured() -> None:
@@ -74,9 +63,7 @@ def test_a_transformers_model_is_measured() -> None:
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     add_experts(model, {name: 1 + i % 3 for i, name in enumerate(names)})
     ids = torch.randint(0, 97, (2, T))
-    use = router_use(model, {"<a>": [(ids, torch.ones_like(ids), ids)]})
-    assert set(use) == {n for n, m in expert_layers(model).items() if m.router is not None}
-    for found in use.values():
-        assert sum(found["use"]["<a>"]) == pytest.approx(1, abs=1e-3)
-        assert 0 <= found["entropy"]["<a>"] <= 1
-    assert router_use(random_hf("llama"), {}) == {}
+    shares = shares_of_gates(model, {"<a>": [(ids, torch.ones_like(ids), ids)]})
+    assert set(shares) == {n for n, m in expert_layers(model).items() if m.router is not None}
+    assert all(u.sum().item() == pytest.approx(1) for u in shares.values())
+    assert shares_of_gates(random_hf("llama"), {}) == {}
