@@ -197,7 +197,7 @@ def test_the_page_in_a_browser(web: Path) -> None:
         tab.press("Enter", 13)
         tab.wait_status("First token after")
         assert tab.text(".assistant") == answer
-        own = ("google.com", "googleapis.com", "gvt1.com", "duckduckgo.com")      # of Chromium itself
+        own = ("google.com", "googleapis.com", "gvt1.com", "duckduckgo.com")    # Chromium
         # An empty line is a connection that was opened ahead, and asked for nothing.
         assert not [line for line in asked if line and not any(host in line for host in own)]
 
