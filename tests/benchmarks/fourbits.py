@@ -123,7 +123,7 @@ class Bench:
                  cache=folder / "cache", calibration=self.home / "calibration.json",
                  out=folder / "model")
             shutil.rmtree(folder / "cache", ignore_errors=True)
-            write_json(folder / "seconds.json", time.perf_counter() - start)
+            write_json(folder / "seconds.json", {"seconds": time.perf_counter() - start})
         return once(self.home / row.name.replace(", ", " ").replace(" ", "-"), make) / "model"
 
     def mixture(self) -> CausalLM:
@@ -320,7 +320,7 @@ def measured(bench: Bench, row: Row, rows: dict[str, Any], save: Callable[[], No
         if row.command:
             folder = bench.made(row)
             seen |= {"MB": sum(f.stat().st_size for f in folder.glob("model.onnx*")) / 1e6,
-                     "seconds": read_json(folder.parent / "seconds.json")}
+                     **read_json(folder.parent / "seconds.json")}
         for task in bench.source.tasks:
             if task.name not in seen["tasks"]:
                 seen["tasks"][task.name] = bench.scored(row, task)
