@@ -56,8 +56,8 @@ class AllocationConfig:
 
     samples: int = flag(32, "training examples a task to probe (default: %(default)s)", positive,
                         metavar="N")
-    strategy: str = flag("votes", "how experts are given to matrices (default: %(default)s, "
-                         "the paper's)", choices=STRATEGIES)
+    strategy: str = flag("votes", "how experts are given to matrices (default: %(default)s; with "
+                         "--min-experts 0 it is the paper's)", choices=STRATEGIES)
     keep: float | None = flag(None, "share of its group that a task votes for (default: 0.6, if "
                               "no budget is given)", share, metavar="F")
     budget_experts: int | None = flag(None, "instead of --keep: at most N experts in all",
@@ -70,7 +70,8 @@ class AllocationConfig:
         None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
         "may get experts; default: all linear layers")
     min_experts: int = flag(
-        0, "experts that every matrix gets at least (default: %(default)s)", int, metavar="N")
+        1, "experts that every matrix gets at least; the paper's vote leaves some bare, 0 "
+        "(default: %(default)s)", int, metavar="N")
     max_experts: int | None = flag(
         None, "experts a matrix gets at most (default: as many as tasks for votes and random; "
         "lora and ranks keep to one, and spend what such votes do)", positive, metavar="N")

@@ -9,7 +9,8 @@ matrix without a vote gets no adapter. With keep = 0.5 of one group of four:
     task 2       0.1   0.2   0.9   0.3     votes for v and o
     experts        1     0     2     1
 
-A budget takes the largest keep that fits it. The other strategies (controls.py) spend the same
+A budget takes the largest keep that fits it. With min_experts 1, as the scripts have it, a matrix
+without a vote gets one expert all the same. The other strategies (controls.py) spend the same
 budget elsewhere, for comparison. No count depends on the order of tasks or modules.
 """
 
@@ -112,8 +113,9 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
     most = budget // min(sum(sizes[m]) for m in modules) if in_params else budget * rank
     numbers, at = ROWS[strategy](replace(order, most=most))
     if (least := cost(at(numbers[0]))) > budget:
+        floor = f" with min_experts {min_experts}" if min_experts else ""
         raise Unfit(f"{budget} {'parameters' if in_params else 'experts'} ({source}) are too few "
-                    f"for {strategy!r}: the nearest possible is {least}")
+                    f"for {strategy!r}{floor}: the nearest possible is {least}")
     best = at(numbers[bisect_right(numbers, budget, key=lambda number: cost(at(number))) - 1])
     return replace(best, trainable_parameters=None if unknown else trainable(best), experts={
         m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})
