@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import BYTES, SIZES, random_hf
+from tiny import SIZES, random_hf, save_imaged
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minismoe.data.tokenizer import load_tokenizer
@@ -212,24 +212,6 @@ def test_what_is_not_implemented_is_refused(name: str, change: dict[str, Any], n
 
 
 # Text and images
-
-IMAGED: dict[str, Any] = {
-    "text_config": SIZES | {
-        "vocab_size": BYTES["vocab_size"], "num_hidden_layers": 4, "head_dim": 16,
-        "sliding_window": 3, "sliding_window_pattern": 2,
-        "query_pre_attn_scalar": 20, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-    "vision_config": {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "image_size": 16, "patch_size": 8},
-    "mm_tokens_per_image": 4, "eos_token_id": [2, 5]}
-
-
-def save_imaged(folder: Path, published: bool, tied: bool = True, **options: Any) -> Any:
-    """Write a random Gemma 3 of text and images, under one of its two namings."""
-    hf = random_hf("gemma3_images", "gemma3", **IMAGED, tie_word_embeddings=tied)
-    hf.save_pretrained(folder, save_original_format=published, **options)
-    return hf
-
 
 def names(folder: Path) -> set[str]:
     """Names of all tensors in a folder's files."""
