@@ -126,7 +126,7 @@ class Config:
                   if (config.get(name) or value) != value]
         theta, scaling = _rope(config, wrong)
         layers = size("num_hidden_layers", most=1 << 8)
-        found = {
+        found: dict[str, Any] = {
             "vocab_size": size("vocab_size"), "hidden_size": D,
             "intermediate_size": size("intermediate_size"),
             "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": K,
