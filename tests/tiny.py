@@ -86,6 +86,17 @@ FAMILIES |= {
                            "full_attn_idxs": [1], "conv_L_cache": 4,
                            "tie_word_embeddings": False})}
 
+# A config.json of Gemma 3 for text and images.
+IMAGED: dict[str, Any] = {
+    "text_config": SIZES | {
+        "vocab_size": BYTES["vocab_size"], "num_hidden_layers": 4, "head_dim": 16,
+        "sliding_window": 3, "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 20, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "vision_config": {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+    "mm_tokens_per_image": 4, "eos_token_id": [2, 5]}
+
 
 def random_hf(family: str, kind: str = "", **changes: Any) -> Any:
     """A `transformers` model in which every parameter matters: of a family, or of a model_type.
@@ -108,6 +119,13 @@ def random_hf(family: str, kind: str = "", **changes: Any) -> Any:
             scale = 1.0 if "embed" in name else 1.5 / p.shape[1] ** 0.5
             p.data.normal_(std=scale, generator=generator)
     return model.eval()
+
+
+def save_imaged(folder: Path, published: bool, tied: bool = True, **options: Any) -> Any:
+    """Write a random Gemma 3 of text and images, under one of its two namings."""
+    hf = random_hf("gemma3_images", "gemma3", **IMAGED, tie_word_embeddings=tied)
+    hf.save_pretrained(folder, save_original_format=published, **options)
+    return hf
 
 
 def tiny_config(**changes: Any) -> Config:

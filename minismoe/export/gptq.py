@@ -38,14 +38,13 @@ def gptq(weight: Tensor, H: Tensor, bits: int, size: int, damping: float = DAMPI
     H.diagonal().add_(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     U = torch.linalg.cholesky(inverse, upper=True).to(weight.device)
-    q, scales = (torch.cat(part) for part in zip(*(
-        _rounded(rows.float().clone(), U, 1 << (bits - 1), size) for rows in weight.split(ROWS))))
-    return Blocks(bits, size, weight.shape, pack(q, bits), scales)
+    parts = [_rounded(rows.float().clone(), U, bits, size) for rows in weight.split(ROWS)]
+    return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
 
 
-def _rounded(w: Tensor, U: Tensor, zero: int, size: int) -> tuple[Tensor, Tensor]:
-    """Integers (N, G, size) and scales (N, G) of a weight; writes over it."""
-    N, K = w.shape
+def _rounded(w: Tensor, U: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
+    """data (N, G, size * bits / 8) and scales (N, G) of a weight; writes over it."""
+    (N, K), zero = w.shape, 1 << (bits - 1)
     q = torch.full((N, -(-K // size), size), zero, dtype=torch.uint8, device=w.device)
     scales = torch.empty(q.shape[:2], device=w.device)
     for g, start in enumerate(range(0, K, size)):
@@ -59,7 +58,7 @@ def _rounded(w: Tensor, U: Tensor, zero: int, size: int) -> tuple[Tensor, Tensor
             errors[:, k:k + 1] = (column - (rounded - float(zero)) * scale) / within[k, k]
             block[:, k + 1:].addmm_(errors[:, k:k + 1], within[k:k + 1, k + 1:], alpha=-1)
         w[:, end:].addmm_(errors, U[start:end, end:], alpha=-1)
-    return q, scales
+    return pack(q, bits), scales
 
 
 @torch.no_grad()

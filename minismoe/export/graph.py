@@ -227,16 +227,14 @@ class DecoderGraph(PlacesGraph):
                 self.inputs.append(value(name, TensorProto.INT64, [B, length]))
         self.outputs.append(value("logits", TensorProto.FLOAT,
                                   [B, T if all_logits else 1, c.vocab_size]))
-        for i in range(c.num_hidden_layers):
-            keys = [B, c.num_key_value_heads, P, c.head_dim]
-            conv = [B, c.hidden_size, c.conv_size - 1]
-            for past, present in ([(f"past_conv.{i}", f"present_conv.{i}")]
-                                  if i in c.conv_layers else
-                                  zip(cached("past_key_values", i), cached("present", i))):
-                shape = conv if i in c.conv_layers else keys
-                self.inputs.append(value(past, self.real, shape))
-                self.outputs.append(value(present, self.real, [
-                    S if n == P and not self.static else n for n in shape]))
+        past, present = ([B, c.num_key_value_heads, n, c.head_dim]
+                         for n in (P, P if self.static else S))
+        for i in c.attention_layers:
+            self.inputs += [value(n, self.real, past) for n in cached("past_key_values", i)]
+            self.outputs += [value(n, self.real, present) for n in cached("present", i)]
+        for i in c.conv_layers:
+            for values, name in (self.inputs, "past_conv"), (self.outputs, "present_conv"):
+                values.append(value(f"{name}.{i}", self.real, [B, c.hidden_size, c.conv_size - 1]))
         self.positions(context)
         if c.conv_layers:
             self.shared["conv"] = self.conv_places()

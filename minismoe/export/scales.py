@@ -19,13 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks, dequantize, few_rows, quantize, quantize_rows
-from .weights import NPU_PRECISIONS, PRECISIONS
+from .weights import CHUNK, NPU_PRECISIONS, PRECISIONS
 
 
 class ScaledWeight(nn.Module):
     """A weight (N, K) in blocks, with a trainable log-scale `delta` (N, G) for each of them.
 
-    It is made anew in each forward and backward, and so not kept.
+    It is made anew in each forward and backward, CHUNK weights at a time, and so not kept.
     """
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype):
@@ -39,6 +39,11 @@ class ScaledWeight(nn.Module):
         data, scales = self.blocks.data[which], self.trained_scales(which)
         shape = torch.Size((len(data), self.shape[1]))
         return dequantize(replace(self.blocks, shape=shape, data=data, scales=scales), self.dtype)
+
+    def parts(self) -> list[slice]:
+        """All rows, as many at a time as are made at once."""
+        step = max(1, CHUNK // self.shape[1])
+        return [slice(n, n + step) for n in range(0, self.shape[0], step)]
 
     @torch.no_grad()
     def trained_scales(self, which: Tensor | slice = slice(None)) -> Tensor:
@@ -58,7 +63,8 @@ class ScaledWeight(nn.Module):
 class _Multiply(torch.autograd.Function):
     """y = x w^T + b;   dx = dy w,   d delta = block sums of (dy^T x) * w.
 
-    The gradient of w exists for a few rows at a time only. Compared with autograd in
+    w exists for some rows at a time, and its gradient for a few: no large table is ever whole.
+    Compared with autograd in
     tests/export/test_heal.py::test_gradients_of_scales_equal_autograd, as is `_Lookup`.
     """
 
@@ -67,16 +73,22 @@ class _Multiply(torch.autograd.Function):
                 ) -> Tensor:
         ctx.weight = weight
         ctx.save_for_backward(x)
-        return F.linear(x, weight.rows(), bias)
+        return torch.cat([F.linear(x, weight.rows(part), None if bias is None else bias[part])
+                          for part in weight.parts()], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weight, w = ctx.saved_tensors, ctx.weight, ctx.weight.rows()
-        dx = dy @ w if ctx.needs_input_grad[0] else None
-        dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-        return dx, torch.cat([weight.block_sums(dy[:, part].T @ x, w[part])
-                              for part in few_rows(w)]), None, None
+        (x,), weight, sums = ctx.saved_tensors, ctx.weight, []
+        dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        flat = x.flatten(0, -2)
+        for part in weight.parts():
+            w, d = weight.rows(part), dy[..., part]
+            if ctx.needs_input_grad[0]:
+                dx += d @ w
+            d = d.flatten(0, -2)
+            sums += [weight.block_sums(d[:, few].T @ flat, w[few]) for few in few_rows(w)]
+        return dx.to(x.dtype) if ctx.needs_input_grad[0] else None, torch.cat(sums), None, None
 
 
 class _Lookup(torch.autograd.Function):

@@ -60,7 +60,7 @@ def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[in
     if isinstance(model, Generator):
         return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
                             for given in model.forced(prompt, text)])
-    return model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:]
+    return model.lm_head(model.model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:])
 
 
 def compare_logits(model: CausalLM, read: Read, prompts: Prompts, stop_ids: Sequence[int],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -34,6 +34,10 @@ MODULES = {"granitemoehybrid": {"mlp": "shared_mlp", "down_proj": "output_linear
                     "norm": "embedding_norm", "o_proj": "out_proj", "q_norm": "q_layernorm",
                     "k_norm": "k_layernorm", "mlp": "feed_forward", "gate_proj": "w1",
                     "up_proj": "w3", "down_proj": "w2"}}
+# What a config.json may ask for, and its only value here.
+REFUSED = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "conv_bias": False,
+           "use_bidirectional_attention": False, "num_local_experts": 0}
+FULL, SLIDING = "full_attention", "sliding_attention"        # types of layers
 OLDER = 17                    # fields that the text of every Config holds
 
 
@@ -105,43 +109,38 @@ class Config:
         """Read a config.json; ValueError names everything in it that is not implemented."""
         wrong: list[str] = []
         kind, config = _as_llama(text_part(config), wrong)
-        sizes = {name: _size(config, name, None, wrong) for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
-        heads = sizes["num_attention_heads"]
-        sizes |= {
-            "num_hidden_layers": _size(config, "num_hidden_layers", None, wrong, most=1 << 8),
-            "num_key_value_heads": _size(config, "num_key_value_heads", heads, wrong),
-            "head_dim": _size(config, "head_dim", sizes["hidden_size"] // heads or 1, wrong),
-            "max_position_embeddings": _size(config, "max_position_embeddings", 2048, wrong,
-                                             most=1 << 31)}
-        if heads % sizes["num_key_value_heads"]:
+        size, number = partial(_size, config, wrong), partial(_number, config, wrong)
+        D, H = size("hidden_size"), size("num_attention_heads")
+        K, C = size("num_key_value_heads", H), size("head_dim", D // H or 1)
+        if H % K:
             wrong.append("num_attention_heads is no multiple of num_key_value_heads")
-        if sizes["head_dim"] % 2 and sizes["head_dim"] > 1:      # refused sizes are returned as 1
-            wrong.append(f"head_dim = {sizes['head_dim']} is odd")
-        act = config.get("hidden_act", "silu")
+        if C % 2 and C > 1:                                      # refused sizes are returned as 1
+            wrong.append(f"head_dim = {C} is odd")
+        act, bias = config.get("hidden_act", "silu"), bool(config.get("attention_bias"))
         if act not in ("silu", "swish", "gelu_pytorch_tanh"):
             wrong.append(f"hidden_act {act!r}: only silu and gelu_pytorch_tanh")
         if quantised := config.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
             wrong.append(f"quantization_config ({method}): only bf16, fp16 and fp32 weights")
+        wrong += [f"{name} = {config[name]!r}: only {value}" for name, value in REFUSED.items()
+                  if (config.get(name) or value) != value]
         theta, scaling = _rope(config, wrong)
-        bias = bool(config.get("attention_bias", False))
-        still = _no_rope(config, kind, sizes["num_hidden_layers"], wrong)
-        types = _layer_types(config, kind, sizes["num_hidden_layers"], still, wrong)
-        window = _size(config, "sliding_window", 4096, wrong, most=1 << 31) if (
-            "sliding_attention" in types) else None
-        eps = _number(config, "rms_norm_eps", 1e-6, wrong)
-        own = _own(config, kind, sizes, wrong)
+        layers = size("num_hidden_layers", most=1 << 8)
+        found: dict[str, Any] = {
+            "vocab_size": size("vocab_size"), "hidden_size": D,
+            "intermediate_size": size("intermediate_size"),
+            "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": K,
+            "head_dim": C, "rope_theta": theta, "rope_scaling": scaling,
+            "max_position_embeddings": size("max_position_embeddings", 2048, most=1 << 31),
+            "rms_norm_eps": number("rms_norm_eps", 1e-6),
+            "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
+            "qkv_bias": bias or kind == "qwen2", "o_bias": bias and kind != "qwen2",
+            "mlp_bias": bool(config.get("mlp_bias")), "qk_norm": kind == "qwen3",
+            "activation": "silu" if act == "swish" else act, "names": MODULES.get(kind)}
+        found |= _own(config, kind, D, range(layers), wrong)
         if wrong:
-            raise ValueError("this model is not implemented: " + "; ".join(wrong))
-        return cls(**{**sizes, **own}, rms_norm_eps=eps, rope_theta=theta, rope_scaling=scaling,
-                   tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                   qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
-                   mlp_bias=bool(config.get("mlp_bias", False)),
-                   qk_norm=kind in ("qwen3", "lfm2", "gemma3_text"), names=MODULES.get(kind),
-                   activation="silu" if act == "swish" else act, no_rope_layers=still,
-                   windows=tuple(window if t == "sliding_attention" else None for t in types),
-                   conv_layers=tuple(i for i, t in enumerate(types) if t == "conv"))
+            raise ValueError("this model is not implemented: " + "; ".join(dict.fromkeys(wrong)))
+        return cls(**found)
 
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,46 +162,12 @@ def _as_llama(config: Mapping[str, Any], wrong: list[str]) -> tuple[str, Mapping
         return "llama", config
     config = {**config, **{
         name: config[own] for own, name in SETTINGS.get(kind, {}).items() if own in config}}
-    config |= {n: v for n, v in DEFAULTS.get(kind, {}).items() if config.get(n) is None}
-    ropes = config.get("rope_parameters")
-    if kind == "gemma3_text" and isinstance(ropes, Mapping) and "sliding_attention" in ropes:
-        config["rope_local_base_freq"], scaled = _rope(
-            {"rope_parameters": ropes["sliding_attention"]}, wrong)
-        wrong += [f"sliding_attention with rope scaling {scaled}"] if scaled else []
-        config["rope_parameters"] = ropes.get("full_attention")
-    return kind, config
+    return kind, config | {name: value for name, value in DEFAULTS.get(kind, {}).items()
+                           if config.get(name) is None}
 
 
-def _own(config: Mapping[str, Any], kind: str, sizes: Mapping[str, int], wrong: list[str],
-         ) -> dict[str, Any]:
-    """The fields of Config that one family has."""
-    number = partial(_number, config, wrong=wrong)
-    refused = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "conv_bias": False,
-               "use_bidirectional_attention": False, "num_local_experts": 0}
-    wrong += [f"{name} = {config[name]!r}: only {value}" for name, value in refused.items()
-              if (config.get(name) or value) != value]
-    if kind == "gemma3_text":
-        return {"norm_offset": 1.0, "post_norms": True,
-                "embedding_multiplier": sizes["hidden_size"] ** 0.5,
-                "local_rope_theta": number("rope_local_base_freq", 1e4),
-                "attention_multiplier": number("query_pre_attn_scalar", 256) ** -0.5}
-    if kind.startswith("granite"):
-        return {"fused_mlp": kind == "granitemoehybrid",
-                "output_multiplier": 1 / number("logits_scaling", 1.0), **{
-                    f"{name}_multiplier": number(f"{name}_multiplier", 1.0)
-                    for name in ("embedding", "attention", "residual")}}
-    if kind == "lfm2":
-        inner, step = sizes["intermediate_size"], _size(config, "block_multiple_of", 256, wrong)
-        if config.get("block_auto_adjust_ff_dim", True):
-            inner = int(number("block_ffn_dim_multiplier", 1.0) * (2 * inner // 3))
-            inner = -(-inner // step) * step
-        return {"intermediate_size": inner,
-                "conv_size": _size(config, "conv_L_cache", 3, wrong, least=2, most=64)}
-    return {}
-
-
-def _size(config: Mapping[str, Any], name: str, default: int | None, wrong: list[str],
-          most: int = 1 << 20, least: int = 1) -> int:
+def _size(config: Mapping[str, Any], wrong: list[str], name: str, default: int | None = None,
+          least: int = 1, most: int = 1 << 20) -> int:
     """config[name] if it is a size, else 1. `most` keeps a product of three sizes below 2^63."""
     size = default if config.get(name) is None else config[name]
     if isinstance(size, int) and not isinstance(size, bool) and least <= size <= most:
@@ -211,7 +176,8 @@ def _size(config: Mapping[str, Any], name: str, default: int | None, wrong: list
     return 1
 
 
-def _number(config: Mapping[str, Any], name: str, default: float | None, wrong: list[str]) -> float:
+def _number(config: Mapping[str, Any], wrong: list[str], name: str, default: float | None = None,
+            ) -> float:
     number = default if config.get(name) is None else config[name]
     if isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf:
         return float(number)
@@ -223,68 +189,94 @@ def _rope(config: Mapping[str, Any], wrong: list[str]) -> tuple[float, dict[str,
     """theta and scaling, from the older `rope_scaling` or the newer `rope_parameters`."""
     older = config.get("rope_scaling") or {}             # theta stands beside it
     rope = config.get("rope_parameters") or older
+    if config.get("model_type") == "gemma3_text" and isinstance(rope, Mapping) and FULL in rope:
+        rope = rope[FULL]                                # of global layers; _own reads the other
     if isinstance(rope, Mapping) and isinstance(older, Mapping) and any(
             rope.get(key, value) != value for key, value in older.items()):
         wrong.append("rope_parameters and rope_scaling contradict each other")
     if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
         wrong.append(f"rope {rope!r}: only one rope for all layers")
         rope = {}
-    theta = _number({"rope_theta": config.get("rope_theta"), **rope}, "rope_theta", 1e4, wrong)
+    theta = _number({"rope_theta": config.get("rope_theta"), **rope}, wrong, "rope_theta", 1e4)
     for part in (config.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
         if part not in (None, 1):
             wrong.append(f"partial_rotary_factor {part}: only 1.0")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     if kind == "llama3":
-        scaling = {name: _number(rope, name, None, wrong) for name in (
+        scaling = {name: _number(rope, wrong, name) for name in (
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
         if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
             wrong.append("rope type llama3: low_freq_factor is not below high_freq_factor")
     elif kind == "linear":
-        scaling = {"factor": _number(rope, "factor", None, wrong)}
+        scaling = {"factor": _number(rope, wrong, "factor")}
     elif kind != "default":
         wrong.append(f"rope type {kind!r}: only default, linear and llama3")
     return theta, scaling
 
 
-def _no_rope(config: Mapping[str, Any], kind: str, layers: int, wrong: list[str],
-             ) -> tuple[int, ...]:
-    """The layers that do not rotate queries and keys."""
-    rotates: Any = [1] * layers
-    if kind == "granitemoehybrid" and config.get("position_embedding_type") != "rope":
-        rotates = [0] * layers
+def _own(config: Mapping[str, Any], kind: str, hidden: int, layers: range, wrong: list[str],
+         ) -> dict[str, Any]:
+    """The fields of Config that one family has, and those that tell layers apart."""
+    size, number = partial(_size, config, wrong), partial(_number, config, wrong)
+    own, other, rotates = dict[str, Any](), SLIDING, [True] * len(layers)
+    full: Any = layers                       # with full attention, if layer_types is left out
+    if kind == "gemma3_text":
+        every = size("sliding_window_pattern", 6)
+        full = layers[every - 1::every]
+        ropes, local = config.get("rope_parameters"), number("rope_local_base_freq", 1e4)
+        if isinstance(ropes, Mapping) and SLIDING in ropes:
+            local, scaled = _rope({"rope_parameters": ropes[SLIDING]}, wrong)
+            wrong += [f"{SLIDING} with rope scaling {scaled}"] if scaled else []
+        own = {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
+               "embedding_multiplier": hidden ** 0.5,
+               "attention_multiplier": number("query_pre_attn_scalar", 256) ** -0.5}
+    elif kind in ("granite", "granitemoehybrid"):
+        own = {f"{name}_multiplier": number(f"{name}_multiplier", 1.0)
+               for name in ("embedding", "attention", "residual")}
+        own |= {"output_multiplier": 1 / number("logits_scaling", 1.0)}
+        if kind == "granitemoehybrid":
+            own, other = own | {"fused_mlp": True}, "attention"
+            rotates = [config.get("position_embedding_type") == "rope"] * len(layers)
+    elif kind == "lfm2":
+        other, full = "conv", config.get("full_attn_idxs") or layers
+        inner, step = size("intermediate_size"), size("block_multiple_of", 256)
+        if config.get("block_auto_adjust_ff_dim", True):
+            inner = int(number("block_ffn_dim_multiplier", 1.0) * (2 * inner // 3))
+            inner = -(-inner // step) * step
+        own = {"intermediate_size": inner, "qk_norm": True,
+               "conv_size": size("conv_L_cache", 3, least=2, most=64)}
     elif kind == "smollm3":
-        every = _size(config, "no_rope_layer_interval", 4, wrong)
-        rotates = config.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
-    if not isinstance(rotates, list) or len(rotates) < layers:
-        wrong.append(f"no_rope_layers {rotates!r}: expected 1 for each layer that rotates, or 0")
-        return ()
-    return tuple(i for i in range(layers) if not rotates[i])
+        every = size("no_rope_layer_interval", 4)
+        rotates = config.get("no_rope_layers") or [(i + 1) % every > 0 for i in layers]
+        if not isinstance(rotates, list) or len(rotates) < len(layers):
+            wrong.append(f"no_rope_layers {rotates!r}: expected 1 for each layer that rotates, "
+                         "or 0")
+            rotates = [True] * len(layers)
+        full = [i for i in layers if rotates[i]]
+    elif config.get("use_sliding_window") or kind == "mistral":
+        full = layers[:0 if kind == "mistral" else size("max_window_layers", 28, least=0)]
+    types = _layer_types(config, kind, layers, full, other, wrong)
+    window = size("sliding_window", 4096, most=1 << 31) if SLIDING in types else None
+    return own | {"windows": tuple(window if t == SLIDING else None for t in types),
+                  "conv_layers": tuple(i for i, t in enumerate(types) if t == "conv"),
+                  "no_rope_layers": tuple(i for i in layers if not rotates[i])}
 
 
-def _layer_types(config: Mapping[str, Any], kind: str, layers: int, still: Collection[int],
+def _layer_types(config: Mapping[str, Any], kind: str, layers: range, full: Any, other: str,
                  wrong: list[str]) -> list[str]:
-    """full_attention, sliding_attention or conv, of each layer; `still` do not rotate."""
-    plain, other, full = ["full_attention"] * layers, "sliding_attention", config.get(
-        "full_attn_idxs") or [*range(layers)]
-    if kind in ("lfm2", "granitemoehybrid"):
-        other = "conv" if kind == "lfm2" else "attention"
-    elif kind == "gemma3_text":
-        every = _size(config, "sliding_window_pattern", 6, wrong)
-        full = [*range(every - 1, layers, every)]
-    elif config.get("sliding_window", 4096) is None or kind != "mistral" and not (
-            kind in ("qwen2", "qwen3", "smollm3") and config.get("use_sliding_window")):
+    """FULL or `other` of each layer; full: those of full attention, if layer_types is left out."""
+    if not isinstance(full, (list, range)):
+        wrong.append(f"{full!r} does not tell the layers of full attention")
+        full = layers
+    plain = [FULL for _ in layers]
+    slides = kind == "mistral" or kind in ("qwen2", "qwen3", "smollm3") and config.get(
+        "use_sliding_window")
+    if kind not in ("gemma3_text", "granitemoehybrid", "lfm2") and not (
+            slides and config.get("sliding_window", 4096) is not None):
         return plain
-    elif kind == "smollm3":
-        full = [i for i in range(layers) if i not in still]
-    else:
-        first = 0 if kind == "mistral" else config.get("max_window_layers", 28)
-        full = [*range(first)] if isinstance(first, int) else f"max_window_layers = {first!r}"
-    if not isinstance(full, list):
-        wrong.append(f"{full} does not tell the layers of full attention")
-        return plain
-    types = config.get("layer_types") or [plain[0] if i in full else other for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or not {*map(str, types)} <= {
-            plain[0], other}:
-        wrong.append(f"layer_types {types!r}: only {plain[0]} and {other}, one for each layer")
+    types = config.get("layer_types") or [FULL if i in full else other for i in layers]
+    if not isinstance(types, list) or len(types) != len(layers) or not {
+            *map(str, types)} <= {FULL, other}:
+        wrong.append(f"layer_types {types!r}: only {FULL} and {other}, one for each layer")
         return plain
     return types

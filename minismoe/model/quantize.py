@@ -55,7 +55,8 @@ def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
 
 def quantize_rows(weight: Tensor) -> Blocks:
     """A weight (N, K) in 8 bits with one positive scale a row, as NPUs take it."""
-    scales = (weight.float().abs().amax(1, True) / 127).clamp_min(TINY)
+    largest = torch.maximum(weight.amax(1, True), -weight.amin(1, True))
+    scales = (largest.float() / 127).clamp_min(TINY)
     data = torch.cat([integers(weight[rows].float(), scales[rows], 128)
                       for rows in few_rows(weight)])
     return Blocks(8, weight.shape[1], weight.shape, data[:, None], scales)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
+from minismoe.export import scales
 from minismoe.export.heal import Lesson, agreement, heal_maps, heal_scales, heal_step, twin
 from minismoe.export.routing import cost_rows, cost_table, fewest_routed, save_frozen
 from minismoe.export.scales import (
@@ -143,8 +144,15 @@ def blocks_of(model: Any, precision: str, block: int) -> Any:
 
 @pytest.mark.parametrize("block", [32, 128])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_of_scales_equal_autograd(mixture: Any, block: int, recompute: bool) -> None:
-    """In float64: a functional call of the mixture with weights that autograd makes of scales."""
+@pytest.mark.parametrize("chunk", [scales.CHUNK, 300])
+def test_gradients_of_scales_equal_autograd(
+        mixture: Any, block: int, recompute: bool, chunk: int, monkeypatch: pytest.MonkeyPatch,
+        ) -> None:
+    """In float64: a functional call of the mixture with weights that autograd makes of scales.
+
+    chunk: weights made at a time, so a whole matrix or a few rows of it.
+    """
+    monkeypatch.setattr(scales, "CHUNK", chunk)
     model, data = copy.deepcopy(mixture).double(), examples()
     merge(model, fit(model, tasks())["linear"].together)
     blocks = blocks_of(model, "int4", block)

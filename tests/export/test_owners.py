@@ -9,14 +9,17 @@ from typing import NamedTuple
 import pytest
 import torch
 from test_layouts import CHAT, CONTEXT, LIMIT, genai_says, needs_node, web_says
-from tiny import BYTES, random_hf
+from tiny import BYTES, finish, random_hf, save_imaged
 
+import export
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.graph import write_decoder
 from minismoe.export.layouts import copy_base_files, write_genai, write_hf, write_peft, write_web
+from minismoe.export.scales import round_weights
 from minismoe.method.experts import linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
+from minismoe.model.quantize import ROW
 from minismoe.training.evaluate import generate
 
 
@@ -85,3 +88,22 @@ def test_transformers_js_says_the_same(run: Run, tmp_path: Path) -> None:
     write_web(graph(run, tmp_path / "web"), "fp32")
     said = web_says(tmp_path / "web")
     assert (said["prompt"], said["tokens"][:len(run.tokens)]) == (run.prompt, run.tokens)
+
+
+@needs_node
+@pytest.mark.parametrize("precision", ["fp32", "q8"])
+def test_transformers_js_opens_the_text_of_a_model_with_images(
+        precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What export.py writes of a checkpoint with images says what PyTorch does."""
+    base, web = tmp_path / "base", tmp_path / "web"
+    save_imaged(base, True)
+    code, _, err = finish(export.main, "--model", str(base), "--out", str(web), "--layout", "web",
+                          "--precision", precision, capsys=capsys)
+    assert code == 0, err
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    if precision == "q8":
+        round_weights(model, precision, ROW)
+    prompt = tokenizer.encode(tokenizer.render(CHAT, add_generation_prompt=True))[0]
+    tokens = generate(model, [prompt], LIMIT, tokenizer.stop_ids)[0]
+    said = web_says(web)
+    assert (said["prompt"], said["tokens"][:len(tokens)]) == (prompt, tokens)
