@@ -72,7 +72,8 @@ def run(variant: Variant, inputs: Inputs, seed: int) -> dict[str, float]:
     for layer in expert_layers(model).values():
         if layer.router is not None:
             layer.router.requires_grad_(variant.trained)
-    cfg = TrainConfig(lr=LR, seed=seed, router_aux_loss_coef=variant.balance)
+    cfg = TrainConfig(batch_size=16, micro_batch_size=16, lr=LR, seed=seed,
+                      router_aux_loss_coef=variant.balance)
     with TemporaryDirectory() as folder:
         train(model, inputs.examples, cfg, Path(folder), inputs.tokenizer.pad_id)
     shares = shares_of_gates(model, {

@@ -54,8 +54,8 @@ from minismoe.runtime import Generator
 from minismoe.training.evaluate import evaluate, exact_match
 
 TRAIN = ("train.py --model {model} --data {data} --tasks trec,clinc,banking77 --limit-train 400 "
-         "--limit-test 150 --epochs 2 --strategy uniform --budget-experts 630 --seed {seed} "
-         "--out {out}")
+         "--limit-test 150 --epochs 2 --batch-size 16 --strategy uniform --budget-experts 630 "
+         "--seed {seed} --out {out}")
 MERGED = "export.py --model {merged} --out {out}"
 RUN = "export.py {run} --limit-test 2 --out {out} --heal"          # they are scored here instead
 BUILDER = "-m onnxruntime_genai.models.builder -i {merged} -o {out} -c {cache} -e cpu"

@@ -164,7 +164,8 @@ def during(inputs: Inputs, args: argparse.Namespace, scores: Scores, folder: Pat
         load_adapter(model, args.adapter)
     else:
         model, _ = train_and_score(inputs, args, dict.fromkeys(scores.shapes, 2),
-                                   TrainConfig(epochs=1, seed=args.seed), folder)
+                                   TrainConfig(epochs=1, batch_size=16, seed=args.seed),
+                                   folder)
     later, _ = samples_of(replace(inputs, model=model), args, 32)
     names = list(scores.shapes)
     first = {t: dict(zip(names, norms[:32].sum(0).tolist())) for t, norms in scores.samples.items()}
@@ -188,7 +189,7 @@ def truth(inputs: Inputs, args: argparse.Namespace, names: Sequence[str], folder
     todo = [(seed, part) for seed in range(TRUTH_SEEDS) for part in parts(names)
             if len(known.get(part, ())) <= seed]
     for seed, part in tqdm(todo, "truth", unit="run"):
-        cfg = TrainConfig(seed=args.seed + seed)
+        cfg = TrainConfig(batch_size=16, seed=args.seed + seed)
         _, right = train_and_score(inputs, args, dict.fromkeys(parts(names)[part], 1), cfg, folder)
         known.setdefault(part, []).append(right)
         save()

@@ -8,7 +8,7 @@
 
 1. Search: train each variant at every rate on 80 % of the training lines, and choose its rate by
    exact match on the other 20 %.
-2. Final: train today's recipe and the variants with the best --finalists searches at their rates
+2. Final: train the first recipe and the variants with the best --finalists searches at their rates
    on all training lines, with seeds that the search did not see. Only this reads the test lines.
 
 What only this comparison needs (other schedules, dropout, ...) stands here and replaces a function
@@ -56,7 +56,7 @@ KINDS = {"lora": (1, 4), "mixture": (4, 1)}  # experts a matrix, and their rank 
 
 @dataclass(frozen=True)
 class Variant:
-    """One recipe; the defaults are today's."""
+    """One recipe; the defaults are the one that others are compared with."""
 
     scaling: float = 2.0                     # alpha / rank
     root: bool = False                       # 16 / sqrt(rank) (rsLoRA, arXiv 2312.03732)
@@ -70,7 +70,7 @@ class Variant:
 
 
 VARIANTS = {
-    "as it is": Variant(),
+    "batches of 16": Variant(),
     "16 / sqrt(rank)": Variant(root=True), "half the scaling": Variant(scaling=1.0),
     "LoRA+ x 4": Variant(b_rate=4), "LoRA+ x 16": Variant(b_rate=16),
     "no warm-up": Variant(warmup=0.0), "warm-up 20 %": Variant(warmup=0.2),
@@ -243,7 +243,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma list")
     parser.add_argument("--variants", help="comma list; default: all")
     parser.add_argument("--search-seeds", type=flags.positive, default=2, help="how many")
-    parser.add_argument("--finalists", type=int, default=4, help="beside today's recipe")
+    parser.add_argument("--finalists", type=int, default=4, help="beside the first recipe")
     parser.add_argument("--first-seed", type=int, default=300, help="of the final runs")
     parser.add_argument("--seeds", type=flags.positive, default=10, help="of the final runs")
     parser.add_argument("--plan", action="store_true", help="count the runs, and stop")

@@ -45,7 +45,7 @@ def batches(args: argparse.Namespace) -> tuple[list, int]:
 def ours(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     model = load_model(args.model, dtype)
     add_experts(model, dict.fromkeys(linear_layers(model), args.experts), rank=RANK)
-    cfg = TrainConfig(micro_batch_size=args.batch_size)
+    cfg = TrainConfig(batch_size=args.batch_size, micro_batch_size=args.batch_size)
     steps = itertools.count(1)            # step 0 also counts expert use, as every 20th does
     return model, lambda examples, pad: train_step(model, examples, cfg, pad, next(steps))
 
