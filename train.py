@@ -183,7 +183,7 @@ def adapt(inputs: Inputs, config: flags.RunConfig, allocation: Allocation) -> No
 
 def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Accuracy]:
     """Exact match on every task's test split, with a bar."""
-    batch = min(32, 2 * distributed.share(config.training.micro_batch_size))
+    batch = min(32, 4 * distributed.share(config.training.micro_batch_size))
     with tqdm(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
               unit="answer", disable=distributed.rank() > 0) as bar:
         return {t.name: evaluate(inputs.model, inputs.tokenizer, t, batch, bar.update)

@@ -28,6 +28,7 @@ from .scales import scale_model
 
 MAPS_LR = 2e-4                               # low: A and B start near their optimum
 SCALES_LR = 2e-3                             # of the logarithms of the scales
+BATCH = 16                                   # examples a step
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collectio
 def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float) -> None:
     """Train `parameters` of the student, in place."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    cfg = TrainConfig(lr=lr)
+    cfg = TrainConfig(batch_size=BATCH, lr=lr)
     epochs = math.ceil(lesson.steps / math.ceil(len(lesson.examples) / cfg.batch_size))
     batches = schedule(lesson.examples, replace(cfg, epochs=epochs))
     with trange(lesson.steps, desc="heal", unit="step") as bar:

@@ -38,10 +38,10 @@ class TrainConfig:
 
     epochs: int = flag(3, "passes over the training lines (default: %(default)s)", flags.positive)
     batch_size: int = flag(
-        16, "examples an optimizer step (default: %(default)s); auto: the default, with "
+        8, "examples an optimizer step (default: %(default)s); auto: the default, with "
         "--micro-batch-size auto", flags.positive_or_auto, metavar="N|auto")
     micro_batch_size: int = flag(
-        16, "examples computed at once by all processes together, less memory by accumulation "
+        8, "examples computed at once by all processes together, less memory by accumulation "
         "(default: --batch-size). auto: the most that fit --memory, or the device",
         flags.positive_or_auto, metavar="N|auto")
     memory: int | None = flag(

@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(40)))
     train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--max-experts", "3",
                 "--strategy", "uniform", "--budget-experts", "40", "--rank", "2", "--epochs", "4",
-                "--lr", "0.02", "--out", str(root / "run"), "--seed", "1"])
+                "--lr", "0.02", "--batch-size", "16", "--out", str(root / "run"), "--seed", "1"])
     return root / "run"
 
 
