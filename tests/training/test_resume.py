@@ -325,7 +325,7 @@ def test_a_run_killed_at_any_rename_ends_with_the_same_bytes(inputs, tmp_path) -
             break
         assert code == 9 and child(run, 1000) == 0
         assert not kill_resume.differences(run, tmp_path / "whole"), lives
-    assert 10 < lives < 40                        # renames of an undisturbed run
+    assert 10 <= lives < 40                       # renames of an undisturbed run
 
 
 @posix
