@@ -217,7 +217,7 @@ def test_broken_folders_are_refused(
     ({"weight_map": {"a": ["x"]}}, ValueError, "weight_map"),
     ({"weight_map": ["x.safetensors"]}, ValueError, "weight_map"),
     ({}, ValueError, "weight_map"),
-    ([], ValueError, "weight_map"),
+    ([], ValueError, "no JSON object"),
     ({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}, FileNotFoundError,
      "lacks model-2.safetensors, named in model.safetensors.index.json"),
 ])
