@@ -25,6 +25,7 @@ from minismoe.cli.flags import InputConfig
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export import layouts, verify
+from minismoe.export.heal import BATCH
 from minismoe.export.routing import Frozen, freeze_routing, print_costs
 from minismoe.export.settings import ExportConfig, FreezeConfig, Source, TableConfig
 from minismoe.io.files import must_be_new, new_folder, read_json, sha256, write_json
@@ -83,8 +84,8 @@ def alternatives(config: ExportConfig) -> list[ExportConfig]:
 def plan(config: ExportConfig) -> str:
     """What will be written, and how to have something else, in one line."""
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
-    heal = (f", healed for {config.heal} steps, each of less than two training steps (--heal 0 "
-            "leaves that out)") if config.heal else ""
+    heal = (f", healed for {config.heal} steps, each about as long as training on {BATCH} "
+            "examples (--heal 0 leaves that out)") if config.heal else ""
     floats = "; --precision fp32 keeps floats" if config.block else ""
     return f"writes {config.precision}{blocks}{heal}{floats}"
 

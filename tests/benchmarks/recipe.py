@@ -45,6 +45,7 @@ from minismoe.data.tasks import encode_all
 from minismoe.io.files import read_json, write_json
 from minismoe.io.flags import from_flags
 from minismoe.method import experts
+from minismoe.method.allocate import Allocation
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers, linear_layers
 from minismoe.model.checkpoint import versions
 from minismoe.training import loop
@@ -152,8 +153,7 @@ def run(args: argparse.Namespace, kind: str, variant: Variant, inputs: Inputs, l
     rank = times * args.rank
     torch.manual_seed(seed)
     scaling = 16 / math.sqrt(rank) if variant.root else variant.scaling
-    add_experts(model, dict.fromkeys(linear_layers(model), count), rank=rank,
-                alpha=scaling * rank)
+    add_experts(model, Allocation(dict.fromkeys(linear_layers(model), count), rank, scaling * rank))
     examples = inputs.examples
     held = list(inputs.tasks) if not variant.best else [
         replace(t, train=[m for i, m in enumerate(t.train) if i % 10],
