@@ -70,7 +70,7 @@ class AllocationConfig:
         None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
         "may get experts; default: all linear layers")
     min_experts: int = flag(
-        1, "experts that every matrix gets at least; the paper's vote leaves some bare, 0 "
+        1, "experts that every matrix gets at least; 0: the paper's vote, which leaves some bare "
         "(default: %(default)s)", int, metavar="N")
     max_experts: int | None = flag(
         None, "experts a matrix gets at most (default: as many as tasks for votes and random; "

@@ -220,10 +220,7 @@ class MLP(Part):
 
 
 class DecoderLayer(Part):
-    """x + attention(norm x), then x + mlp(norm x), the latter on the rows `top` only, if given.
-
-    Gemma normalises what attention and MLP write, too.
-    """
+    """x + attention(norm x), then x + mlp(norm x), the latter on the rows `top` only, if given."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -235,20 +232,29 @@ class DecoderLayer(Part):
             self.self_attn = Attention(cfg, layer)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg)
         self.mlp = MLP(cfg)
-        if cfg.post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
-            self.post_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
-        self.sandwich = cfg.post_norms
 
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
         mixer = self.conv if self.convolves else self.self_attn
-        y = mixer(self.input_layernorm(x), tokens, rope)
-        x = x.add(self.post_attention_layernorm(y) if self.sandwich else y, alpha=self.residual)
+        x = x.add(mixer(self.input_layernorm(x), tokens, rope), alpha=self.residual)
         if top is not None:
             x = x.index_select(0, top)
-        if self.sandwich:
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual)
+
+
+class SandwichLayer(DecoderLayer):
+    """Gemma's layer: what attention and MLP write is normalised, too."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__(cfg, layer)
+        self.pre_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
+        self.post_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
+
+    def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), tokens, rope)
+        x = x + self.post_attention_layernorm(y)
+        if top is not None:
+            x = x.index_select(0, top)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
@@ -275,7 +281,8 @@ class Decoder(Part):
         # and 75 MB. This uniform distribution has the same variance, 1.
         table = torch.empty(cfg.vocab_size, cfg.hidden_size).uniform_(-3 ** 0.5, 3 ** 0.5)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers))
+        layer = SandwichLayer if cfg.post_norms else DecoderLayer
+        self.layers = nn.ModuleList(layer(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg)
         self.recompute = False       # activation checkpointing: slower, far less memory
         self.copies: Tensor | None = None    # `Tokens.copies` of the last forward

@@ -28,6 +28,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,13 +37,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import torch
 from compare_report import RESULTS, machine, table
-from recipe import difference, load, search_seeds, share
+from recipe import difference, grid_flags, load, numbers, run_cells, search_seeds, share
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minismoe.cli import flags, script
 from minismoe.cli.inputs import Inputs
-from minismoe.io.files import read_json, write_json
+from minismoe.io.files import read_json
 from minismoe.method import allocate
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts, linear_layers
@@ -315,28 +315,13 @@ def cells(args: argparse.Namespace, record: Mapping[str, Any],
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="shared-experts", help="of the record in results/")
+    parser = grid_flags(__doc__, "shared-experts", KINDS)
     parser.add_argument("--experts", type=flags.positive, default=4, help="of mixture and core")
-    parser.add_argument("--rank", type=flags.positive, default=8, help="of a mixture's expert")
     parser.add_argument("--stride", type=flags.positive, default=2, help="layers for an A of Lily")
     parser.add_argument("--num-b", type=flags.positive, default=2, help="B's of a kind in Lily")
-    parser.add_argument("--epochs", type=flags.positive, default=3)
-    parser.add_argument("--lrs", default="1e-3,2e-3,4e-3,8e-3", help="comma list to search")
-    parser.add_argument("--scales", default="1,2,4", help="of the update; comma list to search")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="comma list")
-    parser.add_argument("--search-seeds", type=flags.positive, default=2, help="how many")
-    parser.add_argument("--first-seed", type=int, default=300, help="of the final runs")
-    parser.add_argument("--seeds", type=flags.positive, default=10, help="of the final runs")
-    parser.add_argument("--plan", action="store_true", help="parameters and runs, and stop")
-    parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
-    flags.add_input_flags(parser)
+    parser.add_argument("--scales", type=numbers, default="1,2,4",
+                        help="of the update; comma list to search (default: %(default)s)")
     args = parser.parse_args(argv)
-    args.limit_train = args.limit_train or 200
-    args.lrs, args.scales = (sorted(map(float, text.split(",")))
-                             for text in (args.lrs, args.scales))
-    args.kinds = args.kinds.split(",")
     if wrong := {*args.kinds} - {*KINDS}:
         parser.error(f"{', '.join(sorted(wrong))}: kinds are {', '.join(KINDS)}")
     return args
@@ -363,15 +348,7 @@ def main(argv: Sequence[str]) -> None:
     if args.plan:
         print(f"{total} runs, {len(record['runs'])} of them done")
         return
-    with tqdm(total=total, unit="run") as bar:
-        for phase, kind, scale, lr, seed in cells(args, record):
-            key = f"{phase} {kind} {scale:g} {lr:g} {seed}"
-            if key not in record["runs"]:
-                inputs = load(args, phase, seed)
-                record["runs"][key] = run(args, kind, scale, lr, inputs, seed)
-                write_json(file, record)
-            bar.set_postfix_str(f"{key}: {share(record['runs'][key]):.3f}")
-            bar.update()
+    run_cells(args, file, record, total, cells(args, record), partial(run, args))
     print(markdown(record))
 
 
