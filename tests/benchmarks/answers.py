@@ -28,7 +28,7 @@ from minismoe.runtime.prefix import shared_tokens
 
 Ask = Callable[[Sequence[list[int]]], list[str]]         # prompts -> answers
 RATIOS = [("choices, single", "plain, single"), ("first token, single", "plain, single"),
-          ("choices, batches", "plain, batches"), ("choices, batches", "plain, single")]
+          ("choices, single", "plain, batches")]
 
 
 def ways(generator: Generator, choices: Sequence[str], batch: int) -> dict[str, Ask]:
@@ -47,9 +47,7 @@ def ways(generator: Generator, choices: Sequence[str], batch: int) -> dict[str, 
                                                 for p in prompts],
         "choices, single": lambda prompts: [generator.choose(p, choices)[0].text for p in prompts],
         "plain, batches": batched(lambda prompts: [
-            decode(tokens).strip() for tokens in generator.batch(prompts, limit)]),
-        "choices, batches": batched(lambda prompts: [
-            generator.choose(p, choices)[0].text for p in prompts])}
+            decode(tokens).strip() for tokens in generator.batch(prompts, limit)])}
 
 
 def measure(generator: Generator, task: Task, args: argparse.Namespace) -> list[list[object]]:
