@@ -7,8 +7,6 @@ Letters: R rank of a pair.
 
 from __future__ import annotations
 
-import ctypes
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import onnx
 import torch.nn.functional as F
 from onnxruntime import AdapterFormat, OrtValue
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, loa
 from ..io.files import read_json, replacing, write_json
 from ..method.experts import expert_layers
 from ..method.freeze import freeze, merged
-from ..model.checkpoint import DTYPES, IMAGES, MERGED, text_name, weight_files, weights
+from ..model.checkpoint import IMAGES, MERGED, text_name, weight_files, weights
 from ..model.config import Config, text_part
 from ..model.quantize import BLOCK
 from .graph import write_decoder, write_sampler
@@ -176,8 +175,8 @@ def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
 def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iterable[str]) -> None:
     """Write the weights of `base`, with those of `names` replaced by weight(name).
 
-    Dtypes and shards stay, what belongs to images is left out, and one tensor at a time is in
-    memory. Raises ValueError for a dtype, shape or name that differs.
+    Dtypes and shards stay; what belongs to images is left out. Raises ValueError for a dtype, shape
+    or name that differs.
     """
     left, files = set(names), weight_files(base)
     if len(files) > 1:
@@ -185,36 +184,21 @@ def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iter
         write_json(out / "model.safetensors.index.json", index | {"weight_map": {
             text_name(n): f for n, f in index["weight_map"].items() if not IMAGES.match(n)}})
     for file in files:
-        with open(file, "rb") as old, replacing(out / file.name) as tmp, open(tmp, "wb") as f:
-            length = int.from_bytes(old.read(8), "little")
-            header, spans = _text_header(json.loads(old.read(length)))
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)                      # data starts at a multiple of 8
-            f.write(len(text).to_bytes(8, "little") + text)
-            for name, (start, size) in spans.items():
-                if name not in left:
-                    old.seek(8 + length + start)
-                    f.write(old.read(size))
-                    continue
-                entry, new = header[name], weight(name).detach().cpu().contiguous()
-                if DTYPES.get(entry["dtype"]) != new.dtype or entry["shape"] != [*new.shape]:
-                    raise ValueError(f"{name} of {file} is {entry['dtype']} {entry['shape']}, "
-                                     f"not {new.dtype} {[*new.shape]}")
-                f.write((ctypes.c_char * new.nbytes).from_address(new.data_ptr()))
-        left -= spans.keys()
+        with safe_open(file, framework="pt") as f:           # mapped into memory, not read
+            tensors = {text_name(n): f.get_tensor(n) for n in f.keys()      # noqa: SIM118
+                       if not IMAGES.match(n)}
+            metadata = f.metadata()
+        for name in left & tensors.keys():
+            old, new = tensors[name], weight(name).detach().cpu().contiguous()
+            if (old.dtype, old.shape) != (new.dtype, new.shape):
+                raise ValueError(f"{name} of {file} is {old.dtype} {[*old.shape]}, "
+                                 f"not {new.dtype} {[*new.shape]}")
+            tensors[name] = new
+        with replacing(out / file.name) as tmp:
+            save_file(tensors, tmp, metadata)
+        left -= tensors.keys()
     if left:
         raise ValueError(f"{base} has no {', '.join(sorted(left))}")
-
-
-def _text_header(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """A safetensors header without images, and where each of its tensors was, and its bytes."""
-    new, spans, end = {n: header.pop(n) for n in ["__metadata__"] if n in header}, {}, 0
-    for stored, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if not IMAGES.match(stored):
-            name, (start, stop) = text_name(stored), entry["data_offsets"]
-            spans[name] = start, stop - start
-            new[name] = entry | {"data_offsets": [end, end := end + stop - start]}
-    return new, spans
 
 
 def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
