@@ -37,7 +37,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
     "floor-gain": {"strategy": "proportional", "min_experts": 1},       # scores times entries
     "inverse": {"strategy": "votes"},                 # from inverted scores: the least sensitive
 }
-PAPER = ("uniform", "votes", "votes-kind", "votes-all")
+PAPER = ("uniform", "votes", "votes-kind", "votes-all", "votes-floor")
 SEARCH = 1000                         # first seed of the search; final seeds are below
 TEST_SEEDS = 10                       # validation avoids the test lines of so many final seeds of
                                       # the default (avoiding those of 50 would leave no fact)
