@@ -20,7 +20,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
         "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
         "max_position_embeddings": 1 << 17, "rope_theta": 1e6,
-        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        "sliding_window": 4096, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "lfm2": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 128_000,
              "tie_word_embeddings": True}}
 # What a family calls a setting -> Llama's name of it.
@@ -218,11 +218,13 @@ def _own(config: Mapping[str, Any], kind: str, hidden: int, layers: range, wrong
          ) -> dict[str, Any]:
     """The fields of Config that one family has, and those that tell layers apart."""
     size, number = partial(_size, config, wrong), partial(_number, config, wrong)
-    own, other, rotates = dict[str, Any](), SLIDING, [True] * len(layers)
+    slides = bool(config.get("use_sliding_window"))
+    own, rotates = dict[str, Any](), [True] * len(layers)
+    other = ""                               # a type that layers may have beside full attention
     full: Any = layers                       # with full attention, if layer_types is left out
     if kind == "gemma3_text":
         every = size("sliding_window_pattern", 6)
-        full = layers[every - 1::every]
+        other, full = SLIDING, layers[every - 1::every]
         ropes, local = config.get("rope_parameters"), number("rope_local_base_freq", 1e4)
         if isinstance(ropes, Mapping) and SLIDING in ropes:
             local, scaled = _rope({"rope_parameters": ropes[SLIDING]}, wrong)
@@ -252,31 +254,30 @@ def _own(config: Mapping[str, Any], kind: str, hidden: int, layers: range, wrong
             wrong.append(f"no_rope_layers {rotates!r}: expected 1 for each layer that rotates, "
                          "or 0")
             rotates = [True] * len(layers)
-        full = [i for i in layers if rotates[i]]
-    elif config.get("use_sliding_window") or kind == "mistral":
-        full = layers[:0 if kind == "mistral" else size("max_window_layers", 28, least=0)]
-    types = _layer_types(config, kind, layers, full, other, wrong)
+        other, full = SLIDING if slides else "", [i for i in layers if rotates[i]]
+    elif kind == "mistral":
+        other, full = SLIDING, []
+    elif kind in ("qwen2", "qwen3") and slides:
+        other, full = SLIDING, layers[:size("max_window_layers", 28, least=0)]
+    if other == SLIDING and config.get("sliding_window", 4096) is None:
+        other = ""
+    types = _layer_types(config, layers, full, other, wrong)
     window = size("sliding_window", 4096, most=1 << 31) if SLIDING in types else None
     return own | {"windows": tuple(window if t == SLIDING else None for t in types),
                   "conv_layers": tuple(i for i, t in enumerate(types) if t == "conv"),
                   "no_rope_layers": tuple(i for i in layers if not rotates[i])}
 
 
-def _layer_types(config: Mapping[str, Any], kind: str, layers: range, full: Any, other: str,
-                 wrong: list[str]) -> list[str]:
+def _layer_types(config: Mapping[str, Any], layers: range, full: Any, other: str, wrong: list[str],
+                 ) -> list[str]:
     """FULL or `other` of each layer; full: those of full attention, if layer_types is left out."""
+    plain = [FULL for _ in layers]
     if not isinstance(full, (list, range)):
         wrong.append(f"{full!r} does not tell the layers of full attention")
-        full = layers
-    plain = [FULL for _ in layers]
-    slides = kind == "mistral" or kind in ("qwen2", "qwen3", "smollm3") and config.get(
-        "use_sliding_window")
-    if kind not in ("gemma3_text", "granitemoehybrid", "lfm2") and not (
-            slides and config.get("sliding_window", 4096) is not None):
-        return plain
-    types = config.get("layer_types") or [FULL if i in full else other for i in layers]
-    if not isinstance(types, list) or len(types) != len(layers) or not {
-            *map(str, types)} <= {FULL, other}:
+    elif other:
+        types = config.get("layer_types") or [FULL if i in full else other for i in layers]
+        if isinstance(types, list) and len(types) == len(layers) and {
+                *map(str, types)} <= {FULL, other}:
+            return types
         wrong.append(f"layer_types {types!r}: only {FULL} and {other}, one for each layer")
-        return plain
-    return types
+    return plain
