@@ -285,33 +285,40 @@ def run(args: argparse.Namespace, kind: str, scale: float, lr: float, inputs: In
 
 def searches(record: Mapping[str, Any], kind: str) -> dict[tuple[float, float], float]:
     """{(scale, rate): mean exact match} of a kind's search; one that is not finished is absent."""
-    settings, runs = record["settings"], record["runs"]
-    found = {}
-    for scale in settings["scales"]:
-        for lr in settings["lrs"]:
-            keys = [f"search {kind} {scale:g} {lr:g} {seed}" for seed in settings["search"]]
-            if all(key in runs for key in keys):
-                found[scale, lr] = sum(share(runs[key]) for key in keys) / len(keys)
+    found, runs = {}, record["runs"]
+    for scale, lr in points(record):
+        keys = [f"search {kind} {scale:g} {lr:g} {seed}" for seed in record["settings"]["search"]]
+        if all(key in runs for key in keys):
+            found[scale, lr] = sum(share(runs[key]) for key in keys) / len(keys)
     return found
 
 
-def chosen(record: Mapping[str, Any], kind: str) -> tuple[float, float]:
-    """The best scale and rate of a kind's search; of equal ones the smallest."""
+def points(record: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The scales and rates to search. A single one is taken without a search."""
+    return [(scale, lr) for scale in record["settings"]["scales"]
+            for lr in record["settings"]["lrs"]]
+
+
+def chosen(record: Mapping[str, Any], kind: str) -> tuple[float, float] | None:
+    """The best scale and rate of a kind's search, of equal ones the smallest; None before it."""
+    if len(only := points(record)) == 1:
+        return only[0]
     found = searches(record, kind)
-    return max(found, key=lambda point: (found[point], -point[0] * point[1]))
+    return max(found, key=lambda p: (found[p], -p[0] * p[1])) if found else None
 
 
 def cells(args: argparse.Namespace, record: Mapping[str, Any],
           ) -> Iterator[tuple[str, str, float, float, int]]:
     """(phase, kind, scale, rate, seed): the search, then the finals that it asks for."""
-    for seed in search_seeds(args):
-        for kind in args.kinds:
-            for scale in args.scales:
-                for lr in args.lrs:
+    if len(points(record)) > 1:
+        for seed in search_seeds(args):
+            for kind in args.kinds:
+                for scale, lr in points(record):
                     yield "search", kind, scale, lr, seed
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for kind in args.kinds:
-            yield "final", kind, *chosen(record, kind), seed
+            if point := chosen(record, kind):
+                yield "final", kind, *point, seed
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -344,7 +351,8 @@ def main(argv: Sequence[str]) -> None:
                             "search": list(search_seeds(args))}}
     print(", ".join(f"{kind}: rank {f['rank']}, {f['parameters']:,} parameters"
                     for kind, f in form["forms"].items()))
-    total = len(args.kinds) * (args.search_seeds * len(args.lrs) * len(args.scales) + args.seeds)
+    searched = len(points(record)) if len(points(record)) > 1 else 0
+    total = len(args.kinds) * (args.search_seeds * searched + args.seeds)
     if args.plan:
         print(f"{total} runs, {len(record['runs'])} of them done")
         return
@@ -354,10 +362,9 @@ def main(argv: Sequence[str]) -> None:
 
 def finals(record: Mapping[str, Any], kind: str) -> dict[int, Any]:
     """{seed: answers} of a kind's final runs at the scale and rate of its search."""
-    if not searches(record, kind):
+    if (point := chosen(record, kind)) is None:
         return {}
-    scale, lr = chosen(record, kind)
-    start = f"final {kind} {scale:g} {lr:g} "
+    start = f"final {kind} {point[0]:g} {point[1]:g} "
     return {int(key.removeprefix(start)): answers for key, answers in record["runs"].items()
             if key.startswith(start)}
 
@@ -367,11 +374,14 @@ def markdown(record: Mapping[str, Any]) -> str:
     found, rows, searched = record["form"]["forms"], [], []
     lrs, scales = record["settings"]["lrs"], record["settings"]["scales"]
     results = {kind: finals(record, kind) for kind in KINDS}
-    for kind in [k for k in KINDS if searches(record, k)]:
-        values, best, runs = searches(record, kind), chosen(record, kind), results[kind]
+    for kind in record["settings"]["kinds"]:
+        if (best := chosen(record, kind)) is None:
+            continue
+        values, runs = searches(record, kind), results[kind]
         mean = f"{100 * sum(map(share, runs.values())) / len(runs):.1f}" if runs else ""
+        search = f"{100 * values[best]:.1f}" if best in values else ""
         rows.append([kind, found[kind]["rank"], f"{found[kind]['parameters']:,}", f"{best[0]:g}",
-                     f"{best[1]:g}", f"{100 * values[best]:.1f}", mean] + [
+                     f"{best[1]:g}", search, mean] + [
             difference(runs, results[other]) if kind != other and runs and results[other] else ""
             for other in ("lora", "mixture")])
         for scale in scales:
