@@ -50,9 +50,8 @@ def main(argv: Sequence[str]) -> None:
         # Save.
         write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
         write_json(run / "allocation.json", allocation.to_json())
-        what, counts = probing.counted(allocation)
         with replacing(run / "allocation.svg") as tmp:
-            tmp.write_text(allocation_svg(scores, counts, what=what), encoding="utf-8")
+            tmp.write_text(allocation_svg(scores, allocation.experts), encoding="utf-8")
 
     for task, values in scores.items():
         print(terminal_heatmap(f"sensitivity of {clean(task)}", values, scale="log"))

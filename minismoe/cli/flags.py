@@ -74,7 +74,7 @@ class AllocationConfig:
         "(default: %(default)s)", int, metavar="N")
     max_experts: int | None = flag(
         None, "experts a matrix gets at most (default: as many as tasks for votes and random; "
-        "lora and ranks keep to one, and spend what such votes do)", positive, metavar="N")
+        "lora keeps to one, and spends what such votes do)", positive, metavar="N")
     rank: int = flag(8, "of each expert (default: %(default)s)", positive)
     alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
                                "twice the rank)", above_zero)

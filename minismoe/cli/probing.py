@@ -133,12 +133,6 @@ def measure(allocating: AllocationConfig, inputs: Inputs, seed: int, size: int =
 
 
 def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:
-    """Experts of every linear layer but the head, or their ranks if these differ."""
-    what, counts = counted(allocation)
-    return terminal_heatmap(f"{what} a matrix", {name: counts.get(name, 0)
-                                                 for name in linear_layers(model)}, digits=True)
-
-
-def counted(allocation: Allocation) -> tuple[str, dict[str, int]]:
-    """What an allocation gives to each module: "experts", or "ranks" if these differ."""
-    return ("ranks", allocation.ranks) if allocation.ranks else ("experts", allocation.experts)
+    """Experts of every linear layer but the head."""
+    return terminal_heatmap("experts a matrix", {
+        name: allocation.experts.get(name, 0) for name in linear_layers(model)}, digits=True)

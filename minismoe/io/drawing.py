@@ -163,13 +163,11 @@ def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
     return [*out, "</g>"]
 
 
-def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[str, int],
-                   what: str = "experts") -> str:
-    """A figure as wide as a paper's column: each task's sensitivities, and the allocated counts.
+def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> str:
+    """A figure as wide as a paper's column: each task's sensitivities, and the allocated experts.
 
     Sensitivities are drawn as shares of their task's maximum, on one log scale for all tasks; grey
-    means not measured. `what` names the counts: "experts" or "ranks". Up to 12 layers go in two
-    columns; many layers widen the figure.
+    means not measured. Up to 12 layers go in two columns; many layers widen the figure.
     """
     names = dict.fromkeys(name for part in (*scores.values(), counts) for name in part)
     layers, projections, modules = grid({name: name for name in names})
@@ -183,7 +181,7 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
         (task, {name: (_color(VIRIDIS, place(v)), "") for name, v in of_task.items()})
         for task, of_task in shares.items()]
     most = max(counts.values(), default=0)
-    panels.append((f"{sum(counts.values())} {what}", {
+    panels.append((f"{sum(counts.values())} experts", {
         name: (_color(BLUES, (n - 1) / max(1, most - 1)), str(n))
         for name, n in counts.items() if n}))
     columns = 2 if len(layers) <= 12 else 1
@@ -195,7 +193,7 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
         out += _panel(i % columns * (wide + GAP), i // columns * step, wide, title, layers,
                       projections, {at: drawn.get(name, absent) for at, name in modules.items()})
     y = step * math.ceil(len(panels) / columns)
-    return _svg(width, y + 38, f"sensitivity and {what}", out + _legend(y, low))
+    return _svg(width, y + 38, "sensitivity and experts", out + _legend(y, low))
 
 
 def _legend(y: float, low: float) -> list[str]:

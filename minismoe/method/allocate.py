@@ -81,10 +81,9 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
     `budget_experts` experts, or at most `budget_params` trainable parameters. Counts are clamped to
     min_experts..max_experts; no max_experts means the number of tasks for votes and random, and no
     limit for the others. "lora" is one expert a module, of the largest rank that fits, alpha / rank
-    kept; in experts, one of twice the `rank` counts as two. "ranks" gives each module a rank of its
-    own, in proportion to the root of its share of the sensitivity. `alpha` is 2 * rank by default,
-    `shapes`, {module: (out, in)}, is `scores.shapes`; `seed` is for "random". Raises ValueError
-    for wrong arguments, and Unfit for a budget that is too small, with the nearest possible one.
+    kept; in experts, one of twice the `rank` counts as two. `alpha` is 2 * rank by default,
+    `shapes`, {module: (out, in)}, is `scores.shapes`; `seed` is for "random". Raises ValueError for
+    wrong arguments, and Unfit for a budget that is too small, with the nearest possible one.
     """
     alpha = (2 * rank if is_whole(rank, 1) else 1) if alpha is None else alpha
     draft = Allocation({}, rank, alpha, top_k, strategy, group, keep)
@@ -95,17 +94,16 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
     if budget_params is not None and unknown:
         raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
     in_params = budget_params is not None or (
-        strategy in ("lora", "ranks") and budget_experts is None and not unknown)
+        strategy == "lora" and budget_experts is None and not unknown)
 
     def trainable(found: Allocation) -> int:
-        return sum(parameters(sizes[m], count, found.rank_of(m))
-                   for m, count in found.experts.items())
+        return sum(parameters(sizes[m], count, found.rank) for m, count in found.experts.items())
 
     def cost(found: Allocation) -> int:  # in the budget's unit
-        ranks = sum(count * found.rank_of(m) for m, count in found.experts.items())
-        return trainable(found) if in_params else -(-ranks // rank)  # rounded up
+        experts = sum(found.experts.values())
+        return trainable(found) if in_params else -(-experts * found.rank // rank)  # rounded up
 
-    order = Order(draft, scores, grouped(modules, group), sizes, min_experts, max_experts, 0, seed)
+    order = Order(draft, scores, grouped(modules, group), min_experts, max_experts, 0, seed)
     budget, source = budget_experts if budget_params is None else budget_params, "the budget"
     if budget is None:
         order = replace(order, draft=replace(draft, keep=KEEP if keep is None else keep))
@@ -133,8 +131,8 @@ def _check(scores: Sensitivities, draft: Allocation, budgets: tuple[int | None, 
          and (high is None or is_whole(high, max(1, low)) and high <= MOST),
          f"needs whole numbers 0 <= min_experts <= max_experts <= {MOST}, max_experts 1 or more, "
          f"got min_experts {low!r} and max_experts {high!r}"),
-        (draft.strategy not in ("lora", "ranks") or low in (0, 1),
-         f"{draft.strategy!r} is one expert a module, so min_experts {low!r} cannot be met"),
+        (draft.strategy != "lora" or low in (0, 1),
+         f"'lora' is one expert a module, so min_experts {low!r} cannot be met"),
         (len(given) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),
         *((is_whole(budget, -math.inf), f"a budget must be a whole number < 2**50, got {budget!r}")
           for budget in given),

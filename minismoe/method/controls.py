@@ -24,7 +24,6 @@ class Order:
     draft: Allocation           # rank, alpha, top_k and so on; the strategy fills in the experts
     scores: Sensitivities
     groups: Sequence[Sequence[str]]                  # modules that are ranked together
-    shapes: Mapping[str, tuple[int, int]]            # (out, in) of the modules, as far as known
     low: int                    # experts of a module, at least
     high: int | None            # and at most; None leaves this to the strategy
     most: int                   # experts * rank, in total, that the budget pays for at most
@@ -79,21 +78,8 @@ def lora(order: Order) -> Row:
         draft, experts=ones, rank=rank, alpha=draft.alpha * rank / draft.rank)
 
 
-def ranks(order: Order) -> Row:
-    """One expert a module, of a rank in proportion to the root of its share; by ranks in total."""
-    weights, modules = shares(order.scores, order.groups), order.modules
-    roots = {module: weights[module] ** 0.5 for module in modules}
-    # No rank is above the smaller side of a matrix.
-    high = min((min(order.shapes[m]) for m in modules if m in order.shapes), default=order.most)
-    last = max(len(modules), min(high * len(modules), order.most))
-    return range(len(modules), last + 1), lambda total: replace(
-        order.draft, experts=dict.fromkeys(modules, 1),
-        ranks=largest_remainder(roots, total, 1, high))
-
-
 CONTROLS: dict[str, Callable[[Order], Row]] = {
-    "proportional": proportional, "uniform": uniform, "mola": mola, "random": draw, "lora": lora,
-    "ranks": ranks}
+    "proportional": proportional, "uniform": uniform, "mola": mola, "random": draw, "lora": lora}
 
 
 def _limit(order: Order) -> int:

@@ -180,13 +180,12 @@ def add_experts(model: nn.Module, experts: Allocation | Mapping[str, int], *, ra
     """
     if not isinstance(experts, Allocation):
         experts = Allocation(dict(experts), rank, 2 * rank, top_k)
-    layers, scaling = adaptable(model, experts), experts.alpha / experts.rank
+    layers = adaptable(model, experts)
     model.requires_grad_(False)
     for name, count in experts.experts.items():
         if count > 0:                    # the paper's files list matrices without an adapter too
-            r = experts.rank_of(name)
-            model.set_submodule(
-                name, ExpertLinear(layers[name], count, r, scaling * r, experts.top_k))
+            model.set_submodule(name, ExpertLinear(
+                layers[name], count, experts.rank, experts.alpha, experts.top_k))
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 Counts = dict[str, int]  # {module: experts}
@@ -33,25 +33,16 @@ class Allocation:
     group: str | None = None
     keep: float | None = None  # share of its group that a task votes for
     trainable_parameters: int | None = None  # None if the shapes are unknown
-    ranks: Counts = field(default_factory=dict)  # of modules whose experts have another rank
-
-    def rank_of(self, module: str) -> int:
-        """The rank of a module's experts. Experts of any rank are scaled by alpha / self.rank."""
-        return self.ranks.get(module, self.rank)
 
     def __str__(self) -> str:
-        ranks = sorted({self.rank_of(module) for module in self.experts})
-        several = f"s {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f" {ranks[0]}"
-        return (f"{self.strategy}: {sum(self.experts.values())} experts of rank{several} on "
+        return (f"{self.strategy}: {sum(self.experts.values())} experts of rank {self.rank} on "
                 f"{len(self.experts)} matrices")
 
     def too_large(self, shapes: Mapping[str, Sequence[int]]) -> str:
-        """Names the modules whose rank is above the smaller side of their (out, in); "" if none."""
-        small = [module for module in self.experts if self.rank_of(module) > min(shapes[module])]
-        if not small:
-            return ""
-        return (f"rank {max(map(self.rank_of, small))} is more than the matrix itself has: "
-                + ", ".join(f"{module} {[*shapes[module]]}" for module in small))
+        """Names the modules whose smaller side of (out, in) is below the rank; "" if none is."""
+        small = [module for module in self.experts if self.rank > min(shapes[module])]
+        return f"rank {self.rank} is more than the matrix itself has: " + ", ".join(
+            f"{module} {[*shapes[module]]}" for module in small) if small else ""
 
     def problems(self) -> list[str]:
         """One message for each wrong value; a count of 0 is allowed."""
@@ -68,18 +59,13 @@ class Allocation:
                 for name, good, what in checks if not good] + [
             f"experts must map names to whole numbers from 0 to {MOST}, got {module!r}: {count!r}"
             for module, count in self.experts.items()
-            if not (isinstance(module, str) and module and is_whole(count, 0) and count <= MOST)
-        ] + [
-            f"ranks must map names with experts to whole numbers >= 1, got {module!r}: {rank!r}"
-            for module, rank in self.ranks.items()
-            if not (self.experts.get(module) and is_whole(rank, 1))]
+            if not (isinstance(module, str) and module and is_whole(count, 0) and count <= MOST)]
 
     def to_json(self) -> dict[str, Any]:
         """The form of allocation.json, for `json.dump`."""
         settings = asdict(self)
-        experts, ranks = settings.pop("experts"), settings.pop("ranks")
-        return {"format": FORMAT, **settings, **({"ranks": ranks} if ranks else {}),
-                "experts": experts}
+        experts = settings.pop("experts")
+        return {"format": FORMAT, **settings, "experts": experts}
 
     @classmethod
     def from_json(cls, value: object) -> Allocation:
@@ -97,8 +83,6 @@ class Allocation:
         if not isinstance(experts, Mapping) or not any(experts.values()):
             problems.append(f"experts must give some module an expert, got {experts!r}")
             experts = {}
-        if not isinstance(known.setdefault("ranks", {}), Mapping):
-            problems.append(f"ranks must map names to whole numbers, got {known.pop('ranks')!r}")
         problems += cls(dict(experts), **known).problems()
         if problems:
             raise ValueError("not an allocation: " + "; ".join(problems))

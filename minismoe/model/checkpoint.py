@@ -219,7 +219,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     layers = adaptable(model, allocation)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, E in allocation.experts.items():
-        (out, in_), r = layers[name].weight.shape, allocation.rank_of(name)
+        (out, in_), r = layers[name].weight.shape, allocation.rank
         shapes |= {f"{name}.lora_A": (E, r, in_), f"{name}.lora_B": (E, r, out)}
         if E > 1:
             shapes[f"{name}.router"] = E, in_

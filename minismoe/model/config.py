@@ -219,9 +219,8 @@ def _own(config: Mapping[str, Any], kind: str, hidden: int, layers: range, wrong
     """The fields of Config that one family has, and those that tell layers apart."""
     size, number = partial(_size, config, wrong), partial(_number, config, wrong)
     slides = bool(config.get("use_sliding_window"))
-    own, rotates = dict[str, Any](), [True] * len(layers)
-    other = ""                               # a type that layers may have beside full attention
-    full: Any = layers                       # with full attention, if layer_types is left out
+    own, rotates, other = dict[str, Any](), [True] * len(layers), ""
+    full: Any = layers               # with full attention, not `other`, if layer_types is left out
     if kind == "gemma3_text":
         every = size("sliding_window_pattern", 6)
         other, full = SLIDING, layers[every - 1::every]
@@ -251,8 +250,7 @@ def _own(config: Mapping[str, Any], kind: str, hidden: int, layers: range, wrong
         every = size("no_rope_layer_interval", 4)
         rotates = config.get("no_rope_layers") or [(i + 1) % every > 0 for i in layers]
         if not isinstance(rotates, list) or len(rotates) < len(layers):
-            wrong.append(f"no_rope_layers {rotates!r}: expected 1 for each layer that rotates, "
-                         "or 0")
+            wrong.append(f"no_rope_layers {rotates!r}: expected 1 (rotates) or 0 for each layer")
             rotates = [True] * len(layers)
         other, full = SLIDING if slides else "", [i for i in layers if rotates[i]]
     elif kind == "mistral":

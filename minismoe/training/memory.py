@@ -46,7 +46,7 @@ def fixed_bytes(config: Config, allocation: Allocation, dtype: torch.dtype,
     """Bytes by part of what does not depend on the batch; of `shards` processes, those of each."""
     model, size = meta_model(config), dtype.itemsize
     shapes = shapes_of(model)
-    trained = sum(parameters(shapes[name], count, allocation.rank_of(name))
+    trained = sum(parameters(shapes[name], count, allocation.rank)
                   for name, count in allocation.experts.items())
     base = sum(p.numel() for p in model.parameters()) * size
     if shards > 1:                       # besides its part, a process holds two whole blocks

@@ -24,10 +24,7 @@ from minismoe.method.allocate import Allocation, allocate, parameters
 from minismoe.method.controls import shares
 
 STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
-    "lora": {"strategy": "lora"}, "ranks": {"strategy": "ranks"},
-    "ranks-gain": {"strategy": "ranks"},              # scores times entries: the gain of a step
-    "ranks-depth": {"strategy": "ranks"},             # without the probe: more in the lower layers
-    "uniform": {"strategy": "uniform"},
+    "lora": {"strategy": "lora"}, "uniform": {"strategy": "uniform"},
     "random": {"strategy": "random"}, "mola": {"strategy": "mola"},
     "votes": {"strategy": "votes"}, "votes-kind": {"strategy": "votes", "group": "kind"},
     "votes-all": {"strategy": "votes", "group": "all"},
@@ -207,10 +204,7 @@ def allocation_of(args: argparse.Namespace, cell: Cell) -> Allocation:
     if cell.strategy == "inverse":
         scores = {task: {m: 1 / max(s, 1e-100) for m, s in values.items()}
                   for task, values in scores.items()}
-    if cell.strategy == "ranks-depth":                # from 8 down to 2, the reverse of mola
-        layer = {m: int(re.findall(r"\d+", m)[0]) for m in shapes}
-        scores = {"": {m: (8 - 6 * i / max(layer.values())) ** 2 for m, i in layer.items()}}
-    if cell.strategy.endswith("-gain"):
+    if cell.strategy == "floor-gain":
         # A step of Adam moves every entry by the same amount, so its gain is the sum of |g|, which
         # is about sqrt(entries * s).
         scores = {task: {m: s * math.prod(shapes[m]) for m, s in values.items()}
@@ -251,8 +245,6 @@ def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[s
         return abs(size(counts) - target)
 
     under = allocate(scores, budget_params=target, **settings)
-    if settings["strategy"] == "ranks":                # its steps are single ranks: fine enough
-        return under
     larger = (allocate(scores, budget_params=round(target * (1 + i / 200)), **settings)
               for i in range(1, 200))
     over = next((a for a in larger if a.experts != under.experts or a.rank != under.rank), under)

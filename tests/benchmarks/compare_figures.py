@@ -68,7 +68,7 @@ def hue(i: int, count: int) -> str:
 
 
 def allocations_svg(record: Mapping[str, Any]) -> str:
-    """Experts (or ranks) of each matrix at the first seed, for the rules that are not uniform."""
+    """Experts of each matrix at the first seed, for the rules that are not uniform."""
     rows = [row for row in record["rows"] if len(set(row["allocation"].split())) > 1]
     layers, projections, _ = drawing.grid(dict.fromkeys(record["modules"], 0))
     wide, step = max(170.0, 46 + 9.0 * len(layers)), 34 + drawing.ROW * len(projections)

@@ -124,7 +124,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             } if answers.exists() else None})
         allocation = read_json(folder / "allocation.json")
         row.setdefault("rank", allocation["rank"])                 # of the first seed
-        row.setdefault("allocation", allocation.get("ranks") or allocation["experts"])
+        row.setdefault("allocation", allocation["experts"])
     modules = sorted({m for row in found.values() for m in row.get("allocation", {})})
     for row in found.values():                         # one line of JSON each
         experts = row.pop("allocation", {})

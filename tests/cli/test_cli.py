@@ -48,13 +48,6 @@ def test_probe_writes_its_three_files(inputs, tmp_path, capsys) -> None:
     assert "sum: no test split: 3 of 30 lines held out" in out
 
 
-def test_probe_draws_ranks_where_these_differ(inputs, tmp_path, capsys) -> None:
-    code, _, _ = finish(probe.main, *inputs, "--out", str(tmp_path), "--samples", "4",
-                        "--strategy", "ranks", capsys=capsys)
-    total = sum(json.loads((tmp_path / "allocation.json").read_text())["ranks"].values())
-    assert code == 0 and f">{total} ranks<" in (tmp_path / "allocation.svg").read_text()
-
-
 def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
     out_dir = tmp_path / "run"
     code, out, _ = finish(train.main, *inputs, "--out", str(out_dir), "--samples", "8",

@@ -62,7 +62,7 @@ def size(allocation: Allocation, shapes: dict[str, tuple[int, int]]) -> int:
     for module, experts in allocation.experts.items():
         d_out, d_in = shapes[module]
         tensors: list[tuple[int, ...]] = [
-            (experts, allocation.rank_of(module), side) for side in (d_in, d_out)]
+            (experts, allocation.rank, side) for side in (d_in, d_out)]
         tensors += [(experts, d_in)] if experts > 1 else []
         total += sum(math.prod(tensor) for tensor in tensors)
     return total
@@ -151,12 +151,6 @@ def steps(scores: Any, shapes: dict[str, tuple[int, int]], strategy: str, found:
         return [each for each in every if sum(each.experts.values()) > total]
     if strategy == "lora":
         return [Allocation(found.experts, found.rank + 1)]
-    if strategy == "ranks":  # experts of rank 1 are ranks
-        total = sum(found.ranks.values())
-        if total == len(shapes) * min(map(min, shapes.values())):
-            return []
-        return [allocate(scores, strategy=strategy, budget_experts=total + 1, rank=1,
-                         shapes=shapes, **how)]
     top = how["max_experts"] or (max(len(scores), how["min_experts"])
                                  if strategy == "random" else math.inf)
     if total >= top * len(modules):
@@ -174,7 +168,7 @@ def test_a_budget_is_met_to_within_one_step(
         strategy: str, unit: str, model: Model, group: str, amount: int, low: int,
         high: int | None) -> None:
     scores, shapes = model
-    low = min(low, 1) if strategy in ("lora", "ranks") else low
+    low = min(low, 1) if strategy == "lora" else low
     how: dict[str, Any] = {"group": group, "min_experts": low, "max_experts": high}
     budget = amount * 397 - 1 if unit == "budget_params" else amount
 
@@ -183,7 +177,7 @@ def test_a_budget_is_met_to_within_one_step(
 
     def cost(allocation: Allocation) -> int:
         return size(allocation, shapes) if unit == "budget_params" else math.ceil(
-            Fraction(sum(n * allocation.rank_of(m) for m, n in allocation.experts.items()), 8))
+            Fraction(sum(n * allocation.rank for n in allocation.experts.values()), 8))
 
     try:
         found = spend(budget)
@@ -257,25 +251,6 @@ def test_lora_has_the_largest_rank_that_fits(
     assert found.experts == dict.fromkeys(shapes, 1)
     assert found.rank * per_rank <= spent < (found.rank + 1) * per_rank
     assert found.alpha / found.rank == pytest.approx(24 / rank)
-
-
-@given(models(), st.integers(1, 200))
-def test_ranks_follow_the_root_of_the_share(model: Model, extra: int) -> None:
-    scores, shapes = model
-    shapes = dict.fromkeys(shapes, (999, 999))
-    total = len(shapes) + extra
-    found = allocate(scores, strategy="ranks", budget_experts=total, rank=1, shapes=shapes,
-                     group="all")
-    assert found.experts == dict.fromkeys(shapes, 1)
-    assert sum(found.ranks.values()) == total
-    shares = {m: math.fsum(values[m] / s if (s := math.fsum(values.values())) else 1 / len(shapes)
-                           for values in scores.values()) for m in shapes}
-    roots = {m: math.sqrt(share) for m, share in shares.items()}
-    for m, n in itertools.permutations(shapes, 2):  # no module has less of it, and a higher rank
-        assert roots[m] >= roots[n] - 1e-9 or found.ranks[m] <= found.ranks[n] + 1
-    whole = sum(roots.values())
-    assert all(rank <= total * roots[m] / whole + 1 or rank == 1
-               for m, rank in found.ranks.items())
 
 
 # The controls
@@ -487,7 +462,6 @@ def test_a_bare_mapping_is_read_and_zeros_are_dropped() -> None:
     form = {"format": "minismoe.allocation/1", "rank": 4, "experts": {"a": 1}}
     short = Allocation.from_json(form)
     assert (short.rank, short.alpha) == (4, 8)  # alpha follows the rank, as in allocate()
-    assert Allocation.from_json({**form, "ranks": {"a": 2}}).rank_of("a") == 2
 
 
 @pytest.mark.parametrize(("value", "names"), [
@@ -497,9 +471,6 @@ def test_a_bare_mapping_is_read_and_zeros_are_dropped() -> None:
     ({"format": "minismoe.allocation/1", "experts": {"a": 1}, "rank": "8", "alpha": 0, "top_k": 0,
       "keep": 2, "strategy": 5, "group": 1, "trainable_parameters": -3, "rnk": 4},
      ["rank", "alpha", "top_k", "keep", "strategy", "group", "trainable_parameters", "'rnk'"]),
-    ({"format": "minismoe.allocation/1", "experts": {"a": 1}, "ranks": {"a": 0, "b": 2}},
-     ["'a': 0", "'b': 2"]),
-    ({"format": "minismoe.allocation/1", "experts": {"a": 1}, "ranks": [3]}, ["ranks", "[3]"]),
     ({"format": "minismoe.allocation/1"}, ["experts"]),
     ({"format": "minismoe.allocation/1", "experts": [1]}, ["experts", "[1]"]),
     ({"format": "minismoe.allocation/1", "experts": {"a": 1}, "rank": None}, ["rank"]),
