@@ -23,9 +23,8 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -234,54 +233,30 @@ def cells(args: argparse.Namespace, runs: Mapping[str, Any],
                 yield "final", kind, name, -found[name][1], seed
 
 
-def grid_flags(description: str | None, name: str, kinds: Iterable[str]) -> argparse.ArgumentParser:
-    """The flags of a grid that searches rates first, for shared_experts.py, too."""
-    parser = argparse.ArgumentParser(description=description,
+def numbers(text: str) -> list[float]:
+    """An argparse type: a comma list of numbers, sorted."""
+    return sorted(float(part) for part in text.split(","))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default=name, help="of the record in results/")
+    parser.add_argument("--name", default="recipe", help="of the record in results/")
     parser.add_argument("--rank", type=flags.positive, default=8, help="of a mixture's expert")
     parser.add_argument("--epochs", type=flags.positive, default=3)
     parser.add_argument("--lrs", type=numbers, default="1e-3,2e-3,4e-3,8e-3",
                         help="comma list to search (default: %(default)s)")
-    parser.add_argument("--kinds", type=lambda text: text.split(","), default=",".join(kinds),
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=",".join(KINDS),
                         help="comma list (default: %(default)s)")
     parser.add_argument("--search-seeds", type=flags.positive, default=2, help="how many")
     parser.add_argument("--first-seed", type=int, default=300, help="of the final runs")
     parser.add_argument("--seeds", type=flags.positive, default=10, help="of the final runs")
     parser.add_argument("--plan", action="store_true", help="count the runs, and stop")
     parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
-    flags.add_input_flags(parser)
-    parser.set_defaults(limit_train=200)
-    return parser
-
-
-def numbers(text: str) -> list[float]:
-    """An argparse type: a comma list of numbers, sorted."""
-    return sorted(float(part) for part in text.split(","))
-
-
-def run_cells(args: argparse.Namespace, file: Path, record: dict[str, Any], total: int,
-              cells: Iterable[tuple[Any, ...]],
-              run: Callable[..., dict[str, str]]) -> None:
-    """Run the cells that the record lacks, (phase, kind, ..., seed), and write it after each.
-
-    run: the answers of a cell, given what stands between phase and seed, the inputs and the seed.
-    """
-    with tqdm(total=total, unit="run") as bar:
-        for phase, *settings, seed in cells:
-            key = " ".join(f"{x:g}" if isinstance(x, float) else str(x)
-                           for x in (phase, *settings, seed))
-            if key not in record["runs"]:
-                record["runs"][key] = run(*settings, load(args, phase, seed), seed)
-                write_json(file, record)
-            bar.set_postfix_str(f"{key}: {share(record['runs'][key]):.3f}")
-            bar.update()
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = grid_flags(__doc__, "recipe", KINDS)
     parser.add_argument("--variants", help="comma list; default: all")
     parser.add_argument("--finalists", type=int, default=4, help="beside the first recipe")
+    flags.add_input_flags(parser)
+    parser.set_defaults(limit_train=200)
     args = parser.parse_args(argv)
     args.variants = args.variants.split(",") if args.variants else list(VARIANTS)
     if wrong := {*args.kinds, *args.variants} - {*KINDS, *VARIANTS}:
@@ -306,7 +281,14 @@ def main(argv: Sequence[str]) -> None:
     if args.plan:
         print(f"{total} runs, {len(record['runs'])} of them done")
         return
-    run_cells(args, file, record, total, cells(args, record["runs"]), partial(run, args))
+    with tqdm(total=total, unit="run") as bar:
+        for phase, kind, name, lr, seed in cells(args, record["runs"]):
+            key = f"{phase} {kind} {name} {lr:g} {seed}"
+            if key not in record["runs"]:
+                record["runs"][key] = run(args, kind, name, lr, load(args, phase, seed), seed)
+                write_json(file, record)
+            bar.set_postfix_str(f"{key}: {share(record['runs'][key]):.3f}")
+            bar.update()
     print(markdown(record))
 
 
