@@ -40,9 +40,10 @@ class Allocation:
 
     def too_large(self, shapes: Mapping[str, Sequence[int]]) -> str:
         """Names the modules whose smaller side of (out, in) is below the rank; "" if none is."""
-        small = [module for module in self.experts if self.rank > min(shapes[module])]
-        return f"rank {self.rank} is more than the matrix itself has: " + ", ".join(
-            f"{module} {[*shapes[module]]}" for module in small) if small else ""
+        small = [f"{module} {[*shapes[module]]}" for module in self.experts
+                 if self.rank > min(shapes[module])]
+        said = f"rank {self.rank} is more than the matrix itself has: {', '.join(small)}"
+        return said if small else ""
 
     def problems(self) -> list[str]:
         """One message for each wrong value; a count of 0 is allowed."""
