@@ -26,6 +26,7 @@ from browser import Browser, vendor
 
 from minismoe.data.tasks import load_tasks
 
+WARM = 5                                 # answers during which the browser still compiles WASM
 PROMPT = "What is the capital of France, and why is it so well known?"
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="an export with --layout web --page")
-    parser.add_argument("--rounds", type=int, default=5, help="answers measured (default: 5)")
+    parser.add_argument("--rounds", type=int, default=10, help="answers measured (default: 10)")
     parser.add_argument("--data", type=Path, help="folder of task folders with test.jsonl")
     parser.add_argument("--tasks", default="trec,clinc,banking77", help="of --data, a comma list")
     parser.add_argument("--lines", type=int, default=50, help="of each task (default: 50)")
@@ -69,10 +70,11 @@ def main() -> None:
         with Browser() as tab:
             loads = [loading(tab, address) for _ in range(2)]
             print(f"load: {loads[0]:.1f} s, again {loads[1]:.1f} s")
-            found = [ask(tab, PROMPT)[1].split() for _ in range(args.rounds + 1)][1:]
+            found = [ask(tab, PROMPT)[1].split() for _ in range(WARM + args.rounds)]
             first, rate = ([float(words[i]) for words in found] for i in (3, 5))
-            print(f"first token {statistics.median(first):.2f} s, {statistics.median(rate):.1f} "
-                  f"tokens/s ({min(rate):.1f} to {max(rate):.1f})")
+            print(f"first token {first[0]:.2f} s at once, then {statistics.median(first[WARM:]):.2f} "
+                  f"s, {statistics.median(rate[WARM:]):.1f} tokens/s ({min(rate[WARM:]):.1f} to "
+                  f"{max(rate[WARM:]):.1f})")
             for task in load_tasks(args.data, args.tasks.split(",")) if args.data else ():
                 lines = task.test[:args.lines]
                 right = sum(ask(tab, said["content"], 60)[0].strip() == answer["content"].strip()

@@ -3,7 +3,8 @@
     python tests/benchmarks/recipe.py --plan                the runs of the search
     python tests/benchmarks/recipe.py                       the embedded default: two hours
     python tests/benchmarks/recipe.py --name recipe-smollm2 --model SMOLLM2 --data DATA \\
-        --tasks trec,clinc,banking77 --limit-train 400 --limit-test 150 --epochs 2
+        --tasks trec,clinc,banking77 --limit-train 200 --limit-test 150 --epochs 2 \\
+        --batch-size 8 --variants "batches of 8,16 / sqrt(rank),LoRA+ x 4,linear decay,no decay"
     python tests/benchmarks/recipe.py --readme tests/benchmarks/results/recipe.json
 
 1. Search: train each variant at every rate on 80 % of the training lines, and choose its rate by
@@ -57,7 +58,7 @@ KINDS = {"lora": (1, 4), "mixture": (4, 1)}  # experts a matrix, and their rank 
 
 @dataclass(frozen=True)
 class Variant:
-    """One recipe; the defaults are the one that others are compared with."""
+    """One recipe; the defaults are what the others change one thing of."""
 
     scaling: float = 2.0                     # alpha / rank
     root: bool = False                       # 16 / sqrt(rank) (rsLoRA, arXiv 2312.03732)
@@ -65,13 +66,13 @@ class Variant:
     warmup: float = 0.05
     shape: str = "cosine"                    # of the rate after the warm-up
     weight_decay: float = 0.0
-    batch_size: int = 16
+    batch_size: int = 0                      # that of --batch-size
     dropout: float = 0.0                     # of the adapters' input
     best: bool = False                       # train on 90 %, keep the epoch that is best on 10 %
 
 
 VARIANTS = {
-    "batches of 16": Variant(),
+    "batches of 16": Variant(batch_size=16),
     "16 / sqrt(rank)": Variant(root=True), "half the scaling": Variant(scaling=1.0),
     "LoRA+ x 4": Variant(b_rate=4), "LoRA+ x 16": Variant(b_rate=16),
     "no warm-up": Variant(warmup=0.0), "warm-up 20 %": Variant(warmup=0.2),
@@ -161,9 +162,10 @@ def run(args: argparse.Namespace, kind: str, name: str, lr: float, inputs: Input
     if variant.best:
         length = model.config.max_position_embeddings
         examples = [e for t in held for e in encode_all(t, inputs.tokenizer, length).examples]
-    steps = math.ceil(len(examples) / variant.batch_size)
-    cfg = TrainConfig(epochs=args.epochs, batch_size=variant.batch_size,
-                      micro_batch_size=variant.batch_size, lr=lr, warmup=variant.warmup,
+    batch = variant.batch_size or args.batch_size
+    steps = math.ceil(len(examples) / batch)
+    cfg = TrainConfig(epochs=args.epochs, batch_size=batch, micro_batch_size=batch, lr=lr,
+                      warmup=variant.warmup,
                       weight_decay=variant.weight_decay, seed=seed, checkpoint_every=steps)
     with TemporaryDirectory() as folder, recipe(variant, model) as kept:
         try:
@@ -253,7 +255,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=flags.positive, default=10, help="of the final runs")
     parser.add_argument("--plan", action="store_true", help="count the runs, and stop")
     parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
-    parser.add_argument("--variants", help="comma list; default: all")
+    parser.add_argument("--variants", help="comma list, the one to compare with first; default: all")
+    parser.add_argument("--batch-size", type=flags.positive, default=16,
+                        help="of variants that do not change it (default: 16)")
     parser.add_argument("--finalists", type=int, default=4, help="beside the first recipe")
     flags.add_input_flags(parser)
     parser.set_defaults(limit_train=200)
@@ -274,8 +278,8 @@ def main(argv: Sequence[str]) -> None:
     record: dict[str, Any] = read_json(file) if file.exists() else {"runs": {}}
     record |= {"format": "minismoe.recipe/1", "machine": machine(), "versions": versions(),
                "settings": {n: getattr(args, n) for n in (
-                   "model", "tasks", "limit_train", "limit_test", "epochs", "rank", "lrs",
-                   "search_seeds", "first_seed", "seeds")}}
+                   "model", "tasks", "limit_train", "limit_test", "epochs", "rank", "batch_size",
+                   "variants", "lrs", "search_seeds", "first_seed", "seeds")}}
     total = len(args.kinds) * (args.search_seeds * len(args.lrs) * len(args.variants)
                                + args.seeds * min(len(args.variants), 1 + args.finalists))
     if args.plan:
@@ -299,11 +303,12 @@ def markdown(record: Mapping[str, Any]) -> str:
         phase, kind, *words, lr, seed = key.split(" ")
         runs.setdefault((phase, kind, " ".join(words)), {}).setdefault(int(seed), {})[float(
             lr)] = answers
+    names = record["settings"].get("variants", VARIANTS)
     blocks = []
     for kind in KINDS:
         rows: list[list[Any]] = []
         first: dict[int, Any] = {}
-        for name in [n for n in VARIANTS if ("search", kind, n) in runs]:
+        for name in [n for n in names if ("search", kind, n) in runs]:
             by_rate: dict[float, list[float]] = {}
             for rates in runs["search", kind, name].values():
                 for lr, answers in rates.items():
