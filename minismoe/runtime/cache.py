@@ -25,7 +25,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from .folder import CACHE_TYPES, INT64, plain_file, read_info
+from .folder import CACHE_TYPES, INT64, plain_file
 from .npu import EXACT, NpuSteps
 from .session import enough_onnxruntime, execution_provider, open_session, opened
 from .speculate import SharedRows, obstacle
@@ -38,14 +38,13 @@ Row = Sequence["int | None"]                 # new tokens of a prompt; None is p
 class CachedModel:
     """The graphs of a folder, and a cache of what they have read.
 
-    Arguments and errors are those of `Generator`.
+    info is the folder's export.json; other arguments and errors are those of `Generator`.
     """
 
-    def __init__(self, folder: str | Path, provider: str | None, threads: int | None,
-                 task: str | None, verify: bool):
+    def __init__(self, folder: str | Path, info: dict[str, Any], provider: str | None,
+                 threads: int | None, task: str | None):
         enough_onnxruntime()
-        self.folder = Path(folder)
-        self.info = read_info(self.folder, verify)
+        self.folder, self.info = Path(folder), info
         self.static: list[int] | None = self.info.get("static")              # B, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from ..data.tokenizer import load_tokenizer
 from .cache import CachedModel
 from .choices import Answer, likeliest
-from .folder import FLOAT, INT64
+from .folder import FLOAT, INT64, read_info
 from .prefix import Prefix
 from .speculate import Choose, Pace, speculated
 
@@ -43,8 +43,9 @@ class Generator(CachedModel):
         self.kept_tokens = 0                 # those that were in the cache
         self.steps = 0                       # that wrote its tokens after the first, if speculated
         self._pace = Pace()
-        super().__init__(folder, provider, threads, task, verify)
-        self.tokenizer = load_tokenizer(self.folder)
+        info = read_info(Path(folder), verify)
+        self.tokenizer = load_tokenizer(folder)      # first: the model takes the memory it frees
+        super().__init__(folder, info, provider, threads, task)
 
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task; None: the model without an adapter."""
