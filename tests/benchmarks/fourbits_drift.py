@@ -31,9 +31,9 @@ from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import unpack
 from minismoe.training.evaluate import answer_prompts, evaluate, references
 
-PROMPTS = 64                                 # of each task, for the divergence
+PROMPTS = 16                                 # of each task, for the divergence
 BATCH = 16                                   # prompts read at once
-ANSWERS = 150                                # test lines of each task that is answered
+ANSWERS = 60                               # test lines of each task that is answered
 KINDS = ("base", "mixture", "exact", "likeliest")
 ANSWERED = ("boolq", "arc_easy")
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
