@@ -72,9 +72,9 @@ def main() -> None:
             print(f"load: {loads[0]:.1f} s, again {loads[1]:.1f} s")
             found = [ask(tab, PROMPT)[1].split() for _ in range(WARM + args.rounds)]
             first, rate = ([float(words[i]) for words in found] for i in (3, 5))
-            print(f"first token {first[0]:.2f} s at once, then {statistics.median(first[WARM:]):.2f} "
-                  f"s, {statistics.median(rate[WARM:]):.1f} tokens/s ({min(rate[WARM:]):.1f} to "
-                  f"{max(rate[WARM:]):.1f})")
+            at_once, first, rate = first[0], first[WARM:], rate[WARM:]
+            print(f"first token {at_once:.2f} s at once, then {statistics.median(first):.2f} s, "
+                  f"{statistics.median(rate):.1f} tokens/s ({min(rate):.1f} to {max(rate):.1f})")
             for task in load_tasks(args.data, args.tasks.split(",")) if args.data else ():
                 lines = task.test[:args.lines]
                 right = sum(ask(tab, said["content"], 60)[0].strip() == answer["content"].strip()

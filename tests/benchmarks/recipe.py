@@ -255,7 +255,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=flags.positive, default=10, help="of the final runs")
     parser.add_argument("--plan", action="store_true", help="count the runs, and stop")
     parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
-    parser.add_argument("--variants", help="comma list, the one to compare with first; default: all")
+    parser.add_argument("--variants", help="comma list, the present one first; default: all")
     parser.add_argument("--batch-size", type=flags.positive, default=16,
                         help="of variants that do not change it (default: 16)")
     parser.add_argument("--finalists", type=int, default=4, help="beside the first recipe")
