@@ -1,20 +1,23 @@
 """The strategies that the paper's vote is compared with: other ways to spend the same budget.
 
 A strategy is a function that takes an `Order` and gives a row of allocations from small to large:
-a range of whole numbers, and the allocation of each. `allocate` takes the largest that fits.
+a sequence of steps, and a function from a step to its allocation. `allocate` takes the largest that
+fits.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from .names import natural, place
 from .record import MOST, Allocation, Counts, Sensitivities
 
-Row = tuple[range, Callable[[int], Allocation]]
+Row = tuple[Sequence[Any], Callable[[Any], Allocation]]
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")            # the first number among a module's parents
 
 
 @dataclass(frozen=True)
@@ -23,33 +26,34 @@ class Order:
 
     draft: Allocation           # rank, alpha, top_k and so on; the strategy fills in the experts
     scores: Sensitivities
-    groups: Sequence[Sequence[str]]                  # modules that are ranked together
+    modules: Sequence[str]      # in natural order, which settles ties
+    groups: Sequence[Sequence[str]]                  # those that are ranked together
     low: int                    # experts of a module, at least
     high: int | None            # and at most; None leaves this to the strategy
-    most: int                   # experts * rank, in total, that the budget pays for at most
     seed: int
+    most: int = 0               # experts * rank, in total, that the budget pays for at most
 
-    @property
-    def modules(self) -> list[str]:
-        """All modules in natural order, which settles ties."""
-        return sorted((module for members in self.groups for module in members), key=natural)
+    def limit(self, usual: int) -> int:
+        """Experts of a module at most: as asked for, or as the strategy has it."""
+        return self.high or max(self.low, usual)
 
 
 def proportional(order: Order) -> Row:
     """Experts in proportion to a module's share of the sensitivity."""
-    return _by_weight(order, shares(order.scores, order.groups))
+    weights = shares(order.scores, order.groups)
+    return _by_weight(order, {module: weights[module] for module in order.modules})
 
 
 def uniform(order: Order) -> Row:
     """The same number of experts for every module; numbered by it."""
-    return range(max(1, order.low), _limit(order) + 1), lambda experts: replace(
+    return range(max(1, order.low), order.limit(MOST) + 1), lambda experts: replace(
         order.draft, experts=dict.fromkeys(order.modules, experts))
 
 
 def mola(order: Order) -> Row:
     """More experts the higher the layer: a line from 2 at the lowest to 8 at the highest, as MoLA's
     inverted triangle "2468" (Gao et al. 2024, arXiv 2402.08562), without its steps."""
-    layers = {m: layer for m in order.modules if (layer := place(m)[0]) is not None}
+    layers = {m: int(found[1]) for m in order.modules if (found := LAYER.search(m))}
     if unplaced := [m for m in order.modules if m not in layers]:
         raise ValueError(f"strategy 'mola' finds no layer number in {unplaced}")
     low, high = min(layers.values()), max(layers.values())
@@ -60,7 +64,7 @@ def mola(order: Order) -> Row:
 def draw(order: Order) -> Row:
     """Experts dropped one by one on modules chosen at random ("random"). One more in total with the
     same seed adds an expert and moves none, so costs only grow."""
-    high = order.high or max(order.low, len(order.scores))
+    high = order.limit(len(order.scores))
 
     def count(total: int) -> Counts:
         generator, counts = random.Random(order.seed), dict.fromkeys(order.modules, order.low)
@@ -78,25 +82,16 @@ def lora(order: Order) -> Row:
         draft, experts=ones, rank=rank, alpha=draft.alpha * rank / draft.rank)
 
 
-CONTROLS: dict[str, Callable[[Order], Row]] = {
-    "proportional": proportional, "uniform": uniform, "mola": mola, "random": draw, "lora": lora}
-
-
-def _limit(order: Order) -> int:
-    """Experts of one module at most: as asked for, or as many as the budget pays for."""
-    return order.high or max(order.low, min(max(1, order.most // order.draft.rank), MOST))
-
-
 def _by_total(order: Order, high: int, count: Callable[[int], Counts]) -> Row:
-    """The row of a rule that shares out a number of experts, at most `high` a module."""
+    """The row of a rule that shares out a number of experts, `high` a module at most."""
     first = max(1, order.low * len(order.modules))
     last = max(first, min(high * len(order.modules), order.most // order.draft.rank))
     return range(first, last + 1), lambda total: replace(order.draft, experts=count(total))
 
 
 def _by_weight(order: Order, weights: Mapping[str, float]) -> Row:
-    sorted_, high = {module: weights[module] for module in order.modules}, _limit(order)
-    return _by_total(order, high, lambda n: largest_remainder(sorted_, n, order.low, high))
+    high = order.limit(MOST)
+    return _by_total(order, high, lambda n: largest_remainder(weights, n, order.low, high))
 
 
 def shares(scores: Sensitivities, groups: Sequence[Sequence[str]]) -> dict[str, float]:
