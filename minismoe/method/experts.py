@@ -144,10 +144,9 @@ class ExpertLinear(nn.Linear):
 
 
 def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
-    """The outputs of several linear layers on the same x, adapted ones computed jointly."""
-    if any(m._forward_hooks for m in linears):           # a hook needs its own layer's call
-        return [m(x) for m in linears]
-    layers = [m for m in linears if isinstance(m, ExpertLinear)]
+    """The outputs of several linear layers on the same x, adapted ones computed jointly, unless a
+    hook needs its own layer's call."""
+    layers = [m for m in linears if isinstance(m, ExpertLinear) and not m._forward_hooks]
     outputs: dict[Any, Tensor] = dict(zip(layers, _apply(x, layers) if layers else []))
     return [outputs[m] if m in outputs else m(x) for m in linears]
 
@@ -227,9 +226,8 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
         rows = without_pads(torch.stack(logits, 1), attention_mask)      # (N, matrices, E)
         p = rows.transpose(0, 1).softmax(-1)
         # The last MLP may see fewer rows than the others; each of them occurs in one sequence.
-        times = p.new_ones(p.shape[1])
-        if copies is not None and len(copies) == len(times):
-            times = copies.to(p.dtype)
+        times = (copies.to(p.dtype) if copies is not None and len(copies) == p.shape[1]
+                 else p.new_ones(p.shape[1]))
         chosen.append(times @ torch.zeros_like(p).scatter_(-1, p.topk(k, -1).indices, 1 / k))
         expected.append(times @ p)
     counts = total(torch.cat([c.flatten() for c in chosen]))
