@@ -23,9 +23,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
-from .controls import LAYER, Order, Row, draw, lora, mola, proportional, uniform
+from .controls import LAYER, Order, draw, lora, mola, proportional, uniform
 from .record import MOST, Allocation, Counts, Sensitivities, is_number, is_whole
 
 GROUPS = ("attention_mlp", "kind", "all")
@@ -48,24 +49,20 @@ def vote(scores: Sensitivities, groups: Sequence[Sequence[str]], keep: float) ->
     return votes
 
 
-def votes(order: Order) -> Row:
-    """The vote as a strategy: every keep at which some group takes one module more."""
+def votes(order: Order, n: int) -> Allocation:
+    """The vote at the n-th smallest keep at which some group takes one module more."""
     sizes = {len(members) for members in order.groups}
     keeps = [order.draft.keep] if order.draft.keep else sorted(
         {(2 * i - 1) / (2 * size) for size in sizes for i in range(1, size + 1)})
-    high = order.limit(len(order.scores))
-
-    def at(keep: float) -> Allocation:
-        counts = vote(order.scores, order.groups, keep)
-        return replace(order.draft, keep=keep, experts={
-            module: min(max(count, order.low), high) for module, count in counts.items()})
-
-    return keeps, at
+    keep, high = keeps[min(n, len(keeps)) - 1], order.limit(len(order.scores))
+    counts = vote(order.scores, order.groups, keep)
+    return replace(order.draft, keep=keep, experts={
+        module: min(max(count, order.low), high) for module, count in counts.items()})
 
 
-ROWS = {"votes": votes, "proportional": proportional, "uniform": uniform, "mola": mola,
-        "random": draw, "lora": lora}
-STRATEGIES = tuple(ROWS)
+RULES = {"votes": votes, "proportional": proportional, "uniform": uniform, "mola": mola,
+         "random": draw, "lora": lora}
+STRATEGIES = tuple(RULES)
 
 
 def parameters(shape: tuple[int, int], experts: int, rank: int) -> int:
@@ -110,15 +107,16 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
         return trainable(found) if in_params else -(-experts * found.rank // rank)  # rounded up
 
     order = Order(draft, scores, modules, grouped(modules, group), min_experts, max_experts, seed)
-    budget = budgets[0] if budgets else cost(votes(order)[1](keep))
-    most = budget // min(sum(sizes[m]) for m in modules) if in_params else budget * rank
-    steps, at = ROWS[strategy](replace(order, most=most))
-    if (least := cost(at(steps[0]))) > budget:
+    at = partial(RULES[strategy], order)
+    budget = budgets[0] if budgets else cost(votes(order, 1))
+    if (least := cost(at(1))) > budget:
         floor = f" with min_experts {min_experts}" if min_experts else ""
         raise Unfit(f"{budget} {'parameters' if in_params else 'experts'} "
                     f"({'the budget' if budgets else 'what votes spend'}) are too few for "
                     f"{strategy!r}{floor}: the nearest possible is {least}")
-    best = at(steps[bisect_right(steps, budget, key=lambda step: cost(at(step))) - 1])
+    most = budget // min(sum(sizes[m]) for m in modules) if in_params else budget * rank
+    numbers = range(1, min(most, 2**50) + 1)  # beyond, all cost more, or are the largest there is
+    best = at(bisect_right(numbers, budget, key=lambda n: cost(at(n))))
     return replace(best, trainable_parameters=None if unknown else trainable(best), experts={
         m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})
 
