@@ -294,7 +294,7 @@ def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ())
 def _replaced(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str],
               ) -> dict[str, ExpertLinear]:
     """The layers to replace, each of which has a fit."""
-    layers = {n: layer for n, layer in expert_layers(model).items() if n not in set(keep)}
+    layers = {n: layer for n, layer in expert_layers(model).items() if n not in keep}
     if missing := [n for n in layers if n not in fits]:
         raise ValueError(f"no fit for {', '.join(missing)}: freeze the adapter again")
     return layers
