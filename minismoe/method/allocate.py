@@ -17,14 +17,19 @@ budget elsewhere, for comparison. No count depends on the order of tasks or modu
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
-from .controls import CONTROLS, Order, Row
-from .names import GROUPS, grouped, select
+from .controls import LAYER, Order, draw, lora, mola, proportional, uniform
 from .record import MOST, Allocation, Counts, Sensitivities, is_number, is_whole
 
+GROUPS = ("attention_mlp", "kind", "all")
 KEEP = 0.6  # share of its group that a task votes for, unless a size is asked for
 
 
@@ -44,23 +49,20 @@ def vote(scores: Sensitivities, groups: Sequence[Sequence[str]], keep: float) ->
     return votes
 
 
-def votes(order: Order) -> Row:
-    """The vote as a strategy: every keep at which some group takes one module more."""
+def votes(order: Order, n: int) -> Allocation:
+    """The vote at the n-th smallest keep at which some group takes one module more."""
     sizes = {len(members) for members in order.groups}
     keeps = [order.draft.keep] if order.draft.keep else sorted(
         {(2 * i - 1) / (2 * size) for size in sizes for i in range(1, size + 1)})
-    high = order.high or max(order.low, len(order.scores))
-
-    def at(number: int) -> Allocation:
-        counts = vote(order.scores, order.groups, keeps[number])
-        return replace(order.draft, keep=keeps[number], experts={
-            module: min(max(count, order.low), high) for module, count in counts.items()})
-
-    return range(len(keeps)), at
+    keep, high = keeps[min(n, len(keeps)) - 1], order.limit(len(order.scores))
+    counts = vote(order.scores, order.groups, keep)
+    return replace(order.draft, keep=keep, experts={
+        module: min(max(count, order.low), high) for module, count in counts.items()})
 
 
-ROWS = {"votes": votes, **CONTROLS}
-STRATEGIES = tuple(ROWS)
+RULES = {"votes": votes, "proportional": proportional, "uniform": uniform, "mola": mola,
+         "random": draw, "lora": lora}
+STRATEGIES = tuple(RULES)
 
 
 def parameters(shape: tuple[int, int], experts: int, rank: int) -> int:
@@ -85,16 +87,17 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
     `shapes`, {module: (out, in)}, is `scores.shapes`; `seed` is for "random". Raises ValueError for
     wrong arguments, and Unfit for a budget that is too small, with the nearest possible one.
     """
+    budgets = [budget for budget in (budget_experts, budget_params) if budget is not None]
+    keep = KEEP if keep is None and not budgets else keep
     alpha = (2 * rank if is_whole(rank, 1) else 1) if alpha is None else alpha
     draft = Allocation({}, rank, alpha, top_k, strategy, group, keep)
-    _check(scores, draft, (budget_experts, budget_params), min_experts, max_experts)
+    _check(scores, draft, budgets, min_experts, max_experts)
     modules = select(next(iter(scores.values())), targets)
     sizes = (getattr(scores, "shapes", None) if shapes is None else shapes) or {}
     unknown = [module for module in modules if module not in sizes]
     if budget_params is not None and unknown:
         raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
-    in_params = budget_params is not None or (
-        strategy == "lora" and budget_experts is None and not unknown)
+    in_params = budget_params is not None or (strategy == "lora" and not budgets and not unknown)
 
     def trainable(found: Allocation) -> int:
         return sum(parameters(sizes[m], count, found.rank) for m, count in found.experts.items())
@@ -103,39 +106,36 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
         experts = sum(found.experts.values())
         return trainable(found) if in_params else -(-experts * found.rank // rank)  # rounded up
 
-    order = Order(draft, scores, grouped(modules, group), min_experts, max_experts, 0, seed)
-    budget, source = budget_experts if budget_params is None else budget_params, "the budget"
-    if budget is None:
-        order = replace(order, draft=replace(draft, keep=KEEP if keep is None else keep))
-        budget, source = cost(votes(order)[1](0)), "what votes spend"
-    most = budget // min(sum(sizes[m]) for m in modules) if in_params else budget * rank
-    numbers, at = ROWS[strategy](replace(order, most=most))
-    if (least := cost(at(numbers[0]))) > budget:
+    order = Order(draft, scores, modules, grouped(modules, group), min_experts, max_experts, seed)
+    at = partial(RULES[strategy], order)
+    budget = budgets[0] if budgets else cost(votes(order, 1))
+    if (least := cost(at(1))) > budget:
         floor = f" with min_experts {min_experts}" if min_experts else ""
-        raise Unfit(f"{budget} {'parameters' if in_params else 'experts'} ({source}) are too few "
-                    f"for {strategy!r}{floor}: the nearest possible is {least}")
-    best = at(numbers[bisect_right(numbers, budget, key=lambda number: cost(at(number))) - 1])
+        raise Unfit(f"{budget} {'parameters' if in_params else 'experts'} "
+                    f"({'the budget' if budgets else 'what votes spend'}) are too few for "
+                    f"{strategy!r}{floor}: the nearest possible is {least}")
+    most = budget // min(sum(sizes[m]) for m in modules) if in_params else budget * rank
+    numbers = range(1, min(most, 2**50) + 1)  # beyond, all cost more, or are the largest there is
+    best = at(bisect_right(numbers, budget, key=lambda n: cost(at(n))))
     return replace(best, trainable_parameters=None if unknown else trainable(best), experts={
         m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})
 
 
-def _check(scores: Sensitivities, draft: Allocation, budgets: tuple[int | None, int | None],
-           low: int, high: int | None) -> None:
+def _check(scores: Sensitivities, draft: Allocation, budgets: Sequence[int], low: int,
+           high: int | None) -> None:
     """Raise one ValueError that names everything wrong with the arguments of `allocate`."""
     modules: set[str] = set().union(*scores.values())
-    given = [budget for budget in budgets if budget is not None]
     checks = [
         (draft.strategy in STRATEGIES, f"strategy {draft.strategy!r} is none of {STRATEGIES}"),
         (draft.group in GROUPS, f"group {draft.group!r} is none of {GROUPS}"),
-        (is_whole(low, 0) and low <= MOST
-         and (high is None or is_whole(high, max(1, low)) and high <= MOST),
+        (is_whole(low, 0) and (high is None or is_whole(high, 1)) and low <= (high or MOST) <= MOST,
          f"needs whole numbers 0 <= min_experts <= max_experts <= {MOST}, max_experts 1 or more, "
          f"got min_experts {low!r} and max_experts {high!r}"),
         (draft.strategy != "lora" or low in (0, 1),
          f"'lora' is one expert a module, so min_experts {low!r} cannot be met"),
-        (len(given) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),
+        (len(budgets) + (draft.keep is not None) < 2, "give only one of keep and the two budgets"),
         *((is_whole(budget, -math.inf), f"a budget must be a whole number < 2**50, got {budget!r}")
-          for budget in given),
+          for budget in budgets),
         (modules, "the scores hold no module"),
         *((modules == set(values), f"task {task!r} lacks {sorted(modules - set(values))}")
           for task, values in scores.items()),
@@ -143,3 +143,34 @@ def _check(scores: Sensitivities, draft: Allocation, budgets: tuple[int | None, 
           for task, values in scores.items() for module, score in values.items())]
     if problems := draft.problems() + [problem for good, problem in checks if not good]:
         raise ValueError("; ".join(problems))
+
+
+def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[str]:
+    """In natural order, the modules whose last component is a target or whose name matches one, or
+    all for None. Raises ValueError with the targets that match nothing."""
+    kinds = {module: module.rpartition(".")[2] for module in sorted(modules, key=natural)}
+    if targets is None:
+        return list(kinds)
+    words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)]
+    hits = {word: {m for m, kind in kinds.items() if kind == word or fnmatchcase(m, word)}
+            for word in words}
+    if not words or not all(hits.values()):
+        raise ValueError(f"no module matches targets {[w for w in words if not hits[w]]}; "
+                         f"projections present: {sorted(set(kinds.values()))}")
+    return [module for module in kinds if any(module in found for found in hits.values())]
+
+
+def natural(module: str) -> tuple[list[Any], str]:
+    """Sort key in which layer 10 follows layer 9; the name itself keeps "01" apart from "1"."""
+    parts = re.split(r"(\d+)", module)  # every second part holds digits, so numbers meet numbers
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], module
+
+
+def grouped(modules: Iterable[str], group: str) -> list[list[str]]:
+    """Modules that are ranked together: attention and MLP apart, each projection apart, or all."""
+    groups = defaultdict(list)
+    for module in modules:
+        parent, _, kind = LAYER.split(module, maxsplit=1)[-1].rpartition(".")   # inside its layer
+        attention = re.search("attn|attention|conv", parent.lower()) is not None     # mixes tokens
+        groups[{"attention_mlp": attention, "kind": kind, "all": ""}[group]].append(module)
+    return list(groups.values())

@@ -57,7 +57,7 @@ class _Experts(torch.autograd.Function):
                 logits.new_ones(len(x), 1) if layer.router is None
                 else top_k_gates(logits_i, layer.top_k)))                        # (N, E)
             y = F.linear(x, layer.dense(), layer.bias)
-            outputs.append(y.addmm_(_gated(h_i, scales[-1]), _flat(layer.lora_B, x)))
+            outputs.append(y.addmm_(gated(h_i, scales[-1]), _flat(layer.lora_B, x)))
         ctx.layers = layers
         ctx.save_for_backward(x, h, *scales)
         return *outputs, logits
@@ -74,8 +74,8 @@ class _Experts(torch.autograd.Function):
         for layer, dy, h_i, scale, dh, d_logits in zip(
                 layers, dys, h.split(ranks, 1), scales, parts, parts[len(layers):]):
             d_gated = dy @ _flat(layer.lora_B, x).T                              # (N, E*r)
-            dBs.append(_gated(h_i, scale).T @ dy)
-            dh.copy_(_gated(d_gated, scale))
+            dBs.append(gated(h_i, scale).T @ dy)
+            dh.copy_(gated(d_gated, scale))
             if layer.router is not None:          # softmax: d_logits = g * dg - g * sum of g * dg
                 each = (d_gated * h_i).unflatten(1, (scale.shape[1], -1)).sum(-1, dtype=scale.dtype)
                 each = each.mul_(scale)                                          # (N, E): g * dg
@@ -106,7 +106,7 @@ def _flat(experts: Tensor, x: Tensor) -> Tensor:
     return experts.flatten(0, 1).to(x.dtype)
 
 
-def _gated(h: Tensor, scale: Tensor) -> Tensor:
+def gated(h: Tensor, scale: Tensor) -> Tensor:
     """(N, E*r), each expert's r entries times its entry of (N, E)."""
     return (h.unflatten(1, (scale.shape[1], -1)) * scale.to(h.dtype)[..., None]).flatten(1)
 
@@ -144,10 +144,9 @@ class ExpertLinear(nn.Linear):
 
 
 def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
-    """The outputs of several linear layers on the same x, adapted ones computed jointly."""
-    if any(m._forward_hooks for m in linears):           # a hook needs its own layer's call
-        return [m(x) for m in linears]
-    layers = [m for m in linears if isinstance(m, ExpertLinear)]
+    """The outputs of several linear layers on the same x, adapted ones computed jointly, unless a
+    hook needs its own layer's call."""
+    layers = [m for m in linears if isinstance(m, ExpertLinear) and not m._forward_hooks]
     outputs: dict[Any, Tensor] = dict(zip(layers, _apply(x, layers) if layers else []))
     return [outputs[m] if m in outputs else m(x) for m in linears]
 
@@ -227,9 +226,8 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
         rows = without_pads(torch.stack(logits, 1), attention_mask)      # (N, matrices, E)
         p = rows.transpose(0, 1).softmax(-1)
         # The last MLP may see fewer rows than the others; each of them occurs in one sequence.
-        times = p.new_ones(p.shape[1])
-        if copies is not None and len(copies) == len(times):
-            times = copies.to(p.dtype)
+        times = (copies.to(p.dtype) if copies is not None and len(copies) == p.shape[1]
+                 else p.new_ones(p.shape[1]))
         chosen.append(times @ torch.zeros_like(p).scatter_(-1, p.topk(k, -1).indices, 1 / k))
         expected.append(times @ p)
     counts = total(torch.cat([c.flatten() for c in chosen]))

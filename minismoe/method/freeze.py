@@ -19,14 +19,16 @@ Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLinear, expert_layers, top_k_gates, without_pads
+from .experts import ExpertLinear, expert_layers, gated, top_k_gates, without_pads
 
 KINDS = ("mean", "gates", "linear")
 HOLD = 4                                     # one sample of so many is held out
@@ -103,20 +105,15 @@ def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list
     """The routed layers in the order of a forward pass, those that read the same x together, in
     groups whose sums fit `memory` bytes; one x is always taken."""
     names = {layer: n for n, layer in expert_layers(model).items() if layer.router is not None}
-    inputs: list[tuple[Tensor, dict[str, ExpertLinear]]] = []
-
-    def hook(layer: ExpertLinear, args: tuple[Tensor, ...], y: Tensor) -> None:
-        if not inputs or inputs[-1][0] is not args[0]:
-            inputs.append((args[0], {}))
-        inputs[-1][1][names[layer]] = layer
-
-    run_hooked(getattr(model, "model", model), batch, names, hook)
-    groups: list[list[Readers]] = []
-    room = memory
-    for _, readers in inputs:
+    reads: list[tuple[Tensor, ExpertLinear]] = []
+    run_hooked(getattr(model, "model", model), batch, names,
+               lambda layer, args, y: reads.append((args[0], layer)))
+    groups, room = list[list[Readers]](), 0
+    for _, of_one in groupby(reads, key=lambda read: id(read[0])):
+        readers = {names[layer]: layer for _, layer in of_one}
         # To fit and held out, of a task and of all tasks together.
         size = 4 * sum(map(prod, _shapes(readers))) * next(iter(readers.values())).lora_A.itemsize
-        if not groups or size > room:
+        if size > room:
             groups.append([])
             room = memory
         groups[-1].append(readers)
@@ -128,14 +125,11 @@ def run_hooked(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[nn.Mo
                hook: Callable[..., None]) -> Any:
     """What a model, or its decoder without the head, returns of a batch (input_ids, attention_mask,
     ...); calls a forward hook for some of its layers."""
-    was = model.training
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    try:
+    with ExitStack() as afterwards:
+        afterwards.callback(model.train, model.training)
+        for layer in layers:
+            afterwards.enter_context(layer.register_forward_hook(hook))
         return model.eval()(input_ids=batch[0], attention_mask=batch[1])
-    finally:
-        model.train(was)
-        for handle in handles:
-            handle.remove()
 
 
 def _shapes(readers: Readers) -> list[tuple[int, ...]]:
@@ -171,14 +165,13 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
         x, y, logits = (without_pads(t.reshape(-1, t.shape[-1]), mask).to(layer.lora_A.dtype)
                         for t in (args[0], y, layer.router_logits))
         gates = top_k_gates(logits, layer.top_k)                         # (N, E)
-        h = (x @ layer.lora_A.flatten(0, 1).T).unflatten(1, layer.lora_A.shape[:2])
-        gated = (h * gates[..., None]).flatten(1)                        # (N, R)
+        gh = gated(x @ layer.lora_A.flatten(0, 1).T, gates)              # (N, R)
         for sums, rows in zip(sums_of[layer], token_numbers):
-            x_part, gated_part = x[rows], gated[rows]
+            x_part, gh_part = x[rows], gh[rows]
             if layer in adds_M:
                 sums.M.addmm_(x_part.T, x_part)
-            sums.P.addmm_(gated_part.T, x_part)
-            sums.G.addmm_(gated_part.T, gated_part)
+            sums.P.addmm_(gh_part.T, x_part)
+            sums.G.addmm_(gh_part.T, gh_part)
             sums.gates.add_(gates[rows].sum(0))
             sums.written.add_(y[rows].square().sum())
 
@@ -219,19 +212,15 @@ def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
 
 def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:
     """The gates (E,) of least squares; None if their system is singular."""
-    E, r, _ = layer.lora_A.shape
     A, K = _wide(layer.lora_A.flatten(0, 1)), _gram(layer)
-
-    def blocks(x: Tensor) -> Tensor:
-        return x.view(E, r, E, r).sum((1, 3))                            # (E, E)
-
-    # sum h h^T = A M A^T and sum (g*h) h^T = P A^T
-    Q, b = blocks(K * (A @ sums.M @ A.T)), blocks(K * (sums.P @ A.T)).sum(0)
+    # sum h h^T = A M A^T and sum (g*h) h^T = P A^T; by pairs of experts, each summed to one entry
+    Q, b = ((K * x).view(2 * layer.lora_A.shape[:2]).sum((1, 3))         # (E, E)
+            for x in (A @ sums.M @ A.T, sums.P @ A.T))
     scale = Q.diagonal().rsqrt()                         # experts differ in size, not in meaning
     scaled = Q * scale * scale[:, None]
     if not scaled.isfinite().all() or torch.linalg.eigvalsh(scaled)[0] < 1e-9:
         return None
-    return scale * torch.linalg.solve(scaled, scale * b)
+    return scale * torch.linalg.solve(scaled, scale * b.sum(0))
 
 
 def linear(starts: Sequence[Tensor], sums: Sequence[Sums], ridge: float) -> list[Tensor]:
@@ -305,7 +294,7 @@ def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ())
 def _replaced(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str],
               ) -> dict[str, ExpertLinear]:
     """The layers to replace, each of which has a fit."""
-    layers = {n: layer for n, layer in expert_layers(model).items() if n not in set(keep)}
+    layers = {n: layer for n, layer in expert_layers(model).items() if n not in keep}
     if missing := [n for n in layers if n not in fits]:
         raise ValueError(f"no fit for {', '.join(missing)}: freeze the adapter again")
     return layers

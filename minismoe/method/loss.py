@@ -64,7 +64,7 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
+        if getattr(config, name, None) not in (None, 1):
             raise ValueError(f"{kind} transforms its logits ({name}): the loss does not support it")
     if getattr(model.lm_head, "bias", None) is not None:
         raise ValueError(f"the head of {kind} has a bias: the loss does not support it")

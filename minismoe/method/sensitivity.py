@@ -12,7 +12,9 @@ Letters: B samples of a batch, T tokens, M matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +26,7 @@ from .loss import supervised_losses
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """{module: (out, in)} of every linear layer of `model` but its head."""
-    return {name: (m.weight.shape[0], m.weight.shape[1])
-            for name, m in linear_layers(model).items()}
+    return {name: (m.out_features, m.in_features) for name, m in linear_layers(model).items()}
 
 
 class Scores(dict[str, dict[str, float]]):
@@ -56,21 +57,18 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
     unsupervised and aligned with input_ids. The model is left as it was, also after an exception.
     Raises ValueError for a task without a batch.
     """
-    scores = Scores(shapes_of(model))
-    asked = {p: p.requires_grad for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
-    model.eval().requires_grad_(False)
-    try:
+    scores, layers = Scores(shapes_of(model)), linear_layers(model)
+    with ExitStack() as afterwards:
+        for parameter in model.parameters():
+            afterwards.callback(parameter.requires_grad_, parameter.requires_grad)
+        for module in model.modules():
+            afterwards.callback(setattr, module, "training", module.training)
+        model.eval().requires_grad_(False)
         for task, batches in tasks.items():
             for batch in batches:
-                scores.add(task, sample_norms(model, linear_layers(model), *batch).cpu().double())
+                scores.add(task, sample_norms(model, layers, *batch).cpu().double())
             if task not in scores:
                 raise ValueError(f"task {task!r} has no batch (a generator can be read only once)")
-    finally:
-        for parameter, flag in asked.items():
-            parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
     return scores
 
 
@@ -79,15 +77,12 @@ def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: 
     """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules."""
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     ghost = _Ghost(attention_mask, len(modules), dtype)
-    hooks = [m.register_forward_hook(ghost.watch(i)) for i, m in enumerate(modules.values())]
-    try:
-        with torch.enable_grad():
-            losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
-            tokens = torch.bincount(rows, minlength=len(input_ids))
-            (losses / tokens[rows]).sum().backward()      # the sum over samples of their means
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for i, module in enumerate(modules.values()):
+            hooks.enter_context(module.register_forward_hook(partial(ghost.watch, i)))
+        losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
+        tokens = torch.bincount(rows, minlength=len(input_ids))
+        (losses / tokens[rows]).sum().backward()          # the sum over samples of their means
     return ghost.norms
 
 
@@ -102,30 +97,28 @@ class _Ghost:
         self.norms = torch.zeros(len(self.mask), modules, dtype=dtype, device=self.mask.device)
         self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
 
-    def watch(self, column: int) -> Callable[..., None]:
-        """A forward hook that fills a column of the norms during the backward pass."""
-        def forward_hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            """Keep X, or X X^T if that is cheaper, for the backward pass."""
-            x, (out, in_) = inputs[0].detach(), tuple(module.weight.shape)
-            if use_gram := self.mask.shape[1] * (in_ + out) < in_ * out:
-                if self.read is None or self.read[0] is not inputs[0]:
-                    x = self.by_sample(x)
-                    self.read = inputs[0], (x @ x.mT).to(self.norms.dtype).mul_(self.pairs)
-                x = self.read[1]                                           # (B, T, T)
+    def watch(self, column: int, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor,
+              ) -> None:
+        """A forward hook: keep X, or X X^T if that is cheaper, and fill a column of the norms when
+        the backward pass brings D."""
+        x, (out, in_) = inputs[0].detach(), module.weight.shape
+        if use_gram := self.mask.shape[1] * (in_ + out) < in_ * out:
+            if self.read is None or self.read[0] is not inputs[0]:
+                x = self.by_sample(x)
+                self.read = inputs[0], (x @ x.mT).to(self.norms.dtype).mul_(self.pairs)
+            x = self.read[1]                                               # (B, T, T)
 
-            def backward_hook(gradient: Tensor) -> None:
-                d = self.by_sample(gradient)                               # (B, T, out)
-                if use_gram:
-                    left, right = x, d @ d.mT
-                else:
-                    left = right = (d * self.mask).mT @ self.by_sample(x)
-                self.norms[:, column] += torch.linalg.vecdot(
-                    *(side.flatten(1).to(self.norms.dtype) for side in (left, right)))
+        def backward_hook(gradient: Tensor) -> None:
+            d = self.by_sample(gradient)                                   # (B, T, out)
+            if use_gram:
+                left, right = x, d @ d.mT
+            else:
+                left = right = (d * self.mask).mT @ self.by_sample(x)
+            self.norms[:, column] += torch.linalg.vecdot(
+                *(side.flatten(1).to(self.norms.dtype) for side in (left, right)))
 
-            if not output.requires_grad:      # the first layer: no gradient is needed before it
-                output.requires_grad_()
-            output.register_hook(backward_hook)
-        return forward_hook
+        output.requires_grad_()       # that of the first layer needs no gradient by itself
+        output.register_hook(backward_hook)
 
     def by_sample(self, x: Tensor) -> Tensor:
         """(B, T, .) of rows that hold all positions or the real tokens only; pads hold anything."""

@@ -116,7 +116,7 @@ def apply_dropped(x: Tensor, layers: Sequence[ExpertLinear], *, share: float) ->
         if layer.router is not None:
             layer.router_logits = (x.to(layer.router.dtype) @ layer.router.T).flatten(0, -2)
             gates = experts.top_k_gates(layer.router_logits, layer.top_k)
-            h = experts._gated(h.flatten(0, -2), gates).view_as(h)
+            h = experts.gated(h.flatten(0, -2), gates).view_as(h)
         outputs.append(nn.functional.linear(x, layer.dense(), layer.bias)
                        + layer.scaling * (h @ layer.lora_B.flatten(0, 1).to(x.dtype)))
     return outputs
