@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -97,16 +96,6 @@ class Tokens:
         """(B, heads, T, C) -> (N, heads * C), the inverse of `sequences`."""
         x = x.transpose(1, 2).flatten(2).flatten(0, 1)
         return x if self.where is None else _Gather.apply(x, self.slots)
-
-    def after_state(self, x: Tensor, layer: int, size: int) -> Tensor:
-        """x (B, T, D) behind the `size` inputs before it: zeros, or those of the cache, which then
-        holds the last ones."""
-        if self.cache is None:
-            return F.pad(x, (0, 0, size, 0))
-        whole = torch.cat((self.cache.states[layer], x), 1)
-        last = self.new[:, None] + torch.arange(size, device=self.device)            # (B, size)
-        self.cache.states[layer] = whole.take_along_dim(last[..., None], 1)
-        return whole
 
     def _mask(self, window: int | None, keys: int) -> Tensor | None:
         """Which of `keys` each query may see, (B, 1, T, keys); None if attention is just causal."""
