@@ -1,7 +1,8 @@
 """Packing: a batch without padding, prefixes that sequences share held once; and the KV cache.
 
 Letters: B batch, T time, N packed tokens, D hidden, K key/value heads, C head size, L taps of a
-convolution.
+convolution. Both backwards are compared with autograd by test_hand_written_backwards in
+tests/model/test_decoder.py.
 """
 
 from __future__ import annotations
@@ -112,8 +113,7 @@ class _Spread(torch.autograd.Function):
 
     y[places] = x, then y[other rows] = y[first row] for each prefix
     dx = dy[places], where dy[first row] is the sum of dy over the rows of each prefix
-    Places differ, so the backward copies where autograd would add. Compared with autograd by
-    test_hand_written_backwards in tests/model/test_decoder.py.
+    Places differ, so the backward copies where autograd would add.
     """
 
     @staticmethod
@@ -138,10 +138,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """y = x[places] of x (M, ...); all places differ, so the backward copies: dx[places] = dy.
-
-    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
-    """
+    """y = x[places] of x (M, ...); all places differ, so the backward copies: dx[places] = dy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
