@@ -139,8 +139,8 @@ class Config:
         found |= _own(c, range(layers))
         types = _layer_types(c, range(layers), found.get("no_rope_layers", ()))
         window = c.size("sliding_window", 4096, most=1 << 31) if SLIDING in types else None
-        found["windows"] = tuple(window if t == SLIDING else None for t in types)
-        found["conv_layers"] = tuple(i for i, t in enumerate(types) if t == "conv")
+        found |= {"windows": tuple(window if t == SLIDING else None for t in types),
+                  "conv_layers": tuple(i for i, t in enumerate(types) if t == "conv")}
         if c.wrong:
             raise ValueError("this model is not implemented: " + "; ".join(dict.fromkeys(c.wrong)))
         return cls(**found)
@@ -185,7 +185,7 @@ class _Settings(dict[str, Any]):
         older = self.get("rope_scaling") or {}               # theta stands beside it
         rope = self.get("rope_parameters") or older
         if self.get("model_type") == "gemma3_text" and isinstance(rope, Mapping):
-            rope = rope.get(FULL, rope)                      # _of_family reads that of windows
+            rope = rope.get(FULL, rope)                      # _own reads that of windows
         if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
             self.wrong.append(f"rope {rope!r}: only one rope for all layers")
             rope = {}
@@ -255,8 +255,8 @@ def _own(c: _Settings, layers: range) -> dict[str, Any]:
 def _layer_types(c: _Settings, layers: range, no_rope: Sequence[int]) -> list[str]:
     """FULL or the family's other type of each layer, as layer_types or, without it, `full` says."""
     kind, other = c["model_type"], SLIDING
-    windowed = c.get("sliding_window", 4096) is not None
-    slides = windowed and c.get("use_sliding_window")
+    slides = c.get("sliding_window", 4096) is not None and (
+        kind == "mistral" or c.get("use_sliding_window"))
     full: Any = []
     if kind == "lfm2":
         other, full = "conv", c.get("full_attn_idxs") or layers
@@ -269,7 +269,7 @@ def _layer_types(c: _Settings, layers: range, no_rope: Sequence[int]) -> list[st
         full = [i for i in layers if i not in no_rope]
     elif kind in ("qwen2", "qwen3") and slides:
         full = layers[:c.size("max_window_layers", 28, least=0)]
-    elif kind != "mistral" or not windowed:
+    elif kind != "mistral" or not slides:
         return [FULL for _ in layers]
     if not isinstance(full, (list, range)):
         c.wrong.append(f"full_attn_idxs {full!r} does not tell the layers of full attention")

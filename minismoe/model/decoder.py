@@ -2,7 +2,8 @@
 
 One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3, Granite, Gemma 3 and LFM2;
 `Config` says how they differ. Tokens are packed to rows (N, D), without padding, except in
-attention and convolutions; see tokens.py.
+attention and convolutions; see tokens.py. Backwards that are written by hand are compared with
+autograd by test_hand_written_backwards in tests/model/test_decoder.py.
 
 Letters: B batch, T time, N packed tokens, D hidden, H query heads, K key/value heads, C head size,
 S cached positions, L taps of a convolution, V vocabulary.
@@ -56,7 +57,6 @@ class _RMSNorm(torch.autograd.Function):
     y = x / rms * weight,   rms = sqrt(mean(x^2) + eps)
     dx = g / rms - x <g, x> / (n rms^3),   g = dy * weight
     d_weight = sum over rows of dy * x / rms
-    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
     """
 
     @staticmethod
@@ -191,8 +191,6 @@ class _GatedUnit(torch.autograd.Function):
     """f(gate) * up, which saves only its inputs for the backward; autograd saves f(gate) too.
 
     y = f(gate) * up;   d_gate = dy * up * f'(gate),   d_up = dy * f(gate)
-    f is one of ACTIVATIONS, such as silu(z) = z sigmoid(z).
-    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
     """
 
     @staticmethod
@@ -209,7 +207,7 @@ class _GatedUnit(torch.autograd.Function):
 
 
 class MLP(Part):
-    """down(f(gate x) * up x), where f is one of ACTIVATIONS."""
+    """down(f(gate x) * up x), where f is one of ACTIVATIONS, such as silu(z) = z sigmoid(z)."""
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
@@ -232,18 +230,16 @@ class DecoderLayer(Part):
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__(cfg)
-        self.residual, self.convolves = cfg.residual_multiplier, layer in cfg.conv_layers
+        self.residual = cfg.residual_multiplier
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg)
-        if self.convolves:
-            self.conv = ShortConv(cfg, layer)
-        else:
-            self.self_attn = Attention(cfg, layer)
+        if convolves := layer in cfg.conv_layers:            # in the place of attention
+            self.names = {**self.names, "self_attn": "conv"}
+        self.self_attn = (ShortConv if convolves else Attention)(cfg, layer)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg)
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
-        mixer = self.conv if self.convolves else self.self_attn
-        x = x.add(mixer(self.input_layernorm(x), tokens, rope), alpha=self.residual)
+        x = x.add(self.self_attn(self.input_layernorm(x), tokens, rope), alpha=self.residual)
         if top is not None:
             x = x.index_select(0, top)
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual)
@@ -370,3 +366,9 @@ class CausalLM(nn.Module):
         a cache, input_ids follow the tokens in it, and their keys and values are added to it.
         """
         return self.lm_head(self.model(input_ids, attention_mask, cache))
+
+
+def meta_model(config: Config) -> CausalLM:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return CausalLM(config)
