@@ -206,10 +206,9 @@ class _Settings(dict[str, Any]):
 
 def _as_llama(config: Mapping[str, Any]) -> _Settings:
     """The settings under Llama's names, with the family's defaults."""
-    kind, wrong = config.get("model_type"), list[str]()
-    if kind not in MODEL_TYPES:
-        wrong.append(f"model_type {kind!r}: only {', '.join(MODEL_TYPES)}")
-        kind = "llama"
+    kind: Any = config.get("model_type")
+    wrong = [] if kind in MODEL_TYPES else [f"model_type {kind!r}: only {', '.join(MODEL_TYPES)}"]
+    kind = "llama" if wrong else kind
     renamed = {name: config[own] for own, name in SETTINGS.get(kind, {}).items() if own in config}
     found = {**config, **renamed, "model_type": kind}
     defaults = {name: value for name, value in DEFAULTS.get(kind, {}).items()
@@ -229,13 +228,11 @@ def _own(c: _Settings, layers: range) -> dict[str, Any]:
                 "embedding_multiplier": c.size("hidden_size") ** 0.5,
                 "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5}
     if kind in ("granite", "granitemoehybrid"):
-        own: dict[str, Any] = {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
-                               for name in ("embedding", "attention", "residual")}
-        own["output_multiplier"] = 1 / c.number("logits_scaling", 1.0)
-        if kind == "granitemoehybrid":
-            rotates = c.get("position_embedding_type") == "rope"
-            own |= {"fused_mlp": True, "no_rope_layers": () if rotates else tuple(layers)}
-        return own
+        rotates = kind == "granite" or c.get("position_embedding_type") == "rope"
+        return {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
+                for name in ("embedding", "attention", "residual")} | {
+            "output_multiplier": 1 / c.number("logits_scaling", 1.0),
+            "fused_mlp": kind != "granite", "no_rope_layers": () if rotates else tuple(layers)}
     if kind == "lfm2":
         inner, step = c.size("intermediate_size"), c.size("block_multiple_of", 256)
         if c.get("block_auto_adjust_ff_dim", True):

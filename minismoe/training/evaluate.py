@@ -100,8 +100,7 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
         wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
         result.right.append(int(given == wanted))
         if given != wanted:
-            prompt = messages[-2]["content"] if len(messages) > 1 else ""
-            result.wrong.append((prompt, wanted, given))
+            result.wrong.append((messages[-2]["content"], wanted, given))
     result.correct = sum(result.right)
     return result
 
