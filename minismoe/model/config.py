@@ -217,7 +217,7 @@ def _as_llama(config: Mapping[str, Any]) -> _Settings:
 
 
 def _own(c: _Settings, layers: range) -> dict[str, Any]:
-    """The fields of Config that a family has beside Llama's."""
+    """The fields of Config that the family alone has, or computes in its own way."""
     kind = c["model_type"]
     if kind == "gemma3_text":
         ropes, local = c.get("rope_parameters"), c.number("rope_local_base_freq", 1e4)
@@ -250,11 +250,11 @@ def _own(c: _Settings, layers: range) -> dict[str, Any]:
 
 
 def _layer_types(c: _Settings, layers: range, no_rope: Sequence[int]) -> list[str]:
-    """FULL or the family's other type of each layer, as layer_types or, without it, `full` says."""
+    """The type of each layer: FULL, or the other one that the family has."""
     kind, other = c["model_type"], SLIDING
     slides = c.get("sliding_window", 4096) is not None and (
         kind == "mistral" or c.get("use_sliding_window"))
-    full: Any = []
+    full: Any = []               # the layers of full attention, if layer_types is left out
     if kind == "lfm2":
         other, full = "conv", c.get("full_attn_idxs") or layers
     elif kind == "granitemoehybrid":
