@@ -23,10 +23,10 @@ from ..method.loss import IGNORE
 from ..method.sensitivity import shapes_of
 from ..model.checkpoint import read_config
 from ..model.config import Config
-from ..model.decoder import CausalLM
+from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
 from ..training.loop import TrainConfig, schedule, train_step
-from ..training.memory import MIB, available, fixed_bytes, largest, measure_peak, meta_model
+from ..training.memory import MIB, available, fixed_bytes, largest, measure_peak
 from ..training.resume import KEPT
 from . import probing
 from .flags import AllocationConfig, InputConfig

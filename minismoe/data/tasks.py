@@ -277,10 +277,8 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
 
 
 def bucket(examples: Sequence[Example], batch_size: int, seed: int) -> list[list[Example]]:
-    """Shuffled batches of examples of similar length, to save padding.
-
-    Examples are sorted by length within windows of 16 batches only, so batches stay mixed.
-    """
+    """Shuffled batches of examples of similar length, to save padding: sorted within windows of 16
+    batches only, so that batches stay mixed."""
     rng, order, window = random.Random(seed), list(examples), 16 * batch_size
     rng.shuffle(order)
     batches = []

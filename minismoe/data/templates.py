@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -47,11 +48,10 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     with _lock:
         process, reply = start(), b""
         try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        except OSError:                          # it has ended itself
-            pass
+            with suppress(OSError):              # it has ended itself
+                process.stdin.write(request)
+                process.stdin.flush()
+                reply = process.stdout.readline()
         finally:
             if not reply.endswith(b"\n"):        # after Ctrl-C, the next call would read the answer
                 stop()
@@ -106,12 +106,10 @@ def serve() -> None:
     import jinja2.sandbox  # noqa: F401 (before the clock runs)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches the whole group
-    try:
+    with suppress(ImportError, OSError, ValueError):     # Windows, macOS: only time is limited
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except (ImportError, OSError, ValueError):       # Windows, macOS: only time is limited
-        pass
     counted = hasattr(signal, "setitimer")
     with open(os.devnull, "w") as nowhere:
         for line in sys.stdin.buffer:

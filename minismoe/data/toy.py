@@ -180,10 +180,8 @@ def _recipe(steps: int) -> str:
 
 
 def checkpoint_folder(*, _steps: int = STEPS) -> Path:
-    """The folder of the toy base in the cache; it is pretrained first if the cache lacks it.
-
-    The folder appears whole or not at all. If two processes make it at once, the first one wins.
-    """
+    """The folder of the toy base in the cache; it is pretrained first if the cache lacks it. If two
+    processes make it at once, the first one wins."""
     folder = _cache() / f"toy-{_recipe(_steps)}"
     if folder.is_dir():
         return folder

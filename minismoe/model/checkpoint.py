@@ -21,7 +21,7 @@ from ..io.text import clean
 from ..method.allocate import Allocation
 from ..method.experts import adaptable, add_experts, expert_layers, linear_layers
 from .config import Config, text_part
-from .decoder import CausalLM
+from .decoder import CausalLM, meta_model
 from .quantize import QuantizedLinear, QuantizedWeight
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -40,8 +40,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     """
     folder = resolve(path)
     cfg, config = read_config(folder)
-    with torch.device("meta"):
-        model = CausalLM(cfg)
+    model = meta_model(cfg)
     wanted = {name: p.shape for name, p in model.named_parameters()}
     files = {file: _headers(file) for file in weight_files(folder)}
     found = {text_name(n): header for headers in files.values() for n, header in headers.items()}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "granitemoehybrid",
@@ -37,6 +36,9 @@ MODULES = {"granitemoehybrid": {"mlp": "shared_mlp", "down_proj": "output_linear
 # What a config.json may ask for, and its only value here.
 REFUSED = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "conv_bias": False,
            "use_bidirectional_attention": False, "num_local_experts": 0}
+# Types of rope, and the numbers that each scales with.
+ROPES = {"default": (), "linear": ("factor",), "llama3": (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 FULL, SLIDING = "full_attention", "sliding_attention"        # types of layers
 OLDER = 17                    # fields that the text of every Config holds
 
@@ -64,7 +66,7 @@ class Config:
     windows: tuple[int | None, ...] = ()             # of each layer: tokens it sees, None = all
     # What other families have; Llama has these defaults.
     activation: str = "silu"                         # or gelu_pytorch_tanh
-    local_rope_theta: float | None = None            # of layers with a window; None: as the others
+    local_rope_theta: float = 0.0                    # of layers with a window; 0: as the others
     no_rope_layers: tuple[int, ...] = ()             # layers that do not rotate queries and keys
     norm_offset: float = 0.0                         # added to the stored weights of norms
     post_norms: bool = False                         # norms after attention and MLP, too
@@ -107,39 +109,40 @@ class Config:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Config:
         """Read a config.json; ValueError names everything in it that is not implemented."""
-        wrong: list[str] = []
-        kind, config = _as_llama(text_part(config), wrong)
-        size, number = partial(_size, config, wrong), partial(_number, config, wrong)
-        D, H = size("hidden_size"), size("num_attention_heads")
-        K, C = size("num_key_value_heads", H), size("head_dim", D // H or 1)
+        c = _as_llama(text_part(config))
+        D, H = c.size("hidden_size"), c.size("num_attention_heads")
+        K, C = c.size("num_key_value_heads", H), c.size("head_dim", D // H or 1)
         if H % K:
-            wrong.append("num_attention_heads is no multiple of num_key_value_heads")
+            c.wrong.append("num_attention_heads is no multiple of num_key_value_heads")
         if C % 2 and C > 1:                                      # refused sizes are returned as 1
-            wrong.append(f"head_dim = {C} is odd")
-        act, bias = config.get("hidden_act", "silu"), bool(config.get("attention_bias"))
+            c.wrong.append(f"head_dim = {C} is odd")
+        kind, bias = c["model_type"], bool(c.get("attention_bias"))
+        act = c.get("hidden_act", "silu")
         if act not in ("silu", "swish", "gelu_pytorch_tanh"):
-            wrong.append(f"hidden_act {act!r}: only silu and gelu_pytorch_tanh")
-        if quantised := config.get("quantization_config"):
+            c.wrong.append(f"hidden_act {act!r}: only silu and gelu_pytorch_tanh")
+        if quantised := c.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-            wrong.append(f"quantization_config ({method}): only bf16, fp16 and fp32 weights")
-        wrong += [f"{name} = {config[name]!r}: only {value}" for name, value in REFUSED.items()
-                  if (config.get(name) or value) != value]
-        theta, scaling = _rope(config, wrong)
-        layers = size("num_hidden_layers", most=1 << 8)
-        found: dict[str, Any] = {
-            "vocab_size": size("vocab_size"), "hidden_size": D,
-            "intermediate_size": size("intermediate_size"),
-            "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": K,
-            "head_dim": C, "rope_theta": theta, "rope_scaling": scaling,
-            "max_position_embeddings": size("max_position_embeddings", 2048, most=1 << 31),
-            "rms_norm_eps": number("rms_norm_eps", 1e-6),
-            "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
-            "qkv_bias": bias or kind == "qwen2", "o_bias": bias and kind != "qwen2",
-            "mlp_bias": bool(config.get("mlp_bias")), "qk_norm": kind == "qwen3",
-            "activation": "silu" if act == "swish" else act, "names": MODULES.get(kind)}
-        found |= _own(config, kind, D, range(layers), wrong)
-        if wrong:
-            raise ValueError("this model is not implemented: " + "; ".join(dict.fromkeys(wrong)))
+            c.wrong.append(f"quantization_config ({method}): only bf16, fp16 and fp32 weights")
+        c.wrong += [f"{name} = {c[name]!r}: only {value}" for name, value in REFUSED.items()
+                    if (c.get(name) or value) != value]
+        theta, scaling = c.rope()
+        layers = c.size("num_hidden_layers", most=1 << 8)
+        found: dict[str, Any] = dict(
+            vocab_size=c.size("vocab_size"), hidden_size=D, num_hidden_layers=layers,
+            intermediate_size=c.size("intermediate_size"), num_attention_heads=H,
+            num_key_value_heads=K, head_dim=C, rope_theta=theta, rope_scaling=scaling,
+            max_position_embeddings=c.size("max_position_embeddings", 2048, most=1 << 31),
+            rms_norm_eps=c.number("rms_norm_eps", 1e-6), mlp_bias=bool(c.get("mlp_bias")),
+            tie_word_embeddings=bool(c.get("tie_word_embeddings")),
+            qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
+            activation="silu" if act == "swish" else act, names=MODULES.get(kind))
+        found |= _own(c, range(layers))
+        types = _layer_types(c, range(layers), found.get("no_rope_layers", ()))
+        window = c.size("sliding_window", 4096, most=1 << 31) if SLIDING in types else None
+        found |= {"windows": tuple(window if t == SLIDING else None for t in types),
+                  "conv_layers": tuple(i for i, t in enumerate(types) if t == "conv")}
+        if c.wrong:
+            raise ValueError("this model is not implemented: " + "; ".join(dict.fromkeys(c.wrong)))
         return cls(**found)
 
 
@@ -154,128 +157,123 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
             "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
 
 
-def _as_llama(config: Mapping[str, Any], wrong: list[str]) -> tuple[str, Mapping[str, Any]]:
-    """model_type, and the settings under Llama's names, with the family's defaults."""
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        wrong.append(f"model_type {kind!r}: only {', '.join(MODEL_TYPES)}")
-        return "llama", config
-    config = {**config, **{
-        name: config[own] for own, name in SETTINGS.get(kind, {}).items() if own in config}}
-    return kind, config | {name: value for name, value in DEFAULTS.get(kind, {}).items()
-                           if config.get(name) is None}
+class _Settings(dict[str, Any]):
+    """The content of a config.json; `wrong` collects what in it is not implemented."""
+
+    def __init__(self, config: Mapping[str, Any], wrong: list[str]):
+        super().__init__(config)
+        self.wrong = wrong
+
+    def size(self, name: str, default: int | None = None, least: int = 1, most: int = 1 << 20,
+             ) -> int:
+        """The size of that name, else 1. `most` keeps a product of three sizes below 2^63."""
+        size = default if self.get(name) is None else self[name]
+        if type(size) is int and least <= size <= most:
+            return size
+        self.wrong.append(f"{name} = {size!r} is not an integer from {least} to {most}")
+        return 1
+
+    def number(self, name: str, default: float | None = None) -> float:
+        number: Any = default if self.get(name) is None else self[name]
+        if type(number) in (int, float) and 0 < number < math.inf:
+            return float(number)
+        self.wrong.append(f"{name} = {number!r} is not a positive number")
+        return 1.0
+
+    def rope(self) -> tuple[float, dict[str, float] | None]:
+        """theta and scaling, from the older `rope_scaling` or the newer `rope_parameters`."""
+        older = self.get("rope_scaling") or {}               # theta stands beside it
+        rope = self.get("rope_parameters") or older
+        if self.get("model_type") == "gemma3_text" and isinstance(rope, Mapping):
+            rope = rope.get(FULL, rope)                      # _own reads that of windows
+        if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
+            self.wrong.append(f"rope {rope!r}: only one rope for all layers")
+            rope = {}
+        elif isinstance(older, Mapping) and any(rope.get(k, v) != v for k, v in older.items()):
+            self.wrong.append("rope_parameters and rope_scaling contradict each other")
+        for part in (self.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
+            if part not in (None, 1):
+                self.wrong.append(f"partial_rotary_factor {part}: only 1.0")
+        rope = _Settings({"rope_theta": self.get("rope_theta"), **rope}, self.wrong)
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
+        if kind not in ROPES:
+            self.wrong.append(f"rope type {kind!r}: only {', '.join(ROPES)}")
+        scaling = {name: rope.number(name) for name in ROPES.get(kind, ())}
+        if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            self.wrong.append("rope type llama3: low_freq_factor is not below high_freq_factor")
+        return rope.number("rope_theta", 1e4), scaling or None
 
 
-def _size(config: Mapping[str, Any], wrong: list[str], name: str, default: int | None = None,
-          least: int = 1, most: int = 1 << 20) -> int:
-    """config[name] if it is a size, else 1. `most` keeps a product of three sizes below 2^63."""
-    size = default if config.get(name) is None else config[name]
-    if isinstance(size, int) and not isinstance(size, bool) and least <= size <= most:
-        return size
-    wrong.append(f"{name} = {size!r} is not an integer from {least} to {most}")
-    return 1
+def _as_llama(config: Mapping[str, Any]) -> _Settings:
+    """The settings under Llama's names, with the family's defaults."""
+    kind: Any = config.get("model_type")
+    wrong = [] if kind in MODEL_TYPES else [f"model_type {kind!r}: only {', '.join(MODEL_TYPES)}"]
+    kind = "llama" if wrong else kind
+    renamed = {name: config[own] for own, name in SETTINGS.get(kind, {}).items() if own in config}
+    found = {**config, **renamed, "model_type": kind}
+    defaults = {name: value for name, value in DEFAULTS.get(kind, {}).items()
+                if found.get(name) is None}
+    return _Settings(found | defaults, wrong)
 
 
-def _number(config: Mapping[str, Any], wrong: list[str], name: str, default: float | None = None,
-            ) -> float:
-    number = default if config.get(name) is None else config[name]
-    if isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf:
-        return float(number)
-    wrong.append(f"{name} = {number!r} is not a positive number")
-    return 1.0
-
-
-def _rope(config: Mapping[str, Any], wrong: list[str]) -> tuple[float, dict[str, float] | None]:
-    """theta and scaling, from the older `rope_scaling` or the newer `rope_parameters`."""
-    older = config.get("rope_scaling") or {}             # theta stands beside it
-    rope = config.get("rope_parameters") or older
-    if config.get("model_type") == "gemma3_text" and isinstance(rope, Mapping) and FULL in rope:
-        rope = rope[FULL]                                # of global layers; _own reads the other
-    if isinstance(rope, Mapping) and isinstance(older, Mapping) and any(
-            rope.get(key, value) != value for key, value in older.items()):
-        wrong.append("rope_parameters and rope_scaling contradict each other")
-    if not isinstance(rope, Mapping) or any(isinstance(v, Mapping) for v in rope.values()):
-        wrong.append(f"rope {rope!r}: only one rope for all layers")
-        rope = {}
-    theta = _number({"rope_theta": config.get("rope_theta"), **rope}, wrong, "rope_theta", 1e4)
-    for part in (config.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
-        if part not in (None, 1):
-            wrong.append(f"partial_rotary_factor {part}: only 1.0")
-    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    if kind == "llama3":
-        scaling = {name: _number(rope, wrong, name) for name in (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            wrong.append("rope type llama3: low_freq_factor is not below high_freq_factor")
-    elif kind == "linear":
-        scaling = {"factor": _number(rope, wrong, "factor")}
-    elif kind != "default":
-        wrong.append(f"rope type {kind!r}: only default, linear and llama3")
-    return theta, scaling
-
-
-def _own(config: Mapping[str, Any], kind: str, hidden: int, layers: range, wrong: list[str],
-         ) -> dict[str, Any]:
-    """The fields of Config that one family has, and those that tell layers apart."""
-    size, number = partial(_size, config, wrong), partial(_number, config, wrong)
-    slides = bool(config.get("use_sliding_window"))
-    own, rotates, other = dict[str, Any](), [True] * len(layers), ""
-    full: Any = layers               # with full attention, not `other`, if layer_types is left out
+def _own(c: _Settings, layers: range) -> dict[str, Any]:
+    """The fields of Config that the family alone has, or computes in its own way."""
+    kind = c["model_type"]
     if kind == "gemma3_text":
-        every = size("sliding_window_pattern", 6)
-        other, full = SLIDING, layers[every - 1::every]
-        ropes, local = config.get("rope_parameters"), number("rope_local_base_freq", 1e4)
+        ropes, local = c.get("rope_parameters"), c.number("rope_local_base_freq", 1e4)
         if isinstance(ropes, Mapping) and SLIDING in ropes:
-            local, scaled = _rope({"rope_parameters": ropes[SLIDING]}, wrong)
-            wrong += [f"{SLIDING} with rope scaling {scaled}"] if scaled else []
-        own = {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
-               "embedding_multiplier": hidden ** 0.5,
-               "attention_multiplier": number("query_pre_attn_scalar", 256) ** -0.5}
-    elif kind in ("granite", "granitemoehybrid"):
-        own = {f"{name}_multiplier": number(f"{name}_multiplier", 1.0)
-               for name in ("embedding", "attention", "residual")}
-        own |= {"output_multiplier": 1 / number("logits_scaling", 1.0)}
-        if kind == "granitemoehybrid":
-            own, other = own | {"fused_mlp": True}, "attention"
-            rotates = [config.get("position_embedding_type") == "rope"] * len(layers)
-    elif kind == "lfm2":
-        other, full = "conv", config.get("full_attn_idxs") or layers
-        inner, step = size("intermediate_size"), size("block_multiple_of", 256)
-        if config.get("block_auto_adjust_ff_dim", True):
-            inner = int(number("block_ffn_dim_multiplier", 1.0) * (2 * inner // 3))
+            local, scaled = _Settings({"rope_parameters": ropes[SLIDING]}, c.wrong).rope()
+            c.wrong += [f"{SLIDING} with rope scaling {scaled}"] if scaled else []
+        return {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
+                "embedding_multiplier": c.size("hidden_size") ** 0.5,
+                "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5}
+    if kind in ("granite", "granitemoehybrid"):
+        rotates = kind == "granite" or c.get("position_embedding_type") == "rope"
+        return {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
+                for name in ("embedding", "attention", "residual")} | {
+            "output_multiplier": 1 / c.number("logits_scaling", 1.0),
+            "fused_mlp": kind != "granite", "no_rope_layers": () if rotates else tuple(layers)}
+    if kind == "lfm2":
+        inner, step = c.size("intermediate_size"), c.size("block_multiple_of", 256)
+        if c.get("block_auto_adjust_ff_dim", True):
+            inner = int(c.number("block_ffn_dim_multiplier", 1.0) * (2 * inner // 3))
             inner = -(-inner // step) * step
-        own = {"intermediate_size": inner, "qk_norm": True,
-               "conv_size": size("conv_L_cache", 3, least=2, most=64)}
-    elif kind == "smollm3":
-        every = size("no_rope_layer_interval", 4)
-        rotates = config.get("no_rope_layers") or [(i + 1) % every > 0 for i in layers]
-        if not isinstance(rotates, list) or len(rotates) < len(layers):
-            wrong.append(f"no_rope_layers {rotates!r}: expected 1 (rotates) or 0 for each layer")
-            rotates = [True] * len(layers)
-        other, full = SLIDING if slides else "", [i for i in layers if rotates[i]]
-    elif kind == "mistral":
-        other, full = SLIDING, []
+        return {"intermediate_size": inner, "qk_norm": True,
+                "conv_size": c.size("conv_L_cache", 3, least=2, most=64)}
+    if kind == "smollm3":
+        every = c.size("no_rope_layer_interval", 4)
+        rotates = c.get("no_rope_layers") or [(i + 1) % every for i in layers]
+        if isinstance(rotates, list) and len(rotates) >= len(layers):
+            return {"no_rope_layers": tuple(i for i in layers if not rotates[i])}
+        c.wrong.append(f"no_rope_layers {rotates!r}: expected 1 (rotates) or 0 for each layer")
+    return {"qk_norm": kind == "qwen3"}
+
+
+def _layer_types(c: _Settings, layers: range, no_rope: Sequence[int]) -> list[str]:
+    """The type of each layer: FULL, or the other one that the family has."""
+    kind, other = c["model_type"], SLIDING
+    slides = c.get("sliding_window", 4096) is not None and (
+        kind == "mistral" or c.get("use_sliding_window"))
+    full: Any = []               # the layers of full attention, if layer_types is left out
+    if kind == "lfm2":
+        other, full = "conv", c.get("full_attn_idxs") or layers
+    elif kind == "granitemoehybrid":
+        other, full = "attention", layers
+    elif kind == "gemma3_text":
+        every = c.size("sliding_window_pattern", 6)
+        full = layers[every - 1::every]
+    elif kind == "smollm3" and slides:
+        full = [i for i in layers if i not in no_rope]
     elif kind in ("qwen2", "qwen3") and slides:
-        other, full = SLIDING, layers[:size("max_window_layers", 28, least=0)]
-    if other == SLIDING and config.get("sliding_window", 4096) is None:
-        other = ""
-    types = _layer_types(config, layers, full, other, wrong)
-    window = size("sliding_window", 4096, most=1 << 31) if SLIDING in types else None
-    return own | {"windows": tuple(window if t == SLIDING else None for t in types),
-                  "conv_layers": tuple(i for i, t in enumerate(types) if t == "conv"),
-                  "no_rope_layers": tuple(i for i in layers if not rotates[i])}
-
-
-def _layer_types(config: Mapping[str, Any], layers: range, full: Any, other: str, wrong: list[str],
-                 ) -> list[str]:
-    """FULL or `other` of each layer; full: those of full attention, if layer_types is left out."""
-    plain = [FULL for _ in layers]
+        full = layers[:c.size("max_window_layers", 28, least=0)]
+    elif kind != "mistral" or not slides:
+        return [FULL for _ in layers]
     if not isinstance(full, (list, range)):
-        wrong.append(f"{full!r} does not tell the layers of full attention")
-    elif other:
-        types = config.get("layer_types") or [FULL if i in full else other for i in layers]
-        if isinstance(types, list) and len(types) == len(layers) and {
-                *map(str, types)} <= {FULL, other}:
-            return types
-        wrong.append(f"layer_types {types!r}: only {FULL} and {other}, one for each layer")
-    return plain
+        c.wrong.append(f"full_attn_idxs {full!r} does not tell the layers of full attention")
+        return []
+    types = c.get("layer_types") or [FULL if i in full else other for i in layers]
+    if isinstance(types, list) and len(types) == len(layers) and {
+            *map(str, types)} <= {FULL, other}:
+        return types
+    c.wrong.append(f"layer_types {types!r}: only {FULL} and {other}, one for each layer")
+    return []

@@ -2,7 +2,8 @@
 
 One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3, Granite, Gemma 3 and LFM2;
 `Config` says how they differ. Tokens are packed to rows (N, D), without padding, except in
-attention and convolutions; see tokens.py.
+attention and convolutions; see tokens.py. Backwards that are written by hand are compared with
+autograd by test_hand_written_backwards in tests/model/test_decoder.py.
 
 Letters: B batch, T time, N packed tokens, D hidden, H query heads, K key/value heads, C head size,
 S cached positions, L taps of a convolution, V vocabulary.
@@ -35,16 +36,19 @@ ACTIVATIONS: dict[str, tuple[Any, Any]] = {      # f(z), and dy f'(z) of (dy, z)
 
 
 class Part(nn.Module):
-    """A module that finds its parts by Llama's names, and has them under the checkpoint's."""
+    """A module whose parts are called as in the checkpoint, and in this file as in Llama."""
 
     names: Mapping[str, str] = {}        # Llama's name -> the checkpoint's, where they differ
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.names = cfg.names or {}
 
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(self.names.get(name, name))
 
-    def rename(self, names: Mapping[str, str]) -> None:
-        self.names = names
-        self._modules = {names.get(name, name): part for name, part in self._modules.items()}
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(self.names.get(name, name), value)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -53,7 +57,6 @@ class _RMSNorm(torch.autograd.Function):
     y = x / rms * weight,   rms = sqrt(mean(x^2) + eps)
     dx = g / rms - x <g, x> / (n rms^3),   g = dy * weight
     d_weight = sum over rows of dy * x / rms
-    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
     """
 
     @staticmethod
@@ -95,7 +98,7 @@ class Attention(Part):
     """Causal self-attention with grouped queries and rotary positions."""
 
     def __init__(self, cfg: Config, layer: int):
-        super().__init__()
+        super().__init__(cfg)
         self.layer, self.window, self.size = layer, cfg.windows[layer], cfg.head_dim
         self.scale = cfg.attention_scale
         q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
@@ -166,7 +169,7 @@ class ShortConv(nn.Module):
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.layer, D = layer, cfg.hidden_size
+        self.layer, self.past, D = layer, cfg.conv_size - 1, cfg.hidden_size
         self.in_proj = nn.Linear(D, 3 * D, bias=False)
         self.conv = nn.Conv1d(D, D, cfg.conv_size, groups=D, bias=False)
         self.out_proj = nn.Linear(D, D, bias=False)
@@ -175,7 +178,12 @@ class ShortConv(nn.Module):
         """(N, D) -> (N, D); the last L - 1 inputs of the convolution are kept in the cache."""
         b, c, u = self.in_proj(x).chunk(3, -1)
         u = tokens.sequences((b * u)[:, None]).squeeze(1)                # (B, T, D)
-        u = tokens.after_state(u, self.layer, self.conv.kernel_size[0] - 1)
+        if tokens.cache is None:
+            u = F.pad(u, (0, 0, self.past, 0))
+        else:
+            u = torch.cat((tokens.cache.states[self.layer], u), 1)
+            last = tokens.new[:, None] + torch.arange(self.past, device=u.device)    # (B, L - 1)
+            tokens.cache.states[self.layer] = u.take_along_dim(last[..., None], 1)
         return self.out_proj(c * tokens.flat(self.conv(u.mT).mT[:, None]))
 
 
@@ -183,8 +191,6 @@ class _GatedUnit(torch.autograd.Function):
     """f(gate) * up, which saves only its inputs for the backward; autograd saves f(gate) too.
 
     y = f(gate) * up;   d_gate = dy * up * f'(gate),   d_up = dy * f(gate)
-    f is one of ACTIVATIONS, such as silu(z) = z sigmoid(z).
-    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
     """
 
     @staticmethod
@@ -201,10 +207,10 @@ class _GatedUnit(torch.autograd.Function):
 
 
 class MLP(Part):
-    """down(f(gate x) * up x), where f is one of ACTIVATIONS."""
+    """down(f(gate x) * up x), where f is one of ACTIVATIONS, such as silu(z) = z sigmoid(z)."""
 
     def __init__(self, cfg: Config):
-        super().__init__()
+        super().__init__(cfg)
         self.activation, self.fused = cfg.activation, cfg.fused_mlp
         if self.fused:
             self.input_linear = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
@@ -223,19 +229,17 @@ class DecoderLayer(Part):
     """x + attention(norm x), then x + mlp(norm x), the latter on the rows `top` only, if given."""
 
     def __init__(self, cfg: Config, layer: int):
-        super().__init__()
-        self.residual, self.convolves = cfg.residual_multiplier, layer in cfg.conv_layers
+        super().__init__(cfg)
+        self.residual = cfg.residual_multiplier
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg)
-        if self.convolves:
-            self.conv = ShortConv(cfg, layer)
-        else:
-            self.self_attn = Attention(cfg, layer)
+        if convolves := layer in cfg.conv_layers:            # in the place of attention
+            self.names = {**self.names, "self_attn": "conv"}
+        self.self_attn = (ShortConv if convolves else Attention)(cfg, layer)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg)
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
-        mixer = self.conv if self.convolves else self.self_attn
-        x = x.add(mixer(self.input_layernorm(x), tokens, rope), alpha=self.residual)
+        x = x.add(self.self_attn(self.input_layernorm(x), tokens, rope), alpha=self.residual)
         if top is not None:
             x = x.index_select(0, top)
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual)
@@ -275,7 +279,7 @@ class Decoder(Part):
     """Embedding, layers and the last norm."""
 
     def __init__(self, cfg: Config):
-        super().__init__()
+        super().__init__(cfg)
         self.config = cfg
         # nn.Embedding would call normal_, which on the meta device imports torch's compiler: 1.2 s
         # and 75 MB. This uniform distribution has the same variance, 1.
@@ -286,8 +290,6 @@ class Decoder(Part):
         self.norm = RMSNorm(cfg.hidden_size, cfg)
         self.recompute = False       # activation checkpointing: slower, far less memory
         self.copies: Tensor | None = None    # `Tokens.copies` of the last forward
-        for part in [part for part in self.modules() if isinstance(part, Part)]:
-            part.rename(cfg.names or {})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: Cache | None = None, needed: Tensor | None = None) -> Tensor:
@@ -298,12 +300,11 @@ class Decoder(Part):
         needed position (a system prompt) runs once. With a filled cache, needed is ignored.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if needed is None or (cache is not None and cache.used):
-            tokens, top = Tokens(mask, self.config, cache), None
-        else:
-            alike = shared_prefixes(input_ids, mask.bool() & ~needed)
-            tokens = Tokens(mask, self.config, cache, alike)
-            top = tokens.pack(needed.reshape(-1)).nonzero().squeeze(1)
+        if cache is not None and cache.used:
+            needed = None
+        shared = () if needed is None else shared_prefixes(input_ids, mask.bool() & ~needed)
+        tokens = Tokens(mask, self.config, cache, shared)
+        top = None if needed is None else tokens.pack(needed.reshape(-1)).nonzero().squeeze(1)
         self.copies = tokens.copies
         x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
         if self.config.embedding_multiplier != 1:
@@ -313,7 +314,6 @@ class Decoder(Part):
             angles = tokens.positions[:, None] * rope_frequencies(self.config, kind).to(x.device)
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
             ropes[kind] = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
-        rows = len(x)
         for layer, kind in zip(self.layers, self.config.ropes):
             inputs = (x, tokens, ropes[kind], top if layer is self.layers[-1] else None)
             recompute = self.recompute and torch.is_grad_enabled()
@@ -322,14 +322,15 @@ class Decoder(Part):
         if self.config.output_multiplier != 1:       # of the logits; the head is linear
             x = x * self.config.output_multiplier
         if top is not None:
-            x = x.new_zeros(rows, x.shape[1]).index_copy(0, top, x)
+            x = x.new_zeros(len(tokens.slots), x.shape[1]).index_copy(0, top, x)
         return tokens.unpack(x)
 
 
 def rope_frequencies(cfg: Config, kind: str = "global") -> Tensor:
     """Radians a token turns each rotary pair, (C / 2,); llama3 scaling lowers low frequencies."""
-    theta, s = (cfg.local_rope_theta or 0.0, None) if kind == "local" else (
-        cfg.rope_theta, cfg.rope_scaling)
+    theta, s = cfg.rope_theta, cfg.rope_scaling
+    if kind == "local":
+        theta, s = cfg.local_rope_theta, None
     frequencies = theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
     if s is None:
         return frequencies
@@ -365,3 +366,9 @@ class CausalLM(nn.Module):
         a cache, input_ids follow the tokens in it, and their keys and values are added to it.
         """
         return self.lm_head(self.model(input_ids, attention_mask, cache))
+
+
+def meta_model(config: Config) -> CausalLM:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return CausalLM(config)

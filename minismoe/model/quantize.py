@@ -89,10 +89,8 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 
 def columns(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """data (K, N) and scales (G, N), as ONNX's DequantizeLinear reads them on axis 0.
-
-    data is flat uint8; in 4 bits, values are packed without a gap between rows.
-    """
+    """data (K, N) and scales (G, N), as ONNX's DequantizeLinear reads them on axis 0. data is flat
+    uint8; in 4 bits, values are packed without a gap between rows."""
     data = unpack(blocks.data, blocks.bits).flatten(1)[:, :blocks.shape[1]]
     return pack(data.T.flatten(), blocks.bits), blocks.scales.T
 
@@ -140,9 +138,7 @@ class QuantizedWeight(nn.Module):
 class _FrozenLinear(torch.autograd.Function):
     """A linear layer that dequantises its frozen W in the backward again, and so does not keep it.
 
-    y = x W^T + b;   dx = dy W
-    Compared with autograd in tests/model/test_quantized_base.py,
-    test_outputs_and_gradients_are_those_of_the_rounded_weights.
+    y = x W^T + b;   dx = dy W;   compared with autograd in tests/model/test_quantized_base.py
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Packing: a batch without padding, prefixes that sequences share held once; and the KV cache.
 
 Letters: B batch, T time, N packed tokens, D hidden, K key/value heads, C head size, L taps of a
-convolution.
+convolution. Both backwards are compared with autograd by test_hand_written_backwards in
+tests/model/test_decoder.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -98,16 +98,6 @@ class Tokens:
         x = x.transpose(1, 2).flatten(2).flatten(0, 1)
         return x if self.where is None else _Gather.apply(x, self.slots)
 
-    def after_state(self, x: Tensor, layer: int, size: int) -> Tensor:
-        """x (B, T, D) behind the `size` inputs before it: zeros, or those of the cache, which then
-        holds the last ones."""
-        if self.cache is None:
-            return F.pad(x, (0, 0, size, 0))
-        whole = torch.cat((self.cache.states[layer], x), 1)
-        last = self.new[:, None] + torch.arange(size, device=self.device)            # (B, size)
-        self.cache.states[layer] = whole.take_along_dim(last[..., None], 1)
-        return whole
-
     def _mask(self, window: int | None, keys: int) -> Tensor | None:
         """Which of `keys` each query may see, (B, 1, T, keys); None if attention is just causal."""
         if self.cache is None and (window is None or window >= keys):
@@ -123,8 +113,7 @@ class _Spread(torch.autograd.Function):
 
     y[places] = x, then y[other rows] = y[first row] for each prefix
     dx = dy[places], where dy[first row] is the sum of dy over the rows of each prefix
-    Places differ, so the backward copies where autograd would add. Compared with autograd by
-    test_hand_written_backwards in tests/model/test_decoder.py.
+    Places differ, so the backward copies where autograd would add.
     """
 
     @staticmethod
@@ -149,10 +138,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """y = x[places] of x (M, ...); all places differ, so the backward copies: dx[places] = dy.
-
-    Compared with autograd by test_hand_written_backwards in tests/model/test_decoder.py.
-    """
+    """y = x[places] of x (M, ...); all places differ, so the backward copies: dx[places] = dy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:

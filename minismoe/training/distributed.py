@@ -152,10 +152,8 @@ def gather(value: Any) -> list[Any]:
 
 
 def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """work(item), a JSON value, for each item in order; each process works on one at a time.
-
-    If items run out, the other processes repeat the last one, so that all exchange equally often.
-    """
+    """work(item), a JSON value, for each item in order; each process works on one at a time. If
+    items run out, the others repeat the last one, so that all exchange equally often."""
     for i in range(0, len(items), world()):
         turn = items[i:i + world()]
         yield from gather(work(turn[min(rank(), len(turn) - 1)]))[:len(turn)]

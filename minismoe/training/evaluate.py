@@ -21,9 +21,7 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
              stop_ids: Sequence[int], batch_size: int = 32,
              progress: Callable[[int], Any] = lambda prompts: None) -> list[list[int]]:
     """Greedy continuations of token prompts: up to a stop id, which is left out, or the limit.
-
-    Prompts of similar length share a batch, which ends when all of its rows have stopped.
-    """
+    Prompts of similar length share a batch, which ends when all of its rows have stopped."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     batches = [[prompts[n] for n in order[i:i + batch_size]]
                for i in range(0, len(order), batch_size)]
@@ -31,8 +29,7 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
     for answers in spread(lambda b: _generate_batch(model, b, max_new_tokens, stop_ids), batches):
         found += answers
         progress(len(answers))
-    completions = dict(zip(order, found))
-    return [completions[n] for n in range(len(prompts))]
+    return [answer for _, answer in sorted(zip(order, found))]
 
 
 def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
@@ -103,26 +100,21 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
         wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
         result.right.append(int(given == wanted))
         if given != wanted:
-            prompt = messages[-2]["content"] if len(messages) > 1 else ""
-            result.wrong.append((prompt, wanted, given))
+            result.wrong.append((messages[-2]["content"], wanted, given))
     result.correct = sum(result.right)
     return result
 
 
 def references(tokenizer: Tokenizer, task: Task) -> tuple[list[list[int]], int]:
-    """Tokens of the right answers without stop ids, and the limit for a completion.
-
-    The limit is 4 tokens above the longest, so that an answer which goes on is wrong.
-    """
+    """Tokens of the right answers without stop ids, and the limit for a completion: 4 tokens above
+    the longest, so that an answer which goes on is wrong."""
     answers = [tokenizer.turn(messages) for messages in task.test]
     return answers, max(map(len, answers)) + 4
 
 
 def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[int]]:
-    """Tokens of each test line before its last answer.
-
-    Raises ValueError if there is no test line, or if one has `context` tokens or more.
-    """
+    """Tokens of each test line before its last answer. Raises ValueError if there is no test line,
+    or if one has `context` tokens or more."""
     if not task.test:
         raise ValueError(f"task {task.name} has no test line: give it a test.jsonl, or two lines")
     prompts = []

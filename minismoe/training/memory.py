@@ -27,18 +27,12 @@ from ..method.experts import balance_loss, expert_layers, linear_layers
 from ..method.loss import CHUNK, IGNORE, supervised_losses
 from ..method.sensitivity import sample_norms, shapes_of
 from ..model.config import Config
-from ..model.decoder import CausalLM
+from ..model.decoder import CausalLM, meta_model
 from ..model.quantize import BLOCK
 
 MIB = 1 << 20
 SMALL = 512                     # tokens of the smaller measured step, if that is a row or more
 VOCABULARY = 256                # rows of its head; the memory of logits is computed
-
-
-def meta_model(config: Config) -> CausalLM:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return CausalLM(config)
 
 
 def fixed_bytes(config: Config, allocation: Allocation, dtype: torch.dtype,
@@ -93,10 +87,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def step_bytes(model: CausalLM, examples: Sequence[Example], probe: bool) -> tuple[int, int]:
-    """Bytes that a forward pass leaves, and what the rest takes beside them, logits aside.
-
-    The step is one of training (loop.train_step without its sums), or of the probe.
-    """
+    """Bytes that a forward pass leaves, and what the rest takes beside them, logits aside. The step
+    is one of training (loop.train_step without its sums), or of the probe."""
     head, kept = model.lm_head, list[int]()
     ids, mask, labels = collate(examples, 0, head.weight.device)
     labels = labels.clamp(max=min(VOCABULARY, len(head.weight)) - 1)

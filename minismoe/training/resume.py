@@ -69,10 +69,8 @@ def save_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torc
 
 
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Folder and state of the newest whole checkpoint; None if there is none.
-
-    A damaged one is named on stderr and removed: it would count as one of the two that are kept.
-    """
+    """Folder and state of the newest whole checkpoint, if there is one. Damaged ones are named on
+    stderr and removed: they would count among the two that are kept."""
     for folder in reversed(checkpoints(run)):
         try:
             return folder, _checked_state(folder)
