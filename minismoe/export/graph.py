@@ -296,8 +296,7 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
     if wrong := sorted(set(adapters) - set(known)):
         raise ValueError(f"adapters for no matrix of this model: {', '.join(wrong[:5])}")
     with open(f"{file}.data", "wb") as data:
-        graph = DecoderGraph(adapters, data, f"{file.name}.data", config, weight, target,
-                             precision, block, static)
+        graph = DecoderGraph(adapters, data, config, weight, target, precision, block, static)
         graph.decoder(context, all_logits)
     graph.save(file)
 

@@ -50,7 +50,7 @@ class MixtureGraph(WeightGraph):
     def linear(self, names: Sequence[str], label: str, x: str, bias: bool) -> str:
         """x (B, T, in) -> (B, T, sum of out), by the modules `names`."""
         weights = [self.weight(f"{n}.weight") for n in names]
-        y = self.product(label, x, weights)
+        y = self.product(names, label, x, weights)
         if bias:
             values = torch.cat([self.weight(f"{n}.bias").to(self.dtype) for n in names])
             y = self.node("Add", f"{label}.bias", y, self.tensor(f"{label}.bias", values))
@@ -113,11 +113,8 @@ class MixtureGraph(WeightGraph):
 
     def into_ranks(self, label: str, x: str, A: Tensor) -> str:
         """A x, x (B, T, in) -> (B, T, R), by A (R, in); in 8 bits beside a base in few bits."""
-        if self.rows:
-            return self.product(label, x, [A])
-        if self.bits and self.dtype == torch.float32:
-            blocks = self.blocks(label, [A], A_BITS)
-            return self.multiply(label, x, blocks, A.shape[1], len(A), A_BITS)
+        if self.rows or self.bits and self.dtype == torch.float32:
+            return self.product([], label, x, [A], A_BITS)
         return self.node("MatMul", label, x, self.tensor(label, A.T))
 
     def join(self, name: str, parts: Sequence[str]) -> str:

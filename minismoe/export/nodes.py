@@ -27,8 +27,8 @@ class Graph:
 
     opset = OPSET
 
-    def __init__(self, data: BinaryIO | None = None, location: str = ""):
-        self.data, self.location = data, location
+    def __init__(self, data: BinaryIO | None = None):
+        self.data = data
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -76,7 +76,7 @@ class Graph:
             self.data.write(raw)
         if self.data is not None and start is not None:
             proto.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", self.location), ("offset", start),
+            for key, value in (("location", Path(self.data.name).name), ("offset", start),
                                ("length", self.data.tell() - start)):
                 proto.external_data.add(key=key, value=str(value))
         return name

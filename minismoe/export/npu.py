@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from .graph import DecoderGraph, cached
 from .heal import twin
 from .nodes import Graph
 from .routing import Calibration, Frozen
-from .scales import few_bits, round_weights
+from .scales import round_weights
 from .settings import ExportConfig, Source
 from .weights import PRECISIONS
 
@@ -70,10 +70,9 @@ class NpuGraph(DecoderGraph):
 
     masked, opset = -1e4, 23         # RMSNormalization is new in 23
 
-    def __init__(self, data: BinaryIO, location: str, config: Config, weight: Callable[[str], Any],
-                 precision: str, block: int, static: tuple[int, int, int], ranges: Ranges):
-        super().__init__({}, data, location, config, weight, "portable", precision, block, static)
-        self.precision, self.ranges = precision, ranges
+    def __init__(self, ranges: Ranges, *model: Any):
+        super().__init__({}, *model)
+        self.ranges = ranges
 
     def rms(self, name: str, x: str, weight: str) -> str:
         """As in the base class, in one operator: HTP sums the squares in float32."""
@@ -99,23 +98,17 @@ class NpuGraph(DecoderGraph):
             self.node("Cast", name, new, to=TensorProto.FLOAT16, named=[present])
         return self.node("Concat", name, past, new, axis=2)
 
-    def linear(self, names: Sequence[str], label: str, x: str, bias: bool) -> str:
-        """x (1, T, in) -> (1, T, sum of out), by the modules `names`."""
+    def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any],
+                bits: int = 0) -> str:
+        """x (1, T, in) -> (1, T, sum of out), in integers if all outputs have ranges."""
         if not self.bits:
-            return super().linear(names, label, x, bias)
-        parts = [few_bits(self.weight(f"{n}.weight"), self.precision, self.bits, self.block)
-                 for n in names]
-        ranges = [self.ranges[n] for n in names if n in self.ranges]
-        if len(ranges) < len(names):
-            y = self.float_product(label, x, joined(parts))
-        else:
-            y = self.narrow(f"{label}.y", self.node("MatMul", label, self.narrow(
-                f"{label}.x", x, [r for r, _ in ranges]), self.stored(label, joined(parts))),
-                [r for _, r in ranges])
-        if not bias:
-            return y
-        values = torch.cat([self.weight(f"{n}.bias").to(self.dtype) for n in names])
-        return self.node("Add", f"{label}.bias", y, self.tensor(f"{label}.bias", values))
+            return super().product(names, label, x, weights)
+        w = self.joined(weights, self.bits)
+        if not self.ranges.keys() >= set(names):
+            return self.float_product(label, x, w)
+        ins, outs = zip(*(self.ranges[name] for name in names))
+        y = self.node("MatMul", label, self.narrow(f"{label}.x", x, ins), self.stored(label, w))
+        return self.narrow(f"{label}.y", y, outs)
 
     def narrow(self, name: str, x: str, ranges: Sequence[Range]) -> str:
         """x, rounded to 16 bits in a range that holds all of these."""
@@ -133,10 +126,10 @@ class NpuGraph(DecoderGraph):
         data, scales = columns(w)
         if w.bits == 8:
             return self.node("DequantizeLinear", label, self.tensor(
-                f"{label}.weight", data ^ 0x80, TensorProto.INT8, tuple(w.shape)[::-1]),
+                f"{label}.weight", data ^ 0x80, TensorProto.INT8, w.shape[::-1]),
                 self.tensor(f"{label}.scales", scales[0]), axis=1)
         return self.node("DequantizeLinear", label, self.tensor(
-            f"{label}.weight", data ^ 0x88, TensorProto.INT4, tuple(w.shape)[::-1]),
+            f"{label}.weight", data ^ 0x88, TensorProto.INT4, w.shape[::-1]),
             self.tensor(f"{label}.scales", scales), axis=0, block_size=w.size)
 
     def float_product(self, label: str, x: str, w: Blocks) -> str:
@@ -155,7 +148,7 @@ class NpuGraph(DecoderGraph):
         if not self.bits:
             return super().table(name)
         if name not in self.shared:
-            w = few_bits(self.weight(f"{name}.weight"), self.precision, 8, self.block)
+            w = self.joined([self.weight(f"{name}.weight")], 8)
             self.shared[name] = [
                 self.tensor(f"{name}.weight", w.data.flatten(1) ^ 0x80, TensorProto.INT8),
                 self.tensor(f"{name}.scales", w.scales.flatten())]
@@ -190,13 +183,6 @@ class NpuGraph(DecoderGraph):
         self.tensor("mask.full.past", torch.arange(P + new) <= torch.arange(P, P + new)[:, None])
 
 
-def joined(parts: Sequence[Blocks]) -> Blocks:
-    """Weights (out, in) in few bits as one, below each other."""
-    data, scales = (torch.cat([getattr(p, field) for p in parts]) for field in ("data", "scales"))
-    return Blocks(parts[0].bits, parts[0].size, torch.Size((len(data), parts[0].shape[1])), data,
-                  scales)
-
-
 def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, precision: str,
               context: int, block: int, static: tuple[int, int, int], ranges: Ranges) -> None:
     """Write embed.onnx, prompt.onnx and model.onnx over one file of weights.
@@ -209,7 +195,7 @@ def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, pre
         raise ValueError(f"an attention window of {min(filter(None, config.windows))} tokens is "
                          f"shorter than the cache: --static 1x{static[1]}xP with a smaller P")
     with open(folder / "model.onnx.data", "wb") as data:
-        graph = NpuGraph(data, "model.onnx.data", config, weight, precision, block, static, ranges)
+        graph = NpuGraph(ranges, data, config, weight, "portable", precision, block, static)
         embedding = graph.table("model.embed_tokens")
         graph.decoder(context, False)
         for file, new in ("prompt.onnx", static[1]), ("model.onnx", 1):

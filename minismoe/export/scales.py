@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..model.decoder import CausalLM
-from ..model.quantize import Blocks, dequantize, few_rows, quantize, quantize_rows
-from .weights import CHUNK, NPU_PRECISIONS, PRECISIONS
+from ..model.quantize import Blocks, dequantize, few_rows
+from .weights import CHUNK, PRECISIONS, few_bits
 
 
 class ScaledWeight(nn.Module):
@@ -145,14 +145,6 @@ def quantised_weights(model: CausalLM, precision: str,
         tied = name == "lm_head" and model.config.tie_word_embeddings
         if isinstance(part, (nn.Linear, nn.Embedding)) and not tied:
             yield name, part, bits if ".layers." in name else table_bits
-
-
-def few_bits(weight: Any, precision: str, bits: int, block: int) -> Blocks:
-    """A weight as a graph of that precision stores it; ready-made `Blocks` stay as they are."""
-    if isinstance(weight, Blocks):
-        return weight
-    rows = bits == 8 and precision in NPU_PRECISIONS
-    return quantize_rows(weight) if rows else quantize(weight, bits, block)
 
 
 def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,
