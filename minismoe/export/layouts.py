@@ -57,7 +57,7 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
     stored = merged_weights(source.base, into)
 
     def weight(name: str) -> Any:
-        return frozen.blocks[name] if name in frozen.blocks else stored(name)
+        return frozen.blocks.get(name) or stored(name)
 
     sizing: dict[str, Any] = dict(precision=config.precision, context=config.context or 0,
                                   block=config.block or BLOCK, static=config.static)
