@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-OPSET, IR = 21, 10
+IR = 10                         # version of the file format
 SMALL = 1 << 10                 # a tensor of at most so many bytes stays in the graph file
 TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
          torch.int64: TensorProto.INT64, torch.uint8: TensorProto.UINT8,
@@ -25,7 +25,7 @@ TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
 class Graph:
     """Nodes and tensors; the bytes of large ones are written to `data` at once, and not kept."""
 
-    opset = OPSET
+    opset = 21
 
     def __init__(self, data: BinaryIO | None = None):
         self.data = data
