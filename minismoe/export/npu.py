@@ -16,6 +16,7 @@ Letters: T new tokens, P slots of the cache, D hidden, K key/value heads, C head
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,35 +243,37 @@ def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> dict[s
     text. The others give the candidates, from the extremes of each token. So a range may cut single
     outliers, but not those that make up a token.
     """
-    layers: dict[nn.Module, str] = {
-        m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    extremes: dict[tuple[str, int], list[Tensor]] = {}
-    watch(model, layers, [t for i, t in enumerate(texts) if i % 4], lambda key, x: (
-        extremes.setdefault(key, []).append(torch.stack(x.aminmax(dim=-1)))))
+    extremes = watched(model, [t for i, t in enumerate(texts) if i % 4],
+                       lambda key, x: torch.stack(x.aminmax(dim=-1)))
     choices = {key: [Range(min(0.0, f * low.quantile(1 - q).item()),
                            max(0.0, f * high.quantile(q).item())) for q, f in WIDER]
-               for key, found in extremes.items() for low, high in [torch.cat(found, 1)]}
-    errors: dict[tuple[str, int], list[Tensor]] = {}
-    watch(model, layers, texts[::4], lambda key, x: errors.setdefault(key, []).append(
-        torch.stack([(r.round(x) - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-6)
-                     for r in choices[key]])))
-    best, good = {}, set(layers.values())
-    for key, found in errors.items():
-        error = torch.cat(found, 1)                                # (candidates, tokens)
+               for key, (low, high) in extremes.items()}
+    errors = watched(model, texts[::4], lambda key, x: torch.stack([
+        (r.round(x) - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-6) for r in choices[key]]))
+    best, bad = {}, set()
+    for key, error in errors.items():                              # (candidates, tokens)
         n = int(error.amax(1).argmin())
         best[key] = choices[key][n]
         if error[n].mean() > FLOAT_ABOVE and key[0] != "lm_head":
-            good.discard(key[0])
-    return {name: (best[name, 0], best[name, 1]) for name in layers.values() if name in good}
+            bad.add(key[0])
+    return {name: (best[name, 0], best[name, 1]) for name, side in best
+            if side == 0 and name not in bad}
 
 
-def watch(model: CausalLM, layers: Mapping[nn.Module, str], texts: Sequence[Sequence[int]],
-          see: Callable[[tuple[str, int], Tensor], Any]) -> None:
-    """Read texts, and call see((name, 0), inputs (N, in)) and see((name, 1), outputs (N, out))."""
+def watched(model: CausalLM, texts: Sequence[Sequence[int]],
+            measure: Callable[[tuple[str, int], Tensor], Tensor]) -> dict[tuple[str, int], Tensor]:
+    """What measure(key, x (N, .)) returns, (., N) of each text, side by side, for the inputs of
+    each linear layer, key (name, 0), and for its outputs, (name, 1)."""
+    names: dict[nn.Module, str] = {
+        m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = defaultdict[tuple[str, int], list[Tensor]](list)
+
     def hook(layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
         for side, x in enumerate((inputs[0], y)):
-            see((layers[layer], side), x.flatten(0, -2).float())
+            key = names[layer], side
+            found[key].append(measure(key, x.flatten(0, -2).float()))
 
     for text in texts:
         ids = torch.tensor([list(text)], device=model.lm_head.weight.device)
-        run_hooked(model, (ids, torch.ones_like(ids)), layers, hook)
+        run_hooked(model, (ids, torch.ones_like(ids)), names, hook)
+    return {key: torch.cat(parts, 1) for key, parts in found.items()}
