@@ -124,14 +124,12 @@ class NpuGraph(DecoderGraph):
 
         QNN wants zero points of 0, so the highest bit of each integer is flipped.
         """
-        data, scales = columns(w)
-        if w.bits == 8:
-            return self.node("DequantizeLinear", label, self.tensor(
-                f"{label}.weight", data ^ 0x80, TensorProto.INT8, w.shape[::-1]),
-                self.tensor(f"{label}.scales", scales[0]), axis=1)
-        return self.node("DequantizeLinear", label, self.tensor(
-            f"{label}.weight", data ^ 0x88, TensorProto.INT4, w.shape[::-1]),
-            self.tensor(f"{label}.scales", scales), axis=0, block_size=w.size)
+        (data, scales), rows = columns(w), w.bits == 8
+        kind, highest = (TensorProto.INT8, 0x80) if rows else (TensorProto.INT4, 0x88)
+        names = [self.tensor(f"{label}.weight", data ^ highest, kind, w.shape[::-1]),
+                 self.tensor(f"{label}.scales", scales[0] if rows else scales)]
+        axes: dict[str, Any] = {"axis": 1} if rows else {"axis": 0, "block_size": w.size}
+        return self.node("DequantizeLinear", label, *names, **axes)
 
     def float_product(self, label: str, x: str, w: Blocks) -> str:
         """x times a weight in few bits, without rounding x; a row of 8 bits is cut into blocks."""

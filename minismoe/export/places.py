@@ -57,7 +57,8 @@ class PlacesGraph(MixtureGraph):
             total, new = (self.node("Shape", f"{name}.{n}", n, start=1, end=2)
                           for n in ("attention_mask", "input_ids"))
             past = self.node("Sub", name, total, new)                                    # (1,)
-            first, end = (self.node("Squeeze", f"{name}.{x}", x) for x in (past, total))
+            first, end = (self.node("Squeeze", f"{name}.{n}", x)
+                          for n, x in (("past", past), ("total", total)))
             key = self.node("Range", f"{name}.key", 0, end, 1)
             query = self.node("Range", f"{name}.query", first, end, 1)
             seen = self.node("LessOrEqual", name, key, self.node(
