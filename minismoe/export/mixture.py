@@ -80,8 +80,7 @@ class MixtureGraph(WeightGraph):
 
     def experts(self, layers: Sequence[ExpertLinear | None], label: str, x: str,
                 shapes: Sequence[tuple[int, int]]) -> list[str]:
-        """What the experts of each layer add to a matrix (out, in): (B, T, out); None adds zeros.
-        """
+        """What the experts of each layer add to a matrix (out, in), (B, T, out); None: zeros."""
         parts = [flat(layer) if layer else (torch.zeros(1, inputs), torch.zeros(out, 1),
                                             torch.zeros(0, inputs))
                  for layer, (out, inputs) in zip(layers, shapes)]

@@ -55,8 +55,7 @@ Read = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 @torch.no_grad()
 def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """Logits (n, V) after the prompt and after each token of the text; a graph reads these singly.
-    """
+    """Logits (n, V) after the prompt and each token of the text; a graph reads these singly."""
     if isinstance(model, Generator):
         return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
                             for given in model.forced(prompt, text)])
