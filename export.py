@@ -74,8 +74,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def alternatives(config: ExportConfig) -> list[ExportConfig]:
-    """The settings of each graph of the folder; a browser has one for WebGPU beside that for WASM.
-    """
+    """The settings of each graph: a browser has one for WebGPU beside that for WASM."""
     if config.layout == "web" and config.precision == "auto":
         return [replace(config, precision="q4f16"), config]
     return [config]

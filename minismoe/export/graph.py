@@ -72,10 +72,9 @@ class DecoderGraph(PlacesGraph):
     def attention(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
         c, name = self.config, f"model.layers.{i}.self_attn"
-        qkv = self.linear([f"{name}.{p}_proj" for p in "qkv"], f"{name}.qkv_proj", x, c.qkv_bias)
+        qkv = self.linear([f"{name}.{p}_proj" for p in "qkv"], x, c.qkv_bias, f"{name}.qkv_proj")
         y = (self.attend_ort if self.ort else self.attend)(i, name, qkv)
-        out = c.name(f"{name}.o_proj")
-        return self.linear([out], out, y, c.o_bias)
+        return self.linear([c.name(f"{name}.o_proj")], y, c.o_bias)
 
     def attend_ort(self, i: int, name: str, qkv: str) -> str:
         """(B, T, (H + 2K) * C) -> (B, T, H * C) by one operator, which also rotates and caches."""
@@ -148,7 +147,7 @@ class DecoderGraph(PlacesGraph):
     def conv(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D) by a short convolution; its last L - 1 inputs are its cache."""
         name, L = f"model.layers.{i}.conv", self.config.conv_size
-        x = self.linear([f"{name}.in_proj"], f"{name}.in_proj", x, False)
+        x = self.linear([f"{name}.in_proj"], x)
         b, gate, u = self.node("Split", name, x, outputs=3, axis=-1, num_outputs=3)
         past = self.node("Transpose", f"{name}.past", f"past_conv.{i}", perm=[0, 2, 1])
         x = self.node("Concat", name, past, self.node("Mul", name, b, u), axis=1)
@@ -160,14 +159,14 @@ class DecoderGraph(PlacesGraph):
         parts = [self.node("Mul", f"{name}.{j}", self.tensor(f"{name}.conv.{j}", tap), self.node(
             "Slice", f"{name}.{j}", x, [j], [j - L + 1 or END], [1])) for j, tap in enumerate(taps)]
         y = self.node("Mul", f"{name}.gate", gate, self.node("Sum", name, *parts))
-        return self.linear([f"{name}.out_proj"], f"{name}.out_proj", y, False)
+        return self.linear([f"{name}.out_proj"], y)
 
     def mlp(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
         c, name, bias = self.config, self.config.name(f"model.layers.{i}.mlp"), self.config.mlp_bias
         parts = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
         *into, down = (f"{name}.{c.name(part)}" for part in (*parts, "down_proj"))
-        both = self.linear(into, f"{name}.gate_up_proj", x, bias)
+        both = self.linear(into, x, bias, f"{name}.gate_up_proj")
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
         if c.activation != "silu":
             act = self.node("Gelu", name, gate, approximate="tanh")
@@ -175,7 +174,7 @@ class DecoderGraph(PlacesGraph):
             act = self.node("QuickGelu", name, gate, domain="com.microsoft", alpha=1.0)
         else:
             act = self.node("Mul", f"{name}.act", gate, self.node("Sigmoid", name, gate))
-        return self.linear([down], down, self.node("Mul", name, act, up), bias)
+        return self.linear([down], self.node("Mul", name, act, up), bias)
 
     def embed(self) -> str:
         """input_ids (B, T) -> (B, T, D)."""
@@ -222,11 +221,10 @@ class DecoderGraph(PlacesGraph):
         sizes: Any = self.static or ("batch_size", "sequence_length", "past_sequence_length")
         B, T, P = sizes
         S = P + T if self.static else "total_sequence_length"
-        for name, length in (("input_ids", T), ("attention_mask", S), ("position_ids", T)):
-            if name != "position_ids" or not self.ort:
-                self.inputs.append(value(name, TensorProto.INT64, [B, length]))
-        self.outputs.append(value("logits", TensorProto.FLOAT,
-                                  [B, T if all_logits else 1, c.vocab_size]))
+        lengths = {"input_ids": T, "attention_mask": S} | ({} if self.ort else {"position_ids": T})
+        self.inputs = [value(name, TensorProto.INT64, [B, n]) for name, n in lengths.items()]
+        self.outputs = [value("logits", TensorProto.FLOAT,
+                              [B, T if all_logits else 1, c.vocab_size])]
         past, present = ([B, c.num_key_value_heads, n, c.head_dim]
                          for n in (P, P if self.static else S))
         for i in c.attention_layers:
@@ -296,8 +294,7 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
     if wrong := sorted(set(adapters) - set(known)):
         raise ValueError(f"adapters for no matrix of this model: {', '.join(wrong[:5])}")
     with open(f"{file}.data", "wb") as data:
-        graph = DecoderGraph(adapters, data, f"{file.name}.data", config, weight, target,
-                             precision, block, static)
+        graph = DecoderGraph(adapters, data, config, weight, target, precision, block, static)
         graph.decoder(context, all_logits)
     graph.save(file)
 

@@ -73,7 +73,7 @@ def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, keep: Collection[str] 
 
 def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collection[str] = (),
                 lr: float = SCALES_LR) -> dict[str, Blocks]:
-    """Train the scales of a model's quantised weights; returns the blocks with them, on the CPU.
+    """Train the scales of a model's quantised weights; returns the blocks with them.
 
     blocks: of all weights that are quantised. Those of matrices in `keep`, which go on routing, are
     not trained.
@@ -81,9 +81,8 @@ def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collectio
     student = twin(lesson.teacher).train()
     scaled = scale_model(student, blocks, keep)
     tune(student, lesson, [weight.delta for weight in scaled.values()], lr)
-    return {name: replace(found, data=found.data.cpu(), scales=(
-                scaled[name].trained_scales() if name in scaled else found.scales).cpu())
-            for name, found in blocks.items()}
+    return {**blocks, **{name: replace(blocks[name], scales=weight.trained_scales())
+                         for name, weight in scaled.items()}}
 
 
 def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float) -> None:

@@ -57,7 +57,7 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
     stored = merged_weights(source.base, into)
 
     def weight(name: str) -> Any:
-        return frozen.blocks[name] if name in frozen.blocks else stored(name)
+        return frozen.blocks.get(name) or stored(name)
 
     sizing: dict[str, Any] = dict(precision=config.precision, context=config.context or 0,
                                   block=config.block or BLOCK, static=config.static)
@@ -75,9 +75,8 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
             name: (f.lora_A, f.lora_B) for name, f in frozen.by_task[task].items()})
     return {"target": config.target, "precision": config.precision, "context": config.context,
             "static": config.static, "layers": len(sizes.attention_layers),
-            "heads": sizes.num_attention_heads,
-            "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
-            "vocab_size": sizes.vocab_size, "adapters": adapters,
+            "heads": sizes.num_attention_heads, "kv_heads": sizes.num_key_value_heads,
+            "head_dim": sizes.head_dim, "vocab_size": sizes.vocab_size, "adapters": adapters,
             "cache_type": "float16" if config.precision in (*HALF, *NPU_PRECISIONS) else "float32",
             **({"soc": config.compile} if config.compile else {})}
 

@@ -47,48 +47,48 @@ class MixtureGraph(WeightGraph):
         super().__init__(*model)
         self.adapters = adapters
 
-    def linear(self, names: Sequence[str], label: str, x: str, bias: bool) -> str:
-        """x (B, T, in) -> (B, T, sum of out), by the modules `names`."""
-        weights = [self.weight(f"{n}.weight") for n in names]
-        y = self.product(label, x, weights)
+    def linear(self, names: Sequence[str], x: str, bias: bool = False, label: str = "") -> str:
+        """x (B, T, in) -> (B, T, sum of out), by the modules `names`; label: of several, in the
+        names of nodes."""
+        label, weights = label or names[0], [self.weight(f"{n}.weight") for n in names]
+        y = self.product(names, label, x, weights)
         if bias:
             values = torch.cat([self.weight(f"{n}.bias").to(self.dtype) for n in names])
             y = self.node("Add", f"{label}.bias", y, self.tensor(f"{label}.bias", values))
         if not self.adapters.keys() & set(names):
             return y
-        delta = self.delta(names, label, self.cast(f"{label}.wide", x, TensorProto.FLOAT),
-                           weights[0].shape[1], [w.shape[0] for w in weights])
+        x, shapes = self.cast(f"{label}.wide", x, TensorProto.FLOAT), [w.shape for w in weights]
+        adapters: list[Any] = [self.adapters.get(name) for name in names]
+        if any(isinstance(a, AdapterInput) for a in adapters):
+            parts = [self.adapter_input(n, x, *shape) for n, shape in zip(names, shapes)]
+        else:
+            parts = self.experts(adapters, label, x, shapes)
+        delta = parts[0] if len(parts) == 1 else self.node(
+            "Concat", f"{label}.lora_B", *parts, axis=-1)
         return self.node("Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.real))
 
-    def delta(self, names: Sequence[str], label: str, x: str, inputs: int,
-              sizes: Sequence[int]) -> str:
-        """What the adapters of modules add, side by side: x (B, T, in) -> (B, T, sum of sizes)."""
-        found = [self.adapters.get(name) for name in names]
-        if any(isinstance(a, AdapterInput) for a in found):
-            return self.join(f"{label}.lora_B", [
-                self.adapter_input(name, x, inputs, size) for name, size in zip(names, sizes)])
-        layers = [a if isinstance(a, ExpertLinear) else None for a in found]
-        return self.experts(layers, label, x, inputs, sizes)
-
-    def adapter_input(self, name: str, x: str, inputs: int, size: int) -> str:
+    def adapter_input(self, name: str, x: str, outputs: int, inputs: int) -> str:
         """The LoRA that comes as an input of the graph; its default has rank 0 and adds nothing."""
         A = self.tensor(f"{name}.lora_A", torch.empty(inputs, 0))
-        B = self.tensor(f"{name}.lora_B", torch.empty(0, size))
+        B = self.tensor(f"{name}.lora_B", torch.empty(0, outputs))
         if name in self.adapters:
             rank = f"{name}.rank"
             self.inputs += [make_tensor_value_info(A, TensorProto.FLOAT, [inputs, rank]),
-                            make_tensor_value_info(B, TensorProto.FLOAT, [rank, size])]
+                            make_tensor_value_info(B, TensorProto.FLOAT, [rank, outputs])]
         h = self.node("MatMul", f"{name}.lora_A", x, A)
         return self.node("MatMul", f"{name}.lora_B", h, B)
 
-    def experts(self, layers: Sequence[ExpertLinear | None], label: str, x: str, inputs: int,
-                sizes: Sequence[int]) -> str:
-        """What the experts of layers add, side by side, (B, T, sum of sizes); None adds zeros."""
-        parts = [flat(layer) if layer else (torch.zeros(1, inputs), torch.zeros(size, 1),
+    def experts(self, layers: Sequence[ExpertLinear | None], label: str, x: str,
+                shapes: Sequence[tuple[int, int]]) -> list[str]:
+        """What the experts of each layer add to a matrix (out, in), (B, T, out); None: zeros."""
+        parts = [flat(layer) if layer else (torch.zeros(1, inputs), torch.zeros(out, 1),
                                             torch.zeros(0, inputs))
-                 for layer, size in zip(layers, sizes)]
+                 for layer, (out, inputs) in zip(layers, shapes)]
         routers = [router for _, _, router in parts if len(router)]
-        h = self.into_ranks(f"{label}.lora_A", x, torch.cat([A for A, _, _ in parts]))
+        name, A = f"{label}.lora_A", torch.cat([A for A, _, _ in parts])
+        few = self.rows or self.bits and self.dtype == torch.float32
+        h = self.product([], name, x, [A], A_BITS) if few else self.node(
+            "MatMul", name, x, self.tensor(name, A.T))
         if routers:
             E, first, gate_of_rank = max(map(len, routers)), 0, []      # each (G * E, R)
             for A, _, router in parts:
@@ -105,23 +105,10 @@ class MixtureGraph(WeightGraph):
                 self.tensor(f"{label}.gates", torch.cat(gate_of_rank, 1)))
             h = self.node("Mul", f"{label}.gates", h, gates)
         hs = [h] if len(parts) == 1 else self.node(
-            "Split", f"{label}.lora_A", h, [len(A) for A, _, _ in parts], outputs=len(parts),
-            axis=-1)
-        return self.join(f"{label}.lora_B", [
-            self.node("MatMul", f"{label}.lora_B.{i}", h, self.tensor(f"{label}.lora_B.{i}", B.T))
-            for i, (h, (_, B, _)) in enumerate(zip(hs, parts))])
-
-    def into_ranks(self, label: str, x: str, A: Tensor) -> str:
-        """A x, x (B, T, in) -> (B, T, R), by A (R, in); in 8 bits beside a base in few bits."""
-        if self.rows:
-            return self.product(label, x, [A])
-        if self.bits and self.dtype == torch.float32:
-            blocks = self.blocks(label, [A], A_BITS)
-            return self.multiply(label, x, blocks, A.shape[1], len(A), A_BITS)
-        return self.node("MatMul", label, x, self.tensor(label, A.T))
-
-    def join(self, name: str, parts: Sequence[str]) -> str:
-        return parts[0] if len(parts) == 1 else self.node("Concat", name, *parts, axis=-1)
+            "Split", name, h, [len(A) for A, _, _ in parts], outputs=len(parts), axis=-1)
+        return [self.node("MatMul", f"{label}.lora_B.{i}", h,
+                          self.tensor(f"{label}.lora_B.{i}", B.T))
+                for i, (h, (_, B, _)) in enumerate(zip(hs, parts))]
 
     def gates(self, name: str, x: str, routers: Sequence[Tensor], top_k: Sequence[int]) -> str:
         """Top-k gates of G matrices, zero for experts not chosen, (B, T, G * E)."""
@@ -137,8 +124,7 @@ class MixtureGraph(WeightGraph):
             fewer = torch.tensor([[0.0 if e < n else -math.inf for e in range(E)] for n in counts])
             y = self.node("Add", name, y, self.tensor(f"{name}.counts", fewer))
         if k < E:
-            values, chosen = self.node("TopK", name, y, [k], outputs=2, axis=-1,
-                                       sorted=0)
+            values, chosen = self.node("TopK", name, y, [k], outputs=2, axis=-1, sorted=0)
             y = self.node("ScatterElements", name, self.no_choice(G, E), chosen, values, axis=-1)
         y = self.node("Softmax", name, y, axis=-1)
         if G > 1:
@@ -152,9 +138,8 @@ class MixtureGraph(WeightGraph):
             self.shared[name] = self.tensor(name, torch.full((*self.static[:2], *sizes), -math.inf))
         elif name not in self.shared:
             shape = self.node("Concat", name, self.node("Shape", name, "input_ids"), sizes, axis=0)
-            self.shared[name] = self.node(
-                "ConstantOfShape", name, shape,
-                value=make_tensor("value", TensorProto.FLOAT, [1], [-math.inf]))
+            self.shared[name] = self.node("ConstantOfShape", name, shape, value=make_tensor(
+                "value", TensorProto.FLOAT, [1], [-math.inf]))
         return self.shared[name]
 
 

@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-OPSET, IR = 21, 10
+IR = 10                         # version of the file format
 SMALL = 1 << 10                 # a tensor of at most so many bytes stays in the graph file
 TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
          torch.int64: TensorProto.INT64, torch.uint8: TensorProto.UINT8,
@@ -25,10 +25,10 @@ TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
 class Graph:
     """Nodes and tensors; the bytes of large ones are written to `data` at once, and not kept."""
 
-    opset = OPSET
+    opset = 21
 
-    def __init__(self, data: BinaryIO | None = None, location: str = ""):
-        self.data, self.location = data, location
+    def __init__(self, data: BinaryIO | None = None):
+        self.data = data
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -76,7 +76,7 @@ class Graph:
             self.data.write(raw)
         if self.data is not None and start is not None:
             proto.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", self.location), ("offset", start),
+            for key, value in (("location", Path(self.data.name).name), ("offset", start),
                                ("length", self.data.tell() - start)):
                 proto.external_data.add(key=key, value=str(value))
         return name

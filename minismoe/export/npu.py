@@ -16,9 +16,10 @@ Letters: T new tokens, P slots of the cache, D hidden, K key/value heads, C head
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from .graph import DecoderGraph, cached
 from .heal import twin
 from .nodes import Graph
 from .routing import Calibration, Frozen
-from .scales import few_bits, round_weights
+from .scales import round_weights
 from .settings import ExportConfig, Source
 from .weights import PRECISIONS
 
@@ -70,10 +71,9 @@ class NpuGraph(DecoderGraph):
 
     masked, opset = -1e4, 23         # RMSNormalization is new in 23
 
-    def __init__(self, data: BinaryIO, location: str, config: Config, weight: Callable[[str], Any],
-                 precision: str, block: int, static: tuple[int, int, int], ranges: Ranges):
-        super().__init__({}, data, location, config, weight, "portable", precision, block, static)
-        self.precision, self.ranges = precision, ranges
+    def __init__(self, ranges: Ranges, *model: Any):
+        super().__init__({}, *model)
+        self.ranges = ranges
 
     def rms(self, name: str, x: str, weight: str) -> str:
         """As in the base class, in one operator: HTP sums the squares in float32."""
@@ -99,23 +99,17 @@ class NpuGraph(DecoderGraph):
             self.node("Cast", name, new, to=TensorProto.FLOAT16, named=[present])
         return self.node("Concat", name, past, new, axis=2)
 
-    def linear(self, names: Sequence[str], label: str, x: str, bias: bool) -> str:
-        """x (1, T, in) -> (1, T, sum of out), by the modules `names`."""
+    def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any],
+                bits: int = 0) -> str:
+        """x (1, T, in) -> (1, T, sum of out), in integers if all outputs have ranges."""
         if not self.bits:
-            return super().linear(names, label, x, bias)
-        parts = [few_bits(self.weight(f"{n}.weight"), self.precision, self.bits, self.block)
-                 for n in names]
-        ranges = [self.ranges[n] for n in names if n in self.ranges]
-        if len(ranges) < len(names):
-            y = self.float_product(label, x, joined(parts))
-        else:
-            y = self.narrow(f"{label}.y", self.node("MatMul", label, self.narrow(
-                f"{label}.x", x, [r for r, _ in ranges]), self.stored(label, joined(parts))),
-                [r for _, r in ranges])
-        if not bias:
-            return y
-        values = torch.cat([self.weight(f"{n}.bias").to(self.dtype) for n in names])
-        return self.node("Add", f"{label}.bias", y, self.tensor(f"{label}.bias", values))
+            return super().product(names, label, x, weights)
+        w = self.joined(weights, self.bits)
+        if not self.ranges.keys() >= set(names):
+            return self.float_product(label, x, w)
+        ins, outs = zip(*(self.ranges[name] for name in names))
+        y = self.node("MatMul", label, self.narrow(f"{label}.x", x, ins), self.stored(label, w))
+        return self.narrow(f"{label}.y", y, outs)
 
     def narrow(self, name: str, x: str, ranges: Sequence[Range]) -> str:
         """x, rounded to 16 bits in a range that holds all of these."""
@@ -130,14 +124,12 @@ class NpuGraph(DecoderGraph):
 
         QNN wants zero points of 0, so the highest bit of each integer is flipped.
         """
-        data, scales = columns(w)
-        if w.bits == 8:
-            return self.node("DequantizeLinear", label, self.tensor(
-                f"{label}.weight", data ^ 0x80, TensorProto.INT8, tuple(w.shape)[::-1]),
-                self.tensor(f"{label}.scales", scales[0]), axis=1)
-        return self.node("DequantizeLinear", label, self.tensor(
-            f"{label}.weight", data ^ 0x88, TensorProto.INT4, tuple(w.shape)[::-1]),
-            self.tensor(f"{label}.scales", scales), axis=0, block_size=w.size)
+        (data, scales), rows = columns(w), w.bits == 8
+        kind, highest = (TensorProto.INT8, 0x80) if rows else (TensorProto.INT4, 0x88)
+        names = [self.tensor(f"{label}.weight", data ^ highest, kind, w.shape[::-1]),
+                 self.tensor(f"{label}.scales", scales[0] if rows else scales)]
+        axes: dict[str, Any] = {"axis": 1} if rows else {"axis": 0, "block_size": w.size}
+        return self.node("DequantizeLinear", label, *names, **axes)
 
     def float_product(self, label: str, x: str, w: Blocks) -> str:
         """x times a weight in few bits, without rounding x; a row of 8 bits is cut into blocks."""
@@ -155,7 +147,7 @@ class NpuGraph(DecoderGraph):
         if not self.bits:
             return super().table(name)
         if name not in self.shared:
-            w = few_bits(self.weight(f"{name}.weight"), self.precision, 8, self.block)
+            w = self.joined([self.weight(f"{name}.weight")], 8)
             self.shared[name] = [
                 self.tensor(f"{name}.weight", w.data.flatten(1) ^ 0x80, TensorProto.INT8),
                 self.tensor(f"{name}.scales", w.scales.flatten())]
@@ -190,13 +182,6 @@ class NpuGraph(DecoderGraph):
         self.tensor("mask.full.past", torch.arange(P + new) <= torch.arange(P, P + new)[:, None])
 
 
-def joined(parts: Sequence[Blocks]) -> Blocks:
-    """Weights (out, in) in few bits as one, below each other."""
-    data, scales = (torch.cat([getattr(p, field) for p in parts]) for field in ("data", "scales"))
-    return Blocks(parts[0].bits, parts[0].size, torch.Size((len(data), parts[0].shape[1])), data,
-                  scales)
-
-
 def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, precision: str,
               context: int, block: int, static: tuple[int, int, int], ranges: Ranges) -> None:
     """Write embed.onnx, prompt.onnx and model.onnx over one file of weights.
@@ -209,7 +194,7 @@ def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, pre
         raise ValueError(f"an attention window of {min(filter(None, config.windows))} tokens is "
                          f"shorter than the cache: --static 1x{static[1]}xP with a smaller P")
     with open(folder / "model.onnx.data", "wb") as data:
-        graph = NpuGraph(data, "model.onnx.data", config, weight, precision, block, static, ranges)
+        graph = NpuGraph(ranges, data, config, weight, "portable", precision, block, static)
         embedding = graph.table("model.embed_tokens")
         graph.decoder(context, False)
         for file, new in ("prompt.onnx", static[1]), ("model.onnx", 1):
@@ -256,35 +241,37 @@ def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> dict[s
     text. The others give the candidates, from the extremes of each token. So a range may cut single
     outliers, but not those that make up a token.
     """
-    layers: dict[nn.Module, str] = {
-        m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    extremes: dict[tuple[str, int], list[Tensor]] = {}
-    watch(model, layers, [t for i, t in enumerate(texts) if i % 4], lambda key, x: (
-        extremes.setdefault(key, []).append(torch.stack(x.aminmax(dim=-1)))))
+    extremes = watched(model, [t for i, t in enumerate(texts) if i % 4],
+                       lambda key, x: torch.stack(x.aminmax(dim=-1)))
     choices = {key: [Range(min(0.0, f * low.quantile(1 - q).item()),
                            max(0.0, f * high.quantile(q).item())) for q, f in WIDER]
-               for key, found in extremes.items() for low, high in [torch.cat(found, 1)]}
-    errors: dict[tuple[str, int], list[Tensor]] = {}
-    watch(model, layers, texts[::4], lambda key, x: errors.setdefault(key, []).append(
-        torch.stack([(r.round(x) - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-6)
-                     for r in choices[key]])))
-    best, good = {}, set(layers.values())
-    for key, found in errors.items():
-        error = torch.cat(found, 1)                                # (candidates, tokens)
+               for key, (low, high) in extremes.items()}
+    errors = watched(model, texts[::4], lambda key, x: torch.stack([
+        (r.round(x) - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-6) for r in choices[key]]))
+    best, bad = {}, set()
+    for key, error in errors.items():                              # (candidates, tokens)
         n = int(error.amax(1).argmin())
         best[key] = choices[key][n]
         if error[n].mean() > FLOAT_ABOVE and key[0] != "lm_head":
-            good.discard(key[0])
-    return {name: (best[name, 0], best[name, 1]) for name in layers.values() if name in good}
+            bad.add(key[0])
+    return {name: (best[name, 0], best[name, 1]) for name, side in best
+            if side == 0 and name not in bad}
 
 
-def watch(model: CausalLM, layers: Mapping[nn.Module, str], texts: Sequence[Sequence[int]],
-          see: Callable[[tuple[str, int], Tensor], Any]) -> None:
-    """Read texts, and call see((name, 0), inputs (N, in)) and see((name, 1), outputs (N, out))."""
+def watched(model: CausalLM, texts: Sequence[Sequence[int]],
+            measure: Callable[[tuple[str, int], Tensor], Tensor]) -> dict[tuple[str, int], Tensor]:
+    """What measure(key, x (N, .)) returns, (., N) of each text, side by side, for the inputs of
+    each linear layer, key (name, 0), and for its outputs, (name, 1)."""
+    names: dict[nn.Module, str] = {
+        m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = defaultdict[tuple[str, int], list[Tensor]](list)
+
     def hook(layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
         for side, x in enumerate((inputs[0], y)):
-            see((layers[layer], side), x.flatten(0, -2).float())
+            key = names[layer], side
+            found[key].append(measure(key, x.flatten(0, -2).float()))
 
     for text in texts:
         ids = torch.tensor([list(text)], device=model.lm_head.weight.device)
-        run_hooked(model, (ids, torch.ones_like(ids)), layers, hook)
+        run_hooked(model, (ids, torch.ones_like(ids)), names, hook)
+    return {key: torch.cat(parts, 1) for key, parts in found.items()}

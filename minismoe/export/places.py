@@ -33,7 +33,7 @@ class PlacesGraph(MixtureGraph):
         name, c = f"mask.{window or 'full'}", self.config
         if name in self.shared:
             return self.shared[name]
-        seen = (self.seen_static if self.static else self.seen)(name, window)
+        seen = self.seen(name, window)
         real = self.node("Unsqueeze", name, self.node(
             "Cast", name, "attention_mask", to=TensorProto.BOOL), [1, 2])
         none = -1e4 if self.dtype == torch.float16 else self.masked
@@ -44,30 +44,29 @@ class PlacesGraph(MixtureGraph):
         return self.shared[name]
 
     def seen(self, name: str, window: int | None) -> str:
-        """(T, S): whether query t sees key j, apart from pads."""
-        S, T = (self.node("Squeeze", f"{name}.{n}", self.node("Shape", f"{name}.{n}", n, start=1,
-                                                              end=2))
-                for n in ("attention_mask", "input_ids"))
-        key = self.node("Range", f"{name}.key", 0, S, 1)
-        query = self.node("Range", f"{name}.query", self.node("Sub", name, S, T), S, 1)
-        query = self.node("Unsqueeze", f"{name}.query", query, [1])
-        seen = self.node("LessOrEqual", name, key, query)
-        if window is None:
-            return seen
-        first = self.node("Sub", f"{name}.query", query, window)
-        return self.node("And", f"{name}.near", seen, self.node("Greater", name, key, first))
-
-    def seen_static(self, name: str, window: int | None) -> str:
-        """The same (T, S) in a static graph; with a window (B, 1, T, S).
+        """Whether query t sees key j, apart from pads: (T, S), with a window (B, 1, T, S).
 
         Chunks may be padded, so the distance counts real tokens, not positions of the cache.
         """
-        _, T, P = self.static or (0, 0, 0)
-        seen = self.tensor(f"{name}.past", torch.arange(P + T) <= torch.arange(P, P + T)[:, None])
+        if self.static:
+            _, T, P = self.static
+            past: Any = [P]
+            seen = self.tensor(f"{name}.past",
+                               torch.arange(P + T) <= torch.arange(P, P + T)[:, None])
+        else:
+            total, new = (self.node("Shape", f"{name}.{n}", n, start=1, end=2)
+                          for n in ("attention_mask", "input_ids"))
+            past = self.node("Sub", name, total, new)                                    # (1,)
+            first, end = (self.node("Squeeze", f"{name}.{n}", x)
+                          for n, x in (("past", past), ("total", total)))
+            key = self.node("Range", f"{name}.key", 0, end, 1)
+            query = self.node("Range", f"{name}.query", first, end, 1)
+            seen = self.node("LessOrEqual", name, key, self.node(
+                "Unsqueeze", f"{name}.query", query, [1]))
         if window is None:
             return seen
         count = self.node("CumSum", name, "attention_mask", 1)                           # (B, S)
-        first = self.node("Slice", f"{name}.first", count, [P], [END], [1])              # (B, T)
+        first = self.node("Slice", f"{name}.first", count, past, [END], [1])             # (B, T)
         first = self.node("Sub", f"{name}.first", first, window)
         near = self.node("Greater", f"{name}.recent",
                          self.node("Unsqueeze", f"{name}.keys", count, [1, 2]),

@@ -55,7 +55,12 @@ class Calibration:
             name: random.Random(0).sample(e, len(e)) for name, e in source.examples.items()}
         if config.prompts:
             self.pools = {"prompts": unlabelled(config.prompts, source.tokenizer)}
-        self.examples = [e for pool in self.pools.values() for e in pool]
+
+    def lesson(self, task: str | None, steps: int) -> Lesson:
+        """What a student of the mixture is healed on: the samples of a task, or of all."""
+        examples = self.pools[task] if task else [e for pool in self.pools.values() for e in pool]
+        return Lesson(self.source.model, examples, steps, self.source.tokenizer.pad_id,
+                      self.source.micro_batch_size)
 
     @cached_property
     def batches(self) -> dict[str, list[Batch]]:
@@ -97,48 +102,44 @@ def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
     layers = list(expert_layers(source.model))
     if config.routing == "dynamic":
         return Frozen({}, {}, layers)
-    data = Calibration(config, source)
-    if not layers:
-        frozen = Frozen({}, {})
+    data, frozen = Calibration(config, source), Frozen({}, {})
+    if layers:
+        frozen = Frozen(**vars(data.fits()[config.fit]))
+        fits = frozen.of(config.task)
+        show_residuals(fits)
+        if config.routing == "auto":
+            tasks = [config.task] if config.task else list(data.pools)
+            (frozen.routed,) = fewest_routed(source.model, fits, lambda m: mean(
+                data.score(m, t) for t in tasks), [config.tolerance])
+            print(f"auto: routing stays in {len(frozen.routed)} of {len(fits)} matrices")
+    if data.pools:
         heal_frozen(config, source, data, frozen)
-        return frozen
-    frozen = Frozen(**vars(data.fits()[config.fit]))
-    fits = frozen.of(config.task)
-    show_residuals(fits)
-    if config.routing == "auto":
-        tasks = [config.task] if config.task else list(data.pools)
-        (frozen.routed,) = fewest_routed(
-            source.model, fits, lambda m: mean(data.score(m, t) for t in tasks), [config.tolerance])
-        print(f"auto: routing stays in {len(frozen.routed)} of {len(fits)} matrices")
-    heal_frozen(config, source, data, frozen)
-    save_frozen(source.run / "adapter", frozen)
+    if layers:
+        save_frozen(source.run / "adapter", frozen)
     return frozen
 
 
 def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen: Frozen) -> None:
     """Round what is merged into weights in few bits, and train what is frozen for config.heal
     steps: the scales, if all of it is merged into such weights, or else the maps."""
-    tasks: list[str | None] = [*data.pools] if config.adapters else [config.task]
-
     def rounded(model: CausalLM) -> None:
         if config.block:
             round_weights(model, config.precision, config.block)
 
-    for task in tasks if data.pools else ():
-        lesson = Lesson(source.model, data.pools[task] if task else data.examples,
-                        config.heal or 0, source.tokenizer.pad_id, source.micro_batch_size)
-        if config.block and config.routing != "freeze" and not config.adapters:
-            into = {n: f for n, f in frozen.of(task).items() if n not in frozen.routed}
-            weight = merged_weights(source.base, into)
-            blocks = quantize_model(source.model, weight, config.precision, config.block)
-            refine(source.model, blocks, weight, [
-                batch for name in ([task] if task else data.pools) for batch in data.batches[name]])
-            frozen.blocks = heal_scales(lesson, blocks, keep=frozen.routed) if config.heal else {
-                name: replace(found, data=found.data.cpu(), scales=found.scales.cpu())
-                for name, found in blocks.items()}
-        elif config.heal:
-            frozen.of(task).update(heal_maps(lesson, frozen.of(task), keep=frozen.routed,
-                                             rounded=rounded))
+    if config.block and config.routing != "freeze" and not config.adapters:
+        into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
+        weight = merged_weights(source.base, into)
+        blocks = quantize_model(source.model, weight, config.precision, config.block)
+        refine(source.model, blocks, weight, [batch for task, several in data.batches.items()
+                                              if config.task in (None, task) for batch in several])
+        if config.heal:
+            blocks = heal_scales(data.lesson(config.task, config.heal), blocks, keep=frozen.routed)
+        frozen.blocks = {name: replace(found, data=found.data.cpu(), scales=found.scales.cpu())
+                         for name, found in blocks.items()}
+    elif config.heal:
+        for task in data.pools if config.adapters else [config.task]:
+            frozen.of(task).update(heal_maps(data.lesson(task, config.heal), frozen.of(task),
+                                             keep=frozen.routed, rounded=rounded))
 
 
 def merged_weights(base: Path, fits: Fits) -> Callable[[str], Tensor]:
@@ -147,7 +148,7 @@ def merged_weights(base: Path, fits: Fits) -> Callable[[str], Tensor]:
 
     def weight(name: str) -> Tensor:
         found = fits.get(name.removesuffix(".weight"))
-        return stored(name) if found is None else merged(stored(name).float(), found)
+        return merged(stored(name).float(), found) if found else stored(name)
     return weight
 
 
@@ -241,8 +242,7 @@ def print_costs(config: TableConfig, source: Source) -> None:
     kinds = data.fits()
     fits = kinds[config.fit].together
     show_residuals(fits)
-    healed = heal_maps(Lesson(source.model, data.examples, config.heal, source.tokenizer.pad_id,
-                              source.micro_batch_size), fits)
+    healed = heal_maps(data.lesson(None, config.heal), fits)
     rows = cost_rows(source.model, kinds, healed, data.score,
                      (0.0, 0.01, 0.02) if config.routing == "auto" else ())
     write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})

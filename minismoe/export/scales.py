@@ -8,7 +8,7 @@ Letters: N outputs, K inputs, G blocks in a row, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..model.decoder import CausalLM
-from ..model.quantize import Blocks, dequantize, few_rows, quantize, quantize_rows
-from .weights import CHUNK, NPU_PRECISIONS, PRECISIONS
+from ..model.quantize import Blocks, dequantize, few_rows
+from .weights import CHUNK, PRECISIONS, few_bits
 
 
 class ScaledWeight(nn.Module):
@@ -121,12 +121,11 @@ class ScaledLinear(nn.Linear):
         return _Multiply.apply(x, self.scaled.delta, self.scaled, self.bias)
 
 
-class ScaledEmbedding(nn.Embedding):
+class ScaledEmbedding(nn.Module):
     """An nn.Embedding of a ScaledWeight."""
 
     def __init__(self, weight: ScaledWeight):
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = weight.shape
+        super().__init__()
         self.scaled = weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -134,33 +133,18 @@ class ScaledEmbedding(nn.Embedding):
         return _Lookup.apply(ids, self.scaled.delta, self.scaled)
 
 
-def quantised_weights(model: CausalLM, precision: str,
-                      ) -> Iterator[tuple[str, nn.Linear | nn.Embedding, int]]:
-    """(name, module, bits) of each module whose weight a graph of that precision quantises.
+def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,
+                   ) -> dict[str, Blocks]:
+    """The blocks of all weights that a graph quantises, by name; weight(name) reads one of them.
 
     A tied head is left out: its weight is that of the embedding.
     """
-    bits, table_bits = PRECISIONS[precision]
-    for name, part in list(model.named_modules()):
-        tied = name == "lm_head" and model.config.tie_word_embeddings
-        if isinstance(part, (nn.Linear, nn.Embedding)) and not tied:
-            yield name, part, bits if ".layers." in name else table_bits
-
-
-def few_bits(weight: Any, precision: str, bits: int, block: int) -> Blocks:
-    """A weight as a graph of that precision stores it; ready-made `Blocks` stay as they are."""
-    if isinstance(weight, Blocks):
-        return weight
-    rows = bits == 8 and precision in NPU_PRECISIONS
-    return quantize_rows(weight) if rows else quantize(weight, bits, block)
-
-
-def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,
-                   ) -> dict[str, Blocks]:
-    """The blocks of all weights that a graph quantises, by name; weight(name) reads one of them."""
-    device = model.lm_head.weight.device
-    return {f"{name}.weight": few_bits(weight(f"{name}.weight").to(device), precision, bits, block)
-            for name, _, bits in quantised_weights(model, precision)}
+    (bits, table_bits), device = PRECISIONS[precision], model.lm_head.weight.device
+    names = [f"{name}.weight" for name, part in model.named_modules()
+             if isinstance(part, (nn.Linear, nn.Embedding))
+             and not (name == "lm_head" and model.config.tie_word_embeddings)]
+    return {name: few_bits(weight(name).to(device), precision,
+                           bits if ".layers." in name else table_bits, block) for name in names}
 
 
 @torch.no_grad()
@@ -170,9 +154,9 @@ def round_weights(model: CausalLM, precision: str, block: int,
 
     blocks: those that the graph stores in place of the model's own weights, by weight name.
     """
-    for name, part, bits in quantised_weights(model, precision):
-        found = (blocks or {}).get(f"{name}.weight") or few_bits(
-            part.weight, precision, bits, block)
+    blocks = blocks or quantize_model(model, model.get_parameter, precision, block)
+    for name, found in blocks.items():
+        part: Any = model.get_submodule(name.removesuffix(".weight"))
         dense = dequantize(found, part.weight.dtype).to(part.weight.device)
         part.weight = nn.Parameter(dense, requires_grad=False)
     if model.config.tie_word_embeddings:
@@ -187,14 +171,13 @@ def scale_model(model: CausalLM, blocks: Mapping[str, Blocks], keep: Collection[
     Matrices in `keep` stay mixtures, of rounded weights that are not trained.
     """
     scaled: dict[str, ScaledWeight] = {}
-    for name, part in list(model.named_modules()):
-        if (found := blocks.get(f"{name}.weight")) is None:
-            continue
-        if name in keep:
+    for name, found in blocks.items():
+        part: Any = model.get_submodule(module := name.removesuffix(".weight"))
+        if module in keep:
             part.weight = nn.Parameter(dequantize(found, part.weight.dtype), requires_grad=False)
             continue
-        weight = scaled[f"{name}.weight"] = ScaledWeight(found, part.weight.dtype)
-        model.set_submodule(name, ScaledEmbedding(weight) if isinstance(part, nn.Embedding)
+        weight = scaled[name] = ScaledWeight(found, part.weight.dtype)
+        model.set_submodule(module, ScaledEmbedding(weight) if isinstance(part, nn.Embedding)
                             else ScaledLinear(weight, part.bias))
     if model.config.tie_word_embeddings:
         model.lm_head = ScaledLinear(scaled["model.embed_tokens.weight"], None)

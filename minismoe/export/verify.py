@@ -55,31 +55,30 @@ Read = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 @torch.no_grad()
 def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """Logits (n, V) after the prompt and after each token of the text; a graph reads these singly.
-    """
+    """Logits (n, V) after the prompt and each token of the text; a graph reads these singly."""
     if isinstance(model, Generator):
         return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
                             for given in model.forced(prompt, text)])
     return model.lm_head(model.model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:])
 
 
-def compare_logits(model: CausalLM, read: Read, prompts: Prompts, stop_ids: Sequence[int],
-                   precision: str, tokens: int = TOKENS, rounded: str = "") -> dict[str, Any]:
+def compare_logits(model: CausalLM | Generator, read: Read, prompts: Prompts, texts: Prompts,
+                   precision: str, complaint: str = "the export is not what PyTorch computes",
+                   ) -> dict[str, Any]:
     """Compare the logits of read(prompt, text) with those of `model`, along its greedy texts.
 
-    Raises ValueError if they differ by more than the precision explains.
+    Raises ValueError with the complaint if they differ by more than the precision explains.
     """
     errors, agreed, count = [], 0, 0
-    for prompt, text in zip(prompts, generate(model, prompts, tokens, stop_ids)):
+    for prompt, text in zip(prompts, texts):
         wanted, found = logits(model, prompt, text), read(prompt, text)
         errors.append((found - wanted).abs().max() / wanted.abs().max())
         agreed += int((found.argmax(-1) == wanted.argmax(-1)).sum())
         count += len(wanted)
     error = torch.stack(errors).max().item()             # nan if any is: Python's max may drop it
     if not error <= TOLERANCES[precision]:
-        raise ValueError(f"the export is not what PyTorch computes{rounded}: its logits are off by "
-                         f"{error:.2g} of the largest, and {precision} explains "
-                         f"{TOLERANCES[precision]:g}")
+        raise ValueError(f"{complaint}: its logits are off by {error:.2g} of the largest, and "
+                         f"{precision} explains {TOLERANCES[precision]:g}")
     return {"logits_error": float(f"{error:.3g}"), "tolerance": TOLERANCES[precision],
             "tokens_agreed": round(agreed / count, 4)}
 
@@ -90,12 +89,11 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
 
     Raises ValueError as `compare_logits` does, and if a float32 text differs.
     """
-    stop_ids = generator.tokenizer.stop_ids
     count = min(TOKENS, generator.room(max(map(len, prompts))))  # a static past may hold few
-    found = compare_logits(model, partial(logits, generator), prompts, stop_ids, precision, count)
-    texts = [generate(model, prompts, count, stop_ids), generator.batch(prompts, count),
-             [list(generator.generate(prompt, count)) for prompt in prompts]]
-    batched, single = (sum(a == b for a, b in zip(texts[0], other)) for other in texts[1:])
+    wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
+    found = compare_logits(model, partial(logits, generator), prompts, wanted, precision)
+    batched, single = (sum(a == b for a, b in zip(wanted, texts)) for texts in (
+        generator.batch(prompts, count), [[*generator.generate(p, count)] for p in prompts]))
     if precision == "fp32" and (batched, single) != (len(prompts),) * 2:
         raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
                          f"are equal, and {batched} in a batch")
@@ -109,9 +107,10 @@ def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, pre
     Raises ValueError if they differ by more than the type of its activations explains.
     """
     count = min(FEW, generator.room(max(map(len, prompts))))
-    found = compare_logits(model, partial(logits, generator), prompts,
-                           generator.tokenizer.stop_ids, EXPLAINS.get(precision, "fp32"), count,
-                           " with the same rounded weights")
+    texts = generate(model, prompts, count, generator.tokenizer.stop_ids)
+    found = compare_logits(
+        model, partial(logits, generator), prompts, texts, EXPLAINS.get(precision, "fp32"),
+        "the export is not what PyTorch computes with the same rounded weights")
     return {"rounded_error": found["logits_error"]}
 
 
@@ -121,14 +120,11 @@ def compare_npu(generator: Generator, compiled: Generator, prompt: Sequence[int]
     Raises ValueError if they differ by more than float16 explains: a graph that compiles may
     compute something else.
     """
-    text = list(generator.generate(prompt, FEW - 1))
-    wanted, found = (logits(g, prompt, text) for g in (generator, compiled))
-    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    if not error <= TOLERANCES["a16"]:
-        raise ValueError(f"the compiled graphs are not what the CPU computes: their logits are off "
-                         f"by {error:.2g} of the largest; try another T in --static 1xTxP")
-    print(f"compiled: logits within {error:.1e} of the CPU's largest")
-    return {"compiled_error": float(f"{error:.3g}")}
+    found = compare_logits(
+        generator, partial(logits, compiled), [prompt], [[*generator.generate(prompt, FEW - 1)]],
+        "a16", "what was compiled is not what the CPU computes (try another T in --static 1xTxP)")
+    print(f"compiled: logits within {found['logits_error']:.1e} of the CPU's largest")
+    return {"compiled_error": found["logits_error"]}
 
 
 def unrounded(generator: Generator) -> Generator:
@@ -154,12 +150,10 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float:
     def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         outputs: dict[int, list[int]] = {}
-        with tqdm(total=len(prompts), desc=f"evaluate {clean(task.name)}", unit="answer",
-                  leave=False) as bar:
-            for start in range(0, len(order), batch_size):
-                part = order[start:start + batch_size]
-                outputs |= zip(part, generator.batch([prompts[i] for i in part], limit))
-                bar.update(len(part))
+        for start in tqdm(range(0, len(order), batch_size), f"evaluate {clean(task.name)}",
+                          unit="batch", leave=False):
+            part = order[start:start + batch_size]
+            outputs |= zip(part, generator.batch([prompts[i] for i in part], limit))
         return [outputs[i] for i in range(len(prompts))]
 
     return exact_match(generator.tokenizer, task, generator.context, complete).share
@@ -309,7 +303,9 @@ def check_weights(config: ExportConfig, source: Source, folder: Path, frozen: Fr
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(
         stored(f"{n}.weight").dtype == torch.float32 for n in frozen.of(config.task))
-    seen = compare_logits(reference, partial(logits, exported), some_prompts(source, config.check),
-                          source.tokenizer.stop_ids, "fp32" if exact else "bf16")
+    prompts = some_prompts(source, config.check)
+    texts = generate(reference, prompts, TOKENS, source.tokenizer.stop_ids)
+    seen = compare_logits(reference, partial(logits, exported), prompts, texts,
+                          "fp32" if exact else "bf16")
     show_logits(source.name, seen)
     return seen

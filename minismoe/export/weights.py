@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
@@ -18,7 +19,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from ..model.config import Config
-from ..model.quantize import ROW, Blocks, columns, quantize
+from ..model.quantize import ROW, Blocks, columns, quantize, quantize_rows
 from .nodes import TYPES, Graph
 
 CHUNK = 1 << 22                 # elements that are converted at a time
@@ -31,19 +32,27 @@ NPU_PRECISIONS = ("fp16", "w8a16", "w4a16")
 HALF = ("fp16", "q4f16")        # activations are float16
 
 
+def few_bits(weight: Any, precision: str, bits: int, block: int) -> Blocks:
+    """A weight as a graph of that precision stores it; ready-made `Blocks` stay as they are."""
+    if isinstance(weight, Blocks):
+        return weight
+    rows = bits == 8 and precision in NPU_PRECISIONS
+    return quantize_rows(weight) if rows else quantize(weight, bits, block)
+
+
 class WeightGraph(Graph):
     """A graph that reads the weights of one model by their Hugging Face names.
 
     A weight is a tensor, or ready-made `Blocks` that are stored as they are.
     """
 
-    def __init__(self, data: BinaryIO, location: str, config: Config,
-                 weight: Callable[[str], Any], target: str, precision: str, block: int,
-                 static: tuple[int, int, int] | None):
-        super().__init__(data, location)
-        self.config, self.weight, self.block = config, weight, block
+    def __init__(self, data: BinaryIO, config: Config, weight: Callable[[str], Any], target: str,
+                 precision: str, block: int, static: tuple[int, int, int] | None):
+        super().__init__(data)
+        self.config, self.weight, self.precision = config, weight, precision
         self.ort, self.static = target == "ort", static
         self.rows = precision == "q8"            # 8 bits in the file, floats in a session
+        self.block = ROW if self.rows else block
         self.bits, self.table_bits = (0, 0) if self.rows else PRECISIONS[precision]
         self.dtype = torch.float16 if precision in HALF else torch.float32
         self.real = TYPES[self.dtype]
@@ -53,14 +62,24 @@ class WeightGraph(Graph):
         """Cast x, unless the whole graph is in float32."""
         return x if self.dtype == torch.float32 else self.node("Cast", name, x, to=to)
 
-    def product(self, label: str, x: str, weights: Sequence[Any]) -> str:
-        """x (B, T, in) -> (B, T, sum of out), by weights (out, in) that are stored side by side."""
+    def joined(self, weights: Sequence[Any], bits: int) -> Blocks:
+        """Weights (out, in) below each other, as the graph stores them."""
+        parts = [few_bits(w, self.precision, bits, self.block) for w in weights]
+        data, scales = (torch.cat([getattr(p, field) for p in parts])
+                        for field in ("data", "scales"))
+        shape = torch.Size((len(data), parts[0].shape[1]))
+        return replace(parts[0], shape=shape, data=data, scales=scales)
+
+    def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any],
+                bits: int = 0) -> str:
+        """x (B, T, in) -> (B, T, sum of out), by weights (out, in) of the modules `names`, side by
+        side, in the graph's number of bits or in `bits`."""
         outputs, inputs = sum(w.shape[0] for w in weights), weights[0].shape[1]
-        if self.bits:
-            blocks = self.blocks(label, weights, self.bits)
-            return self.multiply(label, x, blocks, inputs, outputs, self.bits)
         if self.rows:
             return self.node("MatMul", label, x, self.floats(label, weights, transposed=True))
+        if bits := bits or self.bits:
+            blocks = self.blocks(label, weights, bits)
+            return self.multiply(label, x, blocks, inputs, outputs, bits)
         step = max(1, CHUNK // outputs)
         return self.node("MatMul", label, x, self.stream(
             f"{label}.weight", self.real, (inputs, outputs), (
@@ -70,29 +89,23 @@ class WeightGraph(Graph):
     def blocks(self, label: str, weights: Sequence[Any], bits: int) -> list[str]:
         """Store the data and scales of quantised weights, for `portable` also their zeros, which
         `ort` operators know; returns their names."""
-        parts = [w if isinstance(w, Blocks) else quantize(w, bits, self.block) for w in weights]
-        data, scales = (torch.cat([getattr(p, field) for p in parts])
-                        for field in ("data", "scales"))
+        w = self.joined(weights, bits)
         if self.ort:
-            return [self.tensor(f"{label}.weight", data),
-                    self.tensor(f"{label}.scales", scales.to(self.dtype))]
-        inputs, (outputs, groups) = weights[0].shape[1], scales.shape
-        kind = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
-        shape = torch.Size((outputs, inputs))
-        data, scales = columns(Blocks(bits, self.block, shape, data, scales))
-        zeros = torch.full((-(-groups * outputs * bits // 8),), 0x88 if bits == 4 else 0x80,
-                           dtype=torch.uint8)
-        return [self.tensor(f"{label}.weight", data, kind, (inputs, outputs)),
+            return [self.tensor(f"{label}.weight", w.data),
+                    self.tensor(f"{label}.scales", w.scales.to(self.dtype))]
+        kind, zero = (TensorProto.UINT4, 0x88) if bits == 4 else (TensorProto.UINT8, 0x80)
+        data, scales = columns(w)
+        zeros = torch.full((-(-scales.numel() * bits // 8),), zero, dtype=torch.uint8)
+        return [self.tensor(f"{label}.weight", data, kind, w.shape[::-1]),
                 self.tensor(f"{label}.scales", scales),
-                self.tensor(f"{label}.zeros", zeros, kind, (groups, outputs))]
+                self.tensor(f"{label}.zeros", zeros, kind, scales.shape)]
 
     def multiply(self, label: str, x: str, blocks: Sequence[str], inputs: int, outputs: int,
                  bits: int) -> str:
         """x (.., in) times stored blocks. accuracy_level 4 rounds x to int8, a block at a time."""
         if self.ort:
             return self.node("MatMulNBits", label, x, *blocks, domain="com.microsoft", K=inputs,
-                             N=outputs, bits=bits, block_size=self.block,
-                             accuracy_level=4)
+                             N=outputs, bits=bits, block_size=self.block, accuracy_level=4)
         return self.node("MatMul", label, x, self.node(
             "DequantizeLinear", label, *blocks, axis=0, block_size=self.block))
 
@@ -102,9 +115,8 @@ class WeightGraph(Graph):
         No operator here depends on an input, so a session computes the floats once, as it loads.
         onnxruntime's WASM build multiplies these faster than it multiplies 8 bits.
         """
-        parts = [w if isinstance(w, Blocks) else quantize(w, 8, ROW) for w in weights]
-        data = torch.cat([p.data.squeeze(1) for p in parts]).bitwise_xor(128).view(torch.int8)
-        scales = torch.cat([p.scales for p in parts])                            # (N, 1)
+        w = self.joined(weights, 8)
+        data, scales = w.data.squeeze(1).bitwise_xor(128).view(torch.int8), w.scales      # (N, 1)
         data, scales = (data.T, scales.T) if transposed else (data, scales)
         wide = self.node("Cast", label, self.tensor(f"{label}.weight", data), to=TensorProto.FLOAT)
         return self.node("Mul", f"{label}.floats", wide, self.tensor(f"{label}.scales", scales))
@@ -115,10 +127,9 @@ class WeightGraph(Graph):
             value = self.weight(f"{name}.weight")
             self.shared[name] = (
                 [self.floats(name, [value])] if self.rows else
+                self.blocks(name, [value], self.table_bits) if self.table_bits else
                 [self.stream(f"{name}.weight", self.real, value.shape, (
-                    part.to(self.dtype) for part in value.split(max(1, CHUNK // value.shape[1]))))]
-                if isinstance(value, Tensor) and not self.table_bits else
-                self.blocks(name, [value], self.table_bits))
+                    part.to(self.dtype) for part in value.split(max(1, CHUNK // value.shape[1]))))])
         return self.shared[name]
 
     def embed_blocks(self, name: str, data: str, scales: str) -> str:

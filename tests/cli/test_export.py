@@ -413,11 +413,12 @@ def test_every_adapter_is_compared_in_few_bits(run: Path, tmp_path: Path, capsys
 
 
 def test_what_is_no_number_is_refused(run: Path) -> None:
-    base = load_model(run.parent / "model")
+    base, prompts = load_model(run.parent / "model"), [PROMPT[:8], PROMPT[:9], PROMPT]
+    texts = generate(base, prompts, verify.TOKENS, [257])
     for broken in (lambda p, t: verify.logits(base, p, t) * math.nan,
                    lambda p, t: verify.logits(base, p, t) * (math.nan if len(p) == 9 else 1)):
         with pytest.raises(ValueError, match="not what PyTorch computes"):
-            verify.compare_logits(base, broken, [PROMPT[:8], PROMPT[:9], PROMPT], [257], "fp32")
+            verify.compare_logits(base, broken, prompts, texts, "fp32")
 
 
 def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None:
