@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from ..data.tasks import (
 )
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..io.hub import resolve
-from ..io.text import clean, table
+from ..io.text import clean, in_colour, table
 from ..method.experts import linear_layers
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_model, read_config
@@ -207,8 +206,7 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task], encoded: Mapping[str
 
 def print_examples(tokenizer: Tokenizer, tasks: Sequence[Task], count: int) -> None:
     """Print examples as the model sees them; supervised text is green, or in [[ ]] in a file."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    mark, end = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+    mark, end = ("\033[32m", "\033[0m") if in_colour() else ("[[", "]]")
     for task in tasks:
         for messages in task.train[:count]:
             example = encode(task.name, messages, tokenizer)
