@@ -23,14 +23,7 @@ import torch
 from tqdm import tqdm
 
 from minismoe.cli import flags, plan, probing, report, runs, script
-from minismoe.cli.inputs import (
-    Inputs,
-    join_processes,
-    load_base,
-    load_inputs,
-    model_folder,
-    settled,
-)
+from minismoe.cli.inputs import Inputs, join_processes, load_base, load_inputs, settled
 from minismoe.io.files import write_json
 from minismoe.io.flags import add_flags, from_flags, non_default, text
 from minismoe.io.text import clean
@@ -174,7 +167,7 @@ def fitted(config: flags.RunConfig) -> TrainConfig:
 def adapt(inputs: Inputs, config: flags.RunConfig, allocation: Allocation) -> None:
     """Add experts to the model, which begin the same whatever was drawn at random before."""
     if config.inputs.shard:              # load the base again: a divided one cannot get experts
-        inputs.model = load_base(config.inputs, model_folder(config.inputs))
+        inputs.model = load_base(config.inputs, inputs.folder)
     torch.manual_seed(config.inputs.seed)
     add_experts(inputs.model, allocation)
     if config.inputs.shard:

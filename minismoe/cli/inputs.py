@@ -39,8 +39,9 @@ TOGETHER = ("--model and --data go together; without both, the tiny model and it
 
 @dataclass
 class Inputs:
-    """The model, its tokenizer, the tasks and their training examples."""
+    """The model, its folder and tokenizer, the tasks and their training examples."""
 
+    folder: Path
     model: CausalLM
     tokenizer: Tokenizer
     tasks: list[Task]
@@ -132,7 +133,7 @@ def load_inputs(config: InputConfig, show: int | None = None) -> Inputs:
     if empty := [name for name, e in encoded.items() if not e.examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"--max-length {context(config, folder)}")
-    return Inputs(model, tokenizer, tasks, encoded)
+    return Inputs(folder, model, tokenizer, tasks, encoded)
 
 
 def model_folder(config: InputConfig) -> Path:
