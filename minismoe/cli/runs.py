@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -103,11 +103,10 @@ def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
         inside(run, name)
     arguments = read_json(run / "config.json").get("arguments")
     arguments = arguments if isinstance(arguments, dict) else {}
-    numbers = ("limit_train", "limit_test", "max_length", "seed")
-    saved = {name: arguments.get(name) for name in ("model", "data", "tasks", *numbers)}
+    names = ("model", "data", "tasks", "limit_train", "limit_test", "max_length", "seed")
+    saved, types = {name: arguments.get(name) for name in names}, get_type_hints(InputConfig)
     if wrong := [f"{name} = {value!r}" for name, value in saved.items()
-                 if type(value) is not (int if name in numbers else str)
-                 and (value is not None or name in ("max_length", "seed"))]:
+                 if not isinstance(value, types[name])]:
         raise ValueError(f"{run / 'config.json'} is none of a run: {', '.join(wrong)}")
     smaller = {name: arguments.get(name) for name in ("micro_batch_size", "recompute")}
     if type(smaller["micro_batch_size"]) is not int or smaller["micro_batch_size"] < 1:
