@@ -108,18 +108,18 @@ def join_processes(config: InputConfig) -> torch.device:
     return device
 
 
-def load_inputs(config: InputConfig, show: int | None = None) -> Inputs:
+def load_inputs(config: InputConfig) -> Inputs:
     """Load what a settled config names, and print a table of it.
 
-    With `show`, print that many examples a task instead, and end the process. Raises ValueError if
-    a task has no example with a supervised token.
+    With --show print examples instead, and end the process. Raises ValueError if a task has no
+    example with a supervised token.
     """
     if config.model is not None and config.data is None:         # before the model is fetched
         raise ValueError(TOGETHER)
     device = join_processes(config)
     folder = model_folder(config)
-    if show:
-        print_examples(*read_tasks(config, folder), show)
+    if config.show:
+        print_examples(*read_tasks(config, folder), config.show)
         sys.exit(0)
     tokenizer, tasks, encoded = read_data(config, folder)
     model = load_base(config, folder)

@@ -83,7 +83,7 @@ def look_ahead(inputs: InputConfig, allocating: AllocationConfig, training: Trai
         answer = max(1, length // 10)
         ids = [[i, *range(length - 1)] for i in range(training.batch_size)]
         examples = [Example("", row, [IGNORE] * (length - answer) + row[-answer:]) for row in ids]
-    allocation = probing.guess(allocating, shapes_of(meta_model(config)), names, inputs.seed)
+    allocation = probing.guess(allocating, shapes_of(meta_model(config)), names)
     fixed = fixed_bytes(config, allocation, dtype, inputs.base_bits, shards(inputs))
     if device.type == "cuda":
         runtime = 0                          # it is not in what a GPU has free

@@ -60,7 +60,7 @@ def measured(argv: list[str], micro: int) -> int:
     place = batches.index(plan.largest(batches, config.training.batch_size))
     model = load_base(config.inputs, folder)
     add_experts(model, probing.guess(config.allocating, shapes_of(model),
-                                     sorted({e.task for e in examples}), config.inputs.seed))
+                                     sorted({e.task for e in examples})))
     model.model.recompute = config.training.recompute
     optimizer = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], fused=True)
     for step, batch in enumerate(batches[max(0, place - AROUND):place + AROUND + 1]):
