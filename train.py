@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     config = replace(config, inputs=settled(config.inputs))
     join_processes(config.inputs)
     if config.plan:
-        plan.show_plan(config.inputs, config.allocating, config.training, config.auto)
+        plan.show_plan(config)
         return
     config = replace(config, training=fitted(config), auto=False)
 
@@ -144,8 +144,7 @@ def fitted(config: flags.RunConfig) -> TrainConfig:
     """How to train within --memory, or what the device has: the micro-batch, if it is auto."""
     training, device = config.training, torch.device(config.inputs.device)
     if config.auto:
-        micro = plan.fitting(plan.look_ahead(config.inputs, config.allocating, training),
-                             config.inputs, training)
+        micro = plan.fitting(plan.Prospect(config))
         print(f"--micro-batch-size {micro} of {training.batch_size} fits")
         training = replace(training, micro_batch_size=micro)
     elif training.memory and not config.resume and device.type != "cuda":
