@@ -10,7 +10,6 @@ with --allocation.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,19 +18,17 @@ from minismoe.cli import flags, probing, script
 from minismoe.cli.inputs import load_inputs, settled
 from minismoe.io.drawing import allocation_svg, terminal_heatmap
 from minismoe.io.files import replacing, write_json
-from minismoe.io.flags import add_flags, from_flags, text
+from minismoe.io.flags import from_flags, new_parser, text
 from minismoe.io.text import clean
 from minismoe.training import distributed
 
 
 def main(argv: Sequence[str]) -> None:
     # Configure.
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, {"model and data": flags.InputConfig,
+                                  "probe and allocation": flags.AllocationConfig})
     parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
-    flags.add_input_flags(parser)
-    add_flags(parser, flags.AllocationConfig, "probe and allocation")
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
     if (run / "config.json").exists():
@@ -39,11 +36,11 @@ def main(argv: Sequence[str]) -> None:
                               "another --out")
 
     # Load, probe and allocate.
-    inputs = load_inputs(settled(from_flags(flags.InputConfig, vars(args))), args.show)
-    probing.known_allocation(allocating, inputs, args.seed)          # finds flags that are wrong
+    inputs = load_inputs(settled(from_flags(flags.InputConfig, vars(args))))
+    probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
     with script.working_in(run, f"python probe.py {shlex.join(argv)}"):
-        scores = probing.measure(allocating, inputs, args.seed)
-        allocation = probing.choose(allocating, scores, args.seed)
+        scores = probing.measure(allocating, inputs)
+        allocation = probing.choose(allocating, scores)
         if distributed.rank():
             return
 

@@ -12,7 +12,6 @@ probe, --resume does what is missing, and leaves the files of a run that nothing
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import time
 from collections.abc import Sequence
@@ -23,16 +22,9 @@ import torch
 from tqdm import tqdm
 
 from minismoe.cli import flags, plan, probing, report, runs, script
-from minismoe.cli.inputs import (
-    Inputs,
-    join_processes,
-    load_base,
-    load_inputs,
-    model_folder,
-    settled,
-)
+from minismoe.cli.inputs import Inputs, join_processes, load_base, load_inputs, settled
 from minismoe.io.files import write_json
-from minismoe.io.flags import add_flags, from_flags, non_default, text
+from minismoe.io.flags import from_flags, new_parser, option
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts
@@ -52,12 +44,12 @@ def main(argv: Sequence[str]) -> None:
     config = replace(config, inputs=settled(config.inputs))
     join_processes(config.inputs)
     if config.plan:
-        plan.show_plan(config.inputs, config.allocating, config.training, config.auto)
+        plan.show_plan(config)
         return
     config = replace(config, training=fitted(config), auto=False)
 
     # Load.
-    inputs = load_inputs(config.inputs, config.show)
+    inputs = load_inputs(config.inputs)
     for task in inputs.tasks:            # bad test lines are found before there is a run
         answer_prompts(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
     run = runs.folder(config)
@@ -65,12 +57,12 @@ def main(argv: Sequence[str]) -> None:
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     scores, seconds = None, dict[str, float]()
     kept = run / "allocation.json" if config.resume else None
-    allocation = probing.known_allocation(config.allocating, inputs, config.inputs.seed, kept)
+    allocation = probing.known_allocation(config.allocating, inputs, kept)
     if allocation is None:
         now = time.perf_counter()
-        scores = probing.measure(config.allocating, inputs, config.inputs.seed, min(
+        scores = probing.measure(config.allocating, inputs, min(
             probing.PROBE_BATCH, distributed.share(config.training.micro_batch_size)))
-        allocation = probing.choose(config.allocating, scores, config.inputs.seed)
+        allocation = probing.choose(config.allocating, scores)
         seconds["probe"] = round(time.perf_counter() - now, 2)
     adapt(inputs, config, allocation)
 
@@ -122,15 +114,9 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
 
 def parse(argv: Sequence[str]) -> flags.RunConfig:
     """The flags; with --resume those of the run, most of which may not be changed."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, flags.RunConfig, "run")
-    parser.add_argument("--allocation", type=text, metavar="FILE",
-                        help='an allocation.json, or a bare {"module": experts} mapping; default: '
-                        "probe and allocate")
-    flags.add_input_flags(parser)
-    add_flags(parser, flags.AllocationConfig, "probe and allocation")
-    add_flags(parser, TrainConfig, "training")
+    parser = new_parser(__doc__, {
+        "run": flags.RunConfig, "model and data": flags.InputConfig,
+        "probe and allocation": flags.AllocationConfig, "training": TrainConfig})
     parser.set_defaults(micro_batch_size=None)               # as large as the batch
     args = parser.parse_args(argv)
     if args.resume:
@@ -145,20 +131,20 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
     if auto or args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
     values = vars(args)
-    allocating = from_flags(flags.AllocationConfig, values, file=args.allocation)
-    if args.allocation and (idle := [f for f in non_default(allocating) if f in flags.CHOOSING]):
+    if args.allocation and (idle := [option(name) for name in flags.CHOOSING
+                                     if values[name] != getattr(flags.AllocationConfig, name)]):
         parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
-    return from_flags(
-        flags.RunConfig, values, inputs=from_flags(flags.InputConfig, values),
-        allocating=allocating, training=from_flags(TrainConfig, values), auto=auto)
+    return from_flags(flags.RunConfig, values, auto=auto,
+                      inputs=from_flags(flags.InputConfig, values),
+                      allocating=from_flags(flags.AllocationConfig, values),
+                      training=from_flags(TrainConfig, values))
 
 
 def fitted(config: flags.RunConfig) -> TrainConfig:
     """How to train within --memory, or what the device has: the micro-batch, if it is auto."""
     training, device = config.training, torch.device(config.inputs.device)
     if config.auto:
-        micro = plan.fitting(plan.look_ahead(config.inputs, config.allocating, training),
-                             config.inputs, training)
+        micro = plan.fitting(plan.Prospect(config))
         print(f"--micro-batch-size {micro} of {training.batch_size} fits")
         training = replace(training, micro_batch_size=micro)
     elif training.memory and not config.resume and device.type != "cuda":
@@ -174,7 +160,7 @@ def fitted(config: flags.RunConfig) -> TrainConfig:
 def adapt(inputs: Inputs, config: flags.RunConfig, allocation: Allocation) -> None:
     """Add experts to the model, which begin the same whatever was drawn at random before."""
     if config.inputs.shard:              # load the base again: a divided one cannot get experts
-        inputs.model = load_base(config.inputs, model_folder(config.inputs))
+        inputs.model = load_base(config.inputs, inputs.folder)
     torch.manual_seed(config.inputs.seed)
     add_experts(inputs.model, allocation)
     if config.inputs.shard:

@@ -6,17 +6,15 @@ another where "auto" gets a value.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from typing import Any
 
-from ..io.flags import above_zero, add_flags, as_flags, flag, positive, seed, share, text
+from ..io.flags import above_zero, flag, positive, seed, share, text
 from ..method.allocate import GROUPS, STRATEGIES
 from ..training.loop import TrainConfig
 
 # Flags that choose an allocation, and so mean nothing with --allocation FILE.
-CHOOSING = ("--strategy", "--keep", "--budget-experts", "--budget-params", "--group", "--targets",
-            "--min-experts", "--max-experts")
+CHOOSING = ("strategy", "keep", "budget_experts", "budget_params", "group", "targets",
+            "min_experts", "max_experts")
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,9 @@ class InputConfig:
     max_length: int = flag(1024, "longer training examples are cut (default: %(default)s)",
                            positive, metavar="TOKENS")
     seed: int = flag(0, "of every random choice (default: %(default)s)", seed)
+    show: int | None = flag(
+        None, "print N examples a task as the model sees them before --max-length, supervised "
+        "tokens marked, and stop", positive, metavar="N")
     device: str = flag("auto", "cpu, cuda, mps, or auto (default)")
     dtype: str = flag(
         "auto", "of the frozen weights and activations; experts are held, and routers and norms "
@@ -79,7 +80,8 @@ class AllocationConfig:
     alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
                                "twice the rank)", above_zero)
     top_k: int = flag(2, "experts active a token (default: %(default)s)", positive, metavar="K")
-    file: str | None = None             # --allocation of train.py: an allocation that exists
+    seed: int = 0                       # --seed and --allocation, flags of the other classes
+    allocation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,23 +92,12 @@ class RunConfig:
     allocating: AllocationConfig
     training: TrainConfig
     auto: bool                          # training.micro_batch_size is still to be chosen
-    show: int | None = None
     out: str | None = flag(None, "folder of the run (default: a new one in runs)", text,
                            metavar="RUN")
     resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
     verbose: bool = flag(False, "show some wrong answers a task")
     plan: bool = flag(False, "print parameters, memory by part, time and disk of the run, and "
                       "stop; --data and weights may be missing")
-
-    def arguments(self) -> dict[str, Any]:
-        """{name of a flag: its value}, as config.json holds it."""
-        return {**as_flags(self, self.inputs, self.allocating, self.training),
-                "allocation": self.allocating.file}
-
-
-def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `InputConfig`, --show and --debug."""
-    add_flags(parser, InputConfig, "model and data")
-    parser.add_argument("--show", type=positive, metavar="N", help="print N examples a task as the "
-                        "model sees them before --max-length, supervised tokens marked, and stop")
-    parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
+    allocation: str | None = flag(
+        None, 'an allocation.json, or a bare {"module": experts} mapping; default: probe and '
+        "allocate", text, metavar="FILE")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from ..data.tasks import (
 )
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..io.hub import resolve
-from ..io.text import clean, table
+from ..io.text import clean, in_colour, table
 from ..method.experts import linear_layers
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_model, read_config
@@ -40,8 +39,9 @@ TOGETHER = ("--model and --data go together; without both, the tiny model and it
 
 @dataclass
 class Inputs:
-    """The model, its tokenizer, the tasks and their training examples."""
+    """The model, its folder and tokenizer, the tasks and their training examples."""
 
+    folder: Path
     model: CausalLM
     tokenizer: Tokenizer
     tasks: list[Task]
@@ -108,18 +108,18 @@ def join_processes(config: InputConfig) -> torch.device:
     return device
 
 
-def load_inputs(config: InputConfig, show: int | None = None) -> Inputs:
+def load_inputs(config: InputConfig) -> Inputs:
     """Load what a settled config names, and print a table of it.
 
-    With `show`, print that many examples a task instead, and end the process. Raises ValueError if
-    a task has no example with a supervised token.
+    With --show print examples instead, and end the process. Raises ValueError if a task has no
+    example with a supervised token.
     """
     if config.model is not None and config.data is None:         # before the model is fetched
         raise ValueError(TOGETHER)
     device = join_processes(config)
     folder = model_folder(config)
-    if show:
-        print_examples(*read_tasks(config, folder), show)
+    if config.show:
+        print_examples(*read_tasks(config, folder), config.show)
         sys.exit(0)
     tokenizer, tasks, encoded = read_data(config, folder)
     model = load_base(config, folder)
@@ -133,7 +133,7 @@ def load_inputs(config: InputConfig, show: int | None = None) -> Inputs:
     if empty := [name for name, e in encoded.items() if not e.examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"--max-length {context(config, folder)}")
-    return Inputs(model, tokenizer, tasks, encoded)
+    return Inputs(folder, model, tokenizer, tasks, encoded)
 
 
 def model_folder(config: InputConfig) -> Path:
@@ -207,8 +207,7 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task], encoded: Mapping[str
 
 def print_examples(tokenizer: Tokenizer, tasks: Sequence[Task], count: int) -> None:
     """Print examples as the model sees them; supervised text is green, or in [[ ]] in a file."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    mark, end = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+    mark, end = ("\033[32m", "\033[0m") if in_colour() else ("[[", "]]")
     for task in tasks:
         for messages in task.train[:count]:
             example = encode(task.name, messages, tokenizer)

@@ -9,15 +9,14 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from ..data.tasks import Example
 from ..io.process import resident
 from ..io.text import table
-from ..method.allocate import Allocation
 from ..method.experts import add_experts, linear_layers
 from ..method.loss import IGNORE
 from ..method.sensitivity import shapes_of
@@ -29,30 +28,55 @@ from ..training.loop import TrainConfig, schedule, train_step
 from ..training.memory import MIB, available, fixed_bytes, largest, measure_peak
 from ..training.resume import KEPT
 from . import probing
-from .flags import AllocationConfig, InputConfig
+from .flags import RunConfig
 from .inputs import context, load_base, model_folder, read_data
 
 STEPS, SECONDS = 4, 30           # measured steps, the first to warm up; and how long they may take
 ONEDNN = 64 * MIB                # what it compiles for bfloat16 on a CPU: see process.bound_memory
 
-Activations = Callable[[Sequence[Example]], int]
 
-
-@dataclass
 class Prospect:
     """What is known of a run before it starts; sizes are bytes."""
 
-    folder: Path                 # of the base
-    allocation: Allocation
-    batches: list[list[Example]]
-    longest: int                 # tokens
-    probed: list[Example]        # a batch of the probe; empty if there is none
-    runtime: int                 # of Python and the libraries
-    room: int | None             # that may be used; None: unknown
-    fixed: dict[str, int]        # by part
-    model: CausalLM | None = None            # with its experts; None: no weights, or no room
-    train_bytes: Activations = lambda batch: 0           # of activations; 0 without the model
-    probe_bytes: Activations | None = None   # None without the model, or a probe
+    def __init__(self, config: RunConfig):
+        """Read config.json and the data; if the weights are there and fit, measure activations."""
+        inputs, training = config.inputs, config.training
+        self.config, self.folder = config, model_folder(inputs)
+        sizes, dtype = read_config(self.folder)[0], getattr(torch, inputs.dtype)
+        names, examples = inputs.tasks.split(",") if inputs.tasks else [""], []
+        if inputs.data or inputs.model is None:
+            encoded = read_data(inputs, self.folder)[2]
+            names, examples = list(encoded), [e for x in encoded.values() for e in x.examples]
+        if not examples:                     # a batch of examples of --max-length
+            length = context(inputs, self.folder)
+            answer = max(1, length // 10)
+            ids = [[i, *range(length - 1)] for i in range(training.batch_size)]
+            examples = [Example("", r, [IGNORE] * (length - answer) + r[-answer:]) for r in ids]
+        self.batches = schedule(examples, training)
+        self.longest = max(len(e.ids) for e in examples)                 # tokens
+        self.allocation = probing.guess(config.allocating, shapes_of(meta_model(sizes)), names)
+        # By part; `fixed_in` tells the same with the base in so many bits.
+        self.fixed_in = partial(fixed_bytes, sizes, self.allocation, dtype,
+                                shards=distributed.world() if inputs.shard else 1)
+        self.fixed = self.fixed_in(inputs.base_bits)
+        self.runtime = runtime_bytes(sizes, dtype, torch.device(inputs.device))
+        self.room = training.memory or available(inputs.device)          # None: unknown
+        # A batch of the probe, if there is one: rows that share no tokens, all supervised.
+        rows = min(probing.PROBE_BATCH, training.batch_size)
+        self.probed = [Example("", [i] * self.longest, [i] * self.longest) for i in range(rows)
+                       if probing.needed(config.allocating)]
+        # With its experts; None: no weights, or no room for them. Activations are 0 then.
+        self.model: CausalLM | None = None
+        self.train_bytes: Callable[[Sequence[Example]], int] = lambda batch: 0
+        self.probe_bytes: Callable[[Sequence[Example]], int] = lambda batch: 0
+        if any(self.folder.glob("*.safetensors")) and (
+                self.room is None or self.unmoved < self.room):
+            self.model = load_base(inputs, self.folder)
+            if self.probed:
+                self.probe_bytes = measure_peak(self.model, self.probed, probe=True)
+            add_experts(self.model, self.allocation)
+            self.model.model.recompute = training.recompute
+            self.train_bytes = measure_peak(self.model, largest(self.batches, training.batch_size))
 
     @property
     def unmoved(self) -> int:
@@ -64,90 +88,55 @@ class Prospect:
         return self.unmoved + self.train_bytes(largest(self.batches, micro))
 
     def probe(self, micro: int) -> int:
-        """The peak of the probe; 0 if it does not run or was not measured."""
-        return (self.runtime + self.fixed["base weights"] + self.probe_bytes(self.probed[:micro])
-                if self.probe_bytes else 0)
+        """The peak of the probe; less than that of training if it does not run."""
+        return self.runtime + self.fixed["base weights"] + self.probe_bytes(self.probed[:micro])
 
 
-def look_ahead(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig,
-               ) -> Prospect:
-    """Read config.json and the data; if the weights are there and fit, measure activations."""
-    folder, dtype = model_folder(inputs), getattr(torch, inputs.dtype)
-    config, device = read_config(folder)[0], torch.device(inputs.device)
-    names, examples = inputs.tasks.split(",") if inputs.tasks else [""], []
-    if inputs.data or inputs.model is None:
-        encoded = read_data(inputs, folder)[2]
-        names, examples = list(encoded), [e for x in encoded.values() for e in x.examples]
-    if not examples:                         # a batch of examples of --max-length
-        length = context(inputs, folder)
-        answer = max(1, length // 10)
-        ids = [[i, *range(length - 1)] for i in range(training.batch_size)]
-        examples = [Example("", row, [IGNORE] * (length - answer) + row[-answer:]) for row in ids]
-    allocation = probing.guess(allocating, shapes_of(meta_model(config)), names, inputs.seed)
-    fixed = fixed_bytes(config, allocation, dtype, inputs.base_bits, shards(inputs))
+def runtime_bytes(sizes: Config, dtype: torch.dtype, device: torch.device) -> int:
+    """What Python and the libraries take after a step, for which they load what they need: torch
+    70 MB for an optimizer. 0 on CUDA: it is not in what a GPU has free."""
     if device.type == "cuda":
-        runtime = 0                          # it is not in what a GPU has free
-    else:
-        warm_up(replace(config, vocab_size=9, hidden_size=64, intermediate_size=64,
-                        num_hidden_layers=1, windows=config.windows[:1]), dtype, inputs.device)
-        runtime = resident() + (ONEDNN if device.type == "cpu" and dtype.itemsize < 4 else 0)
-    longest = max(len(e.ids) for e in examples)
-    # Rows that share no tokens, all supervised.
-    probed = [Example("", [i] * longest, [i] * longest)
-              for i in range(min(probing.PROBE_BATCH, training.batch_size))]
-    p = Prospect(folder, allocation, schedule(examples, training), longest,
-                 probed if probing.needed(allocating) else [], runtime,
-                 training.memory or available(inputs.device), fixed)
-    if any(folder.glob("*.safetensors")) and (p.room is None or p.unmoved < p.room):
-        p.model = load_base(inputs, folder)
-        if p.probed:
-            p.probe_bytes = measure_peak(p.model, p.probed, probe=True)
-        add_experts(p.model, allocation)
-        p.model.model.recompute = training.recompute
-        p.train_bytes = measure_peak(p.model, largest(p.batches, training.batch_size))
-    return p
-
-
-def warm_up(config: Config, dtype: torch.dtype, device: str) -> None:
-    """Train a step, so that the libraries load what they need: torch 70 MB for an optimizer."""
-    model = CausalLM(config).to(device, dtype).requires_grad_(False)
+        return 0
+    model = CausalLM(replace(
+        sizes, vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        windows=sizes.windows[:1])).to(device, dtype).requires_grad_(False)
     add_experts(model, dict.fromkeys(linear_layers(model), 2))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     train_step(model, [Example("", [1, 2, 3], [1, 2, 3])] * 2, TrainConfig(), 0)
     optimizer.step()
+    return resident() + (ONEDNN if device.type == "cpu" and dtype.itemsize < 4 else 0)
 
 
-def fitting(p: Prospect, inputs: InputConfig, training: TrainConfig) -> int:
+def fitting(p: Prospect) -> int:
     """The largest micro-batch, of all processes together, that fits --memory or the device.
 
     Raises ValueError, saying which flags help by how much, if one example is too many.
     """
     if p.room is None:
-        raise ValueError(f"cannot tell how much memory {inputs.device} has: give --memory")
-    room, sizes = int(0.9 * p.room), range(1, training.batch_size + 1)   # allocators keep some
+        raise ValueError(f"cannot tell how much memory {p.config.inputs.device} has: give --memory")
+    room = int(0.9 * p.room)                 # allocators keep some
+    counts = range(1, p.config.training.batch_size + 1)
     if (need := p.training(1)) > room:
         raise ValueError(
             f"training one example at a time needs {need / MIB:,.0f} MiB"
             f"{'' if p.model else ' besides activations'}, of which Python and torch take "
             f"{p.runtime / MIB:,.0f}, and {room / MIB:,.0f} MiB may be used: "
-            + (advice(p, inputs, training, 1) or "give a larger --memory"))
+            + (advice(p, 1) or "give a larger --memory"))
     if not p.model:
         raise ValueError(f"auto measures a step, but {p.folder} holds no .safetensors: add them, "
                          "or give --micro-batch-size a number")
-    micro = bisect_right(sizes, room, key=p.training)
-    if p.probe(micro) > room:
-        micro = max(1, bisect_right(sizes[:probing.PROBE_BATCH], room, key=p.probe))
+    micro = min(bisect_right(counts, room, key=p.training),
+                max(1, bisect_right(counts, room, key=p.probe)))
     if (more := p.probe(micro) - room) > 0:
         print(f"the probe may take {more / MIB:,.0f} MiB more than there are: "
               "--allocation FILE leaves it out", file=sys.stderr)
-    return min(training.batch_size, min(distributed.gather(micro)) * distributed.world())
+    return min(len(counts), min(distributed.gather(micro)) * distributed.world())
 
 
-def advice(p: Prospect, inputs: InputConfig, training: TrainConfig, micro: int) -> str:
+def advice(p: Prospect, micro: int) -> str:
     """Flags with which training would take less memory, and how much less, best first."""
-    config, now, half = read_config(p.folder)[0], p.training(micro), max(1, micro // 2)
-    few = fixed_bytes(config, p.allocation, getattr(torch, inputs.dtype), 4, shards(inputs))
-    saved = [(p.fixed["base weights"] - few["base weights"], "--base-bits 4"),
+    training, now, half = p.config.training, p.training(micro), max(1, micro // 2)
+    saved = [(p.fixed["base weights"] - p.fixed_in(4)["base weights"], "--base-bits 4"),
              (now - p.training(half), f"--micro-batch-size {half}")]
     if p.model:
         batch, length = largest(p.batches, micro), p.longest // 2
@@ -161,19 +150,13 @@ def advice(p: Prospect, inputs: InputConfig, training: TrainConfig, micro: int) 
                      for size, flag in sorted(saved, reverse=True) if size > 0)
 
 
-def shards(inputs: InputConfig) -> int:
-    """Processes that each hold a part of the blocks."""
-    return distributed.world() if inputs.shard else 1
-
-
-def show_plan(inputs: InputConfig, allocating: AllocationConfig, training: TrainConfig, auto: bool,
-              ) -> None:
+def show_plan(config: RunConfig) -> None:
     """Print parameters, memory by part, time and disk of the run that the flags ask for.
 
     Of a folder that holds config.json alone, all but activations and time.
     """
-    p = look_ahead(inputs, allocating, training)
-    micro = fitting(p, inputs, training) if auto else training.micro_batch_size
+    p, inputs, training = Prospect(config), config.inputs, config.training
+    micro = fitting(p) if config.auto else training.micro_batch_size
     mine = distributed.share(micro)
     peak, probe, parts = p.training(mine), p.probe(mine), {"runtime": p.runtime, **p.fixed}
     if p.model:
@@ -193,7 +176,7 @@ def show_plan(inputs: InputConfig, allocating: AllocationConfig, training: Train
     if not fits:
         print("too much: " + (
             "Python and torch alone take more" if p.room and p.runtime >= p.room else
-            advice(p, inputs, training, mine) if p.room is None or peak > p.room else
+            advice(p, mine) if p.room is None or peak > p.room else
             "the probe alone; --allocation FILE leaves it out, --max-length shortens it"))
     if inputs.data or inputs.model is None:
         count = sum(len(e.ids) for batch in p.batches for e in batch)

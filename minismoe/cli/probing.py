@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,28 +32,28 @@ BLIND = ("uniform", "mola", "random", "lora")        # given a budget, these rea
 def needed(allocating: AllocationConfig) -> bool:
     """Whether the flags leave anything for the probe to decide."""
     budget = allocating.budget_experts or allocating.budget_params
-    return not allocating.file and not (budget and allocating.strategy in BLIND)
+    return not allocating.allocation and not (budget and allocating.strategy in BLIND)
 
 
-def choose(allocating: AllocationConfig, scores: Scores, seed: int) -> Allocation:
+def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
     """The allocation that the flags ask for; Unfit if the scores choose one that does not fit."""
     settings = asdict(allocating)
-    del settings["samples"], settings["file"]
-    found = allocate(scores, **settings, seed=seed)
+    del settings["samples"], settings["allocation"]
+    found = allocate(scores, **settings)
     if small := found.too_large(scores.shapes):
         raise Unfit(small)
     return found
 
 
 def guess(allocating: AllocationConfig, sizes: Mapping[str, tuple[int, int]],
-          tasks: Sequence[str], seed: int) -> Allocation:
+          tasks: Iterable[str]) -> Allocation:
     """What the probe may lead to, from random scores on which tasks mostly agree.
 
     It is no guess if the probe is not needed. `sizes` is {module: (out, in)}. Raises ValueError for
     flags that are wrong whatever the probe finds.
     """
-    if allocating.file:
-        found = read_allocation(allocating, allocating.file)
+    if allocating.allocation:
+        found = read_allocation(allocating, allocating.allocation)
         if wrong := [name for name in found.experts if name not in sizes]:
             raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
         return found
@@ -60,24 +61,21 @@ def guess(allocating: AllocationConfig, sizes: Mapping[str, tuple[int, int]],
     common = {name: rng.random() for name in sizes}
     for task in tasks:
         scores[task] = {name: value + 0.1 * rng.random() for name, value in common.items()}
-    return choose(allocating, scores, seed)
+    return choose(allocating, scores)
 
 
-def known_allocation(allocating: AllocationConfig, inputs: Inputs, seed: int,
-                     kept: Path | None = None) -> Allocation | None:
+def known_allocation(allocating: AllocationConfig, inputs: Inputs, kept: Path | None = None,
+                     ) -> Allocation | None:
     """The allocation in the file `kept`, or that the flags alone decide; None if neither is there.
 
     Raises ValueError as `guess` does.
     """
     if kept and kept.exists():
         return read_allocation(allocating, kept)
-    try:
-        found = guess(allocating, shapes_of(inputs.model), list(inputs.encoded), seed)
-    except Unfit:                        # with other scores it may fit
-        if not needed(allocating):
-            raise
-        return None
-    return None if needed(allocating) else found
+    probes = needed(allocating)
+    with suppress(Unfit) if probes else nullcontext():       # with other scores it may fit
+        found = guess(allocating, shapes_of(inputs.model), inputs.encoded)
+    return None if probes else found
 
 
 def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocation:
@@ -86,7 +84,7 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
     if "format" not in value:
         value = {"format": FORMAT, "experts": value, "rank": allocating.rank,
                  "alpha": allocating.alpha or 2 * allocating.rank, "top_k": allocating.top_k}
-    elif file == allocating.file:
+    elif file == allocating.allocation:
         for name in ("rank", "alpha", "top_k"):
             asked = getattr(allocating, name)
             if asked not in (getattr(AllocationConfig, name), value.get(name)):
@@ -98,15 +96,14 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
         raise ValueError(f"{file}: {e}") from None
 
 
-def measure(allocating: AllocationConfig, inputs: Inputs, seed: int, size: int = PROBE_BATCH,
-            ) -> Scores:
+def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
     """Probe all tasks, `size` samples at once in each process, with a bar; print how far the result
     can be trusted: the overlap of the matrices that halves of the samples would vote for.
     """
     pad_id, device = inputs.tokenizer.pad_id, inputs.model.lm_head.weight.device
     batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(
-        random.Random(seed).sample(e.examples, len(e.examples)), allocating.samples, size, pad_id,
-        device)]
+        random.Random(allocating.seed).sample(e.examples, len(e.examples)), allocating.samples,
+        size, pad_id, device)]
     scores = Scores(shapes_of(inputs.model))
 
     def norms(item: tuple[str, Batch]) -> list[list[float]]:

@@ -7,12 +7,12 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from ..io.files import inside, read_json, write_json
-from ..io.flags import from_flags
+from ..io.flags import as_flags, from_flags, option
 from ..io.text import clean
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
@@ -52,20 +52,19 @@ def folder(config: RunConfig) -> Path:
 
 def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> argparse.Namespace:
     """The flags of a run, changed by those of argv. ValueError lists those that may not change."""
-    saved = saved_config(run)["arguments"]
-    # A run divided among processes may go on in one process, and the other way round.
-    saved = {**saved, "shard": None, "out": str(run)}
-    saved.pop("overlap", None)               # a flag that older versions had
-    kept = vars(as_typed(parser, saved))
+    # A run divided among processes may go on in one, and the other way round; older versions had a
+    # flag --overlap.
+    saved = {name: value for name, value in saved_config(run)["arguments"].items()
+             if name not in ("shard", "overlap")}
+    kept = vars(as_typed(parser, saved | {"out": str(run)}))
     args = parser.parse_args(argv, argparse.Namespace(**kept))
     for name in ("batch_size", "micro_batch_size", "dtype"):     # the run settled what auto is
         if getattr(args, name) == "auto":
             setattr(args, name, kept[name])
     if args.memory != kept["memory"] and args.micro_batch_size == kept["micro_batch_size"]:
         args.micro_batch_size = "auto"       # it fitted another memory
-    changed = [f"--{k.replace('_', '-')} {v} (was {kept[k]})" for k, v in vars(args).items()
-               if k not in RESUMABLE and kept[k] != v]
-    if changed:
+    if changed := [f"{option(name)} {now} (was {kept[name]})" for name, now in vars(args).items()
+                   if name not in RESUMABLE and kept[name] != now]:
         raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
     return args
 
@@ -77,7 +76,7 @@ def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse
     parser.exit_on_error = False
     try:
         return parser.parse_args([
-            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            option(name) + ("" if value is True else f"={value}")
             for name, value in saved.items() if value is not None and value is not False])
     except argparse.ArgumentError as e:
         raise ValueError(f"{saved['out']}/config.json: {e}") from None
@@ -103,11 +102,10 @@ def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
         inside(run, name)
     arguments = read_json(run / "config.json").get("arguments")
     arguments = arguments if isinstance(arguments, dict) else {}
-    numbers = ("limit_train", "limit_test", "max_length", "seed")
-    saved = {name: arguments.get(name) for name in ("model", "data", "tasks", *numbers)}
+    names = ("model", "data", "tasks", "limit_train", "limit_test", "max_length", "seed")
+    saved, types = {name: arguments.get(name) for name in names}, get_type_hints(InputConfig)
     if wrong := [f"{name} = {value!r}" for name, value in saved.items()
-                 if type(value) is not (int if name in numbers else str)
-                 and (value is not None or name in ("max_length", "seed"))]:
+                 if not isinstance(value, types[name])]:
         raise ValueError(f"{run / 'config.json'} is none of a run: {', '.join(wrong)}")
     smaller = {name: arguments.get(name) for name in ("micro_batch_size", "recompute")}
     if type(smaller["micro_batch_size"]) is not int or smaller["micro_batch_size"] < 1:
@@ -121,24 +119,23 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
     Raises ValueError that lists what differs of the model, the tasks and the allocation.
     """
     chosen = {"the allocation": digest(allocation.to_json())[:16]}
+    arguments = as_flags(config, config.inputs, config.allocating, config.training)
     content: dict[str, Any] = {
-        "format": "minismoe.run/1", "arguments": config.arguments(),
-        "identity": inputs.identity | chosen, "versions": versions(),
-        "machine": platform.platform(), "threads": torch.get_num_threads(),
+        "format": "minismoe.run/1", "arguments": arguments, "identity": inputs.identity | chosen,
+        "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads(),
         "processes": distributed.world()}
     if config.resume:
-        saved = saved_config(run)
+        saved = {"processes": distributed.world()} | saved_config(run)
         if said := differences(content["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
-        smaller = {name: content["arguments"][name] for name in SMALLER}
-        processes = saved.get("processes", distributed.world())
+        smaller = {name: arguments[name] for name in SMALLER}
         said = differences(
-            versions() | smaller | {"processes": distributed.world()},
-            saved["versions"] | {name: saved["arguments"].get(name) for name in SMALLER}
-            | {"processes": processes})
+            versions() | smaller | {"processes": distributed.world()}, saved["versions"]
+            | {name: saved["arguments"].get(name) for name in SMALLER}
+            | {"processes": saved["processes"]})
         if said and not distributed.rank():
             print(f"the last bits may differ: {said}", file=sys.stderr)
-        if processes == distributed.world():
+        if saved["processes"] == distributed.world():
             same_threads(saved["threads"])
         content = saved | {"identity": content["identity"],
                            "arguments": saved["arguments"] | smaller}

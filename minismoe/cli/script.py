@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..io.process import bound_memory
-from ..io.signals import Interrupted, handling, interrupt, locked
+from ..io.signals import handling, interrupt, locked
 from ..io.text import clean, print_error
 from ..training import distributed
 
@@ -29,18 +29,18 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
             sys.stdout.flush()           # raises here if the pipe is closed or the disk full
         distributed.leave(0)
+        return
     except KeyboardInterrupt as e:
         if distributed.rank() == 0:
             print(f"\ninterrupted{f': {clean(e)}' if str(e) else ''}", file=sys.stderr)
         code = 128 + getattr(e, "number", signal.SIGINT)
-        distributed.leave(code)
-        sys.exit(code)
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, SafetensorError,
             ValueError) as e:
         print_error(e, "--debug" in argv, f" (process {distributed.rank()})"
                     if distributed.world() > 1 else "")
-        distributed.leave(1)
-        sys.exit(1)
+        code = 1
+    distributed.leave(code)
+    sys.exit(code)
 
 
 @contextmanager
@@ -52,6 +52,5 @@ def working_in(folder: Path, command: str) -> Iterator[None]:
         except ConnectionError as e:
             raise ConnectionError(f"{e}; go on, with any number of processes: {command}") from None
         except KeyboardInterrupt as e:
-            said = f"{e}; " if str(e) else ""
-            raise Interrupted(f"{said}go on with: {command}",
-                              getattr(e, "number", signal.SIGINT)) from None
+            e.args = ("; ".join([*filter(None, e.args), f"go on with: {command}"]),)
+            raise

@@ -7,19 +7,16 @@ background, so that it reads well on dark pages too.
 from __future__ import annotations
 
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 from xml.sax.saxutils import escape
 
-from .text import clean
+from .text import clean, in_colour
 
 Value = TypeVar("Value")
-RGB = tuple[int, int, int]
 Cell = tuple[str, str]  # (layer label, projection label)
-Drawn = tuple[RGB, str]  # a cell's colour and the text in it
+Drawn = tuple[bytes, str]  # a cell's colour (red, green, blue) and the text in it
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 TERMINAL_WIDTH = 80
@@ -29,7 +26,7 @@ VIRIDIS = "440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725".split
 SHADES = " ░▒▓█"
 XTERM = (53, 54, 60, 24, 30, 36, 72, 71, 77, 113, 149, 148, 184, 220)  # viridis in 256 colours
 BLUES = "d6e6f4 abd0e6 6aaed6 3787c0 105ba4 08306b".split()
-ABSENT = (236, 236, 236)
+ABSENT = bytes.fromhex("ececec")
 # SVG. One unit is a hundredth of an inch in a column 3.4 inches wide: a font of 10 is 7.2 pt.
 WIDTH, SIZE, ROW, GAP = 340.0, 10.0, 11.0, 12.0
 BOLD = ' font-weight="bold"'
@@ -74,12 +71,11 @@ def _scaled(values: Iterable[float], scale: Literal["linear", "log"],
     return low, high, place
 
 
-def _color(ramp: Sequence[str], position: float) -> RGB:
+def _color(ramp: Sequence[str], position: float) -> bytes:
     i = min(int(position * (len(ramp) - 1)), len(ramp) - 2)
     part = position * (len(ramp) - 1) - i
     left, right = bytes.fromhex(ramp[i]), bytes.fromhex(ramp[i + 1])
-    red, green, blue = (round(a + part * (b - a)) for a, b in zip(left, right))
-    return red, green, blue
+    return bytes(round(a + part * (b - a)) for a, b in zip(left, right))
 
 
 def _paint(text: str, position: float) -> str:
@@ -91,11 +87,10 @@ def terminal_heatmap(title: str, values: Mapping[str, float], *, digits: bool = 
                      scale: Literal["linear", "log"] = "linear", color: bool | None = None) -> str:
     """One row for each projection, one column for each layer, in blocks of at most 80 columns.
 
-    `digits` writes the values as integers. `color` defaults to True if stdout is a terminal and
-    NO_COLOR is unset. A '·' stands for an absent or infinite value and, with `digits`, for 0.
+    `digits` writes the values as integers. `color` defaults to `in_colour()`. A '·' stands for an
+    absent or infinite value and, with `digits`, for 0.
     """
-    if color is None:
-        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    color = in_colour() if color is None else color
     layers, projections, cells = grid(values)
     low, high, place = _scaled(cells.values(), scale)
     texts = {at: f"{v:.0f}" if digits else "" for at, v in cells.items() if math.isfinite(v)}
@@ -135,11 +130,11 @@ def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = ""
     return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"{style}>{text}</text>'
 
 
-def _square(x: float, y: float, width: float, rgb: RGB, text: str) -> str:
+def _square(x: float, y: float, width: float, rgb: bytes, text: str) -> str:
     """One cell with its number in black or white, whichever is easier to read."""
     ink = "#000" if 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 125 else "#fff"
     rect = (f'<rect class="cell" x="{x:.2f}" y="{y:.2f}" width="{width - 0.5:.2f}" '
-            f'height="{ROW - 0.5}" fill="#{bytes(rgb).hex()}"/>')
+            f'height="{ROW - 0.5}" fill="#{rgb.hex()}"/>')
     size = min(SIZE, width / (0.65 * max(1, len(text))))
     style = f' font-size="{size:.2f}" fill="{ink}"'
     return rect + (_text(x + width / 2, y + 9, text, style=style) if text else "")
@@ -177,11 +172,11 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
         shares[task] = {name: v / top for name, v in values.items() if math.isfinite(v)}
     every_share = [v for of_task in shares.values() for v in of_task.values()]
     low, _, place = _scaled([0.1, 1.0, *every_share], "log")
-    panels: list[tuple[str, dict[str, Drawn]]] = [
-        (task, {name: (_color(VIRIDIS, place(v)), "") for name, v in of_task.items()})
+    panels = [(task, dict.fromkeys(names, (ABSENT, "")) | {
+        name: (_color(VIRIDIS, place(v)), "") for name, v in of_task.items()})
         for task, of_task in shares.items()]
     most = max(counts.values(), default=0)
-    panels.append((f"{sum(counts.values())} experts", {
+    panels.append((f"{sum(counts.values())} experts", dict.fromkeys(names, (ABSENT, "0")) | {
         name: (_color(BLUES, (n - 1) / max(1, most - 1)), str(n))
         for name, n in counts.items() if n}))
     columns = 2 if len(layers) <= 12 else 1
@@ -189,9 +184,8 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
     wide, step = (width + GAP) / columns - GAP, 32 + ROW * len(projections)
     out = []
     for i, (title, drawn) in enumerate(panels):
-        absent = (ABSENT, "0" if i == len(shares) else "")
         out += _panel(i % columns * (wide + GAP), i // columns * step, wide, title, layers,
-                      projections, {at: drawn.get(name, absent) for at, name in modules.items()})
+                      projections, {at: drawn[name] for at, name in modules.items()})
     y = step * math.ceil(len(panels) / columns)
     return _svg(width, y + 38, "sensitivity and experts", out + _legend(y, low))
 

@@ -16,19 +16,35 @@ Config = TypeVar("Config")
 
 def flag(default: Any, help: str, kind: Callable[[str], Any] | None = None, **more: Any) -> Any:
     """A dataclass field that a flag sets. `kind` reads its text; `more` goes to add_argument."""
-    return field(default=default, metadata={"flag": {"help": help, **more}
-                                            | ({"type": kind} if kind else {})})
+    more["help"] = help
+    if kind:
+        more["type"] = kind
+    if default is False:
+        more["action"] = "store_true"
+    return field(default=default, metadata=more)
+
+
+def option(name: str) -> str:
+    """The flag of a field: budget_experts -> --budget-experts."""
+    return f"--{name.replace('_', '-')}"
+
+
+def new_parser(description: str | None, groups: Mapping[str, type]) -> argparse.ArgumentParser:
+    """A parser with --debug and the flags of the configurations in `groups`, {title: class}."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
+    for title, config in groups.items():
+        add_flags(parser, config, title)
+    return parser
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type, title: str) -> None:
     """Add a flag for each field of `config` that `flag` made, as a group of the help."""
     group = parser.add_argument_group(title)
     for f in fields(config):
-        if (settings := f.metadata.get("flag")) is None:
-            continue
-        if f.default is False:
-            settings = {"action": "store_true", **settings}
-        group.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **settings)
+        if f.metadata:
+            group.add_argument(option(f.name), default=f.default, **f.metadata)
 
 
 def from_flags(config: Callable[..., Config], values: Mapping[str, Any], **changes: Any) -> Config:
@@ -40,13 +56,7 @@ def from_flags(config: Callable[..., Config], values: Mapping[str, Any], **chang
 def as_flags(*configs: Any) -> dict[str, Any]:
     """{name: value} of the flags of configurations."""
     return {f.name: getattr(config, f.name) for config in configs for f in fields(config)
-            if "flag" in f.metadata}
-
-
-def non_default(config: Any) -> list[str]:
-    """The flags, as "--name", whose values differ from their defaults."""
-    return [f"--{f.name.replace('_', '-')}" for f in fields(config)
-            if "flag" in f.metadata and getattr(config, f.name) != f.default]
+            if f.metadata}
 
 
 def checked(kind: Callable[[str], Any], good: Callable[[Any], bool], wrong: str,

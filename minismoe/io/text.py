@@ -34,6 +34,11 @@ def clean(text: object, keep: str = "") -> str:
                    or unicodedata.category(c) == "Zs" else "\ufffd" for c in str(text))
 
 
+def in_colour() -> bool:
+    """Whether stdout is a terminal, and colours are welcome (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Aligned plain text. Columns of numbers (or '', '-', 'n/a') are aligned to the right."""
     columns = []

@@ -10,7 +10,6 @@ The record goes to tests/benchmarks/results. After a kill, the same command cont
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import sys
@@ -32,7 +31,7 @@ from minismoe.cli.inputs import Inputs, load_inputs, settled
 from minismoe.data import toy
 from minismoe.data.tasks import probe_batches
 from minismoe.io.files import read_json, write_json
-from minismoe.io.flags import from_flags
+from minismoe.io.flags import from_flags, new_parser
 from minismoe.method.experts import add_experts, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model, versions
 from minismoe.training.evaluate import evaluate
@@ -85,11 +84,9 @@ def run(variant: Variant, inputs: Inputs, seed: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, {"model and data": flags.InputConfig})
     parser.add_argument("--seeds", type=flags.positive, default=5, help="(default: %(default)s)")
     parser.add_argument("--readme", metavar="JSON", help="print a record's table, and stop")
-    flags.add_input_flags(parser)
     parser.set_defaults(limit_train=200)
     args = parser.parse_args(argv)
     if args.readme:
@@ -104,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     for seed, name in tqdm(todo, "ablations", unit="run"):
         config = from_flags(flags.InputConfig, vars(args), seed=FIRST_SEED + seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            inputs = load_inputs(settled(config), args.show)
+            inputs = load_inputs(settled(config))
         record["runs"].setdefault(name, []).append(run(VARIANTS[name], inputs, config.seed))
         write_json(file, record)
     print(markdown(record))

@@ -37,7 +37,7 @@ def asked(argv: list[str]) -> tuple[limits.Prospect, RunConfig]:
     """What train.py's flags ask for."""
     config = train.parse(argv)
     config = replace(config, inputs=settled(config.inputs))
-    return limits.look_ahead(config.inputs, config.allocating, config.training), config
+    return limits.Prospect(config), config
 
 
 def planned(argv: list[str]) -> dict[str, int]:
@@ -45,7 +45,7 @@ def planned(argv: list[str]) -> dict[str, int]:
     p, config = asked(argv)
     micro = config.training.micro_batch_size
     if config.auto:
-        micro = limits.fitting(p, config.inputs, config.training)
+        micro = limits.fitting(p)
     return {"runtime": p.runtime, **p.fixed, "micro_batch_size": micro,
             "activations": p.training(micro) - p.unmoved}
 
@@ -60,7 +60,7 @@ def measured(argv: list[str], micro: int) -> int:
     place = batches.index(plan.largest(batches, config.training.batch_size))
     model = load_base(config.inputs, folder)
     add_experts(model, probing.guess(config.allocating, shapes_of(model),
-                                     sorted({e.task for e in examples}), config.inputs.seed))
+                                     sorted({e.task for e in examples})))
     model.model.recompute = config.training.recompute
     optimizer = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], fused=True)
     for step, batch in enumerate(batches[max(0, place - AROUND):place + AROUND + 1]):

@@ -41,7 +41,7 @@ from minismoe.cli.inputs import Inputs, load_inputs, settled
 from minismoe.data.tasks import probe_batches
 from minismoe.io import drawing
 from minismoe.io.files import read_json, replacing, write_json
-from minismoe.io.flags import from_flags
+from minismoe.io.flags import from_flags, new_parser
 from minismoe.method.allocate import GROUPS, allocate, parameters
 from minismoe.method.experts import add_experts
 from minismoe.method.loss import IGNORE
@@ -57,14 +57,12 @@ Values = Mapping[str, float]                 # {module: score}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, {"model and data": flags.InputConfig})
     parser.add_argument("--name", default="default", help="of the record in results/")
     parser.add_argument("--adapter", help="a trained adapter of the model, for question 3")
     parser.add_argument("--questions", type=int, default=4, choices=(2, 3, 4),
                         help="ask only the first N")
     parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
-    flags.add_input_flags(parser)
     parser.set_defaults(seed=SEED)
     return parser.parse_args(argv)
 
@@ -203,7 +201,7 @@ def main(argv: Sequence[str]) -> None:
     file = RESULTS / f"worth-{args.name}.json"
     record: dict[str, Any] = read_json(file) if file.exists() else {}
     config = settled(from_flags(flags.InputConfig, vars(args)))
-    inputs = load_inputs(config, args.show)
+    inputs = load_inputs(config)
     args.device, args.dtype = config.device, config.dtype
     folder = model_folder(args)
     settings = {k: Path(str(v)).name for k, v in vars(args).items()

@@ -44,7 +44,7 @@ from minismoe.cli import flags, script
 from minismoe.cli.inputs import Inputs, load_inputs, settled
 from minismoe.data.tasks import encode_all
 from minismoe.io.files import read_json, write_json
-from minismoe.io.flags import from_flags
+from minismoe.io.flags import from_flags, new_parser
 from minismoe.method import experts
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers, linear_layers
@@ -187,7 +187,7 @@ def load(args: argparse.Namespace, phase: str, seed: int) -> Inputs:
     """The model, and the data of a phase: all of it, or its training lines alone, divided."""
     config = settled(from_flags(flags.InputConfig, vars(args), seed=seed))
     with contextlib.redirect_stdout(io.StringIO()):
-        inputs = load_inputs(config, None)
+        inputs = load_inputs(config)
     if phase == "search":
         taken = {case(m) for t in inputs.tasks for m in t.test}
         inputs.tasks[:] = [split(task, taken) for task in inputs.tasks]
@@ -241,8 +241,7 @@ def numbers(text: str) -> list[float]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, {"model and data": flags.InputConfig})
     parser.add_argument("--name", default="recipe", help="of the record in results/")
     parser.add_argument("--rank", type=flags.positive, default=8, help="of a mixture's expert")
     parser.add_argument("--epochs", type=flags.positive, default=3)
@@ -259,7 +258,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=flags.positive, default=16,
                         help="of variants that do not change it (default: 16)")
     parser.add_argument("--finalists", type=int, default=4, help="beside the first recipe")
-    flags.add_input_flags(parser)
     parser.set_defaults(limit_train=200)
     args = parser.parse_args(argv)
     args.variants = args.variants.split(",") if args.variants else list(VARIANTS)

@@ -26,7 +26,7 @@ def test_the_overlap_of_halves_is_that_by_hand(monkeypatch, capsys, count: int) 
         encoded={"t": Encoded([Example("t", [i], [i]) for i in range(count)])})
     monkeypatch.setattr(probing, "probe", lambda _, tasks: SimpleNamespace(
         samples={"t": norms[tasks["t"][0][0][:, 0]]}))
-    scores = probing.measure(AllocationConfig(keep=0.5, group="all"), inputs, seed=0, size=3)
+    scores = probing.measure(AllocationConfig(keep=0.5, group="all"), inputs, size=3)
     rows = scores.samples["t"].tolist()
     assert sorted(rows) == sorted(norms.tolist())
     even, odd = (set(sorted(range(4), key=lambda m: -sum(row[m] for row in half))[:2])
