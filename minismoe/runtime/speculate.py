@@ -26,7 +26,8 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from itertools import zip_longest
+from itertools import accumulate, cycle, islice, takewhile, zip_longest
+from operator import mul
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -120,21 +121,15 @@ class Drafts:
 
     def find(self, most: int) -> tuple[list[int], int]:
         """Up to `most` tokens that may come next, without a stop token, and the match's length."""
-        text, best, length = self.text, 0, 0
+        text, best, length = self.text, len(self.text), 0
         for place in self.places.get(tuple(text[-MATCH:]), [])[-2:-2 - PLACES:-1]:
             n = MATCH
             while n < LONGEST and n < place and text[place - n - 1] == text[-n - 1]:
                 n += 1
             if n > length:
                 best, length = place, n
-        drafts: list[int] = []
-        while length and len(drafts) < most:                 # a text that repeats runs into itself
-            at = best + len(drafts)
-            token = text[at] if at < len(text) else drafts[at - len(text)]
-            if token in self.stops:
-                break
-            drafts.append(token)
-        return drafts, length
+        again = islice(cycle(text[best:best + most]), most)  # a text that repeats runs into itself
+        return [*takewhile(lambda token: token not in self.stops, again)], length
 
     def learn(self, length: int, right: Sequence[bool]) -> None:
         """right: of each draft that was compared, after a match of that length, whether it was."""
@@ -147,13 +142,10 @@ class Drafts:
 
         share: what each of them adds to the time of a step that reads one token.
         """
-        tokens, chance, best, gain = 1.0, 1.0, 0, 1.0
-        for n in range(1, most + 1):
-            chance *= self.rates[min(length + n - 1, LONGEST)]
-            tokens += chance
-            if tokens / (1 + n * share) > gain:
-                best, gain = n, tokens / (1 + n * share)
-        return best
+        rates = [self.rates[min(length + n, LONGEST)] for n in range(most)]
+        tokens = accumulate(accumulate(rates, mul, initial=1.0))     # a step, for 0, 1, ... drafts
+        speeds = [count / (1 + n * share) for n, count in enumerate(tokens)]
+        return speeds.index(max(speeds))
 
 
 class Pace:
