@@ -122,6 +122,10 @@ class CachedModel:
         self._ios: dict[int, ort.IOBinding] = {}                 # by rows
         self._io = self._bound(rows)
 
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens of the one prompt in the cache, and forget the others."""
+        del self._seen[length:], self._masks[0][length:]
+
     def _bound(self, rows: int) -> ort.IOBinding:
         """The session's values, bound for batches of so many rows."""
         if rows in self._ios:

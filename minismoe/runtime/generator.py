@@ -83,7 +83,7 @@ class Generator(CachedModel):
         if self._prefix and held > kept:
             self._prefix.fill(self, kept := held)
         elif kept:
-            del self._seen[kept:], self._masks[0][kept:]
+            self.cut(kept)
         else:
             self.reset(len(prompts), None if len(prompts) == 1 else max(map(len, prompts)) + new)
         self.kept_tokens = kept

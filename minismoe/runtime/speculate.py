@@ -179,21 +179,15 @@ def read_rows(generator: Generator, tokens: Sequence[int]) -> ort.OrtValue:
     return logits
 
 
-def cut(generator: Generator, count: int) -> None:
-    """Cut the last `count` tokens off the cache of one prompt."""
-    if count:
-        del generator._seen[-count:], generator._masks[0][-count:]
-
-
 def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
     """The tokens that come after the last one of a text and its drafts, read in one step."""
+    seen, new = len(generator._seen), []
     logits = read_rows(generator, tokens) if len(tokens) > 1 else generator.step([tokens])
-    new: list[int] = []
     for token, draft in zip_longest(choose(logits), tokens[1:]):
         new.append(token)
         if token != draft:
             break
-    cut(generator, len(tokens) - len(new))
+    generator.cut(seen + len(new))
     return new
 
 
@@ -205,8 +199,8 @@ def audited(generator: Generator, tokens: Sequence[int], choose: Choose) -> list
     def data(logits: ort.OrtValue) -> bytes:
         return ctypes.string_at(logits.data_ptr(), logits.tensor_size_in_bytes())
 
-    rows = data(read_rows(generator, tokens))
-    cut(generator, len(tokens))
+    seen, rows = len(generator._seen), data(read_rows(generator, tokens))
+    generator.cut(seen)
     single, new = b"", []
     for token, draft in zip_longest(tokens, tokens[1:]):
         logits = generator.step([[token]])
