@@ -48,21 +48,6 @@ class Written(NamedTuple):
     text: str
 
 
-def likeliest(generator: Generator, prompt: str | Sequence[int], choices: Sequence[str], best: int,
-              ) -> list[Answer]:
-    """The `best` likeliest answers to a prompt, the likeliest first.
-
-    Raises ValueError as `written` does, for `best` below 1, and for a prompt that leaves too little
-    of the context for the longest answer.
-    """
-    if best < 1:
-        raise ValueError(f"the {best} best answers: expected at least 1")
-    answers = written(generator.tokenizer, tuple(choices))
-    (row,) = generator.encoded([prompt], max(len(answer.tokens) for answer in answers))
-    with generator.owned():
-        return _search(generator, row, answers, best)
-
-
 @lru_cache(8)
 def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> list[Written]:
     """The answers as the chat template writes them after a question, sorted by their tokens.
@@ -89,8 +74,8 @@ def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> list[Written]:
     return sorted(Written([*tokens, tokenizer.end_id], text) for tokens, text in found.items())
 
 
-def _search(generator: Generator, prompt: list[int], answers: list[Written], best: int,
-            ) -> list[Answer]:
+def likeliest(generator: Generator, prompt: list[int], answers: list[Written], best: int,
+              ) -> list[Answer]:
     """Best-first search: the likeliest beginning is read on, until `best` answers are whole.
 
     A longer beginning is never likelier, so the answers come in order. The generator reads only

@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
 from .cache import CachedModel
-from .choices import Answer, likeliest
+from .choices import Answer, likeliest, written
 from .folder import FLOAT, INT64
 from .prefix import Prefix
 from .speculate import Choose, Pace, speculated
@@ -214,10 +214,15 @@ class Generator(CachedModel):
                ) -> list[Answer]:
         """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
 
-        Raises ValueError for answers that cannot come out: empty ones, and others that the
-        tokenizer cannot write.
+        Raises ValueError for answers that `written` refuses, for `best` below 1, and for a prompt
+        that leaves too little of the context for the longest answer.
         """
-        return likeliest(self, prompt, choices, best)
+        if best < 1:
+            raise ValueError(f"the {best} best answers: expected at least 1")
+        answers = written(self.tokenizer, tuple(choices))
+        (row,) = self.encoded([prompt], max(len(answer.tokens) for answer in answers))
+        with self.owned():
+            return likeliest(self, row, answers, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""
