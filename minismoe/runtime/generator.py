@@ -9,9 +9,11 @@ import ctypes
 import math
 import os
 import random
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -243,11 +245,6 @@ class Generator(CachedModel):
 
 def _draw(logits: Sequence[float], rng: random.Random, temperature: float, top_p: float) -> int:
     """Draw an index of `logits`, sorted from the largest, by softmax within the nucleus top_p."""
-    weights = [math.exp((value - logits[0]) / temperature) for value in logits]
-    mass, total = 0.0, sum(weights)
-    for n, weight in enumerate(weights):
-        mass += weight
-        if mass >= top_p * total:
-            del weights[n + 1:]
-            break
-    return rng.choices(range(len(weights)), weights)[0]
+    masses = [*accumulate(math.exp((value - logits[0]) / temperature) for value in logits)]
+    del masses[bisect_left(masses, top_p * masses[-1]) + 1:]
+    return rng.choices(range(len(masses)), cum_weights=masses)[0]
