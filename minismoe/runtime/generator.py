@@ -76,12 +76,13 @@ class Generator(CachedModel):
         that differs. A cache that cannot be cut is kept only if the prompt extends it.
         Where more tokens are those of the prefix that `keep` was given, the cache begins with them.
         """
-        kept = 0
+        kept, held, asked = 0, 0, list(prompts[0][:-1])      # the logits of its last are wanted
         if len(prompts) == len(self._masks) == 1 and not self.static:
-            kept = len(os.path.commonprefix([self._seen, list(prompts[0][:-1])]))
+            kept = len(os.path.commonprefix([self._seen, asked]))
             if self._moving and kept < len(self._seen):
                 kept = 0
-        held = self._prefix.shared(prompts[0]) if self._prefix and len(prompts) == 1 else 0
+        if self._prefix and len(prompts) == 1:
+            held = len(os.path.commonprefix([self._prefix.tokens, asked]))
         if self._prefix and held > kept:
             self._prefix.fill(self, kept := held)
         elif kept:
