@@ -229,18 +229,18 @@ class Generator(CachedModel):
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""
-        ids: list[int] = []
-        # Decoding starts at the previous piece, since some tokenizers decode a token differently
-        # without its neighbours. ids[start:read] is that piece, and `told` is its text.
-        start, read, told = 0, 0, ""
+        # The previous piece, with the text `told`, is decoded again before what is new, since some
+        # tokenizers decode a token differently without its neighbours.
+        piece: list[int] = []
+        new, told = [], ""
         for token in tokens:
-            ids.append(token)
-            text = self.tokenizer.decode(ids[start:])
+            new.append(token)
+            text = self.tokenizer.decode(piece + new)
             if len(text) > len(told) and not text.endswith("\ufffd"):
                 yield text[len(told):]
-                start, read = read, len(ids)
-                told = self.tokenizer.decode(ids[start:])
-        if rest := self.tokenizer.decode(ids[start:])[len(told):]:
+                piece, new = new, []
+                told = self.tokenizer.decode(piece)
+        if rest := self.tokenizer.decode(piece + new)[len(told):]:
             yield rest
 
 
