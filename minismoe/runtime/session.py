@@ -36,13 +36,13 @@ def open_session(file: Path, provider: str, threads: int | None,
     """
     options = ort.SessionOptions()
     if threads is None:                      # 0: all physical cores; not if we may use fewer
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        threads = allowed if allowed and allowed < (os.cpu_count() or 1) else 0
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        threads = allowed if allowed < (os.cpu_count() or 1) else 0
     options.intra_op_num_threads = threads
     options.log_severity_level = 3           # errors only
     for key, text in entries:
         options.add_session_config_entry(key, text)
-    providers = [provider, *["CPUExecutionProvider"] * (provider != "CPUExecutionProvider")]
+    providers = list(dict.fromkeys((provider, "CPUExecutionProvider")))
     return opened(lambda name: ort.InferenceSession(name, options, providers=providers), file)
 
 
