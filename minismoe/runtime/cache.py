@@ -75,12 +75,11 @@ class CachedModel:
     def _fits(self) -> None:
         """Raise ValueError if export.json disagrees with the graphs."""
         info = self.info
-        keys = [i for name, i in self._inputs.items() if name.endswith(".key")]
-        past = keys[0] if keys else None
+        keys = [(i.type, *i.shape[1::2]) for i in self._inputs.values() if i.name.endswith(".key")]
         logits = self._session.get_outputs()[0]
         kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
-        if (len(keys) != info["layers"] or past is None or logits.shape[-1:] != [info["vocab_size"]]
-                or (past.type, *past.shape[1::2]) != (kind, info["kv_heads"], info["head_dim"])
+        if (len(keys) != info["layers"] or logits.shape[-1:] != [info["vocab_size"]]
+                or {*keys} != {(kind, info["kv_heads"], info["head_dim"])}
                 or self._positions == (info["target"] == "ort")
                 or not (isinstance(self.candidates, int) and self.candidates)):
             raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
@@ -152,7 +151,7 @@ class CachedModel:
             logits = self._npu.step(rows[0], len(self._seen), self._past)
             self._seen += [t for t in rows[0] if t is not None]
             return logits
-        B, T, io = len(rows), len(rows[0]), self._io
+        B, io = len(rows), self._io
         positions = array("q")
         for mask, row in zip(self._masks, rows):
             at = mask.count(1) - 1
@@ -163,12 +162,12 @@ class CachedModel:
         for mask in self._masks:
             gap = zero * (S - len(mask))
             seen += mask + gap if self._shared else gap + mask[-S:]
-        inputs = {"input_ids": (array("q", [t or 0 for row in rows for t in row]), T),
-                  "attention_mask": (seen, S)}
+        inputs = {"input_ids": array("q", [t or 0 for row in rows for t in row]),
+                  "attention_mask": seen}
         if self._positions:
-            inputs["position_ids"] = positions, T
-        for name, (values, length) in inputs.items():
-            io.bind_input(name, "cpu", 0, INT64, [B, length], values.buffer_info()[0])
+            inputs["position_ids"] = positions
+        for name, values in inputs.items():
+            io.bind_input(name, "cpu", 0, INT64, [B, len(values) // B], values.buffer_info()[0])
         io.bind_output("logits")
         for name in self._moving:
             past, new = ("past_", "present_") if name.startswith("conv") else (
