@@ -19,15 +19,14 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from .folder import CACHE_TYPES, INT64, plain_file, read_info
-from .npu import EXACT, NpuSteps
-from .session import enough_onnxruntime, execution_provider, open_session, opened
+from .npu import NpuSteps
+from .session import CPU, enough_onnxruntime, execution_provider, open_session, opened
 from .speculate import SharedRows, obstacle
 
 DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
@@ -50,16 +49,15 @@ class CachedModel:
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
         self._shared = self.info["target"] == "ort" and not self.static
-        self._npu = NpuSteps(self.folder, self.info, provider, partial(
-            open_session, provider="CPUExecutionProvider", threads=threads, entries=EXACT),
-                             ) if self.info["target"] == "npu" else None
+        self._npu = NpuSteps(self.folder, self.info, provider, threads) if (
+            self.info["target"] == "npu") else None
         name = execution_provider(None if self._npu else provider)
         self._device = DEVICES.get(name, "cpu")
         if self._shared and self._device == "cuda" and self.info["cache_type"] == "float32":
             self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
         self._session = self._npu.one if self._npu else open_session(
             self.folder / "model.onnx", name, threads)
-        self._sampler = open_session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
+        self._sampler = open_session(self.folder / "sampler.onnx", CPU, 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
         self._inputs = {i.name: i for i in self._session.get_inputs()}

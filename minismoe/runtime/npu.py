@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import onnxruntime as ort
 
 from ..io.text import clean
 from .folder import INT64
+from .session import CPU, open_session
 
 QNN = "QNNExecutionProvider"
 EMULATED = platform.machine().lower() in ("x86_64", "amd64")
@@ -102,7 +103,7 @@ class NpuSteps:
     """Steps of T tokens and of one, whose keys and values are appended to one cache of P slots."""
 
     def __init__(self, folder: Path, info: Mapping[str, Any], provider: str | None,
-                 on_cpu: Callable[[Path], ort.InferenceSession]):
+                 threads: int | None):
         self.info = info
         kind, _, chip = (provider or "cpu").lower().replace("executionprovider", "").partition(":")
         made_for, asked = info.get("soc"), int(chip) if chip.isdecimal() else None
@@ -115,13 +116,12 @@ class NpuSteps:
             print("the HTP is emulated here: its answers are a device's, its speed is not",
                   file=sys.stderr)
 
-        def on_qnn(file: Path) -> ort.InferenceSession:
-            return qnn_session(file.with_suffix(".qnn.onnx") if made_for else file,
-                               made_for or asked or SOC)
-
-        open_ = on_qnn if kind == "qnn" else on_cpu
-        self.embed = on_cpu(folder / "embed.onnx")
-        self.one, self.several = open_(folder / "model.onnx"), open_(folder / "prompt.onnx")
+        end, soc = ".qnn.onnx" if made_for else ".onnx", made_for or asked or SOC
+        self.embed = open_session(folder / "embed.onnx", CPU, threads, EXACT)
+        self.one, self.several = (
+            qnn_session(folder / f"{name}{end}", soc) if kind == "qnn"
+            else open_session(folder / f"{name}.onnx", CPU, threads, EXACT)
+            for name in ("model", "prompt"))
 
     def step(self, tokens: Sequence[int | None], seen: int, cache: Mapping[str, Any]) -> Any:
         """Logits (1, 1, V) after T tokens, None on the left for padding, that follow `seen` others.

@@ -9,6 +9,8 @@ from typing import Any
 
 import onnxruntime as ort
 
+CPU = "CPUExecutionProvider"
+
 
 def enough_onnxruntime() -> None:
     """Raise ImportError if onnxruntime is too old to share memory: it would crash."""
@@ -42,7 +44,7 @@ def open_session(file: Path, provider: str, threads: int | None,
     options.log_severity_level = 3           # errors only
     for key, text in entries:
         options.add_session_config_entry(key, text)
-    providers = list(dict.fromkeys((provider, "CPUExecutionProvider")))
+    providers = list(dict.fromkeys((provider, CPU)))
     return opened(lambda name: ort.InferenceSession(name, options, providers=providers), file)
 
 
