@@ -24,6 +24,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from ..data.tokenizer import load_tokenizer
 from .folder import CACHE_TYPES, INT64, plain_file, read_info
 from .npu import NpuSteps
 from .session import CPU, enough_onnxruntime, execution_provider, open_session, opened
@@ -35,13 +36,13 @@ Row = Sequence["int | None"]                 # new tokens of a prompt; None is p
 
 
 class CachedModel:
-    """The graphs of a folder, and a cache of what they have read.
+    """The graphs and the tokenizer of a folder, and a cache of what the graphs have read.
 
     Arguments and errors are those of `Generator`.
     """
 
-    def __init__(self, folder: str | Path, provider: str | None, threads: int | None,
-                 task: str | None, verify: bool):
+    def __init__(self, folder: str | Path, provider: str | None = None,
+                 threads: int | None = None, task: str | None = None, verify: bool = False):
         enough_onnxruntime()
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
@@ -69,6 +70,7 @@ class CachedModel:
         self._fits()
         self._obstacle = obstacle(self)      # of speculation
         self.use(task)
+        self.tokenizer = load_tokenizer(self.folder)
 
     def _fits(self) -> None:
         """Raise ValueError if export.json disagrees with the graphs."""

@@ -19,7 +19,6 @@ from typing import Any
 
 import onnxruntime as ort
 
-from ..data.tokenizer import load_tokenizer
 from .cache import CachedModel
 from .choices import Answer, likeliest, written
 from .folder import FLOAT, INT64
@@ -38,20 +37,17 @@ class Generator(CachedModel):
     "context". Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
-    def __init__(self, folder: str | Path, provider: str | None = None,
-                 threads: int | None = None, task: str | None = None, verify: bool = False):
-        self.ended, self._turn = "", 0       # the number of the generation that owns the cache
-        self.prompt_tokens = 0               # tokens the last generation read, cached ones excluded
-        self.kept_tokens = 0                 # those that were in the cache
-        self.steps = 0                       # that wrote its tokens after the first, if speculated
-        self._pace = Pace()
-        super().__init__(folder, provider, threads, task, verify)
-        self.tokenizer = load_tokenizer(self.folder)
+    ended = ""
+    prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
+    kept_tokens = 0                          # those that were in the cache
+    steps = 0                                # that wrote its tokens after the first, if speculated
+    _turn = 0                                # the number of the generation that owns the cache
 
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task; None: the model without an adapter."""
         self._prefix: Prefix | None = None
         self._exact: bool | None = None      # whether rows give the logits of plain decoding
+        self._pace = Pace()
         super().use(task)
 
     def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
