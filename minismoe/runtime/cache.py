@@ -119,7 +119,6 @@ class CachedModel:
             if moves and (conv or P):                            # masked, yet 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
         self._ios: dict[int, ort.IOBinding] = {}                 # by rows
-        self._io = self._bound(rows)
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens of the one prompt in the cache, and forget the others."""
@@ -151,7 +150,7 @@ class CachedModel:
             logits = self._npu.step(rows[0], len(self._seen), self._past)
             self._seen += [t for t in rows[0] if t is not None]
             return logits
-        B, io = len(rows), self._io
+        B, io = len(rows), self._bound(len(rows))
         positions = array("q")
         for mask, row in zip(self._masks, rows):
             at = mask.count(1) - 1

@@ -167,11 +167,10 @@ class Pace:
 
 def read_rows(generator: Generator, tokens: Sequence[int]) -> ort.OrtValue:
     """Logits (n, 1, V) after each of n tokens that follow what the cache of one prompt holds."""
-    if len(generator._ios) == 1:             # since `reset`, there were plain steps only
+    if generator._ios.keys() <= {1}:         # since `reset`, there were plain steps only
         for value in generator._past.values():
             value.share()
     rows, seen = copy(generator), len(generator._seen)
-    rows._io = generator._bound(len(tokens))
     rows._masks = [array("q", [1]) * (seen + n) for n in range(len(tokens))]
     logits = rows.step([[token] for token in tokens])
     generator._seen[seen:] = tokens
