@@ -22,7 +22,6 @@ import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,10 +81,9 @@ def likeliest(generator: Generator, prompt: list[int], answers: list[Written], b
     what its cache does not hold of a beginning.
     """
     found: list[Answer] = []
-    order = count()                          # decides between equals, before groups are compared
-    heap = [(0.0, next(order), answers)]     # -log-probability of what a group has in common
+    heap = [(0.0, answers)]                  # -log-probability of what a group has in common
     while heap and len(found) < best:
-        loss, _, group = heapq.heappop(heap)
+        loss, group = heapq.heappop(heap)    # equals come in the order of their tokens
         if len(group) == 1:
             found.append(Answer(group[0].text, -loss))
             continue
@@ -95,7 +93,7 @@ def likeliest(generator: Generator, prompt: list[int], answers: list[Written], b
         for answer in group:
             parts.setdefault(answer.tokens[len(shared)], []).append(answer)
         for part, more in zip(parts.values(), _losses(generator, [*prompt, *shared], [*parts])):
-            heapq.heappush(heap, (loss + more, next(order), part))
+            heapq.heappush(heap, (loss + more, part))
     return found
 
 
