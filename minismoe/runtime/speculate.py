@@ -151,8 +151,7 @@ class Drafts:
 class Pace:
     """How long steps take: `plain` seconds of the CPU, and `share` of that more for each draft."""
 
-    def __init__(self) -> None:
-        self.plain, self.share = 0.0, SHARE
+    plain, share = 0.0, SHARE
 
     def learn(self, drafts: int, seconds: float) -> None:
         """A step took so long; a step that something else held up counts little."""
