@@ -36,10 +36,7 @@ Row = Sequence["int | None"]                 # new tokens of a prompt; None is p
 
 
 class CachedModel:
-    """The graphs and the tokenizer of a folder, and a cache of what the graphs have read.
-
-    Arguments and errors are those of `Generator`.
-    """
+    """The graphs of a folder, and a cache of what they have read; arguments as of `Generator`."""
 
     def __init__(self, folder: str | Path, provider: str | None = None,
                  threads: int | None = None, task: str | None = None, verify: bool = False):

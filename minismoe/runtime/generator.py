@@ -176,8 +176,7 @@ class Generator(CachedModel):
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens."""
-        return (self.context - length) // (
-            self.static[1] if self.static and not self._npu else 1)
+        return (self.context - length) // (self.static[1] if self.static and not self._npu else 1)
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""

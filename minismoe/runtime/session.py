@@ -20,8 +20,7 @@ def enough_onnxruntime() -> None:
 
 
 def execution_provider(name: str | None) -> str:
-    """onnxruntime's name of a provider, as "cuda"; default: the CPU. ValueError if it is not here.
-    """
+    """onnxruntime's name of a provider, as "cuda" (None: the CPU); ValueError if it is not here."""
     present = {p.lower(): p for p in ort.get_available_providers()}
     wanted = (name or "cpu").lower().removesuffix("executionprovider") + "executionprovider"
     if wanted.startswith("qnn"):
@@ -34,8 +33,7 @@ def execution_provider(name: str | None) -> str:
 
 def open_session(file: Path, provider: str, threads: int | None,
                  entries: Sequence[tuple[str, str]] = ()) -> ort.InferenceSession:
-    """Open a graph. threads: default, the physical cores; entries: more settings of the session.
-    """
+    """Open a graph. threads: default, the physical cores; entries: settings of the session."""
     options = ort.SessionOptions()
     if threads is None:                      # 0: all physical cores; not if we may use fewer
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
