@@ -189,8 +189,8 @@ def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> lis
     return new
 
 
-def audited(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
-    """The same by plain steps, to see whether rows give these very logits here: once is enough.
+def rows_are_exact(generator: Generator, tokens: Sequence[int]) -> bool:
+    """Whether rows give the very logits of plain steps here; the cache stays as it was.
 
     A processor whose kernels round rows of a batch in another way must not speculate.
     """
@@ -199,16 +199,9 @@ def audited(generator: Generator, tokens: Sequence[int], choose: Choose) -> list
 
     seen, rows = len(generator._seen), data(read_rows(generator, tokens))
     generator.cut(seen)
-    single, new = b"", []
-    for token, draft in zip_longest(tokens, tokens[1:]):
-        logits = generator.step([[token]])
-        single += data(logits)
-        new.append(next(choose(logits)))
-        if new[-1] != draft:
-            break
-    if not rows.startswith(single) or len(new) > 1:
-        generator._exact = rows.startswith(single)
-    return new
+    single = b"".join(data(generator.step([[token]])) for token in tokens)
+    generator.cut(seen)
+    return rows == single
 
 
 def speculated(generator: Generator, logits: ort.OrtValue, prompt: Sequence[int], steps: int,
@@ -226,15 +219,14 @@ def speculated(generator: Generator, logits: ort.OrtValue, prompt: Sequence[int]
             return
         drafts.add(new)
         guesses, length = drafts.find(min(ROWS, steps - done) - 1)
-        count = drafts.worth(length, len(guesses), pace.share)
-        tokens = [new[-1], *guesses[:count if generator._exact is not False else 0]]
+        tokens = [new[-1], *guesses[:drafts.worth(length, len(guesses), pace.share)]]
         if len(tokens) > 1 and generator._exact is None:
-            new = audited(generator, tokens, choose)
-            generator.steps += len(new)
-        else:
-            start = time.thread_time()
-            new = verified(generator, tokens, choose)
-            pace.learn(len(tokens) - 1, time.thread_time() - start)
-            generator.steps += 1
+            generator._exact = rows_are_exact(generator, tokens)     # once is enough
+        if not generator._exact:
+            del tokens[1:]
+        start = time.thread_time()
+        new = verified(generator, tokens, choose)
+        pace.learn(len(tokens) - 1, time.thread_time() - start)
+        generator.steps += 1
         drafts.learn(length, [token == guess for token, guess in zip(new, guesses)])
         done += len(new)
