@@ -59,7 +59,6 @@ class CachedModel:
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
         self._inputs = {i.name: i for i in self._session.get_inputs()}
-        self._positions = "position_ids" in self._inputs
         self._caches = [name.removeprefix("past_").removeprefix("key_values.")      # 0.key, conv.1
                         for name in self._inputs if name.startswith("past_")]
         # Those that a step gives back in another buffer.
@@ -77,7 +76,7 @@ class CachedModel:
         kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
         if (len(keys) != info["layers"] or logits.shape[-1:] != [info["vocab_size"]]
                 or {*keys} != {(kind, info["kv_heads"], info["head_dim"])}
-                or self._positions == (info["target"] == "ort")
+                or ("position_ids" in self._inputs) == (info["target"] == "ort")
                 or not (isinstance(self.candidates, int) and self.candidates)):
             raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
                              "sampler.onnx: export again")
@@ -160,7 +159,7 @@ class CachedModel:
             seen += mask + gap if self._shared else gap + mask[-S:]
         inputs = {"input_ids": array("q", [t or 0 for row in rows for t in row]),
                   "attention_mask": seen}
-        if self._positions:
+        if "position_ids" in self._inputs:
             inputs["position_ids"] = positions
         for name, values in inputs.items():
             io.bind_input(name, "cpu", 0, INT64, [B, len(values) // B], values.buffer_info()[0])
