@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,12 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
     """Print the answer to a prompt as it comes, and return it; Ctrl-C ends the answer."""
     times, answer, terminal = [time.perf_counter()], "", sys.stdout.isatty()
 
-    def timed(tokens: Iterable[int]) -> Iterator[int]:
-        for token in tokens:
-            times.append(time.perf_counter())
-            yield token
+    def timed(token: int) -> int:
+        times.append(time.perf_counter())
+        return token
 
     try:
-        for piece in generator.text(timed(generator.generate(prompt, **sampling))):
+        for piece in generator.text(map(timed, generator.generate(prompt, **sampling))):
             answer += piece
             # A model can write control characters.
             print(clean(piece, "\n\t") if terminal else piece, end="", flush=True)
@@ -105,7 +104,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--chat", action="store_true", help="a conversation, line by line")
     add("--serve", action="store_true", help="serve a page of --layout web to this machine's "
         "browsers, until Ctrl-C")
-    add("--port", type=natural, help="of --serve (default: a free one)")
+    add("--port", type=natural, default=0, help="of --serve (default: a free one)")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--prefix", metavar="FILE|TASK", help="begin with a file's text as the system prompt (with "
         "--raw, as text before the prompt), or with a task's instruction; it is read once, and its "
@@ -134,8 +133,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--chat reads line by line, through the template: leave out PROMPT and --raw")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
-    if args.choices is not None and (
-            args.chat or args.raw or args.max_tokens or args.temperature):
+    if args.choices is not None and (args.chat or args.raw or args.max_tokens or args.temperature):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
                      "--raw, --max-tokens and --temperature")
     if args.port and not args.serve:
@@ -149,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
     if args.serve:
-        serve_page(Path(args.folder), args.port or 0)
+        serve_page(Path(args.folder), args.port)
         return
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .prefix import opening, shared_tokens
@@ -200,7 +198,7 @@ def run() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as e:                   # onnxruntime raises bare Exceptions
-        expected = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
+        expected = (ArithmeticError, ImportError, OSError, RuntimeError, ValueError)
         if isinstance(e, MemoryError):
             e = ValueError("out of memory: export again, with a smaller --context")
         if not isinstance(e, expected) and "onnxruntime" not in type(e).__module__:

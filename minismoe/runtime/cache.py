@@ -19,15 +19,15 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from .folder import CACHE_TYPES, INT64, plain_file
-from .npu import EXACT, NpuSteps
-from .session import enough_onnxruntime, execution_provider, open_session, opened
+from ..data.tokenizer import load_tokenizer
+from .folder import CACHE_TYPES, INT64, plain_file, read_info
+from .npu import NpuSteps
+from .session import CPU, enough_onnxruntime, execution_provider, open_session, opened
 from .speculate import SharedRows, obstacle
 
 DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
@@ -36,33 +36,30 @@ Row = Sequence["int | None"]                 # new tokens of a prompt; None is p
 
 
 class CachedModel:
-    """The graphs of a folder, and a cache of what they have read.
+    """The graphs of a folder, and a cache of what they have read; arguments as of `Generator`."""
 
-    info is the folder's export.json; other arguments and errors are those of `Generator`.
-    """
-
-    def __init__(self, folder: str | Path, info: dict[str, Any], provider: str | None,
-                 threads: int | None, task: str | None):
+    def __init__(self, folder: str | Path, provider: str | None = None,
+                 threads: int | None = None, task: str | None = None, verify: bool = False):
         enough_onnxruntime()
-        self.folder, self.info = Path(folder), info
+        self.folder = Path(folder)
+        self.info = read_info(self.folder, verify)
+        self.tokenizer = load_tokenizer(self.folder)         # first: the graph takes the memory it frees
         self.static: list[int] | None = self.info.get("static")              # B, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
         self._shared = self.info["target"] == "ort" and not self.static
-        self._npu = NpuSteps(self.folder, self.info, provider, partial(
-            open_session, provider="CPUExecutionProvider", threads=threads, entries=EXACT),
-                             ) if self.info["target"] == "npu" else None
+        self._npu = NpuSteps(self.folder, self.info, provider, threads) if (
+            self.info["target"] == "npu") else None
         name = execution_provider(None if self._npu else provider)
         self._device = DEVICES.get(name, "cpu")
         if self._shared and self._device == "cuda" and self.info["cache_type"] == "float32":
             self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
         self._session = self._npu.one if self._npu else open_session(
             self.folder / "model.onnx", name, threads)
-        self._sampler = open_session(self.folder / "sampler.onnx", "CPUExecutionProvider", 1)
+        self._sampler = open_session(self.folder / "sampler.onnx", CPU, 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
         self._inputs = {i.name: i for i in self._session.get_inputs()}
-        self._positions = "position_ids" in self._inputs
         self._caches = [name.removeprefix("past_").removeprefix("key_values.")      # 0.key, conv.1
                         for name in self._inputs if name.startswith("past_")]
         # Those that a step gives back in another buffer.
@@ -74,13 +71,12 @@ class CachedModel:
     def _fits(self) -> None:
         """Raise ValueError if export.json disagrees with the graphs."""
         info = self.info
-        keys = [i for name, i in self._inputs.items() if name.endswith(".key")]
-        past = keys[0] if keys else None
+        keys = [(i.type, *i.shape[1::2]) for i in self._inputs.values() if i.name.endswith(".key")]
         logits = self._session.get_outputs()[0]
         kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
-        if (len(keys) != info["layers"] or past is None or logits.shape[-1:] != [info["vocab_size"]]
-                or (past.type, *past.shape[1::2]) != (kind, info["kv_heads"], info["head_dim"])
-                or self._positions == (info["target"] == "ort")
+        if (len(keys) != info["layers"] or logits.shape[-1:] != [info["vocab_size"]]
+                or {*keys} != {(kind, info["kv_heads"], info["head_dim"])}
+                or ("position_ids" in self._inputs) == (info["target"] == "ort")
                 or not (isinstance(self.candidates, int) and self.candidates)):
             raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
                              "sampler.onnx: export again")
@@ -119,7 +115,10 @@ class CachedModel:
             if moves and (conv or P):                            # masked, yet 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
         self._ios: dict[int, ort.IOBinding] = {}                 # by rows
-        self._io = self._bound(rows)
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens of the one prompt in the cache, and forget the others."""
+        del self._seen[length:], self._masks[0][length:]
 
     def _bound(self, rows: int) -> ort.IOBinding:
         """The session's values, bound for batches of so many rows."""
@@ -147,7 +146,7 @@ class CachedModel:
             logits = self._npu.step(rows[0], len(self._seen), self._past)
             self._seen += [t for t in rows[0] if t is not None]
             return logits
-        B, T, io = len(rows), len(rows[0]), self._io
+        B, io = len(rows), self._bound(len(rows))
         positions = array("q")
         for mask, row in zip(self._masks, rows):
             at = mask.count(1) - 1
@@ -158,12 +157,12 @@ class CachedModel:
         for mask in self._masks:
             gap = zero * (S - len(mask))
             seen += mask + gap if self._shared else gap + mask[-S:]
-        inputs = {"input_ids": (array("q", [t or 0 for row in rows for t in row]), T),
-                  "attention_mask": (seen, S)}
-        if self._positions:
-            inputs["position_ids"] = positions, T
-        for name, (values, length) in inputs.items():
-            io.bind_input(name, "cpu", 0, INT64, [B, length], values.buffer_info()[0])
+        inputs = {"input_ids": array("q", [t or 0 for row in rows for t in row]),
+                  "attention_mask": seen}
+        if "position_ids" in self._inputs:
+            inputs["position_ids"] = positions
+        for name, values in inputs.items():
+            io.bind_input(name, "cpu", 0, INT64, [B, len(values) // B], values.buffer_info()[0])
         io.bind_output("logits")
         for name in self._moving:
             past, new = ("past_", "present_") if name.startswith("conv") else (

@@ -22,7 +22,6 @@ import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,21 +45,6 @@ class Written(NamedTuple):
 
     tokens: list[int]
     text: str
-
-
-def likeliest(generator: Generator, prompt: str | Sequence[int], choices: Sequence[str], best: int,
-              ) -> list[Answer]:
-    """The `best` likeliest answers to a prompt, the likeliest first.
-
-    Raises ValueError as `written` does, for `best` below 1, and for a prompt that leaves too little
-    of the context for the longest answer.
-    """
-    if best < 1:
-        raise ValueError(f"the {best} best answers: expected at least 1")
-    answers = written(generator.tokenizer, tuple(choices))
-    (row,) = generator.encoded([prompt], max(len(answer.tokens) for answer in answers))
-    with generator.owned():
-        return _search(generator, row, answers, best)
 
 
 @lru_cache(8)
@@ -89,18 +73,17 @@ def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> list[Written]:
     return sorted(Written([*tokens, tokenizer.end_id], text) for tokens, text in found.items())
 
 
-def _search(generator: Generator, prompt: list[int], answers: list[Written], best: int,
-            ) -> list[Answer]:
+def likeliest(generator: Generator, prompt: list[int], answers: list[Written], best: int,
+              ) -> list[Answer]:
     """Best-first search: the likeliest beginning is read on, until `best` answers are whole.
 
     A longer beginning is never likelier, so the answers come in order. The generator reads only
     what its cache does not hold of a beginning.
     """
     found: list[Answer] = []
-    order = count()                          # decides between equals, before groups are compared
-    heap = [(0.0, next(order), answers)]     # -log-probability of what a group has in common
+    heap = [(0.0, answers)]                  # -log-probability of what a group has in common
     while heap and len(found) < best:
-        loss, _, group = heapq.heappop(heap)
+        loss, group = heapq.heappop(heap)    # equals come in the order of their tokens
         if len(group) == 1:
             found.append(Answer(group[0].text, -loss))
             continue
@@ -110,7 +93,7 @@ def _search(generator: Generator, prompt: list[int], answers: list[Written], bes
         for answer in group:
             parts.setdefault(answer.tokens[len(shared)], []).append(answer)
         for part, more in zip(parts.values(), _losses(generator, [*prompt, *shared], [*parts])):
-            heapq.heappush(heap, (loss + more, next(order), part))
+            heapq.heappush(heap, (loss + more, part))
     return found
 
 

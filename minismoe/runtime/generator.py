@@ -9,18 +9,19 @@ import ctypes
 import math
 import os
 import random
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from ..data.tokenizer import load_tokenizer
 from .cache import CachedModel
-from .choices import Answer, likeliest
-from .folder import FLOAT, INT64, read_info
+from .choices import Answer, likeliest, written
+from .folder import FLOAT, INT64
 from .prefix import Prefix
 from .speculate import Choose, Pace, speculated
 
@@ -36,21 +37,17 @@ class Generator(CachedModel):
     "context". Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
-    def __init__(self, folder: str | Path, provider: str | None = None,
-                 threads: int | None = None, task: str | None = None, verify: bool = False):
-        self.ended, self._turn = "", 0       # the number of the generation that owns the cache
-        self.prompt_tokens = 0               # tokens the last generation read, cached ones excluded
-        self.kept_tokens = 0                 # those that were in the cache
-        self.steps = 0                       # that wrote its tokens after the first, if speculated
-        self._pace = Pace()
-        info = read_info(Path(folder), verify)
-        self.tokenizer = load_tokenizer(folder)      # first: the model takes the memory it frees
-        super().__init__(folder, info, provider, threads, task)
+    ended = ""
+    prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
+    kept_tokens = 0                          # those that were in the cache
+    steps = 0                                # that wrote its tokens after the first, if speculated
+    _turn = 0                                # the number of the generation that owns the cache
 
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task; None: the model without an adapter."""
         self._prefix: Prefix | None = None
         self._exact: bool | None = None      # whether rows give the logits of plain decoding
+        self._pace = Pace()
         super().use(task)
 
     def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
@@ -75,16 +72,17 @@ class Generator(CachedModel):
         that differs. A cache that cannot be cut is kept only if the prompt extends it.
         Where more tokens are those of the prefix that `keep` was given, the cache begins with them.
         """
-        kept = 0
+        kept, held, asked = 0, 0, list(prompts[0][:-1])      # the logits of its last are wanted
         if len(prompts) == len(self._masks) == 1 and not self.static:
-            kept = len(os.path.commonprefix([self._seen, list(prompts[0][:-1])]))
+            kept = len(os.path.commonprefix([self._seen, asked]))
             if self._moving and kept < len(self._seen):
                 kept = 0
-        held = self._prefix.shared(prompts[0]) if self._prefix and len(prompts) == 1 else 0
+        if self._prefix and len(prompts) == 1:
+            held = len(os.path.commonprefix([self._prefix.tokens, asked]))
         if self._prefix and held > kept:
             self._prefix.fill(self, kept := held)
         elif kept:
-            del self._seen[kept:], self._masks[0][kept:]
+            self.cut(kept)
         else:
             self.reset(len(prompts), None if len(prompts) == 1 else max(map(len, prompts)) + new)
         self.kept_tokens = kept
@@ -178,8 +176,7 @@ class Generator(CachedModel):
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens."""
-        return (self.context - length) // (
-            self.static[1] if self.static and not self._npu else 1)
+        return (self.context - length) // (self.static[1] if self.static and not self._npu else 1)
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
@@ -215,35 +212,35 @@ class Generator(CachedModel):
                ) -> list[Answer]:
         """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
 
-        Raises ValueError for answers that cannot come out: empty ones, and others that the
-        tokenizer cannot write.
+        Raises ValueError for answers that `written` refuses, for `best` below 1, and for a prompt
+        that leaves too little of the context for the longest answer.
         """
-        return likeliest(self, prompt, choices, best)
+        if best < 1:
+            raise ValueError(f"the {best} best answers: expected at least 1")
+        answers = written(self.tokenizer, tuple(choices))
+        (row,) = self.encoded([prompt], max(len(answer.tokens) for answer in answers))
+        with self.owned():
+            return likeliest(self, row, answers, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""
-        ids: list[int] = []
-        # Decoding starts at the previous piece, since some tokenizers decode a token differently
-        # without its neighbours. ids[start:read] is that piece, and `told` is its text.
-        start, read, told = 0, 0, ""
+        # The previous piece, with the text `told`, is decoded again before what is new, since some
+        # tokenizers decode a token differently without its neighbours.
+        piece: list[int] = []
+        new, told = [], ""
         for token in tokens:
-            ids.append(token)
-            text = self.tokenizer.decode(ids[start:])
+            new.append(token)
+            text = self.tokenizer.decode(piece + new)
             if len(text) > len(told) and not text.endswith("\ufffd"):
                 yield text[len(told):]
-                start, read = read, len(ids)
-                told = self.tokenizer.decode(ids[start:])
-        if rest := self.tokenizer.decode(ids[start:])[len(told):]:
+                piece, new = new, []
+                told = self.tokenizer.decode(piece)
+        if rest := self.tokenizer.decode(piece + new)[len(told):]:
             yield rest
 
 
 def _draw(logits: Sequence[float], rng: random.Random, temperature: float, top_p: float) -> int:
     """Draw an index of `logits`, sorted from the largest, by softmax within the nucleus top_p."""
-    weights = [math.exp((value - logits[0]) / temperature) for value in logits]
-    mass, total = 0.0, sum(weights)
-    for n, weight in enumerate(weights):
-        mass += weight
-        if mass >= top_p * total:
-            del weights[n + 1:]
-            break
-    return rng.choices(range(len(weights)), weights)[0]
+    masses = [*accumulate(math.exp((value - logits[0]) / temperature) for value in logits)]
+    del masses[bisect_left(masses, top_p * masses[-1]) + 1:]
+    return rng.choices(range(len(masses)), cum_weights=masses)[0]

@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import onnxruntime as ort
 
 from ..io.text import clean
 from .folder import INT64
+from .session import CPU, open_session
 
 QNN = "QNNExecutionProvider"
 EMULATED = platform.machine().lower() in ("x86_64", "amd64")
@@ -34,20 +35,18 @@ EXACT = (("session.disable_quant_qdq", "1"),)
 HALF = 2                                     # bytes of a float16
 
 
-def qnn_package() -> Any:
-    """The module onnxruntime_qnn, registered. ImportError if it is missing."""
+def _htp() -> tuple[str, list[Any]]:
+    """QNN's library for the HTP, and its devices. ImportError if onnxruntime-qnn is missing."""
     try:
         import onnxruntime_qnn
     except ImportError:
         raise ImportError("QNN needs onnxruntime-qnn (Python 3.11 and glibc 2.35 or later): "
                           "pip install 'minismoe[npu]'") from None
-    if not _qnn_devices():
+    if QNN not in (device.ep_name for device in ort.get_ep_devices()):
         ort.register_execution_provider_library(QNN, onnxruntime_qnn.get_library_path())
-    return onnxruntime_qnn
-
-
-def _qnn_devices() -> list[Any]:
-    return [d for d in ort.get_ep_devices() if d.ep_name == QNN]
+    return onnxruntime_qnn.get_qnn_htp_path(), [
+        d for d in ort.get_ep_devices()
+        if d.ep_name == QNN and (EMULATED or d.device.type == ort.OrtHardwareDeviceType.NPU)]
 
 
 def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
@@ -56,16 +55,14 @@ def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
 
     soc: the chip, by Qualcomm's number. Raises ValueError with the nodes that QNN refuses.
     """
-    backend, found = qnn_package().get_qnn_htp_path(), _qnn_devices()
-    if not EMULATED:
-        found = [d for d in found if d.device.type == ort.OrtHardwareDeviceType.NPU]
-    if not found:
+    backend, devices = _htp()
+    if not devices:
         raise ValueError("QNN finds no NPU here: leave out --provider")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     for key, text in ("session.disable_cpu_ep_fallback", "1"), *entries:
         options.add_session_config_entry(key, text)
-    options.add_provider_for_devices(found, {
+    options.add_provider_for_devices(devices, {
         "backend_path": backend, **({"soc_model": str(soc)} if EMULATED else {})})
     said: list[str] = []
     try:
@@ -106,7 +103,7 @@ class NpuSteps:
     """Steps of T tokens and of one, whose keys and values are appended to one cache of P slots."""
 
     def __init__(self, folder: Path, info: Mapping[str, Any], provider: str | None,
-                 on_cpu: Callable[[Path], ort.InferenceSession]):
+                 threads: int | None):
         self.info = info
         kind, _, chip = (provider or "cpu").lower().replace("executionprovider", "").partition(":")
         made_for, asked = info.get("soc"), int(chip) if chip.isdecimal() else None
@@ -119,13 +116,12 @@ class NpuSteps:
             print("the HTP is emulated here: its answers are a device's, its speed is not",
                   file=sys.stderr)
 
-        def on_qnn(file: Path) -> ort.InferenceSession:
-            return qnn_session(file.with_suffix(".qnn.onnx") if made_for else file,
-                               made_for or asked or SOC)
-
-        open_ = on_qnn if kind == "qnn" else on_cpu
-        self.embed = on_cpu(folder / "embed.onnx")
-        self.one, self.several = open_(folder / "model.onnx"), open_(folder / "prompt.onnx")
+        end, soc = ".qnn.onnx" if made_for else ".onnx", made_for or asked or SOC
+        self.embed = open_session(folder / "embed.onnx", CPU, threads, EXACT)
+        self.one, self.several = (
+            qnn_session(folder / f"{name}{end}", soc) if kind == "qnn"
+            else open_session(folder / f"{name}.onnx", CPU, threads, EXACT)
+            for name in ("model", "prompt"))
 
     def step(self, tokens: Sequence[int | None], seen: int, cache: Mapping[str, Any]) -> Any:
         """Logits (1, 1, V) after T tokens, None on the left for padding, that follow `seen` others.
@@ -134,27 +130,25 @@ class NpuSteps:
         """
         T, new, P = len(tokens), sum(t is not None for t in tokens), self.info["static"][2]
         session = self.one if T == 1 else self.several
-        pads = T - new
-        ints = {"input_ids": array("q", [t or 0 for t in tokens]),
-                "attention_mask": array("q", [1] * seen + [0] * (P - seen + pads) + [1] * new),
-                "position_ids": array("q", [max(0, seen + i - pads) for i in range(T)])}
         look, run = self.embed.io_binding(), session.io_binding()
-        for name, values in ints.items():
-            (look if name == "input_ids" else run).bind_input(
-                name, "cpu", 0, INT64, [1, len(values)], values.buffer_info()[0])
+        ids = array("q", [t or 0 for t in tokens])
+        mask = array("q", [1] * seen + [0] * (P + T - seen - new) + [1] * new)
+        positions = array("q", [max(0, seen + new - T + n) for n in range(T)])
+        for io, name, values in ((look, "input_ids", ids), (run, "attention_mask", mask),
+                                 (run, "position_ids", positions)):
+            io.bind_input(name, "cpu", 0, INT64, [1, len(values)], values.buffer_info()[0])
         look.bind_output("hidden")
         self.embed.run_with_iobinding(look)
-        run.bind_ortvalue_input("hidden", ort.OrtValue(look.get_outputs_as_ortvaluevector()[0]))
+        run.bind_ortvalue_input("hidden", look.get_outputs()[0])
+        run.bind_output("logits")
         for name, value in cache.items():
             run.bind_ortvalue_input(f"past_key_values.{name}", value)
-        for output in session.get_outputs():
-            run.bind_output(output.name)
+            run.bind_output(f"present.{name}")
         session.run_with_iobinding(run)
-        outputs = dict(zip([o.name for o in session.get_outputs()], map(
-            ort.OrtValue, run.get_outputs_as_ortvaluevector())))
-        for name, value in cache.items():
-            self._append(value, outputs[f"present.{name}"], seen, new)
-        return outputs["logits"]
+        logits, *presents = run.get_outputs()                    # in the order of binding
+        for value, present in zip(cache.values(), presents):
+            self._append(value, present, seen, new)
+        return logits
 
     def _append(self, cache: Any, present: Any, seen: int, new: int) -> None:
         """Copy the last `new` of (1, K, T, C) to slot `seen` of (1, K, P, C), head by head."""

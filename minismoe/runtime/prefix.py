@@ -43,10 +43,11 @@ class Prefix:
         self.dtype, self.size = DTYPES[info["cache_type"]]
         self.size *= info["head_dim"]        # bytes of a position of a head
         self.shape = [1, info["kv_heads"], len(tokens), info["head_dim"]]
-        self.names = [f"{i}.{part}" for i in range(info["layers"]) for part in ("key", "value")]
+        self.names = generator._caches       # 0.key, 0.value, 1.key, ...
         self.bytes = len(tokens) * self.size * info["kv_heads"]                # of a name
         self.data = (ctypes.c_char * (self.bytes * len(self.names)))()
-        self.model = _identity(generator)
+        self.note = {"format": KEPT, "model": _identity(generator),
+                     "tokens": " ".join(map(str, tokens))}
         self.loaded = False
         if file is not None and file.is_file():
             self.load(file)
@@ -54,10 +55,6 @@ class Prefix:
             self.take(generator)
             if file is not None:
                 self.save(file)
-
-    def shared(self, prompt: Sequence[int]) -> int:
-        """How many of its tokens a prompt begins with; the prompt's last is not counted."""
-        return len(os.path.commonprefix([self.tokens, list(prompt[:-1])]))
 
     def blocks(self, generator: Generator, count: int) -> Iterator[tuple[int, int]]:
         """Addresses in the cache and in `data` of the first `count` positions of each head.
@@ -68,10 +65,9 @@ class Prefix:
         for n, value in enumerate(generator._past.values()):
             B, K, P, _ = value.shape()
             first = P - count if generator.static else 0
-            for row in range(B):
-                for head in range(K):
-                    yield (value.data_ptr() + ((row * K + head) * P + first) * self.size,
-                           held + n * self.bytes + head * len(self.tokens) * self.size)
+            for head in range(B * K):
+                yield (value.data_ptr() + (head * P + first) * self.size,
+                       held + (n * K + head % K) * len(self.tokens) * self.size)
 
     def take(self, generator: Generator) -> None:
         """Read the tokens, and copy the cache."""
@@ -90,11 +86,10 @@ class Prefix:
         for mask in generator._masks:
             mask.extend([1] * count)
 
-    def header(self, digest: str) -> bytes:
-        """The beginning of the file, for a content with this SHA-256."""
-        entries: dict[str, Any] = {"__metadata__": {
-            "format": KEPT, "model": self.model, "tokens": " ".join(map(str, self.tokens)),
-            "sha256": digest}}
+    def header(self) -> bytes:
+        """The beginning of the file that holds `data`."""
+        digest = hashlib.sha256(self.data).hexdigest()
+        entries: dict[str, Any] = {"__metadata__": {**self.note, "sha256": digest}}
         for n, name in enumerate(self.names):
             entries[name] = {"dtype": self.dtype, "shape": self.shape,
                              "data_offsets": [n * self.bytes, (n + 1) * self.bytes]}
@@ -105,27 +100,25 @@ class Prefix:
     def save(self, file: Path) -> None:
         """Write the file; it appears whole or not at all."""
         with replacing(file) as tmp, tmp.open("wb") as f:
-            f.write(self.header(hashlib.sha256(self.data).hexdigest()))
+            f.write(self.header())
             f.write(self.data)
 
     def load(self, file: Path) -> None:
         """Read the file. Raises ValueError if it is of another model or prefix, or damaged."""
-        again = ": remove it, and the prefix is read again"
+        note: dict[str, Any] = {}
         with file.open("rb") as f:
-            length, note = int.from_bytes(f.read(8), "little"), None
-            text = f.read(min(length, LONGEST_HEADER))
-            with suppress(KeyError, RecursionError, TypeError, ValueError):
-                note = json.loads(text)["__metadata__"]
-            if not isinstance(note, dict) or note.get("format") != KEPT:
-                raise ValueError(f"{file} holds no prefix that the runtime kept{again}")
-            if note.get("model") != self.model:
-                raise ValueError(f"{file} is of another model{again}")
-            if note.get("tokens") != " ".join(map(str, self.tokens)):
-                raise ValueError(f"{file} is of another prefix{again}")
+            start = f.read(8)
+            text = f.read(min(int.from_bytes(start, "little"), LONGEST_HEADER))
             whole = f.readinto(self.data) == len(self.data) and not f.read(1)
-        header = self.header(hashlib.sha256(self.data).hexdigest())
-        if not whole or header != length.to_bytes(8, "little") + text:
-            raise ValueError(f"{file} is damaged{again}")
+        with suppress(KeyError, RecursionError, TypeError, ValueError):
+            note = dict(json.loads(text)["__metadata__"])
+        for fits, wrong in (
+                (note.get("format") == KEPT, "holds no prefix that the runtime kept"),
+                (note.get("model") == self.note["model"], "is of another model"),
+                (note.get("tokens") == self.note["tokens"], "is of another prefix"),
+                (whole and self.header() == start + text, "is damaged")):
+            if not fits:
+                raise ValueError(f"{file} {wrong}: remove it, and the prefix is read again")
         self.loaded = True
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import onnxruntime as ort
 
+CPU = "CPUExecutionProvider"
+
 
 def enough_onnxruntime() -> None:
     """Raise ImportError if onnxruntime is too old to share memory: it would crash."""
@@ -18,8 +20,7 @@ def enough_onnxruntime() -> None:
 
 
 def execution_provider(name: str | None) -> str:
-    """onnxruntime's name of a provider, as "cuda"; default: the CPU. ValueError if it is not here.
-    """
+    """onnxruntime's name of a provider, as "cuda" (None: the CPU); ValueError if it is not here."""
     present = {p.lower(): p for p in ort.get_available_providers()}
     wanted = (name or "cpu").lower().removesuffix("executionprovider") + "executionprovider"
     if wanted.startswith("qnn"):
@@ -32,17 +33,16 @@ def execution_provider(name: str | None) -> str:
 
 def open_session(file: Path, provider: str, threads: int | None,
                  entries: Sequence[tuple[str, str]] = ()) -> ort.InferenceSession:
-    """Open a graph. threads: default, the physical cores; entries: more settings of the session.
-    """
+    """Open a graph. threads: default, the physical cores; entries: settings of the session."""
     options = ort.SessionOptions()
     if threads is None:                      # 0: all physical cores; not if we may use fewer
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        threads = allowed if allowed and allowed < (os.cpu_count() or 1) else 0
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        threads = allowed if allowed < (os.cpu_count() or 1) else 0
     options.intra_op_num_threads = threads
     options.log_severity_level = 3           # errors only
     for key, text in entries:
         options.add_session_config_entry(key, text)
-    providers = [provider, *["CPUExecutionProvider"] * (provider != "CPUExecutionProvider")]
+    providers = list(dict.fromkeys((provider, CPU)))
     return opened(lambda name: ort.InferenceSession(name, options, providers=providers), file)
 
 

@@ -26,7 +26,8 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from itertools import zip_longest
+from itertools import accumulate, cycle, islice, takewhile, zip_longest
+from operator import mul
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -120,21 +121,15 @@ class Drafts:
 
     def find(self, most: int) -> tuple[list[int], int]:
         """Up to `most` tokens that may come next, without a stop token, and the match's length."""
-        text, best, length = self.text, 0, 0
+        text, best, length = self.text, len(self.text), 0
         for place in self.places.get(tuple(text[-MATCH:]), [])[-2:-2 - PLACES:-1]:
             n = MATCH
             while n < LONGEST and n < place and text[place - n - 1] == text[-n - 1]:
                 n += 1
             if n > length:
                 best, length = place, n
-        drafts: list[int] = []
-        while length and len(drafts) < most:                 # a text that repeats runs into itself
-            at = best + len(drafts)
-            token = text[at] if at < len(text) else drafts[at - len(text)]
-            if token in self.stops:
-                break
-            drafts.append(token)
-        return drafts, length
+        again = islice(cycle(text[best:best + most]), most)  # a text that repeats runs into itself
+        return [*takewhile(lambda token: token not in self.stops, again)], length
 
     def learn(self, length: int, right: Sequence[bool]) -> None:
         """right: of each draft that was compared, after a match of that length, whether it was."""
@@ -147,20 +142,16 @@ class Drafts:
 
         share: what each of them adds to the time of a step that reads one token.
         """
-        tokens, chance, best, gain = 1.0, 1.0, 0, 1.0
-        for n in range(1, most + 1):
-            chance *= self.rates[min(length + n - 1, LONGEST)]
-            tokens += chance
-            if tokens / (1 + n * share) > gain:
-                best, gain = n, tokens / (1 + n * share)
-        return best
+        rates = [self.rates[min(length + n, LONGEST)] for n in range(most)]
+        tokens = accumulate(accumulate(rates, mul, initial=1.0))     # a step, for 0, 1, ... drafts
+        speeds = [count / (1 + n * share) for n, count in enumerate(tokens)]
+        return speeds.index(max(speeds))
 
 
 class Pace:
     """How long steps take: `plain` seconds of the CPU, and `share` of that more for each draft."""
 
-    def __init__(self) -> None:
-        self.plain, self.share = 0.0, SHARE
+    plain, share = 0.0, SHARE
 
     def learn(self, drafts: int, seconds: float) -> None:
         """A step took so long; a step that something else held up counts little."""
@@ -175,11 +166,10 @@ class Pace:
 
 def read_rows(generator: Generator, tokens: Sequence[int]) -> ort.OrtValue:
     """Logits (n, 1, V) after each of n tokens that follow what the cache of one prompt holds."""
-    if len(generator._ios) == 1:             # since `reset`, there were plain steps only
+    if generator._ios.keys() <= {1}:         # since `reset`, there were plain steps only
         for value in generator._past.values():
             value.share()
     rows, seen = copy(generator), len(generator._seen)
-    rows._io = generator._bound(len(tokens))
     rows._masks = [array("q", [1]) * (seen + n) for n in range(len(tokens))]
     logits = rows.step([[token] for token in tokens])
     generator._seen[seen:] = tokens
@@ -187,44 +177,31 @@ def read_rows(generator: Generator, tokens: Sequence[int]) -> ort.OrtValue:
     return logits
 
 
-def cut(generator: Generator, count: int) -> None:
-    """Cut the last `count` tokens off the cache of one prompt."""
-    if count:
-        del generator._seen[-count:], generator._masks[0][-count:]
-
-
 def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
     """The tokens that come after the last one of a text and its drafts, read in one step."""
+    seen, new = len(generator._seen), []
     logits = read_rows(generator, tokens) if len(tokens) > 1 else generator.step([tokens])
-    new: list[int] = []
     for token, draft in zip_longest(choose(logits), tokens[1:]):
         new.append(token)
         if token != draft:
             break
-    cut(generator, len(tokens) - len(new))
+    generator.cut(seen + len(new))
     return new
 
 
-def audited(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
-    """The same by plain steps, to see whether rows give these very logits here: once is enough.
+def rows_are_exact(generator: Generator, tokens: Sequence[int]) -> bool:
+    """Whether rows give the very logits of plain steps here; the cache stays as it was.
 
     A processor whose kernels round rows of a batch in another way must not speculate.
     """
     def data(logits: ort.OrtValue) -> bytes:
         return ctypes.string_at(logits.data_ptr(), logits.tensor_size_in_bytes())
 
-    rows = data(read_rows(generator, tokens))
-    cut(generator, len(tokens))
-    single, new = b"", []
-    for token, draft in zip_longest(tokens, tokens[1:]):
-        logits = generator.step([[token]])
-        single += data(logits)
-        new.append(next(choose(logits)))
-        if new[-1] != draft:
-            break
-    if not rows.startswith(single) or len(new) > 1:
-        generator._exact = rows.startswith(single)
-    return new
+    seen, rows = len(generator._seen), data(read_rows(generator, tokens))
+    generator.cut(seen)
+    single = b"".join(data(generator.step([[token]])) for token in tokens)
+    generator.cut(seen)
+    return rows == single
 
 
 def speculated(generator: Generator, logits: ort.OrtValue, prompt: Sequence[int], steps: int,
@@ -242,15 +219,14 @@ def speculated(generator: Generator, logits: ort.OrtValue, prompt: Sequence[int]
             return
         drafts.add(new)
         guesses, length = drafts.find(min(ROWS, steps - done) - 1)
-        count = drafts.worth(length, len(guesses), pace.share)
-        tokens = [new[-1], *guesses[:count if generator._exact is not False else 0]]
+        tokens = [new[-1], *guesses[:drafts.worth(length, len(guesses), pace.share)]]
         if len(tokens) > 1 and generator._exact is None:
-            new = audited(generator, tokens, choose)
-            generator.steps += len(new)
-        else:
-            start = time.thread_time()
-            new = verified(generator, tokens, choose)
-            pace.learn(len(tokens) - 1, time.thread_time() - start)
-            generator.steps += 1
+            generator._exact = rows_are_exact(generator, tokens)     # once is enough
+        if not generator._exact:
+            del tokens[1:]
+        start = time.thread_time()
+        new = verified(generator, tokens, choose)
+        pace.learn(len(tokens) - 1, time.thread_time() - start)
+        generator.steps += 1
         drafts.learn(length, [token == guess for token, guess in zip(new, guesses)])
         done += len(new)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
-from minismoe.runtime.npu import EXACT, NpuSteps, qnn_session
-from minismoe.runtime.session import open_session
+from minismoe.runtime.npu import NpuSteps, qnn_session
 
 T, P = 8, 64
 SIZES = CONFIG | {"intermediate_size": 96}           # whole blocks of 32, which QNN wants
@@ -68,8 +66,7 @@ def write(model: CausalLM, folder: Path, precision: str, **ranges: Any) -> Path:
 def logits(folder: Path, text: list[int], provider: str | None = None) -> Tensor:
     """Logits (4, V) after all but three tokens, read in chunks of T, and after each of the rest."""
     info = json.loads((folder / "export.json").read_text())
-    steps = NpuSteps(folder, info, provider, partial(
-        open_session, provider="CPUExecutionProvider", threads=1, entries=EXACT))
+    steps = NpuSteps(folder, info, provider, 1)
     shape = [1, info["kv_heads"], P, info["head_dim"]]
     cache = {f"{i}.{part}": ort.OrtValue.from_dlpack(torch.zeros(shape, dtype=torch.float16))
              for i in range(info["layers"]) for part in ("key", "value")}

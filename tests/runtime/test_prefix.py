@@ -202,7 +202,7 @@ def test_refusals(folders, tmp_path, monkeypatch) -> None:
 
 
 def test_the_file_appears_whole_or_not_at_all(folders, tmp_path, monkeypatch) -> None:
-    def full(self: Prefix, digest: str) -> bytes:
+    def full(self: Prefix) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")
     generator = Generator(folders["ort"], threads=1)
     with monkeypatch.context() as m:
