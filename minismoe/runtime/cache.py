@@ -43,7 +43,8 @@ class CachedModel:
         enough_onnxruntime()
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
-        self.tokenizer = load_tokenizer(self.folder)         # first: the graph takes the memory it frees
+        # First: the graph takes the memory that this frees.
+        self.tokenizer = load_tokenizer(self.folder)
         self.static: list[int] | None = self.info.get("static")              # B, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
