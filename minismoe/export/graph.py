@@ -238,23 +238,17 @@ class DecoderGraph(PlacesGraph):
             self.shared["conv"] = self.conv_places()
         x, added = self.times("model.embed_tokens", self.embed(), c.embedding_multiplier), None
         for i in range(c.num_hidden_layers):
-            x, added = self.layer(i, x, added)
+            name, mixer = f"model.layers.{i}", self.conv if i in c.conv_layers else self.attention
+            second = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+            for before, part, after in (("input_layernorm", mixer, "post_attention_layernorm"),
+                                        (second, self.mlp, "post_feedforward_layernorm")):
+                y, x = self.norm(c.name(f"{name}.{before}"), x, added)
+                added = part(i, y)
+                if c.post_norms:
+                    added, _ = self.norm(f"{name}.{after}", added, None)
+                added = self.times(f"{name}.{before}", added, c.residual_multiplier)
         y, _ = self.norm(c.name("model.norm"), x, added)
         self.head(self.times("model.norm", y, c.output_multiplier), all_logits)
-
-    def layer(self, i: int, x: str, added: str | None) -> tuple[str, str]:
-        """x + added (B, T, D) -> what goes on, and what the MLP adds to it."""
-        c, name = self.config, f"model.layers.{i}"
-        mixer = self.conv if i in c.conv_layers else self.attention
-        second = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
-        for before, part, after in (("input_layernorm", mixer, "post_attention_layernorm"),
-                                    (second, self.mlp, "post_feedforward_layernorm")):
-            y, x = self.norm(c.name(f"{name}.{before}"), x, added)
-            added = part(i, y)
-            if c.post_norms:
-                added, _ = self.norm(f"{name}.{after}", added, None)
-            added = self.times(f"{name}.{before}", added, c.residual_multiplier)
-        return x, added or ""
 
 
 def cached(kind: str, layer: int) -> tuple[str, str]:
