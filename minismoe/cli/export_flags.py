@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..export.settings import ExportConfig, TableConfig
 from ..export.weights import NPU_PRECISIONS
-from ..io.flags import add_flags, from_flags
+from ..io.flags import from_flags, new_parser, option
 
 TABLE = """Print exact match and residual of each way to freeze the routing of a run, write them to
 RUN/routing.json, and export nothing."""
@@ -26,13 +25,11 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
     """
     table = list(argv[:1]) == ["table"]
     kind: Any = TableConfig if table else ExportConfig
-    parser = argparse.ArgumentParser(description=TABLE if table else description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(TABLE if table else description,
+                        {"freezing" if table else "export": kind})
     parser.prog += " table" * table
     parser.add_argument("run", nargs="?", metavar="RUN",
                         help="folder of train.py (default: newest in runs)")
-    parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
-    add_flags(parser, kind, "freezing" if table else "export")
     if "--table" in argv:                    # how the command was called before
         parser.error("--table is a command of its own: export.py table RUN")
     # None is "not given": a flag without effect is refused even if it repeats the default.
@@ -110,5 +107,5 @@ def of_adapters(given: Mapping[str, Any]) -> str:
 
 def first(given: Mapping[str, Any], *names: str) -> str:
     """The first of these flags that was given with another value than its usual one."""
-    return next((f"--{name.replace('_', '-')}" + f" {given[name]}" * (name in USUAL)
+    return next((option(name) + f" {given[name]}" * (name in USUAL)
                  for name in names if name in given and given[name] != USUAL.get(name)), "")

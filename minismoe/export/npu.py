@@ -227,8 +227,7 @@ def calibrated(config: ExportConfig, source: Source, frozen: Frozen) -> Ranges:
     model, pools = twin(source.model), Calibration(config, source).pools
     merge(model, frozen.of(config.task))
     round_weights(model, config.precision, config.block or BLOCK, frozen.blocks)
-    return activation_ranges(model.eval(), [e.ids for pool in pools.values()
-                                            for e in pool[:TEXTS]])
+    return activation_ranges(model.eval(), [e.ids for pool in pools.values() for e in pool[:TEXTS]])
 
 
 @torch.no_grad()

@@ -212,9 +212,10 @@ def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
 
 def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:
     """The gates (E,) of least squares; None if their system is singular."""
+    E, r, _ = layer.lora_A.shape
     A, K = _wide(layer.lora_A.flatten(0, 1)), _gram(layer)
     # sum h h^T = A M A^T and sum (g*h) h^T = P A^T; by pairs of experts, each summed to one entry
-    Q, b = ((K * x).view(2 * layer.lora_A.shape[:2]).sum((1, 3))         # (E, E)
+    Q, b = ((K * x).view(E, r, E, r).sum((1, 3))                         # (E, E)
             for x in (A @ sums.M @ A.T, sums.P @ A.T))
     scale = Q.diagonal().rsqrt()                         # experts differ in size, not in meaning
     scaled = Q * scale * scale[:, None]
