@@ -230,35 +230,25 @@ class DecoderLayer(Part):
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__(cfg)
-        self.residual = cfg.residual_multiplier
+        self.residual, self.post_norms = cfg.residual_multiplier, cfg.post_norms
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg)
         if convolves := layer in cfg.conv_layers:            # in the place of attention
             self.names = {**self.names, "self_attn": "conv"}
         self.self_attn = (ShortConv if convolves else Attention)(cfg, layer)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg)
         self.mlp = MLP(cfg)
-
-    def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
-        x = x.add(self.self_attn(self.input_layernorm(x), tokens, rope), alpha=self.residual)
-        if top is not None:
-            x = x.index_select(0, top)
-        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual)
-
-
-class SandwichLayer(DecoderLayer):
-    """Gemma's layer: what attention and MLP write is normalised, too."""
-
-    def __init__(self, cfg: Config, layer: int):
-        super().__init__(cfg, layer)
-        self.pre_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
-        self.post_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
+        if self.post_norms:              # Gemma normalises what attention and MLP write, too
+            self.pre_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
+            self.post_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
 
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), tokens, rope)
-        x = x + self.post_attention_layernorm(y)
+        x = x.add(self.post_attention_layernorm(y) if self.post_norms else y, alpha=self.residual)
         if top is not None:
             x = x.index_select(0, top)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        if self.post_norms:
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual)
 
 
 def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
@@ -285,8 +275,7 @@ class Decoder(Part):
         # and 75 MB. This uniform distribution has the same variance, 1.
         table = torch.empty(cfg.vocab_size, cfg.hidden_size).uniform_(-3 ** 0.5, 3 ** 0.5)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        layer = SandwichLayer if cfg.post_norms else DecoderLayer
-        self.layers = nn.ModuleList(layer(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg)
         self.recompute = False       # activation checkpointing: slower, far less memory
         self.copies: Tensor | None = None    # `Tokens.copies` of the last forward
