@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -116,16 +116,14 @@ class Config:
             c.wrong.append("num_attention_heads is no multiple of num_key_value_heads")
         if C % 2 and C > 1:                                      # refused sizes are returned as 1
             c.wrong.append(f"head_dim = {C} is odd")
-        kind, bias = c["model_type"], bool(c.get("attention_bias"))
-        act = c.get("hidden_act", "silu")
-        if act not in ("silu", "swish", "gelu_pytorch_tanh"):
+        if (act := c.get("hidden_act", "silu")) not in ("silu", "swish", "gelu_pytorch_tanh"):
             c.wrong.append(f"hidden_act {act!r}: only silu and gelu_pytorch_tanh")
         if quantised := c.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
             c.wrong.append(f"quantization_config ({method}): only bf16, fp16 and fp32 weights")
         c.wrong += [f"{name} = {c[name]!r}: only {value}" for name, value in REFUSED.items()
                     if (c.get(name) or value) != value]
-        theta, scaling = c.rope()
+        kind, bias, (theta, scaling) = c["model_type"], bool(c.get("attention_bias")), c.rope()
         layers = c.size("num_hidden_layers", most=1 << 8)
         found: dict[str, Any] = dict(
             vocab_size=c.size("vocab_size"), hidden_size=D, num_hidden_layers=layers,
@@ -136,10 +134,10 @@ class Config:
             tie_word_embeddings=bool(c.get("tie_word_embeddings")),
             qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
             activation="silu" if act == "swish" else act, names=MODULES.get(kind))
-        found |= _own(c, range(layers))
-        types = _layer_types(c, range(layers), found.get("no_rope_layers", ()))
+        own, other, full = _own(c, range(layers))
+        types = c.types(range(layers), other, full) if other else [FULL] * layers
         window = c.size("sliding_window", 4096, most=1 << 31) if SLIDING in types else None
-        found |= {"windows": tuple(window if t == SLIDING else None for t in types),
+        found |= {**own, "windows": tuple(window if t == SLIDING else None for t in types),
                   "conv_layers": tuple(i for i, t in enumerate(types) if t == "conv")}
         if c.wrong:
             raise ValueError("this model is not implemented: " + "; ".join(dict.fromkeys(c.wrong)))
@@ -203,6 +201,18 @@ class _Settings(dict[str, Any]):
             self.wrong.append("rope type llama3: low_freq_factor is not below high_freq_factor")
         return rope.number("rope_theta", 1e4), scaling or None
 
+    def types(self, layers: range, other: str, full: Any) -> list[str]:
+        """The type of each layer, FULL or `other`; `full` are FULL if layer_types is left out."""
+        if not isinstance(full, (list, range)):
+            self.wrong.append(f"full_attn_idxs {full!r} does not tell the layers of full attention")
+            return []
+        types = self.get("layer_types") or [FULL if i in full else other for i in layers]
+        if isinstance(types, list) and len(types) == len(layers) and {
+                *map(str, types)} <= {FULL, other}:
+            return types
+        self.wrong.append(f"layer_types {types!r}: only {FULL} and {other}, one for each layer")
+        return []
+
 
 def _as_llama(config: Mapping[str, Any]) -> _Settings:
     """The settings under Llama's names, with the family's defaults."""
@@ -216,64 +226,46 @@ def _as_llama(config: Mapping[str, Any]) -> _Settings:
     return _Settings(found | defaults, wrong)
 
 
-def _own(c: _Settings, layers: range) -> dict[str, Any]:
-    """The fields of Config that the family alone has, or computes in its own way."""
+def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
+    """What the family has or computes in its own way: fields of Config, the type of layers that it
+    has beside FULL ("": none), and the layers that are FULL where layer_types is left out."""
     kind = c["model_type"]
     if kind == "gemma3_text":
         ropes, local = c.get("rope_parameters"), c.number("rope_local_base_freq", 1e4)
         if isinstance(ropes, Mapping) and SLIDING in ropes:
             local, scaled = _Settings({"rope_parameters": ropes[SLIDING]}, c.wrong).rope()
             c.wrong += [f"{SLIDING} with rope scaling {scaled}"] if scaled else []
+        every = c.size("sliding_window_pattern", 6)
         return {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
                 "embedding_multiplier": c.size("hidden_size") ** 0.5,
-                "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5}
+                "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5,
+                }, SLIDING, layers[every - 1::every]
     if kind in ("granite", "granitemoehybrid"):
-        rotates = kind == "granite" or c.get("position_embedding_type") == "rope"
+        hybrid = kind == "granitemoehybrid"
+        rotates = not hybrid or c.get("position_embedding_type") == "rope"
         return {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
                 for name in ("embedding", "attention", "residual")} | {
-            "output_multiplier": 1 / c.number("logits_scaling", 1.0),
-            "fused_mlp": kind != "granite", "no_rope_layers": () if rotates else tuple(layers)}
+            "output_multiplier": 1 / c.number("logits_scaling", 1.0), "fused_mlp": hybrid,
+            "no_rope_layers": () if rotates else tuple(layers),
+            }, "attention" if hybrid else "", layers
     if kind == "lfm2":
         inner, step = c.size("intermediate_size"), c.size("block_multiple_of", 256)
         if c.get("block_auto_adjust_ff_dim", True):
             inner = int(c.number("block_ffn_dim_multiplier", 1.0) * (2 * inner // 3))
             inner = -(-inner // step) * step
-        return {"intermediate_size": inner, "qk_norm": True,
-                "conv_size": c.size("conv_L_cache", 3, least=2, most=64)}
+        taps, full = c.size("conv_L_cache", 3, least=2, most=64), c.get("full_attn_idxs") or layers
+        return {"intermediate_size": inner, "conv_size": taps, "qk_norm": True}, "conv", full
+    slides = kind != "llama" and c.get("sliding_window", 4096) is not None and (
+        kind == "mistral" or c.get("use_sliding_window"))
+    other = SLIDING if slides else ""
     if kind == "smollm3":
         every = c.size("no_rope_layer_interval", 4)
         rotates = c.get("no_rope_layers") or [(i + 1) % every for i in layers]
         if isinstance(rotates, list) and len(rotates) >= len(layers):
-            return {"no_rope_layers": tuple(i for i in layers if not rotates[i])}
+            still = tuple(i for i in layers if not rotates[i])
+            return {"no_rope_layers": still}, other, [i for i in layers if i not in still]
         c.wrong.append(f"no_rope_layers {rotates!r}: expected 1 (rotates) or 0 for each layer")
-    return {"qk_norm": kind == "qwen3"}
-
-
-def _layer_types(c: _Settings, layers: range, no_rope: Sequence[int]) -> list[str]:
-    """The type of each layer: FULL, or the other one that the family has."""
-    kind, other = c["model_type"], SLIDING
-    slides = c.get("sliding_window", 4096) is not None and (
-        kind == "mistral" or c.get("use_sliding_window"))
-    full: Any = []               # the layers of full attention, if layer_types is left out
-    if kind == "lfm2":
-        other, full = "conv", c.get("full_attn_idxs") or layers
-    elif kind == "granitemoehybrid":
-        other, full = "attention", layers
-    elif kind == "gemma3_text":
-        every = c.size("sliding_window_pattern", 6)
-        full = layers[every - 1::every]
-    elif kind == "smollm3" and slides:
-        full = [i for i in layers if i not in no_rope]
-    elif kind in ("qwen2", "qwen3") and slides:
+    full = layers[:0]
+    if slides and kind in ("qwen2", "qwen3"):
         full = layers[:c.size("max_window_layers", 28, least=0)]
-    elif kind != "mistral" or not slides:
-        return [FULL for _ in layers]
-    if not isinstance(full, (list, range)):
-        c.wrong.append(f"full_attn_idxs {full!r} does not tell the layers of full attention")
-        return []
-    types = c.get("layer_types") or [FULL if i in full else other for i in layers]
-    if isinstance(types, list) and len(types) == len(layers) and {
-            *map(str, types)} <= {FULL, other}:
-        return types
-    c.wrong.append(f"layer_types {types!r}: only {FULL} and {other}, one for each layer")
-    return []
+    return {"qk_norm": kind == "qwen3"}, other, full
