@@ -32,6 +32,7 @@ from .mixture import Adapter, AdapterInput
 from .npu import calibrated, compile_npu, write_npu
 from .routing import Fits, Frozen, merged_weights
 from .settings import ExportConfig, Source
+from .steps import write_in_steps
 from .weights import HALF, NPU_PRECISIONS
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
@@ -250,6 +251,8 @@ def write_web(out: Path, precision: str, cache_type: str = "float32", page: bool
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = data
+    if dtype == "q8":                        # what a browser runs on the CPU
+        write_in_steps(graph.graph, read_json(out / "generation_config.json")["eos_token_id"])
     with replacing(out / "onnx" / name) as tmp:
         tmp.write_bytes(graph.SerializeToString())
     (out / "model.onnx.data").replace(out / "onnx" / data)

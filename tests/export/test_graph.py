@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from minismoe.export.graph import write_decoder, write_sampler
 from minismoe.export.mixture import AdapterInput
+from minismoe.export.steps import write_in_steps
 from minismoe.export.weights import PRECISIONS
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model
@@ -521,3 +523,42 @@ def test_sampler(tmp_path: Path, vocab: int) -> None:
     want = logits[:, -1].topk(min(64, vocab))
     assert torch.equal(values, want.values)
     assert torch.equal(indices, want.indices)
+
+
+@pytest.mark.parametrize("family", ["smollm2", "lfm2"])
+def test_a_graph_in_steps_writes_what_single_steps_write(
+        model: Callable[..., CausalLM], family: str, tmp_path: Path) -> None:
+    """Tokens, last logits and cache, for two rows; the loop ends where both rows stop."""
+    m = model(family)
+    file = write(tmp_path / "m.onnx", m, precision="q8")
+    graph = onnx.load(str(file))
+    ids = torch.randint(0, m.config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
+    sizes = {"batch_size": 2, "past_sequence_length": 0}
+    empty = {v.name: torch.zeros([sizes.get(d.dim_param, d.dim_value)
+                                  for d in v.type.tensor_type.shape.dim]).numpy()
+             for v in graph.graph.input[2:]}
+    session, new, past, tokens = ort.InferenceSession(str(file)), ids, empty, []
+    names = [v.name for v in session.get_outputs()]
+    for n in range(6):
+        found = dict(zip(names, session.run(None, {
+            "input_ids": new.numpy(), "attention_mask": torch.ones(
+                2, 5 + n, dtype=torch.int64).numpy(), **past})))
+        new = torch.from_numpy(found["logits"])[:, -1].argmax(-1, keepdim=True)
+        tokens.append(new)
+        past = {v: found[v.replace("past_key_values", "present").replace("past_", "present_")]
+                for v in empty}
+    never = next(i for i in range(m.config.vocab_size) if not (torch.stack(tokens) == i).any())
+    for stops in ([], [never], tokens[2].flatten().tolist()):
+        steps = copy.deepcopy(graph)
+        write_in_steps(steps.graph, stops)
+        together = ort.InferenceSession(steps.SerializeToString())
+        for count in (1, 6):
+            mask = torch.ones(2, 5, dtype=torch.int64)
+            mask[1, 4] = count
+            said = dict(zip([*names, "tokens"], together.run(None, {
+                "input_ids": ids.numpy(), "attention_mask": mask.numpy(), **empty})))
+            whole = count == 6 and not {*stops} - {never}
+            length = 1 if count == 1 else 6 if whole else 3
+            assert torch.equal(torch.from_numpy(said["tokens"]), torch.stack(tokens)[:length])
+            if whole:
+                assert all((said[name] == found[name]).all() for name in names)

@@ -27,7 +27,7 @@ from minismoe.model.decoder import CausalLM, Config
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96,
           "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "tie_word_embeddings": True, "eos_token_id": 257, "max_position_embeddings": 1024}
+          "tie_word_embeddings": True, "eos_token_id": 257, "max_position_embeddings": 4096}
 PRINTABLE = [*range(32, 127)]
 pytestmark = pytest.mark.usefixtures("signals")
 
@@ -47,8 +47,8 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
         others = [i for i in range(259) if i not in PRINTABLE]
         model.model.embed_tokens.weight[others] *= 0.01
     save_file(dict(model.named_parameters()), root / "base" / "model.safetensors")
-    export.main(["--model", str(root / "base"), "--layout", "web", "--page", "--out",
-                 str(root / "web")])
+    export.main(["--model", str(root / "base"), "--layout", "web", "--page", "--context", "4096",
+                 "--out", str(root / "web")])
     write_tasks(root / "web")
     return root / "web"
 
@@ -94,6 +94,7 @@ def says(folder: Path, text: str, count: int) -> str:
             "input_ids": torch.tensor([new]).numpy(),
             "attention_mask": torch.ones(1, seen, dtype=torch.int64).numpy(), **past})))
         new = [int(found.pop("logits")[0, -1].argmax())]
+        assert found.pop("tokens").ravel().tolist() == new
         past = found
         tokens += new
     return tokenizer.decode(tokens)
@@ -179,7 +180,7 @@ def test_the_page_in_a_browser(web: Path) -> None:
             said = tab.wait_status("First token after")
             assert re.fullmatch(r"First token after [\d.]+ s, [\d.]+ tokens/s on WASM, .*", said)
             answer = tab.text(".assistant")
-            assert len(answer) > 900 and answer[:200] == says(web, "Hello", 200)
+            assert len(answer) > 3900 and answer[:200] == says(web, "Hello", 200)
 
             tab.js("document.querySelector('#anew').click()")
             tab.js("document.querySelector('#task').value = 'count'")
@@ -190,7 +191,7 @@ def test_the_page_in_a_browser(web: Path) -> None:
             tab.click("#stop")
             tab.wait_status("First token after")
             stopped = tab.text(".assistant")
-            assert 0 < len(stopped) < 900 and stopped == says(web, "Count: to", len(stopped))
+            assert 0 < len(stopped) < 3900 and stopped == says(web, "Count: to", len(stopped))
         tab.open(address)                    # the server is gone
         tab.wait_status("Ready")
         tab.type("Hello")

@@ -15,7 +15,7 @@ if ("ServiceWorkerGlobalScope" in self) {
 } else {
   const fail = (error, of) => self.postMessage({ is: "error", text: inOneLine(error), of });
   self.onmessage = ({ data }) =>
-    ({ load, ask, stop: () => stopping?.interrupt() })[data.does](data)
+    ({ load, ask, stop: () => { stopped = true; } })[data.does](data)
       ?.catch(error => fail(error, data.does));
   // transformers.js loses the error of a missing data file, and waits for ever.
   self.onunhandledrejection = ({ reason }) => fail(reason, "load");
@@ -61,11 +61,13 @@ async function library() {
   }
 }
 
-let model, tokenizer, context, stopping, Streamer;
+const BURST = 200;                       // ms: "stop" is heard between calls of the model
+
+let model, tokenizer, context, stopped, parts;
 
 async function load(data) {
-  const { AutoConfig, AutoModelForCausalLM, AutoTokenizer, InterruptableStoppingCriteria,
-          TextStreamer, env } = await library();
+  parts = await library();
+  const { AutoConfig, AutoModelForCausalLM, AutoTokenizer, env } = parts;
   Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: HERE,
                        useBrowserCache: false, useWasmCache: false });
   const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
@@ -84,15 +86,7 @@ async function load(data) {
   tokenizer = await AutoTokenizer.from_pretrained(".");
   model = await AutoModelForCausalLM.from_pretrained(
     ".", { config, device: gpu ? "webgpu" : "wasm", progress_callback });
-  // Between tokens, let in a message that says stop.
-  const { port1, port2 } = new MessageChannel(), forward = model.forward.bind(model);
-  model.forward = async inputs => {
-    await new Promise(done => { port1.onmessage = done; port2.postMessage(null); });
-    return forward(inputs);
-  };
   ({ context } = data);
-  stopping = new InterruptableStoppingCriteria();
-  Streamer = TextStreamer;
   self.postMessage({ is: "ready", on: gpu ? "WebGPU" : "WASM", threads });
 }
 
@@ -102,15 +96,45 @@ async function ask({ messages }) {
   const room = context - inputs.input_ids.dims[1];
   if (room < 1) throw new Error(`the text is ${1 - room} tokens too long: begin anew`);
   const start = performance.now(), times = [];
-  const streamer = new Streamer(tokenizer, {
+  const streamer = new parts.TextStreamer(tokenizer, {
     skip_prompt: true, skip_special_tokens: true,
-    token_callback_function: () => times.push(performance.now()),
     callback_function: text => self.postMessage({ is: "text", text }) });
-  stopping.reset();
-  await model.generate({ ...inputs, max_new_tokens: room, do_sample: false, streamer,
-                         stopping_criteria: stopping });
+  streamer.put([[]]);                    // the prompt, which is skipped
+  for await (const tokens of answer(inputs.input_ids.data, room)) {
+    times.push(...tokens.map(() => performance.now()));
+    streamer.put([tokens]);
+  }
+  streamer.end();
   self.postMessage({ is: "done", first: (times[0] - start) / 1000, tokens: times.length,
                      seconds: (times.at(-1) - times[0]) / 1000 });
+}
+
+// The likeliest tokens after a prompt, as they come: at most `room`, and a token that ends it.
+async function* answer(ids, room) {
+  const { DynamicCache, Tensor } = parts, past = new DynamicCache();
+  const several = model.sessions.model.outputNames.includes("tokens");   // in one call, as asked
+  const stops = [model.generation_config.eos_token_id].flat().map(BigInt);
+  const { port1, port2 } = new MessageChannel();
+  stopped = false;
+  for (let seen = 0, count = 1, found; room && !stopped; room -= found.length) {
+    const start = performance.now(), mask = new BigInt64Array(seen += ids.length).fill(1n);
+    if (several) mask[seen - 1] = BigInt(count);
+    const { logits, tokens, ...present } = await model.forward({
+      input_ids: new Tensor("int64", ids, [1, ids.length]),
+      attention_mask: new Tensor("int64", mask, [1, seen]), past_key_values: past });
+    past.update(Object.fromEntries(Object.entries(present).map(([name, values]) => [
+      name.replace("present_conv", "past_conv").replace("present", "past_key_values"), values])));
+    found = tokens ? [...tokens.data] : [BigInt(logits.data.reduce(
+      (best, value, id, all) => value > all[best] ? id : best, 0))];
+    yield found;
+    if (stops.includes(found.at(-1))) break;
+    ids = found.slice(-1);
+    seen += found.length - 1;
+    const fit = Math.floor(BURST * found.length / (performance.now() - start));
+    count = Math.min(room - found.length, Math.max(1, Math.min(fit, 16)));
+    await new Promise(done => { port1.onmessage = done; port2.postMessage(null); });
+  }
+  await past.dispose();
 }
 
 function inOneLine(error) {

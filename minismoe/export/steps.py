@@ -1,0 +1,70 @@
+"""A decoder that writes several tokens in one run of its graph, for runtimes that copy the cache.
+
+A browser copies all keys and values to JavaScript and back around each run. In a Loop they stay.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import onnx
+import torch
+from onnx import TensorProto, ValueInfoProto
+from onnx.helper import make_graph
+from onnx.helper import make_tensor_value_info as value
+
+from .nodes import Graph
+
+
+def write_in_steps(graph: onnx.GraphProto, stops: Sequence[int]) -> None:
+    """Put a decoder of `write_decoder` into a Loop that chooses tokens greedily.
+
+    The largest number N of attention_mask says how many tokens a run writes; a mask of 0 and 1 asks
+    for one, so that the graph can be used as before. The loop ends earlier once all rows write one
+    of the token ids `stops` in the same step. logits and the cache are those of the last step. The
+    new output `tokens` (n, B, 1), n <= N, holds what was chosen.
+    """
+    constant, step, outer = {"", *(t.name for t in graph.initializer)}, Graph(), Graph()
+    for node in graph.node:
+        if constant.issuperset(node.input):      # made of weights alone: once a session
+            outer.nodes.append(node)
+            constant.update(node.output)
+        else:
+            step.nodes.append(node)
+    ids, mask, *past = (v.name for v in graph.input)
+    logits, *present = (v.name for v in graph.output)
+    for node in step.nodes:
+        for names in (node.input, node.output):
+            names[:] = [n if n in constant else f"step.{n}" for n in names]
+
+    token = step.node("ArgMax", "step.token", f"step.{logits}", axis=-1, keepdims=0)       # (B, 1)
+    ends = step.node("Equal", "step.ends", token, step.constant([*stops]))                 # (B, .)
+    ends = step.node("Cast", "step.ends", ends, to=TensorProto.INT64)
+    ends = step.node("ReduceSum", "step.ends", ends, [1], keepdims=0)                      # (B,)
+    more = step.node("Equal", "step.more", step.node("ReduceMin", "step.ends", ends, keepdims=0), 0)
+    one = step.node("Add", "step.one", step.node("Mul", "step.one", token, 0), 1)
+    longer = step.node("Concat", "step.mask", f"step.{mask}", one, axis=1)
+    chosen = step.node("Identity", "step.chosen", token)
+
+    def inner(*values: ValueInfoProto) -> list[ValueInfoProto]:
+        copies = copy.deepcopy(values)
+        for v in copies:
+            v.name = f"step.{v.name}"
+        return [*copies]
+
+    body = make_graph(step.nodes, "step", [
+        value("step.number", TensorProto.INT64, []), value("step.running", TensorProto.BOOL, []),
+        *inner(*graph.input), value("step.before", TensorProto.FLOAT, None)], [
+        value(more, TensorProto.BOOL, []), value(token, TensorProto.INT64, None),
+        value(longer, TensorProto.INT64, None), *inner(*graph.output[1:], graph.output[0]),
+        value(chosen, TensorProto.INT64, None)])
+    outer.node("Loop", "steps", outer.node("ReduceMax", "steps", mask, keepdims=0), "",
+               ids, outer.node("Min", "steps.mask", mask, 1), *past,
+               outer.constant([[[0.0]]], torch.float32), body=body,
+               named=["steps.ids", "steps.mask", *present, logits, "tokens"])
+    del graph.node[:]
+    graph.node.extend(outer.nodes)
+    graph.initializer.extend(t for name, t in {**step.tensors, **outer.tensors}.items()
+                             if name not in constant)
+    graph.output.append(value("tokens", TensorProto.INT64, ["steps", "batch_size", 1]))
