@@ -80,9 +80,9 @@ def served(folder: Path, *flags: str) -> Iterator[str]:
     assert (process.returncode, said) == (130, "interrupted\n")
 
 
-def says(folder: Path, text: str, count: int) -> str:
-    """The greedy answer of onnx/model_quantized.onnx by onnxruntime itself."""
-    session = ort.InferenceSession(str(folder / "onnx" / "model_quantized.onnx"))
+def says(folder: Path, text: str, count: int, name: str = "model_quantized.onnx") -> str:
+    """The greedy answer of a graph by onnxruntime itself, one token a run."""
+    session = ort.InferenceSession(str(folder / "onnx" / name))
     tokenizer = load_tokenizer(folder)
     new = tokenizer.encode(tokenizer.render([{"role": "user", "content": text}], True))[0]
     past = {x.name: torch.empty(1, 2, 0, 16).numpy() for x in session.get_inputs()[2:]}
@@ -94,7 +94,7 @@ def says(folder: Path, text: str, count: int) -> str:
             "input_ids": torch.tensor([new]).numpy(),
             "attention_mask": torch.ones(1, seen, dtype=torch.int64).numpy(), **past})))
         new = [int(found.pop("logits")[0, -1].argmax())]
-        assert found.pop("tokens").ravel().tolist() == new
+        assert found.pop("tokens", torch.tensor(new).numpy()).ravel().tolist() == new
         past = found
         tokens += new
     return tokenizer.decode(tokens)
@@ -201,6 +201,23 @@ def test_the_page_in_a_browser(web: Path) -> None:
         own = ("google.com", "googleapis.com", "gvt1.com", "duckduckgo.com")    # Chromium
         # An empty line is a connection that was opened ahead, and asked for nothing.
         assert not [line for line in asked if line and not any(host in line for host in own)]
+
+
+@needs_browser
+def test_the_page_chooses_each_token_if_the_graph_does_not(web: Path, tmp_path: Path) -> None:
+    """As on WebGPU, whose graph writes one token a run; here that of fp32 stands in for it."""
+    export.main(["--model", str(web.parent / "base"), "--layout", "web", "--page", "--precision",
+                 "fp32", "--context", "400", "--out", str(tmp_path / "web")])
+    vendor(tmp_path / "web")
+    with served(tmp_path / "web") as address, Browser() as tab:
+        tab.open(address)
+        tab.wait_status("Ready")
+        tab.type("Hello")
+        tab.press("Enter", 13)
+        tab.wait_status("First token after")
+        answer = tab.text(".assistant")
+        assert len(answer) > 300
+        assert answer == says(tmp_path / "web", "Hello", len(answer), "model.onnx")
 
 
 @needs_browser
