@@ -43,21 +43,14 @@ def write_in_steps(graph: onnx.GraphProto, stops: Sequence[int]) -> None:
     ends = step.node("Cast", "step.ends", ends, to=TensorProto.INT64)
     ends = step.node("ReduceSum", "step.ends", ends, [1], keepdims=0)                      # (B,)
     more = step.node("Equal", "step.more", step.node("ReduceMin", "step.ends", ends, keepdims=0), 0)
-    one = step.node("Add", "step.one", step.node("Mul", "step.one", token, 0), 1)
+    one = step.node("Add", "step.one", step.node("Mul", "step.one", token, 0), 1)          # (B, 1)
     longer = step.node("Concat", "step.mask", f"step.{mask}", one, axis=1)
     chosen = step.node("Identity", "step.chosen", token)
-
-    def inner(*values: ValueInfoProto) -> list[ValueInfoProto]:
-        copies = copy.deepcopy(values)
-        for v in copies:
-            v.name = f"step.{v.name}"
-        return [*copies]
-
     body = make_graph(step.nodes, "step", [
         value("step.number", TensorProto.INT64, []), value("step.running", TensorProto.BOOL, []),
-        *inner(*graph.input), value("step.before", TensorProto.FLOAT, None)], [
+        *_inner(*graph.input), value("step.before", TensorProto.FLOAT, None)], [
         value(more, TensorProto.BOOL, []), value(token, TensorProto.INT64, None),
-        value(longer, TensorProto.INT64, None), *inner(*graph.output[1:], graph.output[0]),
+        value(longer, TensorProto.INT64, None), *_inner(*graph.output[1:], graph.output[0]),
         value(chosen, TensorProto.INT64, None)])
     outer.node("Loop", "steps", outer.node("ReduceMax", "steps", mask, keepdims=0), "",
                ids, outer.node("Min", "steps.mask", mask, 1), *past,
@@ -68,3 +61,11 @@ def write_in_steps(graph: onnx.GraphProto, stops: Sequence[int]) -> None:
     graph.initializer.extend(t for name, t in {**step.tensors, **outer.tensors}.items()
                              if name not in constant)
     graph.output.append(value("tokens", TensorProto.INT64, ["steps", "batch_size", 1]))
+
+
+def _inner(*values: ValueInfoProto) -> list[ValueInfoProto]:
+    """The same inside the Loop, with their shapes: an older onnxruntime needs them for Gemma."""
+    copies = [*copy.deepcopy(values)]
+    for v in copies:
+        v.name = f"step.{v.name}"
+    return copies
