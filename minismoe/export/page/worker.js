@@ -116,25 +116,28 @@ async function* answer(ids, room) {
   const stops = [model.generation_config.eos_token_id].flat().map(BigInt);
   const { port1, port2 } = new MessageChannel();
   stopped = false;
-  for (let seen = 0, count = 1, found; room && !stopped; room -= found.length) {
-    const start = performance.now(), mask = new BigInt64Array(seen += ids.length).fill(1n);
-    if (several) mask[seen - 1] = BigInt(count);
-    const { logits, tokens, ...present } = await model.forward({
-      input_ids: new Tensor("int64", ids, [1, ids.length]),
-      attention_mask: new Tensor("int64", mask, [1, seen]), past_key_values: past });
-    past.update(Object.fromEntries(Object.entries(present).map(([name, values]) => [
-      name.replace("present_conv", "past_conv").replace("present", "past_key_values"), values])));
-    found = tokens ? [...tokens.data] : [BigInt(logits.data.reduce(
-      (best, value, id, all) => value > all[best] ? id : best, 0))];
-    yield found;
-    if (stops.includes(found.at(-1))) break;
-    ids = found.slice(-1);
-    seen += found.length - 1;
-    const fit = Math.floor(BURST * found.length / (performance.now() - start));
-    count = Math.min(room - found.length, Math.max(1, Math.min(fit, 16)));
-    await new Promise(done => { port1.onmessage = done; port2.postMessage(null); });
+  try {
+    for (let seen = 0, count = 1, found; room && !stopped; room -= found.length) {
+      const start = performance.now(), mask = new BigInt64Array(seen += ids.length).fill(1n);
+      if (several) mask[seen - 1] = BigInt(count);
+      const { logits, tokens, ...present } = await model.forward({
+        input_ids: new Tensor("int64", ids, [1, ids.length]),
+        attention_mask: new Tensor("int64", mask, [1, seen]), past_key_values: past });
+      past.update(Object.fromEntries(Object.entries(present).map(([name, values]) => [
+        name.replace("present_conv", "past_conv").replace("present", "past_key_values"), values])));
+      found = tokens ? [...tokens.data] : [BigInt(logits.data.reduce(
+        (best, value, id, all) => value > all[best] ? id : best, 0))];
+      yield found;
+      if (stops.includes(found.at(-1))) break;
+      ids = found.slice(-1);
+      seen += found.length - 1;
+      const fit = Math.floor(BURST * found.length / (performance.now() - start));
+      count = Math.min(room - found.length, Math.max(1, Math.min(fit, 16)));
+      await new Promise(done => { port1.onmessage = done; port2.postMessage(null); });
+    }
+  } finally {
+    await past.dispose();              // what is on a GPU
   }
-  await past.dispose();
 }
 
 function inOneLine(error) {
