@@ -123,7 +123,8 @@ class Config:
             c.wrong.append(f"quantization_config ({method}): only bf16, fp16 and fp32 weights")
         c.wrong += [f"{name} = {c[name]!r}: only {value}" for name, value in REFUSED.items()
                     if (c.get(name) or value) != value]
-        kind, bias, (theta, scaling) = c["model_type"], bool(c.get("attention_bias")), c.rope()
+        kind, bias = c["model_type"], bool(c.get("attention_bias"))
+        theta, scaling = c.rope()
         layers = c.size("num_hidden_layers", most=1 << 8)
         found: dict[str, Any] = dict(
             vocab_size=c.size("vocab_size"), hidden_size=D, num_hidden_layers=layers,
@@ -230,24 +231,25 @@ def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
     """What the family has or computes in its own way: fields of Config, the type of layers that it
     has beside FULL ("": none), and the layers that are FULL where layer_types is left out."""
     kind = c["model_type"]
+    own: dict[str, Any]
     if kind == "gemma3_text":
         ropes, local = c.get("rope_parameters"), c.number("rope_local_base_freq", 1e4)
         if isinstance(ropes, Mapping) and SLIDING in ropes:
             local, scaled = _Settings({"rope_parameters": ropes[SLIDING]}, c.wrong).rope()
             c.wrong += [f"{SLIDING} with rope scaling {scaled}"] if scaled else []
         every = c.size("sliding_window_pattern", 6)
-        return {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
-                "embedding_multiplier": c.size("hidden_size") ** 0.5,
-                "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5,
-                }, SLIDING, layers[every - 1::every]
+        own = {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
+               "embedding_multiplier": c.size("hidden_size") ** 0.5,
+               "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5}
+        return own, SLIDING, layers[every - 1::every]
     if kind in ("granite", "granitemoehybrid"):
         hybrid = kind == "granitemoehybrid"
         rotates = not hybrid or c.get("position_embedding_type") == "rope"
-        return {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
-                for name in ("embedding", "attention", "residual")} | {
+        own = {f"{name}_multiplier": c.number(f"{name}_multiplier", 1.0)
+               for name in ("embedding", "attention", "residual")} | {
             "output_multiplier": 1 / c.number("logits_scaling", 1.0), "fused_mlp": hybrid,
-            "no_rope_layers": () if rotates else tuple(layers),
-            }, "attention" if hybrid else "", layers
+            "no_rope_layers": () if rotates else tuple(layers)}
+        return own, "attention" if hybrid else "", layers
     if kind == "lfm2":
         inner, step = c.size("intermediate_size"), c.size("block_multiple_of", 256)
         if c.get("block_auto_adjust_ff_dim", True):

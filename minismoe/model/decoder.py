@@ -317,8 +317,9 @@ class Decoder(Part):
 
 def rope_frequencies(cfg: Config, kind: str = "global") -> Tensor:
     """Radians a token turns each rotary pair, (C / 2,); llama3 scaling lowers low frequencies."""
-    local = kind == "local"
-    theta, s = (cfg.local_rope_theta, None) if local else (cfg.rope_theta, cfg.rope_scaling)
+    theta, s = cfg.rope_theta, cfg.rope_scaling
+    if kind == "local":
+        theta, s = cfg.local_rope_theta, None
     frequencies = theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
     if s is None:
         return frequencies
