@@ -6,8 +6,8 @@ second and, with --data, exact match on test lines.
 
 A folder without vendor/ gets the files of MINISMOE_NODE_MODULES. Figures are those that the page
 prints; load time runs from the first request to the line "Ready", once with an empty cache, and
-once from the cache of the service worker. Speed is worth something for long answers: take an export
-of a base, stopped after --seconds.
+once from the cache of the service worker. Measure speed on an export of a base, whose answers are
+long: they are stopped after --seconds.
 """
 
 from __future__ import annotations
