@@ -196,16 +196,18 @@ class DecoderGraph(PlacesGraph):
         c, name = self.config, "lm_head"
         D, V = c.hidden_size, c.vocab_size
         table = self.table("model.embed_tokens" if c.tie_word_embeddings else name)
-        x = self.node("Reshape", f"{name}.rows", x, [-1, D]) if all_logits else self.last(x)
-        # Gemm reads (V, D) directly: onnxruntime would fold a Transpose into a second table.
-        y = self.multiply(name, x, table, D, V, self.table_bits) if self.table_bits else self.node(
-            "Gemm", name, x, *table, transB=1)
-        y = self.cast(f"{name}.wide", y, TensorProto.FLOAT)
-        if all_logits:
-            shape = self.node("Concat", name, self.node("Shape", name, "input_ids"), [V], axis=0)
-            self.node("Reshape", name, y, shape, named=["logits"])
+        if not all_logits:
+            x = self.node("Unsqueeze", f"{name}.last", self.last(x), [1])          # (B, 1, D)
+        if self.table_bits:
+            y = self.multiply(name, x, table, D, V, self.table_bits)
         else:
-            self.node("Unsqueeze", name, y, [1], named=["logits"])
+            # Gemm reads (V, D) directly: onnxruntime would fold a Transpose into a second table.
+            x = self.node("Reshape", f"{name}.rows", x, [-1, D])
+            y = self.node("Reshape", name, self.node("Gemm", name, x, *table, transB=1), self.node(
+                "Concat", name, self.node("Shape", name, "input_ids"), [V], axis=0)
+                if all_logits else [-1, 1, V])
+        self.cast(f"{name}.wide", y, TensorProto.FLOAT)
+        self.nodes[-1].output[0] = "logits"      # an operator that names it would copy it
 
     def last(self, x: str) -> str:
         """(B, T, D) -> (B, D): the last token, or the last before the pads on the right."""
@@ -294,14 +296,14 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
 
 
 def write_sampler(file: Path, vocab: int) -> None:
-    """Write a graph from logits (B, T, V) to the 64 largest of the last position, sorted.
+    """Write a graph from logits (B, 1, V) to the 64 largest of each row, sorted.
 
     Its outputs are `values` (B, 64), float32, and `indices` (B, 64), int64; V where V < 64.
     """
     g, k = Graph(), min(64, vocab)
-    last = g.node("Gather", "last", "logits", -1, axis=1)
-    g.node("TopK", "top", last, [k], axis=-1, named=["values", "indices"])
-    g.inputs = [value("logits", TensorProto.FLOAT, ["batch_size", "sequence_length", vocab])]
+    for name, top in zip(("values", "indices"), g.node("TopK", "top", "logits", [k], outputs=2)):
+        g.node("Squeeze", name, top, [1], named=[name])
+    g.inputs = [value("logits", TensorProto.FLOAT, ["batch_size", 1, vocab])]
     g.outputs = [value("values", TensorProto.FLOAT, ["batch_size", k]),
                  value("indices", TensorProto.INT64, ["batch_size", k])]
     g.save(file)

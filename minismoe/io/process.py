@@ -9,6 +9,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+HUGE = 2 << 20                                           # bytes of a huge page
+MADV_COLLAPSE = 25                                       # of Linux 6.1 and later
+
 
 def resident() -> int:
     """Bytes that this process takes now; if the system does not say, its peak."""
@@ -58,3 +61,24 @@ def bound_memory() -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-3, 1 << 20)                    # M_MMAP_THRESHOLD
             libc.mallopt(-1, 1 << 26)                    # M_TRIM_THRESHOLD
+
+
+def use_huge_pages() -> None:
+    """Move the private memory of this process to huge pages, where Linux can.
+
+    A processor looks an address up once a page: what reads hundreds of megabytes at a time, as a
+    decoder does at each token, is faster with fewer pages. Memory that is mostly unused stays so.
+    """
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:                                      # another system
+        return
+    advise, private, start, end = ctypes.CDLL(None).madvise, False, 0, 0
+    for first, second, *_ in map(str.split, lines):
+        if not first.endswith(":"):                      # "55d0f000-55d7f000 rw-p"
+            start, end = (int(address, 16) for address in first.split("-"))
+            private = second == "rw-p"
+        elif first == "Rss:" and private and int(second) << 10 > 0.9 * (end - start):
+            start, end = -(-start // HUGE) * HUGE, end // HUGE * HUGE
+            if start < end:                              # an error changes nothing
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)

@@ -17,6 +17,7 @@ V vocabulary.
 from __future__ import annotations
 
 import ctypes
+import threading
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +26,13 @@ from typing import Any
 import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
+from ..io.process import use_huge_pages
 from .folder import CACHE_TYPES, INT64, plain_file, read_info
 from .npu import NpuSteps
 from .session import CPU, enough_onnxruntime, execution_provider, open_session, opened
 from .speculate import SharedRows, obstacle
 
+LARGE = 32 << 20                             # bytes of a model that no processor's cache holds
 DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
 
 Row = Sequence["int | None"]                 # new tokens of a prompt; None is padding
@@ -57,6 +60,8 @@ class CachedModel:
             self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
         self._session = self._npu.one if self._npu else open_session(
             self.folder / "model.onnx", name, threads)
+        large = sum(entry["bytes"] for entry in self.info["files"].values()) > LARGE
+        self._pages = threading.Thread(target=use_huge_pages, daemon=True) if large else None
         self._sampler = open_session(self.folder / "sampler.onnx", CPU, 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
@@ -171,6 +176,8 @@ class CachedModel:
             io.bind_ortvalue_input(past + name, self._past[name])
             io.bind_output(new + name, self._device)
         self._session.run_with_iobinding(io)
+        if self._pages and not self._pages.ident:     # not earlier: the first token would wait
+            self._pages.start()
         outputs = io.get_outputs_as_ortvaluevector()             # in the order of binding
         for i, name in enumerate(self._moving, start=len(outputs) - len(self._moving)):
             self._past[name] = ort.OrtValue(outputs[i])
