@@ -69,16 +69,11 @@ def use_huge_pages() -> None:
     A processor looks an address up once a page: what reads hundreds of megabytes at a time, as a
     decoder does at each token, is faster with fewer pages. Memory that is mostly unused stays so.
     """
-    try:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-    except OSError:                                      # another system
-        return
-    advise, private, start, end = ctypes.CDLL(None).madvise, False, 0, 0
-    for first, second, *_ in map(str.split, lines):
-        if not first.endswith(":"):                      # "55d0f000-55d7f000 rw-p"
-            start, end = (int(address, 16) for address in first.split("-"))
-            private = second == "rw-p"
-        elif first == "Rss:" and private and int(second) << 10 > 0.9 * (end - start):
-            start, end = -(-start // HUGE) * HUGE, end // HUGE * HUGE
-            if start < end:                              # an error changes nothing
-                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)
+    with suppress(OSError):                              # another system has no such file
+        for first, last, used in re.findall(
+                r"^(\w+)-(\w+) rw-p .*\n(?:.*\n)*?Rss: +(\d+)",
+                Path("/proc/self/smaps").read_text(), re.MULTILINE):
+            start, end = -(-int(first, 16) // HUGE) * HUGE, int(last, 16) // HUGE * HUGE
+            if 0 < 0.9 * (end - start) < 1024 * int(used):               # an error changes nothing
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start),
+                                          MADV_COLLAPSE)
