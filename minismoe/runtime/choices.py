@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from .generator import Generator
 
 
+Written = dict[tuple[int, ...], str]         # tokens of an answer, with the end token, and its text
+
+
 class Answer(NamedTuple):
     """An answer of the set, and its log-probability among all of the set."""
 
@@ -40,15 +43,8 @@ class Answer(NamedTuple):
     logprob: float
 
 
-class Written(NamedTuple):
-    """An answer as the model writes it, with the end token."""
-
-    tokens: list[int]
-    text: str
-
-
 @lru_cache(8)
-def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> list[Written]:
+def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> Written:
     """The answers as the chat template writes them after a question, sorted by their tokens.
 
     Raises ValueError for an empty set, and for an answer that is empty, is there twice, or is not
@@ -58,7 +54,7 @@ def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> list[Written]:
         raise ValueError("the set of answers is empty: give at least one answer")
     if tokenizer.end_id is None:
         raise ValueError("the tokenizer has no token that ends an answer")
-    found: dict[tuple[int, ...], str] = {}
+    found: Written = {}
     for text in choices:
         if not text.strip():
             raise ValueError("an answer of the set is empty")
@@ -67,31 +63,31 @@ def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> list[Written]:
         if not tokenizer.decode(tokens).rstrip().endswith(text.strip()):
             raise ValueError(f"the tokenizer cannot write the answer {clean(text[:80])!r}: it "
                              f"would read {clean(tokenizer.decode(tokens)[:80])!r}")
-        if tuple(tokens) in found:
+        ended = (*tokens, tokenizer.end_id)
+        if ended in found:
             raise ValueError(f"the answer {clean(text[:80])!r} is in the set twice")
-        found[tuple(tokens)] = text
-    return sorted(Written([*tokens, tokenizer.end_id], text) for tokens, text in found.items())
+        found[ended] = text
+    return dict(sorted(found.items()))
 
 
-def likeliest(generator: Generator, prompt: list[int], answers: list[Written], best: int,
-              ) -> list[Answer]:
+def likeliest(generator: Generator, prompt: list[int], answers: Written, best: int) -> list[Answer]:
     """Best-first search: the likeliest beginning is read on, until `best` answers are whole.
 
     A longer beginning is never likelier, so the answers come in order. The generator reads only
     what its cache does not hold of a beginning.
     """
     found: list[Answer] = []
-    heap = [(0.0, answers)]                  # -log-probability of what a group has in common
+    heap = [(0.0, [*answers])]               # -log-probability of what a group has in common
     while heap and len(found) < best:
         loss, group = heapq.heappop(heap)    # equals come in the order of their tokens
         if len(group) == 1:
-            found.append(Answer(group[0].text, -loss))
+            found.append(Answer(answers[group[0]], -loss))
             continue
         # What the first and the last share, all do: they are sorted.
-        shared = os.path.commonprefix([group[0].tokens, group[-1].tokens])
-        parts: dict[int, list[Written]] = {}
-        for answer in group:
-            parts.setdefault(answer.tokens[len(shared)], []).append(answer)
+        shared = os.path.commonprefix([group[0], group[-1]])
+        parts: dict[int, list[tuple[int, ...]]] = {}
+        for tokens in group:
+            parts.setdefault(tokens[len(shared)], []).append(tokens)
         for part, more in zip(parts.values(), _losses(generator, [*prompt, *shared], [*parts])):
             heapq.heappush(heap, (loss + more, part))
     return found

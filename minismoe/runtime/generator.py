@@ -218,7 +218,7 @@ class Generator(CachedModel):
         if best < 1:
             raise ValueError(f"the {best} best answers: expected at least 1")
         answers = written(self.tokenizer, tuple(choices))
-        (row,) = self.encoded([prompt], max(len(answer.tokens) for answer in answers))
+        (row,) = self.encoded([prompt], max(map(len, answers)))
         with self.owned():
             return likeliest(self, row, answers, best)
 

@@ -40,7 +40,8 @@ def test_greedy_equals_torch(model: CausalLM, tmp_path: Path, kind: str) -> None
             said = list(generator.generate(longer, 8))
             assert said == generate(model, [longer], 8, generator.tokenizer.stop_ids)[0]
             assert generator.prompt_tokens == (fed if cuttable or fed == 4 else len(longer))
-    answers = {a.text: a.tokens for a in written(generator.tokenizer, ("yes", "no", "nobody"))}
+    answers = {text: tokens for tokens, text in written(
+        generator.tokenizer, ("yes", "no", "nobody")).items()}
     for text, logprob in generator.choose(PROMPTS[1], [*answers], 3):
         tokens, wanted = answers[text], 0.0
         logits = model(torch.tensor([[*PROMPTS[1], *tokens]]))[0, len(PROMPTS[1]) - 1:]
