@@ -35,16 +35,11 @@ def new_parser(description: str | None, groups: Mapping[str, type]) -> argparse.
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show a traceback on failure")
     for title, config in groups.items():
-        add_flags(parser, config, title)
+        group = parser.add_argument_group(title)
+        for f in fields(config):
+            if f.metadata:                   # `flag` made the field
+                group.add_argument(option(f.name), default=f.default, **f.metadata)
     return parser
-
-
-def add_flags(parser: argparse.ArgumentParser, config: type, title: str) -> None:
-    """Add a flag for each field of `config` that `flag` made, as a group of the help."""
-    group = parser.add_argument_group(title)
-    for f in fields(config):
-        if f.metadata:
-            group.add_argument(option(f.name), default=f.default, **f.metadata)
 
 
 def from_flags(config: Callable[..., Config], values: Mapping[str, Any], **changes: Any) -> Config:
