@@ -124,8 +124,10 @@ class Tokenizer:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it; raises what `templates.render` raises."""
-        if self.template is None:
-            return _render_default(messages, self.bos, self.eos, add_generation_prompt)
+        if self.template is None:            # what DEFAULT_TEMPLATE renders, without jinja2
+            turns = [f"Assistant: {m['content']}{self.eos}\n" if m["role"] == "assistant"
+                     else f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
+            return self.bos + "".join(turns) + "Assistant:" * add_generation_prompt
         return templates.render(self.template, {
             "messages": [dict(m) for m in messages], "bos_token": self.bos, "eos_token": self.eos,
             "add_generation_prompt": add_generation_prompt,
@@ -153,14 +155,6 @@ class Tokenizer:
         except templates.Refused:            # such as a template that wants a system message first
             return []
         return [i for i in self.encode(tail)[0] if i in self.special.values()][:1]
-
-
-def _render_default(messages: Sequence[Message], bos_token: str, eos_token: str,
-                    add_generation_prompt: bool) -> str:
-    """What DEFAULT_TEMPLATE renders, without jinja2."""
-    turns = [f"Assistant: {m['content']}{eos_token}\n" if m["role"] == "assistant"
-             else f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
-    return bos_token + "".join(turns) + "Assistant:" * add_generation_prompt
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
