@@ -48,12 +48,12 @@ class Prefix:
         self.data = (ctypes.c_char * (self.bytes * len(self.names)))()
         self.note = {"format": KEPT, "model": _identity(generator),
                      "tokens": " ".join(map(str, tokens))}
-        self.loaded = False
-        if file is not None and file.is_file():
+        self.loaded = file is not None and file.is_file()
+        if file and self.loaded:
             self.load(file)
         else:
             self.take(generator)
-            if file is not None:
+            if file:
                 self.save(file)
 
     def blocks(self, generator: Generator, count: int) -> Iterator[tuple[int, int]]:
@@ -119,7 +119,6 @@ class Prefix:
                 (whole and self.header() == start + text, "is damaged")):
             if not fits:
                 raise ValueError(f"{file} {wrong}: remove it, and the prefix is read again")
-        self.loaded = True
 
 
 def _identity(generator: Generator) -> str:
