@@ -13,24 +13,21 @@ HUGE = 2 << 20                                           # bytes of a huge page
 MADV_COLLAPSE = 25                                       # of Linux 6.1 and later
 
 
-def resident() -> int:
-    """Bytes that this process takes now; if the system does not say, its peak."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_resident()
-
-
-def peak_resident() -> int:
-    """The most bytes that this process has taken; 0 if the system does not say."""
+def resident(line: str = "VmRSS") -> int:
+    """Bytes that this process takes now; its peak if the system says only that, else 0."""
     with suppress(OSError, IndexError):  # ru_maxrss, on Linux, begins with that of the parent
-        return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
+        return 1024 * int(re.findall(rf"{line}:\s*(\d+)", Path("/proc/self/status").read_text())[0])
     try:
         import resource
     except ImportError:                                  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_resident() -> int:
+    """The most bytes that this process has taken; 0 if the system does not say."""
+    return resident("VmHWM")
 
 
 def group_rooms(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
