@@ -165,7 +165,7 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
     means not measured. Up to 12 layers go in two columns; many layers widen the figure.
     """
     names = dict.fromkeys(name for part in (*scores.values(), counts) for name in part)
-    layers, projections, modules = grid({name: name for name in names})
+    layers, projections, _ = grid(names)
     shares = {}
     for task, values in scores.items():
         top = _scaled(values.values(), "log")[1] or 1.0
@@ -184,8 +184,7 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
     wide, step = (width + GAP) / columns - GAP, 32 + ROW * len(projections)
     out = []
     for i, (title, drawn) in enumerate(panels):
-        out += _panel(i % columns * (wide + GAP), i // columns * step, wide, title, layers,
-                      projections, {at: drawn[name] for at, name in modules.items()})
+        out += _panel(i % columns * (wide + GAP), i // columns * step, wide, title, *grid(drawn))
     y = step * math.ceil(len(panels) / columns)
     return _svg(width, y + 38, "sensitivity and experts", out + _legend(y, low))
 
