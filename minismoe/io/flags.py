@@ -16,12 +16,8 @@ Config = TypeVar("Config")
 
 def flag(default: Any, help: str, kind: Callable[[str], Any] | None = None, **more: Any) -> Any:
     """A dataclass field that a flag sets. `kind` reads its text; `more` goes to add_argument."""
-    more["help"] = help
-    if kind:
-        more["type"] = kind
-    if default is False:
-        more["action"] = "store_true"
-    return field(default=default, metadata=more)
+    reads = {"action": "store_true"} if default is False else {"type": kind}
+    return field(default=default, metadata={"help": help, **reads, **more})
 
 
 def option(name: str) -> str:
