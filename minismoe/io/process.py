@@ -53,11 +53,10 @@ def bound_memory() -> None:
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")                # read when the first matrix is multiplied
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):          # a C library that is not glibc
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 1 << 20)                    # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 1 << 26)                    # M_TRIM_THRESHOLD
+    with suppress(OSError, AttributeError):              # a C library that is not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 20)                        # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 26)                        # M_TRIM_THRESHOLD
 
 
 def use_huge_pages() -> None:
