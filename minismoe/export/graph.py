@@ -122,7 +122,8 @@ class DecoderGraph(PlacesGraph):
                            self.node("Mul", f"{name}.rotate.cos", qk, cos),
                            self.node("Mul", f"{name}.rotate.sin", turned, sin))
         q, k = self.node("Split", f"{name}.qk", qk, [H, K], outputs=2, axis=1)
-        keys, values = self.cache(i, "key", k), self.cache(i, "value", v)
+        keys = self.cache(f"{name}.key", f"past_key_values.{i}.key", k, f"present.{i}.key")
+        values = self.cache(f"{name}.value", f"past_key_values.{i}.value", v, f"present.{i}.value")
         q = self.node("Reshape", f"{name}.q", q, [0, K, -1, C])
         q = self.node("Mul", f"{name}.q", q, self.constant(c.attention_scale, self.dtype))
         keys = self.node("Transpose", f"{name}.keys", keys, perm=[0, 1, 3, 2])
@@ -134,10 +135,8 @@ class DecoderGraph(PlacesGraph):
         y = self.node("Transpose", f"{name}.y", y, perm=[0, 2, 1, 3])
         return self.node("Reshape", f"{name}.y.join", y, [0, 0, H * C])
 
-    def cache(self, i: int, part: str, new: str) -> str:
+    def cache(self, name: str, past: str, new: str, present: str) -> str:
         """Past and new (B, K, S, C). The present is all of it, or the last P in a static graph."""
-        name, past, present = (f"model.layers.{i}.self_attn.{part}",
-                               f"past_key_values.{i}.{part}", f"present.{i}.{part}")
         if not self.static:
             return self.node("Concat", name, past, new, axis=2, named=[present])
         whole = self.node("Concat", name, past, new, axis=2)

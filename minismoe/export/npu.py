@@ -88,10 +88,8 @@ class NpuGraph(DecoderGraph):
         """The hidden states that embed.onnx looked up."""
         return "hidden"
 
-    def cache(self, i: int, part: str, new: str) -> str:
+    def cache(self, name: str, past: str, new: str, present: str) -> str:
         """Past and new (1, K, P + T, C); the present is the new alone."""
-        name, past, present = (f"model.layers.{i}.self_attn.{part}",
-                               f"past_key_values.{i}.{part}", f"present.{i}.{part}")
         if self.dtype == torch.float16:
             self.node("Identity", name, new, named=[present])
         else:
