@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..method.experts import linear_layers
 from ..model.config import Config
-from ..model.decoder import CausalLM
+from ..model.decoder import meta_model
 from ..model.quantize import BLOCK
 from .mixture import Adapter
 from .nodes import Graph
@@ -284,9 +284,7 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
     if target == "ort" and static:
         raise ValueError("static shapes need the portable target: the cache of onnxruntime's "
                          "attention grows")
-    with torch.device("meta"):
-        known = linear_layers(CausalLM(config))
-    if wrong := sorted(set(adapters) - set(known)):
+    if wrong := sorted(adapters.keys() - linear_layers(meta_model(config)).keys()):
         raise ValueError(f"adapters for no matrix of this model: {', '.join(wrong[:5])}")
     with open(f"{file}.data", "wb") as data:
         graph = DecoderGraph(adapters, data, config, weight, target, precision, block, static)
