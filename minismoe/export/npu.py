@@ -172,11 +172,11 @@ class NpuGraph(DecoderGraph):
                        value("attention_mask", TensorProto.INT64, [1, P + new]),
                        value("position_ids", TensorProto.INT64, [1, new])]
         self.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
+        past, present = ([1, c.num_key_value_heads, n, c.head_dim] for n in (P, new))
         for i in range(c.num_hidden_layers):
-            for past, present in zip(cached("past_key_values", i), cached("present", i)):
-                for values, name, length in (self.inputs, past, P), (self.outputs, present, new):
-                    values.append(value(name, TensorProto.FLOAT16, [
-                        1, c.num_key_value_heads, length, c.head_dim]))
+            self.inputs += [value(n, TensorProto.FLOAT16, past)
+                            for n in cached("past_key_values", i)]
+            self.outputs += [value(n, TensorProto.FLOAT16, present) for n in cached("present", i)]
         self.tensor("mask.full.past", torch.arange(P + new) <= torch.arange(P, P + new)[:, None])
 
 
@@ -229,8 +229,7 @@ def calibrated(config: ExportConfig, source: Source, frozen: Frozen) -> Ranges:
 
 
 @torch.no_grad()
-def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> dict[str, tuple[
-        Range, Range]]:
+def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> Ranges:
     """The ranges of what linear layers read and write, by module name; without those of layers
     whose activations no range holds.
 
