@@ -80,11 +80,10 @@ class WeightGraph(Graph):
         if bits := bits or self.bits:
             blocks = self.blocks(label, weights, bits)
             return self.multiply(label, x, blocks, inputs, outputs, bits)
-        step = max(1, CHUNK // outputs)
+        strips = zip(*(w.split(max(1, CHUNK // outputs), dim=1) for w in weights))
         return self.node("MatMul", label, x, self.stream(
-            f"{label}.weight", self.real, (inputs, outputs), (
-                torch.cat([w[:, i:i + step].to(self.dtype) for w in weights]).T
-                for i in range(0, inputs, step))))
+            f"{label}.weight", self.real, (inputs, outputs),
+            (torch.cat(strip).to(self.dtype).T for strip in strips)))
 
     def blocks(self, label: str, weights: Sequence[Any], bits: int) -> list[str]:
         """Store the data and scales of quantised weights, for `portable` also their zeros, which
