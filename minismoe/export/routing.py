@@ -224,9 +224,9 @@ def cost_rows(model: nn.Module, kinds: Mapping[str, TaskFits], healed: Fits, sco
                 "residual": median(lost or [0.0]),
                 "parameters": sum(p.numel() for p in current.parameters() if p.requires_grad)}
 
-    together = {f"merged, {kind}": found.together for kind, found in kinds.items()}
     rows = [row("mixture", {})]
-    rows += [row(name, dict.fromkeys(tasks, fits)) for name, fits in together.items()]
+    rows += [row(f"merged, {kind}", dict.fromkeys(tasks, found.together))
+             for kind, found in kinds.items()]
     rows += [row("merged, linear, a task", linear.by_task),
              row("merged, healed", dict.fromkeys(tasks, healed))]
     routed = fewest_routed(model, linear.together, lambda m: mean(score(m, t) for t in tasks),
