@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..method.loss import CHUNK, IGNORE
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks
 from ..training.loop import TrainConfig, learning_rate, schedule
-from .scales import scale_model
+from .scales import round_weights, scale_model
 
 MAPS_LR = 2e-4                               # low: A and B start near their optimum
 SCALES_LR = 2e-3                             # of the logarithms of the scales
@@ -53,16 +53,17 @@ def twin(model: Any) -> Any:
 
 
 def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, keep: Collection[str] = (),
-              rounded: Callable[[CausalLM], Any] = lambda student: None, lr: float = MAPS_LR,
+              precision: str = "fp32", block: int | None = None, lr: float = MAPS_LR,
               ) -> dict[str, Fit]:
     """Train the frozen mixtures of the teacher, and return them as fits, by module.
 
-    Matrices in `keep` go on routing and are not trained. rounded: rounds the base of the student in
-    place, if what ships is a base in few bits with the maps beside it.
+    Matrices in `keep` go on routing and are not trained. precision, block: of the base that ships
+    with the maps beside it; with a block, the base of the student is rounded as that is.
     """
     student = twin(lesson.teacher).train()
     freeze(student, fits, keep)
-    rounded(student)
+    if block:
+        round_weights(student, precision, block)
     layers = {n: layer for n, layer in expert_layers(student).items() if n not in set(keep)}
     parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     if parameters:                           # none if every matrix goes on routing

@@ -25,12 +25,11 @@ from ..method.experts import expert_layers
 from ..method.freeze import Fit, TaskFits, fit, merge, merged
 from ..method.loss import IGNORE
 from ..model.checkpoint import weights
-from ..model.decoder import CausalLM
 from ..model.quantize import Blocks
 from ..training.evaluate import evaluate
 from .gptq import refine
 from .heal import Lesson, agreement, heal_maps, heal_scales, twin
-from .scales import quantize_model, round_weights
+from .scales import quantize_model
 from .settings import ExportConfig, FreezeConfig, Source, TableConfig
 
 BATCH = 16                                   # calibration samples at once
@@ -122,10 +121,6 @@ def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
 def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen: Frozen) -> None:
     """Round what is merged into weights in few bits, and train what is frozen for config.heal
     steps: the scales, if all of it is merged into such weights, or else the maps."""
-    def rounded(model: CausalLM) -> None:
-        if config.block:
-            round_weights(model, config.precision, config.block)
-
     if config.block and config.routing != "freeze" and not config.adapters:
         into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
         weight = merged_weights(source.base, into)
@@ -138,8 +133,9 @@ def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen:
                          for name, found in blocks.items()}
     elif config.heal:
         for task in data.pools if config.adapters else [config.task]:
-            frozen.of(task).update(heal_maps(data.lesson(task, config.heal), frozen.of(task),
-                                             keep=frozen.routed, rounded=rounded))
+            frozen.of(task).update(heal_maps(
+                data.lesson(task, config.heal), frozen.of(task), keep=frozen.routed,
+                precision=config.precision, block=config.block))
 
 
 def merged_weights(base: Path, fits: Fits) -> Callable[[str], Tensor]:
