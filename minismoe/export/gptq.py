@@ -99,16 +99,15 @@ def refine(model: CausalLM, blocks: dict[str, Blocks], weight: Callable[[str], T
     tied = model.config.tie_word_embeddings
     names = {name: f"{'model.embed_tokens' if tied and name == 'lm_head' else name}.weight"
              for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    few = [n for n, stored in names.items() if stored in blocks and blocks[stored].bits == 4]
     groups, room = list[list[str]](), 0
-    for name, stored in names.items():
-        if stored in blocks and blocks[stored].bits == 4:
-            if (size := 4 * blocks[stored].shape[1] ** 2) > room:
-                groups.append([])
-                room = memory
-            groups[-1].append(name)
-            room -= size
-    total = sum(map(len, groups))
-    with tqdm(total=total, desc="round", unit="matrix", disable=not groups) as bar:
+    for name in few:
+        if (size := 4 * blocks[names[name]].shape[1] ** 2) > room:
+            groups.append([])
+            room = memory
+        groups[-1].append(name)
+        room -= size
+    with tqdm(total=len(few), desc="round", unit="matrix", disable=not few) as bar:
         for group in groups:
             for name, H in second_moments(model, group, batches).items():
                 stored = names[name]
