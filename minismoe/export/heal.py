@@ -89,11 +89,10 @@ def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collectio
 def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float) -> None:
     """Train `parameters` of the student, in place."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    cfg = TrainConfig(batch_size=BATCH, lr=lr)
-    epochs = math.ceil(lesson.steps / math.ceil(len(lesson.examples) / cfg.batch_size))
-    batches = schedule(lesson.examples, replace(cfg, epochs=epochs))
+    epochs = math.ceil(lesson.steps / math.ceil(len(lesson.examples) / BATCH))
+    cfg = TrainConfig(epochs=epochs, batch_size=BATCH, lr=lr)
     with trange(lesson.steps, desc="heal", unit="step") as bar:
-        for step, batch in zip(bar, batches):
+        for step, batch in zip(bar, schedule(lesson.examples, cfg)):
             optimizer.param_groups[0]["lr"] = learning_rate(step, lesson.steps, cfg)
             loss = heal_step(student, lesson, batch)
             torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
