@@ -65,8 +65,8 @@ class WeightGraph(Graph):
     def joined(self, weights: Sequence[Any], bits: int) -> Blocks:
         """Weights (out, in) below each other, as the graph stores them."""
         parts = [few_bits(w, self.precision, bits, self.block) for w in weights]
-        data, scales = (torch.cat([getattr(p, field) for p in parts])
-                        for field in ("data", "scales"))
+        data = torch.cat([p.data for p in parts])
+        scales = torch.cat([p.scales for p in parts])
         shape = torch.Size((len(data), parts[0].shape[1]))
         return replace(parts[0], shape=shape, data=data, scales=scales)
 
