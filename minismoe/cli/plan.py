@@ -200,7 +200,7 @@ def duration(p: Prospect, model: CausalLM, micro: int, tokens: int) -> str:
         if n == 0 and len(p.batches) > 1:
             continue
         seen, seconds = seen + line["tokens"], seconds + time.perf_counter() - start
-        if distributed.anywhere(time.perf_counter() - begun > SECONDS):      # all end together
+        if any(distributed.gather(time.perf_counter() - begun > SECONDS)):       # all end together
             break
     rate = seen / seconds
     return (f"{rate:,.0f} tokens/s measured: about {tokens / rate / 60:,.1f} minutes, besides "

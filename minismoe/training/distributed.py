@@ -118,11 +118,6 @@ def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
     return y.to(x.device)
 
 
-def anywhere(flag: Any) -> bool:
-    """Whether `flag` is true in any process."""
-    return bool(all_sum(torch.tensor(float(flag))))
-
-
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace each gradient by its sum over the processes: one exchange of one flat tensor."""
     if world() == 1:

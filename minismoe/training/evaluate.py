@@ -13,7 +13,7 @@ from ..data.tasks import Task
 from ..data.tokenizer import Tokenizer
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache
-from .distributed import anywhere, spread
+from .distributed import all_sum, spread
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
         hidden = model.model(ids, mask, cache, needed)[needed]                   # (B, D)
         token = model.lm_head(hidden).argmax(-1)
         running = running & ~torch.isin(token, stops)
-        if not anywhere(running.any()):      # the processes of a sharded model step together
+        if not all_sum(running.any().float()):   # the processes of a sharded model step together
             break
         tokens[:, step] = torch.where(running, token, -1)
         ids, mask, needed = token[:, None], running[:, None], torch.ones_like(needed[:, :1])
