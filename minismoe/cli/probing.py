@@ -17,9 +17,9 @@ from ..data.tasks import Batch, probe_batches
 from ..io.drawing import terminal_heatmap
 from ..io.files import read_json
 from ..io.text import clean, table
-from ..method.allocate import Allocation, Unfit, allocate
+from ..method.allocate import Allocation, allocate
 from ..method.experts import linear_layers
-from ..method.record import FORMAT
+from ..method.record import FORMAT, Unfit
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..training import distributed
 from .flags import AllocationConfig
@@ -40,8 +40,7 @@ def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
     settings = asdict(allocating)
     del settings["samples"], settings["allocation"]
     found = allocate(scores, **settings)
-    if small := found.too_large(scores.shapes):
-        raise Unfit(small)
+    found.check_rank(scores.shapes)
     return found
 
 

@@ -27,14 +27,10 @@ from functools import partial
 from typing import Any
 
 from .controls import LAYER, Order, draw, lora, mola, proportional, uniform
-from .record import MOST, Allocation, Counts, Sensitivities, is_number, is_whole
+from .record import MOST, Allocation, Counts, Sensitivities, Unfit, is_number, is_whole
 
 GROUPS = ("attention_mlp", "kind", "all")
 KEEP = 0.6  # share of its group that a task votes for, unless a size is asked for
-
-
-class Unfit(ValueError):
-    """The request is valid, but these scores or this budget cannot meet it."""
 
 
 def vote(scores: Sensitivities, groups: Sequence[Sequence[str]], keep: float) -> Counts:

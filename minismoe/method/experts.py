@@ -196,8 +196,7 @@ def adaptable(model: nn.Module, allocation: Allocation) -> dict[str, nn.Linear]:
         raise ValueError("no linear layer that can be adapted" + (
             " (some have experts already: load the base anew)" if adapted else "")
             + f": {', '.join(wrong)}")
-    if small := allocation.too_large({name: m.weight.shape for name, m in layers.items()}):
-        raise ValueError(small)
+    allocation.check_rank({name: m.weight.shape for name, m in layers.items()})
     return layers
 
 

@@ -13,6 +13,10 @@ FORMAT = "minismoe.allocation/1"
 MOST = 1 << 10  # experts of one matrix: bounds the memory that a file can ask for
 
 
+class Unfit(ValueError):
+    """The request is valid, but these scores, matrices or this budget cannot meet it."""
+
+
 def is_whole(value: Any, least: float) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**50
 
@@ -38,12 +42,11 @@ class Allocation:
         return (f"{self.strategy}: {sum(self.experts.values())} experts of rank {self.rank} on "
                 f"{len(self.experts)} matrices")
 
-    def too_large(self, shapes: Mapping[str, Sequence[int]]) -> str:
-        """Names the modules whose smaller side of (out, in) is below the rank; "" if none is."""
-        small = [f"{module} {[*shapes[module]]}" for module in self.experts
-                 if self.rank > min(shapes[module])]
-        said = f"rank {self.rank} is more than the matrix itself has: {', '.join(small)}"
-        return said if small else ""
+    def check_rank(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise Unfit with the modules whose smaller side of (out, in) is below the rank."""
+        if small := [f"{module} {[*shapes[module]]}" for module in self.experts
+                     if self.rank > min(shapes[module])]:
+            raise Unfit(f"rank {self.rank} is more than the matrix itself has: {', '.join(small)}")
 
     def problems(self) -> list[str]:
         """One message for each wrong value; a count of 0 is allowed."""
