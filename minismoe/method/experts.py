@@ -158,9 +158,9 @@ def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
             return _apply(x.to(layers[0].weight.dtype), layers)
     parameters = [p for m in layers for p in (m.lora_A, m.lora_B, m.router)]
     *outputs, logits = _Experts.apply(x.reshape(-1, x.shape[-1]), layers, *parameters)
-    counts = [0 if m.router is None else len(m.router) for m in layers]
-    for layer, part in zip(layers, logits.split(counts, 1)):
-        layer.router_logits = None if layer.router is None else part
+    routed = [m for m in layers if m.router is not None]
+    for layer, part in zip(routed, logits.split([len(m.lora_A) for m in routed], 1)):
+        layer.router_logits = part
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
