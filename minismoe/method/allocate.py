@@ -145,8 +145,7 @@ def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[
     """In natural order, the modules whose last component is a target or whose name matches one, or
     all for None. Raises ValueError with the targets that match nothing."""
     kinds = {module: module.rpartition(".")[2] for module in sorted(modules, key=natural)}
-    if targets is None:
-        return list(kinds)
+    targets = "*" if targets is None else targets
     words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)]
     hits = {word: {m for m, kind in kinds.items() if kind == word or fnmatchcase(m, word)}
             for word in words}
