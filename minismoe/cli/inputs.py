@@ -15,7 +15,6 @@ import torch
 from ..data import toy
 from ..data.tasks import (
     Encoded,
-    Example,
     Task,
     closed_answers,
     encode,
@@ -46,11 +45,6 @@ class Inputs:
     tokenizer: Tokenizer
     tasks: list[Task]
     encoded: dict[str, Encoded]
-
-    @property
-    def examples(self) -> list[Example]:
-        """The training examples of all tasks."""
-        return [e for encoded in self.encoded.values() for e in encoded.examples]
 
     @property
     def identity(self) -> dict[str, str]:
@@ -95,17 +89,15 @@ def _is_there(device: torch.device) -> bool:
     return True
 
 
-def join_processes(config: InputConfig) -> torch.device:
-    """Join the other processes, if torchrun started several; the device of a settled config.
+def join_processes(config: InputConfig) -> None:
+    """Join the other processes of a settled config, if torchrun started several.
 
     Raises ValueError for --shard in a single process, or with --base-bits.
     """
-    device = torch.device(config.device)
-    distributed.join(device)
+    distributed.join(torch.device(config.device))
     if config.shard and (config.base_bits or distributed.world() == 1):
         raise ValueError("--shard divides a model among processes: start several with torchrun, "
                          "without --base-bits")
-    return device
 
 
 def load_inputs(config: InputConfig) -> Inputs:
@@ -116,7 +108,7 @@ def load_inputs(config: InputConfig) -> Inputs:
     """
     if config.model is not None and config.data is None:         # before the model is fetched
         raise ValueError(TOGETHER)
-    device = join_processes(config)
+    join_processes(config)
     folder = model_folder(config)
     if config.show:
         print_examples(*read_tasks(config, folder), config.show)
@@ -124,11 +116,12 @@ def load_inputs(config: InputConfig) -> Inputs:
     tokenizer, tasks, encoded = read_data(config, folder)
     model = load_base(config, folder)
     if config.shard:
-        distributed.shard(model, device)
+        distributed.shard(model, torch.device(config.device))
     size = sum(p.numel() for p in model.parameters()) + sum(
         m.weight.shape.numel() for m in linear_layers(model).values() if model.base_bits)
-    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {device}, {config.dtype}"
-          + (f", linear layers in {model.base_bits} bits" if model.base_bits else ""))
+    bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
+    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
+          f"{config.dtype}{bits}")
     print_data(tokenizer, tasks, encoded)
     if empty := [name for name, e in encoded.items() if not e.examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
