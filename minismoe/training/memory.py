@@ -100,7 +100,7 @@ def step_bytes(model: CausalLM, examples: Sequence[Example], probe: bool) -> tup
     model.lm_head = nn.Linear(1, 1, bias=False)
     model.lm_head.weight = nn.Parameter(head.weight[:VOCABULARY], requires_grad=False)
     try:
-        with counter:
+        with counter, hook:
             if probe:
                 sample_norms(model, linear_layers(model), ids, mask, labels)
             else:
@@ -108,7 +108,6 @@ def step_bytes(model: CausalLM, examples: Sequence[Example], probe: bool) -> tup
                 balance = balance_loss(expert_layers(model).values(), mask, model.model.copies)
                 (losses.sum() + balance).backward()
     finally:
-        hook.remove()
         model.lm_head = head
         model.zero_grad(set_to_none=True)
     return kept[0], counter.peak - kept[0]
@@ -155,7 +154,6 @@ def available(device: str) -> int | None:
     with suppress(OSError, IndexError):                  # Linux alone says what is free
         found = re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
         return resident() + min([1024 * int(found[0]), *group_rooms()]) // here
-    try:
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4 // here
-    except (AttributeError, OSError, ValueError):
-        return None
+    return None
