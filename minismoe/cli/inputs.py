@@ -13,15 +13,7 @@ from pathlib import Path
 import torch
 
 from ..data import toy
-from ..data.tasks import (
-    Encoded,
-    Task,
-    closed_answers,
-    encode,
-    encode_all,
-    load_tasks,
-    shared_instruction,
-)
+from ..data.tasks import Encoded, Task, encode, encode_all, load_tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..io.hub import resolve
 from ..io.text import clean, in_colour, table
@@ -158,8 +150,6 @@ def read_tasks(config: InputConfig, folder: Path) -> tuple[Tokenizer, list[Task]
                              f"{', '.join(toy.TASKS)}")
         tasks = [t for t in toy.tasks(config.seed) if not names or t.name in names]
     for task in tasks:
-        task.choices = closed_answers(task.train)        # of all lines, not only of those used
-        task.instruction = shared_instruction(task.train)
         task.train, task.test = task.train[:config.limit_train], task.test[:config.limit_test]
     return load_tokenizer(folder), tasks
 

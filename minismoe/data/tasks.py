@@ -40,8 +40,11 @@ class Task:
     train: list[list[Message]]
     test: list[list[Message]]
     note: str = ""                # how the test split was made, if not from test.jsonl
-    choices: list[str] = field(default_factory=list)     # its answers, if they are a small set
-    instruction: str = ""         # lines that all of its prompts begin with
+
+    def __post_init__(self) -> None:
+        """See what all lines have in common; fewer of them may be used later."""
+        self.choices = closed_answers(self.train)            # the answers, if they are a small set
+        self.instruction = shared_instruction(self.train)    # lines that begin all prompts
 
 
 @dataclass
