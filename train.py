@@ -95,8 +95,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
 
     # Train.
     inputs.model.model.recompute = config.training.recompute
-    examples = [e for encoded in inputs.encoded.values() for e in encoded.examples]
-    summary = train(inputs.model, examples, config.training, run, inputs.tokenizer.pad_id,
+    summary = train(inputs.model, inputs.examples, config.training, run, inputs.tokenizer.pad_id,
                     config.resume)
     seconds["train"] = round(summary["seconds"], 2)
     once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])

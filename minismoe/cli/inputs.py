@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..data import toy
-from ..data.tasks import Encoded, Task, encode, encode_all, load_tasks
+from ..data.tasks import Encoded, Example, Task, encode, encode_all, load_tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..io.hub import resolve
 from ..io.text import clean, in_colour, table
@@ -37,6 +37,11 @@ class Inputs:
     tokenizer: Tokenizer
     tasks: list[Task]
     encoded: dict[str, Encoded]
+
+    @property
+    def examples(self) -> list[Example]:
+        """The training examples of all tasks."""
+        return [e for encoded in self.encoded.values() for e in encoded.examples]
 
     @property
     def identity(self) -> dict[str, str]:
