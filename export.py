@@ -10,8 +10,6 @@
 Freezes the routing, writes the folder, compares it with PyTorch, and keeps it if both agree.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace

@@ -8,8 +8,6 @@ Writes RUN/sensitivity.json, RUN/allocation.json and RUN/allocation.svg; train.p
 with --allocation.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

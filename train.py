@@ -10,8 +10,6 @@ answers.json (1 or 0 for each test line), adapter/, checkpoints/. However a run 
 probe, --resume does what is missing, and leaves the files of a run that nothing disturbed.
 """
 
-from __future__ import annotations
-
 import shlex
 import time
 from collections.abc import Sequence

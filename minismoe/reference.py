@@ -16,8 +16,6 @@ Sources: LoRA-SMoE (Xu and Diao 2025, arXiv 2505.06272), Switch (2101.03961), Mi
 minismoe/method computes the same, fast; tests/method compares both. N tokens; k active experts.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

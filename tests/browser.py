@@ -1,7 +1,5 @@
 """Headless Chromium, driven over its DevTools protocol by a pair of pipes."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -62,7 +60,7 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target,
                                  flatten=True)["sessionId"]
 
-    def __enter__(self) -> Browser:
+    def __enter__(self) -> "Browser":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,5 @@
 """Tiny checkpoints and a tiny tokenizer, made by the libraries that the tests compare with."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

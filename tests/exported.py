@@ -1,7 +1,5 @@
 """A tiny exported folder, written without export.py, and the runtime in a bare process."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

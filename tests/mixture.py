@@ -1,7 +1,5 @@
 """A tiny mixture of experts and its calibration batches, for the tests of freeze and heal."""
 
-from __future__ import annotations
-
 import torch
 from tiny import randomise
 from torch import Tensor, nn

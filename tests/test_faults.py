@@ -2,8 +2,6 @@
 that were there before as they were.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

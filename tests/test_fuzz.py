@@ -1,7 +1,5 @@
 """A thousand cases of fuzz.py, which has more by its own command."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

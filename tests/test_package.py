@@ -1,7 +1,5 @@
 """The shape of the package: its public names, the arrows between rooms, and its size."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The reference runs by itself, shows what it says, and imports nothing of ours."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

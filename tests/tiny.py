@@ -1,7 +1,5 @@
 """What tests share: tiny configurations, random weights, experts, examples, and a script's end."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Sequence

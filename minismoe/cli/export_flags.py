@@ -1,7 +1,5 @@
 """The command line of export.py: its flags, and which of them contradict each other."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ A configuration is made once, from the parsed flags, and never changed: `datacla
 another where "auto" gets a value.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..io.flags import above_zero, flag, positive, seed, share, text

@@ -1,7 +1,5 @@
 """What the scripts read: the model, its tokenizer and the tasks that the flags name."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -3,8 +3,6 @@
 If several processes share the work, memory is that of each.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from bisect import bisect_right

@@ -1,7 +1,5 @@
 """The probe as the scripts run it, with a bar, and the allocation that follows from it."""
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Iterable, Mapping

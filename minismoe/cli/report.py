@@ -1,7 +1,5 @@
 """What train.py prints of a run, and its results.json."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress

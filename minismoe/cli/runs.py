@@ -1,7 +1,5 @@
 """A run's folder and its config.json, against which the flags of --resume are held."""
 
-from __future__ import annotations
-
 import argparse
 import platform
 import sys

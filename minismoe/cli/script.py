@@ -1,7 +1,5 @@
 """How a script ends, whatever happens, and how it keeps others out of its folder."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence

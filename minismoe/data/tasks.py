@@ -8,8 +8,6 @@ JSON object in one of three forms, all of which become chat messages:
     {"instruction": ..., "input": ..., "output": ...}          ("input" may be absent or empty)
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import os

@@ -5,8 +5,6 @@ The sandbox denies a template files and code, but not time and memory: one call 
 serves all templates by JSON lines; it ends itself after SECONDS, and is then started anew.
 """
 
-from __future__ import annotations
-
 import atexit
 import faulthandler
 import json

@@ -4,8 +4,6 @@ The `tokenizers` library reads a checkpoint's tokenizer.json, and templates.py r
 template. Without a tokenizer.json, tokens are bytes; without a template, DEFAULT_TEMPLATE is used.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile

@@ -6,8 +6,6 @@ for capitals and facts in other words; three are new to it: a word's length, the
 words, the smaller of two numbers. Each needs another skill, so each is sensitive in other matrices.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -10,8 +10,6 @@ far as their inputs x go together, which H = E[x x^T] says:
 Letters: N outputs, K inputs, T tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 

@@ -12,8 +12,6 @@ Letters: B batch, T new tokens, P past tokens, S = P + T, D hidden, H query head
 heads, C head size, L taps of a convolution, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

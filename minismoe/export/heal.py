@@ -4,8 +4,6 @@ In float, A and B of the frozen maps are trained; in few bits, the scales of the
 itself never changes: the student is a twin of the model, which shares every weight.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ Low-rank pairs come as {module: (A, B)} with all scaling folded in: y = W x + B 
 Letters: R rank of a pair.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

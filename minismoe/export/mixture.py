@@ -14,8 +14,6 @@ Letters: B batch, T new tokens, G matrices that read the same x, E experts of a 
 R all ranks of a matrix or a group.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

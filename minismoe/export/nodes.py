@@ -1,7 +1,5 @@
 """Nodes and tensors of an ONNX graph; large tensors stream to a data file beside it."""
 
-from __future__ import annotations
-
 import copy
 import ctypes
 import math

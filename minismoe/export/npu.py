@@ -14,8 +14,6 @@ in float16, as do norms, rotary angles, softmax and the residual stream.
 Letters: T new tokens, P slots of the cache, D hidden, K key/value heads, C head size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Letters: B batch, T new tokens, P past tokens, S = P + T, H query heads, K key/v
 size, L taps of a convolution.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

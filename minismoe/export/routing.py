@@ -1,7 +1,5 @@
 """Freeze the mixtures of a run, decide which keep routing, and measure what each way costs."""
 
-from __future__ import annotations
-
 import json
 import random
 from bisect import bisect_left

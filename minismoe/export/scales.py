@@ -6,8 +6,6 @@ PEQA (arXiv 2305.14152) and the end-to-end stage of EfficientQAT (arXiv 2407.110
 Letters: N outputs, K inputs, G blocks in a row, T tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What is exported and how: the settings of export.py, and the model that they are applied to."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,7 +109,7 @@ class ExportConfig(FreezeConfig):
     check: int = flag(8, "prompts on which the export must agree with PyTorch (default: 8)",
                       positive, metavar="N")
 
-    def settled(self, has_examples: bool, hidden_size: int) -> ExportConfig:
+    def settled(self, has_examples: bool, hidden_size: int) -> "ExportConfig":
         """The same with values in place of "auto" and of the defaults of --heal and --block.
 
         has_examples: whether there is something to heal on. hidden_size: of the model; blocks of

@@ -3,8 +3,6 @@
 A browser copies all keys and values to JavaScript and back around each run. In a Loop they stay.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

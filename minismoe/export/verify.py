@@ -3,8 +3,6 @@
 Letters: n tokens compared, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence

@@ -7,8 +7,6 @@ MatMul, and look bytes up. Rows of 8 bits, for browsers, become floats when a se
 Letters: B batch, T new tokens, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ Names come from files of others, so they are cleaned of control characters. The 
 background, so that it reads well on dark pages too.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

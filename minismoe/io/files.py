@@ -1,7 +1,5 @@
 """Files and folders that appear whole or not at all; JSON, links and hashes of files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Each field that `flag` makes becomes a command-line flag of the same name.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The folder of a checkpoint, from a path or from a name on Hugging Face's hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

@@ -1,7 +1,5 @@
 """The memory of this process: how much it takes, and its limits."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

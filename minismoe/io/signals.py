@@ -1,7 +1,5 @@
 """Signals that end a process, and the lock that keeps a folder for one process."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

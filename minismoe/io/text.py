@@ -1,7 +1,5 @@
 """Text for a terminal: cleaned of control characters, aligned as a table, errors in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -14,8 +14,6 @@ without a vote gets one expert all the same. The other strategies (controls.py) 
 budget elsewhere, for comparison. No count depends on the order of tasks or modules.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from bisect import bisect_right

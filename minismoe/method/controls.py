@@ -4,8 +4,6 @@ A strategy is a function of an `Order` and of a number n = 1, 2, ..., whose allo
 `allocate` takes the largest that fits.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re

@@ -7,8 +7,6 @@ computing all experts costs less than gathering the chosen ones.
 Letters: N tokens, E experts, r rank, k experts active a token.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +40,7 @@ class _Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: Sequence[ExpertLinear], *parameters: Tensor | None,
+    def forward(ctx: Any, x: Tensor, layers: Sequence["ExpertLinear"], *parameters: Tensor | None,
                 ) -> tuple[Tensor, ...]:
         """x (N, in) -> y (N, out) of each layer, and the router logits (N, sum of E) of all.
         `parameters`: lora_A, lora_B, router of each layer in turn, so that autograd knows them."""
@@ -93,7 +91,7 @@ class _Experts(torch.autograd.Function):
         return dx, None, *of_parameters
 
 
-def _stacked(layers: Sequence[ExpertLinear], x: Tensor,
+def _stacked(layers: Sequence["ExpertLinear"], x: Tensor,
              ) -> tuple[Tensor, Tensor, list[int], list[int]]:
     """A's (sum of E*r, in) in x's dtype, routers (sum of E, in), and the rows of each layer."""
     A = [_flat(layer.lora_A, x) for layer in layers]

@@ -5,8 +5,6 @@ prompt, which has no loss. So the head runs on supervised positions only, a chun
 chunk keeps the gradient of its hidden states in place of its logits.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Allocation: what `allocate` decides, how it is written to allocation.json, and its checks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -72,7 +70,7 @@ class Allocation:
         return {"format": FORMAT, **settings, "experts": experts}
 
     @classmethod
-    def from_json(cls, value: object) -> Allocation:
+    def from_json(cls, value: object) -> "Allocation":
         """Read `to_json`'s form, or a bare {module: count}, the form of the paper's published code.
 
         A count of 0 means no adapter. Raises one ValueError that names everything wrong.

@@ -10,8 +10,6 @@ taken). So one batched forward and one backward of activations score every matri
 Letters: B samples of a batch, T tokens, M matrices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial

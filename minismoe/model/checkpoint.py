@@ -1,7 +1,5 @@
 """Loading Hugging Face checkpoints; saving and loading adapters."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

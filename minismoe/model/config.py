@@ -1,7 +1,5 @@
 """The decoder's configuration, read from a checkpoint's config.json. The unknown is refused."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -107,7 +105,7 @@ class Config:
         return ".".join((self.names or {}).get(part, part) for part in module.split("."))
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Config:
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
         """Read a config.json; ValueError names everything in it that is not implemented."""
         c = _as_llama(text_part(config))
         D, H = c.size("hidden_size"), c.size("num_attention_heads")

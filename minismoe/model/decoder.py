@@ -9,8 +9,6 @@ Letters: B batch, T time, N packed tokens, D hidden, H query heads, K key/value 
 S cached positions, L taps of a convolution, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext

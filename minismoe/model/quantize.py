@@ -9,8 +9,6 @@ error did worse: they shrink the largest weights, which matter most. SmolLM2-135
 Letters: N outputs, K inputs, G = ceil(K / size) blocks in a row.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -5,8 +5,6 @@ convolution. Both backwards are compared with autograd by test_hand_written_back
 tests/model/test_decoder.py.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -14,8 +14,6 @@ Letters: B prompts, T new tokens, P past positions, S = P + T, K key/value heads
 V vocabulary.
 """
 
-from __future__ import annotations
-
 import ctypes
 import threading
 from array import array

@@ -1,7 +1,5 @@
 """Check an exported folder against its export.json before anything in it is opened."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable

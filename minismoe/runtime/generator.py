@@ -3,8 +3,6 @@
 Letters: B prompts, V vocabulary.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

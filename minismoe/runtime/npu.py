@@ -6,8 +6,6 @@ folder holds no context binary, a graph is compiled when it is opened.
 Letters: T new tokens, P slots of the cache, K key/value heads, C head size, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -1,7 +1,5 @@
 """Serve an exported folder of layout web to browsers of this machine."""
 
-from __future__ import annotations
-
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path

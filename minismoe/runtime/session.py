@@ -1,7 +1,5 @@
 """Sessions of onnxruntime: the providers that are here, and graphs that it opens."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path

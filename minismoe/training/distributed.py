@@ -5,8 +5,6 @@ CUDA's gradients go over nccl, all else over gloo, which raises at once if a pro
 would wait for it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Greedy completion with the KV cache, and exact match of each task."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

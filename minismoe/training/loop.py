@@ -1,7 +1,5 @@
 """The training loop: `train_step` takes a batch to its gradients, `train` steps, logs and saves."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -5,8 +5,6 @@ Activations are measured on the loaded model: the live bytes of a step are count
 sizes, and a line through both tells those of a larger micro-batch.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import weakref

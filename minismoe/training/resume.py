@@ -6,8 +6,6 @@ goes on from the one before. The order of the data follows from its seed, and tr
 at random, so a checkpoint holds neither.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -8,8 +8,6 @@ match, and how far the routers tell the tasks apart (routers.py), averaged over 
 The record goes to tests/benchmarks/results. After a kill, the same command continues.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import sys

@@ -8,8 +8,6 @@ within a round. A plain answer is valid if it is one of the set. The prefix is a
 about 400 tokens, made of training lines.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

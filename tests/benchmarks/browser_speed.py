@@ -10,8 +10,6 @@ once from the cache of the service worker. Measure speed on an export of a base,
 long: they are stopped after --seconds.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import subprocess

@@ -19,8 +19,6 @@ paper's own comparison: votes at keep 0.6 against one expert for each matrix and
 sizes. The record, NAME.json, its tables, NAME.md, and two figures go to tests/benchmarks/results.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import math

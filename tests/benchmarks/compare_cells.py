@@ -1,7 +1,5 @@
 """The cells of compare.py: their names, seeds, rates, data and allocations."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """The figures of compare.py, made of the pieces of minismoe/io/drawing.py."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

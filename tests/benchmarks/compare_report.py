@@ -6,8 +6,6 @@ the record alone.
 Letters: S seeds, N test lines of a task, R resamples.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

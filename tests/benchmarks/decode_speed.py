@@ -12,8 +12,6 @@ onnx_ir (its model builder) and llama-cpp-python, whose GGUF file llama.cpp's co
 writes. A peer that is not installed is left out.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -7,8 +7,6 @@ float32), and a decoded token by onnxruntime in fp32 and int4. One thread; the f
 the ratio to Llama within a round. Prints medians over rounds.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import statistics

@@ -11,8 +11,6 @@ Every picture stands on a white card of its own, so that it reads on light and o
 holds no script and no font: GitHub shows an SVG as an image.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -13,8 +13,6 @@ FOLDER keeps what was made, and fourbits.json the results: the same command goes
 The peers come with `pip install 'minismoe[bench]'`; a row that cannot be made is left out.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -7,8 +7,6 @@ PyTorch, in the dtype that is faster here: a folder's weights are read back from
 Letters: T tokens, V vocabulary, N outputs, K inputs, G blocks in a row.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence

@@ -7,8 +7,6 @@ it as well. GPTQ reads the calibration file: a list of texts, each a list of tok
 floats, for which onnxruntime has no fast kernel: a folder beside OUT, float, computes the same.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -9,8 +9,6 @@ OpenVINO beside onnxruntime's, and what onnxruntime's checker says about phones.
 npu and test. --lines 0 leaves the HTP out.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

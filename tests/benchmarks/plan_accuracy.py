@@ -8,8 +8,6 @@ says is the largest and on its neighbours in the schedule. On CUDA both sides le
 of the libraries.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -8,8 +8,6 @@ sample and the weight gradients of one decoder layer a step. Peak memory of the 
 training step with 8 experts of rank 8 on every matrix, is measured in separate processes.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -15,8 +15,6 @@ The record, worth-NAME.json, and its curve go to tests/benchmarks/results. After
 command continues.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import random

@@ -17,8 +17,6 @@ of the training loop. The record goes to tests/benchmarks/results. After a kill,
 continues.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -9,8 +9,6 @@ I is the mutual information with equal weight for each task: the mean over t of
 sum over e of u[t, e] log(u[t, e] / u[e]), where u[e] is the mean of u[t, e] over t.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -11,8 +11,6 @@ builder (`python -m onnxruntime_genai.models.builder -i MODEL -o FOLDER -p int4 
 answers the same prompts with and without its own speculation by n-grams.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -1,7 +1,5 @@
 """The benchmarks of speed and memory still run: each measures a tiny model once."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

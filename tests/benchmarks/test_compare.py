@@ -1,7 +1,5 @@
 """The comparison of strategies: cells, budgets, the search, intervals, and what is written."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

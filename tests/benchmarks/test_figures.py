@@ -1,7 +1,5 @@
 """The READMEs: their pictures come from the records, and their links lead somewhere."""
 
-from __future__ import annotations
-
 import re
 import sys
 import xml.etree.ElementTree as ET

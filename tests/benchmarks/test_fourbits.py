@@ -1,7 +1,5 @@
 """The benchmark of four bits: a folder read back, the distances, the table, and a run of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """The parts that recipe.py puts in place of the training loop's."""
 
-from __future__ import annotations
-
 import math
 import sys
 from pathlib import Path

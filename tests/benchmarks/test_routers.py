@@ -1,7 +1,5 @@
 """routers.py against counts by hand, token by token."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

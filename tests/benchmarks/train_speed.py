@@ -7,8 +7,6 @@ copy in 4 bits towards the mixture of `ours`. Each measurement runs in a process
 sides in turn. Prints medians over rounds, and ratios.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The scripts as a user runs them, on a tiny checkpoint; and once on the embedded default."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

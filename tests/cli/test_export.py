@@ -1,7 +1,5 @@
 """export.py as a user runs it, on a tiny run of train.py."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

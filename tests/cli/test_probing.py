@@ -1,7 +1,5 @@
 """How far halves of a probe agree, by hand."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

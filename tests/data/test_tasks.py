@@ -1,7 +1,5 @@
 """Task files, supervision and batches, against independent readings of the same text."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

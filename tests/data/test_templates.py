@@ -1,7 +1,5 @@
 """Chat templates that want all time or all memory, and what is left of the rest."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Tokenizers and chat templates, against `tokenizers` and the templates of `transformers`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

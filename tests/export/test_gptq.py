@@ -1,7 +1,5 @@
 """GPTQ against its definition in float64, and against plain rounding by what a model writes."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 

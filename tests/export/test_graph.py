@@ -1,7 +1,5 @@
 """The graph against our decoder: families, targets, precisions, and what stands beside matrices."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Callable, Mapping

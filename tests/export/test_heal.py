@@ -1,7 +1,5 @@
 """Healing and routing: the mixture is left alone, healing comes nearer, auto routes the fewest."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random

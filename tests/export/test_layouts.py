@@ -1,7 +1,5 @@
 """Exported folders, each opened by the program that it is for; what is not installed is skipped."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

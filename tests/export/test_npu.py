@@ -1,7 +1,5 @@
 """The NPU target: its graphs beside PyTorch and transformers, and compiled for an emulated HTP."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

@@ -1,7 +1,5 @@
 """Folders of families beside Llama, opened by the programs that they are for."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple

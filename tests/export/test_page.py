@@ -1,7 +1,5 @@
 """The page of layout web in headless Chromium: a tiny export, served as a user does."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import re

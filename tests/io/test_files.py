@@ -1,7 +1,5 @@
 """Files appear whole or not at all, with the permissions of any other file."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

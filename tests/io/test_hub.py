@@ -1,7 +1,5 @@
 """Hub names: what is fetched, from where, and what a failure says."""
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import http.server

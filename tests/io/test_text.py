@@ -1,7 +1,5 @@
 """What is printed is aligned, short and free of control characters."""
 
-from __future__ import annotations
-
 import errno
 
 import pytest

@@ -4,8 +4,6 @@ Hypothesis draws small models: layers 9, 10 and 11 (so that natural order matter
 projections, one to four tasks whose scores are small whole numbers (so that ties are common).
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """experts.py against the reference, against autograd, and against PEFT."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

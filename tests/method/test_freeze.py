@@ -1,7 +1,5 @@
 """freeze.py against the reference: float64 least squares over outputs that are all materialised."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

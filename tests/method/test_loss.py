@@ -1,7 +1,5 @@
 """loss.py against F.cross_entropy on full logits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

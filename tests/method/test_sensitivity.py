@@ -1,7 +1,5 @@
 """sensitivity.py against the reference: a float64 autograd gradient of each weight and sample."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints in, adapters out and in again, and what happens to broken ones."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

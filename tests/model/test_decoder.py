@@ -1,7 +1,5 @@
 """The decoder against `transformers`, in every family, padding and way of feeding it tokens."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

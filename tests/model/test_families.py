@@ -1,7 +1,5 @@
 """Families beside Llama against `transformers`, on random configurations of each."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """quantize.py: the rounding of onnxruntime, packing, and shapes that do not divide."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A base in 8 or 4 bits against a float model that holds the same rounded weights."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

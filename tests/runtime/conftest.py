@@ -1,7 +1,5 @@
 """Exports of the `model` of a test file, one of each kind, and a generator of the first."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

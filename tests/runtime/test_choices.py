@@ -1,7 +1,5 @@
 """Answers from a set: their probabilities by brute force in PyTorch, and only these come out."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Families beside Llama in the runtime: what PyTorch says, singly, in batches and as chats go."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

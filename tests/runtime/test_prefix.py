@@ -1,7 +1,5 @@
 """A prefix kept: the same logits for less reading, and no file that is not ours is believed."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import hashlib

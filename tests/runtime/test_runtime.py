@@ -1,7 +1,5 @@
 """The runtime: the text that PyTorch gives, streamed, batched, cut off, and from a bare process."""
 
-from __future__ import annotations
-
 import copy
 import ctypes
 import io

@@ -1,7 +1,5 @@
 """Speculation: the very tokens of plain decoding, in fewer steps."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 import sys

@@ -9,8 +9,6 @@ takes less than 2 s (of this process; templates have 1 s of the clock in theirs)
 by no more than 256 MB; and if no file appears outside of the case's own folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

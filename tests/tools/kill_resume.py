@@ -9,8 +9,6 @@ out byte for byte, but for the fields of time. What follows -- goes to train.py.
 forked, so that torch is imported once.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

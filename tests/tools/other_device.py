@@ -8,8 +8,6 @@ does not.) It has no float64, like MPS. Kernels, memory and random numbers are t
 the names of the operators that it was asked for are printed, on stderr.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys
@@ -37,7 +35,7 @@ class Other(Tensor):
     raw: Tensor
 
     @staticmethod
-    def __new__(cls, raw: Tensor) -> Other:
+    def __new__(cls, raw: Tensor) -> "Other":
         if raw.dtype == torch.float64:
             raise TypeError("other has no float64")
         made = Tensor._make_wrapper_subclass(

@@ -3,8 +3,6 @@
 What that device is asked for, CUDA and MPS have kernels of, by torch's own list.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

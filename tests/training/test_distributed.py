@@ -1,7 +1,5 @@
 """Several processes against one, and what is left when one of them is killed."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Greedy generation against a loop without cache, and exact match with its interval."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The loop: accumulation, schedule, metrics, interruption, resume, and what stops it."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """What a run will need, against what autograd keeps and what a process takes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

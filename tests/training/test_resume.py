@@ -1,7 +1,5 @@
 """Runs that are killed, interrupted, damaged or held by another process, and what comes of them."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

@@ -1,7 +1,5 @@
 """Two thousand steps and two thousand generations: memory stays flat, and no file is left."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
