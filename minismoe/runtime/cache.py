@@ -30,7 +30,7 @@ from .npu import NpuSteps
 from .session import CPU, enough_onnxruntime, execution_provider, open_session, opened
 from .speculate import SharedRows, obstacle
 
-LARGE = 32 << 20                             # bytes of a model that no processor's cache holds
+LARGE = 32 << 20                             # bytes of a model: more than most caches hold
 DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
 
 Row = Sequence["int | None"]                 # new tokens of a prompt; None is padding
