@@ -23,7 +23,7 @@ from ..method.experts import expert_layers
 from ..method.freeze import Fit, TaskFits, fit, merge, merged
 from ..method.loss import IGNORE
 from ..model.checkpoint import weights
-from ..model.quantize import Blocks
+from ..model.quantize import BLOCK, Blocks
 from ..training.evaluate import evaluate
 from .gptq import refine
 from .heal import Lesson, agreement, heal_maps, heal_scales, twin
@@ -31,6 +31,7 @@ from .scales import quantize_model
 from .settings import ExportConfig, FreezeConfig, Source, TableConfig
 
 BATCH = 16                                   # calibration samples at once
+MISSED = 0.015                               # of the mixtures: more makes merging lose answers
 Fits = Mapping[str, Fit]                     # module -> its fit
 Score = Callable[[Any, str], float]          # model, task -> from 0 to 1
 
@@ -117,23 +118,28 @@ def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
 
 
 def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen: Frozen) -> None:
-    """Round what is merged into weights in few bits, and train what is frozen for config.heal
-    steps: the scales, if all of it is merged into such weights, or else the maps."""
-    if config.block and config.routing != "freeze" and not config.adapters:
-        into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
-        weight = merged_weights(source.base, into)
-        blocks = quantize_model(source.model, weight, config.precision, config.block)
-        refine(source.model, blocks, weight, [batch for task, several in data.batches.items()
-                                              if config.task in (None, task) for batch in several])
-        if config.heal:
-            blocks = heal_scales(data.lesson(config.task, config.heal), blocks, keep=frozen.routed)
-        frozen.blocks = {name: replace(found, data=found.data.cpu(), scales=found.scales.cpu())
-                         for name, found in blocks.items()}
-    elif config.heal:
-        for task in data.pools if config.adapters else [config.task]:
-            frozen.of(task).update(heal_maps(
-                data.lesson(task, config.heal), frozen.of(task), keep=frozen.routed,
-                precision=config.precision, block=config.block))
+    """Train what is frozen for config.heal steps, and round what is merged into few bits.
+
+    Such weights have their scales trained, which win back what rounding loses, but not what merging
+    does: the maps are trained before if they miss much. All others have their maps trained.
+    """
+    few = config.block and config.routing != "freeze" and not config.adapters
+    for task in data.pools if config.adapters else [config.task]:
+        fits = frozen.of(task)
+        if config.heal and fits and (not few or missed(fits) > MISSED):
+            fits.update(heal_maps(data.lesson(task, config.heal), fits, keep=frozen.routed,
+                                  precision=config.precision, block=None if few else config.block))
+    if not few:
+        return
+    into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
+    weight = merged_weights(source.base, into)
+    blocks = quantize_model(source.model, weight, config.precision, config.block or BLOCK)
+    refine(source.model, blocks, weight, [batch for task, several in data.batches.items()
+                                          if config.task in (None, task) for batch in several])
+    if config.heal:
+        blocks = heal_scales(data.lesson(config.task, config.heal), blocks, keep=frozen.routed)
+    frozen.blocks = {name: replace(found, data=found.data.cpu(), scales=found.scales.cpu())
+                     for name, found in blocks.items()}
 
 
 def merged_weights(base: Path, fits: Fits) -> Callable[[str], Tensor]:
@@ -148,11 +154,16 @@ def merged_weights(base: Path, fits: Fits) -> Callable[[str], Tensor]:
 
 def show_residuals(fits: Fits) -> None:
     """Print the share of each mixture's output that the fits miss."""
-    residuals = {name: f.residual for name, f in fits.items()}
-    print(terminal_heatmap("share of the mixture's output that one linear map misses", residuals))
+    print(terminal_heatmap("share of the mixture's output that one linear map misses",
+                           {name: f.residual for name, f in fits.items()}))
     kinds = [f.kind for f in fits.values()]
     print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median residual on "
-          f"held-out samples {100 * median(residuals.values()):.2f} %")
+          f"held-out samples {100 * missed(fits):.2f} %")
+
+
+def missed(fits: Fits) -> float:
+    """The median share of a mixture's output that its map misses."""
+    return median(f.residual for f in fits.values())
 
 
 def save_frozen(folder: Path, frozen: TaskFits) -> None:

@@ -43,8 +43,9 @@ class FreezeConfig:
     fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) in its "
                     "input, constant gates, or their mean", choices=KINDS)
     heal: int | None = flag(
-        None, "train for so many steps after freezing: the frozen maps in float, in few bits the "
-        "scales (default: 40 for int4 and w4a16 with data, or else 0)", natural, metavar="STEPS")
+        None, "train for so many steps after freezing: the frozen maps in float; in few bits the "
+        "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: 40 "
+        "for int4 and w4a16 with data, or else 0)", natural, metavar="STEPS")
     calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
                             metavar="N")
     prompts: str | None = flag(

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors import safe_open
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
-from minismoe.export import scales
+from minismoe.export import routing, scales
 from minismoe.export.heal import Lesson, agreement, heal_maps, heal_scales, heal_step, twin
 from minismoe.export.routing import cost_rows, cost_table, fewest_routed, save_frozen
 from minismoe.export.scales import (
@@ -24,8 +25,9 @@ from minismoe.export.scales import (
     round_weights,
     scale_model,
 )
+from minismoe.export.settings import ExportConfig
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import fit, freeze, merge
+from minismoe.method.freeze import Fit, fit, freeze, merge
 from minismoe.method.loss import IGNORE
 from minismoe.model.quantize import dequantize, quantize
 
@@ -277,3 +279,19 @@ def test_frozen_maps_are_kept_beside_the_adapter(fits: Any, tmp_path: Path) -> N
         name = ROUTED[0]
         assert f.get_slice(f"a/{name}.lora_A").get_shape() == [2 * COUNTS[name], 16]
         assert f.get_slice(f"{name}.lora_B").get_shape() == [16, 2 * COUNTS[name]]
+
+
+@pytest.mark.parametrize("residual, trained", [(0.01, ["scales"]), (0.02, ["maps", "scales"])])
+def test_maps_that_miss_much_are_healed_before_they_are_rounded(
+        residual: float, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for part in ("maps", "scales"):
+        monkeypatch.setattr(routing, f"heal_{part}",
+                            lambda *_, part=part, **__: found.append(part) or {})
+    for name in ("quantize_model", "refine", "merged_weights"):
+        monkeypatch.setattr(routing, name, lambda *_: {})
+    frozen = routing.Frozen({"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), residual=residual)}, {})
+    data = SimpleNamespace(pools={"t": []}, batches={}, lesson=lambda *_: None)
+    source = SimpleNamespace(base=None, model=None)
+    routing.heal_frozen(ExportConfig(heal=40, precision="int4", block=32), source, data, frozen)
+    assert found == trained
