@@ -204,7 +204,7 @@ class DecoderGraph(PlacesGraph):
                 "Concat", name, self.node("Shape", name, "input_ids"), [V], axis=0)
                 if all_logits else [-1, 1, V])
         self.cast(f"{name}.wide", y, TensorProto.FLOAT)
-        self.nodes[-1].output[0] = "logits"      # an operator that names it would copy it
+        self.nodes[-1].output[0] = "logits"      # renamed: one more operator would copy it
 
     def last(self, x: str) -> str:
         """(B, T, D) -> (B, D): the last token, or the last before the pads on the right."""

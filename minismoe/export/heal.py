@@ -1,7 +1,7 @@
 """Heal a frozen model: train it for a few steps towards the mixture.
 
-In float, A and B of the frozen maps are trained; in few bits, the scales of the blocks. The mixture
-itself never changes: the student is a twin of the model, which shares every weight.
+`heal_maps` trains A and B of the frozen maps, `heal_scales` the scales of blocks in few bits. The
+mixture itself never changes: the student is a twin of the model, which shares every weight.
 """
 
 import copy

@@ -23,7 +23,7 @@ from ..method.experts import expert_layers
 from ..method.freeze import Fit, TaskFits, fit, merge, merged
 from ..method.loss import IGNORE
 from ..model.checkpoint import weights
-from ..model.quantize import BLOCK, Blocks
+from ..model.quantize import Blocks
 from ..training.evaluate import evaluate
 from .gptq import refine
 from .heal import Lesson, agreement, heal_maps, heal_scales, twin
@@ -123,17 +123,18 @@ def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen:
     Such weights have their scales trained, which win back what rounding loses, but not what merging
     does: the maps are trained before if they miss much. All others have their maps trained.
     """
-    few = config.block and config.routing != "freeze" and not config.adapters
+    block = None if config.adapters or config.routing == "freeze" else config.block
     for task in data.pools if config.adapters else [config.task]:
         fits = frozen.of(task)
-        if config.heal and fits and (not few or missed(fits) > MISSED):
+        if config.heal and fits and (not block or missed(fits) > MISSED):
             fits.update(heal_maps(data.lesson(task, config.heal), fits, keep=frozen.routed,
-                                  precision=config.precision, block=None if few else config.block))
-    if not few:
+                                  precision=config.precision,
+                                  block=None if block else config.block))
+    if not block:
         return
     into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
     weight = merged_weights(source.base, into)
-    blocks = quantize_model(source.model, weight, config.precision, config.block or BLOCK)
+    blocks = quantize_model(source.model, weight, config.precision, block)
     refine(source.model, blocks, weight, [batch for task, several in data.batches.items()
                                           if config.task in (None, task) for batch in several])
     if config.heal:
