@@ -8,11 +8,13 @@ them. Other texts answer the questions of DATA/boolq and the requests of DATA/cl
 Each prompt is answered with and without speculation in turn, greedily, from an empty
 cache; times are of the tokens after the first. --genai is a folder of onnxruntime-genai's own
 builder (`python -m onnxruntime_genai.models.builder -i MODEL -o FOLDER -p int4 -e cpu`), which
-answers the same prompts with and without its own speculation by n-grams.
+answers the same prompts with and without its own speculation by n-grams. At the end: what a step
+costs that reads several tokens, which bounds what drafts can win.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+SHORT = 8                                    # tokens of an answer that says nothing of speed
 REACH = {"copies": 1.3, "answers": 1.3, "others": 0.97}
 # What speculation by n-grams may do in onnxruntime-genai 0.18, everything on.
 THEIRS = {"ngram_size": 3, "max_draft_tokens": 8, "min_adaptive_k": 2, "cooldown": True,
@@ -43,14 +46,11 @@ class Run(NamedTuple):
     steps: int
 
 
-def ours(folder: Path, threads: int) -> tuple[Any, Answer, Callable[[], int]]:
-    from minismoe.runtime import Generator
-    generator = Generator(folder, threads=threads)
-
+def ours(generator: Any) -> tuple[Answer, Callable[[], int]]:
     def answer(prompt: list[int], most: int, speculate: bool) -> Iterator[int]:
         generator.reset()
         return generator.generate(prompt, most, speculate=speculate)
-    return generator.tokenizer, answer, lambda: generator.steps
+    return answer, lambda: generator.steps
 
 
 def genai(folder: Path, threads: int) -> tuple[Answer, Callable[[], int]]:
@@ -114,7 +114,14 @@ def passages(data: Path, file: str | None, count: int) -> list[dict[str, str]]:
 
 
 def report(side: str, kind: str, runs: Sequence[tuple[list[Run], list[Run]]]) -> float:
-    """Print one row; returns the ratio of tokens a second. runs: without and with, by prompt."""
+    """Print one row; returns the ratio of tokens a second. runs: without and with, by prompt.
+
+    Without runs, as where all answers are short, there is no ratio: it is nan.
+    """
+    if not runs:
+        print(f"{side:7} {kind:8} no answer of more than {SHORT} tokens")
+        return math.nan
+
     def rate(which: int) -> float:
         return sum(len(pair[which][0].tokens) - 1 for pair in runs) / sum(
             statistics.median(run.seconds for run in pair[which]) for pair in runs)
@@ -128,6 +135,28 @@ def report(side: str, kind: str, runs: Sequence[tuple[list[Run], list[Run]]]) ->
           f"{rate(1) / rate(0):7.2f} {statistics.median(ratios):7.2f} {min(ratios):7.2f} "
           f"{same:5} of {len(runs)}", flush=True)
     return rate(1) / rate(0)
+
+
+def print_rows(generator: Any, prompt: list[int], clock: Callable[[], float]) -> None:
+    """Print the time of a step by the tokens that it reads, and whether its logits are exact."""
+    from minismoe.runtime.speculate import ROWS, read_rows, rows_are_exact
+    generator.reset()
+    generator.step([prompt])
+    times: list[list[float]] = [[] for _ in range(ROWS)]
+    for n in [*range(ROWS)] * 20:
+        start = clock()
+        if n:
+            read_rows(generator, prompt[:n + 1])
+        else:
+            generator.step([prompt[:1]])
+        times[n].append(clock() - start)
+        generator.cut(len(prompt))
+    one, *several = map(statistics.median, times)
+    drafts = [(seconds / one - 1) / n for n, seconds in enumerate(several, start=1)]
+    print(f"after {len(prompt)} tokens, a step that reads 1 token takes {1000 * one:.1f} ms; each "
+          f"of {len(drafts)} drafts adds {min(drafts):.2f} to {max(drafts):.2f} of that")
+    print("rows of a step have the logits of plain steps: "
+          + ("yes" if rows_are_exact(generator, prompt[:2]) else "no, so nothing is drafted"))
 
 
 def main() -> None:
@@ -144,8 +173,12 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="count seconds of the CPU, not of the "
                         "clock: with --threads 1, where other programs run")
     args = parser.parse_args()
-    tokenizer, *mine = ours(args.folder, args.threads)
-    sides = {"ours": mine} | ({"genai": genai(args.genai, args.threads)} if args.genai else {})
+    from minismoe.runtime import Generator
+    mine = Generator(args.folder, threads=args.threads)
+    tokenizer = mine.tokenizer
+    sides = {"ours": ours(mine)}
+    if args.genai:
+        sides["genai"] = genai(args.genai, args.threads)
     texts = {kind: [tokenizer.encode(tokenizer.render([{"role": "user", "content": text}], True))[0]
                     for text in found] for kind, found in {
         **{kind: [ask.format(**x) for ask in asked
@@ -166,12 +199,13 @@ def main() -> None:
                     which = (n + 1) // 2 % 2                 # 0 1 1 0 0 1: drift meets both
                     pair[which].append(timed(answer, steps, prompt, args.tokens, bool(which),
                                              clock))
-                if len(pair[0][0].tokens) > 8:
+                if len(pair[0][0].tokens) > SHORT:
                     runs.append(pair)
             ratio = report(side, kind, runs)
-            if side == "ours":
+            if side == "ours" and runs:
                 print(f"        to reach: {REACH[kind]}" + ("" if ratio >= REACH[kind] else
                                                             ": not reached"))
+    print_rows(mine, texts["copies"][0], clock)
 
 
 if __name__ == "__main__":
