@@ -30,8 +30,7 @@ ROWS = 8192                      # rounded at a time
 
 @torch.no_grad()
 def gptq(weight: Tensor, H: Tensor, bits: int, size: int, damping: float = DAMPING) -> Blocks:
-    """Blocks of `size` weights of a weight (N, K) whose inputs have E[x x^T] = H (K, K), but for a
-    factor."""
+    """Blocks of `size` of a weight (N, K) whose inputs have E[x x^T] proportional to H (K, K)."""
     H = H.cpu() / H.diagonal().mean().clamp(min=1e-30).cpu()         # MPS lacks some of these
     H.diagonal().add_(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
@@ -80,8 +79,7 @@ def second_moments(model: CausalLM, names: Collection[str], batches: Iterable[Se
         sums[layers[layer]] += last[1]
 
     for batch in batches:
-        hidden = run_hooked(model.model, batch, [m for m in layers if m is not model.lm_head],
-                            hook)
+        hidden = run_hooked(model.model, batch, [m for m in layers if m is not model.lm_head], hook)
         if model.lm_head in layers:
             hook(model.lm_head, (hidden[batch[1].bool()],), None)
     return sums

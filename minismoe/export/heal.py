@@ -74,8 +74,7 @@ def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collectio
                 lr: float = SCALES_LR) -> dict[str, Blocks]:
     """Train the scales of a model's quantised weights; returns the blocks with them.
 
-    blocks: of all weights that are quantised. Those of matrices in `keep`, which go on routing, are
-    not trained.
+    blocks: of all quantised weights. Those of `keep`, which go on routing, are not trained.
     """
     student = twin(lesson.teacher).train()
     scaled = scale_model(student, blocks, keep)

@@ -82,6 +82,10 @@ class NpuGraph(DecoderGraph):
                       epsilon=self.config.rms_norm_eps)
         return y if ones == weight else self.node("Mul", name, y, weight)
 
+    def mask(self, window: int | None) -> str:
+        """The mask of full attention: `write_npu` refuses a window that ends within the cache."""
+        return super().mask(None)
+
     def embed(self) -> str:
         """The hidden states that embed.onnx looked up."""
         return "hidden"

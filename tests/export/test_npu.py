@@ -98,6 +98,19 @@ def test_graphs_compute_what_transformers_does(checkpoint: Any, tmp_path: Path, 
     assert error(logits(folder, text), wanted) < TOLERANCES["fp16"]
 
 
+@pytest.mark.parametrize("sizes", [
+    {"model_type": "mistral", "sliding_window": T + P},
+    {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 100,
+     "max_window_layers": 1}], ids=["all layers", "one layer"])
+def test_a_window_longer_than_the_cache_changes_nothing(tmp_path: Path, sizes: dict[str, Any],
+                                                        ) -> None:
+    model, text = random_model(**sizes), texts(259)[0]
+    folder = write(model, tmp_path / "npu", "fp16")
+    with torch.no_grad():
+        wanted = model(torch.tensor([text]))[0, -4:]
+    assert error(logits(folder, text), wanted) < TOLERANCES["fp16"]
+
+
 @pytest.mark.parametrize("precision", ["w8a16", "w4a16"])
 def test_graphs_in_few_bits_compute_what_the_rounded_model_does(tmp_path: Path, precision: str,
                                                                 ) -> None:
