@@ -236,10 +236,10 @@ def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> Ranges
     whose activations no range holds.
 
     A range is chosen by the error of its worst token, relative to the token's norm, on every fourth
-    text. The others give the candidates, from the extremes of each token. So a range may cut single
-    outliers, but not those that make up a token.
+    text. The others, if there are any, give the candidates, from the extremes of each token. So a
+    range may cut single outliers, but not those that make up a token.
     """
-    extremes = watched(model, [t for i, t in enumerate(texts) if i % 4],
+    extremes = watched(model, [t for i, t in enumerate(texts) if i % 4] or texts,
                        lambda key, x: torch.stack(x.aminmax(dim=-1)))
     choices = {key: [Range(min(0.0, f * low.quantile(1 - q).item()),
                            max(0.0, f * high.quantile(q).item())) for q, f in WIDER]

@@ -168,6 +168,12 @@ def test_a_layer_whose_activations_no_range_holds_stays_in_floats(tmp_path: Path
     assert error(logits(folder, seen[0]), wanted) < TOLERANCES["w8a16"]
 
 
+def test_one_text_gives_ranges() -> None:
+    """As a file of --prompts with one line does."""
+    ranges = activation_ranges(random_model(), texts(259, count=1))
+    assert "lm_head" in ranges and all(r.low < 0 < r.high for pair in ranges.values() for r in pair)
+
+
 def test_a_range_rounds_as_onnx_does() -> None:
     """Against onnxruntime's QuantizeLinear and DequantizeLinear, also beyond the range."""
     x, found = torch.linspace(-3, 5, 999), Range(-1.3, 3.1)
