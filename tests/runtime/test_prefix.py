@@ -64,6 +64,16 @@ def test_logits_are_those_of_the_whole_prompt(model, folders, tmp_path, kind) ->
         generator = Generator(folders[kind], threads=1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_that_begins_like_the_last_one(folders, kind) -> None:
+    generator = Generator(folders[kind], threads=1)
+    expected = list(generator.generate(PROMPTS[0], 6))
+    for length in (6, 11, len(PREFIX)):
+        generator.keep(PREFIX[:length])
+        assert list(generator.generate(PROMPTS[0], 6)) == expected
+        assert generator.kept_tokens == length
+
+
 def test_a_cache_of_16_bits(model, tmp_path) -> None:
     folder, file = export(model, tmp_path / "f", precision="fp16"), tmp_path / "p.safetensors"
     plain, *others = (Generator(folder, threads=1) for _ in range(3))
