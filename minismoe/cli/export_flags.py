@@ -23,8 +23,7 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
     """
     table = list(argv[:1]) == ["table"]
     kind: Any = TableConfig if table else ExportConfig
-    parser = new_parser(TABLE if table else description,
-                        {"freezing" if table else "export": kind})
+    parser = new_parser(TABLE if table else description, {"freezing" if table else "export": kind})
     parser.prog += " table" * table
     parser.add_argument("run", nargs="?", metavar="RUN",
                         help="folder of train.py (default: newest in runs)")

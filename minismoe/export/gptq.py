@@ -89,8 +89,7 @@ def refine(model: CausalLM, blocks: dict[str, Blocks], weight: Callable[[str], T
            batches: Sequence[Sequence[Tensor]], memory: int = 1 << 30) -> None:
     """Round the 4-bit weights among `blocks` again, in place, for what `model` reads on batches.
 
-    weight(name) reads a weight. Each pass over the batches takes as many layers as `memory` bytes
-    of H allow.
+    weight(name) reads a weight. A pass over the batches takes layers whose H fit `memory` bytes.
     """
     tied = model.config.tie_word_embeddings
     names = {name: f"{'model.embed_tokens' if tied and name == 'lm_head' else name}.weight"

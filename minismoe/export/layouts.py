@@ -173,8 +173,7 @@ def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
 def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iterable[str]) -> None:
     """Write the weights of `base`, with those of `names` replaced by weight(name).
 
-    Dtypes and shards stay; what belongs to images is left out. Raises ValueError for a dtype, shape
-    or name that differs.
+    Dtypes and shards stay; images are left out. ValueError for a dtype, shape or name that differs.
     """
     left, files = set(names), weight_files(base)
     if len(files) > 1:

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all; JSON, links and hashes of files."""
 
+import errno
 import hashlib
 import json
 import os
@@ -63,13 +64,16 @@ def _rename(tmp: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
+    """Flush a file to disk, or the names in a folder, if its file system can do that."""
     windows = os.name == "nt"                        # it cannot flush folders or read-only handles
     if windows and path.is_dir():
         return
     fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(fd)
 

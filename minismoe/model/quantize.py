@@ -28,8 +28,7 @@ ON_CPU, ON_GPU = 1 << 18, 1 << 23    # weights computed at a time; a CPU's cache
 class Blocks:
     """A quantised weight. In 4 bits, a byte holds two values, the first in the low nibble.
 
-    shape (N, K), data (N, G, size * bits / 8) uint8, scales (N, G) float. Rows are padded to whole
-    blocks with zeros.
+    shape (N, K), data (N, G, size * bits / 8) uint8, scales (N, G) float. Zeros pad the last block.
     """
 
     bits: int

@@ -9,9 +9,8 @@ so one answer may begin another.
     "card linking"  --+--  root: "card" --+-- " linking" <end>    once one answer is left, the
     "card"          --'                   '-- <end>               rest is not read at all
 
-A prompt is read from where the last one differs. To read several as rows of a batch would not be
-faster: onnxruntime's attention takes one new token a row there, and 16 rows of one token
-cost more than one row of 16.
+A prompt is read from where the last one differs. Several as rows of a batch would not be faster:
+onnxruntime's attention takes one new token a row there, and 16 rows cost more than one row of 16.
 """
 
 from __future__ import annotations

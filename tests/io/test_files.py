@@ -1,13 +1,15 @@
 """Files appear whole or not at all, with the permissions of any other file."""
 
+import errno
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from minismoe.io.files import read_json, replacing, write_json
+from minismoe.io.files import new_folder, read_json, replacing, write_json
 
 
 @pytest.fixture
@@ -40,6 +42,26 @@ def test_what_was_written_replaces(tmp_path: Path) -> None:
             tmp.write_text(text)
         assert file.read_text() == text
     assert [p.name for p in file.parent.iterdir()] == ["x.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are not flushed there")
+def test_a_file_system_that_cannot_flush_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 ) -> None:
+    """Some shared folders refuse it. What is written there must not be lost at the last step."""
+    flush, error = os.fsync, errno.EINVAL
+
+    def refuse(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(error, os.strerror(error))
+        flush(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with new_folder(tmp_path / "export") as folder:
+        write_json(folder / "x.json", {"a": 1})
+    assert read_json(tmp_path / "export" / "x.json") == {"a": 1}
+    error = errno.EIO                        # a disk that fails is no such file system
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_json(tmp_path / "x.json", {})
 
 
 def test_the_writers_error_is_not_hidden(tmp_path: Path) -> None:
