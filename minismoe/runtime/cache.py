@@ -10,8 +10,7 @@ Keys and values stay on the session's device, in bound OrtValues:
 
 The last inputs of convolutions go from step to step as in portable, whatever the target.
 
-Letters: B prompts, T new tokens, P past positions, S = P + T, K key/value heads, C head size,
-V vocabulary.
+Letters: B prompts, T new, P past tokens, S = P + T, K key/value heads, C head size, V vocabulary.
 """
 
 import ctypes

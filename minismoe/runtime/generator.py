@@ -46,6 +46,7 @@ class Generator(CachedModel):
         self._prefix: Prefix | None = None
         self._exact: bool | None = None      # whether rows give the logits of plain decoding
         self._pace = Pace()
+        self._turn += 1                      # a generation that goes on would read an empty cache
         super().use(task)
 
     def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
@@ -143,7 +144,7 @@ class Generator(CachedModel):
                     return
                 yield [token if r else None for r, token in zip(running, chosen)]
                 if self._turn != turn:
-                    raise RuntimeError("another generation began before this one ended")
+                    raise RuntimeError("another generation or adapter began before this one ended")
             self.ended = "max_tokens" if steps == max_tokens else "context"
 
     @contextmanager

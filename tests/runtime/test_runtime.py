@@ -79,12 +79,23 @@ def test_two_at_once_are_refused(folders, kind) -> None:
     expected = [list(generator.generate(p, 6)) for p in PROMPTS[1:]]
     first, second = (generator.generate(p, 6) for p in PROMPTS[1:])
     started = [next(first), next(second)]
-    with pytest.raises(RuntimeError, match="another generation began before this one ended"):
+    with pytest.raises(RuntimeError, match="another generation or adapter began before this one"):
         next(first)
     assert [started[1], *second] == expected[1]                # which the first has not disturbed
     with pytest.raises(RuntimeError, match="another generation"):
         list(zip(*(generator.generate(p, 6) for p in PROMPTS[1:])))
     assert [list(generator.generate(p, 6)) for p in PROMPTS[1:]] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_adapter_ends_a_generation(folders, kind) -> None:
+    """It empties the cache."""
+    generator = Generator(folders[kind], threads=1)
+    tokens = generator.generate(PROMPTS[1], 6)
+    next(tokens)
+    generator.use(None)
+    with pytest.raises(RuntimeError, match="or adapter began"):
+        next(tokens)
 
 
 def test_a_static_past_begins_as_zeros_whatever_the_device(folders, monkeypatch) -> None:
