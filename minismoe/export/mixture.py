@@ -7,8 +7,8 @@ Together, those of the matrices that read the same x compute:
       -> MatMul B_q, MatMul B_k, MatMul B_v -> Concat -> delta
 
 Decoding is bound by memory, so B stays one MatMul a matrix: a block-diagonal B would read zeros.
-Beside a base in blocks, A is in 8-bit blocks too. B stays float32: its rows of r weights are too
-short for blocks, which make prompts 8 % slower and decoding no faster.
+Beside a base in blocks, A is in 8-bit blocks too, except in q4f16. B stays float32: its rows of r
+weights are too short for blocks, which make prompts 8 % slower and decoding no faster.
 
 Letters: B batch, T new tokens, G matrices that read the same x, E experts of a matrix, r rank,
 R all ranks of a matrix or a group.

@@ -88,8 +88,8 @@ class ExportConfig(FreezeConfig):
     page: bool = flag(False, "with --layout web: add a page to chat with the model in a browser")
     precision: str = flag(
         "auto", "of the base weights, int4-8 with embedding and head in 8 bits; beside few bits, "
-        "lora_A takes 8, and lora_B and routers stay in float32. q8: rows in 8 bits, for browsers; "
-        "q4f16: int4 in float16, for their WebGPU. auto (default): int4 if it is healed, or else "
+        "lora_A takes 8 (not in q4f16); lora_B and routers are float32. q8: rows in 8 bits, for "
+        "browsers; q4f16: int4 in float16, for their WebGPU. auto (default): int4 if healed, else "
         "int4-8; for --layout web both q8 and q4f16, of which the browser loads one",
         choices=("auto", *PRECISIONS))
     block: int | None = flag(

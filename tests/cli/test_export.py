@@ -18,7 +18,7 @@ import pytest
 import torch
 from onnxruntime import OrtValue
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import export
 import train
@@ -26,6 +26,7 @@ from minismoe.cli.export_flags import parse
 from minismoe.export import layouts, verify
 from minismoe.export.routing import fewest_routed
 from minismoe.export.settings import ExportConfig
+from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import Fit, merge
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM, Config
@@ -400,6 +401,24 @@ def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precis
     export.main([*args, "--out", str(tmp_path / "whole")])
     checked = json.loads((tmp_path / "whole" / "export.json").read_text())["checked"][""]
     assert checked["rounded_error"] < 1e-5 < checked["logits_error"]
+
+
+@pytest.mark.parametrize(("precision", "rounds"), [("q4f16", False), ("q8", True)])
+def test_experts_are_compared_as_the_graph_stores_them(run: Path, tmp_path: Path, precision: str,
+                                                       rounds: bool, monkeypatch) -> None:
+    """Beside a base in 4 bits with activations in float16, lora_A stays in float32."""
+    check, seen = verify.compare_rounded, list[bool]()
+    stored = load_file(run / "adapter" / "adapter.safetensors")
+
+    def compare(model, *args) -> dict[str, Any]:
+        seen.extend(not torch.equal(layer.lora_A, stored[f"{name}.lora_A"])
+                    for name, layer in expert_layers(model).items())
+        return check(model, *args)
+
+    monkeypatch.setattr(verify, "compare_rounded", compare)
+    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "web", "--routing",
+                 "dynamic", "--precision", precision])
+    assert seen and set(seen) == {rounds}
 
 
 def test_every_adapter_is_compared_in_few_bits(run: Path, tmp_path: Path, capsys) -> None:
