@@ -3,7 +3,6 @@
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from ..io.text import clean
 
@@ -23,8 +22,9 @@ class _Files(SimpleHTTPRequestHandler):
         """Answer with headers; returns the open file, or None if the request is refused."""
         folder, file = Path(self.directory).resolve(), Path(self.translate_path(self.path))
         # Another site may have its name lead to 127.0.0.1, but the browser still sends that name.
-        name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        if name not in (HOST, "localhost") or not file.resolve().is_relative_to(folder):
+        name = self.headers.get("Host", "").partition(":")[0].lower()
+        if name not in (HOST, "localhost") or "\0" in str(file) or (
+                not file.resolve().is_relative_to(folder)):
             self.send_error(403)
             return None
         if file.is_dir() and file != Path(self.directory):   # no lists of files

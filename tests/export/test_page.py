@@ -126,10 +126,11 @@ def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
         assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
         assert get("/worker.js")[1]["Content-Type"] == "text/javascript"
         for path in ("/../secret", "/%2e%2e/secret", "/link", "/onnx/../../secret", "/onnx/",
-                     f"/{web.parent}/secret", "/nothing"):
+                     f"/{web.parent}/secret", "/nothing", "/%00"):
             status, _, content = get(path)
             assert status in (403, 404) and b"secret" not in content.replace(b"/secret", b"")
-        assert get("/", "evil.example")[0] == 403
+        assert get("/", "evil.example")[0] == get("/", "[")[0] == 403
+        assert get("/", address.split("/")[2])[0] == get("/", "LocalHost")[0] == 200
         port = address.rsplit(":")[-1].strip("/")
         taken = subprocess.run([sys.executable, "-m", "minismoe.runtime", str(web), "--serve",
                                 "--port", port], cwd=ROOT, capture_output=True, text=True)
