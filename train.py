@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
     # From here on there is a run, with which --resume goes on.
     with script.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
+        runs.folder(replace(config, out=str(run)))       # another process may have filled it
         runs.write_config(run, config, inputs, allocation)
         if scores is not None:
             once(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
@@ -87,7 +88,6 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     if not distributed.gather((run / "before.json").exists())[0]:
         before = score(inputs, "before", config)
         once(write_json, run / "before.json", {name: vars(a) for name, a in before.items()})
-
     if not distributed.rank():
         known = report.read_before(run / "before.json", inputs.encoded)
 

@@ -144,6 +144,21 @@ def test_what_was_probed_is_not_written_over(inputs, tmp_path, capsys) -> None:
     assert (tmp_path / "sensitivity.json").read_bytes() == before
 
 
+def test_a_run_that_came_meanwhile_is_not_written_over(inputs, tmp_path, capsys,
+                                                       monkeypatch) -> None:
+    run, measure = tmp_path / "run", probing.measure
+
+    def slowly(*args):
+        run.mkdir()
+        (run / "config.json").write_text("another's")
+        return measure(*args)
+    monkeypatch.setattr(probing, "measure", slowly)
+    code, _, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--out", str(run),
+                          capsys=capsys)
+    assert code == 1 and "holds a run already" in err
+    assert (run / "config.json").read_text() == "another's"
+
+
 def test_show_without_colours_marks_by_brackets(inputs, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     for value, mark in (("1", "[["), ("", "\x1b[32m")):
