@@ -16,7 +16,7 @@ def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:
     with suppress(KeyError, TypeError, ValueError):
         content = read_json(file)
         counts = {name: (content[name]["correct"], content[name]["examples"]) for name in tasks}
-        if all(type(n) is int and n >= 0 for pair in counts.values() for n in pair):
+        if all(type(c) is type(n) is int and 0 <= c <= n > 0 for c, n in counts.values()):
             return {name: Accuracy(*pair) for name, pair in counts.items()}
     raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
 

@@ -346,8 +346,9 @@ def test_a_damaged_before_json_is_one_clear_line(inputs, tmp_path, capsys) -> No
     config = json.loads((tmp_path / "config.json").read_text())
     config["arguments"]["overlap"] = 0.95                # as older versions wrote
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for damaged in ("[]", "{}", '{"sum": 1, "upper": 2}', before.replace('"correct": 0',
-                                                                         '"correct": "0"')):
+    for damaged in ("[]", "{}", '{"sum": 1, "upper": 2}',
+                    before.replace('"correct": 0', '"correct": "0"'),
+                    before.replace('"examples": 3', '"examples": 0')):
         (tmp_path / "before.json").write_text(damaged)
         code, _, err = finish(train.main, *known, "--resume", capsys=capsys)
         assert code == 1 and "before.json is damaged: remove it" in err, err
