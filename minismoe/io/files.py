@@ -23,7 +23,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         yield Path(name)
         _rename(Path(name), path)
     except OSError as e:                             # a failed write does not name its file
-        e.filename = e.filename or str(path)
+        e.filename = str(path) if str(e.filename or name) == name else e.filename
         raise
     except Exception as e:                           # safetensors has its own for a full disk, and
         if type(e).__name__ != "SafetensorError":    # the runtime does without safetensors

@@ -64,6 +64,13 @@ def test_a_file_system_that_cannot_flush_folders(tmp_path: Path, monkeypatch: py
         write_json(tmp_path / "x.json", {})
 
 
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(OSError) as found, replacing(tmp_path / "x"):
+        pass
+    assert found.value.filename == str(tmp_path / "x")
+
+
 def test_the_writers_error_is_not_hidden(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the reason"), replacing(tmp_path / "x") as tmp:
         tmp.unlink()
