@@ -7,7 +7,7 @@ from typing import Any
 
 from ..export.settings import ExportConfig, TableConfig
 from ..export.weights import NPU_PRECISIONS
-from ..io.flags import from_flags, new_parser, option
+from ..io.flags import from_flags, new_parser, option, text
 
 TABLE = """Print exact match and residual of each way to freeze the routing of a run, write them to
 RUN/routing.json, and export nothing."""
@@ -25,7 +25,7 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
     kind: Any = TableConfig if table else ExportConfig
     parser = new_parser(TABLE if table else description, {"freezing" if table else "export": kind})
     parser.prog += " table" * table
-    parser.add_argument("run", nargs="?", metavar="RUN",
+    parser.add_argument("run", nargs="?", metavar="RUN", type=text,
                         help="folder of train.py (default: newest in runs)")
     if "--table" in argv:                    # how the command was called before
         parser.error("--table is a command of its own: export.py table RUN")

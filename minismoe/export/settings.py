@@ -50,7 +50,7 @@ class FreezeConfig:
                             metavar="N")
     prompts: str | None = flag(
         None, "calibrate and heal on these prompts, one a line, towards the predictions of the "
-        "mixture, and not on the run's data", metavar="FILE")
+        "mixture, and not on the run's data", text, metavar="FILE")
     limit_test: int | None = flag(None, "test lines a task (default: as in training)", positive,
                                   metavar="N")
     device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
@@ -80,7 +80,7 @@ class ExportConfig(FreezeConfig):
         choices=("merge", "freeze", "dynamic", "auto"))
     tolerance: float = flag(0.01, "exact match, or agreement without labels, that --routing auto "
                             "may lose, as a share (default: 0.01)", number, metavar="X")
-    task: str | None = flag(None, "freeze for the samples of this task only")
+    task: str | None = flag(None, "freeze for the samples of this task only", text)
     adapters: bool = flag(False, "the base with one .onnx_adapter for each task, switched at run "
                           "time; layouts onnx and genai")
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
