@@ -85,7 +85,7 @@ class Calibration:
 def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
     """One example a line of a file, without labels. ValueError if it is empty or no UTF-8."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as e:
         raise ValueError(f"{file} is no UTF-8 text: {e}") from None
     prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
