@@ -129,13 +129,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
-    if args.chat and (args.prompt is not None or args.raw):
-        parser.error("--chat reads line by line, through the template: leave out PROMPT and --raw")
+    if (args.chat or args.serve) and (args.prompt is not None or args.raw):
+        parser.error("--chat and --serve ask for prompts themselves: leave out PROMPT and --raw")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
-    if args.choices is not None and (args.chat or args.raw or args.max_tokens or args.temperature):
+    if args.choices is not None and (
+            args.chat or args.serve or args.raw or args.max_tokens or args.temperature):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
-                     "--raw, --max-tokens and --temperature")
+                     "--serve, --raw, --max-tokens and --temperature")
     if args.port and not args.serve:
         parser.error("--port needs --serve")
     if args.best and args.choices is None:
@@ -156,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
     sampling = {name: getattr(args, name)
                 for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "speculate")}
     system, before, file = opening(
-        generator.folder, args.prefix, args.raw) if args.prefix else ([], "", None)
+        generator.folder, args.prefix, args.raw) if args.prefix is not None else ([], "", None)
 
     def write(said: str) -> str:
         """The prompt as the model reads it."""
@@ -177,11 +178,10 @@ def main(argv: Sequence[str]) -> None:
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
-    prompt = write(prompt)
     if args.choices is not None:
-        _choose(generator, prompt, args.choices, args.best, args.stats)
+        _choose(generator, write(prompt), args.choices, args.best, args.stats)
         return
-    _say(generator, prompt, sampling, args.stats)
+    _say(generator, write(prompt), sampling, args.stats)
     if generator.ended == "interrupted":
         raise KeyboardInterrupt
 
