@@ -129,9 +129,7 @@ class Tokenizer:
         return templates.render(self.template, {
             "messages": [dict(m) for m in messages], "bos_token": self.bos, "eos_token": self.eos,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None, "documents": None,                    # as transformers passes them
-            # Llama 3's default date. With today's date, a run could not be resumed tomorrow.
-            "date_string": "26 Jul 2024"})
+            "tools": None, "documents": None})                   # as transformers passes them
 
     def turn(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the last message as the template writes it, without the token that ends it.

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from minismoe.data import templates
+from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 
 GREEDY = {                   # one call in C, or many small ones: neither can be waited out
     "a long text": "{{ 'a' * 10 ** 10 }}",
@@ -112,6 +113,13 @@ def test_no_module_of_the_working_directory_is_imported(
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     templates.stop()
     assert templates.render(GOOD, VALUES) == "hi"
+
+
+def test_every_template_finds_the_same_day_on_all_days() -> None:
+    """SmolLM3 and Granite ask for the day at once, Llama 3.2 if it was not given one."""
+    asks = "{{ strftime_now('%d %b %Y') }}"
+    for template in (asks, "{% if date_string is not defined %}" + asks + "{% endif %}"):
+        assert Tokenizer(ByteTokenizer(), template, "", "").render([]) == "26 Jul 2024"
 
 
 def test_a_missing_jinja_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
