@@ -48,7 +48,7 @@ class Prospect:
         if not examples:                     # a batch of examples of --max-length
             length = context(inputs, self.folder)
             answer = max(1, length // 10)
-            ids = [[i, *range(length - 1)] for i in range(training.batch_size)]
+            ids = [[i % sizes.vocab_size] * length for i in range(training.batch_size)]
             examples = [Example("", r, [IGNORE] * (length - answer) + r[-answer:]) for r in ids]
         self.batches = schedule(examples, training)
         self.longest = max(len(e.ids) for e in examples)                 # tokens

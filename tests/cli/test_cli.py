@@ -263,6 +263,8 @@ def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path,
              re.findall(r"^(\S+(?: weights)?) +([\d,.]+)$", out, re.MULTILINE)}
     assert parts.pop("peak") == pytest.approx(sum(parts.values()), abs=0.4) and len(parts) == 6
     assert "21 steps, " in out and "tokens/s measured" in out and "disk: " in out
+    code, out, err = finish(train.main, "--plan", *inputs[:2], capsys=capsys)
+    assert code == 0 and "of up to 1024 tokens" in out, err      # more than the vocabulary has
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "config.json"]
 
 
