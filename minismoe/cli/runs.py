@@ -126,17 +126,17 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         saved = {"processes": distributed.world()} | saved_config(run)
         if said := differences(content["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
-        smaller = {name: arguments[name] for name in SMALLER}
+        now = {name: arguments[name] for name in ("device", *SMALLER)}
         said = differences(
-            versions() | smaller | {"processes": distributed.world()}, saved["versions"]
-            | {name: saved["arguments"].get(name) for name in SMALLER}
+            versions() | now | {"processes": distributed.world()}, saved["versions"]
+            | {name: saved["arguments"].get(name) for name in now}
             | {"processes": saved["processes"]})
         if said and not distributed.rank():
             print(f"the last bits may differ: {said}", file=sys.stderr)
         if saved["processes"] == distributed.world():
             same_threads(saved["threads"])
         content = saved | {"identity": content["identity"],
-                           "arguments": saved["arguments"] | smaller}
+                           "arguments": saved["arguments"] | now}
     else:                                    # of an earlier run whose config.json was removed
         for name in ("before.json", "results.json"):
             distributed.once((run / name).unlink, True)

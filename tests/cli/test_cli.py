@@ -401,16 +401,20 @@ def test_a_run_of_before_processes_were_noted_goes_on(inputs, tmp_path, capsys) 
     assert code == 0 and "differ" not in err, err
 
 
-def test_other_processes_have_other_threads(inputs, tmp_path, capsys) -> None:
+def test_another_device_and_other_processes_are_said(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
     assert finish(train.main, *known, capsys=capsys)[0] == 0
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["processes"] == 1
-    (tmp_path / "config.json").write_text(json.dumps(config | {"threads": 7, "processes": 4}))
+    arguments = config["arguments"] | {"device": "cuda"}
+    (tmp_path / "config.json").write_text(json.dumps(
+        config | {"threads": 7, "processes": 4, "arguments": arguments}))
     (tmp_path / "results.json").unlink()
-    code, out, err = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
+    code, out, err = finish(train.main, "--resume", "--out", str(tmp_path), "--device", "cpu",
+                            capsys=capsys)
     assert code == 0 and torch.get_num_threads() == config["threads"] and "threads:" not in out
-    assert "the last bits may differ: processes 1 (was 4)" in err
+    assert "the last bits may differ: device cpu (was cuda), processes 1 (was 4)" in err
+    assert json.loads((tmp_path / "config.json").read_text())["arguments"]["device"] == "cpu"
 
 
 def test_auto_leaves_room_for_the_probe(inputs, tmp_path, capsys, monkeypatch) -> None:
