@@ -220,12 +220,12 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
         return torch.zeros((), device=attention_mask.device)
     chosen, expected = [], []            # (matrices, E): tokens an expert gets, and probabilities
     for (_, k), logits in stacks.items():
-        rows = without_pads(torch.stack(logits, 1), attention_mask)      # (N, matrices, E)
-        p = rows.transpose(0, 1).softmax(-1)
+        rows = without_pads(torch.stack(logits, 1), attention_mask).transpose(0, 1)
+        p = rows.softmax(-1)                                             # (matrices, N, E)
         # The last MLP may see fewer rows than the others; each of them occurs in one sequence.
         times = (copies.to(p.dtype) if copies is not None and len(copies) == p.shape[1]
                  else p.new_ones(p.shape[1]))
-        chosen.append(times @ torch.zeros_like(p).scatter_(-1, p.topk(k, -1).indices, 1 / k))
+        chosen.append(times @ torch.zeros_like(p).scatter_(-1, rows.topk(k, -1).indices, 1 / k))
         expected.append(times @ p)
     counts = total(torch.cat([c.flatten() for c in chosen]))
     losses = []

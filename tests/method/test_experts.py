@@ -391,6 +391,14 @@ def test_balance_loss_at_balance_and_at_collapse(k: int) -> None:
     assert expert_use({"x": layer}, mask)["x"] == pytest.approx([1 / k] * k + [0] * (4 - k))
 
 
+def test_a_choice_whose_probability_is_too_small_for_a_float_counts() -> None:
+    layer = adapted(3, 5, 3, 2, 2, dtype=torch.float32)
+    layer.router.data.copy_(torch.eye(3))
+    layer(torch.tensor([[400.0, 0.0, 200.0], [0.0, 400.0, 200.0]]))         # softmax: 1, 0 and 0
+    assert balance_loss([layer], torch.ones(1, 2)).item() == pytest.approx(
+        reference.balance_loss(layer.router_logits, 2).item())
+
+
 @pytest.mark.parametrize("pad", ["right", "left"])
 def test_pads_do_not_count(pad: str) -> None:
     theirs = llama()
