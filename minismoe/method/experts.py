@@ -144,7 +144,8 @@ class ExpertLinear(nn.Linear):
 def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
     """The outputs of several linear layers on the same x, adapted ones computed jointly, unless a
     hook needs its own layer's call."""
-    layers = [m for m in linears if isinstance(m, ExpertLinear) and not m._forward_hooks]
+    layers = [m for m in linears if isinstance(m, ExpertLinear) and not (
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)]
     outputs: dict[Any, Tensor] = dict(zip(layers, _apply(x, layers) if layers else []))
     return [outputs[m] if m in outputs else m(x) for m in linears]
 

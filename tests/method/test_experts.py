@@ -24,6 +24,7 @@ from minismoe.method.experts import (
     expert_layers,
     expert_use,
     linear_layers,
+    together,
     top_k_gates,
 )
 from minismoe.model.decoder import CausalLM, Config
@@ -146,6 +147,18 @@ def test_gradcheck(experts: int, k: int) -> None:
         assert (values[:, k - 1] - values[:, k]).min() > 1e-3
     inputs = [getattr(layer, p).detach().clone().requires_grad_() for p in parts]
     assert torch.autograd.gradcheck(call, (x, *inputs))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_of_any_kind_is_called_where_layers_are_computed_together(kind: str) -> None:
+    layers, called = [adapted(seed=0), adapted(seed=1)], list[str]()
+    x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    expected = [y.detach() for y in together(x, *layers)]
+    getattr(layers[1], f"register_{kind}_hook")(lambda *_: called.append(kind))
+    found = together(x, *layers)
+    sum(found).sum().backward()
+    assert called == [kind]
+    torch.testing.assert_close([y.detach() for y in found], expected)
 
 
 def test_gradients_add_up_over_two_calls_of_one_layer() -> None:
