@@ -107,6 +107,7 @@ def load_inputs(config: InputConfig) -> Inputs:
     folder = model_folder(config)
     if config.show:
         print_examples(*read_tasks(config, folder), config.show)
+        distributed.leave(0)
         sys.exit(0)
     tokenizer, tasks, encoded = read_data(config, folder)
     model = load_base(config, folder)

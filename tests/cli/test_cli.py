@@ -167,6 +167,14 @@ def test_show_without_colours_marks_by_brackets(inputs, capsys, monkeypatch) -> 
         assert code == 0 and mark in out, err
 
 
+def test_show_ends_each_of_several_processes_as_a_run_does(inputs, capsys, monkeypatch) -> None:
+    """A usual end is at times an abort: torch's threads."""
+    codes: list[int] = []
+    monkeypatch.setattr("minismoe.training.distributed.leave", codes.append)
+    assert finish(train.main, *inputs, "--show", "1", capsys=capsys)[0] == 0
+    assert codes == [0]
+
+
 def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     code, out, _ = finish(train.main, *inputs, "--show", "2", capsys=capsys)
     assert code == 0
