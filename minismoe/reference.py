@@ -85,8 +85,8 @@ class Mixture(nn.Module):
 
 
 def chosen(logits: Tensor, k: int) -> Tensor:
-    """(N, E) of true and false: which experts have the k largest logits of a token."""
-    return logits >= logits.sort(dim=-1, descending=True).values[:, :k][:, -1:]
+    """(N, E) of true and false: the k experts of a token's largest logits; of equal, the first."""
+    return logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < k
 
 
 # Balance loss of a matrix (Switch, equations 4 to 6; top-k form of Mixtral); 1 is perfect balance:

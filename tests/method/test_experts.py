@@ -187,6 +187,8 @@ def test_ties_choose_exactly_k(k: int) -> None:
     assert partly.argmax() == 1
     assert partly.sum() == pytest.approx(1)
 
+    assert reference.chosen(torch.zeros(5, 4), k).tolist() == [[True] * k + [False] * (4 - k)] * 5
+
     layer = adapted(k=k)
     layer.router.data.zero_()
     found = gradients(layer, torch.randn(6, 7, dtype=torch.float64), only_y)
