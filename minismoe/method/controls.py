@@ -1,7 +1,7 @@
 """The strategies that the paper's vote is compared with: other ways to spend the same budget.
 
 A strategy is a function of an `Order` and of a number n = 1, 2, ..., whose allocations grow with n.
-`allocate` takes the largest that fits.
+(rounding, in mola and proportional, may also move an expert). `allocate` takes the largest found.
 """
 
 import math

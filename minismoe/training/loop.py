@@ -82,7 +82,7 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
 
     The loss is the mean over the step's supervised tokens, whatever the micro-batches. The balance
     loss is a statistic of each micro-batch, weighted by its tokens. Several processes share each
-    micro-batch: each has the gradients of its part, and all have the metrics of the whole.
+    micro-batch: each has the gradients of its part, and all metrics but "expert_use" of the whole.
     """
     device, layers = model.model.norm.weight.device, expert_layers(model)
     supervised = Counter(e.task for e in batch for label in e.labels[1:] if label != IGNORE)
@@ -114,7 +114,7 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
     line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance_sum, 5),
             "tokens": tokens, "loss_by_task": {
                 task: round(total / supervised[task], 5) for task, total in zip(tasks, task_sums)}}
-    if step % USE_EVERY == 0:
+    if step % USE_EVERY == 0:            # of the last micro-batch, or this process's part of it
         line["expert_use"] = {name: [round(u, 3) for u in use]
                               for name, use in expert_use(layers, mask).items()}
     return line
