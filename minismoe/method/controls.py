@@ -1,7 +1,7 @@
 """The strategies that the paper's vote is compared with: other ways to spend the same budget.
 
-A strategy is a function of an `Order` and of a number n = 1, 2, ..., whose allocations grow with n.
-(rounding, in mola and proportional, may also move an expert). `allocate` takes the largest found.
+A strategy is a function of an `Order` and of n = 1, 2, ..., whose allocations grow with n (rounding
+may move experts in mola and proportional). `allocate` bisects for the largest that fits.
 """
 
 import math
