@@ -133,10 +133,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--chat and --serve ask for prompts themselves: leave out PROMPT and --raw")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
-    if args.choices is not None and (
-            args.chat or args.serve or args.raw or args.max_tokens or args.temperature):
+    if args.choices is not None and (args.chat or args.serve or args.raw or args.max_tokens
+                                     or args.temperature or args.speculate):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
-                     "--serve, --raw, --max-tokens and --temperature")
+                     "--serve, --raw, --max-tokens, --temperature and --speculate")
     if args.port and not args.serve:
         parser.error("--port needs --serve")
     if args.best and args.choices is None:
