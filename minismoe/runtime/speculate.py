@@ -190,10 +190,7 @@ def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> lis
 
 
 def rows_are_exact(generator: Generator, tokens: Sequence[int]) -> bool:
-    """Whether rows give the very logits of plain steps here; the cache stays as it was.
-
-    A processor whose kernels round rows of a batch in another way must not speculate.
-    """
+    """Whether rows give the logits of plain steps, as not on all processors; keeps the cache."""
     def data(logits: ort.OrtValue) -> bytes:
         return ctypes.string_at(logits.data_ptr(), logits.tensor_size_in_bytes())
 

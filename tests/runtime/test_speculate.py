@@ -213,6 +213,17 @@ def test_the_command_line(folder: Path, generator: Generator, capsys: pytest.Cap
         assert again.out == found.out and ("a step" in again.err) == (flag == "--speculate")
 
 
+def test_the_command_line_says_where_nothing_is_drafted(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for in vain, it must not look as if it brought nothing."""
+    monkeypatch.setattr(speculate, "rows_are_exact", lambda *_: False)
+    flags = [str(folder), "to be, or not to be", "--raw", "--max-tokens", "40", "--threads", "1"]
+    for flag in ("--speculate", "--no-speculate"):
+        terminal.main([*flags, flag])
+        said = capsys.readouterr().err
+        assert ("nothing was drafted" in said) == (flag == "--speculate")
+
+
 # Memory, drafts and pace
 
 def test_rows_are_one_memory() -> None:
