@@ -79,7 +79,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
     layers = expert_layers(model)
     few = [t for t, batches in tasks.items() if sum(len(b[0]) for b in batches) < 2]
     if few and any(layer.router is not None for layer in layers.values()):
-        raise ValueError(f"needs two calibration samples or more of {', '.join(few)}")
+        raise ValueError(f"{', '.join(few)}: two calibration samples or more are needed, give more")
 
     def exacts() -> dict[str, Fit]:          # those of mixtures are replaced below
         return {name: exact(layer) for name, layer in layers.items()}

@@ -193,7 +193,7 @@ def test_gates_are_taken_where_held_out_samples_say_that_linear_is_worse() -> No
 
 
 def test_tasks_of_one_sample_are_refused() -> None:
-    with pytest.raises(ValueError, match="two calibration samples or more of b"):
+    with pytest.raises(ValueError, match="b: two calibration samples or more are needed"):
         fit(model_of(), {"a": [batch(1)], "b": [batch(1, 1)]})
 
 
