@@ -16,7 +16,8 @@ the cells that are not finished. More seeds, rates, budgets or strategies add ce
 
 A budget of N is the size of a uniform mixture with N experts a matrix. The budget "paper" is the
 paper's own comparison: votes at keep 0.6 against one expert for each matrix and task, at their own
-sizes. The record, NAME.json, its tables, NAME.md, and two figures go to tests/benchmarks/results.
+sizes. LoRA is as large as the latter. The record, NAME.json, its tables, NAME.md, and two figures
+go to tests/benchmarks/results.
 """
 
 import argparse

@@ -32,7 +32,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
     "floor-gain": {"strategy": "proportional", "min_experts": 1},       # scores times entries
     "inverse": {"strategy": "votes"},                 # from inverted scores: the least sensitive
 }
-PAPER = ("uniform", "votes", "votes-kind", "votes-all", "votes-floor")
+PAPER = ("lora", "uniform", "votes", "votes-kind", "votes-all", "votes-floor")
 SEARCH = 1000                         # first seed of the search; final seeds are below
 TEST_SEEDS = 10                       # validation avoids the test lines of so many final seeds of
                                       # the default (avoiding those of 50 would leave no fact)
@@ -209,8 +209,9 @@ def allocation_of(args: argparse.Namespace, cell: Cell) -> Allocation:
                   for task, values in scores.items()}
     settings = {**STRATEGIES[cell.strategy], "rank": args.rank, "top_k": args.top_k,
                 "shapes": shapes, "seed": 100 * cell.seed + cell.draw}
-    if cell.budget != "paper":
-        target = budget_parameters(shapes, int(cell.budget), args.rank)
+    if cell.budget != "paper" or cell.strategy == "lora":     # LoRA is as large as the control
+        experts = len(scores) if cell.budget == "paper" else int(cell.budget)
+        target = budget_parameters(shapes, experts, args.rank)
         found = fit(scores, target, settings)
         spent = found.trainable_parameters or 0
         if abs(spent / target - 1) > TOLERANCE:

@@ -146,24 +146,28 @@ def test_inverse_gives_experts_to_the_least_sensitive(args) -> None:
              for s in ("votes", "uniform")}
     assert set(paper["uniform"].values()) == {5} and paper["votes"] == allocate(
         scores(), keep=0.6, shapes=SHAPES).experts
+    lora = compare_cells.allocation_of(args, Cell("final", 0, "lora", "paper", 1e-3))
+    everywhere = compare_cells.budget_parameters(SHAPES, 5, args.rank)
+    assert set(lora.experts.values()) == {1}
+    assert lora.trainable_parameters == pytest.approx(everywhere, rel=0.02)
 
 
 def test_grid_searches_then_compares_and_never_repeats(args, monkeypatch, capsys) -> None:
     calls: list[Cell] = []
     monkeypatch.setattr(compare, "run_cell", fake(calls))
     compare.plan(args)
-    assert "49 of 49 cells to run" in (planned := capsys.readouterr().out) and "lr?" in planned
+    assert "55 of 55 cells to run" in (planned := capsys.readouterr().out) and "lr?" in planned
     compare.run_grid(args)
-    assert len(calls) == len(set(calls)) == 49          # 1 + 7 * 3 of the search, 3 * (1 + 8)
+    assert len(calls) == len(set(calls)) == 55          # 1 + 8 * 3 of the search, 3 * (1 + 9)
     phases = [cell.phase == "final" for cell in calls]
     assert all(cell.seed == SEARCH for cell in calls[:phases.index(True) - 1])
     assert {cell.lr for cell in calls if cell.phase == "final"} == {0.002}
     args.seeds = 4
     compare.run_grid(args)
-    added = calls[49:]
-    assert {cell.seed for cell in added} == {3} and len(added) == 9
+    added = calls[55:]
+    assert {cell.seed for cell in added} == {3} and len(added) == 10
     compare.plan(args)
-    assert "0 of 58 cells to run; time left: 0 h 00 min" in capsys.readouterr().out
+    assert "0 of 65 cells to run; time left: 0 h 00 min" in capsys.readouterr().out
 
 
 def test_time_left_comes_from_finished_cells(args, monkeypatch) -> None:
@@ -171,8 +175,8 @@ def test_time_left_comes_from_finished_cells(args, monkeypatch) -> None:
     for cell in compare_cells.search_cells(args)[:2]:
         fake([])(args, cell, None)
     cells = list(compare.all_cells(args))
-    # 20 searches of 10 s, 24 final ones on a quarter more lines, and three probes.
-    assert compare.time_left(args, cells) == pytest.approx(20 * 10 + 24 * 12.5 + 3 * 10)
+    # 23 searches of 10 s, 27 final ones on a quarter more lines, and three probes.
+    assert compare.time_left(args, cells) == pytest.approx(23 * 10 + 27 * 12.5 + 3 * 10)
 
 
 def test_final_seeds_may_begin_where_no_choice_was_made_by_them(args, capsys) -> None:
@@ -211,7 +215,7 @@ def test_record_tables_and_figures(args, monkeypatch, capsys, answers) -> None:
         assert 0 < low < mean < high < 0.4 and ("lines_for_1_point" in control) == answers
     random_ = next(r for r in record["rows"] if r["strategy"] == "random")
     assert len(random_["runs"]) == 6 and random_["accuracy"]["seeds"] == 3
-    lora = next(r for r in record["rows"] if r["strategy"] == "lora")
+    lora = next(r for r in record["rows"] if (r["strategy"], r["budget"]) == ("lora", "2"))
     assert lora["search"]["0.004"] == [None] and lora["rank"] == 17
     assert "| none | 0 |" in text and "The paper's claim" in text and "minus random" in text
     assert ("over seeds only" in text) == (not answers) and "off!" not in text
