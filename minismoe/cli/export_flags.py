@@ -27,8 +27,6 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
     parser.prog += " table" * table
     parser.add_argument("run", nargs="?", metavar="RUN", type=text,
                         help="folder of train.py (default: newest in runs)")
-    if "--table" in argv:                    # how the command was called before
-        parser.error("--table is a command of its own: export.py table RUN")
     # None is "not given": a flag without effect is refused even if it repeats the default.
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
     given = {name: value for name, value in vars(parser.parse_args(argv[table:])).items()

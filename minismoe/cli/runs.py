@@ -50,8 +50,7 @@ def folder(config: RunConfig) -> Path:
 
 def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> argparse.Namespace:
     """The flags of a run, changed by those of argv. ValueError lists those that may not change."""
-    # A run divided among processes may go on in one, and the other way round; older versions had a
-    # flag --overlap.
+    # A run divided among processes may go on in one, or the other way round; --overlap is history.
     saved = {name: value for name, value in saved_config(run)["arguments"].items()
              if name not in ("shard", "overlap")}
     kept = vars(as_typed(parser, saved | {"out": str(run)}))
@@ -135,8 +134,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
             print(f"the last bits may differ: {said}", file=sys.stderr)
         if saved["processes"] == distributed.world():
             same_threads(saved["threads"])
-        content = saved | {"identity": content["identity"],
-                           "arguments": saved["arguments"] | now}
+        content = saved | {"identity": content["identity"], "arguments": saved["arguments"] | now}
     else:                                    # of an earlier run whose config.json was removed
         for name in ("before.json", "results.json"):
             distributed.once((run / name).unlink, True)

@@ -132,18 +132,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
-    if (args.chat or args.serve) and (args.prompt is not None or args.raw):
-        parser.error("--chat and --serve ask for prompts themselves: leave out PROMPT and --raw")
+    if args.serve and (other := {name for name, value in vars(args).items() if value !=
+                                 parser.get_default(name)} - {"folder", "serve", "port"}):
+        parser.error(f"--serve takes nothing but --port: leave out {', '.join(sorted(other))}")
+    if args.chat and (args.prompt is not None or args.raw):
+        parser.error("--chat asks for prompts itself: leave out PROMPT and --raw")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
-    if args.choices is not None and (args.chat or args.serve or args.raw or args.max_tokens
+    if args.choices is not None and (args.chat or args.raw or args.max_tokens
                                      or args.temperature or args.speculate):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
-                     "--serve, --raw, --max-tokens, --temperature and --speculate")
-    if args.port and not args.serve:
-        parser.error("--port needs --serve")
-    if args.best and args.choices is None:
-        parser.error("--best needs --choices")
+                     "--raw, --max-tokens, --temperature and --speculate")
+    if args.port and not args.serve or args.best and args.choices is None:
+        parser.error("--port needs --serve, and --best needs --choices")
     return args
 
 

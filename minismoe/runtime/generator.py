@@ -122,9 +122,10 @@ class Generator(CachedModel):
                 seed: int | None = None, speculate: bool | None = None) -> Iterator[list[Any]]:
         """Yield the next token of each prompt, step by step; None for a prompt that has stopped."""
         if not (0 <= temperature < math.inf and 0 < top_p <= 1 and isinstance(top_k, int)
-                and 0 <= top_k <= self.candidates):
-            raise ValueError(f"temperature {temperature}, top-p {top_p}, top-k {top_k}: expected "
-                             f"at least 0, above 0 up to 1, and 0 to {self.candidates}")
+                and 0 <= top_k <= self.candidates and (max_tokens or 0) >= 0):
+            raise ValueError(f"max_tokens {max_tokens}, temperature {temperature}, top-p {top_p}, "
+                             f"top-k {top_k}: expected at least 0, at least 0, above 0 up to 1, "
+                             f"and 0 to {self.candidates}")
         rows = self.encoded(prompts)
         room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
@@ -203,6 +204,8 @@ class Generator(CachedModel):
         found: list[list[int]] = []
         for start in range(0, len(prompts), size):
             part = prompts[start:start + size]
+            if start and sampling.get("seed") is not None:
+                sampling["seed"] += size                       # other draws than the part before
             steps = list(self._tokens(part, max_tokens, **sampling))
             found += [[s[i] for s in steps if s[i] is not None] for i in range(len(part))]
         return found

@@ -36,7 +36,7 @@ def open_session(file: Path, provider: str, threads: int | None,
     if threads is None:                      # 0: all physical cores; not if we may use fewer
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         threads = allowed if allowed < (os.cpu_count() or 1) else 0
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = min(threads, 8 * (os.cpu_count() or 1))     # 100,000 hang
     options.log_severity_level = 3           # errors only
     for key, text in entries:
         options.add_session_config_entry(key, text)

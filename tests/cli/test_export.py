@@ -471,7 +471,6 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--tolerance 0.01 --routing freeze", "--tolerance needs --routing auto"),
     ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
     ("--routing dynamic --calibration 9", "freezes nothing: leave out --calibration"),
-    ("--table", "export.py table RUN"),
     ("--target npu --precision int4", "--target npu takes --precision fp16, w8a16, w4a16"),
     ("--precision w8a16", "the last two need it"), ("--compile qnn:60", "needs --target npu"),
     ("--target npu --compile 60", "invalid qnn:SOC value"),

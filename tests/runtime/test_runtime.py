@@ -168,6 +168,7 @@ def test_the_context_ends(generator) -> None:
     ([], {}, "empty"), ("", {}, "empty"), (b"x" * 96, {}, "96 tokens leaves no room .* of 96"),
     ([259], {}, "outside of the model's 259"), ("a", {"temperature": -1}, "expected"),
     ("a", {"top_p": 0}, "expected"), ("a", {"top_k": 65}, "0 to 64"),
+    ("a", {"max_tokens": -1}, "max_tokens -1"),
 ])
 def test_refusals(generator, prompt, options, message) -> None:
     with pytest.raises(ValueError, match=message):
@@ -188,6 +189,18 @@ def test_sampling(generator) -> None:
     for n, weight in enumerate(weights):
         assert abs(seen[n] / 4000 - weight / sum(weights)) < 0.03
     assert set(seen) == {0, 1, 2}
+
+
+def test_each_batch_of_a_static_graph_draws_anew(folders) -> None:
+    generator = Generator(folders["static"], threads=1)
+    rows, hot = generator.static[0], {"temperature": 5.0, "seed": 1}
+    found = generator.batch([PROMPTS[1]] * (2 * rows), 12, **hot)
+    assert found[:rows] == generator.batch([PROMPTS[1]] * rows, 12, **hot) != found[rows:]
+
+
+def test_a_hundred_thousand_threads_are_not_started(folders, generator) -> None:
+    many = Generator(folders["ort"], threads=100_000)
+    assert list(many.generate(PROMPTS[1], 4)) == list(generator.generate(PROMPTS[1], 4))
 
 
 def test_text_comes_in_whole_characters(generator) -> None:
@@ -229,7 +242,8 @@ def test_text_of_byte_fallback(generator, tmp_path, monkeypatch, text) -> None:
 
 
 @pytest.mark.parametrize("flags", [["hello", "--chat"], ["--chat", "--raw"], ["x", "--seed", "1"],
-                                   ["x", "--top-p", "0.5"], ["x", "--top-k", "4"]])
+                                   ["x", "--top-p", "0.5"], ["x", "--top-k", "4"],
+                                   ["--serve", "stats", "--stats"]])
 def test_flags_that_would_do_nothing_are_refused(folders, flags, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         terminal.main([str(folders["ort"]), *flags])
