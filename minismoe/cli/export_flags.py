@@ -62,8 +62,10 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          f"--precision {config.precision} has no blocks: leave out --block"),
         (config.model and config.heal and not config.prompts,
          "--model has no data to heal on: give --prompts FILE"),
-        (config.model and config.prompts and not few,
-         f"--precision {config.precision} keeps a base as it is: leave out --prompts"),
+        (config.model and config.prompts and (
+            not few or not config.graph or config.precision in ("int8", "q8") and not config.heal),
+         f"--layout {layout} with --precision {config.precision} keeps a base as it is: leave out "
+         "--prompts" + ", or give --heal" * (few and config.graph)),
         (npu and (layout != "onnx" or config.adapters or config.routing != "merge"),
          "--target npu holds one merged model: leave out --layout, --adapters and --routing"),
         (npu != (config.precision in NPU_PRECISIONS) and config.precision not in ("auto", "fp16"),

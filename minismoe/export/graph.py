@@ -255,6 +255,30 @@ def cached(kind: str, layer: int) -> tuple[str, str]:
     return f"{kind}.{layer}.key", f"{kind}.{layer}.value"
 
 
+def refuse(config: Config, target: str, block: int, static: tuple[int, int, int] | None) -> None:
+    """Raise ValueError for what a target (ort, portable or npu) cannot do with a model."""
+    rows = (config.hidden_size, config.intermediate_size,
+            config.num_attention_heads * config.head_dim)
+    odd = min((k for k in rows if k % block), default=0)
+    window, (_, T, P) = min(filter(None, config.windows), default=0), static or (0, 0, 0)
+    for wrong, said in (
+            (target == "portable" and block > BLOCK and odd,
+             f"--block {block}: rows of {odd} weights are no whole blocks, which OpenVINO refuses "
+             "in the portable target; use a smaller --block"),
+            (target == "ort" and config.head_dim % 16,
+             f"head size {config.head_dim}: onnxruntime's attention takes multiples of 16 only; "
+             "use the portable target"),
+            (target == "ort" and static, "static shapes need the portable target: the cache of "
+             "onnxruntime's attention grows"),
+            (target == "npu" and config.conv_layers,
+             "--target npu has no convolutions: take --target portable --static"),
+            (target == "npu" and 0 < window < T + P,
+             f"an attention window of {window} tokens is shorter than the cache: --static 1x{T}xP "
+             "with a smaller P, or --target portable --static")):
+        if wrong:
+            raise ValueError(said)
+
+
 def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
                   adapters: Mapping[str, Adapter], *, target: str, precision: str, context: int,
                   block: int = BLOCK, static: tuple[int, int, int] | None = None,
@@ -265,23 +289,13 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
     each. `adapters`: of matrices, by module name. `context`: the number of positions. `block`:
     weights that share a scale, in few bits.
     static (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is read in
-    chunks of T, the first of which is padded on the left. Raises ValueError for what a target
-    cannot do, and for `adapters` of modules that the model does not have.
+    chunks of T, the first of which is padded on the left. Raises ValueError as `refuse` does, and
+    for `adapters` of modules that the model does not have.
     """
     if target not in ("ort", "portable") or precision not in PRECISIONS:
         raise ValueError(f"target {target!r}, precision {precision!r}: expected ort or portable, "
                          f"and one of {', '.join(PRECISIONS)}")
-    rows = {config.hidden_size, config.intermediate_size,
-            config.num_attention_heads * config.head_dim}
-    if target == "portable" and block > BLOCK and (odd := sorted(k for k in rows if k % block)):
-        raise ValueError(f"--block {block}: rows of {odd[0]} weights are no whole blocks, which "
-                         "OpenVINO refuses in the portable target; use a smaller --block")
-    if target == "ort" and config.head_dim % 16:
-        raise ValueError(f"head size {config.head_dim}: onnxruntime's attention takes multiples of "
-                         "16 only; use the portable target")
-    if target == "ort" and static:
-        raise ValueError("static shapes need the portable target: the cache of onnxruntime's "
-                         "attention grows")
+    refuse(config, target, block, static)
     if wrong := sorted(adapters.keys() - linear_layers(meta_model(config)).keys()):
         raise ValueError(f"adapters for no matrix of this model: {', '.join(wrong[:5])}")
     with open(f"{file}.data", "wb") as data:

@@ -89,7 +89,8 @@ def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits
         # How transformers names the text part of a model of text and images.
         root = "model." if text_part(whole) == whole else "model.language_model."
         write_peft(folder, {n.replace("model.", root, 1): (f.lora_A, f.lora_B)
-                            for n, f in fits.items()}, source.name)
+                            for n, f in fits.items()},
+                   source.name if "/" in source.name else str(source.base))
         return
     stored = weights(source.base)
     write_hf(folder, source.base, lambda name: merged(

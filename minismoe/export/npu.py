@@ -30,7 +30,8 @@ from ..model.config import Config
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, Blocks, columns
 from ..runtime.npu import qnn_session
-from .graph import DecoderGraph, cached
+from ..training.evaluate import generate
+from .graph import DecoderGraph, cached, refuse
 from .heal import twin
 from .nodes import Graph
 from .routing import Calibration, Frozen
@@ -40,6 +41,7 @@ from .weights import PRECISIONS
 
 TOP = 65535                      # the largest activation in 16 bits
 TEXTS = 24                       # of each task, to measure activations on
+PROMPTS, ANSWER = 120, 24        # of --prompts instead, and tokens that the model adds to each
 WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)     # candidates: quantile of extremes, and factor
 FLOAT_ABOVE = 0.005              # mean error of a tensor from which on its layer stays in float16
 
@@ -83,7 +85,7 @@ class NpuGraph(DecoderGraph):
         return y if ones == weight else self.node("Mul", name, y, weight)
 
     def mask(self, window: int | None) -> str:
-        """The mask of full attention: `write_npu` refuses a window that ends within the cache."""
+        """The mask of full attention: `refuse` lets no window end within the cache."""
         return super().mask(None)
 
     def embed(self) -> str:
@@ -186,13 +188,9 @@ def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, pre
               context: int, block: int, static: tuple[int, int, int], ranges: Ranges) -> None:
     """Write embed.onnx, prompt.onnx and model.onnx over one file of weights.
 
-    Raises ValueError for attention windows shorter than the cache, and for convolutions.
+    Raises ValueError as `refuse` does.
     """
-    if config.conv_layers:
-        raise ValueError("--target npu has no convolutions: take --target portable --static")
-    if any(w and w < sum(static[1:]) for w in config.windows):
-        raise ValueError(f"an attention window of {min(filter(None, config.windows))} tokens is "
-                         f"shorter than the cache: --static 1x{static[1]}xP with a smaller P")
+    refuse(config, "npu", block, static)
     with open(folder / "model.onnx.data", "wb") as data:
         graph = NpuGraph(ranges, data, config, weight, "portable", precision, block, static)
         embedding = graph.table("model.embed_tokens")
@@ -221,13 +219,19 @@ def compile_npu(folder: Path, soc: int) -> None:
 
 
 def calibrated(config: ExportConfig, source: Source, frozen: Frozen) -> Ranges:
-    """The ranges of the model as it ships, over texts of the run or of --prompts."""
+    """The ranges of the model as it ships, over texts of the run, or over --prompts and what the
+    model answers to them."""
     if not any(PRECISIONS[config.precision]):
         return {}
     model, pools = twin(source.model), Calibration(config, source).pools
     merge(model, frozen.of(config.task))
     round_weights(model, config.precision, config.block or BLOCK, frozen.blocks)
-    return activation_ranges(model.eval(), [e.ids for pool in pools.values() for e in pool[:TEXTS]])
+    texts = [e.ids for pool in pools.values() for e in pool[:PROMPTS if config.prompts else TEXTS]]
+    if config.prompts:
+        texts = [ids[:model.config.max_position_embeddings - ANSWER] for ids in texts]
+        answers = generate(model.eval(), texts, ANSWER, source.tokenizer.stop_ids)
+        texts = [[*ids, *answer] for ids, answer in zip(texts, answers)]
+    return activation_ranges(model.eval(), texts)
 
 
 @torch.no_grad()

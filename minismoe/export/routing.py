@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.tasks import Batch, Example, probe_batches
-from ..data.tokenizer import Tokenizer
 from ..io.drawing import terminal_heatmap
 from ..io.files import replacing, write_json
 from ..io.text import clean, table
@@ -49,10 +48,10 @@ class Calibration:
 
     def __init__(self, config: FreezeConfig, source: Source):
         self.config, self.source = config, source
-        self.pools: Mapping[str, Sequence[Example]] = {
-            name: random.Random(0).sample(e, len(e)) for name, e in source.examples.items()}
+        pools = source.examples
         if config.prompts:
-            self.pools = {"prompts": unlabelled(config.prompts, source.tokenizer)}
+            pools = {"prompts": unlabelled(config.prompts, source)}
+        self.pools = {name: random.Random(0).sample(e, len(e)) for name, e in pools.items()}
 
     def lesson(self, task: str | None, steps: int) -> Lesson:
         """What a student of the mixture is healed on: the samples of a task, or of all."""
@@ -82,8 +81,9 @@ class Calibration:
             return evaluate(model, self.source.tokenizer, tests, progress=bar.update).share
 
 
-def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
-    """One example a line of a file, without labels. ValueError if it is empty or no UTF-8."""
+def unlabelled(file: str, source: Source) -> list[Example]:
+    """One example a line of a file, without labels, cut to the model's positions. Raises ValueError
+    for a file that is empty or not UTF-8."""
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as e:
@@ -91,8 +91,9 @@ def unlabelled(file: str, tokenizer: Tokenizer) -> list[Example]:
     prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{file} holds no prompt")
-    ids = [tokenizer.encode(tokenizer.render(p, add_generation_prompt=True))[0] for p in prompts]
-    return [Example("prompts", tokens, [IGNORE] * len(tokens)) for tokens in ids]
+    render, most = source.tokenizer.render, source.model.config.max_position_embeddings
+    ids = [source.tokenizer.encode(render(p, add_generation_prompt=True))[0] for p in prompts]
+    return [Example("prompts", tokens[:most], [IGNORE] * len(tokens[:most])) for tokens in ids]
 
 
 def freeze_routing(config: ExportConfig, source: Source) -> Frozen:

@@ -29,6 +29,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
 from ..runtime import Generator
 from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
+from .graph import refuse
 from .heal import twin
 from .mixture import round_adapters
 from .routing import Frozen
@@ -211,7 +212,8 @@ def some_prompts(source: Source, count: int) -> list[list[int]]:
 def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     """The settings with a context that holds all texts of the check.
 
-    Raises ValueError if the context asked for, the model, or a static past is too short for them.
+    Raises ValueError if the context asked for, the model, or a static past is too short for them,
+    and as `refuse` does.
     """
     longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
     prompts, answers = some_prompts(source, config.check), [0]
@@ -228,15 +230,18 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
         raise ValueError(f"--context {context}: the texts that the export is checked with "
                          f"need {needed}")
     if config.target == "npu":               # all tokens are in the cache, whose size is fixed
+        windows = [w - NPU_TOKENS for w in source.model.config.windows if w]
         static = config.static or (
-            1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS)))
+            1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS, *windows)))
         if not needed <= static[2] <= longest:
             raise ValueError(f"--static with {static[2]} past positions: the texts that the export "
                              f"is checked with need {needed}, and the model ends at {longest}")
-        return replace(config, context=static[2], static=static)
-    if config.static and config.static[2] < (least := prompt + config.static[1]):
+        config, context = replace(config, static=static), static[2]
+    elif config.static and config.static[2] < (least := prompt + config.static[1]):
         raise ValueError(f"--static with {config.static[2]} past positions: the texts that the "
                          f"export is checked with need {least}")
+    if config.graph:                         # before anything is frozen or healed
+        refuse(source.model.config, config.target, config.block or BLOCK, config.static)
     return replace(config, context=context)
 
 

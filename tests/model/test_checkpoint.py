@@ -125,13 +125,25 @@ def test_half_precision_stays_near_transformers(checkpoint: Checkpoint, dtype: t
 @torch.no_grad()
 def test_fingerprint_knows_a_checkpoint_again(folder: Path) -> None:
     first = load_model(folder).fingerprint
-    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert re.fullmatch("[0-9a-f]{16}-[0-9a-f]{16}", first)
     assert load_model(folder, dtype=torch.bfloat16).fingerprint == first
     edit(folder, lambda t: t["lm_head.weight"].neg_())
     changed = load_model(folder).fingerprint
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "rms_norm_eps": 1e-3})
     assert len({first, changed, load_model(folder).fingerprint}) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_fingerprint_knows_every_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+                                        ) -> None:
+    """Also those far behind the start of a large file, which is hashed as well."""
+    monkeypatch.setattr("minismoe.model.checkpoint._start", lambda file: b"")
+    first = load_model(folder).fingerprint
+    edit(folder, lambda t: t[name].neg_())
+    assert load_model(folder).fingerprint[:17] == first[:17]
+    assert load_model(folder).fingerprint != first
 
 
 def test_old_rotary_buffers_are_no_surplus(folder: Path) -> None:
@@ -352,6 +364,12 @@ def test_adapter_files_hold_what_loading_needs(folder: Path, adapter: Path) -> N
     assert meta["versions"]["torch"] == torch.__version__
     assert Allocation.from_json(meta["allocation"]) == ALLOCATION
     assert sorted(p.name for p in adapter.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def test_an_adapter_of_an_older_version_knows_its_base(folder: Path, adapter: Path) -> None:
+    meta = read_json(adapter / "adapter.json")
+    write_json(adapter / "adapter.json", meta | {"fingerprint": meta["fingerprint"][:16]})
+    load_adapter(load_model(folder), adapter)
 
 
 def test_an_adapter_of_another_base_is_refused(checkpoint: Checkpoint, folder: Path, adapter: Path,
