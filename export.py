@@ -92,6 +92,9 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
     info: dict[str, Any] = {
         "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
         "routed": frozen.routed, "arguments": asdict(config), "versions": versions()}
+    if (folder / "export.json").exists():                # of the graph that was written before
+        before = read_json(folder / "export.json")
+        info["other_graph"] = {name: before[name] for name in ("arguments", "checked")}
     if config.graph:
         info |= layouts.write_graph(config, source, folder, frozen)
         if config.layout in ("onnx", "web") and source.tasks:

@@ -98,8 +98,7 @@ def join_processes(config: InputConfig) -> None:
 def load_inputs(config: InputConfig) -> Inputs:
     """Load what a settled config names, and print a table of it.
 
-    With --show print examples instead, and end the process. Raises ValueError if a task has no
-    example with a supervised token.
+    With --show print examples instead, and end the process.
     """
     if config.model is not None and config.data is None:         # before the model is fetched
         raise ValueError(TOGETHER)
@@ -119,9 +118,6 @@ def load_inputs(config: InputConfig) -> Inputs:
     print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
           f"{config.dtype}{bits}")
     print_data(tokenizer, tasks, encoded)
-    if empty := [name for name, e in encoded.items() if not e.examples]:
-        raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
-                         f"--max-length {context(config, folder)}")
     return Inputs(folder, model, tokenizer, tasks, encoded)
 
 
@@ -160,10 +156,14 @@ def read_tasks(config: InputConfig, folder: Path) -> tuple[Tokenizer, list[Task]
 
 def read_data(config: InputConfig, folder: Path,
               ) -> tuple[Tokenizer, list[Task], dict[str, Encoded]]:
-    """The tokenizer of `folder`, the tasks, and their training examples by task."""
-    tokenizer, tasks = read_tasks(config, folder)
-    length = context(config, folder)
-    return tokenizer, tasks, {t.name: encode_all(t, tokenizer, length) for t in tasks}
+    """The tokenizer of `folder`, the tasks, and their training examples by task. Raises ValueError
+    if a task has no example with a supervised token."""
+    (tokenizer, tasks), length = read_tasks(config, folder), context(config, folder)
+    encoded = {t.name: encode_all(t, tokenizer, length) for t in tasks}
+    if empty := [name for name, e in encoded.items() if not e.examples]:
+        raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
+                         f"{length} tokens (--max-length, or what the model was made for)")
+    return tokenizer, tasks, encoded
 
 
 def context(config: InputConfig, folder: Path) -> int:
@@ -187,7 +187,7 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task], encoded: Mapping[str
         if task.note:
             print(f"{clean(task.name)}: {task.note}")
     if dropped := sum(e.dropped for e in encoded.values()):
-        print(f"{dropped} examples were left out: --max-length would remove their whole answer")
+        print(f"{dropped} examples were left out: the length limit would remove their whole answer")
     if tokenizer.template is None:
         print("chat template: the checkpoint brings none, so the default one is used (--show 1)")
 

@@ -53,8 +53,8 @@ def next_commands(run: Path, embedded: bool) -> str:
     """Commands to type next."""
     name, size = shlex.quote(str(run)), read_json(run / "results.json")["trainable_parameters"]
     if embedded:
-        return (f"Next: freeze, quantise and chat; see the sensitivities; compare at equal size; "
-                "your own data\n"
+        return (f"Next: freeze, quantise and chat; see the sensitivities; compare at equal size, "
+                "with the same other flags; your own data\n"
                 f"  python export.py {name}\n"
                 "  python probe.py --out runs/probe\n"
                 f"  python train.py --strategy uniform --budget-params {size}\n"

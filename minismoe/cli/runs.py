@@ -22,6 +22,7 @@ from .inputs import Inputs
 
 # Flags that a resumed run may change.
 SMALLER = ("memory", "micro_batch_size", "recompute")           # if memory was too little
+SUMS = ("device", "micro_batch_size")        # of these, those that change the order of sums
 RESUMABLE = ("out", "resume", "debug", "verbose", "device", "shard", "show", "checkpoint_every",
              *SMALLER)
 
@@ -37,6 +38,8 @@ def folder(config: RunConfig) -> Path:
             number += 1
     else:
         run = Path(config.out)
+        if run.exists() and not run.is_dir():
+            raise FileExistsError(f"{run} is a file: choose another --out")
         held = [name for name in ("config.json", "before.json", "sensitivity.json")
                 if (run / name).exists()]
         if "config.json" in held and not config.resume:
@@ -54,12 +57,13 @@ def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> 
     saved = {name: value for name, value in saved_config(run)["arguments"].items()
              if name not in ("shard", "overlap")}
     kept = vars(as_typed(parser, saved | {"out": str(run)}))
-    args = parser.parse_args(argv, argparse.Namespace(**kept))
-    for name in ("batch_size", "micro_batch_size", "dtype"):     # the run settled what auto is
+    args = parser.parse_args(argv, argparse.Namespace(**kept | {"micro_batch_size": None}))
+    for name in ("batch_size", "dtype"):     # the run settled what auto is
         if getattr(args, name) == "auto":
             setattr(args, name, kept[name])
-    if args.memory != kept["memory"] and args.micro_batch_size == kept["micro_batch_size"]:
-        args.micro_batch_size = "auto"       # it fitted another memory
+    if args.micro_batch_size is None:        # the one kept fitted the memory of then
+        fits = args.memory == kept["memory"]
+        args.micro_batch_size = kept["micro_batch_size"] if fits else "auto"
     if changed := [f"{option(name)} {now} (was {kept[name]})" for name, now in vars(args).items()
                    if name not in RESUMABLE and kept[name] != now]:
         raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
@@ -126,10 +130,10 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         if said := differences(content["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
         now = {name: arguments[name] for name in ("device", *SMALLER)}
-        said = differences(
-            versions() | now | {"processes": distributed.world()}, saved["versions"]
-            | {name: saved["arguments"].get(name) for name in now}
-            | {"processes": saved["processes"]})
+        said = differences(versions() | {name: now[name] for name in SUMS} | {
+            "processes": distributed.world()}, saved["versions"] | {
+            name: saved["arguments"].get(name) for name in SUMS} | {
+            "processes": saved["processes"]})
         if said and not distributed.rank():
             print(f"the last bits may differ: {said}", file=sys.stderr)
         if saved["processes"] == distributed.world():

@@ -253,7 +253,7 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
         try:
             example = encode(task.name, messages, tokenizer)
         except ValueError as e:
-            raise ValueError(f"task {task.name}, training line {index + 1}, "
+            raise ValueError(f"task {task.name}, training example {index + 1}, "
                              f"{messages[0]['content'][:40]!r}: {e}") from None
         example.index = index
         if len(example.ids) > max_length:

@@ -106,9 +106,11 @@ def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, pre
     """
     count = min(FEW, generator.room(max(map(len, prompts))))
     texts = generate(model, prompts, count, generator.tokenizer.stop_ids)
+    explains = EXPLAINS.get(precision, "fp32")
     found = compare_logits(
-        model, partial(logits, generator), prompts, texts, EXPLAINS.get(precision, "fp32"),
-        "the export is not what PyTorch computes with the same rounded weights")
+        model, partial(logits, generator), prompts, texts, explains,
+        "the export is not what PyTorch computes with the same rounded weights" + (
+            ", or --prompts showed too few activations" * (explains == "a16")))
     return {"rounded_error": found["logits_error"]}
 
 

@@ -111,7 +111,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--prefix", metavar="FILE|TASK", help="begin with a file's text as the system prompt (with "
         "--raw, as text before the prompt), or with a task's instruction; it is read once, and its "
-        "cache kept in FILE.safetensors, or in the folder")
+        "cache kept in FILE.safetensors, or in the folder, apart for each --task")
     add("--choices", metavar="FILE|TASK", help="answer with one of these: the lines of a file, or "
         "the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
@@ -167,6 +167,8 @@ def main(argv: Sequence[str]) -> None:
         """The prompt as the model reads it."""
         return before + said if args.raw else generator.tokenizer.render(
             [*system, {"role": "user", "content": before + said}], True)
+    if file and args.task:                   # the cache is that of one adapter
+        file = file.with_suffix(f".{generator.tasks[args.task]}.safetensors")
     if file:
         start = time.perf_counter()
         kept = generator.keep(shared_tokens(generator.tokenizer, write), file)

@@ -114,15 +114,16 @@ def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[
     """Tokens of each test line before its last answer. Raises ValueError if there is no test line,
     or if one has `context` tokens or more."""
     if not task.test:
-        raise ValueError(f"task {task.name} has no test line: give it a test.jsonl, or two lines")
+        raise ValueError(f"task {task.name} has no test line: give it lines in a "
+                         "test.jsonl, or two lines without that file")
     prompts = []
     for number, messages in enumerate(task.test, 1):
         try:
             text = tokenizer.render(messages[:-1], add_generation_prompt=True)
         except ValueError as e:
-            raise ValueError(f"task {task.name}, test line {number}: {e}") from None
+            raise ValueError(f"task {task.name}, test example {number}: {e}") from None
         prompts.append(tokenizer.encode(text)[0])
         if len(prompts[-1]) >= context:
-            raise ValueError(f"task {task.name}: the prompt of test line {number} has "
+            raise ValueError(f"task {task.name}: the prompt of test example {number} has "
                              f"{len(prompts[-1])} tokens, and the model's context {context}")
     return prompts

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 import export
 import train
 from minismoe.cli.export_flags import parse
-from minismoe.export import layouts, verify
-from minismoe.export.routing import fewest_routed
+from minismoe.export import layouts, npu, verify
+from minismoe.export.routing import Calibration, Frozen, fewest_routed
 from minismoe.export.settings import ExportConfig
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import Fit, merge
@@ -310,6 +310,33 @@ def test_a_base_is_healed_on_prompts_towards_itself(run: Path, tmp_path: Path) -
         assert bool(same) == (not name.endswith(".scales")), name
 
 
+def test_prompts_come_from_the_whole_file_and_end_where_the_model_does(run: Path, tmp_path: Path,
+                                                                       ) -> None:
+    """A file may be sorted, and calibration reads its first lines only."""
+    (tmp_path / "lines").write_text("".join(f"say {i:03}\n" for i in range(99)) + "x" * 999)
+    config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"))
+    (pool,) = Calibration(config, source := export.load_run(config)).pools.values()
+    texts = [source.tokenizer.decode(e.ids) for e in pool]
+    numbers = [int(text.split("say ")[1][:3]) for text in texts if "say" in text]
+    assert sorted(numbers) == [*range(99)] and max(numbers[:20]) > 80
+    assert max(len(e.ids) for e in pool) == 128 and all(len(e.ids) == len(e.labels) for e in pool)
+
+
+def test_activations_of_prompts_are_those_of_their_answers_too(
+        run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lines").write_text("say 5\nsay 77\n" + "x" * 999)
+    seen: list[Any] = []
+    monkeypatch.setattr(npu, "activation_ranges", lambda model, texts: seen.append((model, texts)))
+    config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"), precision="w8a16")
+    source = export.load_run(config)
+    fits = Calibration(config, source).fits()["linear"]
+    npu.calibrated(config, source, Frozen(**vars(fits)))
+    ((model, found),) = seen
+    prompts = [e.ids[:128 - npu.ANSWER] for e in Calibration(config, source).pools["prompts"]]
+    answers = generate(model, prompts, npu.ANSWER, source.tokenizer.stop_ids)
+    assert found == [[*p, *a] for p, a in zip(prompts, answers)] and any(answers)
+
+
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
     flags = [str(run), "--target", "portable", "--out", str(tmp_path / "out"), "--static"]
     with pytest.raises(ValueError, match=r"--static with 30 past positions: .* need \d+$") as said:
@@ -364,6 +391,10 @@ def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
     assert f"python -m minismoe.runtime {tmp_path / 'web'} --serve" in said
     info = json.loads((tmp_path / "web" / "export.json").read_text())
     assert info["precision"] == "q8" and "index.html" in info["files"]
+    assert info["arguments"]["precision"] == "q8" and info["arguments"]["heal"] == 0
+    other = info["other_graph"]
+    assert other["arguments"]["precision"] == "q4f16" and other["arguments"]["heal"] == 2
+    assert other["checked"][""]["logits_error"] != info["checked"][""]["logits_error"]
     assert {f"onnx/model_{name}.onnx_data" for name in ("quantized", "q4f16")} <= {*info["files"]}
     assert known_tasks(tmp_path / "web").keys() == {"number", "twice"}
     assert not [name for name in info["files"] if "sampler" in name]
@@ -486,6 +517,15 @@ def test_wrong_usage(run: Path, flags: str, reason: str,
     assert end.value.code == 2 and reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["--precision int8", "--precision q8", "--precision fp32",
+                                   "--layout hf", "--layout hf --heal 5"])
+def test_prompts_that_change_nothing_in_a_base_are_refused(
+        flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--model", "base", "--prompts", "x", *flags.split()], "")
+    assert "keeps a base as it is: leave out --prompts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", [
     "--out x", "--layout web", "--precision int4", "--static 1x1x9", "--context 64", "--adapters",
     "--check 8", "--target portable", "--routing freeze", "--tolerance 0.2", "--task number",
@@ -509,8 +549,13 @@ def test_a_table_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     ("--context 32", "need 4[0-9]$"),
     ("--prompts nowhere.txt", "nowhere.txt"),
     ("--target npu --static 1x8x32", "--static with 32 past positions: .* need 4[0-9]"),
+    ("--target portable --block 128", "--block 128: rows of 32 weights are no whole blocks"),
 ])
-def test_errors(run: Path, flags: str, reason: str) -> None:
+def test_errors_come_before_the_work(run: Path, flags: str, reason: str,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "new_folder", lambda folder: pytest.fail("there is no folder yet"))
+    if "--prompts" not in flags:                               # which freezing reads
+        monkeypatch.setattr(export, "freeze_routing", lambda *a: pytest.fail("it was frozen"))
     with pytest.raises((ValueError, OSError), match=reason):
         export.main([str(run), *flags.split()])
 

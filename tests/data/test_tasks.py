@@ -418,7 +418,7 @@ def test_what_a_template_refuses_is_named(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr("minismoe.data.tasks.encode", encode)
     lines = [[{"role": "user", "content": text}] for text in ("good", "bad")]
-    with pytest.raises(ValueError, match="task t, training line 2, 'bad': the template refuses"):
+    with pytest.raises(ValueError, match="task t, training example 2, 'bad': the template refuses"):
         encode_all(Task("t", lines, []), None, 10)
 
 

@@ -160,6 +160,12 @@ def test_an_adapter_is_another_model(model, tmp_path) -> None:
             generator.keep(PREFIX, file)
     generator.use("one")
     assert generator.keep(PREFIX, file).loaded
+    (tmp_path / "rules").write_text("be brief")                # the command keeps one for each
+    for origin in ("read for", "from"):
+        for task in ("one", "two"):
+            done = command(folder, "hello", "--prefix", tmp_path / "rules", "--task", task,
+                           "--stats", "--max-tokens", 2)
+            assert f"prefix of 24 tokens {origin}" in done.stderr and not done.returncode
 
 
 @pytest.fixture(scope="module")

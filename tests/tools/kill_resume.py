@@ -96,7 +96,8 @@ def kill(run: Path, flags: Sequence[str], after: float, in_write: bool) -> str:
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
     """Files of `run` that are not what an undisturbed run wrote."""
-    bad = [name for name in SAME if (run / name).read_bytes() != (undisturbed / name).read_bytes()]
+    bad = [name for name in SAME if (undisturbed / name).exists()        # no probe, no sensitivity
+           and (run / name).read_bytes() != (undisturbed / name).read_bytes()]
     metrics, results = ([re.sub(r', "tokens_per_second": [^,}]+', "", text) for text in (
         (folder / "metrics.jsonl").read_text() for folder in (run, undisturbed))], [
         {k: v for k, v in json.loads((folder / "results.json").read_text()).items()
