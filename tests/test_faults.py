@@ -504,7 +504,7 @@ DATA: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "train.jsonl: it holds no example"),
     "blank": (b"\n \n", "train.jsonl: it holds no example"),
     "all masked": (json.dumps({"prompt": "x" * 500, "completion": "y"}).encode(),
-                   "no example of t keeps a supervised token within --max-length 128"),
+                   "no example of t keeps a supervised token within 128 tokens "),
     "10 MB": (wide(), "train.jsonl:1: the line has 10,000,033 bytes; at most 1,048,576"),
     "not UTF-8": (b'{"prompt": "\xff", "completion": "y"}', "train.jsonl:1: .*utf-8.* 0xff"),
     "half an emoji": (b'{"prompt": "\\ud83d", "completion": "y"}', "train.jsonl:1: .*surrogates"),
