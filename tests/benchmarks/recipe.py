@@ -1,7 +1,7 @@
 """Is there a better recipe? Change one thing of the training at a time, for LoRA and the mixture.
 
     python tests/benchmarks/recipe.py --plan                the runs of the search
-    python tests/benchmarks/recipe.py                       the embedded default: two hours
+    python tests/benchmarks/recipe.py                       the embedded default: some hours
     python tests/benchmarks/recipe.py --name recipe-smollm2 --model SMOLLM2 --data DATA \\
         --tasks trec,clinc,banking77 --limit-train 200 --limit-test 150 --epochs 2 \\
         --batch-size 8 --variants "batches of 8,16 / sqrt(rank),LoRA+ x 4,linear decay,no decay"
