@@ -130,10 +130,9 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         if said := differences(content["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} is the run of something else: {said}")
         now = {name: arguments[name] for name in ("device", *SMALLER)}
-        said = differences(versions() | {name: now[name] for name in SUMS} | {
-            "processes": distributed.world()}, saved["versions"] | {
-            name: saved["arguments"].get(name) for name in SUMS} | {
-            "processes": saved["processes"]})
+        here = versions() | {name: now[name] for name in SUMS} | {"processes": distributed.world()}
+        there = saved["versions"] | {name: saved["arguments"].get(name) for name in SUMS}
+        said = differences(here, there | {"processes": saved["processes"]})
         if said and not distributed.rank():
             print(f"the last bits may differ: {said}", file=sys.stderr)
         if saved["processes"] == distributed.world():

@@ -110,7 +110,7 @@ def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, pre
     found = compare_logits(
         model, partial(logits, generator), prompts, texts, explains,
         "the export is not what PyTorch computes with the same rounded weights" + (
-            ", or --prompts showed too few activations" * (explains == "a16")))
+            ", or too few texts showed its activations: give more --prompts" * (explains == "a16")))
     return {"rounded_error": found["logits_error"]}
 
 
