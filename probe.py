@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
     if (run / "config.json").exists():
-        raise FileExistsError(f"{run} is a run of train.py, whose allocation it is to keep: choose "
+        raise FileExistsError(f"{run} is a run of train.py: its allocation would be lost. Choose "
                               "another --out")
 
     # Load, probe and allocate.

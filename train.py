@@ -6,8 +6,8 @@
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, before.json, metrics.jsonl, results.json,
-answers.json (1 or 0 for each test line), adapter/, checkpoints/. However a run ended after the
-probe, --resume does what is missing, and leaves the files of a run that nothing disturbed.
+answers.json (1 or 0 for each test line), adapter/, checkpoints/. If a run stops after the
+probe, --resume completes it, and its files then equal those of an undisturbed run, times apart.
 """
 
 import shlex

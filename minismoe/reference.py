@@ -2,7 +2,7 @@
 
 To fine-tune a frozen model on several tasks, measure how sensitive each matrix is to each task (1),
 let each task vote for its most sensitive matrices, where a vote is one LoRA expert (2), train the
-experts (3), and freeze the routing, so that those of a matrix become one plain LoRA (4).
+experts (3), and freeze the routing, so that the experts of a matrix become one plain LoRA (4).
 A matrix W with E = 2 experts of rank r; for one token, it reads x and writes y:
 
             +--- W  (out, in) ---------------------------------------+

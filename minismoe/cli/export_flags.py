@@ -40,7 +40,7 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
         return config
     made = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
     if not made and (needs := "the table" if table else of_adapters(given)):
-        raise ValueError(f"{NO_RUN}, which {needs} is for")
+        raise ValueError(f"{NO_RUN}, and {needs} needs one")
     return replace(config, run=str(made[-1].parents[1])) if made else config
 
 
@@ -91,7 +91,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          f"--layout {layout} cannot route: leave out --routing"),
         (config.prompts and (config.task or config.adapters),
          "--prompts has no tasks: leave out --task and --adapters"),
-        (needs, f"--model has no adapters, which {needs} is for")]
+        (needs, f"--model has no adapters: leave out {needs}")]
     return next((said for wrong, said in rules if wrong), "")
 
 

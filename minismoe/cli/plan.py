@@ -68,7 +68,7 @@ class Prospect:
         self.train_bytes: Callable[[Sequence[Example]], int] = lambda batch: 0
         self.probe_bytes: Callable[[Sequence[Example]], int] = lambda batch: 0
         if any(self.folder.glob("*.safetensors")) and (
-                self.room is None or self.unmoved < self.room):
+                self.room is None or self.fixed_total < self.room):
             self.model = load_base(inputs, self.folder)
             if self.probed:
                 self.probe_bytes = measure_peak(self.model, self.probed, probe=True)
@@ -77,22 +77,22 @@ class Prospect:
             self.train_bytes = measure_peak(self.model, largest(self.batches, training.batch_size))
 
     @property
-    def unmoved(self) -> int:
+    def fixed_total(self) -> int:
         """What is taken whatever the batch."""
         return self.runtime + sum(self.fixed.values())
 
-    def training(self, micro: int) -> int:
+    def training_peak(self, micro: int) -> int:
         """The peak of training; without activations if these were not measured."""
-        return self.unmoved + self.train_bytes(largest(self.batches, micro))
+        return self.fixed_total + self.train_bytes(largest(self.batches, micro))
 
-    def probe(self, micro: int) -> int:
+    def probe_peak(self, micro: int) -> int:
         """The peak of the probe; less than that of training if it does not run."""
         return self.runtime + self.fixed["base weights"] + self.probe_bytes(self.probed[:micro])
 
 
 def runtime_bytes(sizes: Config, dtype: torch.dtype, device: torch.device) -> int:
-    """What Python and the libraries take after a step, for which they load what they need: torch
-    70 MB for an optimizer. 0 on CUDA: it is not in what a GPU has free."""
+    """Bytes that Python and the libraries take after one tiny training step, as torch loads some
+    only then (70 MB for an optimizer). 0 on CUDA: this is not GPU memory."""
     if device.type == "cuda":
         return 0
     model = CausalLM(replace(
@@ -114,7 +114,7 @@ def fitting(p: Prospect) -> int:
         raise ValueError(f"cannot tell how much memory {p.config.inputs.device} has: give --memory")
     room = int(0.9 * p.room)                 # allocators keep some
     counts = range(1, p.config.training.batch_size + 1)
-    if (need := p.training(1)) > room:
+    if (need := p.training_peak(1)) > room:
         raise ValueError(
             f"training one example at a time needs {need / MIB:,.0f} MiB"
             f"{'' if p.model else ' besides activations'}, of which Python and torch take "
@@ -123,9 +123,9 @@ def fitting(p: Prospect) -> int:
     if not p.model:
         raise ValueError(f"auto measures a step, but {p.folder} holds no .safetensors: add them, "
                          "or give --micro-batch-size a number")
-    micro = min(bisect_right(counts, room, key=p.training),
-                max(1, bisect_right(counts, room, key=p.probe)))
-    if (more := p.probe(micro) - room) > 0:
+    micro = min(bisect_right(counts, room, key=p.training_peak),
+                max(1, bisect_right(counts, room, key=p.probe_peak)))
+    if (more := p.probe_peak(micro) - room) > 0:
         print(f"the probe may take {more / MIB:,.0f} MiB more than there are: "
               "--allocation FILE leaves it out", file=sys.stderr)
     return min(len(counts), min(distributed.gather(micro)) * distributed.world())
@@ -133,17 +133,17 @@ def fitting(p: Prospect) -> int:
 
 def advice(p: Prospect, micro: int) -> str:
     """Flags with which training would take less memory, and how much less, best first."""
-    training, now, half = p.config.training, p.training(micro), max(1, micro // 2)
+    training, now, half = p.config.training, p.training_peak(micro), max(1, micro // 2)
     saved = [(p.fixed["base weights"] - p.fixed_in(4)["base weights"], "--base-bits 4"),
-             (now - p.training(half), f"--micro-batch-size {half}")]
+             (now - p.training_peak(half), f"--micro-batch-size {half}")]
     if p.model:
         batch, length = largest(p.batches, micro), p.longest // 2
         cut = [replace(e, ids=e.ids[:length], labels=e.labels[:length]) for e in batch]
         p.model.model.recompute = True
         recomputed = measure_peak(p.model, largest(p.batches, training.batch_size))
         p.model.model.recompute = training.recompute
-        saved += [(now - p.unmoved - p.train_bytes(cut), f"--max-length {length}"),
-                  (now - p.unmoved - recomputed(batch), "--recompute")]
+        saved += [(now - p.fixed_total - p.train_bytes(cut), f"--max-length {length}"),
+                  (now - p.fixed_total - recomputed(batch), "--recompute")]
     return ", ".join(f"{flag} saves {size / MIB:,.0f} MiB"
                      for size, flag in sorted(saved, reverse=True) if size > 0)
 
@@ -156,9 +156,10 @@ def show_plan(config: RunConfig) -> None:
     p, inputs, training = Prospect(config), config.inputs, config.training
     micro = fitting(p) if config.auto else training.micro_batch_size
     mine = distributed.share(micro)
-    peak, probe, parts = p.training(mine), p.probe(mine), {"runtime": p.runtime, **p.fixed}
+    peak, probe = p.training_peak(mine), p.probe_peak(mine)
+    parts = {"runtime": p.runtime, **p.fixed}
     if p.model:
-        parts |= {"activations": peak - p.unmoved, "peak": peak}
+        parts |= {"activations": peak - p.fixed_total, "peak": peak}
     print(f"{p.fixed['adapters'] // 4:,} trainable parameters; {p.allocation}"
           + (" (a guess: the probe decides)" if p.probed else ""))
     print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))

@@ -92,7 +92,7 @@ def saved_config(run: Path) -> dict[str, Any]:
     config = read_json(run / "config.json")
     form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
     if not all(isinstance(config.get(name), kind) for name, kind in form.items()):
-        raise ValueError(f"{run / 'config.json'} lacks what going on needs: {', '.join(form)}")
+        raise ValueError(f"{run / 'config.json'} lacks what --resume needs: {', '.join(form)}")
     return config
 
 
@@ -128,7 +128,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
     if config.resume:
         saved = {"processes": distributed.world()} | saved_config(run)
         if said := differences(content["identity"], chosen | saved["identity"]):
-            raise ValueError(f"{run} is the run of something else: {said}")
+            raise ValueError(f"{run} began with other inputs: {said}")
         now = {name: arguments[name] for name in ("device", *SMALLER)}
         here = versions() | {name: now[name] for name in SUMS} | {"processes": distributed.world()}
         there = saved["versions"] | {name: saved["arguments"].get(name) for name in SUMS}

@@ -202,8 +202,8 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
 
     A turn begins where the rendering of the messages before it, with the generation prompt, ends,
     as at inference. A first message has no prompt, so it is no turn. Raises ValueError if the
-    template's texts of the first messages and of all differ, or if its generation prompt does not
-    lead up to the answer.
+    template renders earlier turns differently once more messages follow, or if an answer does not
+    begin where the generation prompt ends.
     """
     text, spans = tokenizer.render(messages), []
     for i, message in enumerate(messages):

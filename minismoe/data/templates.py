@@ -2,7 +2,7 @@
 
 The sandbox denies a template files and code, but not time and memory: one call in C, such as
 {{ 'a' * 10 ** 10 }}, can take all of both, and only a process can be killed during it. One process
-serves all templates by JSON lines; it ends itself after SECONDS, and is then started anew.
+serves all templates by JSON lines. It exits if one takes over SECONDS; the next call starts anew.
 """
 
 import atexit
@@ -25,7 +25,7 @@ SECONDS = 1.0                # of CPU time for one rendering (of the clock, on W
 WAIT = 10.0                  # seconds of the clock: enough for a good template on a busy machine
 MEMORY = 1 << 30             # bytes of the process's address space (on Linux)
 LENGTH = 1 << 24             # characters of the rendered text
-TODAY = datetime(2024, 7, 26)    # Llama 3's default. By the clock, no run could go on tomorrow.
+TODAY = datetime(2024, 7, 26)    # Llama 3's default; a real date would change prompts on --resume
 
 
 # In this process

@@ -1,4 +1,4 @@
-"""Heal a frozen model: train it for a few steps towards the mixture.
+"""Heal a frozen model: train it for a few steps on labels or, without any, towards the mixture.
 
 `heal_maps` trains A and B of the frozen maps, `heal_scales` the scales of blocks in few bits. The
 mixture itself never changes: the student is a twin of the model, which shares every weight.
@@ -31,7 +31,7 @@ BATCH = 16                                   # examples a step
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a student is trained on: towards `teacher`, on examples, for some steps."""
+    """What a student is trained on; `teacher` is its target only if no example has labels."""
 
     teacher: CausalLM
     examples: Sequence[Example]
@@ -55,8 +55,8 @@ def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, keep: Collection[str] 
               ) -> dict[str, Fit]:
     """Train the frozen mixtures of the teacher, and return them as fits, by module.
 
-    Matrices in `keep` go on routing and are not trained. precision, block: of the base that ships
-    with the maps beside it; with a block, the base of the student is rounded as that is.
+    Matrices in `keep` go on routing and are not trained. precision, block: how the base that ships
+    beside the maps is quantised; if a block is given, the student's base is rounded the same way.
     """
     student = twin(lesson.teacher).train()
     freeze(student, fits, keep)

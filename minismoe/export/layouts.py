@@ -39,7 +39,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in
 WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
               "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4"), "q8": ("q8", "_quantized"),
               "q4f16": ("q4f16", "_q4f16")}
-PAGE = "index.html"                          # of layout web; what it needs is beside it in page/
+PAGE = "index.html"                          # of layout web; copied with its worker from page/
 
 
 def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,

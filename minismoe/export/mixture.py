@@ -46,8 +46,8 @@ class MixtureGraph(WeightGraph):
         self.adapters = adapters
 
     def linear(self, names: Sequence[str], x: str, bias: bool = False, label: str = "") -> str:
-        """x (B, T, in) -> (B, T, sum of out), by the modules `names`; label: of several, in the
-        names of nodes."""
+        """x (B, T, in) -> (B, T, sum of out), by the modules `names`. label: the name of the nodes,
+        by default that of the first module."""
         label, weights = label or names[0], [self.weight(f"{n}.weight") for n in names]
         y = self.product(names, label, x, weights)
         if bias:

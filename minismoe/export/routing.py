@@ -30,7 +30,7 @@ from .scales import quantize_model
 from .settings import ExportConfig, FreezeConfig, Source, TableConfig
 
 BATCH = 16                                   # calibration samples at once
-MISSED = 0.015                               # of the mixtures: more makes merging lose answers
+MISSED = 0.015                               # median residual above which merging loses answers
 Fits = Mapping[str, Fit]                     # module -> its fit
 Score = Callable[[Any, str], float]          # model, task -> from 0 to 1
 
@@ -119,10 +119,10 @@ def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
 
 
 def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen: Frozen) -> None:
-    """Train what is frozen for config.heal steps, and round what is merged into few bits.
+    """Train the frozen maps for config.heal steps; quantise merged weights, and train their scales.
 
-    Such weights have their scales trained, which win back what rounding loses, but not what merging
-    does: the maps are trained before if they miss much. All others have their maps trained.
+    Scales win back what rounding loses, but not what merging loses: if quantised maps miss over
+    MISSED, the maps are trained first. Maps that are not quantised are always trained.
     """
     block = None if config.adapters or config.routing == "freeze" else config.block
     for task in data.pools if config.adapters else [config.task]:
@@ -193,14 +193,14 @@ def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], flo
     reference = score(model)
 
     @cache
-    def kept(count: int) -> float:
+    def score_with(count: int) -> float:
         candidate = twin(model)
         merge(candidate, fits, order[:count])
         return score(candidate)
 
     def fewest(tolerance: float) -> int:
         def within(count: int) -> bool:
-            return kept(count) >= reference - tolerance - 1e-9     # 0.06 is below 0.07 - 0.01
+            return score_with(count) >= reference - tolerance - 1e-9     # 0.06 is below 0.07 - 0.01
         # Scores of few answers are not monotonic, so that no routing at all is tried by itself.
         return 0 if within(0) else bisect_left(range(len(order)), True, lo=1, key=within)
 

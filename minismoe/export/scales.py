@@ -39,7 +39,7 @@ class ScaledWeight(nn.Module):
         return dequantize(replace(self.blocks, shape=shape, data=data, scales=scales), self.dtype)
 
     def parts(self) -> list[slice]:
-        """All rows, as many at a time as are made at once."""
+        """Slices that cover all rows, each of about CHUNK weights."""
         step = max(1, CHUNK // self.shape[1])
         return [slice(n, n + step) for n in range(0, self.shape[0], step)]
 

@@ -40,8 +40,8 @@ class FreezeConfig:
     """How the routing of a run is frozen, and where that runs."""
 
     run: str | None = None                   # folder of train.py
-    fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) in its "
-                    "input, constant gates, or their mean", choices=KINDS)
+    fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) fits it, "
+                    "gates fits constant gates, mean takes the mean gates", choices=KINDS)
     heal: int | None = flag(
         None, "train for so many steps after freezing: the frozen maps in float; in few bits the "
         "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: 40 "
@@ -115,6 +115,7 @@ class ExportConfig(FreezeConfig):
 
         has_examples: whether there is something to heal on. hidden_size: of the model; blocks of
         128 decode faster and lose nothing once healed, but short rows would be padded to them.
+        Raises ValueError for an NPU precision that needs texts where there are none.
         """
         if not self.graph:
             return replace(self, precision="fp32", heal=self.heal or 0)

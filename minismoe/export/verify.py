@@ -248,7 +248,7 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
 
 
 def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) -> dict[str, Any]:
-    """Compare the folder with PyTorch in float32; returns the figures, for a graph by adapter."""
+    """Compare the folder with PyTorch in float32: figures, of a graph by adapter; or ValueError."""
     base = load_model(source.base)
 
     def reference(task: str | None, adapted: bool = True) -> CausalLM:

@@ -44,7 +44,7 @@ def vote(scores: Sensitivities, groups: Sequence[Sequence[str]], keep: float) ->
 
 
 def votes(order: Order, n: int) -> Allocation:
-    """The vote at the n-th smallest keep at which some group takes one module more."""
+    """The vote at draft.keep, or else at the n-th smallest keep that adds a module to a group."""
     sizes = {len(members) for members in order.groups}
     keeps = [order.draft.keep] if order.draft.keep else sorted(
         {(2 * i - 1) / (2 * size) for size in sizes for i in range(1, size + 1)})
@@ -76,8 +76,8 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
     It spends what votes give at `keep` (a share of each group, 0.6 by default), or at most
     `budget_experts` experts, or at most `budget_params` trainable parameters. Counts are clamped to
     min_experts..max_experts; no max_experts means the number of tasks for votes and random, and no
-    limit for the others. "lora" is one expert a module, of the largest rank that fits, alpha / rank
-    kept; in experts, one of twice the `rank` counts as two. `alpha` is 2 * rank by default,
+    limit for the others. "lora" gives each module one expert of the largest rank that fits, at the
+    same alpha / rank; in budget_experts, 2 * `rank` counts as two. `alpha` is 2 * rank by default,
     `shapes`, {module: (out, in)}, is `scores.shapes`; `seed` is for "random". Raises ValueError for
     wrong arguments, and Unfit for a budget that is too small, with the nearest possible one.
     """

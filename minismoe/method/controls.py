@@ -59,8 +59,8 @@ def mola(order: Order, n: int) -> Allocation:
 
 
 def draw(order: Order, n: int) -> Allocation:
-    """n experts dropped one by one on modules chosen at random ("random"). One more with the same
-    seed adds an expert and moves none, so costs only grow."""
+    """n experts, each given to a module drawn at random ("random"). With the same seed, n + 1 gives
+    the first n to the same modules, so costs only grow."""
     generator, high = random.Random(order.seed), order.limit(len(order.scores))
     counts = dict.fromkeys(order.modules, order.low)
     for _ in range(order.total(n, high) - order.low * len(counts)):

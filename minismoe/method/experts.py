@@ -188,8 +188,8 @@ def add_experts(model: nn.Module, experts: Allocation | Mapping[str, int], *, ra
 
 
 def adaptable(model: nn.Module, allocation: Allocation) -> dict[str, nn.Linear]:
-    """The linear layers of `model`. Raises ValueError with all names of the allocation that are
-    none, or the head (a tied head must stay tied), or smaller than the rank."""
+    """The linear layers of `model`. Raises ValueError with the modules of the allocation that are
+    no linear layer, are the head (it may be tied), have experts already, or are below the rank."""
     layers, adapted = linear_layers(model), expert_layers(model)
     if wrong := [name for name in allocation.experts if name not in layers or name in adapted]:
         raise ValueError("no linear layer that can be adapted" + (

@@ -11,8 +11,8 @@ gives the residual, the share of the mixture's output energy that the fit misses
 
 Memory does not grow with samples or tasks. Matrices are taken in groups whose sums fit a budget,
 with one pass over the samples a group. M is the largest; all matrices that read the same x (q, k,
-v; gate, up) share it. D = 11,008 takes 4 M's of 485 MB in float32 (to fit and held out, of a task
-and of all), and 4 of 970 MB while solving.
+v; gate, up) share it. With D = 11,008, four M of 485 MB are held in float32 (to fit and held out,
+of one task and of all), and four of 970 MB while solving.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
@@ -243,7 +243,7 @@ def measured(layer: ExpertLinear, A: Tensor, kind: str, sums: Sums) -> Fit:
 
 
 def _gram(layer: ExpertLinear) -> Tensor:
-    """B B^T (R, R): with it, products of what B maps are sums over what it reads."""
+    """B B^T (R, R), which gives inner products of outputs: <B^T u, B^T v> = u^T (B B^T) v."""
     B = _wide(layer.lora_B.flatten(0, 1))
     return B @ B.T
 

@@ -34,7 +34,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
 
     With base_bits, 8 or 4, all linear layers but the head are quantised. Weights are memory-mapped,
     or converted one at a time, so peak memory is one copy of the weights in their final form.
-    Raises ValueError that lists every tensor that does not fit, or all that is not implemented.
+    Raises FileNotFoundError; ValueError lists up to 20 wrong tensors, or all unsupported settings.
     """
     folder = resolve(path)
     cfg, config = read_config(folder)

@@ -78,7 +78,7 @@ class Config:
     names: Mapping[str, str] | None = None           # one of MODULES
 
     def __repr__(self) -> str:
-        """The text that fingerprints hash. Families that came later leave that of others alone."""
+        """The text that fingerprints hash: later fields show only if set, so old hashes hold."""
         shown = [f.name for n, f in enumerate(fields(self))
                  if n < OLDER or getattr(self, f.name) != f.default]
         return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"

@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, tuple[Any, Any]] = {      # f(z), and dy f'(z) of (dy, z)
 
 
 class Part(nn.Module):
-    """A module whose parts are called as in the checkpoint, and in this file as in Llama."""
+    """A module that stores its parts under the checkpoint's names; code here uses Llama's."""
 
     names: Mapping[str, str] = {}        # Llama's name -> the checkpoint's, where they differ
 

@@ -39,13 +39,13 @@ class Blocks:
 
 
 def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
-    """Blocks of `size` weights, in 4 or 8 bits, of a weight (N, K)."""
+    """Blocks of `size` weights (ROW: of whole rows), in 4 or 8 bits, of a weight (N, K)."""
     parts, zero = [], 1 << (bits - 1)
     size = weight.shape[1] if size == ROW else size
     for rows in few_rows(weight):
         w = F.pad(weight[rows].float(), (0, -weight.shape[1] % size))
         w = w.unflatten(1, (-1, size))
-        scale = steps(w, zero)
+        scale = block_scales(w, zero)
         parts.append((pack(integers(w, scale, zero), bits), scale.squeeze(2)))
     return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
 
@@ -59,7 +59,7 @@ def quantize_rows(weight: Tensor) -> Blocks:
     return Blocks(8, weight.shape[1], weight.shape, data[:, None], scales)
 
 
-def steps(w: Tensor, zero: int) -> Tensor:
+def block_scales(w: Tensor, zero: int) -> Tensor:
     """The scales (..., 1) of blocks of weights (..., n)."""
     low, high = w.amin(-1, True), w.amax(-1, True)
     scale = torch.where(high > -low, high, low) / -zero

@@ -19,7 +19,7 @@ FEW = 4                # a shared prefix of fewer tokens is not worth the work
 
 
 class Cache:
-    """Keys and values of the tokens so far; each row begins at position 0, without padding.
+    """Keys and values (batch, K, capacity, C) of the tokens so far, from position 0 on, unpadded.
     Convolutions have their last inputs, (batch, L - 1, D), in `states` instead."""
 
     def __init__(self, model: Any, batch: int, capacity: int):

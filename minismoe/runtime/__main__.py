@@ -39,8 +39,8 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
     if generator.ended == "context":
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
     if sampling["speculate"] and generator._exact is False:
-        print("[nothing was drafted: this processor computes several tokens at once in another way "
-              "than one; it may not in blocks of 32]", file=sys.stderr)
+        print("[nothing was drafted: this processor rounds several tokens at once differently than "
+              "one token; an export with --block 32 may help]", file=sys.stderr)
     if stats and len(times) > 1:
         first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
         a_step = f", {count / generator.steps:.1f} a step" if count > generator.steps > 0 else ""

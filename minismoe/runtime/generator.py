@@ -50,7 +50,7 @@ class Generator(CachedModel):
         super().use(task)
 
     def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
-        """Keep what the cache holds of a prefix: prompts that begin with it pay for the rest.
+        """Keep the keys and values of a prefix: after it, only the rest of a prompt is read.
 
         It is taken from `file`; if that does not exist, the prefix is read and the file written.
         Raises ValueError for a damaged file, for one of another model, adapter or prefix, and for a
@@ -69,7 +69,7 @@ class Generator(CachedModel):
 
         A single prompt that begins like the last one, as in a chat, is read from the first token
         that differs. A cache that cannot be cut is kept only if the prompt extends it.
-        Where more tokens are those of the prefix that `keep` was given, the cache begins with them.
+        If the prompt shares more tokens with the prefix of `keep`, the cache is filled from that.
         """
         kept, held, asked = 0, 0, list(prompts[0][:-1])      # the logits of its last are wanted
         if len(prompts) == len(self._masks) == 1 and not self.static:
@@ -192,7 +192,8 @@ class Generator(CachedModel):
         prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
         sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed;
         speculate: default, where it can be; the tokens are the same without.
-        Raises ValueError if the prompt is empty or too long.
+        Raises ValueError for a wrong prompt or argument at the first next(), ArithmeticError for
+        NaN logits, and RuntimeError once another generation or adapter has begun.
         """
         for token, in self._tokens([prompt], max_tokens, **sampling):
             yield token

@@ -72,7 +72,7 @@ class Prefix:
     def take(self, generator: Generator) -> None:
         """Read the tokens, and copy the cache."""
         with generator.owned():
-            generator._prefix, generator._seen = None, []        # behind kept tokens, pads may come
+            generator._prefix, generator._seen = None, []        # else pads may follow kept tokens
             generator._read([self.tokens], 0)
         for cached, held in self.blocks(generator, len(self.tokens)):
             ctypes.memmove(held, cached, len(self.tokens) * self.size)

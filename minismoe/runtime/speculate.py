@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from .generator import Generator
 
 ROWS = 6                                     # tokens that one step reads at most
-MATCH = 2                                    # the fewest tokens of an end that the text had before
-LONGEST = 8                                  # longer matches are all alike
-PLACES = 16                                  # of a match, the last ones, are looked at
-SHARE = 0.4                                  # of a plain step, that a draft adds: until measured
+MATCH = 2                                    # tokens that a match has at least
+LONGEST = 8                                  # longer matches count as this long
+PLACES = 16                                  # earlier places of a match to try, the latest first
+SHARE = 0.4                                  # of a plain step's time, for a draft: until measured
 Choose = Callable[["ort.OrtValue"], Iterator[int]]
 
 
@@ -190,7 +190,7 @@ def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> lis
 
 
 def rows_are_exact(generator: Generator, tokens: Sequence[int]) -> bool:
-    """Whether rows give the logits of plain steps, as not on all processors; keeps the cache."""
+    """Whether rows give the same logits as plain steps; not all processors do. Keeps the cache."""
     def data(logits: ort.OrtValue) -> bytes:
         return ctypes.string_at(logits.data_ptr(), logits.tensor_size_in_bytes())
 

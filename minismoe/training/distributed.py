@@ -107,7 +107,7 @@ def one_first() -> Iterator[None]:
 
 
 def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
-    """The sum over all processes of times * x, the same to the last bit in each."""
+    """The sum of times * x over all processes, the same bits in each; a lone process returns x."""
     if world() == 1:
         return x
     y = times * x.cpu()

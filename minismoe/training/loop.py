@@ -147,7 +147,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     is saved; ValueError for an unfitting checkpoint; ArithmeticError if the loss is not finite.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    # With a smaller eps an entry whose gradient is rounding alone would move by the whole rate.
+    # With a smaller eps, an entry whose gradient is only rounding noise would move by the full lr.
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
                                   weight_decay=cfg.weight_decay, fused=True)
     batches = schedule(examples, cfg)

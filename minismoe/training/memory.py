@@ -85,8 +85,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def step_bytes(model: CausalLM, examples: Sequence[Example], probe: bool) -> tuple[int, int]:
-    """Bytes that a forward pass leaves, and what the rest takes beside them, logits aside. The step
-    is one of training (loop.train_step without its sums), or of the probe."""
+    """Bytes that are live after the decoder's forward pass, and how far the step's peak exceeds
+    them, without logits. The step is of training (train_step without its sums) or of the probe."""
     head, kept = model.lm_head, list[int]()
     ids, mask, labels = collate(examples, 0, head.weight.device)
     labels = labels.clamp(max=min(VOCABULARY, len(head.weight)) - 1)
@@ -136,7 +136,7 @@ def tokens(batch: Sequence[Example]) -> int:
 
 
 def largest(batches: Sequence[Sequence[Example]], micro: int) -> Sequence[Example]:
-    """The micro-batch, of at most so many examples, of the most places, pads included."""
+    """The micro-batch of at most `micro` examples that has the most positions, pads included."""
     return max((batch[i:i + micro] for batch in batches for i in range(0, len(batch), micro)),
                key=lambda part: len(part) * max(len(e.ids) for e in part))
 

@@ -45,7 +45,7 @@ def planned(argv: list[str]) -> dict[str, int]:
     if config.auto:
         micro = limits.fitting(p)
     return {"runtime": p.runtime, **p.fixed, "micro_batch_size": micro,
-            "activations": p.training(micro) - p.unmoved}
+            "activations": p.training_peak(micro) - p.fixed_total}
 
 
 def measured(argv: list[str], micro: int) -> int:

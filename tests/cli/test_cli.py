@@ -279,7 +279,7 @@ def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path,
 def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch) -> None:
     """The same adapter as with that number given, and a resumed run keeps it."""
     flags = [*inputs, "--epochs", "1", "--samples", "4", "--rank", "2"]
-    monkeypatch.setattr("minismoe.cli.plan.Prospect.training",
+    monkeypatch.setattr("minismoe.cli.plan.Prospect.training_peak",
                         lambda self, micro: micro * (self.room // 4))
     auto = [*flags, "--batch-size", "auto", "--memory", "2G", "--out", str(tmp_path / "auto")]
     code, out, err = finish(train.main, *auto, capsys=capsys)
@@ -293,7 +293,7 @@ def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch)
                     for run in ("auto", "given"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     (tmp_path / "auto" / "results.json").unlink()
-    monkeypatch.setattr("minismoe.cli.plan.Prospect.training", lambda self, micro: 0)
+    monkeypatch.setattr("minismoe.cli.plan.Prospect.training_peak", lambda self, micro: 0)
     code, out, err = finish(train.main, *auto, "--resume", capsys=capsys)
     assert code == 0, err
     assert "fits" not in out and "nothing is missing" not in out

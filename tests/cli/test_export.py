@@ -260,7 +260,7 @@ def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, 
                                                      capsys: pytest.CaptureFixture[str],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)                                # where no run is
-    with pytest.raises(ValueError, match=f"no run yet .*, which {flags[:6]}"):
+    with pytest.raises(ValueError, match=f"no run yet .*, and {flags[:6]}"):
         export.main(flags.split())
     with pytest.raises(SystemExit):
         export.main(["--model", str(run.parent / "model"), *flags.split()])
@@ -538,7 +538,7 @@ def test_the_table_has_no_flags_of_an_export(run: Path, flag: str,
 
 def test_a_table_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no run yet .*, which the table is for"):
+    with pytest.raises(ValueError, match="no run yet .*, and the table needs one"):
         export.main(["table"])
 
 

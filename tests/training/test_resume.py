@@ -240,7 +240,7 @@ def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, tmp_path, 
     write_json(run / "allocation.json", {**allocation, "alpha": 7})
     code, _, err = finish(train.main, *again, capsys=capsys)
     last = err.splitlines()[-1]
-    assert code == 1 and "is the run of something else" in last
+    assert code == 1 and "began with other inputs" in last
     assert all(f"{name} " in last for name in ("the model", "task upper", "the allocation"))
     assert last.count(" (was ") == 3 and "task sum" not in last
     write_json(run / "allocation.json", allocation)
