@@ -163,7 +163,7 @@ class _Settings(dict[str, Any]):
 
     def size(self, name: str, default: int | None = None, least: int = 1, most: int = 1 << 20,
              ) -> int:
-        """The size of that name, else 1. `most` keeps a product of three sizes below 2^63."""
+        """Integer `name` in least..most, else 1 and a note in `wrong`; (2^20)^3 is below 2^63."""
         size = default if self.get(name) is None else self[name]
         if type(size) is int and least <= size <= most:
             return size
