@@ -401,6 +401,14 @@ def test_another_memory_is_asked_again_what_fits(inputs, tmp_path, capsys) -> No
         assert saved["micro_batch_size"] == (8 if fits else int(typed))
 
 
+def test_a_plan_needs_an_example_and_a_run_needs_a_folder(inputs, tmp_path, capsys) -> None:
+    code, _, err = finish(train.main, *inputs, "--max-length", "3", "--plan", capsys=capsys)
+    assert code == 1 and "within 3 tokens (--max-length, or what the model was made for)" in err
+    (tmp_path / "file").write_text("")
+    code, out, err = finish(train.main, *inputs, "--out", str(tmp_path / "file"), capsys=capsys)
+    assert code == 1 and "is a file: choose another --out" in err and "overlap" not in out
+
+
 def test_a_run_of_before_processes_were_noted_goes_on(inputs, tmp_path, capsys) -> None:
     (tmp_path / "map.json").write_text('{"model.layers.0.mlp.up_proj": 2}')
     run = tmp_path / "run"

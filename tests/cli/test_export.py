@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,8 @@ def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "peft"])
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (Path(settings["base_model_name_or_path"]) / "config.json").is_file()
     load_adapter(model := load_model(run.parent / "model"), run / "adapter")
     merge(model, frozen_of(run)[""])
     ids = torch.tensor([PROMPT])
@@ -335,6 +337,13 @@ def test_activations_of_prompts_are_those_of_their_answers_too(
     prompts = [e.ids[:128 - npu.ANSWER] for e in Calibration(config, source).pools["prompts"]]
     answers = generate(model, prompts, npu.ANSWER, source.tokenizer.stop_ids)
     assert found == [[*p, *a] for p, a in zip(prompts, answers)] and any(answers)
+
+
+def test_an_npu_cache_ends_within_a_window(run: Path) -> None:
+    config = ExportConfig(run=str(run), target="npu", precision="fp16")
+    source = export.load_run(config)
+    source.model.config = replace(source.model.config, windows=(127, None))
+    assert verify.with_context(config, source).static == (1, 64, 63)
 
 
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
