@@ -125,6 +125,29 @@ def disturbed(run: Path, undisturbed: Path, flags: Sequence[str], duration: floa
     return when
 
 
+def at_every_rename(folder: Path, undisturbed: Path, flags: Sequence[str]) -> int:
+    """End a run, without a chance to clean up, at its first, second ... renamed file, finish it,
+    and compare; the renames of an undisturbed run. Raises RuntimeError as `disturbed` does."""
+    for lives in range(1000):
+        replace, done, run = os.replace, list[None](), folder / f"rename-{lives}"
+
+        def dying(*names: Any) -> None:
+            if len(done) == lives:           # noqa: B023 (called in a child of this round alone)
+                os._exit(9)
+            done.append(replace(*names))     # noqa: B023
+
+        code = ended(start(run, flags, lambda: setattr(os, "replace", dying)))   # noqa: B023
+        if code == 0:
+            return lives
+        if code != 9:
+            raise RuntimeError(f"{run} ended with {code}:\n{Path(f'{run}.txt').read_text()}")
+        finish(run, flags)
+        if bad := differences(run, undisturbed):
+            raise RuntimeError(f"{run} differs in {', '.join(bad)}")
+        shutil.rmtree(run)
+    raise RuntimeError("a run renames more than 1,000 files")
+
+
 def main(argv: Sequence[str]) -> None:
     argv, flags = ((argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv
                    else (argv, SHORT))
@@ -133,6 +156,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--runs", type=int, default=50, help="(default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, metavar="N",
                         help="number of the first run; it seeds the moments (default: 0)")
+    parser.add_argument("--renames", action="store_true",
+                        help="end runs at every file that they rename, not at random moments")
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
     parser.add_argument("--model", help="folder of a checkpoint (default: the embedded one)")
     parser.add_argument("--data", help="folder of its tasks")
@@ -146,6 +171,9 @@ def main(argv: Sequence[str]) -> None:
         finish(undisturbed, flags)
         duration = time.monotonic() - begun
         print(f"an undisturbed run takes {duration:.1f} s", flush=True)
+        if args.renames:
+            print(f"the same after {at_every_rename(Path(folder), undisturbed, flags)} renames")
+            return
         for number in range(args.first, args.first + args.runs):
             rng, run = random.Random(number), Path(folder) / str(number)
             all_ += disturbed(run, undisturbed, flags, duration, rng, rng.randint(1, 4))
