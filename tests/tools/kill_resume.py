@@ -26,6 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch._dynamo  # noqa: E402, F401 (the optimizer's, which each child would import anew)
+
 import train  # noqa: E402
 from minismoe.cli import script  # noqa: E402
 
