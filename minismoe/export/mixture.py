@@ -3,12 +3,12 @@
 Together, those of the matrices that read the same x compute:
 
     x -> MatMul router -> top k -> Softmax -> MatMul (gate of each rank) -+
-    x -> MatMul [A_q A_k A_v] -------------------------------------------Mul -> Split
-      -> MatMul B_q, MatMul B_k, MatMul B_v -> Concat -> delta
+    x -> MatMul [A_q A_k A_v] -------------------------------------------Mul -> h
 
-Decoding is bound by memory, so B stays one MatMul a matrix: a block-diagonal B would read zeros.
-Beside a base in blocks, A is in 8-bit blocks too, except in q4f16. B stays float32: its rows of r
-weights are too short for blocks, which make prompts 8 % slower and decoding no faster.
+Beside a base in blocks, A is in 8-bit blocks too (not in q4f16), and B lies in the base's own
+product, [B W] times [h x]: what costs a token most is how many nodes it passes. In 4 bits, B takes
+two blocks, the second for what the first misses: [B_1 B_2 W] times [h h x]. Beside other bases,
+B is float32, and its product is added to theirs.
 
 Letters: B batch, T new tokens, G matrices that read the same x, E experts of a matrix, r rank,
 R all ranks of a matrix or a group.
@@ -16,6 +16,7 @@ R all ranks of a matrix or a group.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from onnx.helper import make_tensor, make_tensor_value_info
 from torch import Tensor, nn
 
 from ..method.experts import ExpertLinear, expert_layers
-from ..model.quantize import dequantize, quantize
-from .weights import WeightGraph
+from ..model.quantize import Blocks, dequantize, quantize
+from .weights import HALF, PRECISIONS, WeightGraph
 
 A_BITS = 8                      # of lora_A beside a base in blocks
 
@@ -49,21 +50,27 @@ class MixtureGraph(WeightGraph):
         """x (B, T, in) -> (B, T, sum of out), by the modules `names`. label: the name of the nodes,
         by default that of the first module."""
         label, weights = label or names[0], [self.weight(f"{n}.weight") for n in names]
+        adapters, delta = [self.adapters.get(name) for name in names], ""
+        wide = self.cast(f"{label}.wide", x, TensorProto.FLOAT) if any(adapters) else x
+        if any(isinstance(adapter, AdapterInput) for adapter in adapters):
+            parts = [self.adapter_input(n, wide, *w.shape) for n, w in zip(names, weights)]
+            delta = self.node("Concat", f"{label}.lora_B", *parts, axis=-1)
+        elif any(adapters):
+            h, B = self.experts(adapters, label, wide, [w.shape for w in weights])
+            if self.bits:
+                beside = [*in_8_bits(B, self.bits, self.block), self.joined(weights, self.bits)]
+                weights = [side_by_side(beside)]
+                h = self.cast(f"{label}.narrow", h, self.real)
+                x = self.node("Concat", label, *[h] * (len(beside) - 1), x, axis=-1)
+            else:
+                delta = self.node("MatMul", f"{label}.lora_B", h,
+                                  self.tensor(f"{label}.lora_B", B.T))
         y = self.product(names, label, x, weights)
         if bias:
             values = torch.cat([self.weight(f"{n}.bias").to(self.dtype) for n in names])
             y = self.node("Add", f"{label}.bias", y, self.tensor(f"{label}.bias", values))
-        if not self.adapters.keys() & set(names):
-            return y
-        x, shapes = self.cast(f"{label}.wide", x, TensorProto.FLOAT), [w.shape for w in weights]
-        adapters: list[Any] = [self.adapters.get(name) for name in names]
-        if any(isinstance(a, AdapterInput) for a in adapters):
-            parts = [self.adapter_input(n, x, *shape) for n, shape in zip(names, shapes)]
-        else:
-            parts = self.experts(adapters, label, x, shapes)
-        delta = parts[0] if len(parts) == 1 else self.node(
-            "Concat", f"{label}.lora_B", *parts, axis=-1)
-        return self.node("Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.real))
+        return y if not delta else self.node(
+            "Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.real))
 
     def adapter_input(self, name: str, x: str, outputs: int, inputs: int) -> str:
         """The LoRA that comes as an input of the graph; its default has rank 0 and adds nothing."""
@@ -76,23 +83,29 @@ class MixtureGraph(WeightGraph):
         h = self.node("MatMul", f"{name}.lora_A", x, A)
         return self.node("MatMul", f"{name}.lora_B", h, B)
 
-    def experts(self, layers: Sequence[ExpertLinear | None], label: str, x: str,
-                shapes: Sequence[tuple[int, int]]) -> list[str]:
-        """What the experts of each layer add to a matrix (out, in), (B, T, out); None: zeros."""
-        parts = [flat(layer) if layer else (torch.zeros(1, inputs), torch.zeros(out, 1),
+    def experts(self, layers: Sequence[Any], label: str, x: str,
+                shapes: Sequence[tuple[int, int]]) -> tuple[str, Tensor]:
+        """h (B, T, R), gated, and lora_B (sum of out, R) of the experts beside matrices (out, in).
+
+        Beside a base in blocks, the ranks of each matrix are padded to whole blocks.
+        """
+        parts = [flat(layer) if layer else (torch.zeros(0, inputs), torch.zeros(out, 0),
                                             torch.zeros(0, inputs))
                  for layer, (out, inputs) in zip(layers, shapes)]
-        routers = [router for _, _, router in parts if len(router)]
-        name, A = f"{label}.lora_A", torch.cat([A for A, _, _ in parts])
+        pads = [-len(A) % self.block if self.bits else 0 for A, _, _ in parts]
+        A = torch.cat([F.pad(A, (0, 0, 0, pad)) for (A, _, _), pad in zip(parts, pads)])
+        B = torch.block_diag(*(F.pad(B, (0, pad)) for (_, B, _), pad in zip(parts, pads)))
+        name = f"{label}.lora_A"
         few = self.rows or self.bits and self.dtype == torch.float32
         h = self.product([], name, x, [A], A_BITS) if few else self.node(
             "MatMul", name, x, self.tensor(name, A.T))
+        routers = [router for _, _, router in parts if len(router)]
         if routers:
             E, first, gate_of_rank = max(map(len, routers)), 0, []      # each (G * E, R)
-            for A, _, router in parts:
-                gate = torch.zeros(len(routers) * E, len(A))
+            for (A, _, router), pad in zip(parts, pads):
+                gate = torch.zeros(len(routers) * E, len(A) + pad)
                 if n := len(router):
-                    gate[first:first + n] = torch.eye(n).repeat_interleave(len(A) // n, 1)
+                    gate[first:first + n, :len(A)] = torch.eye(n).repeat_interleave(len(A) // n, 1)
                     first += E
                 else:
                     gate[:E] = 1                 # always 1: the gates of any matrix sum to 1
@@ -102,11 +115,7 @@ class MixtureGraph(WeightGraph):
                 "MatMul", f"{label}.gates", self.gates(f"{label}.router", x, routers, top_k),
                 self.tensor(f"{label}.gates", torch.cat(gate_of_rank, 1)))
             h = self.node("Mul", f"{label}.gates", h, gates)
-        hs = [h] if len(parts) == 1 else self.node(
-            "Split", name, h, [len(A) for A, _, _ in parts], outputs=len(parts), axis=-1)
-        return [self.node("MatMul", f"{label}.lora_B.{i}", h,
-                          self.tensor(f"{label}.lora_B.{i}", B.T))
-                for i, (h, (_, B, _)) in enumerate(zip(hs, parts))]
+        return h, B
 
     def gates(self, name: str, x: str, routers: Sequence[Tensor], top_k: Sequence[int]) -> str:
         """Top-k gates of G matrices, zero for experts not chosen, (B, T, G * E)."""
@@ -148,9 +157,28 @@ def flat(layer: ExpertLinear) -> tuple[Tensor, Tensor, Tensor]:
     return A, (B * layer.scaling).T, router
 
 
+def in_8_bits(B: Tensor, bits: int, block: int) -> list[Blocks]:
+    """lora_B (out, R) as one or two blocks of 8 or 4 bits, whose sum is B."""
+    parts = [quantize(B, bits, block)]
+    return parts if bits == 8 else [*parts, quantize(B - dequantize(parts[0]), bits, block)]
+
+
+def side_by_side(parts: Sequence[Blocks]) -> Blocks:
+    """Blocks of matrices (N, K_i) as those of one matrix (N, sum of K_i)."""
+    return replace(parts[0], shape=torch.Size((parts[0].shape[0], sum(p.shape[1] for p in parts))),
+                   data=torch.cat([p.data for p in parts], 1),
+                   scales=torch.cat([p.scales for p in parts], 1))
+
+
 @torch.no_grad()
-def round_adapters(model: nn.Module, block: int) -> None:
-    """Round the experts of the model in place, as a graph beside a base in blocks does."""
+def round_adapters(model: nn.Module, precision: str, block: int) -> None:
+    """Round the experts of the model in place, as a graph beside a base in few bits does."""
+    bits = 0 if precision == "q8" else PRECISIONS[precision][0]
     for layer in expert_layers(model).values():
-        A = dequantize(quantize(layer.lora_A.flatten(0, 1), A_BITS, block))
+        A, B = layer.lora_A.flatten(0, 1), layer.lora_B.flatten(0, 1).T
+        if precision not in HALF:
+            A = dequantize(quantize(A, A_BITS, block))
+        if bits:
+            B = torch.stack([*map(dequantize, in_8_bits(B, bits, block))]).sum(0)
         layer.lora_A = nn.Parameter(A.view_as(layer.lora_A), requires_grad=False)
+        layer.lora_B = nn.Parameter(B.T.reshape(layer.lora_B.shape), requires_grad=False)

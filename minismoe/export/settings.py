@@ -87,14 +87,14 @@ class ExportConfig(FreezeConfig):
                        "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
     page: bool = flag(False, "with --layout web: add a page to chat with the model in a browser")
     precision: str = flag(
-        "auto", "of the base weights, int4-8 with embedding and head in 8 bits; beside few bits, "
-        "lora_A takes 8 (not in q4f16); lora_B and routers are float32. q8: rows in 8 bits, for "
-        "browsers; q4f16: int4 in float16, for their WebGPU. auto (default): int4 if healed, else "
+        "auto", "of the base weights, int4-8 with embedding and head in 8 bits; experts that "
+        "stay take 8 beside few bits, routers are float32. q8: rows in 8 bits, for browsers; "
+        "q4f16: int4 in float16, for their WebGPU. auto (default): int4 if healed, else "
         "int4-8; for --layout web both q8 and q4f16, of which the browser loads one",
         choices=("auto", *PRECISIONS))
     block: int | None = flag(
-        None, "weights that share a scale, in 8 or 4 bits (default: 128 if scales are healed, rows "
-        "are long and the target is ort; or else 32)", int, choices=BLOCKS)
+        None, "weights that share a scale, in 8 or 4 bits (default: 128 if healed, rows are long, "
+        "the target is ort and no frozen experts stay; or else 32)", int, choices=BLOCKS)
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))
@@ -129,7 +129,8 @@ class ExportConfig(FreezeConfig):
                 "q8" if self.layout == "web" else "int4" if heals else "int4-8")
         few = heals and precision in ("int4", "q4f16", "w4a16")
         heal = (STEPS if few else 0) if self.heal is None else self.heal
-        large = heal and self.target == "ort" and hidden_size >= 4 * BLOCKS[-1]
+        large = (heal and self.target == "ort" and self.routing != "freeze"
+                 and hidden_size >= 4 * BLOCKS[-1])
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
             PRECISIONS[precision]) and precision != "w8a16" else None
         block = ROW if precision == "q8" else block

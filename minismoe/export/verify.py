@@ -35,7 +35,7 @@ from .mixture import round_adapters
 from .routing import Frozen
 from .scales import round_weights
 from .settings import ExportConfig, Source
-from .weights import HALF, PRECISIONS
+from .weights import PRECISIONS
 
 # How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
@@ -274,8 +274,8 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
             block = config.block or BLOCK
             rounded = round_weights(reference(task, adapted), config.precision, block,
                                     frozen.blocks)
-            if not (config.adapters or config.precision in HALF):        # whose graphs hold floats
-                round_adapters(rounded, block)
+            if not config.adapters:                          # those stay floats
+                round_adapters(rounded, config.precision, block)
         # Healed weights are no longer those of the model: the graph is compared with them.
         seen = compare_graph(rounded if frozen.blocks else model, generator, prompts,
                              config.precision)
