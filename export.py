@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> None:
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(config.out or source.run / "export" / name)
     must_be_new(out)
-    if config.graph:
-        print(*map(plan, parts), sep="\n")
+    print(*map(plan, parts), sep="\n")
 
     # Freeze the routing
     frozen = [freeze_routing(part, source) for part in parts]

@@ -45,7 +45,7 @@ class FreezeConfig:
     heal: int | None = flag(
         None, "train for so many steps after freezing: the frozen maps in float; in few bits the "
         "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: 40 "
-        "for int4 and w4a16 with data, or else 0)", natural, metavar="STEPS")
+        "for a RUN, and with --prompts for int4; 0 if the routing stays)", natural, metavar="STEPS")
     calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
                             metavar="N")
     prompts: str | None = flag(
@@ -117,18 +117,18 @@ class ExportConfig(FreezeConfig):
         128 decode faster and lose nothing once healed, but short rows would be padded to them.
         Raises ValueError for an NPU precision that needs texts where there are none.
         """
-        if not self.graph:
-            return replace(self, precision="fp32", heal=self.heal or 0)
         heals = has_examples and self.heal != 0 and self.routing != "dynamic"
         npu, precision = self.target == "npu", self.precision
         if npu and not has_examples and precision not in ("auto", "fp16"):
             raise ValueError(f"--precision {precision} rounds activations by ranges that texts "
                              "show: export a RUN, give --prompts FILE, or take --precision fp16")
-        if precision == "auto":
+        if not self.graph:
+            precision = "fp32"
+        elif precision == "auto":
             precision = ("w8a16" if has_examples else "fp16") if npu else (
                 "q8" if self.layout == "web" else "int4" if heals else "int4-8")
         few = heals and precision in ("int4", "q4f16", "w4a16")
-        heal = (STEPS if few else 0) if self.heal is None else self.heal
+        heal = STEPS * (heals and (few or self.run is not None)) if self.heal is None else self.heal
         large = (heal and self.target == "ort" and self.routing != "freeze"
                  and hidden_size >= 4 * BLOCKS[-1])
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(

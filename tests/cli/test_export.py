@@ -89,8 +89,9 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
     if "--prompts" in args:
         (tmp_path / "lines").write_text("say 5\nsay 77\nsing\n\nwhat?\nsay 6\nsay 1\n")
         args += [str(tmp_path / "lines"), "--heal", "2", "--routing", "auto"]
+    healed = "--heal" in args
     if "dynamic" not in args:
-        args += ["--calibration", "16"]
+        args += ["--calibration", "16"] + ["--heal", "0"] * (flags != "" and not healed)
     if flags and not {"--precision", "peft", "hf"} & set(args):
         args += ["--precision", "fp32"]
     export.main([str(run), "--out", str(out), "--check", "4", *args])
@@ -100,7 +101,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
                                 info["arguments"]["task"] or ""]
         kinds = {f.kind for f in frozen.values()}
         few = info["arguments"]["block"] and not {"freeze", "--adapters"} & set(args)
-        assert ("healed" in kinds) == ("--heal" in args and not few)
+        assert ("healed" in kinds) == (healed and not few)
         assert not ("--fit" in args and "linear" in kinds)
     for file in out.rglob("model*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph
@@ -118,7 +119,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         assert opened[args[1]] in files and "sampler.onnx" not in files
         return
     read_info(out, verify=True)
-    if info["precision"] == "fp32" and not {"--adapters", "--prompts", "--heal"} & set(args):
+    if info["precision"] == "fp32" and not healed and not {"--adapters", "--prompts"} & set(args):
         model = load_model(run.parent / "model")
         load_adapter(model, run / "adapter")
         if args[:2] != ["--routing", "dynamic"]:
@@ -280,12 +281,14 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
 @pytest.mark.parametrize(("flags", "wanted"), [
     ("--model base", ("int4-8", 0, 32)), ("--routing dynamic", ("int4-8", 0, 32)),
     ("--heal 0", ("int4-8", 0, 32)), ("--model base --prompts x", ("int4", 40, 32)),
-    ("--precision int4 --block 128", ("int4", 40, 128)), ("--precision int8", ("int8", 0, 32)),
-    ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 0, None)),
-    ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 0, None)),
+    ("--precision int4 --block 128", ("int4", 40, 128)), ("--precision int8", ("int8", 40, 32)),
+    ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 40, None)),
+    ("--precision fp32 --heal 0", ("fp32", 0, None)), ("--routing freeze", ("int4", 40, 32)),
+    ("--model base --prompts x --precision int4-8", ("int4-8", 0, 32)),
+    ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 40, None)),
     ("--layout peft --heal 3", ("fp32", 3, None)), ("--heal 9", ("int4", 9, 32)),
     ("--target portable", ("int4", 40, 32)), ("--block 64", ("int4", 40, 64)),
-    ("--target npu", ("w8a16", 0, None)), ("--target npu --model base", ("fp16", 0, None)),
+    ("--target npu", ("w8a16", 40, None)), ("--target npu --model base", ("fp16", 0, None)),
     ("--target npu --precision w4a16", ("w4a16", 40, 32))])
 def test_what_auto_becomes(flags: str, wanted: tuple[str, int, int | None]) -> None:
     args = flags.split() if "--model" in flags else ["run", *flags.split()]
@@ -295,8 +298,8 @@ def test_what_auto_becomes(flags: str, wanted: tuple[str, int, int | None]) -> N
     small = config.settled(has_examples, hidden_size=64)
     assert (small.precision, small.heal, small.block) == wanted
     large = config.settled(has_examples, hidden_size=576)
-    healed = large.block and large.heal and config.target == "ort"
-    assert large.block == (config.block or 128 if healed else wanted[2])
+    merged = large.heal and config.target == "ort" and config.routing == "merge"
+    assert large.block == (config.block or 128 if large.block and merged else wanted[2])
 
 
 def test_a_base_is_healed_on_prompts_towards_itself(run: Path, tmp_path: Path) -> None:
