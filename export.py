@@ -31,6 +31,7 @@ from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter, versions
 from minismoe.runtime import FORMAT
 from minismoe.runtime.folder import TASKS
+from minismoe.runtime.npu import htp
 from minismoe.runtime.session import enough_onnxruntime
 
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
         return
     if config.graph:
         enough_onnxruntime()
+    if config.compile:
+        htp()                                # raises before the work if it is not installed
     source = load_run(config) if config.run else load_base(config)
     if config.task and config.task not in source.examples:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
@@ -147,7 +150,7 @@ def load_base(config: ExportConfig) -> Source:
                                        dtype=config.dtype))
     base = cli.model_folder(settings)
     model = cli.load_base(settings, base)
-    run = Path("runs") / (Path(config.model).name if config.model else "base")
+    run = Path("runs") / (Path(config.model).resolve().name if config.model else "base")
     return Source(run, base, model.name, model, load_tokenizer(base))
 
 

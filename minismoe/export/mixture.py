@@ -16,7 +16,6 @@ R all ranks of a matrix or a group.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from ..method.experts import ExpertLinear, expert_layers
 from ..model.quantize import Blocks, dequantize, quantize
-from .weights import HALF, PRECISIONS, WeightGraph
+from .weights import HALF, PRECISIONS, WeightGraph, concatenated
 
 A_BITS = 8                      # of lora_A beside a base in blocks
 
@@ -59,7 +58,7 @@ class MixtureGraph(WeightGraph):
             h, B = self.experts(adapters, label, wide, [w.shape for w in weights])
             if self.bits:
                 beside = [*in_8_bits(B, self.bits, self.block), self.joined(weights, self.bits)]
-                weights = [side_by_side(beside)]
+                weights = [concatenated(beside, 1)]
                 h = self.cast(f"{label}.narrow", h, self.real)
                 x = self.node("Concat", label, *[h] * (len(beside) - 1), x, axis=-1)
             else:
@@ -161,13 +160,6 @@ def in_8_bits(B: Tensor, bits: int, block: int) -> list[Blocks]:
     """lora_B (out, R) as one or two blocks of 8 or 4 bits, whose sum is B."""
     parts = [quantize(B, bits, block)]
     return parts if bits == 8 else [*parts, quantize(B - dequantize(parts[0]), bits, block)]
-
-
-def side_by_side(parts: Sequence[Blocks]) -> Blocks:
-    """Blocks of matrices (N, K_i) as those of one matrix (N, sum of K_i)."""
-    return replace(parts[0], shape=torch.Size((parts[0].shape[0], sum(p.shape[1] for p in parts))),
-                   data=torch.cat([p.data for p in parts], 1),
-                   scales=torch.cat([p.scales for p in parts], 1))
 
 
 @torch.no_grad()

@@ -21,10 +21,7 @@ from .weights import CHUNK, PRECISIONS, few_bits
 
 
 class ScaledWeight(nn.Module):
-    """A weight (N, K) in blocks, with a trainable log-scale `delta` (N, G) for each of them.
-
-    It is made anew in each forward and backward, CHUNK weights at a time, and so not kept.
-    """
+    """A weight (N, K) in blocks, with a trainable log-scale `delta` (N, G) for each of them."""
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype):
         super().__init__()
@@ -61,9 +58,9 @@ class ScaledWeight(nn.Module):
 class _Multiply(torch.autograd.Function):
     """y = x w^T + b;   dx = dy w,   d delta = block sums of (dy^T x) * w.
 
-    w exists for some rows at a time, and its gradient for a few: no large table is ever whole.
+    w is made anew for some rows at a time, its gradient for a few: no large table is ever whole.
     Compared with autograd in
-    tests/export/test_heal.py::test_gradients_of_scales_equal_autograd, as is `_Lookup`.
+    tests/export/test_heal.py::test_gradients_of_scales_equal_autograd, as is `ScaledEmbedding`.
     """
 
     @staticmethod
@@ -78,32 +75,13 @@ class _Multiply(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,), weight, sums = ctx.saved_tensors, ctx.weight, []
-        dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        flat = x.flatten(0, -2)
+        flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
+        dx = torch.zeros_like(flat, dtype=torch.promote_types(x.dtype, torch.float32))
         for part in weight.parts():
-            w, d = weight.rows(part), dy[..., part]
-            if ctx.needs_input_grad[0]:
-                dx += d @ w
-            d = d.flatten(0, -2)
+            w, d = weight.rows(part), dy[:, part]
+            dx += d @ w
             sums += [weight.block_sums(d[:, few].T @ flat, w[few]) for few in few_rows(w)]
-        return dx.to(x.dtype) if ctx.needs_input_grad[0] else None, torch.cat(sums), None, None
-
-
-class _Lookup(torch.autograd.Function):
-    """x = w[ids];   d delta[ids] += block sums of dx * w[ids]."""
-
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, delta: Tensor, weight: ScaledWeight) -> Tensor:
-        ctx.weight, ctx.ids, x = weight, ids.flatten(), weight.rows(ids.flatten())
-        ctx.save_for_backward(x)
-        return x.view(*ids.shape, -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx: Tensor) -> tuple[None, Tensor, None]:
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        sums = weight.block_sums(dx.reshape(x.shape).clone(), x)
-        return None, torch.zeros_like(weight.delta).index_add_(0, ctx.ids, sums), None
+        return dx.view_as(x).to(x.dtype), torch.cat(sums), None, None
 
 
 class ScaledLinear(nn.Linear):
@@ -128,7 +106,10 @@ class ScaledEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., K)."""
-        return _Lookup.apply(ids, self.scaled.delta, self.scaled)
+        x, delta = self.scaled.rows(ids.flatten()), F.embedding(ids.flatten(), self.scaled.delta)
+        # e^0 = 1 leaves x as it is, and gives delta its gradient: the block sums of dx * x.
+        one = (delta - delta.detach()).exp().repeat_interleave(self.scaled.blocks.size, 1)
+        return (x * one[:, :x.shape[1]].to(x.dtype)).view(*ids.shape, -1)
 
 
 def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,

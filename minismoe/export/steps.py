@@ -3,7 +3,6 @@
 A browser copies all keys and values to JavaScript and back around each run. In a Loop they stay.
 """
 
-import copy
 from collections.abc import Sequence
 
 import onnx
@@ -63,7 +62,4 @@ def write_in_steps(graph: onnx.GraphProto, stops: Sequence[int]) -> None:
 
 def _inner(*values: ValueInfoProto) -> list[ValueInfoProto]:
     """The same inside the Loop, with their shapes: an older onnxruntime needs them for Gemma."""
-    copies = [*copy.deepcopy(values)]
-    for v in copies:
-        v.name = f"step.{v.name}"
-    return copies
+    return [ValueInfoProto(name=f"step.{v.name}", type=v.type) for v in values]

@@ -38,11 +38,16 @@ def few_bits(weight: Any, precision: str, bits: int, block: int) -> Blocks:
     return quantize_rows(weight) if rows else quantize(weight, bits, block)
 
 
-class WeightGraph(Graph):
-    """A graph that reads the weights of one model by their Hugging Face names.
+def concatenated(parts: Sequence[Blocks], dim: int) -> Blocks:
+    """Blocks of matrices below each other (dim 0) or side by side (1), as those of one matrix."""
+    shape = [*parts[0].shape]
+    shape[dim] = sum(p.shape[dim] for p in parts)
+    return replace(parts[0], shape=torch.Size(shape), data=torch.cat([p.data for p in parts], dim),
+                   scales=torch.cat([p.scales for p in parts], dim))
 
-    A weight is a tensor, or ready-made `Blocks` that are stored as they are.
-    """
+
+class WeightGraph(Graph):
+    """A graph that reads the weights of one model by their Hugging Face names."""
 
     def __init__(self, data: BinaryIO, config: Config, weight: Callable[[str], Any], target: str,
                  precision: str, block: int, static: tuple[int, int, int] | None):
@@ -62,11 +67,7 @@ class WeightGraph(Graph):
 
     def joined(self, weights: Sequence[Any], bits: int) -> Blocks:
         """Weights (out, in) below each other, as the graph stores them."""
-        parts = [few_bits(w, self.precision, bits, self.block) for w in weights]
-        data = torch.cat([p.data for p in parts])
-        scales = torch.cat([p.scales for p in parts])
-        shape = torch.Size((len(data), parts[0].shape[1]))
-        return replace(parts[0], shape=shape, data=data, scales=scales)
+        return concatenated([few_bits(w, self.precision, bits, self.block) for w in weights], 0)
 
     def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any],
                 bits: int = 0) -> str:

@@ -63,7 +63,7 @@ def _check(info: Any) -> None:
         raise ValueError(f"format {info['format']!r}, cache type {info['cache_type']!r}, "
                          f"target {info['target']!r}")
     if info["target"] == "npu" and (info["static"][0], type(info.get("soc", 0))) != (1, int):
-        raise ValueError(f"static {info['static']}, chip {info['soc']!r}")
+        raise ValueError(f"static {info['static']}, chip {info.get('soc')!r}")
     if not all(type(size) is int and 0 < size <= 1 << 24 for size in sizes) or len(
             sizes) not in (6, 9) or not isinstance(info.get("adapters") or {}, dict):
         raise ValueError(f"sizes {sizes}")

@@ -33,7 +33,7 @@ EXACT = (("session.disable_quant_qdq", "1"),)
 HALF = 2                                     # bytes of a float16
 
 
-def _htp() -> tuple[str, list[Any]]:
+def htp() -> tuple[str, list[Any]]:
     """QNN's library for the HTP, and its devices. ImportError if onnxruntime-qnn is missing."""
     try:
         import onnxruntime_qnn
@@ -53,7 +53,7 @@ def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
 
     soc: the chip, by Qualcomm's number. Raises ValueError with the nodes that QNN refuses.
     """
-    backend, devices = _htp()
+    backend, devices = htp()
     if not devices:
         raise ValueError("QNN finds no NPU here: leave out --provider")
     options = ort.SessionOptions()

@@ -561,14 +561,25 @@ def test_a_table_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     ("--prompts nowhere.txt", "nowhere.txt"),
     ("--target npu --static 1x8x32", "--static with 32 past positions: .* need 4[0-9]"),
     ("--target portable --block 128", "--block 128: rows of 32 weights are no whole blocks"),
+    ("--target npu --compile qnn:60", "QNN needs onnxruntime-qnn"),
 ])
 def test_errors_come_before_the_work(run: Path, flags: str, reason: str,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "new_folder", lambda folder: pytest.fail("there is no folder yet"))
     if "--prompts" not in flags:                               # which freezing reads
         monkeypatch.setattr(export, "freeze_routing", lambda *a: pytest.fail("it was frozen"))
-    with pytest.raises((ValueError, OSError), match=reason):
+    monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)  # as if it were not installed
+    with pytest.raises((ValueError, OSError, ImportError), match=reason):
         export.main([str(run), *flags.split()])
+
+
+def test_a_base_in_this_folder_keeps_its_name(run: Path, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run.parent / "model", tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    export.main(["--model", ".", "--check", "1"])
+    assert [p.name for p in (tmp_path / "model/runs/model/export").iterdir()] == [
+        "merge-onnx-int4-8"]
 
 
 def test_a_folder_that_is_no_run_is_one_line() -> None:
