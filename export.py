@@ -137,9 +137,8 @@ def load_run(config: FreezeConfig) -> Source:
     load_adapter(inputs.model, run / "adapter")
     inputs.model.model.recompute = training.recompute
     return Source(run, cli.model_folder(settings), inputs.model.name, inputs.model,
-                  inputs.tokenizer, inputs.tasks,
-                  {task: e.examples for task, e in inputs.encoded.items()},
-                  trained(run, inputs.tasks), training.micro_batch_size)
+                  inputs.tokenizer, inputs.tasks, inputs.encoded, trained(run, inputs.tasks),
+                  training.micro_batch_size)
 
 
 def load_base(config: ExportConfig) -> Source:

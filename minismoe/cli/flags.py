@@ -41,12 +41,10 @@ class InputConfig:
         "auto", "of the frozen weights and activations; experts are held, and routers and norms "
         "computed, in float32 anyway. auto: bfloat16 if the device multiplies it in hardware, "
         "and float32 for the tiny model", choices=("auto", "float32", "bfloat16"))
-    shard: bool = flag(
-        False, "under torchrun (torch 2.8): each process holds a part of the frozen blocks, for "
-        "models too large for one device; slower")
-    base_bits: int | None = flag(
-        None, "hold the frozen linear layers in so many bits: less memory, a little slower, less "
-        "exact", int, choices=(8, 4))
+    shard: bool = flag(False, "under torchrun (torch 2.8): each process holds a part of the frozen "
+                       "blocks, for models too large for one device; slower")
+    base_bits: int | None = flag(None, "hold the frozen linear layers in so many bits: less "
+                                 "memory, a little slower, less exact", int, choices=(8, 4))
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,8 @@ class AllocationConfig:
     targets: str | None = flag(
         None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
         "may get experts; default: all linear layers")
-    min_experts: int = flag(
-        1, "experts that every matrix gets at least; 0: the paper's vote, which leaves some bare "
-        "(default: %(default)s)", int, metavar="N")
+    min_experts: int = flag(1, "experts that every matrix gets at least; 0: the paper's vote, "
+                            "which leaves some bare (default: %(default)s)", int, metavar="N")
     max_experts: int | None = flag(
         None, "most experts of a matrix (default: the number of tasks for votes and random; lora "
         "has one, whose rank spends what votes do)", positive, metavar="N")
@@ -96,6 +93,5 @@ class RunConfig:
     verbose: bool = flag(False, "show some wrong answers a task")
     plan: bool = flag(False, "print parameters, memory by part, time and disk of the run, and "
                       "stop; --data and weights may be missing")
-    allocation: str | None = flag(
-        None, 'an allocation.json, or a bare {"module": experts} mapping; default: probe and '
-        "allocate", text, metavar="FILE")
+    allocation: str | None = flag(None, 'an allocation.json, or a bare {"module": experts} '
+                                  "mapping; default: probe and allocate", text, metavar="FILE")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..data import toy
-from ..data.tasks import Encoded, Example, Task, encode, encode_all, load_tasks
+from ..data.tasks import Example, Task, encode, encode_all, load_tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..io.hub import resolve
 from ..io.text import clean, in_colour, table
@@ -34,12 +34,12 @@ class Inputs:
     model: CausalLM
     tokenizer: Tokenizer
     tasks: list[Task]
-    encoded: dict[str, Encoded]
+    encoded: dict[str, list[Example]]
 
     @property
     def examples(self) -> list[Example]:
         """The training examples of all tasks."""
-        return [e for encoded in self.encoded.values() for e in encoded.examples]
+        return [e for examples in self.encoded.values() for e in examples]
 
     @property
     def identity(self) -> dict[str, str]:
@@ -47,7 +47,7 @@ class Inputs:
         found = {"the model": self.model.fingerprint}
         for task in self.tasks:
             content = hashlib.sha256(json.dumps(task.test).encode())
-            for e in self.encoded[task.name].examples:
+            for e in self.encoded[task.name]:
                 content.update(repr((e.index, e.ids, e.labels)).encode())
             found[f"task {task.name}"] = content.hexdigest()[:16]
         return found
@@ -56,8 +56,10 @@ class Inputs:
 def settled(config: InputConfig) -> InputConfig:
     """The same with a device and dtype in place of "auto".
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that is not there, and for --data without --model.
     """
+    if config.model is None and config.data is not None:         # before the tiny model is made
+        raise ValueError(TOGETHER)
     device = torch.device(config.device if config.device != "auto" else
                           "cuda" if torch.cuda.is_available() else
                           "mps" if torch.backends.mps.is_available() else "cpu")
@@ -137,8 +139,6 @@ def load_base(config: InputConfig, folder: Path) -> CausalLM:
 
 def read_tasks(config: InputConfig, folder: Path) -> tuple[Tokenizer, list[Task]]:
     """The tokenizer of `folder`, and the tasks. ValueError for a task that is missing or twice."""
-    if (config.model is None) != (config.data is None):
-        raise ValueError(TOGETHER)
     names = [name.strip() for name in config.tasks.split(",")] if config.tasks else []
     if len(set(names)) < len(names):
         raise ValueError(f"a task is asked for twice: {', '.join(names)}")
@@ -155,38 +155,36 @@ def read_tasks(config: InputConfig, folder: Path) -> tuple[Tokenizer, list[Task]
 
 
 def read_data(config: InputConfig, folder: Path,
-              ) -> tuple[Tokenizer, list[Task], dict[str, Encoded]]:
+              ) -> tuple[Tokenizer, list[Task], dict[str, list[Example]]]:
     """The tokenizer of `folder`, the tasks, and their training examples by task. Raises ValueError
     if a task has no example with a supervised token."""
-    (tokenizer, tasks), length = read_tasks(config, folder), context(config, folder)
+    tokenizer, tasks = read_tasks(config, folder)
+    length = min(config.max_length, read_config(folder)[0].max_position_embeddings)
     encoded = {t.name: encode_all(t, tokenizer, length) for t in tasks}
-    if empty := [name for name, e in encoded.items() if not e.examples]:
+    if empty := [name for name, examples in encoded.items() if not examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")
     return tokenizer, tasks, encoded
 
 
-def context(config: InputConfig, folder: Path) -> int:
-    """Tokens that an example may have: --max-length, or what the model was made for."""
-    return min(config.max_length, read_config(folder)[0].max_position_embeddings)
-
-
-def print_data(tokenizer: Tokenizer, tasks: Sequence[Task], encoded: Mapping[str, Encoded]) -> None:
+def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
+               encoded: Mapping[str, Sequence[Example]]) -> None:
     """Print how much each task holds, and what the length limit cut or left out."""
-    rows = []
+    rows, left_out = [], {t.name: len(t.train) - len(encoded[t.name]) for t in tasks}
     for task in tasks:
-        e = encoded[task.name]
-        lengths = [len(x.ids) for x in e.examples] or [0]
-        answers = sum(label != IGNORE for x in e.examples for label in x.labels)
+        examples, dropped = encoded[task.name], left_out[task.name]
+        lengths = [len(e.ids) for e in examples]
+        answers = sum(label != IGNORE for e in examples for label in e.labels)
         rows.append([clean(task.name), len(task.train), len(task.test),
                      f"{sum(lengths) / len(lengths):.0f}", max(lengths),
-                     f"{answers / max(1, len(e.examples)):.1f}", e.truncated, e.dropped])
+                     f"{answers / len(examples):.1f}", dropped + sum(e.cut for e in examples),
+                     dropped])
     print(table(["task", "train", "test", "tokens", "longest", "supervised", "cut", "left out"],
                 rows))
     for task in tasks:
         if task.note:
             print(f"{clean(task.name)}: {task.note}")
-    if dropped := sum(e.dropped for e in encoded.values()):
+    if dropped := sum(left_out.values()):
         print(f"{dropped} examples were left out: the length limit would remove their whole answer")
     if tokenizer.template is None:
         print("chat template: the checkpoint brings none, so the default one is used (--show 1)")

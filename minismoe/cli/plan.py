@@ -27,7 +27,7 @@ from ..training.memory import MIB, available, fixed_bytes, largest, measure_peak
 from ..training.resume import KEPT
 from . import probing
 from .flags import RunConfig
-from .inputs import context, load_base, model_folder, read_data
+from .inputs import load_base, model_folder, read_data
 
 STEPS, SECONDS = 4, 30           # measured steps, the first to warm up; and how long they may take
 ONEDNN = 64 * MIB                # what it compiles for bfloat16 on a CPU: see process.bound_memory
@@ -44,9 +44,9 @@ class Prospect:
         names, examples = inputs.tasks.split(",") if inputs.tasks else [""], []
         if inputs.data or inputs.model is None:
             encoded = read_data(inputs, self.folder)[2]
-            names, examples = list(encoded), [e for x in encoded.values() for e in x.examples]
+            names, examples = list(encoded), [e for x in encoded.values() for e in x]
         if not examples:                     # a batch of examples of --max-length
-            length = context(inputs, self.folder)
+            length = min(inputs.max_length, sizes.max_position_embeddings)
             answer = max(1, length // 10)
             ids = [[i % sizes.vocab_size] * length for i in range(training.batch_size)]
             examples = [Example("", r, [IGNORE] * (length - answer) + r[-answer:]) for r in ids]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data.tasks import Batch, probe_batches
 from ..io.drawing import terminal_heatmap
-from ..io.files import read_json
+from ..io.files import naming, read_json
 from ..io.text import clean, table
 from ..method.allocate import Allocation, allocate
 from ..method.experts import linear_layers
@@ -87,10 +87,8 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
             if asked not in (getattr(AllocationConfig, name), value.get(name)):
                 print(f"{clean(file)} says {name} {value.get(name)!r}, which is taken, and not "
                       f"{asked}", file=sys.stderr)
-    try:
+    with naming(file, ValueError):
         return Allocation.from_json(value)
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from None
 
 
 def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
@@ -99,8 +97,8 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
     """
     pad_id, device = inputs.tokenizer.pad_id, inputs.model.lm_head.weight.device
     batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(
-        random.Random(allocating.seed).sample(e.examples, len(e.examples)), allocating.samples,
-        size, pad_id, device)]
+        random.Random(allocating.seed).sample(e, len(e)), allocating.samples, size, pad_id,
+        device)]
     scores = Scores(shapes_of(inputs.model))
 
     def norms(item: tuple[str, Batch]) -> list[list[float]]:

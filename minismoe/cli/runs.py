@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from ..io.files import inside, read_json, write_json
+from ..io.files import inside, naming, read_json, write_json
 from ..io.flags import as_flags, from_flags, option
 from ..io.text import clean
 from ..method.allocate import Allocation
@@ -75,14 +75,12 @@ def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse
     if unknown := saved.keys() - vars(parser.parse_args([])):
         raise ValueError(f"{saved['out']}/config.json: there is no flag {', '.join(unknown)}")
     parser.exit_on_error = False
-    try:
-        return parser.parse_args([
+    with naming(f"{saved['out']}/config.json", argparse.ArgumentError):
+        args = parser.parse_args([
             option(name) + ("" if value is True else f"={value}")
             for name, value in saved.items() if value is not None and value is not False])
-    except argparse.ArgumentError as e:
-        raise ValueError(f"{saved['out']}/config.json: {e}") from None
-    finally:
-        parser.exit_on_error = True
+    parser.exit_on_error = True
+    return args
 
 
 def saved_config(run: Path) -> dict[str, Any]:

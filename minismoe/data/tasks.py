@@ -14,13 +14,14 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..io.files import naming
 from ..method.loss import IGNORE
 from .tokenizer import Message, Tokenizer
 
@@ -53,15 +54,7 @@ class Example:
     ids: list[int]
     labels: list[int]
     index: int = 0                # its place among the task's training conversations
-
-
-@dataclass
-class Encoded:
-    """A task's training examples, and how many the length limit cut or dropped."""
-
-    examples: list[Example] = field(default_factory=list)
-    truncated: int = 0
-    dropped: int = 0
+    cut: bool = False             # by the length limit
 
 
 def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> list[Task]:
@@ -242,28 +235,21 @@ def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Exam
     return Example(task, ids, labels)
 
 
-def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> Encoded:
+def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> list[Example]:
     """The training examples of a task, cut to `max_length` tokens.
 
     An example without a supervised token before the limit is dropped. Raises the ValueErrors of
     `encode` with the example's task and line.
     """
-    result = Encoded()
+    found = []
     for index, messages in enumerate(task.train):
-        try:
-            example = encode(task.name, messages, tokenizer)
-        except ValueError as e:
-            raise ValueError(f"task {task.name}, training example {index + 1}, "
-                             f"{messages[0]['content'][:40]!r}: {e}") from None
-        example.index = index
-        if len(example.ids) > max_length:
-            result.truncated += 1
-            example.ids, example.labels = example.ids[:max_length], example.labels[:max_length]
-        if any(label != IGNORE for label in example.labels[1:]):
-            result.examples.append(example)
-        else:
-            result.dropped += 1
-    return result
+        with naming(f"task {task.name}, training example {index + 1}, "
+                    f"{messages[0]['content'][:40]!r}", ValueError):
+            whole = encode(task.name, messages, tokenizer)
+        ids, labels = whole.ids[:max_length], whole.labels[:max_length]
+        if any(label != IGNORE for label in labels[1:]):
+            found.append(Example(task.name, ids, labels, index, len(whole.ids) > max_length))
+    return found
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:

@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..io.files import read_json
+from ..io.files import naming, read_json
 from ..io.hub import resolve
 from ..model.config import text_part
 from . import templates
@@ -62,10 +62,8 @@ class FileTokenizer:
         except ImportError:
             raise ModuleNotFoundError(
                 f"{file} needs the tokenizers library: pip install 'minismoe[hub]'") from None
-        try:
+        with naming(f"{file} is no valid tokenizer", Exception):     # the library raises bare ones
             self.backend = Backend.from_file(str(file))
-        except Exception as e:               # the library raises bare Exception
-            raise ValueError(f"{file} is no valid tokenizer: {e}") from None
         self.backend.no_truncation()
         self.backend.no_padding()
         # Added tokens may be beyond the model, as Gemma's for images is: `encode` refuses these.
@@ -89,10 +87,9 @@ class FileTokenizer:
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         # Lone surrogates (half an emoji, invalid UTF-8 in argv) become "?", as in ByteTokenizer.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        try:
+        with naming(f"{self.file} cannot encode {text[:40]!r}", Exception):
+            # It raises, for instance, for an unknown word without an unknown token.
             encoding = self.backend.encode(text, add_special_tokens=False)
-        except Exception as e:               # such as an unknown word without an unknown token
-            raise ValueError(f"{self.file} cannot encode {text[:40]!r}: {e}") from None
         if max(encoding.ids, default=0) >= self.vocab_size:      # ids may have gaps
             raise ValueError(f"{self.file} encodes {text[:40]!r} with token {max(encoding.ids)}, "
                              f"and the model has only {self.vocab_size}")
@@ -187,10 +184,8 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The template of a checkpoint folder, or None; ValueError if it is not text."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        try:
+        with naming(f"{file} is not UTF-8 text", ValueError):
             return file.read_text(encoding="utf-8")
-        except ValueError as e:
-            raise ValueError(f"{file} is not UTF-8 text: {e}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):           # several with names: [{"name": ..., "template": ...}]
         template = next((t.get("template") for t in template

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
-from ..io.files import replacing, write_json
+from ..io.files import naming, replacing, write_json
 from ..io.text import clean, table
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, TaskFits, fit, merge, merged
@@ -84,10 +84,8 @@ class Calibration:
 def unlabelled(file: str, source: Source) -> list[Example]:
     """One example a line of a file, without labels, cut to the model's positions. Raises ValueError
     for a file that is empty or not UTF-8."""
-    try:
+    with naming(f"{file} is no UTF-8 text", ValueError):
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{file} is no UTF-8 text: {e}") from None
     prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{file} holds no prompt")

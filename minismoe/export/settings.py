@@ -74,10 +74,9 @@ class ExportConfig(FreezeConfig):
     model: str | None = flag(
         None, "instead of RUN: a checkpoint folder or hub name, without adapters", text)
     out: str | None = flag(None, "folder to make (default: one in RUN/export)", text, metavar="DIR")
-    routing: str = flag(
-        "merge", "merge (default): into the weights; freeze: a LoRA beside them; dynamic: token "
-        "by token, as trained; auto: dynamic in the fewest matrices that --tolerance needs",
-        choices=("merge", "freeze", "dynamic", "auto"))
+    routing: str = flag("merge", "merge (default): into the weights; freeze: a LoRA beside them; "
+                        "dynamic: token by token, as trained; auto: dynamic in the fewest matrices "
+                        "that --tolerance needs", choices=("merge", "freeze", "dynamic", "auto"))
     tolerance: float = flag(0.01, "exact match, or agreement without labels, that --routing auto "
                             "may lose, as a share (default: 0.01)", number, metavar="X")
     task: str | None = flag(None, "freeze for the samples of this task only", text)
@@ -86,12 +85,11 @@ class ExportConfig(FreezeConfig):
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
                        "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
     page: bool = flag(False, "with --layout web: add a page to chat with the model in a browser")
-    precision: str = flag(
-        "auto", "of the base weights, int4-8 with embedding and head in 8 bits; experts that "
-        "stay take 8 beside few bits, routers are float32. q8: rows in 8 bits, for browsers; "
-        "q4f16: int4 in float16, for their WebGPU. auto (default): int4 if healed, else "
-        "int4-8; for --layout web both q8 and q4f16, of which the browser loads one",
-        choices=("auto", *PRECISIONS))
+    precision: str = flag("auto", "of the base weights, int4-8 with embedding and head in 8 bits; "
+                          "experts that stay take 8 beside few bits, routers are float32. q8: rows "
+                          "in 8 bits, for browsers; q4f16: int4 in float16, for their WebGPU. auto "
+                          "(default): int4 if healed, else int4-8; for --layout web both q8 and "
+                          "q4f16, of which the browser loads one", choices=("auto", *PRECISIONS))
     block: int | None = flag(
         None, "weights that share a scale, in 8 or 4 bits (default: 128 if healed, rows are long, "
         "the target is ort and no frozen experts stay; or else 32)", int, choices=BLOCKS)

@@ -13,9 +13,8 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, renamed to `path` once it is written without error."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -78,7 +77,16 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def write_json(path: Path | str, value: Any) -> None:
+@contextmanager
+def naming(place: object, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise exceptions of these kinds in the block as ValueErrors that begin with `place`."""
+    try:
+        yield
+    except kinds as e:
+        raise ValueError(f"{place}: {e}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON; the file appears whole or not at all."""
     with replacing(path) as tmp:
         tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -86,10 +94,8 @@ def write_json(path: Path | str, value: Any) -> None:
 
 def read_json(path: Path | str) -> dict[str, Any]:
     """The object in a JSON file; ValueError names the file and the place of an error."""
-    try:
+    with naming(f"{path} is not valid JSON", ValueError, RecursionError):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value

@@ -59,12 +59,6 @@ RULES = {"votes": votes, "proportional": proportional, "uniform": uniform, "mola
 STRATEGIES = tuple(RULES)
 
 
-def parameters(shape: tuple[int, int], experts: int, rank: int) -> int:
-    """Trainable parameters (lora_A, lora_B, router) of a module whose weight is (out, in)."""
-    d_out, d_in = shape
-    return experts * rank * (d_in + d_out) + (experts * d_in if experts > 1 else 0)
-
-
 def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "attention_mlp",
              keep: float | None = None, budget_experts: int | None = None,
              budget_params: int | None = None, min_experts: int = 0, max_experts: int | None = None,
@@ -93,12 +87,9 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
         raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
     in_params = budget_params is not None or (strategy == "lora" and not budgets and not unknown)
 
-    def trainable(found: Allocation) -> int:
-        return sum(parameters(sizes[m], count, found.rank) for m, count in found.experts.items())
-
-    def cost(found: Allocation) -> int:  # in the budget's unit
+    def cost(found: Allocation) -> int:  # in the budget's unit, rounded up
         experts = sum(found.experts.values())
-        return trainable(found) if in_params else -(-experts * found.rank // rank)  # rounded up
+        return found.trainable(sizes) if in_params else -(-experts * found.rank // rank)
 
     order = Order(draft, scores, modules, grouped(modules, group), min_experts, max_experts, seed)
     at = partial(RULES[strategy], order)
@@ -111,7 +102,7 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
     most = budget // min(sum(sizes[m]) for m in modules) if in_params else budget * rank
     numbers = range(1, min(most, 2**50) + 1)  # beyond, all cost more, or are the largest there is
     best = at(bisect_right(numbers, budget, key=lambda n: cost(at(n))))
-    return replace(best, trainable_parameters=None if unknown else trainable(best), experts={
+    return replace(best, trainable_parameters=None if unknown else best.trainable(sizes), experts={
         m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})
 
 

@@ -46,6 +46,11 @@ class Allocation:
                      if self.rank > min(shapes[module])]:
             raise Unfit(f"rank {self.rank} is more than the matrix itself has: {', '.join(small)}")
 
+    def trainable(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Trainable parameters (lora_A, lora_B, router) on weights of these shapes, (out, in)."""
+        return sum(E * self.rank * sum(shapes[module]) + (E * shapes[module][1] if E > 1 else 0)
+                   for module, E in self.experts.items())
+
     def problems(self) -> list[str]:
         """One message for each wrong value; a count of 0 is allowed."""
         keep, trainable = self.keep, self.trainable_parameters

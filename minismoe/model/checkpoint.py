@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..io.files import inside, read_json, replacing, sha256, write_json
+from ..io.files import inside, naming, read_json, replacing, sha256, write_json
 from ..io.hub import resolve
 from ..io.text import clean
 from ..method.allocate import Allocation
@@ -80,10 +80,8 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json")
     config = read_json(file)
-    try:
+    with naming(file, ValueError):
         return Config.from_dict(config), config
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from None
 
 
 def weights(folder: Path) -> Callable[[str], Tensor]:
@@ -211,10 +209,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     if meta.get("format") != ADAPTER_FORMAT:
         raise ValueError(f"{record} is not of the form {ADAPTER_FORMAT}")
     _check_base(model, meta)
-    try:
+    with naming(record, ValueError):
         allocation = Allocation.from_json(meta.get("allocation"))
-    except ValueError as e:
-        raise ValueError(f"{record}: {e}") from None
     layers = adaptable(model, allocation)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, E in allocation.experts.items():

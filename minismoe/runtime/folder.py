@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..io.files import inside, read_json, sha256
+from ..io.files import inside, naming, read_json, sha256
 from ..io.text import clean
 
 FORMAT = "minismoe.export/1"
@@ -97,7 +97,5 @@ def read_text(name: str, folder: Path, tasks: Iterable[str]) -> str:
     if not Path(name).is_file():
         raise ValueError(f"{name} is no file, and none of the tasks of which {folder} knows this: "
                          f"{', '.join(tasks) or 'none'}")
-    try:
+    with naming(f"{name} is not UTF-8 text", ValueError):
         return Path(name).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{name} is not UTF-8 text: {e}") from None

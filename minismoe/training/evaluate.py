@@ -9,6 +9,7 @@ import torch
 
 from ..data.tasks import Task
 from ..data.tokenizer import Tokenizer
+from ..io.files import naming
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache
 from .distributed import all_sum, spread
@@ -118,10 +119,8 @@ def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[
                          "test.jsonl, or two lines without that file")
     prompts = []
     for number, messages in enumerate(task.test, 1):
-        try:
+        with naming(f"task {task.name}, test example {number}", ValueError):
             text = tokenizer.render(messages[:-1], add_generation_prompt=True)
-        except ValueError as e:
-            raise ValueError(f"task {task.name}, test example {number}: {e}") from None
         prompts.append(tokenizer.encode(text)[0])
         if len(prompts[-1]) >= context:
             raise ValueError(f"task {task.name}: the prompt of test example {number} has "

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from ..method.experts import balance_loss, expert_layers, expert_use
 from ..method.loss import IGNORE, supervised_losses
 from ..model.decoder import CausalLM
 from . import distributed
-from .resume import digest, discard, due, load_checkpoint, save_checkpoint
+from .resume import digest, due, load_checkpoint, save_checkpoint
 
 USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
 REMEDY = "try a lower --lr, or --dtype float32"
@@ -42,23 +43,20 @@ class TrainConfig:
         8, "examples computed at once by all processes together, less memory by accumulation "
         "(default: --batch-size). auto: the most that fit --memory, or the device",
         flags.positive_or_auto, metavar="N|auto")
-    memory: int | None = flag(
-        None, "bytes that auto and --plan may count on, as 4G or 512M (default: what the device "
-        "has free)", flags.size, metavar="SIZE")
+    memory: int | None = flag(None, "bytes that auto and --plan may count on, as 4G or 512M "
+                              "(default: what the device has free)", flags.size, metavar="SIZE")
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
     lr: float = flag(4e-3, "peak learning rate (default: %(default)s)", flags.number)
     warmup: float = flag(
         0.05, "share of the steps, then a cosine to 0 (default: %(default)s)", flags.part)
     weight_decay: float = flag(0.0, "of AdamW (default: %(default)s)", flags.number)
-    max_grad_norm: float = flag(
-        1.0, "gradients are clipped to this norm, inf: never (default: %(default)s)",
-        flags.above_zero)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm, inf: never (default: "
+                                "%(default)s)", flags.above_zero)
     router_aux_loss_coef: float = flag(
         0.01, "weight of the balance loss (default: %(default)s)", flags.number)
-    checkpoint_every: int | str = flag(
-        200, "optimizer steps, or minutes: 10m (default: %(default)s)", flags.interval,
-        metavar="N|Nm")
+    checkpoint_every: int | str = flag(200, "optimizer steps, or minutes: 10m (default: "
+                                       "%(default)s)", flags.interval, metavar="N|Nm")
     seed: int = 0
 
 
@@ -197,7 +195,8 @@ def _first_state(run: Path, trained: Mapping[str, Tensor], optimizer: torch.opti
     order = digest([[(e.task, e.index) for e in batch] for batch in batches])
     fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0, "order": order}
     if not resume:
-        distributed.once(discard, run)
+        if (run / "checkpoints").exists():
+            distributed.once(shutil.rmtree, run / "checkpoints")
         return fresh
     with distributed.one_first():            # the first may remove a damaged checkpoint
         state = load_checkpoint(run, trained, optimizer, order) or fresh

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..data.tasks import Example, collate
 from ..io.process import group_rooms, resident
-from ..method.allocate import Allocation, parameters
+from ..method.allocate import Allocation
 from ..method.experts import balance_loss, expert_layers, linear_layers
 from ..method.loss import CHUNK, IGNORE, supervised_losses
 from ..method.sensitivity import sample_norms, shapes_of
@@ -38,8 +38,7 @@ def fixed_bytes(config: Config, allocation: Allocation, dtype: torch.dtype,
     """Bytes by part of what does not depend on the batch; of `shards` processes, those of each."""
     model, size = meta_model(config), dtype.itemsize
     shapes = shapes_of(model)
-    trained = sum(parameters(shapes[name], count, allocation.rank)
-                  for name, count in allocation.experts.items())
+    trained = allocation.trainable(shapes)
     base = sum(p.numel() for p in model.parameters()) * size
     if shards > 1:                       # besides its part, a process holds two whole blocks
         blocks = sum(p.numel() for p in model.model.layers.parameters()) * size
@@ -118,21 +117,16 @@ def measure_peak(model: CausalLM, examples: Sequence[Example], probe: bool = Fal
     few = max(1, SMALL // max(len(e.ids) for e in rows))
     parts = (rows[:few], rows[:2 * few]) if few < len(rows) else ([], rows)
     small, large = (step_bytes(model, part, probe) if part else (0, 0) for part in parts)
-    start, end = map(tokens, parts)
+    start, end = (sum(len(e.ids) for e in part) for part in parts)               # tokens
     vocabulary = len(model.lm_head.weight)
 
     def peak(batch: Sequence[Example]) -> int:
-        along = (tokens(batch) - start) / (end - start)
+        along = (sum(len(e.ids) for e in batch) - start) / (end - start)
         kept, beside = (a + along * (b - a) for a, b in zip(small, large))
         supervised = sum(label != IGNORE for e in batch for label in e.labels[1:])
         logits = min(supervised, max(1, CHUNK // vocabulary)) * vocabulary * 8   # and exponentials
         return int(kept + max(beside, logits))
     return peak
-
-
-def tokens(batch: Sequence[Example]) -> int:
-    """Tokens of a batch, without pads."""
-    return sum(len(e.ids) for e in batch)
 
 
 def largest(batches: Sequence[Sequence[Example]], micro: int) -> Sequence[Example]:

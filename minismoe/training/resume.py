@@ -42,12 +42,6 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-????????"))
 
 
-def discard(run: Path) -> None:
-    """Remove the checkpoints of a run."""
-    if (run / "checkpoints").exists():
-        shutil.rmtree(run / "checkpoints")
-
-
 def save_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
                     state: Mapping[str, Any]) -> None:
     """Write the experts, their moments and `state`, whole or not at all; remove older ones."""

@@ -74,7 +74,7 @@ def run(variant: Variant, inputs: Inputs, seed: int) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         train(model, inputs.examples, cfg, Path(folder), inputs.tokenizer.pad_id)
     shares = shares_of_gates(model, {
-        name: probe_batches(e.examples, 32, 8, inputs.tokenizer.pad_id, "cpu")
+        name: probe_batches(e, 32, 8, inputs.tokenizer.pad_id, "cpu")
         for name, e in inputs.encoded.items()})
     right = [evaluate(model, inputs.tokenizer, task).share for task in inputs.tasks]
     return {"exact_match": sum(right) / len(right),

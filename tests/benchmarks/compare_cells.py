@@ -18,7 +18,7 @@ from minismoe.data import toy
 from minismoe.data.tasks import Task, load_tasks
 from minismoe.io.files import read_json
 from minismoe.io.hub import resolve
-from minismoe.method.allocate import Allocation, allocate, parameters
+from minismoe.method.allocate import Allocation, allocate
 from minismoe.method.controls import shares
 
 STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
@@ -224,7 +224,7 @@ def allocation_of(args: argparse.Namespace, cell: Cell) -> Allocation:
 
 
 def budget_parameters(shapes: Mapping[str, tuple[int, int]], experts: int, rank: int) -> int:
-    return sum(parameters(shape, experts, rank) for shape in shapes.values())
+    return Allocation(dict.fromkeys(shapes, experts), rank).trainable(shapes)
 
 
 def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[str, Any],
@@ -238,7 +238,7 @@ def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[s
     shapes = settings["shapes"]
 
     def size(counts: Mapping[str, int]) -> int:
-        return sum(parameters(shapes[m], count, settings["rank"]) for m, count in counts.items())
+        return Allocation(dict(counts), settings["rank"]).trainable(shapes)
 
     def gap(counts: Mapping[str, int]) -> int:
         return abs(size(counts) - target)

@@ -35,7 +35,7 @@ def samples(args: argparse.Namespace) -> tuple[list, int]:
     tokenizer = load_tokenizer(args.model)
     names = args.tasks.split(",") if args.tasks else ()
     examples = [e for task in load_tasks(args.data, names)
-                for e in encode_all(task, tokenizer, 512).examples]
+                for e in encode_all(task, tokenizer, 512)]
     return bucket(examples, args.batch_size, seed=0)[:args.batches], tokenizer.pad_id
 
 

@@ -40,7 +40,7 @@ from minismoe.data.tasks import probe_batches
 from minismoe.io import drawing
 from minismoe.io.files import read_json, replacing, write_json
 from minismoe.io.flags import from_flags, new_parser
-from minismoe.method.allocate import GROUPS, allocate, parameters
+from minismoe.method.allocate import GROUPS, allocate
 from minismoe.method.experts import add_experts
 from minismoe.method.loss import IGNORE
 from minismoe.method.sensitivity import Scores, probe
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def samples_of(inputs: Inputs, args: argparse.Namespace, count: int) -> tuple[Scores, dict]:
     """The probe of `count` random samples a task, and the supervised tokens of each sample."""
-    pools = {t: random.Random(args.seed).sample(e.examples, len(e.examples))
+    pools = {t: random.Random(args.seed).sample(e, len(e))
              for t, e in inputs.encoded.items()}
     scores = probe(inputs.model, {
         t: tqdm(probe_batches(pool, count, probing.PROBE_BATCH, inputs.tokenizer.pad_id,
@@ -121,7 +121,7 @@ def variants(scores: Scores, tokens: Mapping[str, Tensor]) -> dict[str, list[flo
     names, shapes = list(scores.shapes), scores.shapes
     as_is = dict.fromkeys(names, 1.0)
     weight = {m: float(out * in_) for m, (out, in_) in shapes.items()}
-    expert = {m: float(parameters(shape, 1, 1)) for m, shape in shapes.items()}
+    expert = {m: float(sum(shape)) for m, shape in shapes.items()}
     rows: dict[str, tuple[str, Values, bool]] = {
         **{f"group {g}": (g, as_is, False) for g in GROUPS[1:]},
         "per parameter of the matrix": (GROUPS[0], weight, False),
@@ -235,7 +235,7 @@ def worths(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     gained = {part: sum(found) / len(found) for part, found in record["truth"].items()}
     share = {m: sum(values[m] / sum(values.values()) for values in scores.values()) for m in shapes}
     entries = {m: math.prod(shape) for m, shape in shapes.items()}
-    trained = {m: parameters(tuple(shape), 1, TRUTH_RANK) for m, shape in shapes.items()}
+    trained = {m: TRUTH_RANK * sum(shape) for m, shape in shapes.items()}
     candidates: dict[str, Values] = {
         "the probe's": share,
         "per parameter of the matrix": {m: share[m] / entries[m] for m in shapes},

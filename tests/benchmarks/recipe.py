@@ -159,7 +159,7 @@ def run(args: argparse.Namespace, kind: str, name: str, lr: float, inputs: Input
                 test=t.train[::10]) for t in inputs.tasks]
     if variant.best:
         length = model.config.max_position_embeddings
-        examples = [e for t in held for e in encode_all(t, inputs.tokenizer, length).examples]
+        examples = [e for t in held for e in encode_all(t, inputs.tokenizer, length)]
     batch = variant.batch_size or args.batch_size
     steps = math.ceil(len(examples) / batch)
     cfg = TrainConfig(epochs=args.epochs, batch_size=batch, micro_batch_size=batch, lr=lr,

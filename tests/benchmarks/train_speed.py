@@ -36,7 +36,7 @@ def batches(args: argparse.Namespace) -> tuple[list, int]:
     tokenizer = load_tokenizer(args.model)
     names = args.tasks.split(",") if args.tasks else ()
     examples = [e for task in load_tasks(args.data, names)
-                for e in encode_all(task, tokenizer, 512).examples]
+                for e in encode_all(task, tokenizer, 512)]
     return bucket(examples, args.batch_size, seed=0)[:WARM + args.steps], tokenizer.pad_id
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from minismoe.cli import probing
 from minismoe.cli.flags import AllocationConfig
-from minismoe.data.tasks import Encoded, Example
+from minismoe.data.tasks import Example
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
@@ -21,7 +21,7 @@ def test_the_overlap_of_halves_is_that_by_hand(monkeypatch, capsys, count: int) 
     model.lm_head = nn.Linear(3, 3)
     inputs = SimpleNamespace(
         model=model, tokenizer=SimpleNamespace(pad_id=0),
-        encoded={"t": Encoded([Example("t", [i], [i]) for i in range(count)])})
+        encoded={"t": [Example("t", [i], [i]) for i in range(count)]})
     monkeypatch.setattr(probing, "probe", lambda _, tasks: SimpleNamespace(
         samples={"t": norms[tasks["t"][0][0][:, 0]]}))
     scores = probing.measure(AllocationConfig(keep=0.5, group="all"), inputs, size=3)

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minismoe.data.tasks import (
-    Encoded,
     Example,
     Task,
     bucket,
@@ -310,13 +309,13 @@ def test_truncated_and_dropped_are_counted() -> None:
     edge = conversation(9, 5)                    # one answer token is left
     result = encode_all(Task("t", [fits, lost, cut, edge], []), tokenizer, max_length=10)
     a, no = ord("a"), IGNORE
-    assert [e.labels for e in result.examples] == [
+    assert [e.labels for e in result] == [
         [no] * 4 + [a] * 6, [no] * 6 + [a] * 4, [no] * 9 + [a]]
-    assert all(len(e.ids) == 10 and e.task == "t" for e in result.examples)
-    assert (result.truncated, result.dropped) == (3, 1)
+    assert all(len(e.ids) == 10 and e.task == "t" for e in result)
+    assert [(e.index, e.cut) for e in result] == [(0, False), (2, True), (3, True)]
     # A label at position 0 is never predicted, so alone it teaches nothing.
     only = encode_all(Task("t", [[say("assistant", "aa")]], []), tokenizer, max_length=1)
-    assert only == Encoded([], truncated=1, dropped=1)
+    assert only == []
 
 
 # Batches
@@ -384,8 +383,8 @@ def test_a_real_tokenizer_end_to_end(bpe: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     task, = load_tasks(put(tmp_path / "data", a__train=lines(PAIR, {"messages": MULTI})))
     encoded = encode_all(task, tokenizer, 512)
-    assert (encoded.truncated, encoded.dropped) == (0, 0)
-    ids, mask, labels = collate(encoded.examples, tokenizer.pad_id)
+    assert not any(e.cut for e in encoded)
+    ids, mask, labels = collate(encoded, tokenizer.pad_id)
     assert [tokenizer.decode(row[row != IGNORE].tolist()) for row in labels] == [
         "".join(m["content"] for m in c if m["role"] == "assistant") for c in task.train]
     taught = labels != IGNORE

@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minismoe import reference
-from minismoe.method.allocate import GROUPS, STRATEGIES, Allocation, allocate, parameters
+from minismoe.method.allocate import GROUPS, STRATEGIES, Allocation, allocate
 
 KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")  # by name
 Model = tuple[dict[str, dict[str, float]], dict[str, tuple[int, int]]]
@@ -387,9 +387,9 @@ class Probed(dict):  # type: ignore[type-arg]
 def test_shapes_come_with_the_scores() -> None:
     scores = Probed(t={"h.0.a": 2.0, "h.0.b": 1.0}, u={"h.0.a": 2.0, "h.0.b": 1.0})
     found = allocate(scores, keep=0.5, rank=2, alpha=3)
-    assert found.trainable_parameters == parameters((3, 5), 2, 2) == 2 * 2 * 8 + 2 * 5
-    assert parameters((3, 5), 1, 2) == 16
-    assert parameters((3, 5), 0, 2) == 0
+    assert found.trainable_parameters == found.trainable(scores.shapes) == 2 * 2 * 8 + 2 * 5
+    for count, size in ((1, 16), (0, 0)):
+        assert Allocation({"h.0.a": count}, rank=2).trainable(scores.shapes) == size
     assert found.alpha == 3
     assert allocate(scores, budget_params=38, rank=1).trainable_parameters == 26 + 12
     assert allocate(scores, rank=3).alpha == 6
