@@ -5,10 +5,10 @@ Together, those of the matrices that read the same x compute:
     x -> MatMul router -> top k -> Softmax -> MatMul (gate of each rank) -+
     x -> MatMul [A_q A_k A_v] -------------------------------------------Mul -> h
 
-Beside a base in blocks, A is in 8-bit blocks too (not in q4f16), and B lies in the base's own
-product, [B W] times [h x]: what costs a token most is how many nodes it passes. In 4 bits, B takes
-two blocks, the second for what the first misses: [B_1 B_2 W] times [h h x]. Beside other bases,
-B is float32, and its product is added to theirs.
+Beside a base in blocks, A is in 8-bit blocks too (not in q4f16), and B is part of the base's own
+product, y = [B W] [h x]: decoding pays for nodes more than for bytes. Where the base has 4 bits, B
+is the sum of two rounded matrices, the second of what the first misses: y = [B_1 B_2 W] [h h x].
+Beside other bases B is float32, and B h is added to W x.
 
 Letters: B batch, T new tokens, G matrices that read the same x, E experts of a matrix, r rank,
 R all ranks of a matrix or a group.
@@ -157,7 +157,7 @@ def flat(layer: ExpertLinear) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def in_8_bits(B: Tensor, bits: int, block: int) -> list[Blocks]:
-    """lora_B (out, R) as one or two blocks of 8 or 4 bits, whose sum is B."""
+    """lora_B (out, R) as one matrix in 8 bits, or as two in 4 bits whose sum it is."""
     parts = [quantize(B, bits, block)]
     return parts if bits == 8 else [*parts, quantize(B - dequantize(parts[0]), bits, block)]
 
