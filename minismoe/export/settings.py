@@ -45,7 +45,7 @@ class FreezeConfig:
     heal: int | None = flag(
         None, "train for so many steps after freezing: the frozen maps in float; in few bits the "
         "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: 40 "
-        "for a RUN, and with --prompts for int4; 0 if the routing stays)", natural, metavar="STEPS")
+        "for a RUN, or in 4 bits with --prompts; 0 if the routing stays)", natural, metavar="STEPS")
     calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
                             metavar="N")
     prompts: str | None = flag(
@@ -125,8 +125,8 @@ class ExportConfig(FreezeConfig):
         elif precision == "auto":
             precision = ("w8a16" if has_examples else "fp16") if npu else (
                 "q8" if self.layout == "web" else "int4" if heals else "int4-8")
-        few = heals and precision in ("int4", "q4f16", "w4a16")
-        heal = STEPS * (heals and (few or self.run is not None)) if self.heal is None else self.heal
+        heals = heals and (self.run is not None or PRECISIONS[precision][0] == 4)
+        heal = STEPS * heals if self.heal is None else self.heal
         large = (heal and self.target == "ort" and self.routing != "freeze"
                  and hidden_size >= 4 * BLOCKS[-1])
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(

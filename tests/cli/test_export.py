@@ -284,7 +284,7 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     ("--precision int4 --block 128", ("int4", 40, 128)), ("--precision int8", ("int8", 40, 32)),
     ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 40, None)),
     ("--precision fp32 --heal 0", ("fp32", 0, None)), ("--routing freeze", ("int4", 40, 32)),
-    ("--model base --prompts x --precision int4-8", ("int4-8", 0, 32)),
+    ("--model base --prompts x --precision int4-8", ("int4-8", 40, 32)),
     ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 40, None)),
     ("--layout peft --heal 3", ("fp32", 3, None)), ("--heal 9", ("int4", 9, 32)),
     ("--target portable", ("int4", 40, 32)), ("--block 64", ("int4", 40, 64)),
