@@ -82,11 +82,13 @@ def alternatives(config: ExportConfig) -> list[ExportConfig]:
 
 def plan(config: ExportConfig) -> str:
     """What will be written, and how to have something else, in one line."""
+    what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
-    heal = (f", healed for {config.heal} steps, each about as long as training on {BATCH} "
+    each = " a task" * config.adapters + " (twice if maps miss much)" * bool(config.block)
+    heal = (f", healed for {config.heal} steps{each}, each about as long as training on {BATCH} "
             "examples (--heal 0 leaves that out)") if config.heal else ""
-    floats = "; --precision fp32 keeps floats" if config.block else ""
-    return f"writes {config.precision}{blocks}{heal}{floats}"
+    floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
+    return f"writes {what}{blocks}{heal}{floats * bool(config.block)}"
 
 
 def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
     made = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
     if not made and (needs := "the table" if table else of_adapters(given)):
         raise ValueError(f"{NO_RUN}, and {needs} needs one")
+    if not made and (wrong := contradiction(replace(config, model="the base"), given)):
+        raise ValueError(f"{NO_RUN}; of the base, {wrong}")
     return replace(config, run=str(made[-1].parents[1])) if made else config
 
 
@@ -98,7 +100,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
 def of_adapters(given: Mapping[str, Any]) -> str:
     """The first flag given that has no effect on a base without adapters."""
     return first(given, *["layout"] * (given.get("layout") == "peft"), "routing", "adapters",
-                 *["heal"] * ("prompts" not in given), "task", "fit", "calibration", "tolerance",
+                 *["heal", "calibration"] * ("prompts" not in given), "task", "fit", "tolerance",
                  "limit_test")
 
 

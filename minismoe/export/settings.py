@@ -45,7 +45,8 @@ class FreezeConfig:
     heal: int | None = flag(
         None, "train for so many steps after freezing: the frozen maps in float; in few bits the "
         "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: 40 "
-        "for a RUN, or in 4 bits with --prompts; 0 if the routing stays)", natural, metavar="STEPS")
+        "for a RUN, or in 4 bits with --prompts; 0 for --routing dynamic)", natural,
+        metavar="STEPS")
     calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
                             metavar="N")
     prompts: str | None = flag(
@@ -86,13 +87,14 @@ class ExportConfig(FreezeConfig):
                        "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
     page: bool = flag(False, "with --layout web: add a page to chat with the model in a browser")
     precision: str = flag("auto", "of the base weights, int4-8 with embedding and head in 8 bits; "
-                          "experts that stay take 8 beside few bits, routers are float32. q8: rows "
-                          "in 8 bits, for browsers; q4f16: int4 in float16, for their WebGPU. auto "
-                          "(default): int4 if healed, else int4-8; for --layout web both q8 and "
-                          "q4f16, of which the browser loads one", choices=("auto", *PRECISIONS))
+                          "experts that stay take 8 beside few bits (lora_A not in q4f16, lora_B "
+                          "not in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: int4 "
+                          "in float16, for their WebGPU. auto (default): int4 if healed, else "
+                          "int4-8; for --layout web both q8 and q4f16, of which the browser loads "
+                          "one", choices=("auto", *PRECISIONS))
     block: int | None = flag(
         None, "weights that share a scale, in 8 or 4 bits (default: 128 if healed, rows are long, "
-        "the target is ort and no frozen experts stay; or else 32)", int, choices=BLOCKS)
+        "the target is ort and no experts stay; or else 32)", int, choices=BLOCKS)
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))
@@ -127,7 +129,7 @@ class ExportConfig(FreezeConfig):
                 "q8" if self.layout == "web" else "int4" if heals else "int4-8")
         heals = heals and (self.run is not None or PRECISIONS[precision][0] == 4)
         heal = STEPS * heals if self.heal is None else self.heal
-        large = (heal and self.target == "ort" and self.routing != "freeze"
+        large = (heal and self.target == "ort" and self.routing == "merge"
                  and hidden_size >= 4 * BLOCKS[-1])
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
             PRECISIONS[precision]) and precision != "w8a16" else None

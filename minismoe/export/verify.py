@@ -39,8 +39,9 @@ from .weights import PRECISIONS
 
 # How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
-# a graph must also agree with PyTorch on the same rounded weights.
-TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
+# a graph must also agree with PyTorch on the same rounded weights. In float16, routing that stays
+# may choose another expert where two are almost equal.
+TOLERANCES = {"fp32": 1e-4, "fp16": 6e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
               "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2, "q8": 0.15, "q4f16": 0.6}
 # What explains the error of a graph whose weights are rounded as those of the model are.
 EXPLAINS = {"w8a16": "a16", "w4a16": "a16", "q4f16": "fp16"}         # or fp32

@@ -34,7 +34,8 @@ HALF = 2                                     # bytes of a float16
 
 
 def htp() -> tuple[str, list[Any]]:
-    """QNN's library for the HTP, and its devices. ImportError if onnxruntime-qnn is missing."""
+    """QNN's library for the HTP, and its devices. Raises ImportError if onnxruntime-qnn is missing,
+    and ValueError if there is no device."""
     try:
         import onnxruntime_qnn
     except ImportError:
@@ -42,9 +43,11 @@ def htp() -> tuple[str, list[Any]]:
                           "pip install 'minismoe[npu]'") from None
     if QNN not in (device.ep_name for device in ort.get_ep_devices()):
         ort.register_execution_provider_library(QNN, onnxruntime_qnn.get_library_path())
-    return onnxruntime_qnn.get_qnn_htp_path(), [
-        d for d in ort.get_ep_devices()
-        if d.ep_name == QNN and (EMULATED or d.device.type == ort.OrtHardwareDeviceType.NPU)]
+    devices = [d for d in ort.get_ep_devices() if d.ep_name == QNN and (
+        EMULATED or d.device.type == ort.OrtHardwareDeviceType.NPU)]
+    if not devices:
+        raise ValueError("QNN finds no NPU here: leave out --provider or --compile")
+    return onnxruntime_qnn.get_qnn_htp_path(), devices
 
 
 def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
@@ -54,8 +57,6 @@ def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
     soc: the chip, by Qualcomm's number. Raises ValueError with the nodes that QNN refuses.
     """
     backend, devices = htp()
-    if not devices:
-        raise ValueError("QNN finds no NPU here: leave out --provider")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     for key, text in ("session.disable_cpu_ep_fallback", "1"), *entries:

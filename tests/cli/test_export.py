@@ -270,6 +270,15 @@ def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, 
     assert "--model" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flags", ["--precision fp32 --heal 5", "--layout hf", "--precision int8"])
+def test_prompts_that_change_nothing_in_the_base_are_refused(
+        tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)                                # where no run is
+    (tmp_path / "lines").write_text("say 5\nsay 77\n")
+    with pytest.raises(ValueError, match="no run yet .*keeps a base as it is: leave out --prompts"):
+        export.main(["--prompts", "lines", *flags.split()])
+
+
 def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
     export.main([str(run), "--out", str(tmp_path / "out"), "--check", "2"])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
@@ -284,6 +293,7 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     ("--precision int4 --block 128", ("int4", 40, 128)), ("--precision int8", ("int8", 40, 32)),
     ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 40, None)),
     ("--precision fp32 --heal 0", ("fp32", 0, None)), ("--routing freeze", ("int4", 40, 32)),
+    ("--routing auto", ("int4", 40, 32)),
     ("--model base --prompts x --precision int4-8", ("int4-8", 40, 32)),
     ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 40, None)),
     ("--layout peft --heal 3", ("fp32", 3, None)), ("--heal 9", ("int4", 9, 32)),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -21,7 +22,7 @@ from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
-from minismoe.runtime.npu import NpuSteps, qnn_session
+from minismoe.runtime.npu import NpuSteps, htp, qnn_session
 
 T, P = 8, 64
 SIZES = CONFIG | {"intermediate_size": 96}           # whole blocks of 32, which QNN wants
@@ -287,3 +288,11 @@ def test_models_that_the_graph_cannot_hold_are_refused(
     with pytest.raises(ValueError, match=reason):
         write_npu(tmp_path, config, lambda name: None, precision="fp16", context=P, block=32,
                   static=(1, T, P), ranges={})
+
+
+def test_a_machine_without_an_npu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_qnn", SimpleNamespace(get_library_path=str))
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda *names: None)
+    monkeypatch.setattr(ort, "get_ep_devices", lambda: [])
+    with pytest.raises(ValueError, match="QNN finds no NPU here: leave out --provider or --comp"):
+        htp()
