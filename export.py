@@ -84,7 +84,8 @@ def plan(config: ExportConfig) -> str:
     """What will be written, and how to have something else, in one line."""
     what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
-    each = " a task" * config.adapters + " (twice if maps miss much)" * bool(config.block)
+    scales = config.block and not config.adapters and config.routing != "freeze"
+    each = " a task" * config.adapters + " (twice if maps miss much)" * bool(scales)
     heal = (f", healed for {config.heal} steps{each}, each about as long as training on {BATCH} "
             "examples (--heal 0 leaves that out)") if config.heal else ""
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"

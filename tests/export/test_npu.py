@@ -293,6 +293,6 @@ def test_models_that_the_graph_cannot_hold_are_refused(
 def test_a_machine_without_an_npu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", SimpleNamespace(get_library_path=str))
     monkeypatch.setattr(ort, "register_execution_provider_library", lambda *names: None)
-    monkeypatch.setattr(ort, "get_ep_devices", lambda: [])
+    monkeypatch.setattr(ort, "get_ep_devices", list)
     with pytest.raises(ValueError, match="QNN finds no NPU here: leave out --provider or --comp"):
         htp()
