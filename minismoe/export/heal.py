@@ -79,7 +79,7 @@ def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collectio
     student = twin(lesson.teacher).train()
     scaled = scale_model(student, blocks, keep)
     tune(student, lesson, [weight.delta for weight in scaled.values()], lr)
-    return {**blocks, **{name: replace(blocks[name], scales=weight.trained_scales())
+    return {**blocks, **{name: replace(blocks[name], scales=weight.scales_now())
                          for name, weight in scaled.items()}}
 
 

@@ -20,7 +20,7 @@ from ..method.allocate import Allocation
 from ..method.experts import adaptable, add_experts, expert_layers, linear_layers
 from .config import Config, text_part
 from .decoder import CausalLM, meta_model
-from .quantize import QuantizedLinear, QuantizedWeight
+from .quantize import BlockLinear, BlockWeight, quantize
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_FORMAT = "minismoe.adapter/1"
@@ -58,8 +58,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
                 parent, _, child = (name := text_name(stored)).rpartition(".")
                 if child == "weight" and base_bits and parent in quantised:
                     weight = _tensor(f, file, stored, None, device)
-                    model.set_submodule(parent, QuantizedLinear(
-                        quantised[parent], QuantizedWeight(weight, base_bits, dtype)))
+                    blocks = BlockWeight(quantize(weight, base_bits), dtype)
+                    model.set_submodule(parent, BlockLinear(blocks, quantised[parent].bias))
                 else:
                     parameter = nn.Parameter(_tensor(f, file, stored, dtype, device), False)
                     setattr(model.get_submodule(parent), child, parameter)

@@ -22,6 +22,7 @@ BLOCK = BLOCKS[0]                    # if nothing else is asked for
 ROW = -1                             # in place of a size: a block as long as the row
 TINY = 2.0 ** -20         # the least scale: 16 steps of float16, which scales may be stored in
 ON_CPU, ON_GPU = 1 << 18, 1 << 23    # weights computed at a time; a CPU's cache holds the former
+PART = 1 << 22                       # weights of a trained table that are dense at a time
 
 
 @dataclass(frozen=True)
@@ -109,54 +110,99 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     return weight
 
 
-class QuantizedWeight(nn.Module):
-    """A frozen weight (N, K) in blocks, with float16 scales; `dense` returns it as `dtype`."""
+class BlockWeight(nn.Module):
+    """A weight (N, K) in blocks, which `dense` makes anew at each call, as `dtype`.
+
+    A frozen one has float16 scales. A trained one has a log-scale `delta` (N, G) for each block:
+    w = e^delta * scale * (q - zero).
+    """
 
     data: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor, bits: int, dtype: torch.dtype):
+    def __init__(self, blocks: Blocks, dtype: torch.dtype, trained: bool = False):
         super().__init__()
-        self.bits, self.shape, self.dtype = bits, weight.shape, dtype
-        blocks = quantize(weight, bits)
+        self.bits, self.size, self.shape, self.dtype = blocks.bits, blocks.size, blocks.shape, dtype
         self.register_buffer("data", blocks.data)
-        self.register_buffer("scales", blocks.scales.half())
+        self.register_buffer("scales", blocks.scales if trained else blocks.scales.half())
+        self.delta: Any = nn.Parameter(torch.zeros_like(blocks.scales)) if trained else None
 
     @property
     def device(self) -> torch.device:
         return self.scales.device
 
-    def dense(self) -> Tensor:
-        """The weight (N, K), dequantised anew at each call."""
-        blocks = Blocks(self.bits, BLOCK, self.shape, self.data, self.scales)
-        return dequantize(blocks, self.dtype)
+    @torch.no_grad()
+    def dense(self, which: Tensor | slice = slice(None)) -> Tensor:
+        """Some rows of the weight, (n, K); default, all."""
+        data, scales = self.data[which], self.scales_now(which)
+        shape = torch.Size((len(data), self.shape[1]))
+        return dequantize(Blocks(self.bits, self.size, shape, data, scales), self.dtype)
+
+    @torch.no_grad()
+    def scales_now(self, which: Tensor | slice = slice(None)) -> Tensor:
+        """The scales of some rows, (n, G), as far as they are trained."""
+        scales = self.scales[which]
+        return scales if self.delta is None else scales * self.delta[which].exp()
+
+    def parts(self) -> list[slice]:
+        """Slices that cover all rows, each of about PART weights."""
+        step = max(1, PART // self.shape[1])
+        return [slice(n, n + step) for n in range(0, self.shape[0], step)]
+
+    def block_sums(self, gradient: Tensor, w: Tensor) -> Tensor:
+        """d delta (n, G) of some rows from d w and w (n, K): the sums over each block of d w * w.
+
+        Writes over the gradient.
+        """
+        x = F.pad(gradient.mul_(w), (0, -w.shape[1] % self.size)).unflatten(1, (-1, self.size))
+        return x.sum(2, dtype=self.scales.dtype)
 
 
-class _FrozenLinear(torch.autograd.Function):
-    """A linear layer that dequantises its frozen W in the backward again, and so does not keep it.
+class _Multiply(torch.autograd.Function):
+    """y = x W^T + b;   dx = dy W,   d delta = block sums of (dy^T x) * W.
 
-    y = x W^T + b;   dx = dy W;   compared with autograd in tests/model/test_quantized_base.py
+    W is made again in the backward, and so is not kept. If it is trained, it is made for some rows
+    at a time, and its gradient for a few: no large table is ever whole. Compared with autograd in
+    tests/model/test_quantized_base.py and
+    tests/export/test_heal.py::test_gradients_of_scales_equal_autograd.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: BlockWeight,
+                bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.dense(), bias)
+        if delta is None:
+            return F.linear(x, weight.dense(), bias)
+        ctx.save_for_backward(x)
+        return torch.cat([F.linear(x, weight.dense(part), None if bias is None else bias[part])
+                          for part in weight.parts()], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return dy @ ctx.weight.dense(), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, sums = ctx.weight, []
+        if weight.delta is None:
+            return dy @ weight.dense(), None, None, None
+        (x,) = ctx.saved_tensors
+        flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
+        dx = torch.zeros_like(flat, dtype=torch.promote_types(x.dtype, torch.float32))
+        for part in weight.parts():
+            w, d = weight.dense(part), dy[:, part]
+            dx += d @ w
+            sums += [weight.block_sums(d[:, few].T @ flat, w[few]) for few in few_rows(w)]
+        return dx.view_as(x).to(x.dtype), torch.cat(sums), None, None
 
 
-class QuantizedLinear(nn.Linear):
-    """A frozen nn.Linear whose weight is a QuantizedWeight, in place of `linear`."""
+class BlockLinear(nn.Linear):
+    """An nn.Linear of a BlockWeight."""
 
-    def __init__(self, linear: nn.Linear, weight: QuantizedWeight):
+    weight: Any
+
+    def __init__(self, weight: BlockWeight, bias: Tensor | None):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = weight, linear.bias         # type: ignore[assignment]
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = weight, bias                # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return _FrozenLinear.apply(x, self.weight, self.bias)
+        """(..., K) -> (..., N)."""
+        return _Multiply.apply(x, self.weight.delta, self.weight, self.bias)

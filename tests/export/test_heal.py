@@ -15,12 +15,10 @@ from safetensors import safe_open
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
-from minismoe.export import routing, scales
+from minismoe.export import routing
 from minismoe.export.heal import Lesson, agreement, heal_maps, heal_scales, heal_step, twin
 from minismoe.export.routing import cost_rows, cost_table, fewest_routed, save_frozen
 from minismoe.export.scales import (
-    ScaledLinear,
-    ScaledWeight,
     quantize_model,
     round_weights,
     scale_model,
@@ -29,7 +27,7 @@ from minismoe.export.settings import ExportConfig
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import Fit, fit, freeze, merge
 from minismoe.method.loss import IGNORE
-from minismoe.model.quantize import dequantize, quantize
+from minismoe.model.quantize import PART, BlockLinear, BlockWeight, dequantize, quantize
 
 
 def examples(labelled: bool = True, count: int = 24) -> list[Example]:
@@ -144,7 +142,7 @@ def blocks_of(model: Any, precision: str, block: int) -> Any:
 
 @pytest.mark.parametrize("block", [32, 128])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("chunk", [scales.CHUNK, 300])
+@pytest.mark.parametrize("chunk", [PART, 300])
 def test_gradients_of_scales_equal_autograd(
         mixture: Any, block: int, recompute: bool, chunk: int, monkeypatch: pytest.MonkeyPatch,
         ) -> None:
@@ -152,7 +150,7 @@ def test_gradients_of_scales_equal_autograd(
 
     chunk: weights made at a time, so a whole matrix or a few rows of it.
     """
-    monkeypatch.setattr(scales, "CHUNK", chunk)
+    monkeypatch.setattr("minismoe.model.quantize.PART", chunk)
     model, data = copy.deepcopy(mixture).double(), examples()
     merge(model, fit(model, tasks())["linear"].together)
     blocks = blocks_of(model, "int4", block)
@@ -204,11 +202,11 @@ def test_healing_scales_lowers_the_loss(mixture: Any, fits: Any, labelled: bool)
 
 def test_no_gradient_of_a_whole_matrix_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minismoe.model.quantize.ON_CPU", 4 * 64)        # four rows at a time
-    weight, largest = ScaledWeight(quantize(torch.randn(40, 64), 4), torch.float32), []
-    sums = ScaledWeight.block_sums
-    monkeypatch.setattr(ScaledWeight, "block_sums", lambda self, gradient, w: (
+    weight, largest = BlockWeight(quantize(torch.randn(40, 64), 4), torch.float32, True), []
+    sums = BlockWeight.block_sums
+    monkeypatch.setattr(BlockWeight, "block_sums", lambda self, gradient, w: (
         largest.append(gradient.numel()), sums(self, gradient, w))[1])
-    ScaledLinear(weight, None)(torch.randn(3, 64)).sum().backward()
+    BlockLinear(weight, None)(torch.randn(3, 64)).sum().backward()
     assert len(largest) == 10 and max(largest) == 4 * 64
 
 

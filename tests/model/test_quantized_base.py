@@ -16,7 +16,7 @@ from minismoe.method.experts import add_experts, linear_layers
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import QuantizedLinear
+from minismoe.model.quantize import BlockLinear
 from minismoe.training.evaluate import generate
 from minismoe.training.loop import TrainConfig, train_step
 
@@ -27,7 +27,7 @@ def pair(folder: Path, bits: int, dtype: torch.dtype) -> tuple[CausalLM, CausalL
     """The model in blocks, and a float model of what the blocks stand for."""
     ours, plain = load_model(folder, dtype, base_bits=bits), load_model(folder, dtype)
     for name, layer in linear_layers(ours).items():
-        assert isinstance(layer, QuantizedLinear), name
+        assert isinstance(layer, BlockLinear), name
         plain.get_submodule(name).weight = torch.nn.Parameter(layer.weight.dense(), False)
     return ours, plain
 
