@@ -35,16 +35,18 @@ from .mixture import round_adapters
 from .routing import Frozen
 from .scales import round_weights
 from .settings import ExportConfig, Source
-from .weights import PRECISIONS
+from .weights import HALF, PRECISIONS
 
 # How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
 # a graph must also agree with PyTorch on the same rounded weights. In float16, routing that stays
-# may choose another expert where two are almost equal.
-TOLERANCES = {"fp32": 1e-4, "fp16": 6e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
-              "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2, "q8": 0.15, "q4f16": 0.6}
+# may choose another expert where two are almost equal ("routed").
+TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
+              "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2, "q8": 0.15, "q4f16": 0.6,
+              "routed fp16": 6e-2, "routed q4f16": 0.6}
 # What explains the error of a graph whose weights are rounded as those of the model are.
-EXPLAINS = {"w8a16": "a16", "w4a16": "a16", "q4f16": "fp16"}         # or fp32
+EXPLAINS = {"w8a16": "a16", "w4a16": "a16", "q4f16": "fp16",         # or fp32
+            "routed q4f16": "routed fp16"}
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
 TOKENS = 24                              # of each greedy text
 FEW = 4                                  # of each text read without rounding, which is slow
@@ -267,6 +269,7 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
     npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
     blocks = (generator if npu else unrounded(generator)) if rounds else None
     prompts = some_prompts(source, config.check)
+    precision = "routed " * bool(frozen.routed and config.precision in HALF) + config.precision
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
         generator.use(adapter)
@@ -278,11 +281,10 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
             if not config.adapters:                          # those stay floats
                 round_adapters(rounded, config.precision, block)
         # Healed weights are no longer those of the model: the graph is compared with them.
-        seen = compare_graph(rounded if frozen.blocks else model, generator, prompts,
-                             config.precision)
+        seen = compare_graph(rounded if frozen.blocks else model, generator, prompts, precision)
         if blocks:
             blocks.use(adapter)
-            seen |= compare_rounded(rounded, blocks, prompts, config.precision)
+            seen |= compare_rounded(rounded, blocks, prompts, precision)
         show_logits(task or source.name, seen)
         if config.compile:
             seen |= compare_npu(generator, Generator(folder, "qnn"), prompts[0])

@@ -217,8 +217,10 @@ def test_two_adapters_on_one_base(model: Callable[..., CausalLM], tmp_path: Path
     names = [f"model.layers.0.{part}" for part in PARTS if part != "self_attn.k_proj"]
     file = write(tmp_path / "base.onnx", m, dict.fromkeys(names, AdapterInput()), target=target,
                  precision=precision)
-    plain = Runner(write(tmp_path / "plain.onnx", m, target=target, precision=precision))
-    mask, tolerance = padded(target), 1e-5 if precision == "fp32" else 0.03
+    # Exact: activations rounded to int8 would differ, as only one graph has the ranks among them.
+    plain = Runner(write(tmp_path / "plain.onnx", m, target=target, precision=precision),
+                   exact=True)
+    mask, tolerance = padded(target), 1e-5 if precision == "fp32" else 0.01
     alone = plain(random_ids(), mask)
     for seed, rank in ((1, 5), (2, 3)):
         g, parameters, beside = torch.Generator().manual_seed(seed), {}, {}
@@ -236,14 +238,13 @@ def test_two_adapters_on_one_base(model: Callable[..., CausalLM], tmp_path: Path
         loaded.Load(str(tmp_path / "task.onnx_adapter"))
         options = ort.RunOptions()
         options.add_active_adapter(loaded)
-        base = Runner(file)
-        got = base(random_ids(), mask, options)
+        got = Runner(file, exact=True)(random_ids(), mask, options)
         frozen = Runner(write(tmp_path / "frozen.onnx", m, beside, target=target,
-                              precision=precision))
+                              precision=precision), exact=True)
         want = frozen(random_ids(), mask)
         assert (got - want).abs().max() <= tolerance * want.abs().max()
         assert (got - alone).abs().max() > 0.1 * want.abs().max()
-        base = Runner(file)
+        base = Runner(file, exact=True)
         torch.testing.assert_close(base(random_ids(), mask), alone, rtol=1e-5, atol=1e-5)
 
 
