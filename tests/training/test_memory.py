@@ -174,13 +174,15 @@ memory.bound_memory()
 torch.set_num_threads(1)            # each thread has scratch memory, which is not told
 torch.manual_seed(0)
 config = CONFIG.__class__(**{**vars(CONFIG), "hidden_size": 192, "intermediate_size": 512})
-batch = examples(24, 120)
-plan.step_bytes(setup()[0], examples(2, 9), False)
+batch = examples(48, 120)
+small = setup()[0]
+small.model.recompute = sys.argv[1] == "recompute"
+train_step(small, examples(2, 9), TrainConfig(), 0, 0)   # loads the code of a step
 before = memory.resident()
 model, allocation = setup(config=config)
 model.model.recompute = sys.argv[1] == "recompute"
 for step in range(2):
-    train_step(model, batch, TrainConfig(micro_batch_size=24), 0, step)
+    train_step(model, batch, TrainConfig(micro_batch_size=48), 0, step)
 peak = memory.peak_resident() - before
 fixed = plan.fixed_bytes(config, allocation, torch.float32)
 wanted = sum(fixed.values()) - fixed["optimizer"] + plan.measure_peak(model, batch)(batch)
