@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     print(*map(plan, parts), sep="\n")
 
     # Freeze the routing
-    frozen = [freeze_routing(part, source) for part in parts]
+    frozen = freeze_routing(parts, source)
 
     # Write and check under another name: only a folder that works gets its own
     with new_folder(out) as folder:

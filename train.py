@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minismoe.cli import flags, plan, probing, report, runs, script
+from minismoe.cli import flags, plan, probing, runs, script
 from minismoe.cli.inputs import Inputs, join_processes, load_base, load_inputs, settled
 from minismoe.io.files import write_json
 from minismoe.io.flags import from_flags, new_parser, option
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         train_and_evaluate(run, config, inputs, allocation, seconds)
     if not distributed.rank():
         print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
-              + report.next_commands(run, embedded=config.inputs.model is None))
+              + runs.next_commands(run, embedded=config.inputs.model is None))
 
 
 def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, allocation: Allocation,
@@ -89,7 +89,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         before = score(inputs, "before", config)
         once(write_json, run / "before.json", {name: vars(a) for name, a in before.items()})
     if not distributed.rank():
-        known = report.read_before(run / "before.json", inputs.encoded)
+        known = runs.read_before(run / "before.json", inputs.encoded)
 
     # Train.
     inputs.model.model.recompute = config.training.recompute
@@ -102,11 +102,10 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     after = score(inputs, "after", config)
     if distributed.rank():
         return
-    results = report.results_json(known, after, trainable, sum(allocation.experts.values()),
-                                  seconds)
+    results = runs.results_json(known, after, trainable, sum(allocation.experts.values()), seconds)
     write_json(run / "answers.json", {name: a.right for name, a in after.items()})
     write_json(run / "results.json", results)
-    report.print_results(results, after, config.verbose)
+    runs.print_results(results, after, config.verbose)
     print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
 
 
@@ -121,6 +120,8 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
         if not args.out:
             parser.error("--resume needs --out RUN")
         args = runs.resumed(parser, argv, Path(args.out))
+    if args.plan and args.show:
+        parser.error("--plan and --show both print something and stop: leave out one of them")
     auto = "auto" in (args.batch_size, args.micro_batch_size)
     if args.batch_size == "auto":
         if args.micro_batch_size not in (None, "auto"):

@@ -94,25 +94,31 @@ def unlabelled(file: str, source: Source) -> list[Example]:
     return [Example("prompts", tokens[:most], [IGNORE] * len(tokens[:most])) for tokens in ids]
 
 
-def freeze_routing(config: ExportConfig, source: Source) -> Frozen:
-    """Freeze the mixtures of a run as the settings say, and save the fits beside its adapter."""
-    layers = list(expert_layers(source.model))
+def freeze_routing(parts: Sequence[ExportConfig], source: Source) -> list[Frozen]:
+    """Freeze the mixtures of a run for each graph, and save the fits beside its adapter.
+
+    parts: the settings of each graph, which differ in nothing but how weights are stored.
+    """
+    config, layers = parts[0], list(expert_layers(source.model))
     if config.routing == "dynamic":
-        return Frozen({}, {}, layers)
-    data, frozen = Calibration(config, source), Frozen({}, {})
+        return [Frozen({}, {}, layers)] * len(parts)
+    data, found, routed = Calibration(config, source), TaskFits({}, {}), list[str]()
     if layers:
-        frozen = Frozen(**vars(data.fits()[config.fit]))
-        fits = frozen.of(config.task)
+        found = data.fits()[config.fit]
+        fits = found.of(config.task)
         show_residuals(fits)
         if config.routing == "auto":
             tasks = [config.task] if config.task else list(data.pools)
-            (frozen.routed,) = fewest_routed(source.model, fits, lambda m: mean(
+            (routed,) = fewest_routed(source.model, fits, lambda m: mean(
                 data.score(m, t) for t in tasks), [config.tolerance])
-            print(f"auto: routing stays in {len(frozen.routed)} of {len(fits)} matrices")
-    if data.pools:
-        heal_frozen(config, source, data, frozen)
-    if layers:
-        save_frozen(source.run / "adapter", frozen)
+            print(f"auto: routing stays in {len(routed)} of {len(fits)} matrices")
+    frozen = [Frozen(dict(found.together), {t: dict(f) for t, f in found.by_task.items()}, routed)
+              for _ in parts]
+    for part, its_frozen in zip(parts, frozen):
+        if data.pools:
+            heal_frozen(part, source, data, its_frozen)
+        if layers:
+            save_frozen(source.run / "adapter", its_frozen)
     return frozen
 
 

@@ -215,7 +215,7 @@ def copy_run(run: Path, folder: Path) -> None:
 
 def write_merged(source: Source, folder: Path) -> None:
     """Write the mixture, merged by the linear fit, as a checkpoint in float32."""
-    frozen = freeze_routing(ExportConfig(heal=0), source)
+    (frozen,) = freeze_routing([ExportConfig(heal=0)], source)
     load_adapter(model := load_model(source.base), source.run / "adapter")
     merge(model, frozen.of(None))
     copy_base_files(source.base, folder)

@@ -185,6 +185,7 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     (["--keep", "2"], 2, "not in (0, 1]"),
     (["--no-such-flag"], 2, "unrecognized arguments"),
     (["--resume"], 2, "--resume needs --out"),
+    (["--plan", "--show", "1"], 2, "leave out one of them"),
     (["--model", "nowhere-at-all", "--data", "."], 1, "no such model folder"),
     (["--model", "."], 1, "--model and --data go together"),
     (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),

@@ -410,6 +410,7 @@ def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
     said = capsys.readouterr().out
     for part in ("writes q4f16 in blocks of 32, healed for 2 steps", "writes q8, healed"):
         assert part in said
+    assert said.count("median residual") == 1                # both graphs share one freezing
     assert f"python -m minismoe.runtime {tmp_path / 'web'} --serve" in said
     info = json.loads((tmp_path / "web" / "export.json").read_text())
     assert info["precision"] == "q8" and "index.html" in info["files"]
