@@ -49,9 +49,10 @@ def main(argv: Sequence[str]) -> None:
     if config.task and config.task not in source.examples:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
                          f"{', '.join(source.examples)}")
+    both = config.layout == "web" and config.precision == "auto"         # for WebGPU and for WASM
     parts = [verify.with_context(part.settled(bool(config.prompts or source.examples),
                                               source.model.config.hidden_size), source)
-             for part in alternatives(config)]
+             for part in [replace(config, precision="q4f16")] * both + [config]]
     config = parts[-1]
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(config.out or source.run / "export" / name)
@@ -71,13 +72,6 @@ def main(argv: Sequence[str]) -> None:
     size = sum(entry["bytes"] for entry in info["files"].values())
     command = next_command(config.layout, out, next(iter(info.get("adapters", ())), None))
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
-
-
-def alternatives(config: ExportConfig) -> list[ExportConfig]:
-    """The settings of each graph: a browser has one for WebGPU beside that for WASM."""
-    if config.layout == "web" and config.precision == "auto":
-        return [replace(config, precision="q4f16"), config]
-    return [config]
 
 
 def plan(config: ExportConfig) -> str:

@@ -164,23 +164,25 @@ class Pace:
             self.share += 0.1 * (min(max(share, 0), 2 * self.share) - self.share)
 
 
-def read_rows(generator: Generator, tokens: Sequence[int]) -> ort.OrtValue:
-    """Logits (n, 1, V) after each of n tokens that follow what the cache of one prompt holds."""
+def read_rows(generator: Generator, tokens: Sequence[int], places: Sequence[int]) -> ort.OrtValue:
+    """Logits (n, 1, V) after each of n tokens at these positions of the one prompt in the cache."""
     if generator._ios.keys() <= {1}:         # since `reset`, there were plain steps only
         for value in generator._past.values():
             value.share()
-    rows, seen = copy(generator), len(generator._seen)
-    rows._masks = [array("q", [1]) * (seen + n) for n in range(len(tokens))]
-    logits = rows.step([[token] for token in tokens])
-    generator._seen[seen:] = tokens
-    generator._masks[0].extend([1] * len(tokens))
-    return logits
+    rows = copy(generator)
+    rows._masks, rows._seen = [array("q", [1]) * place for place in places], []
+    return rows.step([[token] for token in tokens])
 
 
 def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
     """The tokens that come after the last one of a text and its drafts, read in one step."""
     seen, new = len(generator._seen), []
-    logits = read_rows(generator, tokens) if len(tokens) > 1 else generator.step([tokens])
+    if len(tokens) > 1:
+        logits = read_rows(generator, tokens, range(seen, seen + len(tokens)))
+        generator._seen += tokens
+        generator._masks[0].extend([1] * len(tokens))
+    else:
+        logits = generator.step([tokens])
     for token, draft in zip_longest(choose(logits), tokens[1:]):
         new.append(token)
         if token != draft:
@@ -189,16 +191,19 @@ def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> lis
     return new
 
 
-def rows_are_exact(generator: Generator, tokens: Sequence[int]) -> bool:
-    """Whether rows give the same logits as plain steps; not all processors do. Keeps the cache."""
+def rows_are_exact(generator: Generator, last: int, draft: int) -> bool:
+    """Whether rows give the same logits as plain steps; not all processors do. Keeps the cache.
+
+    All rows but the first read the same draft: kernels take some rows two or four at a time.
+    """
     def data(logits: ort.OrtValue) -> bytes:
         return ctypes.string_at(logits.data_ptr(), logits.tensor_size_in_bytes())
 
-    seen, rows = len(generator._seen), data(read_rows(generator, tokens))
+    seen, more = len(generator._seen), ROWS - 1
+    rows = data(read_rows(generator, [last] + more * [draft], [seen] + more * [seen + 1]))
+    one, two = data(generator.step([[last]])), data(generator.step([[draft]]))
     generator.cut(seen)
-    single = b"".join(data(generator.step([[token]])) for token in tokens)
-    generator.cut(seen)
-    return rows == single
+    return rows == one + more * two
 
 
 def speculated(generator: Generator, logits: ort.OrtValue, prompt: Sequence[int], steps: int,
@@ -218,7 +223,7 @@ def speculated(generator: Generator, logits: ort.OrtValue, prompt: Sequence[int]
         guesses, length = drafts.find(min(ROWS, steps - done) - 1)
         tokens = [new[-1], *guesses[:drafts.worth(length, len(guesses), pace.share)]]
         if len(tokens) > 1 and generator._exact is None:
-            generator._exact = rows_are_exact(generator, tokens)     # once is enough
+            generator._exact = rows_are_exact(generator, *tokens[:2])        # once is enough
         if not generator._exact:
             del tokens[1:]
         start = time.thread_time()

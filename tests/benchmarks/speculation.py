@@ -146,7 +146,7 @@ def print_rows(generator: Any, prompt: list[int], clock: Callable[[], float]) ->
     for n in [*range(ROWS)] * 20:
         start = clock()
         if n:
-            read_rows(generator, prompt[:n + 1])
+            read_rows(generator, prompt[:n + 1], range(len(prompt), len(prompt) + n + 1))
         else:
             generator.step([prompt[:1]])
         times[n].append(clock() - start)
@@ -156,7 +156,7 @@ def print_rows(generator: Any, prompt: list[int], clock: Callable[[], float]) ->
     print(f"after {len(prompt)} tokens, a step that reads 1 token takes {1000 * one:.1f} ms; each "
           f"of {len(drafts)} drafts adds {min(drafts):.2f} to {max(drafts):.2f} of that")
     print("rows of a step have the logits of plain steps: "
-          + ("yes" if rows_are_exact(generator, prompt[:2]) else "no, so nothing is drafted"))
+          + ("yes" if rows_are_exact(generator, *prompt[:2]) else "no, so nothing is drafted"))
 
 
 def main() -> None:

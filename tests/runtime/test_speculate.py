@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,23 @@ def test_rows_that_do_not_give_the_same_logits_are_not_used(folder: Path, plain:
     generator = Generator(folder, threads=1)
     assert tokens(generator, REPEATS, 40) == tokens(plain, REPEATS, 40)
     assert generator._exact is False and generator.steps == 39
+
+
+@pytest.mark.parametrize("wrong", [None, *range(ROWS)])
+def test_each_row_is_checked(generator: Generator, monkeypatch: pytest.MonkeyPatch,
+                             wrong: int | None) -> None:
+    """By itself, and by its last bit: kernels take some rows two or four at a time."""
+    def read_rows(*args: Any) -> Any:
+        logits = speculate_rows(*args)
+        if wrong is not None:
+            torch.from_dlpack(logits).view(torch.int32)[wrong, 0, 0] ^= 1
+        return logits
+
+    speculate_rows = speculate.read_rows
+    monkeypatch.setattr(speculate, "read_rows", read_rows)
+    generator._read([[*REPEATS]], 9)
+    assert speculate.rows_are_exact(generator, *b"to") == (wrong is None)
+    assert generator._seen == [*REPEATS]
 
 
 def test_refusals(folder: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
