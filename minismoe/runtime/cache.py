@@ -93,7 +93,7 @@ class CachedModel:
         self._file = None if task is None else opened(        # it owns the parameters' memory
             ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
         self._adapter = self._file.get_parameters() if self._file else {}
-        self.task = task
+        self.task, self._shape = task, list[int]()       # of the cache, which is to be bound anew
         self.reset()
 
     def reset(self, rows: int = 1, capacity: int | None = None, length: int = 0) -> None:
@@ -106,7 +106,9 @@ class CachedModel:
         self._seen: list[int] = []                               # tokens of row 0 in the cache
         self._masks = [array("q") for _ in range(rows)]
         shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]
-        self._past: dict[str, Any] = {}
+        if shape == self._shape and not self._moving:
+            return                           # attention reads only what is written after this
+        self._shape, self._past = shape, dict[str, Any]()
         for name in self._caches:
             conv, moves = name.startswith("conv"), name in self._moving
             if not (moves or self._obstacle or rows > 1):

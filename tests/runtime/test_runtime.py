@@ -116,6 +116,17 @@ def test_a_static_past_begins_as_zeros_whatever_the_device(folders, monkeypatch)
     assert list(generator.generate(PROMPTS[1], 8)) == expected
 
 
+def test_an_emptied_cache_is_used_again_and_not_read(folders) -> None:
+    generator = Generator(folders["ort"], threads=1)
+    expected = list(generator.generate(PROMPTS[2], 30))
+    before = {name: value.data_ptr() for name, value in generator._past.items()}
+    generator.reset()
+    for value in generator._past.values():
+        ctypes.memset(value.data_ptr(), 0xff, 4 * math.prod(value.shape()))      # nan
+    assert list(generator.generate(PROMPTS[2], 30)) == expected
+    assert {name: value.data_ptr() for name, value in generator._past.items()} == before
+
+
 @pytest.mark.parametrize("kind, cache_type, device", [
     ("ort", "float32", "cpu"), ("ort", "float16", "cuda"), ("portable", "float32", "cuda")])
 def test_the_cache_is_where_attention_is(model, tmp_path, monkeypatch, kind, cache_type,
