@@ -2,9 +2,9 @@
 
 Keys and values stay on the session's device, in bound OrtValues:
 
-    ort        one buffer of the whole context a row, bound as past and as present; the system
-               hands out its pages as they are written. Prompts are padded on the right.
-    portable   the present of a step is the past of the next step. Prompts are padded on the left.
+    ort        one buffer of the whole context a row, bound as past and as present; its pages come
+               as they are written, and stay. Prompts are padded on the right, else on the left.
+    portable   the present of a step is the past of the next step.
     static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
     npu        one buffer of P slots, which the new keys and values are copied into.
 
