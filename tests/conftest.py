@@ -67,6 +67,24 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json as of Llama 2 and Mistral: a space before each text, bytes for the rest."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), *"▁hiko"]
+    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>",
+                                byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                            normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.json"
+    made.save(str(file))
+    return file
+
+
+@pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """--model and --data of a random byte-level checkpoint and two small tasks."""
     root = tmp_path_factory.mktemp("inputs")

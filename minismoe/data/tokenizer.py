@@ -66,7 +66,7 @@ class FileTokenizer:
             self.backend = Backend.from_file(str(file))
         self.backend.no_truncation()
         self.backend.no_padding()
-        # Added tokens may be beyond the model, as Gemma's for images is: `encode` refuses these.
+        # Added tokens may be beyond the vocabulary (Gemma's for images): `encode` refuses them.
         size = self.backend.get_vocab_size(with_added_tokens=vocab_size is None)
         self.file, self.vocab_size = file, size if vocab_size is None else vocab_size
         if not isinstance(self.vocab_size, int) or size > self.vocab_size:
@@ -131,11 +131,14 @@ class Tokenizer:
     def turn(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the last message as the template writes it, without the token that ends it.
 
-        The template of Qwen3 puts an empty <think> before an answer, which is part of the turn.
+        They are cut out of the whole text, as in training: Llama 2's tokenizer puts a space before
+        a text. The empty <think> of Qwen3's template before an answer is part of the turn.
         """
         whole, start = self.render(messages), self.render(messages[:-1], True)
-        text = whole[len(start):] if whole.startswith(start) else messages[-1]["content"]
-        return list(takewhile(lambda i: i not in self.stop_ids, self.encode(text)[0]))
+        if not whole.startswith(start):
+            whole, start = messages[-1]["content"], ""
+        new = (i for i, at in zip(*self.encode(whole)) if at >= len(start))
+        return list(takewhile(lambda i: i not in self.stop_ids, new))
 
     def _turn_end(self) -> list[int]:
         """The first special token after an assistant's message in the template, if there is one."""

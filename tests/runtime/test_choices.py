@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -163,10 +164,22 @@ def test_tokens_of_an_answer_are_those_that_training_supervises(bpe, template) -
     if template == THINK:                    # </s> is a special token within the turn
         tokenizer.stop_ids = [backend.special["<|im_end|>"]]
         tokenizer.end_id = tokenizer.stop_ids[0]
-    for tokens, text in written(tokenizer, choices).items():
+    check_answers(tokenizer, choices)
+
+
+def check_answers(tokenizer: Tokenizer, choices: Sequence[str]) -> None:
+    """Their tokens are those that training supervises."""
+    for tokens, text in written(tokenizer, tuple(choices)).items():
         example = encode("t", [{"role": "user", "content": "question"},
                                {"role": "assistant", "content": text}], tokenizer)
         assert [*tokens] == [label for label in example.labels if label != IGNORE]
+
+
+@pytest.mark.parametrize("template", [CHATML.replace("eos_token", "'<|im_end|>'"), None])
+def test_a_space_before_every_text_is_no_part_of_an_answer(sentencepiece, template) -> None:
+    """Llama 2's tokenizer puts one before what it encodes; an answer is not encoded by itself."""
+    tokenizer = Tokenizer(FileTokenizer(sentencepiece), template, "", "<|im_end|>")
+    check_answers(tokenizer, ("hi", "ho ko", "k"))
 
 
 # Where the set comes from.
