@@ -78,8 +78,8 @@ def plan(config: ExportConfig) -> str:
     """What will be written, and how to have something else, in one line."""
     what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
-    scales = config.block and not config.adapters and config.routing != "freeze"
-    each = " a task" * config.adapters + " (twice if maps miss much)" * bool(scales)
+    scales = config.run and config.block and not config.adapters and config.routing != "freeze"
+    each = " a task" * config.adapters + " (twice if merging loses much)" * bool(scales)
     heal = (f", healed for {config.heal} steps{each}, each about as long as training on {BATCH} "
             "examples (--heal 0 leaves that out)") if config.heal else ""
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
@@ -91,7 +91,7 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
     info: dict[str, Any] = {
         "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
         "routed": frozen.routed, "arguments": asdict(config), "versions": versions()}
-    if (folder / "export.json").exists():                # of the graph that was written before
+    if (folder / "export.json").exists():                # of a web folder's first graph
         before = read_json(folder / "export.json")
         info["other_graph"] = {name: before[name] for name in ("arguments", "checked")}
     if config.graph:
@@ -133,7 +133,7 @@ def load_run(config: FreezeConfig) -> Source:
     inputs = cli.load_inputs(settings)
     load_adapter(inputs.model, run / "adapter")
     inputs.model.model.recompute = training.recompute
-    return Source(run, cli.model_folder(settings), inputs.model.name, inputs.model,
+    return Source(run, inputs.folder, inputs.model.name, inputs.model,
                   inputs.tokenizer, inputs.tasks, inputs.encoded, trained(run, inputs.tasks),
                   training.micro_batch_size)
 
@@ -171,7 +171,7 @@ def next_command(layout: str, out: Path, task: str | None) -> str:
     return {"onnx": f"python -m minismoe.runtime {shlex.quote(str(out))}{chosen} --chat",
             "page": f"python -m minismoe.runtime {shlex.quote(str(out))} --serve",
             "genai": f"onnxruntime_genai.Model({str(out)!r})",
-            # transformers.js takes a relative path for one of its own models, then of the hub
+            # transformers.js looks a relative path up among its own models, then on the hub
             "web": f"await pipeline('text-generation', {str(out.absolute())!r})"
                    "          // transformers.js",
             "peft": f"PeftModel.from_pretrained(model, {str(out)!r})",

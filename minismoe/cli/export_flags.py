@@ -12,7 +12,7 @@ from ..io.flags import from_flags, new_parser, option, text
 TABLE = """Print exact match and residual of each way to freeze the routing of a run, write them to
 RUN/routing.json, and export nothing."""
 NO_RUN = "runs holds no run yet (python train.py makes one)"
-USUAL = {name: getattr(ExportConfig, name) for name in (     # may always be given as what they are
+USUAL = {name: getattr(ExportConfig, name) for name in (     # to give the default is never wrong
     "layout", "precision", "routing", "target")}
 
 
@@ -39,11 +39,13 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
     if config.run or not table and config.model:
         return config
     made = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
-    if not made and (needs := "the table" if table else of_adapters(given)):
+    if made:
+        return replace(config, run=str(made[-1].parents[1]))
+    if needs := "the table" if table else of_adapters(given):
         raise ValueError(f"{NO_RUN}, and {needs} needs one")
-    if not made and (wrong := contradiction(replace(config, model="the base"), given)):
+    if wrong := contradiction(replace(config, model="the base"), given):
         raise ValueError(f"{NO_RUN}; of the base, {wrong}")
-    return replace(config, run=str(made[-1].parents[1])) if made else config
+    return config
 
 
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
@@ -51,8 +53,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     layout, needs = config.layout, of_adapters(given) if config.model else ""
     ungraphed = first(given, "target", "static", "compile", "context", "precision", "block")
     idle = first(given, "fit", "calibration", "heal", "prompts", "task")
-    few = not config.precision.startswith("fp")
-    npu = config.target == "npu"
+    few, npu = not config.precision.startswith("fp"), config.target == "npu"
     rules = [
         (config.run and config.model, "RUN names its base itself: give RUN or --model"),
         (not config.graph and ungraphed,
@@ -62,6 +63,8 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         ("tolerance" in given and config.routing != "auto", "--tolerance needs --routing auto"),
         (config.block and (not few or config.precision in ("q8", "w8a16")),
          f"--precision {config.precision} has no blocks: leave out --block"),
+        (npu and config.precision != "w4a16" and (config.block or config.heal and config.model),
+         "--target npu has blocks, and heals a base, in w4a16 only: leave out --block and --heal"),
         (config.model and config.heal and not config.prompts,
          "--model has no data to heal on: give --prompts FILE"),
         (config.model and config.prompts and (

@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323): round a weight so that the layer's outputs change least.
 
-Columns of W are rounded one after another. The columns that follow compensate the error of each, by
-how their inputs x correlate, which H = E[x x^T] gives:
+Columns of W are rounded one after another. Those that follow make up for the error of each, as far
+as their inputs x correlate with its input, which H = E[x x^T] tells:
 
     U^T U = (H + damping)^-1        upper triangular
     e_k = (w_k - rounded w_k) / U_kk
@@ -22,8 +22,8 @@ from ..model.decoder import CausalLM
 from ..model.quantize import Blocks, block_scales, integers, pack
 
 DAMPING = 0.01                   # of H, whose diagonal is scaled to a mean of 1
-# A tied table is the head, whose inputs have moments H, and the embedding, whose rows are read as
-# they are, where H would be the identity: so more damping. On SmolLM2 0.03 to 1 were alike.
+# A tied table is the head, whose inputs have the moments H, and the embedding, for which H would be
+# the identity. More damping lies between the two. On SmolLM2 0.03 to 1 were alike.
 TIED_DAMPING = 0.3
 ROWS = 8192                      # rounded at a time
 
@@ -63,7 +63,7 @@ def second_moments(model: CausalLM, names: Collection[str], batches: Iterable[Se
                    ) -> dict[str, Tensor]:
     """Sums of x x^T (K, K), in float32, over the tokens x that each of these linear layers reads.
 
-    batches: input_ids and attention_mask, each (B, T), and more that is not read.
+    batches: tuples that begin with input_ids and attention_mask, each (B, T).
     """
     layers: dict[Any, str] = {model.get_submodule(name): name for name in names}
     device = model.lm_head.weight.device

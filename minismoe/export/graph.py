@@ -5,8 +5,9 @@ blocks in one node each; its batches are padded on the right. `portable` uses th
 21 only; its batches are padded on the left. A node is named after its module,
 `/model/layers.0/mlp/Mul`, and a weight as in the checkpoint.
 
-float16 graphs compute norms, routers and adapters in float32. CPUs have few float16 kernels:
-onnxruntime inserts casts for the others, so the graph runs on a CPU as well as on a GPU.
+float16 graphs compute norms, routers and adapters in float32 (lora_B beside 4 bits in float16).
+CPUs have few float16 kernels: onnxruntime inserts casts for the others, so that the graph runs on a
+CPU as well as on a GPU.
 
 Letters: B batch, T new tokens, P past tokens, S = P + T, D hidden, H query heads, K key/value
 heads, C head size, L taps of a convolution, V vocabulary.
@@ -21,21 +22,18 @@ from onnx import TensorProto
 from onnx.helper import make_tensor_value_info as value
 from torch import Tensor
 
-from ..method.experts import linear_layers
 from ..model.config import Config
-from ..model.decoder import meta_model
 from ..model.quantize import BLOCK
 from .mixture import Adapter
 from .nodes import Graph
 from .places import END, PlacesGraph
-from .weights import PRECISIONS
 
 
 class DecoderGraph(PlacesGraph):
     """The graph of one model. Its methods are the modules of model/decoder.py, leaf to root."""
 
     def norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
-        """(x + added, normalised; x + added)."""
+        """Two outputs: x + added normalised, and x + added."""
         weight = self.tensor(f"{name}.weight", self.norm_weight(name))
         if self.ort and added is not None:
             y, _, _, x = self.node(
@@ -289,15 +287,8 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
     each. `adapters`: of matrices, by module name. `context`: the number of positions. `block`:
     weights that share a scale, in few bits.
     static (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is read in
-    chunks of T, the first of which is padded on the left. Raises ValueError as `refuse` does, and
-    for `adapters` of modules that the model does not have.
+    chunks of T, the first of which is padded on the left. `refuse` says what cannot be written.
     """
-    if target not in ("ort", "portable") or precision not in PRECISIONS:
-        raise ValueError(f"target {target!r}, precision {precision!r}: expected ort or portable, "
-                         f"and one of {', '.join(PRECISIONS)}")
-    refuse(config, target, block, static)
-    if wrong := sorted(adapters.keys() - linear_layers(meta_model(config)).keys()):
-        raise ValueError(f"adapters for no matrix of this model: {', '.join(wrong[:5])}")
     with open(f"{file}.data", "wb") as data:
         graph = DecoderGraph(adapters, data, config, weight, target, precision, block, static)
         graph.decoder(context, all_logits)

@@ -133,7 +133,7 @@ def heal_step(student: CausalLM, lesson: Lesson, batch: Sequence[Example]) -> fl
 
 @torch.no_grad()
 def agreement(model: CausalLM, teacher: CausalLM, batches: Iterable[Batch]) -> float:
-    """Share of real tokens after which both models find the same next token the likeliest."""
+    """Share of real tokens after which both models predict the same next token."""
     same, models = [], (model, teacher)
     for ids, mask, *_ in batches:
         for a, b in _logits(models, [m.model(ids, mask)[mask.bool()] for m in models]):

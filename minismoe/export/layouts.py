@@ -6,7 +6,7 @@ Letters: R rank of a pair.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, loa
 from ..io.files import read_json, replacing, write_json
 from ..method.experts import expert_layers
 from ..method.freeze import freeze, merged
-from ..model.checkpoint import IMAGES, MERGED, text_name, weight_files, weights
+from ..model.checkpoint import IMAGES, MERGED, text_name, weight_files
 from ..model.config import Config, text_part
 from ..model.quantize import BLOCK
 from .graph import write_decoder, write_sampler
@@ -88,13 +88,12 @@ def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits
         whole = read_json(source.base / "config.json")
         # How transformers names the text part of a model of text and images.
         root = "model." if text_part(whole) == whole else "model.language_model."
+        hub = "/" in source.name and not Path(source.name).is_dir()
         write_peft(folder, {n.replace("model.", root, 1): (f.lora_A, f.lora_B)
                             for n, f in fits.items()},
-                   source.name if "/" in source.name else str(source.base))
+                   source.name if hub else str(source.base.resolve()))
         return
-    stored = weights(source.base)
-    write_hf(folder, source.base, lambda name: merged(
-        stored(name), fits[name.removesuffix(".weight")]), [f"{n}.weight" for n in fits])
+    write_hf(folder, source.base, fits)
     if fits:
         settings = read_json(folder / "config.json")
         write_json(folder / "config.json", {**settings, MERGED: source.name})
@@ -171,32 +170,26 @@ def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
         "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True})
 
 
-def write_hf(out: Path, base: Path, weight: Callable[[str], Tensor], names: Iterable[str]) -> None:
-    """Write the weights of `base`, with those of `names` replaced by weight(name).
+def write_hf(out: Path, base: Path, fits: Fits) -> None:
+    """Write the weights of `base` with the fits merged into them.
 
-    Dtypes and shards stay; images are left out. ValueError for a dtype, shape or name that differs.
+    Dtypes and shards stay; images are left out.
     """
-    left, files = set(names), weight_files(base)
-    if len(files) > 1:
+    if not (base / "model.safetensors").is_file():
         index = read_json(base / "model.safetensors.index.json")
         write_json(out / "model.safetensors.index.json", index | {"weight_map": {
             text_name(n): f for n, f in index["weight_map"].items() if not IMAGES.match(n)}})
-    for file in files:
+    for file in weight_files(base):
+        tensors = {}
         with safe_open(file, framework="pt") as f:           # mapped into memory, not read
-            tensors = {text_name(n): f.get_tensor(n) for n in f.keys()      # noqa: SIM118
-                       if not IMAGES.match(n)}
             metadata = f.metadata()
-        for name in left & tensors.keys():
-            old, new = tensors[name], weight(name).detach().cpu().contiguous()
-            if (old.dtype, old.shape) != (new.dtype, new.shape):
-                raise ValueError(f"{name} of {file} is {old.dtype} {[*old.shape]}, "
-                                 f"not {new.dtype} {[*new.shape]}")
-            tensors[name] = new
+            for stored in f.keys():                          # noqa: SIM118
+                if not IMAGES.match(stored):
+                    name, tensor = text_name(stored), f.get_tensor(stored)
+                    found = fits.get(name.removesuffix(".weight"))
+                    tensors[name] = merged(tensor, found) if found else tensor
         with replacing(out / file.name) as tmp:
             save_file(tensors, tmp, metadata)
-        left -= tensors.keys()
-    if left:
-        raise ValueError(f"{base} has no {', '.join(sorted(left))}")
 
 
 def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
@@ -240,9 +233,10 @@ def write_web(out: Path, precision: str, cache_type: str = "float32", page: bool
     WebGPU. page: add the page that loads them.
     """
     if page:
-        shutil.copytree(Path(__file__).with_name("page"), out, dirs_exist_ok=True)
+        for part in Path(__file__).with_name("page").iterdir():
+            shutil.copyfile(part, out / part.name)           # without its mode: it may be read-only
     dtype, suffix = WEB_DTYPES[precision]
-    name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # the name that is fetched
+    name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # transformers.js fetches it
     (out / "onnx").mkdir(exist_ok=True)
     graph = onnx.load(str(out / "model.onnx"), load_external_data=False)
     for tensor in graph.graph.initializer:
@@ -256,12 +250,13 @@ def write_web(out: Path, precision: str, cache_type: str = "float32", page: bool
     (out / "model.onnx.data").replace(out / "onnx" / data)
     (out / "model.onnx").unlink()
     config = read_json(out / "config.json")
+    # Its other entries: how many data files a graph has, and for version 3 the type of the cache.
     ours = _mapping(config, "transformers.js_config") | {"dtype": dtype}
     if dtype == "q4f16":
         ours["device_config"] = _mapping(ours, "device_config") | {"webgpu": {"dtype": dtype}}
     config["transformers.js_config"] = ours | {
-        "use_external_data_format": _mapping(ours, "use_external_data_format") | {name: 1},  # files
-        "kv_cache_dtype": _mapping(ours, "kv_cache_dtype") | {dtype: cache_type}}    # for version 3
+        "use_external_data_format": _mapping(ours, "use_external_data_format") | {name: 1},
+        "kv_cache_dtype": _mapping(ours, "kv_cache_dtype") | {dtype: cache_type}}
     write_json(out / "config.json", config)
 
 

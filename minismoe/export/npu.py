@@ -31,7 +31,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, Blocks, columns
 from ..runtime.npu import qnn_session
 from ..training.evaluate import generate
-from .graph import DecoderGraph, cached, refuse
+from .graph import DecoderGraph, cached
 from .heal import twin
 from .nodes import Graph
 from .routing import Calibration, Frozen
@@ -43,7 +43,7 @@ TOP = 65535                      # the largest activation in 16 bits
 TEXTS = 24                       # of each task, to measure activations on
 PROMPTS, ANSWER = 120, 24        # of --prompts instead, and tokens that the model adds to each
 WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)     # candidates: quantile of extremes, and factor
-FLOAT_ABOVE = 0.005              # mean error of a tensor from which on its layer stays in float16
+FLOAT_ABOVE = 0.005              # mean error of a tensor above which its layer stays in float16
 
 
 class Range(NamedTuple):
@@ -186,11 +186,7 @@ class NpuGraph(DecoderGraph):
 
 def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, precision: str,
               context: int, block: int, static: tuple[int, int, int], ranges: Ranges) -> None:
-    """Write embed.onnx, prompt.onnx and model.onnx over one file of weights.
-
-    Raises ValueError as `refuse` does.
-    """
-    refuse(config, "npu", block, static)
+    """Write embed.onnx, prompt.onnx and model.onnx over one file of weights."""
     with open(folder / "model.onnx.data", "wb") as data:
         graph = NpuGraph(ranges, data, config, weight, "portable", precision, block, static)
         embedding = graph.table("model.embed_tokens")
@@ -239,9 +235,9 @@ def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> Ranges
     """The ranges of what linear layers read and write, by module name; without those of layers
     whose activations no range holds.
 
-    A range is chosen by the error of its worst token, relative to the token's norm, on every fourth
-    text. The others, if there are any, give the candidates, from the extremes of each token. So a
-    range may cut single outliers, but not those that make up a token.
+    Three texts of four give the candidates, from the extremes of each token. Every fourth chooses
+    among them, by the worst error of a token relative to the token's norm. So a range may cut rare
+    outliers, but none that dominate a token.
     """
     extremes = watched(model, [t for i, t in enumerate(texts) if i % 4] or texts,
                        lambda key, x: torch.stack(x.aminmax(dim=-1)))

@@ -25,8 +25,8 @@ class PlacesGraph(MixtureGraph):
         """The mask (B, 1, H/K * T, S) to add to scores: 0, or a large negative number.
 
         Query t, the (P + t)-th token, sees key j if j <= P + t, j is within the window, and
-        attention_mask is 1 at j. A pad sees nothing; -inf would make its row NaN, and then the
-        products of other rows with its values.
+        attention_mask is 1 at j. A pad sees no key: -inf would make its output NaN, and in the next
+        layer that of all tokens, as 0 * NaN is NaN.
         """
         name, c = f"mask.{window or 'full'}", self.config
         if name in self.shared:
@@ -98,7 +98,7 @@ class PlacesGraph(MixtureGraph):
 
     def conv_places(self) -> str:
         """Which of its L - 1 past and T new inputs a convolution gathers, (B, ., 1): for `ort` the
-        last L - 1 before the pads, otherwise all, with the pads before the past."""
+        last L - 1 before the pads, otherwise all, with the pads moved before the past."""
         name, past = "conv", self.config.conv_size - 1
         T, new = self.new()
         if self.ort:

@@ -1,6 +1,7 @@
 """Freeze the mixtures of a run, decide which keep routing, and measure what each way costs."""
 
 import json
+import os
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,7 +45,7 @@ class Frozen(TaskFits):
 
 
 class Calibration:
-    """The samples that mixtures are frozen with and scored on: of the run, or of --prompts."""
+    """The samples that mixtures are frozen with, of the run or --prompts, and a model's score."""
 
     def __init__(self, config: FreezeConfig, source: Source):
         self.config, self.source = config, source
@@ -104,6 +105,8 @@ def freeze_routing(parts: Sequence[ExportConfig], source: Source) -> list[Frozen
         return [Frozen({}, {}, layers)] * len(parts)
     data, found, routed = Calibration(config, source), TaskFits({}, {}), list[str]()
     if layers:
+        if not os.access(source.run / "adapter", os.W_OK):       # the fits go there, after the work
+            raise ValueError(f"{source.run / 'adapter'} cannot be written: copy the run")
         found = data.fits()[config.fit]
         fits = found.of(config.task)
         show_residuals(fits)
@@ -125,8 +128,8 @@ def freeze_routing(parts: Sequence[ExportConfig], source: Source) -> list[Frozen
 def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen: Frozen) -> None:
     """Train the frozen maps for config.heal steps; quantise merged weights, and train their scales.
 
-    Scales win back what rounding loses, but not what merging loses: if quantised maps miss over
-    MISSED, the maps are trained first. Maps that are not quantised are always trained.
+    Scales win back what rounding loses, but not what merging loses: maps that are merged into
+    blocks are trained first if they miss over MISSED. All other maps are always trained.
     """
     block = None if config.adapters or config.routing == "freeze" else config.block
     for task in data.pools if config.adapters else [config.task]:
@@ -205,7 +208,7 @@ def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], flo
     def fewest(tolerance: float) -> int:
         def within(count: int) -> bool:
             return score_with(count) >= reference - tolerance - 1e-9     # 0.06 is below 0.07 - 0.01
-        # Scores of few answers are not monotonic, so that no routing at all is tried by itself.
+        # Scores of few answers are not monotonic: no routing at all is tried first, by itself.
         return 0 if within(0) else bisect_left(range(len(order)), True, lo=1, key=within)
 
     return [order[:fewest(tolerance)] for tolerance in tolerances]

@@ -19,7 +19,7 @@ from .weights import PRECISIONS, few_bits
 
 
 class ScaledEmbedding(nn.Module):
-    """An nn.Embedding of a BlockWeight; compared with autograd as `_Multiply` is."""
+    """An nn.Embedding of a BlockWeight; tested against autograd, as `_Multiply` is."""
 
     def __init__(self, weight: BlockWeight):
         super().__init__()

@@ -87,9 +87,9 @@ class ExportConfig(FreezeConfig):
                        "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
     page: bool = flag(False, "with --layout web: add a page to chat with the model in a browser")
     precision: str = flag("auto", "of the base weights, int4-8 with embedding and head in 8 bits; "
-                          "experts that stay take 8 beside few bits (lora_A not in q4f16, lora_B "
-                          "not in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: int4 "
-                          "in float16, for their WebGPU. auto (default): int4 if healed, else "
+                          "experts that stay beside few bits take 8 (but 32 lora_A in q4f16, "
+                          "lora_B in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: "
+                          "int4 in float16, for their WebGPU. auto (default): int4 if healed, else "
                           "int4-8; for --layout web both q8 and q4f16, of which the browser loads "
                           "one", choices=("auto", *PRECISIONS))
     block: int | None = flag(
@@ -129,7 +129,7 @@ class ExportConfig(FreezeConfig):
                 "q8" if self.layout == "web" else "int4" if heals else "int4-8")
         heals = heals and (self.run is not None or PRECISIONS[precision][0] == 4)
         heal = STEPS * heals if self.heal is None else self.heal
-        large = (heal and self.target == "ort" and self.routing == "merge"
+        large = (heal and self.target == "ort" and self.routing == "merge" and not self.adapters
                  and hidden_size >= 4 * BLOCKS[-1])
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
             PRECISIONS[precision]) and precision != "w8a16" else None

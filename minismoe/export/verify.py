@@ -44,7 +44,7 @@ from .weights import HALF, PRECISIONS
 TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
               "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2, "q8": 0.15, "q4f16": 0.6,
               "routed fp16": 6e-2, "routed q4f16": 0.6}
-# What explains the error of a graph whose weights are rounded as those of the model are.
+# The tolerance beside a model whose weights are rounded as those of the graph are.
 EXPLAINS = {"w8a16": "a16", "w4a16": "a16", "q4f16": "fp16",         # or fp32
             "routed q4f16": "routed fp16"}
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
@@ -242,16 +242,20 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
             raise ValueError(f"--static with {static[2]} past positions: the texts that the export "
                              f"is checked with need {needed}, and the model ends at {longest}")
         config, context = replace(config, static=static), static[2]
-    elif config.static and config.static[2] < (least := prompt + config.static[1]):
-        raise ValueError(f"--static with {config.static[2]} past positions: the texts that the "
-                         f"export is checked with need {least}")
+    elif config.static and (past := min(context, config.static[2])) < (
+            least := prompt + config.static[1]):
+        raise ValueError(f"--static with {past} past positions (at most the context): the texts "
+                         f"that the export is checked with need {least}")
     if config.graph:                         # before anything is frozen or healed
         refuse(source.model.config, config.target, config.block or BLOCK, config.static)
     return replace(config, context=context)
 
 
 def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) -> dict[str, Any]:
-    """Compare the folder with PyTorch in float32: figures, of a graph by adapter; or ValueError."""
+    """Compare the folder with PyTorch in float32; returns figures, of a graph by adapter.
+
+    Raises ValueError if they disagree.
+    """
     base = load_model(source.base)
 
     def reference(task: str | None, adapted: bool = True) -> CausalLM:

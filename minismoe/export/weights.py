@@ -21,7 +21,7 @@ from ..model.quantize import ROW, Blocks, columns, quantize, quantize_rows
 from .nodes import TYPES, Graph
 
 CHUNK = 1 << 22                 # elements that are converted at a time
-# Bits of the blocks of linear layers, and of embedding and head, which suffer most from few.
+# Bits of linear layers, and of embedding and head, which lose most in few bits.
 # q8 and q4f16 are transformers.js's names: rows of 8 bits for WASM, and int4 in float16 for WebGPU.
 # w8a16 and w4a16, for NPUs, have activations in 16 bits.
 PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), "int4": (4, 4),

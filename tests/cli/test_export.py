@@ -221,15 +221,22 @@ def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:
         load_adapter(load_model(tmp_path / "out"), run / "adapter")
 
 
-def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path) -> None:
+def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself, as the base that it names with the adapter, and not as a whole model."""
     pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "peft"])
+    shutil.copytree(run, tmp_path / "run")               # trained with a path that is relative
+    saved = json.loads((run / "config.json").read_text())
+    saved["arguments"]["model"] = "model"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    monkeypatch.chdir(run.parent)
+    export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "peft"])
+    monkeypatch.chdir(tmp_path)
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (Path(settings["base_model_name_or_path"]) / "config.json").is_file()
     load_adapter(model := load_model(run.parent / "model"), run / "adapter")
-    merge(model, frozen_of(run)[""])
+    merge(model, frozen_of(tmp_path / "run")[""])
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
@@ -294,6 +301,7 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 40, None)),
     ("--precision fp32 --heal 0", ("fp32", 0, None)), ("--routing freeze", ("int4", 40, 32)),
     ("--routing auto", ("int4", 40, 32)),
+    ("--adapters", ("int4", 40, 32)),
     ("--model base --prompts x --precision int4-8", ("int4-8", 40, 32)),
     ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 40, None)),
     ("--layout peft --heal 3", ("fp32", 3, None)), ("--heal 9", ("int4", 9, 32)),
@@ -308,7 +316,7 @@ def test_what_auto_becomes(flags: str, wanted: tuple[str, int, int | None]) -> N
     small = config.settled(has_examples, hidden_size=64)
     assert (small.precision, small.heal, small.block) == wanted
     large = config.settled(has_examples, hidden_size=576)
-    merged = large.heal and config.target == "ort" and config.routing == "merge"
+    merged = large.heal and config.target == "ort" and large.kind == "merge"
     assert large.block == (config.block or 128 if large.block and merged else wanted[2])
 
 
@@ -361,7 +369,10 @@ def test_an_npu_cache_ends_within_a_window(run: Path) -> None:
 
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
     flags = [str(run), "--target", "portable", "--out", str(tmp_path / "out"), "--static"]
-    with pytest.raises(ValueError, match=r"--static with 30 past positions: .* need \d+$") as said:
+    for sizes, more in ("1x16x30", []), ("1x80x64", ["--context", "64"]):    # least of the two
+        with pytest.raises(ValueError, match=r"--static with \d+ past .* need \d+$") as said:
+            export.main([*flags, sizes, *more])
+    with pytest.raises(ValueError, match=r"--static with 30 past positions .* need \d+$") as said:
         export.main([*flags, "1x16x30"])
     least = int(str(said.value).split()[-1])
     assert least >= len(PROMPT) + 16
@@ -511,6 +522,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--layout web --target portable", "--layout web needs --target ort"),
     ("--precision q8 --target portable", "--precision q8 needs --target ort"),
     ("--precision q8 --block 32", "--precision q8 has no blocks"),
+    ("--target npu --block 32", "in w4a16 only: leave out --block"),
     ("--page", "--page needs --layout web"),
     ("--layout peft --model x", "RUN or --model"),
     ("--task number --prompts x", "--prompts has no tasks"),
@@ -546,6 +558,23 @@ def test_prompts_that_change_nothing_in_a_base_are_refused(
     with pytest.raises(SystemExit):
         parse(["--model", "base", "--prompts", "x", *flags.split()], "")
     assert "keeps a base as it is: leave out --prompts" in capsys.readouterr().err
+
+
+def test_healing_that_does_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "base", "--prompts", "x", "--target", "npu", "--heal", "4"]
+    with pytest.raises(SystemExit):
+        parse(flags, "")
+    assert "heals a base, in w4a16 only: leave out" in capsys.readouterr().err
+    assert parse([*flags, "--precision", "w4a16"], "")
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_the_work(
+        run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: path != run / "adapter")
+    monkeypatch.setattr(Calibration, "fits", lambda self: pytest.fail("it was frozen"))
+    with pytest.raises(ValueError, match="adapter cannot be written: copy the run"):
+        export.main([str(run), "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flag", [

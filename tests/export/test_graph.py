@@ -13,7 +13,7 @@ import torch
 from tiny import FAMILIES, LLAMAS, random_hf
 from torch import Tensor, nn
 
-from minismoe.export.graph import write_decoder, write_sampler
+from minismoe.export.graph import refuse, write_decoder, write_sampler
 from minismoe.export.mixture import AdapterInput
 from minismoe.export.steps import write_in_steps
 from minismoe.export.weights import PRECISIONS
@@ -497,21 +497,16 @@ def test_writing_holds_one_tensor_at_a_time(model: Callable[..., CausalLM], tmp_
 
 # Limits
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"static": (1, 4, 16)}, "portable"), ({"precision": "int3"}, "int3"),
-    ({"target": "tpu"}, "tpu")])
-def test_what_cannot_be_is_refused(model: Callable[..., CausalLM], tmp_path: Path,
-                                   options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        write(tmp_path / "m.onnx", model("llama"), **options)
+def test_what_a_target_cannot_do_is_refused(model: Callable[..., CausalLM]) -> None:
+    for target, sizes, block, static, words in (
+            ("ort", {}, 32, (1, 4, 16), "portable"), ("ort", {"head_dim": 8}, 32, None, "of 16"),
+            ("portable", {"intermediate_size": 96}, 64, None, "rows of .. weights are no whole")):
+        with pytest.raises(ValueError, match=words):
+            refuse(model("llama", **sizes).config, target, block, static)
 
 
-def test_wrong_modules_are_refused(model: Callable[..., CausalLM], tmp_path: Path) -> None:
+def test_another_top_k_is_refused(model: Callable[..., CausalLM], tmp_path: Path) -> None:
     m = model("llama")
-    with pytest.raises(ValueError, match="lm_head"):
-        write(tmp_path / "m.onnx", m, {"lm_head": AdapterInput()})
-    with pytest.raises(ValueError, match="multiples of 16"):
-        write(tmp_path / "m.onnx", model("llama", head_dim=8))
     beside = mixed(m, lambda i, part: (4, 2 if "q_" in part else 1))
     with pytest.raises(ValueError, match="layers.0.*top_k"):
         write(tmp_path / "m.onnx", m, beside)

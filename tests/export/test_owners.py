@@ -15,6 +15,7 @@ from minismoe.export.graph import write_decoder
 from minismoe.export.layouts import copy_base_files, write_genai, write_hf, write_peft, write_web
 from minismoe.export.scales import round_weights
 from minismoe.method.experts import linear_layers
+from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import ROW
@@ -56,8 +57,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_transformers_and_peft_compute_the_same(run: Run, tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     copy_base_files(run.base, tmp_path / "hf")
-    write_hf(tmp_path / "hf", run.base, lambda n: run.merged.get_parameter(n).data,
-             [f"{name}.weight" for name in run.pairs])
+    write_hf(tmp_path / "hf", run.base, {name: Fit(*pair) for name, pair in run.pairs.items()})
     write_peft(tmp_path, run.pairs, str(run.base))
     auto, ids = transformers.AutoModelForCausalLM, torch.randint(259, (2, 20))
     want = run.merged(ids)

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -135,7 +136,14 @@ def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
         taken = subprocess.run([sys.executable, "-m", "minismoe.runtime", str(web), "--serve",
                                 "--port", port], cwd=ROOT, capture_output=True, text=True)
         assert taken.returncode == 1 and f"port {port} cannot be opened" in taken.stderr
+        (web / "large").write_bytes(bytes(1 << 26))
+        with socket.create_connection(("127.0.0.1", int(port))) as tab:      # closed in between
+            tab.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert tab.recv(100).startswith(b"HTTP/1.0 200 OK")
+            tab.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert get("/")[0] == 200
     (web / "link").unlink()
+    (web / "large").unlink()
 
 
 def test_a_folder_without_a_page_is_not_served(tmp_path: Path) -> None:

@@ -254,11 +254,12 @@ def test_images_are_left_out(published: bool, tied: bool, tmp_path: Path) -> Non
     ids, model = torch.randint(97, (2, 17)), load_model(tmp_path / "base")
     want = hf(ids).logits
     assert (model(ids) - want).abs().max() <= 1e-5 * want.abs().max()
-    changed = "model.layers.1.mlp.up_proj.weight"
+    changed = "model.layers.1.mlp.up_proj"
+    weight = model.get_parameter(f"{changed}.weight")
     copy_base_files(tmp_path / "base", tmp_path / "out")
-    write_hf(tmp_path / "out", tmp_path / "base", lambda n: model.get_parameter(n).data * 2,
-             [changed])
-    model.get_parameter(changed).mul_(2)
+    write_hf(tmp_path / "out", tmp_path / "base", {
+        changed: Fit(weight.clone(), torch.eye(len(weight)))})
+    weight.mul_(2)
     want = model(ids)
     assert names(tmp_path / "out") == {n for n, _ in model.named_parameters()} - (
         {"lm_head.weight"} if tied else set())
