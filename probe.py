@@ -38,12 +38,12 @@ def main(argv: Sequence[str]) -> None:
     probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
     with script.working_in(run, f"python probe.py {shlex.join(argv)}"):
         scores = probing.measure(allocating, inputs)
-        allocation = probing.choose(allocating, scores)
         if distributed.rank():
             return
+        write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
+        allocation = probing.choose(allocating, scores)  # the scores may not fit a budget
 
         # Save.
-        write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
         write_json(run / "allocation.json", allocation.to_json())
         with replacing(run / "allocation.svg") as tmp:
             tmp.write_text(allocation_svg(scores, allocation.experts), encoding="utf-8")

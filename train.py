@@ -7,7 +7,7 @@
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, before.json, metrics.jsonl, results.json,
 answers.json (1 or 0 for each test line), adapter/, checkpoints/. If a run stops after the
-probe, --resume completes it, and its files then equal those of an undisturbed run, times apart.
+probe, --resume completes it, and its files equal those of an undisturbed run, except for times.
 """
 
 import shlex
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         seconds["probe"] = round(time.perf_counter() - now, 2)
     adapt(inputs, config, allocation)
 
-    # From here on there is a run, with which --resume goes on.
+    # From here on the folder is a run, which --resume continues.
     with script.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
         runs.folder(replace(config, out=str(run)))       # another process may have filled it
         runs.write_config(run, config, inputs, allocation)
@@ -140,7 +140,7 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
 
 
 def fitted(config: flags.RunConfig) -> TrainConfig:
-    """How to train within --memory, or what the device has: the micro-batch, if it is auto."""
+    """Training with --memory applied, and with the micro-batch chosen if it is auto."""
     training, device = config.training, torch.device(config.inputs.device)
     if config.auto:
         micro = plan.fitting(plan.Prospect(config))

@@ -27,12 +27,13 @@ class InputConfig:
         "default: the tasks that come with the tiny model", text)
     tasks: str | None = flag(None, "comma list of task names; default: all of --data", text)
     limit_train: int | None = flag(
-        None, "use the first N training lines of each task; default: all", positive, metavar="N")
+        None, "use the first N training lines of each task (without a test.jsonl, lines are "
+        "shuffled before); default: all", positive, metavar="N")
     limit_test: int | None = flag(
         None, "use the first N test lines of each task; default: all", positive, metavar="N")
     max_length: int = flag(1024, "longer training examples are cut (default: %(default)s)",
                            positive, metavar="TOKENS")
-    seed: int = flag(0, "of every random choice (default: %(default)s)", seed)
+    seed: int = flag(0, "starts all random choices (default: %(default)s)", seed)
     show: int | None = flag(
         None, "print N examples a task as the model sees them before --max-length, supervised "
         "tokens marked, and stop", positive, metavar="N")
@@ -70,7 +71,7 @@ class AllocationConfig:
                             "which leaves some bare (default: %(default)s)", int, metavar="N")
     max_experts: int | None = flag(
         None, "most experts of a matrix (default: the number of tasks for votes and random; lora "
-        "has one, whose rank spends what votes do)", positive, metavar="N")
+        "has one, of the rank that costs what votes do)", positive, metavar="N")
     rank: int = flag(8, "of each expert (default: %(default)s)", positive)
     alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
                                "twice the rank)", above_zero)

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -52,17 +53,20 @@ class Prospect:
             examples = [Example("", r, [IGNORE] * (length - answer) + r[-answer:]) for r in ids]
         self.batches = schedule(examples, training)
         self.longest = max(len(e.ids) for e in examples)                 # tokens
-        self.allocation = probing.guess(config.allocating, shapes_of(meta_model(sizes)), names)
+        allocating, kept = config.allocating, Path(config.out or "") / "allocation.json"
+        if config.resume and kept.is_file():             # the probe does not run again
+            allocating = replace(allocating, allocation=str(kept))
+        self.allocation = probing.guess(allocating, shapes_of(meta_model(sizes)), names)
         # By part; `fixed_in` tells the same with the base in so many bits.
         self.fixed_in = partial(fixed_bytes, sizes, self.allocation, dtype,
                                 shards=distributed.world() if inputs.shard else 1)
         self.fixed = self.fixed_in(inputs.base_bits)
         self.runtime = runtime_bytes(sizes, dtype, torch.device(inputs.device))
         self.room = training.memory or available(inputs.device)          # None: unknown
-        # A batch of the probe, if there is one: rows that share no tokens, all supervised.
+        # A batch of the probe, if it runs: rows that share no tokens, all supervised.
         rows = min(probing.PROBE_BATCH, training.batch_size)
         self.probed = [Example("", [i] * self.longest, [i] * self.longest) for i in range(rows)
-                       if probing.needed(config.allocating)]
+                       if probing.needed(allocating)]
         # With its experts; None: no weights, or no room for them. Activations are 0 then.
         self.model: CausalLM | None = None
         self.train_bytes: Callable[[Sequence[Example]], int] = lambda batch: 0
@@ -134,8 +138,9 @@ def fitting(p: Prospect) -> int:
 def advice(p: Prospect, micro: int) -> str:
     """Flags with which training would take less memory, and how much less, best first."""
     training, now, half = p.config.training, p.training_peak(micro), max(1, micro // 2)
-    saved = [(p.fixed["base weights"] - p.fixed_in(4)["base weights"], "--base-bits 4"),
-             (now - p.training_peak(half), f"--micro-batch-size {half}")]
+    base = p.fixed_in(None if p.config.inputs.shard else 4)["base weights"]      # not with --shard
+    saved = [(p.fixed["base weights"] - base, "--base-bits 4"),
+             (now - p.training_peak(half), f"--micro-batch-size {half * distributed.world()}")]
     if p.model:
         batch, length = largest(p.batches, micro), p.longest // 2
         cut = [replace(e, ids=e.ids[:length], labels=e.labels[:length]) for e in batch]
@@ -175,7 +180,8 @@ def show_plan(config: RunConfig) -> None:
     if not fits:
         print("too much: " + (
             "Python and torch alone take more" if p.room and p.runtime >= p.room else
-            advice(p, mine) if p.room is None or peak > p.room else
+            (advice(p, mine) or "no flag saves enough: take a smaller model")
+            if p.room is None or peak > p.room else
             "the probe alone; --allocation FILE leaves it out, --max-length shortens it"))
     if inputs.data or inputs.model is None:
         count = sum(len(e.ids) for batch in p.batches for e in batch)

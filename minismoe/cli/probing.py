@@ -15,7 +15,7 @@ from ..data.tasks import Batch, probe_batches
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
 from ..io.text import clean, table
-from ..method.allocate import Allocation, allocate
+from ..method.allocate import Allocation, allocate, select
 from ..method.experts import linear_layers
 from ..method.record import FORMAT, Unfit
 from ..method.sensitivity import Scores, probe, shapes_of
@@ -69,9 +69,12 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs, kept: Path | 
     """
     if kept and kept.exists():
         return read_allocation(allocating, kept)
-    probes = needed(allocating)
+    probes, shapes = needed(allocating), shapes_of(inputs.model)
+    if probes and allocating.min_experts > 0 and allocating.strategy != "lora":
+        every = dict.fromkeys(select(shapes, allocating.targets), 1)     # all of them get experts
+        Allocation(every, allocating.rank).check_rank(shapes)
     with suppress(Unfit) if probes else nullcontext():       # with other scores it may fit
-        found = guess(allocating, shapes_of(inputs.model), inputs.encoded)
+        found = guess(allocating, shapes, inputs.encoded)
     return None if probes else found
 
 
@@ -93,7 +96,8 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
 
 def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
     """Probe all tasks, `size` samples at once in each process, with a bar; print how far the result
-    can be trusted: the overlap of the matrices that halves of the samples would vote for.
+    can be trusted: the overlap of the matrices that halves of the samples would vote for. Raises
+    ArithmeticError for gradients that are not finite.
     """
     pad_id, device = inputs.tokenizer.pad_id, inputs.model.lm_head.weight.device
     batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(
@@ -109,6 +113,10 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
         for (name, _), found in zip(batches, distributed.spread(norms, batches)):
             scores.add(name, torch.tensor(found, dtype=torch.float64))
             bar.update(len(found))
+
+    if bad := [task for task, norms in scores.samples.items() if not norms.isfinite().all()]:
+        raise ArithmeticError(f"the probe of {', '.join(bad)} found gradients that are not finite: "
+                              "is the checkpoint whole? If it is, try --dtype float32")
 
     def voted(samples: Tensor) -> set[str]:
         one_task = dict(zip(scores.shapes, samples.sum(0).tolist()))

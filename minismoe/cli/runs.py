@@ -25,9 +25,9 @@ from .inputs import Inputs
 
 # Flags that a resumed run may change.
 SMALLER = ("memory", "micro_batch_size", "recompute")           # if memory was too little
-SUMS = ("device", "micro_batch_size")        # of these, those that change the order of sums
-RESUMABLE = ("out", "resume", "debug", "verbose", "device", "shard", "show", "checkpoint_every",
-             *SMALLER)
+SUMS = ("device", "micro_batch_size")        # those that change the order of sums
+RESUMABLE = ("out", "resume", "debug", "verbose", "device", "shard", "show", "plan",
+             "checkpoint_every", *SMALLER)
 
 
 def folder(config: RunConfig) -> Path:
@@ -36,7 +36,7 @@ def folder(config: RunConfig) -> Path:
     Raises FileExistsError if a new run would lie in that of another, or in what probe.py measured.
     """
     if config.out is None:
-        name, number = Path(config.inputs.model or "default").name, 1
+        name, number = Path(config.inputs.model or "default").resolve().name, 1
         while (run := Path("runs") / f"{name}-{number}").exists():
             number += 1
     else:
@@ -98,8 +98,8 @@ def saved_config(run: Path) -> dict[str, Any]:
 
 
 def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
-    """The model and data of a run's config.json, and what it took to save memory; all else is the
-    default. Raises ValueError if the config.json is not that of a run."""
+    """The model and data of a run's config.json, and how training saved memory; the rest are
+    defaults. Raises ValueError if the config.json is not that of a run."""
     for name in ("config.json", "adapter", "export"):
         inside(run, name)
     arguments = read_json(run / "config.json").get("arguments")
@@ -108,7 +108,7 @@ def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
     saved, types = {name: arguments.get(name) for name in names}, get_type_hints(InputConfig)
     if wrong := [f"{name} = {value!r}" for name, value in saved.items()
                  if not isinstance(value, types[name])]:
-        raise ValueError(f"{run / 'config.json'} is none of a run: {', '.join(wrong)}")
+        raise ValueError(f"{run / 'config.json'} is not of a run: {', '.join(wrong)}")
     smaller = {name: arguments.get(name) for name in ("micro_batch_size", "recompute")}
     if type(smaller["micro_batch_size"]) is not int or smaller["micro_batch_size"] < 1:
         smaller = {}                         # of an older version, or not settled: the defaults

@@ -1,8 +1,8 @@
 """Allocate: how many LoRA experts each weight matrix gets: `reference.vote`, and budgets.
 
-A task gives one expert to each of the `keep` most sensitive matrices of a group. Only the order
-within a task counts, so tasks whose gradients differ a thousandfold in size have the same say. A
-matrix without a vote gets no adapter. With keep = 0.5 of one group of four:
+A task gives one expert to each of its most sensitive matrices, a share `keep` of each group. Only
+the order within a task counts, so tasks whose gradients differ a thousandfold in size have the same
+say. A matrix without a vote gets no adapter. With keep = 0.5 of one group of four:
 
     sensitivity    q     k     v     o
     task 1       9.0   1.0   5.0   2.0     votes for q and v
@@ -67,13 +67,14 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
              ) -> Allocation:
     """Give each module of {task: {module: sensitivity}} its number of experts.
 
-    It spends what votes give at `keep` (a share of each group, 0.6 by default), or at most
+    It spends what votes do at `keep` (a share of each group, 0.6 by default), or at most
     `budget_experts` experts, or at most `budget_params` trainable parameters. Counts are clamped to
     min_experts..max_experts; no max_experts means the number of tasks for votes and random, and no
     limit for the others. "lora" gives each module one expert of the largest rank that fits, at the
-    same alpha / rank; in budget_experts, 2 * `rank` counts as two. `alpha` is 2 * rank by default,
-    `shapes`, {module: (out, in)}, is `scores.shapes`; `seed` is for "random". Raises ValueError for
-    wrong arguments, and Unfit for a budget that is too small, with the nearest possible one.
+    same alpha / rank; in budget_experts, one of 2 * `rank` counts as two. `alpha` is 2 * rank by
+    default, `shapes`, {module: (out, in)}, is `scores.shapes`; `seed` is for "random". Raises
+    ValueError for wrong arguments and for a budget that is too small, with the nearest possible
+    one; Unfit if it is too small for these scores only.
     """
     budgets = [budget for budget in (budget_experts, budget_params) if budget is not None]
     keep = KEEP if keep is None and not budgets else keep
@@ -96,11 +97,13 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
     budget = budgets[0] if budgets else cost(votes(order, 1))
     if (least := cost(at(1))) > budget:
         floor = f" with min_experts {min_experts}" if min_experts else ""
-        raise Unfit(f"{budget} {'parameters' if in_params else 'experts'} "
-                    f"({'the budget' if budgets else 'what votes spend'}) are too few for "
-                    f"{strategy!r}{floor}: the nearest possible is {least}")
+        never = cost(replace(draft, experts=dict.fromkeys(modules, min_experts))) > budget
+        kind = ValueError if never else Unfit
+        raise kind(f"{budget} {'parameters' if in_params else 'experts'} "
+                   f"({'the budget' if budgets else 'what votes spend'}) are too few for "
+                   f"{strategy!r}{floor}: the nearest possible is {least}")
     most = budget // min(sum(sizes[m]) for m in modules) if in_params else budget * rank
-    numbers = range(1, min(most, 2**50) + 1)  # beyond, all cost more, or are the largest there is
+    numbers = range(1, min(most, 2**50) + 1)  # a larger n costs more, or changes nothing
     best = at(bisect_right(numbers, budget, key=lambda n: cost(at(n))))
     return replace(best, trainable_parameters=None if unknown else best.trainable(sizes), experts={
         m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})
@@ -135,7 +138,8 @@ def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[
     all for None. Raises ValueError with the targets that match nothing."""
     kinds = {module: module.rpartition(".")[2] for module in sorted(modules, key=natural)}
     targets = "*" if targets is None else targets
-    words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)]
+    words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)
+             if word.strip()]
     hits = {word: {m for m, kind in kinds.items() if kind == word or fnmatchcase(m, word)}
             for word in words}
     if not words or not all(hits.values()):

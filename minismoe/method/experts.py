@@ -173,8 +173,8 @@ def add_experts(model: nn.Module, experts: Allocation | Mapping[str, int], *, ra
                 top_k: int = 2) -> nn.Module:
     """Freeze `model` and put LoRA experts on its linear layers, in place.
 
-    experts: an `Allocation`, or {module: number of experts}, which are of `rank`, with alpha twice
-    the rank. Raises ValueError as `adaptable` does.
+    experts: an `Allocation`, or {module: number of experts}; `rank` and `top_k` are for the latter,
+    whose alpha is twice the rank. Raises ValueError as `adaptable` does.
     """
     if not isinstance(experts, Allocation):
         experts = Allocation(dict(experts), rank, 2 * rank, top_k)
@@ -210,8 +210,8 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
     """Mean `reference.balance_loss` of the last forward over the routed matrices.
 
     attention_mask (B, T): pads, if rows hold them, do not count. copies (N,): in how many sequences
-    each row occurs. If processes hold parts of a batch, `total` sums counts over them; then losses
-    and gradients sum to the batch's.
+    each row occurs. If processes hold parts of a batch, `total` sums counts over them; then the
+    losses and gradients of processes add up to the batch's.
     """
     stacks = defaultdict(list)           # matrices of equal N and E together: few kernels
     for layer in layers:

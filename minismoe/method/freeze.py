@@ -9,10 +9,10 @@ stacked experts, and g*h each expert's r entries of h times its gate:
 Every HOLD-th sample is held out: it chooses the ridge (or `gates`, if no ridge does better), and
 gives the residual, the share of the mixture's output energy that the fit misses.
 
-Memory does not grow with samples or tasks. Matrices are taken in groups whose sums fit a budget,
-with one pass over the samples a group. M is the largest; all matrices that read the same x (q, k,
-v; gate, up) share it. With D = 11,008, four M of 485 MB are held in float32 (to fit and held out,
-of one task and of all), and four of 970 MB while solving.
+The memory of sums does not grow with samples or tasks. Matrices are taken in groups whose sums fit
+a budget, with one pass over the samples a group. M is the largest; all matrices that read the same
+x (q, k, v; gate, up) share it. With D = 11,008, four M of 485 MB are held in float32 (to fit and
+held out, of one task and of all), and four of 970 MB while solving.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
@@ -63,7 +63,7 @@ class Sums(NamedTuple):
     M: Tensor                    # (D, D)
     P: Tensor                    # (R, D)
     G: Tensor                    # (R, R)
-    gates: Tensor                # (E,), of all experts together: the number of tokens
+    gates: Tensor                # (E,) of each expert; all E add up to the number of tokens
     written: Tensor              # (1,) sum of ||y||^2 of all that the matrix writes
 
 
@@ -121,8 +121,8 @@ def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list
 
 def run_hooked(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[nn.Module],
                hook: Callable[..., None]) -> Any:
-    """What a model, or its decoder without the head, returns of a batch (input_ids, attention_mask,
-    ...); calls a forward hook for some of its layers."""
+    """Run a model, or its decoder without the head, on a batch (input_ids, attention_mask, ...),
+    with a forward hook on some of its layers; returns its output."""
     with ExitStack() as afterwards:
         afterwards.callback(model.train, model.training)
         for layer in layers:
@@ -148,8 +148,8 @@ def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
 @torch.no_grad()
 def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
                progress: Callable[[int], Any] = lambda samples: None) -> list[Tensor]:
-    """For each input of `group`, a row of all sums over the real tokens of the samples to fit, and
-    one of those held out: (2, .), in float32 or better."""
+    """For each input of `group`, all sums over the real tokens of the samples to fit, and of those
+    held out: two rows (2, .), in float32 or better."""
     found = [next(iter(readers.values())).lora_A.new_zeros(2, sum(map(prod, _shapes(readers))))
              for readers in group]
     sums_of = {layer: [views(readers, row)[name] for row in rows]
@@ -212,7 +212,7 @@ def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:
     """The gates (E,) of least squares; None if their system is singular."""
     E, r, _ = layer.lora_A.shape
     A, K = _wide(layer.lora_A.flatten(0, 1)), _gram(layer)
-    # sum h h^T = A M A^T and sum (g*h) h^T = P A^T; by pairs of experts, each summed to one entry
+    # sum h h^T = A M A^T, sum (g*h) h^T = P A^T; the r x r block of two experts sums to one entry
     Q, b = ((K * x).view(E, r, E, r).sum((1, 3))                         # (E, E)
             for x in (A @ sums.M @ A.T, sums.P @ A.T))
     scale = Q.diagonal().rsqrt()                         # experts differ in size, not in meaning

@@ -28,8 +28,8 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 class Scores(dict[str, dict[str, float]]):
-    """{task: {module: sensitivity}}, empty at first. `shapes` is as `shapes_of` gives it, `samples`
-    {task: (n, M)} the squared norms of every single sample."""
+    """{task: {module: sensitivity}}, empty at first. `shapes`: as of `shapes_of`. `samples`:
+    {task: squared norms (n, M), a row a sample}."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]]):
         super().__init__()
@@ -115,7 +115,7 @@ class _Ghost:
             self.norms[:, column] += torch.linalg.vecdot(
                 *(side.flatten(1).to(self.norms.dtype) for side in (left, right)))
 
-        output.requires_grad_()       # that of the first layer needs no gradient by itself
+        output.requires_grad_()       # else that of the first layer would have no gradient
         output.register_hook(backward_hook)
 
     def by_sample(self, x: Tensor) -> Tensor:

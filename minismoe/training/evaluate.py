@@ -106,7 +106,7 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
 
 def references(tokenizer: Tokenizer, task: Task) -> tuple[list[list[int]], int]:
     """Tokens of the right answers without stop ids, and the limit for a completion: 4 tokens above
-    the longest, so that an answer which goes on is wrong."""
+    the longest, so that an answer that runs on is wrong."""
     answers = [tokenizer.turn(messages) for messages in task.test]
     return answers, max(map(len, answers)) + 4
 
@@ -115,14 +115,15 @@ def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[
     """Tokens of each test line before its last answer. Raises ValueError if there is no test line,
     or if one has `context` tokens or more."""
     if not task.test:
-        raise ValueError(f"task {task.name} has no test line: give it lines in a "
-                         "test.jsonl, or two lines without that file")
+        raise ValueError(f"task {task.name} has no test line: add a test.jsonl, or "
+                         "write at least two lines into its only file")
     prompts = []
     for number, messages in enumerate(task.test, 1):
-        with naming(f"task {task.name}, test example {number}", ValueError):
+        place = f"task {task.name}, test example {number}, {messages[0]['content'][:40]!r}"
+        with naming(place, ValueError):
             text = tokenizer.render(messages[:-1], add_generation_prompt=True)
         prompts.append(tokenizer.encode(text)[0])
         if len(prompts[-1]) >= context:
-            raise ValueError(f"task {task.name}: the prompt of test example {number} has "
-                             f"{len(prompts[-1])} tokens, and the model's context {context}")
+            raise ValueError(f"{place}: the prompt has {len(prompts[-1])} tokens, and the model's "
+                             f"context {context}: shorten it, or leave it out")
     return prompts

@@ -33,14 +33,14 @@ REMEDY = "try a lower --lr, or --dtype float32"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How experts are trained; together with data and model it determines the result."""
+    """How experts are trained; with data, model and allocation it determines the result."""
 
     epochs: int = flag(3, "passes over the training lines (default: %(default)s)", flags.positive)
     batch_size: int = flag(
-        8, "examples an optimizer step (default: %(default)s); auto: the default, with "
+        8, "examples per optimizer step (default: %(default)s); auto: the default, and "
         "--micro-batch-size auto", flags.positive_or_auto, metavar="N|auto")
     micro_batch_size: int = flag(
-        8, "examples computed at once by all processes together, less memory by accumulation "
+        8, "examples computed at once by all processes together; fewer need less memory "
         "(default: --batch-size). auto: the most that fit --memory, or the device",
         flags.positive_or_auto, metavar="N|auto")
     memory: int | None = flag(None, "bytes that auto and --plan may count on, as 4G or 512M "
@@ -108,7 +108,7 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
     if not math.isfinite(mean):
         lines = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
         raise ArithmeticError(f"the loss is {mean} at step {step + 1}, on the training lines "
-                              f"{lines} (of those not held out): {REMEDY}")
+                              f"{lines} (counted as --show prints them): {REMEDY}")
     line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance_sum, 5),
             "tokens": tokens, "loss_by_task": {
                 task: round(total / supervised[task], 5) for task, total in zip(tasks, task_sums)}}
@@ -142,7 +142,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
 
     Writes run/metrics.jsonl and run/checkpoints. Raises Interrupted after a signal, once the step
-    is saved; ValueError for an unfitting checkpoint; ArithmeticError if the loss is not finite.
+    is saved; ValueError for another run's checkpoint; ArithmeticError if the loss is not finite.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     # With a smaller eps, an entry whose gradient is only rounding noise would move by the full lr.

@@ -29,8 +29,8 @@ from ..model.decoder import CausalLM, meta_model
 from ..model.quantize import BLOCK
 
 MIB = 1 << 20
-SMALL = 512                     # tokens of the smaller measured step, if that is a row or more
-VOCABULARY = 256                # rows of its head; the memory of logits is computed
+SMALL = 512                     # tokens of the smaller measured step, which has one row at least
+VOCABULARY = 256                # rows of its head; logits are added by formula
 
 
 def fixed_bytes(config: Config, allocation: Allocation, dtype: torch.dtype,
@@ -136,7 +136,7 @@ def largest(batches: Sequence[Sequence[Example]], micro: int) -> Sequence[Exampl
 
 
 def available(device: str) -> int | None:
-    """Bytes that this process may take on `device`, with what it takes already; None: unknown."""
+    """Bytes that this process may hold on `device`, with what it holds now; None: unknown."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -26,7 +26,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW holds for a parameter
 
 
 def due(every: int | str, step: int, since: float) -> bool:
-    """Whether to save after `step` steps: every so many, or minutes ("10m") of time.monotonic."""
+    """Whether to save after `step` steps. `every` counts steps, or minutes ("10m") after `since`, a
+    time.monotonic."""
     if isinstance(every, str):
         return time.monotonic() - since >= 60 * float(every[:-1])
     return step % every == 0

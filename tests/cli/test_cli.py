@@ -1,6 +1,7 @@
 """The scripts as a user runs them, on a tiny checkpoint; and once on the embedded default."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import finish
 
 import export
@@ -306,18 +307,21 @@ def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch)
     "--router-aux-loss-coef nan", "--max-grad-norm 0", "--max-grad-norm -1", "--alpha 0",
     "--batch-size auto --micro-batch-size 2", "--allocation x --keep 0.5",
     "--allocation x --targets q_proj", "--model=", "--out=",
-    "--seed 18446744073709551616", "--memory 4", "--tasks=", "--allocation="])
+    "--seed 18446744073709551616", "--memory 4", "--memory 4GB", "--tasks=", "--allocation="])
 def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
     code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
                           capsys=capsys)
     assert code == 2 and flags.split("=")[0].split()[0] in err and not (tmp_path / "run").exists()
+    assert ("is not a size such as 4G or 512M" in err) == flags.startswith("--memory")
 
 
 @pytest.mark.parametrize("main", [train.main, probe.main])
 @pytest.mark.parametrize("flags, says", [
-    ("--keep 0.5 --budget-experts 5", "only one of keep"), ("--targets nothing", "no module"),
+    ("--keep 0.5 --budget-experts 5", "only one of keep"), ("--targets nothing,", "no module"),
     ("--min-experts -1", "min_experts"),
-    ("--min-experts 1100", "<= 1024, max_experts 1 or more, got min_experts 1100")])
+    ("--min-experts 1100", "<= 1024, max_experts 1 or more, got min_experts 1100"),
+    ("--budget-experts 13", "13 experts (the budget) are too few for 'votes' with min_experts 1"),
+    ("--rank 40", "more than the matrix itself has: model.layers.0.")])
 def test_allocation_flags_are_checked_before_the_probe(inputs, tmp_path, capsys, monkeypatch, main,
                                                        flags, says) -> None:
     monkeypatch.chdir(tmp_path)
@@ -334,6 +338,28 @@ def test_a_rank_that_no_matrix_has_leaves_no_run_behind(inputs, tmp_path, capsys
     assert code == 1 and "more than the matrix itself has: model.layers." in err
     assert not (tmp_path / "run" / "config.json").exists()
     assert finish(train.main, *known, "--rank", "2", capsys=capsys)[0] == 0
+
+
+def test_what_was_probed_is_kept_if_the_scores_do_not_fit(inputs, tmp_path, capsys,
+                                                         monkeypatch) -> None:
+    monkeypatch.setattr(probing, "guess", lambda *_: None)
+    code, _, err = finish(probe.main, *inputs, "--samples", "2", "--out", str(tmp_path),
+                          "--min-experts", "0", "--budget-experts", "1", capsys=capsys)
+    assert code == 1 and "1 experts (the budget) are too few for 'votes': the nearest" in err
+    assert json.loads((tmp_path / "sensitivity.json").read_text())["tasks"].keys() == {
+        "sum", "upper"}
+
+
+def test_a_probe_of_a_broken_checkpoint_is_one_line(inputs, tmp_path, capsys) -> None:
+    shutil.copytree(inputs[1], tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    code, _, err = finish(probe.main, "--model", str(tmp_path / "model"), *inputs[2:], "--samples",
+                          "2", "--out", str(tmp_path / "out"), capsys=capsys)
+    assert code == 1 and err.splitlines()[-1] == (
+        "error: the probe of sum, upper found gradients that are not finite: is the checkpoint "
+        "whole? If it is, try --dtype float32")
 
 
 def test_what_an_older_run_left_is_not_taken_for_this_ones(inputs, tmp_path, capsys) -> None:
@@ -393,6 +419,9 @@ def test_another_memory_is_asked_again_what_fits(inputs, tmp_path, capsys) -> No
     assert code == 1 and "one example at a time needs" in err
     code, out, err = finish(train.main, "--resume", *known, *auto, "5G", capsys=capsys)
     assert code == 0 and "8 of 8 fits" in out, err
+    code, out, err = finish(train.main, "--resume", "--out", str(tmp_path), "--plan", capsys=capsys)
+    assert code == 0 and "a guess" not in out and "probe" not in out, err  # it does not run again
+    assert "a guess" in finish(train.main, *known[:-2], "--plan", capsys=capsys)[1]
     for typed, fits in ("8", False), ("4", False), ("auto", True):         # is what was meant
         (tmp_path / "results.json").unlink()
         code, out, err = finish(train.main, "--resume", "--out", str(tmp_path), "--memory", "6G",
@@ -465,7 +494,7 @@ def test_a_memory_that_nothing_heeds_is_refused(inputs, tmp_path, capsys) -> Non
 
 
 def test_tasks_by_name(inputs, capsys) -> None:
-    for names, says in (("sum, upper", ""), ("sum,sum", "asked for twice"), ("no", "no task no")):
+    for names, says in (("sum, upper,", ""), ("sum,sum", "asked for twice"), ("no", "no task no")):
         code, _, err = finish(train.main, *inputs, "--tasks", names, "--show", "1", capsys=capsys)
         assert code == (1 if says else 0) and says in err
     for names, says in (("count,count", "asked for twice"), ("no", "no task no; it has capitals")):
@@ -487,11 +516,24 @@ def test_a_run_begun_in_shards_goes_on_in_one_process(inputs, tmp_path, capsys) 
     assert code == 0 and (tmp_path / "results.json").exists(), err
 
 
-def test_too_little_memory_says_what_would_help(inputs, tmp_path, capsys) -> None:
+def test_too_little_memory_says_what_would_help(inputs, tmp_path, capsys, monkeypatch) -> None:
     code, _, err = finish(train.main, *inputs, "--micro-batch-size", "auto", "--memory", "8M",
                           "--out", str(tmp_path / "run"), capsys=capsys)
     assert code == 1 and not (tmp_path / "run").exists()
     assert err.splitlines()[-1].startswith("error: training one example at a time needs ")
+    monkeypatch.setattr("minismoe.cli.plan.runtime_bytes", lambda *_: 0)
+    monkeypatch.setattr("minismoe.cli.plan.advice", lambda *_: "")
+    monkeypatch.setattr("minismoe.cli.plan.Prospect.training_peak", lambda self, micro: 1 << 30)
+    out = finish(train.main, *inputs, "--plan", "--memory", "1M", capsys=capsys)[1]
+    assert "too much: no flag saves enough: take a smaller model" in out
+
+
+def test_a_model_in_this_folder_names_the_run(inputs, tmp_path, capsys, monkeypatch) -> None:
+    shutil.copytree(inputs[1], tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    code, _, err = finish(train.main, "--model", ".", *inputs[2:], "--samples", "2", "--epochs",
+                          "1", capsys=capsys)
+    assert code == 0 and [run.name for run in Path("runs").iterdir()] == ["mine-1"], err
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
