@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..io.flags import natural, positive
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, print_error
+from .choices import read_choices
+from .prefix import opening, shared_tokens
 from .serve import serve_page
 
 if TYPE_CHECKING:
@@ -53,7 +55,6 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
 
 def _choose(generator: Generator, prompt: str, name: str, best: int | None, stats: bool) -> None:
     """Print the likeliest of --choices, or with --best several after their probabilities."""
-    from .choices import read_choices
     choices, start = read_choices(generator.folder, name), time.perf_counter()
     answers = generator.choose(prompt, choices, best or 1)
     seconds = time.perf_counter() - start
@@ -155,7 +156,6 @@ def main(argv: Sequence[str]) -> None:
         serve_page(Path(args.folder), args.port)
         return
     from .generator import Generator  # here, since --help needs no onnxruntime
-    from .prefix import opening, shared_tokens
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     sampling = {name: getattr(args, name)
@@ -175,10 +175,10 @@ def main(argv: Sequence[str]) -> None:
         if args.stats:
             print(f"[prefix of {len(kept.tokens)} tokens {'from' if kept.loaded else 'read for'} "
                   f"{clean(file)}: {time.perf_counter() - start:.3f} s]", file=sys.stderr)
-    if args.chat or (args.prompt is None and sys.stdin.isatty() and args.choices is None):
+    if args.chat or (sys.stdin.isatty() and args.prompt is args.choices is None and not args.raw):
         if before:
-            raise ValueError("--prefix is text before one prompt here: give PROMPT; a chat takes a "
-                             "file, as its system prompt")
+            raise ValueError("--prefix TASK is text before one prompt: give PROMPT; a chat takes "
+                             "--prefix FILE, as its system prompt")
         _chat(generator, sampling, args.stats, system)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt

@@ -2,8 +2,8 @@
 
 Keys and values stay on the session's device, in bound OrtValues:
 
-    ort        one buffer of the whole context a row, bound as past and as present; its pages come
-               as they are written, and stay. Prompts are padded on the right, else on the left.
+    ort        one buffer of the whole context a row, bound as past and as present; memory is taken
+               as it is written, and kept. Prompts are padded on the right, else on the left.
     portable   the present of a step is the past of the next step.
     static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
     npu        one buffer of P slots, which the new keys and values are copied into.
@@ -117,7 +117,7 @@ class CachedModel:
             value = self._past[name] = ort.OrtValue.ortvalue_from_shape_and_type(
                 [rows, *self._inputs[f"past_{name}"].shape[1:]] if conv else shape,
                 CACHE_TYPES[self.info["cache_type"]], "cpu" if moves else self._device)
-            if moves and (conv or P):                            # masked, yet 0 * nan is nan
+            if moves and (conv or P):                            # old memory: 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
         self._ios: dict[int, ort.IOBinding] = {}                 # by rows
 

@@ -38,7 +38,7 @@ class Generator(CachedModel):
     ended = ""
     prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
     kept_tokens = 0                          # those that were in the cache
-    steps = 0                                # that wrote its tokens after the first, if speculated
+    steps = 0                                # after the first token; 0 unless speculated
     _turn = 0                                # the number of the generation that owns the cache
 
     def use(self, task: str | None) -> None:
@@ -46,7 +46,7 @@ class Generator(CachedModel):
         self._prefix: Prefix | None = None
         self._exact: bool | None = None      # whether rows give the logits of plain decoding
         self._pace = Pace()
-        self._turn += 1                      # a generation that goes on would read an empty cache
+        self._turn += 1                      # ends a generation: its cache is emptied here
         super().use(task)
 
     def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
@@ -124,12 +124,13 @@ class Generator(CachedModel):
         if not (0 <= temperature < math.inf and 0 < top_p <= 1 and isinstance(top_k, int)
                 and 0 <= top_k <= self.candidates and (max_tokens or 0) >= 0):
             raise ValueError(f"max_tokens {max_tokens}, temperature {temperature}, top-p {top_p}, "
-                             f"top-k {top_k}: expected at least 0, at least 0, above 0 up to 1, "
-                             f"and 0 to {self.candidates}")
+                             f"top-k {top_k}: needed are max_tokens >= 0, temperature >= 0, 0 < "
+                             f"top-p <= 1 and 0 <= top-k <= {self.candidates}")
         rows = self.encoded(prompts)
         room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
-        if speculate and (lack := self._obstacle or ("a single prompt" if len(rows) > 1 else "")):
+        lack = self._obstacle or ("a single prompt" if len(rows) > 1 else "")
+        if speculate and lack:
             raise ValueError(f"speculation needs {lack}: leave it out")
         choose = partial(self._choose, rng=random.Random(seed), temperature=temperature,
                          top_p=top_p, top_k=top_k)
@@ -137,7 +138,7 @@ class Generator(CachedModel):
         running, self.ended, self.steps = [True] * len(rows), "stop", 0
         with self.owned() as turn:
             logits = self._read(rows, steps)
-            plain = speculate is False or self._obstacle or len(rows) > 1 or steps < 2
+            plain = speculate is False or lack or steps < 2
             for chosen in self._plain(logits, steps, choose) if plain else speculated(
                     self, logits, rows[0], steps, choose):
                 running = [r and token not in stops for r, token in zip(running, chosen)]

@@ -35,6 +35,7 @@ class Prefix:
     """Tokens, and what a generator's cache holds of them: `data` is (2 * layers, K, n, C).
 
     It is loaded from `file` if that exists; else the tokens are read, and saved in `file` if given.
+    In a folder that cannot be written, they are kept in memory alone.
     """
 
     def __init__(self, generator: Generator, tokens: Sequence[int], file: Path | None = None):
@@ -53,7 +54,7 @@ class Prefix:
             self.load(file)
         else:
             self.take(generator)
-            if file:
+            if file and (os.access(file.parent, os.W_OK) or not file.parent.exists()):
                 self.save(file)
 
     def blocks(self, generator: Generator, count: int) -> Iterator[tuple[int, int]]:
@@ -130,7 +131,7 @@ def _identity(generator: Generator) -> str:
 
 
 def shared_tokens(tokenizer: Tokenizer, write: Callable[[str], str]) -> list[int]:
-    """The tokens that write(text) begins with, whatever the text: a token may reach into it."""
+    """The tokens that write(text) begins with, whatever the text, which the last may merge with."""
     return list(os.path.commonprefix([
         tokenizer.encode(write(text))[0] for text in ("a", "1", "\n", "(", " ")]))
 

@@ -1,5 +1,6 @@
 """Serve an exported folder of layout web to browsers of this machine."""
 
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +32,11 @@ class _Files(SimpleHTTPRequestHandler):
             self.send_error(404)
             return None
         return super().send_head()
+
+    def copyfile(self, source, outputfile):                  # type: ignore[no-untyped-def]
+        """Send a file; a page that was closed meanwhile is no error."""
+        with suppress(ConnectionError):
+            super().copyfile(source, outputfile)
 
     def end_headers(self) -> None:
         for name, value in HEADERS.items():

@@ -33,7 +33,7 @@ def open_session(file: Path, provider: str, threads: int | None,
                  entries: Sequence[tuple[str, str]] = ()) -> ort.InferenceSession:
     """Open a graph. threads: default, the physical cores; entries: settings of the session."""
     options = ort.SessionOptions()
-    if threads is None:                      # 0: all physical cores; not if we may use fewer
+    if threads is None:                      # 0: physical cores; a number if we may use fewer
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         threads = allowed if allowed < (os.cpu_count() or 1) else 0
     options.intra_op_num_threads = min(threads, 8 * (os.cpu_count() or 1))     # 100,000 hang

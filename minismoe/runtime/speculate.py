@@ -88,8 +88,8 @@ def obstacle(model: CachedModel) -> str:
     if (model._device, model.info["cache_type"]) != ("cpu", "float32"):
         return "a cache in float32 on the CPU"
     if os.environ.get("ORT_GQA_DISABLE_FLASH_ATTENTION"):
-        return "onnxruntime's flash attention"       # rows are written before any attends
-    # With more threads than heads, it splits the cache of one row, and of several not.
+        return "onnxruntime's flash attention"       # it alone writes all rows before any attends
+    # With more threads than heads, it splits one row's cache but not several rows': sums differ.
     threads = model._session.get_session_options().intra_op_num_threads or os.cpu_count() or 1
     if threads > (heads := model.info.get("heads", model.info["kv_heads"])):
         return f"at most as many threads as attention heads ({heads} here)"

@@ -226,6 +226,10 @@ def test_the_file_appears_whole_or_not_at_all(folders, tmp_path, monkeypatch) ->
     assert not list(tmp_path.iterdir())
     generator.keep(PREFIX, tmp_path / "p.safetensors")
     assert [f.name for f in tmp_path.iterdir()] == ["p.safetensors"]
+    monkeypatch.setattr("os.access", lambda path, mode: False)     # a folder that is read only
+    generator.keep(PREFIX, tmp_path / "q.safetensors")
+    assert list(generator.generate([*PREFIX, 97], 3)) and generator.kept_tokens == len(PREFIX)
+    assert not (tmp_path / "q.safetensors").exists()
 
 
 @settings(max_examples=30)
@@ -282,7 +286,7 @@ def test_command_with_the_instruction_of_a_task(model, tmp_path) -> None:
         assert f"prefix of 22 tokens {origin} {folder}/prefix-" in done.stderr
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(list(folder.glob("prefix-*"))) == 1
     chat = command(folder, "--chat", "--prefix", "../t", input="x\n")
-    assert chat.returncode == 1 and "text before one prompt here: give PROMPT" in chat.stderr
+    assert chat.returncode == 1 and "is text before one prompt: give PROMPT" in chat.stderr
     lacking = command(folder, "x", "--prefix", "u")
     assert lacking.returncode == 1 and "u is no file, and none of the tasks" in lacking.stderr
 

@@ -177,8 +177,8 @@ def test_the_context_ends(generator) -> None:
 
 @pytest.mark.parametrize("prompt, options, message", [
     ([], {}, "empty"), ("", {}, "empty"), (b"x" * 96, {}, "96 tokens leaves no room .* of 96"),
-    ([259], {}, "outside of the model's 259"), ("a", {"temperature": -1}, "expected"),
-    ("a", {"top_p": 0}, "expected"), ("a", {"top_k": 65}, "0 to 64"),
+    ([259], {}, "outside of the model's 259"), ("a", {"temperature": -1}, "temperature >= 0"),
+    ("a", {"top_p": 0}, "0 < top-p <= 1"), ("a", {"top_k": 65}, "top-k <= 64"),
     ("a", {"max_tokens": -1}, "max_tokens -1"),
 ])
 def test_refusals(generator, prompt, options, message) -> None:
@@ -231,20 +231,10 @@ def test_text_of_a_bpe(generator, bpe, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("text", ["hi 🙂🙂 ok", "日本語 hi", "é日🙂é", "hi  ho\n日", "🙂"])
-def test_text_of_byte_fallback(generator, tmp_path, monkeypatch, text) -> None:
+def test_text_of_byte_fallback(generator, sentencepiece, monkeypatch, text) -> None:
     """As of Llama 2 and Mistral: half a character spoils all bytes beside it, not itself alone."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
     from minismoe.data.tokenizer import FileTokenizer
-    words = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), *"▁hiko"]
-    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>",
-                                byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
-                                            normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    made.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
+    tokenizer = FileTokenizer(sentencepiece)
     monkeypatch.setattr(generator, "tokenizer", tokenizer)
     ids = tokenizer.encode(text)[0]
     pieces = list(generator.text(ids))
@@ -437,6 +427,15 @@ def test_a_terminal_gets_no_control_characters(folders, monkeypatch) -> None:
         written.isatty = lambda tty=tty: tty
         terminal.main([str(folders["ort"]), "x"])
         assert written.getvalue() == expected
+
+
+def test_a_raw_prompt_at_a_terminal_is_read_as_it_is(folders, generator, monkeypatch, capsys,
+                                                     ) -> None:
+    typed = io.StringIO("hello\n")
+    typed.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", typed)
+    terminal.main([str(folders["ort"]), "--raw", "--max-tokens", "4"])
+    assert capsys.readouterr().out == "".join(generator.text(generator.generate("hello", 4))) + "\n"
 
 
 def test_starts_fast_and_small(folders) -> None:
