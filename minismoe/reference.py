@@ -110,7 +110,7 @@ def fits(layer: Mixture, x: Tensor, ridge: float) -> dict[str, Tensor]:
     A_mean = torch.cat([g[:, e].mean() * A for e, A in enumerate(layer.lora_A)])
     A_gates = torch.cat([c[e] * A for e, A in enumerate(layer.lora_A)])
     left = torch.cat([(g[:, e, None] - c[e]) * (x @ A.T) for e, A in enumerate(layer.lora_A)], 1)
-    # The ridge, relative to the mean square of x, is `in` more equations: pull S = 0.
+    # The ridge, times the mean diagonal of x^T x, is `in` more equations: pull S = 0.
     pull = (ridge * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
     S = torch.linalg.lstsq(torch.cat([x, pull]), torch.cat([left, 0 * pull @ A_gates.T])).solution
     return {"mean": A_mean, "gates": A_gates, "linear": A_gates + S.T}

@@ -41,7 +41,7 @@ class Task:
     note: str = ""                # how the test split was made, if not from test.jsonl
 
     def __post_init__(self) -> None:
-        """See what all lines have in common; fewer of them may be used later."""
+        """Find what all lines share, before --limit-train leaves some of them out."""
         self.choices = closed_answers(self.train)            # the answers, if they are a small set
         self.instruction = shared_instruction(self.train)    # lines that begin all prompts
 
@@ -107,8 +107,8 @@ def _load_task(name: str, path: Path, seed: int, bad: list[str]) -> Task:
 def closed_answers(conversations: Sequence[Sequence[Message]]) -> list[str]:
     """The answers of a task, sorted, if they are a small closed set; else none.
 
-    The share of lines whose answer no other line has estimates how often a new line has an answer
-    that was never seen (Good 1953): a set is closed if that is at most one line in a hundred.
+    The share of lines whose answer is unique estimates how often a new line has an unseen answer
+    (Good 1953): a set is closed if that is at most one line in a hundred.
     """
     counts = Counter(messages[-1]["content"].strip() for messages in conversations)
     once = sum(number == 1 for number in counts.values())
@@ -239,7 +239,7 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> list[Exampl
     """The training examples of a task, cut to `max_length` tokens.
 
     An example without a supervised token before the limit is dropped. Raises the ValueErrors of
-    `encode` with the example's task and line.
+    `encode` with the task, and the example's number as --show counts it.
     """
     found = []
     for index, messages in enumerate(task.train):

@@ -52,7 +52,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
                 process.stdin.flush()
                 reply = process.stdout.readline()
         finally:
-            if not reply.endswith(b"\n"):        # after Ctrl-C, the next call would read the answer
+            if not reply.endswith(b"\n"):        # or the next call would read this answer
                 stop()
     if not reply.endswith(b"\n"):
         raise ValueError(f"the chat template takes more than {SECONDS} s or {MEMORY >> 20} MB")
@@ -102,7 +102,8 @@ if hasattr(os, "register_at_fork"):
 
 def serve() -> None:
     """For each line [template, values], write a line [text, problem, whether it is a refusal]."""
-    import jinja2.sandbox  # noqa: F401 (before the clock runs)
+    with suppress(ImportError):                      # _compiled says so
+        import jinja2.sandbox  # noqa: F401 (before the clock runs)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C reaches the whole group
     with suppress(ImportError, OSError, ValueError):     # Windows, macOS: only time is limited

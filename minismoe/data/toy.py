@@ -183,9 +183,9 @@ def checkpoint_folder(*, _steps: int = STEPS) -> Path:
     folder = _cache() / f"toy-{_recipe(_steps)}"
     if folder.is_dir():
         return folder
-    model = _pretrain(_steps)
     try:
-        with new_folder(folder) as temporary:
+        with new_folder(folder) as temporary:        # first: a full disk is seen before the work
+            model = _pretrain(_steps)
             write_json(temporary / "config.json", CONFIG)
             with replacing(temporary / "model.safetensors") as file:
                 save_file(dict(model.named_parameters()), file, metadata={"format": "pt"})

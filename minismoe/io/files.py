@@ -24,8 +24,9 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as e:                             # a failed write does not name its file
         e.filename = str(path) if str(e.filename or name) == name else e.filename
         raise
-    except Exception as e:                           # safetensors has its own for a full disk, and
-        if type(e).__name__ != "SafetensorError":    # the runtime does without safetensors
+    except Exception as e:
+        # safetensors has its own type for a full disk. The runtime works without safetensors.
+        if type(e).__name__ != "SafetensorError":
             raise
         raise OSError(f"{path} cannot be written: {e}") from None
     finally:

@@ -6,6 +6,7 @@ Each field that `flag` makes becomes a command-line flag of the same name.
 import argparse
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
@@ -64,7 +65,7 @@ natural = checked(int, lambda n: n >= 0, "is below 0")
 seed = checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
 text = checked(str, bool, "is empty")          # an unset variable of a shell
 number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")
-above_zero = checked(float, lambda x: x > 0, "is not above 0 (inf is no limit)")
+above_zero = checked(float, lambda x: x > 0, "is not above 0")
 part = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
 share = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
 
@@ -74,7 +75,7 @@ def interval(text: str) -> int | str:
     if not text.endswith("m"):
         return positive(text)
     if not 0 < float(text[:-1]) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time")
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 minutes")
     return text
 
 
@@ -85,8 +86,9 @@ def positive_or_auto(text: str) -> int | str:
 
 def size(text: str) -> int:
     """An argparse type: bytes, as 4G (GiB), 512M (MiB), or a number of them from 1 MiB on."""
-    unit = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
-    found = float(text[:-1]) * unit if unit else float(text)
+    unit, found = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper()), 0.0
+    with suppress(ValueError):
+        found = float(text[:-1]) * unit if unit else float(text)
     if not 1 << 20 <= found < 1 << 50:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 4G or 512M")
     return int(found)

@@ -13,7 +13,7 @@ MADV_COLLAPSE = 25                                       # of Linux 6.1 and late
 
 def resident(line: str = "VmRSS") -> int:
     """Bytes that this process takes now; its peak if the system says only that, else 0."""
-    with suppress(OSError, IndexError):  # ru_maxrss, on Linux, begins with that of the parent
+    with suppress(OSError, IndexError):  # on Linux, a child's ru_maxrss begins at its parent's
         return 1024 * int(re.findall(rf"{line}:\s*(\d+)", Path("/proc/self/status").read_text())[0])
     try:
         import resource
@@ -60,8 +60,8 @@ def bound_memory() -> None:
 def use_huge_pages() -> None:
     """Move the private memory of this process to huge pages, where Linux can.
 
-    A processor looks an address up once a page: what reads hundreds of megabytes at a time, as a
-    decoder does at each token, is faster with fewer pages. Memory that is mostly unused stays so.
+    The processor translates addresses page by page: a decoder, which reads hundreds of megabytes
+    for each token, is faster with fewer pages. Areas of which less than 90 % are used are left.
     """
     with suppress(OSError):                              # another system has no such file
         for first, last, used in re.findall(

@@ -19,8 +19,8 @@ ADVICE = {
     errno.EROFS: "choose a place that can be written",
 }
 MEMORY_ADVICE = ("--dtype bfloat16 halves the weights; in training, half the --micro-batch-size or "
-                 "half the --max-length halves the activations, and --recompute takes half or more "
-                 "off them")
+                 "half the --max-length halves the activations, and --recompute saves half of them "
+                 "or more")
 
 
 def clean(text: object, keep: str = "") -> str:

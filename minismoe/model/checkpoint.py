@@ -36,6 +36,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     or converted one at a time, so peak memory is one copy of the weights in their final form.
     Raises FileNotFoundError; ValueError lists up to 20 wrong tensors, or all unsupported settings.
     """
+    if base_bits not in (None, 4, 8):
+        raise ValueError(f"base_bits is {base_bits!r}: give 8, 4 or None")
     folder = resolve(path)
     cfg, config = read_config(folder)
     model = meta_model(cfg)
@@ -170,8 +172,8 @@ def _tensor(f: Any, file: Path, name: str, dtype: torch.dtype | None, device: st
             ) -> Tensor:
     """One tensor of the open file `f`; without a conversion, it shares the mapped file's memory.
 
-    One that is converted, here or later (dtype None), is read through a mapping of its own: pages
-    of `f` that were read stay in memory for as long as `f` is open.
+    One that is converted, here or by the caller (dtype None), is read through a mapping of its own
+    that is closed at once: pages read through `f` stay in memory until `f` is closed.
     """
     if DTYPES[f.get_slice(name).get_dtype()] == dtype and torch.device(device).type == "cpu":
         return f.get_tensor(name)

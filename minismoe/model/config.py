@@ -7,9 +7,9 @@ from typing import Any
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "granitemoehybrid",
                "gemma3", "gemma3_text", "lfm2")
-# What a config.json of text and images says of both, beside its text_config.
+# Settings of a text-and-image config.json that stand outside its text_config.
 OUTER = ("eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
-# What config.json of a family may leave out, where Llama's defaults are others.
+# A family's defaults for what its config.json leaves out, where Llama has others.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "smollm3": {"rope_theta": 2e6, "tie_word_embeddings": True},
     "granitemoehybrid": {"num_local_experts": 8, "layer_types": ["mamba"]},
@@ -31,14 +31,14 @@ MODULES = {"granitemoehybrid": {"mlp": "shared_mlp", "down_proj": "output_linear
                     "norm": "embedding_norm", "o_proj": "out_proj", "q_norm": "q_layernorm",
                     "k_norm": "k_layernorm", "mlp": "feed_forward", "gate_proj": "w1",
                     "up_proj": "w3", "down_proj": "w2"}}
-# What a config.json may ask for, and its only value here.
+# Settings that are refused unless they have this value.
 REFUSED = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "conv_bias": False,
            "use_bidirectional_attention": False, "num_local_experts": 0}
 # Types of rope, and the numbers that each scales with.
 ROPES = {"default": (), "linear": ("factor",), "llama3": (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 FULL, SLIDING = "full_attention", "sliding_attention"        # types of layers
-OLDER = 17                    # fields that the text of every Config holds
+OLDER = 17                    # the first fields, which are in the repr of every Config
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,7 +201,7 @@ class _Settings(dict[str, Any]):
         return rope.number("rope_theta", 1e4), scaling or None
 
     def types(self, layers: range, other: str, full: Any) -> list[str]:
-        """The type of each layer, FULL or `other`; `full` are FULL if layer_types is left out."""
+        """The type of each layer, FULL or `other`; without layer_types those in `full` are FULL."""
         if not isinstance(full, (list, range)):
             self.wrong.append(f"full_attn_idxs {full!r} does not tell the layers of full attention")
             return []
@@ -226,8 +226,8 @@ def _as_llama(config: Mapping[str, Any]) -> _Settings:
 
 
 def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
-    """What the family has or computes in its own way: fields of Config, the type of layers that it
-    has beside FULL ("": none), and the layers that are FULL where layer_types is left out."""
+    """Three things of a family: its own fields of Config, the type of its layers that are not FULL
+    ("" if it has none), and which layers are FULL if layer_types is left out."""
     kind = c["model_type"]
     own: dict[str, Any]
     if kind == "gemma3_text":

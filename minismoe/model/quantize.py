@@ -72,9 +72,10 @@ def integers(w: Tensor, scale: Tensor, zero: int) -> Tensor:
     return (w / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).byte()
 
 
-def few_rows(weight: Tensor) -> list[slice]:
-    """Slices of the rows of a weight (N, K), each of few enough rows for a CPU's cache."""
-    step = max(1, (ON_CPU if weight.device.type == "cpu" else ON_GPU) // weight.shape[1])
+def few_rows(weight: Any, most: int | None = None) -> list[slice]:
+    """Slices of the rows of a weight (N, K), of about `most` weights; default, ON_CPU or ON_GPU."""
+    most = most or (ON_CPU if weight.device.type == "cpu" else ON_GPU)
+    step = max(1, most // weight.shape[1])
     return [slice(n, n + step) for n in range(0, weight.shape[0], step)]
 
 
@@ -111,7 +112,7 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class BlockWeight(nn.Module):
-    """A weight (N, K) in blocks, which `dense` makes anew at each call, as `dtype`.
+    """A weight (N, K) stored in blocks; each call of `dense` computes it again, in `dtype`.
 
     A frozen one has float16 scales. A trained one has a log-scale `delta` (N, G) for each block:
     w = e^delta * scale * (q - zero).
@@ -144,11 +145,6 @@ class BlockWeight(nn.Module):
         scales = self.scales[which]
         return scales if self.delta is None else scales * self.delta[which].exp()
 
-    def parts(self) -> list[slice]:
-        """Slices that cover all rows, each of about PART weights."""
-        step = max(1, PART // self.shape[1])
-        return [slice(n, n + step) for n in range(0, self.shape[0], step)]
-
     def block_sums(self, gradient: Tensor, w: Tensor) -> Tensor:
         """d delta (n, G) of some rows from d w and w (n, K): the sums over each block of d w * w.
 
@@ -161,8 +157,8 @@ class BlockWeight(nn.Module):
 class _Multiply(torch.autograd.Function):
     """y = x W^T + b;   dx = dy W,   d delta = block sums of (dy^T x) * W.
 
-    W is made again in the backward, and so is not kept. If it is trained, it is made for some rows
-    at a time, and its gradient for a few: no large table is ever whole. Compared with autograd in
+    The backward computes W again instead of keeping it. A trained W is computed some rows at a
+    time, and its gradient fewer: no large table is ever whole. Compared with autograd in
     tests/model/test_quantized_base.py and
     tests/export/test_heal.py::test_gradients_of_scales_equal_autograd.
     """
@@ -175,7 +171,7 @@ class _Multiply(torch.autograd.Function):
             return F.linear(x, weight.dense(), bias)
         ctx.save_for_backward(x)
         return torch.cat([F.linear(x, weight.dense(part), None if bias is None else bias[part])
-                          for part in weight.parts()], -1)
+                          for part in few_rows(weight, PART)], -1)
 
     @staticmethod
     @once_differentiable
@@ -186,7 +182,7 @@ class _Multiply(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
         dx = torch.zeros_like(flat, dtype=torch.promote_types(x.dtype, torch.float32))
-        for part in weight.parts():
+        for part in few_rows(weight, PART):
             w, d = weight.dense(part), dy[:, part]
             dx += d @ w
             sums += [weight.block_sums(d[:, few].T @ flat, w[few]) for few in few_rows(w)]

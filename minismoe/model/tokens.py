@@ -97,7 +97,7 @@ class Tokens:
         return x if self.where is None else _Gather.apply(x, self.slots)
 
     def _mask(self, window: int | None, keys: int) -> Tensor | None:
-        """Which of `keys` each query may see, (B, 1, T, keys); None if attention is just causal."""
+        """Whether a query may see each of so many keys, (B, 1, T, keys); None if just causal."""
         if self.cache is None and (window is None or window >= keys):
             return None
         query = self.sequences(self.positions[:, None, None]).to(self.device)     # (B, 1, T, 1)

@@ -115,6 +115,17 @@ def test_no_module_of_the_working_directory_is_imported(
     assert templates.render(GOOD, VALUES) == "hi"
 
 
+def test_a_jinja_that_cannot_be_imported_is_named(
+        tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jinja2").mkdir()
+    (tmp_path / "jinja2" / "__init__.py").write_text("raise ImportError('no soft_unicode')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    templates.stop()
+    with pytest.raises(ValueError, match="is broken: ImportError: no soft_unicode"):
+        templates.render(GOOD, VALUES)
+    templates.stop()
+
+
 def test_every_template_finds_the_same_day_on_all_days() -> None:
     """SmolLM3 and Granite ask for the day at once, Llama 3.2 if it was not given one."""
     asks = "{{ strftime_now('%d %b %Y') }}"

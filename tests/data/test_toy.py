@@ -215,6 +215,14 @@ def test_failure_leaves_nothing(cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written_is_seen_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINISMOE_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(toy, "_pretrain", lambda steps: pytest.fail("it trains"))
+    with pytest.raises(NotADirectoryError):
+        toy.checkpoint_folder(_steps=STEPS)
+
+
 @pytest.mark.parametrize(("platform", "variables", "expected"), [
     ("linux", {}, "home/.cache/minismoe"),
     ("linux", {"XDG_CACHE_HOME": "{}/xdg"}, "xdg/minismoe"),

@@ -67,6 +67,11 @@ def test_probe_and_generation_are_those_of_the_rounded_weights(checkpoint: Make,
     assert generate(models[0], ids.tolist(), 5, [0]) == generate(models[1], ids.tolist(), 5, [0])
 
 
+def test_other_numbers_of_bits_are_refused(checkpoint: Make) -> None:
+    with pytest.raises(ValueError, match="base_bits is 16: give 8, 4 or None"):
+        load_model(checkpoint("llama")[1], base_bits=16)
+
+
 def test_adapter_returns_to_its_base_in_any_form(checkpoint: Make, tmp_path: Path) -> None:
     """Trained on few bits, it loads there and onto the float base, and merges into either."""
     folder = checkpoint("llama")[1]
