@@ -68,10 +68,12 @@ def settled(config: InputConfig) -> InputConfig:
                          "is there")
     dtype = config.dtype
     if dtype == "auto":
-        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                else device.type == "cpu" and any(     # others are slower in it than in float32
-                    getattr(torch.cpu, f"_is_{kind}_supported", lambda: False)()
-                    for kind in ("amx_tile", "avx512_bf16")))
+        fast = device.type == "cpu" and any(           # others are slower in it than in float32
+            getattr(torch.cpu, f"_is_{kind}_supported", lambda: False)()
+            for kind in ("amx_tile", "avx512_bf16"))
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                fast = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if fast and config.model is not None else "float32"
     return replace(config, device=str(device), dtype=dtype)
 

@@ -71,9 +71,10 @@ def error_line(e: BaseException) -> str:
 
 
 def out_of_memory(e: BaseException) -> bool:
-    """Whether memory ran out; CPU and MPS allocators raise a plain RuntimeError that says so."""
+    """Whether memory ran out; many allocators raise a plain RuntimeError that says so."""
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and any(
-        sign in str(e) for sign in ("out of memory", "can't allocate memory", "alloc_cpu"))
+        sign in str(e) for sign in ("out of memory", "can't allocate memory", "alloc_cpu",
+                                    "ALLOC_FAILED", "Invalid buffer size"))      # cuBLAS; MPS
 
 
 def print_error(e: BaseException, debug: bool = False, where: str = "") -> None:

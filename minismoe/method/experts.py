@@ -219,21 +219,17 @@ def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
             stacks[layer.router_logits.shape, layer.top_k].append(layer.router_logits)
     if not stacks:
         return torch.zeros((), device=attention_mask.device)
-    chosen, expected = [], []            # (matrices, E): tokens an expert gets, and probabilities
+    losses = []
     for (_, k), logits in stacks.items():
         rows = without_pads(torch.stack(logits, 1), attention_mask).transpose(0, 1)
         p = rows.softmax(-1)                                             # (matrices, N, E)
         # The last MLP may see fewer rows than the others; each of them occurs in one sequence.
         times = (copies.to(p.dtype) if copies is not None and len(copies) == p.shape[1]
                  else p.new_ones(p.shape[1]))
-        chosen.append(times @ torch.zeros_like(p).scatter_(-1, rows.topk(k, -1).indices, 1 / k))
-        expected.append(times @ p)
-    counts = total(torch.cat([c.flatten() for c in chosen]))
-    losses = []
-    for used, p in zip(counts.split([c.numel() for c in chosen]), expected):
-        used = used.view_as(p)
+        chosen = torch.zeros_like(p).scatter_(-1, rows.topk(k, -1).indices, 1 / k)
+        used = total(times @ chosen)     # (matrices, E): how many tokens each expert gets
         tokens = used.sum(-1, keepdim=True)
-        losses.append(p.shape[-1] * (used / tokens * p / tokens).sum(-1))
+        losses.append(p.shape[-1] * (used / tokens * (times @ p) / tokens).sum(-1))
     return torch.cat(losses).mean()
 
 

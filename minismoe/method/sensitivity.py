@@ -109,11 +109,10 @@ class _Ghost:
         def backward_hook(gradient: Tensor) -> None:
             d = self.by_sample(gradient)                                   # (B, T, out)
             if use_gram:
-                left, right = x, d @ d.mT
+                left, right = x, (d @ d.mT).to(self.norms.dtype)
             else:
-                left = right = (d * self.mask).mT @ self.by_sample(x)
-            self.norms[:, column] += torch.linalg.vecdot(
-                *(side.flatten(1).to(self.norms.dtype) for side in (left, right)))
+                left = right = ((d * self.mask).mT @ self.by_sample(x)).to(self.norms.dtype)
+            self.norms[:, column] += torch.linalg.vecdot(left.flatten(1), right.flatten(1))
 
         output.requires_grad_()       # else that of the first layer would have no gradient
         output.register_hook(backward_hook)

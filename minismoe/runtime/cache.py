@@ -30,7 +30,6 @@ from .session import CPU, enough_onnxruntime, execution_provider, open_session, 
 from .speculate import SharedRows, obstacle
 
 LARGE = 32 << 20                             # bytes of a model: more than most caches hold
-DEVICES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}         # else the CPU
 
 Row = Sequence["int | None"]                 # new tokens of a prompt; None is padding
 
@@ -52,7 +51,7 @@ class CachedModel:
         self._npu = NpuSteps(self.folder, self.info, provider, threads) if (
             self.info["target"] == "npu") else None
         name = execution_provider(None if self._npu else provider)
-        self._device = DEVICES.get(name, "cpu")
+        self._device = "cuda" if name == "CUDAExecutionProvider" else "cpu"
         if self._shared and self._device == "cuda" and self.info["cache_type"] == "float32":
             self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
         self._session = self._npu.one if self._npu else open_session(

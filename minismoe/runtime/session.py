@@ -41,7 +41,12 @@ def open_session(file: Path, provider: str, threads: int | None,
     for key, text in entries:
         options.add_session_config_entry(key, text)
     providers = list(dict.fromkeys((provider, CPU)))
-    return opened(lambda name: ort.InferenceSession(name, options, providers=providers), file)
+    if provider == "CUDAExecutionProvider":
+        ort.preload_dlls()                   # those of pip's packages
+    session = opened(lambda name: ort.InferenceSession(name, options, providers=providers), file)
+    if provider not in session.get_providers():          # it falls back to the CPU in silence
+        raise ValueError(f"onnxruntime cannot start {provider}: a library or the device is missing")
+    return session
 
 
 def opened(read: Callable[[str], Any], file: Path) -> Any:

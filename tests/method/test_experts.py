@@ -1,6 +1,8 @@
 """experts.py against the reference, against autograd, and against PEFT."""
 
 import copy
+import itertools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -474,14 +476,15 @@ def test_a_shared_beginning_counts_for_all_sequences() -> None:
 
     def gradients(parts: list[slice], share: bool) -> list[Tensor]:
         model.zero_grad()
-        counts: list[Tensor] = []
+        counts = defaultdict[int, list[Tensor]](list)        # by the number of the call
+        for turn, part in enumerate(parts * 2):
+            call = itertools.count()
 
-        def total(part: Tensor) -> Tensor:
-            counts.append(part)
-            return sum(counts[:len(parts)])      # complete the second time round
+            def total(part: Tensor, call: itertools.count = call) -> Tensor:
+                counts[n := next(call)].append(part)
+                return sum(counts[n][:len(parts)])           # complete the second time round
 
-        for part in parts * 2:
-            if len(counts) == len(parts):
+            if turn == len(parts):
                 model.zero_grad()
             needed = torch.zeros_like(mask[part], dtype=torch.bool) if share else None
             model.model(ids[part], mask[part], needed=needed)

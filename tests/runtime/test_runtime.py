@@ -142,6 +142,14 @@ def test_the_cache_is_where_attention_is(model, tmp_path, monkeypatch, kind, cac
     assert Generator(folder)._device == device
 
 
+def test_a_provider_that_does_not_start_is_named(folders, monkeypatch) -> None:
+    """onnxruntime would go on with the CPU in silence."""
+    monkeypatch.setattr(cache, "execution_provider", lambda name: "CUDAExecutionProvider")
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    with pytest.raises(ValueError, match="cannot start CUDAExecutionProvider: a library or the"):
+        Generator(folders["ort"])
+
+
 def test_no_prompt_has_no_text(generator) -> None:
     assert generator.batch([]) == []
 

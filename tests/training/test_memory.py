@@ -1,9 +1,11 @@
 """What a run will need, against what autograd keeps and what a process takes."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +99,10 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     plan.measure_peak(model, examples())
     assert model.lm_head is head and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    layers = [weakref.ref(layer) for layer in expert_layers(model).values()]
+    del model, head, before
+    gc.collect()
+    assert layers and not any(layer() for layer in layers)         # no graph keeps the adapted ones
 
 
 def test_live_bytes_count_what_is_freed_and_not_the_weights() -> None:
