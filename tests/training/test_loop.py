@@ -7,10 +7,14 @@ import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny import examples, tiny, tiny_config
 
+from minismoe import reference
+from minismoe.data.tasks import bucket, collate
 from minismoe.method.experts import add_experts, expert_layers
+from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.training.loop import (
@@ -76,6 +80,52 @@ def test_schedule_visits_every_example_each_epoch() -> None:
     assert sorted(seen) == sorted(list(range(24)) * 3)
     assert schedule(examples(), cfg) == schedule(examples(), cfg)
     assert schedule(examples(), cfg) != schedule(examples(), TrainConfig(3, 5, seed=1))
+
+
+def test_training_equals_a_plain_loop(tmp_path) -> None:
+    """Whole logits, `reference.balance_loss`, clipping, AdamW and the rate, step by step."""
+    cfg = TrainConfig(epochs=2, batch_size=6, micro_batch_size=4, lr=0.02, warmup=0.25, seed=3,
+                      weight_decay=0.1, max_grad_norm=0.21, router_aux_loss_coef=0.3)
+    ours, plain = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    train(ours, examples(), cfg, tmp_path, pad_id=0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+    batches = [batch for seed in (3000, 3001) for batch in bucket(examples(), 6, seed)]
+    clipped = set()
+    for step, (batch, line) in enumerate(zip(batches, lines, strict=True)):
+        losses: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
+        balance, tokens = torch.zeros(()), sum(len(e.ids) for e in batch)
+        for part in batch[:4], batch[4:]:
+            ids, mask, labels = collate(part, 0)
+            logits = plain.lm_head(plain.model(ids, mask))[:, :-1]
+            needed = F.pad(labels[:, 1:] != IGNORE, (0, 1))
+            for i, row in enumerate(needed[:, :-1]):
+                losses[part[i].task].append(F.cross_entropy(
+                    logits[i][row], labels[i, 1:][row], reduction="none"))
+            every = [reference.balance_loss(
+                # The last MLP is computed, and balanced, for the tokens that a loss needs.
+                m.router_logits[needed[mask.bool()]] if "layers.1.mlp" in name else m.router_logits,
+                m.top_k) for name, m in expert_layers(plain).items()]
+            balance = balance + torch.stack(every).mean() * mask.sum() / tokens
+        each = torch.cat([loss for task in losses.values() for loss in task])
+        (each.mean() + 0.3 * balance).backward()
+        norm = torch.stack([p.grad.square().sum() for p in trained]).sum().sqrt()
+        clipped.add(bool(norm > 0.21))
+        for p in trained:
+            p.grad *= min(1.0, 0.21 / (norm + 1e-6))
+        rate = 0.01 * (step + 1) if step < 2 else 0.01 * (1 + math.cos(math.pi * (step - 2) / 6))
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        by_task = {task: torch.cat(found).mean().item() for task, found in losses.items() if found}
+        assert line["loss_by_task"] == pytest.approx(by_task, abs=2e-5)
+        assert (line["loss"], line["balance"], line["grad_norm"], line["lr"]) == pytest.approx(
+            (each.mean().item(), balance.item(), norm.item(), rate), abs=2e-5)
+        assert line["tokens"] == tokens
+    assert len(lines) == 8 and clipped == {True, False}
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_training_learns_and_writes_metrics(tmp_path) -> None:
