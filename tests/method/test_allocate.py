@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minismoe import reference
-from minismoe.method.allocate import GROUPS, STRATEGIES, Allocation, allocate
+from minismoe.method.allocate import GROUPS, STRATEGIES, Allocation, allocate, grouped
 
 KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")  # by name
 Model = tuple[dict[str, dict[str, float]], dict[str, tuple[int, int]]]
@@ -478,3 +478,10 @@ def test_bad_files_are_refused_with_every_problem(value: object, names: list[str
         Allocation.from_json(value)
     assert [name for name in names if name not in str(caught.value)] == []
     assert "fine" not in str(caught.value)
+
+
+def test_a_convolution_is_ranked_with_attention() -> None:
+    """As LFM2's: both mix tokens."""
+    names = ["model.layers.0.conv.in_proj", "model.layers.0.feed_forward.w1",
+             "model.layers.1.self_attn.q_proj", "model.layers.1.feed_forward.w1"]
+    assert grouped(names, "attention_mlp") == [names[::2], names[1::2]]

@@ -515,3 +515,12 @@ def test_the_last_mlp_is_balanced_over_the_tokens_that_are_read() -> None:
     found = balance_loss([layer], mask, model.model.copies).item()
     assert found == pytest.approx(expected[1], rel=1e-12)
     assert abs(expected[0] / expected[1] - 1) > 1e-3
+
+
+def test_experts_begin_as_peft_and_mixtral_do() -> None:
+    torch.manual_seed(0)
+    layer = ExpertLinear(nn.Linear(1024, 64), experts=8, rank=16, alpha=32, top_k=2)
+    A, bound = layer.lora_A, 1024 ** -0.5                # uniform in the bounds of nn.Linear
+    assert A.abs().max() <= bound and A.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.02)
+    assert layer.router.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not layer.lora_B.any()

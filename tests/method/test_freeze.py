@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minismoe import reference
 from minismoe.method import freeze as module
-from minismoe.method.experts import ExpertLinear, expert_layers
+from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.method.freeze import (
     Fit,
     TaskFits,
@@ -87,6 +87,23 @@ def test_fits_and_residuals_equal_the_reference(kind: str, pad: str, ridge: floa
             if ridge < 1e-9:      # any linear map of rank R with B's row space: y W
                 W = torch.linalg.lstsq(x, layer.added(x)).solution.T                # (out, D)
                 torch.testing.assert_close(found.lora_B @ found.lora_A, W, rtol=1e-5, atol=1e-5)
+
+
+def test_the_ridge_is_the_best_one_on_held_out_samples() -> None:
+    model, data = model_of().requires_grad_(False), tasks(40)
+    data["b"] = data["b"][:1]                            # few samples: there large ridges are best
+    fits, chosen = fit(model, data)["linear"], []
+    for task in "ab":
+        xs, hs = (reads(model, held_out(data[task], held)) for held in (False, True))
+        for name in ROUTED:
+            layer, found = plain(expert_layers(model)[name]), fits.of(task)[name]
+            losses = [reference.residual(layer, reference.fits(layer, xs[name], ridge)["linear"],
+                                         hs[name]) for ridge in module.RIDGES]
+            losses.append(reference.residual(layer, reference.fits(layer, xs[name], 1.0)["gates"],
+                                             hs[name]))
+            assert found.residual == pytest.approx(min(losses), rel=1e-5)
+            chosen.append(losses.index(min(losses)))
+    assert len({*chosen}) > 2                            # none is best for all of them
 
 
 def test_energy_is_a_share_of_all_that_is_written() -> None:
@@ -347,3 +364,13 @@ def test_missing_fits_are_named_before_anything_changes() -> None:
     assert [len(layer.lora_A) for layer in expert_layers(model).values()] == list(COUNTS.values())
     merge(model, fits, keep=[lost])
     assert list(expert_layers(model)) == [lost]
+
+
+def test_merging_keeps_the_bias() -> None:
+    model = randomise(add_experts(nn.Sequential(nn.Linear(8, 6)).double(), {"0": 1}, rank=2))
+    x = torch.randn(5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+        merge(model, {"0": exact(model[0])})
+        assert type(model[0]) is nn.Linear
+        torch.testing.assert_close(model(x), wanted)

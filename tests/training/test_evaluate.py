@@ -6,7 +6,7 @@ import torch
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.model.decoder import CausalLM, Config
-from minismoe.training.evaluate import Accuracy, evaluate, generate
+from minismoe.training.evaluate import Accuracy, answer_prompts, evaluate, generate
 
 TINY = Config(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, head_dim=8, windows=(None, None))
@@ -88,3 +88,13 @@ def test_the_interval_equals_the_published_one() -> None:
     # Newcombe 1998, Statistics in Medicine 17: 857-872, table I, method 3 (score): 81 of 263.
     assert Accuracy(81, 263).interval == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert Accuracy(0, 20).interval == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
+    """Nothing could be written after it."""
+    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
+    task = Task("t", [], [[{"role": "user", "content": "hm"}, {"role": "assistant", "content": "a"}]])
+    (prompt,) = answer_prompts(tokenizer, task, 99)
+    assert answer_prompts(tokenizer, task, len(prompt) + 1) == [prompt]
+    with pytest.raises(ValueError, match="test example 1, 'hm': .* context"):
+        answer_prompts(tokenizer, task, len(prompt))
