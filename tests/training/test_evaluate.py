@@ -93,7 +93,8 @@ def test_the_interval_equals_the_published_one() -> None:
 def test_a_prompt_that_fills_the_context_is_refused() -> None:
     """Nothing could be written after it."""
     tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
-    task = Task("t", [], [[{"role": "user", "content": "hm"}, {"role": "assistant", "content": "a"}]])
+    task = Task("t", [], [[{"role": "user", "content": "hm"},
+                           {"role": "assistant", "content": "a"}]])
     (prompt,) = answer_prompts(tokenizer, task, 99)
     assert answer_prompts(tokenizer, task, len(prompt) + 1) == [prompt]
     with pytest.raises(ValueError, match="test example 1, 'hm': .* context"):
