@@ -11,6 +11,7 @@ Freezes the routing, writes the folder, compares it with PyTorch, and keeps it i
 """
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
     command = next_command(config.layout, out, next(iter(info.get("adapters", ())), None))
+    command += " --provider qnn" * bool(config.compile)
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
 
 
@@ -131,6 +133,10 @@ def load_run(config: FreezeConfig) -> Source:
     settings = cli.settled(replace(saved, device=config.device, dtype=config.dtype,
                                    limit_test=config.limit_test or saved.limit_test))
     inputs = cli.load_inputs(settings)
+    known = read_json(run / "config.json").get("identity", {})
+    known = {name: known[name] for name in known if name != "the allocation"} or inputs.identity
+    if not config.limit_test and (other := runs.differences(inputs.identity, known)):
+        print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
     inputs.model.model.recompute = training.recompute
     return Source(run, inputs.folder, inputs.model.name, inputs.model,

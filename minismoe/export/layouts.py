@@ -243,6 +243,8 @@ def write_web(out: Path, precision: str, cache_type: str = "float32", page: bool
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = data
+    for value in graph.graph.input:          # one prompt: transformers.js pads others on the left
+        value.type.tensor_type.shape.dim[0].dim_value = 1
     if dtype == "q8":                        # what a browser runs on the CPU
         write_in_steps(graph.graph, read_json(out / "generation_config.json")["eos_token_id"])
     with replacing(out / "onnx" / name) as tmp:

@@ -171,8 +171,8 @@ def show_residuals(fits: Fits) -> None:
 
 
 def missed(fits: Fits) -> float:
-    """The median share of a mixture's output that its map misses."""
-    return median(f.residual for f in fits.values())
+    """The median share of a mixture's output that its map misses; single experts miss nothing."""
+    return median([f.residual for f in fits.values() if f.kind != "exact"] or [0.0])
 
 
 def save_frozen(folder: Path, frozen: TaskFits) -> None:
@@ -217,8 +217,8 @@ def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], flo
 def cost_rows(model: nn.Module, kinds: Mapping[str, TaskFits], healed: Fits, score: Score,
               tolerances: Sequence[float] = ()) -> list[dict[str, Any]]:
     """A row for the mixture and for each way to freeze it: its name, the score of each task and
-    their mean, the median held-out residual of the merged mixtures, and the number of parameters
-    that stay beside the base.
+    their mean, the median held-out residual of the merged mixtures (None: not measured), and the
+    number of parameters that stay beside the base.
 
     kinds: the fits by kind, "linear" among them. healed: of all tasks together.
     """
@@ -235,7 +235,7 @@ def cost_rows(model: nn.Module, kinds: Mapping[str, TaskFits], healed: Fits, sco
         lost = [f.residual for task in used for n, f in used[task].items()
                 if f.kind != "exact" and n not in keep]
         return {"model": name, "tasks": scores, "mean": mean(scores.values()),
-                "residual": median(lost or [0.0]),
+                "residual": None if used and used[tasks[0]] is healed else median(lost or [0.0]),
                 "parameters": sum(p.numel() for p in current.parameters() if p.requires_grad)}
 
     rows = [row("mixture", {})]
@@ -259,13 +259,14 @@ def print_costs(config: TableConfig, source: Source) -> None:
     healed = heal_maps(data.lesson(None, config.heal), fits)
     rows = cost_rows(source.model, kinds, healed, data.score,
                      (0.0, 0.01, 0.02) if config.routing == "auto" else ())
-    write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})
     print(cost_table(rows))
+    write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `cost_rows` as text."""
     return table(["model", *map(clean, rows[0]["tasks"]), "mean", "residual", "parameters"],
                  [[row["model"], *(f"{s:.3f}" for s in row["tasks"].values()),
-                   f"{row['mean']:.3f}", f"{100 * row['residual']:.2f} %",
+                   f"{row['mean']:.3f}",
+                   "-" if row["residual"] is None else f"{100 * row['residual']:.2f} %",
                    f"{row['parameters']:,}"] for row in rows])

@@ -34,9 +34,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def must_be_new(path: Path) -> None:
-    """Raise FileExistsError if the path exists."""
-    if path.exists():
+    """Raise FileExistsError if the path exists, PermissionError if it cannot be made."""
+    if os.path.lexists(path):
         raise FileExistsError(f"{path} exists already: choose another name, or remove it")
+    parent = next(p for p in path.absolute().parents if os.path.lexists(p))
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise PermissionError(f"{path} cannot be made: {parent} is no folder that can be written")
 
 
 @contextmanager

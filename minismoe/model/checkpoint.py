@@ -232,11 +232,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
 
 def _check_base(model: nn.Module, meta: Mapping[str, Any]) -> None:
     """Raise ValueError if `meta`, an adapter.json, is of another base than `model`."""
-    if getattr(model, "merged", ""):
+    ours, its = getattr(model, "fingerprint", None), meta.get("fingerprint")
+    same = ours and its and its in (ours, ours[:16])         # older adapters know the first part
+    if getattr(model, "merged", "") and not same:
         raise ValueError(f"{model.name} has adapters merged into it, which can't be taken out "
                          f"again: load this adapter onto {model.merged}")
-    ours, its = getattr(model, "fingerprint", None), meta.get("fingerprint")
-    if ours and its and its not in (ours, ours[:16]):        # older adapters know the first part
+    if ours and its and not same:
         raise ValueError(f"the adapter was trained on another base: {clean(its)} "
                          f"({clean(meta.get('base_model'))}), and this one is {ours} "
                          f"({getattr(model, 'name', '?')})")

@@ -26,9 +26,10 @@ from minismoe.cli.export_flags import parse
 from minismoe.export import layouts, npu, verify
 from minismoe.export.routing import Calibration, Frozen, fewest_routed
 from minismoe.export.settings import ExportConfig
-from minismoe.method.experts import expert_layers
+from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit, merge
-from minismoe.model.checkpoint import load_adapter, load_model
+from minismoe.method.record import Allocation
+from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator, read_info
 from minismoe.runtime.folder import known_tasks
@@ -219,6 +220,39 @@ def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:
     export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "hf"])
     with pytest.raises(ValueError, match="merged into it, which can't be taken out again"):
         load_adapter(load_model(tmp_path / "out"), run / "adapter")
+    model = load_model(tmp_path / "out")                 # but it can be trained again
+    allocation = Allocation({"model.layers.0.mlp.up_proj": 2}, rank=2)
+    save_adapter(add_experts(model, allocation), tmp_path / "second", allocation)
+    load_adapter(load_model(tmp_path / "out"), tmp_path / "second")
+
+
+def test_other_data_than_in_training_are_told(run: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(run.parent / "data", tmp_path / "data")
+    shutil.copytree(run, tmp_path / "run")
+    saved = json.loads((run / "config.json").read_text())
+    saved["arguments"]["data"] = str(tmp_path / "data")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    config = ExportConfig(run=str(tmp_path / "run"))
+    export.load_run(config)
+    assert "trained on" not in capsys.readouterr().err
+    (tmp_path / "data" / "twice.jsonl").unlink()
+    export.load_run(config)
+    err = capsys.readouterr().err
+    assert err.startswith("not what the run was trained on: task twice absent (was ")
+
+
+def test_a_place_that_cannot_be_written_is_seen_before_the_work(
+        run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "freeze_routing", lambda *_: pytest.fail("it was frozen"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(PermissionError, match="file is no folder that can be written"):
+        export.main([str(run), "--out", str(tmp_path / "file" / "out")])
+    with pytest.raises(FileExistsError, match="exists already"):
+        export.main([str(run), "--out", str(tmp_path / "dangling")])
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match="is no folder that can be written"):
+        export.main([str(run), "--out", str(tmp_path / "new" / "out")])
 
 
 def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path,

@@ -219,7 +219,7 @@ def test_a_cache_that_cannot_be_written_is_seen_before_the_training(tmp_path, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MINISMOE_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(toy, "_pretrain", lambda steps: pytest.fail("it trains"))
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(PermissionError, match="file is no folder that can be written"):
         toy.checkpoint_folder(_steps=STEPS)
 
 

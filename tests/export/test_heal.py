@@ -242,7 +242,7 @@ def test_rows_of_the_comparison(mixture: Any, fits: Any) -> None:
     def score(model: Any, task: str) -> float:
         return 0.5 + 0.01 * len(expert_layers(model)) + (task == "b") / 10
 
-    rows = cost_rows(mixture, fits, fits["linear"].together, score, [0.14, 0.0])
+    rows = cost_rows(mixture, fits, dict(fits["linear"].together), score, [0.14, 0.0])
     assert [row["model"] for row in rows] == [
         "mixture", "merged, mean", "merged, gates", "merged, linear", "merged, linear, a task",
         "merged, healed", "auto, 14 points: 0 routed", "auto, 0 points: 12 routed"]
@@ -253,6 +253,7 @@ def test_rows_of_the_comparison(mixture: Any, fits: Any) -> None:
                  for p in (layer.lora_A, layer.lora_B))
     assert [row["parameters"] for row in rows] == [experts, *[0] * 6, experts - shared]
     assert rows[0]["residual"] == 0 and rows[-1]["residual"] == 0
+    assert rows[5]["residual"] is None                   # of healed maps it is not measured
     assert rows[1]["residual"] > rows[2]["residual"] > rows[3]["residual"] > 0
     text = cost_table(rows).splitlines()
     assert len(text) == 10 and text[0].split()[:3] == ["model", "a", "b"]
@@ -288,7 +289,9 @@ def test_maps_that_miss_much_are_healed_before_they_are_rounded(
                             lambda *_, part=part, **__: found.append(part) or {})
     for name in ("quantize_model", "refine", "merged_weights"):
         monkeypatch.setattr(routing, name, lambda *_: {})
-    frozen = routing.Frozen({"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), residual=residual)}, {})
+    A, B = torch.zeros(1, 1), torch.zeros(1, 1)
+    frozen = routing.Frozen({"m": Fit(A, B, "linear", residual),     # single experts miss nothing
+                             "n": Fit(A, B), "o": Fit(A, B)}, {})
     data = SimpleNamespace(pools={"t": []}, batches={}, lesson=lambda *_: None)
     source = SimpleNamespace(base=None, model=None)
     routing.heal_frozen(ExportConfig(heal=40, precision="int4", block=32), source, data, frozen)

@@ -1,0 +1,150 @@
+"""What a run's samples and settings decide in its export, and how its answers are scored."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mixture import COUNTS, V, batch, model_of, tasks
+from safetensors.torch import save_file
+
+import export
+import train
+from minismoe.data.tasks import Example, Task, collate
+from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
+from minismoe.export import gptq, routing, verify
+from minismoe.export.heal import Lesson, heal_maps, twin
+from minismoe.export.layouts import copy_base_files, write_genai
+from minismoe.export.routing import Calibration, merged_weights
+from minismoe.export.scales import quantize_model, round_weights
+from minismoe.export.settings import ExportConfig
+from minismoe.method.freeze import Fit, fit, freeze
+
+
+@pytest.mark.parametrize("task", [None, "a"])
+def test_a_task_is_healed_and_rounded_on_its_own_samples(task, monkeypatch) -> None:
+    asked: list[tuple[str | None, int]] = []
+    batches: list[int] = []
+    for name in ("heal_maps", "heal_scales", "quantize_model", "merged_weights"):
+        monkeypatch.setattr(routing, name, lambda *_, **__: {})
+    monkeypatch.setattr(routing, "refine", lambda *given: batches.extend(given[3]))
+    fits = {"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 1.0)}
+    data = SimpleNamespace(pools={"a": [], "b": []}, batches={"a": [1], "b": [2]},
+                           lesson=lambda *given: asked.append(given))
+    routing.heal_frozen(ExportConfig(heal=40, precision="int4", block=32, task=task),
+                        SimpleNamespace(base=None, model=None), data,
+                        routing.Frozen(dict(fits), {"a": dict(fits), "b": dict(fits)}))
+    assert asked == [(task, 40)] * 2                       # maps, then scales
+    assert batches == ([1] if task else [1, 2])
+
+
+def test_maps_are_healed_beside_the_base_that_ships() -> None:
+    model = model_of(dtype=torch.float32)
+    fits = fit(model, tasks())["mean"].together
+    data = [Example("a", [(7 * i + j * j) % V for j in range(9)], [-100, *[(7 * i + j * j) % V
+            for j in range(1, 9)]], i) for i in range(16)]
+    losses = []
+    for block in (None, 32):
+        healed = heal_maps(Lesson(model, data, 20, 0), fits, precision="int4", block=block, lr=1e-2)
+        student = twin(model)
+        freeze(student, healed)
+        round_weights(student, "int4", 32)
+        ids, mask, labels = collate(data, 0)
+        with torch.no_grad():
+            losses.append(F.cross_entropy(student(ids, mask)[:, :-1].flatten(0, 1),
+                                          labels[:, 1:].flatten()).item())
+    assert losses[1] < losses[0]
+
+
+def test_the_tied_table_is_damped_more(monkeypatch) -> None:
+    model, seen = model_of(dtype=torch.float32), {}
+    blocks = quantize_model(model, lambda n: model.get_parameter(n).detach(), "int4", 32)
+    real = gptq.gptq
+
+    def watched(weight: Any, H: Any, bits: int, size: int, damping: float) -> Any:
+        seen.setdefault(damping, []).append(tuple(weight.shape))
+        return real(weight, H, bits, size, damping)
+
+    monkeypatch.setattr(gptq, "gptq", watched)
+    gptq.refine(model, blocks, lambda n: model.get_parameter(n).detach(), [batch(0)])
+    assert seen[gptq.TIED_DAMPING] == [(V, 16)] and len(seen[gptq.DAMPING]) == len(COUNTS)
+
+
+def test_a_base_in_16_bits_is_merged_in_float32(tmp_path: Path) -> None:
+    weight, name = torch.randn(4, 3).bfloat16(), "model.layers.0.mlp.up_proj"
+    save_file({f"{name}.weight": weight}, tmp_path / "model.safetensors")
+    A, B = torch.randn(2, 3) / 100, torch.randn(4, 2) / 100
+    found = merged_weights(tmp_path, {name: Fit(A, B)})(f"{name}.weight")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, weight.float() + B @ A)
+
+
+class Says:
+    """A generator that answers "yes" to what holds an x, and "no" to all else."""
+
+    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, [257])
+    context = 99
+
+    def room(self, length: int) -> int:
+        return 9
+
+    def batch(self, prompts: Any, limit: int) -> list[list[int]]:
+        return [list(b"yes" if ord("x") in p else b"no") for p in prompts]
+
+    def generate(self, prompt: Any, limit: int) -> Any:
+        return iter(self.batch([prompt], limit)[0])
+
+
+def test_answers_are_scored_in_the_order_of_their_questions() -> None:
+    lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+             for q, a in (("long x", "yes"), ("s", "no"), ("longer", "no"), ("x", "no"))]
+    assert verify.accuracy(Says(), Task("t", [], lines), batch_size=2) == 0.75
+
+
+@pytest.mark.parametrize("precision, wrong", [("fp32", True), ("int8", False)])
+def test_another_text_in_float32_is_refused(precision, wrong, monkeypatch) -> None:
+    monkeypatch.setattr(verify, "compare_logits", lambda *_, **__: {})
+    for texts in ([list(b"yes"), list(b"no")], [list(b"yes"), list(b"yes")]):
+        monkeypatch.setattr(verify, "generate", lambda *_, texts=texts: texts)
+        if wrong and texts[1] != list(b"no"):
+            with pytest.raises(ValueError, match="says other texts than PyTorch: 1 of 2 are"):
+                verify.compare_graph(None, Says(), [[120], [97]], precision)
+            continue
+        found = verify.compare_graph(None, Says(), [[120], [97]], precision)
+        assert found["texts_equal"] == found["batched_equal"] == (2 if texts[1] == [110, 111]
+                                                                  else 1)
+
+
+@pytest.fixture(scope="module")
+def run(inputs, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("new") / "run"
+    train.main([*inputs, "--samples", "2", "--epochs", "1", "--rank", "2", "--recompute",
+                "--micro-batch-size", "3", "--dtype", "float32", "--out", str(run)])
+    return run
+
+
+def test_what_a_run_was_trained_with_is_what_its_export_heals_with(run: Path) -> None:
+    source = export.load_run(ExportConfig(run=str(run), limit_test=2))
+    assert source.micro_batch_size == 3 and source.model.model.recompute
+    assert [len(t.test) for t in source.tasks] == [2, 2]
+    data = Calibration(ExportConfig(run=str(run), calibration=5), source)
+    assert [sum(len(b[0]) for b in batches) for batches in data.batches.values()] == [5, 5]
+
+
+def test_what_a_base_says_of_sampling_reaches_genai(inputs, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(inputs[1], tmp_path / "base"))
+    (base / "generation_config.json").write_text(json.dumps(
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "do_sample": True, "max_length": None,
+         "repetition_penalty": 1.1}))
+    copy_base_files(base, tmp_path / "out")
+    assert "max_length" not in json.loads((tmp_path / "out/generation_config.json").read_text())
+    write_genai(tmp_path / "out", 64)
+    found = json.loads((tmp_path / "out/genai_config.json").read_text())
+    assert found["model"]["context_length"] == 64
+    assert {k: found["search"][k] for k in ("temperature", "top_p", "top_k", "do_sample",
+            "repetition_penalty")} == {"temperature": 0.7, "top_p": 0.9, "top_k": 5,
+                                       "do_sample": True, "repetition_penalty": 1.1}
