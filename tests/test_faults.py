@@ -645,8 +645,8 @@ def test_external_data_outside_of_the_folder_is_refused(world: World, place: str
 @pytest.mark.parametrize("args, says", [
     (("x" * 200,), "a prompt of .* tokens leaves no room in the context of 128: shorten it"),
     (("",), "the prompt is empty"),
-    (("a", "--temperature", "nan"), "temperature nan"), (("a", "--top-p", "2"), "top-p 2"),
-    (("a", "--top-k", "-1"), "top-k -1"), (("a", "--task", "../x"), "no adapter '../x'")])
+    (("a", "--temperature", "1", "--top-k", "65"), "top-k 65"),
+    (("a", "--task", "../x"), "no adapter '../x'")])
 def test_wrong_requests_are_refused(world: World, args: tuple[str, ...], says: str) -> None:
     fails(terminal.main, world.export, *args, says=says, folder=world.export)
 

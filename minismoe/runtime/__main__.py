@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..io.flags import natural, positive
+from ..io.flags import natural, number, positive, share, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, print_error
 from .choices import read_choices
@@ -110,19 +111,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "browsers, until Ctrl-C")
     add("--port", type=natural, default=0, help="of --serve (default: a free one)")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
-    add("--prefix", metavar="FILE|TASK", help="begin with a file's text as the system prompt (with "
-        "--raw, as text before the prompt), or with a task's instruction; it is read once, and its "
-        "cache kept in FILE.safetensors, or in the folder, apart for each --task")
-    add("--choices", metavar="FILE|TASK", help="answer with one of these: the lines of a file, or "
-        "the answers of a task that the folder knows")
+    add("--prefix", type=text, metavar="FILE|TASK", help="begin with a file's text as the system "
+        "prompt (with --raw, as text before the prompt), or with a task's instruction; it is read "
+        "once, and its cache kept in FILE.safetensors, or in the folder, apart for each --task")
+    add("--choices", type=text, metavar="FILE|TASK", help="answer with one of these: the lines of "
+        "a file, or the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
         "after its probability")
     add("--task", help="use the adapter of this task, if the folder has adapters")
     add("--max-tokens", type=positive, metavar="N", help="default: until the context is full")
-    add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens "
+    add("--temperature", type=number, default=0.0, help="0 (default) takes the likeliest token")
+    add("--top-p", type=share, default=1.0, metavar="P", help="draw among the likeliest tokens "
         "that together reach P (default: 1)")
-    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens "
+    add("--top-k", type=natural, default=0, metavar="K", help="draw among the K likeliest tokens "
         "(default: as many as the folder's sampler gives, 64)")
     add("--seed", type=int, help="of the draws; default: another one each time")
     add("--speculate", action=argparse.BooleanOptionalAction, help="draft tokens from the text so "
@@ -194,6 +195,9 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Call main and exit: 0 done, 1 failed with one line on stderr, 130 after Ctrl-C."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:       # closed, as of a daemon
+            setattr(sys, name, open(os.devnull, mode))       # noqa: SIM115 (until the end)
     for stream in (sys.stdin, sys.stdout, sys.stderr):   # text that is no UTF-8 ends nothing
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

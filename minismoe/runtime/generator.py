@@ -32,7 +32,8 @@ class Generator(CachedModel):
     provider: an execution provider of onnxruntime, as "CUDAExecutionProvider" or "cuda"; threads:
     default, the physical cores; task: an adapter of the folder; verify: compare hashes as well as
     sizes. `ended` says why the last generation ended: "stop" (a stop token), "max_tokens" or
-    "context". Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
+    "context". It has one cache, so it is for one thread: give each thread a generator of its own.
+    Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
     ended = ""

@@ -451,3 +451,67 @@ def test_starts_fast_and_small(folders) -> None:
     run = command(folders["ort"], "hello", "--max-tokens", 4, "--stats", "--threads", 1)
     assert time.perf_counter() - start < 5        # 0.2 s where nothing else runs
     assert int(re.search(r"peak memory (\d+) MB", run.stderr)[1]) < 100
+
+
+@pytest.mark.parametrize("kind, T", [("static", 1), ("chunks", 4), ("portable", 1), ("ort", 1)])
+def test_a_text_ends_where_the_places_of_the_past_do(model, folders, kind, T) -> None:
+    """A step of a static graph takes T places, whatever it writes."""
+    generator, prompt = Generator(folders[kind], threads=1), b"x" * 41
+    generator.tokenizer.stop_ids = []
+    found = list(generator.generate(prompt))
+    assert len(found) == (96 - 41) // T and generator.ended == "context"
+    assert found == generate(model, [prompt], len(found), ())[0]
+
+
+def test_a_static_past_that_is_shorter_than_the_context(model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(KINDS, "short", ("portable", (1, 1, 48)))
+    generator = Generator(export(model, tmp_path / "f", "short"), threads=1)
+    generator.tokenizer.stop_ids = []
+    assert generator.context == 48 and len(list(generator.generate(b"x" * 41))) == 7
+
+
+def test_logits_that_are_not_numbers_end_a_text(model, tmp_path) -> None:
+    broken = CausalLM(model.config)
+    broken.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(ArithmeticError, match="logits are not numbers"):
+        list(Generator(export(broken, tmp_path / "f"), threads=1).generate("a", 2))
+
+
+def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Generator, "generate", lambda self, *_, **__: (
+        setattr(self, "ended", "context"), iter(b"ab"))[1])
+    terminal.main([str(folders["ort"]), "x"])
+    assert capsys.readouterr().err == "[the context of 96 tokens is full]\n"
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["x", "--port", "80"], "--port needs --serve"), (["x", "--best", "2"], "--best needs --cho"),
+    (["--serve", "--stats"], "leave out stats"), (["--serve", "--task", "t"], "leave out task"),
+    (["x", "--seed", "1"], "draw nothing without a --temperature"),
+    (["x", "--temperature", "nan"], "nan is no number of at least 0"),
+    (["x", "--top-p", "2"], "2 is not in (0, 1]"), (["x", "--top-k", "-1"], "-1 is below 0"),
+    (["x", "--choices="], "it is empty"),
+    (["x", "--chat"], "--chat asks for prompts itself")])
+def test_what_is_wrong_with_flags_is_said(folders, flags, says, capsys) -> None:
+    """In the last line: the usage above it names every flag."""
+    with pytest.raises(SystemExit) as end:
+        terminal.main([str(folders["ort"]), *flags])
+    assert end.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_too_little_memory_names_the_context(monkeypatch, capsys) -> None:
+    def full(_: object) -> None:
+        raise MemoryError
+    monkeypatch.setattr(terminal, "main", full)
+    with pytest.raises(SystemExit) as end:
+        terminal.run()
+    assert end.value.code == 1 and capsys.readouterr().err == (
+        "error: out of memory: export again, with a smaller --context\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes streams")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_end_nothing(folders, closed) -> None:
+    said = f"{sys.executable} -m minismoe.runtime {folders['ort']} hi --max-tokens 2 {closed}"
+    done = subprocess.run(said, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
