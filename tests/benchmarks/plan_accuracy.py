@@ -53,7 +53,7 @@ def measured(argv: list[str], micro: int) -> int:
     config = train.parse(argv)
     config = replace(config, inputs=settled(config.inputs))
     folder = model_folder(config.inputs)
-    examples = [e for x in read_data(config.inputs, folder)[2].values() for e in x.examples]
+    examples = [e for x in read_data(config.inputs, folder)[2].values() for e in x]
     batches = schedule(examples, config.training)
     place = batches.index(plan.largest(batches, config.training.batch_size))
     model = load_base(config.inputs, folder)

@@ -415,3 +415,17 @@ def test_the_default_template_needs_no_jinja(generate: bool,
     plain = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
     assert plain.render(messages, generate) == expected
     assert plain.stop_ids == by_jinja.stop_ids == [257]
+
+
+def test_what_a_post_processor_would_add_is_left_out(bpe: Path, tmp_path: Path) -> None:
+    """The template writes the start token: Llama's tokenizer.json would put a second one before."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import processors
+
+    backend = Backend.from_file(str(bpe))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    backend.save(str(tmp_path / "t.json"))
+    assert len(backend.encode("the cat").ids) == 1 + len(FileTokenizer(bpe).encode("the cat")[0])
+    ours, bare = (FileTokenizer(file).encode("the cat") for file in (tmp_path / "t.json", bpe))
+    assert ours == bare

@@ -485,3 +485,9 @@ def test_a_convolution_is_ranked_with_attention() -> None:
     names = ["model.layers.0.conv.in_proj", "model.layers.0.feed_forward.w1",
              "model.layers.1.self_attn.q_proj", "model.layers.1.feed_forward.w1"]
     assert grouped(names, "attention_mlp") == [names[::2], names[1::2]]
+
+
+def test_a_rank_of_the_smaller_side_is_allowed() -> None:
+    Allocation({"m": 1}, rank=4).check_rank({"m": (4, 9)})
+    with pytest.raises(ValueError, match="rank 5"):
+        Allocation({"m": 1}, rank=5).check_rank({"m": (9, 4)})

@@ -374,3 +374,21 @@ def test_merging_keeps_the_bias() -> None:
         merge(model, {"0": exact(model[0])})
         assert type(model[0]) is nn.Linear
         torch.testing.assert_close(model(x), wanted)
+
+
+def test_experts_that_are_nearly_alike_still_have_gates_of_their_own() -> None:
+    model = model_of()
+    layer = expert_layers(model)["model.layers.0.self_attn.q_proj"]
+    for p in (layer.lora_A, layer.lora_B):
+        p.data[1] = p.data[0] + 0.01 * p.data[1]
+    assert fit(model, tasks())["gates"].together["model.layers.0.self_attn.q_proj"].kind == "gates"
+
+
+def test_groups_hold_four_times_the_sums_within_the_memory() -> None:
+    """To fit and held out, of a task and of all tasks together."""
+    model, one = model_of(), batch(0)
+    (whole,) = module._groups(model, one, 1 << 30)
+    sizes = [4 * 8 * sum(map(module.prod, module._shapes(readers))) for readers in whole]
+    memory = sizes[0] + sizes[1]
+    assert len(module._groups(model, one, memory)[0]) == 2
+    assert len(module._groups(model, one, memory - 1)[0]) == 1

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -251,3 +252,32 @@ def test_running_out_of_memory_with_one_example_is_raised(monkeypatch) -> None:
     monkeypatch.setattr(training, "supervised_losses", lambda *a, **o: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         training.step_that_fits(tiny(), examples(4), TrainConfig(), 0)
+
+
+def test_a_new_run_leaves_no_checkpoint_of_an_old_one(tmp_path) -> None:
+    for epochs, left in ((3, "step-00000009"), (1, "step-00000003")):
+        train(tiny(), examples(), TrainConfig(epochs, 8, 8), tmp_path, pad_id=0)
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [left]
+
+
+def test_expert_use_is_noted_every_20_steps(tmp_path) -> None:
+    train(tiny(), examples(), TrainConfig(4, 4, 4), tmp_path, pad_id=0)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "expert_use" in x] == [1, 21]
+
+
+def test_seconds_add_up_over_resumes(tmp_path, monkeypatch) -> None:
+    import minismoe.training.loop as training
+    clock, step = [0.0], training.train_step
+
+    def slow(*args):
+        clock[0] += 10.0
+        return step(*args)
+
+    monkeypatch.setattr(training, "train_step", slow)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    cfg = TrainConfig(1, 8, 8, checkpoint_every=1)
+    assert train(tiny(), examples(), cfg, tmp_path, 0)["seconds"] == 30
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
+    clock[0] += 1000
+    assert train(tiny(), examples(), cfg, tmp_path, 0, resume=True)["seconds"] == 30

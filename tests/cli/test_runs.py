@@ -1,0 +1,117 @@
+"""What a run reads, notes and prints: inputs, configuration, probe, plan and results."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import finish
+from torch import nn
+
+import train
+from minismoe.cli import inputs as cli
+from minismoe.cli import plan, probing, runs
+from minismoe.cli.flags import AllocationConfig, InputConfig
+from minismoe.data.tasks import Example, Task
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.training.evaluate import Accuracy
+
+
+def test_results_hold_shares_intervals_and_their_mean() -> None:
+    before = {"a": Accuracy(1, 4), "b": Accuracy(0, 3)}
+    after = {"a": Accuracy(3, 4), "b": Accuracy(3, 3)}
+    found = runs.results_json(before, after, 12, 5, {"train": 1.0})
+    assert found["tasks"]["a"] == {"before": 0.25, "after": 0.75, "examples": 4,
+                                   "interval": [0.3006, 0.9544]}
+    assert found["mean"] == {"before": 0.125, "after": 0.875}
+
+
+def test_limits_leave_the_first_lines_of_each_split(inputs) -> None:
+    config = InputConfig(model=inputs[1], data=inputs[3])
+    folder = cli.model_folder(config)
+    whole = cli.read_tasks(config, folder)[1]
+    few = cli.read_tasks(InputConfig(model=inputs[1], data=inputs[3], limit_train=5, limit_test=2),
+                         folder)[1]
+    for task, first in zip(whole, few, strict=True):
+        assert (first.train, first.test) == (task.train[:5], task.test[:2])
+
+
+def test_what_is_cut_and_left_out_is_counted(inputs, capsys) -> None:
+    line = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    examples = [Example("t", [1] * 9, [-100] * 6 + [1] * 3, i, cut=i < 2) for i in range(4)]
+    cli.print_data(load_tokenizer(inputs[1]), [Task("t", [line] * 5, [line])], {"t": examples})
+    assert capsys.readouterr().out.splitlines()[2].split() == [
+        "t", "5", "1", "9", "9", "3.0", "3", "1"]
+
+
+def test_a_test_line_is_part_of_a_runs_identity() -> None:
+    def identity(answer: str) -> dict[str, str]:
+        line = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+        return cli.Inputs(None, SimpleNamespace(fingerprint="f"), None, [Task("t", [], [line])],
+                          {"t": [Example("t", [1, 2], [-100, 2])]}).identity
+    assert identity("a") == identity("a") != identity("b")
+
+
+def test_a_rank_that_a_file_overrules_is_said(inputs, tmp_path, capsys) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"format": "minismoe.allocation/1", "rank": 2,
+                                "experts": {"model.layers.0.mlp.up_proj": 1}}))
+    for rank, said in ((3, True), (2, False), (8, False)):         # 8 is the default
+        probing.read_allocation(AllocationConfig(rank=rank, allocation=str(file)), str(file))
+        assert ("says rank 2, which is taken, and not 3" in capsys.readouterr().err) == said
+
+
+def test_a_finished_run_is_left_as_it_is(inputs, tmp_path, capsys, monkeypatch) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    monkeypatch.setattr(train, "load_inputs", lambda *_: pytest.fail("it loads"))
+    code, out, _ = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
+    assert code == 0 and out == f"nothing is missing: {tmp_path} holds its results\n"
+
+
+def test_a_resumed_run_may_save_more_often(inputs, tmp_path, capsys) -> None:
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    (tmp_path / "results.json").unlink()
+    code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), "--checkpoint-every",
+                          "5", "--verbose", capsys=capsys)
+    assert code == 0, err
+
+
+def measured(monkeypatch, count: int, **flags: object) -> list[list[float]]:
+    """Rows of the probe; token i of a sample stands for row i of the norms."""
+    norms = torch.rand(count, 4, generator=torch.Generator().manual_seed(count)).double()
+    model = nn.Module()
+    for name in "abcd":
+        setattr(model, name, nn.Linear(3, 3))
+    model.lm_head = nn.Linear(3, 3)
+    data = SimpleNamespace(model=model, tokenizer=SimpleNamespace(pad_id=0), encoded={
+        "t": [Example("t", [i], [i]) for i in range(count)]})
+    monkeypatch.setattr(probing, "probe", lambda _, tasks: SimpleNamespace(
+        samples={"t": norms[tasks["t"][0][0][:, 0]]}))
+    return probing.measure(AllocationConfig(group="all", **flags), data).samples["t"].tolist()
+
+
+def test_the_seed_draws_the_samples(monkeypatch) -> None:
+    rows = [measured(monkeypatch, 40, samples=3, seed=seed) for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2] and len(rows[2]) == 3
+
+
+def test_the_overlap_is_that_of_the_targets(monkeypatch, capsys) -> None:
+    """One of a and b is voted for, whatever c and d are."""
+    rows = measured(monkeypatch, 6, samples=6, keep=0.5, targets="a,b")
+    even, odd = (max((0, 1), key=lambda m: sum(row[m] for row in half))
+                 for half in (rows[::2], rows[1::2]))
+    assert capsys.readouterr().out.split()[-1] == f"{float(even == odd):.2f}"
+
+
+def test_the_flag_that_saves_most_is_named_first(inputs, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "MIB", 1)
+    config = train.parse(inputs)
+    said = plan.advice(plan.Prospect(replace(config, inputs=cli.settled(config.inputs))), 8)
+    flags, saved = zip(*re.findall(r"(--[a-z-]+)(?: \d+)? saves ([\d,]+) MiB", said))
+    assert {*flags} >= {"--base-bits", "--micro-batch-size", "--max-length"}
+    sizes = [int(size.replace(",", "")) for size in saved]
+    assert sizes == sorted(sizes, reverse=True)
