@@ -81,6 +81,7 @@ def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: 
         losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
         tokens = torch.bincount(rows, minlength=len(input_ids))
         (losses / tokens[rows]).sum().backward()          # the sum over samples of their means
+    ghost.read = None              # its graph holds the hooks, and these hold the ghost
     return ghost.norms
 
 

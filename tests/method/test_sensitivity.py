@@ -1,6 +1,7 @@
 """sensitivity.py against the reference: a float64 autograd gradient of each weight and sample."""
 
 import copy
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from minismoe import reference
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.loss import IGNORE
-from minismoe.method.sensitivity import probe, sample_norms
+from minismoe.method.sensitivity import _Ghost, probe, sample_norms
 from minismoe.model.decoder import CausalLM, Config
 
 V, D = 61, 16
@@ -334,3 +335,12 @@ def test_also_after_an_exception(kind: str, where: str) -> None:
     if where == "backward":
         handle.remove()
     assert norms_of(model, (ids, mask, labels)).isfinite().all()
+
+
+def test_a_batch_leaves_nothing_in_memory() -> None:
+    """Its graph, its hooks and what they have read refer to each other."""
+    model = model_of("llama")
+    for lengths in LENGTHS.values():
+        probe(model, {"a": [batch(lengths)]})
+    gc.collect()
+    assert not [found for found in gc.get_objects() if isinstance(found, _Ghost)]
