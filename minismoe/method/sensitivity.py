@@ -76,12 +76,12 @@ def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: 
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     ghost = _Ghost(attention_mask, len(modules), dtype)
     with ExitStack() as hooks, torch.enable_grad():
+        hooks.callback(setattr, ghost, "read", None)     # its graph holds hooks that hold it
         for i, module in enumerate(modules.values()):
             hooks.enter_context(module.register_forward_hook(partial(ghost.watch, i)))
         losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
         tokens = torch.bincount(rows, minlength=len(input_ids))
         (losses / tokens[rows]).sum().backward()          # the sum over samples of their means
-    ghost.read = None              # its graph holds the hooks, and these hold the ghost
     return ghost.norms
 
 
