@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
         scores = probing.measure(allocating, inputs)
         if distributed.rank():
             return
+        for name in ("allocation.json", "allocation.svg"):
+            (run / name).unlink(missing_ok=True)         # of an earlier probe, with other scores
         write_json(run / "sensitivity.json", scores.to_json(inputs.model.name))
         allocation = probing.choose(allocating, scores)  # the scores may not fit a budget
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from ..io.process import bound_memory
 from ..io.signals import handling, interrupt, locked
-from ..io.text import clean, print_error
+from ..io.text import clean, open_streams, print_error
 from ..training import distributed
 
 
@@ -19,9 +19,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
     number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""
     argv = sys.argv[1:]
     bound_memory()
-    for stream in (sys.stdout, sys.stderr):      # a terminal that cannot spell a shade gets a "?"
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    open_streams()
     try:
         with handling(interrupt):
             main(argv)

@@ -77,6 +77,16 @@ def out_of_memory(e: BaseException) -> bool:
                                     "ALLOC_FAILED", "Invalid buffer size"))      # cuBLAS; MPS
 
 
+def open_streams() -> None:
+    """Let no standard stream end a program: one that is closed, as of a daemon, leads nowhere, and
+    what a stream cannot spell is written, or was read, as "?"."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))   # noqa: SIM115 (until the process ends)
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")
+
+
 def print_error(e: BaseException, debug: bool = False, where: str = "") -> None:
     """Print `error_line` on stderr, with `debug` after the traceback; `where` names a process."""
     with contextlib.suppress(OSError):               # stderr may be closed as well

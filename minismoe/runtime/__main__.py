@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..io.flags import natural, number, positive, share, text
 from ..io.process import peak_resident
-from ..io.text import clean, error_line, print_error
+from ..io.text import clean, error_line, open_streams, print_error
 from .choices import read_choices
 from .prefix import opening, shared_tokens
 from .serve import serve_page
@@ -195,12 +194,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Call main and exit: 0 done, 1 failed with one line on stderr, 130 after Ctrl-C."""
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:       # closed, as of a daemon
-            setattr(sys, name, open(os.devnull, mode))       # noqa: SIM115 (until the end)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):   # text that is no UTF-8 ends nothing
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    open_streams()
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

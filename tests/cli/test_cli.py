@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,13 @@ def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path, capsys)
         assert err.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes streams")
+def test_closed_streams_end_nothing(inputs) -> None:
+    words = [sys.executable, str(ROOT / "train.py"), *inputs, "--show", "1"]
+    done = subprocess.run(f"{shlex.join(words)} <&- >&- 2>&-", shell=True, capture_output=True)
+    assert done.returncode == 0
+
+
 def test_debug_shows_the_traceback(tmp_path) -> None:
     for more, shown in ((), False), (("--debug",), True):     # as a user starts it
         done = script("train.py", "--model", str(tmp_path / "x"), "--data", ".", *more)
@@ -343,11 +351,14 @@ def test_a_rank_that_no_matrix_has_leaves_no_run_behind(inputs, tmp_path, capsys
 def test_what_was_probed_is_kept_if_the_scores_do_not_fit(inputs, tmp_path, capsys,
                                                          monkeypatch) -> None:
     monkeypatch.setattr(probing, "guess", lambda *_: None)
+    finish(probe.main, *inputs, "--samples", "2", "--out", str(tmp_path), capsys=capsys)
+    assert len([*tmp_path.glob("allocation.*")]) == 2
     code, _, err = finish(probe.main, *inputs, "--samples", "2", "--out", str(tmp_path),
                           "--min-experts", "0", "--budget-experts", "1", capsys=capsys)
     assert code == 1 and "1 experts (the budget) are too few for 'votes': the nearest" in err
     assert json.loads((tmp_path / "sensitivity.json").read_text())["tasks"].keys() == {
         "sum", "upper"}
+    assert not [*tmp_path.glob("allocation.*")]          # those of an earlier probe are gone
 
 
 def test_a_probe_of_a_broken_checkpoint_is_one_line(inputs, tmp_path, capsys) -> None:
