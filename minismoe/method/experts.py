@@ -174,10 +174,12 @@ def add_experts(model: nn.Module, experts: Allocation | Mapping[str, int], *, ra
     """Freeze `model` and put LoRA experts on its linear layers, in place.
 
     experts: an `Allocation`, or {module: number of experts}; `rank` and `top_k` are for the latter,
-    whose alpha is twice the rank. Raises ValueError as `adaptable` does.
+    whose alpha is twice the rank. Raises ValueError for wrong values, and as `adaptable` does.
     """
     if not isinstance(experts, Allocation):
         experts = Allocation(dict(experts), rank, 2 * rank, top_k)
+    if problems := experts.problems():
+        raise ValueError("; ".join(problems))
     layers = adaptable(model, experts)
     model.requires_grad_(False)
     for name, count in experts.experts.items():

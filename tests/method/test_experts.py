@@ -307,7 +307,7 @@ def test_wrong_names_are_all_named_and_nothing_is_done() -> None:
     model = add_experts(llama(), {adapted_name: 2})
     model.model.embed_tokens.requires_grad_(True)
     wrong = ["model.layers.9.mlp.up_proj", "lm_head", "model.norm", "model.embed_tokens",
-             "model.layers.0.mlp", "", adapted_name]
+             "model.layers.0.mlp", "model", adapted_name]
     with pytest.raises(ValueError) as error:
         add_experts(model, dict.fromkeys([fine, *wrong], 2))
     message = str(error.value)
@@ -524,3 +524,13 @@ def test_experts_begin_as_peft_and_mixtral_do() -> None:
     assert A.abs().max() <= bound and A.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.02)
     assert layer.router.std().item() == pytest.approx(0.02, rel=0.05)
     assert not layer.lora_B.any()
+
+
+@pytest.mark.parametrize("experts, more", [
+    ({"0": 2, "1": None}, {}), ({"0": 1.5}, {}), ({"0": -3}, {}), ({"0": 1}, {"rank": 0}),
+    ({"0": 2}, {"top_k": 0}), ({"0": 1, "": 1}, {})])
+def test_wrong_numbers_leave_the_model_as_it_was(experts, more) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="must"):
+        add_experts(model, experts, **more)
+    assert all(type(m) is nn.Linear and m.weight.requires_grad for m in model)
