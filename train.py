@@ -36,7 +36,8 @@ from minismoe.training.loop import TrainConfig, train
 def main(argv: Sequence[str]) -> None:
     # Configure.
     begun, config = time.perf_counter(), parse(argv)
-    if config.resume and config.out and (Path(config.out) / "results.json").exists():
+    if config.resume and config.out and all((Path(config.out) / file).exists() for file in (
+            "results.json", "adapter/adapter.json")):
         print(f"nothing is missing: {config.out} holds its results")
         return
     config = replace(config, inputs=settled(config.inputs))

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..io.files import new_folder, read_json, sha256
+from ..io.files import new_folder, read_json, replacing, sha256
 
 KEPT = 2                                     # checkpoints of a run
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW holds for a parameter
@@ -54,7 +54,8 @@ def save_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torc
                                   for key, moment in optimizer.state[p].items()}}
     with new_folder(folder) as tmp:
         for name, tensors in files.items():
-            save_file(tensors, tmp / name)
+            with replacing(tmp / name) as file:          # it names a file that a full disk refuses
+                save_file(tensors, file)
         state = {**state, "files": {name: sha256(tmp / name) for name in files}}
         (tmp / "state.json").write_text(json.dumps({"state": state, "sha256": digest(state)}))
     for old in checkpoints(run)[:-KEPT]:

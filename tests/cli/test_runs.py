@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -69,6 +70,9 @@ def test_a_finished_run_is_left_as_it_is(inputs, tmp_path, capsys, monkeypatch) 
     monkeypatch.setattr(train, "load_inputs", lambda *_: pytest.fail("it loads"))
     code, out, _ = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
     assert code == 0 and out == f"nothing is missing: {tmp_path} holds its results\n"
+    shutil.rmtree(tmp_path / "adapter")
+    with pytest.raises(pytest.fail.Exception, match="it loads"):
+        finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
 
 
 def test_a_resumed_run_may_save_more_often(inputs, tmp_path, capsys) -> None:

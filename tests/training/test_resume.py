@@ -145,15 +145,31 @@ def test_checkpoint_every_takes_steps_or_minutes_above_zero() -> None:
             flags.interval(text)
 
 
-def test_a_checkpoint_is_saved_at_the_first_step_after_the_minutes(tmp_path, monkeypatch) -> None:
-    clock, step = [0.0], training.train_step
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """A clock at [0], on which each step of training takes 25 s."""
+    now, step = [0.0], training.train_step
 
     def slow(*args):
-        clock[0] += 25.0
+        now[0] += 25.0
         return step(*args)
 
     monkeypatch.setattr(training, "train_step", slow)
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, name, lambda: now[0])
+    return now
+
+
+def test_seconds_add_up_over_resumes(tmp_path, clock) -> None:
+    cfg = TrainConfig(epochs=1, batch_size=8, micro_batch_size=8, checkpoint_every=1)
+    assert training.train(tiny(), examples(), cfg, tmp_path, 0)["seconds"] == 75
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
+    clock[0] += 1000
+    assert training.train(tiny(), examples(), cfg, tmp_path, 0, resume=True)["seconds"] == 75
+
+
+def test_a_checkpoint_is_saved_at_the_first_step_after_the_minutes(
+        tmp_path, monkeypatch, clock) -> None:
     saved = []
     monkeypatch.setattr(training, "save_checkpoint", lambda *args: saved.append(args[3]["step"]))
     cfg = TrainConfig(epochs=2, batch_size=4, micro_batch_size=4, checkpoint_every="1.5m")
