@@ -133,9 +133,7 @@ def load_run(config: FreezeConfig) -> Source:
     settings = cli.settled(replace(saved, device=config.device, dtype=config.dtype,
                                    limit_test=config.limit_test or saved.limit_test))
     inputs = cli.load_inputs(settings)
-    known = read_json(run / "config.json").get("identity", {})
-    known = {name: known[name] for name in known if name != "the allocation"} or inputs.identity
-    if not config.limit_test and (other := runs.differences(inputs.identity, known)):
+    if not config.limit_test and (other := runs.other_inputs(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
     inputs.model.model.recompute = training.recompute

@@ -141,7 +141,7 @@ def load_base(config: InputConfig, folder: Path) -> CausalLM:
 
 def read_tasks(config: InputConfig, folder: Path) -> tuple[Tokenizer, list[Task]]:
     """The tokenizer of `folder`, and the tasks. ValueError for a task that is missing or twice."""
-    names = [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
+    names = config.names
     if len(set(names)) < len(names):
         raise ValueError(f"a task is asked for twice: {', '.join(names)}")
     if config.data is not None:

@@ -42,7 +42,7 @@ class Prospect:
         inputs, training = config.inputs, config.training
         self.config, self.folder = config, model_folder(inputs)
         sizes, dtype = read_config(self.folder)[0], getattr(torch, inputs.dtype)
-        names, examples = inputs.tasks.split(",") if inputs.tasks else [""], []
+        names, examples = inputs.names or [""], []
         if inputs.data or inputs.model is None:
             encoded = read_data(inputs, self.folder)[2]
             names, examples = list(encoded), [e for x in encoded.values() for e in x]

@@ -23,6 +23,7 @@ from ..training.resume import digest
 from .flags import InputConfig, RunConfig
 from .inputs import Inputs
 
+ALLOCATION = "the allocation"            # in a run's identity, beside the model and its tasks
 # Flags that a resumed run may change.
 SMALLER = ("memory", "micro_batch_size", "recompute")           # if memory was too little
 SUMS = ("device", "micro_batch_size")        # those that change the order of sums
@@ -120,7 +121,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
 
     Raises ValueError that lists what differs of the model, the tasks and the allocation.
     """
-    chosen = {"the allocation": digest(allocation.to_json())[:16]}
+    chosen = {ALLOCATION: digest(allocation.to_json())[:16]}
     arguments = as_flags(config, config.inputs, config.allocating, config.training)
     content: dict[str, Any] = {
         "format": "minismoe.run/1", "arguments": arguments, "identity": inputs.identity | chosen,
@@ -156,6 +157,15 @@ def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """What two records disagree in, in one line; empty if they agree."""
     return ", ".join(f"{clean(key)} {now.get(key, 'absent')} (was {before.get(key, 'absent')})"
                      for key in {**before, **now} if now.get(key) != before.get(key))
+
+
+def other_inputs(run: Path, inputs: Inputs) -> str:
+    """How the model and the tasks differ from those that a run was trained on; empty if not."""
+    known = read_json(run / "config.json").get("identity")
+    if not isinstance(known, dict):          # of an older version
+        return ""
+    return differences(inputs.identity, {
+        name: known[name] for name in known if name != ALLOCATION})
 
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:
