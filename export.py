@@ -128,7 +128,8 @@ def load_run(config: FreezeConfig) -> Source:
     saved, training = runs.read_run(run)
     if saved.data and not Path(saved.data).exists():
         raise FileNotFoundError(f"{run / 'config.json'} names the data folder {saved.data}, "
-                                "which is not here: export where train.py ran")
+                                "which is not here: run export.py where train.py ran, or say where "
+                                f"it is with python train.py --resume --out {run} --data FOLDER")
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     settings = cli.settled(replace(saved, device=config.device, dtype=config.dtype,
                                    limit_test=config.limit_test or saved.limit_test))

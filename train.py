@@ -36,8 +36,7 @@ from minismoe.training.loop import TrainConfig, train
 def main(argv: Sequence[str]) -> None:
     # Configure.
     begun, config = time.perf_counter(), parse(argv)
-    if config.resume and config.out and all((Path(config.out) / file).exists() for file in (
-            "results.json", "adapter/adapter.json")):
+    if runs.finished(config):
         print(f"nothing is missing: {config.out} holds its results")
         return
     config = replace(config, inputs=settled(config.inputs))
@@ -64,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
         allocation = probing.choose(config.allocating, scores)
         seconds["probe"] = round(time.perf_counter() - now, 2)
     adapt(inputs, config, allocation)
+    run = runs.folder(config)            # again: another run may have taken its name meanwhile
 
     # From here on the folder is a run, which --resume continues.
     with script.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         train_and_evaluate(run, config, inputs, allocation, seconds)
     if not distributed.rank():
         print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
-              + runs.next_commands(run, embedded=config.inputs.model is None))
+              + runs.next_commands(run, config))
 
 
 def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, allocation: Allocation,

@@ -149,8 +149,9 @@ def advice(p: Prospect, micro: int) -> str:
         p.model.model.recompute = training.recompute
         saved += [(now - p.fixed_total - p.train_bytes(cut), f"--max-length {length}"),
                   (now - p.fixed_total - recomputed(batch), "--recompute")]
-    return ", ".join(f"{flag} saves {size / MIB:,.0f} MiB"
-                     for size, flag in sorted(saved, reverse=True) if size > 0)
+    fixed = ("--base-bits", "--max-length") if p.config.resume else ()
+    return ", ".join(f"{flag} saves {size / MIB:,.0f} MiB" for size, flag in sorted(
+        saved, reverse=True) if size > 0 and not flag.startswith(fixed))
 
 
 def show_plan(config: RunConfig) -> None:
@@ -168,7 +169,7 @@ def show_plan(config: RunConfig) -> None:
     print(f"{p.fixed['adapters'] // 4:,} trainable parameters; {p.allocation}"
           + (" (a guess: the probe decides)" if p.probed else ""))
     print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))
-    print(f"{', '.join(p.fixed)} are exact; activations were "
+    print(f"{', '.join(p.fixed)} are exact{' for that guess' * bool(p.probed)}; activations were "
           + ("measured on small batches" if p.model else
              f"not measured: that takes weights that fit, as .safetensors in {p.folder}"))
     print(f"{inputs.dtype}, {micro} of {training.batch_size} examples at a time, of up to "

@@ -24,11 +24,10 @@ from .flags import InputConfig, RunConfig
 from .inputs import Inputs
 
 ALLOCATION = "the allocation"            # in a run's identity, beside the model and its tasks
-# Flags that a resumed run may change.
-SMALLER = ("memory", "micro_batch_size", "recompute")           # if memory was too little
-SUMS = ("device", "micro_batch_size")        # those that change the order of sums
-RESUMABLE = ("out", "resume", "debug", "verbose", "device", "shard", "show", "plan",
-             "checkpoint_every", *SMALLER)
+# Flags that a resumed run may change, and those of them that its config.json then says.
+SUMS = ("device", "micro_batch_size")        # these change the order of sums
+SAID = ("model", "data", "checkpoint_every", "memory", "recompute", *SUMS)
+RESUMABLE = ("out", "resume", "debug", "verbose", "shard", "show", "plan", *SAID)
 
 
 def folder(config: RunConfig) -> Path:
@@ -116,6 +115,15 @@ def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
     return from_flags(InputConfig, saved), from_flags(TrainConfig, smaller)
 
 
+def finished(config: RunConfig) -> bool:
+    """Whether a resumed run holds its results already, and its model and data are where it says."""
+    run, inputs = Path(config.out or ""), config.inputs
+    return (config.resume and all((run / name).exists() for name in (
+        "results.json", "adapter/adapter.json"))
+        and (inputs.model, inputs.data) == tuple(map(saved_config(run)["arguments"].get, (
+            "model", "data"))))
+
+
 def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation) -> None:
     """Write config.json, which makes a folder a run; with --resume check that it is the same run.
 
@@ -131,7 +139,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         saved = {"processes": distributed.world()} | saved_config(run)
         if said := differences(content["identity"], chosen | saved["identity"]):
             raise ValueError(f"{run} began with other inputs: {said}")
-        now = {name: arguments[name] for name in ("device", *SMALLER)}
+        now = {name: arguments[name] for name in SAID}
         here = versions() | {name: now[name] for name in SUMS} | {"processes": distributed.world()}
         there = saved["versions"] | {name: saved["arguments"].get(name) for name in SUMS}
         said = differences(here, there | {"processes": saved["processes"]})
@@ -206,16 +214,17 @@ def print_results(results: Mapping[str, Any], after: Mapping[str, Accuracy], ver
                 print(f"{clean(name)}: {prompt[-200:]!r}\n  expected {expected!r}, got {given!r}")
 
 
-def next_commands(run: Path, embedded: bool) -> str:
+def next_commands(run: Path, config: RunConfig) -> str:
     """Commands to type next."""
     name, size = shlex.quote(str(run)), read_json(run / "results.json")["trainable_parameters"]
-    if embedded:
+    rival = f"--strategy {'votes' if config.allocating.strategy == 'uniform' else 'uniform'}"
+    if config.inputs.model is None:
         return (f"Next: freeze, quantise and chat; see the sensitivities; compare at equal size, "
                 "with the same other flags; your own data\n"
                 f"  python export.py {name}\n"
                 "  python probe.py --out runs/probe\n"
-                f"  python train.py --strategy uniform --budget-params {size}\n"
+                f"  python train.py {rival} --budget-params {size}\n"
                 "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER\n"
                 "  python train.py --help")
-    return (f"Next: python export.py {name}, or compare with --strategy uniform "
-            f"or lora\nat the same size: --budget-params {size}")
+    return (f"Next: python export.py {name}, or compare with {rival}\n"
+            f"at the same size: --budget-params {size}")

@@ -82,6 +82,42 @@ def test_a_resumed_run_may_save_more_often(inputs, tmp_path, capsys) -> None:
     code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), "--checkpoint-every",
                           "5", "--verbose", capsys=capsys)
     assert code == 0, err
+    assert runs.saved_config(tmp_path)["arguments"]["checkpoint_every"] == 5
+
+
+def test_a_run_goes_on_where_its_model_and_data_moved_to(inputs, tmp_path, capsys) -> None:
+    run, model, data = (tmp_path / name for name in ("run", "model", "data"))
+    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(run)
+    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    results = json.loads((run / "results.json").read_text())["tasks"]
+    shutil.copytree(inputs[1], model)
+    shutil.copytree(inputs[3], data)
+    moved = "--resume", "--out", str(run), "--model", str(model), "--data", str(data)
+    assert finish(train.main, *moved, capsys=capsys)[0] == 0         # finished, but now elsewhere
+    arguments = runs.saved_config(run)["arguments"]
+    assert (arguments["model"], arguments["data"]) == (str(model), str(data))
+    assert json.loads((run / "results.json").read_text())["tasks"] == results
+    assert "nothing is missing" in finish(train.main, *moved, capsys=capsys)[1]
+    (run / "results.json").unlink()
+    (file := next(data.rglob("test.jsonl"))).write_text(file.read_text().split("\n")[0] + "\n")
+    code, _, err = finish(train.main, *moved, capsys=capsys)
+    assert code == 1 and "began with other inputs: task " in err
+
+
+def test_a_name_that_another_run_took_meanwhile_is_left_to_it(inputs, tmp_path, monkeypatch,
+                                                              capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    measure, first = probing.measure, tmp_path / "runs" / "model-1"
+
+    def slow(*args):
+        first.mkdir(parents=True)
+        (first / "config.json").write_text("another's")
+        return measure(*args)
+
+    monkeypatch.setattr(probing, "measure", slow)
+    assert finish(train.main, *inputs, "--samples", "2", "--epochs", "1", capsys=capsys)[0] == 0
+    assert [f.name for f in first.iterdir()] == ["config.json"]
+    assert (tmp_path / "runs" / "model-2" / "results.json").exists()
 
 
 def measured(monkeypatch, count: int, **flags: object) -> list[list[float]]:
@@ -119,3 +155,10 @@ def test_the_flag_that_saves_most_is_named_first(inputs, monkeypatch) -> None:
     assert {*flags} >= {"--base-bits", "--micro-batch-size", "--max-length"}
     sizes = [int(size.replace(",", "")) for size in saved]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_advice_for_a_resumed_run_names_flags_that_it_takes(inputs) -> None:
+    config = replace(train.parse(inputs), resume=True)
+    said = plan.advice(plan.Prospect(replace(config, inputs=cli.settled(config.inputs))), 8)
+    names = [name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", said)]
+    assert names and {*names} <= {*runs.RESUMABLE}
