@@ -54,8 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     scores, seconds = None, dict[str, float]()
-    kept = run / "allocation.json" if config.resume else None
-    allocation = probing.known_allocation(config.allocating, inputs, kept)
+    allocation = probing.known_allocation(config.allocating, inputs)
     if allocation is None:
         now = time.perf_counter()
         scores = probing.measure(config.allocating, inputs, min(
@@ -134,9 +133,11 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
     if args.allocation and (idle := [option(name) for name in flags.CHOOSING
                                      if values[name] != getattr(flags.AllocationConfig, name)]):
         parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
-    return from_flags(flags.RunConfig, values, auto=auto,
+    allocating = from_flags(flags.AllocationConfig, values)
+    if args.resume and (kept := Path(args.out) / "allocation.json").exists():
+        allocating = replace(allocating, allocation=str(kept))       # the probe does not run again
+    return from_flags(flags.RunConfig, values, auto=auto, allocating=allocating,
                       inputs=from_flags(flags.InputConfig, values),
-                      allocating=from_flags(flags.AllocationConfig, values),
                       training=from_flags(TrainConfig, values))
 
 

@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -53,10 +52,7 @@ class Prospect:
             examples = [Example("", r, [IGNORE] * (length - answer) + r[-answer:]) for r in ids]
         self.batches = schedule(examples, training)
         self.longest = max(len(e.ids) for e in examples)                 # tokens
-        allocating, kept = config.allocating, Path(config.out or "") / "allocation.json"
-        if config.resume and kept.is_file():             # the probe does not run again
-            allocating = replace(allocating, allocation=str(kept))
-        self.allocation = probing.guess(allocating, shapes_of(meta_model(sizes)), names)
+        self.allocation = probing.guess(config.allocating, shapes_of(meta_model(sizes)), names)
         # By part; `fixed_in` tells the same with the base in so many bits.
         self.fixed_in = partial(fixed_bytes, sizes, self.allocation, dtype,
                                 shards=distributed.world() if inputs.shard else 1)
@@ -66,7 +62,7 @@ class Prospect:
         # A batch of the probe, if it runs: rows that share no tokens, all supervised.
         rows = min(probing.PROBE_BATCH, training.batch_size)
         self.probed = [Example("", [i] * self.longest, [i] * self.longest) for i in range(rows)
-                       if probing.needed(allocating)]
+                       if probing.needed(config.allocating)]
         # With its experts; None: no weights, or no room for them. Activations are 0 then.
         self.model: CausalLM | None = None
         self.train_bytes: Callable[[Sequence[Example]], int] = lambda batch: 0

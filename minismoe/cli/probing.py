@@ -61,14 +61,11 @@ def guess(allocating: AllocationConfig, sizes: Mapping[str, tuple[int, int]],
     return choose(allocating, scores)
 
 
-def known_allocation(allocating: AllocationConfig, inputs: Inputs, kept: Path | None = None,
-                     ) -> Allocation | None:
-    """The allocation in the file `kept`, or that the flags alone decide; None if neither is there.
+def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation | None:
+    """The allocation that the flags alone, or their file, decide; None if it takes a probe.
 
     Raises ValueError as `guess` does.
     """
-    if kept and kept.exists():
-        return read_allocation(allocating, kept)
     probes, shapes = needed(allocating), shapes_of(inputs.model)
     if probes and allocating.min_experts > 0 and allocating.strategy != "lora":
         every = dict.fromkeys(select(shapes, allocating.targets), 1)     # all of them get experts
@@ -84,7 +81,7 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
     if "format" not in value:
         value = {"format": FORMAT, "experts": value, "rank": allocating.rank,
                  "alpha": allocating.alpha or 2 * allocating.rank, "top_k": allocating.top_k}
-    elif file == allocating.allocation:
+    elif allocating.strategy != "lora":                  # which chooses a rank itself
         for name in ("rank", "alpha", "top_k"):
             asked = getattr(allocating, name)
             if asked not in (getattr(AllocationConfig, name), value.get(name)):
