@@ -15,11 +15,10 @@ import torch
 from ..data.tasks import Example
 from ..io.process import resident
 from ..io.text import table
-from ..method.experts import add_experts, linear_layers
+from ..method.experts import add_experts
 from ..method.loss import IGNORE
 from ..method.sensitivity import shapes_of
 from ..model.checkpoint import read_config
-from ..model.config import Config
 from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
 from ..training.loop import TrainConfig, schedule, train_step
@@ -30,6 +29,7 @@ from .flags import RunConfig
 from .inputs import load_base, model_folder, read_data
 
 STEPS, SECONDS = 4, 30           # measured steps, the first to warm up; and how long they may take
+LATER = 96 * MIB                 # what torch loads with its first step, seen on x86-64 Linux
 ONEDNN = 64 * MIB                # what it compiles for bfloat16 on a CPU: see process.bound_memory
 
 
@@ -57,7 +57,7 @@ class Prospect:
         self.fixed_in = partial(fixed_bytes, sizes, self.allocation, dtype,
                                 shards=distributed.world() if inputs.shard else 1)
         self.fixed = self.fixed_in(inputs.base_bits)
-        self.runtime = runtime_bytes(sizes, dtype, torch.device(inputs.device))
+        self.runtime = runtime_bytes(dtype, torch.device(inputs.device))
         self.room = training.memory or available(inputs.device)          # None: unknown
         # A batch of the probe, if it runs: rows that share no tokens, all supervised.
         rows = min(probing.PROBE_BATCH, training.batch_size)
@@ -90,19 +90,11 @@ class Prospect:
         return self.runtime + self.fixed["base weights"] + self.probe_bytes(self.probed[:micro])
 
 
-def runtime_bytes(sizes: Config, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that Python and the libraries take after one tiny training step, as torch loads some
-    only then (70 MB for an optimizer). 0 on CUDA: this is not GPU memory."""
+def runtime_bytes(dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that Python and the libraries take in training; 0 on CUDA: this is no GPU memory."""
     if device.type == "cuda":
         return 0
-    model = CausalLM(replace(
-        sizes, vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-        windows=sizes.windows[:1])).to(device, dtype).requires_grad_(False)
-    add_experts(model, dict.fromkeys(linear_layers(model), 2))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    train_step(model, [Example("", [1, 2, 3], [1, 2, 3])] * 2, TrainConfig(), 0)
-    optimizer.step()
-    return resident() + (ONEDNN if device.type == "cpu" and dtype.itemsize < 4 else 0)
+    return resident() + LATER + (ONEDNN if device.type == "cpu" and dtype.itemsize < 4 else 0)
 
 
 def fitting(p: Prospect) -> int:

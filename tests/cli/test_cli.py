@@ -486,7 +486,7 @@ def test_auto_leaves_room_for_the_probe(inputs, tmp_path, capsys, monkeypatch) -
         json.dumps({"prompt": "the same " * 100 + str(i), "completion": "yes"}) + "\n"
         for i in range(40)))
     (tmp_path / "map.json").write_text('{"model.layers.0.mlp.up_proj": 2}')
-    monkeypatch.setattr("minismoe.cli.plan.resident", lambda: 0)
+    monkeypatch.setattr("minismoe.cli.plan.runtime_bytes", lambda *_: 0)
     fits = []
     for flags in ((), ("--allocation", str(tmp_path / "map.json"))):
         code, out, err = finish(
