@@ -58,7 +58,7 @@ class Prospect:
                                 shards=distributed.world() if inputs.shard else 1)
         self.fixed = self.fixed_in(inputs.base_bits)
         self.runtime = runtime_bytes(dtype, torch.device(inputs.device))
-        self.room = training.memory or available(inputs.device)          # None: unknown
+        self.room = training.memory or available(inputs.device)
         # A batch of the probe, if it runs: rows that share no tokens, all supervised.
         rows = min(probing.PROBE_BATCH, training.batch_size)
         self.probed = [Example("", [i] * self.longest, [i] * self.longest) for i in range(rows)
@@ -67,8 +67,7 @@ class Prospect:
         self.model: CausalLM | None = None
         self.train_bytes: Callable[[Sequence[Example]], int] = lambda batch: 0
         self.probe_bytes: Callable[[Sequence[Example]], int] = lambda batch: 0
-        if any(self.folder.glob("*.safetensors")) and (
-                self.room is None or self.fixed_total < self.room):
+        if any(self.folder.glob("*.safetensors")) and self.fixed_total < self.room:
             self.model = load_base(inputs, self.folder)
             if self.probed:
                 self.probe_bytes = measure_peak(self.model, self.probed, probe=True)
@@ -102,8 +101,6 @@ def fitting(p: Prospect) -> int:
 
     Raises ValueError, saying which flags help by how much, if one example is too many.
     """
-    if p.room is None:
-        raise ValueError(f"cannot tell how much memory {p.config.inputs.device} has: give --memory")
     room = int(0.9 * p.room)                 # allocators keep some
     counts = range(1, p.config.training.batch_size + 1)
     if (need := p.training_peak(1)) > room:
@@ -161,16 +158,14 @@ def show_plan(config: RunConfig) -> None:
           + ("measured on small batches" if p.model else
              f"not measured: that takes weights that fit, as .safetensors in {p.folder}"))
     print(f"{inputs.dtype}, {micro} of {training.batch_size} examples at a time, of up to "
-          f"{p.longest} tokens; "
-          + (f"there are {p.room / MIB:,.0f} MiB" if p.room else "free memory was not measured"))
+          f"{p.longest} tokens; there are {p.room / MIB:,.0f} MiB")
     if probe > peak:
         print(f"the probe before it takes up to {probe / MIB:,.0f} MiB")
-    fits = all(distributed.gather(p.room is None or max(peak, probe) <= p.room))
+    fits = all(distributed.gather(max(peak, probe) <= p.room))
     if not fits:
         print("too much: " + (
-            "Python and torch alone take more" if p.room and p.runtime >= p.room else
-            (advice(p, mine) or "no flag saves enough: take a smaller model")
-            if p.room is None or peak > p.room else
+            "Python and torch alone take more" if p.runtime >= p.room else
+            advice(p, mine) or "no flag saves enough: take a smaller model" if peak > p.room else
             "the probe alone; --allocation FILE leaves it out, --max-length shortens it"))
     if inputs.data or inputs.model is None:
         count = sum(len(e.ids) for batch in p.batches for e in batch)

@@ -137,8 +137,9 @@ def largest(batches: Sequence[Sequence[Example]], micro: int) -> Sequence[Exampl
                key=lambda part: len(part) * max(len(e.ids) for e in part))
 
 
-def available(device: str) -> int | None:
-    """Bytes that this process may hold on `device`, with what it holds now; None: unknown."""
+def available(device: str) -> int:
+    """Bytes that this process may hold on `device`, with what it holds now. Raises ValueError if
+    the system does not tell."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -150,4 +151,4 @@ def available(device: str) -> int | None:
         return resident() + min([1024 * int(found[0]), *group_rooms()]) // here
     with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4 // here
-    return None
+    raise ValueError(f"cannot tell how much memory {device} has: give --memory")
