@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     inputs = load_inputs(config.inputs)
     for task in inputs.tasks:            # bad test lines are found before there is a run
         answer_prompts(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
-    run = runs.folder(config)
+    runs.folder(config)                  # raises before the probe if there is a run already
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     scores, seconds = None, dict[str, float]()
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         allocation = probing.choose(config.allocating, scores)
         seconds["probe"] = round(time.perf_counter() - now, 2)
     adapt(inputs, config, allocation)
-    run = runs.folder(config)            # again: another run may have taken its name meanwhile
+    run = runs.folder(config)            # another run may have taken its name meanwhile
 
     # From here on the folder is a run, which --resume continues.
     with script.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):

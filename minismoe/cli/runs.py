@@ -216,15 +216,12 @@ def print_results(results: Mapping[str, Any], after: Mapping[str, Accuracy], ver
 
 def next_commands(run: Path, config: RunConfig) -> str:
     """Commands to type next."""
-    name, size = shlex.quote(str(run)), read_json(run / "results.json")["trainable_parameters"]
-    rival = f"--strategy {'votes' if config.allocating.strategy == 'uniform' else 'uniform'}"
+    size = read_json(run / "results.json")["trainable_parameters"]
+    rival = "votes" if config.allocating.strategy == "uniform" else "uniform"
+    commands = [f"export.py {shlex.quote(str(run))}", "probe.py --out runs/probe",
+                f"train.py --strategy {rival} --budget-params {size}", "train.py --help"]
     if config.inputs.model is None:
-        return (f"Next: freeze, quantise and chat; see the sensitivities; compare at equal size, "
-                "with the same other flags; your own data\n"
-                f"  python export.py {name}\n"
-                "  python probe.py --out runs/probe\n"
-                f"  python train.py {rival} --budget-params {size}\n"
-                "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER\n"
-                "  python train.py --help")
-    return (f"Next: python export.py {name}, or compare with {rival}\n"
-            f"at the same size: --budget-params {size}")
+        commands.append("train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER")
+    return "\n  python ".join([
+        "Next: freeze, quantise and chat; or, with the same other flags, see the sensitivities and "
+        "compare at equal size", *commands])
