@@ -3,13 +3,11 @@
 import contextlib
 import errno
 import os
-import re
 import sys
 import traceback
 import unicodedata
 from collections.abc import Sequence
 
-NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d*)?(e[-+]?\d+)?( ?[%A-Za-z]{1,3})?|nan|[-–—]?|n/a")
 LONGEST = 2000           # characters of an error's line, which may quote what a file holds
 ADVICE = {
     errno.ENOSPC: "free some space or choose another folder; earlier files are unchanged",
@@ -38,15 +36,14 @@ def in_colour() -> bool:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned plain text. Columns of numbers (or '', '-', 'n/a') are aligned to the right."""
-    columns = []
-    for name, *cells in zip(header, *rows, strict=True):
-        texts = [clean(name), "", *map(clean, cells)]
+    """Aligned plain text: the first column, of names, to the left, and numbers to the right."""
+    columns: list[list[str]] = []
+    for column in zip(header, *rows, strict=True):
+        texts = [clean(cell) for cell in column]
         width = max(map(_width, texts))
-        texts[1] = "-" * width
+        texts.insert(1, "-" * width)
         gaps = [" " * (width - _width(text)) for text in texts]
-        right = all(NUMBER.fullmatch(text) for text in texts[2:])
-        columns.append([gap + text if right else text + gap for text, gap in zip(texts, gaps)])
+        columns.append([gap + text if columns else text + gap for text, gap in zip(texts, gaps)])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 

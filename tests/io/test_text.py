@@ -10,7 +10,7 @@ from minismoe.io.text import LONGEST, clean, error_line, print_error, table
 def test_table_aligns_what_is_wide_on_a_terminal():
     rows = [["日本語", "ab"], ["é", "cd"], ["e\u0301", "ef"], ["abcdefg", "gh"]]
     lines = table(["task", "what"], rows).splitlines()[2:]
-    assert lines == ["日本語   ab", "é        cd", "e\u0301        ef", "abcdefg  gh"]
+    assert lines == ["日本語     ab", "é          cd", "e\u0301          ef", "abcdefg    gh"]
 
 
 def test_table_aligns_numbers_right_and_text_left():
