@@ -30,7 +30,7 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
     # None is "not given": a flag without effect is refused even if it repeats the default.
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
     given = {name: value for name, value in vars(parser.parse_args(argv[table:])).items()
-             if value is not None}
+             if value is not None and value != USUAL.get(name)}
     config: Any = from_flags(kind, given)
     if config.calibration == 1:
         parser.error("--calibration: a fit needs two samples a task, one held out")
@@ -108,6 +108,6 @@ def of_adapters(given: Mapping[str, Any]) -> str:
 
 
 def first(given: Mapping[str, Any], *names: str) -> str:
-    """The first of these flags that was given with another value than its usual one."""
+    """The first of these flags that was given."""
     return next((option(name) + f" {given[name]}" * (name in USUAL)
-                 for name in names if name in given and given[name] != USUAL.get(name)), "")
+                 for name in names if name in given), "")
