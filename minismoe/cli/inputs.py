@@ -15,10 +15,9 @@ from ..data.tasks import Example, Task, encode, encode_all, load_tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..io.hub import resolve
 from ..io.text import clean, in_colour, table
-from ..method.experts import linear_layers
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_model, read_config
-from ..model.decoder import CausalLM
+from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
 from .flags import InputConfig
 
@@ -116,8 +115,7 @@ def load_inputs(config: InputConfig) -> Inputs:
     model = load_base(config, folder)
     if config.shard:
         distributed.shard(model, torch.device(config.device))
-    size = sum(p.numel() for p in model.parameters()) + sum(
-        m.weight.shape.numel() for m in linear_layers(model).values() if model.base_bits)
+    size = sum(p.numel() for p in meta_model(model.config).parameters())
     bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
     print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
           f"{config.dtype}{bits}")
