@@ -41,13 +41,13 @@ class Prospect:
         inputs, training = config.inputs, config.training
         self.config, self.folder = config, model_folder(inputs)
         sizes, dtype = read_config(self.folder)[0], getattr(torch, inputs.dtype)
-        names, examples = inputs.names or [""], []
-        if inputs.data or inputs.model is None:
+        self.has_data = inputs.data is not None or inputs.model is None
+        if self.has_data:
             encoded = read_data(inputs, self.folder)[2]
             names, examples = list(encoded), [e for x in encoded.values() for e in x]
-        if not examples:                     # a batch of examples of --max-length
+        else:                                # a batch of examples of --max-length
             length = min(inputs.max_length, sizes.max_position_embeddings)
-            answer = max(1, length // 10)
+            answer, names = max(1, length // 10), inputs.names or [""]
             ids = [[i % sizes.vocab_size] * length for i in range(training.batch_size)]
             examples = [Example("", r, [IGNORE] * (length - answer) + r[-answer:]) for r in ids]
         self.batches = schedule(examples, training)
@@ -60,9 +60,8 @@ class Prospect:
         self.runtime = runtime_bytes(dtype, torch.device(inputs.device))
         self.room = training.memory or available(inputs.device)
         # A batch of the probe, if it runs: rows that share no tokens, all supervised.
-        rows = min(probing.PROBE_BATCH, training.batch_size)
-        self.probed = [Example("", [i] * self.longest, [i] * self.longest) for i in range(rows)
-                       if probing.needed(config.allocating)]
+        rows = min(probing.PROBE_BATCH, training.batch_size) * probing.needed(config.allocating)
+        self.probed = [Example("", [i] * self.longest, [i] * self.longest) for i in range(rows)]
         # With its experts; None: no weights, or no room for them. Activations are 0 then.
         self.model: CausalLM | None = None
         self.train_bytes: Callable[[Sequence[Example]], int] = lambda batch: 0
@@ -167,7 +166,7 @@ def show_plan(config: RunConfig) -> None:
             "Python and torch alone take more" if p.runtime >= p.room else
             advice(p, mine) or "no flag saves enough: take a smaller model" if peak > p.room else
             "the probe alone; --allocation FILE leaves it out, --max-length shortens it"))
-    if inputs.data or inputs.model is None:
+    if p.has_data:
         count = sum(len(e.ids) for batch in p.batches for e in batch)
         print(f"training: {len(p.batches)} steps, {count:,} tokens, "
               + (duration(p, p.model, micro, count) if p.model and fits and not inputs.shard else
