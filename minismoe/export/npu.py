@@ -55,7 +55,7 @@ class Range(NamedTuple):
     def round(self, x: Tensor) -> Tensor:
         """x as 16 bits store it."""
         scale, zero = self.step()
-        return x.div(scale).round_().add_(zero).clamp_(0, TOP).sub_(zero).mul_(scale)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, TOP)
 
     def step(self) -> tuple[float, int]:
         """Scale and zero point."""
