@@ -104,10 +104,10 @@ class NpuSteps:
     def __init__(self, folder: Path, info: Mapping[str, Any], provider: str | None,
                  threads: int | None):
         self.info = info
-        kind, _, chip = (provider or "cpu").lower().replace("executionprovider", "").partition(":")
-        made_for, asked = info.get("soc"), int(chip) if chip.isdecimal() else None
-        if kind not in ("cpu", "qnn") or bool(chip) > bool(asked and kind == "qnn"):
+        name = (provider or "cpu").lower().replace("executionprovider", "")
+        if not (found := re.fullmatch(r"cpu|qnn(?::(\d+))?", name)):
             raise ValueError(f"a folder of target npu runs on cpu, qnn or qnn:SOC, not {provider}")
+        kind, made_for, asked = name[:3], info.get("soc"), int(found[1] or 0)
         if made_for and asked and asked != made_for:
             raise ValueError(f"{folder} was compiled for the chip {made_for}, not {asked}: export "
                              f"again with --compile qnn:{asked}")
