@@ -608,8 +608,8 @@ EXPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
                       "not understood"),
     "other heads": (lambda f: edit(f / "export.json", lambda e: e.update(kv_heads=3)),
                     "is not of this model.onnx"),
-    "deep": (lambda f: (f / "export.json").write_text("[" * 100_000), "not understood"),
-    "not UTF-8": (lambda f: (f / "export.json").write_bytes(b"\xff"), "not understood"),
+    "deep": (lambda f: (f / "export.json").write_text("[" * 100_000), "not valid JSON"),
+    "not UTF-8": (lambda f: (f / "export.json").write_bytes(b"\xff"), "not valid JSON"),
 }
 
 

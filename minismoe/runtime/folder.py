@@ -1,6 +1,5 @@
 """Check an exported folder against its export.json before anything in it is opened."""
 
-import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,28 +21,26 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
 
     Raises FileNotFoundError for a missing file, ValueError for a broken or hostile one.
     """
-    file, info = folder / "export.json", None
+    file = folder / "export.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no export.json; export.py --layout onnx writes one")
+    info = read_json(file)
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
         _check(info)
         for name in os.listdir(folder):      # files that export.json does not list are read too
             if (folder / name).is_symlink():
                 plain_file(folder, name)
         files = {plain_file(folder, name): (entry["bytes"], entry["sha256"])
                  for name, entry in info["files"].items()}
-        if odd := [e for e in files.values() if (type(e[0]), type(e[1])) != (int, str)]:
-            raise ValueError(f"size and hash {odd[0]}")
         needed = {"model.onnx", "sampler.onnx"}
         if info["target"] == "npu":
             needed |= {"embed.onnx", "prompt.onnx"} | (
                 {"model.qnn.onnx", "prompt.qnn.onnx"} if info.get("soc") else set())
         if lacking := needed - info["files"].keys():
             raise ValueError(f"it names no {' and no '.join(sorted(lacking))}")
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
-        layout = info.get("layout") if isinstance(info, dict) else None
-        hint = "" if layout in (None, "onnx") else (
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        layout = info.get("layout", "onnx")
+        hint = "" if layout == "onnx" else (
             f"; its layout is {clean(layout)}, and the runtime reads --layout onnx")
         raise ValueError(f"{file} is not understood: {type(e).__name__} {e}{hint}") from None
     for path, (size, digest) in files.items():

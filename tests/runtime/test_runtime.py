@@ -307,7 +307,7 @@ def test_tasks(model, tmp_path, folders) -> None:
     (lambda f: describe(f, layers="2"), "not understood"),
     (lambda f: describe(f, heads="2"), "not understood"),
     (lambda f: describe(f, format="other/1"), "other/1"),
-    (lambda f: (f / "export.json").write_text("{"), "not understood"),
+    (lambda f: (f / "export.json").write_text("{"), "not valid JSON"),
     (lambda f: describe(f, files={}), "names no model.onnx and no sampler.onnx"),
     (lambda f: ((f / "model.onnx").write_bytes(b"x"), describe(f, files={
         n: {"bytes": (f / n).stat().st_size, "sha256": ""} for n in ("model.onnx", "sampler.onnx")
