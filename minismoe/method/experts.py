@@ -34,8 +34,8 @@ class _Experts(torch.autograd.Function):
         h = x @ A.T;  gates = top_k_gates(x @ router.T, k)
         y = x @ W.T + scaling * (h * gates.repeat_interleave(r, 1)) @ B
 
-    A's and routers of all layers are stacked, so x is multiplied once. The backward is written by
-    hand so that additions fuse into addmm. Compared with `reference.Mixture` in
+    A's and routers of all layers are stacked, so x meets them in two products. The backward is
+    written by hand so that additions fuse into addmm. Compared with `reference.Mixture` in
     tests/method/test_experts.py::test_forward_and_every_gradient_equal_the_reference.
     """
 
@@ -45,10 +45,7 @@ class _Experts(torch.autograd.Function):
         """x (N, in) -> y (N, out) of each layer, and the router logits (N, sum of E) of all.
         `parameters`: lora_A, lora_B, router of each layer in turn, so that autograd knows them."""
         A, routers, ranks, counts = _stacked(layers, x)
-        if x.dtype == routers.dtype:
-            h, logits = (x @ torch.cat((A, routers)).T).split((len(A), len(routers)), 1)
-        else:
-            h, logits = x @ A.T, x.to(routers.dtype) @ routers.T
+        h, logits = x @ A.T, x.to(routers.dtype) @ routers.T
         outputs, scales = [], []
         for layer, h_i, logits_i in zip(layers, h.split(ranks, 1), logits.split(counts, 1)):
             scales.append(layer.scaling * (
