@@ -1,17 +1,15 @@
 """Packing: a batch without padding, prefixes that sequences share held once; and the KV cache.
 
 Letters: B batch, T time, N packed tokens, D hidden, K key/value heads, C head size, L taps of a
-convolution. Both backwards are compared with autograd by test_hand_written_backwards in
-tests/model/test_decoder.py.
+convolution.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .config import Config
 
@@ -50,105 +48,63 @@ class Tokens:
 
     def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None = None,
                  shared: Shared = ()):
-        mask = attention_mask.bool()
+        mask = attention_mask.to(torch.bool, copy=True)
         self.shape, self.device, self.shared, self.cache = mask.shape, mask.device, shared, cache
         B, T = mask.shape
         rows = torch.arange(B, device=self.device)[:, None].expand_as(mask)
         order = mask.cumsum(1) - 1                                       # (B, T) index in its row
         copies = torch.ones_like(order)
-        if shared:
-            mask = mask.clone()
         for first, end, start, stop in shared:
             mask[first + 1:end, start:stop] = False
             copies[first, start:stop] = end - first
         self.where = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
         self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
         self.slots = self.rows * T + local
+        self.sources = torch.full_like(order, len(local))   # (B, T) slot -> token; N: none
+        self.sources.view(-1)[self.slots] = torch.arange(len(local), device=self.device)
+        for first, end, start, stop in shared:
+            self.sources[first + 1:end, start:stop] = self.sources[first, start:stop]
         self.copies = self.pack(copies.reshape(-1)) if shared else None
         self.new = order[:, -1] + 1                                      # (B,) tokens of each row
-        self.positions, longest = local, T
+        past, longest = torch.zeros_like(self.new), T
         if cache is not None:
-            self.positions = local + cache.lengths[self.rows]
+            past = cache.lengths.clone()
             cache.lengths += self.new
             longest = cache.used = min(cache.used + T, cache.capacity)
-        self.masks = {w: self._mask(w, longest) for w in set(config.windows)}
+        self.positions = local + past[self.rows]
+        self.masks = {w: self._mask(w, past, longest) for w in set(config.windows)}
 
     def pack(self, x: Tensor) -> Tensor:
         """(B*T, ...) -> (N, ...), without padding."""
         return x if self.where is None else x.index_select(0, self.where)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (B, T, ...), with zeros at padding."""
-        return self._spread(x, self.where)
+        """(N, ...) -> (B, T, ...), with zeros where no token was packed."""
+        if self.where is None:
+            return x.unflatten(0, self.shape)
+        y = x.new_zeros(self.shape.numel(), *x.shape[1:])
+        return y.index_copy_(0, self.where, x).unflatten(0, self.shape)
 
     def sequences(self, x: Tensor) -> Tensor:
-        """(N, heads, C) -> (B, heads, T, C), padded on the right."""
-        return self._spread(x, self.slots).transpose(1, 2)
-
-    def _spread(self, x: Tensor, places: Tensor | None) -> Tensor:
-        """(N, ...) -> (B, T, ...), with token n at places[n] of the B*T."""
-        if self.where is None or places is None:
-            return x.unflatten(0, self.shape)
-        return _Spread.apply(x, places, self.shape, self.shared)
+        """(N, heads, C) -> (B, heads, T, C), padded on the right with zeros."""
+        y = x
+        if self.where is not None:           # select from (N + 1, heads * C), whose last row is 0
+            y = F.embedding(self.sources, F.pad(x.flatten(1), (0, 0, 0, 1)))
+        return y.view(*self.shape, *x.shape[1:]).transpose(1, 2)
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, heads, T, C) -> (N, heads * C), the inverse of `sequences`."""
         x = x.transpose(1, 2).flatten(2).flatten(0, 1)
-        return x if self.where is None else _Gather.apply(x, self.slots)
+        return x if self.where is None else x.index_select(0, self.slots)
 
-    def _mask(self, window: int | None, keys: int) -> Tensor | None:
+    def _mask(self, window: int | None, past: Tensor, keys: int) -> Tensor | None:
         """Whether a query may see each of so many keys, (B, 1, T, keys); None if just causal."""
         if self.cache is None and (window is None or window >= keys):
             return None
-        query = self.sequences(self.positions[:, None, None]).to(self.device)     # (B, 1, T, 1)
+        query = past[:, None, None, None] + torch.arange(self.shape[1], device=self.device)[:, None]
         key = torch.arange(keys, device=self.device)
         seen = key <= query
         return seen if window is None else seen & (key > query - window)
-
-
-class _Spread(torch.autograd.Function):
-    """Packed tokens to their places in (B, T, ...); shared prefixes are copied to each sequence.
-
-    y[places] = x, then y[other rows] = y[first row] for each prefix
-    dx = dy[places], where dy[first row] is the sum of dy over the rows of each prefix
-    Places differ, so the backward copies where autograd would add.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, shape: Sequence[int],
-                shared: Shared) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.shared = shared
-        y = x.new_zeros(math.prod(shape), *x.shape[1:]).index_copy_(0, places, x)
-        y = y.unflatten(0, shape)
-        for first, end, start, stop in shared:
-            y[first + 1:end, start:stop] = y[first, start:stop].clone()
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.shared:
-            dy = dy.clone()
-        for first, end, start, stop in ctx.shared:
-            dy[first, start:stop] = dy[first:end, start:stop].sum(0)
-        return dy.flatten(0, 1).index_select(0, ctx.saved_tensors[0]), None, None, None
-
-
-class _Gather(torch.autograd.Function):
-    """y = x[places] of x (M, ...); all places differ, so the backward copies: dx[places] = dy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.rows = len(x)
-        return x.index_select(0, places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return dy.new_zeros(ctx.rows, *dy.shape[1:]).index_copy_(0, places, dy), None
 
 
 def shared_prefixes(input_ids: Tensor, mask: Tensor) -> Shared:

@@ -23,7 +23,7 @@ from minismoe.model.decoder import (
     attend_short,
     rope_frequencies,
 )
-from minismoe.model.tokens import Cache, Tokens, _Gather, _Spread
+from minismoe.model.tokens import Cache, Tokens
 
 LENGTHS = (17, 9, 1)                             # of three rows: full, padded, and a single token
 CACHED = ("llama3", "llama_biases", "mistral_window", "qwen2_window", "qwen3", "gemma3", "lfm2",
@@ -204,7 +204,7 @@ def test_gradients_equal_transformers(checkpoint: Checkpoint) -> None:
 
 
 def test_hand_written_backwards() -> None:
-    """The norm, SwiGLU and the packing of tokens against the same formulas under autograd."""
+    """The norm and SwiGLU against the same formulas under autograd."""
     def gradients(y: Tensor, *inputs: Tensor) -> list[Tensor]:
         upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
         return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
@@ -218,12 +218,6 @@ def test_hand_written_backwards() -> None:
     for name, f in (("silu", lambda z: z * z.sigmoid()), ("gelu_pytorch_tanh", lambda z: 0.5 * z * (
             1 + ((2 / math.pi) ** 0.5 * (z + 0.044715 * z ** 3)).tanh()))):
         equal(gradients(_GatedUnit.apply(x, up, name), x, up), gradients(f(x) * up, x, up))
-    # 5 tokens in 2 rows of 4: the first two of row 0 are shared with row 1; row 0 is padded.
-    places, shared = torch.tensor([0, 1, 2, 6, 7]), [(0, 2, 0, 2)]
-    plain = torch.stack([*x[:3], torch.zeros_like(x[0]), *x[:2], *x[3:]]).unflatten(0, (2, 4))
-    equal(gradients(_Spread.apply(x, places, (2, 4), shared), x), gradients(plain, x))
-    places = torch.tensor([4, 0, 2])
-    equal(gradients(_Gather.apply(x, places), x), gradients(x[places], x))
 
 
 # Rotary frequencies
@@ -426,6 +420,26 @@ def test_packing_and_unpacking_lose_nothing(mask: list[list[bool]]) -> None:
     assert torch.equal(tokens.flat(sequences), packed.flatten(1))
     assert tokens.rows.tolist() == [b for b, _ in real]
     assert tokens.positions.tolist() == [sum(mask[b][:t]) for b, t in real]
+
+
+def test_gradients_of_packed_tokens_are_summed_over_the_rows_that_share_them() -> None:
+    """Tokens 0 and 1 begin both rows of 4 places; row 0 has one more token, row 1 two."""
+    tokens = Tokens(torch.tensor([[1, 1, 1, 0], [1] * 4]), TINY, None, [(0, 2, 0, 2)])
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    places, up = [0, 1, 2, 4, 5, 6, 7], torch.randn(8, 2, 3, dtype=torch.float64)
+    y = tokens.sequences(x).transpose(1, 2).flatten(0, 1)                # (B*T, heads, C)
+    assert torch.equal(y[places], x[[0, 1, 2, 0, 1, 3, 4]]) and not y[3].any()
+    (found,) = torch.autograd.grad(y, x, up)
+    torch.testing.assert_close(found, torch.stack(
+        [up[0] + up[4], up[1] + up[5], up[2], up[6], up[7]]))
+    z = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    flat = tokens.flat(z)
+    assert torch.equal(flat, z.transpose(1, 2).reshape(8, 6)[[0, 1, 2, 6, 7]])
+    (found,) = torch.autograd.grad(flat, z, up[:5].flatten(1))
+    wanted = torch.zeros(8, 2, 3, dtype=torch.float64)
+    wanted[[0, 1, 2, 6, 7]] = up[:5]
+    assert torch.equal(found, wanted.view(2, 4, 2, 3).transpose(1, 2))
+    assert tokens.copies.tolist() == [2, 2, 1, 1, 1]
 
 
 @given(masks, masks, st.integers(1, 8))
