@@ -291,9 +291,9 @@ class Decoder(Part):
             needed = None
         shared = () if needed is None else shared_prefixes(input_ids, mask.bool() & ~needed)
         tokens = Tokens(mask, self.config, cache, shared)
-        top = None if needed is None else tokens.pack(needed.reshape(-1)).nonzero().squeeze(1)
+        top = None if needed is None else tokens.pack(needed).nonzero().squeeze(1)
         self.copies = tokens.copies
-        x = self.embed_tokens(tokens.pack(input_ids.reshape(-1)))        # (N, D)
+        x = self.embed_tokens(tokens.pack(input_ids))                    # (N, D)
         if self.config.embedding_multiplier != 1:
             x = x * x.new_tensor(self.config.embedding_multiplier)       # rounded to x's dtype
         ropes: dict[str, Rope] = {"": None}

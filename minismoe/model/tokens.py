@@ -50,21 +50,21 @@ class Tokens:
                  shared: Shared = ()):
         mask = attention_mask.to(torch.bool, copy=True)
         self.shape, self.device, self.shared, self.cache = mask.shape, mask.device, shared, cache
-        B, T = mask.shape
-        rows = torch.arange(B, device=self.device)[:, None].expand_as(mask)
+        T = mask.shape[1]
         order = mask.cumsum(1) - 1                                       # (B, T) index in its row
         copies = torch.ones_like(order)
         for first, end, start, stop in shared:
             mask[first + 1:end, start:stop] = False
             copies[first, start:stop] = end - first
-        self.where = None if mask.all() else mask.reshape(-1).nonzero().squeeze(1)
-        self.rows, local = self.pack(rows.reshape(-1)), self.pack(order.reshape(-1))
+        self.rows, columns = mask.nonzero(as_tuple=True)
+        self.where = None if len(self.rows) == mask.numel() else self.rows * T + columns
+        local = self.pack(order)
         self.slots = self.rows * T + local
         self.sources = torch.full_like(order, len(local))   # (B, T) slot -> token; N: none
         self.sources.view(-1)[self.slots] = torch.arange(len(local), device=self.device)
         for first, end, start, stop in shared:
             self.sources[first + 1:end, start:stop] = self.sources[first, start:stop]
-        self.copies = self.pack(copies.reshape(-1)) if shared else None
+        self.copies = self.pack(copies) if shared else None
         self.new = order[:, -1] + 1                                      # (B,) tokens of each row
         past, longest = torch.zeros_like(self.new), T
         if cache is not None:
@@ -75,7 +75,8 @@ class Tokens:
         self.masks = {w: self._mask(w, past, longest) for w in set(config.windows)}
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B*T, ...) -> (N, ...), without padding."""
+        """(B, T, ...) -> (N, ...), without padding."""
+        x = x.flatten(0, 1)
         return x if self.where is None else x.index_select(0, self.where)
 
     def unpack(self, x: Tensor) -> Tensor:

@@ -407,7 +407,7 @@ def test_packing_and_unpacking_lose_nothing(mask: list[list[bool]]) -> None:
     B, T = len(mask), len(mask[0])
     x = torch.arange(1.0, B * T * 6 + 1).view(B * T, 2, 3)               # all different, none 0
     real = [(b, t) for b in range(B) for t in range(T) if mask[b][t]]
-    packed = tokens.pack(x)
+    packed = tokens.pack(x.unflatten(0, (B, T)))
     assert packed.tolist() == [x[b * T + t].tolist() for b, t in real]
     zero = torch.zeros(2, 3).tolist()
     assert tokens.unpack(packed).tolist() == [
