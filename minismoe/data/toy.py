@@ -12,7 +12,6 @@ import os
 import random
 import re
 import string
-import sys
 from pathlib import Path
 
 import torch
@@ -161,14 +160,10 @@ def _pretrain(steps: int) -> CausalLM:
 
 
 def _cache() -> Path:
-    """MINISMOE_CACHE, or this user's cache folder by the convention of the system."""
-    if own := os.environ.get("MINISMOE_CACHE"):
-        return Path(own)
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/minismoe"
-    variable, default = (("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32"
-                         else ("XDG_CACHE_HOME", ".cache"))
-    return Path(os.environ.get(variable) or Path.home() / default) / "minismoe"
+    """MINISMOE_CACHE, or minismoe in the folder where torch and Hugging Face's libraries keep
+    theirs, on every system."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MINISMOE_CACHE") or Path(home) / "minismoe")
 
 
 def _recipe(steps: int) -> str:
