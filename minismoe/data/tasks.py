@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..io.files import naming
 from ..method.loss import IGNORE
@@ -254,10 +255,8 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> list[Exampl
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
     """input_ids, attention_mask and labels, each (B, T), of right-padded examples."""
-    longest = max(len(e.ids) for e in examples)
-
     def padded(rows: Iterable[list[int]], fill: int) -> Tensor:
-        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
+        return pad_sequence([torch.tensor(row) for row in rows], True, fill).to(device)
     return (padded((e.ids for e in examples), pad_id),
             padded(([1] * len(e.ids) for e in examples), 0),
             padded((e.labels for e in examples), IGNORE))
