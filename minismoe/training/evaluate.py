@@ -94,14 +94,13 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
     """
     prompts = answer_prompts(tokenizer, task, context)
     expected, limit = references(tokenizer, task)
-    result = Accuracy(0, len(expected))
+    wrong, right = [], []
     for messages, reference, answer in zip(task.test, expected, complete(prompts, limit)):
         wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
-        result.right.append(int(given == wanted))
+        right.append(int(given == wanted))
         if given != wanted:
-            result.wrong.append((messages[-2]["content"], wanted, given))
-    result.correct = sum(result.right)
-    return result
+            wrong.append((messages[-2]["content"], wanted, given))
+    return Accuracy(sum(right), len(right), wrong, right)
 
 
 def references(tokenizer: Tokenizer, task: Task) -> tuple[list[list[int]], int]:
