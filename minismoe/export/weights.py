@@ -17,7 +17,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from ..model.config import Config
-from ..model.quantize import ROW, Blocks, columns, quantize, quantize_rows
+from ..model.quantize import ROW, Blocks, columns, quantize
 from .nodes import TYPES, Graph
 
 CHUNK = 1 << 22                 # elements that are converted at a time
@@ -34,8 +34,9 @@ def few_bits(weight: Any, precision: str, bits: int, block: int) -> Blocks:
     """A weight as a graph of that precision stores it; ready-made `Blocks` stay as they are."""
     if isinstance(weight, Blocks):
         return weight
-    rows = bits == 8 and precision in NPU_PRECISIONS
-    return quantize_rows(weight) if rows else quantize(weight, bits, block)
+    if bits == 8 and precision in NPU_PRECISIONS:
+        return quantize(weight, bits, ROW, positive=True)
+    return quantize(weight, bits, block)
 
 
 def concatenated(parts: Sequence[Blocks], dim: int) -> Blocks:

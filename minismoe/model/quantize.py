@@ -39,30 +39,23 @@ class Blocks:
     scales: Tensor
 
 
-def quantize(weight: Tensor, bits: int, size: int = BLOCK) -> Blocks:
+def quantize(weight: Tensor, bits: int, size: int = BLOCK, positive: bool = False) -> Blocks:
     """Blocks of `size` weights (ROW: of whole rows), in 4 or 8 bits, of a weight (N, K)."""
     parts, zero = [], 1 << (bits - 1)
     size = weight.shape[1] if size == ROW else size
     for rows in few_rows(weight):
         w = F.pad(weight[rows].float(), (0, -weight.shape[1] % size))
         w = w.unflatten(1, (-1, size))
-        scale = block_scales(w, zero)
+        scale = block_scales(w, zero, positive)
         parts.append((pack(integers(w, scale, zero), bits), scale.squeeze(2)))
     return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
 
 
-def quantize_rows(weight: Tensor) -> Blocks:
-    """A weight (N, K) in 8 bits with one positive scale a row, as NPUs take it."""
-    largest = torch.maximum(weight.amax(1, True), -weight.amin(1, True))
-    scales = (largest.float() / 127).clamp_min(TINY)
-    data = torch.cat([integers(weight[rows].float(), scales[rows], 128)
-                      for rows in few_rows(weight)])
-    return Blocks(8, weight.shape[1], weight.shape, data[:, None], scales)
-
-
-def block_scales(w: Tensor, zero: int) -> Tensor:
-    """The scales (..., 1) of blocks of weights (..., n)."""
+def block_scales(w: Tensor, zero: int, positive: bool = False) -> Tensor:
+    """The scales (..., 1) of blocks of weights (..., n); `positive`, as NPUs take them."""
     low, high = w.amin(-1, True), w.amax(-1, True)
+    if positive:                         # q is at least 1
+        return (torch.maximum(high, -low) / (zero - 1)).clamp_min(TINY)
     scale = torch.where(high > -low, high, low) / -zero
     return torch.where(scale.abs() < TINY, TINY, scale)
 

@@ -8,7 +8,7 @@ import torch
 from onnxruntime.capi import _pybind_state
 from torch import Tensor
 
-from minismoe.model.quantize import BLOCK, columns, dequantize, quantize, quantize_rows, unpack
+from minismoe.model.quantize import BLOCK, ROW, columns, dequantize, quantize, unpack
 
 
 def weight(outputs: int = 24, inputs: int = 96, seed: int = 0) -> Tensor:
@@ -97,7 +97,7 @@ def test_rows_are_independent_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> N
 def test_rows_have_one_positive_scale_each() -> None:
     w = weight(40, 48)
     w[0], w[1] = 0, -w[1].abs()
-    found = quantize_rows(w)
+    found = quantize(w, 8, ROW, positive=True)
     assert found.scales.shape == (40, 1) and bool((found.scales > 0).all())
     assert bool(((dequantize(found) - w).abs() <= found.scales / 2 + 1e-6).all())
     assert int(found.data.min()) >= 1                    # from -127 to 127
