@@ -29,7 +29,6 @@ class Cache:
         self.states = {i: weight.new_zeros(batch, cfg.conv_size - 1, cfg.hidden_size)
                        for i in cfg.conv_layers}
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
-        self.capacity = capacity
         self.used = 0        # an upper bound of lengths, kept on the CPU to avoid a synchronisation
 
 
@@ -70,7 +69,7 @@ class Tokens:
         if cache is not None:
             past = cache.lengths.clone()
             cache.lengths += self.new
-            longest = cache.used = min(cache.used + T, cache.capacity)
+            longest = cache.used = cache.used + T
         self.positions = local + past[self.rows]
         self.masks = {w: self._mask(w, past, longest) for w in set(config.windows)}
 
