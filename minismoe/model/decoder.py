@@ -10,8 +10,8 @@ S cached positions, L taps of a convolution, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -251,16 +251,14 @@ class DecoderLayer(Part):
 
 def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
     """layer(*inputs); its activations are not kept, but computed again in the backward pass."""
-    @contextmanager
-    def recomputing() -> Iterator[None]:
-        try:
-            yield
-        finally:         # detach the routers' logits: their graph would keep all activations
-            for experts in expert_layers(layer).values():
-                if experts.router_logits is not None:
-                    experts.router_logits = experts.router_logits.detach()
+    def detach_logits() -> None:         # the graph of the routers' logits keeps all activations
+        for experts in expert_layers(layer).values():
+            if experts.router_logits is not None:
+                experts.router_logits = experts.router_logits.detach()
+    recomputing = ExitStack()
+    recomputing.callback(detach_logits)
     return checkpoint(layer, *inputs, use_reentrant=False,
-                      context_fn=lambda: (nullcontext(), recomputing()))
+                      context_fn=lambda: (nullcontext(), recomputing))
 
 
 class Decoder(Part):
