@@ -104,16 +104,14 @@ class Attention(Part):
         self.k_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(q, cfg.hidden_size, bias=cfg.o_bias)
-        if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.head_dim, cfg)
-            self.k_norm = RMSNorm(cfg.head_dim, cfg)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_dim, cfg) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
         """(N, D) -> (N, D); keys and values are added to the cache, if there is one."""
         q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
                    for y in together(x, self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if tokens.cache is None:

@@ -16,7 +16,7 @@ from minismoe import reference
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.loss import IGNORE
 from minismoe.method.sensitivity import _Ghost, probe, sample_norms
-from minismoe.model.decoder import CausalLM, Config
+from minismoe.model.decoder import CausalLM, Config, RMSNorm
 
 V, D = 61, 16
 SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -43,7 +43,8 @@ def model_of(kind: str, experts: bool = False) -> nn.Module:
         model = cls(config(**SIZES))
     else:
         model = CausalLM(Config.from_dict(dict(SIZES, model_type=kind)))
-        assert hasattr(model.model.layers[0].self_attn, "q_norm") == (kind == "qwen3")
+        norm = model.model.layers[0].self_attn.q_norm
+        assert isinstance(norm, RMSNorm) == (kind == "qwen3")
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
     if kind.endswith("qwen2"):
