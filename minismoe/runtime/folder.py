@@ -32,6 +32,8 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
                 plain_file(folder, name)
         files = {plain_file(folder, name): (entry["bytes"], entry["sha256"])
                  for name, entry in info["files"].items()}
+        if odd := [e for e in files.values() if (type(e[0]), type(e[1])) != (int, str)]:
+            raise ValueError(f"size and hash {odd[0]}")
         needed = {"model.onnx", "sampler.onnx"}
         if info["target"] == "npu":
             needed |= {"embed.onnx", "prompt.onnx"} | (
