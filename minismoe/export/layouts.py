@@ -1,8 +1,6 @@
 """The folders that programs open: ours, PEFT, transformers, onnxruntime-genai, transformers.js.
 
-Low-rank pairs come as {module: (A, B)} with all scaling folded in: y = W x + B A x.
-
-Letters: R rank of a pair.
+Letters: R rank of a fit.
 """
 
 import shutil
@@ -15,7 +13,6 @@ import torch.nn.functional as F
 from onnxruntime import AdapterFormat, OrtValue
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
 from ..io.files import read_json, replacing, write_json
@@ -32,8 +29,6 @@ from .routing import Fits, Frozen, merged_weights
 from .settings import ExportConfig, Source
 from .steps import write_in_steps
 from .weights import HALF, NPU_PRECISIONS
-
-Pairs = Mapping[str, tuple[Tensor, Tensor]]                 # module -> A (R, in), B (out, R)
 
 # How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
 WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
@@ -70,8 +65,7 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
     adapters = {}
     for number, task in enumerate(frozen.by_task if config.adapters else ()):
         adapters[task] = f"{number}.onnx_adapter"        # the name of a task may be no file name
-        write_adapter(folder / adapters[task], {
-            name: (f.lora_A, f.lora_B) for name, f in frozen.by_task[task].items()})
+        write_adapter(folder / adapters[task], frozen.by_task[task])
     return {"target": config.target, "precision": config.precision, "context": config.context,
             "static": config.static, "layers": len(sizes.attention_layers),
             "heads": sizes.num_attention_heads, "kv_heads": sizes.num_key_value_heads,
@@ -89,8 +83,7 @@ def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits
         # How transformers names the text part of a model of text and images.
         root = "model." if text_part(whole) == whole else "model.language_model."
         hub = "/" in source.name and not Path(source.name).is_dir()
-        write_peft(folder, {n.replace("model.", root, 1): (f.lora_A, f.lora_B)
-                            for n, f in fits.items()},
+        write_peft(folder, {n.replace("model.", root, 1): f for n, f in fits.items()},
                    source.name if hub else str(source.base.resolve()))
         return
     write_hf(folder, source.base, fits)
@@ -146,27 +139,27 @@ def _byte_level() -> dict[str, Any]:
                       "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": []}}
 
 
-def write_peft(out: Path, pairs: Pairs, base_model: str) -> None:
+def write_peft(out: Path, fits: Fits, base_model: str) -> None:
     """Write an adapter folder that PEFT, vLLM and llama.cpp read alike.
 
-    They disagree about scaling and about uneven ranks, so every pair is padded with zeros to R, the
+    They disagree about scaling and about uneven ranks, so every fit is padded with zeros to R, the
     largest rank, and lora_alpha = r = R. Full names are targets: a short one such as "q_proj" would
-    also adapt layers without a pair. Raises ValueError if there is no pair.
+    also adapt layers without a fit. Raises ValueError if there is no fit.
     """
-    if not pairs:
+    if not fits:
         raise ValueError("no matrix is adapted: there is nothing to write for PEFT")
-    R = max(len(A) for A, _ in pairs.values())
+    R = max(len(f.lora_A) for f in fits.values())
     tensors = {}
-    for name, (A, B) in pairs.items():
-        key = f"base_model.model.{name}"
-        tensors[f"{key}.lora_A.weight"] = F.pad(A.detach().float(), (0, 0, 0, R - len(A)))
-        tensors[f"{key}.lora_B.weight"] = F.pad(B.detach().float(), (0, R - len(A))).contiguous()
+    for name, f in fits.items():
+        key, more = f"base_model.model.{name}", R - len(f.lora_A)
+        tensors[f"{key}.lora_A.weight"] = F.pad(f.lora_A.float(), (0, 0, 0, more))
+        tensors[f"{key}.lora_B.weight"] = F.pad(f.lora_B.float(), (0, more)).contiguous()
     with replacing(out / "adapter_model.safetensors") as tmp:
         save_file(tensors, tmp, metadata={"format": "pt"})
     write_json(out / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": R, "lora_alpha": R, "rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.0,
-        "target_modules": sorted(pairs), "bias": "none", "use_rslora": False, "use_dora": False,
+        "target_modules": sorted(fits), "bias": "none", "use_rslora": False, "use_dora": False,
         "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True})
 
 
@@ -267,13 +260,13 @@ def _mapping(holder: Mapping[str, Any], key: str) -> dict[str, Any]:
     return holder[key] if isinstance(holder.get(key), dict) else {}
 
 
-def write_adapter(file: Path, pairs: Pairs) -> None:
+def write_adapter(file: Path, fits: Fits) -> None:
     """Write an .onnx_adapter: the graph inputs <module>.lora_A (in, R) and .lora_B (R, out)."""
     adapter = AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
     adapter.set_parameters({
-        f"{name}.{part}": OrtValue.from_dlpack(matrix.detach().float().cpu().T.contiguous())
-        for name, pair in pairs.items() for part, matrix in zip(("lora_A", "lora_B"), pair)})
+        f"{name}.{part}": OrtValue.from_dlpack(getattr(f, part).float().cpu().T.contiguous())
+        for name, f in fits.items() for part in ("lora_A", "lora_B")})
     with replacing(file) as tmp:
         adapter.export_adapter(str(tmp))

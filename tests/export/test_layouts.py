@@ -18,7 +18,6 @@ from torch import Tensor
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 from minismoe.export.graph import write_decoder
 from minismoe.export.layouts import (
-    Pairs,
     copy_base_files,
     write_adapter,
     write_genai,
@@ -47,7 +46,7 @@ class Run(NamedTuple):
     """A base folder, a low-rank pair for some of its matrices, and what both together say."""
 
     base: Path
-    pairs: Pairs
+    pairs: dict[str, Fit]
     merged: CausalLM
     prompt: list[int]
     tokens: list[int]                                # greedy, without the stop id
@@ -57,19 +56,19 @@ class Run(NamedTuple):
         return self.merged.get_parameter(name).data
 
 
-def random_pairs(model: CausalLM, seed: int) -> Pairs:
+def random_pairs(model: CausalLM, seed: int) -> dict[str, Fit]:
     random = torch.Generator().manual_seed(seed)
     shapes = {name: model.get_submodule(name).weight.shape for name in RANKS}
-    return {name: (torch.randn(R, shapes[name][1], generator=random) * 0.2,
-                   torch.randn(shapes[name][0], R, generator=random) * 0.2)
+    return {name: Fit(torch.randn(R, shapes[name][1], generator=random) * 0.2,
+                      torch.randn(shapes[name][0], R, generator=random) * 0.2)
             for name, R in RANKS.items()}
 
 
-def merge(base: Path, pairs: Pairs) -> CausalLM:
+def merge(base: Path, pairs: dict[str, Fit]) -> CausalLM:
     model = load_model(base)
-    for name, (A, B) in pairs.items():
+    for name, f in pairs.items():
         module = model.get_submodule(name)
-        module.weight = torch.nn.Parameter(module.weight + B @ A, requires_grad=False)
+        module.weight = torch.nn.Parameter(module.weight + f.lora_B @ f.lora_A, requires_grad=False)
     return model
 
 
@@ -196,7 +195,7 @@ def test_peft_of_every_matrix(run: Run, tmp_path: Path) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
              and name != "lm_head" and "layers.11.mlp" not in name]
     shapes = {name: model.get_submodule(name).weight.shape for name in names}
-    write_peft(tmp_path, {n: (torch.randn(2, s[1]), torch.randn(s[0], 2))
+    write_peft(tmp_path, {n: Fit(torch.randn(2, s[1]), torch.randn(s[0], 2))
                           for n, s in shapes.items()}, "base")
     adapted = {name.removeprefix("base_model.model.")
                for name, module in peft.PeftModel.from_pretrained(model, tmp_path).named_modules()
@@ -232,7 +231,7 @@ def test_peft_without_a_pair_is_refused(tmp_path: Path) -> None:
 def hf(any_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hf")
     copy_base_files(any_run.base, out)
-    write_hf(out, any_run.base, {name: Fit(*pair) for name, pair in any_run.pairs.items()})
+    write_hf(out, any_run.base, any_run.pairs)
     return out
 
 
@@ -283,7 +282,7 @@ def test_a_single_shard_keeps_its_index(run: Run, tmp_path: Path) -> None:
         index = {"weight_map": dict.fromkeys(f.keys(), shard)}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     copy_base_files(base, out)
-    write_hf(out, base, {name: Fit(*pair) for name, pair in run.pairs.items()})
+    write_hf(out, base, run.pairs)
     for ours, theirs in zip(load_model(out).parameters(), run.merged.parameters()):
         assert torch.equal(ours, theirs)
 

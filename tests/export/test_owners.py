@@ -26,7 +26,7 @@ class Run(NamedTuple):
     """A base, a model with a low-rank pair in all of its matrices, and what that says to CHAT."""
 
     base: Path
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    pairs: dict[str, Fit]
     merged: CausalLM
     prompt: list[int]
     tokens: list[int]
@@ -45,8 +45,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     merged, pairs = load_model(base), {}
     for name, linear in linear_layers(merged).items():
         out, inputs = linear.weight.shape
-        pairs[name] = A, B = (torch.randn(3, inputs, generator=g) * 0.1,
-                              torch.randn(out, 3, generator=g) * 0.1)
+        A, B = torch.randn(3, inputs, generator=g) * 0.1, torch.randn(out, 3, generator=g) * 0.1
+        pairs[name] = Fit(A, B)
         linear.weight = torch.nn.Parameter(linear.weight + B @ A, requires_grad=False)
     tokenizer = load_tokenizer(base)
     prompt = tokenizer.encode(tokenizer.render(CHAT, add_generation_prompt=True))[0]
@@ -57,7 +57,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_transformers_and_peft_compute_the_same(run: Run, tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     copy_base_files(run.base, tmp_path / "hf")
-    write_hf(tmp_path / "hf", run.base, {name: Fit(*pair) for name, pair in run.pairs.items()})
+    write_hf(tmp_path / "hf", run.base, run.pairs)
     write_peft(tmp_path, run.pairs, str(run.base))
     auto, ids = transformers.AutoModelForCausalLM, torch.randint(259, (2, 20))
     want = run.merged(ids)

@@ -20,6 +20,7 @@ from tiny import CHATML
 from minismoe.data.tokenizer import FileTokenizer, Tokenizer
 from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import AdapterInput
+from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime.prefix import Prefix, shared_tokens
@@ -147,7 +148,7 @@ def test_an_adapter_is_another_model(model, tmp_path) -> None:
     folder = export(model, tmp_path / "f", **{LORA: AdapterInput()})
     for task in ("one", "two"):
         write_adapter(folder / f"{task}.onnx_adapter", {
-            LORA: (torch.randn(4, 64), torch.randn(48, 4))})
+            LORA: Fit(torch.randn(4, 64), torch.randn(48, 4))})
     describe(folder, adapters={t: f"{t}.onnx_adapter" for t in ("one", "two")}, files={
         p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
         for p in folder.iterdir() if p.name != "export.json"})

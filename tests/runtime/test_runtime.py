@@ -23,6 +23,7 @@ from exported import KINDS, command, describe, export, random_model
 from minismoe import generate
 from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import AdapterInput
+from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator, cache
 from minismoe.runtime import __main__ as terminal
@@ -273,15 +274,15 @@ def test_tasks(model, tmp_path, folders) -> None:
     folder = export(model, tmp_path / "adapters", **{LORA: AdapterInput()})
     pairs, changed = {}, {}
     for task in ("one", "two"):
-        pairs[task] = torch.randn(4, 64), torch.randn(48, 4) * 0.5
+        pairs[task] = Fit(torch.randn(4, 64), torch.randn(48, 4) * 0.5)
         write_adapter(folder / f"{task}.onnx_adapter", {LORA: pairs[task]})
     describe(folder, adapters={t: f"{t}.onnx_adapter" for t in pairs})
     generator = Generator(folder, threads=1)
     base = generate(model, PROMPTS, 8, ())
     linear = model.get_submodule(LORA)
-    for task, (A, B) in pairs.items():
+    for task, f in pairs.items():
         before = linear.weight.data
-        linear.weight.data = before + B @ A
+        linear.weight.data = before + f.lora_B @ f.lora_A
         changed[task] = generate(model, PROMPTS, 8, ())
         linear.weight.data = before
     generator.tokenizer.stop_ids = []
