@@ -4,7 +4,6 @@ Letters: R rank of a fit.
 """
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,9 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> None:
     """Copy configuration and tokenizer of the checkpoint `base`, completed for every reader.
 
     All stop ids of the chat template go to generation_config.json. The template goes to both of
-    its places, since transformers.js reads tokenizer_config.json only. spell_bytes: write the
-    tokenizer.json that a model of bytes does without.
+    its places, since transformers.js reads tokenizer_config.json only. What the base says of its
+    own ONNX files is left out. spell_bytes: write the tokenizer.json that a model of bytes does
+    without.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(base)
@@ -116,6 +116,7 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> None:
     bos = tokenizer.backend.special.get(tokenizer.bos)
     defaults = {"pad_token_id": tokenizer.pad_id} | ({} if bos is None else {"bos_token_id": bos})
     generation = {key: value for key, value in generation.items() if value is not None}
+    config.pop("transformers.js_config", None)
     write_json(out / "config.json", text_part(config))
     write_json(out / "tokenizer_config.json", settings | {"chat_template": template})
     write_json(out / "generation_config.json",
@@ -245,19 +246,13 @@ def write_web(out: Path, precision: str, cache_type: str = "float32", page: bool
     (out / "model.onnx.data").replace(out / "onnx" / data)
     (out / "model.onnx").unlink()
     config = read_json(out / "config.json")
-    # Its other entries: how many data files a graph has, and for version 3 the type of the cache.
-    ours = _mapping(config, "transformers.js_config") | {"dtype": dtype}
+    ours = config.setdefault("transformers.js_config", {})
+    ours["dtype"] = dtype
     if dtype == "q4f16":
-        ours["device_config"] = _mapping(ours, "device_config") | {"webgpu": {"dtype": dtype}}
-    config["transformers.js_config"] = ours | {
-        "use_external_data_format": _mapping(ours, "use_external_data_format") | {name: 1},
-        "kv_cache_dtype": _mapping(ours, "kv_cache_dtype") | {dtype: cache_type}}
+        ours["device_config"] = {"webgpu": {"dtype": dtype}}
+    ours.setdefault("use_external_data_format", {})[name] = 1        # how many data files
+    ours.setdefault("kv_cache_dtype", {})[dtype] = cache_type        # version 3 asks for it
     write_json(out / "config.json", config)
-
-
-def _mapping(holder: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """holder[key] if it is an object; a base may have one value for all files instead."""
-    return holder[key] if isinstance(holder.get(key), dict) else {}
 
 
 def write_adapter(file: Path, fits: Fits) -> None:
