@@ -186,21 +186,17 @@ class DecoderGraph(PlacesGraph):
                       gather_axis=0, quantize_axis=1)
         return x if row == D else self.node("Slice", name, x, [0], [D], [-1])
 
-    def head(self, x: str, all_logits: bool) -> None:
-        """Hidden states (B, T, D) -> logits (B, 1, V) of the last token of each row, or of all."""
+    def head(self, x: str) -> None:
+        """Hidden states (B, T, D) -> logits (B, 1, V) of the last token of each row."""
         c, name = self.config, "lm_head"
-        D, V = c.hidden_size, c.vocab_size
         table = self.table("model.embed_tokens" if c.tie_word_embeddings else name)
-        if not all_logits:
-            x = self.node("Unsqueeze", f"{name}.last", self.last(x), [1])          # (B, 1, D)
+        x = self.last(x)                                                         # (B, D)
         if self.table_bits:
-            y = self.multiply(name, x, table, D, V, self.table_bits)
+            x = self.node("Unsqueeze", f"{name}.last", x, [1])
+            y = self.multiply(name, x, table, c.hidden_size, c.vocab_size, self.table_bits)
         else:
             # Gemm reads (V, D) directly: onnxruntime would fold a Transpose into a second table.
-            x = self.node("Reshape", f"{name}.rows", x, [-1, D])
-            y = self.node("Reshape", name, self.node("Gemm", name, x, *table, transB=1), self.node(
-                "Concat", name, self.node("Shape", name, "input_ids"), [V], axis=0)
-                if all_logits else [-1, 1, V])
+            y = self.node("Unsqueeze", name, self.node("Gemm", name, x, *table, transB=1), [1])
         self.cast(f"{name}.wide", y, TensorProto.FLOAT)
         self.nodes[-1].output[0] = "logits"      # renamed: one more operator would copy it
 
@@ -212,7 +208,7 @@ class DecoderGraph(PlacesGraph):
         at = self.node("Max", name, self.node("Sub", name, self.new()[1], 1), 0)
         return self.node("GatherND", name, x, at, batch_dims=1)
 
-    def decoder(self, context: int, all_logits: bool) -> None:
+    def decoder(self, context: int) -> None:
         """Build the inputs, the outputs, and every node between them."""
         c = self.config
         sizes: Any = self.static or ("batch_size", "sequence_length", "past_sequence_length")
@@ -220,8 +216,7 @@ class DecoderGraph(PlacesGraph):
         S = P + T if self.static else "total_sequence_length"
         lengths = {"input_ids": T, "attention_mask": S} | ({} if self.ort else {"position_ids": T})
         self.inputs = [value(name, TensorProto.INT64, [B, n]) for name, n in lengths.items()]
-        self.outputs = [value("logits", TensorProto.FLOAT,
-                              [B, T if all_logits else 1, c.vocab_size])]
+        self.outputs = [value("logits", TensorProto.FLOAT, [B, 1, c.vocab_size])]
         past, present = ([B, c.num_key_value_heads, n, c.head_dim]
                          for n in (P, P if self.static else S))
         for i in c.attention_layers:
@@ -245,7 +240,7 @@ class DecoderGraph(PlacesGraph):
                     added, _ = self.norm(f"{name}.{after}", added, None)
                 added = self.times(f"{name}.{before}", added, c.residual_multiplier)
         y, _ = self.norm(c.name("model.norm"), x, added)
-        self.head(self.times("model.norm", y, c.output_multiplier), all_logits)
+        self.head(self.times("model.norm", y, c.output_multiplier))
 
 
 def cached(kind: str, layer: int) -> tuple[str, str]:
@@ -279,8 +274,7 @@ def refuse(config: Config, target: str, block: int, static: tuple[int, int, int]
 
 def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
                   adapters: Mapping[str, Adapter], *, target: str, precision: str, context: int,
-                  block: int = BLOCK, static: tuple[int, int, int] | None = None,
-                  all_logits: bool = False) -> None:
+                  block: int = BLOCK, static: tuple[int, int, int] | None = None) -> None:
     """Write the graph to `file`, and its tensors to `file`.data.
 
     weight(name) returns the tensor of a Hugging Face name, or its `Blocks`, and is called once for
@@ -291,7 +285,7 @@ def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
     """
     with open(f"{file}.data", "wb") as data:
         graph = DecoderGraph(adapters, data, config, weight, target, precision, block, static)
-        graph.decoder(context, all_logits)
+        graph.decoder(context)
     graph.save(file)
 
 

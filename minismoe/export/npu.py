@@ -155,11 +155,11 @@ class NpuGraph(DecoderGraph):
                 self.tensor(f"{name}.scales", w.scales.flatten())]
         return self.shared[name]
 
-    def head(self, x: str, all_logits: bool) -> None:
+    def head(self, x: str) -> None:
         """Hidden states (1, T, D) -> logits (1, 1, V) of the last position."""
         tied, name = self.config.tie_word_embeddings, "lm_head"
         if not self.bits:
-            super().head(x, all_logits)
+            super().head(x)
             return
         w = self.node("DequantizeLinear", name, *self.table(
             "model.embed_tokens" if tied else name), axis=0)
@@ -190,7 +190,7 @@ def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, pre
     with open(folder / "model.onnx.data", "wb") as data:
         graph = NpuGraph(ranges, data, config, weight, "portable", precision, block, static)
         embedding = graph.table("model.embed_tokens")
-        graph.decoder(context, False)
+        graph.decoder(context)
         for file, new in ("prompt.onnx", static[1]), ("model.onnx", 1):
             graph.resize(new)
             graph.save(folder / file)
