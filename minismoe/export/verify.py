@@ -5,10 +5,9 @@ Letters: n tokens compared, V vocabulary.
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ TOKENS = 24                              # of each greedy text
 FEW = 4                                  # of each text read without rounding, which is slow
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
 Prompts = Sequence[Sequence[int]]
-Read = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 
 @torch.no_grad()
@@ -64,16 +62,16 @@ def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[in
     return model.lm_head(model.model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:])
 
 
-def compare_logits(model: CausalLM | Generator, read: Read, prompts: Prompts, texts: Prompts,
-                   precision: str, complaint: str = "the export is not what PyTorch computes",
-                   ) -> dict[str, Any]:
-    """Compare the logits of read(prompt, text) with those of `model`, along its greedy texts.
+def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, prompts: Prompts,
+                   texts: Prompts, precision: str,
+                   complaint: str = "the export is not what PyTorch computes") -> dict[str, Any]:
+    """Compare the logits of an export with those of `model`, along the greedy texts of the latter.
 
     Raises ValueError with the complaint if they differ by more than the precision explains.
     """
     errors, same = [], []
     for prompt, text in zip(prompts, texts):
-        wanted, found = logits(model, prompt, text), read(prompt, text)
+        wanted, found = logits(model, prompt, text), logits(export, prompt, text)
         errors.append((found - wanted).abs().max() / wanted.abs().max())
         same.append(found.argmax(-1) == wanted.argmax(-1))
     error = torch.stack(errors).max().item()             # nan if any is: Python's max may drop it
@@ -92,7 +90,7 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
     """
     count = min(TOKENS, generator.room(max(map(len, prompts))))  # a static past may hold few
     wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
-    found = compare_logits(model, partial(logits, generator), prompts, wanted, precision)
+    found = compare_logits(model, generator, prompts, wanted, precision)
     batched, single = (sum(a == b for a, b in zip(wanted, texts)) for texts in (
         generator.batch(prompts, count), [[*generator.generate(p, count)] for p in prompts]))
     if precision == "fp32" and (batched, single) != (len(prompts),) * 2:
@@ -111,7 +109,7 @@ def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, pre
     texts = generate(model, prompts, count, generator.tokenizer.stop_ids)
     explains = EXPLAINS.get(precision, "fp32")
     found = compare_logits(
-        model, partial(logits, generator), prompts, texts, explains,
+        model, generator, prompts, texts, explains,
         "the export is not what PyTorch computes with the same rounded weights" + (
             ", or too few texts showed its activations: give more --prompts" * (explains == "a16")))
     return {"rounded_error": found["logits_error"]}
@@ -124,8 +122,8 @@ def compare_npu(generator: Generator, compiled: Generator, prompt: Sequence[int]
     compute something else.
     """
     found = compare_logits(
-        generator, partial(logits, compiled), [prompt], [[*generator.generate(prompt, FEW - 1)]],
-        "a16", "what was compiled is not what the CPU computes (try another T in --static 1xTxP)")
+        generator, compiled, [prompt], [[*generator.generate(prompt, FEW - 1)]], "a16",
+        "what was compiled is not what the CPU computes (try another T in --static 1xTxP)")
     print(f"compiled: logits within {found['logits_error']:.1e} of the CPU's largest")
     return {"compiled_error": found["logits_error"]}
 
@@ -316,7 +314,6 @@ def check_weights(config: ExportConfig, source: Source, folder: Path, frozen: Fr
         stored(f"{n}.weight").dtype == torch.float32 for n in frozen.of(config.task))
     prompts = some_prompts(source, config.check)
     texts = generate(reference, prompts, TOKENS, source.tokenizer.stop_ids)
-    seen = compare_logits(reference, partial(logits, exported), prompts, texts,
-                          "fp32" if exact else "bf16")
+    seen = compare_logits(reference, exported, prompts, texts, "fp32" if exact else "bf16")
     show_logits(source.name, seen)
     return seen

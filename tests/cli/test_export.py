@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -529,9 +530,11 @@ def test_every_adapter_is_compared_in_few_bits(run: Path, tmp_path: Path, capsys
 
 def test_what_is_no_number_is_refused(run: Path) -> None:
     base, prompts = load_model(run.parent / "model"), [PROMPT[:8], PROMPT[:9], PROMPT]
-    texts = generate(base, prompts, verify.TOKENS, [257])
-    for broken in (lambda p, t: verify.logits(base, p, t) * math.nan,
-                   lambda p, t: verify.logits(base, p, t) * (math.nan if len(p) == 9 else 1)):
+    texts = generate(base, prompts, 5, ())
+    verify.compare_logits(base, base, prompts, texts, "fp32")
+    for lengths in ((13, 14, len(PROMPT) + 5), (14,)):           # of all texts, and of one
+        broken = SimpleNamespace(lm_head=base.lm_head, model=lambda ids, lengths=lengths: (
+            base.model(ids) * (math.nan if ids.shape[1] in lengths else 1)))
         with pytest.raises(ValueError, match="not what PyTorch computes"):
             verify.compare_logits(base, broken, prompts, texts, "fp32")
 
