@@ -27,7 +27,7 @@ from minismoe.export import layouts, verify
 from minismoe.export.heal import BATCH
 from minismoe.export.routing import Frozen, freeze_routing, print_costs
 from minismoe.export.settings import ExportConfig, FreezeConfig, Source, TableConfig
-from minismoe.io.files import must_be_new, new_folder, read_json, sha256, write_json
+from minismoe.io.files import must_be_new, naming, new_folder, read_json, sha256, write_json
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter, versions
 from minismoe.runtime import FORMAT
@@ -160,12 +160,10 @@ def trained(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
     file = run / "results.json"
     if not file.is_file():
         return {}
-    try:
+    with naming(f"{file} is not understood", AttributeError, KeyError, TypeError, ValueError):
         rows = read_json(file)["tasks"]
         return {t.name: float(rows[t.name]["after"]) for t in tasks
                 if rows.get(t.name, {}).get("examples") == len(t.test)}
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{file} is not understood: {type(e).__name__} {e}") from None
 
 
 def next_command(layout: str, out: Path, task: str | None) -> str:
