@@ -227,18 +227,16 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     prompt = max(map(len, prompts))
     needed = min(longest, max(prompt + TOKENS, *answers))
     context = config.context or min(longest, max(2048, needed))
-    if context > longest:
-        raise ValueError(f"--context {context}: the model was made for {longest} positions")
-    if context < needed:
-        raise ValueError(f"--context {context}: the texts that the export is checked with "
-                         f"need {needed}")
+    limits = (f"the texts that the export is checked with need {needed}, and the model ends at "
+              f"{longest}")
+    if not needed <= context <= longest:
+        raise ValueError(f"--context {context}: {limits}")
     if config.target == "npu":               # all tokens are in the cache, whose size is fixed
         windows = [w - NPU_TOKENS for w in source.model.config.windows if w]
         static = config.static or (
             1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS, *windows)))
         if not needed <= static[2] <= longest:
-            raise ValueError(f"--static with {static[2]} past positions: the texts that the export "
-                             f"is checked with need {needed}, and the model ends at {longest}")
+            raise ValueError(f"--static with {static[2]} past positions: {limits}")
         config, context = replace(config, static=static), static[2]
     elif config.static and (past := min(context, config.static[2])) < (
             least := prompt + config.static[1]):

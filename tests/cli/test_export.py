@@ -633,8 +633,8 @@ def test_a_table_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("flags, reason", [
     ("--task none", "has no task 'none'; it has number, twice"),
-    ("--context 4096", "made for 128 positions"),
-    ("--context 32", "need 4[0-9]$"),
+    ("--context 4096", "--context 4096: .* ends at 128$"),
+    ("--context 32", "--context 32: .* need 4[0-9], "),
     ("--prompts nowhere.txt", "nowhere.txt"),
     ("--target npu --static 1x8x32", "--static with 32 past positions: .* need 4[0-9]"),
     ("--target portable --block 128", "--block 128: rows of 32 weights are no whole blocks"),
