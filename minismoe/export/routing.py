@@ -225,24 +225,24 @@ def cost_rows(model: nn.Module, kinds: Mapping[str, TaskFits], healed: Fits, sco
     linear = kinds["linear"]
     tasks = list(linear.by_task)
 
-    def row(name: str, used: Mapping[str, Fits], keep: Collection[str] = ()) -> dict[str, Any]:
-        scores, current, last = {}, model, None
+    def row(name: str, fits: Mapping[str, Fits], keep: Collection[str] = ()) -> dict[str, Any]:
+        """fits: by task, to merge before its score; none for the mixture itself."""
+        scores, candidate = {}, model
         for task in tasks:
-            if used and used[task] is not last:
-                current, last = twin(model), used[task]
-                merge(current, used[task], keep)
-            scores[task] = score(current, task)
-        lost = [f.residual for task in used for n, f in used[task].items()
+            if fits:
+                merge(candidate := twin(model), fits[task], keep)
+            scores[task] = score(candidate, task)
+        lost = [f.residual for task in fits for n, f in fits[task].items()
                 if f.kind != "exact" and n not in keep]
         return {"model": name, "tasks": scores, "mean": mean(scores.values()),
-                "residual": None if used and used[tasks[0]] is healed else median(lost or [0.0]),
-                "parameters": sum(p.numel() for p in current.parameters() if p.requires_grad)}
+                "residual": median(lost or [0.0]),
+                "parameters": sum(p.numel() for p in candidate.parameters() if p.requires_grad)}
 
     rows = [row("mixture", {})]
     rows += [row(f"merged, {kind}", dict.fromkeys(tasks, found.together))
              for kind, found in kinds.items()]
     rows += [row("merged, linear, a task", linear.by_task),
-             row("merged, healed", dict.fromkeys(tasks, healed))]
+             row("merged, healed", dict.fromkeys(tasks, healed)) | {"residual": None}]
     routed = fewest_routed(model, linear.together, lambda m: mean(score(m, t) for t in tasks),
                            tolerances) if tolerances else []
     return rows + [row(f"auto, {100 * tolerance:g} points: {len(keep)} routed",
