@@ -131,13 +131,10 @@ def _byte_level() -> dict[str, Any]:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
              "use_regex": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-            "added_tokens": [{"id": i, "content": t, **flags, "special": True}
+    return {"added_tokens": [{"id": i, "content": t, **flags, "special": True}
                              for t, i in ByteTokenizer.special.items()],
-            "pre_tokenizer": level, "post_processor": None, "decoder": level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": []}}
+            "normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level,
+            "version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": []}}
 
 
 def write_peft(out: Path, fits: Fits, base_model: str) -> None:
