@@ -2,9 +2,8 @@
 
 import copy
 import ctypes
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,33 +49,24 @@ class Graph:
         return name if name in self.tensors else self.tensor(
             name, torch.tensor(values, dtype=dtype))
 
-    def tensor(self, name: str, value: Tensor, data_type: int | None = None,
+    def tensor(self, name: str, values: Tensor, data_type: int | None = None,
                shape: Sequence[int] | None = None) -> str:
-        """Add a tensor; returns its name."""
-        return self.stream(name, data_type or TYPES[value.dtype], shape or value.shape, [value])
-
-    def stream(self, name: str, data_type: int, shape: Sequence[int], parts: Iterable[Tensor],
-               ) -> str:
-        """Add a tensor, written part by part; returns its name."""
-        proto = self.tensors[name] = TensorProto(name=name, data_type=data_type, dims=shape)
-        start, whole = None, math.prod(shape)
-        for part in parts:
-            part = part.contiguous()
-            size = part.numel() * part.element_size()
-            raw = (ctypes.c_char * size).from_address(part.data_ptr()) if size else b""
-            if self.data is None or whole * part.element_size() <= SMALL:
-                proto.raw_data += bytes(raw)
-                continue
-            if start is None:
-                # onnxruntime maps from the start of a page; on Windows that is 64 KiB.
-                align = 1 << (16 if size >= 1 << 20 else 12)
-                start = self.data.seek(-(-self.data.tell() // align) * align)
-            self.data.write(raw)
-        if self.data is not None and start is not None:
-            proto.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", Path(self.data.name).name), ("offset", start),
-                               ("length", self.data.tell() - start)):
-                proto.external_data.add(key=key, value=str(value))
+        """Add a tensor, whose bytes may be of another type and shape; returns its name."""
+        proto = self.tensors[name] = TensorProto(
+            name=name, data_type=data_type or TYPES[values.dtype], dims=shape or values.shape)
+        values, size = values.contiguous(), values.nbytes
+        raw = (ctypes.c_char * size).from_address(values.data_ptr()) if size else b""
+        if self.data is None or size <= SMALL:
+            proto.raw_data = bytes(raw)
+            return name
+        # onnxruntime maps from the start of a page; on Windows that is 64 KiB.
+        align = 1 << (16 if size >= 1 << 20 else 12)
+        start = self.data.seek(-(-self.data.tell() // align) * align)
+        self.data.write(raw)
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", Path(self.data.name).name), ("offset", start),
+                           ("length", size)):
+            proto.external_data.add(key=key, value=str(value))
         return name
 
     def alias(self, of: str, shape: Sequence[int], data_type: int | None = None) -> str:

@@ -20,7 +20,6 @@ from ..model.config import Config
 from ..model.quantize import ROW, Blocks, columns, quantize
 from .nodes import TYPES, Graph
 
-CHUNK = 1 << 22                 # elements that are converted at a time
 # Bits of linear layers, and of embedding and head, which lose most in few bits.
 # q8 and q4f16 are transformers.js's names: rows of 8 bits for WASM, and int4 in float16 for WebGPU.
 # w8a16 and w4a16, for NPUs, have activations in 16 bits.
@@ -80,10 +79,8 @@ class WeightGraph(Graph):
         if bits := bits or self.bits:
             blocks = self.blocks(label, weights, bits)
             return self.multiply(label, x, blocks, inputs, outputs, bits)
-        strips = zip(*(w.split(max(1, CHUNK // outputs), dim=1) for w in weights))
-        return self.node("MatMul", label, x, self.stream(
-            f"{label}.weight", self.real, (inputs, outputs),
-            (torch.cat(strip).to(self.dtype).T for strip in strips)))
+        return self.node("MatMul", label, x, self.tensor(
+            f"{label}.weight", torch.cat([*weights]).to(self.dtype).T))
 
     def blocks(self, label: str, weights: Sequence[Any], bits: int) -> list[str]:
         """Store the data and scales of quantised weights, for `portable` also their zeros, which
@@ -127,8 +124,7 @@ class WeightGraph(Graph):
             self.shared[name] = (
                 [self.floats(name, [value])] if self.rows else
                 self.blocks(name, [value], self.table_bits) if self.table_bits else
-                [self.stream(f"{name}.weight", self.real, value.shape, (
-                    part.to(self.dtype) for part in value.split(max(1, CHUNK // value.shape[1]))))])
+                [self.tensor(f"{name}.weight", value.to(self.dtype))])
         return self.shared[name]
 
     def embed_blocks(self, name: str, data: str, scales: str) -> str:
