@@ -28,22 +28,72 @@ def top_k_gates(logits: Tensor, k: int) -> Tensor:
     return torch.zeros_like(logits).scatter_(-1, chosen, values.softmax(-1))
 
 
-class _RouterProduct(torch.autograd.Function):
-    """x @ router.T in the router's float32. Autograd by itself would keep x in float32 until the
-    backward; compared with it in
-    tests/method/test_experts.py::test_forward_and_every_gradient_equal_the_reference."""
+class _Experts(torch.autograd.Function):
+    """Several layers that read the same x (q, k, v; gate, up). Plainly, for each of them:
+
+        h = x @ A.T;  gates = top_k_gates(x @ router.T, k)
+        y = x @ W.T + scaling * (h * gates.repeat_interleave(r, 1)) @ B
+
+    A's and routers of all layers are stacked, so x meets them in two products. The backward is
+    written by hand so that additions fuse into addmm. Compared with `reference.Mixture` in
+    tests/method/test_experts.py::test_forward_and_every_gradient_equal_the_reference.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
-        """x (N, in), router (E, in) -> (N, E)."""
-        ctx.save_for_backward(x, router)
-        return x.to(router.dtype) @ router.T
+    def forward(ctx: Any, x: Tensor, layers: Sequence["ExpertLinear"], *parameters: Tensor | None,
+                ) -> tuple[Tensor, ...]:
+        """x (N, in) -> y (N, out) of each layer, and the router logits (N, sum of E) of all.
+        `parameters`: lora_A, lora_B, router of each layer in turn, so that autograd knows them."""
+        A, routers, ranks, counts = _stacked(layers, x)
+        h, logits = x @ A.T, x.to(routers.dtype) @ routers.T
+        outputs, scales = [], []
+        for layer, h_i, logits_i in zip(layers, h.split(ranks, 1), logits.split(counts, 1)):
+            scales.append(layer.scaling * (
+                logits.new_ones(len(x), 1) if layer.router is None
+                else top_k_gates(logits_i, layer.top_k)))                        # (N, E)
+            y = F.linear(x, layer.dense(), layer.bias)
+            outputs.append(y.addmm_(gated(h_i, scales[-1]), _flat(layer.lora_B, x)))
+        ctx.layers = layers
+        ctx.save_for_backward(x, h, *scales)
+        return *outputs, logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor, Tensor]:
-        x, router = ctx.saved_tensors
-        return (d_logits @ router).to(x.dtype), d_logits.T @ x.to(router.dtype)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """dy (N, out) of each layer and d_logits of the balance loss -> gradients of the inputs."""
+        layers, (x, h, *scales), (*dys, balance) = ctx.layers, ctx.saved_tensors, gradients
+        A, routers, ranks, counts = _stacked(layers, x)
+        d = x.new_empty(len(x), len(A) + len(routers))       # of h and of the logits
+        d[:, len(A):] = balance
+        parts, dBs = d.split(ranks + counts, 1), []
+        for layer, dy, h_i, scale, dh, d_logits in zip(
+                layers, dys, h.split(ranks, 1), scales, parts, parts[len(layers):]):
+            d_gated = dy @ _flat(layer.lora_B, x).T                              # (N, E*r)
+            dBs.append(gated(h_i, scale).T @ dy)
+            dh.copy_(gated(d_gated, scale))
+            if layer.router is not None:          # softmax: d_logits = g * dg - g * sum of g * dg
+                each = (d_gated * h_i).unflatten(1, (scale.shape[1], -1)).sum(-1, dtype=scale.dtype)
+                each = each.mul_(scale)                                          # (N, E): g * dg
+                d_logits += each - scale * (each.sum(-1, keepdim=True) / layer.scaling)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = d @ torch.cat((A, routers.to(x.dtype)))
+            for layer, dy in zip(layers, dys):
+                dx.addmm_(dy, layer.dense())
+        dAs = (d.T @ x).split(ranks + counts)
+        of_parameters = [
+            None if p is None else g.to(p.dtype).view_as(p)
+            for layer, dA, dB, d_router in zip(layers, dAs, dBs, dAs[len(layers):])
+            for p, g in ((layer.lora_A, dA), (layer.lora_B, dB), (layer.router, d_router))]
+        return dx, None, *of_parameters
+
+
+def _stacked(layers: Sequence["ExpertLinear"], x: Tensor,
+             ) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """A's (sum of E*r, in) in x's dtype, routers (sum of E, in), and the rows of each layer."""
+    A = [_flat(layer.lora_A, x) for layer in layers]
+    routers = [layer.lora_A[0, :0] if layer.router is None else layer.router for layer in layers]
+    return torch.cat(A), torch.cat(routers), [len(a) for a in A], [len(r) for r in routers]
 
 
 def _flat(experts: Tensor, x: Tensor) -> Tensor:
@@ -73,17 +123,11 @@ class ExpertLinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(experts, rank, self.out_features, **new))
         self.router = None if experts == 1 else nn.Parameter(
             torch.empty(experts, self.in_features, **new).normal_(std=0.02))
-        self.router_logits: Any = None       # (N, E) of the last forward, if there is a router
+        self.router_logits: Tensor | None = None         # (N, E) of the last forward
 
     def dense(self) -> Tensor:
         """The frozen weight (out, in), dequantised if it is quantised."""
         return self.weight if isinstance(self.weight, Tensor) else self.weight.dense()
-
-    def base(self, x: Tensor) -> Tensor:
-        """(N, in) -> (N, out) by the frozen weight alone."""
-        if isinstance(self.weight, Tensor):
-            return F.linear(x, self.weight, self.bias)
-        return self.weight.multiply(x, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -104,27 +148,16 @@ def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
 
 
 def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
-    """The outputs (..., out) of layers that read the same x (..., in): q, k, v; gate, up.
-
-    A's of all layers are stacked, and so are their routers: x meets them in two products.
-    """
     kind = x.device.type                                 # casts are explicit, so no autocast
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return _apply(x.to(layers[0].weight.dtype), layers)
-    rows, outputs = x.reshape(-1, x.shape[-1]), []                               # (N, in)
-    routed: list[Any] = [m for m in layers if m.router is not None]
-    if routed:
-        logits = _RouterProduct.apply(rows, torch.cat([m.router for m in routed]))
-        for layer, part in zip(routed, logits.split([len(m.router) for m in routed], 1)):
-            layer.router_logits = part
-    A = [_flat(m.lora_A, x) for m in layers]
-    for layer, h in zip(layers, (rows @ torch.cat(A).T).split([len(a) for a in A], 1)):
-        gates = (rows.new_ones(len(rows), 1) if layer.router is None
-                 else top_k_gates(layer.router_logits, layer.top_k))             # (N, E)
-        y = layer.base(rows).addmm_(gated(h, layer.scaling * gates), _flat(layer.lora_B, x))
-        outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
-    return outputs
+    parameters = [p for m in layers for p in (m.lora_A, m.lora_B, m.router)]
+    *outputs, logits = _Experts.apply(x.reshape(-1, x.shape[-1]), layers, *parameters)
+    routed = [m for m in layers if m.router is not None]
+    for layer, part in zip(routed, logits.split([len(m.lora_A) for m in routed], 1)):
+        layer.router_logits = part
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

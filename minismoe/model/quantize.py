@@ -132,10 +132,6 @@ class BlockWeight(nn.Module):
         shape = torch.Size((len(data), self.shape[1]))
         return dequantize(Blocks(self.bits, self.size, shape, data, scales), self.dtype)
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., K) -> (..., N), as nn.Linear does."""
-        return _Multiply.apply(x, self.delta, self, bias)
-
     @torch.no_grad()
     def scales_now(self, which: Tensor | slice = slice(None)) -> Tensor:
         """The scales of some rows, (n, G), as far as they are trained."""
@@ -198,4 +194,4 @@ class BlockLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        return self.weight.multiply(x, self.bias)
+        return _Multiply.apply(x, self.weight.delta, self.weight, self.bias)

@@ -108,7 +108,7 @@ def step_bytes(model: CausalLM, examples: Sequence[Example], probe: bool) -> tup
         model.lm_head = head
         model.zero_grad(set_to_none=True)
         for layer in expert_layers(model).values():
-            layer.router_logits = None               # its graph holds activations
+            layer.router_logits = None               # its graph holds the layer, which holds it
     return kept[0], counter.peak - kept[0]
 
 
