@@ -126,14 +126,12 @@ def load_run(config: FreezeConfig) -> Source:
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
     saved, training = runs.read_run(run)
-    if saved.data and not Path(saved.data).exists():
-        raise FileNotFoundError(f"{run / 'config.json'} names the data folder {saved.data}, "
-                                "which is not here: run export.py where train.py ran, or say where "
-                                f"it is with python train.py --resume --out {run} --data FOLDER")
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     settings = cli.settled(replace(saved, device=config.device, dtype=config.dtype,
                                    limit_test=config.limit_test or saved.limit_test))
-    inputs = cli.load_inputs(settings)
+    with naming(f"{run / 'config.json'} (python train.py --resume --out {run} --model FOLDER "
+                "--data FOLDER says where they are now)", FileNotFoundError):
+        inputs = cli.load_inputs(settings)
     if not config.limit_test and (other := runs.other_inputs(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")

@@ -12,7 +12,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
 from .weights import PRECISIONS
 
-STEPS = 40                               # of healing, if it is not said how many
+STEPS = 80                               # of healing, if it is not said how many
 
 
 def static_sizes(text: str) -> tuple[int, int, int]:
@@ -44,8 +44,8 @@ class FreezeConfig:
                     "gates fits constant gates, mean takes the mean gates", choices=KINDS)
     heal: int | None = flag(
         None, "train for so many steps after freezing: the frozen maps in float; in few bits the "
-        "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: 40 "
-        "for a RUN, or in 4 bits with --prompts; 0 for --routing dynamic)", natural,
+        "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: "
+        f"{STEPS} for a RUN, or in 4 bits with --prompts; 0 for --routing dynamic)", natural,
         metavar="STEPS")
     calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
                             metavar="N")
@@ -63,7 +63,8 @@ class FreezeConfig:
 class TableConfig(FreezeConfig):
     """What the table of the ways to freeze compares."""
 
-    heal: int = flag(40, "steps of the healed row (default: 40)", positive, metavar="STEPS")
+    heal: int = flag(STEPS, f"steps of the healed row (default: {STEPS})", positive,
+                     metavar="STEPS")
     routing: str = flag("merge", "auto: add rows that keep routing in the fewest matrices, for "
                         "three tolerances", choices=("auto",))
 

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,8 @@ def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
 
 def some_prompts(source: Source, count: int) -> list[list[int]]:
     """Token prompts from the test lines of the tasks in turn; without data, a few of our own."""
-    chats = [list(m[:-1]) for several in zip(*(t.test for t in source.tasks)) for m in several]
+    chats = [list(m[:-1]) for several in zip_longest(*(t.test for t in source.tasks))
+             for m in several if m]
     chats = chats or [[{"role": "user", "content": text}] for text in HELLO]
     render, encode = source.tokenizer.render, source.tokenizer.encode
     return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]

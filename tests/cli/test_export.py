@@ -325,24 +325,24 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     export.main([str(run), "--out", str(tmp_path / "out"), "--check", "2"])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
     wanted = ExportConfig(run=str(run), out=str(tmp_path / "out"), check=2, context=128,
-                          precision="int4", heal=40, block=32)
+                          precision="int4", heal=80, block=32)
     assert arguments == asdict(wanted)
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [
     ("--model base", ("int4-8", 0, 32)), ("--routing dynamic", ("int4-8", 0, 32)),
-    ("--heal 0", ("int4-8", 0, 32)), ("--model base --prompts x", ("int4", 40, 32)),
-    ("--precision int4 --block 128", ("int4", 40, 128)), ("--precision int8", ("int8", 40, 32)),
-    ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 40, None)),
-    ("--precision fp32 --heal 0", ("fp32", 0, None)), ("--routing freeze", ("int4", 40, 32)),
-    ("--routing auto", ("int4", 40, 32)),
-    ("--adapters", ("int4", 40, 32)),
-    ("--model base --prompts x --precision int4-8", ("int4-8", 40, 32)),
-    ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 40, None)),
+    ("--heal 0", ("int4-8", 0, 32)), ("--model base --prompts x", ("int4", 80, 32)),
+    ("--precision int4 --block 128", ("int4", 80, 128)), ("--precision int8", ("int8", 80, 32)),
+    ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 80, None)),
+    ("--precision fp32 --heal 0", ("fp32", 0, None)), ("--routing freeze", ("int4", 80, 32)),
+    ("--routing auto", ("int4", 80, 32)),
+    ("--adapters", ("int4", 80, 32)),
+    ("--model base --prompts x --precision int4-8", ("int4-8", 80, 32)),
+    ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 80, None)),
     ("--layout peft --heal 3", ("fp32", 3, None)), ("--heal 9", ("int4", 9, 32)),
-    ("--target portable", ("int4", 40, 32)), ("--block 64", ("int4", 40, 64)),
-    ("--target npu", ("w8a16", 40, None)), ("--target npu --model base", ("fp16", 0, None)),
-    ("--target npu --precision w4a16", ("w4a16", 40, 32))])
+    ("--target portable", ("int4", 80, 32)), ("--block 64", ("int4", 80, 64)),
+    ("--target npu", ("w8a16", 80, None)), ("--target npu --model base", ("fp16", 0, None)),
+    ("--target npu --precision w4a16", ("w4a16", 80, 32))])
 def test_what_auto_becomes(flags: str, wanted: tuple[str, int, int | None]) -> None:
     args = flags.split() if "--model" in flags else ["run", *flags.split()]
     config = parse(args, "")
@@ -664,3 +664,21 @@ def test_a_folder_that_is_no_run_is_one_line() -> None:
                           capture_output=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "is no run of train.py" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_a_run_whose_inputs_moved_says_how_to_name_them(run, tmp_path, name) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    saved = json.loads((run / "config.json").read_text())
+    saved["arguments"][name] = str(tmp_path / "elsewhere")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=f"--{name} FOLDER .*no such {name} folder: .*elsewhere"):
+        export.main([str(tmp_path / "run")])
+
+
+def test_every_task_is_checked_until_there_are_enough_prompts() -> None:
+    def task(name: str, count: int) -> SimpleNamespace:
+        return SimpleNamespace(test=[[{"content": f"{name}{i}"}, {}] for i in range(count)])
+    source = SimpleNamespace(tasks=[task("a", 1), task("b", 5)], tokenizer=SimpleNamespace(
+        render=lambda chat, **_: chat[0]["content"], encode=lambda text: [text]))
+    assert verify.some_prompts(source, 4) == ["a0", "b0", "b1", "b2"]
