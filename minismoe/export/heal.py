@@ -106,7 +106,8 @@ def heal_step(student: CausalLM, lesson: Lesson, batch: Sequence[Example]) -> fl
     """
     teacher, total = lesson.teacher, 0.0
     device, labelled = teacher.lm_head.weight.device, lesson.labelled
-    count = sum(label != IGNORE if labelled else 1 for e in batch for label in e.labels[labelled:])
+    count = (sum(label != IGNORE for e in batch for label in e.labels[1:]) if labelled
+             else sum(len(e.ids) for e in batch))
     for i in range(0, len(batch), lesson.micro_batch_size):
         # Sorted rows put shared prefixes side by side, so that the model computes them once.
         part = sorted(batch[i:i + lesson.micro_batch_size], key=lambda e: e.ids)
