@@ -3,7 +3,7 @@
 Prompts that begin with its tokens are read from the first token that differs. The file is a
 safetensors file: keys and values (1, K, n, C) of each layer for the n tokens; its header also holds
 the tokens, a hash of the model's hashes, and one of the content. It must be byte for byte the
-header that we would write, so it is compared and never read.
+header that we would write, so nothing in it is trusted.
 
 Letters: B rows, K key/value heads, n tokens of the prefix, P positions of a cache, C head size.
 """
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ from .folder import known_tasks, read_text
 if TYPE_CHECKING:
     from .generator import Generator
 
+KEPT = "minismoe.prefix/1"
 DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2)}      # of safetensors, and bytes
+LONGEST_HEADER = 1 << 24                     # bytes
 
 
 class Prefix:
@@ -44,7 +47,7 @@ class Prefix:
         self.names = generator._caches       # 0.key, 0.value, 1.key, ...
         self.bytes = len(tokens) * self.size * info["kv_heads"]                # of a name
         self.data = (ctypes.c_char * (self.bytes * len(self.names)))()
-        self.note = {"format": "minismoe.prefix/1", "model": _identity(generator),
+        self.note = {"format": KEPT, "model": _identity(generator),
                      "tokens": " ".join(map(str, tokens))}
         self.loaded = file is not None and file.is_file()
         if file and self.loaded:
@@ -84,8 +87,9 @@ class Prefix:
         for mask in generator._masks:
             mask.extend([1] * count)
 
-    def header(self, digest: str) -> bytes:
-        """The beginning of the file; digest: the SHA-256 of `data`."""
+    def header(self) -> bytes:
+        """The beginning of the file that holds `data`."""
+        digest = hashlib.sha256(self.data).hexdigest()
         entries: dict[str, Any] = {"__metadata__": {**self.note, "sha256": digest}}
         for n, name in enumerate(self.names):
             entries[name] = {"dtype": self.dtype, "shape": self.shape,
@@ -97,17 +101,25 @@ class Prefix:
     def save(self, file: Path) -> None:
         """Write the file; it appears whole or not at all."""
         with replacing(file) as tmp, tmp.open("wb") as f:
-            f.write(self.header(hashlib.sha256(self.data).hexdigest()))
+            f.write(self.header())
             f.write(self.data)
 
     def load(self, file: Path) -> None:
-        """Read the file. Raises ValueError if it is damaged, or of another model or prefix."""
+        """Read the file. Raises ValueError if it is of another model or prefix, or damaged."""
+        note: dict[str, Any] = {}
         with file.open("rb") as f:
-            start = f.read(len(self.header("0" * 64)))
+            start = f.read(8)
+            text = f.read(min(int.from_bytes(start, "little"), LONGEST_HEADER))
             whole = f.readinto(self.data) == len(self.data) and not f.read(1)
-        if not whole or start != self.header(hashlib.sha256(self.data).hexdigest()):
-            raise ValueError(f"{file} is damaged, or of another model or another prefix: remove "
-                             "it, and the prefix is read again")
+        with suppress(KeyError, RecursionError, TypeError, ValueError):
+            note = dict(json.loads(text)["__metadata__"])
+        for fits, wrong in (
+                (note.get("format") == KEPT, "holds no prefix that the runtime kept"),
+                (note.get("model") == self.note["model"], "is of another model"),
+                (note.get("tokens") == self.note["tokens"], "is of another prefix"),
+                (whole and self.header() == start + text, "is damaged")):
+            if not fits:
+                raise ValueError(f"{file} {wrong}: remove it, and the prefix is read again")
 
 
 def _identity(generator: Generator) -> str:

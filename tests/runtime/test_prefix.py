@@ -28,7 +28,6 @@ from minismoe.runtime.prefix import Prefix, shared_tokens
 PREFIX = b"System: be brief, and say what you know.\nUser: "          # 47 tokens
 PROMPTS = [PREFIX + b"hello", PREFIX + b"h", PREFIX[:30] + b"another end"]
 LORA = "model.layers.0.mlp.up_proj"
-WRONG = r"\S+ is damaged, or of another model or another prefix: remove it, and"
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +135,10 @@ def test_the_file_is_a_safetensors_file_of_the_cache(folders, tmp_path, kind) ->
 
 def test_another_model_or_prefix_is_refused(model, folders, kept, tmp_path) -> None:
     before = kept.read_bytes()
-    with pytest.raises(ValueError, match=WRONG):
+    with pytest.raises(ValueError, match="is of another prefix: remove it, and"):
         Generator(folders["ort"], threads=1).keep(PREFIX + b"x", kept)
     other = CausalLM(model.config)
-    with pytest.raises(ValueError, match=WRONG):
+    with pytest.raises(ValueError, match="is of another model: remove it, and"):
         Generator(export(other, tmp_path / "f"), threads=1).keep(PREFIX, kept)
     assert kept.read_bytes() == before
 
@@ -158,7 +157,7 @@ def test_an_adapter_is_another_model(model, tmp_path) -> None:
         expected = list(Generator(folder, threads=1, task=task).generate(PROMPTS[0], 6))
         generator.use(task)                  # which forgets the prefix
         assert list(generator.generate(PROMPTS[0], 6)) == expected and not generator.kept_tokens
-        with pytest.raises(ValueError, match=WRONG):
+        with pytest.raises(ValueError, match="another model"):
             generator.keep(PREFIX, file)
     generator.use("one")
     assert generator.keep(PREFIX, file).loaded
@@ -195,14 +194,14 @@ def test_a_damaged_file_is_refused(open_kept, kept, data) -> None:
         del content[at:]
     else:
         content[at:at] = data.draw(st.binary(min_size=1, max_size=9))
-    with pytest.raises(ValueError, match=WRONG):
+    with pytest.raises(ValueError, match="another|damaged|holds no prefix"):
         open_kept(bytes(content))
 
 
 @pytest.mark.parametrize("header", [b"[]", b'{"__metadata__": []}', b"[" * 100_000, b"\xff", b"{}",
                                     b'{"__metadata__": {"format": "minismoe.prefix/1"}}'])
 def test_a_strange_header_is_refused(open_kept, header) -> None:
-    with pytest.raises(ValueError, match=WRONG):
+    with pytest.raises(ValueError, match="holds no prefix|another model"):
         open_kept(len(header).to_bytes(8, "little") + header)
 
 
@@ -218,7 +217,7 @@ def test_refusals(folders, tmp_path, monkeypatch) -> None:
 
 
 def test_the_file_appears_whole_or_not_at_all(folders, tmp_path, monkeypatch) -> None:
-    def full(self: Prefix, digest: str) -> bytes:
+    def full(self: Prefix) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")
     generator = Generator(folders["ort"], threads=1)
     with monkeypatch.context() as m:
@@ -267,7 +266,7 @@ def test_command(folders, tmp_path) -> None:
     chat = command(folders["ort"], "--chat", *flags, input="hello\n/clear\nhello\n")
     assert chat.stdout == expected * 2, chat.stderr
     raw = command(folders["ort"], "llo", "--raw", *flags)
-    assert raw.returncode == 1 and re.search(WRONG, raw.stderr)
+    assert raw.returncode == 1 and "is of another prefix: remove it" in raw.stderr
     (tmp_path / "rules.safetensors").unlink()
     raw = command(folders["ort"], " he", "--raw", *flags)
     assert raw.stdout == "".join(generator.text(generator.generate("be brief he", 6))) + "\n"
