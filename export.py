@@ -132,7 +132,7 @@ def load_run(config: FreezeConfig) -> Source:
     with naming(f"{run / 'config.json'} (python train.py --resume --out {run} --model FOLDER "
                 "--data FOLDER says where they are now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
-    if not config.limit_test and (other := runs.other_inputs(run, inputs)):
+    if not config.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
     inputs.model.model.recompute = training.recompute

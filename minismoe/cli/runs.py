@@ -23,7 +23,6 @@ from ..training.resume import digest
 from .flags import InputConfig, RunConfig
 from .inputs import Inputs
 
-ALLOCATION = "the allocation"            # in a run's identity, beside the model and its tasks
 # Flags that a resumed run may change, and those of them that its config.json then says.
 SUMS = ("device", "micro_batch_size")        # these change the order of sums
 SAID = ("model", "data", "checkpoint_every", "memory", "recompute", *SUMS)
@@ -129,7 +128,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
 
     Raises ValueError that lists what differs of the model, the tasks and the allocation.
     """
-    chosen = {ALLOCATION: digest(allocation.to_json())[:16]}
+    chosen = {"the allocation": digest(allocation.to_json())[:16]}
     arguments = as_flags(config, config.inputs, config.allocating, config.training)
     content: dict[str, Any] = {
         "format": "minismoe.run/1", "arguments": arguments, "identity": inputs.identity | chosen,
@@ -167,13 +166,13 @@ def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
                      for key in {**before, **now} if now.get(key) != before.get(key))
 
 
-def other_inputs(run: Path, inputs: Inputs) -> str:
-    """How the model and the tasks differ from those that a run was trained on; empty if not."""
+def other_tasks(run: Path, inputs: Inputs) -> str:
+    """How the tasks differ from those that a run was trained on; empty if they do not."""
     known = read_json(run / "config.json").get("identity")
     if not isinstance(known, dict):          # of an older version
         return ""
-    return differences(inputs.identity, {
-        name: known[name] for name in known if name != ALLOCATION})
+    return differences(*({name: value for name, value in found.items() if name.startswith("task ")}
+                         for found in (inputs.identity, known)))
 
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:
