@@ -216,7 +216,7 @@ def rules(compared: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 def costs(found: Mapping[str, Any]) -> str:
     """Exact match of the ways to merge, with a dot for each seed, and of the exported folders."""
-    low, high, row_height, top = 60, 78, 26, 86.0
+    low, high, row_height, top = 60, 80, 26, 86.0
     bottom = top + row_height * len(found["merging"]) + 8
     parts: Parts = []
 
@@ -247,9 +247,9 @@ def costs(found: Mapping[str, Any]) -> str:
     panel(502, 224, 104, "Exported, 3 runs", "MB", [
         (row["way"], str(row["MB"] or ""), row["mean"], row["seeds"])
         for row in found["quantising"]])
-    parts.extend([text(24, bottom + 30, "Bars are means, dots are seeds. Missed: share of the "
-                       "mixture’s output energy that the merged matrix lacks (median).", size=12,
-                       color=GREY)])
+    parts.extend([text(24, bottom + 30, "Bars are means, dots are seeds. Missed: median share "
+                       "of the mixture’s output energy that merging loses. * AMD EPYC (mixture: "
+                       "72.3).", size=12, color=GREY)])
     return card(bottom + 46, "What merging, healing and quantising cost", parts)
 
 

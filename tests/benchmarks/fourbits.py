@@ -87,7 +87,8 @@ def ort(method: str, block: int) -> Row:
 ROWS = [
     Row("mixture, float32 in PyTorch", "torch", "32", ""),
     Row("merged, float32", "ours", "32", f"{MERGED} --precision fp32"),
-    Row("merged, float32, healed for 40 steps", "ours", "32", f"{RUN} 40 --precision fp32"),
+    *(Row(f"merged, float32, healed for {steps} steps", "ours", "32",
+          f"{RUN} {steps} --precision fp32") for steps in (40, 80)),
     *(Row(f"minismoe int4, blocks of {block}", "ours", "4",
           f"{RUN} 0 --precision int4 --block {block}") for block in (32, 128)),
     Row("minismoe int4-8, blocks of 32", "ours", "8", f"{MERGED} --precision int4-8 --block 32"),
