@@ -117,10 +117,11 @@ def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
 def finished(config: RunConfig) -> bool:
     """Whether a resumed run holds its results already, and its model and data are where it says."""
     run, inputs = Path(config.out or ""), config.inputs
-    return (config.resume and all((run / name).exists() for name in (
-        "results.json", "adapter/adapter.json"))
-        and (inputs.model, inputs.data) == tuple(map(saved_config(run)["arguments"].get, (
-            "model", "data"))))
+    complete = all((run / name).exists() for name in ("results.json", "adapter/adapter.json"))
+    if not (config.resume and complete):
+        return False
+    saved = saved_config(run)["arguments"]
+    return (inputs.model, inputs.data) == (saved.get("model"), saved.get("data"))
 
 
 def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation) -> None:
