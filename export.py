@@ -129,8 +129,8 @@ def load_run(config: FreezeConfig) -> Source:
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     settings = cli.settled(replace(saved, device=config.device, dtype=config.dtype,
                                    limit_test=config.limit_test or saved.limit_test))
-    with naming(f"{run / 'config.json'} (python train.py --resume --out {run} --model FOLDER "
-                "--data FOLDER says where they are now)", FileNotFoundError):
+    with naming(f"{run / 'config.json'} (python train.py --resume --out {shlex.quote(str(run))} "
+                "--model FOLDER --data FOLDER says where they are now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
     if not config.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
