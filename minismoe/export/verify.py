@@ -150,13 +150,10 @@ def unrounded(generator: Generator) -> Generator:
 def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float:
     """Exact match of an exported folder on the test split of a task, 0 to 1."""
     def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        outputs: dict[int, list[int]] = {}
-        for start in tqdm(range(0, len(order), batch_size), f"evaluate {clean(task.name)}",
-                          unit="batch", leave=False):
-            part = order[start:start + batch_size]
-            outputs |= zip(part, generator.batch([prompts[i] for i in part], limit))
-        return [outputs[i] for i in range(len(prompts))]
+        starts = tqdm(range(0, len(prompts), batch_size), f"evaluate {clean(task.name)}",
+                      unit="batch", leave=False)
+        return [answer for start in starts
+                for answer in generator.batch(prompts[start:start + batch_size], limit)]
 
     return exact_match(generator.tokenizer, task, generator.context, complete).share
 

@@ -3,7 +3,8 @@
 Keys and values stay on the session's device, in bound OrtValues:
 
     ort        one buffer of the whole context a row, bound as past and as present; memory is taken
-               as it is written, and kept. Prompts are padded on the right, else on the left.
+               as it is written, and kept. Each row of it can be read alone. Prompts that are read
+               together are padded on the right, else on the left.
     portable   the present of a step is the past of the next step.
     static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
     npu        one buffer of P slots, which the new keys and values are copied into.
@@ -66,6 +67,8 @@ class CachedModel:
                         for name in self._inputs if name.startswith("past_")]
         # Those that a step gives back in another buffer.
         self._moving = [n for n in self._caches if not self._shared or n.startswith("conv")]
+        # Prompts of a batch are read one by one where one row can be bound, and copied to another.
+        self._by_row = self._shared and not self._moving and self._device == "cpu"
         self._fits()
         self._obstacle = obstacle(self)      # of speculation
         self.use(task)
@@ -102,8 +105,8 @@ class CachedModel:
         """
         rows, _, P = self.static or (
             rows, 0, (capacity or self.context) if self._shared else length)
-        self._seen: list[int] = []                               # tokens of row 0 in the cache
-        self._masks = [array("q") for _ in range(rows)]
+        # The tokens that the cache holds, by row; None is padding.
+        self._seen = [list[Any]() for _ in range(rows)]
         shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]
         if shape == self._shape and not self._moving:
             return                           # attention reads only what is written after this
@@ -118,51 +121,62 @@ class CachedModel:
                 CACHE_TYPES[self.info["cache_type"]], "cpu" if moves else self._device)
             if moves and (conv or P):                            # old memory: 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
-        self._ios: dict[int, ort.IOBinding] = {}                 # by rows
+        self._ios: dict[tuple[int, int], ort.IOBinding] = {}     # by rows, and the first of them
 
-    def cut(self, length: int) -> None:
-        """Keep the first `length` tokens of the one prompt in the cache, and forget the others."""
-        del self._seen[length:], self._masks[0][length:]
+    def cut(self, length: int, row: int = 0) -> None:
+        """Keep the first `length` tokens of a row of the cache, and forget the others."""
+        del self._seen[row][length:]
 
-    def _bound(self, rows: int) -> ort.IOBinding:
-        """The session's values, bound for batches of so many rows."""
-        if rows in self._ios:
-            return self._ios[rows]
-        self._ios[rows] = io = self._session.io_binding()
+    def copy_row(self, row: int, length: int) -> None:
+        """Make a row of the cache hold the first `length` tokens of row 0."""
+        for value in self._past.values():
+            B, K, P, _ = value.shape()
+            head = value.tensor_size_in_bytes() // (B * K)
+            for place in range(value.data_ptr(), value.data_ptr() + K * head, head):
+                ctypes.memmove(place + row * K * head, place, length * head // P)
+        self._seen[row] = self._seen[0][:length]
+
+    def _bound(self, rows: int, first: int) -> ort.IOBinding:
+        """The session's values, bound for batches of so many rows of the cache."""
+        if (rows, first) in self._ios:
+            return self._ios[rows, first]
+        self._ios[rows, first] = io = self._session.io_binding()
         for name, value in self._adapter.items():
             io.bind_ortvalue_input(name, value)
         io.bind_output("logits")                                 # output 0, as step expects
         for name, value in self._past.items():
             if name not in self._moving:
+                skipped = first and first * value.tensor_size_in_bytes() // len(self._seen)
                 place = (self._device, 0, CACHE_TYPES[self.info["cache_type"]],
-                         [rows, *value.shape()[1:]], value.data_ptr())
+                         [rows, *value.shape()[1:]], value.data_ptr() + skipped)
                 io.bind_input(f"past_key_values.{name}", *place)
                 io.bind_output(f"present.{name}", *place)
         return io
 
-    def step(self, rows: Sequence[Row]) -> ort.OrtValue:
-        """Read T more tokens of each row (B, T) and return the logits of the graph.
+    def step(self, rows: Sequence[Row], first: int = 0) -> ort.OrtValue:
+        """Read T more tokens of rows (B, T) of the cache and return the logits of the graph.
 
         None pads shorter rows: on the left; for target ort on the right, and only in the first step
-        after `reset`. A static graph fixes B and T.
+        after `reset`. A static graph fixes B and T. first: the row of the cache to begin with.
         """
         if self._npu:
-            logits = self._npu.step(rows[0], len(self._seen), self._past)
-            self._seen += [t for t in rows[0] if t is not None]
+            logits = self._npu.step(rows[0], len(self._seen[0]), self._past)
+            self._seen[0] += [t for t in rows[0] if t is not None]
             return logits
-        B, io = len(rows), self._bound(len(rows))
-        positions = array("q")
-        for mask, row in zip(self._masks, rows):
-            at = mask.count(1) - 1
+        B, io, cached = len(rows), self._bound(len(rows), first), self._seen[first:][:len(rows)]
+        positions, masks, zero, one = array("q"), array("q"), array("q", [0]), array("q", [1])
+        for seen, row in zip(cached, rows):
+            at = len(seen) - seen.count(None) - 1
             positions.extend(max(0, at := at + (token is not None)) for token in row)
-            mask.extend(int(t is not None) for t in row if t is not None or not self._shared)
-        S = sum(self.static[1:]) if self.static else max(map(len, self._masks))
-        seen, zero = array("q"), array("q", [0])
-        for mask in self._masks:
-            gap = zero * (S - len(mask))
-            seen += mask + gap if self._shared else gap + mask[-S:]
+            seen += [t for t in row if t is not None] if self._shared else row
+        S = sum(self.static[1:]) if self.static else max(map(len, cached))
+        for seen in cached:
+            if self._shared:
+                masks += one * len(seen) + zero * (S - len(seen))
+            else:
+                masks += zero * (S - len(seen)) + array("q", [t is not None for t in seen[-S:]])
         inputs = {"input_ids": array("q", [t or 0 for row in rows for t in row]),
-                  "attention_mask": seen}
+                  "attention_mask": masks}
         if "position_ids" in self._inputs:
             inputs["position_ids"] = positions
         for name, values in inputs.items():
@@ -179,7 +193,6 @@ class CachedModel:
         outputs = io.get_outputs_as_ortvaluevector()             # in the order of binding
         for i, name in enumerate(self._moving, start=len(outputs) - len(self._moving)):
             self._past[name] = ort.OrtValue(outputs[i])
-        self._seen += [t for t in rows[0] if t is not None]
         return ort.OrtValue(outputs[0])
 
     def _pad(self, rows: Sequence[Row]) -> list[Row]:

@@ -24,6 +24,7 @@ from .prefix import Prefix
 from .speculate import Choose, Pace, speculated
 
 CHUNK = 512                                  # prompt tokens a step: bounds activation memory
+ROOM = 256                                   # tokens of a row in a batch, or a multiple
 
 
 class Generator(CachedModel):
@@ -65,17 +66,22 @@ class Generator(CachedModel):
         self._prefix = Prefix(self, self.encoded([prefix])[0], Path(file) if file else None)
         return self._prefix
 
-    def _read(self, prompts: Sequence[Sequence[int]], new: int) -> ort.OrtValue:
+    def _read(self, prompts: Sequence[Sequence[int]], new: int) -> list[ort.OrtValue]:
         """Read prompts, with room for `new` tokens after them, and return their last logits.
 
+        These are (B, 1, V), or (1, 1, V) of each where prompts are read one by one.
         A single prompt that begins like the last one, as in a chat, is read from the first token
         that differs. A cache that cannot be cut is kept only if the prompt extends it.
         If the prompt shares more tokens with the prefix of `keep`, the cache is filled from that.
         """
+        if len(prompts) > 1 and self._by_row:
+            self._take_rows(len(prompts), max(map(len, prompts)) + new)
+            self.kept_tokens = self.prompt_tokens = 0
+            return [self._read_row(prompt, n) for n, prompt in enumerate(prompts)]
         kept, held, asked = 0, 0, list(prompts[0][:-1])      # the logits of its last are wanted
-        if len(prompts) == len(self._masks) == 1 and not self.static:
-            kept = len(os.path.commonprefix([self._seen, asked]))
-            if self._moving and kept < len(self._seen):
+        if len(prompts) == len(self._seen) == 1 and not self.static:
+            kept = len(os.path.commonprefix([self._seen[0], asked]))
+            if self._moving and kept < len(self._seen[0]):
                 kept = 0
         if self._prefix and len(prompts) == 1:
             held = len(os.path.commonprefix([self._prefix.tokens, asked]))
@@ -85,12 +91,32 @@ class Generator(CachedModel):
             self.cut(kept)
         else:
             self.reset(len(prompts), None if len(prompts) == 1 else max(map(len, prompts)) + new)
-        self.kept_tokens = kept
-        self.prompt_tokens = sum(map(len, prompts)) - kept
+        self.kept_tokens, self.prompt_tokens = kept, sum(map(len, prompts)) - kept
         rows = self._pad([prompt[kept:] for prompt in prompts])
         T = self.static[1] if self.static else CHUNK if len(rows) == 1 else len(rows[0])
         for start in range(0, len(rows[0]), T):
             logits = self.step([row[start:start + T] for row in rows])
+        return [logits]
+
+    def _take_rows(self, count: int, capacity: int) -> None:
+        """Make the cache one of `count` rows for as many tokens; what such rows hold is kept."""
+        if len(self._seen) != count or self._shape[2] < capacity:
+            self.reset(count, -(-capacity // ROOM) * ROOM)
+
+    def _read_row(self, prompt: Sequence[int], row: int) -> ort.OrtValue:
+        """Read into a row of the cache what neither it nor row 0 holds of a prompt.
+
+        Returns the prompt's last logits (1, 1, V).
+        """
+        asked = list(prompt[:-1])
+        kept, copied = (len(os.path.commonprefix([self._seen[n], asked])) for n in (row, 0))
+        if copied > kept:
+            self.copy_row(row, kept := copied)
+        self.cut(kept, row)
+        self.kept_tokens += kept
+        self.prompt_tokens += len(prompt) - kept
+        for start in range(kept, len(prompt), CHUNK):
+            logits = self.step([prompt[start:start + CHUNK]], row)
         return logits
 
     def _choose(self, logits: ort.OrtValue, rng: random.Random, temperature: float, top_p: float,
@@ -109,13 +135,14 @@ class Generator(CachedModel):
             yield ids[n] if temperature == 0 else ids[
                 n + _draw(best[n:n + (top_k or size)], rng, temperature, top_p)]
 
-    def _plain(self, logits: ort.OrtValue, steps: int, choose: Choose) -> Iterator[list[int]]:
+    def _plain(self, logits: Sequence[ort.OrtValue], steps: int, choose: Choose,
+               ) -> Iterator[list[int]]:
         """Yield the next token of each row, step by step."""
         chosen: list[int] = []
         for n in range(steps):
             if n:
-                logits = self.step(self._pad([[token] for token in chosen]))
-            chosen = [*choose(logits)]
+                logits = [self.step(self._pad([[token] for token in chosen]))]
+            chosen = [token for part in logits for token in choose(part)]
             yield chosen
 
     def _tokens(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None, *,
@@ -141,7 +168,7 @@ class Generator(CachedModel):
             logits = self._read(rows, steps)
             plain = speculate is False or lack or steps < 2
             for chosen in self._plain(logits, steps, choose) if plain else speculated(
-                    self, logits, rows[0], steps, choose):
+                    self, logits[0], rows[0], steps, choose):
                 running = [r and token not in stops for r, token in zip(running, chosen)]
                 if not any(running):
                     return
@@ -183,7 +210,7 @@ class Generator(CachedModel):
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
         self.reset()
-        yield self._read([prompt], len(tokens))
+        yield from self._read([prompt], len(tokens))
         for token in tokens:
             yield self.step(self._pad([[token]]))
 
@@ -220,12 +247,20 @@ class Generator(CachedModel):
         Raises ValueError for answers that `written` refuses, for `best` below 1, and for a prompt
         that leaves too little of the context for the longest answer.
         """
+        return self.choose_batch([prompt], choices, best)[0]
+
+    def choose_batch(self, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
+                     best: int = 1) -> list[list[Answer]]:
+        """The answers of `choose` to each prompt; on a CPU, prompts share steps.
+
+        Raises ValueError as `choose` does.
+        """
         if best < 1:
             raise ValueError(f"the {best} best answers: expected at least 1")
         answers = written(self.tokenizer, tuple(choices))
-        (row,) = self.encoded([prompt], max(map(len, answers)))
+        rows = self.encoded(prompts, max(map(len, answers)))
         with self.owned():
-            return likeliest(self, row, answers, best)
+            return likeliest(self, rows, answers, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""

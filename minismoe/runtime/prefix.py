@@ -73,7 +73,8 @@ class Prefix:
     def take(self, generator: Generator) -> None:
         """Read the tokens, and copy the cache."""
         with generator.owned():
-            generator._prefix, generator._seen = None, []        # else pads may follow kept tokens
+            generator._prefix = None
+            generator.reset()                # else pads may follow kept tokens
             generator._read([self.tokens], 0)
         for cached, held in self.blocks(generator, len(self.tokens)):
             ctypes.memmove(held, cached, len(self.tokens) * self.size)
@@ -83,9 +84,8 @@ class Prefix:
         generator.reset(length=count)
         for cached, held in self.blocks(generator, count):
             ctypes.memmove(cached, held, count * self.size)
-        generator._seen = self.tokens[:count]
-        for mask in generator._masks:
-            mask.extend([1] * count)
+        for seen in generator._seen:
+            seen += self.tokens[:count]
 
     def header(self) -> bytes:
         """The beginning of the file that holds `data`."""

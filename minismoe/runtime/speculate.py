@@ -23,7 +23,6 @@ import mmap
 import os
 import sys
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from itertools import accumulate, cycle, islice, takewhile, zip_longest
@@ -166,21 +165,20 @@ class Pace:
 
 def read_rows(generator: Generator, tokens: Sequence[int], places: Sequence[int]) -> ort.OrtValue:
     """Logits (n, 1, V) after each of n tokens at these positions of the one prompt in the cache."""
-    if generator._ios.keys() <= {1}:         # since `reset`, there were plain steps only
+    if generator._ios.keys() <= {(1, 0)}:    # since `reset`, there were plain steps only
         for value in generator._past.values():
             value.share()
     rows = copy(generator)
-    rows._masks, rows._seen = [array("q", [1]) * place for place in places], []
+    rows._seen = [[0] * place for place in places]
     return rows.step([[token] for token in tokens])
 
 
 def verified(generator: Generator, tokens: Sequence[int], choose: Choose) -> list[int]:
     """The tokens that come after the last one of a text and its drafts, read in one step."""
-    seen, new = len(generator._seen), []
+    seen, new = len(generator._seen[0]), []
     if len(tokens) > 1:
         logits = read_rows(generator, tokens, range(seen, seen + len(tokens)))
-        generator._seen += tokens
-        generator._masks[0].extend([1] * len(tokens))
+        generator._seen[0] += tokens
     else:
         logits = generator.step([tokens])
     for token, draft in zip_longest(choose(logits), tokens[1:]):
@@ -199,7 +197,7 @@ def rows_are_exact(generator: Generator, last: int, draft: int) -> bool:
     def data(logits: ort.OrtValue) -> bytes:
         return ctypes.string_at(logits.data_ptr(), logits.tensor_size_in_bytes())
 
-    seen, more = len(generator._seen), ROWS - 1
+    seen, more = len(generator._seen[0]), ROWS - 1
     rows = data(read_rows(generator, [last] + more * [draft], [seen] + more * [seen + 1]))
     one, two = data(generator.step([[last]])), data(generator.step([[draft]]))
     generator.cut(seen)

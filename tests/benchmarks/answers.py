@@ -25,8 +25,8 @@ from minismoe.runtime import Generator
 from minismoe.runtime.prefix import shared_tokens
 
 Ask = Callable[[Sequence[list[int]]], list[str]]         # prompts -> answers
-RATIOS = [("choices, single", "plain, single"), ("first token, single", "plain, single"),
-          ("choices, single", "plain, batches")]
+RATIOS = [("first token, single", "plain, single"), ("choices, single", "plain, single"),
+          ("choices, batches", "plain, single"), ("choices, batches", "plain, batches")]
 
 
 def ways(generator: Generator, choices: Sequence[str], batch: int) -> dict[str, Ask]:
@@ -45,7 +45,9 @@ def ways(generator: Generator, choices: Sequence[str], batch: int) -> dict[str, 
                                                 for p in prompts],
         "choices, single": lambda prompts: [generator.choose(p, choices)[0].text for p in prompts],
         "plain, batches": batched(lambda prompts: [
-            decode(tokens).strip() for tokens in generator.batch(prompts, limit)])}
+            decode(tokens).strip() for tokens in generator.batch(prompts, limit)]),
+        "choices, batches": lambda prompts: [
+            best.text for best, in generator.choose_batch(prompts, choices)]}
 
 
 def measure(generator: Generator, task: Task, args: argparse.Namespace) -> list[list[object]]:

@@ -9,12 +9,13 @@ Each prompt is answered with and without speculation in turn, greedily, from an 
 cache; times are of the tokens after the first. --genai is a folder of onnxruntime-genai's own
 builder (`python -m onnxruntime_genai.models.builder -i MODEL -o FOLDER -p int4 -e cpu`), which
 answers the same prompts with and without its own speculation by n-grams. At the end: what a step
-costs that reads several tokens, which bounds what drafts can win.
+costs that reads several tokens, which bounds what drafts can win, and whether tokens change.
 """
 
 import argparse
 import json
 import math
+import random
 import statistics
 import sys
 import time
@@ -159,6 +160,24 @@ def print_rows(generator: Any, prompt: list[int], clock: Callable[[], float]) ->
           + ("yes" if rows_are_exact(generator, *prompt[:2]) else "no, so nothing is drafted"))
 
 
+def print_changes(generator: Any, prompts: Sequence[list[int]], most: int) -> None:
+    """Print how many tokens would be others if plain decoding read ROWS of them at once."""
+    from minismoe.runtime.speculate import ROWS, read_rows
+    compared = changed = 0
+    for prompt in prompts:
+        generator.reset()
+        text = list(generator.generate(prompt, most, speculate=False))
+        generator.cut(len(prompt))
+        for start in range(0, len(text) - 1, ROWS):
+            part, seen = text[start:start + ROWS], len(prompt) + start
+            logits = read_rows(generator, part, range(seen, seen + len(part)))
+            found = generator._choose(logits, random.Random(0), 0.0, 1.0, 0)
+            pairs = list(zip(text[start + 1:], found))
+            compared += len(pairs)
+            changed += sum(a != b for a, b in pairs)
+    print(f"read {ROWS} at once, {changed} of {compared} tokens would be others")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,6 +225,7 @@ def main() -> None:
                 print(f"        to reach: {REACH[kind]}" + ("" if ratio >= REACH[kind] else
                                                             ": not reached"))
     print_rows(mine, texts["copies"][0], clock)
+    print_changes(mine, [p for prompts in texts.values() for p in prompts], args.tokens)
 
 
 if __name__ == "__main__":

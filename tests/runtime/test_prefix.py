@@ -93,7 +93,8 @@ def test_it_stays_after_other_prompts_and_batches(folders, monkeypatch) -> None:
     generator, sizes = Generator(folders["ort"], threads=1), []
     step = generator.step
     generator.keep(PREFIX)
-    monkeypatch.setattr(generator, "step", lambda rows: sizes.append(len(rows[0])) or step(rows))
+    monkeypatch.setattr(generator, "step", lambda rows, first=0: (
+        sizes.append(len(rows[0])) or step(rows, first)))
     for others in ([b"another"], [b"two", b"at once"], [PROMPTS[0]], [PROMPTS[0], b"both"]):
         generator.batch(others, 1)
         del sizes[:]

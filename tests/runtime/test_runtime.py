@@ -63,6 +63,41 @@ def test_greedy_equals_torch(model, folders, kind) -> None:
     assert [list(generator.generate(p.decode(), 12)) for p in PROMPTS] == expected
 
 
+def test_a_batch_reads_what_neither_its_row_nor_the_first_one_holds(generator, monkeypatch) -> None:
+    header = b"what all begin with: "
+    prompts = [header + rest for rest in (b"z", b"another one", header + b"x", b"no")]
+    expected = [list(generator.generate(p, 12)) for p in [*prompts, header, header + b"b"]]
+    reads, step = [], generator.step
+
+    def counted(rows, first=0):
+        reads.append((first, len(rows), len(rows[0])))
+        return step(rows, first)
+    monkeypatch.setattr(generator, "step", counted)
+    assert generator.batch(prompts, 12) == expected[:4]
+    lengths = [len(p) - len(header) for p in prompts]
+    assert reads[:4] == [(0, 1, len(prompts[0])), *((n, 1, lengths[n]) for n in (1, 2, 3))]
+    assert set(reads[4:]) == {(0, 4, 1)} and generator.kept_tokens == 3 * len(header)
+    # Again, in another order, and with a longer prompt, which row 0 does not hold.
+    del reads[:]
+    assert generator.batch(prompts[::-1], 12) == expected[3::-1]
+    assert [read[2] for read in reads[:4]] == lengths[::-1]
+    longer = prompts[1] + bytes(expected[1][:4])
+    assert generator.batch([longer, *prompts[1:]], 8)[0] == expected[1][4:]
+    # Other numbers of rows, of one prompt, and rows that are too short.
+    assert generator.batch([header, header + b"b"], 12) == expected[4:]
+    assert list(generator.generate(prompts[2], 12)) == expected[2]
+    assert generator.batch(prompts, 96 - max(map(len, prompts)))[3][:12] == expected[3]
+
+
+def test_a_batch_that_is_padded_says_the_same(model, folders, monkeypatch) -> None:
+    """As on a GPU, whose memory is not copied from row to row."""
+    generator = Generator(folders["ort"], threads=1)
+    monkeypatch.setattr(generator, "_by_row", False)
+    expected = generate(model, PROMPTS, 12, generator.tokenizer.stop_ids)
+    assert generator.batch(PROMPTS, 12) == expected
+    assert [len(found) for found in generator.choose_batch(PROMPTS, ["yes", "no"], 2)] == [2, 2, 2]
+
+
 @pytest.mark.parametrize("kind", ["ort", "portable"])
 def test_goes_on_from_what_was_read(folders, kind) -> None:
     generator = Generator(folders[kind], threads=1)
