@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from .generator import Generator
 
-TOGETHER = 16                                # prompts that share steps
+TOGETHER = 8                                 # prompts that share steps
 
 Written = dict[tuple[int, ...], str]         # tokens of an answer, with the end token, and its text
 # Yields tokens, is sent the logits that follow them and their row, and returns what it found.

@@ -94,7 +94,7 @@ def fed(generator: Generator, monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("together", [2, 3, 16])
+@pytest.mark.parametrize("together", [2, 3, 8])
 def test_a_batch_gives_what_each_prompt_gives(model, folders, kind, together, monkeypatch) -> None:
     """More prompts than rows, of several lengths; some ask once, others often; twice in a row."""
     monkeypatch.setattr(choices_module, "TOGETHER", together)
