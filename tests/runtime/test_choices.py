@@ -107,6 +107,7 @@ def test_a_batch_gives_what_each_prompt_gives(model, folders, kind, together, mo
             assert [a.logprob for a in found] == pytest.approx([a.logprob for a in alone], abs=1e-4)
             if best == 99:
                 agree(found, by_hand(model, prompt, CHOICES))
+        assert not any(0 in seen for seen in generator._seen)    # rows without a question read 0
     assert generator.choose_batch([], CHOICES) == []
     assert [[a.text for a in found] for found in generator.choose_batch(prompts, ["one"])] == [
         ["one"]] * len(prompts)

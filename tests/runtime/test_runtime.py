@@ -64,6 +64,7 @@ def test_greedy_equals_torch(model, folders, kind) -> None:
 
 
 def test_a_batch_reads_what_neither_its_row_nor_the_first_one_holds(generator, monkeypatch) -> None:
+    monkeypatch.setattr("minismoe.runtime.generator.ROOM", 8)
     header = b"what all begin with: "
     prompts = [header + rest for rest in (b"z", b"another one", header + b"x", b"no")]
     expected = [list(generator.generate(p, 12)) for p in [*prompts, header, header + b"b"]]
@@ -77,9 +78,9 @@ def test_a_batch_reads_what_neither_its_row_nor_the_first_one_holds(generator, m
     lengths = [len(p) - len(header) for p in prompts]
     assert reads[:4] == [(0, 1, len(prompts[0])), *((n, 1, lengths[n]) for n in (1, 2, 3))]
     assert set(reads[4:]) == {(0, 4, 1)} and generator.kept_tokens == 3 * len(header)
-    # Again, in another order, and with a longer prompt, which row 0 does not hold.
+    # Again, in another order, with a little more room, and a prompt that row 0 does not hold.
     del reads[:]
-    assert generator.batch(prompts[::-1], 12) == expected[3::-1]
+    assert [found[:12] for found in generator.batch(prompts[::-1], 13)] == expected[3::-1]
     assert [read[2] for read in reads[:4]] == lengths[::-1]
     longer = prompts[1] + bytes(expected[1][:4])
     assert generator.batch([longer, *prompts[1:]], 8)[0] == expected[1][4:]
