@@ -101,13 +101,14 @@ def test_a_batch_gives_what_each_prompt_gives(model, folders, kind, together, mo
     generator = Generator(folders[kind], threads=1)
     prompts = [f"User: {text}\nAssistant:" for text in ("a", "what is it?", "b", "bb", "c", "a")]
     for best in (1, 3, 99, 99):
-        for found, prompt in zip(generator.choose_batch(prompts, CHOICES, best), prompts):
+        answers = generator.choose_batch(prompts, CHOICES, best)
+        assert not any(0 in seen for seen in generator._seen)    # rows without a question read 0
+        for found, prompt in zip(answers, prompts):
             alone = generator.choose(prompt, CHOICES, best)
             assert [a.text for a in found] == [a.text for a in alone]
             assert [a.logprob for a in found] == pytest.approx([a.logprob for a in alone], abs=1e-4)
             if best == 99:
                 agree(found, by_hand(model, prompt, CHOICES))
-        assert not any(0 in seen for seen in generator._seen)    # rows without a question read 0
     assert generator.choose_batch([], CHOICES) == []
     assert [[a.text for a in found] for found in generator.choose_batch(prompts, ["one"])] == [
         ["one"]] * len(prompts)
