@@ -58,7 +58,7 @@ def _peers() -> Iterator[None]:
         if out_of_memory(e):
             raise
         # gloo: "[its source file] reason. advice"; nccl: the reason is the last line.
-        lines = str(e).splitlines()
+        lines = str(e).splitlines() or ["no reason given"]
         reason = lines[-1] if "NCCL" in lines[0] else lines[0].rpartition("] ")[2].split(". ")[0]
         raise ConnectionError("another process of this run has ended, or cannot be reached "
                               f"({reason})") from e

@@ -100,7 +100,7 @@ def test_a_failed_exchange_names_its_reason(monkeypatch) -> None:
     gloo = "[/a/b.cc:553] Connection closed by peer [127.0.0.1]:9. It may have ended. Good luck!"
     nccl = "NCCL error in: /c/d.cpp:3690, invalid usage\nLast error:\nDuplicate GPU detected"
     for said, reason in ((gloo, r"(Connection closed by peer [127.0.0.1]:9)"),
-                         (nccl, "(Duplicate GPU detected)")):
+                         (nccl, "(Duplicate GPU detected)"), ("", "(no reason given)")):
         with pytest.raises(ConnectionError) as e, distributed._peers():
             raise RuntimeError(said)
         assert str(e.value).endswith(reason)
