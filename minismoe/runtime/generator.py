@@ -52,7 +52,7 @@ class Generator(CachedModel):
         super().use(task)
 
     def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
-        """Keep the keys and values of a prefix: after it, only the rest of a prompt is read.
+        """Keep the keys and values of a prefix: of one prompt, only the rest is read then.
 
         It is taken from `file`; if that does not exist, the prefix is read and the file written.
         Raises ValueError for a damaged file, for one of another model, adapter or prefix, and for a
@@ -251,7 +251,7 @@ class Generator(CachedModel):
 
     def choose_batch(self, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
                      best: int = 1) -> list[list[Answer]]:
-        """The answers of `choose` to each prompt; on a CPU, prompts share steps.
+        """The answers of `choose` to each prompt. For target ort, on a CPU, they share steps.
 
         Raises ValueError as `choose` does.
         """
