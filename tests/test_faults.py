@@ -643,7 +643,7 @@ def test_external_data_outside_of_the_folder_is_refused(world: World, place: str
 
 
 @pytest.mark.parametrize("args, says", [
-    (("x" * 200,), "a prompt of .* tokens leaves no room in the context of 128: shorten it"),
+    (("x" * 200,), "the prompt has .* tokens, which leaves no room in the context of 128: shorten"),
     (("",), "the prompt is empty"),
     (("a", "--temperature", "1", "--top-k", "65"), "top-k 65"),
     (("a", "--task", "../x"), "no adapter '../x'")])

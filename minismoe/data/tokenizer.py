@@ -78,12 +78,6 @@ class FileTokenizer:
         added = self.backend.get_added_tokens_decoder()
         return {t.content: i for i, t in added.items() if t.special}
 
-    def mark_special(self, tokens: Sequence[str]) -> None:
-        """Make `tokens` special, as tokenizer_config.json asks, if the vocabulary has them."""
-        done = self.special                  # adding one again would reset which spaces it strips
-        self.backend.add_special_tokens([
-            t for t in tokens if t not in done and self.backend.token_to_id(t) is not None])
-
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         # Lone surrogates (half an emoji, invalid UTF-8 in argv) become "?", as in ByteTokenizer.
         text = text.encode("utf-8", "replace").decode("utf-8")
@@ -179,7 +173,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         "bos_token", "eos_token", "pad_token"))
     if not eos and stops and stops[0] < backend.vocab_size:      # only its number is given
         eos = backend.backend.id_to_token(stops[0]) or ""
-    backend.mark_special((bos, eos, pad))
+    # They are special, if the vocabulary has them; adding one again would reset its spaces.
+    backend.backend.add_special_tokens([t for t in (bos, eos, pad) if t not in backend.special
+                                        and backend.backend.token_to_id(t) is not None])
     return Tokenizer(backend, template, bos, eos, backend.special.get(pad), stops)
 
 

@@ -67,9 +67,11 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
                     setattr(model.get_submodule(parent), child, parameter)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-        if "lm_head.weight" in found and not _heads_agree(folder):
-            raise ValueError(f"{folder} holds a head of its own, and its config.json ties it to "
-                             "the embedding: set tie_word_embeddings to false")
+        if "lm_head.weight" in found:        # it may be the embedding, rounded to another dtype
+            a, b = map(weights(folder), ("lm_head.weight", "model.embed_tokens.weight"))
+            if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):
+                raise ValueError(f"{folder} holds a head of its own, and its config.json ties it "
+                                 "to the embedding: set tie_word_embeddings to false")
     model.fingerprint = f"{digest.hexdigest()[:16]}-{rows.hexdigest()[:16]}"
     model.name = str(path)
     model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
@@ -101,13 +103,6 @@ def text_name(stored: str) -> str:
     """Our name of language_model.model.NAME (Gemma 3) or model.language_model.NAME (newer)."""
     return re.sub(r"^language_model\.(?=model\.|lm_head\.)|(?<=^model\.)language_model\.", "",
                   stored)
-
-
-def _heads_agree(folder: Path) -> bool:
-    """Whether the stored head is the embedding, perhaps rounded to another dtype."""
-    stored = weights(folder)
-    a, b = stored("lm_head.weight"), stored("model.embed_tokens.weight")
-    return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..io.flags import natural, number, positive, share, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
-from .choices import read_choices
+from .choices import lines_of, read_choices, written
 from .prefix import opening, shared_tokens
 from .serve import serve_page
 
@@ -53,15 +53,18 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
     return answer
 
 
-def _choose(generator: Generator, prompt: str, name: str, best: int | None, stats: bool) -> None:
-    """Print the likeliest of --choices, or with --best several after their probabilities."""
+def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int | None,
+            stats: bool) -> None:
+    """Print the likeliest of --choices to each prompt; with --best several, and probabilities."""
     choices, start = read_choices(generator.folder, name), time.perf_counter()
-    answers = generator.choose(prompt, choices, best or 1)
-    seconds = time.perf_counter() - start
-    for answer in answers:
-        text = clean(answer.text) if sys.stdout.isatty() else answer.text
-        print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
+    rows = generator.encoded(prompts, max(map(len, written(generator.tokenizer, tuple(choices)))))
+    for first in range(0, len(rows), 64):                # answers come while others wait
+        for answers in generator.choose_batch(rows[first:first + 64], choices, best or 1):
+            for answer in answers:
+                text = clean(answer.text) if sys.stdout.isatty() else answer.text
+                print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
     if stats:
+        seconds = (time.perf_counter() - start) / len(rows)
         print(f"[one of {len(choices)} answers in {seconds:.3f} s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
 
@@ -117,6 +120,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "a file, or the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
         "after its probability")
+    add("--lines", action="store_true", help="with --choices: each line is a prompt of its own")
     add("--task", help="use the adapter of this task, if the folder has adapters")
     add("--max-tokens", type=positive, metavar="N", help="default: until the context is full")
     add("--temperature", type=number, default=0.0, help="0 (default) takes the likeliest token")
@@ -144,8 +148,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                                      or args.temperature or args.speculate):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
                      "--raw, --max-tokens, --temperature and --speculate")
-    if args.port and not args.serve or args.best and args.choices is None:
-        parser.error("--port needs --serve, and --best needs --choices")
+    if args.port and not args.serve or args.choices is None and (args.best or args.lines):
+        parser.error("--port needs --serve, and --best and --lines need --choices")
     return args
 
 
@@ -185,7 +189,8 @@ def main(argv: Sequence[str]) -> None:
     if not prompt:
         raise ValueError("the prompt is empty")
     if args.choices is not None:
-        _choose(generator, write(prompt), args.choices, args.best, args.stats)
+        prompts = lines_of(prompt, "the prompt", "question") if args.lines else [prompt]
+        _choose(generator, [*map(write, prompts)], args.choices, args.best, args.stats)
         return
     _say(generator, write(prompt), sampling, args.stats)
     if generator.ended == "interrupted":

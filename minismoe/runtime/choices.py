@@ -156,7 +156,12 @@ def read_choices(folder: Path, name: str) -> list[str]:
     known = {task: choices for task, (choices, _) in known_tasks(folder).items() if choices}
     if name in known:
         return known[name]
-    lines = read_text(name, folder, known).removesuffix("\n").split("\n")
-    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
-        raise ValueError(f"{name}, line {empty[0]} is empty: write one answer a line")
-    return [line.strip() for line in lines]
+    return lines_of(read_text(name, folder, known), name, "answer")
+
+
+def lines_of(text: str, name: str, kind: str) -> list[str]:
+    """The lines of a text, which `name` and `kind` describe; ValueError if one is empty."""
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    if "" in lines:
+        raise ValueError(f"{name}, line {lines.index('') + 1} is empty: write one {kind} a line")
+    return lines

@@ -191,16 +191,17 @@ class Generator(CachedModel):
     def encoded(self, prompts: Sequence[str | Sequence[int]], new: int = 1) -> list[list[int]]:
         """Token ids of prompts; raises ValueError if `new` more do not fit the context."""
         rows = [self.tokenizer.encode(p)[0] if isinstance(p, str) else list(p) for p in prompts]
-        if not all(rows):
-            raise ValueError("a prompt is empty")
-        longest, vocab = max(map(len, rows), default=0), self.info["vocab_size"]
-        if not all(0 <= min(row) <= max(row) < vocab for row in rows):
-            raise ValueError(f"a prompt has tokens outside of the model's {vocab}")
-        if self.room(longest + new - 1) < 1:
-            answer = f" for an answer of {new}" if new > 1 else ""
-            raise ValueError(f"a prompt of {longest} tokens leaves no room{answer} in the context "
-                             f"of {self.context}: shorten it, or export with a longer --context "
-                             "or, of a static graph, past")
+        vocab, answer = self.info["vocab_size"], f" for an answer of {new}" if new > 1 else ""
+        for number, row in enumerate(rows, 1):
+            prompt = f"prompt {number} of {len(rows)}" if len(rows) > 1 else "the prompt"
+            if not row:
+                raise ValueError(f"{prompt} is empty")
+            if not 0 <= min(row) <= max(row) < vocab:
+                raise ValueError(f"{prompt} has tokens outside of the model's {vocab}")
+            if self.room(len(row) + new - 1) < 1:
+                raise ValueError(f"{prompt} has {len(row)} tokens, which leaves no room{answer} in "
+                                 f"the context of {self.context}: shorten it, or export with a "
+                                 "longer --context or, of a static graph, past")
         return rows
 
     def room(self, length: int) -> int:
@@ -242,18 +243,15 @@ class Generator(CachedModel):
 
     def choose(self, prompt: str | Sequence[int], choices: Sequence[str], best: int = 1,
                ) -> list[Answer]:
-        """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
-
-        Raises ValueError for answers that `written` refuses, for `best` below 1, and for a prompt
-        that leaves too little of the context for the longest answer.
-        """
+        """The answers of `choose_batch` to one prompt."""
         return self.choose_batch([prompt], choices, best)[0]
 
     def choose_batch(self, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
                      best: int = 1) -> list[list[Answer]]:
-        """The answers of `choose` to each prompt. For target ort, on a CPU, they share steps.
+        """The `best` likeliest of the answers `choices` to each prompt, with log-probabilities.
 
-        Raises ValueError as `choose` does.
+        For target ort, on a CPU, prompts share steps. Raises ValueError for answers that `written`
+        refuses, for `best` below 1, and for a prompt too long for the longest answer.
         """
         if best < 1:
             raise ValueError(f"the {best} best answers: expected at least 1")

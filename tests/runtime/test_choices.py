@@ -183,8 +183,12 @@ def test_refusals(generator, choices, message) -> None:
 def test_more_refusals(generator, monkeypatch) -> None:
     with pytest.raises(ValueError, match="the 0 best answers"):
         generator.choose(PROMPTS[0], ["a"], 0)
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    with pytest.raises(ValueError, match="^the prompt is empty"):
         generator.choose("", ["a"])
+    with pytest.raises(ValueError, match="^prompt 2 of 3 is empty"):
+        generator.choose_batch(["a", "", "b"], ["a"])
+    with pytest.raises(ValueError, match="^prompt 3 of 3 has 90 tokens, which leaves no room for"):
+        generator.choose_batch(["a", "b", "c" * 90], ["a" * 10])
     monkeypatch.setattr(generator.tokenizer, "end_id", None)
     with pytest.raises(ValueError, match="no token that ends an answer"):
         generator.choose(PROMPTS[0], ["unseen before"])
@@ -282,9 +286,29 @@ def test_command(generator, folders, model, tmp_path) -> None:
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and ": t\n" in wrong.stderr
 
 
+def test_lines_are_prompts_of_their_own(generator, folders, tmp_path) -> None:
+    """More than are answered at once, from a pipe; a wrong line is named before any answer."""
+    (tmp_path / "lines").write_text("\n".join(CHOICES))
+    said = [f"{word} {n}" for n in range(11) for word in ("hello", "the", "a", "yes", "no", "who")]
+    prompts = [generator.tokenizer.render([{"role": "user", "content": text}], True)
+               for text in said]
+    asked = [folders["ort"], "--lines", "--choices", tmp_path / "lines", "--threads", 1]
+    found = generator.choose_batch(prompts, CHOICES, 2)
+    assert command(*asked, input="\r\n".join(said) + "\n").stdout.splitlines() == [
+        best.text for best, _ in found]
+    assert command(*asked, "--best", 2, input="\n".join(said)).stdout.splitlines() == [
+        f"{math.exp(p):.4f}\t{text}" for answers in found for text, p in answers]
+    for text, message in (("a\n \nb", "the prompt, line 2 is empty: write one question a line"),
+                          ("a\n" * 70 + "x" * 96, "prompt 71 of 71 has .* tokens, which leaves")):
+        wrong = command(*asked, input=text)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
+        assert re.match(f"error: {message}", wrong.stderr)
+
+
 @pytest.mark.parametrize("flags", [["--chat"], ["x", "--raw"], ["x", "--max-tokens", "3"],
                                    ["x", "--temperature", "1"]])
 def test_flags_that_contradict_choices(folders, flags) -> None:
     done = command(folders["ort"], *flags, "--choices", "t")
     assert done.returncode == 2 and f"{flags[-2 if len(flags) > 2 else -1]}" in done.stderr
-    assert command(folders["ort"], "x", "--best", 2).returncode == 2
+    for flags in (["--best", 2], ["--lines"]):
+        assert command(folders["ort"], "x", *flags).returncode == 2

@@ -208,7 +208,7 @@ def test_a_strange_header_is_refused(open_kept, header) -> None:
 
 def test_refusals(folders, tmp_path, monkeypatch) -> None:
     generator = Generator(folders["ort"], threads=1)
-    with pytest.raises(ValueError, match="96 tokens leaves no room in the context of 96"):
+    with pytest.raises(ValueError, match="96 tokens, which leaves no room in the context of 96"):
         generator.keep(b"x" * 96)
     with pytest.raises(ValueError, match="is empty"):
         generator.keep("")

@@ -221,7 +221,7 @@ def test_the_context_ends(generator) -> None:
 
 
 @pytest.mark.parametrize("prompt, options, message", [
-    ([], {}, "empty"), ("", {}, "empty"), (b"x" * 96, {}, "96 tokens leaves no room .* of 96"),
+    ([], {}, "empty"), ("", {}, "empty"), (b"x" * 96, {}, "96 tokens, which leaves no .* of 96"),
     ([259], {}, "outside of the model's 259"), ("a", {"temperature": -1}, "temperature >= 0"),
     ("a", {"top_p": 0}, "0 < top-p <= 1"), ("a", {"top_k": 65}, "top-k <= 64"),
     ("a", {"max_tokens": -1}, "max_tokens -1"),
@@ -421,7 +421,7 @@ def test_chat(generator, folders) -> None:
                    input=f"one\n\ntwo\n{'x' * 90}\n/clear\none\n/exit\nthree\n")
     assert chat.returncode == 0
     assert chat.stdout == expected + expected.split("\n")[0] + "\n"
-    assert re.fullmatch("error: a prompt of .* leaves no room .*; /clear .*\n", chat.stderr)
+    assert re.fullmatch("error: the prompt has .* leaves no room .*; /clear .*\n", chat.stderr)
 
 
 def test_a_chat_is_rendered_as_it_was_trained(generator, monkeypatch) -> None:
@@ -522,7 +522,7 @@ def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> 
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["x", "--port", "80"], "--port needs --serve"), (["x", "--best", "2"], "--best needs --cho"),
+    (["x", "--port", "80"], "--port needs --serve"), (["x", "--best", "2"], "--best and --lines n"),
     (["--serve", "--stats"], "leave out stats"), (["--serve", "--task", "t"], "leave out task"),
     (["x", "--seed", "1"], "draw nothing without a --temperature"),
     (["x", "--temperature", "nan"], "nan is no number of at least 0"),
