@@ -643,7 +643,8 @@ def test_external_data_outside_of_the_folder_is_refused(world: World, place: str
 
 
 @pytest.mark.parametrize("args, says", [
-    (("x" * 200,), "the prompt has .* tokens, which leaves no room in the context of 128: shorten"),
+    (("x" * 200,),
+     "the prompt has .* tokens, which leaves no room in the context of 128: shorten it"),
     (("",), "the prompt is empty"),
     (("a", "--temperature", "1", "--top-k", "65"), "top-k 65"),
     (("a", "--task", "../x"), "no adapter '../x'")])

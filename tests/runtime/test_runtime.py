@@ -221,7 +221,8 @@ def test_the_context_ends(generator) -> None:
 
 
 @pytest.mark.parametrize("prompt, options, message", [
-    ([], {}, "empty"), ("", {}, "empty"), (b"x" * 96, {}, "96 tokens, which leaves no .* of 96"),
+    ([], {}, "empty"), ("", {}, "empty"),
+    (b"x" * 96, {}, "96 tokens, which leaves no room .* of 96"),
     ([259], {}, "outside of the model's 259"), ("a", {"temperature": -1}, "temperature >= 0"),
     ("a", {"top_p": 0}, "0 < top-p <= 1"), ("a", {"top_k": 65}, "top-k <= 64"),
     ("a", {"max_tokens": -1}, "max_tokens -1"),
@@ -522,7 +523,9 @@ def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> 
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["x", "--port", "80"], "--port needs --serve"), (["x", "--best", "2"], "--best and --lines n"),
+    (["x", "--port", "80"], "--port needs --serve"),
+    (["x", "--best", "2"], "--best and --lines need --choices"),
+    (["x", "--lines"], "--best and --lines need --choices"),
     (["--serve", "--stats"], "leave out stats"), (["--serve", "--task", "t"], "leave out task"),
     (["x", "--seed", "1"], "draw nothing without a --temperature"),
     (["x", "--temperature", "nan"], "nan is no number of at least 0"),
