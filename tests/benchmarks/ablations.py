@@ -1,7 +1,6 @@
 """Which parts of the mixture matter? Change one thing at a time, on the embedded default.
 
     python tests/benchmarks/ablations.py                         a quarter of an hour on one core
-    python tests/benchmarks/ablations.py --readme tests/benchmarks/results/ablations.json
 
 For each seed, all variants are trained on the same lines in the same order. The table shows exact
 match, and how far the routers tell the tasks apart (routers.py), averaged over matrices.
@@ -84,12 +83,8 @@ def run(variant: Variant, inputs: Inputs, seed: int) -> dict[str, float]:
 def main(argv: Sequence[str]) -> None:
     parser = new_parser(__doc__, {"model and data": flags.InputConfig})
     parser.add_argument("--seeds", type=flags.positive, default=5, help="(default: %(default)s)")
-    parser.add_argument("--readme", metavar="JSON", help="print a record's table, and stop")
     parser.set_defaults(limit_train=200)
     args = parser.parse_args(argv)
-    if args.readme:
-        print(markdown(read_json(args.readme)))
-        return
     file = RESULTS / "ablations.json"
     record: dict[str, Any] = read_json(file) if file.exists() else {"runs": {}}
     record |= {"format": "minismoe.ablations/1", "machine": machine(), "versions": versions(),

@@ -1,10 +1,10 @@
 """Compare allocation rules at equal parameters: strategies x seeds x learning rates x budgets.
 
-    python tests/benchmarks/compare.py --plan                   the cells, and how long they take
+    python tests/benchmarks/compare.py --plan                   the cells
     python tests/benchmarks/compare.py --seeds 5                the embedded default
     python tests/benchmarks/compare.py --name smollm2 --out runs/smollm2 --model SMOLLM2 \\
         --data DATA --tasks trec,clinc,banking77 --limit-train 400 --epochs 2 -- --batch-size 8
-    python tests/benchmarks/compare.py --readme tests/benchmarks/results/default.json
+    python tests/benchmarks/compare.py --readme tests/benchmarks/results/smollm2.json
 
 A cell is one run of train.py, in its own folder under --out. After a kill, the same command runs
 the cells that are not finished. More seeds, rates, budgets or strategies add cells.
@@ -16,22 +16,17 @@ the cells that are not finished. More seeds, rates, budgets or strategies add ce
 
 A budget of N is the size of a uniform mixture with N experts a matrix. The budget "paper" is the
 paper's own comparison: votes at keep 0.6 against one expert for each matrix and task, at their own
-sizes. LoRA is as large as the latter. The record, NAME.json, its tables, NAME.md, and two figures
-go to tests/benchmarks/results.
+sizes. LoRA is as large as the latter. The record, NAME.json, goes to tests/benchmarks/results.
 """
 
 import argparse
-import fcntl
-import math
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -41,7 +36,6 @@ from compare_cells import (
     PAPER,
     SEARCH,
     STRATEGIES,
-    VALIDATION,
     Cell,
     all_cells,
     allocation_of,
@@ -128,88 +122,41 @@ def command(args: argparse.Namespace, cell: Cell, folder: Path) -> list[str]:
             "--lr", str(cell.lr), "--epochs", str(args.epochs), *args.flags]
 
 
-def run_cell(args: argparse.Namespace, cell: Cell, tick: Callable[[float], Any]) -> None:
-    """Run or resume a cell. RuntimeError if it fails for another reason than divergence.
-
-    The child runs in a session of its own, so that Ctrl-C reaches it once, through this process. It
-    also holds the folder's lock: if this process is killed, the child lives on and the next grid
-    waits for it.
-    """
+def run_cell(args: argparse.Namespace, cell: Cell) -> None:
+    """Run or resume a cell. RuntimeError if it fails for another reason than divergence."""
     folder = args.out / cell.name
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock, (folder / "output.txt").open("a+") as log:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if finished(folder):
-            return
-        # Cells of the same data share the base's answers: only the first cell computes them.
-        base = data_folder(args, cell.seed).with_suffix(".before.json")
-        if cell.strategy and base.exists() and not (folder / "before.json").exists():
-            shutil.copy(base, folder / "before.json")
-        spent, begun, start = seconds_of(folder) or 0.0, time.monotonic(), log.tell()
-        child = subprocess.Popen(command(args, cell, folder), stdout=log, stderr=subprocess.STDOUT,
-                                 start_new_session=True, pass_fds=(lock.fileno(),))
-        try:
-            while child.poll() is None:
-                try:
-                    child.wait(timeout=2)
-                except subprocess.TimeoutExpired:
-                    tick(time.monotonic() - begun)
-        finally:
-            if child.poll() is None:
-                child.send_signal(signal.SIGINT)
-                child.wait()
-            write_json(folder / "cell.json", {"seconds": round(
-                spent + time.monotonic() - begun, 1)})
+    # Cells of the same data share the base's answers: only the first cell computes them.
+    base = data_folder(args, cell.seed).with_suffix(".before.json")
+    if cell.strategy and base.exists() and not (folder / "before.json").exists():
+        shutil.copy(base, folder / "before.json")
+    spent, begun = seconds_of(folder) or 0.0, time.monotonic()
+    with (folder / "output.txt").open("a+") as log:
+        start = log.tell()
+        failed = subprocess.run(command(args, cell, folder), stdout=log,
+                                stderr=subprocess.STDOUT).returncode
         log.seek(start)
         said = (re.findall("error: .*", log.read()) or ["it does not say why"])[-1]
-        if child.returncode and not said.startswith("error: the loss is "):
-            raise RuntimeError(f"{cell.name} ended with {child.returncode}: {said} "
-                               f"({folder / 'output.txt'})")
-        if child.returncode:
-            write_json(folder / "diverged.json", said)
-        if not base.exists() and (folder / "before.json").exists():
-            write_json(base, read_json(folder / "before.json"))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def time_left(args: argparse.Namespace, cells: Sequence[Cell]) -> float | None:
-    """Seconds that the open cells will take, from finished cells of their phase; None: unknown."""
-    known: dict[str, list[float]] = {}
-    for cell in cells:
-        if finished(args.out / cell.name) and (spent := seconds_of(args.out / cell.name)):
-            known.setdefault(cell.phase, []).append(spent)
-    means = {phase: sum(spent) / len(spent) for phase, spent in known.items()}
-    if "search" in means:
-        means.setdefault("final", means["search"] / (1 - VALIDATION))
-    open_ = [cell.phase for cell in cells if not finished(args.out / cell.name)]
-    return sum(means[phase] for phase in open_) if set(open_) <= set(means) else None
-
-
-def clock(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown until a cell of each kind is finished"
-    minutes = math.ceil(max(0.0, seconds) / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min"
+    write_json(folder / "cell.json", {"seconds": round(spent + time.monotonic() - begun, 1)})
+    if failed and not said.startswith("error: the loss is "):
+        raise RuntimeError(f"{cell.name} ended with {failed}: {said} ({folder / 'output.txt'})")
+    if failed:
+        write_json(folder / "diverged.json", said)
+    if not base.exists() and (folder / "before.json").exists():
+        write_json(base, read_json(folder / "before.json"))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def run_grid(args: argparse.Namespace) -> None:
     """Run every cell that is not finished, with one progress bar."""
     cells = list(all_cells(args))
     done = sum(finished(args.out / cell.name) for cell in cells)
-    with tqdm(total=len(cells), initial=done, unit="cell",
-              bar_format="{n}/{total} cells |{bar:20}| {elapsed} so far{postfix}") as bar:
+    with tqdm(total=len(cells), initial=done, unit="cell") as bar:
         for cell in all_cells(args):
-            if finished(args.out / cell.name):
-                continue
-            left = time_left(args, list(all_cells(args)))
-
-            def tick(spent: float, cell: Cell = cell, left: float | None = left) -> None:
-                rest = clock(None if left is None else left - spent)
-                bar.set_postfix_str(f"time left: {rest}; {cell.name}")
-
-            tick(0.0)
-            run_cell(args, cell, tick)
-            bar.update()
+            if not finished(args.out / cell.name):
+                bar.set_postfix_str(cell.name)
+                run_cell(args, cell)
+                bar.update()
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -217,7 +164,7 @@ def plan(args: argparse.Namespace) -> None:
     for cell in cells:
         print(f"{'done' if finished(args.out / cell.name) else 'open'}  {cell.name}")
     left = sum(not finished(args.out / cell.name) for cell in cells)
-    print(f"{left} of {len(cells)} cells to run; time left: {clock(time_left(args, cells))}")
+    print(f"{left} of {len(cells)} cells to run")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -226,8 +173,7 @@ def main(argv: Sequence[str]) -> None:
         print(compare_report.markdown(read_json(args.readme)))
         return
     file, fixed = args.out / "compare.json", {name: getattr(args, name) for name in FIXED}
-    # Folders written before --first-seed existed begin at seed 0.
-    if file.exists() and (saved := {"first_seed": 0} | read_json(file)) != fixed:
+    if file.exists() and (saved := read_json(file)) != fixed:
         raise ValueError(f"{args.out} holds cells of other settings, {saved}: choose another --out")
     if not rows(args):
         raise ValueError(f"the budget paper compares only {', '.join(PAPER)}: add one of them to "
@@ -238,8 +184,6 @@ def main(argv: Sequence[str]) -> None:
     if not args.report:
         tasks(args, args.first_seed)         # a missing task raises before anything is written
         write_json(file, fixed)
-        for number in (signal.SIGINT, signal.SIGTERM):       # background jobs ignore SIGINT
-            signal.signal(number, signal.default_int_handler)
         run_grid(args)
     compare_report.write(args)
 

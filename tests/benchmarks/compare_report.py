@@ -1,7 +1,6 @@
 """The results of compare.py: its record, paired intervals, and Markdown tables.
 
-The record holds every run with its outcomes. Tables and figures (compare_figures.py) are made from
-the record alone.
+The record holds what the tables and the README's picture show. Single runs stay in --out.
 
 Letters: S seeds, N test lines of a task, R resamples.
 """
@@ -16,11 +15,10 @@ from typing import Any
 
 import compare_cells
 import torch
-from compare_figures import accuracy_svg, allocations_svg
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minismoe.io.files import read_json, replacing, write_json
+from minismoe.io.files import read_json, write_json
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import versions
 
@@ -72,8 +70,7 @@ def outcomes(runs: Sequence[dict], task: str, seeds: Sequence[int], by_line: boo
 def against(row: dict, control: dict | None, new_lines: bool) -> dict[str, Any] | None:
     """Paired difference to a control over common seeds; the accuracy itself if control is None.
 
-    Also its standard deviation over seeds, and the number of seeds, and of lines a task, that would
-    narrow the interval to +-1 point.
+    Also its standard deviation over seeds.
     """
     sides = [row] if control is None else [row, control]
     seeds = sorted(set.intersection(*({r["seed"] for r in side["runs"]} for side in sides)))
@@ -89,44 +86,28 @@ def against(row: dict, control: dict | None, new_lines: bool) -> dict[str, Any] 
                              "intervals": intervals(values, new_lines)}
     if len(seeds) > 1:
         found["sd"] = round(by_seed.std().item(), 5)
-        found["seeds_for_1_point"] = math.ceil((1.96 * found["sd"] / 0.01) ** 2)
-    if by_line:
-        spread = sum(v.nanmean(0).var(correction=0).item() for v in values.values())
-        found["lines_for_1_point"] = math.ceil(spread * (1.96 / 0.01 / len(values)) ** 2)
     return found
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
-    """The record of all finished final cells and of the search that chose their rates."""
+    """The record of all finished final cells, with the outcomes of every run."""
     cells = list(compare_cells.all_cells(args))
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in cells:
-        folder, lost = args.out / cell.name, {"mean": {"after": None}}
-        if not cell.strategy or not compare_cells.finished(folder):
+        folder = args.out / cell.name
+        if cell.phase != "final" or not compare_cells.finished(folder):
             continue
         row = found.setdefault((cell.budget, cell.strategy), {
-            "budget": cell.budget, "strategy": cell.strategy, "lr": None, "search": {},
-            "rule": compare_cells.STRATEGIES[cell.strategy], "diverged": 0, "runs": []})
-        results = read_json(folder / "results.json") if (folder / "results.json").exists() else lost
-        if cell.phase == "search":
-            row["search"].setdefault(f"{cell.lr:g}", []).append(results["mean"]["after"])
-            continue
-        row["lr"], row["edge"] = cell.lr, cell.lr in (args.lrs[0], args.lrs[-1])
-        if results is lost:
+            "budget": cell.budget, "strategy": cell.strategy, "lr": cell.lr,
+            "edge": cell.lr in (args.lrs[0], args.lrs[-1]), "diverged": 0, "runs": []})
+        if not (folder / "results.json").exists():
             row["diverged"] += 1
             continue
-        answers = folder / "answers.json"
-        row["runs"].append({"seed": cell.seed, "draw": cell.draw, **{k: results[k] for k in (
-            "trainable_parameters", "experts", "mean", "tasks")}, "answers": {
-            task: "".join(map(str, right)) for task, right in read_json(answers).items()
-            } if answers.exists() else None})
-        allocation = read_json(folder / "allocation.json")
-        row.setdefault("rank", allocation["rank"])                 # of the first seed
-        row.setdefault("allocation", allocation["experts"])
-    modules = sorted({m for row in found.values() for m in row.get("allocation", {})})
-    for row in found.values():                         # one line of JSON each
-        experts = row.pop("allocation", {})
-        row["allocation"] = " ".join(str(experts.get(m, 0)) for m in modules)
+        results, answers = read_json(folder / "results.json"), folder / "answers.json"
+        row["runs"].append({
+            "seed": cell.seed, "tasks": results["tasks"],
+            "trainable_parameters": results["trainable_parameters"],
+            "answers": read_json(answers) if answers.exists() else None})
     spent = [compare_cells.seconds_of(args.out / cell.name) or 0.0 for cell in cells]
     return {"format": "minismoe.compare/1", "name": args.name, "machine": machine(),
             "versions": versions(), "hours": round(sum(spent) / 3600, 2),
@@ -134,7 +115,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
                 name: Path(value).name for name in ("model", "data")
                 if (value := getattr(args, name))},
             "seeds": args.seeds, "draws": args.draws, "lrs": args.lrs, "new_lines": not args.model,
-            "targets": targets(args, found), "modules": modules,
+            "targets": targets(args, found),
             "rows": [row for row in found.values() if row["runs"]]}
 
 
@@ -160,7 +141,8 @@ def machine() -> dict[str, Any]:
 
 
 def judge(record: dict[str, Any]) -> None:
-    """Add to each row its accuracy and its differences to the controls of the same budget."""
+    """Put in place of each row's runs their accuracy, and the differences to the controls of the
+    same budget."""
     by_name = {(row["budget"], row["strategy"]): row for row in record["rows"]}
     for row in record["rows"]:
         row["accuracy"] = against(row, None, record["new_lines"])
@@ -173,10 +155,14 @@ def judge(record: dict[str, Any]) -> None:
         spent = [run["trainable_parameters"] for run in row["runs"]]
         row["parameters"] = round(sum(spent) / len(spent))
         row["off"] = max((abs(s / target - 1) for s in spent), default=0.0) if target else None
+        row["before"] = {t: sum(run["tasks"][t]["before"] for run in row["runs"]) / len(row["runs"])
+                         for t in row["runs"][0]["tasks"]}
+    for row in record["rows"]:
+        del row["runs"]
 
 
 def write(args: argparse.Namespace) -> None:
-    """Write and print record, tables and figures of the finished cells."""
+    """Write the record of the finished cells, and print its tables."""
     record = collect(args)
     if not record["rows"]:
         print("no final cell is finished yet: there is nothing to report")
@@ -184,16 +170,11 @@ def write(args: argparse.Namespace) -> None:
     judge(record)
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{args.name}.json", record)
-    for end, text in ((".md", markdown(record, per_task=True) + "\n"),
-                      ("-accuracy.svg", accuracy_svg(record)),
-                      ("-allocations.svg", allocations_svg(record))):
-        with replacing(RESULTS / f"{args.name}{end}") as tmp:
-            tmp.write_text(text, encoding="utf-8")
     print(markdown(record))
-    print(f"wrote {RESULTS / args.name}.json, .md with each task's differences, and two figures")
+    print(f"wrote {RESULTS / args.name}.json")
 
 
-def markdown(record: Mapping[str, Any], per_task: bool = False) -> str:
+def markdown(record: Mapping[str, Any]) -> str:
     """The tables of a record: the paper's comparison first, then each equal budget."""
     budgets = list(dict.fromkeys(row["budget"] for row in record["rows"]))
     seeds = max(row["accuracy"]["seeds"] for row in record["rows"])
@@ -208,15 +189,16 @@ def markdown(record: Mapping[str, Any], per_task: bool = False) -> str:
         parts.append(f"**Equal parameters**: {target:,}, those of {budget} experts everywhere"
                      if target else "**The paper's claim**: votes at keep 0.6 against as many "
                      "experts everywhere as there are tasks")
-        parts += [*reached(rows), *differences(rows, per_task)]
+        parts += [*reached(rows), *differences(rows)]
     return "\n\n".join(parts)
 
 
 def reached(rows: Sequence[dict]) -> list[str]:
     """The table of a budget's accuracies, and a note on its marks."""
-    runs, tasks = rows[0]["runs"], list(rows[0]["runs"][0]["tasks"])
-    before = [sum(run["tasks"][t]["before"] for run in runs) / len(runs) for t in tasks]
-    body = [["none", "0", "", *map(percent, before), percent(sum(before) / len(tasks)), ""]]
+    before = rows[0]["before"]
+    tasks = list(before)
+    body = [["none", "0", "", *map(percent, before.values()),
+             percent(sum(before.values()) / len(tasks)), ""]]
     for row in rows:
         found = row["accuracy"]["intervals"]
         off = f" ({100 * row['off']:.1f} % off!)" if row["off"] and row["off"] > TOLERANCE else ""
@@ -235,21 +217,15 @@ def reached(rows: Sequence[dict]) -> list[str]:
             *([" ".join(notes)] if notes else [])]
 
 
-def differences(rows: Sequence[dict], per_task: bool) -> list[str]:
-    """Differences to the controls: of the means in one table, or per task in one table each."""
+def differences(rows: Sequence[dict]) -> list[str]:
+    """The table of differences to the controls, of the means over tasks."""
     controls = [c for c in CONTROLS if any(row["against"].get(c) for row in rows)]
     if not controls:
         return []
-    if not per_task:
-        return [table(["mean of", *(f"minus {c}" for c in controls)], [
-            [row["strategy"], *(points(row["against"][c]["intervals"]["mean"])
-                                if row["against"].get(c) else "" for c in controls)]
-            for row in rows])]
-    tasks = [*rows[0]["runs"][0]["tasks"], "mean"]
-    return [table([f"minus {c}", *tasks, "seeds for ± 1", "lines for ± 1"], [
-        [row["strategy"], *(points(row["against"][c]["intervals"][t]) for t in tasks),
-         *(row["against"][c].get(f"{what}_for_1_point", "") for what in ("seeds", "lines"))]
-        for row in rows if row["against"].get(c)]) for c in controls]
+    return [table(["mean of", *(f"minus {c}" for c in controls)], [
+        [row["strategy"], *(points(row["against"][c]["intervals"]["mean"])
+                            if row["against"].get(c) else "" for c in controls)]
+        for row in rows])]
 
 
 def percent(share: float | None) -> str:

@@ -1,13 +1,13 @@
 """One merged model in four bits: our exports beside onnxruntime's and genai's own tools.
 
     python tests/benchmarks/fourbits.py --model SMOLLM2_135M --data DATA --out FOLDER
-    python tests/benchmarks/fourbits.py --run RUN RUN RUN --out FOLDER [--drift]
+    python tests/benchmarks/fourbits.py --run RUN RUN RUN --out FOLDER
     python tests/benchmarks/fourbits.py --readme tests/benchmarks/results/fourbits.json
 
 Trains a mixture of three experts a matrix (or takes runs that exist), merges it once by the linear
 fit, in float32, and gives that checkpoint to every tool. Prints size, exact match of the exported
 folder, decoding speed (a process each, the rows in turn, medians over rounds) and the seconds that
-making the folder took. --drift compares our folders with the base on tasks that were not trained.
+making the folder took.
 
 FOLDER keeps what was made, and fourbits.json the results: the same command goes on where it was.
 The peers come with `pip install 'minismoe[bench]'`; a row that cannot be made is left out.
@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import decode_speed
-import fourbits_drift
 from compare_report import machine, table
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -98,7 +96,7 @@ ROWS = [
     genai("default", 32), genai("rtn", 32), genai("k_quant", 32), genai("rtn_last", 32, "8"),
     genai("k_quant_last", 32, "8"), genai("k_quant_mixed", 32, "8, as some layers"),
     genai("default", 128), genai("k_quant", 128),        # 0.18 has no k_quant if 128 does not
-    *(ort(method, block) for block in (32, 128) for method in ("rtn", "hqq", "gptq"))]
+    *(ort(method, block) for block in (32, 128) for method in ("rtn", "gptq"))]
 Answer = Callable[[list[int], int], list[int]]          # prompt, most tokens -> tokens, no stop id
 
 
@@ -131,11 +129,6 @@ class Bench:
         load_adapter(model := load_model(self.source.base), self.run / "adapter")
         return model
 
-    def read_back(self, row: Row) -> CausalLM:
-        """The model of a folder of ours, with the weights that it holds."""
-        like = load_model(self.merged, self.source.model.lm_head.weight.dtype)
-        return fourbits_drift.read_back(self.made(row), like)
-
     def scored(self, row: Row, task: Task) -> float:
         """Exact match of a row on the test lines of a task, a prompt at a time, 0 to 1."""
         tokenizer = self.source.tokenizer
@@ -143,10 +136,7 @@ class Bench:
                   leave=False) as bar:
             if row.side == "torch":
                 return evaluate(self.mixture(), tokenizer, task, progress=bar.update).share
-            folder = self.made(row)
-            faster = folder.with_name("float")           # the same weights, for HQQ
-            answer = OPEN[row.side](faster if faster.exists() else folder, self.threads,
-                                    tokenizer.stop_ids)
+            answer = OPEN[row.side](self.made(row), self.threads, tokenizer.stop_ids)
 
             def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
                 answers = []
@@ -257,12 +247,7 @@ def main(argv: Sequence[str]) -> None:
         bench = Bench(Path(run), root / Path(run).name, args.threads)
         rows = record["runs"].setdefault(Path(run).name, {})
         there = [row for row in tqdm(wanted, "rows") if measured(bench, row, rows, save)]
-        if args.drift:
-            drift = record.setdefault("drift", {}).setdefault(Path(run).name, {})
-            fourbits_drift.measure(bench.source, {
-                row.name: partial(bench.read_back, row) for row in there if row.side == "ours"},
-                drift, save)
-        elif number == 0:                    # speed does not depend on the seed
+        if number == 0:                      # speed does not depend on the seed
             decode(bench, [row for row in there if row.side != "torch"], rows, args.rounds, save)
     print(report(record))
 
@@ -280,9 +265,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         help="only rows that have some of these words in their name")
     parser.add_argument("--threads", type=flags.positive, default=2, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding (default: %(default)s)")
-    parser.add_argument("--drift", action="store_true", help="instead of decoding: compare with "
-                        "the base on tasks that were not trained")
-    parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
+    parser.add_argument("--readme", metavar="JSON", help="print a record's table, and stop")
     args = parser.parse_args(argv)
     if not (args.readme or args.run or args.model and args.data):
         parser.error("give --model and --data to train a run, or --run RUN")
@@ -343,7 +326,7 @@ def decode(bench: Bench, there: Sequence[Row], rows: dict[str, Any], rounds: int
 
 
 def report(record: Mapping[str, Any]) -> str:
-    """The tables of a record, in Markdown."""
+    """The table of a record, in Markdown."""
     runs, lines = list(record["runs"].values()), []
     tasks = dict.fromkeys(t for rows in runs for row in rows.values() for t in row["tasks"]).keys()
     for name in (row.name for row in ROWS):
@@ -360,10 +343,7 @@ def report(record: Mapping[str, Any]) -> str:
             f"{first['seconds']:.0f}" if "seconds" in first else ""])
     head = ["", "bits of embedding and head", "MB", *tasks, "mean", "each run", "tokens/s",
             "made in s"]
-    parts = [table(head, lines)]
-    if "drift" in record:
-        parts.append(fourbits_drift.report(record["drift"]))
-    return "\n\n".join(parts)
+    return table(head, lines)
 
 
 if __name__ == "__main__":

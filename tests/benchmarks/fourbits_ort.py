@@ -2,9 +2,8 @@
 
     python tests/benchmarks/fourbits_ort.py METHOD BLOCK GRAPH_FOLDER CALIBRATION_JSON OUT
 
-METHOD is rtn, hqq or gptq. Only rtn quantises an embedding, so that of the others is quantised by
-it as well. GPTQ reads the calibration file: a list of texts, each a list of tokens. HQQ's zeros are
-floats, for which onnxruntime has no fast kernel: a folder beside OUT, float, computes the same.
+METHOD is rtn or gptq. GPTQ reads the calibration file, a list of texts, each a list of tokens. It
+leaves the embedding, which is quantised by rtn.
 """
 
 import json
@@ -16,14 +15,10 @@ from typing import Any
 
 import onnx
 import torch
-from fourbits_drift import dense, tensors
-from onnx.helper import make_node
-from onnx.numpy_helper import from_array
 from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
     GPTQWeightOnlyQuantConfig,
-    HQQWeightOnlyQuantConfig,
     MatMulNBitsQuantizer,
 )
 
@@ -55,7 +50,6 @@ def main(method: str, block: str, graph: str, calibration: str, out: str) -> Non
     model = onnx.load(str(source / "model.onnx"))
     config = {
         "rtn": lambda: DefaultWeightOnlyQuantConfig(size, accuracy_level=4),
-        "hqq": lambda: HQQWeightOnlyQuantConfig(size),
         "gptq": lambda: GPTQWeightOnlyQuantConfig(
             Texts(source, json.loads(Path(calibration).read_text())))}[method]()
     quantizer = MatMulNBitsQuantizer(model, block_size=size, accuracy_level=4, algo_config=config)
@@ -63,38 +57,12 @@ def main(method: str, block: str, graph: str, calibration: str, out: str) -> Non
     model = quantizer.model.model
     config = DefaultWeightOnlyQuantConfig(size, op_types_to_quantize=("Gather",))
     MatMulNBitsQuantizer(model, algo_config=config).process()            # in place
-    save(model, source, folder)
-    if method == "hqq":
-        unquantise(model.graph)
-        save(model, source, folder.with_name("float"))
-
-
-def save(model: onnx.ModelProto, source: Path, folder: Path) -> None:
-    """Write a folder like `source` with another graph."""
     folder.mkdir()
     for file in source.iterdir():
         if not file.name.startswith("model.onnx"):
             shutil.copy(file, folder)
-    other = onnx.ModelProto()
-    other.CopyFrom(model)                    # saving moves the tensors to the file
-    onnx.save_model(other, str(folder / "model.onnx"), save_as_external_data=True,
+    onnx.save_model(model, str(folder / "model.onnx"), save_as_external_data=True,
                     location="model.onnx.data")
-
-
-def unquantise(graph: onnx.GraphProto) -> None:
-    """Multiply by the float weights that the quantised ones stand for, in place."""
-    stored = tensors(graph)
-    for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            name, weight = f"{node.name}.float", dense(node, stored).T.contiguous()
-            graph.initializer.append(from_array(weight.numpy(), name))
-            x, y = node.input[0], node.output[0]
-            node.Clear()
-            node.MergeFrom(make_node("MatMul", [x, name], [y], name))
-    used = {name for node in graph.node for name in node.input}
-    kept = [t for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
 
 
 if __name__ == "__main__":

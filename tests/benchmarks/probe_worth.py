@@ -3,7 +3,6 @@
     python tests/benchmarks/probe_worth.py                                   all four, the default
     python tests/benchmarks/probe_worth.py --name smollm2 --model SMOLLM2 --data DATA \\
         --tasks trec,clinc,banking77,boolq,arc_easy --adapter RUN/adapter --questions 3
-    python tests/benchmarks/probe_worth.py --readme tests/benchmarks/results/worth-default.json
 
 1. Stability: do disjoint samples of a task select the same matrices?
 2. Variants: what do the group, the normalisation and the loss change?
@@ -11,8 +10,8 @@
    mixture is trained)
 4. Truth: if one matrix, one kind or one layer is trained alone, does the score predict the gain?
 
-The record, worth-NAME.json, and its curve go to tests/benchmarks/results. After a kill, the same
-command continues.
+The record, worth-NAME.json, goes to tests/benchmarks/results. After a kill, the same command
+continues.
 """
 
 import argparse
@@ -29,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import torch
 from compare_cells import model_folder
-from compare_figures import figure, hue
 from compare_report import RESULTS, machine, table
 from torch import Tensor
 from tqdm import tqdm
@@ -37,8 +35,7 @@ from tqdm import tqdm
 from minismoe.cli import flags, probing, script
 from minismoe.cli.inputs import Inputs, load_inputs, settled
 from minismoe.data.tasks import probe_batches
-from minismoe.io import drawing
-from minismoe.io.files import read_json, replacing, write_json
+from minismoe.io.files import read_json, write_json
 from minismoe.io.flags import from_flags, new_parser
 from minismoe.method.allocate import GROUPS, allocate
 from minismoe.method.experts import add_experts
@@ -60,7 +57,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", help="a trained adapter of the model, for question 3")
     parser.add_argument("--questions", type=int, default=4, choices=(2, 3, 4),
                         help="ask only the first N")
-    parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
     parser.set_defaults(seed=SEED)
     return parser.parse_args(argv)
 
@@ -193,9 +189,6 @@ def truth(inputs: Inputs, args: argparse.Namespace, names: Sequence[str], folder
 
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
-    if args.readme:
-        print(markdown(read_json(args.readme)))
-        return
     file = RESULTS / f"worth-{args.name}.json"
     record: dict[str, Any] = read_json(file) if file.exists() else {}
     config = settled(from_flags(flags.InputConfig, vars(args)))
@@ -203,7 +196,7 @@ def main(argv: Sequence[str]) -> None:
     args.device, args.dtype = config.device, config.dtype
     folder = model_folder(args)
     settings = {k: Path(str(v)).name for k, v in vars(args).items()
-                if k not in ("questions", "readme")}
+                if k != "questions"}
     if record.setdefault("settings", settings) != settings:
         raise ValueError(f"{file} holds another run, {record['settings']}: choose another --name")
     record |= {"format": "minismoe.worth/1", "machine": machine(), "versions": versions()}
@@ -214,8 +207,6 @@ def main(argv: Sequence[str]) -> None:
     scores, tokens = samples_of(inputs, args, 2 * SIZES[-1])
     record["stability"], record["variants"] = stability(scores), variants(scores, tokens)
     save()
-    with replacing(file.with_suffix(".svg")) as tmp:
-        tmp.write_text(curve_svg(record), encoding="utf-8")
     if args.questions >= 3 and "during" not in record:
         record["during"] = during(inputs, args, scores, folder)
         save()
@@ -293,33 +284,6 @@ def markdown(record: Mapping[str, Any]) -> str:
                       [part, f"{100 * sum(found) / len(found):.1f}"]
                       for part, found in record["truth"].items() if " " in part])]
     return "\n\n".join(parts)
-
-
-def curve_svg(record: Mapping[str, Any]) -> str:
-    """Overlap over samples, one line for each task; a dashed line marks 0.95."""
-    rows, width, height = record["stability"], 300.0, 150.0
-    low = math.floor(10 * min(v[0] for row in rows.values() for v in row.values())) / 10
-
-    def at(size: int, overlap: float) -> str:
-        x = 36 + (width - 110) * math.log2(size / SIZES[0]) / math.log2(SIZES[-1] / SIZES[0])
-        return f"{x:.1f} {20 + (height - 40) * (1 - (overlap - low) / (1 - low)):.1f}"
-
-    out = [f'<path d="M{at(SIZES[0], 0.95)}L{at(SIZES[-1], 0.95)}" stroke="#000" '
-           'stroke-dasharray="3"/>']
-    for value in (low, 0.95, 1.0):
-        x, y = map(float, at(SIZES[0], value).split())
-        out.append(drawing._text(x - 6, y + 3, f"{value:g}", "end"))
-    for size in SIZES:
-        x, y = map(float, at(size, low).split())
-        out.append(drawing._text(x, y + 14, str(size)))
-    out.append(drawing._text(width / 2 - 20, height + 8, "samples a task"))
-    for i, (task, row) in enumerate(rows.items()):
-        places = [at(int(size), v[0]) for size, v in row.items()]
-        color, y = hue(i, len(rows)), 26 + 13 * i
-        out += [f'<path d="M{"L".join(places)}" fill="none" stroke="{color}" stroke-width="1.5"/>',
-                f'<path d="M{width - 66} {y - 3}h10" stroke="{color}" stroke-width="1.5"/>',
-                drawing._text(width - 52, y, drawing.clean(task)[:12], "start")]
-    return figure(width + 20, height + 14, "overlap of the selected matrices", out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
     python tests/benchmarks/recipe.py --name recipe-smollm2 --model SMOLLM2 --data DATA \\
         --tasks trec,clinc,banking77 --limit-train 200 --limit-test 150 --epochs 2 \\
         --batch-size 8 --variants "batches of 8,16 / sqrt(rank),LoRA+ x 4,linear decay,no decay"
-    python tests/benchmarks/recipe.py --readme tests/benchmarks/results/recipe.json
 
 1. Search: train each variant at every rate on 80 % of the training lines, and choose its rate by
    exact match on the other 20 %.
@@ -251,7 +250,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=300, help="of the final runs")
     parser.add_argument("--seeds", type=flags.positive, default=10, help="of the final runs")
     parser.add_argument("--plan", action="store_true", help="count the runs, and stop")
-    parser.add_argument("--readme", metavar="JSON", help="print a record's tables, and stop")
     parser.add_argument("--variants", help="comma list, the present one first; default: all")
     parser.add_argument("--batch-size", type=flags.positive, default=16,
                         help="of variants that do not change it (default: 16)")
@@ -267,9 +265,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
-    if args.readme:
-        print(markdown(read_json(args.readme)))
-        return
     file = RESULTS / f"{args.name}.json"
     record: dict[str, Any] = read_json(file) if file.exists() else {"runs": {}}
     record |= {"format": "minismoe.recipe/1", "machine": machine(), "versions": versions(),

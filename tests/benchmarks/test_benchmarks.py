@@ -15,7 +15,6 @@ if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_speed  # noqa: E402
-import family_speed  # noqa: E402
 import plan_accuracy  # noqa: E402
 import probe_speed  # noqa: E402
 import speculation  # noqa: E402
@@ -33,15 +32,6 @@ def test_decode_speed_exports_a_side_and_measures_it(side, tmp_path, monkeypatch
     assert seen.pop("tokens") == 4
     assert seen.keys() == {"first", "peak", "rate", "prefill28", "prefill512"}
     assert all(value > 0 for value in seen.values())
-
-
-def test_family_speed_measures_every_family(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["family_speed", "--layers", "2", "--width", "128",
-                                      "--rounds", "1", "--tokens", "3"])
-    family_speed.main()
-    _, _, *rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows] == [*family_speed.OWN]
-    assert all(float(ratio) > 0 for row in rows for ratio in row.split()[2:])
 
 
 def test_speculation_compares_both_ways(tmp_path, monkeypatch, capsys) -> None:
