@@ -1,17 +1,15 @@
 """A tiny mixture of experts and its calibration batches, for the tests of freeze and heal."""
 
 import torch
-from tiny import randomise
+from tiny import SMALL, randomise
 from torch import Tensor, nn
 
 from minismoe.method.experts import add_experts
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 
-V, D = 61, 16
-SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
-         "max_position_embeddings": 64, "tie_word_embeddings": True}
+SIZES = SMALL | {"tie_word_embeddings": True}
+V, D = SIZES["vocab_size"], SIZES["hidden_size"]
 COUNTS = {f"model.layers.{i}.{name}": count for i in range(2) for name, count in {
     "self_attn.q_proj": 3, "self_attn.k_proj": 2, "self_attn.v_proj": 1, "self_attn.o_proj": 4,
     "mlp.gate_proj": 2, "mlp.up_proj": 3, "mlp.down_proj": 3}.items()}

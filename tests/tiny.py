@@ -25,6 +25,9 @@ BYTES = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermedi
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+SMALL = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+         "max_position_embeddings": 64}          # of the tests that count in float64
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64, "rope_theta": 500.0}
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
@@ -145,6 +148,15 @@ def save_bytes_model(folder: Path, **changes: Any) -> Path:
     save_file(dict(CausalLM(Config.from_dict(config)).named_parameters()),
               folder / "model.safetensors")
     return folder
+
+
+def padded(lengths: Sequence[int], pad: str = "right", seed: int = 1,
+           vocabulary: int = SMALL["vocab_size"]) -> tuple[Tensor, Tensor]:
+    """Random tokens and their mask, (B, T) each, of rows of these lengths with pads on one side."""
+    ids = torch.randint(0, vocabulary, (len(lengths), max(lengths)),
+                        generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return ids, mask if pad == "right" else mask.flip(1)
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

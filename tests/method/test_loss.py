@@ -4,17 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny import Shapes
+from tiny import SMALL, Shapes, padded
 from torch import Tensor, nn
 
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.loss import IGNORE, supervised_losses
 from minismoe.model.decoder import CausalLM, Config
 
-V, D = 61, 16
-SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-         "tie_word_embeddings": False}
+SIZES = SMALL | {"tie_word_embeddings": False}
+V, D = SIZES["vocab_size"], SIZES["hidden_size"]
 COUNTS = {"model.layers.0.self_attn.q_proj": 1, "model.layers.1.mlp.down_proj": 3}
 
 
@@ -35,12 +33,9 @@ def model_of(kind: str) -> nn.Module:
 
 def batch(pad: str = "right") -> tuple[Tensor, Tensor, Tensor]:
     """Rows of 9, 4 and 6 tokens; two stretches are supervised in the first, none in the second."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, V, (3, 9), generator=generator)
-    mask = (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
+    ids, mask = padded([9, 4, 6], pad)
     supervised = torch.tensor([[0, 0, 1, 1, 0, 0, 1, 1, 1], [0] * 9, [1, 0, 0, 0, 1, 1, 0, 0, 0]])
     if pad == "left":
-        mask = mask.flip(1)
         supervised[2] = supervised[2].roll(3)
     return ids, mask, torch.where(supervised.bool(), ids, IGNORE)
 
@@ -205,7 +200,7 @@ def test_a_head_with_a_bias_is_refused() -> None:
 
 
 def test_gemma2_is_refused() -> None:
-    config = transformers.Gemma2Config(**SIZES, head_dim=4)
+    config = transformers.Gemma2Config(**SIZES)
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         supervised_losses(transformers.Gemma2ForCausalLM(config), *batch())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny import Shapes, plain
+from tiny import SMALL, Shapes, padded, plain
 from torch import Tensor, nn
 
 from minismoe import reference
@@ -18,10 +18,8 @@ from minismoe.method.loss import IGNORE
 from minismoe.method.sensitivity import _Ghost, probe, sample_norms
 from minismoe.model.decoder import CausalLM, Config, RMSNorm
 
-V, D = 61, 16
-SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
-         "max_position_embeddings": 64, "tie_word_embeddings": True}
+SIZES = SMALL | {"tie_word_embeddings": True}
+V, D = SIZES["vocab_size"], SIZES["hidden_size"]
 HF = {"hf-llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
       "hf-qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}
 KINDS = ["llama", "qwen2", "qwen3", *HF]
@@ -58,15 +56,9 @@ def model_of(kind: str, experts: bool = False) -> nn.Module:
 
 def batch(lengths: list[int], pad: str = "right", seed: int = 1) -> Data:
     """Rows of these lengths; about half of the tokens are supervised, the last one always."""
-    generator = torch.Generator().manual_seed(seed)
-    size = len(lengths), max(lengths)
-    ids = torch.randint(0, V, size, generator=generator)
-    mask = (torch.arange(size[1]) < torch.tensor(lengths)[:, None]).long()
-    supervised = torch.rand(size, generator=generator) < 0.5
-    supervised[range(size[0]), [n - 1 for n in lengths]] = True
-    if pad == "left":
-        mask, supervised = mask.flip(1), supervised.flip(1)
-        supervised[:, -1] = True
+    ids, mask = padded(lengths, pad, seed)
+    supervised = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    supervised[range(len(ids)), [-1 if pad == "left" else n - 1 for n in lengths]] = True
     return ids, mask, torch.where(supervised & mask.bool(), ids, IGNORE)
 
 
