@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -127,6 +127,18 @@ def save_imaged(folder: Path, published: bool, tied: bool = True, **options: Any
     hf = random_hf("gemma3_images", "gemma3", **IMAGED, tie_word_embeddings=tied)
     hf.save_pretrained(folder, save_original_format=published, **options)
     return hf
+
+
+def cut(file: Path) -> None:
+    """Take the last bytes off a file."""
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit_tensors(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file."""
+    tensors = {name: t.clone() for name, t in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def tiny_config(**changes: Any) -> Config:

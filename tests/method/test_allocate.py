@@ -463,8 +463,8 @@ def test_a_bare_mapping_is_read_and_zeros_are_dropped() -> None:
 
 
 @pytest.mark.parametrize(("value", "names"), [
-    ({"a": -1, "b": 1.0, "c": "2", "d": True, "e": None, "fine": 2},
-     ["'a': -1", "'b': 1.0", "'c': '2'", "'d': True", "'e': None"]),
+    ({"a": -1, "b": 1.0, "c": "2", "d": True, "e": None, "f": 10 ** 9, "fine": 2},
+     ["'a': -1", "'b': 1.0", "'c': '2'", "'d': True", "'e': None", "'f': 1000000000"]),
     ({"format": "minismoe.allocation/2", "experts": {"a": 0.5}}, ["allocation/2", "'a': 0.5"]),
     ({"format": "minismoe.allocation/1", "experts": {"a": 1}, "rank": "8", "alpha": 0, "top_k": 0,
       "keep": 2, "strategy": 5, "group": 1, "trainable_parameters": -3, "rnk": 4},

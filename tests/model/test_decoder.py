@@ -262,6 +262,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gpt2"}, "gpt2"),
     ({"model_type": None}, "model_type None"),
+    ({"model_type": ["llama"]}, "model_type"),
     ({"rope_scaling": YARN}, "yarn"),
     ({"rope_scaling": {"type": "linear"}}, "factor"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
