@@ -1,6 +1,5 @@
 """The decoder against `transformers`, in every family, padding and way of feeding it tokens."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, LLAMA3, LLAMAS, WINDOW
+from tiny import FAMILIES, LLAMA3, WINDOW
 from torch import Tensor
 
 from minismoe.method.loss import supervised_losses
@@ -61,6 +60,7 @@ def expected(hf: Any, ids: Tensor) -> Tensor:
 def test_logits_equal_transformers(checkpoint: Checkpoint, family: str) -> None:
     hf, folder = checkpoint(family)
     model, ids = load_model(folder), random_ids()
+    assert model.config.max_position_embeddings == hf.config.max_position_embeddings
     close(model(ids), hf(ids).logits)
     for side in ("right", "left"):
         mask = mask_of(LENGTHS, side)
@@ -111,17 +111,6 @@ def test_a_batch_of_padding_alone_is_zeros(checkpoint: Checkpoint) -> None:
 
 
 # Cache
-
-@pytest.mark.parametrize("family", CACHED)
-@torch.no_grad()
-def test_token_by_token_equals_one_pass(checkpoint: Checkpoint, family: str) -> None:
-    hf, folder = checkpoint(family)
-    model, ids = load_model(folder), random_ids()
-    cache = Cache(model, 3, ids.shape[1])
-    steps = [model(ids[:, t:t + 1], cache=cache) for t in range(ids.shape[1])]
-    close(torch.cat(steps, 1), hf(ids).logits)
-    assert cache.lengths.tolist() == [17, 17, 17]
-
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", CACHED)
@@ -355,27 +344,6 @@ def test_rope_of_old_and_new_config_files_is_read() -> None:
     assert Config.from_dict(plain) == Config.from_dict(
         dict(MINIMAL, rope_parameters={"rope_type": "default", "rope_theta": 7e5}))
     assert Config.from_dict(MINIMAL).rope_theta == 10000.0
-
-
-@pytest.mark.parametrize("family", LLAMAS)
-def test_a_config_written_by_transformers_is_read(checkpoint: Checkpoint, family: str) -> None:
-    hf, folder = checkpoint(family)
-    theirs, ours = hf.config, Config.from_dict(json.loads((folder / "config.json").read_text()))
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
-                 "max_position_embeddings", "tie_word_embeddings"):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    attention = hf.model.layers[0].self_attn
-    assert ours.head_dim == attention.head_dim
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert (ours.rope_scaling is None) == (theirs.rope_parameters["rope_type"] == "default")
-    assert ours.qkv_bias == (attention.q_proj.bias is not None)
-    assert ours.o_bias == (attention.o_proj.bias is not None)
-    assert ours.mlp_bias == (hf.model.layers[0].mlp.up_proj.bias is not None)
-    assert ours.qk_norm == hasattr(attention, "q_norm")
-    assert ours.windows == {"mistral_window": (WINDOW,) * 2, "qwen3_window": (None, WINDOW),
-                            "qwen2_window": (None, WINDOW, WINDOW)}.get(
-        family, (None,) * ours.num_hidden_layers)
 
 
 def test_windows_of_silent_configs_are_those_of_transformers() -> None:
