@@ -1,14 +1,13 @@
-"""Draw the README's four pictures as SVG, from the records in results/.
+"""Draw the README's pictures that show figures as SVG, from the records in results/.
 
     python tests/benchmarks/figures.py
 
 method.svg    probe, vote, experts, merge: the probe of worth-default.json and the vote it leads to
-layer.svg     one linear layer with its experts and their shapes
 rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json, deciding.json)
 costs.svg     what merging, healing and quantising cost (merging.json)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
-holds no script and no font: GitHub shows an SVG as an image.
+holds no script and no font: GitHub shows an SVG as an image. layer.svg shows no figure: edit it.
 """
 
 import sys
@@ -134,47 +133,6 @@ def method(worth: Mapping[str, Any]) -> str:
     return card(bottom + 18, "Probe, vote, experts, merge", parts)
 
 
-def layer() -> str:
-    """One linear layer with four experts, two of them active."""
-    def block(x: float, y: float, width: float, name: str, shape: str, fill: str, edge: str) -> str:
-        return (box(x, y - 26, width, 52, fill, edge)
-                + text(x + width / 2, y - 4, name, anchor="middle", bold=True)
-                + text(x + width / 2, y + 15, shape, anchor="middle", size=12, color=GREY))
-
-    base, mixed, routed, active = 56.0, 150.0, 250.0, (1, 3)
-    parts = [block(22, mixed, 92, "x", "(tokens, in)", "#fff", GREY),
-             block(170, base, 526, "W, frozen", "(out, in)", PALE, GREY),
-             block(170, mixed, 118, "A of E experts", "(E·r, in)", LIGHT_BLUE, BLUE),
-             block(572, mixed, 124, "B of E experts", "(E·r, out)", LIGHT_BLUE, BLUE),
-             block(170, routed, 118, "router, float32", "(E, in)", LIGHT_BLUE, BLUE),
-             block(752, mixed, 92, "y", "(tokens, out)", "#fff", GREY)]
-    for i in range(4):
-        on = i in active
-        parts += [box(336 + 34 * i, mixed - 14, 33, 28, LIGHT_BLUE if on else PALE, LINE, 2),
-                  text(352.5 + 34 * i, mixed + 4, f"h{i + 1}", anchor="middle", size=12),
-                  box(336 + 34 * i, routed - 14, 33, 28, LIGHT_BLUE if on else PALE, LINE, 2),
-                  text(352.5 + 34 * i, routed + 4, {1: "0.7", 3: "0.3"}.get(i, "0"),
-                       anchor="middle", size=12, color=INK if on else GREY)]
-    parts += [text(404, mixed - 24, "h = x Aᵀ  (tokens, E·r)", anchor="middle", size=12,
-                   color=GREY),
-              text(404, routed - 24, "gates g  (tokens, E)", anchor="middle", size=12, color=GREY),
-              text(404, routed + 34, "softmax over the k largest logits", anchor="middle", size=12,
-                   color=GREY)]
-    parts += [dot(528, mixed, 13, "#fff", INK), text(528, mixed + 5, "×", anchor="middle", size=15),
-              dot(724, mixed, 13, "#fff", INK), text(724, mixed + 5, "+", anchor="middle", size=15)]
-    parts += [line(path, arrow=True) for path in (
-        f"M114 {mixed}H168", f"M140 {mixed}V{base}H168", f"M140 {mixed}V{routed}H168",
-        f"M288 {mixed}H332", f"M472 {mixed}H513", f"M541 {mixed}H570", f"M696 {mixed}H709",
-        f"M737 {mixed}H750", f"M696 {base}H724V{mixed - 15}", f"M288 {routed}H332",
-        f"M472 {routed}H528V{mixed + 15}")]
-    parts += [text(546, routed - 15, "each token keeps k of the E experts (here 2 of 4);", size=12,
-                   color=GREY),
-              text(546, routed + 3, "α / r scales their sum; with E = 1 there is no", size=12,
-                   color=GREY),
-              text(546, routed + 21, "router, and the layer is a plain LoRA", size=12, color=GREY)]
-    return card(routed + 54, "One linear layer with its experts", parts)
-
-
 def rules(compared: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Exact match of each rule, and its difference to LoRA with a paired 95 % interval."""
     low, high, row_height = -8, 4, 26
@@ -259,7 +217,6 @@ def record(name: str) -> Any:
 
 PICTURES: dict[str, Callable[[], str]] = {
     "method": lambda: method(record("worth-default")),
-    "layer": layer,
     "rules": lambda: rules([("SmolLM2-135M", record("smollm2")),
                             ("Embedded default", record("deciding"))]),
     "costs": lambda: costs(record("merging"))}
