@@ -4,14 +4,11 @@
 
 Timed in turn in one process, on the same samples: the probe; a forward of the frozen model and a
 backward of activations only, which any gradient needs; and the published protocol, which takes one
-sample and the weight gradients of one decoder layer a step. Peak memory of the probe, and of a LoRA
-training step with 8 experts of rank 8 on every matrix, is measured in separate processes.
+sample and the weight gradients of one decoder layer a step.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,23 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import nn
+from train_speed import batches as some_batches
 
-from minismoe.data.tasks import bucket, collate, encode_all, load_tasks
-from minismoe.data.tokenizer import load_tokenizer
-from minismoe.method.experts import add_experts, linear_layers
+from minismoe.data.tasks import collate
 from minismoe.method.loss import supervised_losses
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_model
-from minismoe.training.loop import TrainConfig, train_step
-
-
-def samples(args: argparse.Namespace) -> tuple[list, int]:
-    """`--batches` batches of real training examples."""
-    tokenizer = load_tokenizer(args.model)
-    names = args.tasks.split(",") if args.tasks else ()
-    examples = [e for task in load_tasks(args.data, names)
-                for e in encode_all(task, tokenizer, 512)]
-    return bucket(examples, args.batch_size, seed=0)[:args.batches], tokenizer.pad_id
 
 
 def backward_of_activations(model: nn.Module, batches: list) -> None:
@@ -75,24 +61,6 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def peak(args: argparse.Namespace) -> None:
-    """Run one side in this process and print its peak memory in MiB."""
-    chosen, pad = samples(args)
-    model = load_model(args.model, getattr(torch, args.dtype))
-    if args.side == "probe":
-        probe(model, {"all": [collate(b, pad) for b in chosen]})
-    else:
-        add_experts(model, dict.fromkeys(linear_layers(model), 8))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        for batch in chosen:
-            train_step(model, batch, TrainConfig(micro_batch_size=args.batch_size), pad)
-            optimizer.step()
-            optimizer.zero_grad()
-    # Not ru_maxrss: a process inherits the value of its parent.
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,19 +71,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--side", choices=("probe", "train"), help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        peak(args)
-        return
     for dtype in args.dtypes.split(","):
         measure(args, dtype)
 
 
 def measure(args: argparse.Namespace, dtype: str) -> None:
     """Time the three sides in turn, and print medians and ratios."""
-    chosen, pad = samples(args)
+    chosen, pad = some_batches(args, args.batches)
     batches = [collate(b, pad) for b in chosen]
     count = sum(len(b[0]) for b in batches)
     model = load_model(args.model, getattr(torch, dtype))
@@ -131,18 +94,13 @@ def measure(args: argparse.Namespace, dtype: str) -> None:
     matrices = len(scores.shapes)
     ratios = [a / b for a, b in zip(probed, frozen)]
     cheaper = [p / (s / (count * matrices)) for p, s in zip(pair, probed)]
-    memory = {side: json.loads(subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--side", side, "--dtype", dtype],
-        check=True, stdout=subprocess.PIPE).stdout) for side in ("probe", "train")}
     print(f"{dtype}: {count} samples x {matrices} matrices, {args.rounds} rounds\n"
           f"  frozen forward, activation backward  {statistics.median(frozen):7.2f} s\n"
           f"  probe                                {statistics.median(probed):7.2f} s, "
           f"{statistics.median(ratios):.2f} x\n"
           f"  a (sample, matrix) pair: published {statistics.median(pair) * 1e3:.2f} ms, "
           f"probe {statistics.median(probed) / count / matrices * 1e3:.3f} ms: "
-          f"{statistics.median(cheaper):.0f} x cheaper\n"
-          f"  peak memory: probe {memory['probe']:.0f} MiB, LoRA step {memory['train']:.0f} MiB: "
-          f"{memory['probe'] / memory['train']:.2f} x", flush=True)
+          f"{statistics.median(cheaper):.0f} x cheaper", flush=True)
 
 
 if __name__ == "__main__":

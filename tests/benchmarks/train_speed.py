@@ -1,10 +1,9 @@
 """Training speed and memory: a mixture of 8 experts of rank 8 against PEFT's LoRA of rank 64.
 
-    python tests/benchmarks/train_speed.py --model SMOLLM2_135M --data FOLDER [--sides ours,heal]
+    python tests/benchmarks/train_speed.py --model SMOLLM2_135M --data FOLDER
 
-All sides see the same batches; ours and peft adapt all linear layers. heal trains the scales of a
-copy in 4 bits towards the mixture of `ours`. Each measurement runs in a process of its own, the
-sides in turn. Prints medians over rounds, and ratios.
+Both sides see the same batches and adapt all linear layers. Each measurement runs in a process of
+its own, the sides in turn. Prints medians over rounds, and ratios.
 """
 
 import argparse
@@ -22,8 +21,6 @@ import torch
 
 from minismoe.data.tasks import bucket, collate, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
-from minismoe.export.heal import Lesson, heal_step, twin
-from minismoe.export.scales import quantize_model, scale_model
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.training.loop import TrainConfig, train_step
@@ -31,13 +28,13 @@ from minismoe.training.loop import TrainConfig, train_step
 RANK, WARM = 8, 2
 
 
-def batches(args: argparse.Namespace) -> tuple[list, int]:
-    """The same batches for both sides: all tasks mixed, bucketed by length as in training."""
+def batches(args: argparse.Namespace, count: int) -> tuple[list, int]:
+    """Batches of training examples, all tasks mixed, bucketed by length as in training; the pad."""
     tokenizer = load_tokenizer(args.model)
     names = args.tasks.split(",") if args.tasks else ()
     examples = [e for task in load_tasks(args.data, names)
                 for e in encode_all(task, tokenizer, 512)]
-    return bucket(examples, args.batch_size, seed=0)[:WARM + args.steps], tokenizer.pad_id
+    return bucket(examples, args.batch_size, seed=0)[:count], tokenizer.pad_id
 
 
 def ours(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
@@ -62,20 +59,10 @@ def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     return model, step
 
 
-def heal(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
-    teacher = ours(args, dtype)[0]
-    student = twin(teacher).train()
-    scaled = scale_model(student, quantize_model(
-        teacher, lambda name: teacher.get_parameter(name).detach(), "int4", 128)).values()
-
-    return torch.nn.ModuleList(scaled), lambda examples, pad: heal_step(
-        student, Lesson(teacher, examples, 1, pad, args.batch_size), examples)
-
-
 def child(args: argparse.Namespace) -> None:
     """Measure one side in this process and print the result as JSON."""
     torch.manual_seed(0)
-    work, pad = batches(args)
+    work, pad = batches(args, WARM + args.steps)
     model, step = SIDES[args.side](args, getattr(torch, args.dtype))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     rates = []
@@ -89,7 +76,7 @@ def child(args: argparse.Namespace) -> None:
                       "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
-SIDES = {"ours": ours, "peft": peft, "heal": heal}
+SIDES = {"ours": ours, "peft": peft}
 
 
 def main() -> None:
@@ -103,20 +90,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes a side and dtype")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--experts", type=int, default=8, help="of each matrix")
-    parser.add_argument("--sides", default="ours,peft", help="the first with each of the others")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         child(args)
         return
-    first, *others = args.sides.split(",")
     print(f"{args.experts} experts of rank {RANK}, or a LoRA of rank {args.experts * RANK}, batch "
           f"{args.batch_size}, {args.steps} steps x {args.rounds} rounds, "
           f"{torch.get_num_threads()} threads")
     print("dtype      side   tokens/s   peak MiB   by round")
     for dtype in args.dtypes.split(","):
-        seen: dict[str, list[dict]] = {side: [] for side in (first, *others)}
+        seen: dict[str, list[dict]] = {side: [] for side in SIDES}
         for _ in range(args.rounds):
             for side, results in seen.items():
                 run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side,
@@ -127,10 +112,9 @@ def main() -> None:
         for side, m in middle.items():
             print(f"{dtype:10} {side:5} {m['rate']:9.0f} {m['peak']:10.0f}   "
                   + " ".join(f"{r['rate']:.0f}" for r in seen[side]))
-        for other in others:
-            pairs = [a["rate"] / b["rate"] for a, b in zip(seen[first], seen[other])]
-            print(f"{dtype:10} {first} / {other}: {statistics.median(pairs):.2f} x tokens/s, "
-                  f"{middle[first]['peak'] / middle[other]['peak']:.2f} x peak memory", flush=True)
+        pairs = [a["rate"] / b["rate"] for a, b in zip(seen["ours"], seen["peft"])]
+        print(f"{dtype:10} ours / peft: {statistics.median(pairs):.2f} x tokens/s, "
+              f"{middle['ours']['peak'] / middle['peft']['peak']:.2f} x peak memory", flush=True)
 
 
 if __name__ == "__main__":
