@@ -67,8 +67,8 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
         write_adapter(folder / adapters[task], frozen.by_task[task])
     return {"target": config.target, "precision": config.precision, "context": config.context,
             "static": config.static, "layers": len(sizes.attention_layers),
-            "heads": sizes.num_attention_heads, "kv_heads": sizes.num_key_value_heads,
-            "head_dim": sizes.head_dim, "vocab_size": sizes.vocab_size, "adapters": adapters,
+            "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
+            "vocab_size": sizes.vocab_size, "adapters": adapters,
             "cache_type": "float16" if config.precision in (*HALF, *NPU_PRECISIONS) else "float32",
             **({"soc": config.compile} if config.compile else {})}
 

@@ -40,15 +40,11 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
     print(flush=True)
     if generator.ended == "context":
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
-    if sampling["speculate"] and generator._exact is False:
-        print("[nothing was drafted: this processor rounds several tokens at once differently than "
-              "one token; an export with --block 32 may help]", file=sys.stderr)
     if stats and len(times) > 1:
         first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
-        a_step = f", {count / generator.steps:.1f} a step" if count > generator.steps > 0 else ""
         print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s "
               f"and {generator.kept_tokens} from the cache, {count + 1} tokens at "
-              f"{count / rest if rest else 0:.0f} tokens/s{a_step}, "
+              f"{count / rest if rest else 0:.0f} tokens/s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
     return answer
 
@@ -129,8 +125,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--top-k", type=natural, default=0, metavar="K", help="draw among the K likeliest tokens "
         "(default: as many as the folder's sampler gives, 64)")
     add("--seed", type=int, help="of the draws; default: another one each time")
-    add("--speculate", action=argparse.BooleanOptionalAction, help="draft tokens from the text so "
-        "far and verify several at once; the answer stays the same (default: where it can be done)")
     add("--provider", help="onnxruntime's execution provider, such as cuda; qnn for a folder of "
         "target npu, emulated on x86-64 (default: cpu)")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
@@ -145,9 +139,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
     if args.choices is not None and (args.chat or args.raw or args.max_tokens
-                                     or args.temperature or args.speculate):
+                                     or args.temperature):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
-                     "--raw, --max-tokens, --temperature and --speculate")
+                     "--raw, --max-tokens and --temperature")
     if args.port and not args.serve or args.choices is None and (args.best or args.lines):
         parser.error("--port needs --serve, and --best and --lines need --choices")
     return args
@@ -163,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     sampling = {name: getattr(args, name)
-                for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "speculate")}
+                for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
     system, before, file = opening(
         generator.folder, args.prefix, args.raw) if args.prefix is not None else ([], "", None)
 

@@ -28,7 +28,6 @@ from ..io.process import use_huge_pages
 from .folder import CACHE_TYPES, INT64, plain_file, read_info
 from .npu import NpuSteps
 from .session import CPU, enough_onnxruntime, execution_provider, open_session, opened
-from .speculate import SharedRows, obstacle
 
 LARGE = 32 << 20                             # bytes of a model: more than most caches hold
 
@@ -70,7 +69,6 @@ class CachedModel:
         # Prompts of a batch are read one by one where one row can be bound, and copied to another.
         self._by_row = self._shared and not self._moving and self._device == "cpu"
         self._fits()
-        self._obstacle = obstacle(self)      # of speculation
         self.use(task)
 
     def _fits(self) -> None:
@@ -113,9 +111,6 @@ class CachedModel:
         self._shape, self._past = shape, dict[str, Any]()
         for name in self._caches:
             conv, moves = name.startswith("conv"), name in self._moving
-            if not (moves or self._obstacle or rows > 1):
-                self._past[name] = SharedRows(shape)
-                continue
             value = self._past[name] = ort.OrtValue.ortvalue_from_shape_and_type(
                 [rows, *self._inputs[f"past_{name}"].shape[1:]] if conv else shape,
                 CACHE_TYPES[self.info["cache_type"]], "cpu" if moves else self._device)

@@ -56,7 +56,7 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
 
 def _check(info: Any) -> None:
     """Raise ValueError, KeyError or TypeError if a value is missing or out of range."""
-    sizes = [*(info[key] for key in SIZES), info.get("heads", 1), *(info.get("static") or [])]
+    sizes = [*(info[key] for key in SIZES), *(info.get("static") or [])]
     if info["format"] != FORMAT or info["cache_type"] not in CACHE_TYPES or (
             info["target"] not in ("ort", "portable", "npu")):
         raise ValueError(f"format {info['format']!r}, cache type {info['cache_type']!r}, "
@@ -64,7 +64,7 @@ def _check(info: Any) -> None:
     if info["target"] == "npu" and (info["static"][0], type(info.get("soc", 0))) != (1, int):
         raise ValueError(f"static {info['static']}, chip {info.get('soc')!r}")
     if not all(type(size) is int and 0 < size <= 1 << 24 for size in sizes) or len(
-            sizes) not in (6, 9) or not isinstance(info.get("adapters") or {}, dict):
+            sizes) not in (5, 8) or not isinstance(info.get("adapters") or {}, dict):
         raise ValueError(f"sizes {sizes}")
 
 

@@ -21,7 +21,6 @@ from .cache import CachedModel
 from .choices import Answer, likeliest, written
 from .folder import FLOAT, INT64
 from .prefix import Prefix
-from .speculate import Choose, Pace, speculated
 
 CHUNK = 512                                  # prompt tokens a step: bounds activation memory
 ROOM = 256                                   # tokens of a row in a batch, or a multiple
@@ -40,14 +39,11 @@ class Generator(CachedModel):
     ended = ""
     prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
     kept_tokens = 0                          # those that were in the cache
-    steps = 0                                # after the first token; 0 unless speculated
     _turn = 0                                # the number of the generation that owns the cache
 
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task; None: the model without an adapter."""
         self._prefix: Prefix | None = None
-        self._exact: bool | None = None      # whether rows give the logits of plain decoding
-        self._pace = Pace()
         self._turn += 1                      # ends a generation: its cache is emptied here
         super().use(task)
 
@@ -135,19 +131,9 @@ class Generator(CachedModel):
             yield ids[n] if temperature == 0 else ids[
                 n + _draw(best[n:n + (top_k or size)], rng, temperature, top_p)]
 
-    def _plain(self, logits: Sequence[ort.OrtValue], steps: int, choose: Choose,
-               ) -> Iterator[list[int]]:
-        """Yield the next token of each row, step by step."""
-        chosen: list[int] = []
-        for n in range(steps):
-            if n:
-                logits = [self.step(self._pad([[token] for token in chosen]))]
-            chosen = [token for part in logits for token in choose(part)]
-            yield chosen
-
     def _tokens(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None, *,
                 temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
-                seed: int | None = None, speculate: bool | None = None) -> Iterator[list[Any]]:
+                seed: int | None = None) -> Iterator[list[Any]]:
         """Yield the next token of each prompt, step by step; None for a prompt that has stopped."""
         if not (0 <= temperature < math.inf and 0 < top_p <= 1 and isinstance(top_k, int)
                 and 0 <= top_k <= self.candidates and (max_tokens or 0) >= 0):
@@ -157,18 +143,16 @@ class Generator(CachedModel):
         rows = self.encoded(prompts)
         room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
-        lack = self._obstacle or ("a single prompt" if len(rows) > 1 else "")
-        if speculate and lack:
-            raise ValueError(f"speculation needs {lack}: leave it out")
         choose = partial(self._choose, rng=random.Random(seed), temperature=temperature,
                          top_p=top_p, top_k=top_k)
         stops = set(self.tokenizer.stop_ids)
-        running, self.ended, self.steps = [True] * len(rows), "stop", 0
+        running, chosen, self.ended = [True] * len(rows), list[int](), "stop"
         with self.owned() as turn:
             logits = self._read(rows, steps)
-            plain = speculate is False or lack or steps < 2
-            for chosen in self._plain(logits, steps, choose) if plain else speculated(
-                    self, logits[0], rows[0], steps, choose):
+            for n in range(steps):
+                if n:
+                    logits = [self.step(self._pad([[token] for token in chosen]))]
+                chosen = [token for part in logits for token in choose(part)]
                 running = [r and token not in stops for r, token in zip(running, chosen)]
                 if not any(running):
                     return
@@ -220,8 +204,7 @@ class Generator(CachedModel):
         """Yield the tokens that follow a prompt, up to and without a stop token.
 
         prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
-        sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed;
-        speculate: default, where it can be; the tokens are the same without.
+        sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed.
         Raises ValueError for a wrong prompt or argument at the first next(), ArithmeticError for
         NaN logits, and RuntimeError once another generation or adapter has begun.
         """

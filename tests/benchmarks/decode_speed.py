@@ -48,7 +48,7 @@ def ours(folder: Path, threads: int) -> tuple[list[int], Read]:
 
     def read(ids: list[int]) -> Iterator[int]:
         generator.reset()
-        return generator.generate(ids, speculate=False)      # the peers read token by token too
+        return generator.generate(ids)
     return generator.tokenizer.encode(TEXT)[0], read
 
 
@@ -126,9 +126,8 @@ def export(model: Path, folder: Path, side: str) -> None:
     files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in folder.iterdir()}
     (folder / "export.json").write_text(json.dumps({
         "format": "minismoe.export/1", "target": "ort", "context": CONTEXT, "files": files,
-        "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size, "cache_type": "float32"}))
+        "layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim, "vocab_size": config.vocab_size, "cache_type": "float32"}))
 
 
 def prepare(args: argparse.Namespace, root: Path) -> dict[str, Path]:

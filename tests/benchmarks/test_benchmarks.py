@@ -6,18 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from exported import CONFIG, export
 from tiny import save_bytes_model
-
-from minismoe.model.decoder import CausalLM, Config
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_speed  # noqa: E402
+import family_speed  # noqa: E402
 import plan_accuracy  # noqa: E402
 import probe_speed  # noqa: E402
-import speculation  # noqa: E402
 import train_speed  # noqa: E402
 
 
@@ -34,20 +31,13 @@ def test_decode_speed_exports_a_side_and_measures_it(side, tmp_path, monkeypatch
     assert all(value > 0 for value in seen.values())
 
 
-def test_speculation_compares_both_ways(tmp_path, monkeypatch, capsys) -> None:
-    export(CausalLM(Config.from_dict(CONFIG)), tmp_path / "exported", context=256)
-    for task, line in {
-            "piqa": "question: how?\n\nSolution1: cut, cut\n\nSolution2: cut, cut\n\nAnswer",
-            "boolq": "question: is it so?\n\nAnswer", "clinc": ""}.items():
-        (tmp_path / task).mkdir()
-        (tmp_path / task / "test.jsonl").write_text(json.dumps(
-            {"instruction": line, "input": "hello"}))
-    monkeypatch.setattr(sys, "argv", ["speculation", "--folder", str(tmp_path / "exported"),
-                                      "--data", str(tmp_path), "--rounds", "1", "--tokens", "24"])
-    speculation.main()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "ours" in line]
-    assert [(row[1], row[2], row[-3:]) for row in rows] == [
-        (kind, "2", ["2", "of", "2"]) for kind in ("copies", "answers", "others")]
+def test_family_speed_measures_every_family(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["family_speed", "--layers", "2", "--width", "128",
+                                      "--rounds", "1", "--tokens", "3"])
+    family_speed.main()
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == [*family_speed.OWN]
+    assert all(float(ratio) > 0 for row in rows for ratio in row.split()[2:])
 
 
 def arguments(inputs: list[str], **more: object) -> argparse.Namespace:
