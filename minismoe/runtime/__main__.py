@@ -15,7 +15,7 @@ from ..io.flags import natural, number, positive, share, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
 from .choices import lines_of, read_choices, written
-from .prefix import opening, shared_tokens
+from .folder import read_prefix
 from .serve import serve_page
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--port", type=natural, default=0, help="of --serve (default: a free one)")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--prefix", type=text, metavar="FILE|TASK", help="begin with a file's text as the system "
-        "prompt (with --raw, as text before the prompt), or with a task's instruction; it is read "
-        "once, and its cache kept in FILE.safetensors, or in the folder, apart for each --task")
+        "prompt (with --raw, as text before the prompt), or with a task's instruction")
     add("--choices", type=text, metavar="FILE|TASK", help="answer with one of these: the lines of "
         "a file, or the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
@@ -158,21 +157,13 @@ def main(argv: Sequence[str]) -> None:
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     sampling = {name: getattr(args, name)
                 for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
-    system, before, file = opening(
-        generator.folder, args.prefix, args.raw) if args.prefix is not None else ([], "", None)
+    system, before = read_prefix(
+        generator.folder, args.prefix, args.raw) if args.prefix is not None else ([], "")
 
     def write(said: str) -> str:
         """The prompt as the model reads it."""
         return before + said if args.raw else generator.tokenizer.render(
             [*system, {"role": "user", "content": before + said}], True)
-    if file and args.task:                   # the cache is that of one adapter
-        file = file.with_suffix(f".{generator.tasks[args.task]}.safetensors")
-    if file:
-        start = time.perf_counter()
-        kept = generator.keep(shared_tokens(generator.tokenizer, write), file)
-        if args.stats:
-            print(f"[prefix of {len(kept.tokens)} tokens {'from' if kept.loaded else 'read for'} "
-                  f"{clean(file)}: {time.perf_counter() - start:.3f} s]", file=sys.stderr)
     if args.chat or (sys.stdin.isatty() and args.prompt is args.choices is None and not args.raw):
         if before:
             raise ValueError("--prefix TASK is text before one prompt: give PROMPT; a chat takes "

@@ -96,13 +96,10 @@ class CachedModel:
         self.task, self._shape = task, list[int]()       # of the cache, which is to be bound anew
         self.reset()
 
-    def reset(self, rows: int = 1, capacity: int | None = None, length: int = 0) -> None:
-        """Empty the cache, and make room for `rows` prompts of `capacity` tokens.
-
-        length: tokens that the caller puts into it, in a portable cache, which has no free room.
-        """
+    def reset(self, rows: int = 1, capacity: int | None = None) -> None:
+        """Empty the cache, and make room for `rows` prompts of `capacity` tokens."""
         rows, _, P = self.static or (
-            rows, 0, (capacity or self.context) if self._shared else length)
+            rows, 0, (capacity or self.context) if self._shared else 0)
         # The tokens that the cache holds, by row; None is padding.
         self._seen = [list[Any]() for _ in range(rows)]
         shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]

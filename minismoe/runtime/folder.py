@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..data.tokenizer import Message
 from ..io.files import inside, naming, read_json, sha256
 from ..io.text import clean
 
@@ -98,3 +99,19 @@ def read_text(name: str, folder: Path, tasks: Iterable[str]) -> str:
                          f"{', '.join(tasks) or 'none'}")
     with naming(f"{name} is not UTF-8 text", ValueError):
         return Path(name).read_text(encoding="utf-8-sig")
+
+
+def read_prefix(folder: Path, name: str, raw: bool) -> tuple[list[Message], str]:
+    """What --prefix puts before a prompt: system messages, and text that the prompt begins with.
+
+    A file is a system message, or with `raw` such text; a task's instruction is such text. Raises
+    ValueError if `name` is neither, and for an empty file.
+    """
+    known = {task: instruction for task, (_, instruction) in known_tasks(folder).items()
+             if instruction}
+    if name in known:                        # a task's name may be no file name
+        return [], known[name]
+    text = read_text(name, folder, known)
+    if not text.strip():
+        raise ValueError(f"{name} is empty: write the prefix into it")
+    return ([], text) if raw else ([{"role": "system", "content": text}], "")

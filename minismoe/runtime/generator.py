@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -20,7 +19,6 @@ import onnxruntime as ort
 from .cache import CachedModel
 from .choices import Answer, likeliest, written
 from .folder import FLOAT, INT64
-from .prefix import Prefix
 
 CHUNK = 512                                  # prompt tokens a step: bounds activation memory
 ROOM = 256                                   # tokens of a row in a batch, or a multiple
@@ -43,24 +41,8 @@ class Generator(CachedModel):
 
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task; None: the model without an adapter."""
-        self._prefix: Prefix | None = None
         self._turn += 1                      # ends a generation: its cache is emptied here
         super().use(task)
-
-    def keep(self, prefix: str | Sequence[int], file: str | Path = "") -> Prefix:
-        """Keep the keys and values of a prefix: of one prompt, only the rest is read then.
-
-        It is taken from `file`; if that does not exist, the prefix is read and the file written.
-        Raises ValueError for a damaged file, for one of another model, adapter or prefix, and for a
-        prefix that fills the context.
-        """
-        if any(name.startswith("conv") for name in self._caches):
-            raise ValueError("a prefix is kept of keys and values: this model has convolutions")
-        if self._device != "cpu" or self._npu:
-            raise ValueError("a prefix is kept from a cache on the CPU: leave out the provider, or "
-                             "export for another target than npu")
-        self._prefix = Prefix(self, self.encoded([prefix])[0], Path(file) if file else None)
-        return self._prefix
 
     def _read(self, prompts: Sequence[Sequence[int]], new: int) -> list[ort.OrtValue]:
         """Read prompts, with room for `new` tokens after them, and return their last logits.
@@ -68,22 +50,17 @@ class Generator(CachedModel):
         These are (B, 1, V), or (1, 1, V) of each where prompts are read one by one.
         A single prompt that begins like the last one, as in a chat, is read from the first token
         that differs. A cache that cannot be cut is kept only if the prompt extends it.
-        If the prompt shares more tokens with the prefix of `keep`, the cache is filled from that.
         """
         if len(prompts) > 1 and self._by_row:
             self._take_rows(len(prompts), max(map(len, prompts)) + new)
             self.kept_tokens = self.prompt_tokens = 0
             return [self._read_row(prompt, n) for n, prompt in enumerate(prompts)]
-        kept, held, asked = 0, 0, list(prompts[0][:-1])      # the logits of its last are wanted
+        kept, asked = 0, list(prompts[0][:-1])               # the logits of its last are wanted
         if len(prompts) == len(self._seen) == 1 and not self.static:
             kept = len(os.path.commonprefix([self._seen[0], asked]))
             if self._moving and kept < len(self._seen[0]):
                 kept = 0
-        if self._prefix and len(prompts) == 1:
-            held = len(os.path.commonprefix([self._prefix.tokens, asked]))
-        if self._prefix and held > kept:
-            self._prefix.fill(self, kept := held)
-        elif kept:
+        if kept:
             self.cut(kept)
         else:
             self.reset(len(prompts), None if len(prompts) == 1 else max(map(len, prompts)) + new)

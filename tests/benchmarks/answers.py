@@ -1,17 +1,15 @@
-"""Answers from a set against plain greedy ones, and the first token after a prefix that is kept.
+"""Answers from a set against plain greedy ones.
 
     python tests/benchmarks/answers.py --folder EXPORTED --data DATA --tasks clinc,banking77
 
 Each task's set is that of its training lines. One process asks the same questions in turns: plain
 and from the set, one prompt at a time and in batches. Prints medians over rounds, and ratios
-within a round. A plain answer is valid if it is one of the set. The prefix is a system prompt of
-about 400 tokens, made of training lines.
+within a round. A plain answer is valid if it is one of the set.
 """
 
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 from minismoe.data.tasks import Task, closed_answers, load_tasks
 from minismoe.io.text import table
 from minismoe.runtime import Generator
-from minismoe.runtime.prefix import shared_tokens
 
 Ask = Callable[[Sequence[list[int]]], list[str]]         # prompts -> answers
 RATIOS = [("first token, single", "plain, single"), ("choices, single", "plain, single"),
@@ -75,41 +72,6 @@ def measure(generator: Generator, task: Task, args: argparse.Namespace) -> list[
     return rows
 
 
-def first_token(generator: Generator, task: Task, rounds: int) -> list[list[object]]:
-    """Milliseconds to the first token of a short question after a system prompt of 400 tokens."""
-    tokenizer, shots = generator.tokenizer, ""
-    lines = iter(task.train)
-    while len(tokenizer.encode(shots)[0]) < 380:
-        question, answer = next(lines)[-2:]
-        shots += f"{question['content']} -> {answer['content']}\n"
-
-    def write(said: str) -> str:
-        return tokenizer.render([{"role": "system", "content": shots},
-                                 {"role": "user", "content": said}], True)
-    prefix, prompt = shared_tokens(tokenizer, write), tokenizer.encode(write("And this?"))[0]
-    seconds: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "prefix.safetensors"
-        for number in range(rounds + 1):
-            for side in ("read", "from the file", "in memory"):
-                if side == "in memory":
-                    generator.keep(prefix, file)
-                else:
-                    generator.use(None)      # forgets a prefix
-                generator.reset()
-                start = time.perf_counter()
-                if side == "from the file":
-                    generator.keep(prefix, file)
-                next(generator.generate(prompt))
-                if number:                   # the first round warms up, and writes the file
-                    seconds.setdefault(side, []).append(time.perf_counter() - start)
-        size = file.stat().st_size / 1e6
-    name = f"{len(prefix)} of {len(prompt)} tokens, {size:.1f} MB"
-    return [[name, side, f"{1000 * statistics.median(times):.0f} ms",
-             f"{statistics.median(a / b for a, b in zip(seconds['read'], times)):.1f} x"]
-            for side, times in seconds.items()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,13 +84,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     generator = Generator(args.folder, threads=args.threads)
-    rows, tasks = [], load_tasks(args.data, args.tasks.split(","))
-    for task in tasks:
+    rows = []
+    for task in load_tasks(args.data, args.tasks.split(",")):
         rows += measure(generator, task, args)
     print(f"{args.lines} test lines, {args.threads} threads, median of {args.rounds} rounds")
     print(table(["task", "way", "answers/s", "exact match", "valid"], rows))
-    print(table(["prefix", "way", "first token", "faster"],
-                first_token(generator, tasks[0], args.rounds)))
 
 
 if __name__ == "__main__":
