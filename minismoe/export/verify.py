@@ -85,7 +85,7 @@ def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, pr
 
 def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
                   ) -> dict[str, Any]:
-    """Compare a graph with `model`: logits, and texts, one by one and in a batch.
+    """Compare a graph with `model`: logits, and texts, one by one and in a padded batch.
 
     Raises ValueError as `compare_logits` does, and if a float32 text differs.
     """
@@ -93,7 +93,8 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, preci
     wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
     found = compare_logits(model, generator, prompts, wanted, precision)
     batched, single = (sum(a == b for a, b in zip(wanted, texts)) for texts in (
-        generator.batch(prompts, count), [[*generator.generate(p, count)] for p in prompts]))
+        generator.batch(prompts, count, rows=len(prompts)),
+        [[*generator.generate(p, count)] for p in prompts]))
     if precision == "fp32" and (batched, single) != (len(prompts),) * 2:
         raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
                          f"are equal, and {batched} in a batch")

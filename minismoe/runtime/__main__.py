@@ -54,11 +54,10 @@ def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int |
     """Print the likeliest of --choices to each prompt; with --best several, and probabilities."""
     choices, start = read_choices(generator.folder, name), time.perf_counter()
     rows = generator.encoded(prompts, max(map(len, written(generator.tokenizer, tuple(choices)))))
-    for first in range(0, len(rows), 64):                # answers come while others wait
-        for answers in generator.choose_batch(rows[first:first + 64], choices, best or 1):
-            for answer in answers:
-                text = clean(answer.text) if sys.stdout.isatty() else answer.text
-                print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
+    for row in rows:
+        for answer in generator.choose(row, choices, best or 1):
+            text = clean(answer.text) if sys.stdout.isatty() else answer.text
+            print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
     if stats:
         seconds = (time.perf_counter() - start) / len(rows)
         print(f"[one of {len(choices)} answers in {seconds:.3f} s, "

@@ -2,9 +2,8 @@
 
 Keys and values stay on the session's device, in bound OrtValues:
 
-    ort        one buffer of the whole context a row, bound as past and as present; memory is taken
-               as it is written, and kept. Each row of it can be read alone. Prompts that are read
-               together are padded on the right, else on the left.
+    ort        one buffer of the whole context, bound as past and as present; memory is taken as it
+               is written, and kept. Prompts of a batch are padded on the right, else on the left.
     portable   the present of a step is the past of the next step.
     static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
     npu        one buffer of P slots, which the new keys and values are copied into.
@@ -66,8 +65,6 @@ class CachedModel:
                         for name in self._inputs if name.startswith("past_")]
         # Those that a step gives back in another buffer.
         self._moving = [n for n in self._caches if not self._shared or n.startswith("conv")]
-        # Prompts of a batch are read one by one where one row can be bound, and copied to another.
-        self._by_row = self._shared and not self._moving and self._device == "cpu"
         self._fits()
         self.use(task)
 
@@ -93,7 +90,7 @@ class CachedModel:
         self._file = None if task is None else opened(        # it owns the parameters' memory
             ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
         self._adapter = self._file.get_parameters() if self._file else {}
-        self.task, self._shape = task, list[int]()       # of the cache, which is to be bound anew
+        self._shape = list[int]()            # of the cache, which is to be bound anew
         self.reset()
 
     def reset(self, rows: int = 1, capacity: int | None = None) -> None:
@@ -113,56 +110,37 @@ class CachedModel:
                 CACHE_TYPES[self.info["cache_type"]], "cpu" if moves else self._device)
             if moves and (conv or P):                            # old memory: 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
-        self._ios: dict[tuple[int, int], ort.IOBinding] = {}     # by rows, and the first of them
-
-    def cut(self, length: int, row: int = 0) -> None:
-        """Keep the first `length` tokens of a row of the cache, and forget the others."""
-        del self._seen[row][length:]
-
-    def copy_row(self, row: int, length: int) -> None:
-        """Make a row of the cache hold the first `length` tokens of row 0."""
-        for value in self._past.values():
-            B, K, P, _ = value.shape()
-            head = value.tensor_size_in_bytes() // (B * K)
-            for place in range(value.data_ptr(), value.data_ptr() + K * head, head):
-                ctypes.memmove(place + row * K * head, place, length * head // P)
-        self._seen[row] = self._seen[0][:length]
-
-    def _bound(self, rows: int, first: int) -> ort.IOBinding:
-        """The session's values, bound for batches of so many rows of the cache."""
-        if (rows, first) in self._ios:
-            return self._ios[rows, first]
-        self._ios[rows, first] = io = self._session.io_binding()
+        self._io = io = self._session.io_binding()
         for name, value in self._adapter.items():
             io.bind_ortvalue_input(name, value)
         io.bind_output("logits")                                 # output 0, as step expects
         for name, value in self._past.items():
             if name not in self._moving:
-                skipped = first and first * value.tensor_size_in_bytes() // len(self._seen)
-                place = (self._device, 0, CACHE_TYPES[self.info["cache_type"]],
-                         [rows, *value.shape()[1:]], value.data_ptr() + skipped)
-                io.bind_input(f"past_key_values.{name}", *place)
-                io.bind_output(f"present.{name}", *place)
-        return io
+                io.bind_ortvalue_input(f"past_key_values.{name}", value)
+                io.bind_ortvalue_output(f"present.{name}", value)
 
-    def step(self, rows: Sequence[Row], first: int = 0) -> ort.OrtValue:
-        """Read T more tokens of rows (B, T) of the cache and return the logits of the graph.
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens of the one prompt in the cache, and forget the others."""
+        del self._seen[0][length:]
+
+    def step(self, rows: Sequence[Row]) -> ort.OrtValue:
+        """Read T more tokens of each prompt in the cache, (B, T), and return the graph's logits.
 
         None pads shorter rows: on the left; for target ort on the right, and only in the first step
-        after `reset`. A static graph fixes B and T. first: the row of the cache to begin with.
+        after `reset`. A static graph fixes B and T.
         """
         if self._npu:
             logits = self._npu.step(rows[0], len(self._seen[0]), self._past)
             self._seen[0] += [t for t in rows[0] if t is not None]
             return logits
-        B, io, cached = len(rows), self._bound(len(rows), first), self._seen[first:][:len(rows)]
+        B, io = len(rows), self._io
         positions, masks, zero, one = array("q"), array("q"), array("q", [0]), array("q", [1])
-        for seen, row in zip(cached, rows):
+        for seen, row in zip(self._seen, rows):
             at = len(seen) - seen.count(None) - 1
             positions.extend(max(0, at := at + (token is not None)) for token in row)
             seen += [t for t in row if t is not None] if self._shared else row
-        S = sum(self.static[1:]) if self.static else max(map(len, cached))
-        for seen in cached:
+        S = sum(self.static[1:]) if self.static else max(map(len, self._seen))
+        for seen in self._seen:
             if self._shared:
                 masks += one * len(seen) + zero * (S - len(seen))
             else:

@@ -8,10 +8,6 @@ so one answer may begin another.
     "card arrival"  --.                   .-- " arrival" <end>
     "card linking"  --+--  root: "card" --+-- " linking" <end>    once one answer is left, the
     "card"          --'                   '-- <end>               rest is not read at all
-
-A prompt is read from where the last one differs. Several have a row of the cache each, and where
-they ask for one more token at the same time, one step reads it for all; a row whose prompt is
-answered takes the next one. onnxruntime's attention reads more tokens of one row only.
 """
 
 from __future__ import annotations
@@ -20,8 +16,7 @@ import ctypes
 import heapq
 import math
 import os
-from collections.abc import Generator as Coroutine
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,13 +28,8 @@ from .folder import known_tasks, read_text
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-    from .generator import Generator
-
-TOGETHER = 8                                 # prompts that share steps
-
 Written = dict[tuple[int, ...], str]         # tokens of an answer, with the end token, and its text
-# Yields tokens, is sent the logits that follow them and their row, and returns what it found.
-Search = Coroutine[list[int], "tuple[ort.OrtValue, int]", "list[Answer]"]
+Read = Callable[[Sequence[int]], "ort.OrtValue"]         # beginning of an answer -> logits after it
 
 
 class Answer(NamedTuple):
@@ -76,7 +66,7 @@ def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> Written:
     return dict(sorted(found.items()))
 
 
-def searched(prompt: list[int], answers: Written, best: int) -> Search:
+def likeliest(read: Read, answers: Written, best: int) -> list[Answer]:
     """Best-first search: the likeliest beginning is read on, until `best` answers are whole.
 
     A longer beginning is never likelier, so the answers come in order.
@@ -93,53 +83,14 @@ def searched(prompt: list[int], answers: Written, best: int) -> Search:
         parts: dict[int, list[tuple[int, ...]]] = {}
         for tokens in group:
             parts.setdefault(tokens[len(shared)], []).append(tokens)
-        logits, row = yield [*prompt, *shared]
-        for part, more in zip(parts.values(), _losses(logits, row, [*parts])):
+        for part, more in zip(parts.values(), _losses(read(shared), [*parts])):
             heapq.heappush(heap, (loss + more, part))
     return found
 
 
-def likeliest(generator: Generator, prompts: Sequence[list[int]], answers: Written, best: int,
-              ) -> list[list[Answer]]:
-    """The `best` likeliest answers to each prompt."""
-    waiting, found = iter(enumerate(prompts)), dict[int, list[Answer]]()
-
-    def answered() -> Search:
-        """The searches of one row of the cache: prompt after prompt; [] once none waits."""
-        for number, prompt in waiting:
-            found[number] = yield from searched(prompt, answers, best)
-        yield []
-        return []
-
-    rows = min(TOGETHER, len(prompts)) if generator._by_row else 1
-    if rows > 1:
-        generator._take_rows(rows, max(map(len, prompts)) + max(map(len, answers)) + 1)
-    searches = [answered() for _ in range(rows)]
-    asked = [next(search) for search in searches]
-    while any(asked):
-        few = sum(map(bool, asked)) < max(2, rows / 3)       # a step takes as long for few rows
-        for row, search in enumerate(searches):
-            while (tokens := asked[row]) and (
-                    few or generator._seen[row][:len(tokens) - 1] != tokens[:-1]):
-                logits = (generator._read_row(tokens, row) if rows > 1
-                          else generator._read([tokens], 1)[0])
-                asked[row] = search.send((logits, 0))
-            if tokens:
-                generator.cut(len(tokens) - 1, row)
-        if any(asked):
-            logits = generator.step([tokens[-1:] or [0] for tokens in asked])
-            for row, search in enumerate(searches):
-                if asked[row]:
-                    asked[row] = search.send((logits, row))
-                else:
-                    generator._seen[row].pop()
-    return [found[number] for number in range(len(prompts))]
-
-
-def _losses(logits: ort.OrtValue, row: int, following: Sequence[int]) -> list[float]:
-    """-log-probability of each token that may follow, among these alone, by a row of logits."""
-    place = logits.data_ptr() + 4 * row * logits.shape()[-1]
-    floats = ctypes.cast(place, ctypes.POINTER(ctypes.c_float))
+def _losses(logits: ort.OrtValue, following: Sequence[int]) -> list[float]:
+    """-log-probability of each token that may follow, among these alone; logits (1, 1, V)."""
+    floats = ctypes.cast(logits.data_ptr(), ctypes.POINTER(ctypes.c_float))
     values = [floats[token] for token in following]
     highest = max(values)
     total = highest + math.log(sum(math.exp(value - highest) for value in values))

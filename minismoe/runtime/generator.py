@@ -21,7 +21,6 @@ from .choices import Answer, likeliest, written
 from .folder import FLOAT, INT64
 
 CHUNK = 512                                  # prompt tokens a step: bounds activation memory
-ROOM = 256                                   # tokens of a row in a batch, or a multiple
 
 
 class Generator(CachedModel):
@@ -44,17 +43,12 @@ class Generator(CachedModel):
         self._turn += 1                      # ends a generation: its cache is emptied here
         super().use(task)
 
-    def _read(self, prompts: Sequence[Sequence[int]], new: int) -> list[ort.OrtValue]:
-        """Read prompts, with room for `new` tokens after them, and return their last logits.
+    def _read(self, prompts: Sequence[Sequence[int]], new: int) -> ort.OrtValue:
+        """Read prompts, with room for `new` tokens after them; returns their last logits (B, 1, V).
 
-        These are (B, 1, V), or (1, 1, V) of each where prompts are read one by one.
         A single prompt that begins like the last one, as in a chat, is read from the first token
         that differs. A cache that cannot be cut is kept only if the prompt extends it.
         """
-        if len(prompts) > 1 and self._by_row:
-            self._take_rows(len(prompts), max(map(len, prompts)) + new)
-            self.kept_tokens = self.prompt_tokens = 0
-            return [self._read_row(prompt, n) for n, prompt in enumerate(prompts)]
         kept, asked = 0, list(prompts[0][:-1])               # the logits of its last are wanted
         if len(prompts) == len(self._seen) == 1 and not self.static:
             kept = len(os.path.commonprefix([self._seen[0], asked]))
@@ -69,27 +63,6 @@ class Generator(CachedModel):
         T = self.static[1] if self.static else CHUNK if len(rows) == 1 else len(rows[0])
         for start in range(0, len(rows[0]), T):
             logits = self.step([row[start:start + T] for row in rows])
-        return [logits]
-
-    def _take_rows(self, count: int, capacity: int) -> None:
-        """Make the cache one of `count` rows for as many tokens; what such rows hold is kept."""
-        if len(self._seen) != count or self._shape[2] < capacity:
-            self.reset(count, -(-capacity // ROOM) * ROOM)
-
-    def _read_row(self, prompt: Sequence[int], row: int) -> ort.OrtValue:
-        """Read into a row of the cache what neither it nor row 0 holds of a prompt.
-
-        Returns the prompt's last logits (1, 1, V).
-        """
-        asked = list(prompt[:-1])
-        kept, copied = (len(os.path.commonprefix([self._seen[n], asked])) for n in (row, 0))
-        if copied > kept:
-            self.copy_row(row, kept := copied)
-        self.cut(kept, row)
-        self.kept_tokens += kept
-        self.prompt_tokens += len(prompt) - kept
-        for start in range(kept, len(prompt), CHUNK):
-            logits = self.step([prompt[start:start + CHUNK]], row)
         return logits
 
     def _choose(self, logits: ort.OrtValue, rng: random.Random, temperature: float, top_p: float,
@@ -128,8 +101,8 @@ class Generator(CachedModel):
             logits = self._read(rows, steps)
             for n in range(steps):
                 if n:
-                    logits = [self.step(self._pad([[token] for token in chosen]))]
-                chosen = [token for part in logits for token in choose(part)]
+                    logits = self.step(self._pad([[token] for token in chosen]))
+                chosen = [*choose(logits)]
                 running = [r and token not in stops for r, token in zip(running, chosen)]
                 if not any(running):
                     return
@@ -172,7 +145,7 @@ class Generator(CachedModel):
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
         self.reset()
-        yield from self._read([prompt], len(tokens))
+        yield self._read([prompt], len(tokens))
         for token in tokens:
             yield self.step(self._pad([[token]]))
 
@@ -189,9 +162,14 @@ class Generator(CachedModel):
             yield token
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
-              **sampling: Any) -> list[list[int]]:
-        """The tokens that follow each prompt, all read together; arguments as for `generate`."""
-        size = self.static[0] if self.static else max(1, len(prompts))
+              rows: int | None = None, **sampling: Any) -> list[list[int]]:
+        """The tokens that follow each prompt; arguments as for `generate`.
+
+        rows: how many prompts are padded to one length and read at once. Default: all on a GPU, and
+        one on a CPU; a static graph fixes it.
+        """
+        size = self.static[0] if self.static else rows or (
+            1 if self._device == "cpu" else max(1, len(prompts)))
         found: list[list[int]] = []
         for start in range(0, len(prompts), size):
             part = prompts[start:start + size]
@@ -203,22 +181,17 @@ class Generator(CachedModel):
 
     def choose(self, prompt: str | Sequence[int], choices: Sequence[str], best: int = 1,
                ) -> list[Answer]:
-        """The answers of `choose_batch` to one prompt."""
-        return self.choose_batch([prompt], choices, best)[0]
+        """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
 
-    def choose_batch(self, prompts: Sequence[str | Sequence[int]], choices: Sequence[str],
-                     best: int = 1) -> list[list[Answer]]:
-        """The `best` likeliest of the answers `choices` to each prompt, with log-probabilities.
-
-        For target ort, on a CPU, prompts share steps. Raises ValueError for answers that `written`
-        refuses, for `best` below 1, and for a prompt too long for the longest answer.
+        Raises ValueError for answers that `written` refuses, for `best` below 1, and for a prompt
+        too long for the longest answer.
         """
         if best < 1:
             raise ValueError(f"the {best} best answers: expected at least 1")
         answers = written(self.tokenizer, tuple(choices))
-        rows = self.encoded(prompts, max(map(len, answers)))
+        tokens, = self.encoded([prompt], max(map(len, answers)))
         with self.owned():
-            return likeliest(self, rows, answers, best)
+            return likeliest(lambda shared: self._read([[*tokens, *shared]], 1), answers, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""

@@ -3,8 +3,8 @@
     python tests/benchmarks/answers.py --folder EXPORTED --data DATA --tasks clinc,banking77
 
 Each task's set is that of its training lines. One process asks the same questions in turns: plain
-and from the set, one prompt at a time and in batches. Prints medians over rounds, and ratios
-within a round. A plain answer is valid if it is one of the set.
+and from the set. Prints medians over rounds, and ratios within a round. A plain answer is valid if
+it is one of the set.
 """
 
 import argparse
@@ -22,29 +22,20 @@ from minismoe.io.text import table
 from minismoe.runtime import Generator
 
 Ask = Callable[[Sequence[list[int]]], list[str]]         # prompts -> answers
-RATIOS = [("first token, single", "plain, single"), ("choices, single", "plain, single"),
-          ("choices, batches", "plain, single"), ("choices, batches", "plain, batches")]
+WARM_UP = 16                                 # prompts
 
 
-def ways(generator: Generator, choices: Sequence[str], batch: int) -> dict[str, Ask]:
+def ways(generator: Generator, choices: Sequence[str]) -> dict[str, Ask]:
     """Ways to answer. A plain answer may be 4 tokens longer than the longest of the set. The first
     token alone is no answer: its time is the least that any way to answer takes."""
     encode, decode = generator.tokenizer.encode, generator.tokenizer.decode
     limit = max(len(encode(choice)[0]) for choice in choices) + 4
-
-    def batched(ask: Ask) -> Ask:
-        return lambda prompts: [answer for start in range(0, len(prompts), batch)
-                                for answer in ask(prompts[start:start + batch])]
     return {
-        "plain, single": lambda prompts: [decode(list(generator.generate(p, limit))).strip()
-                                          for p in prompts],
-        "first token, single": lambda prompts: [decode(list(generator.generate(p, 1))).strip()
-                                                for p in prompts],
-        "choices, single": lambda prompts: [generator.choose(p, choices)[0].text for p in prompts],
-        "plain, batches": batched(lambda prompts: [
-            decode(tokens).strip() for tokens in generator.batch(prompts, limit)]),
-        "choices, batches": lambda prompts: [
-            best.text for best, in generator.choose_batch(prompts, choices)]}
+        "plain": lambda prompts: [decode(list(generator.generate(p, limit))).strip()
+                                  for p in prompts],
+        "first token": lambda prompts: [decode(list(generator.generate(p, 1))).strip()
+                                        for p in prompts],
+        "choices": lambda prompts: [generator.choose(p, choices)[0].text for p in prompts]}
 
 
 def measure(generator: Generator, task: Task, args: argparse.Namespace) -> list[list[object]]:
@@ -53,11 +44,11 @@ def measure(generator: Generator, task: Task, args: argparse.Namespace) -> list[
     render, encode = generator.tokenizer.render, generator.tokenizer.encode
     prompts = [encode(render(messages[:-1], add_generation_prompt=True))[0] for messages in lines]
     wanted = [messages[-1]["content"].strip() for messages in lines]
-    sides, seconds, given = ways(generator, choices, args.batch), {}, {}
+    sides, seconds, given = ways(generator, choices), {}, {}
     for number in range(args.rounds + 1):
         for side, ask in sides.items():
             start = time.perf_counter()
-            given[side] = ask(prompts if number else prompts[:args.batch])
+            given[side] = ask(prompts if number else prompts[:WARM_UP])
             if number:                       # the first round warms up
                 seconds.setdefault(side, []).append(time.perf_counter() - start)
     rows: list[list[object]] = []
@@ -66,9 +57,9 @@ def measure(generator: Generator, task: Task, args: argparse.Namespace) -> list[
         valid = sum(answer in choices for answer in answers) / len(answers)
         rows.append([task.name, side, f"{len(prompts) / statistics.median(seconds[side]):.1f}",
                      f"{100 * exact:.1f}", f"{100 * valid:.1f}"])
-    for fast, slow in RATIOS:
-        ratio = statistics.median(b / a for a, b in zip(seconds[fast], seconds[slow]))
-        rows.append([task.name, f"{fast} / {slow}", f"{ratio:.2f} x", "", ""])
+    for side in ("first token", "choices"):
+        ratio = statistics.median(b / a for a, b in zip(seconds[side], seconds["plain"]))
+        rows.append([task.name, f"{side} / plain", f"{ratio:.2f} x", "", ""])
     return rows
 
 
@@ -79,7 +70,6 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="the tasks' folder")
     parser.add_argument("--tasks", default="clinc,banking77", help="comma list")
     parser.add_argument("--lines", type=int, default=150, help="test lines a task")
-    parser.add_argument("--batch", type=int, default=16, help="prompts a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -92,7 +92,7 @@ class Says:
     def room(self, length: int) -> int:
         return 9
 
-    def batch(self, prompts: Any, limit: int) -> list[list[int]]:
+    def batch(self, prompts: Any, limit: int, rows: int | None = None) -> list[list[int]]:
         return [list(b"yes" if ord("x") in p else b"no") for p in prompts]
 
     def generate(self, prompt: Any, limit: int) -> Any:

@@ -17,7 +17,6 @@ from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from minismoe.method.loss import IGNORE
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
-from minismoe.runtime import choices as choices_module
 from minismoe.runtime.choices import read_choices, written
 
 # One begins another; all of some begin alike; one stands alone; some are not ASCII.
@@ -83,55 +82,10 @@ def test_an_answer_that_begins_another_can_win_and_lose(generator) -> None:
 
 
 def fed(generator: Generator, monkeypatch) -> list[int]:
-    """Numbers of tokens that each step reads, from now on; below 0 for a step of several rows."""
+    """Numbers of tokens that each step reads, from now on."""
     sizes, step = [], generator.step
-
-    def counted(rows, first=0):
-        sizes.append(len(rows[0]) if len(rows) == 1 else -len(rows))
-        return step(rows, first)
-    monkeypatch.setattr(generator, "step", counted)
+    monkeypatch.setattr(generator, "step", lambda rows: sizes.append(len(rows[0])) or step(rows))
     return sizes
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("together", [2, 3, 8])
-def test_a_batch_gives_what_each_prompt_gives(model, folders, kind, together, monkeypatch) -> None:
-    """More prompts than rows, of several lengths; some ask once, others often; twice in a row."""
-    monkeypatch.setattr(choices_module, "TOGETHER", together)
-    generator = Generator(folders[kind], threads=1)
-    prompts = [f"User: {text}\nAssistant:" for text in ("a", "what is it?", "b", "bb", "c", "a")]
-    for best in (1, 3, 99, 99):
-        answers = generator.choose_batch(prompts, CHOICES, best)
-        assert not any(0 in seen for seen in generator._seen)    # rows without a question read 0
-        for found, prompt in zip(answers, prompts):
-            alone = generator.choose(prompt, CHOICES, best)
-            assert [a.text for a in found] == [a.text for a in alone]
-            assert [a.logprob for a in found] == pytest.approx([a.logprob for a in alone], abs=1e-4)
-            if best == 99:
-                agree(found, by_hand(model, prompt, CHOICES))
-    assert generator.choose_batch([], CHOICES) == []
-    assert [[a.text for a in found] for found in generator.choose_batch(prompts, ["one"])] == [
-        ["one"]] * len(prompts)
-
-
-@settings(max_examples=30)
-@given(choices=st.lists(st.text("ab é", min_size=1, max_size=6).map(str.strip).filter(bool),
-                        min_size=1, max_size=7, unique=True),
-       asked=st.lists(st.text("abc", min_size=1, max_size=4), min_size=2, max_size=6))
-def test_any_set_in_a_batch(model, generator, choices: list[str], asked: list[str]) -> None:
-    prompts = [f"User: {text}\nAssistant:" for text in asked]
-    for prompt, found in zip(prompts, generator.choose_batch(prompts, choices, len(choices))):
-        agree(found, by_hand(model, prompt, choices))
-
-
-def test_prompts_share_steps_and_what_they_begin_with(generator, monkeypatch) -> None:
-    header, sizes = "User: " + "one and the same question: " * 2, fed(generator, monkeypatch)
-    prompts, rest = [f"{header}{n}\nAssistant:" for n in "vwxyz"], len("x\nAssistant: ")
-    # Each prompt is read alone, then " a" and " b" of all; the next time, rows hold their prompts.
-    for alone in ([len(header) + rest, *[rest] * 4], [-5]):
-        del sizes[:]
-        generator.choose_batch(prompts, ["aa", "ab", "ba", "bb"], 4)
-        assert sizes == [*alone, -5, -5]
 
 
 def test_tokens_without_a_choice_take_no_step(generator, monkeypatch) -> None:
@@ -185,10 +139,8 @@ def test_more_refusals(generator, monkeypatch) -> None:
         generator.choose(PROMPTS[0], ["a"], 0)
     with pytest.raises(ValueError, match="^the prompt is empty"):
         generator.choose("", ["a"])
-    with pytest.raises(ValueError, match="^prompt 2 of 3 is empty"):
-        generator.choose_batch(["a", "", "b"], ["a"])
-    with pytest.raises(ValueError, match="^prompt 3 of 3 has 90 tokens, which leaves no room for"):
-        generator.choose_batch(["a", "b", "c" * 90], ["a" * 10])
+    with pytest.raises(ValueError, match="^the prompt has 90 tokens, which leaves no room for"):
+        generator.choose("c" * 90, ["a" * 10])
     monkeypatch.setattr(generator.tokenizer, "end_id", None)
     with pytest.raises(ValueError, match="no token that ends an answer"):
         generator.choose(PROMPTS[0], ["unseen before"])
@@ -287,13 +239,13 @@ def test_command(generator, folders, model, tmp_path) -> None:
 
 
 def test_lines_are_prompts_of_their_own(generator, folders, tmp_path) -> None:
-    """More than are answered at once, from a pipe; a wrong line is named before any answer."""
+    """From a pipe; a wrong line is named before any answer."""
     (tmp_path / "lines").write_text("\n".join(CHOICES))
-    said = [f"{word} {n}" for n in range(11) for word in ("hello", "the", "a", "yes", "no", "who")]
+    said = [f"{word} {n}" for n in range(3) for word in ("hello", "the", "a", "yes", "no", "who")]
     prompts = [generator.tokenizer.render([{"role": "user", "content": text}], True)
                for text in said]
     asked = [folders["ort"], "--lines", "--choices", tmp_path / "lines", "--threads", 1]
-    found = generator.choose_batch(prompts, CHOICES, 2)
+    found = [generator.choose(prompt, CHOICES, 2) for prompt in prompts]
     assert command(*asked, input="\r\n".join(said) + "\n").stdout.splitlines() == [
         best.text for best, _ in found]
     assert command(*asked, "--best", 2, input="\n".join(said)).stdout.splitlines() == [

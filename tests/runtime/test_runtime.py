@@ -59,44 +59,24 @@ def test_greedy_equals_torch(model, folders, kind) -> None:
     expected = generate(model, PROMPTS, 12, generator.tokenizer.stop_ids)
     assert len(set(map(tuple, expected))) == len(PROMPTS) and min(map(len, expected)) > 2
     assert [list(generator.generate(p, 12)) for p in PROMPTS] == expected
-    assert generator.batch(PROMPTS, 12) == expected
+    for rows in (None, 2, 3, 9):             # 2: another batch for the last prompt
+        assert generator.batch(PROMPTS, 12, rows=rows) == expected
     assert [list(generator.generate(p.decode(), 12)) for p in PROMPTS] == expected
 
 
-def test_a_batch_reads_what_neither_its_row_nor_the_first_one_holds(generator, monkeypatch) -> None:
-    monkeypatch.setattr("minismoe.runtime.generator.ROOM", 8)
-    header = b"what all begin with: "
-    prompts = [header + rest for rest in (b"z", b"another one", header + b"x", b"no")]
-    expected = [list(generator.generate(p, 12)) for p in [*prompts, header, header + b"b"]]
-    reads, step = [], generator.step
-
-    def counted(rows, first=0):
-        reads.append((first, len(rows), len(rows[0])))
-        return step(rows, first)
-    monkeypatch.setattr(generator, "step", counted)
-    assert generator.batch(prompts, 12) == expected[:4]
-    lengths = [len(p) - len(header) for p in prompts]
-    assert reads[:4] == [(0, 1, len(prompts[0])), *((n, 1, lengths[n]) for n in (1, 2, 3))]
-    assert set(reads[4:]) == {(0, 4, 1)} and generator.kept_tokens == 3 * len(header)
-    # Again, in another order, with a little more room, and a prompt that row 0 does not hold.
-    del reads[:]
-    assert [found[:12] for found in generator.batch(prompts[::-1], 13)] == expected[3::-1]
-    assert [read[2] for read in reads[:4]] == lengths[::-1]
-    longer = prompts[1] + bytes(expected[1][:4])
-    assert generator.batch([longer, *prompts[1:]], 8)[0] == expected[1][4:]
-    # Rows that are too short, another number of them, and one prompt.
-    assert [found[:12] for found in generator.batch(prompts, 40)] == expected[:4]
-    assert generator.batch([header, header + b"b"], 12) == expected[4:]
-    assert list(generator.generate(prompts[2], 12)) == expected[2]
-
-
-def test_a_batch_that_is_padded_says_the_same(model, folders, monkeypatch) -> None:
-    """As on a GPU, whose memory is not copied from row to row."""
-    generator = Generator(folders["ort"], threads=1)
-    monkeypatch.setattr(generator, "_by_row", False)
-    expected = generate(model, PROMPTS, 12, generator.tokenizer.stop_ids)
-    assert generator.batch(PROMPTS, 12) == expected
-    assert [len(found) for found in generator.choose_batch(PROMPTS, ["yes", "no"], 2)] == [2, 2, 2]
+@pytest.mark.parametrize("kind, device, rows, sizes", [
+    ("ort", "cpu", None, [1, 1, 1]), ("ort", "cpu", 2, [2, 1]), ("ort", "cuda", None, [3]),
+    ("portable", "cpu", None, [1, 1, 1]), ("chunks", "cpu", None, [2, 2])])
+def test_how_many_prompts_are_read_at_once(folders, monkeypatch, kind, device, rows, sizes) -> None:
+    """All on a GPU, and one on a CPU; a static graph of two rows repeats the last prompt."""
+    generator, read = Generator(folders[kind], threads=1), []
+    step, make = generator.step, ort.OrtValue.ortvalue_from_shape_and_type
+    monkeypatch.setattr(generator, "step", lambda rows: read.append(len(rows)) or step(rows))
+    monkeypatch.setattr(generator, "_device", device)
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type",
+                        lambda shape, kind, _: make(shape, kind, "cpu"))
+    generator.batch([b"abc", b"defg", b"h"], 1, rows=rows)
+    assert read == sizes
 
 
 @pytest.mark.parametrize("kind", ["ort", "portable"])
