@@ -96,6 +96,13 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
             print(f"error: {error_line(e)}{anew}", file=sys.stderr)
 
 
+def _port(text: str) -> int:
+    """An argparse type: the number of a port."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no port; write the folder before --serve")
+    return int(text)
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; exits with 2 if some contradict others."""
     parser = argparse.ArgumentParser(prog="python -m minismoe.runtime", description=(
@@ -104,9 +111,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("folder", help="an exported folder of layout onnx, or web to serve")
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
-    add("--serve", action="store_true", help="serve a page of --layout web to this machine's "
-        "browsers, until Ctrl-C")
-    add("--port", type=natural, default=0, help="of --serve (default: a free one)")
+    add("--serve", nargs="?", type=_port, const=0, metavar="PORT", help="serve a folder of layout "
+        "web to this machine's browsers, at this port or a free one, until Ctrl-C")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--prefix", type=text, metavar="FILE|TASK", help="begin with a file's text as the system "
         "prompt (with --raw, as text before the prompt), or with a task's instruction")
@@ -129,9 +135,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
-    if args.serve and (other := {name for name, value in vars(args).items() if value !=
-                                 parser.get_default(name)} - {"folder", "serve", "port"}):
-        parser.error(f"--serve takes nothing but --port: leave out {', '.join(sorted(other))}")
+    if args.serve is not None and (other := {name for name, value in vars(args).items() if value !=
+                                 parser.get_default(name)} - {"folder", "serve"}):
+        parser.error(f"--serve takes nothing but a port: leave out {', '.join(sorted(other))}")
     if args.chat and (args.prompt is not None or args.raw):
         parser.error("--chat asks for prompts itself: leave out PROMPT and --raw")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
@@ -140,16 +146,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                                      or args.temperature):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
                      "--raw, --max-tokens and --temperature")
-    if args.port and not args.serve or args.choices is None and (args.best or args.lines):
-        parser.error("--port needs --serve, and --best and --lines need --choices")
+    if args.choices is None and (args.best or args.lines):
+        parser.error("--best and --lines need --choices")
     return args
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
-    if args.serve:
-        serve_page(Path(args.folder), args.port)
+    if args.serve is not None:
+        serve_page(Path(args.folder), args.serve)
         return
     from .generator import Generator  # here, since --help needs no onnxruntime
 

@@ -58,7 +58,7 @@ def serve_page(folder: Path, port: int) -> None:
     try:
         server = ThreadingHTTPServer((HOST, port), partial(_Files, directory=str(folder)))
     except (OSError, OverflowError) as e:
-        raise OSError(f"port {port} cannot be opened: {e}; give another --port") from None
+        raise OSError(f"port {port} cannot be opened: {e}; give --serve another one") from None
     with server:
         print(f"http://{HOST}:{server.server_port}/ shows {clean(folder)}; Ctrl-C ends it",
               flush=True)

@@ -118,7 +118,7 @@ def test_a_web_folder_holds_what_a_browser_loads(web: Path) -> None:
 def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
     (web.parent / "secret").write_text("secret")
     (web / "link").symlink_to(web.parent / "secret")
-    with served(web, "--port", "0") as address:
+    with served(web, "0") as address:
         def get(path: str, host: str = "localhost") -> tuple[int, http.client.HTTPMessage, bytes]:
             connection = http.client.HTTPConnection(address.split("/")[2], timeout=30)
             connection.request("GET", path, headers={"Host": host})
@@ -138,7 +138,7 @@ def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
         assert get("/", address.split("/")[2])[0] == get("/", "LocalHost")[0] == 200
         port = address.rsplit(":")[-1].strip("/")
         taken = subprocess.run([sys.executable, "-m", "minismoe.runtime", str(web), "--serve",
-                                "--port", port], cwd=ROOT, capture_output=True, text=True)
+                                port], cwd=ROOT, capture_output=True, text=True)
         assert taken.returncode == 1 and f"port {port} cannot be opened" in taken.stderr
         (web / "large").write_bytes(bytes(1 << 26))
         with socket.create_connection(("127.0.0.1", int(port))) as tab:      # closed in between

@@ -516,7 +516,8 @@ def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> 
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["x", "--port", "80"], "--port needs --serve"),
+    (["--serve", "web"], "web is no port; write the folder before --serve"),
+    (["--serve=-1"], "-1 is no port"),
     (["x", "--best", "2"], "--best and --lines need --choices"),
     (["x", "--lines"], "--best and --lines need --choices"),
     (["--serve", "--stats"], "leave out stats"), (["--serve", "--task", "t"], "leave out task"),
