@@ -11,18 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.tokenizer import Message
 from ..io.flags import natural, number, positive, share, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
-from .choices import lines_of, read_choices, written
-from .folder import read_prefix
+from .choices import answer_tokens
+from .folder import lines_of, read_choices, read_prefix
 from .serve import serve_page
 
 if TYPE_CHECKING:
     from .generator import Generator
 
 
-def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: bool) -> str:
+def _answer(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: bool) -> str:
     """Print the answer to a prompt as it comes, and return it; Ctrl-C ends the answer."""
     times, answer, terminal = [time.perf_counter()], "", sys.stdout.isatty()
 
@@ -43,7 +44,7 @@ def _say(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: 
     if stats and len(times) > 1:
         first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
         print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s "
-              f"and {generator.kept_tokens} from the cache, {count + 1} tokens at "
+              f"and {generator.cached_tokens} from the cache, {count + 1} tokens at "
               f"{count / rest if rest else 0:.0f} tokens/s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
     return answer
@@ -53,19 +54,19 @@ def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int |
             stats: bool) -> None:
     """Print the likeliest of --choices to each prompt; with --best several, and probabilities."""
     choices, start = read_choices(generator.folder, name), time.perf_counter()
-    rows = generator.encoded(prompts, max(map(len, written(generator.tokenizer, tuple(choices)))))
-    for row in rows:
-        for answer in generator.choose(row, choices, best or 1):
+    longest = max(map(len, answer_tokens(generator.tokenizer, tuple(choices))))
+    for tokens in generator.encoded(prompts, longest):       # before the first answer: it may fail
+        for answer in generator.choose(tokens, choices, best or 1):
             text = clean(answer.text) if sys.stdout.isatty() else answer.text
             print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
     if stats:
-        seconds = (time.perf_counter() - start) / len(rows)
+        seconds = (time.perf_counter() - start) / len(prompts)
         print(f"[one of {len(choices)} answers in {seconds:.3f} s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
 
 
 def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
-          system: Sequence[Mapping[str, str]] = ()) -> None:
+          system: Sequence[Message] = ()) -> None:
     """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
     history = [*system]
     ask = "> " if sys.stdin.isatty() else ""
@@ -85,7 +86,7 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
             asked = [*history, {"role": "user", "content": line}]
             prompt = generator.tokenizer.render(asked, add_generation_prompt=True)
             # Stripped as in the training data: the template writes the space before an answer.
-            answer = _say(generator, prompt, sampling, stats).strip()
+            answer = _answer(generator, prompt, sampling, stats).strip()
             history = [*asked, {"role": "assistant", "content": answer}]
         except EOFError:
             return
@@ -162,13 +163,14 @@ def main(argv: Sequence[str]) -> None:
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     sampling = {name: getattr(args, name)
                 for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
-    system, before = read_prefix(
-        generator.folder, args.prefix, args.raw) if args.prefix is not None else ([], "")
+    system, before = ([], "") if args.prefix is None else read_prefix(
+        generator.folder, args.prefix, args.raw)
 
-    def write(said: str) -> str:
+    def as_read(said: str) -> str:
         """The prompt as the model reads it."""
         return before + said if args.raw else generator.tokenizer.render(
-            [*system, {"role": "user", "content": before + said}], True)
+            [*system, {"role": "user", "content": before + said}], add_generation_prompt=True)
+
     if args.chat or (sys.stdin.isatty() and args.prompt is args.choices is None and not args.raw):
         if before:
             raise ValueError("--prefix TASK is text before one prompt: give PROMPT; a chat takes "
@@ -180,9 +182,9 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("the prompt is empty")
     if args.choices is not None:
         prompts = lines_of(prompt, "the prompt", "question") if args.lines else [prompt]
-        _choose(generator, [*map(write, prompts)], args.choices, args.best, args.stats)
+        _choose(generator, [*map(as_read, prompts)], args.choices, args.best, args.stats)
         return
-    _say(generator, write(prompt), sampling, args.stats)
+    _answer(generator, as_read(prompt), sampling, args.stats)
     if generator.ended == "interrupted":
         raise KeyboardInterrupt
 

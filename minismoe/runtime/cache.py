@@ -1,12 +1,12 @@
-"""A graph with its sampler and its key/value cache, read in steps; the cache is never copied.
+"""A graph with its sampler and its key/value cache, which is never copied.
 
-Keys and values stay on the session's device, in bound OrtValues:
+Keys and values stay on the session's device, in OrtValues that are bound to the session:
 
-    ort        one buffer of the whole context, bound as past and as present; memory is taken as it
-               is written, and kept. Prompts of a batch are padded on the right, else on the left.
+    ort        one buffer for the whole context is the past and the present: attention writes into
+               it. Its memory is taken as it is written, and then stays.
     portable   the present of a step is the past of the next step.
     static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
-    npu        one buffer of P slots, which the new keys and values are copied into.
+    npu        one buffer of P slots, into which the new keys and values are copied.
 
 The last inputs of convolutions go from step to step as in portable, whatever the target.
 
@@ -14,6 +14,7 @@ Letters: B prompts, T new, P past tokens, S = P + T, K key/value heads, C head s
 """
 
 import ctypes
+import os
 import threading
 from array import array
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from .folder import CACHE_TYPES, INT64, plain_file, read_info
 from .npu import NpuSteps
 from .session import CPU, enough_onnxruntime, execution_provider, open_session, opened
 
+CHUNK = 512                                  # tokens of a prompt that one step reads: bounds memory
 LARGE = 32 << 20                             # bytes of a model: more than most caches hold
 
 Row = Sequence["int | None"]                 # new tokens of a prompt; None is padding
@@ -46,25 +48,29 @@ class CachedModel:
         self.static: list[int] | None = self.info.get("static")              # B, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
-        self._shared = self.info["target"] == "ort" and not self.static
+        # Whether attention writes new keys and values into the past.
+        self._in_place = self.info["target"] == "ort" and not self.static
         self._npu = NpuSteps(self.folder, self.info, provider, threads) if (
             self.info["target"] == "npu") else None
         name = execution_provider(None if self._npu else provider)
         self._device = "cuda" if name == "CUDAExecutionProvider" else "cpu"
-        if self._shared and self._device == "cuda" and self.info["cache_type"] == "float32":
+        if self._in_place and self._device == "cuda" and self.info["cache_type"] == "float32":
             self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
         self._session = self._npu.one if self._npu else open_session(
             self.folder / "model.onnx", name, threads)
         large = sum(entry["bytes"] for entry in self.info["files"].values()) > LARGE
-        self._pages = threading.Thread(target=use_huge_pages, daemon=True) if large else None
+        self._huge_pages = threading.Thread(target=use_huge_pages, daemon=True) if large else None
         self._sampler = open_session(self.folder / "sampler.onnx", CPU, 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
         self._inputs = {i.name: i for i in self._session.get_inputs()}
-        self._caches = [name.removeprefix("past_").removeprefix("key_values.")      # 0.key, conv.1
-                        for name in self._inputs if name.startswith("past_")]
-        # Those that a step gives back in another buffer.
-        self._moving = [n for n in self._caches if not self._shared or n.startswith("conv")]
+        # {input of a past: output of its present}
+        self._presents = {
+            name: name.replace("past_key_values.", "present.").replace("past_", "present_")
+            for name in self._inputs if name.startswith("past_")}
+        # The pasts that a step gives back as new values, for the next step.
+        self._fed_back = [past for past in self._presents
+                          if not self._in_place or past.startswith("past_conv")]
         self._fits()
         self.use(task)
 
@@ -90,87 +96,109 @@ class CachedModel:
         self._file = None if task is None else opened(        # it owns the parameters' memory
             ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
         self._adapter = self._file.get_parameters() if self._file else {}
-        self._shape = list[int]()            # of the cache, which is to be bound anew
+        self._size = (0, 0)                  # of the cache, (B, P): it is to be bound anew
         self.reset()
 
     def reset(self, rows: int = 1, capacity: int | None = None) -> None:
-        """Empty the cache, and make room for `rows` prompts of `capacity` tokens."""
-        rows, _, P = self.static or (
-            rows, 0, (capacity or self.context) if self._shared else 0)
+        """Empty the cache, and make room for `rows` prompts of `capacity` tokens (the context)."""
+        B, _, P = self.static or (rows, 0, (capacity or self.context) if self._in_place else 0)
         # The tokens that the cache holds, by row; None is padding.
-        self._seen = [list[Any]() for _ in range(rows)]
-        shape = [rows, self.info["kv_heads"], P, self.info["head_dim"]]
-        if shape == self._shape and not self._moving:
+        self._seen = [list[Any]() for _ in range(B)]
+        if self._size == (B, P) and not self._fed_back:
             return                           # attention reads only what is written after this
-        self._shape, self._past = shape, dict[str, Any]()
-        for name in self._caches:
-            conv, moves = name.startswith("conv"), name in self._moving
-            value = self._past[name] = ort.OrtValue.ortvalue_from_shape_and_type(
-                [rows, *self._inputs[f"past_{name}"].shape[1:]] if conv else shape,
-                CACHE_TYPES[self.info["cache_type"]], "cpu" if moves else self._device)
-            if moves and (conv or P):                            # old memory: 0 * nan is nan
-                ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+        self._size, self._past = (0, 0), dict[str, Any]()
         self._io = io = self._session.io_binding()
         for name, value in self._adapter.items():
             io.bind_ortvalue_input(name, value)
-        io.bind_output("logits")                                 # output 0, as step expects
-        for name, value in self._past.items():
-            if name not in self._moving:
-                io.bind_ortvalue_input(f"past_key_values.{name}", value)
-                io.bind_ortvalue_output(f"present.{name}", value)
+        for name in ("logits", *(self._presents[past] for past in self._fed_back)):
+            io.bind_output(name)             # every step binds them again; here they become first
+        for past, present in self._presents.items():
+            fed_back = past in self._fed_back
+            shape = [B, *(P if isinstance(n, str) else n for n in self._inputs[past].shape[1:])]
+            value = self._past[past] = ort.OrtValue.ortvalue_from_shape_and_type(
+                shape, CACHE_TYPES[self.info["cache_type"]], "cpu" if fed_back else self._device)
+            if fed_back:                     # old memory: 0 * nan is nan
+                ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+            else:
+                io.bind_ortvalue_input(past, value)
+                io.bind_ortvalue_output(present, value)
+        self._size = B, P
 
-    def cut(self, length: int) -> None:
-        """Keep the first `length` tokens of the one prompt in the cache, and forget the others."""
-        del self._seen[0][length:]
+    def reuse(self, prompt: Sequence[int]) -> int:
+        """Cut the cache to the tokens that a prompt begins with, and return how many these are.
+
+        The prompt's last token is to be read in any case, since the logits after it are wanted. A
+        static cache is emptied, and so is one that is fed back, unless the prompt begins with all
+        of it: it cannot be cut.
+        """
+        same = 0
+        if len(self._seen) == 1 and not self.static:
+            same = len(os.path.commonprefix([self._seen[0], list(prompt[:-1])]))
+            if self._fed_back and same < len(self._seen[0]):
+                same = 0
+        if same:
+            del self._seen[0][same:]
+        else:
+            self.reset()
+        return same
+
+    def read(self, rows: Sequence[Sequence[int]]) -> ort.OrtValue:
+        """Read more tokens of each prompt in the cache; returns their last logits (B, 1, V).
+
+        Several are padded to one length: on the left; for target ort on the right, and then only
+        after `reset`. A static graph reads T tokens a step, another one CHUNK of a single prompt.
+        """
+        longest = max(map(len, rows))
+        B, T, _ = self.static or (len(rows), CHUNK if len(rows) == 1 else longest, 0)
+        if self.static:
+            T = 1 if self._npu and longest == 1 else T       # an NPU has a graph for one token
+            longest = -(-longest // T) * T
+        gaps = [[None] * (longest - len(row)) for row in rows]
+        padded = [[*row, *gap] if self._in_place else [*gap, *row] for row, gap in zip(rows, gaps)]
+        padded += padded[-1:] * (B - len(rows))
+        for start in range(0, longest, T):
+            logits = self.step([row[start:start + T] for row in padded])
+        return logits
 
     def step(self, rows: Sequence[Row]) -> ort.OrtValue:
-        """Read T more tokens of each prompt in the cache, (B, T), and return the graph's logits.
+        """Run the graph once, on rows (B, T); returns its logits. An error empties the cache."""
+        try:
+            if self._npu:
+                logits = self._npu.step(rows[0], len(self._seen[0]), self._past)
+                self._seen[0] += [t for t in rows[0] if t is not None]
+                return logits
+            inputs, io = self._token_inputs(rows), self._io  # their memory must outlive the run
+            for name, values in inputs.items():
+                io.bind_input(name, "cpu", 0, INT64, [len(rows), len(values) // len(rows)],
+                              values.buffer_info()[0])
+            io.bind_output("logits")
+            for past in self._fed_back:
+                io.bind_ortvalue_input(past, self._past[past])
+                io.bind_output(self._presents[past], self._device)
+            self._session.run_with_iobinding(io)
+            outputs = io.get_outputs_as_ortvaluevector()     # in the order of binding
+            for n, past in enumerate(self._fed_back, start=1):
+                self._past[past] = ort.OrtValue(outputs[n])
+        except (Exception, KeyboardInterrupt):
+            self.reset()                     # a step that was cut off leaves it half written
+            raise
+        if self._huge_pages and not self._huge_pages.ident:  # not earlier: the first token waits
+            self._huge_pages.start()
+        return ort.OrtValue(outputs[0])
 
-        None pads shorter rows: on the left; for target ort on the right, and only in the first step
-        after `reset`. A static graph fixes B and T.
-        """
-        if self._npu:
-            logits = self._npu.step(rows[0], len(self._seen[0]), self._past)
-            self._seen[0] += [t for t in rows[0] if t is not None]
-            return logits
-        B, io = len(rows), self._io
-        positions, masks, zero, one = array("q"), array("q"), array("q", [0]), array("q", [1])
+    def _token_inputs(self, rows: Sequence[Row]) -> "dict[str, array[int]]":
+        """Add rows to `_seen`; returns tokens (B, T), mask (B, S) and perhaps positions (B, T)."""
+        positions, mask, zero, one = array("q"), array("q"), array("q", [0]), array("q", [1])
         for seen, row in zip(self._seen, rows):
             at = len(seen) - seen.count(None) - 1
             positions.extend(max(0, at := at + (token is not None)) for token in row)
-            seen += [t for t in row if t is not None] if self._shared else row
+            seen += [t for t in row if t is not None] if self._in_place else row
         S = sum(self.static[1:]) if self.static else max(map(len, self._seen))
         for seen in self._seen:
-            if self._shared:
-                masks += one * len(seen) + zero * (S - len(seen))
+            if self._in_place:
+                mask += one * len(seen) + zero * (S - len(seen))
             else:
-                masks += zero * (S - len(seen)) + array("q", [t is not None for t in seen[-S:]])
-        inputs = {"input_ids": array("q", [t or 0 for row in rows for t in row]),
-                  "attention_mask": masks}
-        if "position_ids" in self._inputs:
-            inputs["position_ids"] = positions
-        for name, values in inputs.items():
-            io.bind_input(name, "cpu", 0, INT64, [B, len(values) // B], values.buffer_info()[0])
-        io.bind_output("logits")
-        for name in self._moving:
-            past, new = ("past_", "present_") if name.startswith("conv") else (
-                "past_key_values.", "present.")
-            io.bind_ortvalue_input(past + name, self._past[name])
-            io.bind_output(new + name, self._device)
-        self._session.run_with_iobinding(io)
-        if self._pages and not self._pages.ident:     # not earlier: the first token would wait
-            self._pages.start()
-        outputs = io.get_outputs_as_ortvaluevector()             # in the order of binding
-        for i, name in enumerate(self._moving, start=len(outputs) - len(self._moving)):
-            self._past[name] = ort.OrtValue(outputs[i])
-        return ort.OrtValue(outputs[0])
-
-    def _pad(self, rows: Sequence[Row]) -> list[Row]:
-        """Pad rows to one length; for a static graph to a multiple of its T, and to B rows."""
-        B, T, _ = self.static or (len(rows), 1, 0)
-        if self._npu and len(rows[0]) == 1:
-            T = 1                            # its second graph
-        longest = -(-max(map(len, rows)) // T) * T
-        gaps = [[None] * (longest - len(row)) for row in rows]
-        rows = [[*row, *gap] if self._shared else [*gap, *row] for row, gap in zip(rows, gaps)]
-        return rows + rows[-1:] * (B - len(rows))
+                mask += zero * (S - len(seen)) + array("q", [t is not None for t in seen[-S:]])
+        found = {"input_ids": array("q", [t or 0 for row in rows for t in row]),
+                 "attention_mask": mask}
+        return found | {"position_ids": positions} if "position_ids" in self._inputs else found

@@ -18,18 +18,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..data.tokenizer import Tokenizer
 from ..io.text import clean
-from .folder import known_tasks, read_text
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-Written = dict[tuple[int, ...], str]         # tokens of an answer, with the end token, and its text
-Read = Callable[[Sequence[int]], "ort.OrtValue"]         # beginning of an answer -> logits after it
+Answers = dict[tuple[int, ...], str]         # {tokens of an answer, with the end token: its text}
 
 
 class Answer(NamedTuple):
@@ -40,7 +37,7 @@ class Answer(NamedTuple):
 
 
 @lru_cache(8)
-def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> Written:
+def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> Answers:
     """The answers as the chat template writes them after a question, sorted by their tokens.
 
     Raises ValueError for an empty set, and for an answer that is empty, is there twice, or is not
@@ -50,7 +47,7 @@ def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> Written:
         raise ValueError("the set of answers is empty: give at least one answer")
     if tokenizer.end_id is None:
         raise ValueError("the tokenizer has no token that ends an answer")
-    found: Written = {}
+    found: Answers = {}
     for text in choices:
         if not text.strip():
             raise ValueError("an answer of the set is empty")
@@ -66,13 +63,15 @@ def written(tokenizer: Tokenizer, choices: tuple[str, ...]) -> Written:
     return dict(sorted(found.items()))
 
 
-def likeliest(read: Read, answers: Written, best: int) -> list[Answer]:
+def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: Answers, best: int,
+              ) -> list[Answer]:
     """Best-first search: the likeliest beginning is read on, until `best` answers are whole.
 
-    A longer beginning is never likelier, so the answers come in order.
+    read: gives the logits (1, 1, V) after a prompt and these tokens. A longer beginning is never
+    likelier, so the answers come in order.
     """
     found: list[Answer] = []
-    heap = [(0.0, [*answers])]               # -log-probability of what a group has in common
+    heap = [(0.0, [*answers])]               # groups of answers, and the loss of what they share
     while heap and len(found) < best:
         loss, group = heapq.heappop(heap)    # equals come in the order of their tokens
         if len(group) == 1:
@@ -97,22 +96,3 @@ def _losses(logits: ort.OrtValue, following: Sequence[int]) -> list[float]:
     if math.isnan(total):
         raise ArithmeticError("the model's logits are not numbers")
     return [total - value for value in values]
-
-
-def read_choices(folder: Path, name: str) -> list[str]:
-    """The answers that an exported folder knows of a task, or those of a file, one a line.
-
-    Raises ValueError if `name` is neither, or for a file that is not UTF-8 or has an empty line.
-    """
-    known = {task: choices for task, (choices, _) in known_tasks(folder).items() if choices}
-    if name in known:
-        return known[name]
-    return lines_of(read_text(name, folder, known), name, "answer")
-
-
-def lines_of(text: str, name: str, kind: str) -> list[str]:
-    """The lines of a text, which `name` and `kind` describe; ValueError if one is empty."""
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
-    if "" in lines:
-        raise ValueError(f"{name}, line {lines.index('') + 1} is empty: write one {kind} a line")
-    return lines

@@ -1,4 +1,4 @@
-"""Check an exported folder against its export.json before anything in it is opened."""
+"""What an exported folder says: export.json, checked before anything is opened, and its tasks."""
 
 import os
 from collections.abc import Iterable
@@ -99,6 +99,25 @@ def read_text(name: str, folder: Path, tasks: Iterable[str]) -> str:
                          f"{', '.join(tasks) or 'none'}")
     with naming(f"{name} is not UTF-8 text", ValueError):
         return Path(name).read_text(encoding="utf-8-sig")
+
+
+def read_choices(folder: Path, name: str) -> list[str]:
+    """The answers that an exported folder knows of a task, or those of a file, one a line.
+
+    Raises ValueError if `name` is neither, or for a file that is not UTF-8 or has an empty line.
+    """
+    known = {task: choices for task, (choices, _) in known_tasks(folder).items() if choices}
+    if name in known:
+        return known[name]
+    return lines_of(read_text(name, folder, known), name, "answer")
+
+
+def lines_of(text: str, name: str, kind: str) -> list[str]:
+    """The lines of a text, which `name` and `kind` describe; ValueError if one is empty."""
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    if "" in lines:
+        raise ValueError(f"{name}, line {lines.index('') + 1} is empty: write one {kind} a line")
+    return lines
 
 
 def read_prefix(folder: Path, name: str, raw: bool) -> tuple[list[Message], str]:

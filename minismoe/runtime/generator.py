@@ -5,22 +5,17 @@ Letters: B prompts, V vocabulary.
 
 import ctypes
 import math
-import os
 import random
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import onnxruntime as ort
 
 from .cache import CachedModel
-from .choices import Answer, likeliest, written
+from .choices import Answer, answer_tokens, likeliest
 from .folder import FLOAT, INT64
-
-CHUNK = 512                                  # prompt tokens a step: bounds activation memory
 
 
 class Generator(CachedModel):
@@ -35,39 +30,30 @@ class Generator(CachedModel):
 
     ended = ""
     prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
-    kept_tokens = 0                          # those that were in the cache
-    _turn = 0                                # the number of the generation that owns the cache
+    cached_tokens = 0                        # those that were in the cache
+    _begun = 0                               # generations so far: the cache is that of the last one
 
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task; None: the model without an adapter."""
-        self._turn += 1                      # ends a generation: its cache is emptied here
+        self._begun += 1                     # no generation goes on: the cache is emptied
         super().use(task)
 
-    def _read(self, prompts: Sequence[Sequence[int]], new: int) -> ort.OrtValue:
-        """Read prompts, with room for `new` tokens after them; returns their last logits (B, 1, V).
+    def _begin(self, prompts: Sequence[Sequence[int]], new: int = 0) -> ort.OrtValue:
+        """Read prompts; returns their last logits (B, 1, V).
 
         A single prompt that begins like the last one, as in a chat, is read from the first token
-        that differs. A cache that cannot be cut is kept only if the prompt extends it.
+        that differs. Several get room for `new` tokens more, as a GPU takes memory at once.
         """
-        kept, asked = 0, list(prompts[0][:-1])               # the logits of its last are wanted
-        if len(prompts) == len(self._seen) == 1 and not self.static:
-            kept = len(os.path.commonprefix([self._seen[0], asked]))
-            if self._moving and kept < len(self._seen[0]):
-                kept = 0
-        if kept:
-            self.cut(kept)
-        else:
-            self.reset(len(prompts), None if len(prompts) == 1 else max(map(len, prompts)) + new)
-        self.kept_tokens, self.prompt_tokens = kept, sum(map(len, prompts)) - kept
-        rows = self._pad([prompt[kept:] for prompt in prompts])
-        T = self.static[1] if self.static else CHUNK if len(rows) == 1 else len(rows[0])
-        for start in range(0, len(rows[0]), T):
-            logits = self.step([row[start:start + T] for row in rows])
-        return logits
+        self._begun += 1
+        cached = self.reuse(prompts[0]) if len(prompts) == 1 else 0
+        if len(prompts) > 1:
+            self.reset(len(prompts), max(map(len, prompts)) + new)
+        self.cached_tokens, self.prompt_tokens = cached, sum(map(len, prompts)) - cached
+        return self.read([prompt[cached:] for prompt in prompts])
 
-    def _choose(self, logits: ort.OrtValue, rng: random.Random, temperature: float, top_p: float,
-                top_k: int) -> Iterator[int]:
-        """Choose the next token of each row from logits (B, 1, V), as it is asked for."""
+    def _sample(self, logits: ort.OrtValue, rng: random.Random, temperature: float, top_p: float,
+                top_k: int) -> list[int]:
+        """Choose the next token of each row from logits (B, 1, V)."""
         B, size = logits.shape()[0], self.candidates
         best, ids = (ctypes.c_float * (B * size))(), (ctypes.c_int64 * (B * size))()
         io = self._sampler.io_binding()
@@ -77,9 +63,10 @@ class Generator(CachedModel):
         self._sampler.run_with_iobinding(io)
         if math.isnan(sum(best)):
             raise ArithmeticError("the model's logits are not numbers")
-        for n in range(0, B * size, size):
-            yield ids[n] if temperature == 0 else ids[
-                n + _draw(best[n:n + (top_k or size)], rng, temperature, top_p)]
+        rows = range(0, B * size, size)
+        if temperature == 0:
+            return [ids[n] for n in rows]
+        return [ids[n + _draw(best[n:n + (top_k or size)], rng, temperature, top_p)] for n in rows]
 
     def _tokens(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None, *,
                 temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
@@ -93,34 +80,21 @@ class Generator(CachedModel):
         rows = self.encoded(prompts)
         room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
-        choose = partial(self._choose, rng=random.Random(seed), temperature=temperature,
-                         top_p=top_p, top_k=top_k)
-        stops = set(self.tokenizer.stop_ids)
-        running, chosen, self.ended = [True] * len(rows), list[int](), "stop"
-        with self.owned() as turn:
-            logits = self._read(rows, steps)
-            for n in range(steps):
-                if n:
-                    logits = self.step(self._pad([[token] for token in chosen]))
-                chosen = [*choose(logits)]
-                running = [r and token not in stops for r, token in zip(running, chosen)]
-                if not any(running):
-                    return
-                yield [token if r else None for r, token in zip(running, chosen)]
-                if self._turn != turn:
-                    raise RuntimeError("another generation or adapter began before this one ended")
-            self.ended = "max_tokens" if steps == max_tokens else "context"
-
-    @contextmanager
-    def owned(self) -> Iterator[int]:
-        """The number of a generation that owns the cache until the next one begins."""
-        self._turn = turn = self._turn + 1
-        try:
-            yield turn
-        except (Exception, KeyboardInterrupt):
-            if self._turn == turn:
-                self.reset()                 # a step that was cut off leaves the cache half written
-            raise
+        rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
+        running, self.ended = [True] * len(rows), "stop"
+        logits = self._begin(rows, steps)
+        mine = self._begun
+        for step in range(1, steps + 1):
+            chosen = self._sample(logits, rng, temperature, top_p, top_k)
+            running = [r and token not in stops for r, token in zip(running, chosen)]
+            if not any(running):
+                return
+            yield [token if r else None for r, token in zip(running, chosen)]
+            if self._begun != mine:
+                raise RuntimeError("another generation or adapter began before this one ended")
+            if step < steps:
+                logits = self.read([[token] for token in chosen])
+        self.ended = "max_tokens" if steps == max_tokens else "context"
 
     def encoded(self, prompts: Sequence[str | Sequence[int]], new: int = 1) -> list[list[int]]:
         """Token ids of prompts; raises ValueError if `new` more do not fit the context."""
@@ -145,9 +119,9 @@ class Generator(CachedModel):
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
         self.reset()
-        yield self._read([prompt], len(tokens))
+        yield self._begin([prompt])
         for token in tokens:
-            yield self.step(self._pad([[token]]))
+            yield self.read([[token]])
 
     def generate(self, prompt: str | Sequence[int], max_tokens: int | None = None,
                  **sampling: Any) -> Iterator[int]:
@@ -166,15 +140,15 @@ class Generator(CachedModel):
         """The tokens that follow each prompt; arguments as for `generate`.
 
         rows: how many prompts are padded to one length and read at once. Default: all on a GPU, and
-        one on a CPU; a static graph fixes it.
+        one on a CPU, where padding costs more than it saves; a static graph fixes it.
         """
-        size = self.static[0] if self.static else rows or (
+        encoded, found = self.encoded(prompts), list[list[int]]()
+        rows = self.static[0] if self.static else rows or (
             1 if self._device == "cpu" else max(1, len(prompts)))
-        found: list[list[int]] = []
-        for start in range(0, len(prompts), size):
-            part = prompts[start:start + size]
+        for start in range(0, len(encoded), rows):
+            part = encoded[start:start + rows]
             if start and sampling.get("seed") is not None:
-                sampling["seed"] += size                       # other draws than the part before
+                sampling["seed"] += rows                       # other draws than the part before
             steps = list(self._tokens(part, max_tokens, **sampling))
             found += [[s[i] for s in steps if s[i] is not None] for i in range(len(part))]
         return found
@@ -183,15 +157,14 @@ class Generator(CachedModel):
                ) -> list[Answer]:
         """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
 
-        Raises ValueError for answers that `written` refuses, for `best` below 1, and for a prompt
-        too long for the longest answer.
+        Raises ValueError for answers that `answer_tokens` refuses, for `best` below 1, and for a
+        prompt too long for the longest answer.
         """
         if best < 1:
             raise ValueError(f"the {best} best answers: expected at least 1")
-        answers = written(self.tokenizer, tuple(choices))
+        answers = answer_tokens(self.tokenizer, tuple(choices))
         tokens, = self.encoded([prompt], max(map(len, answers)))
-        with self.owned():
-            return likeliest(lambda shared: self._read([[*tokens, *shared]], 1), answers, best)
+        return likeliest(lambda start: self._begin([[*tokens, *start]]), answers, best)
 
     def text(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""

@@ -65,7 +65,7 @@ def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
         "backend_path": backend, **({"soc_model": str(soc)} if EMULATED else {})})
     said: list[str] = []
     try:
-        with _kept_back(said):
+        with _captured(said):
             session = ort.InferenceSession(str(file), options)
     except Exception as e:                   # onnxruntime raises bare Exceptions
         refused = dict.fromkeys(re.findall(r"name: (.*?), type: (\w+)", "".join(said)))
@@ -80,7 +80,7 @@ def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
 
 
 @contextmanager
-def _kept_back(said: list[str]) -> Iterator[None]:
+def _captured(said: list[str]) -> Iterator[None]:
     """Add what native code writes to standard output and error to `said`, instead of showing it."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -125,7 +125,7 @@ class NpuSteps:
     def step(self, tokens: Sequence[int | None], seen: int, cache: Mapping[str, Any]) -> Any:
         """Logits (1, 1, V) after T tokens, None on the left for padding, that follow `seen` others.
 
-        Their keys and values are appended to the cache, (1, K, P, C) each.
+        cache: {input of the graph: keys or values (1, K, P, C)}; the new ones are appended to them.
         """
         T, new, P = len(tokens), sum(t is not None for t in tokens), self.info["static"][2]
         session = self.one if T == 1 else self.several
@@ -141,8 +141,8 @@ class NpuSteps:
         run.bind_ortvalue_input("hidden", look.get_outputs()[0])
         run.bind_output("logits")
         for name, value in cache.items():
-            run.bind_ortvalue_input(f"past_key_values.{name}", value)
-            run.bind_output(f"present.{name}")
+            run.bind_ortvalue_input(name, value)
+            run.bind_output(name.replace("past_key_values", "present"))
         session.run_with_iobinding(run)
         logits, *presents = run.get_outputs()                    # in the order of binding
         for value, present in zip(cache.values(), presents):

@@ -67,8 +67,9 @@ def logits(folder: Path, text: list[int], provider: str | None = None) -> Tensor
     info = json.loads((folder / "export.json").read_text())
     steps = NpuSteps(folder, info, provider, 1)
     shape = [1, info["kv_heads"], P, info["head_dim"]]
-    cache = {f"{i}.{part}": ort.OrtValue.from_dlpack(torch.zeros(shape, dtype=torch.float16))
-             for i in range(info["layers"]) for part in ("key", "value")}
+    cache = {f"past_key_values.{i}.{part}": ort.OrtValue.from_dlpack(
+        torch.zeros(shape, dtype=torch.float16))
+        for i in range(info["layers"]) for part in ("key", "value")}
     first, found = text[:-3], []
     rows: list[Any] = [[None] * (-len(first) % T) + first][0]
     seen = 0

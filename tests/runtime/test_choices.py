@@ -17,7 +17,8 @@ from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from minismoe.method.loss import IGNORE
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
-from minismoe.runtime.choices import read_choices, written
+from minismoe.runtime.choices import answer_tokens
+from minismoe.runtime.folder import read_choices
 
 # One begins another; all of some begin alike; one stands alone; some are not ASCII.
 CHOICES = ["card", "card arrival", "card arrested", "cards", "no", "ärger", "ähre", "caro"]
@@ -171,7 +172,7 @@ def test_tokens_of_an_answer_are_those_that_training_supervises(bpe, template) -
 
 def check_answers(tokenizer: Tokenizer, choices: Sequence[str]) -> None:
     """Their tokens are those that training supervises."""
-    for tokens, text in written(tokenizer, tuple(choices)).items():
+    for tokens, text in answer_tokens(tokenizer, tuple(choices)).items():
         example = encode("t", [{"role": "user", "content": "question"},
                                {"role": "assistant", "content": text}], tokenizer)
         assert [*tokens] == [label for label in example.labels if label != IGNORE]

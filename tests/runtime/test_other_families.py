@@ -10,7 +10,7 @@ from tiny import BYTES, random_hf
 from minismoe import generate, load_model
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
-from minismoe.runtime.choices import written
+from minismoe.runtime.choices import answer_tokens
 
 PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
 
@@ -38,7 +38,7 @@ def test_greedy_equals_torch(model: CausalLM, tmp_path: Path, kind: str) -> None
             said = list(generator.generate(longer, 8))
             assert said == generate(model, [longer], 8, generator.tokenizer.stop_ids)[0]
             assert generator.prompt_tokens == (fed if cuttable or fed == 4 else len(longer))
-    answers = {text: tokens for tokens, text in written(
+    answers = {text: tokens for tokens, text in answer_tokens(
         generator.tokenizer, ("yes", "no", "nobody")).items()}
     for text, logprob in generator.choose(PROMPTS[1], [*answers], 3):
         tokens, wanted = answers[text], 0.0

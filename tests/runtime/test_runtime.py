@@ -189,7 +189,7 @@ def test_long_prompts_go_in_chunks(generator, monkeypatch) -> None:
     whole = list(generator.generate(PROMPTS[2], 8))
     generator.reset()
     sizes, step = [], generator.step
-    monkeypatch.setattr("minismoe.runtime.generator.CHUNK", 7)
+    monkeypatch.setattr("minismoe.runtime.cache.CHUNK", 7)
     monkeypatch.setattr(generator, "step", lambda rows: sizes.append(len(rows[0])) or step(rows))
     assert list(generator.generate(PROMPTS[2], 8)) == whole
     assert len(PROMPTS[2]) == 33 and sizes[:6] == [7, 7, 7, 7, 5, 1]
@@ -421,7 +421,8 @@ def test_chat(generator, folders) -> None:
 def test_a_chat_is_rendered_as_it_was_trained(generator, monkeypatch) -> None:
     """The space that a template writes before an answer is generated, and not written twice."""
     prompts: list[str] = []
-    monkeypatch.setattr(terminal, "_say", lambda _, prompt, *rest: prompts.append(prompt) or " yes")
+    monkeypatch.setattr(terminal, "_answer",
+                        lambda _, prompt, *rest: prompts.append(prompt) or " yes")
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     terminal._chat(generator, {}, False)
     assert prompts[1] == generator.tokenizer.render(
