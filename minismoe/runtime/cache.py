@@ -113,10 +113,12 @@ class CachedModel:
         for name in ("logits", *(self._presents[past] for past in self._fed_back)):
             io.bind_output(name)             # every step binds them again; here they become first
         for past, present in self._presents.items():
-            fed_back = past in self._fed_back
-            shape = [B, *(P if isinstance(n, str) else n for n in self._inputs[past].shape[1:])]
+            conv, fed_back = past.startswith("past_conv"), past in self._fed_back
+            shape = self._inputs[past].shape[1:] if conv else [
+                self.info["kv_heads"], P, self.info["head_dim"]]
             value = self._past[past] = ort.OrtValue.ortvalue_from_shape_and_type(
-                shape, CACHE_TYPES[self.info["cache_type"]], "cpu" if fed_back else self._device)
+                [B, *shape], CACHE_TYPES[self.info["cache_type"]],
+                "cpu" if fed_back else self._device)
             if fed_back:                     # old memory: 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
             else:
@@ -147,6 +149,7 @@ class CachedModel:
 
         Several are padded to one length: on the left; for target ort on the right, and then only
         after `reset`. A static graph reads T tokens a step, another one CHUNK of a single prompt.
+        An error, or Ctrl-C, empties the cache.
         """
         longest = max(map(len, rows))
         B, T, _ = self.static or (len(rows), CHUNK if len(rows) == 1 else longest, 0)
@@ -156,34 +159,34 @@ class CachedModel:
         gaps = [[None] * (longest - len(row)) for row in rows]
         padded = [[*row, *gap] if self._in_place else [*gap, *row] for row, gap in zip(rows, gaps)]
         padded += padded[-1:] * (B - len(rows))
-        for start in range(0, longest, T):
-            logits = self.step([row[start:start + T] for row in padded])
-        return logits
-
-    def step(self, rows: Sequence[Row]) -> ort.OrtValue:
-        """Run the graph once, on rows (B, T); returns its logits. An error empties the cache."""
         try:
-            if self._npu:
-                logits = self._npu.step(rows[0], len(self._seen[0]), self._past)
-                self._seen[0] += [t for t in rows[0] if t is not None]
-                return logits
-            inputs, io = self._token_inputs(rows), self._io  # their memory must outlive the run
-            for name, values in inputs.items():
-                io.bind_input(name, "cpu", 0, INT64, [len(rows), len(values) // len(rows)],
-                              values.buffer_info()[0])
-            io.bind_output("logits")
-            for past in self._fed_back:
-                io.bind_ortvalue_input(past, self._past[past])
-                io.bind_output(self._presents[past], self._device)
-            self._session.run_with_iobinding(io)
-            outputs = io.get_outputs_as_ortvaluevector()     # in the order of binding
-            for n, past in enumerate(self._fed_back, start=1):
-                self._past[past] = ort.OrtValue(outputs[n])
+            for start in range(0, longest, T):
+                logits = self.step([row[start:start + T] for row in padded])
         except (Exception, KeyboardInterrupt):
             self.reset()                     # a step that was cut off leaves it half written
             raise
+        return logits
+
+    def step(self, rows: Sequence[Row]) -> ort.OrtValue:
+        """Run the graph once, on rows (B, T); returns its logits."""
+        if self._npu:
+            logits = self._npu.step(rows[0], len(self._seen[0]), self._past)
+            self._seen[0] += [t for t in rows[0] if t is not None]
+            return logits
+        io, inputs = self._io, self._token_inputs(rows)      # their memory must outlive the run
+        for name, values in inputs.items():
+            io.bind_input(name, "cpu", 0, INT64, [len(rows), len(values) // len(rows)],
+                          values.buffer_info()[0])
+        io.bind_output("logits")
+        for past in self._fed_back:
+            io.bind_ortvalue_input(past, self._past[past])
+            io.bind_output(self._presents[past], self._device)
+        self._session.run_with_iobinding(io)
         if self._huge_pages and not self._huge_pages.ident:  # not earlier: the first token waits
             self._huge_pages.start()
+        outputs = io.get_outputs_as_ortvaluevector()         # in the order of binding
+        for n, past in enumerate(self._fed_back, start=1):
+            self._past[past] = ort.OrtValue(outputs[n])
         return ort.OrtValue(outputs[0])
 
     def _token_inputs(self, rows: Sequence[Row]) -> "dict[str, array[int]]":
