@@ -1,16 +1,9 @@
-"""The runtime: the text that PyTorch gives, streamed, batched, cut off, and from a bare process."""
+"""The runtime: the text that PyTorch gives, streamed, batched and cut off; broken folders."""
 
-import copy
 import ctypes
-import io
 import json
 import math
 import random
-import re
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exported import KINDS, command, describe, export, random_model
+from exported import KINDS, describe, export, random_model
 
 from minismoe import generate
 from minismoe.export.layouts import write_adapter
@@ -26,10 +19,8 @@ from minismoe.export.mixture import AdapterInput
 from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator, cache
-from minismoe.runtime import __main__ as terminal
 from minismoe.runtime.generator import _draw
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
 LORA = "model.layers.0.mlp.up_proj"
 
@@ -185,6 +176,13 @@ def test_no_prompt_has_no_text(generator) -> None:
     assert generator.batch([]) == []
 
 
+def test_a_wrong_prompt_of_a_batch_is_named_before_any_is_read(generator) -> None:
+    generator.reset()
+    with pytest.raises(ValueError, match="^prompt 2 of 3 is empty"):
+        generator.batch(["a", "", "b"])
+    assert generator._seen == [[]]
+
+
 def test_long_prompts_go_in_chunks(generator, monkeypatch) -> None:
     whole = list(generator.generate(PROMPTS[2], 8))
     generator.reset()
@@ -212,6 +210,30 @@ def test_the_context_ends(generator) -> None:
     assert len(tokens) == 96 - len(PROMPTS[2]) and generator.ended == "context"
     assert generator.batch([PROMPTS[0], PROMPTS[2]])[1] == tokens
     assert list(generator.generate(b"x" * 95)) and generator.ended == "context"
+
+
+@pytest.mark.parametrize("kind, T", [("static", 1), ("chunks", 4), ("portable", 1), ("ort", 1)])
+def test_a_text_ends_where_the_places_of_the_past_do(model, folders, kind, T) -> None:
+    """A step of a static graph takes T places, whatever it writes."""
+    generator, prompt = Generator(folders[kind], threads=1), b"x" * 41
+    generator.tokenizer.stop_ids = []
+    found = list(generator.generate(prompt))
+    assert len(found) == (96 - 41) // T and generator.ended == "context"
+    assert found == generate(model, [prompt], len(found), ())[0]
+
+
+def test_a_static_past_that_is_shorter_than_the_context(model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(KINDS, "short", ("portable", (1, 1, 48)))
+    generator = Generator(export(model, tmp_path / "f", "short"), threads=1)
+    generator.tokenizer.stop_ids = []
+    assert generator.context == 48 and len(list(generator.generate(b"x" * 41))) == 7
+
+
+def test_logits_that_are_not_numbers_end_a_text(model, tmp_path) -> None:
+    broken = CausalLM(model.config)
+    broken.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(ArithmeticError, match="logits are not numbers"):
+        list(Generator(export(broken, tmp_path / "f"), threads=1).generate("a", 2))
 
 
 @pytest.mark.parametrize("prompt, options, message", [
@@ -242,9 +264,10 @@ def test_sampling(generator) -> None:
     assert set(seen) == {0, 1, 2}
 
 
-def test_each_batch_of_a_static_graph_draws_anew(folders) -> None:
-    generator = Generator(folders["static"], threads=1)
-    rows, hot = generator.static[0], {"temperature": 5.0, "seed": 1}
+@pytest.mark.parametrize("kind, rows", [("static", 1), ("chunks", 2), ("ort", 1)])
+def test_each_batch_draws_anew(folders, kind, rows) -> None:
+    """A CPU reads one prompt at a time."""
+    generator, hot = Generator(folders[kind], threads=1), {"temperature": 5.0, "seed": 1}
     found = generator.batch([PROMPTS[1]] * (2 * rows), 12, **hot)
     assert found[:rows] == generator.batch([PROMPTS[1]] * rows, 12, **hot) != found[rows:]
 
@@ -280,15 +303,6 @@ def test_text_of_byte_fallback(generator, sentencepiece, monkeypatch, text) -> N
     pieces = list(generator.text(ids))
     assert "".join(pieces) == tokenizer.decode(ids) == text
     assert len(pieces) > 1 or len(text) == 1                   # streamed, not kept to the end
-
-
-@pytest.mark.parametrize("flags", [["hello", "--chat"], ["--chat", "--raw"], ["x", "--seed", "1"],
-                                   ["x", "--top-p", "0.5"], ["x", "--top-k", "4"],
-                                   ["--serve", "stats", "--stats"]])
-def test_flags_that_would_do_nothing_are_refused(folders, flags, capsys) -> None:
-    with pytest.raises(SystemExit) as end:
-        terminal.main([str(folders["ort"]), *flags])
-    assert end.value.code == 2 and flags[-1 if "--chat" in flags else 1] in capsys.readouterr().err
 
 
 def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monkeypatch) -> None:
@@ -367,186 +381,3 @@ def test_verify_compares_hashes(model, tmp_path) -> None:
     Generator(folder, threads=1)
     with pytest.raises(ValueError, match="its hash differs"):
         Generator(folder, threads=1, verify=True)
-
-
-# The command line.
-
-def test_a_missing_onnxruntime_is_one_line(folders) -> None:
-    code = "import sys; sys.modules['onnxruntime'] = None; sys.argv = ['x', 'y', 'z']; " + (
-        "import runpy; runpy.run_module('minismoe.runtime', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 1 and re.fullmatch("error: .*onnxruntime.*\n", done.stderr)
-
-
-def test_command_in_a_bare_process(generator, folders) -> None:
-    prompt = generator.tokenizer.render([{"role": "user", "content": "hello"}], True)
-    expected = "".join(generator.text(generator.generate(prompt, 10)))
-    asked = command(folders["ort"], "hello", "--max-tokens", 10, "--stats", "--verify")
-    assert (asked.returncode, asked.stdout) == (0, expected + "\n"), asked.stderr
-    assert re.search(r"first token \S+ s, .* peak memory \d+ MB", asked.stderr)
-    piped = command(folders["ort"], "--max-tokens", 10, input="hello\n")
-    assert (piped.stdout, piped.stderr) == (expected + "\n", "")
-    raw = command(folders["portable"], "some words", "--raw")
-    assert raw.stdout == "".join(generator.text(generator.generate("some words"))) + "\n"
-    assert raw.stderr == ("" if generator.ended == "stop" else
-                          "[the context of 96 tokens is full]\n")
-
-
-@pytest.mark.parametrize("args, line", [
-    (("FOLDER", "a", "--provider", "nowhere"), "no provider 'nowhere' here; present: .*CPU"),
-    (("FOLDER/missing", "a"), "missing has no export.json"), (("FOLDER", ""), "prompt is empty"),
-    (("FOLDER", "x" * 96), "leaves no room"), (("FOLDER", "a", "--task", "t"), "present: none"),
-])
-def test_failures_are_one_line(folders, args, line) -> None:
-    run = command(*(a.replace("FOLDER", str(folders["ort"])) for a in args))
-    assert run.returncode == 1 and re.fullmatch(f"error: .*{line}.*\n", run.stderr), run.stderr
-    assert command(folders["ort"], "a", "--threads", "0").returncode == 2
-
-
-def test_chat(generator, folders) -> None:
-    history, expected = [], ""
-    for line in ("one", "two"):
-        history.append({"role": "user", "content": line})
-        prompt = generator.tokenizer.render(history, True)
-        answer = "".join(generator.text(generator.generate(prompt, 9)))
-        history.append({"role": "assistant", "content": answer.strip()})
-        expected += answer + "\n"
-    chat = command(folders["ort"], "--chat", "--max-tokens", 9,
-                   input=f"one\n\ntwo\n{'x' * 90}\n/clear\none\n/exit\nthree\n")
-    assert chat.returncode == 0
-    assert chat.stdout == expected + expected.split("\n")[0] + "\n"
-    assert re.fullmatch("error: the prompt has .* leaves no room .*; /clear .*\n", chat.stderr)
-
-
-def test_a_chat_is_rendered_as_it_was_trained(generator, monkeypatch) -> None:
-    """The space that a template writes before an answer is generated, and not written twice."""
-    prompts: list[str] = []
-    monkeypatch.setattr(terminal, "_answer",
-                        lambda _, prompt, *rest: prompts.append(prompt) or " yes")
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    terminal._chat(generator, {}, False)
-    assert prompts[1] == generator.tokenizer.render(
-        [{"role": r, "content": c} for r, c in (
-            ("user", "one"), ("assistant", "yes"), ("user", "two"))], True)
-    assert "Assistant: yes" in prompts[1]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT reaches whole consoles there")
-def test_interrupt_stops_the_answer_and_not_the_chat(model, tmp_path, signals) -> None:
-    endless = copy.deepcopy(model)
-    for ids in (slice(10, 11), slice(256, None)):               # tied: no newline, and no end
-        endless.model.embed_tokens.weight.data[ids] = 0
-    folder = export(endless, tmp_path / "endless", context=1 << 18)
-    program = [sys.executable, "-m", "minismoe.runtime", str(folder)]
-    with subprocess.Popen([*program, "--chat"], cwd=ROOT, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as chat:
-        for line in (b"hello\n", b"again\n"):
-            chat.stdin.write(line)
-            chat.stdin.flush()
-            assert chat.stdout.read(20)
-            chat.send_signal(signal.SIGINT)
-            while chat.stdout.read(1) != b"\n":             # of what was on its way
-                pass
-        _, err = chat.communicate(b"/exit\n", timeout=30)
-    assert (chat.returncode, err) == (0, b"")
-    with subprocess.Popen([*program, "hello"], cwd=ROOT, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as single:
-        assert single.stdout.read(20)
-        single.send_signal(signal.SIGINT)
-        _, err = single.communicate(timeout=30)
-    assert (single.returncode, err) == (130, b"interrupted\n")
-
-
-def test_a_terminal_gets_no_control_characters(folders, monkeypatch) -> None:
-    written = io.StringIO()
-    monkeypatch.setattr(Generator, "generate", lambda *a, **k: iter(b"a\x1b[31mb\r\n\tc"))
-    monkeypatch.setattr(sys, "stdout", written)
-    for tty, expected in ((False, "a\x1b[31mb\r\n\tc\n"), (True, "a\ufffd[31mb\ufffd\n\tc\n")):
-        written.seek(0)
-        written.truncate()
-        written.isatty = lambda tty=tty: tty
-        terminal.main([str(folders["ort"]), "x"])
-        assert written.getvalue() == expected
-
-
-def test_a_raw_prompt_at_a_terminal_is_read_as_it_is(folders, generator, monkeypatch, capsys,
-                                                     ) -> None:
-    typed = io.StringIO("hello\n")
-    typed.isatty = lambda: True
-    monkeypatch.setattr("sys.stdin", typed)
-    terminal.main([str(folders["ort"]), "--raw", "--max-tokens", "4"])
-    assert capsys.readouterr().out == "".join(generator.text(generator.generate("hello", 4))) + "\n"
-
-
-def test_starts_fast_and_small(folders) -> None:
-    start = time.perf_counter()
-    run = command(folders["ort"], "hello", "--max-tokens", 4, "--stats", "--threads", 1)
-    assert time.perf_counter() - start < 5        # 0.2 s where nothing else runs
-    assert int(re.search(r"peak memory (\d+) MB", run.stderr)[1]) < 100
-
-
-@pytest.mark.parametrize("kind, T", [("static", 1), ("chunks", 4), ("portable", 1), ("ort", 1)])
-def test_a_text_ends_where_the_places_of_the_past_do(model, folders, kind, T) -> None:
-    """A step of a static graph takes T places, whatever it writes."""
-    generator, prompt = Generator(folders[kind], threads=1), b"x" * 41
-    generator.tokenizer.stop_ids = []
-    found = list(generator.generate(prompt))
-    assert len(found) == (96 - 41) // T and generator.ended == "context"
-    assert found == generate(model, [prompt], len(found), ())[0]
-
-
-def test_a_static_past_that_is_shorter_than_the_context(model, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(KINDS, "short", ("portable", (1, 1, 48)))
-    generator = Generator(export(model, tmp_path / "f", "short"), threads=1)
-    generator.tokenizer.stop_ids = []
-    assert generator.context == 48 and len(list(generator.generate(b"x" * 41))) == 7
-
-
-def test_logits_that_are_not_numbers_end_a_text(model, tmp_path) -> None:
-    broken = CausalLM(model.config)
-    broken.model.norm.weight.data.fill_(math.nan)
-    with pytest.raises(ArithmeticError, match="logits are not numbers"):
-        list(Generator(export(broken, tmp_path / "f"), threads=1).generate("a", 2))
-
-
-def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(Generator, "generate", lambda self, *_, **__: (
-        setattr(self, "ended", "context"), iter(b"ab"))[1])
-    terminal.main([str(folders["ort"]), "x"])
-    assert capsys.readouterr().err == "[the context of 96 tokens is full]\n"
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--serve", "web"], "web is no port; write the folder before --serve"),
-    (["--serve=-1"], "-1 is no port"),
-    (["x", "--best", "2"], "--best and --lines need --choices"),
-    (["x", "--lines"], "--best and --lines need --choices"),
-    (["--serve", "--stats"], "leave out stats"), (["--serve", "--task", "t"], "leave out task"),
-    (["x", "--seed", "1"], "draw nothing without a --temperature"),
-    (["x", "--temperature", "nan"], "nan is no number of at least 0"),
-    (["x", "--top-p", "2"], "2 is not in (0, 1]"), (["x", "--top-k", "-1"], "-1 is below 0"),
-    (["x", "--choices="], "it is empty"),
-    (["x", "--chat"], "--chat asks for prompts itself")])
-def test_what_is_wrong_with_flags_is_said(folders, flags, says, capsys) -> None:
-    """In the last line: the usage above it names every flag."""
-    with pytest.raises(SystemExit) as end:
-        terminal.main([str(folders["ort"]), *flags])
-    assert end.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_too_little_memory_names_the_context(monkeypatch, capsys) -> None:
-    def full(_: object) -> None:
-        raise MemoryError
-    monkeypatch.setattr(terminal, "main", full)
-    with pytest.raises(SystemExit) as end:
-        terminal.run()
-    assert end.value.code == 1 and capsys.readouterr().err == (
-        "error: out of memory: export again, with a smaller --context\n")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes streams")
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
-def test_closed_streams_end_nothing(folders, closed) -> None:
-    said = f"{sys.executable} -m minismoe.runtime {folders['ort']} hi --max-tokens 2 {closed}"
-    done = subprocess.run(said, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
