@@ -26,7 +26,7 @@ from ..io.text import clean
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-Answers = dict[tuple[int, ...], str]         # {tokens of an answer, with the end token: its text}
+Tokens = tuple[int, ...]                     # of an answer, with the token that ends it
 
 
 class Answer(NamedTuple):
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 
 @lru_cache(8)
-def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> Answers:
+def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> dict[Tokens, str]:
     """The answers as the chat template writes them after a question, sorted by their tokens.
 
     Raises ValueError for an empty set, and for an answer that is empty, is there twice, or is not
@@ -47,7 +47,7 @@ def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> Answers:
         raise ValueError("the set of answers is empty: give at least one answer")
     if tokenizer.end_id is None:
         raise ValueError("the tokenizer has no token that ends an answer")
-    found: Answers = {}
+    found: dict[Tokens, str] = {}
     for text in choices:
         if not text.strip():
             raise ValueError("an answer of the set is empty")
@@ -63,8 +63,8 @@ def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> Answers:
     return dict(sorted(found.items()))
 
 
-def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: Answers, best: int,
-              ) -> list[Answer]:
+def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: dict[Tokens, str],
+              best: int) -> list[Answer]:
     """Best-first search: the likeliest beginning is read on, until `best` answers are whole.
 
     read: gives the logits (1, 1, V) after a prompt and these tokens. A longer beginning is never
@@ -79,7 +79,7 @@ def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: Answers, b
             continue
         # What the first and the last share, all do: they are sorted.
         shared = os.path.commonprefix([group[0], group[-1]])
-        parts: dict[int, list[tuple[int, ...]]] = {}
+        parts: dict[int, list[Tokens]] = {}
         for tokens in group:
             parts.setdefault(tokens[len(shared)], []).append(tokens)
         for part, more in zip(parts.values(), _losses(read(shared), [*parts])):
