@@ -1,6 +1,7 @@
 """The memory of this process: how much it takes, and its limits."""
 
 import ctypes
+import mmap
 import os
 import re
 import sys
@@ -61,13 +62,18 @@ def use_huge_pages() -> None:
     """Move the private memory of this process to huge pages, where Linux can.
 
     The processor translates addresses page by page: a decoder, which reads hundreds of megabytes
-    for each token, is faster with fewer pages. Areas of which less than 90 % are used are left.
+    for each token, is faster with fewer pages. Only pages that are all in use become a huge one.
     """
-    with suppress(OSError):                              # another system has no such file
-        for first, last, used in re.findall(
-                r"^(\w+)-(\w+) rw-p .*\n(?:.*\n)*?Rss: +(\d+)",
-                Path("/proc/self/smaps").read_text(), re.MULTILINE):
+    pages = HUGE // mmap.PAGESIZE
+    # Another system has no such files. 8 bytes a page; the last one's highest bit: it is in use.
+    with suppress(OSError), open("/proc/self/pagemap", "rb") as pagemap:
+        madvise = ctypes.CDLL(None).madvise
+        for first, last in re.findall(
+                r"^(\w+)-(\w+) rw-p", Path("/proc/self/maps").read_text(), re.MULTILINE):
             start, end = -(-int(first, 16) // HUGE) * HUGE, int(last, 16) // HUGE * HUGE
-            if 0 < 0.9 * (end - start) < 1024 * int(used):               # an error changes nothing
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start),
-                                          MADV_COLLAPSE)
+            pagemap.seek(8 * start // mmap.PAGESIZE)
+            used = pagemap.read(8 * max(0, end - start) // mmap.PAGESIZE)[7::8]
+            for n in range(0, len(used), pages):
+                if min(used[n:n + pages]) >= 0x80:       # an error changes nothing
+                    madvise(ctypes.c_void_p(start + n * mmap.PAGESIZE), ctypes.c_size_t(HUGE),
+                            MADV_COLLAPSE)
