@@ -165,9 +165,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if config.get("vocab_size") != ByteTokenizer.vocab_size:
             raise FileNotFoundError(f"{folder} holds no tokenizer.json")
         return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, stops)
-    template = chat_template(folder, settings)
-    if template is not None:
-        templates.start()                    # its process starts while the tokenizer loads
     backend = FileTokenizer(folder / "tokenizer.json", config.get("vocab_size"))
     bos, eos, pad = (_content(settings.get(name, older.get(name))) for name in (
         "bos_token", "eos_token", "pad_token"))
@@ -176,6 +173,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     # They are special, if the vocabulary has them; adding one again would reset its spaces.
     backend.backend.add_special_tokens([t for t in (bos, eos, pad) if t not in backend.special
                                         and backend.backend.token_to_id(t) is not None])
+    template = chat_template(folder, settings)
     return Tokenizer(backend, template, bos, eos, backend.special.get(pad), stops)
 
 
