@@ -75,8 +75,8 @@ class AllocationConfig:
     min_experts: int = flag(1, "experts that every matrix gets at least; 0: the paper's vote, "
                             "which leaves some bare (default: %(default)s)", int, metavar="N")
     max_experts: int | None = flag(
-        None, "most experts of a matrix (default: the number of tasks for votes and random; lora "
-        "has one, of the rank that costs what votes do)", positive, metavar="N")
+        None, "most experts of a matrix (default: the number of tasks for votes; lora has one, of "
+        "the rank that costs what votes do)", positive, metavar="N")
     rank: int = flag(8, "of each expert (default: %(default)s)", positive)
     alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
                                "twice the rank)", above_zero)

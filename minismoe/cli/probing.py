@@ -24,7 +24,7 @@ from .flags import AllocationConfig
 from .inputs import Inputs
 
 PROBE_BATCH = 16                                     # samples at once
-BLIND = ("uniform", "mola", "random", "lora")        # given a budget, these read no score
+BLIND = ("uniform", "lora")                          # given a budget, these read no score
 
 
 def needed(allocating: AllocationConfig) -> bool:
@@ -36,7 +36,7 @@ def needed(allocating: AllocationConfig) -> bool:
 def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
     """The allocation that the flags ask for; Unfit if the scores choose one that does not fit."""
     settings = asdict(allocating)
-    del settings["samples"], settings["allocation"]
+    del settings["samples"], settings["seed"], settings["allocation"]
     found = allocate(scores, **settings)
     found.check_rank(scores.shapes)
     return found

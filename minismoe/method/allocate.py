@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-from .controls import LAYER, Order, draw, lora, mola, proportional, uniform
+from .controls import LAYER, Order, lora, uniform
 from .record import MOST, Allocation, Counts, Sensitivities, Unfit, is_number, is_whole
 
 GROUPS = ("attention_mlp", "kind", "all")
@@ -54,8 +54,7 @@ def votes(order: Order, n: int) -> Allocation:
         module: min(max(count, order.low), high) for module, count in counts.items()})
 
 
-RULES = {"votes": votes, "proportional": proportional, "uniform": uniform, "mola": mola,
-         "random": draw, "lora": lora}
+RULES = {"votes": votes, "uniform": uniform, "lora": lora}
 STRATEGIES = tuple(RULES)
 
 
@@ -63,18 +62,18 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
              keep: float | None = None, budget_experts: int | None = None,
              budget_params: int | None = None, min_experts: int = 0, max_experts: int | None = None,
              targets: Iterable[str] | str | None = None, rank: int = 8, alpha: float | None = None,
-             top_k: int = 2, seed: int = 0, shapes: Mapping[str, tuple[int, int]] | None = None
+             top_k: int = 2, shapes: Mapping[str, tuple[int, int]] | None = None
              ) -> Allocation:
     """Give each module of {task: {module: sensitivity}} its number of experts.
 
     It spends what votes do at `keep` (a share of each group, 0.6 by default), or at most
     `budget_experts` experts, or at most `budget_params` trainable parameters. Counts are clamped to
-    min_experts..max_experts; no max_experts means the number of tasks for votes and random, and no
-    limit for the others. "lora" gives each module one expert of the largest rank that fits, at the
-    same alpha / rank; in budget_experts, one of 2 * `rank` counts as two. `alpha` is 2 * rank by
-    default, `shapes`, {module: (out, in)}, is `scores.shapes`; `seed` is for "random". Raises
-    ValueError for wrong arguments and for a budget that is too small, with the nearest possible
-    one; Unfit if it is too small for these scores only.
+    min_experts..max_experts; no max_experts means the number of tasks for votes, and no limit for
+    uniform. "lora" gives each module one expert of the largest rank that fits, at the same
+    alpha / rank; in budget_experts, one of 2 * `rank` counts as two. `alpha` is 2 * rank by
+    default, `shapes`, {module: (out, in)}, is `scores.shapes`. Raises ValueError for wrong
+    arguments and for a budget that is too small, with the nearest possible one; Unfit if it is too
+    small for these scores only.
     """
     budgets = [budget for budget in (budget_experts, budget_params) if budget is not None]
     keep = KEEP if keep is None and not budgets else keep
@@ -92,7 +91,7 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
         experts = sum(found.experts.values())
         return found.trainable(sizes) if in_params else -(-experts * found.rank // rank)
 
-    order = Order(draft, scores, modules, grouped(modules, group), min_experts, max_experts, seed)
+    order = Order(draft, scores, modules, grouped(modules, group), min_experts, max_experts)
     at = partial(RULES[strategy], order)
     budget = budgets[0] if budgets else cost(votes(order, 1))
     if (least := cost(at(1))) > budget:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from controls import allocate, shares
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -18,10 +19,9 @@ from minismoe.data import toy
 from minismoe.data.tasks import Task, load_tasks
 from minismoe.io.files import read_json
 from minismoe.io.hub import resolve
-from minismoe.method.allocate import Allocation, allocate
-from minismoe.method.controls import shares
+from minismoe.method.allocate import Allocation
 
-STRATEGIES: dict[str, dict[str, Any]] = {             # as flags of train.py
+STRATEGIES: dict[str, dict[str, Any]] = {             # arguments of controls.allocate
     "lora": {"strategy": "lora"}, "uniform": {"strategy": "uniform"},
     "random": {"strategy": "random"}, "mola": {"strategy": "mola"},
     "votes": {"strategy": "votes"}, "votes-kind": {"strategy": "votes", "group": "kind"},
