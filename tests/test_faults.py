@@ -379,6 +379,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(world: World, bp
 ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {        # more in tests/model
     "cut": (lambda f: cut(f / "adapter.safetensors"), "no valid safetensors file"),
     "a bit": (lambda f: flip(f / "adapter.safetensors", -5), "is damaged: its hash"),
+    "no hash": (lambda f: edit(f / "adapter.json", lambda a: a.pop("sha256")), "its hash is not"),
     "more experts": (lambda f: edit(f / "adapter.json", lambda a: a["allocation"]["experts"].update(
         {Q: 1000})), "does not fit: .*lora_A"),
     "a rank of 2^40": (lambda f: edit(f / "adapter.json", lambda a: a["allocation"].update(

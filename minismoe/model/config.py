@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "granitemoehybrid",
@@ -38,10 +38,9 @@ REFUSED = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "con
 ROPES = {"default": (), "linear": ("factor",), "llama3": (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 FULL, SLIDING = "full_attention", "sliding_attention"        # types of layers
-OLDER = 17                    # the first fields, which are in the repr of every Config
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Config:
     """The fields of config.json that the decoder needs, mostly under the same names."""
 
@@ -76,12 +75,6 @@ class Config:
     conv_layers: tuple[int, ...] = ()                # with a short convolution, not attention
     conv_size: int = 0                               # tokens that it sees
     names: Mapping[str, str] | None = None           # one of MODULES
-
-    def __repr__(self) -> str:
-        """The text that fingerprints hash: later fields show only if set, so old hashes hold."""
-        shown = [f.name for n, f in enumerate(fields(self))
-                 if n < OLDER or getattr(self, f.name) != f.default]
-        return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def attention_layers(self) -> list[int]:

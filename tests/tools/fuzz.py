@@ -37,6 +37,7 @@ from minismoe.cli.flags import AllocationConfig  # noqa: E402
 from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
 from minismoe.export import graph  # noqa: E402
+from minismoe.io.files import sha256  # noqa: E402
 from minismoe.io.text import error_line  # noqa: E402
 from minismoe.method.experts import add_experts  # noqa: E402
 from minismoe.method.record import Allocation  # noqa: E402
@@ -206,7 +207,7 @@ class Fuzz:
     def adapter_weights(self, rng: Rng) -> Any:
         self.spoil_header(rng, self.base / "adapter" / "adapter.safetensors")
         meta = json.loads((self.base / "adapter" / "adapter.json").read_text())
-        del meta["sha256"]                       # what an attacker would bring up to date
+        meta["sha256"] = sha256(self.case / "adapter.safetensors")       # as an attacker would
         (self.case / "adapter.json").write_text(json.dumps(meta))
         load_adapter(load_model(self.base), self.case)
 
