@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -49,14 +49,10 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
         name: header for name, header in found.items()
         if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")
                 or text_part(config) != config and IMAGES.match(name))})
-    digest, rows = hashlib.sha256(repr(cfg).encode()), hashlib.sha256()
     quantised = linear_layers(model) if base_bits else {}
     for file, headers in files.items():
-        digest.update(_start(file))
         with _opened(file) as f:
             for stored in [n for n in headers if text_name(n) in wanted]:
-                row = f.get_slice(stored)[:1].flatten().view(torch.uint8)    # the first
-                rows.update(bytes(row.tolist()))
                 parent, _, child = (name := text_name(stored)).rpartition(".")
                 if child == "weight" and base_bits and parent in quantised:
                     weight = _tensor(f, file, stored, None, device)
@@ -72,10 +68,22 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
             if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):
                 raise ValueError(f"{folder} holds a head of its own, and its config.json ties it "
                                  "to the embedding: set tie_word_embeddings to false")
-    model.fingerprint = f"{digest.hexdigest()[:16]}-{rows.hexdigest()[:16]}"
-    model.name = str(path)
+    model.fingerprint, model.name = fingerprint(cfg, wanted, files), str(path)
     model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
     return model.eval()
+
+
+def fingerprint(cfg: Config, names: Collection[str], files: Iterable[Path]) -> str:
+    """A hash of the configuration and of each tensor's name, dtype, shape and first row, as stored:
+    it tells one base from another, whatever dtype and device they are loaded to."""
+    found = {}
+    for file in files:
+        with _opened(file) as f:
+            for stored, header in _headers(file).items():
+                if (name := text_name(stored)) in names:
+                    row = f.get_slice(stored)[:1].flatten().view(torch.uint8)
+                    found[name] = header, bytes(row.tolist())
+    return hashlib.sha256(repr((cfg, sorted(found.items()))).encode()).hexdigest()[:16]
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -154,13 +162,6 @@ def _check_fit(complaint: str, wanted: Mapping[str, Sequence[int]],
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{complaint}: " + "; ".join(problems[:20]) + more)
-
-
-def _start(file: Path) -> bytes:
-    """The header (names, types, shapes) and the first 64 KiB of weights, to recognise a file."""
-    with open(file, "rb") as f:
-        length = f.read(8)
-        return length + f.read(min(int.from_bytes(length, "little"), 1 << 26) + (1 << 16))
 
 
 def _tensor(f: Any, file: Path, name: str, dtype: torch.dtype | None, device: str | torch.device,
