@@ -2,11 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +27,24 @@ IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")   # ten
 MERGED = "minismoe_merged"               # in config.json: the base that adapters were merged into
 
 
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, which is mapped into memory and stays open with it."""
+
+    file: Path
+    name: str                # in that file
+    part: Any                # has get_dtype() and get_shape(); part[:n] is the first n rows
+
+    def read(self, dtype: torch.dtype | None, device: str | torch.device) -> Tensor:
+        """The tensor; without a conversion, it shares the mapped file's memory.
+
+        One to convert, here or by the caller (dtype None), is read through a mapping of its own,
+        which is closed at once: pages that `part` has read stay in memory.
+        """
+        if DTYPES[self.part.get_dtype()] == dtype and torch.device(device).type == "cpu":
+            return self.part[:]
+        return _open(self.file).get_tensor(self.name).to(device=device, dtype=dtype)
+
+
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
                device: str | torch.device = "cpu", base_bits: int | None = None) -> CausalLM:
     """A frozen decoder from a folder or hub name, its weights as `dtype` on `device`.
@@ -41,49 +58,58 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
     folder = resolve(path)
     cfg, config = read_config(folder)
     model = meta_model(cfg)
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    files = {file: _headers(file) for file in weight_files(folder)}
-    found = {text_name(n): header for headers in files.values() for n, header in headers.items()}
-    tied = cfg.tie_word_embeddings
-    _check_fit(f"{folder} does not fit its config.json", wanted, {
-        name: header for name, header in found.items()
-        if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")
-                or text_part(config) != config and IMAGES.match(name))})
-    quantised = linear_layers(model) if base_bits else {}
-    for file, headers in files.items():
-        with _opened(file) as f:
-            for stored in [n for n in headers if text_name(n) in wanted]:
-                parent, _, child = (name := text_name(stored)).rpartition(".")
-                if child == "weight" and base_bits and parent in quantised:
-                    weight = _tensor(f, file, stored, None, device)
-                    blocks = BlockWeight(quantize(weight, base_bits), dtype)
-                    model.set_submodule(parent, BlockLinear(blocks, quantised[parent].bias))
-                else:
-                    parameter = nn.Parameter(_tensor(f, file, stored, dtype, device), False)
-                    setattr(model.get_submodule(parent), child, parameter)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-        if "lm_head.weight" in found:        # it may be the embedding, rounded to another dtype
-            a, b = map(weights(folder), ("lm_head.weight", "model.embed_tokens.weight"))
-            if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):
-                raise ValueError(f"{folder} holds a head of its own, and its config.json ties it "
-                                 "to the embedding: set tie_word_embeddings to false")
-    model.fingerprint, model.name = fingerprint(cfg, wanted, files), str(path)
+    tensors = _fitting(folder, config, model)
+    model.name, model.fingerprint = str(path), fingerprint(cfg, tensors)
     model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
+    _fill(model, tensors, dtype, device)
+    if cfg.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
 
 
-def fingerprint(cfg: Config, names: Collection[str], files: Iterable[Path]) -> str:
+def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[str, Stored]:
+    """The tensors of a checkpoint, by the model's names; ValueError if they are not the model's.
+
+    Some checkpoints hold more, which is left out: rotary buffers, the image part of a model of text
+    and images, and a tied head, which must equal the embedding.
+    """
+    found, head = stored_tensors(folder), "lm_head.weight"
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    images, tied = text_part(config) != config, head not in wanted
+    _check_fit(f"{folder} does not fit its config.json", wanted, {
+        name: tensor for name, tensor in found.items()
+        if not (name.endswith("rotary_emb.inv_freq") or tied and name == head
+                or images and IMAGES.match(name))})
+    if tied and head in found:               # one may be rounded to another dtype
+        a, b = (found[name].read(None, "cpu") for name in (head, "model.embed_tokens.weight"))
+        if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):
+            raise ValueError(f"{folder} holds a head of its own, and its config.json ties it to "
+                             "the embedding: set tie_word_embeddings to false")
+    return {name: found[name] for name in wanted}
+
+
+def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype,
+          device: str | torch.device) -> None:
+    """Give a model on the meta device its weights, one at a time; quantise them for base_bits."""
+    linear = linear_layers(model)
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if model.base_bits and module in linear and kind == "weight":
+            integers = quantize(tensor.read(None, device), model.base_bits)
+            layer = BlockLinear(BlockWeight(integers, dtype), linear[module].bias)
+            model.set_submodule(module, layer)
+        else:
+            weight = nn.Parameter(tensor.read(dtype, device), requires_grad=False)
+            setattr(model.get_submodule(module), kind, weight)
+
+
+def fingerprint(cfg: Config, tensors: Mapping[str, Stored]) -> str:
     """A hash of the configuration and of each tensor's name, dtype, shape and first row, as stored:
     it tells one base from another, whatever dtype and device they are loaded to."""
-    found = {}
-    for file in files:
-        with _opened(file) as f:
-            for stored, header in _headers(file).items():
-                if (name := text_name(stored)) in names:
-                    row = f.get_slice(stored)[:1].flatten().view(torch.uint8)
-                    found[name] = header, bytes(row.tolist())
-    return hashlib.sha256(repr((cfg, sorted(found.items()))).encode()).hexdigest()[:16]
+    rows = [(name, t.part.get_dtype(), t.part.get_shape(),
+             bytes(t.part[:1].flatten().view(torch.uint8).tolist()))
+            for name, t in sorted(tensors.items())]
+    return hashlib.sha256(repr((cfg, rows)).encode()).hexdigest()[:16]
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -98,13 +124,8 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
 
 def weights(folder: Path) -> Callable[[str], Tensor]:
     """A function that reads one tensor of a checkpoint folder by name, in its stored dtype."""
-    home = {text_name(n): (file, n) for file in weight_files(folder) for n in _headers(file)}
-
-    def weight(name: str) -> Tensor:
-        file, stored = home[name]
-        with _opened(file) as f:
-            return f.get_tensor(stored)
-    return weight
+    found = stored_tensors(folder)
+    return lambda name: found[name].read(None, "cpu")
 
 
 def text_name(stored: str) -> str:
@@ -131,28 +152,30 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / n for n in names]
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of a checkpoint folder, by our names of them."""
+    return {text_name(t.name): t for file in weight_files(folder) for t in _tensors(file)}
+
+
+def _tensors(file: Path) -> list[Stored]:
+    opened = _open(file)
+    return [Stored(file, name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
+
+
+def _open(file: Path) -> Any:
     """A safetensors file, open for reading; ValueError if it is damaged."""
     try:
-        with safe_open(file, framework="pt") as f:
-            yield f
+        return safe_open(file, framework="pt")
     except SafetensorError as e:
         raise ValueError(f"{file} is no valid safetensors file: {clean(e)}") from None
 
 
-def _headers(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """dtype and shape of each tensor in a file."""
-    with _opened(file) as f:
-        slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 (it is no dict)
-        return {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
-
-
-def _check_fit(complaint: str, wanted: Mapping[str, Sequence[int]],
-               found: Mapping[str, tuple[str, list[int]]]) -> None:
+def _check_fit(complaint: str, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Stored],
+               ) -> None:
     """Raise ValueError with up to 20 tensors that are surplus, misshapen or missing."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
-    for name, (dtype, shape) in found.items():
+    for name, tensor in found.items():
+        dtype, shape = tensor.part.get_dtype(), tensor.part.get_shape()
         if name not in wanted:
             problems.append(f"{name} is surplus")
         elif dtype not in DTYPES:
@@ -162,19 +185,6 @@ def _check_fit(complaint: str, wanted: Mapping[str, Sequence[int]],
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{complaint}: " + "; ".join(problems[:20]) + more)
-
-
-def _tensor(f: Any, file: Path, name: str, dtype: torch.dtype | None, device: str | torch.device,
-            ) -> Tensor:
-    """One tensor of the open file `f`; without a conversion, it shares the mapped file's memory.
-
-    One that is converted, here or by the caller (dtype None), is read through a mapping of its own
-    that is closed at once: pages read through `f` stay in memory until `f` is closed.
-    """
-    if DTYPES[f.get_slice(name).get_dtype()] == dtype and torch.device(device).type == "cpu":
-        return f.get_tensor(name)
-    with _opened(file) as own:
-        return own.get_tensor(name).to(device=device, dtype=dtype)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
@@ -199,15 +209,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     into it, if the adapter was trained on another base (by the fingerprints of `load_model`;
     `transformers` models have none), or if its tensors do not fit the allocation or the model.
     """
-    record, file = (Path(folder) / name for name in ("adapter.json", "adapter.safetensors"))
-    for part in (record, file):
-        if not inside(part.parent, part.name).is_file():
+    settings, file = (inside(Path(folder), f"adapter.{end}") for end in ("json", "safetensors"))
+    for part in (settings, file):
+        if not part.is_file():
             raise FileNotFoundError(f"{folder} holds no {part.name}")
-    meta = read_json(record)
+    meta = read_json(settings)
     if meta.get("format") != ADAPTER_FORMAT:
-        raise ValueError(f"{record} is not of the form {ADAPTER_FORMAT}")
+        raise ValueError(f"{settings} is not of the form {ADAPTER_FORMAT}")
     _check_base(model, meta)
-    with naming(record, ValueError):
+    with naming(settings, ValueError):
         allocation = Allocation.from_json(meta.get("allocation"))
     layers = adaptable(model, allocation)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -216,13 +226,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
         shapes |= {f"{name}.lora_A": (E, r, in_), f"{name}.lora_B": (E, r, out)}
         if E > 1:
             shapes[f"{name}.router"] = E, in_
-    _check_fit(f"{file} does not fit", shapes, _headers(file))
+    found = {tensor.name: tensor for tensor in _tensors(file)}
+    _check_fit(f"{file} does not fit", shapes, found)
     if meta.get("sha256") != sha256(file):
         raise ValueError(f"{file} is damaged: its hash is not that of adapter.json")
     add_experts(model, allocation)       # after all checks: a refusal leaves the model unchanged
-    with _opened(file) as f:
-        for name, parameter in _expert_parameters(model).items():
-            parameter.data.copy_(f.get_tensor(name))
+    for name, parameter in _expert_parameters(model).items():
+        parameter.data.copy_(found[name].part[:])
     return allocation
 
 
