@@ -12,7 +12,7 @@ _HOME = {
     "load_model": "model.checkpoint", "load_adapter": "model.checkpoint",
     "save_adapter": "model.checkpoint", "load_tokenizer": "data.tokenizer",
     "probe": "method.sensitivity", "allocate": "method.allocate",
-    "Allocation": "method.record", "add_experts": "method.experts",
+    "Allocation": "method.allocation", "add_experts": "method.experts",
     "generate": "training.evaluate",
 }
 __all__ = [*_HOME]

@@ -16,8 +16,8 @@ from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
 from ..io.text import clean, table
 from ..method.allocate import Allocation, allocate, select
+from ..method.allocation import FORMAT, Unfit
 from ..method.experts import linear_layers
-from ..method.record import FORMAT, Unfit
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..training import distributed
 from .flags import AllocationConfig

@@ -24,8 +24,8 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+from .allocation import MOST, Allocation, Counts, Sensitivities, Unfit, is_number, is_whole
 from .controls import LAYER, Order, lora, uniform
-from .record import MOST, Allocation, Counts, Sensitivities, Unfit, is_number, is_whole
 
 GROUPS = ("attention_mlp", "kind", "all")
 KEEP = 0.6  # share of its group that a task votes for, unless a size is asked for

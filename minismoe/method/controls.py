@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .record import MOST, Allocation, Sensitivities
+from .allocation import MOST, Allocation, Sensitivities
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")            # the first number among a module's parents
 

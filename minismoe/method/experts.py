@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .record import Allocation
+from .allocation import Allocation
 
 
 def top_k_gates(logits: Tensor, k: int) -> Tensor:

@@ -27,9 +27,9 @@ from minismoe.cli.export_flags import parse
 from minismoe.export import layouts, npu, verify
 from minismoe.export.routing import Calibration, Frozen, fewest_routed
 from minismoe.export.settings import ExportConfig
+from minismoe.method.allocation import Allocation
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit, merge
-from minismoe.method.record import Allocation
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator, read_info

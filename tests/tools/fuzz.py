@@ -39,8 +39,8 @@ from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # 
 from minismoe.export import graph  # noqa: E402
 from minismoe.io.files import sha256  # noqa: E402
 from minismoe.io.text import error_line  # noqa: E402
+from minismoe.method.allocation import Allocation  # noqa: E402
 from minismoe.method.experts import add_experts  # noqa: E402
-from minismoe.method.record import Allocation  # noqa: E402
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter  # noqa: E402
 from minismoe.model.decoder import CausalLM, Config  # noqa: E402
 from minismoe.runtime import FORMAT, Generator  # noqa: E402
