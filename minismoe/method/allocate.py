@@ -10,24 +10,23 @@ say. A matrix without a vote gets no adapter. With keep = 0.5 of one group of fo
     experts        1     0     2     1
 
 A budget takes the largest keep that fits it. With min_experts 1, as the scripts have it, a matrix
-without a vote gets one expert all the same. The other strategies (controls.py) spend the same
-budget elsewhere, for comparison. No count depends on the order of tasks or modules.
+without a vote gets one expert all the same. "uniform" and "lora" spend the same budget elsewhere,
+for comparison. No count depends on the order of tasks or modules.
 """
 
 import math
 import re
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 from .allocation import MOST, Allocation, Counts, Sensitivities, Unfit, is_number, is_whole
-from .controls import LAYER, Order, lora, uniform
 
+STRATEGIES = ("votes", "uniform", "lora")
 GROUPS = ("attention_mlp", "kind", "all")
+LAYER = r"(?:^|\.)\d+\."  # what stands before a module's name within its layer
 KEEP = 0.6  # share of its group that a task votes for, unless a size is asked for
 
 
@@ -43,27 +42,11 @@ def vote(scores: Sensitivities, groups: Sequence[Sequence[str]], keep: float) ->
     return votes
 
 
-def votes(order: Order, n: int) -> Allocation:
-    """The vote at draft.keep, or else at the n-th smallest keep that adds a module to a group."""
-    sizes = {len(members) for members in order.groups}
-    keeps = [order.draft.keep] if order.draft.keep else sorted(
-        {(2 * i - 1) / (2 * size) for size in sizes for i in range(1, size + 1)})
-    keep, high = keeps[min(n, len(keeps)) - 1], order.limit(len(order.scores))
-    counts = vote(order.scores, order.groups, keep)
-    return replace(order.draft, keep=keep, experts={
-        module: min(max(count, order.low), high) for module, count in counts.items()})
-
-
-RULES = {"votes": votes, "uniform": uniform, "lora": lora}
-STRATEGIES = tuple(RULES)
-
-
 def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "attention_mlp",
              keep: float | None = None, budget_experts: int | None = None,
              budget_params: int | None = None, min_experts: int = 0, max_experts: int | None = None,
              targets: Iterable[str] | str | None = None, rank: int = 8, alpha: float | None = None,
-             top_k: int = 2, shapes: Mapping[str, tuple[int, int]] | None = None
-             ) -> Allocation:
+             top_k: int = 2, shapes: Mapping[str, tuple[int, int]] | None = None) -> Allocation:
     """Give each module of {task: {module: sensitivity}} its number of experts.
 
     It spends what votes do at `keep` (a share of each group, 0.6 by default), or at most
@@ -86,26 +69,42 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
     if budget_params is not None and unknown:
         raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
     in_params = budget_params is not None or (strategy == "lora" and not budgets and not unknown)
+    unit = 1 if in_params else rank  # else an expert counts by its rank, which lora chooses itself
 
-    def cost(found: Allocation) -> int:  # in the budget's unit, rounded up
-        experts = sum(found.experts.values())
-        return found.trainable(sizes) if in_params else -(-experts * found.rank // rank)
+    def cost(found: Allocation) -> int:
+        return found.trainable(sizes) if in_params else found.rank * sum(found.experts.values())
 
-    order = Order(draft, scores, modules, grouped(modules, group), min_experts, max_experts)
-    at = partial(RULES[strategy], order)
-    budget = budgets[0] if budgets else cost(votes(order, 1))
-    if (least := cost(at(1))) > budget:
-        floor = f" with min_experts {min_experts}" if min_experts else ""
+    asked = scores, grouped(modules, group), min_experts, max_experts
+    options, by_votes = _options(draft, *asked), replace(draft, strategy="votes")
+    budget = budgets[0] * unit if budgets else cost(_options(by_votes, *asked)[0])
+    if (least := cost(options[0])) > budget:
         never = cost(replace(draft, experts=dict.fromkeys(modules, min_experts))) > budget
-        kind = ValueError if never else Unfit
-        raise kind(f"{budget} {'parameters' if in_params else 'experts'} "
-                   f"({'the budget' if budgets else 'what votes spend'}) are too few for "
-                   f"{strategy!r}{floor}: the nearest possible is {least}")
-    most = budget // min(sum(sizes[m]) for m in modules) if in_params else budget * rank
-    numbers = range(1, min(most, 2**50) + 1)  # a larger n costs more, or changes nothing
-    best = at(bisect_right(numbers, budget, key=lambda n: cost(at(n))))
+        raise (ValueError if never else Unfit)(
+            f"{budget // unit} {'parameters' if in_params else 'experts'} "
+            f"({'the budget' if budgets else 'what votes spend'}) are too few for {strategy!r} "
+            f"with min_experts {min_experts}: the nearest possible is {-(-least // unit)}")
+    best = [option for option in options if cost(option) <= budget][-1]
+    if strategy == "lora":  # one rank costs as much as another
+        best = replace(best, rank=budget // least, alpha=alpha * (budget // least) / rank)
     return replace(best, trainable_parameters=None if unknown else best.trainable(sizes), experts={
         m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})
+
+
+def _options(draft: Allocation, scores: Sensitivities, groups: Sequence[Sequence[str]], low: int,
+             high: int | None) -> list[Allocation]:
+    """What draft.strategy may allocate, from few experts to many; of lora only rank 1."""
+    modules = [module for members in groups for module in members]
+    if draft.strategy == "lora":
+        return [replace(draft, experts=dict.fromkeys(modules, 1), rank=1)]
+    if draft.strategy == "uniform":
+        return [replace(draft, experts=dict.fromkeys(modules, each))
+                for each in range(max(1, low), (high or MOST) + 1)]
+    # Every keep that gives a task one more vote in a group of n: (i - 1/2) / n rounds up to i.
+    keeps = {(2 * i - 1) / (2 * n) for n in map(len, groups) for i in range(1, n + 1)}
+    most = high or max(low, len(scores))
+    return [replace(draft, keep=keep, experts={
+        module: min(max(count, low), most) for module, count in vote(scores, groups, keep).items()})
+        for keep in ([draft.keep] if draft.keep else sorted(keeps))]
 
 
 def _check(scores: Sensitivities, draft: Allocation, budgets: Sequence[int], low: int,
@@ -137,12 +136,11 @@ def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[
     all for None. Raises ValueError with the targets that match nothing."""
     kinds = {module: module.rpartition(".")[2] for module in sorted(modules, key=natural)}
     targets = "*" if targets is None else targets
-    words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)
-             if word.strip()]
+    words = targets.split(",") if isinstance(targets, str) else targets
     hits = {word: {m for m, kind in kinds.items() if kind == word or fnmatchcase(m, word)}
-            for word in words}
-    if not words or not all(hits.values()):
-        raise ValueError(f"no module matches targets {[w for w in words if not hits[w]]}; "
+            for word in map(str.strip, words) if word}
+    if not hits or not all(hits.values()):
+        raise ValueError(f"no module matches targets {[word for word in hits if not hits[word]]}; "
                          f"projections present: {sorted(set(kinds.values()))}")
     return [module for module in kinds if any(module in found for found in hits.values())]
 
@@ -157,7 +155,7 @@ def grouped(modules: Iterable[str], group: str) -> list[list[str]]:
     """Modules that are ranked together: attention and MLP apart, each projection apart, or all."""
     groups = defaultdict(list)
     for module in modules:
-        parent, _, kind = LAYER.split(module, maxsplit=1)[-1].rpartition(".")   # inside its layer
+        parent, _, kind = re.split(LAYER, module, maxsplit=1)[-1].rpartition(".")
         attention = re.search("attn|attention|conv", parent.lower()) is not None     # mixes tokens
         groups[{"attention_mlp": attention, "kind": kind, "all": ""}[group]].append(module)
     return list(groups.values())
