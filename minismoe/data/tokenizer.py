@@ -154,11 +154,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     ModuleNotFoundError, with the pip command, if a library is missing.
     """
     folder = resolve(folder)
-    config, settings, generation, older = (
+    config, settings, generation, special = (
         read_json(file) if (file := folder / f"{name}.json").is_file() else {}
         for name in ("config", "tokenizer_config", "generation_config", "special_tokens_map"))
-    config = text_part(config)
-    ends = [source.get("eos_token_id") for source in (config, generation)]
+    config, settings = text_part(config), special | settings     # older checkpoints have the first
+    ends = [config.get("eos_token_id"), generation.get("eos_token_id")]      # a number or a list
     stops = sorted({i for end in ends for i in (end if isinstance(end, list) else [end])
                     if isinstance(i, int) and i >= 0})
     if not (folder / "tokenizer.json").is_file():
@@ -166,8 +166,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             raise FileNotFoundError(f"{folder} holds no tokenizer.json")
         return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, stops)
     backend = FileTokenizer(folder / "tokenizer.json", config.get("vocab_size"))
-    bos, eos, pad = (_content(settings.get(name, older.get(name))) for name in (
-        "bos_token", "eos_token", "pad_token"))
+    bos, eos, pad = (_content(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
     if not eos and stops and stops[0] < backend.vocab_size:      # only its number is given
         eos = backend.backend.id_to_token(stops[0]) or ""
     # They are special, if the vocabulary has them; adding one again would reset its spaces.
