@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from minismoe.cli import flags, plan, probing, runs, script
-from minismoe.cli.inputs import Inputs, join_processes, load_base, load_inputs, settled
+from minismoe.cli.inputs import Inputs, join_processes, load_inputs, settled
 from minismoe.io.files import write_json
 from minismoe.io.flags import from_flags, new_parser, option
 from minismoe.io.text import clean
@@ -160,12 +160,8 @@ def fitted(config: flags.RunConfig) -> TrainConfig:
 
 def adapt(inputs: Inputs, config: flags.RunConfig, allocation: Allocation) -> None:
     """Add experts to the model, which begin the same whatever was drawn at random before."""
-    if config.inputs.shard:              # load the base again: a divided one cannot get experts
-        inputs.model = load_base(config.inputs, inputs.folder)
     torch.manual_seed(config.inputs.seed)
     add_experts(inputs.model, allocation)
-    if config.inputs.shard:
-        distributed.shard(inputs.model, torch.device(config.inputs.device))
 
 
 def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Accuracy]:

@@ -42,8 +42,6 @@ class InputConfig:
         "auto", "of the frozen weights and activations; experts are held, and routers and norms "
         "computed, in float32 anyway. auto: bfloat16 if the device multiplies it in hardware, "
         "and float32 for the tiny model", choices=("auto", "float32", "bfloat16"))
-    shard: bool = flag(False, "under torchrun (torch 2.8): each process holds a part of the frozen "
-                       "blocks, for models too large for one device; slower")
     base_bits: int | None = flag(None, "hold the frozen linear layers in so many bits: less "
                                  "memory, a little slower, less exact", int, choices=(8, 4))
 

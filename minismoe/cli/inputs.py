@@ -88,14 +88,8 @@ def _is_there(device: torch.device) -> bool:
 
 
 def join_processes(config: InputConfig) -> None:
-    """Join the other processes of a settled config, if torchrun started several.
-
-    Raises ValueError for --shard in a single process, or with --base-bits.
-    """
+    """Join the other processes of a settled config, if torchrun started several."""
     distributed.join(torch.device(config.device))
-    if config.shard and (config.base_bits or distributed.world() == 1):
-        raise ValueError("--shard divides a model among processes: start several with torchrun, "
-                         "without --base-bits")
 
 
 def load_inputs(config: InputConfig) -> Inputs:
@@ -113,8 +107,6 @@ def load_inputs(config: InputConfig) -> Inputs:
         sys.exit(0)
     tokenizer, tasks, encoded = read_data(config, folder)
     model = load_base(config, folder)
-    if config.shard:
-        distributed.shard(model, torch.device(config.device))
     size = sum(p.numel() for p in meta_model(model.config).parameters())
     bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
     print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
@@ -130,9 +122,8 @@ def model_folder(config: InputConfig) -> Path:
 
 
 def load_base(config: InputConfig, folder: Path) -> CausalLM:
-    """The model on its device; on the CPU if it is to be divided among processes."""
-    device = "cpu" if config.shard else config.device
-    model = load_model(folder, getattr(torch, config.dtype), device, config.base_bits)
+    """The model on its device."""
+    model = load_model(folder, getattr(torch, config.dtype), config.device, config.base_bits)
     model.name = config.model or "the embedded default"
     return model
 

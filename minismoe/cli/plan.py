@@ -54,8 +54,7 @@ class Prospect:
         self.longest = max(len(e.ids) for e in examples)                 # tokens
         self.allocation = probing.guess(config.allocating, shapes_of(meta_model(sizes)), names)
         # By part; `fixed_in` tells the same with the base in so many bits.
-        self.fixed_in = partial(fixed_bytes, sizes, self.allocation, dtype,
-                                shards=distributed.world() if inputs.shard else 1)
+        self.fixed_in = partial(fixed_bytes, sizes, self.allocation, dtype)
         self.fixed = self.fixed_in(inputs.base_bits)
         self.runtime = runtime_bytes(dtype, torch.device(inputs.device))
         self.room = training.memory or available(inputs.device)
@@ -122,7 +121,7 @@ def fitting(p: Prospect) -> int:
 def advice(p: Prospect, micro: int) -> str:
     """Flags with which training would take less memory, and how much less, best first."""
     training, now, half = p.config.training, p.training_peak(micro), max(1, micro // 2)
-    base = p.fixed_in(None if p.config.inputs.shard else 4)["base weights"]      # not with --shard
+    base = p.fixed_in(4)["base weights"]
     saved = [(p.fixed["base weights"] - base, "--base-bits 4"),
              (now - p.training_peak(half), f"--micro-batch-size {half * distributed.world()}")]
     if p.model:
@@ -169,8 +168,8 @@ def show_plan(config: RunConfig) -> None:
     if p.has_data:
         count = sum(len(e.ids) for batch in p.batches for e in batch)
         print(f"training: {len(p.batches)} steps, {count:,} tokens, "
-              + (duration(p, p.model, micro, count) if p.model and fits and not inputs.shard else
-                 "whose time was not measured: that takes weights that fit, without --shard"))
+              + (duration(p, p.model, micro, count) if p.model and fits else
+                 "whose time was not measured: that takes weights that fit"))
         print(f"disk: {p.fixed['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.0f} MiB for the adapter "
               f"and {KEPT + 1} checkpoints (one while it is written)")
 

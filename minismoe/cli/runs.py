@@ -26,7 +26,7 @@ from .inputs import Inputs
 # Flags that a resumed run may change, and those of them that its config.json then says.
 SUMS = ("device", "micro_batch_size")        # these change the order of sums
 SAID = ("model", "data", "checkpoint_every", "memory", "recompute", *SUMS)
-RESUMABLE = ("out", "resume", "debug", "verbose", "shard", "show", "plan", *SAID)
+RESUMABLE = ("out", "resume", "debug", "verbose", "show", "plan", *SAID)
 
 
 def folder(config: RunConfig) -> Path:
@@ -55,10 +55,7 @@ def folder(config: RunConfig) -> Path:
 
 def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> argparse.Namespace:
     """The flags of a run, changed by those of argv. ValueError lists those that may not change."""
-    # A run divided among processes may go on in one, or the other way round; --overlap is history.
-    saved = {name: value for name, value in saved_config(run)["arguments"].items()
-             if name not in ("shard", "overlap")}
-    kept = vars(as_typed(parser, saved | {"out": str(run)}))
+    kept = vars(as_typed(parser, saved_config(run)["arguments"] | {"out": str(run)}))
     args = parser.parse_args(argv, argparse.Namespace(**kept | {"micro_batch_size": None}))
     for name in ("batch_size", "dtype"):     # the run settled what auto is
         if getattr(args, name) == "auto":

@@ -145,27 +145,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """work(item), a JSON value, for each item in order; each process works on one at a time. If
-    items run out, the others repeat the last one, so that all exchange equally often."""
+    """work(item), a JSON value, for each item in order; each process works on one at a time."""
     for i in range(0, len(items), world()):
         turn = items[i:i + world()]
-        yield from gather(work(turn[min(rank(), len(turn) - 1)]))[:len(turn)]
-
-
-def shard(model: Any, device: torch.device) -> None:
-    """Keep 1/N of each block's frozen weights in each of N processes, in place, on `device`.
-
-    A block is whole only while it computes; embedding, head and trained parameters always are.
-    `model` comes on the CPU and with its experts: modules cannot be replaced afterwards.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    mesh = init_device_mesh(device.type, (world(),))
-    trained = {p for p in model.parameters() if p.requires_grad}
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
-    for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
-            parameter.data = parameter.data.to(device)
+        yield from gather(work(turn[rank()]) if rank() < len(turn) else None)[:len(turn)]

@@ -12,7 +12,7 @@ from ..data.tokenizer import Tokenizer
 from ..io.files import naming
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache
-from .distributed import all_sum, spread
+from .distributed import spread
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
         hidden = model.model(ids, mask, cache, needed)[needed]                   # (B, D)
         token = model.lm_head(hidden).argmax(-1)
         running = running & ~torch.isin(token, stops)
-        if not all_sum(running.any().float()):   # the processes of a sharded model step together
+        if not running.any():
             break
         tokens[:, step] = torch.where(running, token, -1)
         ids, mask, needed = token[:, None], running[:, None], torch.ones_like(needed[:, :1])

@@ -34,15 +34,12 @@ VOCABULARY = 256                # rows of its head; logits are added by formula
 
 
 def fixed_bytes(config: Config, allocation: Allocation, dtype: torch.dtype,
-                base_bits: int | None = None, shards: int = 1) -> dict[str, int]:
-    """Bytes by part of what does not depend on the batch; of `shards` processes, those of each."""
+                base_bits: int | None = None) -> dict[str, int]:
+    """Bytes by part of what does not depend on the batch."""
     model, size = meta_model(config), dtype.itemsize
     shapes = shapes_of(model)
     trained = allocation.trainable(shapes)
     base = sum(p.numel() for p in model.parameters()) * size
-    if shards > 1:                       # besides its part, a process holds two whole blocks
-        blocks = sum(p.numel() for p in model.model.layers.parameters()) * size
-        base -= blocks - min(blocks, blocks // shards + 2 * blocks // config.num_hidden_layers)
     if base_bits:
         for N, K in shapes.values():
             G = -(-K // BLOCK)

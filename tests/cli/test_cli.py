@@ -191,7 +191,6 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     (["--model", "nowhere-at-all", "--data", "."], 1, "no such model folder"),
     (["--model", "."], 1, "--model and --data go together"),
     (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),
-    (["--shard"], 1, "start several with torchrun"),
 ])
 def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path, capsys) -> None:
     extra = [] if "--model" in args else inputs
@@ -392,9 +391,6 @@ def test_a_damaged_before_json_is_one_clear_line(inputs, tmp_path, capsys) -> No
     assert finish(train.main, *known, capsys=capsys)[0] == 0
     before = (tmp_path / "before.json").read_text()
     (tmp_path / "results.json").unlink()
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["arguments"]["overlap"] = 0.95                # as older versions wrote
-    (tmp_path / "config.json").write_text(json.dumps(config))
     for damaged in ("[]", "{}", '{"sum": 1, "upper": 2}',
                     before.replace('"correct": 0', '"correct": "0"'),
                     before.replace('"examples": 3', '"examples": 0')):
@@ -515,17 +511,6 @@ def test_tasks_by_name(inputs, capsys) -> None:
     for more in ([], ["--plan"]):
         code, _, err = finish(train.main, *inputs[2:], *more, capsys=capsys)
         assert code == 1 and "--model and --data go together" in err
-
-
-def test_a_run_begun_in_shards_goes_on_in_one_process(inputs, tmp_path, capsys) -> None:
-    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
-    assert finish(train.main, *known, capsys=capsys)[0] == 0
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["arguments"]["shard"] = True
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "results.json").unlink()
-    code, _, err = finish(train.main, *known, "--dtype", "auto", "--resume", capsys=capsys)
-    assert code == 0 and (tmp_path / "results.json").exists(), err
 
 
 def test_too_little_memory_says_what_would_help(inputs, tmp_path, capsys, monkeypatch) -> None:

@@ -40,21 +40,6 @@ training.train_step = step
 script.run_script(train.main)
 """
 
-SHARDED = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-from minismoe import load_model
-from minismoe.training import distributed
-distributed.join(torch.device("cpu"))
-model = load_model({model!r}, torch.float32)
-whole = sum(p.numel() for p in model.model.layers.parameters())
-distributed.shard(model, torch.device("cpu"))
-held = sum(p.to_local().numel() for p in model.model.layers.parameters())
-print(distributed.gather([whole, held]), flush=True)
-distributed.leave(0)
-"""
-
 
 def start(*command: str, **settings: object) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in settings.items()}}
@@ -113,23 +98,15 @@ def test_a_failed_exchange_names_its_reason(monkeypatch) -> None:
         distributed.join(torch.device("cuda:1"))
 
 
-def test_shard_divides_the_blocks_among_the_processes(inputs) -> None:
-    program = SHARDED.format(root=str(ROOT), model=inputs[1])
-    outputs = [p.communicate(timeout=120) for p in by_hand(2, "-c", program)]
-    held = json.loads(outputs[0][0])
-    assert sum(part for _, part in held) == held[0][0] == held[1][0], outputs
-    assert all(0.4 * whole < part < 0.6 * whole for whole, part in held)
-
-
 @pytest.mark.parametrize("count, flags", [
-    (2, ""), (4, ""), (2, "--shard"),
+    (2, ""), (4, ""),
     pytest.param(2, "--device other", marks=needs_other_device)])
 def test_several_processes_give_the_result_of_one(inputs, one, tmp_path, count, flags) -> None:
     run = tmp_path / "run"
     command = [str(ROOT / "train.py"), *inputs, *FLAGS, *flags.split(), "--out", str(run)]
     if "other" in flags:
         command.insert(0, str(ROOT / "tests" / "tools" / "other_device.py"))
-    processes = [torchrun(2, *command)] if flags == "--shard" else by_hand(count, *command)
+    processes = by_hand(count, *command) if count == 4 or flags else [torchrun(2, *command)]
     ends = [p.communicate(timeout=120) for p in processes]
     assert not any(p.returncode for p in processes), ends
     out = "".join(out for out, _ in ends)
