@@ -44,7 +44,6 @@ def main(argv: Sequence[str]) -> None:
     if config.plan:
         plan.show_plan(config)
         return
-    config = replace(config, training=fitted(config), auto=False)
 
     # Load.
     inputs = load_inputs(config.inputs)
@@ -122,12 +121,7 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
         args = runs.resumed(parser, argv, Path(args.out))
     if args.plan and args.show:
         parser.error("--plan and --show both print something and stop: leave out one of them")
-    auto = "auto" in (args.batch_size, args.micro_batch_size)
-    if args.batch_size == "auto":
-        if args.micro_batch_size not in (None, "auto"):
-            parser.error("--batch-size auto chooses the micro-batch: leave out --micro-batch-size")
-        args.batch_size = TrainConfig.batch_size
-    if auto or args.micro_batch_size is None:
+    if args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
     values = vars(args)
     if args.allocation and (idle := [option(name) for name in flags.CHOOSING
@@ -136,26 +130,9 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
     allocating = from_flags(flags.AllocationConfig, values)
     if args.resume and (kept := Path(args.out) / "allocation.json").exists():
         allocating = replace(allocating, allocation=str(kept))       # the probe does not run again
-    return from_flags(flags.RunConfig, values, auto=auto, allocating=allocating,
+    return from_flags(flags.RunConfig, values, allocating=allocating,
                       inputs=from_flags(flags.InputConfig, values),
                       training=from_flags(TrainConfig, values))
-
-
-def fitted(config: flags.RunConfig) -> TrainConfig:
-    """Training with --memory applied, and with the micro-batch chosen if it is auto."""
-    training, device = config.training, torch.device(config.inputs.device)
-    if config.auto:
-        micro = plan.fitting(plan.Prospect(config))
-        print(f"--micro-batch-size {micro} of {training.batch_size} fits")
-        training = replace(training, micro_batch_size=micro)
-    elif training.memory and not config.resume and device.type != "cuda":
-        raise ValueError("--memory is for --batch-size auto and --plan; on a CUDA device it is a "
-                         "limit as well")
-    if training.memory and device.type == "cuda":
-        # Torch takes no more; training then halves a micro-batch that does not fit.
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, training.memory / total), device.index)
-    return training
 
 
 def adapt(inputs: Inputs, config: flags.RunConfig, allocation: Allocation) -> None:

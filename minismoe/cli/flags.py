@@ -1,7 +1,7 @@
 """The flags of train.py and probe.py, as the typed configurations that they become.
 
 A configuration is made once, from the parsed flags, and never changed: `dataclasses.replace` makes
-another where "auto" gets a value.
+another.
 """
 
 from dataclasses import dataclass
@@ -90,12 +90,11 @@ class RunConfig:
     inputs: InputConfig
     allocating: AllocationConfig
     training: TrainConfig
-    auto: bool                          # training.micro_batch_size is still to be chosen
     out: str | None = flag(None, "folder of the run (default: a new one in runs)", text,
                            metavar="RUN")
     resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
     verbose: bool = flag(False, "show some wrong answers a task")
-    plan: bool = flag(False, "print parameters, memory by part, time and disk of the run, and "
-                      "stop; --data and weights may be missing")
+    plan: bool = flag(False, "print parameters, memory by part and disk of the run, and stop; with "
+                      "--data and weights, train 3 steps, and print time and peak memory")
     allocation: str | None = flag(None, 'an allocation.json, or a bare {"module": experts} '
                                   "mapping; default: probe and allocate", text, metavar="FILE")

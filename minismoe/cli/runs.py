@@ -25,7 +25,7 @@ from .inputs import Inputs
 
 # Flags that a resumed run may change, and those of them that its config.json then says.
 SUMS = ("device", "micro_batch_size")        # these change the order of sums
-SAID = ("model", "data", "checkpoint_every", "memory", "recompute", *SUMS)
+SAID = ("model", "data", "checkpoint_every", "recompute", *SUMS)
 RESUMABLE = ("out", "resume", "debug", "verbose", "show", "plan", *SAID)
 
 
@@ -56,13 +56,9 @@ def folder(config: RunConfig) -> Path:
 def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> argparse.Namespace:
     """The flags of a run, changed by those of argv. ValueError lists those that may not change."""
     kept = vars(as_typed(parser, saved_config(run)["arguments"] | {"out": str(run)}))
-    args = parser.parse_args(argv, argparse.Namespace(**kept | {"micro_batch_size": None}))
-    for name in ("batch_size", "dtype"):     # the run settled what auto is
-        if getattr(args, name) == "auto":
-            setattr(args, name, kept[name])
-    if args.micro_batch_size is None:        # the one kept fitted the memory of then
-        fits = args.memory == kept["memory"]
-        args.micro_batch_size = kept["micro_batch_size"] if fits else "auto"
+    args = parser.parse_args(argv, argparse.Namespace(**kept))
+    if args.dtype == "auto":                 # the run began with what auto was then
+        args.dtype = kept["dtype"]
     if changed := [f"{option(name)} {now} (was {kept[name]})" for name, now in vars(args).items()
                    if name not in RESUMABLE and kept[name] != now]:
         raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))

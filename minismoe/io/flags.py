@@ -6,7 +6,6 @@ Each field that `flag` makes becomes a command-line flag of the same name.
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
@@ -77,18 +76,3 @@ def interval(text: str) -> int | str:
     if not 0 < float(text[:-1]) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 minutes")
     return text
-
-
-def positive_or_auto(text: str) -> int | str:
-    """An argparse type: a whole number of at least 1, or auto."""
-    return text if text == "auto" else positive(text)
-
-
-def size(text: str) -> int:
-    """An argparse type: bytes, as 4G (GiB), 512M (MiB), or a number of them from 1 MiB on."""
-    unit, found = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper()), 0.0
-    with suppress(ValueError):
-        found = float(text[:-1]) * unit if unit else float(text)
-    if not 1 << 20 <= found < 1 << 50:
-        raise argparse.ArgumentTypeError(f"{text} is not a size such as 4G or 512M")
-    return int(found)

@@ -1,4 +1,4 @@
-"""The memory of this process: how much it takes, and its limits."""
+"""The memory of this process: how much it takes, and how it is held."""
 
 import ctypes
 import mmap
@@ -27,20 +27,6 @@ def resident(line: str = "VmRSS") -> int:
 def peak_resident() -> int:
     """The most bytes that this process has taken; 0 if the system does not say."""
     return resident("VmHWM")
-
-
-def group_rooms(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes still free in each control group of this process, as a container sets (cgroup v2)."""
-    rooms = []
-    with suppress(OSError, IndexError):
-        group = root / re.findall(r"0::/(.*)", Path("/proc/self/cgroup").read_text())[0]
-        for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):          # no such file; "max" is no number
-                most, used = (int((folder / f"memory.{name}").read_text())
-                              for name in ("max", "current"))
-                stat = (folder / "memory.stat").read_text()          # cached files can be dropped
-                rooms.append(most - used + int(re.findall(r"inactive_file (\d+)", stat)[0]))
-    return rooms
 
 
 def bound_memory() -> None:

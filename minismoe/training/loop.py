@@ -37,14 +37,10 @@ class TrainConfig:
 
     epochs: int = flag(3, "passes over the training lines (default: %(default)s)", flags.positive)
     batch_size: int = flag(
-        8, "examples per optimizer step (default: %(default)s); auto: the default, and "
-        "--micro-batch-size auto", flags.positive_or_auto, metavar="N|auto")
+        8, "examples per optimizer step (default: %(default)s)", flags.positive, metavar="N")
     micro_batch_size: int = flag(
         8, "examples computed at once by all processes together; fewer need less memory "
-        "(default: --batch-size). auto: the most that fit --memory, or the device",
-        flags.positive_or_auto, metavar="N|auto")
-    memory: int | None = flag(None, "bytes that auto and --plan may count on, as 4G or 512M "
-                              "(default: what the device has free)", flags.size, metavar="SIZE")
+        "(default: --batch-size)", flags.positive, metavar="N")
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
     lr: float = flag(4e-3, "peak learning rate (default: %(default)s)", flags.number)

@@ -13,7 +13,6 @@ if sys.platform != "linux":
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_speed  # noqa: E402
 import family_speed  # noqa: E402
-import plan_accuracy  # noqa: E402
 import probe_speed  # noqa: E402
 import train_speed  # noqa: E402
 
@@ -53,10 +52,3 @@ def test_probe_speed_times_three_sides(inputs, capsys) -> None:
     probe_speed.measure(arguments(inputs, batches=2, rounds=1), "float32")
     assert "samples x 14 matrices, 1 rounds" in (said := capsys.readouterr().out)
     assert "x cheaper" in said
-
-
-def test_plan_accuracy_plans_and_measures(inputs) -> None:
-    flags = [*inputs, "--dtype", "float32"]
-    told = plan_accuracy.planned(flags)
-    assert told["micro_batch_size"] == 8 and min(told.values()) > 0
-    assert plan_accuracy.measured(flags, 8) > told["runtime"] / 2

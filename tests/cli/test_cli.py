@@ -257,69 +257,16 @@ def test_the_embedded_default(tmp_path) -> None:
         assert train.parse(command.split()).allocating.budget_params > 0
 
 
-def test_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path, capsys,
-                                                              monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    shutil.copy(Path(inputs[1]) / "config.json", tmp_path / "model")
-    code, out, err = finish(train.main, "--plan", "--model", "model", "--base-bits", "4",
-                            "--micro-batch-size", "2", "--max-length", "64", capsys=capsys)
-    assert code == 0, err
-    assert "2 of 8 examples at a time, of up to 64 tokens" in out and "tokens/s" not in out
-    assert "exact for that guess; activations were not measured: that takes weights" in out
-    parts = {name: float(size.replace(",", "")) for name, size in
-             re.findall(r"^(\S+(?: weights)?) +([\d,.]+)$", out, re.MULTILINE)}
-    assert list(parts) == ["runtime", "base weights", "adapters", "optimizer", "gradients"]
-    code, out, err = finish(train.main, "--plan", "--model", "model", "--batch-size", "auto",
-                            capsys=capsys)
-    assert code == 1 and "model holds no .safetensors" in err
-    code, out, err = finish(train.main, "--plan", *inputs, capsys=capsys)
-    assert code == 0, err
-    assert "gradients are exact for that guess; activations were measured" in out
-    parts = {name: float(size.replace(",", "")) for name, size in
-             re.findall(r"^(\S+(?: weights)?) +([\d,.]+)$", out, re.MULTILINE)}
-    assert parts.pop("peak") == pytest.approx(sum(parts.values()), abs=0.4) and len(parts) == 6
-    assert "21 steps, " in out and "tokens/s measured" in out and "disk: " in out
-    code, out, err = finish(train.main, "--plan", *inputs[:2], capsys=capsys)
-    assert code == 0 and "of up to 1024 tokens" in out, err      # more than the vocabulary has
-    assert [p.name for p in tmp_path.rglob("*")] == ["model", "config.json"]
-
-
-def test_auto_is_a_run_with_what_it_finds(inputs, tmp_path, capsys, monkeypatch) -> None:
-    """The same adapter as with that number given, and a resumed run keeps it."""
-    flags = [*inputs, "--epochs", "1", "--samples", "4", "--rank", "2"]
-    monkeypatch.setattr("minismoe.cli.plan.Prospect.training_peak",
-                        lambda self, micro: micro * (self.room // 4))
-    auto = [*flags, "--batch-size", "auto", "--memory", "2G", "--out", str(tmp_path / "auto")]
-    code, out, err = finish(train.main, *auto, capsys=capsys)
-    assert code == 0, err
-    assert "--micro-batch-size 3 of 8 fits" in out
-    saved = json.loads((tmp_path / "auto" / "config.json").read_text())["arguments"]
-    assert (saved["batch_size"], saved["micro_batch_size"]) == (8, 3)
-    finish(train.main, *flags, "--micro-batch-size", "3", "--out", str(tmp_path / "given"),
-           capsys=capsys)
-    ours, theirs = (load_file(tmp_path / run / "adapter" / "adapter.safetensors")
-                    for run in ("auto", "given"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    (tmp_path / "auto" / "results.json").unlink()
-    monkeypatch.setattr("minismoe.cli.plan.Prospect.training_peak", lambda self, micro: 0)
-    code, out, err = finish(train.main, *auto, "--resume", capsys=capsys)
-    assert code == 0, err
-    assert "fits" not in out and "nothing is missing" not in out
-    assert json.loads((tmp_path / "auto" / "config.json").read_text())["arguments"] == saved
-
-
 @pytest.mark.parametrize("flags", [
     "--lr -0.001", "--lr nan", "--lr inf", "--weight-decay -1", "--warmup nan", "--warmup 5",
     "--router-aux-loss-coef nan", "--max-grad-norm 0", "--max-grad-norm -1", "--alpha 0",
-    "--batch-size auto --micro-batch-size 2", "--allocation x --keep 0.5",
+    "--batch-size auto", "--micro-batch-size 0", "--allocation x --keep 0.5",
     "--allocation x --targets q_proj", "--model=", "--out=",
-    "--seed 18446744073709551616", "--memory 4", "--memory 4GB", "--tasks=", "--allocation="])
+    "--seed 18446744073709551616", "--tasks=", "--allocation="])
 def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
     code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
                           capsys=capsys)
     assert code == 2 and flags.split("=")[0].split()[0] in err and not (tmp_path / "run").exists()
-    assert ("is not a size such as 4G or 512M" in err) == flags.startswith("--memory")
 
 
 @pytest.mark.parametrize("main", [train.main, probe.main])
@@ -408,7 +355,7 @@ def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> 
     (tmp_path / "results.json").unlink()
     for file in (tmp_path / "checkpoints").iterdir():
         shutil.rmtree(file)
-    smaller = "--micro-batch-size", "4", "--recompute", "--memory", "2G"
+    smaller = "--micro-batch-size", "4", "--recompute"
     for flags in (smaller, ()):                          # the second time they are the run's own
         code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), *flags, capsys=capsys)
         assert code == 0 and (tmp_path / "results.json").exists(), err
@@ -416,27 +363,6 @@ def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> 
         saved = json.loads((tmp_path / "config.json").read_text())["arguments"]
         assert (saved["micro_batch_size"], saved["recompute"]) == (4, True)
         (tmp_path / "results.json").unlink()
-
-
-def test_another_memory_is_asked_again_what_fits(inputs, tmp_path, capsys) -> None:
-    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
-    auto = "--batch-size", "auto", "--memory"
-    assert finish(train.main, *known, *auto, "4G", capsys=capsys)[0] == 0
-    (tmp_path / "results.json").unlink()
-    code, _, err = finish(train.main, "--resume", *known, *auto, "8M", capsys=capsys)
-    assert code == 1 and "one example at a time needs" in err
-    code, out, err = finish(train.main, "--resume", *known, *auto, "5G", capsys=capsys)
-    assert code == 0 and "8 of 8 fits" in out, err
-    code, out, err = finish(train.main, "--resume", "--out", str(tmp_path), "--plan", capsys=capsys)
-    assert code == 0 and "a guess" not in out and "probe" not in out, err  # it does not run again
-    assert "a guess" in finish(train.main, *known[:-2], "--plan", capsys=capsys)[1]
-    for typed, fits in ("8", False), ("4", False), ("auto", True):         # is what was meant
-        (tmp_path / "results.json").unlink()
-        code, out, err = finish(train.main, "--resume", "--out", str(tmp_path), "--memory", "6G",
-                                "--micro-batch-size", typed, capsys=capsys)
-        assert code == 0 and ("8 of 8 fits" in out) == fits, err
-        saved = json.loads((tmp_path / "config.json").read_text())["arguments"]
-        assert saved["micro_batch_size"] == (8 if fits else int(typed))
 
 
 def test_a_plan_needs_an_example_and_a_run_needs_a_folder(inputs, tmp_path, capsys) -> None:
@@ -477,30 +403,6 @@ def test_another_device_and_other_processes_are_said(inputs, tmp_path, capsys) -
     assert json.loads((tmp_path / "config.json").read_text())["arguments"]["device"] == "cpu"
 
 
-def test_auto_leaves_room_for_the_probe(inputs, tmp_path, capsys, monkeypatch) -> None:
-    """Training computes once what examples begin with alike; the probe does not."""
-    (tmp_path / "t.jsonl").write_text("".join(
-        json.dumps({"prompt": "the same " * 100 + str(i), "completion": "yes"}) + "\n"
-        for i in range(40)))
-    (tmp_path / "map.json").write_text('{"model.layers.0.mlp.up_proj": 2}')
-    monkeypatch.setattr("minismoe.cli.plan.runtime_bytes", lambda *_: 0)
-    fits = []
-    for flags in ((), ("--allocation", str(tmp_path / "map.json"))):
-        code, out, err = finish(
-            train.main, *inputs[:3], str(tmp_path), "--tasks", "t", "--dtype", "float32", "--plan",
-            "--batch-size", "auto", "--memory", "30M", *flags, capsys=capsys)
-        assert code == 0, err
-        fits.append(int(re.search(r"(\d+) of 8 examples", out)[1]))
-    assert 1 < fits[0] < fits[1] == 8
-
-
-def test_a_memory_that_nothing_heeds_is_refused(inputs, tmp_path, capsys) -> None:
-    code, _, err = finish(train.main, *inputs, "--memory", "2G", "--device", "cpu", "--out",
-                          str(tmp_path / "run"), capsys=capsys)
-    assert code == 1 and "--memory is for --batch-size auto and --plan" in err
-    assert not (tmp_path / "run").exists()
-
-
 def test_tasks_by_name(inputs, capsys) -> None:
     for names, says in (("sum, upper,", ""), ("sum,sum", "asked for twice"), ("no", "no task no")):
         code, _, err = finish(train.main, *inputs, "--tasks", names, "--show", "1", capsys=capsys)
@@ -511,18 +413,6 @@ def test_tasks_by_name(inputs, capsys) -> None:
     for more in ([], ["--plan"]):
         code, _, err = finish(train.main, *inputs[2:], *more, capsys=capsys)
         assert code == 1 and "--model and --data go together" in err
-
-
-def test_too_little_memory_says_what_would_help(inputs, tmp_path, capsys, monkeypatch) -> None:
-    code, _, err = finish(train.main, *inputs, "--micro-batch-size", "auto", "--memory", "8M",
-                          "--out", str(tmp_path / "run"), capsys=capsys)
-    assert code == 1 and not (tmp_path / "run").exists()
-    assert err.splitlines()[-1].startswith("error: training one example at a time needs ")
-    monkeypatch.setattr("minismoe.cli.plan.runtime_bytes", lambda *_: 0)
-    monkeypatch.setattr("minismoe.cli.plan.advice", lambda *_: "")
-    monkeypatch.setattr("minismoe.cli.plan.Prospect.training_peak", lambda self, micro: 1 << 30)
-    out = finish(train.main, *inputs, "--plan", "--memory", "1M", capsys=capsys)[1]
-    assert "too much: no flag saves enough: take a smaller model" in out
 
 
 def test_a_model_in_this_folder_names_the_run(inputs, tmp_path, capsys, monkeypatch) -> None:

@@ -1,9 +1,7 @@
-"""What a run reads, notes and prints: inputs, configuration, probe, plan and results."""
+"""What a run reads, notes and prints: inputs, configuration, probe and results."""
 
 import json
-import re
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +11,7 @@ from torch import nn
 
 import train
 from minismoe.cli import inputs as cli
-from minismoe.cli import plan, probing, runs
+from minismoe.cli import probing, runs
 from minismoe.cli.flags import AllocationConfig, InputConfig
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
@@ -145,20 +143,3 @@ def test_the_overlap_is_that_of_the_targets(monkeypatch, capsys) -> None:
     even, odd = (max((0, 1), key=lambda m: sum(row[m] for row in half))
                  for half in (rows[::2], rows[1::2]))
     assert capsys.readouterr().out.split()[-1] == f"{float(even == odd):.2f}"
-
-
-def test_the_flag_that_saves_most_is_named_first(inputs, monkeypatch) -> None:
-    monkeypatch.setattr(plan, "MIB", 1)
-    config = train.parse(inputs)
-    said = plan.advice(plan.Prospect(replace(config, inputs=cli.settled(config.inputs))), 8)
-    flags, saved = zip(*re.findall(r"(--[a-z-]+)(?: \d+)? saves ([\d,]+) MiB", said))
-    assert {*flags} >= {"--base-bits", "--micro-batch-size", "--max-length"}
-    sizes = [int(size.replace(",", "")) for size in saved]
-    assert sizes == sorted(sizes, reverse=True)
-
-
-def test_advice_for_a_resumed_run_names_flags_that_it_takes(inputs) -> None:
-    config = replace(train.parse(inputs), resume=True)
-    said = plan.advice(plan.Prospect(replace(config, inputs=cli.settled(config.inputs))), 8)
-    names = [name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", said)]
-    assert names and {*names} <= {*runs.RESUMABLE}

@@ -98,7 +98,7 @@ def trained(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Call
     return make
 
 
-@pytest.mark.parametrize("flags", [PLAIN, "--base-bits 8 --recompute --batch-size auto"])
+@pytest.mark.parametrize("flags", [PLAIN, "--base-bits 8 --recompute"])
 def test_a_run_on_another_device_equals_that_on_the_cpu(trained: Callable[[str], Path],
                                                         flags: str) -> None:
     folder = trained(flags)
