@@ -26,6 +26,8 @@ from .inputs import Inputs
 # Flags that a resumed run may change, and those of them that its config.json then says.
 SUMS = ("device", "micro_batch_size")        # these change the order of sums
 SAID = ("model", "data", "checkpoint_every", "recompute", *SUMS)
+READ = ("model", "data", "tasks", "limit_train", "limit_test", "max_length", "seed",
+        "micro_batch_size", "recompute")     # what export.py takes over from a run
 RESUMABLE = ("out", "resume", "debug", "verbose", "show", "plan", *SAID)
 
 
@@ -83,9 +85,9 @@ def saved_config(run: Path) -> dict[str, Any]:
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no run to go on with: begin it without --resume")
     config = read_json(run / "config.json")
-    form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int}
-    if not all(isinstance(config.get(name), kind) for name, kind in form.items()):
-        raise ValueError(f"{run / 'config.json'} lacks what --resume needs: {', '.join(form)}")
+    form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int, "processes": int}
+    if lacks := [name for name, kind in form.items() if not isinstance(config.get(name), kind)]:
+        raise ValueError(f"{run / 'config.json'} is not of a run: it lacks {', '.join(lacks)}")
     return config
 
 
@@ -94,17 +96,13 @@ def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
     defaults. Raises ValueError if the config.json is not that of a run."""
     for name in ("config.json", "adapter", "export"):
         inside(run, name)
-    arguments = read_json(run / "config.json").get("arguments")
-    arguments = arguments if isinstance(arguments, dict) else {}
-    names = ("model", "data", "tasks", "limit_train", "limit_test", "max_length", "seed")
-    saved, types = {name: arguments.get(name) for name in names}, get_type_hints(InputConfig)
+    arguments, kinds = saved_config(run)["arguments"], get_type_hints(InputConfig) | get_type_hints(
+        TrainConfig)
+    saved = {name: arguments.get(name) for name in READ}
     if wrong := [f"{name} = {value!r}" for name, value in saved.items()
-                 if not isinstance(value, types[name])]:
+                 if not isinstance(value, kinds[name])]:
         raise ValueError(f"{run / 'config.json'} is not of a run: {', '.join(wrong)}")
-    smaller = {name: arguments.get(name) for name in ("micro_batch_size", "recompute")}
-    if type(smaller["micro_batch_size"]) is not int or smaller["micro_batch_size"] < 1:
-        smaller = {}                         # of an older version, or not settled: the defaults
-    return from_flags(InputConfig, saved), from_flags(TrainConfig, smaller)
+    return from_flags(InputConfig, saved), from_flags(TrainConfig, saved)
 
 
 def finished(config: RunConfig) -> bool:
@@ -129,8 +127,8 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads(),
         "processes": distributed.world()}
     if config.resume:
-        saved = {"processes": distributed.world()} | saved_config(run)
-        if said := differences(content["identity"], chosen | saved["identity"]):
+        saved = saved_config(run)
+        if said := differences(content["identity"], saved["identity"]):
             raise ValueError(f"{run} began with other inputs: {said}")
         now = {name: arguments[name] for name in SAID}
         here = versions() | {name: now[name] for name in SUMS} | {"processes": distributed.world()}
@@ -162,11 +160,8 @@ def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 def other_tasks(run: Path, inputs: Inputs) -> str:
     """How the tasks differ from those that a run was trained on; empty if they do not."""
-    known = read_json(run / "config.json").get("identity")
-    if not isinstance(known, dict):          # of an older version
-        return ""
     return differences(*({name: value for name, value in found.items() if name.startswith("task ")}
-                         for found in (inputs.identity, known)))
+                         for found in (inputs.identity, saved_config(run)["identity"])))
 
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:

@@ -105,7 +105,7 @@ def load_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torc
         raise ValueError(f"{folder} was trained on other batches: another data, seed, batch size "
                          "or number of epochs")
     metrics = run / "metrics.jsonl"
-    if (metrics.stat().st_size if metrics.is_file() else 0) < state.get("metrics", 0):
+    if (metrics.stat().st_size if metrics.is_file() else 0) < state["metrics"]:
         raise ValueError(f"{metrics} has not all that it held at {folder.name}: put it back, or "
                          f"remove {folder.parent} to train again")
     moments = load_file(folder / "optimizer.safetensors")

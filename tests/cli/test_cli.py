@@ -373,20 +373,6 @@ def test_a_plan_needs_an_example_and_a_run_needs_a_folder(inputs, tmp_path, caps
     assert code == 1 and "is a file: choose another --out" in err and "overlap" not in out
 
 
-def test_a_run_of_before_processes_were_noted_goes_on(inputs, tmp_path, capsys) -> None:
-    (tmp_path / "map.json").write_text('{"model.layers.0.mlp.up_proj": 2}')
-    run = tmp_path / "run"
-    code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "map.json"),
-                          "--epochs", "1", "--out", str(run), capsys=capsys)
-    assert code == 0, err
-    config = json.loads((run / "config.json").read_text())
-    del config["processes"]
-    (run / "config.json").write_text(json.dumps(config))
-    (run / "results.json").unlink()
-    code, _, err = finish(train.main, "--resume", "--out", str(run), capsys=capsys)
-    assert code == 0 and "differ" not in err, err
-
-
 def test_another_device_and_other_processes_are_said(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
     assert finish(train.main, *known, capsys=capsys)[0] == 0
