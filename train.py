@@ -5,9 +5,9 @@
     python train.py --model FOLDER --data FOLDER --out RUN
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
-config.json, sensitivity.json, allocation.json, before.json, metrics.jsonl, results.json,
-answers.json (1 or 0 for each test line), adapter/, checkpoints/. If a run stops after the
-probe, --resume completes it, and its files equal those of an undisturbed run, except for times.
+config.json, sensitivity.json, allocation.json, before.json and after.json (each answer 1 or 0, and
+the wrong ones in words), metrics.jsonl, results.json, adapter/, checkpoints/. If a run stops after
+the probe, --resume completes it, and its files equal those of an undisturbed run, except for times.
 """
 
 import shlex
@@ -102,9 +102,9 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     if distributed.rank():
         return
     results = runs.results_json(known, after, trainable, sum(allocation.experts.values()), seconds)
-    write_json(run / "answers.json", {name: a.right for name, a in after.items()})
+    write_json(run / "after.json", {name: vars(a) for name, a in after.items()})
     write_json(run / "results.json", results)
-    runs.print_results(results, after, config.verbose)
+    runs.print_results(results)
     print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
 
 

@@ -447,7 +447,7 @@ def test_exporting_a_run_with_a_hostile_config_is_refused(world: World,
 @pytest.mark.parametrize("change, says", [
     (lambda c: c["arguments"].update(epochs="x"), "config.json: argument --epochs: .*'x'"),
     (lambda c: c["arguments"].update(lr=[1]), r"config.json: argument --lr: .*'\[1\]'"),
-    (lambda c: c["arguments"].update(verbose="yes"), "config.json: argument --verbose: .*'yes'"),
+    (lambda c: c["arguments"].update(recompute="y"), "config.json: argument --recompute: .*'y'"),
     (lambda c: c["arguments"].update(model=5), "no such model folder: 5"),
     (lambda c: c["arguments"].update(spam=1), "config.json: there is no flag spam"),
     (lambda c: c["arguments"].update(help=True), "config.json: there is no flag help")])
@@ -524,7 +524,7 @@ def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) 
     before, out = hashes(world.model.parent), world.run.parent / "new"
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        sys.argv = ["train.py", *world.inputs, *SHORT, "--verbose", "--out", str(out)]
+        sys.argv = ["train.py", *world.inputs, *SHORT, "--out", str(out)]
         run_script(train.main)
         sys.argv = ["train.py", *world.inputs, "--show", "2"]
         with pytest.raises(SystemExit):

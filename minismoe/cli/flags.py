@@ -93,7 +93,6 @@ class RunConfig:
     out: str | None = flag(None, "folder of the run (default: a new one in runs)", text,
                            metavar="RUN")
     resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
-    verbose: bool = flag(False, "show some wrong answers a task")
     plan: bool = flag(False, "print parameters, memory by part and disk of the run, and stop; with "
                       "--data and weights, train 3 steps, and print time and peak memory")
     allocation: str | None = flag(None, 'an allocation.json, or a bare {"module": experts} '

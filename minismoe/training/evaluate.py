@@ -60,7 +60,7 @@ class Accuracy:
 
     correct: int
     examples: int
-    wrong: list[tuple[str, str, str]] = field(default_factory=list)    # prompt, expected, given
+    wrong: list[dict[str, str]] = field(default_factory=list)          # prompt, expected, given
     right: list[int] = field(default_factory=list)                     # 1 or 0 a line
 
     @property
@@ -99,7 +99,7 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
         wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
         right.append(int(given == wanted))
         if given != wanted:
-            wrong.append((messages[-2]["content"], wanted, given))
+            wrong.append({"prompt": messages[-2]["content"], "expected": wanted, "given": given})
     return Accuracy(sum(right), len(right), wrong, right)
 
 

@@ -43,17 +43,16 @@ class TrainConfig:
         "(default: --batch-size)", flags.positive, metavar="N")
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
-    lr: float = flag(4e-3, "peak learning rate (default: %(default)s)", flags.number)
-    warmup: float = flag(
-        0.05, "share of the steps, then a cosine to 0 (default: %(default)s)", flags.part)
-    weight_decay: float = flag(0.0, "of AdamW (default: %(default)s)", flags.number)
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm, inf: never (default: "
-                                "%(default)s)", flags.above_zero)
-    router_aux_loss_coef: float = flag(
-        0.01, "weight of the balance loss (default: %(default)s)", flags.number)
+    lr: float = flag(4e-3, "peak learning rate, after a warm-up; a cosine takes it to 0 (default: "
+                     "%(default)s)", flags.number)
     checkpoint_every: int | str = flag(200, "optimizer steps, or minutes: 10m (default: "
                                        "%(default)s)", flags.interval, metavar="N|Nm")
     seed: int = 0
+    # Without a flag:
+    warmup: float = 0.05                 # share of the steps
+    weight_decay: float = 0.0            # of AdamW
+    max_grad_norm: float = 1.0           # gradients are clipped to this norm
+    router_aux_loss_coef: float = 0.01   # weight of the balance loss
 
 
 def learning_rate(step: int, steps: int, cfg: TrainConfig) -> float:

@@ -103,11 +103,12 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         if not (folder / "results.json").exists():
             row["diverged"] += 1
             continue
-        results, answers = read_json(folder / "results.json"), folder / "answers.json"
+        results, answers = read_json(folder / "results.json"), folder / "after.json"
         row["runs"].append({
             "seed": cell.seed, "tasks": results["tasks"],
             "trainable_parameters": results["trainable_parameters"],
-            "answers": read_json(answers) if answers.exists() else None})
+            "answers": {task: found["right"] for task, found in read_json(answers).items()}
+            if answers.exists() else None})
     spent = [compare_cells.seconds_of(args.out / cell.name) or 0.0 for cell in cells]
     return {"format": "minismoe.compare/1", "name": args.name, "machine": machine(),
             "versions": versions(), "hours": round(sum(spent) / 3600, 2),

@@ -77,7 +77,8 @@ def fake(calls: list[Cell], answers: bool = True):
         share = 0.6 + 0.2 * (cell.strategy == "votes") - 200 * abs(cell.lr - 0.002)
         right = {t: [int(rng.random() < share) for _ in range(100)] for t in ("a", "b")}
         if answers:
-            (folder / "answers.json").write_text(json.dumps(right))
+            (folder / "after.json").write_text(json.dumps(
+                {task: {"right": marks} for task, marks in right.items()}))
         tasks = {t: {"before": 0.1, "after": sum(r) / 100, "examples": 100}
                  for t, r in right.items()}
         (folder / "allocation.json").write_text(json.dumps(allocation.to_json()))

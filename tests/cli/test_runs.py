@@ -78,7 +78,7 @@ def test_a_resumed_run_may_save_more_often(inputs, tmp_path, capsys) -> None:
     assert finish(train.main, *known, capsys=capsys)[0] == 0
     (tmp_path / "results.json").unlink()
     code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), "--checkpoint-every",
-                          "5", "--verbose", capsys=capsys)
+                          "5", capsys=capsys)
     assert code == 0, err
     assert runs.saved_config(tmp_path)["arguments"]["checkpoint_every"] == 5
 

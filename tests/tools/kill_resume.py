@@ -33,9 +33,9 @@ from minismoe.cli import script  # noqa: E402
 
 SHORT = ("--limit-train 24 --limit-test 6 --epochs 2 --batch-size 8 --samples 16 "
          "--checkpoint-every 2").split()
-SAME = ("allocation.json", "sensitivity.json", "answers.json", "adapter/adapter.json",
+SAME = ("allocation.json", "sensitivity.json", "after.json", "adapter/adapter.json",
         "adapter/adapter.safetensors", "before.json")
-PHASES = (("results.json", "finished"), ("answers.json", "writing results"),
+PHASES = (("results.json", "finished"), ("after.json", "writing results"),
           ("adapter/adapter.json", "evaluating after"), ("metrics.jsonl", "training"),
           ("before.json", "begins training"), ("allocation.json", "evaluating before"),
           ("config.json", "beginning the run"))

@@ -113,7 +113,7 @@ def test_several_processes_give_the_result_of_one(inputs, one, tmp_path, count, 
     assert out.count("exact match") == out.count("experts a matrix") == 1    # one of them prints
     assert far(one, run) < 1e-5
     assert (one / "allocation.json").read_text() == (run / "allocation.json").read_text()
-    assert (one / "answers.json").read_text() == (run / "answers.json").read_text()
+    assert (one / "after.json").read_text() == (run / "after.json").read_text()
     scores = [json.loads((r / "sensitivity.json").read_text())["tasks"] for r in (one, run)]
     for task, values in scores[0].items():
         assert values["samples"] == scores[1][task]["samples"] == 20

@@ -67,7 +67,8 @@ def test_exact_match_needs_the_whole_answer(model: CausalLM, monkeypatch) -> Non
     monkeypatch.setattr("minismoe.training.evaluate.generate", fake)
     result = evaluate(model, tokenizer, task)
     assert (result.correct, result.examples) == (2, 4)
-    assert [w[1:] for w in result.wrong] == [("yes", "yes it i"), ("yes", "")]
+    assert result.wrong == [{"prompt": "three", "expected": "yes", "given": "yes it i"},
+                            {"prompt": "four", "expected": "yes", "given": ""}]
 
 
 def test_the_expected_answer_is_the_turn_as_the_template_writes_it(
