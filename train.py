@@ -17,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minismoe.cli import flags, plan, probing, runs, script
 from minismoe.cli.inputs import Inputs, join_processes, load_inputs, settled
 from minismoe.io.files import write_json
 from minismoe.io.flags import from_flags, new_parser, option
+from minismoe.io.progress import progress_bar
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts
@@ -144,8 +144,8 @@ def adapt(inputs: Inputs, config: flags.RunConfig, allocation: Allocation) -> No
 def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Accuracy]:
     """Exact match on every task's test split, with a bar."""
     batch = min(32, 4 * distributed.share(config.training.micro_batch_size))
-    with tqdm(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
-              unit="answer", disable=distributed.rank() > 0) as bar:
+    with progress_bar(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
+                      unit="answer", disable=distributed.rank() > 0) as bar:
         return {t.name: evaluate(inputs.model, inputs.tokenizer, t, batch, bar.update)
                 for t in inputs.tasks}
 

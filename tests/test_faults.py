@@ -96,8 +96,7 @@ def script(main: Callable[[Sequence[str]], None], *args: object) -> tuple[int, s
         code = int(end.code or 0)
     finally:
         sys.argv = before
-    said = re.split(r"[\r\n]", err.getvalue().replace("\x1b[A", ""))
-    return code, "\n".join(line for line in said if not BAR.match(line))
+    return code, "\n".join(line for line in err.getvalue().split("\n") if not BAR.match(line))
 
 
 def hashes(*folders: Path) -> dict[Path, str]:

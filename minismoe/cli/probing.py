@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data.tasks import Batch, probe_batches
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
+from ..io.progress import progress_bar
 from ..io.text import clean, table
 from ..method.allocate import Allocation, allocate, select
 from ..method.allocation import FORMAT, Unfit
@@ -105,8 +105,8 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
     def norms(item: tuple[str, Batch]) -> list[list[float]]:
         return probe(inputs.model, {item[0]: [item[1]]}).samples[item[0]].tolist()
 
-    with tqdm(desc="probe", unit="sample", total=sum(len(batch[0]) for _, batch in batches),
-              disable=distributed.rank() > 0) as bar:
+    with progress_bar(desc="probe", unit="sample", total=sum(len(batch[0]) for _, batch in batches),
+                      disable=distributed.rank() > 0) as bar:
         for (name, _), found in zip(batches, distributed.spread(norms, batches)):
             scores.add(name, torch.tensor(found, dtype=torch.float64))
             bar.update(len(found))

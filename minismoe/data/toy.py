@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
 from ..io.files import new_folder, replacing, write_json
+from ..io.progress import progress_bar
 from ..method.loss import IGNORE, supervised_losses
 from ..model.decoder import Attention, CausalLM, Config
 from .tasks import Example, Task, collate
@@ -149,7 +149,7 @@ def _pretrain(steps: int) -> CausalLM:
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 1.0) * (1 - step / steps))
-    for _ in tqdm(range(steps), "making the toy base, once", unit="step"):
+    for _ in progress_bar(range(steps), "making the toy base, once", unit="step"):
         ids, mask, labels = collate([_lesson(rng) for _ in range(BATCH)], PAD)
         optimizer.zero_grad()
         supervised_losses(model, ids, mask, labels)[0].mean().backward()

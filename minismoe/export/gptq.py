@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ..io.progress import progress_bar
 from ..method.freeze import run_hooked
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks, block_scales, integers, pack
@@ -102,7 +102,7 @@ def refine(model: CausalLM, blocks: dict[str, Blocks], weight: Callable[[str], T
             room = memory
         groups[-1].append(name)
         room -= size
-    with tqdm(total=len(few), desc="round", unit="matrix", disable=not few) as bar:
+    with progress_bar(total=len(few), desc="round", unit="matrix", disable=not few) as bar:
         for group in groups:
             for name, H in second_moments(model, group, batches).items():
                 stored = names[name]

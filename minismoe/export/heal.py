@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import trange
 
 from ..data.tasks import Batch, Example, collate
+from ..io.progress import progress_bar
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, exact, freeze
 from ..method.loss import CHUNK, IGNORE
@@ -88,7 +88,7 @@ def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: fl
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     epochs = math.ceil(lesson.steps / math.ceil(len(lesson.examples) / BATCH))
     cfg = TrainConfig(epochs=epochs, batch_size=BATCH, lr=lr)
-    with trange(lesson.steps, desc="heal", unit="step") as bar:
+    with progress_bar(range(lesson.steps), "heal", unit="step") as bar:
         for step, batch in zip(bar, schedule(lesson.examples, cfg)):
             optimizer.param_groups[0]["lr"] = learning_rate(step, lesson.steps, cfg)
             loss = heal_step(student, lesson, batch)

@@ -13,11 +13,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, replacing, write_json
+from ..io.progress import progress_bar
 from ..io.text import clean, table
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, TaskFits, fit, merge, merged
@@ -70,7 +70,7 @@ class Calibration:
 
     def fits(self) -> dict[str, TaskFits]:
         """All mixtures, frozen, by kind of fit."""
-        with tqdm(desc="freeze", unit="sample") as bar:
+        with progress_bar(desc="freeze", unit="sample") as bar:
             return fit(self.source.model, self.batches, progress=bar.update)
 
     def score(self, model: Any, task: str) -> float:
@@ -78,7 +78,8 @@ class Calibration:
         if self.config.prompts:
             return agreement(model, self.source.model, self.batches[task])
         tests = next(t for t in self.source.tasks if t.name == task)
-        with tqdm(total=len(tests.test), desc=f"evaluate {clean(task)}", leave=False) as bar:
+        with progress_bar(total=len(tests.test), desc=f"evaluate {clean(task)}",
+                          leave=False) as bar:
             return evaluate(model, self.source.tokenizer, tests, progress=bar.update).share
 
 

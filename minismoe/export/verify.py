@@ -17,10 +17,10 @@ import onnxruntime as ort
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.tasks import Task
 from ..io.files import read_json
+from ..io.progress import progress_bar
 from ..io.text import clean, table
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
@@ -151,8 +151,8 @@ def unrounded(generator: Generator) -> Generator:
 def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float:
     """Exact match of an exported folder on the test split of a task, 0 to 1."""
     def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
-        starts = tqdm(range(0, len(prompts), batch_size), f"evaluate {clean(task.name)}",
-                      unit="batch", leave=False)
+        starts = progress_bar(range(0, len(prompts), batch_size), f"evaluate {clean(task.name)}",
+                              unit="batch", leave=False)
         return [answer for start in starts
                 for answer in generator.batch(prompts[start:start + batch_size], limit)]
 

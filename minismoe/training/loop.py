@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.tasks import Example, bucket, collate
 from ..io import flags
 from ..io.flags import flag
+from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
 from ..io.text import out_of_memory
 from ..method.experts import balance_loss, expert_layers, expert_use
@@ -123,7 +123,7 @@ def step_that_fits(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, 
             micro = min(cfg.micro_batch_size, len(batch)) // 2
             if not out_of_memory(e) or micro == 0 or distributed.world() > 1:
                 raise                        # other processes wait in the middle of an exchange
-        tqdm.write(f"step {step + 1}: out of memory, so {micro} examples at a time")
+        print_above_bar(f"step {step + 1}: out of memory, so {micro} examples at a time")
         cfg = replace(cfg, micro_batch_size=micro)
         model.zero_grad(set_to_none=True)    # gradients of the micro-batches that did fit
         for layer in expert_layers(model).values():
@@ -148,8 +148,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
     run.mkdir(parents=True, exist_ok=True)
     metrics = (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n")
-    bar = tqdm(range(state["step"], len(batches)), "train", len(batches), unit="step",
-               initial=state["step"], smoothing=0.1, disable=distributed.rank() > 0)
+    bar = progress_bar(range(state["step"], len(batches)), "train", len(batches), unit="step",
+                       initial=state["step"], smoothing=0.1, disable=distributed.rank() > 0)
     with metrics, bar, waiting() as signals:
         distributed.once(metrics.truncate, state["metrics"])
         for step in bar:

@@ -253,6 +253,7 @@ def test_the_embedded_default(tmp_path) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "train.py")], cwd=tmp_path, text=True,
                           capture_output=True, timeout=600, env={**os.environ, "NO_COLOR": "1"})
     assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stderr                       # bars are lines in a file
     (folder,) = (tmp_path / "runs").iterdir()
     results = json.loads((folder / "results.json").read_text())
     assert len(results["tasks"]) >= 4
