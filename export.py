@@ -127,8 +127,8 @@ def load_run(config: FreezeConfig) -> Source:
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
     saved, training = runs.read_run(run)
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
-    settings = cli.settled(replace(saved, device=config.device, dtype=config.dtype,
-                                   limit_test=config.limit_test or saved.limit_test))
+    settings = cli.resolve_auto(replace(saved, device=config.device, dtype=config.dtype,
+                                        limit_test=config.limit_test or saved.limit_test))
     with naming(f"{run / 'config.json'} (python train.py --resume --out {shlex.quote(str(run))} "
                 "--model FOLDER --data FOLDER says where they are now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
@@ -145,8 +145,8 @@ def load_base(config: ExportConfig) -> Source:
     """A base without adapters: that of --model, or the embedded default."""
     if not config.model:
         print(f"{NO_RUN}: the embedded base alone")
-    settings = cli.settled(InputConfig(model=config.model, device=config.device,
-                                       dtype=config.dtype))
+    settings = cli.resolve_auto(InputConfig(model=config.model, device=config.device,
+                                            dtype=config.dtype))
     base = cli.model_folder(settings)
     model = cli.load_base(settings, base)
     run = Path("runs") / (Path(config.model).resolve().name if config.model else "base")

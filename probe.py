@@ -12,8 +12,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from minismoe.cli import flags, probing, script
-from minismoe.cli.inputs import load_inputs, settled
+from minismoe.cli.inputs import load_inputs, print_examples, resolve_auto
 from minismoe.io.drawing import allocation_svg, terminal_heatmap
 from minismoe.io.files import replacing, write_json
 from minismoe.io.flags import from_flags, new_parser, text
@@ -29,12 +31,17 @@ def main(argv: Sequence[str]) -> None:
                         help="folder to write to (default: %(default)s)")
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
+    config = resolve_auto(from_flags(flags.InputConfig, vars(args)))
+    distributed.join_others(torch.device(config.device))
+    if config.show:
+        print_examples(config, config.show)
+        return
     if (run / "config.json").exists():
         raise FileExistsError(f"{run} is a run of train.py: its allocation would be lost. Choose "
                               "another --out")
 
     # Load, probe and allocate.
-    inputs = load_inputs(settled(from_flags(flags.InputConfig, vars(args))))
+    inputs = load_inputs(config)
     probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
     with script.working_in(run, f"python probe.py {shlex.join(argv)}"):
         scores = probing.measure(allocating, inputs)

@@ -10,7 +10,6 @@ the wrong ones in words), metrics.jsonl, results.json, adapter/, checkpoints/. I
 the probe, --resume completes it, and its files equal those of an undisturbed run, except for times.
 """
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from minismoe.cli import flags, plan, probing, runs, script
-from minismoe.cli.inputs import Inputs, join_processes, load_inputs, settled
+from minismoe.cli import flags, probing, runs, script
+from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
+from minismoe.cli.plan import show_plan
 from minismoe.io.files import write_json
 from minismoe.io.flags import from_flags, new_parser, option
 from minismoe.io.progress import progress_bar
@@ -39,17 +39,21 @@ def main(argv: Sequence[str]) -> None:
     if runs.finished(config):
         print(f"nothing is missing: {config.out} holds its results")
         return
-    config = replace(config, inputs=settled(config.inputs))
-    join_processes(config.inputs)
-    if config.plan:
-        plan.show_plan(config)
+    config = replace(config, inputs=resolve_auto(config.inputs))
+    distributed.join_others(torch.device(config.inputs.device))
+    if config.inputs.show:
+        print_examples(config.inputs, config.inputs.show)
         return
+    if config.plan:
+        show_plan(config)
+        return
+    if config.out:                       # before the work
+        runs.check_free(Path(config.out), config.resume)
 
     # Load.
     inputs = load_inputs(config.inputs)
     for task in inputs.tasks:            # bad test lines are found before there is a run
         answer_prompts(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
-    runs.folder(config)                  # raises before the probe if there is a run already
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     scores, seconds = None, dict[str, float]()
@@ -60,12 +64,12 @@ def main(argv: Sequence[str]) -> None:
             probing.PROBE_BATCH, distributed.share(config.training.micro_batch_size)))
         allocation = probing.choose(config.allocating, scores)
         seconds["probe"] = round(time.perf_counter() - now, 2)
-    adapt(inputs, config, allocation)
-    run = runs.folder(config)            # another run may have taken its name meanwhile
+    torch.manual_seed(config.inputs.seed)    # the same experts whatever was drawn before
+    add_experts(inputs.model, allocation)
+    print(probing.allocation_heatmap(inputs.model, allocation))
 
     # From here on the folder is a run, which --resume continues.
-    with script.working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
-        runs.folder(replace(config, out=str(run)))       # another process may have filled it
+    with runs.run_folder(config) as run:
         runs.write_config(run, config, inputs, allocation)
         if scores is not None:
             once(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
@@ -80,7 +84,6 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
                        seconds: dict[str, float]) -> None:
     """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
-    print(probing.allocation_heatmap(inputs.model, allocation))
     print(f"{allocation}, {trainable:,} trainable parameters")
 
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.
@@ -99,13 +102,11 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
 
     # Evaluate again, and save what came out.
     after = score(inputs, "after", config)
-    if distributed.rank():
-        return
-    results = runs.results_json(known, after, trainable, sum(allocation.experts.values()), seconds)
-    write_json(run / "after.json", {name: vars(a) for name, a in after.items()})
-    write_json(run / "results.json", results)
-    runs.print_results(results)
-    print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
+    if not distributed.rank():
+        runs.save_results(run, known, after, {
+            "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
+            "seconds": seconds})
+        print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
 
 
 def parse(argv: Sequence[str]) -> flags.RunConfig:
@@ -135,17 +136,12 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
                       training=from_flags(TrainConfig, values))
 
 
-def adapt(inputs: Inputs, config: flags.RunConfig, allocation: Allocation) -> None:
-    """Add experts to the model, which begin the same whatever was drawn at random before."""
-    torch.manual_seed(config.inputs.seed)
-    add_experts(inputs.model, allocation)
-
-
 def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Accuracy]:
     """Exact match on every task's test split, with a bar."""
     batch = min(32, 4 * distributed.share(config.training.micro_batch_size))
-    with progress_bar(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
-                      unit="answer", disable=distributed.rank() > 0) as bar:
+    total = sum(len(t.test) for t in inputs.tasks)
+    with progress_bar(total=total, desc=f"evaluate {when}", unit="answer",
+                      disable=distributed.rank() > 0) as bar:
         return {t.name: evaluate(inputs.model, inputs.tokenizer, t, batch, bar.update)
                 for t in inputs.tasks}
 

@@ -526,8 +526,7 @@ def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) 
         sys.argv = ["train.py", *world.inputs, *SHORT, "--out", str(out)]
         run_script(train.main)
         sys.argv = ["train.py", *world.inputs, "--show", "2"]
-        with pytest.raises(SystemExit):
-            run_script(train.main)
+        run_script(train.main)
         sys.argv = ["export.py", str(out), "--adapters", *MERGED, "--out", str(out / "onnx")]
         run_script(export.main)
     assert all(c.isprintable() or c == "\n" for c in shown.getvalue())

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -20,9 +19,6 @@ from ..model.checkpoint import load_model, read_config
 from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
 from .flags import InputConfig
-
-TOGETHER = ("--model and --data go together; without both, the tiny model and its own tasks are "
-            "used")
 
 
 @dataclass
@@ -52,13 +48,9 @@ class Inputs:
         return found
 
 
-def settled(config: InputConfig) -> InputConfig:
-    """The same with a device and dtype in place of "auto".
-
-    Raises ValueError for a device that is not there, and for --data without --model.
-    """
-    if config.model is None and config.data is not None:         # before the tiny model is made
-        raise ValueError(TOGETHER)
+def resolve_auto(config: InputConfig) -> InputConfig:
+    """The same with a device and a dtype in place of "auto". Raises ValueError for a device that is
+    not there."""
     device = torch.device(config.device if config.device != "auto" else
                           "cuda" if torch.cuda.is_available() else
                           "mps" if torch.backends.mps.is_available() else "cpu")
@@ -67,13 +59,8 @@ def settled(config: InputConfig) -> InputConfig:
                          "is there")
     dtype = config.dtype
     if dtype == "auto":
-        fast = device.type == "cpu" and any(           # others are slower in it than in float32
-            getattr(torch.cpu, f"_is_{kind}_supported", lambda: False)()
-            for kind in ("amx_tile", "avx512_bf16"))
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if fast and config.model is not None else "float32"
+        tiny = config.model is None
+        dtype = "bfloat16" if not tiny and _multiplies_bfloat16(device) else "float32"
     return replace(config, device=str(device), dtype=dtype)
 
 
@@ -87,25 +74,29 @@ def _is_there(device: torch.device) -> bool:
     return True
 
 
-def join_processes(config: InputConfig) -> None:
-    """Join the other processes of a settled config, if torchrun started several."""
-    distributed.join(torch.device(config.device))
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has hardware for bfloat16; without, it is slower than float32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(
+        getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)()
+        for unit in ("amx_tile", "avx512_bf16"))
 
 
 def load_inputs(config: InputConfig) -> Inputs:
-    """Load what a settled config names, and print a table of it.
+    """Load the model and the data, and print a table of it. `config` holds no "auto" any more.
 
-    With --show print examples instead, and end the process.
+    Raises ValueError if a task has no example with a supervised token.
     """
-    if config.model is not None and config.data is None:         # before the model is fetched
-        raise ValueError(TOGETHER)
-    join_processes(config)
+    tasks = read_tasks(config)               # first: wrong data is found before a model is fetched
     folder = model_folder(config)
-    if config.show:
-        print_examples(*read_tasks(config, folder), config.show)
-        distributed.leave(0)
-        sys.exit(0)
-    tokenizer, tasks, encoded = read_data(config, folder)
+    tokenizer = load_tokenizer(folder)
+    length = min(config.max_length, read_config(folder)[0].max_position_embeddings)
+    encoded = {t.name: encode_all(t, tokenizer, length) for t in tasks}
+    if empty := [name for name, examples in encoded.items() if not examples]:
+        raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
+                         f"{length} tokens (--max-length, or what the model was made for)")
     model = load_base(config, folder)
     size = sum(p.numel() for p in meta_model(model.config).parameters())
     bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
@@ -113,6 +104,27 @@ def load_inputs(config: InputConfig) -> Inputs:
           f"{config.dtype}{bits}")
     print_data(tokenizer, tasks, encoded)
     return Inputs(folder, model, tokenizer, tasks, encoded)
+
+
+def read_tasks(config: InputConfig) -> list[Task]:
+    """The tasks of --data, or those of the tiny model. Raises ValueError for --model or --data
+    without the other, and for a task that is missing or named twice."""
+    names = config.names
+    if (config.model is None) != (config.data is None):
+        raise ValueError("--model and --data go together; without both, the tiny model and its own "
+                         "tasks are used")
+    if len(set(names)) < len(names):
+        raise ValueError(f"a task is asked for twice: {', '.join(names)}")
+    if config.data is not None:
+        tasks = load_tasks(config.data, names, config.seed)
+    else:
+        if missing := [name for name in names if name not in toy.TASKS]:
+            raise ValueError(f"the tiny model has no task {', '.join(missing)}; it has "
+                             f"{', '.join(toy.TASKS)}")
+        tasks = [t for t in toy.tasks(config.seed) if not names or t.name in names]
+    for task in tasks:
+        task.train, task.test = task.train[:config.limit_train], task.test[:config.limit_test]
+    return tasks
 
 
 def model_folder(config: InputConfig) -> Path:
@@ -126,36 +138,6 @@ def load_base(config: InputConfig, folder: Path) -> CausalLM:
     model = load_model(folder, getattr(torch, config.dtype), config.device, config.base_bits)
     model.name = config.model or "the embedded default"
     return model
-
-
-def read_tasks(config: InputConfig, folder: Path) -> tuple[Tokenizer, list[Task]]:
-    """The tokenizer of `folder`, and the tasks. ValueError for a task that is missing or twice."""
-    names = config.names
-    if len(set(names)) < len(names):
-        raise ValueError(f"a task is asked for twice: {', '.join(names)}")
-    if config.data is not None:
-        tasks = load_tasks(config.data, names, config.seed)
-    else:
-        if missing := [name for name in names if name not in toy.TASKS]:
-            raise ValueError(f"the tiny model has no task {', '.join(missing)}; it has "
-                             f"{', '.join(toy.TASKS)}")
-        tasks = [t for t in toy.tasks(config.seed) if not names or t.name in names]
-    for task in tasks:
-        task.train, task.test = task.train[:config.limit_train], task.test[:config.limit_test]
-    return load_tokenizer(folder), tasks
-
-
-def read_data(config: InputConfig, folder: Path,
-              ) -> tuple[Tokenizer, list[Task], dict[str, list[Example]]]:
-    """The tokenizer of `folder`, the tasks, and their training examples by task. Raises ValueError
-    if a task has no example with a supervised token."""
-    tokenizer, tasks = read_tasks(config, folder)
-    length = min(config.max_length, read_config(folder)[0].max_position_embeddings)
-    encoded = {t.name: encode_all(t, tokenizer, length) for t in tasks}
-    if empty := [name for name, examples in encoded.items() if not examples]:
-        raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
-                         f"{length} tokens (--max-length, or what the model was made for)")
-    return tokenizer, tasks, encoded
 
 
 def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
@@ -181,8 +163,10 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
         print("chat template: the checkpoint brings none, so the default one is used (--show 1)")
 
 
-def print_examples(tokenizer: Tokenizer, tasks: Sequence[Task], count: int) -> None:
-    """Print examples as the model sees them; supervised text is green, or in [[ ]] in a file."""
+def print_examples(config: InputConfig, count: int) -> None:
+    """Print `count` examples of each task as the model sees them; supervised text is green, or in
+    [[ ]] in a file."""
+    tasks, tokenizer = read_tasks(config), load_tokenizer(model_folder(config))
     mark, end = ("\033[32m", "\033[0m") if in_colour() else ("[[", "]]")
     for task in tasks:
         for messages in task.train[:count]:

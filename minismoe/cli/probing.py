@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +27,7 @@ PROBE_BATCH = 16                                     # samples at once
 BLIND = ("uniform", "lora")                          # given a budget, these read no score
 
 
-def needed(allocating: AllocationConfig) -> bool:
+def needs_probe(allocating: AllocationConfig) -> bool:
     """Whether the flags leave anything for the probe to decide."""
     budget = allocating.budget_experts or allocating.budget_params
     return not allocating.allocation and not (budget and allocating.strategy in BLIND)
@@ -42,21 +42,21 @@ def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
     return found
 
 
-def guess(allocating: AllocationConfig, sizes: Mapping[str, tuple[int, int]],
-          tasks: Iterable[str]) -> Allocation:
-    """What the probe may lead to, from random scores on which tasks mostly agree.
+def without_probe(allocating: AllocationConfig, shapes: Mapping[str, tuple[int, int]],
+                  tasks: Iterable[str]) -> Allocation:
+    """The allocation, if no probe is needed; else one that may come of it, from random scores.
 
-    It is no guess if the probe is not needed. `sizes` is {module: (out, in)}. Raises ValueError for
-    flags that are wrong whatever the probe finds.
+    `shapes` is {module: (out, in)}. Raises ValueError for flags that are wrong whatever the probe
+    finds, and Unfit as `choose` does.
     """
     if allocating.allocation:
         found = read_allocation(allocating, allocating.allocation)
-        if wrong := [name for name in found.experts if name not in sizes]:
+        if wrong := [name for name in found.experts if name not in shapes]:
             raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
         return found
-    rng, scores = random.Random(0), Scores(dict(sizes))
-    common = {name: rng.random() for name in sizes}
-    for task in tasks:
+    rng, scores = random.Random(0), Scores(dict(shapes))
+    common = {name: rng.random() for name in shapes}
+    for task in tasks:                       # tasks mostly agree
         scores[task] = {name: value + 0.1 * rng.random() for name, value in common.items()}
     return choose(allocating, scores)
 
@@ -64,15 +64,17 @@ def guess(allocating: AllocationConfig, sizes: Mapping[str, tuple[int, int]],
 def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation | None:
     """The allocation that the flags alone, or their file, decide; None if it takes a probe.
 
-    Raises ValueError as `guess` does.
+    Raises ValueError for flags that are wrong whatever the probe finds.
     """
-    probes, shapes = needed(allocating), shapes_of(inputs.model)
-    if probes and allocating.min_experts > 0 and allocating.strategy != "lora":
-        every = dict.fromkeys(select(shapes, allocating.targets), 1)     # all of them get experts
+    shapes = shapes_of(inputs.model)
+    if not needs_probe(allocating):
+        return without_probe(allocating, shapes, inputs.encoded)
+    if allocating.min_experts > 0 and allocating.strategy != "lora":     # each matrix gets experts
+        every = dict.fromkeys(select(shapes, allocating.targets), 1)
         Allocation(every, allocating.rank).check_rank(shapes)
-    with suppress(Unfit) if probes else nullcontext():       # with other scores it may fit
-        found = guess(allocating, shapes, inputs.encoded)
-    return None if probes else found
+    with suppress(Unfit):                    # with other scores it may fit
+        without_probe(allocating, shapes, inputs.encoded)
+    return None
 
 
 def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocation:
@@ -93,9 +95,7 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
 
 def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
     """Probe all tasks, `size` samples at once in each process, with a bar; print how far the result
-    can be trusted: the overlap of the matrices that halves of the samples would vote for. Raises
-    ArithmeticError for gradients that are not finite.
-    """
+    can be trusted. Raises ArithmeticError for gradients that are not finite."""
     pad_id, device = inputs.tokenizer.pad_id, inputs.model.lm_head.weight.device
     batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(
         random.Random(allocating.seed).sample(e, len(e)), allocating.samples, size, pad_id,
@@ -114,7 +114,13 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
     if bad := [task for task, norms in scores.samples.items() if not norms.isfinite().all()]:
         raise ArithmeticError(f"the probe of {', '.join(bad)} found gradients that are not finite: "
                               "is the checkpoint whole? If it is, try --dtype float32")
+    print_overlap(allocating, scores)
+    return scores
 
+
+def print_overlap(allocating: AllocationConfig, scores: Scores) -> None:
+    """Print how many of the matrices that one half of a task's samples votes for the other half
+    votes for, too, as a share."""
     def voted(samples: Tensor) -> set[str]:
         one_task = dict(zip(scores.shapes, samples.sum(0).tolist()))
         return set(allocate({"": one_task}, group=allocating.group, keep=allocating.keep,
@@ -126,7 +132,6 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
         share = len(halves[0] & halves[1]) / len(halves[0])
         rows.append([clean(task), len(samples), f"{share:.2f}" if len(samples) > 1 else "-"])
     print(table(["task", "samples probed", "split-half overlap"], rows))
-    return scores
 
 
 def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:

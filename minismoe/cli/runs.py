@@ -4,14 +4,15 @@ import argparse
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 
-from ..io.files import inside, naming, read_json, write_json
+from ..io.files import inside, naming, read_json, sha256_of_json, write_json
 from ..io.flags import as_flags, from_flags, option
 from ..io.text import clean, table
 from ..method.allocate import Allocation
@@ -19,40 +20,47 @@ from ..model.checkpoint import versions
 from ..training import distributed
 from ..training.evaluate import Accuracy
 from ..training.loop import TrainConfig
-from ..training.resume import digest
 from .flags import InputConfig, RunConfig
 from .inputs import Inputs
+from .script import working_in
 
-# Flags that a resumed run may change, and those of them that its config.json then says.
-SUMS = ("device", "micro_batch_size")        # these change the order of sums
-SAID = ("model", "data", "checkpoint_every", "recompute", *SUMS)
-READ = ("model", "data", "tasks", "limit_train", "limit_test", "max_length", "seed",
-        "micro_batch_size", "recompute")     # what export.py takes over from a run
-RESUMABLE = ("out", "resume", "debug", "show", "plan", *SAID)
+# Flags that a resumed run may change: config.json then holds the new values of the second group.
+ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
+UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
+RESUMABLE = ("out", "resume", "debug", "show", "plan", *UPDATED)
+# Flags that export.py takes over from a run.
+EXPORTED = ("model", "data", "tasks", "limit_train", "limit_test", "max_length", "seed",
+            "micro_batch_size", "recompute")
 
 
-def folder(config: RunConfig) -> Path:
-    """The folder of a run, the same in all processes: --out, or the next free name in runs.
+def check_free(run: Path, resume: bool) -> None:
+    """Raise FileExistsError if a new run would lie in that of another, or in what probe.py
+    measured."""
+    if run.exists() and not run.is_dir():
+        raise FileExistsError(f"{run} is a file: choose another --out")
+    if resume:
+        return
+    if (run / "config.json").exists():
+        raise FileExistsError(f"{run} holds a run already: go on with --resume, or choose "
+                              "another --out")
+    if (run / "sensitivity.json").exists() and not (run / "before.json").exists():
+        raise FileExistsError(f"{run} is what probe.py measured: choose another --out, with "
+                              f"--allocation {run}/allocation.json to train on it")
 
-    Raises FileExistsError if a new run would lie in that of another, or in what probe.py measured.
+
+@contextmanager
+def run_folder(config: RunConfig) -> Iterator[Path]:
+    """The folder of a run, held for it: --out, or the next free name in runs.
+
+    Raises FileExistsError as `check_free` does, and BlockingIOError if another process holds it.
     """
-    if config.out is None:
-        name, number = Path(config.inputs.model or "default").resolve().name, 1
-        while (run := Path("runs") / f"{name}-{number}").exists():
-            number += 1
-    else:
-        run = Path(config.out)
-        if run.exists() and not run.is_dir():
-            raise FileExistsError(f"{run} is a file: choose another --out")
-        held = [name for name in ("config.json", "before.json", "sensitivity.json")
-                if (run / name).exists()]
-        if "config.json" in held and not config.resume:
-            raise FileExistsError(f"{run} holds a run already: go on with --resume, or choose "
-                                  "another --out")
-        if held == ["sensitivity.json"]:
-            raise FileExistsError(f"{run} is what probe.py measured: choose another --out, with "
-                                  f"--allocation {run}/allocation.json to train on it")
-    return Path(distributed.gather(str(run))[0])     # no process looks after one has written
+    name = Path(config.inputs.model or "default").resolve().name
+    free = (run for n in count(1) if not (run := Path("runs") / f"{name}-{n}").exists())
+    run = Path(distributed.gather(config.out or str(next(free)))[0])
+    with working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
+        check_free(run, config.resume)
+        distributed.gather(None)             # no process writes before all have looked
+        yield run
 
 
 def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> argparse.Namespace:
@@ -96,9 +104,9 @@ def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
     defaults. Raises ValueError if the config.json is not that of a run."""
     for name in ("config.json", "adapter", "export"):
         inside(run, name)
-    arguments, kinds = saved_config(run)["arguments"], get_type_hints(InputConfig) | get_type_hints(
-        TrainConfig)
-    saved = {name: arguments.get(name) for name in READ}
+    arguments = saved_config(run)["arguments"]
+    kinds = get_type_hints(InputConfig) | get_type_hints(TrainConfig)
+    saved = {name: arguments.get(name) for name in EXPORTED}
     if wrong := [f"{name} = {value!r}" for name, value in saved.items()
                  if not isinstance(value, kinds[name])]:
         raise ValueError(f"{run / 'config.json'} is not of a run: {', '.join(wrong)}")
@@ -116,33 +124,39 @@ def finished(config: RunConfig) -> bool:
 
 
 def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation) -> None:
-    """Write config.json, which makes a folder a run; with --resume check that it is the same run.
+    """Write config.json, which makes a folder a run; of a resumed run, with its new flags.
 
     Raises ValueError that lists what differs of the model, the tasks and the allocation.
     """
-    chosen = {"the allocation": digest(allocation.to_json())[:16]}
-    arguments = as_flags(config, config.inputs, config.allocating, config.training)
     content: dict[str, Any] = {
-        "format": "minismoe.run/1", "arguments": arguments, "identity": inputs.identity | chosen,
+        "format": "minismoe.run/1",
+        "arguments": as_flags(config, config.inputs, config.allocating, config.training),
+        "identity": inputs.identity | {"the allocation": sha256_of_json(allocation.to_json())[:16]},
         "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads(),
         "processes": distributed.world()}
     if config.resume:
-        saved = saved_config(run)
-        if said := differences(content["identity"], saved["identity"]):
-            raise ValueError(f"{run} began with other inputs: {said}")
-        now = {name: arguments[name] for name in SAID}
-        here = versions() | {name: now[name] for name in SUMS} | {"processes": distributed.world()}
-        there = saved["versions"] | {name: saved["arguments"].get(name) for name in SUMS}
-        said = differences(here, there | {"processes": saved["processes"]})
-        if said and not distributed.rank():
-            print(f"the last bits may differ: {said}", file=sys.stderr)
-        if saved["processes"] == distributed.world():
-            same_threads(saved["threads"])
-        content = saved | {"identity": content["identity"], "arguments": saved["arguments"] | now}
+        content = continued(run, content)
     else:                                    # of an earlier run whose config.json was removed
         for name in ("before.json", "results.json"):
             distributed.once((run / name).unlink, True)
     distributed.once(write_json, run / "config.json", content)
+
+
+def continued(run: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved config.json of a run that goes on, with its new flags. What may change the last
+    bits is told on stderr; ValueError if its inputs are others."""
+    saved = saved_config(run)
+    if said := differences(now["identity"], saved["identity"]):
+        raise ValueError(f"{run} began with other inputs: {said}")
+    here, there = ({**config["versions"], **{name: config["arguments"].get(name)
+                                             for name in ROUNDING},
+                    "processes": config["processes"]} for config in (now, saved))
+    if (said := differences(here, there)) and not distributed.rank():
+        print(f"the last bits may differ: {said}", file=sys.stderr)
+    if saved["processes"] == distributed.world():
+        same_threads(saved["threads"])
+    updated = {name: now["arguments"][name] for name in UPDATED}
+    return saved | {"arguments": saved["arguments"] | updated}
 
 
 def same_threads(count: int) -> None:
@@ -153,7 +167,7 @@ def same_threads(count: int) -> None:
 
 
 def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """What two records disagree in, in one line; empty if they agree."""
+    """What two mappings disagree in, in one line; empty if they agree."""
     return ", ".join(f"{clean(key)} {now.get(key, 'absent')} (was {before.get(key, 'absent')})"
                      for key in {**before, **now} if now.get(key) != before.get(key))
 
@@ -175,21 +189,24 @@ def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:
 
 
 def results_json(before: Mapping[str, Accuracy], after: Mapping[str, Accuracy],
-                 trainable: int, experts: int, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The content of results.json."""
+                 facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of results.json. `facts` are trainable_parameters, experts and seconds."""
     tasks: dict[str, dict[str, Any]] = {}
     for name, a in after.items():
         tasks[name] = {"before": round(before[name].share, 4), "after": round(a.share, 4),
                        "interval": [round(x, 4) for x in a.interval], "examples": a.examples}
     mean = {when: round(sum(t[when] for t in tasks.values()) / len(tasks), 4)
             for when in ("before", "after")}
-    return {"format": "minismoe.results/1", "metric": "exact_match",
-            "trainable_parameters": trainable, "experts": experts, "seconds": seconds,
-            "tasks": tasks, "mean": mean}
+    return {"format": "minismoe.results/1", "metric": "exact_match", **facts, "tasks": tasks,
+            "mean": mean}
 
 
-def print_results(results: Mapping[str, Any]) -> None:
-    """Print the table of results."""
+def save_results(run: Path, before: Mapping[str, Accuracy], after: Mapping[str, Accuracy],
+                 facts: Mapping[str, Any]) -> None:
+    """Write after.json and results.json, and print the table of results."""
+    results = results_json(before, after, facts)
+    write_json(run / "after.json", {name: vars(a) for name, a in after.items()})
+    write_json(run / "results.json", results)
     rows = [[clean(name), f"{t['before']:.3f}", f"{t['after']:.3f}",
              "{:.3f} to {:.3f}".format(*t["interval"]), t["examples"]]
             for name, t in results["tasks"].items()]

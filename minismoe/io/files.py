@@ -116,6 +116,11 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def sha256_of_json(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(file: Path) -> str:
     """SHA-256 of a file's content."""
     digest = hashlib.sha256()

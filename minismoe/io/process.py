@@ -1,4 +1,4 @@
-"""The memory of this process: how much it takes, and how it is held."""
+"""The memory of this process: how much it took, and settings that take less or are faster."""
 
 import ctypes
 import mmap
@@ -12,21 +12,16 @@ HUGE = 2 << 20                                           # bytes of a huge page
 MADV_COLLAPSE = 25                                       # of Linux 6.1 and later
 
 
-def resident(line: str = "VmRSS") -> int:
-    """Bytes that this process takes now; its peak if the system says only that, else 0."""
+def peak_resident() -> int:
+    """The most bytes that this process has taken; 0 if the system does not say."""
     with suppress(OSError, IndexError):  # on Linux, a child's ru_maxrss begins at its parent's
-        return 1024 * int(re.findall(rf"{line}:\s*(\d+)", Path("/proc/self/status").read_text())[0])
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
     try:
         import resource
     except ImportError:                                  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_resident() -> int:
-    """The most bytes that this process has taken; 0 if the system does not say."""
-    return resident("VmHWM")
 
 
 def bound_memory() -> None:

@@ -64,7 +64,7 @@ def _peers() -> Iterator[None]:
                               f"({reason})") from e
 
 
-def join(device: torch.device) -> None:
+def join_others(device: torch.device) -> None:
     """Join the processes that torchrun started, if it did; only the first prints from then on."""
     global _joined
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.tasks import Example, bucket, collate
 from ..io import flags
+from ..io.files import sha256_of_json
 from ..io.flags import flag
 from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
@@ -25,7 +26,7 @@ from ..method.experts import balance_loss, expert_layers, expert_use
 from ..method.loss import IGNORE, supervised_losses
 from ..model.decoder import CausalLM
 from . import distributed
-from .resume import digest, due, load_checkpoint, save_checkpoint
+from .resume import due, load_checkpoint, save_checkpoint
 
 USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
 REMEDY = "try a lower --lr, or --dtype float32"
@@ -187,7 +188,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
 def _first_state(run: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
                  batches: Sequence[Sequence[Example]], resume: bool) -> dict[str, Any]:
     """The state to begin with: that of the last checkpoint, or zeros and no checkpoint left."""
-    order = digest([[(e.task, e.index) for e in batch] for batch in batches])
+    order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
     fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0, "order": order}
     if not resume:
         if (run / "checkpoints").exists():

@@ -6,7 +6,6 @@ goes on from the one before. The order of the data follows from its seed, and tr
 at random, so a checkpoint holds neither.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..io.files import new_folder, read_json, replacing, sha256
+from ..io.files import new_folder, read_json, replacing, sha256, sha256_of_json
 
 KEPT = 2                                     # checkpoints of a run
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW holds for a parameter
@@ -31,11 +30,6 @@ def due(every: int | str, step: int, since: float) -> bool:
     if isinstance(every, str):
         return time.monotonic() - since >= 60 * float(every[:-1])
     return step % every == 0
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -57,7 +51,8 @@ def save_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torc
             with replacing(tmp / name) as file:          # it names a file that a full disk refuses
                 save_file(tensors, file)
         state = {**state, "files": {name: sha256(tmp / name) for name in files}}
-        (tmp / "state.json").write_text(json.dumps({"state": state, "sha256": digest(state)}))
+        (tmp / "state.json").write_text(json.dumps(
+            {"state": state, "sha256": sha256_of_json(state)}))
     for old in checkpoints(run)[:-KEPT]:
         shutil.rmtree(old)
 
@@ -80,7 +75,7 @@ def _checked_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint; an exception if a file is missing or not what was written."""
     saved = read_json(folder / "state.json")
     state: dict[str, Any] = saved["state"]
-    if saved["sha256"] != digest(state):
+    if saved["sha256"] != sha256_of_json(state):
         raise ValueError("state.json does not have its checksum")
     for name, wanted in state["files"].items():
         if sha256(folder / name) != wanted:

@@ -24,7 +24,7 @@ from routers import separation, shares_of_gates
 from tqdm import tqdm
 
 from minismoe.cli import flags, script
-from minismoe.cli.inputs import Inputs, load_inputs, settled
+from minismoe.cli.inputs import Inputs, load_inputs, resolve_auto
 from minismoe.data import toy
 from minismoe.data.tasks import probe_batches
 from minismoe.io.files import read_json, write_json
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     for seed, name in tqdm(todo, "ablations", unit="run"):
         config = from_flags(flags.InputConfig, vars(args), seed=FIRST_SEED + seed)
         with contextlib.redirect_stdout(io.StringIO()):
-            inputs = load_inputs(settled(config))
+            inputs = load_inputs(resolve_auto(config))
         record["runs"].setdefault(name, []).append(run(VARIANTS[name], inputs, config.seed))
         write_json(file, record)
     print(markdown(record))

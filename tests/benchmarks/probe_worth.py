@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minismoe.cli import flags, probing, script
-from minismoe.cli.inputs import Inputs, load_inputs, settled
+from minismoe.cli.inputs import Inputs, load_inputs, resolve_auto
 from minismoe.data.tasks import probe_batches
 from minismoe.io.files import read_json, write_json
 from minismoe.io.flags import from_flags, new_parser
@@ -191,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     file = RESULTS / f"worth-{args.name}.json"
     record: dict[str, Any] = read_json(file) if file.exists() else {}
-    config = settled(from_flags(flags.InputConfig, vars(args)))
+    config = resolve_auto(from_flags(flags.InputConfig, vars(args)))
     inputs = load_inputs(config)
     args.device, args.dtype = config.device, config.dtype
     folder = model_folder(args)

@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from minismoe.cli import flags, script
-from minismoe.cli.inputs import Inputs, load_inputs, settled
+from minismoe.cli.inputs import Inputs, load_inputs, resolve_auto
 from minismoe.data.tasks import encode_all
 from minismoe.io.files import read_json, write_json
 from minismoe.io.flags import from_flags, new_parser
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace, kind: str, name: str, lr: float, inputs: Input
 
 def load(args: argparse.Namespace, phase: str, seed: int) -> Inputs:
     """The model, and the data of a phase: all of it, or its training lines alone, divided."""
-    config = settled(from_flags(flags.InputConfig, vars(args), seed=seed))
+    config = resolve_auto(from_flags(flags.InputConfig, vars(args), seed=seed))
     with contextlib.redirect_stdout(io.StringIO()):
         inputs = load_inputs(config)
     if phase == "search":

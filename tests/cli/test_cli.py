@@ -22,7 +22,7 @@ import export
 import probe
 import train
 from minismoe.cli import probing
-from minismoe.cli.inputs import settled
+from minismoe.cli.inputs import resolve_auto
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,7 +85,7 @@ def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, units) -> Non
     for unit in ("amx_tile", "avx512_bf16", "vnni"):
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda u=unit: u in units,
                             raising=False)
-    config = settled(train.parse([*inputs, "--device", "cpu"]).inputs)
+    config = resolve_auto(train.parse([*inputs, "--device", "cpu"]).inputs)
     assert config.dtype == (
         "bfloat16" if {"amx_tile", "avx512_bf16"} & set(units) else "float32")
 
@@ -193,12 +193,12 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     (["--no-such-flag"], 2, "unrecognized arguments"),
     (["--resume"], 2, "--resume needs --out"),
     (["--plan", "--show", "1"], 2, "leave out one of them"),
-    (["--model", "nowhere-at-all", "--data", "."], 1, "no such model folder"),
+    (["--model", "nowhere-at-all"], 1, "no such model folder"),
     (["--model", "."], 1, "--model and --data go together"),
     (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),
 ])
 def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path, capsys) -> None:
-    extra = [] if "--model" in args else inputs
+    extra = [] if args == ["--model", "."] else inputs
     ended, _, err = finish(train.main, *extra, *args, *(
         [] if "--resume" in args else ["--out", str(tmp_path / "r")]), capsys=capsys)
     assert ended == code and says in err
@@ -214,9 +214,9 @@ def test_closed_streams_end_nothing(inputs) -> None:
     assert done.returncode == 0
 
 
-def test_debug_shows_the_traceback(tmp_path) -> None:
+def test_debug_shows_the_traceback(inputs, tmp_path) -> None:
     for more, shown in ((), False), (("--debug",), True):     # as a user starts it
-        done = script("train.py", "--model", str(tmp_path / "x"), "--data", ".", *more)
+        done = script("train.py", *inputs, "--model", str(tmp_path / "x"), *more)
         assert done.returncode == 1 and ("Traceback" in done.stderr) == shown
         assert "no such model folder" in done.stderr.splitlines()[-1]
 
@@ -300,7 +300,7 @@ def test_a_rank_that_no_matrix_has_leaves_no_run_behind(inputs, tmp_path, capsys
 
 def test_what_was_probed_is_kept_if_the_scores_do_not_fit(inputs, tmp_path, capsys,
                                                          monkeypatch) -> None:
-    monkeypatch.setattr(probing, "guess", lambda *_: None)
+    monkeypatch.setattr(probing, "without_probe", lambda *_: None)
     finish(probe.main, *inputs, "--samples", "2", "--out", str(tmp_path), capsys=capsys)
     assert len([*tmp_path.glob("allocation.*")]) == 2
     code, _, err = finish(probe.main, *inputs, "--samples", "2", "--out", str(tmp_path),

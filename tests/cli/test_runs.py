@@ -21,7 +21,7 @@ from minismoe.training.evaluate import Accuracy
 def test_results_hold_shares_intervals_and_their_mean() -> None:
     before = {"a": Accuracy(1, 4), "b": Accuracy(0, 3)}
     after = {"a": Accuracy(3, 4), "b": Accuracy(3, 3)}
-    found = runs.results_json(before, after, 12, 5, {"train": 1.0})
+    found = runs.results_json(before, after, {"experts": 5})
     assert found["tasks"]["a"] == {"before": 0.25, "after": 0.75, "examples": 4,
                                    "interval": [0.3006, 0.9544]}
     assert found["mean"] == {"before": 0.125, "after": 0.875}
@@ -29,10 +29,8 @@ def test_results_hold_shares_intervals_and_their_mean() -> None:
 
 def test_limits_leave_the_first_lines_of_each_split(inputs) -> None:
     config = InputConfig(model=inputs[1], data=inputs[3])
-    folder = cli.model_folder(config)
-    whole = cli.read_tasks(config, folder)[1]
-    few = cli.read_tasks(InputConfig(model=inputs[1], data=inputs[3], limit_train=5, limit_test=2),
-                         folder)[1]
+    whole = cli.read_tasks(config)
+    few = cli.read_tasks(InputConfig(model=inputs[1], data=inputs[3], limit_train=5, limit_test=2))
     for task, first in zip(whole, few, strict=True):
         assert (first.train, first.test) == (task.train[:5], task.test[:2])
 

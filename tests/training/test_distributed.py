@@ -95,7 +95,7 @@ def test_a_failed_exchange_names_its_reason(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ValueError, match="--device cuda:1: each process takes"):
-        distributed.join(torch.device("cuda:1"))
+        distributed.join_others(torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize("count, flags", [

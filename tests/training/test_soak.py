@@ -12,17 +12,25 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")]
 
-TRAIN = """
+RESIDENT = """
+import resource
+
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+"""
+
+TRAIN = RESIDENT + """
 import json, sys
 from pathlib import Path
 import minismoe.training.loop as training
-from minismoe.io import process as memory
+from minismoe.io.process import bound_memory
 from tiny import examples, tiny
-memory.bound_memory()
+bound_memory()
 seen, step = [], training.step_that_fits
 
 def watched(*args):
-    seen.append(memory.resident())
+    seen.append(resident())
     return step(*args)
 
 training.step_that_fits = watched
@@ -31,12 +39,11 @@ training.train(tiny(), examples(), cfg, Path(sys.argv[1]), 0)
 print(json.dumps(seen))
 """
 
-GENERATE = """
+GENERATE = RESIDENT + """
 import json, sys
 from pathlib import Path
 import torch
 from exported import CONFIG, export
-from minismoe.io import process as memory
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.runtime import Generator
 torch.manual_seed(0)
@@ -45,7 +52,7 @@ generator, seen = Generator(folder, threads=1), []
 for n in range(2000):
     list(generator.generate([1 + (n + i) % 40 for i in range(1 + n % 30)], 1 + n % 16,
                             temperature=n % 2 * 0.8, seed=n))
-    seen.append(memory.resident())
+    seen.append(resident())
 print(json.dumps(seen))
 """
 
