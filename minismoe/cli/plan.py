@@ -34,8 +34,7 @@ def show_plan(config: RunConfig) -> None:
     inputs = config.inputs
     has_data = inputs.data is not None or inputs.model is None
     tasks = [t.name for t in read_tasks(inputs)] if has_data else inputs.names or [""]
-    folder = model_folder(inputs)
-    sizes = read_config(folder)[0]
+    sizes = read_config(folder := model_folder(inputs))[0]
     allocation = probing.without_probe(config.allocating, shapes_of(meta_model(sizes)), tasks)
     parts = memory_by_part(sizes, allocation, getattr(torch, inputs.dtype), inputs.base_bits)
     print(f"{allocation}, {parts['adapters'] // 4:,} trainable parameters"
@@ -81,10 +80,11 @@ def time_steps(config: RunConfig, allocation: Allocation) -> None:
         return
     speed = sum(json.loads(line)["tokens_per_second"] for line in lines[1:]) / (STEPS - 1)
     own, every = (sum(len(e.ids) for batch in some for e in batch) for some in ([largest], batches))
-    print(f"the largest batch: {len(largest)} examples of up to {max(len(e.ids) for e in largest)} "
-          f"tokens, {own / speed:.2f} s a step; {len(batches)} steps with {every:,} tokens take "
-          f"about {every / speed / 60:,.1f} minutes, besides "
-          f"{'the probe and ' * probing.needs_probe(config.allocating)}two evaluations")
+    print(f"largest batch: {len(largest)} examples of up to {max(len(e.ids) for e in largest)} "
+          f"tokens, {own / speed:.2f} s a step")
+    print(f"training: {len(batches)} steps, {every:,} tokens, about {every / speed / 60:,.1f} "
+          f"minutes, besides {'the probe and ' * probing.needs_probe(config.allocating)}two "
+          "evaluations")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
     print(f"peak memory: {peak / MIB:,.0f} MiB, as "
           f"{device if device.type == 'cuda' else 'this process'} counts it")

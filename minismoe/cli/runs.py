@@ -24,7 +24,7 @@ from .flags import InputConfig, RunConfig
 from .inputs import Inputs
 from .script import working_in
 
-# Flags that a resumed run may change: config.json then holds the new values of the second group.
+# Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
 ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
 UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
 RESUMABLE = ("out", "resume", "debug", "show", "plan", *UPDATED)
