@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     if config.plan:
         show_plan(config)
         return
-    if config.out:                       # before the work
+    if config.out:                       # before hours of work
         runs.check_free(Path(config.out), config.resume)
 
     # Load.

@@ -58,7 +58,7 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
     free = (run for n in count(1) if not (run := Path("runs") / f"{name}-{n}").exists())
     run = Path(distributed.gather(config.out or str(next(free)))[0])
     with working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
-        check_free(run, config.resume)
+        check_free(run, config.resume)       # again: another process may have filled it meanwhile
         distributed.gather(None)             # no process writes before all have looked
         yield run
 
