@@ -4,7 +4,6 @@
     python export.py                                  the newest run in runs, in 4 bits, healed
     python export.py RUN --out FOLDER --precision fp32
     python export.py RUN --layout web --page          a page that runs the model in a browser
-    python export.py table RUN                        what each way to freeze the routing costs
     python export.py --model FOLDER --out FOLDER      a base without adapters
 
 Freezes the routing, writes the folder, compares it with PyTorch, and keeps it if both agree.
@@ -25,8 +24,8 @@ from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export import layouts, verify
 from minismoe.export.heal import BATCH
-from minismoe.export.routing import Frozen, freeze_routing, print_costs
-from minismoe.export.settings import ExportConfig, FreezeConfig, Source, TableConfig
+from minismoe.export.routing import Frozen, freeze_routing
+from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.files import must_be_new, naming, new_folder, read_json, sha256, write_json
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter, versions
@@ -39,9 +38,6 @@ from minismoe.runtime.session import enough_onnxruntime
 def main(argv: Sequence[str]) -> None:
     # Configure and load
     config = parse(argv, __doc__ or "")
-    if isinstance(config, TableConfig):
-        print_costs(config, load_run(config))
-        return
     if config.graph:
         enough_onnxruntime()
     if config.compile:
@@ -120,7 +116,7 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
     return info
 
 
-def load_run(config: FreezeConfig) -> Source:
+def load_run(config: ExportConfig) -> Source:
     """The model of a run with its experts, and the data that it was trained on."""
     run = Path(config.run or "")
     if not (run / "config.json").is_file():

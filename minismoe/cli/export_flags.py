@@ -5,43 +5,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..export.settings import ExportConfig, TableConfig
+from ..export.settings import ExportConfig
 from ..export.weights import NPU_PRECISIONS
 from ..io.flags import from_flags, new_parser, option, text
 
-TABLE = """Print exact match and residual of each way to freeze the routing of a run, write them to
-RUN/routing.json, and export nothing."""
 NO_RUN = "runs holds no run yet (python train.py makes one)"
 USUAL = {name: getattr(ExportConfig, name) for name in (     # to give the default is never wrong
     "layout", "precision", "routing", "target")}
 
 
-def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
+def parse(argv: Sequence[str], description: str) -> ExportConfig:
     """The settings that a command line asks for. Exits with 2 if flags contradict each other.
 
     Without RUN and --model, the newest run in `runs`; ValueError if flags need one, and none is.
     """
-    table = list(argv[:1]) == ["table"]
-    kind: Any = TableConfig if table else ExportConfig
-    parser = new_parser(TABLE if table else description, {"freezing" if table else "export": kind})
-    parser.prog += " table" * table
+    parser = new_parser(description, {"export": ExportConfig})
     parser.add_argument("run", nargs="?", metavar="RUN", type=text,
                         help="folder of train.py (default: newest in runs)")
     # None is "not given": a flag without effect is refused even if it repeats the default.
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
-    given = {name: value for name, value in vars(parser.parse_args(argv[table:])).items()
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
              if value is not None and value != USUAL.get(name)}
-    config: Any = from_flags(kind, given)
+    config = from_flags(ExportConfig, given)
     if config.calibration == 1:
         parser.error("--calibration: a fit needs two samples a task, one held out")
-    if not table and (wrong := contradiction(config, given)):
+    if wrong := contradiction(config, given):
         parser.error(wrong)
-    if config.run or not table and config.model:
+    if config.run or config.model:
         return config
     made = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
     if made:
         return replace(config, run=str(made[-1].parents[1]))
-    if needs := "the table" if table else of_adapters(given):
+    if needs := of_adapters(given):
         raise ValueError(f"{NO_RUN}, and {needs} needs one")
     if wrong := contradiction(replace(config, model="the base"), given):
         raise ValueError(f"{NO_RUN}; of the base, {wrong}")

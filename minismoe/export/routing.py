@@ -1,10 +1,10 @@
-"""Freeze the mixtures of a run, decide which keep routing, and measure what each way costs."""
+"""Freeze the mixtures of a run, and decide which keep routing."""
 
 import json
 import os
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
-from ..io.files import naming, replacing, write_json
-from ..io.text import clean, table
+from ..io.files import naming, replacing
+from ..io.text import clean
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, TaskFits, fit, merge, merged
 from ..method.loss import IGNORE
@@ -28,7 +28,7 @@ from ..training.evaluate import evaluate
 from .gptq import refine
 from .heal import Lesson, agreement, heal_maps, heal_scales, twin
 from .scales import quantize_model
-from .settings import ExportConfig, FreezeConfig, Source, TableConfig
+from .settings import ExportConfig, Source
 
 BATCH = 16                                   # calibration samples at once
 MISSED = 0.015                               # median residual above which merging loses answers
@@ -47,7 +47,7 @@ class Frozen(TaskFits):
 class Calibration:
     """The samples that mixtures are frozen with, of the run or --prompts, and a model's score."""
 
-    def __init__(self, config: FreezeConfig, source: Source):
+    def __init__(self, config: ExportConfig, source: Source):
         self.config, self.source = config, source
         pools = source.examples
         if config.prompts:
@@ -212,61 +212,3 @@ def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], flo
         return 0 if within(0) else bisect_left(range(len(order)), True, lo=1, key=within)
 
     return [order[:fewest(tolerance)] for tolerance in tolerances]
-
-
-def cost_rows(model: nn.Module, kinds: Mapping[str, TaskFits], healed: Fits, score: Score,
-              tolerances: Sequence[float] = ()) -> list[dict[str, Any]]:
-    """A row for the mixture and for each way to freeze it: its name, the score of each task and
-    their mean, the median held-out residual of the merged mixtures (None: not measured), and the
-    number of parameters that stay beside the base.
-
-    kinds: the fits by kind, "linear" among them. healed: of all tasks together.
-    """
-    linear = kinds["linear"]
-    tasks = list(linear.by_task)
-
-    def row(name: str, fits: Mapping[str, Fits], keep: Collection[str] = ()) -> dict[str, Any]:
-        """fits: by task, to merge before its score; none for the mixture itself."""
-        scores, candidate = {}, model
-        for task in tasks:
-            if fits:
-                merge(candidate := twin(model), fits[task], keep)
-            scores[task] = score(candidate, task)
-        lost = [f.residual for task in fits for n, f in fits[task].items()
-                if f.kind != "exact" and n not in keep]
-        return {"model": name, "tasks": scores, "mean": mean(scores.values()),
-                "residual": median(lost or [0.0]),
-                "parameters": sum(p.numel() for p in candidate.parameters() if p.requires_grad)}
-
-    rows = [row("mixture", {})]
-    rows += [row(f"merged, {kind}", dict.fromkeys(tasks, found.together))
-             for kind, found in kinds.items()]
-    rows += [row("merged, linear, a task", linear.by_task),
-             row("merged, healed", dict.fromkeys(tasks, healed)) | {"residual": None}]
-    routed = fewest_routed(model, linear.together, lambda m: mean(score(m, t) for t in tasks),
-                           tolerances) if tolerances else []
-    return rows + [row(f"auto, {100 * tolerance:g} points: {len(keep)} routed",
-                       dict.fromkeys(tasks, linear.together), keep)
-                   for tolerance, keep in zip(tolerances, routed)]
-
-
-def print_costs(config: TableConfig, source: Source) -> None:
-    """Print what each way to freeze the routing of a run costs, and write routing.json."""
-    data = Calibration(config, source)
-    kinds = data.fits()
-    fits = kinds[config.fit].together
-    show_residuals(fits)
-    healed = heal_maps(data.lesson(None, config.heal), fits)
-    rows = cost_rows(source.model, kinds, healed, data.score,
-                     (0.0, 0.01, 0.02) if config.routing == "auto" else ())
-    print(cost_table(rows))
-    write_json(source.run / "routing.json", {"format": "minismoe.routing/1", "rows": rows})
-
-
-def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of `cost_rows` as text."""
-    return table(["model", *map(clean, rows[0]["tasks"]), "mean", "residual", "parameters"],
-                 [[row["model"], *(f"{s:.3f}" for s in row["tasks"].values()),
-                   f"{row['mean']:.3f}",
-                   "-" if row["residual"] is None else f"{100 * row['residual']:.2f} %",
-                   f"{row['parameters']:,}"] for row in rows])

@@ -36,8 +36,9 @@ qnn_chip.__name__ = "qnn:SOC"
 
 
 @dataclass(frozen=True)
-class FreezeConfig:
-    """How the routing of a run is frozen, and where that runs."""
+class ExportConfig:
+    """How a run is frozen, and what the exported folder holds. Without run and model: the embedded
+    default."""
 
     run: str | None = None                   # folder of train.py
     fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) fits it, "
@@ -57,22 +58,6 @@ class FreezeConfig:
     device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
     dtype: str = flag("auto", "for freezing, healing and scoring the mixture; default: the "
                       "faster one on the device", choices=("auto", "float32", "bfloat16"))
-
-
-@dataclass(frozen=True)
-class TableConfig(FreezeConfig):
-    """What the table of the ways to freeze compares."""
-
-    heal: int = flag(STEPS, f"steps of the healed row (default: {STEPS})", positive,
-                     metavar="STEPS")
-    routing: str = flag("merge", "auto: add rows that keep routing in the fewest matrices, for "
-                        "three tolerances", choices=("auto",))
-
-
-@dataclass(frozen=True)
-class ExportConfig(FreezeConfig):
-    """What the exported folder holds. Without run and model: the embedded default."""
-
     model: str | None = flag(
         None, "instead of RUN: a checkpoint folder or hub name, without adapters", text)
     out: str | None = flag(None, "folder to make (default: one in RUN/export)", text, metavar="DIR")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from exported import CONFIG, export
 from tiny import save_bytes_model
 
+import train
 from minismoe.model.decoder import CausalLM, Config
 
 if sys.platform != "linux":
@@ -16,6 +18,7 @@ if sys.platform != "linux":
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_speed  # noqa: E402
 import family_speed  # noqa: E402
+import merging  # noqa: E402
 import plan_accuracy  # noqa: E402
 import probe_speed  # noqa: E402
 import speculation  # noqa: E402
@@ -89,3 +92,17 @@ def test_plan_accuracy_plans_and_measures(inputs) -> None:
     told = plan_accuracy.planned(flags)
     assert told["micro_batch_size"] == 8 and min(told.values()) > 0
     assert plan_accuracy.measured(flags, 8) > told["runtime"] / 2
+
+
+def test_merging_has_a_row_for_the_mixture_and_for_every_fit(inputs, tmp_path, capsys) -> None:
+    train.main([*inputs, "--samples", "2", "--epochs", "3", "--lr", "0.05", "--rank", "2", "--out",
+                str(tmp_path / "run")])
+    capsys.readouterr()
+    merging.main([str(tmp_path / "run")])
+    head, _, *rows = capsys.readouterr().out.splitlines()[-7:]
+    assert head.split() == ["exact", "match", "sum", "upper", "mean", "missed"]
+    assert [re.split("  +", row)[0] for row in rows] == [
+        "mixture", "merged, mean", "merged, gates", "merged, linear",
+        "merged, linear for each task"]
+    missed = [float(row.split()[-2]) for row in rows[1:]]
+    assert missed[0] >= missed[1] > missed[2]

@@ -206,16 +206,6 @@ def test_auto_may_lose_just_the_tolerance(run: Path, tmp_path: Path) -> None:
     assert strict and not just
 
 
-def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export.main(["table", str(run), "--heal", "2", "--calibration", "16", "--routing", "auto"])
-    rows = json.loads((run / "routing.json").read_text())["rows"]
-    names = [row["model"].split(":")[0] for row in rows]
-    assert names == ["mixture", "merged, mean", "merged, gates", "merged, linear",
-                     "merged, linear, a task", "merged, healed", "auto, 0 points",
-                     "auto, 1 points", "auto, 2 points"]
-    assert "merged, healed" in capsys.readouterr().out
-
-
 def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:
     """Not twice, and not to take it out again: the weights are no longer those of the base."""
     export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "hf"])
@@ -612,23 +602,6 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_work(
     with pytest.raises(ValueError, match="adapter cannot be written: copy the run"):
         export.main([str(run), "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("flag", [
-    "--out x", "--layout web", "--precision int4", "--static 1x1x9", "--context 64", "--adapters",
-    "--check 8", "--target portable", "--routing freeze", "--tolerance 0.2", "--task number",
-    "--model x"])
-def test_the_table_has_no_flags_of_an_export(run: Path, flag: str,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        export.main(["table", str(run), *flag.split()])
-    assert end.value.code == 2 and flag.split()[0] in capsys.readouterr().err
-
-
-def test_a_table_without_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no run yet .*, and the table needs one"):
-        export.main(["table"])
 
 
 @pytest.mark.parametrize("flags, reason", [

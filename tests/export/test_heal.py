@@ -17,7 +17,7 @@ from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
 from minismoe.export import routing
 from minismoe.export.heal import Lesson, agreement, heal_maps, heal_scales, heal_step, twin
-from minismoe.export.routing import cost_rows, cost_table, fewest_routed, save_frozen
+from minismoe.export.routing import fewest_routed, save_frozen
 from minismoe.export.scales import (
     quantize_model,
     round_weights,
@@ -210,7 +210,7 @@ def test_no_gradient_of_a_whole_matrix_is_held(monkeypatch: pytest.MonkeyPatch) 
     assert len(largest) == 10 and max(largest) == 4 * 64
 
 
-# --- auto and the table -------------------------------------------------------------------------
+# --- auto ----------------------------------------------------------------------------------------
 
 def test_agreement(mixture: Any, fits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(healing, "CHUNK", 5 * V)
@@ -236,27 +236,6 @@ def test_auto_keeps_the_smallest_prefix(mixture: Any, fits: Any, needed: int) ->
     assert strict == order[:needed] and loose == order[:max(0, needed - 2)]
     assert calls[0] == len(ROUTED) and len(calls) == len(set(calls[1:])) + 1      # none twice
     assert len(calls) <= 1 + 2 * 5
-
-
-def test_rows_of_the_comparison(mixture: Any, fits: Any) -> None:
-    def score(model: Any, task: str) -> float:
-        return 0.5 + 0.01 * len(expert_layers(model)) + (task == "b") / 10
-
-    rows = cost_rows(mixture, fits, dict(fits["linear"].together), score, [0.14, 0.0])
-    assert [row["model"] for row in rows] == [
-        "mixture", "merged, mean", "merged, gates", "merged, linear", "merged, linear, a task",
-        "merged, healed", "auto, 14 points: 0 routed", "auto, 0 points: 12 routed"]
-    assert rows[0]["tasks"] == {"a": 0.64, "b": 0.74} and rows[0]["mean"] == pytest.approx(0.69)
-    assert rows[1]["tasks"]["a"] == 0.5
-    experts = sum(p.numel() for p in mixture.parameters() if p.requires_grad)
-    shared = sum(p.numel() for n, layer in expert_layers(mixture).items() if layer.router is None
-                 for p in (layer.lora_A, layer.lora_B))
-    assert [row["parameters"] for row in rows] == [experts, *[0] * 6, experts - shared]
-    assert rows[0]["residual"] == 0 and rows[-1]["residual"] == 0
-    assert rows[5]["residual"] is None                   # of healed maps it is not measured
-    assert rows[1]["residual"] > rows[2]["residual"] > rows[3]["residual"] > 0
-    text = cost_table(rows).splitlines()
-    assert len(text) == 10 and text[0].split()[:3] == ["model", "a", "b"]
 
 
 # --- frozen.safetensors -------------------------------------------------------------------------
