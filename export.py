@@ -88,7 +88,7 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
     """Write the folder and run it beside PyTorch; returns the content of its export.json."""
     info: dict[str, Any] = {
         "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
-        "routed": frozen.routed, "arguments": asdict(config), "versions": versions()}
+        "arguments": asdict(config), "versions": versions()}
     if (folder / "export.json").exists():                # of a web folder's first graph
         before = read_json(folder / "export.json")
         info["other_graph"] = {name: before[name] for name in ("arguments", "checked")}

@@ -55,7 +55,6 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          f"--layout {layout} holds no graph: leave out {ungraphed}"),
         (layout == "hf" and config.routing == "freeze",
          "--layout hf holds merged weights: --routing merge, or --layout peft"),
-        ("tolerance" in given and config.routing != "auto", "--tolerance needs --routing auto"),
         (config.block and (not few or config.precision in ("q8", "w8a16")),
          f"--precision {config.precision} has no blocks: leave out --block"),
         (npu and config.precision != "w4a16" and (config.block or config.heal and config.model),
@@ -87,7 +86,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          "--adapters freezes every matrix: leave out --routing"),
         (config.adapters and (layout not in ("onnx", "genai") or config.task or config.model),
          "--adapters needs a run, all of its tasks, and --layout onnx or genai"),
-        (not config.graph and config.routing in ("dynamic", "auto"),
+        (not config.graph and config.routing == "dynamic",
          f"--layout {layout} cannot route: leave out --routing"),
         (config.prompts and (config.task or config.adapters),
          "--prompts has no tasks: leave out --task and --adapters"),
@@ -98,7 +97,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
 def of_adapters(given: Mapping[str, Any]) -> str:
     """The first flag given that has no effect on a base without adapters."""
     return first(given, *["layout"] * (given.get("layout") == "peft"), "routing", "adapters",
-                 *["heal", "calibration"] * ("prompts" not in given), "task", "fit", "tolerance",
+                 *["heal", "calibration"] * ("prompts" not in given), "task", "fit",
                  "limit_test")
 
 

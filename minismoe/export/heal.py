@@ -6,7 +6,7 @@ mixture itself never changes: the student is a twin of the model, which shares e
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
-from ..data.tasks import Batch, Example, collate
+from ..data.tasks import Example, collate
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, exact, freeze
 from ..method.loss import CHUNK, IGNORE
@@ -50,37 +50,31 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, keep: Collection[str] = (),
-              precision: str = "fp32", block: int | None = None, lr: float = MAPS_LR,
-              ) -> dict[str, Fit]:
+def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, precision: str = "fp32",
+              block: int | None = None, lr: float = MAPS_LR) -> dict[str, Fit]:
     """Train the frozen mixtures of the teacher, and return them as fits, by module.
 
-    Matrices in `keep` go on routing and are not trained. precision, block: how the base that ships
-    beside the maps is quantised; if a block is given, the student's base is rounded the same way.
+    precision, block: how the base that ships beside the maps is quantised; if a block is given, the
+    student's base is rounded the same way.
     """
     student = twin(lesson.teacher).train()
-    freeze(student, fits, keep)
+    freeze(student, fits)
     if block:
         round_weights(student, precision, block)
-    layers = {n: layer for n, layer in expert_layers(student).items() if n not in set(keep)}
-    parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
-    if parameters:                           # none if every matrix goes on routing
-        tune(student, lesson, parameters, lr)
+    layers = expert_layers(student)
+    tune(student, lesson, [p for m in layers.values() for p in (m.lora_A, m.lora_B)], lr)
     return {n: replace(exact(layer), kind="healed", residual=fits[n].residual,
                        energy=fits[n].energy) for n, layer in layers.items()}
 
 
-def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collection[str] = (),
-                lr: float = SCALES_LR) -> dict[str, Blocks]:
-    """Train the scales of a model's quantised weights; returns the blocks with them.
-
-    blocks: of all quantised weights. Those of `keep`, which go on routing, are not trained.
-    """
+def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], lr: float = SCALES_LR,
+                ) -> dict[str, Blocks]:
+    """Train the scales of all quantised weights of a model; returns the blocks with them."""
     student = twin(lesson.teacher).train()
-    scaled = scale_model(student, blocks, keep)
+    scaled = scale_model(student, blocks)
     tune(student, lesson, [weight.delta for weight in scaled.values()], lr)
-    return {**blocks, **{name: replace(blocks[name], scales=weight.scales_now())
-                         for name, weight in scaled.items()}}
+    return {name: replace(blocks[name], scales=weight.scales_now())
+            for name, weight in scaled.items()}
 
 
 def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float) -> None:
@@ -130,16 +124,6 @@ def heal_step(student: CausalLM, lesson: Lesson, batch: Sequence[Example]) -> fl
             total += loss.item()
         hidden.backward(leaf.grad)
     return total
-
-
-@torch.no_grad()
-def agreement(model: CausalLM, teacher: CausalLM, batches: Iterable[Batch]) -> float:
-    """Share of real tokens after which both models predict the same next token."""
-    same, models = [], (model, teacher)
-    for ids, mask, *_ in batches:
-        for a, b in _logits(models, [m.model(ids, mask)[mask.bool()] for m in models]):
-            same.append(a.argmax(-1) == b.argmax(-1))
-    return int(torch.cat(same).sum()) / len(torch.cat(same))
 
 
 def _logits(models: Sequence[CausalLM], hidden: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -40,7 +40,7 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
                 ) -> dict[str, Any]:
     """Write model.onnx, sampler.onnx and adapters; returns the entries of export.json on them."""
     model, sizes = twin(source.model), source.model.config
-    into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
+    into = frozen.of(config.task)
     if config.routing == "freeze":
         freeze(model, into)
         into = {}

@@ -1,51 +1,45 @@
-"""Freeze the mixtures of a run, and decide which keep routing."""
+"""Freeze the mixtures of a run, and heal what ships."""
 
 import json
 import os
 import random
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from statistics import mean, median
-from typing import Any
+from statistics import median
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, replacing
-from ..io.text import clean
 from ..method.experts import expert_layers
-from ..method.freeze import Fit, TaskFits, fit, merge, merged
+from ..method.freeze import Fit, TaskFits, fit, merged
 from ..method.loss import IGNORE
 from ..model.checkpoint import weights
 from ..model.quantize import Blocks
-from ..training.evaluate import evaluate
 from .gptq import refine
-from .heal import Lesson, agreement, heal_maps, heal_scales, twin
+from .heal import Lesson, heal_maps, heal_scales
 from .scales import quantize_model
 from .settings import ExportConfig, Source
 
 BATCH = 16                                   # calibration samples at once
 MISSED = 0.015                               # median residual above which merging loses answers
 Fits = Mapping[str, Fit]                     # module -> its fit
-Score = Callable[[Any, str], float]          # model, task -> from 0 to 1
 
 
 @dataclass
 class Frozen(TaskFits):
-    """The mixtures of a run as linear maps, and the matrices that keep routing instead."""
+    """The mixtures of a run as linear maps; none if they go on routing."""
 
-    routed: list[str] = field(default_factory=list)
     blocks: dict[str, Blocks] = field(default_factory=dict)      # healed weights in few bits
 
 
 class Calibration:
-    """The samples that mixtures are frozen with, of the run or --prompts, and a model's score."""
+    """The samples that mixtures are frozen with, of the run or --prompts."""
 
     def __init__(self, config: ExportConfig, source: Source):
         self.config, self.source = config, source
@@ -73,14 +67,6 @@ class Calibration:
         with tqdm(desc="freeze", unit="sample") as bar:
             return fit(self.source.model, self.batches, progress=bar.update)
 
-    def score(self, model: Any, task: str) -> float:
-        """Exact match on a task's test split, or without labels agreement with the mixture."""
-        if self.config.prompts:
-            return agreement(model, self.source.model, self.batches[task])
-        tests = next(t for t in self.source.tasks if t.name == task)
-        with tqdm(total=len(tests.test), desc=f"evaluate {clean(task)}", leave=False) as bar:
-            return evaluate(model, self.source.tokenizer, tests, progress=bar.update).share
-
 
 def unlabelled(file: str, source: Source) -> list[Example]:
     """One example a line of a file, without labels, cut to the model's positions. Raises ValueError
@@ -100,22 +86,16 @@ def freeze_routing(parts: Sequence[ExportConfig], source: Source) -> list[Frozen
 
     parts: the settings of each graph, which differ in nothing but how weights are stored.
     """
-    config, layers = parts[0], list(expert_layers(source.model))
+    config, layers = parts[0], expert_layers(source.model)
     if config.routing == "dynamic":
-        return [Frozen({}, {}, layers)] * len(parts)
-    data, found, routed = Calibration(config, source), TaskFits({}, {}), list[str]()
+        return [Frozen({}, {})] * len(parts)
+    data, found = Calibration(config, source), TaskFits({}, {})
     if layers:
         if not os.access(source.run / "adapter", os.W_OK):       # the fits go there, after the work
             raise ValueError(f"{source.run / 'adapter'} cannot be written: copy the run")
         found = data.fits()[config.fit]
-        fits = found.of(config.task)
-        show_residuals(fits)
-        if config.routing == "auto":
-            tasks = [config.task] if config.task else list(data.pools)
-            (routed,) = fewest_routed(source.model, fits, lambda m: mean(
-                data.score(m, t) for t in tasks), [config.tolerance])
-            print(f"auto: routing stays in {len(routed)} of {len(fits)} matrices")
-    frozen = [Frozen(dict(found.together), {t: dict(f) for t, f in found.by_task.items()}, routed)
+        show_residuals(found.of(config.task))
+    frozen = [Frozen(dict(found.together), {t: dict(f) for t, f in found.by_task.items()})
               for _ in parts]
     for part, its_frozen in zip(parts, frozen):
         if data.pools:
@@ -135,18 +115,16 @@ def heal_frozen(config: ExportConfig, source: Source, data: Calibration, frozen:
     for task in data.pools if config.adapters else [config.task]:
         fits = frozen.of(task)
         if config.heal and fits and (not block or missed(fits) > MISSED):
-            fits.update(heal_maps(data.lesson(task, config.heal), fits, keep=frozen.routed,
-                                  precision=config.precision,
+            fits.update(heal_maps(data.lesson(task, config.heal), fits, precision=config.precision,
                                   block=None if block else config.block))
     if not block:
         return
-    into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
-    weight = merged_weights(source.base, into)
+    weight = merged_weights(source.base, frozen.of(config.task))
     blocks = quantize_model(source.model, weight, config.precision, block)
     refine(source.model, blocks, weight, [batch for task, several in data.batches.items()
                                           if config.task in (None, task) for batch in several])
     if config.heal:
-        blocks = heal_scales(data.lesson(config.task, config.heal), blocks, keep=frozen.routed)
+        blocks = heal_scales(data.lesson(config.task, config.heal), blocks)
     frozen.blocks = {name: replace(found, data=found.data.cpu(), scales=found.scales.cpu())
                      for name, found in blocks.items()}
 
@@ -184,31 +162,3 @@ def save_frozen(folder: Path, frozen: TaskFits) -> None:
     notes = {name: [found.kind, found.residual, found.energy] for name, found in fits.items()}
     with replacing(folder / "frozen.safetensors") as tmp:
         save_file(tensors, tmp, metadata={"format": "minismoe.frozen/1", "fits": json.dumps(notes)})
-
-
-def fewest_routed(model: nn.Module, fits: Fits, score: Callable[[nn.Module], float],
-                  tolerances: Sequence[float]) -> list[list[str]]:
-    """For each tolerance, the fewest mixtures that have to keep routing so that
-    score(all others merged) >= score(model) - tolerance.
-
-    Mixtures are ordered by what merging changes: the energy that the fit misses, as a share of the
-    output of the matrix. (A large residual does no harm if the experts add little to W x.)
-    Bisection over how many of them takes about log2(mixtures) scores.
-    """
-    order = sorted((n for n, layer in expert_layers(model).items() if layer.router is not None),
-                   key=lambda n: -fits[n].residual * fits[n].energy)
-    reference = score(model)
-
-    @cache
-    def score_with(count: int) -> float:
-        candidate = twin(model)
-        merge(candidate, fits, order[:count])
-        return score(candidate)
-
-    def fewest(tolerance: float) -> int:
-        def within(count: int) -> bool:
-            return score_with(count) >= reference - tolerance - 1e-9     # 0.06 is below 0.07 - 0.01
-        # Scores of few answers are not monotonic: no routing at all is tried first, by itself.
-        return 0 if within(0) else bisect_left(range(len(order)), True, lo=1, key=within)
-
-    return [order[:fewest(tolerance)] for tolerance in tolerances]

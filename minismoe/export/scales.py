@@ -6,7 +6,7 @@ PEQA (arXiv 2305.14152) and the end-to-end stage of EfficientQAT (arXiv 2407.110
 Letter: K columns of a table.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,18 +64,11 @@ def round_weights(model: CausalLM, precision: str, block: int,
     return model
 
 
-def scale_model(model: CausalLM, blocks: Mapping[str, Blocks], keep: Collection[str] = (),
-                ) -> dict[str, BlockWeight]:
-    """Give the model these weights in place of its layers; returns those that can be trained.
-
-    Matrices in `keep` stay mixtures, of rounded weights that are not trained.
-    """
+def scale_model(model: CausalLM, blocks: Mapping[str, Blocks]) -> dict[str, BlockWeight]:
+    """Give the model these weights, whose scales can be trained, in place of its layers."""
     scaled: dict[str, BlockWeight] = {}
     for name, found in blocks.items():
         part: Any = model.get_submodule(module := name.removesuffix(".weight"))
-        if module in keep:
-            part.weight = nn.Parameter(dequantize(found, part.weight.dtype), requires_grad=False)
-            continue
         weight = scaled[name] = BlockWeight(found, part.weight.dtype, trained=True)
         model.set_submodule(module, ScaledEmbedding(weight) if isinstance(part, nn.Embedding)
                             else BlockLinear(weight, part.bias))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
-from ..io.flags import flag, natural, number, positive, text
+from ..io.flags import flag, natural, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
@@ -62,10 +62,8 @@ class ExportConfig:
         None, "instead of RUN: a checkpoint folder or hub name, without adapters", text)
     out: str | None = flag(None, "folder to make (default: one in RUN/export)", text, metavar="DIR")
     routing: str = flag("merge", "merge (default): into the weights; freeze: a LoRA beside them; "
-                        "dynamic: token by token, as trained; auto: dynamic in the fewest matrices "
-                        "that --tolerance needs", choices=("merge", "freeze", "dynamic", "auto"))
-    tolerance: float = flag(0.01, "exact match, or agreement without labels, that --routing auto "
-                            "may lose, as a share (default: 0.01)", number, metavar="X")
+                        "dynamic: token by token, as trained",
+                        choices=("merge", "freeze", "dynamic"))
     task: str | None = flag(None, "freeze for the samples of this task only", text)
     adapters: bool = flag(False, "the base with one .onnx_adapter for each task, switched at run "
                           "time; layouts onnx and genai")

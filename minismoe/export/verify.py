@@ -39,8 +39,8 @@ from .weights import HALF, PRECISIONS
 
 # How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
 # rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
-# a graph must also agree with PyTorch on the same rounded weights. In float16, routing that stays
-# may choose another expert where two are almost equal ("routed").
+# a graph must also agree with PyTorch on the same rounded weights. In float16, a router may choose
+# another expert where two are almost equal ("routed").
 TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
               "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2, "q8": 0.15, "q4f16": 0.6,
               "routed fp16": 6e-2, "routed q4f16": 0.6}
@@ -259,7 +259,8 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
         if adapted and expert_layers(source.model):
             load_adapter(model, source.run / "adapter")
             beside = config.adapters or config.routing == "freeze"   # not rounded with the base
-            (freeze if beside else merge)(model, frozen.of(task), frozen.routed)
+            if config.routing != "dynamic":
+                (freeze if beside else merge)(model, frozen.of(task))
         return model
 
     if not config.graph:
@@ -268,7 +269,8 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
     npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
     blocks = (generator if npu else unrounded(generator)) if rounds else None
     prompts = some_prompts(source, config.check)
-    precision = "routed " * bool(frozen.routed and config.precision in HALF) + config.precision
+    routed = config.routing == "dynamic" and config.precision in HALF
+    precision = "routed " * routed + config.precision
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
         generator.use(adapter)

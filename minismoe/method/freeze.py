@@ -16,7 +16,7 @@ held out, of one task and of all), and four of 970 MB while solving.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -267,10 +267,10 @@ def merged(weight: Tensor, fit: Fit) -> Tensor:
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
-    """Replace each mixture but those in `keep` by one expert of rank R without a router, in place.
-    Raises ValueError, before anything is changed, with the names that have no fit."""
-    for name, layer in _replaced(model, fits, keep).items():
+def freeze(model: nn.Module, fits: Mapping[str, Fit]) -> None:
+    """Replace each mixture by one expert of rank R without a router, in place. Raises ValueError,
+    before anything is changed, with the names that have no fit."""
+    for name, layer in _replaced(model, fits).items():
         A, B = fits[name].lora_A, fits[name].lora_B
         new = ExpertLinear(layer, experts=1, rank=len(A), alpha=len(A), top_k=1)
         new.lora_A.copy_(A[None])
@@ -279,21 +279,19 @@ def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()
 
 
 @torch.no_grad()
-def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
-    """Replace each adapted layer but those in `keep` by an nn.Linear of merged weights, in place.
-    A merged layer has no experts, so a second call changes nothing. Raises ValueError as `freeze`.
-    """
-    for name, layer in _replaced(model, fits, keep).items():
+def merge(model: nn.Module, fits: Mapping[str, Fit]) -> None:
+    """Replace each adapted layer by an nn.Linear of merged weights, in place. A merged layer has no
+    experts, so a second call changes nothing. Raises ValueError as `freeze` does."""
+    for name, layer in _replaced(model, fits).items():
         new = nn.Linear(layer.in_features, layer.out_features, device="meta")
         new.weight = nn.Parameter(merged(layer.dense(), fits[name]), requires_grad=False)
         new.bias = layer.bias
         model.set_submodule(name, new)
 
 
-def _replaced(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str],
-              ) -> dict[str, ExpertLinear]:
+def _replaced(model: nn.Module, fits: Mapping[str, Fit]) -> dict[str, ExpertLinear]:
     """The layers to replace, each of which has a fit."""
-    layers = {n: layer for n, layer in expert_layers(model).items() if n not in keep}
+    layers = expert_layers(model)
     if missing := [n for n in layers if n not in fits]:
         raise ValueError(f"no fit for {', '.join(missing)}: freeze the adapter again")
     return layers

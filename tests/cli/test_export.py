@@ -25,7 +25,7 @@ import export
 import train
 from minismoe.cli.export_flags import parse
 from minismoe.export import layouts, npu, verify
-from minismoe.export.routing import Calibration, Frozen, fewest_routed
+from minismoe.export.routing import Calibration, Frozen
 from minismoe.export.settings import ExportConfig
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit, merge
@@ -77,12 +77,12 @@ def frozen_of(run: Path) -> dict[str, dict[str, Fit]]:
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--routing dynamic", "--routing freeze --heal 3", "--routing auto --tolerance 0",
+    "", "--routing dynamic", "--routing freeze --heal 3",
     "--fit gates", "--task twice", "--adapters", "--target portable", "--precision int4",
     "--precision int8 --target portable", "--precision fp16", "--static 1x1x64 --target portable",
     "--layout genai", "--layout genai --adapters", "--layout genai --target portable",
     "--layout web --precision int4", "--layout peft", "--layout hf --heal 2", "--prompts",
-    "--precision int4 --heal 2 --block 128", "--precision int4 --heal 2 --routing auto",
+    "--precision int4 --heal 2 --block 128",
     "--precision int4 --heal 2 --routing freeze", "--precision int8 --heal 2 --adapters",
 ])
 def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
@@ -90,7 +90,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
     out, args = tmp_path / "out", flags.split()
     if "--prompts" in args:
         (tmp_path / "lines").write_text("say 5\nsay 77\nsing\n\nwhat?\nsay 6\nsay 1\n")
-        args += [str(tmp_path / "lines"), "--heal", "2", "--routing", "auto"]
+        args += [str(tmp_path / "lines"), "--heal", "2"]
     healed = "--heal" in args
     if "dynamic" not in args:
         args += ["--calibration", "16"] + ["--heal", "0"] * (flags != "" and not healed)
@@ -109,9 +109,8 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         graph = onnx.load(file, load_external_data=False).graph
         blocks = {node.op_type for node in graph.node} & {"MatMulNBits", "DequantizeLinear"}
         assert bool(blocks) == info["arguments"]["precision"].startswith("int")
-        beside = {"freeze", "dynamic", "auto"} & set(args)
         stored = [t.name for t in graph.initializer if ".lora_A" in t.name]
-        assert bool(stored) == bool(beside) or info["routed"] == []
+        assert bool(stored) == bool({"freeze", "dynamic", "--adapters"} & set(args))
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {*info["files"], "export.json"}
     assert info["checked"] and not list(tmp_path.glob(".*.tmp"))
@@ -125,8 +124,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         model = load_model(run.parent / "model")
         load_adapter(model, run / "adapter")
         if args[:2] != ["--routing", "dynamic"]:
-            merge(model, frozen_of(run)[info["arguments"]["task"] or ""],
-                  info["routed"])
+            merge(model, frozen_of(run)[info["arguments"]["task"] or ""])
         (expected,) = generate(model, [PROMPT], 20, [257])
         assert len(expected) > 3
         assert list(Generator(out, threads=1).generate(PROMPT, 20)) == expected
@@ -194,16 +192,6 @@ def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:
     assert set(fits) == {"", "number", "twice"}
     with safe_open(run / "adapter" / "adapter.safetensors", "pt") as f:
         assert set(fits[""]) == {key.rpartition(".")[0] for key in f.keys()}    # noqa: SIM118
-
-
-def test_auto_may_lose_just_the_tolerance(run: Path, tmp_path: Path) -> None:
-    """In floats 0.07 - 0.01 is more than 0.06."""
-    export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
-    load_adapter(model := load_model(run.parent / "model"), run / "adapter")
-    fits = frozen_of(run)[""]
-    strict, just = fewest_routed(model, fits, lambda m: 0.07 if m is model else 0.06,
-                                 [0.0099, 0.01])
-    assert strict and not just
 
 
 def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:
@@ -288,7 +276,7 @@ def test_a_base_alone(run: Path, tmp_path: Path) -> None:
     assert list(Generator(tmp_path / "out", threads=1).generate(PROMPT, 20)) == expected
 
 
-@pytest.mark.parametrize("flags", ["--task number", "--heal 3", "--routing auto",
+@pytest.mark.parametrize("flags", ["--task number", "--heal 3", "--routing freeze",
                                    "--layout peft", "--adapters", "--fit linear",
                                    "--calibration 64", "--limit-test 5"])
 def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, flags: str,
@@ -325,7 +313,6 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     ("--precision int4 --block 128", ("int4", 80, 128)), ("--precision int8", ("int8", 80, 32)),
     ("--precision int8 --heal 7", ("int8", 7, 32)), ("--precision fp32", ("fp32", 80, None)),
     ("--precision fp32 --heal 0", ("fp32", 0, None)), ("--routing freeze", ("int4", 80, 32)),
-    ("--routing auto", ("int4", 80, 32)),
     ("--adapters", ("int4", 80, 32)),
     ("--model base --prompts x --precision int4-8", ("int4-8", 80, 32)),
     ("--precision fp16 --heal 5", ("fp16", 5, None)), ("--layout hf", ("fp32", 80, None)),
@@ -545,7 +532,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--layout hf --precision int4", "holds no graph"),
     ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
     ("--routing dynamic --heal 3", "--routing dynamic freezes nothing"),
-    ("--adapters --routing auto", "--adapters freezes every matrix"),
+    ("--adapters --routing freeze", "--adapters freezes every matrix"),
     ("--layout web --target portable", "--layout web needs --target ort"),
     ("--precision q8 --target portable", "--precision q8 needs --target ort"),
     ("--precision q8 --block 32", "--precision q8 has no blocks"),
@@ -558,9 +545,6 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--layout hf --routing freeze", "holds merged weights"),
     ("--layout peft --context 64", "holds no graph"),
     ("--calibration 1", "needs two samples"),
-    ("--tolerance nan", "nan is no number of at least 0"),
-    ("--tolerance 0", "--tolerance needs --routing auto"),
-    ("--tolerance 0.01 --routing freeze", "--tolerance needs --routing auto"),
     ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
     ("--routing dynamic --calibration 9", "freezes nothing: leave out --calibration"),
     ("--target npu --precision int4", "--target npu takes --precision fp16, w8a16, w4a16"),

@@ -1,4 +1,4 @@
-"""Healing and routing: the mixture is left alone, healing comes nearer, auto routes the fewest."""
+"""Healing: the mixture is left alone, and healing comes nearer to it."""
 
 import copy
 import json
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mixture import COUNTS, ROUTED, V, batch, model_of, tasks
+from mixture import COUNTS, ROUTED, V, model_of, tasks
 from safetensors import safe_open
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
 from minismoe.export import routing
-from minismoe.export.heal import Lesson, agreement, heal_maps, heal_scales, heal_step, twin
-from minismoe.export.routing import fewest_routed, save_frozen
+from minismoe.export.heal import Lesson, heal_maps, heal_scales, heal_step, twin
+from minismoe.export.routing import save_frozen
 from minismoe.export.scales import (
     quantize_model,
     round_weights,
@@ -87,14 +87,13 @@ def divergence(model: Any, teacher: Any, data: list[Example]) -> float:
 @pytest.mark.parametrize("labelled", [True, False])
 def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
     start, data = fits["mean"].together, examples(labelled)
-    keep = [ROUTED[0], ROUTED[-1]]
-    healed = heal_maps(Lesson(mixture, data, 20, 0), start, keep=keep, lr=1e-2)
-    assert list(healed) == [n for n in COUNTS if n not in keep]
+    healed = heal_maps(Lesson(mixture, data, 20, 0), start, lr=1e-2)
+    assert list(healed) == list(COUNTS)
     assert {f.kind for f in healed.values()} == {"healed"}
     losses = []
     for chosen in (start, healed):
         model = twin(mixture)
-        freeze(model, chosen, keep)
+        freeze(model, chosen)
         losses.append(loss_of(model, data) if labelled else divergence(model, mixture, data))
     assert losses[1] < 0.9 * losses[0]
     for name, found in healed.items():
@@ -180,13 +179,12 @@ def test_gradients_of_scales_equal_autograd(
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_healing_scales_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
-    """Integers stay, and so do the matrices that go on routing."""
-    keep, data = [ROUTED[0]], examples(labelled)
-    base = twin(mixture)
-    merge(base, fits["linear"].together, keep)
+    """Integers stay."""
+    base, data = twin(mixture), examples(labelled)
+    merge(base, fits["linear"].together)
     before = blocks_of(base, "int4", 32)
     lesson = Lesson(mixture, data, 30, 0)
-    after, again = (heal_scales(lesson, before, keep=keep, lr=3e-2) for _ in range(2))
+    after, again = (heal_scales(lesson, before, lr=3e-2) for _ in range(2))
     losses = []
     for blocks in (before, after):
         model = twin(base)
@@ -196,8 +194,7 @@ def test_healing_scales_lowers_the_loss(mixture: Any, fits: Any, labelled: bool)
     for name, healed in after.items():
         assert torch.equal(healed.data, before[name].data), name
         assert torch.equal(healed.scales, again[name].scales), "not deterministic"
-        assert torch.equal(healed.scales, before[name].scales) == (
-            name.removesuffix(".weight") in keep), name
+        assert not torch.equal(healed.scales, before[name].scales), name
 
 
 def test_no_gradient_of_a_whole_matrix_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,34 +205,6 @@ def test_no_gradient_of_a_whole_matrix_is_held(monkeypatch: pytest.MonkeyPatch) 
         largest.append(gradient.numel()), sums(self, gradient, w))[1])
     BlockLinear(weight, None)(torch.randn(3, 64)).sum().backward()
     assert len(largest) == 10 and max(largest) == 4 * 64
-
-
-# --- auto ----------------------------------------------------------------------------------------
-
-def test_agreement(mixture: Any, fits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(healing, "CHUNK", 5 * V)
-    batches, other = [batch(5), batch(6)], twin(mixture)
-    assert agreement(mixture, mixture, batches) == 1
-    merge(other, fits["mean"].together)
-    same = [(other(i, m).argmax(-1) == mixture(i, m).argmax(-1))[m.bool()] for i, m, _ in batches]
-    assert agreement(other, mixture, batches) == torch.cat(same).double().mean().item()
-
-
-@pytest.mark.parametrize("needed", [0, 1, 4, len(ROUTED)])
-def test_auto_keeps_the_smallest_prefix(mixture: Any, fits: Any, needed: int) -> None:
-    linear, calls = fits["linear"].together, []
-    order = sorted(ROUTED, key=lambda n: -linear[n].residual * linear[n].energy)
-
-    def score(model: Any) -> float:
-        kept = [n for n, layer in expert_layers(model).items() if layer.router is not None]
-        calls.append(len(kept))
-        assert model is mixture or set(kept) == set(order[:len(kept)])
-        return min(len(kept), needed) / 100
-
-    strict, loose = fewest_routed(mixture, linear, score, [0.0, 0.02])
-    assert strict == order[:needed] and loose == order[:max(0, needed - 2)]
-    assert calls[0] == len(ROUTED) and len(calls) == len(set(calls[1:])) + 1      # none twice
-    assert len(calls) <= 1 + 2 * 5
 
 
 # --- frozen.safetensors -------------------------------------------------------------------------
