@@ -63,8 +63,8 @@ def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, precision: str = "fp32
         round_weights(student, precision, block)
     layers = expert_layers(student)
     tune(student, lesson, [p for m in layers.values() for p in (m.lora_A, m.lora_B)], lr)
-    return {n: replace(exact(layer), kind="healed", residual=fits[n].residual,
-                       energy=fits[n].energy) for n, layer in layers.items()}
+    return {n: replace(exact(layer), kind="healed", residual=fits[n].residual)
+            for n, layer in layers.items()}
 
 
 def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], lr: float = SCALES_LR,

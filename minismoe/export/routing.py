@@ -159,6 +159,6 @@ def save_frozen(folder: Path, frozen: TaskFits) -> None:
                                   frozen.by_task.items() for name, found in by_name.items()}}
     tensors = {f"{name}.{part}": getattr(found, part).contiguous()
                for name, found in fits.items() for part in ("lora_A", "lora_B")}
-    notes = {name: [found.kind, found.residual, found.energy] for name, found in fits.items()}
+    notes = {name: [found.kind, found.residual] for name, found in fits.items()}
     with replacing(folder / "frozen.safetensors") as tmp:
         save_file(tensors, tmp, metadata={"format": "minismoe.frozen/1", "fits": json.dumps(notes)})

@@ -106,16 +106,6 @@ def test_the_ridge_is_the_best_one_on_held_out_samples() -> None:
     assert len({*chosen}) > 2                            # none is best for all of them
 
 
-def test_energy_is_a_share_of_all_that_is_written() -> None:
-    model, data = model_of(), tasks()
-    found = fit(model, data)["linear"].by_task["a"]
-    for name, x in reads(model, held_out(data["a"], True)).items():
-        layer = expert_layers(model)[name]
-        if layer.router is not None:
-            share = plain(layer).added(x).square().sum() / layer(x).square().sum()
-            assert found[name].energy == pytest.approx(share.item(), rel=1e-6)
-
-
 @pytest.mark.parametrize("k", [1, 3])
 def test_equal_gates_are_frozen_without_loss(k: int) -> None:
     model = model_of()
