@@ -447,10 +447,11 @@ def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
 
 def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(verify.TOLERANCES, "int4", 1e-6)
-    with pytest.raises(ValueError, match="not what PyTorch computes"):
-        export.main([str(run), "--out", str(tmp_path / "out"), "--precision", "int4"])
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(verify.TOLERANCES, "fp32", 1e-9)
+    for precision in ("fp32", "int4"):
+        with pytest.raises(ValueError, match="not what PyTorch computes"):
+            export.main([str(run), "--out", str(tmp_path / "out"), "--precision", precision])
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("flags", ["--routing dynamic", "--routing freeze --target portable"])
@@ -505,15 +506,17 @@ def test_every_adapter_is_compared_in_few_bits(run: Path, tmp_path: Path, capsys
     assert capsys.readouterr().out.count(" with rounded weights), ") == 3
 
 
-def test_what_is_no_number_is_refused(run: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_no_number_is_refused(run: Path, precision: str, wrong: float) -> None:
     base, prompts = load_model(run.parent / "model"), [PROMPT[:8], PROMPT[:9], PROMPT]
     texts = generate(base, prompts, 5, ())
-    verify.compare_logits(base, base, prompts, texts, "fp32")
+    verify.compare_logits(base, base, prompts, texts, precision)
     for lengths in ((13, 14, len(PROMPT) + 5), (14,)):           # of all texts, and of one
         broken = SimpleNamespace(lm_head=base.lm_head, model=lambda ids, lengths=lengths: (
-            base.model(ids) * (math.nan if ids.shape[1] in lengths else 1)))
+            base.model(ids) * (wrong if ids.shape[1] in lengths else 1)))
         with pytest.raises(ValueError, match="not what PyTorch computes"):
-            verify.compare_logits(base, broken, prompts, texts, "fp32")
+            verify.compare_logits(base, broken, prompts, texts, precision)
 
 
 def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None:
