@@ -3,7 +3,7 @@
 
     python export.py                                  the newest run in runs, in 4 bits, healed
     python export.py RUN --out FOLDER --precision fp32
-    python export.py RUN --layout web --page          a page that runs the model in a browser
+    python export.py RUN --layout web                 a page that runs the model in a browser
     python export.py --model FOLDER --out FOLDER      a base without adapters
 
 Freezes the routing, writes the folder, compares it with PyTorch, and keeps it if both agree.
@@ -106,7 +106,7 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
     if config.layout == "genai":
         layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":
-        layouts.write_web(folder, config.precision, info["cache_type"], config.page)
+        layouts.write_web(folder, config.precision, info["cache_type"])
     if config.layout in ("genai", "web"):                # their programs choose tokens themselves
         (folder / "sampler.onnx").unlink()
     info["files"] = {
@@ -162,14 +162,12 @@ def trained(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
 
 def next_command(layout: str, out: Path, task: str | None) -> str:
     """How the folder is opened, with the adapter of `task` if it holds any."""
-    if (out / layouts.PAGE).is_file():
-        layout = "page"
     chosen = f" --task {shlex.quote(task)}" if task else ""
     return {"onnx": f"python -m minismoe.runtime {shlex.quote(str(out))}{chosen} --chat",
-            "page": f"python -m minismoe.runtime {shlex.quote(str(out))} --serve",
             "genai": f"onnxruntime_genai.Model({str(out)!r})",
             # transformers.js looks a relative path up among its own models, then on the hub
-            "web": f"await pipeline('text-generation', {str(out.absolute())!r})"
+            "web": f"python -m minismoe.runtime {shlex.quote(str(out))} --serve\n"
+                   f"await pipeline('text-generation', {str(out.absolute())!r})"
                    "          // transformers.js",
             "peft": f"PeftModel.from_pretrained(model, {str(out)!r})",
             "hf": f"AutoModelForCausalLM.from_pretrained({str(out)!r})"}[layout]

@@ -27,8 +27,6 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
     given = {name: value for name, value in vars(parser.parse_args(argv)).items()
              if value is not None and value != USUAL.get(name)}
     config = from_flags(ExportConfig, given)
-    if config.calibration == 1:
-        parser.error("--calibration: a fit needs two samples a task, one held out")
     if wrong := contradiction(config, given):
         parser.error(wrong)
     if config.run or config.model:
@@ -47,7 +45,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
     layout, needs = config.layout, of_adapters(given) if config.model else ""
     ungraphed = first(given, "target", "static", "compile", "context", "precision", "block")
-    idle = first(given, "fit", "calibration", "heal", "prompts", "task")
+    idle = first(given, "fit", "heal", "prompts", "task")
     few, npu = not config.precision.startswith("fp"), config.target == "npu"
     rules = [
         (config.run and config.model, "RUN names its base itself: give RUN or --model"),
@@ -79,7 +77,6 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (layout == "web" and config.target != "ort", "--layout web needs --target ort"),
         (config.precision.startswith("q") and config.target != "ort",
          f"--precision {config.precision} needs --target ort"),
-        (config.page and layout != "web", "--page needs --layout web"),
         (config.routing == "dynamic" and idle,
          f"--routing dynamic freezes nothing: leave out {idle}"),
         (config.adapters and config.routing != "merge",
@@ -97,8 +94,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
 def of_adapters(given: Mapping[str, Any]) -> str:
     """The first flag given that has no effect on a base without adapters."""
     return first(given, *["layout"] * (given.get("layout") == "peft"), "routing", "adapters",
-                 *["heal", "calibration"] * ("prompts" not in given), "task", "fit",
-                 "limit_test")
+                 *["heal"] * ("prompts" not in given), "task", "fit", "limit_test")
 
 
 def first(given: Mapping[str, Any], *names: str) -> str:

@@ -33,7 +33,6 @@ from .weights import HALF, NPU_PRECISIONS
 WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
               "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4"), "q8": ("q8", "_quantized"),
               "q4f16": ("q4f16", "_q4f16")}
-PAGE = "index.html"                          # of layout web; copied with its worker from page/
 
 
 def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,
@@ -217,15 +216,15 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
                    "past_present_share_buffer": share_buffer}})
 
 
-def write_web(out: Path, precision: str, cache_type: str = "float32", page: bool = False) -> None:
-    """Move out/model.onnx to where transformers.js looks for it, and name it in out/config.json.
+def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
+    """Move out/model.onnx to where transformers.js looks for it, name it in out/config.json, and
+    add the page that loads it.
 
     Several precisions can go to the same folder; the last one is the default, and q4f16 is that of
-    WebGPU. page: add the page that loads them.
+    WebGPU.
     """
-    if page:
-        for part in Path(__file__).with_name("page").iterdir():
-            shutil.copyfile(part, out / part.name)           # without its mode: it may be read-only
+    for part in Path(__file__).with_name("page").iterdir():
+        shutil.copyfile(part, out / part.name)               # without its mode: it may be read-only
     dtype, suffix = WEB_DTYPES[precision]
     name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # transformers.js fetches it
     (out / "onnx").mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ from .heal import Lesson, heal_maps, heal_scales
 from .scales import quantize_model
 from .settings import ExportConfig, Source
 
-BATCH = 16                                   # calibration samples at once
+SAMPLES, BATCH = 64, 16                      # to calibrate with, of each task, and at once
 MISSED = 0.015                               # median residual above which merging loses answers
 Fits = Mapping[str, Fit]                     # module -> its fit
 
@@ -57,9 +57,8 @@ class Calibration:
     @cached_property
     def batches(self) -> dict[str, list[Batch]]:
         """Padded batches by task, on the model's device."""
-        device = self.source.model.lm_head.weight.device
-        return {name: list(probe_batches(pool, self.config.calibration, BATCH,
-                                         self.source.tokenizer.pad_id, device))
+        device, pad_id = self.source.model.lm_head.weight.device, self.source.tokenizer.pad_id
+        return {name: list(probe_batches(pool, SAMPLES, BATCH, pad_id, device))
                 for name, pool in self.pools.items()}
 
     def fits(self) -> dict[str, TaskFits]:

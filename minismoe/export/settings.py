@@ -48,8 +48,6 @@ class ExportConfig:
         "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: "
         f"{STEPS} for a RUN, or in 4 bits with --prompts; 0 for --routing dynamic)", natural,
         metavar="STEPS")
-    calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
-                            metavar="N")
     prompts: str | None = flag(
         None, "calibrate and heal on these prompts, one a line, towards the predictions of the "
         "mixture, and not on the run's data", text, metavar="FILE")
@@ -67,9 +65,9 @@ class ExportConfig:
     task: str | None = flag(None, "freeze for the samples of this task only", text)
     adapters: bool = flag(False, "the base with one .onnx_adapter for each task, switched at run "
                           "time; layouts onnx and genai")
-    layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
-                       "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
-    page: bool = flag(False, "with --layout web: add a page to chat with the model in a browser")
+    layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js with "
+                       "a page to chat in a browser, peft, or transformers",
+                       choices=("onnx", "genai", "web", "peft", "hf"))
     precision: str = flag("auto", "of the base weights, int4-8 with embedding and head in 8 bits; "
                           "experts that stay beside few bits take 8 (but 32 lora_A in q4f16, "
                           "lora_B in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: "
@@ -91,8 +89,6 @@ class ExportConfig:
     context: int | None = flag(
         None, "positions of the graph (default: what the model was made for, at most 2048, or "
         "what the test lines need)", positive, metavar="TOKENS")
-    check: int = flag(8, "prompts on which the export must agree with PyTorch (default: 8)",
-                      positive, metavar="N")
 
     def settled(self, has_examples: bool, hidden_size: int) -> "ExportConfig":
         """The same with values in place of "auto" and of the defaults of --heal and --block.

@@ -45,6 +45,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "a16": 2e-2, "routed fp1
 # The precision of the activations of a graph in few bits, if it is not fp32.
 ACTIVATIONS = {"w8a16": "a16", "w4a16": "a16", "q4f16": "fp16", "routed q4f16": "routed fp16"}
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
+CHECKED = 8                              # prompts on which an export must agree with PyTorch
 TOKENS = 24                              # of each greedy text
 FEW = 4                                  # of each text read without rounding, which is slow
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
@@ -202,7 +203,7 @@ def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
         for name, row in (*rows.items(), ("mean", means))]))
 
 
-def some_prompts(source: Source, count: int) -> list[list[int]]:
+def some_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
     """Token prompts from the test lines of the tasks in turn; without data, a few of our own."""
     chats = [list(m[:-1]) for several in zip_longest(*(t.test for t in source.tasks))
              for m in several if m]
@@ -218,7 +219,7 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     and as `refuse` does.
     """
     longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
-    prompts, answers = some_prompts(source, config.check), [0]
+    prompts, answers = some_prompts(source), [0]
     for task in source.tasks:
         tests = answer_prompts(tokenizer, task, longest)
         answers.append(max(map(len, tests)) + references(tokenizer, task)[1])
@@ -268,7 +269,7 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
     generator, found = Generator(folder), {}
     npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
     blocks = (generator if npu else unrounded(generator)) if rounds else None
-    prompts = some_prompts(source, config.check)
+    prompts = some_prompts(source)
     routed = config.routing == "dynamic" and config.precision in HALF
     precision = "routed " * routed + config.precision
     for adapter in (None, *generator.tasks):
@@ -311,7 +312,7 @@ def check_weights(config: ExportConfig, source: Source, folder: Path, frozen: Fr
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(
         stored(f"{n}.weight").dtype == torch.float32 for n in frozen.of(config.task))
-    prompts = some_prompts(source, config.check)
+    prompts = some_prompts(source)
     texts = generate(reference, prompts, TOKENS, source.tokenizer.stop_ids)
     seen = compare_logits(reference, exported, prompts, texts, "fp32" if exact else "bf16")
     show_logits(source.name, seen)

@@ -93,10 +93,10 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         args += [str(tmp_path / "lines"), "--heal", "2"]
     healed = "--heal" in args
     if "dynamic" not in args:
-        args += ["--calibration", "16"] + ["--heal", "0"] * (flags != "" and not healed)
+        args += ["--heal", "0"] * (flags != "" and not healed)
     if flags and not {"--precision", "peft", "hf"} & set(args):
         args += ["--precision", "fp32"]
-    export.main([str(run), "--out", str(out), "--check", "4", *args])
+    export.main([str(run), "--out", str(out), *args])
     info = json.loads((out / "export.json").read_text())
     if args[:2] != ["--routing", "dynamic"]:
         frozen = frozen_of(run)["number" if "--adapters" in args else
@@ -139,8 +139,7 @@ def test_an_npu_folder(run: Path, tmp_path: Path, flags: str) -> None:
         args += [str(tmp_path / "lines")]
     elif find_spec("onnxruntime_qnn") and "w4a16" not in flags:   # QNN takes whole blocks only
         args += ["--compile", "qnn:60"]
-    export.main([str(run), "--out", str(out), "--target", "npu", "--check", "2", "--calibration",
-                 "16", *args])
+    export.main([str(run), "--out", str(out), "--target", "npu", *args])
     info = read_info(out, verify=True)
     assert info["static"] == ([1, 8, 64] if "--static" in args else [1, 64, 128])
     assert info["precision"] == (args[1] if "--precision" in args else "w8a16")
@@ -179,7 +178,7 @@ def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> N
         + "\n" for i in range(40)))
     config = (home / "run" / "config.json").read_text().replace(str(run.parent), str(home))
     (home / "run" / "config.json").write_text(json.dumps(json.loads(config) | {"limit_train": 2}))
-    export.main([str(home / "run"), "--out", str(tmp_path / "out"), "--check", "1"])
+    export.main([str(home / "run"), "--out", str(tmp_path / "out")])
     info = read_info(tmp_path / "out", verify=True)
     assert "tasks.json" in info["files"]
     assert known_tasks(tmp_path / "out") == {
@@ -187,7 +186,7 @@ def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> N
 
 
 def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:
-    export.main([str(run), "--out", str(tmp_path / "out"), "--check", "1"])
+    export.main([str(run), "--out", str(tmp_path / "out")])
     fits = frozen_of(run)
     assert set(fits) == {"", "number", "twice"}
     with safe_open(run / "adapter" / "adapter.safetensors", "pt") as f:
@@ -278,7 +277,7 @@ def test_a_base_alone(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flags", ["--task number", "--heal 3", "--routing freeze",
                                    "--layout peft", "--adapters", "--fit linear",
-                                   "--calibration 64", "--limit-test 5"])
+                                   "--limit-test 5"])
 def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, flags: str,
                                                      capsys: pytest.CaptureFixture[str],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +299,9 @@ def test_prompts_that_change_nothing_in_the_base_are_refused(
 
 
 def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
-    export.main([str(run), "--out", str(tmp_path / "out"), "--check", "2"])
+    export.main([str(run), "--out", str(tmp_path / "out")])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
-    wanted = ExportConfig(run=str(run), out=str(tmp_path / "out"), check=2, context=128,
+    wanted = ExportConfig(run=str(run), out=str(tmp_path / "out"), context=128,
                           precision="int4", heal=80, block=32)
     assert arguments == asdict(wanted)
 
@@ -428,8 +427,7 @@ def test_results_that_are_none_are_refused_before_any_work(run: Path, tmp_path: 
 
 def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
         run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export.main([str(run), "--out", str(tmp_path / "web"), "--layout", "web", "--page", "--heal",
-                 "2", "--calibration", "16", "--check", "2"])
+    export.main([str(run), "--out", str(tmp_path / "web"), "--layout", "web", "--heal", "2"])
     said = capsys.readouterr().out
     for part in ("writes q4f16 in blocks of 32, healed for 2 steps", "writes q8, healed"):
         assert part in said
@@ -540,16 +538,13 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--precision q8 --target portable", "--precision q8 needs --target ort"),
     ("--precision q8 --block 32", "--precision q8 has no blocks"),
     ("--target npu --block 32", "in w4a16 only: leave out --block"),
-    ("--page", "--page needs --layout web"),
     ("--layout peft --model x", "RUN or --model"),
     ("--task number --prompts x", "--prompts has no tasks"),
     ("--adapters --layout web", "layout onnx or genai"),
     ("--static 1x1x9 --target portable --layout genai", "--static needs --layout onnx"),
     ("--layout hf --routing freeze", "holds merged weights"),
     ("--layout peft --context 64", "holds no graph"),
-    ("--calibration 1", "needs two samples"),
     ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
-    ("--routing dynamic --calibration 9", "freezes nothing: leave out --calibration"),
     ("--target npu --precision int4", "--target npu takes --precision fp16, w8a16, w4a16"),
     ("--precision w8a16", "the last two need it"), ("--compile qnn:60", "needs --target npu"),
     ("--target npu --compile 60", "invalid qnn:SOC value"),
@@ -614,7 +609,7 @@ def test_a_base_in_this_folder_keeps_its_name(run: Path, tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(run.parent / "model", tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")
-    export.main(["--model", ".", "--check", "1"])
+    export.main(["--model", "."])
     assert [p.name for p in (tmp_path / "model/runs/model/export").iterdir()] == [
         "merge-onnx-int4-8"]
 

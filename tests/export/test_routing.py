@@ -131,8 +131,9 @@ def test_what_a_run_was_trained_with_is_what_its_export_heals_with(run: Path) ->
     source = export.load_run(ExportConfig(run=str(run), limit_test=2))
     assert source.micro_batch_size == 3 and source.model.model.recompute
     assert [len(t.test) for t in source.tasks] == [2, 2]
-    data = Calibration(ExportConfig(run=str(run), calibration=5), source)
-    assert [sum(len(b[0]) for b in batches) for batches in data.batches.values()] == [5, 5]
+    data = Calibration(ExportConfig(run=str(run)), source)
+    sizes = [sum(len(b[0]) for b in batches) for batches in data.batches.values()]
+    assert sizes == [min(routing.SAMPLES, len(e)) for e in source.examples.values()]
 
 
 def test_what_a_base_says_of_sampling_reaches_genai(inputs, tmp_path: Path) -> None:
