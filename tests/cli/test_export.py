@@ -282,11 +282,12 @@ def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, 
                                                      capsys: pytest.CaptureFixture[str],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)                                # where no run is
-    with pytest.raises(ValueError, match=f"no run yet .*, and {flags[:6]}"):
+    flag = flags.split()[0]
+    with pytest.raises(ValueError, match=f"no run yet .* base has no adapters .* out {flag}"):
         export.main(flags.split())
     with pytest.raises(SystemExit):
         export.main(["--model", str(run.parent / "model"), *flags.split()])
-    assert "--model" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert f"leave out {flag}" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", ["--precision fp32 --heal 5", "--layout hf", "--precision int8"])
@@ -294,7 +295,7 @@ def test_prompts_that_change_nothing_in_the_base_are_refused(
         tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)                                # where no run is
     (tmp_path / "lines").write_text("say 5\nsay 77\n")
-    with pytest.raises(ValueError, match="no run yet .*keeps a base as it is: leave out --prompts"):
+    with pytest.raises(ValueError, match="no run yet .* heals 4 bits, .*: leave out .*--prompts"):
         export.main(["--prompts", "lines", *flags.split()])
 
 
@@ -529,28 +530,32 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("flags, reason", [
     ("--static 1x1x8", "--static needs --target portable or npu"),
     ("--static 1xtwo", "invalid BxTxP value"),
-    ("--layout hf --routing dynamic", "cannot route"),
+    ("--layout hf --routing dynamic", "holds no graph: leave out --routing dynamic"),
     ("--layout hf --precision int4", "holds no graph"),
     ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
     ("--routing dynamic --heal 3", "--routing dynamic freezes nothing"),
-    ("--adapters --routing freeze", "--adapters freezes every matrix"),
+    ("--adapters --routing freeze", "--adapters freezes for each task, beside a base"),
     ("--layout web --target portable", "--layout web needs --target ort"),
     ("--precision q8 --target portable", "--precision q8 needs --target ort"),
-    ("--precision q8 --block 32", "--precision q8 has no blocks"),
-    ("--target npu --block 32", "in w4a16 only: leave out --block"),
-    ("--layout peft --model x", "RUN or --model"),
+    ("--precision q8 --block 32", "--precision q8 of --target ort has no blocks"),
+    ("--target npu --block 32", "of --target npu has no blocks: leave out --block"),
+    ("--precision fp32 --block 32", "--precision fp32 of --target ort has no blocks"),
+    ("--layout peft --model x", "a base has no adapters (--prompts FILE heals 4 bits, and 8 with "
+     "--heal): leave out RUN and --layout peft"),
     ("--task number --prompts x", "--prompts has no tasks"),
-    ("--adapters --layout web", "layout onnx or genai"),
-    ("--static 1x1x9 --target portable --layout genai", "--static needs --layout onnx"),
-    ("--layout hf --routing freeze", "holds merged weights"),
-    ("--layout peft --context 64", "holds no graph"),
+    ("--adapters --layout web", "layout onnx or genai: leave out --layout web"),
+    ("--adapters --task number", "--adapters freezes for each task, beside a base"),
+    ("--static 1x1x9 --target portable --layout genai", "layout onnx: leave out --layout genai"),
+    ("--layout hf --routing freeze", "holds no graph: leave out --routing freeze"),
+    ("--layout peft --context 64 --block 32", "holds no graph: leave out --context and --block"),
     ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
-    ("--target npu --precision int4", "--target npu takes --precision fp16, w8a16, w4a16"),
-    ("--precision w8a16", "the last two need it"), ("--compile qnn:60", "needs --target npu"),
+    ("--target npu --precision int4", "--precision int4 needs --target ort or portable"),
+    ("--precision w8a16", "--precision w8a16 needs --target npu"),
+    ("--compile qnn:60", "--compile needs --target npu"),
     ("--target npu --compile 60", "invalid qnn:SOC value"),
-    ("--target npu --static 2x8x64", "one prompt at a time"),
+    ("--target npu --static 2x8x64", "--static needs --target portable"),
     ("--target npu --static 1x8x64 --context 64", "leave out --context"),
-    ("--target npu --layout genai", "--target npu holds one merged model"),
+    ("--target npu --layout genai", "--layout genai needs --target ort or portable"),
     ("--target npu --routing dynamic", "--target npu holds one merged model"),
 ])
 def test_wrong_usage(run: Path, flags: str, reason: str,
@@ -566,14 +571,15 @@ def test_prompts_that_change_nothing_in_a_base_are_refused(
         flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--model", "base", "--prompts", "x", *flags.split()], "")
-    assert "keeps a base as it is: leave out --prompts" in capsys.readouterr().err
+    assert "heals 4 bits, and 8 with --heal): leave out " in (said := capsys.readouterr().err)
+    assert "--prompts" in said.partition("leave out")[2]
 
 
 def test_healing_that_does_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "base", "--prompts", "x", "--target", "npu", "--heal", "4"]
     with pytest.raises(SystemExit):
         parse(flags, "")
-    assert "heals a base, in w4a16 only: leave out" in capsys.readouterr().err
+    assert "heals 4 bits, and 8 with --heal): leave out --heal" in capsys.readouterr().err
     assert parse([*flags, "--precision", "w4a16"], "")
 
 
