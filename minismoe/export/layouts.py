@@ -19,7 +19,6 @@ from ..method.experts import expert_layers
 from ..method.freeze import freeze, merged
 from ..model.checkpoint import IMAGES, MERGED, text_name, weight_files
 from ..model.config import Config, text_part
-from ..model.quantize import BLOCK
 from .graph import write_decoder, write_sampler
 from .heal import twin
 from .mixture import Adapter, AdapterInput
@@ -51,14 +50,12 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
     def weight(name: str) -> Any:
         return frozen.blocks.get(name) or stored(name)
 
-    sizing: dict[str, Any] = dict(precision=config.precision, context=config.context or 0,
-                                  block=config.block or BLOCK, static=config.static)
     if config.target == "npu":
-        write_npu(folder, sizes, weight, ranges=calibrated(config, source, frozen), **sizing)
+        write_npu(folder, sizes, weight, config.form, calibrated(config, source, frozen))
         if config.compile:
             compile_npu(folder, config.compile)
     else:
-        write_decoder(folder / "model.onnx", sizes, weight, beside, target=config.target, **sizing)
+        write_decoder(folder / "model.onnx", sizes, weight, beside, config.form)
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
     adapters = {}
     for number, task in enumerate(frozen.by_task if config.adapters else ()):

@@ -34,10 +34,11 @@ from ..training.evaluate import generate
 from .graph import DecoderGraph, cached
 from .heal import twin
 from .nodes import Graph
+from .positions import causal
 from .routing import Calibration, Frozen
 from .scales import round_weights
 from .settings import ExportConfig, Source
-from .weights import PRECISIONS
+from .weights import PRECISIONS, GraphFormat, ReadWeight, WeightStore
 
 TOP = 65535                      # the largest activation in 16 bits
 TEXTS = 24                       # of each task, to measure activations on
@@ -66,40 +67,13 @@ class Range(NamedTuple):
 Ranges = Mapping[str, tuple[Range, Range]]         # linear layer -> of its inputs, of its outputs
 
 
-class NpuGraph(DecoderGraph):
-    """One step of T tokens after the P slots of a cache; returns the keys and values of the T."""
+class NpuWeights(WeightStore):
+    """Weights in integers that HTP multiplies, beside activations rounded to `ranges`."""
 
-    masked, opset = -1e4, 23         # RMSNormalization is new in 23
-
-    def __init__(self, ranges: Ranges, *model: Any):
-        super().__init__({}, *model)
+    def __init__(self, graph: Graph, config: Config, read: ReadWeight, form: GraphFormat,
+                 ranges: Ranges):
+        super().__init__(graph, config, read, form)
         self.ranges = ranges
-
-    def rms(self, name: str, x: str, weight: str) -> str:
-        """As in the base class, in one operator: HTP sums the squares in float32."""
-        ones, shape = weight, self.tensors[weight].dims
-        if len(shape) > 1:                             # one weight a head
-            ones = self.tensor(f"{name}.ones", torch.ones(shape[-1], dtype=self.dtype))
-        y = self.node("RMSNormalization", name, x, ones, axis=-1, stash_type=1,
-                      epsilon=self.config.rms_norm_eps)
-        return y if ones == weight else self.node("Mul", name, y, weight)
-
-    def mask(self, window: int | None) -> str:
-        """The mask of full attention: `refuse` lets no window end within the cache."""
-        return super().mask(None)
-
-    def embed(self) -> str:
-        """The hidden states that embed.onnx looked up."""
-        return "hidden"
-
-    def cache(self, name: str, past: str, new: str, present: str) -> str:
-        """Past and new (1, K, P + T, C); the present is the new alone."""
-        if self.dtype == torch.float16:
-            self.node("Identity", name, new, named=[present])
-        else:
-            past = self.node("Cast", f"{name}.past", past, to=self.real)
-            self.node("Cast", name, new, to=TensorProto.FLOAT16, named=[present])
-        return self.node("Concat", name, past, new, axis=2)
 
     def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any],
                 bits: int = 0) -> str:
@@ -116,7 +90,7 @@ class NpuGraph(DecoderGraph):
     def narrow(self, name: str, x: str, ranges: Sequence[Range]) -> str:
         """x, rounded to 16 bits in a range that holds all of these."""
         scale, zero = Range(min(r.low for r in ranges), max(r.high for r in ranges)).step()
-        step = [self.constant(scale, torch.float32),
+        step = [self.graph.constant(scale, torch.float32),
                 self.tensor(f"{name}.zero", torch.tensor(zero).to(torch.int16), TensorProto.UINT16)]
         return self.node("DequantizeLinear", name, self.node("QuantizeLinear", name, x, *step),
                          *step)
@@ -144,55 +118,85 @@ class NpuGraph(DecoderGraph):
                          bits=w.bits, block_size=BLOCK if w.bits == 8 else w.size,
                          domain="com.microsoft")
 
-    def table(self, name: str) -> list[str]:
+    def vocabulary(self, name: str) -> list[str]:
         """The stored tensors of an embedding or head (V, D); in few bits, 8 with a scale a row."""
         if not self.bits:
-            return super().table(name)
-        if name not in self.shared:
-            w = self.joined([self.weight(f"{name}.weight")], 8)
-            self.shared[name] = [
+            return super().vocabulary(name)
+        if name not in self.vocabularies:
+            w = self.joined([self.read(f"{name}.weight")], 8)
+            self.vocabularies[name] = [
                 self.tensor(f"{name}.weight", w.data.flatten(1) ^ 0x80, TensorProto.INT8),
                 self.tensor(f"{name}.scales", w.scales.flatten())]
-        return self.shared[name]
+        return self.vocabularies[name]
+
+
+class NpuDecoder(DecoderGraph):
+    """One step of T tokens after the P slots of a cache; returns the keys and values of the T."""
+
+    weights: NpuWeights
+
+    def rms(self, name: str, x: str, weight: str) -> str:
+        """As in the base class, in one operator: HTP sums the squares in float32."""
+        ones, shape = weight, self.graph.tensors[weight].dims
+        if len(shape) > 1:                             # one weight a head
+            ones = self.tensor(f"{name}.ones", torch.ones(shape[-1], dtype=self.dtype))
+        y = self.node("RMSNormalization", name, x, ones, axis=-1, stash_type=1,
+                      epsilon=self.config.rms_norm_eps)
+        return y if ones == weight else self.node("Mul", name, y, weight)
+
+    def embed(self) -> str:
+        """The hidden states that embed.onnx looked up."""
+        return "hidden"
+
+    def cache(self, name: str, past: str, new: str, present: str) -> str:
+        """Past and new (1, K, P + T, C); the present is the new alone."""
+        if self.dtype == torch.float16:
+            self.node("Identity", name, new, named=[present])
+        else:
+            past = self.node("Cast", f"{name}.past", past, to=self.graph.real)
+            self.node("Cast", name, new, to=TensorProto.FLOAT16, named=[present])
+        return self.node("Concat", name, past, new, axis=2)
 
     def head(self, x: str) -> None:
         """Hidden states (1, T, D) -> logits (1, 1, V) of the last position."""
-        tied, name = self.config.tie_word_embeddings, "lm_head"
-        if not self.bits:
+        tied, name, w = self.config.tie_word_embeddings, "lm_head", self.weights
+        if not w.bits:
             super().head(x)
             return
-        w = self.node("DequantizeLinear", name, *self.table(
+        dense = self.node("DequantizeLinear", name, *w.vocabulary(
             "model.embed_tokens" if tied else name), axis=0)
-        ins, outs = self.ranges[name]
-        y = self.node("Gemm", name, self.narrow(f"{name}.x", self.last(x), [ins]), w, transB=1)
-        y = self.narrow(f"{name}.y", y, [outs])
+        ins, outs = w.ranges[name]
+        y = self.node("Gemm", name, w.narrow(f"{name}.x", self.last(x), [ins]), dense, transB=1)
+        y = w.narrow(f"{name}.y", y, [outs])
         self.node("Unsqueeze", name, y, [1], named=["logits"])
 
-    def resize(self, new: int) -> None:
-        """Set T, in the inputs, the outputs, and the mask: nothing else depends on it."""
-        _, _, P = self.static or (1, 1, 1)
-        self.static, c = (1, new, P), self.config
-        self.inputs = [value("hidden", self.real, [1, new, c.hidden_size]),
-                       value("attention_mask", TensorProto.INT64, [1, P + new]),
-                       value("position_ids", TensorProto.INT64, [1, new])]
-        self.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
-        past, present = ([1, c.num_key_value_heads, n, c.head_dim] for n in (P, new))
+    def resize(self, T: int, P: int) -> None:
+        """Declare inputs and outputs of T tokens, and fit the mask: nothing else depends on T."""
+        c, graph = self.config, self.graph
+        graph.inputs = [value("hidden", graph.real, [1, T, c.hidden_size]),
+                        value("attention_mask", TensorProto.INT64, [1, P + T]),
+                        value("position_ids", TensorProto.INT64, [1, T])]
+        graph.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
+        past, present = ([1, c.num_key_value_heads, n, c.head_dim] for n in (P, T))
         for i in range(c.num_hidden_layers):
-            self.inputs += [value(n, TensorProto.FLOAT16, past)
-                            for n in cached("past_key_values", i)]
-            self.outputs += [value(n, TensorProto.FLOAT16, present) for n in cached("present", i)]
-        self.tensor("mask.full.past", torch.arange(P + new) <= torch.arange(P, P + new)[:, None])
+            graph.inputs += [value(n, TensorProto.FLOAT16, past)
+                             for n in cached("past_key_values", i)]
+            graph.outputs += [value(n, TensorProto.FLOAT16, present) for n in cached("present", i)]
+        self.tensor("mask.full.past", causal(T, P))
 
 
-def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, precision: str,
-              context: int, block: int, static: tuple[int, int, int], ranges: Ranges) -> None:
+def write_npu(folder: Path, config: Config, read: ReadWeight, form: GraphFormat, ranges: Ranges,
+              ) -> None:
     """Write embed.onnx, prompt.onnx and model.onnx over one file of weights."""
+    _, T, P = form.static or (1, 1, 1)
     with open(folder / "model.onnx.data", "wb") as data:
-        graph = NpuGraph(ranges, data, config, weight, "portable", precision, block, static)
-        embedding = graph.table("model.embed_tokens")
-        graph.decoder(context)
-        for file, new in ("prompt.onnx", static[1]), ("model.onnx", 1):
-            graph.resize(new)
+        graph = Graph(data, form.dtype, opset=23)      # RMSNormalization is new in 23
+        weights = NpuWeights(graph, config, read, form, ranges)
+        embedding = weights.vocabulary("model.embed_tokens")
+        decoder = NpuDecoder(graph, config, form, weights, {})
+        decoder.build()
+        for file, tokens in ("prompt.onnx", T), ("model.onnx", 1):
+            decoder.resize(tokens, P)
             graph.save(folder / file)
     lookup = Graph()
     lookup.tensors = {name: graph.tensors[name] for name in embedding}

@@ -10,7 +10,7 @@ from ..io.flags import flag, natural, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
-from .weights import PRECISIONS
+from .weights import PRECISIONS, GraphFormat
 
 STEPS = 80                               # of healing, if it is not said how many
 
@@ -120,6 +120,12 @@ class ExportConfig:
     def graph(self) -> bool:
         """Whether the folder holds an ONNX graph, not safetensors."""
         return self.layout not in ("peft", "hf")
+
+    @property
+    def form(self) -> GraphFormat:
+        """How the graph is written."""
+        return GraphFormat(self.target, self.precision, self.context or 0, self.block or BLOCK,
+                           self.static)
 
     @property
     def kind(self) -> str:

@@ -14,6 +14,7 @@ from tiny import save_bytes_model
 import train
 from minismoe.export import graph
 from minismoe.export.scales import round_weights
+from minismoe.export.weights import GraphFormat
 from minismoe.io.files import read_json
 from minismoe.model.checkpoint import load_model
 
@@ -36,7 +37,7 @@ def test_a_folder_read_back_is_the_model_with_rounded_weights(precision, block, 
     model = load_model(checkpoint)
     weights = dict(model.named_parameters())
     graph.write_decoder(tmp_path / "model.onnx", model.config, lambda n: weights[n].detach(), {},
-                        target="ort", precision=precision, context=64, block=block)
+                        GraphFormat("ort", precision, 64, block))
     other = deepcopy(model)                  # what the graph lacks must not come from it unseen
     for p in other.parameters():
         p.data.mul_(0 if p.ndim > 1 else 1)

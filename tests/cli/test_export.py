@@ -460,10 +460,10 @@ def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precis
     """Rounding explains more than they do, until PyTorch's weights are rounded too."""
     write, check = layouts.write_decoder, verify.compare_rounded
 
-    def broken(file, config, weight, beside, **options) -> None:
-        some = {name: side for name, side in beside.items() if "q_proj" not in name}
-        assert 0 < len(some) < len(beside)
-        write(file, config, weight, some, **options)
+    def broken(file, config, read, adapters, form) -> None:
+        some = {name: adapter for name, adapter in adapters.items() if "q_proj" not in name}
+        assert 0 < len(some) < len(adapters)
+        write(file, config, read, some, form)
 
     args = [str(run), "--out", str(tmp_path / "out"), "--precision", precision, *flags.split()]
     monkeypatch.setattr(layouts, "write_decoder", broken)

@@ -18,7 +18,7 @@ from minismoe.export import graph as graphs
 from minismoe.export.graph import DecoderGraph, refuse, write_decoder, write_sampler
 from minismoe.export.mixture import AdapterInput
 from minismoe.export.steps import write_in_steps
-from minismoe.export.weights import PRECISIONS
+from minismoe.export.weights import PRECISIONS, GraphFormat
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
@@ -58,17 +58,17 @@ class EveryToken(DecoderGraph):
     def last(self, x: str) -> str:
         return self.node("Reshape", "every", x, [-1, self.config.hidden_size])
 
-    def save(self, file: Path) -> None:
-        self.outputs[0].type.tensor_type.shape.dim[0].dim_param = "tokens"
-        super().save(file)
+    def declare(self) -> None:
+        super().declare()
+        self.graph.outputs[0].type.tensor_type.shape.dim[0].dim_param = "tokens"
 
 
 def write(file: Path, model: CausalLM, beside: Mapping[str, Any] | None = None,
           all_logits: bool = False, **options: Any) -> Path:
     weights = {n: p.detach() for n, p in model.named_parameters()}
-    options = {"target": "ort", "precision": "fp32", "context": 64, **options}
+    form = GraphFormat(**{"target": "ort", "precision": "fp32", "context": 64, **options})
     with mock.patch.object(graphs, "DecoderGraph", EveryToken if all_logits else DecoderGraph):
-        write_decoder(file, model.config, weights.__getitem__, beside or {}, **options)
+        write_decoder(file, model.config, weights.__getitem__, beside or {}, form)
     return file
 
 
@@ -503,8 +503,7 @@ def test_writing_holds_one_tensor_at_a_time(model: Callable[..., CausalLM], tmp_
 
     for precision in ("fp32", "fp16", "int4"):
         most = 0
-        write_decoder(tmp_path / "m.onnx", m.config, weight, {}, target="ort", precision=precision,
-                      context=64)
+        write_decoder(tmp_path / "m.onnx", m.config, weight, {}, GraphFormat("ort", precision, 64))
         assert most == 20011 * 128, precision
         assert not alive
 
