@@ -11,7 +11,7 @@ Freezes the routing, writes the folder, compares it with PyTorch, and keeps it i
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export import layouts, verify
 from minismoe.export.heal import BATCH
-from minismoe.export.routing import Frozen, freeze_routing
+from minismoe.export.prepare import Prepared, prepare
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.files import must_be_new, naming, new_folder, read_json, sha256, write_json
 from minismoe.io.text import clean
-from minismoe.model.checkpoint import load_adapter, versions
+from minismoe.method.experts import expert_layers
+from minismoe.model.checkpoint import load_adapter, load_model, versions
+from minismoe.model.decoder import CausalLM
 from minismoe.runtime import FORMAT
 from minismoe.runtime.folder import TASKS
 from minismoe.runtime.npu import htp
@@ -47,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
                          f"{', '.join(source.examples)}")
     both = config.layout == "web" and config.precision == "auto"         # for WebGPU and for WASM
-    parts = [verify.with_context(part.settled(bool(config.prompts or source.examples),
+    parts = [verify.with_context(part.with_defaults(bool(config.prompts or source.examples),
                                               source.model.config.hidden_size), source)
              for part in [replace(config, precision="q4f16")] * both + [config]]
     config = parts[-1]
@@ -56,14 +58,18 @@ def main(argv: Sequence[str]) -> None:
     must_be_new(out)
     print(*map(plan, parts), sep="\n")
 
-    # Freeze the routing
-    frozen = freeze_routing(parts, source)
+    # Freeze the routing, round and heal; load the model in float32, to compare with
+    prepared = prepare(parts, source)
+    trained = load_model(source.base)
+    if expert_layers(source.model):
+        load_adapter(trained, source.run / "adapter")
 
     # Write and check under another name: only a folder that works gets its own
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx")
-        for part, its_frozen in zip(parts, frozen):
-            info = write(part, source, its_frozen, folder)
+        info: dict[str, Any] = {}
+        for part, its_model in zip(parts, prepared):
+            info = write(part, source, trained, its_model, folder, info)
 
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
@@ -84,16 +90,19 @@ def plan(config: ExportConfig) -> str:
     return f"writes {what}{blocks}{heal}{floats * bool(config.block)}"
 
 
-def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) -> dict[str, Any]:
-    """Write the folder and run it beside PyTorch; returns the content of its export.json."""
+def write(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
+          folder: Path, other: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the folder and run it beside PyTorch; returns the content of its export.json.
+
+    other: that of a graph which was written into the folder before.
+    """
     info: dict[str, Any] = {
         "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
         "arguments": asdict(config), "versions": versions()}
-    if (folder / "export.json").exists():                # of a web folder's first graph
-        before = read_json(folder / "export.json")
-        info["other_graph"] = {name: before[name] for name in ("arguments", "checked")}
+    if other:
+        info["other_graph"] = {name: other[name] for name in ("arguments", "checked")}
     if config.graph:
-        info |= layouts.write_graph(config, source, folder, frozen)
+        info |= layouts.write_graph(config, prepared, folder)
         if config.layout in ("onnx", "web") and source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
@@ -101,8 +110,9 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
             f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()
             if f.is_file() and f.name != "export.json"}})
     else:
-        layouts.write_weights(config, source, folder, frozen.of(config.task))
-    info["checked"] = verify.check(config, source, folder, frozen)
+        layouts.write_weights(config.layout, source.base, source.name,
+                              prepared.fits.for_task(config.task), folder)
+    info["checked"] = verify.check(config, source, trained, prepared, folder)
     if config.layout == "genai":
         layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":

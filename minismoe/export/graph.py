@@ -172,8 +172,8 @@ class DecoderGraph:
         """x (B, T, D) -> (B, T, D)."""
         c, name, bias = self.config, self.config.name(f"model.layers.{i}.mlp"), self.config.mlp_bias
         parts = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
-        *into, down = (f"{name}.{c.name(part)}" for part in (*parts, "down_proj"))
-        both = self.linear(into, x, bias, f"{name}.gate_up_proj")
+        *inner, down = (f"{name}.{c.name(part)}" for part in (*parts, "down_proj"))
+        both = self.linear(inner, x, bias, f"{name}.gate_up_proj")
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
         if c.activation != "silu":
             act = self.node("Gelu", name, gate, approximate="tanh")

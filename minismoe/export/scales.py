@@ -3,7 +3,7 @@
 Integers stay, so the file, the graph and its kernels stay what they are. After
 PEQA (arXiv 2305.14152) and the end-to-end stage of EfficientQAT (arXiv 2407.11062).
 
-Letter: K columns of a table.
+Letter: K columns of an embedding.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,12 +39,12 @@ def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: 
 
     A tied head is left out: its weight is that of the embedding.
     """
-    (bits, table_bits), device = PRECISIONS[precision], model.lm_head.weight.device
+    (bits, head_bits), device = PRECISIONS[precision], model.lm_head.weight.device
     names = [f"{name}.weight" for name, part in model.named_modules()
              if isinstance(part, (nn.Linear, nn.Embedding))
              and not (name == "lm_head" and model.config.tie_word_embeddings)]
     return {name: few_bits(weight(name).to(device), precision,
-                           bits if ".layers." in name else table_bits, block) for name in names}
+                           bits if ".layers." in name else head_bits, block) for name in names}
 
 
 @torch.no_grad()

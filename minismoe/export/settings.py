@@ -90,7 +90,7 @@ class ExportConfig:
         None, "positions of the graph (default: what the model was made for, at most 2048, or "
         "what the test lines need)", positive, metavar="TOKENS")
 
-    def settled(self, has_examples: bool, hidden_size: int) -> "ExportConfig":
+    def with_defaults(self, has_examples: bool, hidden_size: int) -> "ExportConfig":
         """The same with values in place of "auto" and of the defaults of --heal and --block.
 
         has_examples: whether there is something to heal on. hidden_size: of the model; blocks of
@@ -109,8 +109,7 @@ class ExportConfig:
                 "q8" if self.layout == "web" else "int4" if heals else "int4-8")
         heals = heals and (self.run is not None or PRECISIONS[precision][0] == 4)
         heal = STEPS * heals if self.heal is None else self.heal
-        large = (heal and self.target == "ort" and self.routing == "merge" and not self.adapters
-                 and hidden_size >= 4 * BLOCKS[-1])
+        large = (heal and self.target == "ort" and self.merges and hidden_size >= 4 * BLOCKS[-1])
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
             PRECISIONS[precision]) and precision != "w8a16" else None
         block = ROW if precision == "q8" else block
@@ -120,6 +119,11 @@ class ExportConfig:
     def graph(self) -> bool:
         """Whether the folder holds an ONNX graph, not safetensors."""
         return self.layout not in ("peft", "hf")
+
+    @property
+    def merges(self) -> bool:
+        """Whether the mixtures become part of the base's weights."""
+        return self.routing == "merge" and not self.adapters
 
     @property
     def form(self) -> GraphFormat:

@@ -24,15 +24,22 @@ from ..io.files import read_json
 from ..io.text import clean, table
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
-from ..model.checkpoint import load_adapter, load_model, text_name, weights
+from ..model.checkpoint import load_model, text_name, weights
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
 from ..runtime import Generator
-from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
+from ..training.evaluate import (
+    Accuracy,
+    answer_prompts,
+    evaluate,
+    exact_match,
+    generate,
+    references,
+)
 from .graph import refuse
-from .heal import twin
+from .heal import sharing_copy
 from .mixture import round_adapters
-from .routing import Frozen
+from .prepare import Fits, Prepared
 from .scales import round_weights
 from .settings import ExportConfig, Source
 from .weights import HALF, PRECISIONS
@@ -148,36 +155,36 @@ def unrounded(generator: Generator) -> Generator:
     return other
 
 
-def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float:
-    """Exact match of an exported folder on the test split of a task, 0 to 1."""
+def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy:
+    """Exact match of an exported folder on the test split of a task; without answers if the
+    context, or the past of a static graph, is too short for them."""
     def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
+        if (room := generator.room(max(map(len, prompts)))) < limit:
+            print(f"{clean(task.name)}: no exact match, as an answer may have {limit} tokens, and "
+                  f"there is room for {room}")
+            return []
         starts = tqdm(range(0, len(prompts), batch_size), f"evaluate {clean(task.name)}",
                       unit="batch", leave=False)
         return [answer for start in starts
                 for answer in generator.batch(prompts[start:start + batch_size], limit)]
 
-    return exact_match(generator.tokenizer, task, generator.context, complete).share
+    return exact_match(generator.tokenizer, task, generator.context, complete)
 
 
 def accuracies(config: ExportConfig, source: Source, generator: Generator, model: CausalLM,
                tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
     """Exact match by task: of the export, in training and, if rounded, of `model` in float32.
 
-    Tasks whose answers the context, or the past of a static graph, cannot hold are left out.
+    Tasks whose answers the export cannot hold are left out.
     """
     found = {}
     for task in tasks:
-        prompts = answer_prompts(generator.tokenizer, task, generator.context)
-        wanted = references(generator.tokenizer, task)[1]
-        room = generator.room(max(map(len, prompts)))
-        if room < wanted:
-            print(f"{clean(task.name)}: no exact match, as an answer may have {wanted} tokens, and "
-                  f"there is room for {room}")
-            continue
-        row = {"trained": source.trained[task.name]} if task.name in source.trained else {}
-        if config.precision != "fp32":
-            row["float32"] = evaluate(model, source.tokenizer, task).share
-        found[task.name] = row | {config.precision: accuracy(generator, task)}
+        exported = accuracy(generator, task)
+        if exported.examples:
+            row = {"trained": source.trained[task.name]} if task.name in source.trained else {}
+            if config.precision != "fp32":
+                row["float32"] = evaluate(model, source.tokenizer, task).share
+            found[task.name] = row | {config.precision: exported.share}
     return found
 
 
@@ -247,46 +254,32 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     return replace(config, context=context)
 
 
-def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) -> dict[str, Any]:
-    """Compare the folder with PyTorch in float32; returns figures, of a graph by adapter.
+def check(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
+          folder: Path) -> dict[str, Any]:
+    """Compare the folder with PyTorch; returns figures, of a graph by adapter.
 
-    Raises ValueError if they disagree.
+    trained: the model with its experts, in float32. Raises ValueError if they disagree.
     """
-    base = load_model(source.base)
-
-    def reference(task: str | None, adapted: bool = True) -> CausalLM:
-        """The model as it was trained, with its routing frozen as asked for."""
-        model = twin(base)
-        if adapted and expert_layers(source.model):
-            load_adapter(model, source.run / "adapter")
-            beside = config.adapters or config.routing == "freeze"   # not rounded with the base
-            if config.routing != "dynamic":
-                (freeze if beside else merge)(model, frozen.of(task))
-        return model
-
     if not config.graph:
-        return check_weights(config, source, folder, frozen, reference(config.task), base)
+        return check_weights(config, source, trained, prepared, folder)
     generator, found = Generator(folder), {}
-    npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
-    blocks = (generator if npu else unrounded(generator)) if rounds else None
+    rounds = any(PRECISIONS[config.precision])
+    exact = unrounded(generator) if rounds and config.target != "npu" else generator
     prompts = some_prompts(source)
     routed = config.routing == "dynamic" and config.precision in HALF
     precision = "routed " * routed + config.precision
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
+        fits = prepared.fits.for_task(task) if adapted else None
+        model = expected = as_exported(config, trained, fits)
         generator.use(adapter)
-        model = rounded = reference(task, adapted)
         if rounds:
-            block = config.block or BLOCK
-            rounded = round_weights(reference(task, adapted), config.precision, block,
-                                    frozen.blocks)
-            if not config.adapters:                          # those stay floats
-                round_adapters(rounded, config.precision, block)
+            expected = rounded(config, model, prepared)
         # Healed weights are no longer those of the model: the graph is compared with them.
-        seen = compare_graph(rounded if frozen.blocks else model, generator, prompts, precision)
-        if blocks:
-            blocks.use(adapter)
-            seen |= compare_rounded(rounded, blocks, prompts, precision)
+        seen = compare_graph(expected if prepared.blocks else model, generator, prompts, precision)
+        if rounds:
+            exact.use(adapter)
+            seen |= compare_rounded(expected, exact, prompts, precision)
         show_logits(task or source.name, seen)
         if config.compile:
             seen |= compare_npu(generator, Generator(folder, "qnn"), prompts[0])
@@ -298,22 +291,46 @@ def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) ->
     return found
 
 
-def check_weights(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,
-                  reference: CausalLM, base: CausalLM) -> dict[str, Any]:
-    """Compare the logits of a folder of layout hf or peft with those of `reference`."""
+def as_exported(config: ExportConfig, trained: CausalLM, fits: Fits | None) -> CausalLM:
+    """The trained model with its mixtures as the export holds them; without any if fits is None."""
+    model = sharing_copy(trained)
+    if fits is None:                         # a LoRA of rank 0 adds nothing
+        fits = {name: Fit(layer.lora_A[0, :0], layer.lora_B[0, :0].T)
+                for name, layer in expert_layers(model).items()}
+        merge(model, fits)
+    elif config.merges:
+        merge(model, fits)
+    elif config.routing == "freeze" or config.adapters:
+        freeze(model, fits)                  # not rounded with the base
+    return model
+
+
+def rounded(config: ExportConfig, model: CausalLM, prepared: Prepared) -> CausalLM:
+    """A copy of the model with weights in few bits, as the graph stores them."""
+    block = config.block or BLOCK
+    model = round_weights(sharing_copy(model), config.precision, block, prepared.blocks)
+    if not config.adapters:                  # those stay floats
+        round_adapters(model, config.precision, block)
+    return model
+
+
+def check_weights(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
+                  folder: Path) -> dict[str, Any]:
+    """Compare the logits of a folder of layout hf or peft with those of PyTorch."""
+    fits = prepared.fits.for_task(config.task)
     if config.layout == "hf":
         exported = load_model(folder)
     else:
-        load_adapter(exported := twin(base), source.run / "adapter")
+        exported = sharing_copy(trained)
         tensors = load_file(folder / "adapter_model.safetensors")
         key = "base_model.model.{}.lora_{}.weight".format
         merge(exported, {text_name(name): Fit(tensors[key(name, "A")], tensors[key(name, "B")])
                          for name in read_json(folder / "adapter_config.json")["target_modules"]})
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(
-        stored(f"{n}.weight").dtype == torch.float32 for n in frozen.of(config.task))
-    prompts = some_prompts(source)
-    texts = generate(reference, prompts, TOKENS, source.tokenizer.stop_ids)
-    seen = compare_logits(reference, exported, prompts, texts, "fp32" if exact else "bf16")
+        stored(f"{n}.weight").dtype == torch.float32 for n in fits)
+    model, prompts = as_exported(config, trained, fits), some_prompts(source)
+    texts = generate(model, prompts, TOKENS, source.tokenizer.stop_ids)
+    seen = compare_logits(model, exported, prompts, texts, "fp32" if exact else "bf16")
     show_logits(source.name, seen)
     return seen

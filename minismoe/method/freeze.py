@@ -51,7 +51,7 @@ class TaskFits:
     together: dict[str, Fit]
     by_task: dict[str, dict[str, Fit]]
 
-    def of(self, task: str | None) -> dict[str, Fit]:
+    def for_task(self, task: str | None) -> dict[str, Fit]:
         """The fits of a task; of all together for None."""
         return self.together if task is None else self.by_task[task]
 
@@ -92,7 +92,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
                 if task is not None:
                     whole += part
                 for kind, fits in solve(readers, part).items():
-                    found[kind].of(task).update(fits)
+                    found[kind].for_task(task).update(fits)
     return found
 
 

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import export
-from minismoe.export.heal import twin
-from minismoe.export.routing import Calibration
+from minismoe.export.heal import sharing_copy
+from minismoe.export.prepare import calibration_batches, shuffled_samples
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.text import clean, table
-from minismoe.method.freeze import Fit, merge
+from minismoe.method.freeze import Fit, fit, merge
 from minismoe.training.evaluate import evaluate
 
 
@@ -29,7 +29,7 @@ def row(name: str, source: Source, fits: Mapping[str, Mapping[str, Fit]]) -> lis
     if there are no fits."""
     scores, missed = [], []
     for task in source.tasks:
-        model = twin(source.model)
+        model = sharing_copy(source.model)
         if fits:
             merge(model, fits[task.name])
             missed += [f.residual for f in fits[task.name].values() if f.kind != "exact"]
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of train.py")
     config = ExportConfig(run=parser.parse_args(argv).run)
     source = export.load_run(config)
-    names, kinds = [task.name for task in source.tasks], Calibration(config, source).fits()
+    batches = calibration_batches(shuffled_samples(config, source), source)
+    names, kinds = [task.name for task in source.tasks], fit(source.model, batches)
     rows = [row("mixture", source, {})]
     rows += [row(f"merged, {kind}", source, dict.fromkeys(names, found.together))
              for kind, found in kinds.items()]

@@ -22,7 +22,7 @@ import torch
 
 from minismoe.data.tasks import bucket, collate, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
-from minismoe.export.heal import Lesson, heal_step, twin
+from minismoe.export.heal import Healing, heal_step, sharing_copy
 from minismoe.export.scales import quantize_model, scale_model
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
@@ -64,12 +64,12 @@ def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
 
 def heal(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     teacher = ours(args, dtype)[0]
-    student = twin(teacher).train()
+    student = sharing_copy(teacher).train()
     scaled = scale_model(student, quantize_model(
         teacher, lambda name: teacher.get_parameter(name).detach(), "int4", 128)).values()
 
     return torch.nn.ModuleList(scaled), lambda examples, pad: heal_step(
-        student, Lesson(teacher, examples, 1, pad, args.batch_size), examples)
+        student, Healing(teacher, examples, 1, pad, args.batch_size), examples)
 
 
 def child(args: argparse.Namespace) -> None:

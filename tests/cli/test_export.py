@@ -24,11 +24,10 @@ from safetensors.torch import load_file, save_file
 import export
 import train
 from minismoe.cli.export_flags import parse
-from minismoe.export import layouts, npu, verify
-from minismoe.export.routing import Calibration, Frozen
+from minismoe.export import layouts, prepare, ranges, verify
 from minismoe.export.settings import ExportConfig
 from minismoe.method.experts import add_experts, expert_layers
-from minismoe.method.freeze import Fit, merge
+from minismoe.method.freeze import Fit, exact, merge
 from minismoe.method.record import Allocation
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM, Config
@@ -221,7 +220,7 @@ def test_other_data_than_in_training_are_told(run: Path, tmp_path: Path, capsys)
 
 def test_a_place_that_cannot_be_written_is_seen_before_the_work(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "freeze_routing", lambda *_: pytest.fail("it was frozen"))
+    monkeypatch.setattr(export, "prepare", lambda *_: pytest.fail("it was frozen"))
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(PermissionError, match="file is no folder that can be written"):
@@ -325,9 +324,9 @@ def test_what_auto_becomes(flags: str, wanted: tuple[str, int, int | None]) -> N
     config = parse(args, "")
     assert isinstance(config, ExportConfig)
     has_examples = bool(config.run or config.prompts)
-    small = config.settled(has_examples, hidden_size=64)
+    small = config.with_defaults(has_examples, hidden_size=64)
     assert (small.precision, small.heal, small.block) == wanted
-    large = config.settled(has_examples, hidden_size=576)
+    large = config.with_defaults(has_examples, hidden_size=576)
     merged = large.heal and config.target == "ort" and large.kind == "merge"
     assert large.block == (config.block or 128 if large.block and merged else wanted[2])
 
@@ -350,25 +349,28 @@ def test_prompts_come_from_the_whole_file_and_end_where_the_model_does(run: Path
     """A file may be sorted, and calibration reads its first lines only."""
     (tmp_path / "lines").write_text("".join(f"say {i:03}\n" for i in range(99)) + "x" * 999)
     config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"))
-    (pool,) = Calibration(config, source := export.load_run(config)).pools.values()
-    texts = [source.tokenizer.decode(e.ids) for e in pool]
+    (lines,) = prepare.shuffled_samples(config, source := export.load_run(config)).values()
+    texts = [source.tokenizer.decode(e.ids) for e in lines]
     numbers = [int(text.split("say ")[1][:3]) for text in texts if "say" in text]
     assert sorted(numbers) == [*range(99)] and max(numbers[:20]) > 80
-    assert max(len(e.ids) for e in pool) == 128 and all(len(e.ids) == len(e.labels) for e in pool)
+    assert max(len(e.ids) for e in lines) == 128
+    assert all(len(e.ids) == len(e.labels) for e in lines)
 
 
 def test_activations_of_prompts_are_those_of_their_answers_too(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lines").write_text("say 5\nsay 77\n" + "x" * 999)
     seen: list[Any] = []
-    monkeypatch.setattr(npu, "activation_ranges", lambda model, texts: seen.append((model, texts)))
+    monkeypatch.setattr(ranges, "activation_ranges",
+                        lambda model, texts: seen.append((model, texts)))
     config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"), precision="w8a16")
     source = export.load_run(config)
-    fits = Calibration(config, source).fits()["linear"]
-    npu.calibrated(config, source, Frozen(**vars(fits)))
+    samples = prepare.shuffled_samples(config, source)
+    fits = {name: exact(layer) for name, layer in expert_layers(source.model).items()}
+    ranges.shipped_ranges(config, source, samples, fits, {})
     ((model, found),) = seen
-    prompts = [e.ids[:128 - npu.ANSWER] for e in Calibration(config, source).pools["prompts"]]
-    answers = generate(model, prompts, npu.ANSWER, source.tokenizer.stop_ids)
+    prompts = [e.ids[:128 - ranges.ANSWER] for e in samples["prompts"]]
+    answers = generate(model, prompts, ranges.ANSWER, source.tokenizer.stop_ids)
     assert found == [[*p, *a] for p, a in zip(prompts, answers)] and any(answers)
 
 
@@ -586,7 +588,7 @@ def test_healing_that_does_nothing_is_refused(capsys: pytest.CaptureFixture[str]
 def test_a_run_that_cannot_be_written_is_refused_before_the_work(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: path != run / "adapter")
-    monkeypatch.setattr(Calibration, "fits", lambda self: pytest.fail("it was frozen"))
+    monkeypatch.setattr(prepare, "fit", lambda *_, **__: pytest.fail("it was frozen"))
     with pytest.raises(ValueError, match="adapter cannot be written: copy the run"):
         export.main([str(run), "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
@@ -605,7 +607,7 @@ def test_errors_come_before_the_work(run: Path, flags: str, reason: str,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "new_folder", lambda folder: pytest.fail("there is no folder yet"))
     if "--prompts" not in flags:                               # which freezing reads
-        monkeypatch.setattr(export, "freeze_routing", lambda *a: pytest.fail("it was frozen"))
+        monkeypatch.setattr(export, "prepare", lambda *_: pytest.fail("it was frozen"))
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)  # as if it were not installed
     with pytest.raises((ValueError, OSError, ImportError), match=reason):
         export.main([str(run), *flags.split()])

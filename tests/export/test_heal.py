@@ -15,17 +15,17 @@ from safetensors import safe_open
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
-from minismoe.export import routing
-from minismoe.export.heal import Lesson, heal_maps, heal_scales, heal_step, twin
-from minismoe.export.routing import save_frozen
+from minismoe.export import prepare
+from minismoe.export.heal import Healing, heal_maps, heal_scales, heal_step, sharing_copy
+from minismoe.export.prepare import save_fits
 from minismoe.export.scales import (
     quantize_model,
     round_weights,
     scale_model,
 )
-from minismoe.export.settings import ExportConfig
+from minismoe.export.settings import ExportConfig, Source
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import Fit, fit, freeze, merge
+from minismoe.method.freeze import Fit, TaskFits, fit, freeze, merge
 from minismoe.method.loss import IGNORE
 from minismoe.model.quantize import PART, BlockLinear, BlockWeight, dequantize, quantize
 
@@ -58,8 +58,8 @@ def untouched(mixture: Any) -> Any:
     assert list(expert_layers(mixture)) == list(COUNTS)
 
 
-def test_twin_shares_every_weight(mixture: Any) -> None:
-    copied = twin(mixture)
+def test_a_copy_shares_every_weight(mixture: Any) -> None:
+    copied = sharing_copy(mixture)
     assert copied.state_dict().keys() == mixture.state_dict().keys()
     for (name, ours), (_, theirs) in zip(copied.named_parameters(), mixture.named_parameters()):
         assert ours is theirs, name
@@ -87,12 +87,12 @@ def divergence(model: Any, teacher: Any, data: list[Example]) -> float:
 @pytest.mark.parametrize("labelled", [True, False])
 def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
     start, data = fits["mean"].together, examples(labelled)
-    healed = heal_maps(Lesson(mixture, data, 20, 0), start, lr=1e-2)
+    healed = heal_maps(Healing(mixture, data, 20, 0), start, lr=1e-2)
     assert list(healed) == list(COUNTS)
     assert {f.kind for f in healed.values()} == {"healed"}
     losses = []
     for chosen in (start, healed):
-        model = twin(mixture)
+        model = sharing_copy(mixture)
         freeze(model, chosen)
         losses.append(loss_of(model, data) if labelled else divergence(model, mixture, data))
     assert losses[1] < 0.9 * losses[0]
@@ -102,8 +102,8 @@ def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> Non
 
 
 def test_healing_is_deterministic(mixture: Any, fits: Any) -> None:
-    lesson = Lesson(mixture, examples(), 3, 0)
-    first, again = (heal_maps(lesson, fits["gates"].together) for _ in range(2))
+    healing = Healing(mixture, examples(), 3, 0)
+    first, again = (heal_maps(healing, fits["gates"].together) for _ in range(2))
     assert all(torch.equal(first[n].lora_A, again[n].lora_A) for n in first)
 
 
@@ -123,10 +123,10 @@ def test_a_step_and_its_gradient_equal_autograd(
         mixture: Any, fits: Any, labelled: bool, size: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(healing, "CHUNK", 5 * V)                   # five tokens at a time
-    student, data = twin(mixture), examples(labelled)
+    student, data = sharing_copy(mixture), examples(labelled)
     freeze(student, fits["mean"].together)
     parts = [p for p in student.parameters() if p.requires_grad]
-    found = heal_step(student, Lesson(mixture, data, 1, 0, size), data)
+    found = heal_step(student, Healing(mixture, data, 1, 0, size), data)
     wanted = step_loss(student, mixture, data)
     assert found == pytest.approx(wanted.item(), rel=1e-4)
     for part, gradient in zip(parts, torch.autograd.grad(wanted, parts)):
@@ -153,21 +153,21 @@ def test_gradients_of_scales_equal_autograd(
     model, data = copy.deepcopy(mixture).double(), examples()
     merge(model, fit(model, tasks())["linear"].together)
     blocks = blocks_of(model, "int4", block)
-    student = twin(model)
+    student = sharing_copy(model)
     student.model.recompute = recompute
     scaled = scale_model(student, blocks)
     deltas = {}
     for name, weight in scaled.items():
         weight.delta.data = torch.randn(weight.delta.shape).double() * 0.1
         deltas[name] = weight.delta.detach().clone().requires_grad_()
-    heal_step(student, Lesson(model, data, 1, 0), data)
+    heal_step(student, Healing(model, data, 1, 0), data)
 
     def dense(name: str) -> torch.Tensor:
         b = blocks[name]
         grown = deltas[name].exp().repeat_interleave(b.size, 1)[:, :b.shape[1]]
         return grown * dequantize(b).double()
 
-    plain = twin(model)
+    plain = sharing_copy(model)
     weights = {name: dense(name) for name in scaled}
     def call(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(plain, weights, (ids, mask))
@@ -180,14 +180,14 @@ def test_gradients_of_scales_equal_autograd(
 @pytest.mark.parametrize("labelled", [True, False])
 def test_healing_scales_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
     """Integers stay."""
-    base, data = twin(mixture), examples(labelled)
+    base, data = sharing_copy(mixture), examples(labelled)
     merge(base, fits["linear"].together)
     before = blocks_of(base, "int4", 32)
-    lesson = Lesson(mixture, data, 30, 0)
-    after, again = (heal_scales(lesson, before, lr=3e-2) for _ in range(2))
+    healing = Healing(mixture, data, 30, 0)
+    after, again = (heal_scales(healing, before, lr=3e-2) for _ in range(2))
     losses = []
     for blocks in (before, after):
-        model = twin(base)
+        model = sharing_copy(base)
         round_weights(model, "int4", 32, blocks)
         losses.append(loss_of(model, data) if labelled else divergence(model, mixture, data))
     assert losses[1] < 0.95 * losses[0]
@@ -210,7 +210,7 @@ def test_no_gradient_of_a_whole_matrix_is_held(monkeypatch: pytest.MonkeyPatch) 
 # --- frozen.safetensors -------------------------------------------------------------------------
 
 def test_frozen_maps_are_kept_beside_the_adapter(fits: Any, tmp_path: Path) -> None:
-    save_frozen(tmp_path, fits["linear"])
+    save_fits(tmp_path, fits["linear"])
     assert [p.name for p in tmp_path.iterdir()] == ["frozen.safetensors"]
     with safe_open(tmp_path / "frozen.safetensors", "pt") as f:
         assert f.metadata()["format"] == "minismoe.frozen/1"
@@ -233,14 +233,14 @@ def test_maps_that_miss_much_are_healed_before_they_are_rounded(
         residual: float, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for part in ("maps", "scales"):
-        monkeypatch.setattr(routing, f"heal_{part}",
+        monkeypatch.setattr(prepare, f"heal_{part}",
                             lambda *_, part=part, **__: found.append(part) or {})
-    for name in ("quantize_model", "refine", "merged_weights"):
-        monkeypatch.setattr(routing, name, lambda *_: {})
+    for name in ("quantize_model", "refine", "merged_weights", "save_fits"):
+        monkeypatch.setattr(prepare, name, lambda *_: {})
     A, B = torch.zeros(1, 1), torch.zeros(1, 1)
-    frozen = routing.Frozen({"m": Fit(A, B, "linear", residual),     # single experts miss nothing
-                             "n": Fit(A, B), "o": Fit(A, B)}, {})
-    data = SimpleNamespace(pools={"t": []}, batches={}, lesson=lambda *_: None)
-    source = SimpleNamespace(base=None, model=None)
-    routing.heal_frozen(ExportConfig(heal=40, precision="int4", block=32), source, data, frozen)
+    fits = TaskFits({"m": Fit(A, B, "linear", residual),             # single experts miss nothing
+                     "n": Fit(A, B), "o": Fit(A, B)}, {})
+    model, tokenizer = SimpleNamespace(config=None), SimpleNamespace(pad_id=0)
+    config = ExportConfig(heal=40, precision="int4", block=32)
+    prepare.prepare_part(config, Source(Path(), Path(), "", model, tokenizer), {"t": []}, {}, fits)
     assert found == trained

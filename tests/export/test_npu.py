@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from minismoe.export.graph import refuse, write_sampler
-from minismoe.export.npu import Range, activation_ranges, compile_npu, write_npu
+from minismoe.export.npu import compile_npu, write_npu
+from minismoe.export.ranges import Range, activation_ranges
 from minismoe.export.scales import round_weights
 from minismoe.export.weights import GraphFormat
 from minismoe.model.checkpoint import load_model

@@ -72,13 +72,13 @@ def test_fits_and_residuals_equal_the_reference(kind: str, pad: str, ridge: floa
         batches = [b for t in data if task in (None, t) for b in held_out(data[t], False)]
         held = [b for t in data if task in (None, t) for b in held_out(data[t], True)]
         xs, hs = reads(model, batches), reads(model, held)
-        assert list(fits["linear"].of(task)) == list(COUNTS)
+        assert list(fits["linear"].for_task(task)) == list(COUNTS)
         for name in ROUTED:
             layer, x = plain(expert_layers(model)[name]), xs[name]
             wanted = reference.fits(layer, x, ridge)
-            assert fits["linear"].of(task)[name].kind == "linear"
+            assert fits["linear"].for_task(task)[name].kind == "linear"
             for what in fits:
-                found = fits[what].of(task)[name]
+                found = fits[what].for_task(task)[name]
                 torch.testing.assert_close(found.lora_A, wanted[what], rtol=1e-5, atol=1e-5)
                 assert found.residual == pytest.approx(
                     reference.residual(layer, wanted[what], hs[name]), rel=1e-6)
@@ -96,7 +96,7 @@ def test_the_ridge_is_the_best_one_on_held_out_samples() -> None:
     for task in "ab":
         xs, hs = (reads(model, held_out(data[task], held)) for held in (False, True))
         for name in ROUTED:
-            layer, found = plain(expert_layers(model)[name]), fits.of(task)[name]
+            layer, found = plain(expert_layers(model)[name]), fits.for_task(task)[name]
             losses = [reference.residual(layer, reference.fits(layer, xs[name], ridge)["linear"],
                                          hs[name]) for ridge in module.RIDGES]
             losses.append(reference.residual(layer, reference.fits(layer, xs[name], 1.0)["gates"],
@@ -117,7 +117,7 @@ def test_equal_gates_are_frozen_without_loss(k: int) -> None:
     fits = fit(model, tasks())
     for kind, found in fits.items():
         assert all(f.residual < 1e-12 for task in (None, "a", "b")
-                   for f in found.of(task).values())
+                   for f in found.for_task(task).values())
         frozen = copy.deepcopy(model)
         freeze(frozen, found.together)
         torch.testing.assert_close(frozen(*x[:2]), before(*x[:2]), msg=kind)
@@ -209,7 +209,7 @@ def test_tasks_of_one_sample_are_refused() -> None:
 def same(a: dict[str, TaskFits], b: dict[str, TaskFits], **tolerance: float) -> None:
     for kind in a:
         for task in (None, "a", "b"):
-            ours, theirs = a[kind].of(task), b[kind].of(task)
+            ours, theirs = a[kind].for_task(task), b[kind].for_task(task)
             assert list(ours) == list(theirs)
             for name, found in ours.items():
                 torch.testing.assert_close(found.lora_A, theirs[name].lora_A, **tolerance)
