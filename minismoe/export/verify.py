@@ -1,4 +1,4 @@
-"""Compare an export with PyTorch: logits, greedy texts, exact match.
+"""Check an exported folder: compare it with PyTorch, and measure exact match.
 
 Letters: n tokens compared, V vocabulary.
 """
@@ -6,17 +6,13 @@ Letters: n tokens compared, V vocabulary.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime as ort
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from tqdm import tqdm
 
 from ..data.tasks import Task
@@ -36,6 +32,14 @@ from ..training.evaluate import (
     generate,
     references,
 )
+from .compare import (
+    TOKENS,
+    compare_graph,
+    compare_logits,
+    compare_npu,
+    compare_rounded,
+    unrounded,
+)
 from .graph import refuse
 from .heal import sharing_copy
 from .mixture import round_adapters
@@ -44,115 +48,106 @@ from .scales import round_weights
 from .settings import ExportConfig, Source
 from .weights import HALF, PRECISIONS
 
-# How far logits may be from those of PyTorch, as a share of the largest: the error that rounding
-# explains. A graph in few bits is compared with PyTorch on the same rounded weights, where only
-# activations differ: how far it is from unrounded weights is reported, and has no bound. In float16
-# a router may choose another expert where two are almost equal ("routed").
-TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "a16": 2e-2, "routed fp16": 6e-2}
-# The precision of the activations of a graph in few bits, if it is not fp32.
-ACTIVATIONS = {"w8a16": "a16", "w4a16": "a16", "q4f16": "fp16", "routed q4f16": "routed fp16"}
+# How far logits may be from PyTorch's on the same weights, as a share of the largest: what rounding
+# activations explains. Of float16 graphs weights are rounded as well, and a router may choose
+# another expert where two are almost equal.
+FLOAT32, FLOAT16, ROUTED_FLOAT16, BITS16, BFLOAT16 = 1e-4, 3e-2, 6e-2, 2e-2, 5e-2
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
 CHECKED = 8                              # prompts on which an export must agree with PyTorch
-TOKENS = 24                              # of each greedy text
-FEW = 4                                  # of each text read without rounding, which is slow
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
-Prompts = Sequence[Sequence[int]]
 
 
-@torch.no_grad()
-def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """Logits (n, V) after the prompt and each token of the text; a graph reads these singly."""
-    if isinstance(model, Generator):
-        return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
-                            for given in model.forced(prompt, text)])
-    return model.lm_head(model.model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:])
+def check(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
+          folder: Path) -> dict[str, Any]:
+    """Compare the folder with PyTorch; returns figures, of a graph by adapter.
 
+    A graph in few bits has to compute what PyTorch does with the same rounded weights. How far it
+    is from unrounded weights is reported, and has no bound.
 
-def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, prompts: Prompts,
-                   texts: Prompts, precision: str,
-                   complaint: str = "the export is not what PyTorch computes") -> dict[str, Any]:
-    """Compare the logits of an export with those of `model`, along the greedy texts of the latter.
-
-    Raises ValueError with the complaint if they differ by more than the tolerance of the precision,
-    or by what is no finite number.
+    trained: the model with its experts, in float32. Raises ValueError if they disagree.
     """
-    errors, same = [], []
-    for prompt, text in zip(prompts, texts):
-        wanted, found = logits(model, prompt, text), logits(export, prompt, text)
-        errors.append((found - wanted).abs().max() / wanted.abs().max())
-        same.append(found.argmax(-1) == wanted.argmax(-1))
-    error = torch.stack(errors).max().item()             # nan if any is: Python's max may drop it
-    tolerance = TOLERANCES.get(precision, math.inf)
-    if not (error <= tolerance and math.isfinite(error)):
-        raise ValueError(f"{complaint}: its logits are off by {error:.2g} of the largest, and "
-                         f"{precision} explains {tolerance:g}")
-    return {"logits_error": float(f"{error:.3g}"),
-            "tokens_agreed": round(torch.cat(same).double().mean().item(), 4)}
+    if not config.graph:
+        return check_weights(config, source, trained, prepared, folder)
+    generator, found = Generator(folder), {}
+    npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
+    exact = unrounded(generator) if rounds and not npu else generator
+    tolerance, prompts = activations_explain(config), some_prompts(source)
+    for adapter in (None, *generator.tasks):
+        task, adapted = adapter or config.task, bool(adapter) or not config.adapters
+        fits = prepared.fits.for_task(task) if adapted else None
+        model = expected = as_exported(config, trained, fits)
+        if rounds:
+            expected = rounded(config, model, prepared)
+        generator.use(adapter)
+        # Healed weights are no longer those of the model: the graph is compared with them.
+        seen: dict[str, Any] = compare_graph(
+            expected if prepared.blocks else model, generator, prompts,
+            math.inf if rounds else tolerance, config.precision == "fp32")
+        if rounds:
+            exact.use(adapter)
+            seen |= compare_rounded(expected, exact, prompts, tolerance, npu * (
+                ", or too few texts showed its activations: give more --prompts"))
+        show_logits(task or source.name, seen)
+        if config.compile:
+            seen |= compare_npu(generator, Generator(folder, "qnn"), prompts[0], BITS16)
+        if adapted:
+            seen["exact_match"] = accuracies(config, source, generator, model, [
+                t for t in source.tasks if task in (None, t.name)])
+        found[task or ""] = seen
+    show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
+    return found
 
 
-def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
-                  ) -> dict[str, Any]:
-    """Compare a graph with `model`: logits, and texts, one by one and in a batch.
-
-    Raises ValueError as `compare_logits` does, and if a float32 text differs.
-    """
-    count = min(TOKENS, generator.room(max(map(len, prompts))))  # a static past may hold few
-    wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
-    found = compare_logits(model, generator, prompts, wanted, precision)
-    batched, single = (sum(a == b for a, b in zip(wanted, texts)) for texts in (
-        generator.batch(prompts, count), [[*generator.generate(p, count)] for p in prompts]))
-    if precision == "fp32" and (batched, single) != (len(prompts),) * 2:
-        raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
-                         f"are equal, and {batched} in a batch")
-    return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
+def activations_explain(config: ExportConfig) -> float:
+    """How far a graph's logits may be from those of its weights in PyTorch, by its activations."""
+    if config.precision in HALF:
+        return ROUTED_FLOAT16 if config.routing == "dynamic" else FLOAT16
+    return BITS16 if config.target == "npu" else FLOAT32
 
 
-def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
-                    ) -> dict[str, Any]:
-    """Compare an `unrounded` graph with `model`, whose weights `round_weights` rounded.
-
-    Raises ValueError if they differ by more than the type of its activations explains.
-    """
-    count = min(FEW, generator.room(max(map(len, prompts))))
-    texts = generate(model, prompts, count, generator.tokenizer.stop_ids)
-    activations = ACTIVATIONS.get(precision, "fp32")
-    found = compare_logits(
-        model, generator, prompts, texts, activations,
-        "the export is not what PyTorch computes with the same rounded weights" + (
-            ", or too few texts showed its activations: give more --prompts" * (
-                activations == "a16")))
-    return {"rounded_error": found["logits_error"]}
+def as_exported(config: ExportConfig, trained: CausalLM, fits: Fits | None) -> CausalLM:
+    """The trained model with its mixtures as the export holds them; without any if fits is None."""
+    model = sharing_copy(trained)
+    if fits is None:                         # a LoRA of rank 0 adds nothing
+        fits = {name: Fit(layer.lora_A[0, :0], layer.lora_B[0, :0].T)
+                for name, layer in expert_layers(model).items()}
+        merge(model, fits)
+    elif config.merges:
+        merge(model, fits)
+    elif config.routing == "freeze" or config.adapters:
+        freeze(model, fits)                  # not rounded with the base
+    return model
 
 
-def compare_npu(generator: Generator, compiled: Generator, prompt: Sequence[int]) -> dict[str, Any]:
-    """Compare what was compiled for an NPU with the same graphs on the CPU, along one short text.
-
-    Raises ValueError if they differ by more than float16 explains: a graph that compiles may
-    compute something else.
-    """
-    found = compare_logits(
-        generator, compiled, [prompt], [[*generator.generate(prompt, FEW - 1)]], "a16",
-        "what was compiled is not what the CPU computes (try another T in --static 1xTxP)")
-    print(f"compiled: logits within {found['logits_error']:.1e} of the CPU's largest")
-    return {"compiled_error": found["logits_error"]}
+def rounded(config: ExportConfig, model: CausalLM, prepared: Prepared) -> CausalLM:
+    """A copy of the model with weights in few bits, as the graph stores them."""
+    block = config.block or BLOCK
+    model = round_weights(sharing_copy(model), config.precision, block, prepared.blocks)
+    if not config.adapters:                  # those stay floats
+        round_adapters(model, config.precision, block)
+    return model
 
 
-def unrounded(generator: Generator) -> Generator:
-    """A generator of the same graph that rounds no activations, to test only its blocks."""
-    graph = onnx.load(str(generator.folder / "model.onnx"), load_external_data=False)
-    for attribute in (a for node in graph.graph.node for a in node.attribute):
-        if attribute.name == "accuracy_level":
-            attribute.i = 0
-    options = generator._session.get_session_options()
-    options.add_session_config_entry(                    # for the nodes fused in target portable
-        "session.qdq_matmulnbits_accuracy_level", "0")
-    options.add_session_config_entry(                    # the graph comes as bytes, without a path
-        "session.model_external_initializers_file_folder_path", str(generator.folder))
-    other = copy(generator)
-    other._session = ort.InferenceSession(graph.SerializeToString(), options,
-                                          providers=["CPUExecutionProvider"])
-    other.use(None)
-    return other
+def check_weights(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
+                  folder: Path) -> dict[str, Any]:
+    """Compare the logits of a folder of layout hf or peft with those of PyTorch."""
+    fits = prepared.fits.for_task(config.task)
+    if config.layout == "hf":
+        exported = load_model(folder)
+    else:
+        exported = sharing_copy(trained)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        key = "base_model.model.{}.lora_{}.weight".format
+        merge(exported, {text_name(name): Fit(tensors[key(name, "A")], tensors[key(name, "B")])
+                         for name in read_json(folder / "adapter_config.json")["target_modules"]})
+    stored = weights(source.base)                          # merged weights have its dtypes
+    exact = config.layout == "peft" or all(
+        stored(f"{n}.weight").dtype == torch.float32 for n in fits)
+    model, prompts = as_exported(config, trained, fits), some_prompts(source)
+    texts = generate(model, prompts, TOKENS, source.tokenizer.stop_ids)
+    seen = compare_logits(model, exported, prompts, texts, FLOAT32 if exact else BFLOAT16)
+    show_logits(source.name, seen)
+    return seen
 
 
 def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy:
@@ -252,85 +247,3 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     if config.graph:                         # before anything is frozen or healed
         refuse(source.model.config, config.target, config.block or BLOCK, config.static)
     return replace(config, context=context)
-
-
-def check(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
-          folder: Path) -> dict[str, Any]:
-    """Compare the folder with PyTorch; returns figures, of a graph by adapter.
-
-    trained: the model with its experts, in float32. Raises ValueError if they disagree.
-    """
-    if not config.graph:
-        return check_weights(config, source, trained, prepared, folder)
-    generator, found = Generator(folder), {}
-    rounds = any(PRECISIONS[config.precision])
-    exact = unrounded(generator) if rounds and config.target != "npu" else generator
-    prompts = some_prompts(source)
-    routed = config.routing == "dynamic" and config.precision in HALF
-    precision = "routed " * routed + config.precision
-    for adapter in (None, *generator.tasks):
-        task, adapted = adapter or config.task, bool(adapter) or not config.adapters
-        fits = prepared.fits.for_task(task) if adapted else None
-        model = expected = as_exported(config, trained, fits)
-        generator.use(adapter)
-        if rounds:
-            expected = rounded(config, model, prepared)
-        # Healed weights are no longer those of the model: the graph is compared with them.
-        seen = compare_graph(expected if prepared.blocks else model, generator, prompts, precision)
-        if rounds:
-            exact.use(adapter)
-            seen |= compare_rounded(expected, exact, prompts, precision)
-        show_logits(task or source.name, seen)
-        if config.compile:
-            seen |= compare_npu(generator, Generator(folder, "qnn"), prompts[0])
-        if adapted:
-            seen["exact_match"] = accuracies(config, source, generator, model, [
-                t for t in source.tasks if task in (None, t.name)])
-        found[task or ""] = seen
-    show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
-    return found
-
-
-def as_exported(config: ExportConfig, trained: CausalLM, fits: Fits | None) -> CausalLM:
-    """The trained model with its mixtures as the export holds them; without any if fits is None."""
-    model = sharing_copy(trained)
-    if fits is None:                         # a LoRA of rank 0 adds nothing
-        fits = {name: Fit(layer.lora_A[0, :0], layer.lora_B[0, :0].T)
-                for name, layer in expert_layers(model).items()}
-        merge(model, fits)
-    elif config.merges:
-        merge(model, fits)
-    elif config.routing == "freeze" or config.adapters:
-        freeze(model, fits)                  # not rounded with the base
-    return model
-
-
-def rounded(config: ExportConfig, model: CausalLM, prepared: Prepared) -> CausalLM:
-    """A copy of the model with weights in few bits, as the graph stores them."""
-    block = config.block or BLOCK
-    model = round_weights(sharing_copy(model), config.precision, block, prepared.blocks)
-    if not config.adapters:                  # those stay floats
-        round_adapters(model, config.precision, block)
-    return model
-
-
-def check_weights(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
-                  folder: Path) -> dict[str, Any]:
-    """Compare the logits of a folder of layout hf or peft with those of PyTorch."""
-    fits = prepared.fits.for_task(config.task)
-    if config.layout == "hf":
-        exported = load_model(folder)
-    else:
-        exported = sharing_copy(trained)
-        tensors = load_file(folder / "adapter_model.safetensors")
-        key = "base_model.model.{}.lora_{}.weight".format
-        merge(exported, {text_name(name): Fit(tensors[key(name, "A")], tensors[key(name, "B")])
-                         for name in read_json(folder / "adapter_config.json")["target_modules"]})
-    stored = weights(source.base)                          # merged weights have its dtypes
-    exact = config.layout == "peft" or all(
-        stored(f"{n}.weight").dtype == torch.float32 for n in fits)
-    model, prompts = as_exported(config, trained, fits), some_prompts(source)
-    texts = generate(model, prompts, TOKENS, source.tokenizer.stop_ids)
-    seen = compare_logits(model, exported, prompts, texts, "fp32" if exact else "bf16")
-    show_logits(source.name, seen)
-    return seen

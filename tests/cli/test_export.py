@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import export
 import train
 from minismoe.cli.export_flags import parse
-from minismoe.export import layouts, prepare, ranges, verify
+from minismoe.export import compare, layouts, prepare, ranges, verify
 from minismoe.export.settings import ExportConfig
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit, exact, merge
@@ -161,12 +161,13 @@ def test_what_compiles_and_computes_something_else_is_refused() -> None:
             return (OrtValue.from_dlpack(torch.tensor([[[0.0, 5.0 * self.factor]]]))
                     for _ in range(len(text) + 1))
 
-    with mock.patch.object(verify, "Generator", Given):
-        assert verify.compare_npu(Given(1), Given(1.001), [1, 2])["compiled_error"] < 2e-3
+    with mock.patch.object(compare, "Generator", Given):
+        found = compare.compare_npu(Given(1), Given(1.001), [1, 2], verify.BITS16)
+        assert found["compiled_error"] < 2e-3
         with pytest.raises(ValueError, match="not what the CPU computes.*--static 1xTxP"):
-            verify.compare_npu(Given(1), Given(1.1), [1, 2])
+            compare.compare_npu(Given(1), Given(1.1), [1, 2], verify.BITS16)
         with pytest.raises(ValueError, match="not what the CPU computes"):
-            verify.compare_npu(Given(1), Given(math.nan), [1, 2])
+            compare.compare_npu(Given(1), Given(math.nan), [1, 2], verify.BITS16)
 
 
 def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> None:
@@ -448,7 +449,7 @@ def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
 
 def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(verify.TOLERANCES, "fp32", 1e-9)
+    monkeypatch.setattr(verify, "FLOAT32", 1e-9)
     for precision in ("fp32", "int4"):
         with pytest.raises(ValueError, match="not what PyTorch computes"):
             export.main([str(run), "--out", str(tmp_path / "out"), "--precision", precision])
@@ -488,12 +489,12 @@ def test_experts_are_compared_as_the_graph_stores_them(run: Path, tmp_path: Path
     check, seen = verify.compare_rounded, list[bool]()
     stored = load_file(run / "adapter" / "adapter.safetensors")
 
-    def compare(model, *args) -> dict[str, Any]:
+    def compare_and_see(model, *args) -> dict[str, Any]:
         seen.extend(not torch.equal(layer.lora_A, stored[f"{name}.lora_A"])
                     for name, layer in expert_layers(model).items())
         return check(model, *args)
 
-    monkeypatch.setattr(verify, "compare_rounded", compare)
+    monkeypatch.setattr(verify, "compare_rounded", compare_and_see)
     export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "web", "--routing",
                  "dynamic", "--precision", precision])
     assert seen and set(seen) == {rounds}
@@ -507,17 +508,17 @@ def test_every_adapter_is_compared_in_few_bits(run: Path, tmp_path: Path, capsys
     assert capsys.readouterr().out.count(" with rounded weights), ") == 3
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("tolerance", [verify.FLOAT32, math.inf])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_what_is_no_number_is_refused(run: Path, precision: str, wrong: float) -> None:
+def test_what_is_no_number_is_refused(run: Path, tolerance: float, wrong: float) -> None:
     base, prompts = load_model(run.parent / "model"), [PROMPT[:8], PROMPT[:9], PROMPT]
     texts = generate(base, prompts, 5, ())
-    verify.compare_logits(base, base, prompts, texts, precision)
+    compare.compare_logits(base, base, prompts, texts, tolerance)
     for lengths in ((13, 14, len(PROMPT) + 5), (14,)):           # of all texts, and of one
         broken = SimpleNamespace(lm_head=base.lm_head, model=lambda ids, lengths=lengths: (
             base.model(ids) * (wrong if ids.shape[1] in lengths else 1)))
         with pytest.raises(ValueError, match="not what PyTorch computes"):
-            verify.compare_logits(base, broken, prompts, texts, precision)
+            compare.compare_logits(base, broken, prompts, texts, tolerance)
 
 
 def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import export
 import train
 from minismoe.data.tasks import Example, Task, collate
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
-from minismoe.export import gptq, prepare, verify
+from minismoe.export import compare, gptq, prepare, verify
 from minismoe.export.heal import Healing, heal_maps, sharing_copy
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.prepare import merged_weights
@@ -109,16 +109,16 @@ def test_answers_are_scored_in_the_order_of_their_questions() -> None:
     assert verify.accuracy(Says(), Task("t", [], lines), batch_size=2).share == 0.75
 
 
-@pytest.mark.parametrize("precision, wrong", [("fp32", True), ("int8", False)])
-def test_another_text_in_float32_is_refused(precision, wrong, monkeypatch) -> None:
-    monkeypatch.setattr(verify, "compare_logits", lambda *_, **__: {})
+@pytest.mark.parametrize("same_texts", [True, False])
+def test_another_text_in_float32_is_refused(same_texts, monkeypatch) -> None:
+    monkeypatch.setattr(compare, "compare_logits", lambda *_, **__: {})
     for texts in ([list(b"yes"), list(b"no")], [list(b"yes"), list(b"yes")]):
-        monkeypatch.setattr(verify, "generate", lambda *_, texts=texts: texts)
-        if wrong and texts[1] != list(b"no"):
+        monkeypatch.setattr(compare, "generate", lambda *_, texts=texts: texts)
+        if same_texts and texts[1] != list(b"no"):
             with pytest.raises(ValueError, match="says other texts than PyTorch: 1 of 2 are"):
-                verify.compare_graph(None, Says(), [[120], [97]], precision)
+                compare.compare_graph(None, Says(), [[120], [97]], 1.0, same_texts)
             continue
-        found = verify.compare_graph(None, Says(), [[120], [97]], precision)
+        found = compare.compare_graph(None, Says(), [[120], [97]], 1.0, same_texts)
         assert found["texts_equal"] == found["batched_equal"] == (2 if texts[1] == [110, 111]
                                                                   else 1)
 
