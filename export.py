@@ -58,18 +58,18 @@ def main(argv: Sequence[str]) -> None:
     must_be_new(out)
     print(*map(plan, parts), sep="\n")
 
-    # Freeze the routing, round and heal; load the model in float32, to compare with
+    # Freeze the routing, heal and round
     prepared = prepare(parts, source)
-    trained = load_model(source.base)
-    if expert_layers(source.model):
-        load_adapter(trained, source.run / "adapter")
 
     # Write and check under another name: only a folder that works gets its own
+    reference = load_model(source.base)              # in float32
+    if expert_layers(source.model):
+        load_adapter(reference, source.run / "adapter")
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx")
         info: dict[str, Any] = {}
-        for part, its_model in zip(parts, prepared):
-            info = write(part, source, trained, its_model, folder, info)
+        for part, its_own in zip(parts, prepared):
+            info = write(part, source, reference, its_own, folder, info)
 
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
@@ -90,9 +90,9 @@ def plan(config: ExportConfig) -> str:
     return f"writes {what}{blocks}{heal}{floats * bool(config.block)}"
 
 
-def write(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
+def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
           folder: Path, other: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the folder and run it beside PyTorch; returns the content of its export.json.
+    """Write the folder and compare it with the reference; returns the content of its export.json.
 
     other: that of a graph which was written into the folder before.
     """
@@ -112,7 +112,7 @@ def write(config: ExportConfig, source: Source, trained: CausalLM, prepared: Pre
     else:
         layouts.write_weights(config.layout, source.base, source.name,
                               prepared.fits.for_task(config.task), folder)
-    info["checked"] = verify.check(config, source, trained, prepared, folder)
+    info["checked"] = verify.check(config, source, reference, prepared, folder)
     if config.layout == "genai":
         layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":
@@ -143,7 +143,7 @@ def load_run(config: ExportConfig) -> Source:
     load_adapter(inputs.model, run / "adapter")
     inputs.model.model.recompute = training.recompute
     return Source(run, inputs.folder, inputs.model.name, inputs.model,
-                  inputs.tokenizer, inputs.tasks, inputs.encoded, trained(run, inputs.tasks),
+                  inputs.tokenizer, inputs.tasks, inputs.encoded, results(run, inputs.tasks),
                   training.micro_batch_size)
 
 
@@ -159,7 +159,7 @@ def load_base(config: ExportConfig) -> Source:
     return Source(run, base, model.name, model, load_tokenizer(base))
 
 
-def trained(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
+def results(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
     """Exact match by task from a run's results, if it was measured on the same number of lines."""
     file = run / "results.json"
     if not file.is_file():

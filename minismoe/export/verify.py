@@ -24,22 +24,8 @@ from ..model.checkpoint import load_model, text_name, weights
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
 from ..runtime import Generator
-from ..training.evaluate import (
-    Accuracy,
-    answer_prompts,
-    evaluate,
-    exact_match,
-    generate,
-    references,
-)
-from .compare import (
-    TOKENS,
-    compare_graph,
-    compare_logits,
-    compare_npu,
-    compare_rounded,
-    unrounded,
-)
+from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
+from .compare import TOKENS, compare_graph, compare_logits, compare_npu, compare_rounded, unrounded
 from .graph import refuse
 from .heal import sharing_copy
 from .mixture import round_adapters
@@ -57,17 +43,17 @@ CHECKED = 8                              # prompts on which an export must agree
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
 
 
-def check(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
+def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
           folder: Path) -> dict[str, Any]:
     """Compare the folder with PyTorch; returns figures, of a graph by adapter.
 
     A graph in few bits has to compute what PyTorch does with the same rounded weights. How far it
     is from unrounded weights is reported, and has no bound.
 
-    trained: the model with its experts, in float32. Raises ValueError if they disagree.
+    reference: the trained model with its experts, in float32. Raises ValueError if they disagree.
     """
     if not config.graph:
-        return check_weights(config, source, trained, prepared, folder)
+        return check_weights(config, source, reference, prepared, folder)
     generator, found = Generator(folder), {}
     npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
     exact = unrounded(generator) if rounds and not npu else generator
@@ -75,7 +61,7 @@ def check(config: ExportConfig, source: Source, trained: CausalLM, prepared: Pre
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
         fits = prepared.fits.for_task(task) if adapted else None
-        model = expected = as_exported(config, trained, fits)
+        model = expected = as_exported(config, reference, fits)
         if rounds:
             expected = rounded(config, model, prepared)
         generator.use(adapter)
@@ -105,9 +91,9 @@ def activations_explain(config: ExportConfig) -> float:
     return BITS16 if config.target == "npu" else FLOAT32
 
 
-def as_exported(config: ExportConfig, trained: CausalLM, fits: Fits | None) -> CausalLM:
-    """The trained model with its mixtures as the export holds them; without any if fits is None."""
-    model = sharing_copy(trained)
+def as_exported(config: ExportConfig, reference: CausalLM, fits: Fits | None) -> CausalLM:
+    """The model with its mixtures as the export holds them; without any if fits is None."""
+    model = sharing_copy(reference)
     if fits is None:                         # a LoRA of rank 0 adds nothing
         fits = {name: Fit(layer.lora_A[0, :0], layer.lora_B[0, :0].T)
                 for name, layer in expert_layers(model).items()}
@@ -128,14 +114,14 @@ def rounded(config: ExportConfig, model: CausalLM, prepared: Prepared) -> Causal
     return model
 
 
-def check_weights(config: ExportConfig, source: Source, trained: CausalLM, prepared: Prepared,
+def check_weights(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
                   folder: Path) -> dict[str, Any]:
     """Compare the logits of a folder of layout hf or peft with those of PyTorch."""
     fits = prepared.fits.for_task(config.task)
     if config.layout == "hf":
         exported = load_model(folder)
     else:
-        exported = sharing_copy(trained)
+        exported = sharing_copy(reference)
         tensors = load_file(folder / "adapter_model.safetensors")
         key = "base_model.model.{}.lora_{}.weight".format
         merge(exported, {text_name(name): Fit(tensors[key(name, "A")], tensors[key(name, "B")])
@@ -143,16 +129,33 @@ def check_weights(config: ExportConfig, source: Source, trained: CausalLM, prepa
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(
         stored(f"{n}.weight").dtype == torch.float32 for n in fits)
-    model, prompts = as_exported(config, trained, fits), some_prompts(source)
+    model, prompts = as_exported(config, reference, fits), some_prompts(source)
     texts = generate(model, prompts, TOKENS, source.tokenizer.stop_ids)
     seen = compare_logits(model, exported, prompts, texts, FLOAT32 if exact else BFLOAT16)
     show_logits(source.name, seen)
     return seen
 
 
-def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy:
-    """Exact match of an exported folder on the test split of a task; without answers if the
-    context, or the past of a static graph, is too short for them."""
+def accuracies(config: ExportConfig, source: Source, generator: Generator, model: CausalLM,
+               tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+    """Exact match by task: of the export, in training and, if rounded, of `model` in float32.
+
+    Tasks whose answers the context, or the past of a static graph, cannot hold are left out.
+    """
+    found = {}
+    for task in tasks:
+        row = {"trained": source.trained[task.name]} if task.name in source.trained else {}
+        share = accuracy(generator, task)
+        if share is not None:
+            if config.precision != "fp32":
+                row["float32"] = evaluate(model, source.tokenizer, task).share
+            found[task.name] = row | {config.precision: share}
+    return found
+
+
+def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float | None:
+    """Exact match of an exported folder on the test split of a task, 0 to 1; None if it has no room
+    for the answers."""
     def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
         if (room := generator.room(max(map(len, prompts)))) < limit:
             print(f"{clean(task.name)}: no exact match, as an answer may have {limit} tokens, and "
@@ -163,24 +166,8 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> Accuracy
         return [answer for start in starts
                 for answer in generator.batch(prompts[start:start + batch_size], limit)]
 
-    return exact_match(generator.tokenizer, task, generator.context, complete)
-
-
-def accuracies(config: ExportConfig, source: Source, generator: Generator, model: CausalLM,
-               tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
-    """Exact match by task: of the export, in training and, if rounded, of `model` in float32.
-
-    Tasks whose answers the export cannot hold are left out.
-    """
-    found = {}
-    for task in tasks:
-        exported = accuracy(generator, task)
-        if exported.examples:
-            row = {"trained": source.trained[task.name]} if task.name in source.trained else {}
-            if config.precision != "fp32":
-                row["float32"] = evaluate(model, source.tokenizer, task).share
-            found[task.name] = row | {config.precision: exported.share}
-    return found
+    found = exact_match(generator.tokenizer, task, generator.context, complete)
+    return found.share if found.examples else None
 
 
 def show_logits(name: str, seen: Mapping[str, Any]) -> None:
@@ -221,29 +208,26 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     and as `refuse` does.
     """
     longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
-    prompts, answers = some_prompts(source), [0]
+    prompts, answers, npu = some_prompts(source), [0], config.target == "npu"
     for task in source.tasks:
         tests = answer_prompts(tokenizer, task, longest)
         answers.append(max(map(len, tests)) + references(tokenizer, task)[1])
         prompts += tests
     prompt = max(map(len, prompts))
     needed = min(longest, max(prompt + TOKENS, *answers))
-    context = config.context or min(longest, max(2048, needed))
-    limits = (f"the texts that the export is checked with need {needed}, and the model ends at "
-              f"{longest}")
-    if not needed <= context <= longest:
-        raise ValueError(f"--context {context}: {limits}")
-    if config.target == "npu":               # all tokens are in the cache, whose size is fixed
+    context, static = config.context or min(longest, max(2048, needed)), config.static
+    if npu:                                  # all tokens are in the cache, whose size is fixed
         windows = [w - NPU_TOKENS for w in source.model.config.windows if w]
-        static = config.static or (
+        static = static or (
             1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS, *windows)))
-        if not needed <= static[2] <= longest:
-            raise ValueError(f"--static with {static[2]} past positions: {limits}")
-        config, context = replace(config, static=static), static[2]
-    elif config.static and (past := min(context, config.static[2])) < (
-            least := prompt + config.static[1]):
+        context = static[2]
+    if not needed <= context <= longest:
+        asked = f"--static with {context} past positions" if npu else f"--context {context}"
+        raise ValueError(f"{asked}: the texts that the export is checked with need {needed}, and "
+                         f"the model ends at {longest}")
+    if static and not npu and (past := min(context, static[2])) < (least := prompt + static[1]):
         raise ValueError(f"--static with {past} past positions (at most the context): the texts "
                          f"that the export is checked with need {least}")
     if config.graph:                         # before anything is frozen or healed
-        refuse(source.model.config, config.target, config.block or BLOCK, config.static)
-    return replace(config, context=context)
+        refuse(source.model.config, config.target, config.block or BLOCK, static)
+    return replace(config, context=context, static=static)

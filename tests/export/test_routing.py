@@ -106,7 +106,7 @@ class Says:
 def test_answers_are_scored_in_the_order_of_their_questions() -> None:
     lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
              for q, a in (("long x", "yes"), ("s", "no"), ("longer", "no"), ("x", "no"))]
-    assert verify.accuracy(Says(), Task("t", [], lines), batch_size=2).share == 0.75
+    assert verify.accuracy(Says(), Task("t", [], lines), batch_size=2) == 0.75
 
 
 @pytest.mark.parametrize("same_texts", [True, False])
