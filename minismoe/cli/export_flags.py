@@ -45,13 +45,14 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
     layout, precision, npu = config.layout, config.precision, config.target == "npu"
     rounded = config.graph and not precision.startswith("fp")
-    trained = rounded and (not npu or precision == "w4a16")      # the scales of blocks or rows
+    scaled = rounded and (not npu or precision == "w4a16")       # with scales that are healed
     idle = [                     # kinds of exports, and the flags that have no effect on them
         (not config.graph, f"--layout {layout} holds no graph",
-         ["target", "static", "compile", "context", "precision", "block", "routing", "adapters"]),
+         ["target", "static", "compile", "context", "precision", "block", "adapters",
+          *["routing"] * (layout == "hf" or config.routing == "dynamic")]),
         (config.model, "a base has no adapters (--prompts FILE heals 4 bits, and 8 with --heal)",
          ["run", "routing", "adapters", "task", "fit", "limit_test",
-          *["layout"] * (layout == "peft"), *["heal"] * (not trained or not config.prompts),
+          *["layout"] * (layout == "peft"), *["heal"] * (not scaled or not config.prompts),
           *["prompts"] * (not rounded or precision in ("int8", "q8") and not config.heal)]),
         (npu, "--target npu holds one merged model", ["routing", "adapters"]),
         (config.routing == "dynamic", "--routing dynamic freezes nothing",
@@ -60,18 +61,20 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          ["routing", "task", "prompts", *["layout"] * (layout == "web")]),
         (config.prompts, "--prompts has no tasks", ["task"]),
         (config.static, "--static fixes all sizes of layout onnx", ["layout", *["context"] * npu]),
-        (not trained or precision == "q8", f"--precision {precision} of --target {config.target} "
+        (not scaled or precision == "q8", f"--precision {precision} of --target {config.target} "
          "has no blocks", ["block"])]
     for applies, kind, names in idle:
         if applies and (flags := [shown(name, given) for name in names if name in given]):
             return f"{kind}: leave out {' and '.join(flags)}"
-    several = config.static and config.static[0] > 1             # prompts at once
-    for name, targets in (
-            ("precision", TARGETS.get(precision)), ("layout", TARGETS.get(layout)),
-            ("static", ("portable",) if several else ("portable", "npu")), ("compile", ("npu",))):
-        if name in given and targets and config.target not in targets:
-            return f"{shown(name, given)} needs --target {' or '.join(targets)}"
-    return ""
+    needs = {f"--precision {precision}": TARGETS.get(precision),
+             f"--layout {layout}": TARGETS.get(layout)}
+    if config.static:
+        needs |= {"--static": ("portable", "npu")} if config.static[0] == 1 else {
+            "--static with several prompts": ("portable",)}
+    if config.compile:
+        needs["--compile"] = ("npu",)
+    return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs.items()
+                 if targets and config.target not in targets), "")
 
 
 def shown(name: str, given: Mapping[str, Any]) -> str:

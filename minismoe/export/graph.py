@@ -30,7 +30,7 @@ from .positions import END, Positions
 from .weights import GraphFormat, ReadWeight, WeightStore
 
 
-class DecoderGraph:
+class DecoderBuilder:
     """Writes the decoder of one model into a graph, by methods that are the modules of
     model/decoder.py, leaf to root."""
 
@@ -264,8 +264,6 @@ def refuse(config: Config, target: str, block: int, static: tuple[int, int, int]
             (target == "ort" and config.head_dim % 16,
              f"head size {config.head_dim}: onnxruntime's attention takes multiples of 16 only; "
              "use the portable target"),
-            (target == "ort" and static, "static shapes need the portable target: the cache of "
-             "onnxruntime's attention grows"),
             (target == "npu" and config.conv_layers,
              "--target npu has no convolutions: take --target portable --static"),
             (target == "npu" and 0 < window < T + P,
@@ -288,7 +286,7 @@ def write_decoder(file: Path, config: Config, read: ReadWeight, adapters: Mappin
     with open(f"{file}.data", "wb") as data:
         graph = Graph(data, form.dtype)
         weights = WeightStore(graph, config, read, form)
-        decoder = DecoderGraph(graph, config, form, weights, adapters)
+        decoder = DecoderBuilder(graph, config, form, weights, adapters)
         decoder.declare()
         decoder.build()
     graph.save(file)

@@ -26,7 +26,7 @@ from onnx.helper import make_tensor_value_info as value
 from ..model.config import Config
 from ..model.quantize import BLOCK, Blocks, columns
 from ..runtime.npu import qnn_session
-from .graph import DecoderGraph, cached
+from .graph import DecoderBuilder, cached
 from .nodes import Graph
 from .positions import causal
 from .ranges import Range, Ranges
@@ -96,7 +96,7 @@ class NpuWeights(WeightStore):
         return self.vocabularies[name]
 
 
-class NpuDecoder(DecoderGraph):
+class NpuBuilder(DecoderBuilder):
     """One step of T tokens after the P slots of a cache; returns the keys and values of the T."""
 
     weights: NpuWeights
@@ -159,7 +159,7 @@ def write_npu(folder: Path, config: Config, read: ReadWeight, form: GraphFormat,
         graph = Graph(data, form.dtype, opset=23)      # RMSNormalization is new in 23
         weights = NpuWeights(graph, config, read, form, ranges)
         embedding = weights.vocabulary("model.embed_tokens")
-        decoder = NpuDecoder(graph, config, form, weights, {})
+        decoder = NpuBuilder(graph, config, form, weights, {})
         decoder.build()
         for file, tokens in ("prompt.onnx", T), ("model.onnx", 1):
             decoder.resize(tokens, P)

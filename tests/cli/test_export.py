@@ -80,7 +80,8 @@ def frozen_of(run: Path) -> dict[str, dict[str, Fit]]:
     "--fit gates", "--task twice", "--adapters", "--target portable", "--precision int4",
     "--precision int8 --target portable", "--precision fp16", "--static 1x1x64 --target portable",
     "--layout genai", "--layout genai --adapters", "--layout genai --target portable",
-    "--layout web --precision int4", "--layout peft", "--layout hf --heal 2", "--prompts",
+    "--layout web --precision int4", "--layout peft", "--layout peft --routing freeze",
+    "--layout hf --heal 2", "--prompts",
     "--precision int4 --heal 2 --block 128",
     "--precision int4 --heal 2 --routing freeze", "--precision int8 --heal 2 --adapters",
 ])
@@ -556,7 +557,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--precision w8a16", "--precision w8a16 needs --target npu"),
     ("--compile qnn:60", "--compile needs --target npu"),
     ("--target npu --compile 60", "invalid qnn:SOC value"),
-    ("--target npu --static 2x8x64", "--static needs --target portable"),
+    ("--target npu --static 2x8x64", "--static with several prompts needs --target portable"),
     ("--target npu --static 1x8x64 --context 64", "leave out --context"),
     ("--target npu --layout genai", "--layout genai needs --target ort or portable"),
     ("--target npu --routing dynamic", "--target npu holds one merged model"),

@@ -15,7 +15,7 @@ from tiny import FAMILIES, LLAMAS, random_hf
 from torch import Tensor, nn
 
 from minismoe.export import graph as graphs
-from minismoe.export.graph import DecoderGraph, refuse, write_decoder, write_sampler
+from minismoe.export.graph import DecoderBuilder, refuse, write_decoder, write_sampler
 from minismoe.export.mixture import AdapterInput
 from minismoe.export.steps import write_in_steps
 from minismoe.export.weights import PRECISIONS, GraphFormat
@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CausalLM]:
     return make
 
 
-class EveryToken(DecoderGraph):
+class EveryToken(DecoderBuilder):
     """A graph whose logits are those of all tokens, (B * T, 1, V)."""
 
     def last(self, x: str) -> str:
@@ -67,7 +67,7 @@ def write(file: Path, model: CausalLM, beside: Mapping[str, Any] | None = None,
           all_logits: bool = False, **options: Any) -> Path:
     weights = {n: p.detach() for n, p in model.named_parameters()}
     form = GraphFormat(**{"target": "ort", "precision": "fp32", "context": 64, **options})
-    with mock.patch.object(graphs, "DecoderGraph", EveryToken if all_logits else DecoderGraph):
+    with mock.patch.object(graphs, "DecoderBuilder", EveryToken if all_logits else DecoderBuilder):
         write_decoder(file, model.config, weights.__getitem__, beside or {}, form)
     return file
 
@@ -512,7 +512,7 @@ def test_writing_holds_one_tensor_at_a_time(model: Callable[..., CausalLM], tmp_
 
 def test_what_a_target_cannot_do_is_refused(model: Callable[..., CausalLM]) -> None:
     for target, sizes, block, static, words in (
-            ("ort", {}, 32, (1, 4, 16), "portable"), ("ort", {"head_dim": 8}, 32, None, "of 16"),
+            ("ort", {"head_dim": 8}, 32, None, "of 16"),
             ("portable", {"intermediate_size": 96}, 64, None, "rows of .. weights are no whole")):
         with pytest.raises(ValueError, match=words):
             refuse(model("llama", **sizes).config, target, block, static)
