@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx")
         info: dict[str, Any] = {}
-        for part, its_own in zip(parts, prepared):
-            info = write(part, source, reference, its_own, folder, info)
+        for part, ready in zip(parts, prepared):
+            info = write(part, source, reference, ready, folder, info)
 
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
