@@ -3,8 +3,7 @@
 
     python export.py                                  the newest run in runs, in 4 bits, healed
     python export.py RUN --out FOLDER --precision fp32
-    python export.py RUN --layout web --page          a page that runs the model in a browser
-    python export.py table RUN                        what each way to freeze the routing costs
+    python export.py RUN --layout web                 a page that runs the model in a browser
     python export.py --model FOLDER --out FOLDER      a base without adapters
 
 Freezes the routing, writes the folder, compares it with PyTorch, and keeps it if both agree.
@@ -12,7 +11,7 @@ Freezes the routing, writes the folder, compares it with PyTorch, and keeps it i
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,13 @@ from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export import layouts, verify
 from minismoe.export.heal import BATCH
-from minismoe.export.routing import Frozen, freeze_routing, print_costs
-from minismoe.export.settings import ExportConfig, FreezeConfig, Source, TableConfig
+from minismoe.export.prepare import Prepared, prepare
+from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.files import must_be_new, naming, new_folder, read_json, sha256, write_json
 from minismoe.io.text import clean
-from minismoe.model.checkpoint import load_adapter, versions
+from minismoe.method.experts import expert_layers
+from minismoe.model.checkpoint import load_adapter, load_model, versions
+from minismoe.model.decoder import CausalLM
 from minismoe.runtime import FORMAT
 from minismoe.runtime.folder import TASKS
 from minismoe.runtime.npu import htp
@@ -39,9 +40,6 @@ from minismoe.runtime.session import enough_onnxruntime
 def main(argv: Sequence[str]) -> None:
     # Configure and load
     config = parse(argv, __doc__ or "")
-    if isinstance(config, TableConfig):
-        print_costs(config, load_run(config))
-        return
     if config.graph:
         enough_onnxruntime()
     if config.compile:
@@ -51,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
                          f"{', '.join(source.examples)}")
     both = config.layout == "web" and config.precision == "auto"         # for WebGPU and for WASM
-    parts = [verify.with_context(part.settled(bool(config.prompts or source.examples),
+    parts = [verify.with_context(part.with_defaults(bool(config.prompts or source.examples),
                                               source.model.config.hidden_size), source)
              for part in [replace(config, precision="q4f16")] * both + [config]]
     config = parts[-1]
@@ -60,14 +58,18 @@ def main(argv: Sequence[str]) -> None:
     must_be_new(out)
     print(*map(plan, parts), sep="\n")
 
-    # Freeze the routing
-    frozen = freeze_routing(parts, source)
+    # Freeze the routing, heal and round
+    prepared = prepare(parts, source)
 
     # Write and check under another name: only a folder that works gets its own
+    reference = load_model(source.base)              # in float32
+    if expert_layers(source.model):
+        load_adapter(reference, source.run / "adapter")
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx")
-        for part, its_frozen in zip(parts, frozen):
-            info = write(part, source, its_frozen, folder)
+        info: dict[str, Any] = {}
+        for part, ready in zip(parts, prepared):
+            info = write(part, source, reference, ready, folder, info)
 
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
@@ -88,16 +90,19 @@ def plan(config: ExportConfig) -> str:
     return f"writes {what}{blocks}{heal}{floats * bool(config.block)}"
 
 
-def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) -> dict[str, Any]:
-    """Write the folder and run it beside PyTorch; returns the content of its export.json."""
+def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
+          folder: Path, other: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the folder and compare it with the reference; returns the content of its export.json.
+
+    other: that of a graph which was written into the folder before.
+    """
     info: dict[str, Any] = {
         "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
-        "routed": frozen.routed, "arguments": asdict(config), "versions": versions()}
-    if (folder / "export.json").exists():                # of a web folder's first graph
-        before = read_json(folder / "export.json")
-        info["other_graph"] = {name: before[name] for name in ("arguments", "checked")}
+        "arguments": asdict(config), "versions": versions()}
+    if other:
+        info["other_graph"] = {name: other[name] for name in ("arguments", "checked")}
     if config.graph:
-        info |= layouts.write_graph(config, source, folder, frozen)
+        info |= layouts.write_graph(config, prepared, folder)
         if config.layout in ("onnx", "web") and source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
@@ -105,12 +110,13 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
             f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()
             if f.is_file() and f.name != "export.json"}})
     else:
-        layouts.write_weights(config, source, folder, frozen.of(config.task))
-    info["checked"] = verify.check(config, source, folder, frozen)
+        layouts.write_weights(config.layout, source.base, source.name,
+                              prepared.fits.for_task(config.task), folder)
+    info["checked"] = verify.check(config, source, reference, prepared, folder)
     if config.layout == "genai":
         layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":
-        layouts.write_web(folder, config.precision, info["cache_type"], config.page)
+        layouts.write_web(folder, config.precision, info["cache_type"])
     if config.layout in ("genai", "web"):                # their programs choose tokens themselves
         (folder / "sampler.onnx").unlink()
     info["files"] = {
@@ -120,7 +126,7 @@ def write(config: ExportConfig, source: Source, frozen: Frozen, folder: Path) ->
     return info
 
 
-def load_run(config: FreezeConfig) -> Source:
+def load_run(config: ExportConfig) -> Source:
     """The model of a run with its experts, and the data that it was trained on."""
     run = Path(config.run or "")
     if not (run / "config.json").is_file():
@@ -137,7 +143,7 @@ def load_run(config: FreezeConfig) -> Source:
     load_adapter(inputs.model, run / "adapter")
     inputs.model.model.recompute = training.recompute
     return Source(run, inputs.folder, inputs.model.name, inputs.model,
-                  inputs.tokenizer, inputs.tasks, inputs.encoded, trained(run, inputs.tasks),
+                  inputs.tokenizer, inputs.tasks, inputs.encoded, results(run, inputs.tasks),
                   training.micro_batch_size)
 
 
@@ -153,7 +159,7 @@ def load_base(config: ExportConfig) -> Source:
     return Source(run, base, model.name, model, load_tokenizer(base))
 
 
-def trained(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
+def results(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
     """Exact match by task from a run's results, if it was measured on the same number of lines."""
     file = run / "results.json"
     if not file.is_file():
@@ -166,14 +172,12 @@ def trained(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
 
 def next_command(layout: str, out: Path, task: str | None) -> str:
     """How the folder is opened, with the adapter of `task` if it holds any."""
-    if (out / layouts.PAGE).is_file():
-        layout = "page"
     chosen = f" --task {shlex.quote(task)}" if task else ""
     return {"onnx": f"python -m minismoe.runtime {shlex.quote(str(out))}{chosen} --chat",
-            "page": f"python -m minismoe.runtime {shlex.quote(str(out))} --serve",
             "genai": f"onnxruntime_genai.Model({str(out)!r})",
             # transformers.js looks a relative path up among its own models, then on the hub
-            "web": f"await pipeline('text-generation', {str(out.absolute())!r})"
+            "web": f"python -m minismoe.runtime {shlex.quote(str(out))} --serve\n"
+                   f"await pipeline('text-generation', {str(out.absolute())!r})"
                    "          // transformers.js",
             "peft": f"PeftModel.from_pretrained(model, {str(out)!r})",
             "hf": f"AutoModelForCausalLM.from_pretrained({str(out)!r})"}[layout]

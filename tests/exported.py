@@ -11,6 +11,7 @@ from tiny import BYTES
 
 from minismoe.export import graph
 from minismoe.export.mixture import AdapterInput
+from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM, Config
 
 CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
@@ -30,13 +31,13 @@ def random_model(seed: int) -> CausalLM:
 
 
 def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
-           precision: str = "fp32", **beside: AdapterInput) -> Path:
+           precision: str = "fp32", **adapters: AdapterInput) -> Path:
     """An exported folder of layout onnx."""
     target, static = KINDS[kind]
     weights, c = dict(model.named_parameters()), model.config
     folder.mkdir()
-    graph.write_decoder(folder / "model.onnx", c, lambda name: weights[name].detach(), beside,
-                        target=target, precision=precision, context=context, static=static)
+    graph.write_decoder(folder / "model.onnx", c, lambda name: weights[name].detach(), adapters,
+                        GraphFormat(target, precision, context, static=static))
     graph.write_sampler(folder / "sampler.onnx", c.vocab_size)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     describe(folder, target=target, context=context, static=static, layers=len(c.attention_layers),

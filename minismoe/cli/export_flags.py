@@ -5,109 +5,78 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..export.settings import ExportConfig, TableConfig
-from ..export.weights import NPU_PRECISIONS
+from ..export.settings import ExportConfig
 from ..io.flags import from_flags, new_parser, option, text
 
-TABLE = """Print exact match and residual of each way to freeze the routing of a run, write them to
-RUN/routing.json, and export nothing."""
 NO_RUN = "runs holds no run yet (python train.py makes one)"
+# The targets that take a value of --precision or --layout, if not all do.
+TARGETS = {"w8a16": ("npu",), "w4a16": ("npu",), "q8": ("ort",), "q4f16": ("ort",), "web": ("ort",),
+           **dict.fromkeys(("fp32", "int8", "int4-8", "int4", "genai"), ("ort", "portable"))}
 USUAL = {name: getattr(ExportConfig, name) for name in (     # to give the default is never wrong
     "layout", "precision", "routing", "target")}
 
 
-def parse(argv: Sequence[str], description: str) -> ExportConfig | TableConfig:
+def parse(argv: Sequence[str], description: str) -> ExportConfig:
     """The settings that a command line asks for. Exits with 2 if flags contradict each other.
 
     Without RUN and --model, the newest run in `runs`; ValueError if flags need one, and none is.
     """
-    table = list(argv[:1]) == ["table"]
-    kind: Any = TableConfig if table else ExportConfig
-    parser = new_parser(TABLE if table else description, {"freezing" if table else "export": kind})
-    parser.prog += " table" * table
+    parser = new_parser(description, {"export": ExportConfig})
     parser.add_argument("run", nargs="?", metavar="RUN", type=text,
                         help="folder of train.py (default: newest in runs)")
     # None is "not given": a flag without effect is refused even if it repeats the default.
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
-    given = {name: value for name, value in vars(parser.parse_args(argv[table:])).items()
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
              if value is not None and value != USUAL.get(name)}
-    config: Any = from_flags(kind, given)
-    if config.calibration == 1:
-        parser.error("--calibration: a fit needs two samples a task, one held out")
-    if not table and (wrong := contradiction(config, given)):
+    config = from_flags(ExportConfig, given)
+    if wrong := contradiction(config, given):
         parser.error(wrong)
-    if config.run or not table and config.model:
+    if config.run or config.model:
         return config
     made = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
     if made:
         return replace(config, run=str(made[-1].parents[1]))
-    if needs := "the table" if table else of_adapters(given):
-        raise ValueError(f"{NO_RUN}, and {needs} needs one")
     if wrong := contradiction(replace(config, model="the base"), given):
-        raise ValueError(f"{NO_RUN}; of the base, {wrong}")
+        raise ValueError(f"{NO_RUN}; {wrong}")
     return config
 
 
 def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
-    layout, needs = config.layout, of_adapters(given) if config.model else ""
-    ungraphed = first(given, "target", "static", "compile", "context", "precision", "block")
-    idle = first(given, "fit", "calibration", "heal", "prompts", "task")
-    few, npu = not config.precision.startswith("fp"), config.target == "npu"
-    rules = [
-        (config.run and config.model, "RUN names its base itself: give RUN or --model"),
-        (not config.graph and ungraphed,
-         f"--layout {layout} holds no graph: leave out {ungraphed}"),
-        (layout == "hf" and config.routing == "freeze",
-         "--layout hf holds merged weights: --routing merge, or --layout peft"),
-        ("tolerance" in given and config.routing != "auto", "--tolerance needs --routing auto"),
-        (config.block and (not few or config.precision in ("q8", "w8a16")),
-         f"--precision {config.precision} has no blocks: leave out --block"),
-        (npu and config.precision != "w4a16" and (config.block or config.heal and config.model),
-         "--target npu has blocks, and heals a base, in w4a16 only: leave out --block and --heal"),
-        (config.model and config.heal and not config.prompts,
-         "--model has no data to heal on: give --prompts FILE"),
-        (config.model and config.prompts and (
-            not few or not config.graph or config.precision in ("int8", "q8") and not config.heal),
-         f"--layout {layout} with --precision {config.precision} keeps a base as it is: leave out "
-         "--prompts" + ", or give --heal" * (few and config.graph)),
-        (npu and (layout != "onnx" or config.adapters or config.routing != "merge"),
-         "--target npu holds one merged model: leave out --layout, --adapters and --routing"),
-        (npu != (config.precision in NPU_PRECISIONS) and config.precision not in ("auto", "fp16"),
-         "--target npu takes --precision " + ", ".join(NPU_PRECISIONS) + "; the last two need it"),
-        (npu and config.static and config.static[0] > 1,
-         "--target npu reads one prompt at a time: --static 1xTxP"),
-        (npu and config.static and config.context,
-         "--static says how many positions there are: leave out --context"),
-        (config.compile and not npu, "--compile needs --target npu"),
-        (config.static and config.target == "ort", "--static needs --target portable or npu"),
-        (config.static and layout != "onnx", "--static needs --layout onnx"),
-        (layout == "web" and config.target != "ort", "--layout web needs --target ort"),
-        (config.precision.startswith("q") and config.target != "ort",
-         f"--precision {config.precision} needs --target ort"),
-        (config.page and layout != "web", "--page needs --layout web"),
-        (config.routing == "dynamic" and idle,
-         f"--routing dynamic freezes nothing: leave out {idle}"),
-        (config.adapters and config.routing != "merge",
-         "--adapters freezes every matrix: leave out --routing"),
-        (config.adapters and (layout not in ("onnx", "genai") or config.task or config.model),
-         "--adapters needs a run, all of its tasks, and --layout onnx or genai"),
-        (not config.graph and config.routing in ("dynamic", "auto"),
-         f"--layout {layout} cannot route: leave out --routing"),
-        (config.prompts and (config.task or config.adapters),
-         "--prompts has no tasks: leave out --task and --adapters"),
-        (needs, f"--model has no adapters: leave out {needs}")]
-    return next((said for wrong, said in rules if wrong), "")
+    layout, precision, npu = config.layout, config.precision, config.target == "npu"
+    rounded = config.graph and not precision.startswith("fp")
+    scaled = rounded and (not npu or precision == "w4a16")       # with scales that are healed
+    idle = [                     # kinds of exports, and the flags that have no effect on them
+        (not config.graph, f"--layout {layout} holds no graph",
+         ["target", "static", "compile", "context", "precision", "block", "adapters",
+          *["routing"] * (layout == "hf" or config.routing == "dynamic")]),
+        (config.model, "a base has no adapters (--prompts FILE heals 4 bits, and 8 with --heal)",
+         ["run", "routing", "adapters", "task", "fit", "limit_test",
+          *["layout"] * (layout == "peft"), *["heal"] * (not scaled or not config.prompts),
+          *["prompts"] * (not rounded or precision in ("int8", "q8") and not config.heal)]),
+        (npu, "--target npu holds one merged model", ["routing", "adapters"]),
+        (config.routing == "dynamic", "--routing dynamic freezes nothing",
+         ["fit", "heal", "prompts", "task", "adapters"]),
+        (config.adapters, "--adapters freezes for each task, beside a base of layout onnx or genai",
+         ["routing", "task", "prompts", *["layout"] * (layout == "web")]),
+        (config.prompts, "--prompts has no tasks", ["task"]),
+        (config.static, "--static fixes all sizes of layout onnx", ["layout", *["context"] * npu]),
+        (not scaled or precision == "q8", f"--precision {precision} of --target {config.target} "
+         "has no blocks", ["block"])]
+    for applies, kind, names in idle:
+        if applies and (flags := [shown(name, given) for name in names if name in given]):
+            return f"{kind}: leave out {' and '.join(flags)}"
+    needs = {f"--precision {precision}": TARGETS.get(precision),
+             f"--layout {layout}": TARGETS.get(layout)}
+    if config.static:
+        needs |= {"--static": ("portable", "npu")} if config.static[0] == 1 else {
+            "--static with several prompts": ("portable",)}
+    if config.compile:
+        needs["--compile"] = ("npu",)
+    return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs.items()
+                 if targets and config.target not in targets), "")
 
 
-def of_adapters(given: Mapping[str, Any]) -> str:
-    """The first flag given that has no effect on a base without adapters."""
-    return first(given, *["layout"] * (given.get("layout") == "peft"), "routing", "adapters",
-                 *["heal", "calibration"] * ("prompts" not in given), "task", "fit", "tolerance",
-                 "limit_test")
-
-
-def first(given: Mapping[str, Any], *names: str) -> str:
-    """The first of these flags that was given."""
-    return next((option(name) + f" {given[name]}" * (name in USUAL)
-                 for name in names if name in given), "")
+def shown(name: str, given: Mapping[str, Any]) -> str:
+    """A flag as it was given, with its value if that is a word."""
+    return "RUN" if name == "run" else option(name) + f" {given[name]}" * (name in USUAL)

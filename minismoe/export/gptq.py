@@ -22,7 +22,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import Blocks, block_scales, integers, pack
 
 DAMPING = 0.01                   # of H, whose diagonal is scaled to a mean of 1
-# A tied table is the head, whose inputs have the moments H, and the embedding, for which H would be
+# A tied matrix is the head, whose inputs have the moments H, and the embedding, whose H would be
 # the identity. More damping lies between the two. On SmolLM2 0.03 to 1 were alike.
 TIED_DAMPING = 0.3
 ROWS = 8192                      # rounded at a time

@@ -13,7 +13,7 @@ Letters: B batch, T new tokens, P past tokens, S = P + T, D hidden, H query head
 heads, C head size, L taps of a convolution, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,23 @@ from torch import Tensor
 
 from ..model.config import Config
 from ..model.quantize import BLOCK
-from .mixture import Adapter
+from .mixture import Adapter, LinearLayers
 from .nodes import Graph
-from .places import END, PlacesGraph
+from .positions import END, Positions
+from .weights import GraphFormat, ReadWeight, WeightStore
 
 
-class DecoderGraph(PlacesGraph):
-    """The graph of one model. Its methods are the modules of model/decoder.py, leaf to root."""
+class DecoderBuilder:
+    """Writes the decoder of one model into a graph, by methods that are the modules of
+    model/decoder.py, leaf to root."""
+
+    def __init__(self, graph: Graph, config: Config, form: GraphFormat, weights: WeightStore,
+                 adapters: Mapping[str, Adapter]):
+        self.graph, self.config, self.weights = graph, config, weights
+        self.ort, self.static, self.dtype = form.ort, form.static, graph.dtype
+        self.node, self.tensor, self.constant = graph.node, graph.tensor, graph.constant
+        self.read, self.linear = weights.read, LinearLayers(graph, weights, adapters).linear
+        self.positions = Positions(graph, config, form)
 
     def norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
         """Two outputs: x + added normalised, and x + added."""
@@ -46,7 +56,7 @@ class DecoderGraph(PlacesGraph):
 
     def norm_weight(self, name: str) -> Tensor:
         """What a norm multiplies by, in the graph's dtype."""
-        return (self.weight(f"{name}.weight").float() + self.config.norm_offset).to(self.dtype)
+        return (self.read(f"{name}.weight").float() + self.config.norm_offset).to(self.dtype)
 
     def times(self, name: str, x: str, factor: float) -> str:
         return x if factor == 1 else self.node(
@@ -58,12 +68,12 @@ class DecoderGraph(PlacesGraph):
         if self.ort:
             return self.node("SimplifiedLayerNormalization", name, x, weight, axis=-1, epsilon=eps,
                              stash_type=1)
-        wide = self.cast(f"{name}.wide", x, TensorProto.FLOAT)
+        wide = self.graph.cast(f"{name}.wide", x, TensorProto.FLOAT)
         square = self.node("Pow", name, wide, self.constant(2.0, torch.float32))
         mean = self.node("Add", f"{name}.eps", self.node("ReduceMean", name, square, [-1]),
                          self.constant(eps, torch.float32))
         y = self.node("Div", name, wide, self.node("Sqrt", name, mean))
-        return self.node("Mul", name, self.cast(f"{name}.narrow", y, self.real), weight)
+        return self.node("Mul", name, self.graph.cast(f"{name}.narrow", y, self.graph.real), weight)
 
     def attention(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
@@ -74,7 +84,7 @@ class DecoderGraph(PlacesGraph):
 
     def attend_ort(self, i: int, name: str, qkv: str) -> str:
         """(B, T, (H + 2K) * C) -> (B, T, H * C) by one operator, which also rotates and caches."""
-        c, s = self.config, self.shared
+        c = self.config
         H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q, k, v = qkv, "", ""
         if c.qk_norm:
@@ -84,10 +94,11 @@ class DecoderGraph(PlacesGraph):
             k = self.head_norm(c.name(f"{name}.k_norm"), k, K)
         rope = c.ropes[i]
         return self.node(
-            "GroupQueryAttention", name, q, k, v, *cached("past_key_values", i), s["seqlens"],
-            s["total"], *s[rope], named=[f"{name}.y", *cached("present", i)],
-            domain="com.microsoft", num_heads=H, kv_num_heads=K, do_rotary=int(rope != ""),
-            scale=c.attention_scale, local_window_size=c.windows[i] or -1)[0]
+            "GroupQueryAttention", name, q, k, v, *cached("past_key_values", i),
+            *self.positions.lengths, *self.positions.rotary[rope],
+            named=[f"{name}.y", *cached("present", i)], domain="com.microsoft", num_heads=H,
+            kv_num_heads=K, do_rotary=int(rope != ""), scale=c.attention_scale,
+            local_window_size=c.windows[i] or -1)[0]
 
     def head_norm(self, name: str, x: str, heads: int) -> str:
         """(B, T, heads * C), normalised head by head."""
@@ -101,7 +112,7 @@ class DecoderGraph(PlacesGraph):
         The queries that share a key/value head are rows of one product, q (B, K, H/K * T, C), so
         that the cache is not repeated.
         """
-        c, s = self.config, self.shared
+        c = self.config
         H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         x = self.node("Reshape", f"{name}.heads", qkv, [0, 0, H + 2 * K, C])
         x = self.node("Transpose", f"{name}.heads", x, perm=[0, 2, 1, 3])
@@ -111,7 +122,7 @@ class DecoderGraph(PlacesGraph):
                                 for n, heads in (("q", H), ("k", K))])
             qk = self.rms(f"{name}.qk_norm", qk, self.tensor(f"{name}.qk_norm.weight", weight))
         if c.ropes[i]:
-            cos, sin = s[c.ropes[i]]
+            cos, sin = self.positions.rotary[c.ropes[i]]
             turned = self.node("Concat", f"{name}.rotate", *reversed(self.node(
                 "Split", f"{name}.rotate", qk, outputs=2, axis=-1, num_outputs=2)), axis=-1)
             qk = self.node("Add", f"{name}.rotate",
@@ -124,7 +135,8 @@ class DecoderGraph(PlacesGraph):
         q = self.node("Mul", f"{name}.q", q, self.constant(c.attention_scale, self.dtype))
         keys = self.node("Transpose", f"{name}.keys", keys, perm=[0, 1, 3, 2])
         scores = self.node("MatMul", f"{name}.scores", q, keys)
-        scores = self.node("Add", f"{name}.scores", scores, self.mask(c.windows[i]))
+        scores = self.node("Add", f"{name}.scores", scores,
+                           self.positions.mask(c.windows[i]))
         weights = self.node("Softmax", name, scores, axis=-1)
         y = self.node("MatMul", f"{name}.values", weights, values)
         y = self.node("Reshape", f"{name}.y", y, [0, H, -1, C])
@@ -146,11 +158,11 @@ class DecoderGraph(PlacesGraph):
         b, gate, u = self.node("Split", name, x, outputs=3, axis=-1, num_outputs=3)
         past = self.node("Transpose", f"{name}.past", f"past_conv.{i}", perm=[0, 2, 1])
         x = self.node("Concat", name, past, self.node("Mul", name, b, u), axis=1)
-        last = self.node("GatherND", name, x, self.shared["conv"], batch_dims=1)
+        last = self.node("GatherND", name, x, self.positions.conv_inputs, batch_dims=1)
         if not self.ort:
             x, last = last, self.node("Slice", name, last, [1 - L], [END], [1])
         self.node("Transpose", f"{name}.present", last, perm=[0, 2, 1], named=[f"present_conv.{i}"])
-        taps = self.weight(f"{name}.conv.weight")[:, 0].T.to(self.dtype)             # (L, D)
+        taps = self.read(f"{name}.conv.weight")[:, 0].T.to(self.dtype)             # (L, D)
         parts = [self.node("Mul", f"{name}.{j}", self.tensor(f"{name}.conv.{j}", tap), self.node(
             "Slice", f"{name}.{j}", x, [j], [j - L + 1 or END], [1])) for j, tap in enumerate(taps)]
         y = self.node("Mul", f"{name}.gate", gate, self.node("Sum", name, *parts))
@@ -160,8 +172,8 @@ class DecoderGraph(PlacesGraph):
         """x (B, T, D) -> (B, T, D)."""
         c, name, bias = self.config, self.config.name(f"model.layers.{i}.mlp"), self.config.mlp_bias
         parts = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
-        *into, down = (f"{name}.{c.name(part)}" for part in (*parts, "down_proj"))
-        both = self.linear(into, x, bias, f"{name}.gate_up_proj")
+        *inner, down = (f"{name}.{c.name(part)}" for part in (*parts, "down_proj"))
+        both = self.linear(inner, x, bias, f"{name}.gate_up_proj")
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
         if c.activation != "silu":
             act = self.node("Gelu", name, gate, approximate="tanh")
@@ -173,61 +185,33 @@ class DecoderGraph(PlacesGraph):
 
     def embed(self) -> str:
         """input_ids (B, T) -> (B, T, D)."""
-        c, name = self.config, "model.embed_tokens"
-        table, D = self.table(name), c.hidden_size
-        if not self.table_bits:
-            return self.node("Gather", name, *table, "input_ids")
-        if not self.ort:
-            return self.embed_blocks(name, *table[:2])
-        row = -(-D // self.block) * self.block
-        data = self.alias(table[0], [c.vocab_size, row * self.table_bits // 8])
-        x = self.node("GatherBlockQuantized", name, data, "input_ids", table[1],
-                      domain="com.microsoft", bits=self.table_bits, block_size=self.block,
-                      gather_axis=0, quantize_axis=1)
-        return x if row == D else self.node("Slice", name, x, [0], [D], [-1])
+        return self.weights.embed("model.embed_tokens")
 
     def head(self, x: str) -> None:
         """Hidden states (B, T, D) -> logits (B, 1, V) of the last token of each row."""
         c, name = self.config, "lm_head"
-        table = self.table("model.embed_tokens" if c.tie_word_embeddings else name)
+        stored = self.weights.vocabulary("model.embed_tokens" if c.tie_word_embeddings else name)
         x = self.last(x)                                                         # (B, D)
-        if self.table_bits:
+        if bits := self.weights.vocabulary_bits:
             x = self.node("Unsqueeze", f"{name}.last", x, [1])
-            y = self.multiply(name, x, table, c.hidden_size, c.vocab_size, self.table_bits)
+            y = self.weights.multiply(name, x, stored, c.hidden_size, c.vocab_size, bits)
         else:
-            # Gemm reads (V, D) directly: onnxruntime would fold a Transpose into a second table.
-            y = self.node("Unsqueeze", name, self.node("Gemm", name, x, *table, transB=1), [1])
-        self.cast(f"{name}.wide", y, TensorProto.FLOAT)
-        self.nodes[-1].output[0] = "logits"      # renamed: one more operator would copy it
+            # Gemm reads (V, D) directly: onnxruntime would fold a Transpose into a second matrix.
+            y = self.node("Unsqueeze", name, self.node("Gemm", name, x, *stored, transB=1), [1])
+        self.graph.cast(f"{name}.wide", y, TensorProto.FLOAT)
+        self.graph.nodes[-1].output[0] = "logits"        # renamed: one more operator would copy it
 
     def last(self, x: str) -> str:
         """(B, T, D) -> (B, D): the last token, or the last before the pads on the right."""
         name = "lm_head.last"
         if not self.ort:
             return self.node("Gather", name, x, -1, axis=1)
-        at = self.node("Max", name, self.node("Sub", name, self.new()[1], 1), 0)
+        at = self.node("Max", name, self.node("Sub", name, self.positions.new_tokens[1], 1), 0)
         return self.node("GatherND", name, x, at, batch_dims=1)
 
-    def decoder(self, context: int) -> None:
-        """Build the inputs, the outputs, and every node between them."""
+    def build(self) -> None:
+        """Write every node between the inputs and the outputs."""
         c = self.config
-        sizes: Any = self.static or ("batch_size", "sequence_length", "past_sequence_length")
-        B, T, P = sizes
-        S = P + T if self.static else "total_sequence_length"
-        lengths = {"input_ids": T, "attention_mask": S} | ({} if self.ort else {"position_ids": T})
-        self.inputs = [value(name, TensorProto.INT64, [B, n]) for name, n in lengths.items()]
-        self.outputs = [value("logits", TensorProto.FLOAT, [B, 1, c.vocab_size])]
-        past, present = ([B, c.num_key_value_heads, n, c.head_dim]
-                         for n in (P, P if self.static else S))
-        for i in c.attention_layers:
-            self.inputs += [value(n, self.real, past) for n in cached("past_key_values", i)]
-            self.outputs += [value(n, self.real, present) for n in cached("present", i)]
-        for i in c.conv_layers:
-            for values, name in (self.inputs, "past_conv"), (self.outputs, "present_conv"):
-                values.append(value(f"{name}.{i}", self.real, [B, c.hidden_size, c.conv_size - 1]))
-        self.positions(context)
-        if c.conv_layers:
-            self.shared["conv"] = self.conv_places()
         x, added = self.times("model.embed_tokens", self.embed(), c.embedding_multiplier), None
         for i in range(c.num_hidden_layers):
             name, mixer = f"model.layers.{i}", self.conv if i in c.conv_layers else self.attention
@@ -241,6 +225,25 @@ class DecoderGraph(PlacesGraph):
                 added = self.times(f"{name}.{before}", added, c.residual_multiplier)
         y, _ = self.norm(c.name("model.norm"), x, added)
         self.head(self.times("model.norm", y, c.output_multiplier))
+
+    def declare(self) -> None:
+        """Name the inputs and outputs of the graph, with their types and shapes."""
+        c, graph, static = self.config, self.graph, self.static
+        sizes: Any = static or ("batch_size", "sequence_length", "past_sequence_length")
+        B, T, P = sizes
+        S = P + T if static else "total_sequence_length"
+        lengths = {"input_ids": T, "attention_mask": S}
+        lengths |= {} if self.ort else {"position_ids": T}
+        graph.inputs = [value(name, TensorProto.INT64, [B, n]) for name, n in lengths.items()]
+        graph.outputs = [value("logits", TensorProto.FLOAT, [B, 1, c.vocab_size])]
+        past, present = ([B, c.num_key_value_heads, n, c.head_dim]
+                         for n in (P, P if static else S))
+        for i in c.attention_layers:
+            graph.inputs += [value(n, graph.real, past) for n in cached("past_key_values", i)]
+            graph.outputs += [value(n, graph.real, present) for n in cached("present", i)]
+        for i in c.conv_layers:
+            for values, name in (graph.inputs, "past_conv"), (graph.outputs, "present_conv"):
+                values.append(value(f"{name}.{i}", graph.real, [B, c.hidden_size, c.conv_size - 1]))
 
 
 def cached(kind: str, layer: int) -> tuple[str, str]:
@@ -261,8 +264,6 @@ def refuse(config: Config, target: str, block: int, static: tuple[int, int, int]
             (target == "ort" and config.head_dim % 16,
              f"head size {config.head_dim}: onnxruntime's attention takes multiples of 16 only; "
              "use the portable target"),
-            (target == "ort" and static, "static shapes need the portable target: the cache of "
-             "onnxruntime's attention grows"),
             (target == "npu" and config.conv_layers,
              "--target npu has no convolutions: take --target portable --static"),
             (target == "npu" and 0 < window < T + P,
@@ -272,20 +273,22 @@ def refuse(config: Config, target: str, block: int, static: tuple[int, int, int]
             raise ValueError(said)
 
 
-def write_decoder(file: Path, config: Config, weight: Callable[[str], Any],
-                  adapters: Mapping[str, Adapter], *, target: str, precision: str, context: int,
-                  block: int = BLOCK, static: tuple[int, int, int] | None = None) -> None:
+def write_decoder(file: Path, config: Config, read: ReadWeight, adapters: Mapping[str, Adapter],
+                  form: GraphFormat) -> None:
     """Write the graph to `file`, and its tensors to `file`.data.
 
-    weight(name) returns the tensor of a Hugging Face name, or its `Blocks`, and is called once for
-    each. `adapters`: of matrices, by module name. `context`: the number of positions. `block`:
-    weights that share a scale, in few bits.
-    static (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is read in
-    chunks of T, the first of which is padded on the left. `refuse` says what cannot be written.
+    read(name) returns the tensor of a Hugging Face name, or its `Blocks`, and is called once for
+    each. `adapters`: of matrices, by module name.
+    A static form (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is
+    read in chunks of T, the first of which is padded on the left. `refuse` says what cannot be
+    written.
     """
     with open(f"{file}.data", "wb") as data:
-        graph = DecoderGraph(adapters, data, config, weight, target, precision, block, static)
-        graph.decoder(context)
+        graph = Graph(data, form.dtype)
+        weights = WeightStore(graph, config, read, form)
+        decoder = DecoderBuilder(graph, config, form, weights, adapters)
+        decoder.declare()
+        decoder.build()
     graph.save(file)
 
 

@@ -1,12 +1,12 @@
 """Heal a frozen model: train it for a few steps on labels or, without any, towards the mixture.
 
 `heal_maps` trains A and B of the frozen maps, `heal_scales` the scales of blocks in few bits. The
-mixture itself never changes: the student is a twin of the model, which shares every weight.
+mixture itself never changes: the student is a copy of the model that shares every weight.
 """
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.tasks import Batch, Example, collate
+from ..data.tasks import Example, collate
 from ..io.progress import progress_bar
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, exact, freeze
@@ -30,7 +30,7 @@ BATCH = 16                                   # examples a step
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Healing:
     """What a student is trained on; `teacher` is its target only if no example has labels."""
 
     teacher: CausalLM
@@ -45,73 +45,67 @@ class Lesson:
         return any(label != IGNORE for e in self.examples for label in e.labels[1:])
 
 
-def twin(model: Any) -> Any:
+def sharing_copy(model: Any) -> Any:
     """A copy of the modules of a model that shares its parameters."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def heal_maps(lesson: Lesson, fits: Mapping[str, Fit], *, keep: Collection[str] = (),
-              precision: str = "fp32", block: int | None = None, lr: float = MAPS_LR,
-              ) -> dict[str, Fit]:
+def heal_maps(healing: Healing, fits: Mapping[str, Fit], *, precision: str = "fp32",
+              block: int | None = None, lr: float = MAPS_LR) -> dict[str, Fit]:
     """Train the frozen mixtures of the teacher, and return them as fits, by module.
 
-    Matrices in `keep` go on routing and are not trained. precision, block: how the base that ships
-    beside the maps is quantised; if a block is given, the student's base is rounded the same way.
+    precision, block: how the base that ships beside the maps is quantised; if a block is given, the
+    student's base is rounded the same way.
     """
-    student = twin(lesson.teacher).train()
-    freeze(student, fits, keep)
+    student = sharing_copy(healing.teacher).train()
+    freeze(student, fits)
     if block:
         round_weights(student, precision, block)
-    layers = {n: layer for n, layer in expert_layers(student).items() if n not in set(keep)}
-    parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
-    if parameters:                           # none if every matrix goes on routing
-        tune(student, lesson, parameters, lr)
-    return {n: replace(exact(layer), kind="healed", residual=fits[n].residual,
-                       energy=fits[n].energy) for n, layer in layers.items()}
+    layers = expert_layers(student)
+    tune(student, healing, [p for m in layers.values() for p in (m.lora_A, m.lora_B)], lr)
+    return {n: replace(exact(layer), kind="healed", residual=fits[n].residual)
+            for n, layer in layers.items()}
 
 
-def heal_scales(lesson: Lesson, blocks: Mapping[str, Blocks], *, keep: Collection[str] = (),
-                lr: float = SCALES_LR) -> dict[str, Blocks]:
-    """Train the scales of a model's quantised weights; returns the blocks with them.
-
-    blocks: of all quantised weights. Those of `keep`, which go on routing, are not trained.
-    """
-    student = twin(lesson.teacher).train()
-    scaled = scale_model(student, blocks, keep)
-    tune(student, lesson, [weight.delta for weight in scaled.values()], lr)
-    return {**blocks, **{name: replace(blocks[name], scales=weight.scales_now())
-                         for name, weight in scaled.items()}}
+def heal_scales(healing: Healing, blocks: Mapping[str, Blocks], lr: float = SCALES_LR,
+                ) -> dict[str, Blocks]:
+    """Train the scales of all quantised weights of a model; returns the blocks with them."""
+    student = sharing_copy(healing.teacher).train()
+    scaled = scale_model(student, blocks)
+    tune(student, healing, [weight.delta for weight in scaled.values()], lr)
+    return {name: replace(blocks[name], scales=weight.scales_now())
+            for name, weight in scaled.items()}
 
 
-def tune(student: CausalLM, lesson: Lesson, parameters: Sequence[Tensor], lr: float) -> None:
+def tune(student: CausalLM, healing: Healing, parameters: Sequence[Tensor], lr: float) -> None:
     """Train `parameters` of the student, in place."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    epochs = math.ceil(lesson.steps / math.ceil(len(lesson.examples) / BATCH))
+    epochs = math.ceil(healing.steps / math.ceil(len(healing.examples) / BATCH))
     cfg = TrainConfig(epochs=epochs, batch_size=BATCH, lr=lr)
-    with progress_bar(range(lesson.steps), "heal", unit="step") as bar:
-        for step, batch in zip(bar, schedule(lesson.examples, cfg)):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, lesson.steps, cfg)
-            loss = heal_step(student, lesson, batch)
+    with progress_bar(range(healing.steps), "heal", unit="step") as bar:
+        for step, batch in zip(bar, schedule(healing.examples, cfg)):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, healing.steps, cfg)
+            loss = heal_step(student, healing, batch)
             torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             optimizer.step()
             student.zero_grad(set_to_none=True)          # shared parameters have gradients too
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
 
-def heal_step(student: CausalLM, lesson: Lesson, batch: Sequence[Example]) -> float:
+def heal_step(student: CausalLM, healing: Healing, batch: Sequence[Example]) -> float:
     """Add up the gradients of one step, in micro-batches; returns its loss.
 
     The loss is the mean cross-entropy of the supervised tokens; without labels, the mean of
     KL(teacher || student) over the real tokens.
     """
-    teacher, total = lesson.teacher, 0.0
-    device, labelled = teacher.lm_head.weight.device, lesson.labelled
+    teacher, total = healing.teacher, 0.0
+    device, labelled = teacher.lm_head.weight.device, healing.labelled
     count = (sum(label != IGNORE for e in batch for label in e.labels[1:]) if labelled
              else sum(len(e.ids) for e in batch))
-    for i in range(0, len(batch), lesson.micro_batch_size):
+    for i in range(0, len(batch), healing.micro_batch_size):
         # Sorted rows put shared prefixes side by side, so that the model computes them once.
-        part = sorted(batch[i:i + lesson.micro_batch_size], key=lambda e: e.ids)
-        ids, mask, labels = collate(part, lesson.pad_id, device)
+        part = sorted(batch[i:i + healing.micro_batch_size], key=lambda e: e.ids)
+        ids, mask, labels = collate(part, healing.pad_id, device)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         needed = mask.bool() & (targets != IGNORE) if labelled else mask.bool()
         hidden = student.model(ids, mask, needed=needed)[needed]                 # (N, D)
@@ -130,16 +124,6 @@ def heal_step(student: CausalLM, lesson: Lesson, batch: Sequence[Example]) -> fl
             total += loss.item()
         hidden.backward(leaf.grad)
     return total
-
-
-@torch.no_grad()
-def agreement(model: CausalLM, teacher: CausalLM, batches: Iterable[Batch]) -> float:
-    """Share of real tokens after which both models predict the same next token."""
-    same, models = [], (model, teacher)
-    for ids, mask, *_ in batches:
-        for a, b in _logits(models, [m.model(ids, mask)[mask.bool()] for m in models]):
-            same.append(a.argmax(-1) == b.argmax(-1))
-    return int(torch.cat(same).sum()) / len(torch.cat(same))
 
 
 def _logits(models: Sequence[CausalLM], hidden: Sequence[Tensor]) -> Iterator[list[Tensor]]:

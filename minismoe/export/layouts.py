@@ -15,17 +15,13 @@ from safetensors.torch import save_file
 
 from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
 from ..io.files import read_json, replacing, write_json
-from ..method.experts import expert_layers
-from ..method.freeze import freeze, merged
+from ..method.freeze import merged
 from ..model.checkpoint import IMAGES, MERGED, text_name, weight_files
 from ..model.config import Config, text_part
-from ..model.quantize import BLOCK
 from .graph import write_decoder, write_sampler
-from .heal import twin
-from .mixture import Adapter, AdapterInput
-from .npu import calibrated, compile_npu, write_npu
-from .routing import Fits, Frozen, merged_weights
-from .settings import ExportConfig, Source
+from .npu import compile_npu, write_npu
+from .prepare import Fits, Prepared
+from .settings import ExportConfig
 from .steps import write_in_steps
 from .weights import HALF, NPU_PRECISIONS
 
@@ -33,38 +29,22 @@ from .weights import HALF, NPU_PRECISIONS
 WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
               "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4"), "q8": ("q8", "_quantized"),
               "q4f16": ("q4f16", "_q4f16")}
-PAGE = "index.html"                          # of layout web; copied with its worker from page/
 
 
-def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,
-                ) -> dict[str, Any]:
+def write_graph(config: ExportConfig, prepared: Prepared, folder: Path) -> dict[str, Any]:
     """Write model.onnx, sampler.onnx and adapters; returns the entries of export.json on them."""
-    model, sizes = twin(source.model), source.model.config
-    into = {n: f for n, f in frozen.of(config.task).items() if n not in frozen.routed}
-    if config.routing == "freeze":
-        freeze(model, into)
-        into = {}
-    beside: dict[str, Adapter] = {n: a for n, a in expert_layers(model).items() if n not in into}
-    if config.adapters:
-        into, beside = {}, dict.fromkeys(into, AdapterInput())
-    stored = merged_weights(source.base, into)
-
-    def weight(name: str) -> Any:
-        return frozen.blocks.get(name) or stored(name)
-
-    sizing: dict[str, Any] = dict(precision=config.precision, context=config.context or 0,
-                                  block=config.block or BLOCK, static=config.static)
+    sizes = prepared.sizes
     if config.target == "npu":
-        write_npu(folder, sizes, weight, ranges=calibrated(config, source, frozen), **sizing)
+        write_npu(folder, sizes, prepared.read, config.form, prepared.ranges)
         if config.compile:
             compile_npu(folder, config.compile)
     else:
-        write_decoder(folder / "model.onnx", sizes, weight, beside, target=config.target, **sizing)
+        write_decoder(folder / "model.onnx", sizes, prepared.read, prepared.adapters, config.form)
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
-    adapters = {}
-    for number, task in enumerate(frozen.by_task if config.adapters else ()):
+    adapters, by_task = {}, prepared.fits.by_task if config.adapters else {}
+    for number, (task, fits) in enumerate(by_task.items()):
         adapters[task] = f"{number}.onnx_adapter"        # the name of a task may be no file name
-        write_adapter(folder / adapters[task], frozen.by_task[task])
+        write_adapter(folder / adapters[task], fits)
     return {"target": config.target, "precision": config.precision, "context": config.context,
             "static": config.static, "layers": len(sizes.attention_layers),
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
@@ -73,22 +53,25 @@ def write_graph(config: ExportConfig, source: Source, folder: Path, frozen: Froz
             **({"soc": config.compile} if config.compile else {})}
 
 
-def write_weights(config: ExportConfig, source: Source, folder: Path, fits: Fits) -> None:
-    """Write the weights of layout hf, or the adapter of layout peft."""
-    if config.layout == "peft":
-        for name in ("config.json", "generation_config.json"):       # they are of a whole model
-            (folder / name).unlink()
-        whole = read_json(source.base / "config.json")
+def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) -> None:
+    """Write the weights of layout hf, or the adapter of layout peft.
+
+    base: the folder of the base. name: of the base, as it was given.
+    """
+    if layout == "peft":
+        for file in ("config.json", "generation_config.json"):       # they are of a whole model
+            (folder / file).unlink()
+        whole = read_json(base / "config.json")
         # How transformers names the text part of a model of text and images.
         root = "model." if text_part(whole) == whole else "model.language_model."
-        hub = "/" in source.name and not Path(source.name).is_dir()
+        hub = "/" in name and not Path(name).is_dir()
         write_peft(folder, {n.replace("model.", root, 1): f for n, f in fits.items()},
-                   source.name if hub else str(source.base.resolve()))
+                   name if hub else str(base.resolve()))
         return
-    write_hf(folder, source.base, fits)
+    write_hf(folder, base, fits)
     if fits:
         settings = read_json(folder / "config.json")
-        write_json(folder / "config.json", {**settings, MERGED: source.name})
+        write_json(folder / "config.json", {**settings, MERGED: name})
 
 
 def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> None:
@@ -217,15 +200,15 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
                    "past_present_share_buffer": share_buffer}})
 
 
-def write_web(out: Path, precision: str, cache_type: str = "float32", page: bool = False) -> None:
-    """Move out/model.onnx to where transformers.js looks for it, and name it in out/config.json.
+def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
+    """Move out/model.onnx to where transformers.js looks for it, name it in out/config.json, and
+    add the page that loads it.
 
     Several precisions can go to the same folder; the last one is the default, and q4f16 is that of
-    WebGPU. page: add the page that loads them.
+    WebGPU.
     """
-    if page:
-        for part in Path(__file__).with_name("page").iterdir():
-            shutil.copyfile(part, out / part.name)           # without its mode: it may be read-only
+    for part in Path(__file__).with_name("page").iterdir():
+        shutil.copyfile(part, out / part.name)               # without its mode: it may be read-only
     dtype, suffix = WEB_DTYPES[precision]
     name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # transformers.js fetches it
     (out / "onnx").mkdir(exist_ok=True)

@@ -25,8 +25,10 @@ from onnx.helper import make_tensor, make_tensor_value_info
 from torch import Tensor, nn
 
 from ..method.experts import ExpertLinear, expert_layers
+from ..method.freeze import Fit
 from ..model.quantize import Blocks, dequantize, quantize
-from .weights import HALF, PRECISIONS, WeightGraph, concatenated
+from .nodes import Graph
+from .weights import HALF, PRECISIONS, WeightStore, concatenated
 
 A_BITS = 8                      # of lora_A beside a base in blocks
 
@@ -35,41 +37,43 @@ class AdapterInput:
     """A LoRA given at run time: inputs `<module>.lora_A` (in, R) and `<module>.lora_B` (R, out)."""
 
 
-Adapter = ExpertLinear | AdapterInput
+Adapter = ExpertLinear | Fit | AdapterInput
 
 
-class MixtureGraph(WeightGraph):
-    """A graph with `adapters`, by module name."""
+class LinearLayers:
+    """The linear layers of a graph, with their adapters, by module name."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], *model: Any):
-        super().__init__(*model)
-        self.adapters = adapters
+    def __init__(self, graph: Graph, weights: WeightStore, adapters: Mapping[str, Adapter]):
+        self.graph, self.weights, self.adapters = graph, weights, adapters
+        self.node, self.tensor, self.cast = graph.node, graph.tensor, graph.cast
+        self.no_choices: dict[tuple[int, int], str] = {}
 
     def linear(self, names: Sequence[str], x: str, bias: bool = False, label: str = "") -> str:
         """x (B, T, in) -> (B, T, sum of out), by the modules `names`. label: the name of the nodes,
         by default that of the first module."""
-        label, weights = label or names[0], [self.weight(f"{n}.weight") for n in names]
+        label, matrices = label or names[0], [self.weights.read(f"{n}.weight") for n in names]
         adapters, delta = [self.adapters.get(name) for name in names], ""
         wide = self.cast(f"{label}.wide", x, TensorProto.FLOAT) if any(adapters) else x
         if any(isinstance(adapter, AdapterInput) for adapter in adapters):
-            parts = [self.adapter_input(n, wide, *w.shape) for n, w in zip(names, weights)]
+            parts = [self.adapter_input(n, wide, *w.shape) for n, w in zip(names, matrices)]
             delta = self.node("Concat", f"{label}.lora_B", *parts, axis=-1)
         elif any(adapters):
-            h, B = self.experts(adapters, label, wide, [w.shape for w in weights])
-            if self.bits:
-                beside = [*in_8_bits(B, self.bits, self.block), self.joined(weights, self.bits)]
-                weights = [concatenated(beside, 1)]
-                h = self.cast(f"{label}.narrow", h, self.real)
-                x = self.node("Concat", label, *[h] * (len(beside) - 1), x, axis=-1)
+            h, B = self.experts(adapters, label, wide, [w.shape for w in matrices])
+            if bits := self.weights.bits:
+                Bs = in_8_bits(B, bits, self.weights.block)
+                matrices = [concatenated([*Bs, self.weights.joined(matrices, bits)], 1)]
+                h = self.cast(f"{label}.narrow", h, self.graph.real)
+                x = self.node("Concat", label, *[h] * len(Bs), x, axis=-1)
             else:
                 delta = self.node("MatMul", f"{label}.lora_B", h,
                                   self.tensor(f"{label}.lora_B", B.T))
-        y = self.product(names, label, x, weights)
+        y = self.weights.product(names, label, x, matrices)
         if bias:
-            values = torch.cat([self.weight(f"{n}.bias").to(self.dtype) for n in names])
-            y = self.node("Add", f"{label}.bias", y, self.tensor(f"{label}.bias", values))
+            values = torch.cat([self.weights.read(f"{n}.bias") for n in names])
+            y = self.node("Add", f"{label}.bias", y,
+                          self.tensor(f"{label}.bias", values.to(self.graph.dtype)))
         return y if not delta else self.node(
-            "Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.real))
+            "Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.graph.real))
 
     def adapter_input(self, name: str, x: str, outputs: int, inputs: int) -> str:
         """The LoRA that comes as an input of the graph; its default has rank 0 and adds nothing."""
@@ -77,26 +81,27 @@ class MixtureGraph(WeightGraph):
         B = self.tensor(f"{name}.lora_B", torch.empty(0, outputs))
         if name in self.adapters:
             rank = f"{name}.rank"
-            self.inputs += [make_tensor_value_info(A, TensorProto.FLOAT, [inputs, rank]),
-                            make_tensor_value_info(B, TensorProto.FLOAT, [rank, outputs])]
+            self.graph.inputs += [make_tensor_value_info(A, TensorProto.FLOAT, [inputs, rank]),
+                                  make_tensor_value_info(B, TensorProto.FLOAT, [rank, outputs])]
         h = self.node("MatMul", f"{name}.lora_A", x, A)
         return self.node("MatMul", f"{name}.lora_B", h, B)
 
-    def experts(self, layers: Sequence[Any], label: str, x: str,
+    def experts(self, adapters: Sequence[Any], label: str, x: str,
                 shapes: Sequence[tuple[int, int]]) -> tuple[str, Tensor]:
         """h (B, T, R), gated, and lora_B (sum of out, R) of the experts beside matrices (out, in).
 
         Beside a base in blocks, the ranks of each matrix are padded to whole blocks.
         """
-        parts = [flat(layer) if layer else (torch.zeros(0, inputs), torch.zeros(out, 0),
-                                            torch.zeros(0, inputs))
-                 for layer, (out, inputs) in zip(layers, shapes)]
-        pads = [-len(A) % self.block if self.bits else 0 for A, _, _ in parts]
+        bits, block = self.weights.bits, self.weights.block
+        parts = [flat(adapter) if adapter else (torch.zeros(0, inputs), torch.zeros(out, 0),
+                                                torch.zeros(0, inputs))
+                 for adapter, (out, inputs) in zip(adapters, shapes)]
+        pads = [-len(A) % block if bits else 0 for A, _, _ in parts]
         A = torch.cat([F.pad(A, (0, 0, 0, pad)) for (A, _, _), pad in zip(parts, pads)])
         B = torch.block_diag(*(F.pad(B, (0, pad)) for (_, B, _), pad in zip(parts, pads)))
         name = f"{label}.lora_A"
-        few = self.rows or self.bits and self.dtype == torch.float32
-        h = self.product([], name, x, [A], A_BITS) if few else self.node(
+        few = self.weights.rows or bits and self.graph.dtype == torch.float32
+        h = self.weights.product([], name, x, [A], A_BITS) if few else self.node(
             "MatMul", name, x, self.tensor(name, A.T))
         routers = [router for _, _, router in parts if len(router)]
         if routers:
@@ -109,7 +114,8 @@ class MixtureGraph(WeightGraph):
                 else:
                     gate[:E] = 1                 # always 1: the gates of any matrix sum to 1
                 gate_of_rank.append(gate)
-            top_k = [layer.top_k for layer in layers if layer and layer.router is not None]
+            top_k = [layer.top_k for layer in adapters
+                     if isinstance(layer, ExpertLinear) and layer.router is not None]
             gates = self.node(
                 "MatMul", f"{label}.gates", self.gates(f"{label}.router", x, routers, top_k),
                 self.tensor(f"{label}.gates", torch.cat(gate_of_rank, 1)))
@@ -140,17 +146,20 @@ class MixtureGraph(WeightGraph):
     def no_choice(self, G: int, E: int) -> str:
         """-inf (B, T, G, E), or (B, T, E) for one matrix: the chosen logits overwrite it."""
         name, sizes = f"router.none.{G}x{E}", [G, E] if G > 1 else [E]
-        if name not in self.shared and self.static:
-            self.shared[name] = self.tensor(name, torch.full((*self.static[:2], *sizes), -math.inf))
-        elif name not in self.shared:
+        if (G, E) not in self.no_choices and (static := self.weights.form.static):
+            self.no_choices[G, E] = self.tensor(name, torch.full((*static[:2], *sizes), -math.inf))
+        elif (G, E) not in self.no_choices:
             shape = self.node("Concat", name, self.node("Shape", name, "input_ids"), sizes, axis=0)
-            self.shared[name] = self.node("ConstantOfShape", name, shape, value=make_tensor(
+            self.no_choices[G, E] = self.node("ConstantOfShape", name, shape, value=make_tensor(
                 "value", TensorProto.FLOAT, [1], [-math.inf]))
-        return self.shared[name]
+        return self.no_choices[G, E]
 
 
-def flat(layer: ExpertLinear) -> tuple[Tensor, Tensor, Tensor]:
+def flat(layer: ExpertLinear | Fit) -> tuple[Tensor, Tensor, Tensor]:
     """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) without one."""
+    if isinstance(layer, Fit):
+        A = layer.lora_A.float().cpu()
+        return A, layer.lora_B.float().cpu(), A[:0]
     A, B = (p.detach().float().cpu().flatten(0, 1) for p in (layer.lora_A, layer.lora_B))
     router = A[:0] if layer.router is None else layer.router.detach().float().cpu()
     return A, (B * layer.scaling).T, router

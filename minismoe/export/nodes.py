@@ -22,10 +22,11 @@ TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16,
 class Graph:
     """Nodes and tensors; the bytes of large ones are written to `data` at once, and not kept."""
 
-    opset = 21
-
-    def __init__(self, data: BinaryIO | None = None):
-        self.data = data
+    def __init__(self, data: BinaryIO | None = None, dtype: torch.dtype = torch.float32,
+                 opset: int = 21):
+        """dtype: of the activations."""
+        self.data, self.dtype, self.opset = data, dtype, opset
+        self.real = TYPES[dtype]
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -42,6 +43,10 @@ class Graph:
         names = [x if isinstance(x, str) else self.constant(x) for x in inputs]
         self.nodes.append(helper.make_node(op, names, named, name, **attributes))
         return named[0] if len(named) == 1 else list(named)
+
+    def cast(self, module: str, x: str, to: int) -> str:
+        """Cast x to an ONNX type, unless all activations are float32."""
+        return x if self.dtype == torch.float32 else self.node("Cast", module, x, to=to)
 
     def constant(self, values: Any, dtype: torch.dtype = torch.int64) -> str:
         """Add a small tensor of these values; equal ones are stored once."""
@@ -69,10 +74,10 @@ class Graph:
             proto.external_data.add(key=key, value=str(value))
         return name
 
-    def alias(self, of: str, shape: Sequence[int], data_type: int | None = None) -> str:
+    def alias(self, tensor: str, shape: Sequence[int], data_type: int | None = None) -> str:
         """Add a tensor of the same bytes in another shape or type; returns its name."""
-        proto = copy.deepcopy(self.tensors[of])
-        proto.name, proto.dims[:] = f"{of}.flat", shape
+        proto = copy.deepcopy(self.tensors[tensor])
+        proto.name, proto.dims[:] = f"{tensor}.flat", shape
         proto.data_type = data_type or proto.data_type
         self.tensors[proto.name] = proto
         return proto.name

@@ -1,6 +1,6 @@
 """The decoder for NPUs: static shapes, activations in 16 bits, and no operator that needs a CPU.
 
-    embed.onnx    input_ids (1, T) -> hidden (1, T, D): the table is looked up on the CPU
+    embed.onnx    input_ids (1, T) -> hidden (1, T, D): the embedding is looked up on the CPU
     prompt.onnx   T tokens a step, whose keys and values the runtime appends to a cache of P slots
     model.onnx    the same graph for one token a step
     model.onnx.data                  the weights of all three
@@ -14,92 +14,32 @@ in float16, as do norms, rotary angles, softmax and the residual stream.
 Letters: T new tokens, P slots of the cache, D hidden, K key/value heads, C head size, V vocabulary.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto
 from onnx.helper import make_tensor_value_info as value
-from torch import Tensor, nn
 
-from ..method.freeze import merge, run_hooked
 from ..model.config import Config
-from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, Blocks, columns
 from ..runtime.npu import qnn_session
-from ..training.evaluate import generate
-from .graph import DecoderGraph, cached
-from .heal import twin
+from .graph import DecoderBuilder, cached
 from .nodes import Graph
-from .routing import Calibration, Frozen
-from .scales import round_weights
-from .settings import ExportConfig, Source
-from .weights import PRECISIONS
-
-TOP = 65535                      # the largest activation in 16 bits
-TEXTS = 24                       # of each task, to measure activations on
-PROMPTS, ANSWER = 120, 24        # of --prompts instead, and tokens that the model adds to each
-WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)     # candidates: quantile of extremes, and factor
-FLOAT_ABOVE = 0.005              # mean error of a tensor above which its layer stays in float16
+from .positions import causal
+from .ranges import Range, Ranges
+from .weights import GraphFormat, ReadWeight, WeightStore
 
 
-class Range(NamedTuple):
-    """The activations that 16 bits hold: low <= 0 <= high."""
+class NpuWeights(WeightStore):
+    """Weights in integers that HTP multiplies, beside activations rounded to `ranges`."""
 
-    low: float
-    high: float
-
-    def round(self, x: Tensor) -> Tensor:
-        """x as 16 bits store it."""
-        scale, zero = self.step()
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, TOP)
-
-    def step(self) -> tuple[float, int]:
-        """Scale and zero point."""
-        scale = max(self.high - self.low, 1e-6) / TOP
-        return scale, round(-self.low / scale)
-
-
-Ranges = Mapping[str, tuple[Range, Range]]         # linear layer -> of its inputs, of its outputs
-
-
-class NpuGraph(DecoderGraph):
-    """One step of T tokens after the P slots of a cache; returns the keys and values of the T."""
-
-    masked, opset = -1e4, 23         # RMSNormalization is new in 23
-
-    def __init__(self, ranges: Ranges, *model: Any):
-        super().__init__({}, *model)
+    def __init__(self, graph: Graph, config: Config, read: ReadWeight, form: GraphFormat,
+                 ranges: Ranges):
+        super().__init__(graph, config, read, form)
         self.ranges = ranges
-
-    def rms(self, name: str, x: str, weight: str) -> str:
-        """As in the base class, in one operator: HTP sums the squares in float32."""
-        ones, shape = weight, self.tensors[weight].dims
-        if len(shape) > 1:                             # one weight a head
-            ones = self.tensor(f"{name}.ones", torch.ones(shape[-1], dtype=self.dtype))
-        y = self.node("RMSNormalization", name, x, ones, axis=-1, stash_type=1,
-                      epsilon=self.config.rms_norm_eps)
-        return y if ones == weight else self.node("Mul", name, y, weight)
-
-    def mask(self, window: int | None) -> str:
-        """The mask of full attention: `refuse` lets no window end within the cache."""
-        return super().mask(None)
-
-    def embed(self) -> str:
-        """The hidden states that embed.onnx looked up."""
-        return "hidden"
-
-    def cache(self, name: str, past: str, new: str, present: str) -> str:
-        """Past and new (1, K, P + T, C); the present is the new alone."""
-        if self.dtype == torch.float16:
-            self.node("Identity", name, new, named=[present])
-        else:
-            past = self.node("Cast", f"{name}.past", past, to=self.real)
-            self.node("Cast", name, new, to=TensorProto.FLOAT16, named=[present])
-        return self.node("Concat", name, past, new, axis=2)
 
     def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any],
                 bits: int = 0) -> str:
@@ -116,7 +56,7 @@ class NpuGraph(DecoderGraph):
     def narrow(self, name: str, x: str, ranges: Sequence[Range]) -> str:
         """x, rounded to 16 bits in a range that holds all of these."""
         scale, zero = Range(min(r.low for r in ranges), max(r.high for r in ranges)).step()
-        step = [self.constant(scale, torch.float32),
+        step = [self.graph.constant(scale, torch.float32),
                 self.tensor(f"{name}.zero", torch.tensor(zero).to(torch.int16), TensorProto.UINT16)]
         return self.node("DequantizeLinear", name, self.node("QuantizeLinear", name, x, *step),
                          *step)
@@ -144,55 +84,85 @@ class NpuGraph(DecoderGraph):
                          bits=w.bits, block_size=BLOCK if w.bits == 8 else w.size,
                          domain="com.microsoft")
 
-    def table(self, name: str) -> list[str]:
+    def vocabulary(self, name: str) -> list[str]:
         """The stored tensors of an embedding or head (V, D); in few bits, 8 with a scale a row."""
         if not self.bits:
-            return super().table(name)
-        if name not in self.shared:
-            w = self.joined([self.weight(f"{name}.weight")], 8)
-            self.shared[name] = [
+            return super().vocabulary(name)
+        if name not in self.vocabularies:
+            w = self.joined([self.read(f"{name}.weight")], 8)
+            self.vocabularies[name] = [
                 self.tensor(f"{name}.weight", w.data.flatten(1) ^ 0x80, TensorProto.INT8),
                 self.tensor(f"{name}.scales", w.scales.flatten())]
-        return self.shared[name]
+        return self.vocabularies[name]
+
+
+class NpuBuilder(DecoderBuilder):
+    """One step of T tokens after the P slots of a cache; returns the keys and values of the T."""
+
+    weights: NpuWeights
+
+    def rms(self, name: str, x: str, weight: str) -> str:
+        """As in the base class, in one operator: HTP sums the squares in float32."""
+        ones, shape = weight, self.graph.tensors[weight].dims
+        if len(shape) > 1:                             # one weight a head
+            ones = self.tensor(f"{name}.ones", torch.ones(shape[-1], dtype=self.dtype))
+        y = self.node("RMSNormalization", name, x, ones, axis=-1, stash_type=1,
+                      epsilon=self.config.rms_norm_eps)
+        return y if ones == weight else self.node("Mul", name, y, weight)
+
+    def embed(self) -> str:
+        """The hidden states that embed.onnx looked up."""
+        return "hidden"
+
+    def cache(self, name: str, past: str, new: str, present: str) -> str:
+        """Past and new (1, K, P + T, C); the present is the new alone."""
+        if self.dtype == torch.float16:
+            self.node("Identity", name, new, named=[present])
+        else:
+            past = self.node("Cast", f"{name}.past", past, to=self.graph.real)
+            self.node("Cast", name, new, to=TensorProto.FLOAT16, named=[present])
+        return self.node("Concat", name, past, new, axis=2)
 
     def head(self, x: str) -> None:
         """Hidden states (1, T, D) -> logits (1, 1, V) of the last position."""
-        tied, name = self.config.tie_word_embeddings, "lm_head"
-        if not self.bits:
+        tied, name, w = self.config.tie_word_embeddings, "lm_head", self.weights
+        if not w.bits:
             super().head(x)
             return
-        w = self.node("DequantizeLinear", name, *self.table(
+        dense = self.node("DequantizeLinear", name, *w.vocabulary(
             "model.embed_tokens" if tied else name), axis=0)
-        ins, outs = self.ranges[name]
-        y = self.node("Gemm", name, self.narrow(f"{name}.x", self.last(x), [ins]), w, transB=1)
-        y = self.narrow(f"{name}.y", y, [outs])
+        ins, outs = w.ranges[name]
+        y = self.node("Gemm", name, w.narrow(f"{name}.x", self.last(x), [ins]), dense, transB=1)
+        y = w.narrow(f"{name}.y", y, [outs])
         self.node("Unsqueeze", name, y, [1], named=["logits"])
 
-    def resize(self, new: int) -> None:
-        """Set T, in the inputs, the outputs, and the mask: nothing else depends on it."""
-        _, _, P = self.static or (1, 1, 1)
-        self.static, c = (1, new, P), self.config
-        self.inputs = [value("hidden", self.real, [1, new, c.hidden_size]),
-                       value("attention_mask", TensorProto.INT64, [1, P + new]),
-                       value("position_ids", TensorProto.INT64, [1, new])]
-        self.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
-        past, present = ([1, c.num_key_value_heads, n, c.head_dim] for n in (P, new))
+    def resize(self, T: int, P: int) -> None:
+        """Declare inputs and outputs of T tokens, and fit the mask: nothing else depends on T."""
+        c, graph = self.config, self.graph
+        graph.inputs = [value("hidden", graph.real, [1, T, c.hidden_size]),
+                        value("attention_mask", TensorProto.INT64, [1, P + T]),
+                        value("position_ids", TensorProto.INT64, [1, T])]
+        graph.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
+        past, present = ([1, c.num_key_value_heads, n, c.head_dim] for n in (P, T))
         for i in range(c.num_hidden_layers):
-            self.inputs += [value(n, TensorProto.FLOAT16, past)
-                            for n in cached("past_key_values", i)]
-            self.outputs += [value(n, TensorProto.FLOAT16, present) for n in cached("present", i)]
-        self.tensor("mask.full.past", torch.arange(P + new) <= torch.arange(P, P + new)[:, None])
+            graph.inputs += [value(n, TensorProto.FLOAT16, past)
+                             for n in cached("past_key_values", i)]
+            graph.outputs += [value(n, TensorProto.FLOAT16, present) for n in cached("present", i)]
+        self.tensor("mask.full.past", causal(T, P))
 
 
-def write_npu(folder: Path, config: Config, weight: Callable[[str], Any], *, precision: str,
-              context: int, block: int, static: tuple[int, int, int], ranges: Ranges) -> None:
+def write_npu(folder: Path, config: Config, read: ReadWeight, form: GraphFormat, ranges: Ranges,
+              ) -> None:
     """Write embed.onnx, prompt.onnx and model.onnx over one file of weights."""
+    _, T, P = form.static or (1, 1, 1)
     with open(folder / "model.onnx.data", "wb") as data:
-        graph = NpuGraph(ranges, data, config, weight, "portable", precision, block, static)
-        embedding = graph.table("model.embed_tokens")
-        graph.decoder(context)
-        for file, new in ("prompt.onnx", static[1]), ("model.onnx", 1):
-            graph.resize(new)
+        graph = Graph(data, form.dtype, opset=23)      # RMSNormalization is new in 23
+        weights = NpuWeights(graph, config, read, form, ranges)
+        embedding = weights.vocabulary("model.embed_tokens")
+        decoder = NpuBuilder(graph, config, form, weights, {})
+        decoder.build()
+        for file, tokens in ("prompt.onnx", T), ("model.onnx", 1):
+            decoder.resize(tokens, P)
             graph.save(folder / file)
     lookup = Graph()
     lookup.tensors = {name: graph.tensors[name] for name in embedding}
@@ -212,64 +182,3 @@ def compile_npu(folder: Path, soc: int) -> None:
         qnn_session(folder / f"{name}.onnx", soc, (
             ("ep.context_enable", "1"), ("ep.context_embed_mode", "0"),
             ("ep.context_file_path", str(folder / f"{name}.qnn.onnx"))))
-
-
-def calibrated(config: ExportConfig, source: Source, frozen: Frozen) -> Ranges:
-    """The ranges of the model as it ships, over texts of the run, or over --prompts and what the
-    model answers to them."""
-    if not any(PRECISIONS[config.precision]):
-        return {}
-    model, pools = twin(source.model), Calibration(config, source).pools
-    merge(model, frozen.of(config.task))
-    round_weights(model, config.precision, config.block or BLOCK, frozen.blocks)
-    texts = [e.ids for pool in pools.values() for e in pool[:PROMPTS if config.prompts else TEXTS]]
-    if config.prompts:
-        texts = [ids[:model.config.max_position_embeddings - ANSWER] for ids in texts]
-        answers = generate(model.eval(), texts, ANSWER, source.tokenizer.stop_ids)
-        texts = [[*ids, *answer] for ids, answer in zip(texts, answers)]
-    return activation_ranges(model.eval(), texts)
-
-
-@torch.no_grad()
-def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> Ranges:
-    """The ranges of what linear layers read and write, by module name; without those of layers
-    whose activations no range holds.
-
-    Three texts of four give the candidates, from the extremes of each token. Every fourth chooses
-    among them, by the worst error of a token relative to the token's norm. So a range may cut rare
-    outliers, but none that dominate a token.
-    """
-    extremes = watched(model, [t for i, t in enumerate(texts) if i % 4] or texts,
-                       lambda key, x: torch.stack(x.aminmax(dim=-1)))
-    choices = {key: [Range(min(0.0, f * low.quantile(1 - q).item()),
-                           max(0.0, f * high.quantile(q).item())) for q, f in WIDER]
-               for key, (low, high) in extremes.items()}
-    errors = watched(model, texts[::4], lambda key, x: torch.stack([
-        (r.round(x) - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-6) for r in choices[key]]))
-    best, bad = {}, set()
-    for key, error in errors.items():                              # (candidates, tokens)
-        n = int(error.amax(1).argmin())
-        best[key] = choices[key][n]
-        if error[n].mean() > FLOAT_ABOVE and key[0] != "lm_head":
-            bad.add(key[0])
-    return {name: (best[name, 0], best[name, 1]) for name, side in best
-            if side == 0 and name not in bad}
-
-
-def watched(model: CausalLM, texts: Sequence[Sequence[int]],
-            measure: Callable[[tuple[str, int], Tensor], Tensor]) -> dict[tuple[str, int], Tensor]:
-    """What measure(key, x (N, .)) returns, (., N) of each text, side by side, for the inputs of
-    each linear layer, key (name, 0), and for its outputs, (name, 1)."""
-    names: dict[nn.Module, str] = {
-        m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = defaultdict[tuple[str, int], list[Tensor]](list)
-
-    def hook(layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
-        for side, x in enumerate((inputs[0], y)):
-            key = names[layer], side
-            found[key].append(measure(key, x.flatten(0, -2).float()))
-
-    for text in texts:
-        ids = torch.tensor([list(text)], device=model.lm_head.weight.device)
-        run_hooked(model, (ids, torch.ones_like(ids)), names, hook)
-    return {key: torch.cat(parts, 1) for key, parts in found.items()}

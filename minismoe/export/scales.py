@@ -3,10 +3,10 @@
 Integers stay, so the file, the graph and its kernels stay what they are. After
 PEQA (arXiv 2305.14152) and the end-to-end stage of EfficientQAT (arXiv 2407.11062).
 
-Letter: K columns of a table.
+Letter: K columns of an embedding.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,12 +39,12 @@ def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: 
 
     A tied head is left out: its weight is that of the embedding.
     """
-    (bits, table_bits), device = PRECISIONS[precision], model.lm_head.weight.device
+    (bits, head_bits), device = PRECISIONS[precision], model.lm_head.weight.device
     names = [f"{name}.weight" for name, part in model.named_modules()
              if isinstance(part, (nn.Linear, nn.Embedding))
              and not (name == "lm_head" and model.config.tie_word_embeddings)]
     return {name: few_bits(weight(name).to(device), precision,
-                           bits if ".layers." in name else table_bits, block) for name in names}
+                           bits if ".layers." in name else head_bits, block) for name in names}
 
 
 @torch.no_grad()
@@ -64,18 +64,11 @@ def round_weights(model: CausalLM, precision: str, block: int,
     return model
 
 
-def scale_model(model: CausalLM, blocks: Mapping[str, Blocks], keep: Collection[str] = (),
-                ) -> dict[str, BlockWeight]:
-    """Give the model these weights in place of its layers; returns those that can be trained.
-
-    Matrices in `keep` stay mixtures, of rounded weights that are not trained.
-    """
+def scale_model(model: CausalLM, blocks: Mapping[str, Blocks]) -> dict[str, BlockWeight]:
+    """Give the model these weights, whose scales can be trained, in place of its layers."""
     scaled: dict[str, BlockWeight] = {}
     for name, found in blocks.items():
         part: Any = model.get_submodule(module := name.removesuffix(".weight"))
-        if module in keep:
-            part.weight = nn.Parameter(dequantize(found, part.weight.dtype), requires_grad=False)
-            continue
         weight = scaled[name] = BlockWeight(found, part.weight.dtype, trained=True)
         model.set_submodule(module, ScaledEmbedding(weight) if isinstance(part, nn.Embedding)
                             else BlockLinear(weight, part.bias))

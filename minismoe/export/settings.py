@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
-from ..io.flags import flag, natural, number, positive, text
+from ..io.flags import flag, natural, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
-from .weights import PRECISIONS
+from .weights import PRECISIONS, GraphFormat
 
 STEPS = 80                               # of healing, if it is not said how many
 
@@ -36,8 +36,9 @@ qnn_chip.__name__ = "qnn:SOC"
 
 
 @dataclass(frozen=True)
-class FreezeConfig:
-    """How the routing of a run is frozen, and where that runs."""
+class ExportConfig:
+    """How a run is frozen, and what the exported folder holds. Without run and model: the embedded
+    default."""
 
     run: str | None = None                   # folder of train.py
     fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) fits it, "
@@ -47,8 +48,6 @@ class FreezeConfig:
         "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: "
         f"{STEPS} for a RUN, or in 4 bits with --prompts; 0 for --routing dynamic)", natural,
         metavar="STEPS")
-    calibration: int = flag(64, "training examples a task to freeze with (default: 64)", positive,
-                            metavar="N")
     prompts: str | None = flag(
         None, "calibrate and heal on these prompts, one a line, towards the predictions of the "
         "mixture, and not on the run's data", text, metavar="FILE")
@@ -57,36 +56,18 @@ class FreezeConfig:
     device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
     dtype: str = flag("auto", "for freezing, healing and scoring the mixture; default: the "
                       "faster one on the device", choices=("auto", "float32", "bfloat16"))
-
-
-@dataclass(frozen=True)
-class TableConfig(FreezeConfig):
-    """What the table of the ways to freeze compares."""
-
-    heal: int = flag(STEPS, f"steps of the healed row (default: {STEPS})", positive,
-                     metavar="STEPS")
-    routing: str = flag("merge", "auto: add rows that keep routing in the fewest matrices, for "
-                        "three tolerances", choices=("auto",))
-
-
-@dataclass(frozen=True)
-class ExportConfig(FreezeConfig):
-    """What the exported folder holds. Without run and model: the embedded default."""
-
     model: str | None = flag(
         None, "instead of RUN: a checkpoint folder or hub name, without adapters", text)
     out: str | None = flag(None, "folder to make (default: one in RUN/export)", text, metavar="DIR")
     routing: str = flag("merge", "merge (default): into the weights; freeze: a LoRA beside them; "
-                        "dynamic: token by token, as trained; auto: dynamic in the fewest matrices "
-                        "that --tolerance needs", choices=("merge", "freeze", "dynamic", "auto"))
-    tolerance: float = flag(0.01, "exact match, or agreement without labels, that --routing auto "
-                            "may lose, as a share (default: 0.01)", number, metavar="X")
+                        "dynamic: token by token, as trained",
+                        choices=("merge", "freeze", "dynamic"))
     task: str | None = flag(None, "freeze for the samples of this task only", text)
     adapters: bool = flag(False, "the base with one .onnx_adapter for each task, switched at run "
                           "time; layouts onnx and genai")
-    layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js, "
-                       "peft, or transformers", choices=("onnx", "genai", "web", "peft", "hf"))
-    page: bool = flag(False, "with --layout web: add a page to chat with the model in a browser")
+    layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js with "
+                       "a page to chat in a browser, peft, or transformers",
+                       choices=("onnx", "genai", "web", "peft", "hf"))
     precision: str = flag("auto", "of the base weights, int4-8 with embedding and head in 8 bits; "
                           "experts that stay beside few bits take 8 (but 32 lora_A in q4f16, "
                           "lora_B in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: "
@@ -108,10 +89,8 @@ class ExportConfig(FreezeConfig):
     context: int | None = flag(
         None, "positions of the graph (default: what the model was made for, at most 2048, or "
         "what the test lines need)", positive, metavar="TOKENS")
-    check: int = flag(8, "prompts on which the export must agree with PyTorch (default: 8)",
-                      positive, metavar="N")
 
-    def settled(self, has_examples: bool, hidden_size: int) -> "ExportConfig":
+    def with_defaults(self, has_examples: bool, hidden_size: int) -> "ExportConfig":
         """The same with values in place of "auto" and of the defaults of --heal and --block.
 
         has_examples: whether there is something to heal on. hidden_size: of the model; blocks of
@@ -130,8 +109,7 @@ class ExportConfig(FreezeConfig):
                 "q8" if self.layout == "web" else "int4" if heals else "int4-8")
         heals = heals and (self.run is not None or PRECISIONS[precision][0] == 4)
         heal = STEPS * heals if self.heal is None else self.heal
-        large = (heal and self.target == "ort" and self.routing == "merge" and not self.adapters
-                 and hidden_size >= 4 * BLOCKS[-1])
+        large = (heal and self.target == "ort" and self.merges and hidden_size >= 4 * BLOCKS[-1])
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
             PRECISIONS[precision]) and precision != "w8a16" else None
         block = ROW if precision == "q8" else block
@@ -141,6 +119,17 @@ class ExportConfig(FreezeConfig):
     def graph(self) -> bool:
         """Whether the folder holds an ONNX graph, not safetensors."""
         return self.layout not in ("peft", "hf")
+
+    @property
+    def merges(self) -> bool:
+        """Whether the mixtures become part of the base's weights."""
+        return self.routing == "merge" and not self.adapters
+
+    @property
+    def form(self) -> GraphFormat:
+        """How the graph is written."""
+        return GraphFormat(self.target, self.precision, self.context or 0, self.block or BLOCK,
+                           self.static)
 
     @property
     def kind(self) -> str:

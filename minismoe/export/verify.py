@@ -1,4 +1,4 @@
-"""Compare an export with PyTorch: logits, greedy texts, exact match.
+"""Check an exported folder: compare it with PyTorch, and measure exact match.
 
 Letters: n tokens compared, V vocabulary.
 """
@@ -6,17 +6,13 @@ Letters: n tokens compared, V vocabulary.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime as ort
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ..data.tasks import Task
 from ..io.files import read_json
@@ -24,139 +20,120 @@ from ..io.progress import progress_bar
 from ..io.text import clean, table
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
-from ..model.checkpoint import load_adapter, load_model, text_name, weights
+from ..model.checkpoint import load_model, text_name, weights
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
 from ..runtime import Generator
 from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
+from .compare import TOKENS, compare_graph, compare_logits, compare_npu, compare_rounded, unrounded
 from .graph import refuse
-from .heal import twin
+from .heal import sharing_copy
 from .mixture import round_adapters
-from .routing import Frozen
+from .prepare import Fits, Prepared
 from .scales import round_weights
 from .settings import ExportConfig, Source
 from .weights import HALF, PRECISIONS
 
-# How far logits may be from those of PyTorch in float32, as a share of the largest: the error that
-# rounding weights and activations explains. In few bits a wrong graph could hide behind it, so such
-# a graph must also agree with PyTorch on the same rounded weights. In float16, routing that stays
-# may choose another expert where two are almost equal ("routed").
-TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 5e-2, "int8": 0.15, "int4-8": 0.6, "int4": 0.6,
-              "w8a16": 0.15, "w4a16": 0.6, "a16": 2e-2, "q8": 0.15, "q4f16": 0.6,
-              "routed fp16": 6e-2, "routed q4f16": 0.6}
-# The tolerance beside a model whose weights are rounded as those of the graph are.
-EXPLAINS = {"w8a16": "a16", "w4a16": "a16", "q4f16": "fp16",         # or fp32
-            "routed q4f16": "routed fp16"}
+# How far logits may be from PyTorch's on the same weights, as a share of the largest: what rounding
+# activations explains. Of float16 graphs weights are rounded as well, and a router may choose
+# another expert where two are almost equal.
+FLOAT32, FLOAT16, ROUTED_FLOAT16, BITS16, BFLOAT16 = 1e-4, 3e-2, 6e-2, 2e-2, 5e-2
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
-TOKENS = 24                              # of each greedy text
-FEW = 4                                  # of each text read without rounding, which is slow
+CHECKED = 8                              # prompts on which an export must agree with PyTorch
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
-Prompts = Sequence[Sequence[int]]
 
 
-@torch.no_grad()
-def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """Logits (n, V) after the prompt and each token of the text; a graph reads these singly."""
-    if isinstance(model, Generator):
-        return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
-                            for given in model.forced(prompt, text)])
-    return model.lm_head(model.model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:])
+def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
+          folder: Path) -> dict[str, Any]:
+    """Compare the folder with PyTorch; returns figures, of a graph by adapter.
 
+    A graph in few bits has to compute what PyTorch does with the same rounded weights. How far it
+    is from unrounded weights is reported, and has no bound.
 
-def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, prompts: Prompts,
-                   texts: Prompts, precision: str,
-                   complaint: str = "the export is not what PyTorch computes") -> dict[str, Any]:
-    """Compare the logits of an export with those of `model`, along the greedy texts of the latter.
-
-    Raises ValueError with the complaint if they differ by more than the precision explains.
+    reference: the trained model with its experts, in float32. Raises ValueError if they disagree.
     """
-    errors, same = [], []
-    for prompt, text in zip(prompts, texts):
-        wanted, found = logits(model, prompt, text), logits(export, prompt, text)
-        errors.append((found - wanted).abs().max() / wanted.abs().max())
-        same.append(found.argmax(-1) == wanted.argmax(-1))
-    error = torch.stack(errors).max().item()             # nan if any is: Python's max may drop it
-    if not error <= TOLERANCES[precision]:
-        raise ValueError(f"{complaint}: its logits are off by {error:.2g} of the largest, and "
-                         f"{precision} explains {TOLERANCES[precision]:g}")
-    return {"logits_error": float(f"{error:.3g}"), "tolerance": TOLERANCES[precision],
-            "tokens_agreed": round(torch.cat(same).double().mean().item(), 4)}
+    if not config.graph:
+        return check_weights(config, source, reference, prepared, folder)
+    generator, found = Generator(folder), {}
+    npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
+    exact = unrounded(generator) if rounds and not npu else generator
+    tolerance, prompts = activations_explain(config), some_prompts(source)
+    for adapter in (None, *generator.tasks):
+        task, adapted = adapter or config.task, bool(adapter) or not config.adapters
+        fits = prepared.fits.for_task(task) if adapted else None
+        model = expected = as_exported(config, reference, fits)
+        if rounds:
+            expected = rounded(config, model, prepared)
+        generator.use(adapter)
+        # Healed weights are no longer those of the model: the graph is compared with them.
+        seen: dict[str, Any] = compare_graph(
+            expected if prepared.blocks else model, generator, prompts,
+            math.inf if rounds else tolerance, config.precision == "fp32")
+        if rounds:
+            exact.use(adapter)
+            seen |= compare_rounded(expected, exact, prompts, tolerance, npu * (
+                ", or too few texts showed its activations: give more --prompts"))
+        show_logits(task or source.name, seen)
+        if config.compile:
+            seen |= compare_npu(generator, Generator(folder, "qnn"), prompts[0], BITS16)
+        if adapted:
+            seen["exact_match"] = accuracies(config, source, generator, model, [
+                t for t in source.tasks if task in (None, t.name)])
+        found[task or ""] = seen
+    show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
+    return found
 
 
-def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
-                  ) -> dict[str, Any]:
-    """Compare a graph with `model`: logits, and texts, one by one and in a padded batch.
-
-    Raises ValueError as `compare_logits` does, and if a float32 text differs.
-    """
-    count = min(TOKENS, generator.room(max(map(len, prompts))))  # a static past may hold few
-    wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
-    found = compare_logits(model, generator, prompts, wanted, precision)
-    batched, single = (sum(a == b for a, b in zip(wanted, texts)) for texts in (
-        generator.batch(prompts, count, rows=len(prompts)),
-        [[*generator.generate(p, count)] for p in prompts]))
-    if precision == "fp32" and (batched, single) != (len(prompts),) * 2:
-        raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
-                         f"are equal, and {batched} in a batch")
-    return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
+def activations_explain(config: ExportConfig) -> float:
+    """How far a graph's logits may be from those of its weights in PyTorch, by its activations."""
+    if config.precision in HALF:
+        return ROUTED_FLOAT16 if config.routing == "dynamic" else FLOAT16
+    return BITS16 if config.target == "npu" else FLOAT32
 
 
-def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, precision: str,
-                    ) -> dict[str, Any]:
-    """Compare an `unrounded` graph with `model`, whose weights `round_weights` rounded.
-
-    Raises ValueError if they differ by more than the type of its activations explains.
-    """
-    count = min(FEW, generator.room(max(map(len, prompts))))
-    texts = generate(model, prompts, count, generator.tokenizer.stop_ids)
-    explains = EXPLAINS.get(precision, "fp32")
-    found = compare_logits(
-        model, generator, prompts, texts, explains,
-        "the export is not what PyTorch computes with the same rounded weights" + (
-            ", or too few texts showed its activations: give more --prompts" * (explains == "a16")))
-    return {"rounded_error": found["logits_error"]}
+def as_exported(config: ExportConfig, reference: CausalLM, fits: Fits | None) -> CausalLM:
+    """The model with its mixtures as the export holds them; without any if fits is None."""
+    model = sharing_copy(reference)
+    if fits is None:                         # a LoRA of rank 0 adds nothing
+        fits = {name: Fit(layer.lora_A[0, :0], layer.lora_B[0, :0].T)
+                for name, layer in expert_layers(model).items()}
+        merge(model, fits)
+    elif config.merges:
+        merge(model, fits)
+    elif config.routing == "freeze" or config.adapters:
+        freeze(model, fits)                  # not rounded with the base
+    return model
 
 
-def compare_npu(generator: Generator, compiled: Generator, prompt: Sequence[int]) -> dict[str, Any]:
-    """Compare what was compiled for an NPU with the same graphs on the CPU, along one short text.
-
-    Raises ValueError if they differ by more than float16 explains: a graph that compiles may
-    compute something else.
-    """
-    found = compare_logits(
-        generator, compiled, [prompt], [[*generator.generate(prompt, FEW - 1)]], "a16",
-        "what was compiled is not what the CPU computes (try another T in --static 1xTxP)")
-    print(f"compiled: logits within {found['logits_error']:.1e} of the CPU's largest")
-    return {"compiled_error": found["logits_error"]}
+def rounded(config: ExportConfig, model: CausalLM, prepared: Prepared) -> CausalLM:
+    """A copy of the model with weights in few bits, as the graph stores them."""
+    block = config.block or BLOCK
+    model = round_weights(sharing_copy(model), config.precision, block, prepared.blocks)
+    if not config.adapters:                  # those stay floats
+        round_adapters(model, config.precision, block)
+    return model
 
 
-def unrounded(generator: Generator) -> Generator:
-    """A generator of the same graph that rounds no activations, to test only its blocks."""
-    graph = onnx.load(str(generator.folder / "model.onnx"), load_external_data=False)
-    for attribute in (a for node in graph.graph.node for a in node.attribute):
-        if attribute.name == "accuracy_level":
-            attribute.i = 0
-    options = generator._session.get_session_options()
-    options.add_session_config_entry(                    # for the nodes fused in target portable
-        "session.qdq_matmulnbits_accuracy_level", "0")
-    options.add_session_config_entry(                    # the graph comes as bytes, without a path
-        "session.model_external_initializers_file_folder_path", str(generator.folder))
-    other = copy(generator)
-    other._session = ort.InferenceSession(graph.SerializeToString(), options,
-                                          providers=["CPUExecutionProvider"])
-    other.use(None)
-    return other
-
-
-def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float:
-    """Exact match of an exported folder on the test split of a task, 0 to 1."""
-    def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
-        starts = progress_bar(range(0, len(prompts), batch_size), f"evaluate {clean(task.name)}",
-                              unit="batch", leave=False)
-        return [answer for start in starts
-                for answer in generator.batch(prompts[start:start + batch_size], limit)]
-
-    return exact_match(generator.tokenizer, task, generator.context, complete).share
+def check_weights(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
+                  folder: Path) -> dict[str, Any]:
+    """Compare the logits of a folder of layout hf or peft with those of PyTorch."""
+    fits = prepared.fits.for_task(config.task)
+    if config.layout == "hf":
+        exported = load_model(folder)
+    else:
+        exported = sharing_copy(reference)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        key = "base_model.model.{}.lora_{}.weight".format
+        merge(exported, {text_name(name): Fit(tensors[key(name, "A")], tensors[key(name, "B")])
+                         for name in read_json(folder / "adapter_config.json")["target_modules"]})
+    stored = weights(source.base)                          # merged weights have its dtypes
+    exact = config.layout == "peft" or all(
+        stored(f"{n}.weight").dtype == torch.float32 for n in fits)
+    model, prompts = as_exported(config, reference, fits), some_prompts(source)
+    texts = generate(model, prompts, TOKENS, source.tokenizer.stop_ids)
+    seen = compare_logits(model, exported, prompts, texts, FLOAT32 if exact else BFLOAT16)
+    show_logits(source.name, seen)
+    return seen
 
 
 def accuracies(config: ExportConfig, source: Source, generator: Generator, model: CausalLM,
@@ -167,18 +144,30 @@ def accuracies(config: ExportConfig, source: Source, generator: Generator, model
     """
     found = {}
     for task in tasks:
-        prompts = answer_prompts(generator.tokenizer, task, generator.context)
-        wanted = references(generator.tokenizer, task)[1]
-        room = generator.room(max(map(len, prompts)))
-        if room < wanted:
-            print(f"{clean(task.name)}: no exact match, as an answer may have {wanted} tokens, and "
-                  f"there is room for {room}")
-            continue
         row = {"trained": source.trained[task.name]} if task.name in source.trained else {}
-        if config.precision != "fp32":
-            row["float32"] = evaluate(model, source.tokenizer, task).share
-        found[task.name] = row | {config.precision: accuracy(generator, task)}
+        share = accuracy(generator, task)
+        if share is not None:
+            if config.precision != "fp32":
+                row["float32"] = evaluate(model, source.tokenizer, task).share
+            found[task.name] = row | {config.precision: share}
     return found
+
+
+def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float | None:
+    """Exact match of an exported folder on the test split of a task, 0 to 1; None if it has no room
+    for the answers."""
+    def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
+        if (room := generator.room(max(map(len, prompts)))) < limit:
+            print(f"{clean(task.name)}: no exact match, as an answer may have {limit} tokens, and "
+                  f"there is room for {room}")
+            return []
+        starts = progress_bar(range(0, len(prompts), batch_size), f"evaluate {clean(task.name)}",
+                              unit="batch", leave=False)
+        return [answer for start in starts
+                for answer in generator.batch(prompts[start:start + batch_size], limit)]
+
+    found = exact_match(generator.tokenizer, task, generator.context, complete)
+    return found.share if found.examples else None
 
 
 def show_logits(name: str, seen: Mapping[str, Any]) -> None:
@@ -203,7 +192,7 @@ def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
         for name, row in (*rows.items(), ("mean", means))]))
 
 
-def some_prompts(source: Source, count: int) -> list[list[int]]:
+def some_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
     """Token prompts from the test lines of the tasks in turn; without data, a few of our own."""
     chats = [list(m[:-1]) for several in zip_longest(*(t.test for t in source.tasks))
              for m in several if m]
@@ -219,99 +208,26 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     and as `refuse` does.
     """
     longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
-    prompts, answers = some_prompts(source, config.check), [0]
+    prompts, answers, npu = some_prompts(source), [0], config.target == "npu"
     for task in source.tasks:
         tests = answer_prompts(tokenizer, task, longest)
         answers.append(max(map(len, tests)) + references(tokenizer, task)[1])
         prompts += tests
     prompt = max(map(len, prompts))
     needed = min(longest, max(prompt + TOKENS, *answers))
-    context = config.context or min(longest, max(2048, needed))
-    limits = (f"the texts that the export is checked with need {needed}, and the model ends at "
-              f"{longest}")
-    if not needed <= context <= longest:
-        raise ValueError(f"--context {context}: {limits}")
-    if config.target == "npu":               # all tokens are in the cache, whose size is fixed
+    context, static = config.context or min(longest, max(2048, needed)), config.static
+    if npu:                                  # all tokens are in the cache, whose size is fixed
         windows = [w - NPU_TOKENS for w in source.model.config.windows if w]
-        static = config.static or (
+        static = static or (
             1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS, *windows)))
-        if not needed <= static[2] <= longest:
-            raise ValueError(f"--static with {static[2]} past positions: {limits}")
-        config, context = replace(config, static=static), static[2]
-    elif config.static and (past := min(context, config.static[2])) < (
-            least := prompt + config.static[1]):
+        context = static[2]
+    if not needed <= context <= longest:
+        asked = f"--static with {context} past positions" if npu else f"--context {context}"
+        raise ValueError(f"{asked}: the texts that the export is checked with need {needed}, and "
+                         f"the model ends at {longest}")
+    if static and not npu and (past := min(context, static[2])) < (least := prompt + static[1]):
         raise ValueError(f"--static with {past} past positions (at most the context): the texts "
                          f"that the export is checked with need {least}")
     if config.graph:                         # before anything is frozen or healed
-        refuse(source.model.config, config.target, config.block or BLOCK, config.static)
-    return replace(config, context=context)
-
-
-def check(config: ExportConfig, source: Source, folder: Path, frozen: Frozen) -> dict[str, Any]:
-    """Compare the folder with PyTorch in float32; returns figures, of a graph by adapter.
-
-    Raises ValueError if they disagree.
-    """
-    base = load_model(source.base)
-
-    def reference(task: str | None, adapted: bool = True) -> CausalLM:
-        """The model as it was trained, with its routing frozen as asked for."""
-        model = twin(base)
-        if adapted and expert_layers(source.model):
-            load_adapter(model, source.run / "adapter")
-            beside = config.adapters or config.routing == "freeze"   # not rounded with the base
-            (freeze if beside else merge)(model, frozen.of(task), frozen.routed)
-        return model
-
-    if not config.graph:
-        return check_weights(config, source, folder, frozen, reference(config.task), base)
-    generator, found = Generator(folder), {}
-    npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
-    blocks = (generator if npu else unrounded(generator)) if rounds else None
-    prompts = some_prompts(source, config.check)
-    precision = "routed " * bool(frozen.routed and config.precision in HALF) + config.precision
-    for adapter in (None, *generator.tasks):
-        task, adapted = adapter or config.task, bool(adapter) or not config.adapters
-        generator.use(adapter)
-        model = rounded = reference(task, adapted)
-        if rounds:
-            block = config.block or BLOCK
-            rounded = round_weights(reference(task, adapted), config.precision, block,
-                                    frozen.blocks)
-            if not config.adapters:                          # those stay floats
-                round_adapters(rounded, config.precision, block)
-        # Healed weights are no longer those of the model: the graph is compared with them.
-        seen = compare_graph(rounded if frozen.blocks else model, generator, prompts, precision)
-        if blocks:
-            blocks.use(adapter)
-            seen |= compare_rounded(rounded, blocks, prompts, precision)
-        show_logits(task or source.name, seen)
-        if config.compile:
-            seen |= compare_npu(generator, Generator(folder, "qnn"), prompts[0])
-        if adapted:
-            seen["exact_match"] = accuracies(config, source, generator, model, [
-                t for t in source.tasks if task in (None, t.name)])
-        found[task or ""] = seen
-    show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
-    return found
-
-
-def check_weights(config: ExportConfig, source: Source, folder: Path, frozen: Frozen,
-                  reference: CausalLM, base: CausalLM) -> dict[str, Any]:
-    """Compare the logits of a folder of layout hf or peft with those of `reference`."""
-    if config.layout == "hf":
-        exported = load_model(folder)
-    else:
-        load_adapter(exported := twin(base), source.run / "adapter")
-        tensors = load_file(folder / "adapter_model.safetensors")
-        key = "base_model.model.{}.lora_{}.weight".format
-        merge(exported, {text_name(name): Fit(tensors[key(name, "A")], tensors[key(name, "B")])
-                         for name in read_json(folder / "adapter_config.json")["target_modules"]})
-    stored = weights(source.base)                          # merged weights have its dtypes
-    exact = config.layout == "peft" or all(
-        stored(f"{n}.weight").dtype == torch.float32 for n in frozen.of(config.task))
-    prompts = some_prompts(source, config.check)
-    texts = generate(reference, prompts, TOKENS, source.tokenizer.stop_ids)
-    seen = compare_logits(reference, exported, prompts, texts, "fp32" if exact else "bf16")
-    show_logits(source.name, seen)
-    return seen
+        refuse(source.model.config, config.target, config.block or BLOCK, static)
+    return replace(config, context=context, static=static)

@@ -16,7 +16,7 @@ held out, of one task and of all), and four of 970 MB while solving.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -42,7 +42,6 @@ class Fit:
     lora_B: Tensor               # (out, R)
     kind: str = "exact"          # mean, gates or linear; exact for one expert
     residual: float = 0.0        # share of the mixture's output energy that it misses, held out
-    energy: float = 0.0          # the mixture's output energy, as a share of all that is written
 
 
 @dataclass
@@ -52,7 +51,7 @@ class TaskFits:
     together: dict[str, Fit]
     by_task: dict[str, dict[str, Fit]]
 
-    def of(self, task: str | None) -> dict[str, Fit]:
+    def for_task(self, task: str | None) -> dict[str, Fit]:
         """The fits of a task; of all together for None."""
         return self.together if task is None else self.by_task[task]
 
@@ -64,7 +63,6 @@ class Sums(NamedTuple):
     P: Tensor                    # (R, D)
     G: Tensor                    # (R, R)
     gates: Tensor                # (E,) of each expert; all E add up to the number of tokens
-    written: Tensor              # (1,) sum of ||y||^2 of all that the matrix writes
 
 
 def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memory: int = 1 << 30,
@@ -94,7 +92,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memor
                 if task is not None:
                     whole += part
                 for kind, fits in solve(readers, part).items():
-                    found[kind].of(task).update(fits)
+                    found[kind].for_task(task).update(fits)
     return found
 
 
@@ -135,7 +133,7 @@ def _shapes(readers: Readers) -> list[tuple[int, ...]]:
     sizes = [layer.lora_A.shape for layer in readers.values()]
     D = sizes[0][2]
     return [(D, D), *((E * r, D) for E, r, _ in sizes), *((E * r, E * r) for E, r, _ in sizes),
-            *((E,) for E, _, _ in sizes), *((1,) for _ in sizes)]
+            *((E,) for E, _, _ in sizes)]
 
 
 def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
@@ -159,9 +157,9 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
     token_numbers: list[Tensor] = []         # of its real tokens to fit, and of those held out
 
     def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
-        """Add the tokens of one batch, x (..., D) and y (..., out)."""
-        x, y, logits = (without_pads(t.reshape(-1, t.shape[-1]), mask).to(layer.lora_A.dtype)
-                        for t in (args[0], y, layer.router_logits))
+        """Add the tokens of one batch, x (..., D)."""
+        x, logits = (without_pads(t.reshape(-1, t.shape[-1]), mask).to(layer.lora_A.dtype)
+                     for t in (args[0], layer.router_logits))
         gates = top_k_gates(logits, layer.top_k)                         # (N, E)
         gh = gated(x @ layer.lora_A.flatten(0, 1).T, gates)              # (N, R)
         for sums, rows in zip(sums_of[layer], token_numbers):
@@ -171,7 +169,6 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
             sums.P.addmm_(gh_part.T, x_part)
             sums.G.addmm_(gh_part.T, gh_part)
             sums.gates.add_(gates[rows].sum(0))
-            sums.written.add_(y[rows].square().sum())
 
     seen = 0
     for batch in batches:
@@ -233,13 +230,12 @@ def linear(starts: Sequence[Tensor], sums: Sequence[Sums], ridge: float) -> list
 
 
 def measured(layer: ExpertLinear, A: Tensor, kind: str, sums: Sums) -> Fit:
-    """The fit A (R, D), with its residual and energy on the tokens of `sums`."""
+    """The fit A (R, D), with its residual on the tokens of `sums`."""
     K, cross = _gram(layer), A @ sums.P.T
     energy = (K * sums.G).sum()
     missed = (K * (sums.G - cross - cross.T + A @ sums.M @ A.T)).sum()
     return Fit(A.to(layer.lora_A), exact(layer).lora_B, kind,
-               max(0.0, (missed / energy).item()) if energy > 0 else 0.0,
-               (layer.scaling ** 2 * energy / sums.written.clamp(min=1e-30)).item())
+               max(0.0, (missed / energy).item()) if energy > 0 else 0.0)
 
 
 def _gram(layer: ExpertLinear) -> Tensor:
@@ -267,10 +263,10 @@ def merged(weight: Tensor, fit: Fit) -> Tensor:
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
-    """Replace each mixture but those in `keep` by one expert of rank R without a router, in place.
-    Raises ValueError, before anything is changed, with the names that have no fit."""
-    for name, layer in _replaced(model, fits, keep).items():
+def freeze(model: nn.Module, fits: Mapping[str, Fit]) -> None:
+    """Replace each mixture by one expert of rank R without a router, in place. Raises ValueError,
+    before anything is changed, with the names that have no fit."""
+    for name, layer in _replaced(model, fits).items():
         A, B = fits[name].lora_A, fits[name].lora_B
         new = ExpertLinear(layer, experts=1, rank=len(A), alpha=len(A), top_k=1)
         new.lora_A.copy_(A[None])
@@ -279,21 +275,19 @@ def freeze(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()
 
 
 @torch.no_grad()
-def merge(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str] = ()) -> None:
-    """Replace each adapted layer but those in `keep` by an nn.Linear of merged weights, in place.
-    A merged layer has no experts, so a second call changes nothing. Raises ValueError as `freeze`.
-    """
-    for name, layer in _replaced(model, fits, keep).items():
+def merge(model: nn.Module, fits: Mapping[str, Fit]) -> None:
+    """Replace each adapted layer by an nn.Linear of merged weights, in place. A merged layer has no
+    experts, so a second call changes nothing. Raises ValueError as `freeze` does."""
+    for name, layer in _replaced(model, fits).items():
         new = nn.Linear(layer.in_features, layer.out_features, device="meta")
         new.weight = nn.Parameter(merged(layer.dense(), fits[name]), requires_grad=False)
         new.bias = layer.bias
         model.set_submodule(name, new)
 
 
-def _replaced(model: nn.Module, fits: Mapping[str, Fit], keep: Collection[str],
-              ) -> dict[str, ExpertLinear]:
+def _replaced(model: nn.Module, fits: Mapping[str, Fit]) -> dict[str, ExpertLinear]:
     """The layers to replace, each of which has a fit."""
-    layers = {n: layer for n, layer in expert_layers(model).items() if n not in keep}
+    layers = expert_layers(model)
     if missing := [n for n in layers if n not in fits]:
         raise ValueError(f"no fit for {', '.join(missing)}: freeze the adapter again")
     return layers

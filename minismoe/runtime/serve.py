@@ -53,8 +53,8 @@ def serve_page(folder: Path, port: int) -> None:
     Raises FileNotFoundError if the folder holds no page, OSError if the port is taken.
     """
     if not (folder / "index.html").is_file():
-        raise FileNotFoundError(f"{folder} holds no index.html; export.py --layout web --page "
-                                "writes one")
+        raise FileNotFoundError(f"{folder} holds no index.html; export.py --layout web writes "
+                                "one")
     try:
         server = ThreadingHTTPServer((HOST, port), partial(_Files, directory=str(folder)))
     except (OSError, OverflowError) as e:

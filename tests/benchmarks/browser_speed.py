@@ -1,7 +1,7 @@
 """The page of layout web in headless Chromium, as a user sees it: load time, first token, tokens a
 second and, with --data, exact match on test lines.
 
-    python export.py RUN --layout web --page --out WEB
+    python export.py RUN --layout web --out WEB
     MINISMOE_NODE_MODULES=... python tests/benchmarks/browser_speed.py WEB --data DATA --tasks trec
 
 A folder without vendor/ gets the files of MINISMOE_NODE_MODULES. Figures are those that the page
@@ -53,7 +53,7 @@ def loading(tab: Browser, address: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="an export with --layout web --page")
+    parser.add_argument("folder", type=Path, help="an export with --layout web")
     parser.add_argument("--rounds", type=int, default=10, help="answers measured (default: 10)")
     parser.add_argument("--seconds", type=float, default=4, help="of an answer (default: 4)")
     parser.add_argument("--data", type=Path, help="folder of task folders with test.jsonl")

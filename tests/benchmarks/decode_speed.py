@@ -106,6 +106,7 @@ def export(model: Path, folder: Path, side: str) -> None:
 
     from minismoe import load_model
     from minismoe.export import graph
+    from minismoe.export.weights import GraphFormat
     from minismoe.method.experts import ExpertLinear, linear_layers
     base = load_model(model, torch.float32)
     weights, config = dict(base.named_parameters()), base.config
@@ -117,8 +118,7 @@ def export(model: Path, folder: Path, side: str) -> None:
             torch.nn.init.normal_(beside[name].lora_B, std=1e-3)
     folder.mkdir()
     graph.write_decoder(folder / "model.onnx", config, lambda name: weights[name].detach(), beside,
-                        target="ort", precision="int4", context=CONTEXT,
-                        block=128 if side == "merged128" else 32)
+                        GraphFormat("ort", "int4", CONTEXT, 128 if side == "merged128" else 32))
     graph.write_sampler(folder / "sampler.onnx", config.vocab_size)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (model / file).is_file():

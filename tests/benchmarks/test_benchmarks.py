@@ -2,17 +2,21 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from tiny import save_bytes_model
 
+import train
+
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_speed  # noqa: E402
 import family_speed  # noqa: E402
+import merging  # noqa: E402
 import probe_speed  # noqa: E402
 import train_speed  # noqa: E402
 
@@ -52,3 +56,17 @@ def test_probe_speed_times_three_sides(inputs, capsys) -> None:
     probe_speed.measure(arguments(inputs, batches=2, rounds=1), "float32")
     assert "samples x 14 matrices, 1 rounds" in (said := capsys.readouterr().out)
     assert "x cheaper" in said
+
+
+def test_merging_has_a_row_for_the_mixture_and_for_every_fit(inputs, tmp_path, capsys) -> None:
+    train.main([*inputs, "--samples", "2", "--epochs", "3", "--lr", "0.05", "--rank", "2", "--out",
+                str(tmp_path / "run")])
+    capsys.readouterr()
+    merging.main([str(tmp_path / "run")])
+    head, _, *rows = capsys.readouterr().out.splitlines()[-7:]
+    assert head.split() == ["exact", "match", "sum", "upper", "mean", "missed"]
+    assert [re.split("  +", row)[0] for row in rows] == [
+        "mixture", "merged, mean", "merged, gates", "merged, linear",
+        "merged, linear for each task"]
+    missed = [float(row.split()[-2]) for row in rows[1:]]
+    assert missed[0] >= missed[1] > missed[2]

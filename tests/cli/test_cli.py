@@ -422,5 +422,5 @@ def test_a_run_on_few_bits(inputs, tmp_path, capsys, bits) -> None:
     meta = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
     assert meta["base_bits"] == int(bits)
     code, out, err = finish(export.main, str(tmp_path / "run"), "--layout", "hf", "--out",
-                            str(tmp_path / "hf"), "--calibration", "8", capsys=capsys)
+                            str(tmp_path / "hf"), capsys=capsys)
     assert code == 0, err

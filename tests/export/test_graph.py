@@ -15,10 +15,10 @@ from tiny import FAMILIES, LLAMAS, random_hf
 from torch import Tensor, nn
 
 from minismoe.export import graph as graphs
-from minismoe.export.graph import DecoderGraph, refuse, write_decoder, write_sampler
+from minismoe.export.graph import DecoderBuilder, refuse, write_decoder, write_sampler
 from minismoe.export.mixture import AdapterInput
 from minismoe.export.steps import write_in_steps
-from minismoe.export.weights import PRECISIONS
+from minismoe.export.weights import PRECISIONS, GraphFormat
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
@@ -52,23 +52,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CausalLM]:
     return make
 
 
-class EveryToken(DecoderGraph):
+class EveryToken(DecoderBuilder):
     """A graph whose logits are those of all tokens, (B * T, 1, V)."""
 
     def last(self, x: str) -> str:
         return self.node("Reshape", "every", x, [-1, self.config.hidden_size])
 
-    def save(self, file: Path) -> None:
-        self.outputs[0].type.tensor_type.shape.dim[0].dim_param = "tokens"
-        super().save(file)
+    def declare(self) -> None:
+        super().declare()
+        self.graph.outputs[0].type.tensor_type.shape.dim[0].dim_param = "tokens"
 
 
 def write(file: Path, model: CausalLM, beside: Mapping[str, Any] | None = None,
           all_logits: bool = False, **options: Any) -> Path:
     weights = {n: p.detach() for n, p in model.named_parameters()}
-    options = {"target": "ort", "precision": "fp32", "context": 64, **options}
-    with mock.patch.object(graphs, "DecoderGraph", EveryToken if all_logits else DecoderGraph):
-        write_decoder(file, model.config, weights.__getitem__, beside or {}, **options)
+    form = GraphFormat(**{"target": "ort", "precision": "fp32", "context": 64, **options})
+    with mock.patch.object(graphs, "DecoderBuilder", EveryToken if all_logits else DecoderBuilder):
+        write_decoder(file, model.config, weights.__getitem__, beside or {}, form)
     return file
 
 
@@ -503,8 +503,7 @@ def test_writing_holds_one_tensor_at_a_time(model: Callable[..., CausalLM], tmp_
 
     for precision in ("fp32", "fp16", "int4"):
         most = 0
-        write_decoder(tmp_path / "m.onnx", m.config, weight, {}, target="ort", precision=precision,
-                      context=64)
+        write_decoder(tmp_path / "m.onnx", m.config, weight, {}, GraphFormat("ort", precision, 64))
         assert most == 20011 * 128, precision
         assert not alive
 
@@ -513,7 +512,7 @@ def test_writing_holds_one_tensor_at_a_time(model: Callable[..., CausalLM], tmp_
 
 def test_what_a_target_cannot_do_is_refused(model: Callable[..., CausalLM]) -> None:
     for target, sizes, block, static, words in (
-            ("ort", {}, 32, (1, 4, 16), "portable"), ("ort", {"head_dim": 8}, 32, None, "of 16"),
+            ("ort", {"head_dim": 8}, 32, None, "of 16"),
             ("portable", {"intermediate_size": 96}, 64, None, "rows of .. weights are no whole")):
         with pytest.raises(ValueError, match=words):
             refuse(model("llama", **sizes).config, target, block, static)

@@ -1,4 +1,4 @@
-"""Healing and routing: the mixture is left alone, healing comes nearer, auto routes the fewest."""
+"""Healing: the mixture is left alone, and healing comes nearer to it."""
 
 import copy
 import json
@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mixture import COUNTS, ROUTED, V, batch, model_of, tasks
+from mixture import COUNTS, ROUTED, V, model_of, tasks
 from safetensors import safe_open
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import heal as healing
-from minismoe.export import routing
-from minismoe.export.heal import Lesson, agreement, heal_maps, heal_scales, heal_step, twin
-from minismoe.export.routing import cost_rows, cost_table, fewest_routed, save_frozen
+from minismoe.export import prepare
+from minismoe.export.heal import Healing, heal_maps, heal_scales, heal_step, sharing_copy
+from minismoe.export.prepare import save_fits
 from minismoe.export.scales import (
     quantize_model,
     round_weights,
     scale_model,
 )
-from minismoe.export.settings import ExportConfig
+from minismoe.export.settings import ExportConfig, Source
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import Fit, fit, freeze, merge
+from minismoe.method.freeze import Fit, TaskFits, fit, freeze, merge
 from minismoe.method.loss import IGNORE
 from minismoe.model.quantize import PART, BlockLinear, BlockWeight, dequantize, quantize
 
@@ -58,8 +58,8 @@ def untouched(mixture: Any) -> Any:
     assert list(expert_layers(mixture)) == list(COUNTS)
 
 
-def test_twin_shares_every_weight(mixture: Any) -> None:
-    copied = twin(mixture)
+def test_a_copy_shares_every_weight(mixture: Any) -> None:
+    copied = sharing_copy(mixture)
     assert copied.state_dict().keys() == mixture.state_dict().keys()
     for (name, ours), (_, theirs) in zip(copied.named_parameters(), mixture.named_parameters()):
         assert ours is theirs, name
@@ -87,24 +87,23 @@ def divergence(model: Any, teacher: Any, data: list[Example]) -> float:
 @pytest.mark.parametrize("labelled", [True, False])
 def test_healing_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
     start, data = fits["mean"].together, examples(labelled)
-    keep = [ROUTED[0], ROUTED[-1]]
-    healed = heal_maps(Lesson(mixture, data, 20, 0), start, keep=keep, lr=1e-2)
-    assert list(healed) == [n for n in COUNTS if n not in keep]
+    healed = heal_maps(Healing(mixture, data, 20, 0), start, lr=1e-2)
+    assert list(healed) == list(COUNTS)
     assert {f.kind for f in healed.values()} == {"healed"}
     losses = []
     for chosen in (start, healed):
-        model = twin(mixture)
-        freeze(model, chosen, keep)
+        model = sharing_copy(mixture)
+        freeze(model, chosen)
         losses.append(loss_of(model, data) if labelled else divergence(model, mixture, data))
     assert losses[1] < 0.9 * losses[0]
     for name, found in healed.items():
-        assert (found.residual, found.energy) == (start[name].residual, start[name].energy)
+        assert found.residual == start[name].residual
         assert not torch.equal(found.lora_A, start[name].lora_A)
 
 
 def test_healing_is_deterministic(mixture: Any, fits: Any) -> None:
-    lesson = Lesson(mixture, examples(), 3, 0)
-    first, again = (heal_maps(lesson, fits["gates"].together) for _ in range(2))
+    healing = Healing(mixture, examples(), 3, 0)
+    first, again = (heal_maps(healing, fits["gates"].together) for _ in range(2))
     assert all(torch.equal(first[n].lora_A, again[n].lora_A) for n in first)
 
 
@@ -124,10 +123,10 @@ def test_a_step_and_its_gradient_equal_autograd(
         mixture: Any, fits: Any, labelled: bool, size: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(healing, "CHUNK", 5 * V)                   # five tokens at a time
-    student, data = twin(mixture), examples(labelled)
+    student, data = sharing_copy(mixture), examples(labelled)
     freeze(student, fits["mean"].together)
     parts = [p for p in student.parameters() if p.requires_grad]
-    found = heal_step(student, Lesson(mixture, data, 1, 0, size), data)
+    found = heal_step(student, Healing(mixture, data, 1, 0, size), data)
     wanted = step_loss(student, mixture, data)
     assert found == pytest.approx(wanted.item(), rel=1e-4)
     for part, gradient in zip(parts, torch.autograd.grad(wanted, parts)):
@@ -154,21 +153,21 @@ def test_gradients_of_scales_equal_autograd(
     model, data = copy.deepcopy(mixture).double(), examples()
     merge(model, fit(model, tasks())["linear"].together)
     blocks = blocks_of(model, "int4", block)
-    student = twin(model)
+    student = sharing_copy(model)
     student.model.recompute = recompute
     scaled = scale_model(student, blocks)
     deltas = {}
     for name, weight in scaled.items():
         weight.delta.data = torch.randn(weight.delta.shape).double() * 0.1
         deltas[name] = weight.delta.detach().clone().requires_grad_()
-    heal_step(student, Lesson(model, data, 1, 0), data)
+    heal_step(student, Healing(model, data, 1, 0), data)
 
     def dense(name: str) -> torch.Tensor:
         b = blocks[name]
         grown = deltas[name].exp().repeat_interleave(b.size, 1)[:, :b.shape[1]]
         return grown * dequantize(b).double()
 
-    plain = twin(model)
+    plain = sharing_copy(model)
     weights = {name: dense(name) for name in scaled}
     def call(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(plain, weights, (ids, mask))
@@ -180,24 +179,22 @@ def test_gradients_of_scales_equal_autograd(
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_healing_scales_lowers_the_loss(mixture: Any, fits: Any, labelled: bool) -> None:
-    """Integers stay, and so do the matrices that go on routing."""
-    keep, data = [ROUTED[0]], examples(labelled)
-    base = twin(mixture)
-    merge(base, fits["linear"].together, keep)
+    """Integers stay."""
+    base, data = sharing_copy(mixture), examples(labelled)
+    merge(base, fits["linear"].together)
     before = blocks_of(base, "int4", 32)
-    lesson = Lesson(mixture, data, 30, 0)
-    after, again = (heal_scales(lesson, before, keep=keep, lr=3e-2) for _ in range(2))
+    healing = Healing(mixture, data, 30, 0)
+    after, again = (heal_scales(healing, before, lr=3e-2) for _ in range(2))
     losses = []
     for blocks in (before, after):
-        model = twin(base)
+        model = sharing_copy(base)
         round_weights(model, "int4", 32, blocks)
         losses.append(loss_of(model, data) if labelled else divergence(model, mixture, data))
     assert losses[1] < 0.95 * losses[0]
     for name, healed in after.items():
         assert torch.equal(healed.data, before[name].data), name
         assert torch.equal(healed.scales, again[name].scales), "not deterministic"
-        assert torch.equal(healed.scales, before[name].scales) == (
-            name.removesuffix(".weight") in keep), name
+        assert not torch.equal(healed.scales, before[name].scales), name
 
 
 def test_no_gradient_of_a_whole_matrix_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,59 +207,10 @@ def test_no_gradient_of_a_whole_matrix_is_held(monkeypatch: pytest.MonkeyPatch) 
     assert len(largest) == 10 and max(largest) == 4 * 64
 
 
-# --- auto and the table -------------------------------------------------------------------------
-
-def test_agreement(mixture: Any, fits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(healing, "CHUNK", 5 * V)
-    batches, other = [batch(5), batch(6)], twin(mixture)
-    assert agreement(mixture, mixture, batches) == 1
-    merge(other, fits["mean"].together)
-    same = [(other(i, m).argmax(-1) == mixture(i, m).argmax(-1))[m.bool()] for i, m, _ in batches]
-    assert agreement(other, mixture, batches) == torch.cat(same).double().mean().item()
-
-
-@pytest.mark.parametrize("needed", [0, 1, 4, len(ROUTED)])
-def test_auto_keeps_the_smallest_prefix(mixture: Any, fits: Any, needed: int) -> None:
-    linear, calls = fits["linear"].together, []
-    order = sorted(ROUTED, key=lambda n: -linear[n].residual * linear[n].energy)
-
-    def score(model: Any) -> float:
-        kept = [n for n, layer in expert_layers(model).items() if layer.router is not None]
-        calls.append(len(kept))
-        assert model is mixture or set(kept) == set(order[:len(kept)])
-        return min(len(kept), needed) / 100
-
-    strict, loose = fewest_routed(mixture, linear, score, [0.0, 0.02])
-    assert strict == order[:needed] and loose == order[:max(0, needed - 2)]
-    assert calls[0] == len(ROUTED) and len(calls) == len(set(calls[1:])) + 1      # none twice
-    assert len(calls) <= 1 + 2 * 5
-
-
-def test_rows_of_the_comparison(mixture: Any, fits: Any) -> None:
-    def score(model: Any, task: str) -> float:
-        return 0.5 + 0.01 * len(expert_layers(model)) + (task == "b") / 10
-
-    rows = cost_rows(mixture, fits, dict(fits["linear"].together), score, [0.14, 0.0])
-    assert [row["model"] for row in rows] == [
-        "mixture", "merged, mean", "merged, gates", "merged, linear", "merged, linear, a task",
-        "merged, healed", "auto, 14 points: 0 routed", "auto, 0 points: 12 routed"]
-    assert rows[0]["tasks"] == {"a": 0.64, "b": 0.74} and rows[0]["mean"] == pytest.approx(0.69)
-    assert rows[1]["tasks"]["a"] == 0.5
-    experts = sum(p.numel() for p in mixture.parameters() if p.requires_grad)
-    shared = sum(p.numel() for n, layer in expert_layers(mixture).items() if layer.router is None
-                 for p in (layer.lora_A, layer.lora_B))
-    assert [row["parameters"] for row in rows] == [experts, *[0] * 6, experts - shared]
-    assert rows[0]["residual"] == 0 and rows[-1]["residual"] == 0
-    assert rows[5]["residual"] is None                   # of healed maps it is not measured
-    assert rows[1]["residual"] > rows[2]["residual"] > rows[3]["residual"] > 0
-    text = cost_table(rows).splitlines()
-    assert len(text) == 10 and text[0].split()[:3] == ["model", "a", "b"]
-
-
 # --- frozen.safetensors -------------------------------------------------------------------------
 
 def test_frozen_maps_are_kept_beside_the_adapter(fits: Any, tmp_path: Path) -> None:
-    save_frozen(tmp_path, fits["linear"])
+    save_fits(tmp_path, fits["linear"])
     assert [p.name for p in tmp_path.iterdir()] == ["frozen.safetensors"]
     with safe_open(tmp_path / "frozen.safetensors", "pt") as f:
         assert f.metadata()["format"] == "minismoe.frozen/1"
@@ -274,7 +222,7 @@ def test_frozen_maps_are_kept_beside_the_adapter(fits: Any, tmp_path: Path) -> N
                 path = prefix + name
                 assert torch.equal(f.get_tensor(f"{path}.lora_A"), wanted.lora_A)
                 assert torch.equal(f.get_tensor(f"{path}.lora_B"), wanted.lora_B)
-                assert notes[path] == [wanted.kind, wanted.residual, wanted.energy]
+                assert notes[path] == [wanted.kind, wanted.residual]
         name = ROUTED[0]
         assert f.get_slice(f"a/{name}.lora_A").get_shape() == [2 * COUNTS[name], 16]
         assert f.get_slice(f"{name}.lora_B").get_shape() == [16, 2 * COUNTS[name]]
@@ -285,14 +233,14 @@ def test_maps_that_miss_much_are_healed_before_they_are_rounded(
         residual: float, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for part in ("maps", "scales"):
-        monkeypatch.setattr(routing, f"heal_{part}",
+        monkeypatch.setattr(prepare, f"heal_{part}",
                             lambda *_, part=part, **__: found.append(part) or {})
-    for name in ("quantize_model", "refine", "merged_weights"):
-        monkeypatch.setattr(routing, name, lambda *_: {})
+    for name in ("quantize_model", "refine", "merged_weights", "save_fits"):
+        monkeypatch.setattr(prepare, name, lambda *_: {})
     A, B = torch.zeros(1, 1), torch.zeros(1, 1)
-    frozen = routing.Frozen({"m": Fit(A, B, "linear", residual),     # single experts miss nothing
-                             "n": Fit(A, B), "o": Fit(A, B)}, {})
-    data = SimpleNamespace(pools={"t": []}, batches={}, lesson=lambda *_: None)
-    source = SimpleNamespace(base=None, model=None)
-    routing.heal_frozen(ExportConfig(heal=40, precision="int4", block=32), source, data, frozen)
+    fits = TaskFits({"m": Fit(A, B, "linear", residual),             # single experts miss nothing
+                     "n": Fit(A, B), "o": Fit(A, B)}, {})
+    model, tokenizer = SimpleNamespace(config=None), SimpleNamespace(pad_id=0)
+    config = ExportConfig(heal=40, precision="int4", block=32)
+    prepare.prepare_part(config, Source(Path(), Path(), "", model, tokenizer), {"t": []}, {}, fits)
     assert found == trained

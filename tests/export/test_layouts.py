@@ -26,6 +26,7 @@ from minismoe.export.layouts import (
     write_web,
 )
 from minismoe.export.mixture import AdapterInput
+from minismoe.export.weights import GraphFormat
 from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
@@ -292,8 +293,8 @@ def test_a_single_shard_keeps_its_index(run: Run, tmp_path: Path) -> None:
 def decoder(run: Run, out: Path, **options: Any) -> Any:
     """The merged model's graph and its tokenizer in `out`."""
     copy_base_files(run.base, out)
-    options = {"target": "ort", "precision": "fp32", "context": CONTEXT} | options
-    write_decoder(out / "model.onnx", run.merged.config, run.weight, {}, **options)
+    form = GraphFormat(**{"target": "ort", "precision": "fp32", "context": CONTEXT} | options)
+    write_decoder(out / "model.onnx", run.merged.config, run.weight, {}, form)
     return load_tokenizer(run.base)
 
 
@@ -455,8 +456,8 @@ def web_folder(run: Run, web: Path, block: int = 32) -> Path:
     copy_base_files(run.base, web)
     for precision, cache_type in (("fp32", "float32"), ("fp16", "float16"), ("q8", "float32"),
                                   ("int4", "float32")):
-        write_decoder(web / "model.onnx", run.merged.config, run.weight, {}, target="ort",
-                      precision=precision, block=block, context=CONTEXT)
+        write_decoder(web / "model.onnx", run.merged.config, run.weight, {},
+                      GraphFormat("ort", precision, CONTEXT, block))
         write_web(web, precision, cache_type)
     return web
 
@@ -520,8 +521,7 @@ def tasks(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
         said[task] = generate(merge(run.base, pairs), [run.prompt], LIMIT, ())[0]
     said[""] = generate(base, [run.prompt], LIMIT, ())[0]
     write_decoder(out / "model.onnx", base.config, lambda name: base.get_parameter(name).data,
-                  {name: AdapterInput() for name in run.pairs}, target="ort", precision="fp32",
-                  context=CONTEXT)
+                  {name: AdapterInput() for name in run.pairs}, GraphFormat("ort", "fp32", CONTEXT))
     write_genai(out, CONTEXT)
     return out, {task: upto_stop(tokens, tokenizer.stop_ids) for task, tokens in said.items()}
 
@@ -600,8 +600,8 @@ def test_openvino_reads_large_tables_and_large_blocks(
                                "num_attention_heads": hidden // 16,
                                "model_type": "llama", "tie_word_embeddings": True})
     model, file = CausalLM(config), tmp_path / "model.onnx"
-    write_decoder(file, config, lambda name: model.get_parameter(name).data, {}, target="portable",
-                  precision=precision, block=block, context=CONTEXT)
+    write_decoder(file, config, lambda name: model.get_parameter(name).data, {},
+                  GraphFormat("portable", precision, CONTEXT, block))
     past = {f"past_key_values.0.{part}": torch.zeros(1, 2, 0, 16) for part in ("key", "value")}
     feeds = {"input_ids": torch.tensor([[3, 4, vocab // 2, vocab - 2, vocab - 1]]), **past,
              "attention_mask": torch.ones(1, 5).long(), "position_ids": torch.arange(5)[None]}

@@ -16,8 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from minismoe.export.graph import refuse, write_sampler
-from minismoe.export.npu import Range, activation_ranges, compile_npu, write_npu
+from minismoe.export.npu import compile_npu, write_npu
+from minismoe.export.ranges import Range, activation_ranges
 from minismoe.export.scales import round_weights
+from minismoe.export.weights import GraphFormat
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
@@ -51,9 +53,9 @@ def write(model: CausalLM, folder: Path, precision: str, **ranges: Any) -> Path:
     """An exported folder of target npu."""
     folder.mkdir()
     weights, c = dict(model.named_parameters()), model.config
-    write_npu(folder, c, lambda name: weights[name].detach(), precision=precision, context=P,
-              block=32, static=(1, T, P), ranges=ranges or (
-                  {} if precision == "fp16" else activation_ranges(model, texts(c.vocab_size))))
+    form = GraphFormat("npu", precision, context=P, static=(1, T, P))
+    write_npu(folder, c, lambda name: weights[name].detach(), form, ranges or (
+        {} if precision == "fp16" else activation_ranges(model, texts(c.vocab_size))))
     write_sampler(folder / "sampler.onnx", c.vocab_size)
     (folder / "config.json").write_text(json.dumps(SIZES))
     describe(folder, target="npu", context=P, static=(1, T, P), layers=c.num_hidden_layers,

@@ -14,6 +14,7 @@ from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.graph import write_decoder
 from minismoe.export.layouts import copy_base_files, write_genai, write_hf, write_peft, write_web
 from minismoe.export.scales import round_weights
+from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import linear_layers
 from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_model
@@ -70,7 +71,7 @@ def test_transformers_and_peft_compute_the_same(run: Run, tmp_path: Path) -> Non
 def graph(run: Run, folder: Path) -> Path:
     copy_base_files(run.base, folder)
     write_decoder(folder / "model.onnx", run.merged.config, lambda name: run.merged.get_parameter(
-        name).data, {}, target="ort", precision="fp32", context=CONTEXT)
+        name).data, {}, GraphFormat("ort", "fp32", CONTEXT))
     return folder
 
 

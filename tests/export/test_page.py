@@ -47,7 +47,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
         others = [i for i in range(259) if i not in PRINTABLE]
         model.model.embed_tokens.weight[others] *= 0.01
     save_file(dict(model.named_parameters()), root / "base" / "model.safetensors")
-    export.main(["--model", str(root / "base"), "--layout", "web", "--page", "--context", "4096",
+    export.main(["--model", str(root / "base"), "--layout", "web", "--context", "4096",
                  "--out", str(root / "web")])
     write_tasks(root / "web")
     return root / "web"
@@ -154,7 +154,7 @@ def test_a_folder_without_a_page_is_not_served(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "minismoe.runtime", str(tmp_path), "--serve"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "holds no index.html; export.py --layout web --page writes one" in done.stderr
+    assert "holds no index.html; export.py --layout web writes one" in done.stderr
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def test_the_page_in_a_browser(web: Path) -> None:
 @needs_browser
 def test_the_page_chooses_each_token_if_the_graph_does_not(web: Path, tmp_path: Path) -> None:
     """As on WebGPU, whose graph writes one token a run; here that of fp32 stands in for it."""
-    export.main(["--model", str(web.parent / "base"), "--layout", "web", "--page", "--precision",
+    export.main(["--model", str(web.parent / "base"), "--layout", "web", "--precision",
                  "fp32", "--context", "400", "--out", str(tmp_path / "web")])
     vendor(tmp_path / "web")
     with served(tmp_path / "web") as address, Browser() as tab:

@@ -16,29 +16,32 @@ import export
 import train
 from minismoe.data.tasks import Example, Task, collate
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
-from minismoe.export import gptq, routing, verify
-from minismoe.export.heal import Lesson, heal_maps, twin
+from minismoe.export import compare, gptq, prepare, verify
+from minismoe.export.heal import Healing, heal_maps, sharing_copy
 from minismoe.export.layouts import copy_base_files, write_genai
-from minismoe.export.routing import Calibration, merged_weights
+from minismoe.export.prepare import merged_weights
 from minismoe.export.scales import quantize_model, round_weights
-from minismoe.export.settings import ExportConfig
-from minismoe.method.freeze import Fit, fit, freeze
+from minismoe.export.settings import ExportConfig, Source
+from minismoe.method.freeze import Fit, TaskFits, fit, freeze
 
 
 @pytest.mark.parametrize("task", [None, "a"])
 def test_a_task_is_healed_and_rounded_on_its_own_samples(task, monkeypatch) -> None:
-    asked: list[tuple[str | None, int]] = []
+    healed: list[list[str]] = []
     batches: list[int] = []
-    for name in ("heal_maps", "heal_scales", "quantize_model", "merged_weights"):
-        monkeypatch.setattr(routing, name, lambda *_, **__: {})
-    monkeypatch.setattr(routing, "refine", lambda *given: batches.extend(given[3]))
+    for name in ("heal_maps", "heal_scales"):
+        monkeypatch.setattr(prepare, name, lambda healing, *_, **__: healed.append(
+            healing.examples) or {})
+    for name in ("quantize_model", "merged_weights", "save_fits"):
+        monkeypatch.setattr(prepare, name, lambda *_: {})
+    monkeypatch.setattr(prepare, "refine", lambda *given: batches.extend(given[3]))
     fits = {"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 1.0)}
-    data = SimpleNamespace(pools={"a": [], "b": []}, batches={"a": [1], "b": [2]},
-                           lesson=lambda *given: asked.append(given))
-    routing.heal_frozen(ExportConfig(heal=40, precision="int4", block=32, task=task),
-                        SimpleNamespace(base=None, model=None), data,
-                        routing.Frozen(dict(fits), {"a": dict(fits), "b": dict(fits)}))
-    assert asked == [(task, 40)] * 2                       # maps, then scales
+    model, tokenizer = SimpleNamespace(config=None), SimpleNamespace(pad_id=0)
+    prepare.prepare_part(ExportConfig(heal=40, precision="int4", block=32, task=task),
+                         Source(Path(), Path(), "", model, tokenizer),
+                         {"a": ["x"], "b": ["y"]}, {"a": [1], "b": [2]},
+                         TaskFits(dict(fits), {"a": dict(fits), "b": dict(fits)}))
+    assert healed == [["x"] if task else ["x", "y"]] * 2   # maps, then scales
     assert batches == ([1] if task else [1, 2])
 
 
@@ -49,8 +52,9 @@ def test_maps_are_healed_beside_the_base_that_ships() -> None:
             for j in range(1, 9)]], i) for i in range(16)]
     losses = []
     for block in (None, 32):
-        healed = heal_maps(Lesson(model, data, 20, 0), fits, precision="int4", block=block, lr=1e-2)
-        student = twin(model)
+        healed = heal_maps(Healing(model, data, 20, 0), fits, precision="int4", block=block,
+                           lr=1e-2)
+        student = sharing_copy(model)
         freeze(student, healed)
         round_weights(student, "int4", 32)
         ids, mask, labels = collate(data, 0)
@@ -105,16 +109,16 @@ def test_answers_are_scored_in_the_order_of_their_questions() -> None:
     assert verify.accuracy(Says(), Task("t", [], lines), batch_size=2) == 0.75
 
 
-@pytest.mark.parametrize("precision, wrong", [("fp32", True), ("int8", False)])
-def test_another_text_in_float32_is_refused(precision, wrong, monkeypatch) -> None:
-    monkeypatch.setattr(verify, "compare_logits", lambda *_, **__: {})
+@pytest.mark.parametrize("same_texts", [True, False])
+def test_another_text_in_float32_is_refused(same_texts, monkeypatch) -> None:
+    monkeypatch.setattr(compare, "compare_logits", lambda *_, **__: {})
     for texts in ([list(b"yes"), list(b"no")], [list(b"yes"), list(b"yes")]):
-        monkeypatch.setattr(verify, "generate", lambda *_, texts=texts: texts)
-        if wrong and texts[1] != list(b"no"):
+        monkeypatch.setattr(compare, "generate", lambda *_, texts=texts: texts)
+        if same_texts and texts[1] != list(b"no"):
             with pytest.raises(ValueError, match="says other texts than PyTorch: 1 of 2 are"):
-                verify.compare_graph(None, Says(), [[120], [97]], precision)
+                compare.compare_graph(None, Says(), [[120], [97]], 1.0, same_texts)
             continue
-        found = verify.compare_graph(None, Says(), [[120], [97]], precision)
+        found = compare.compare_graph(None, Says(), [[120], [97]], 1.0, same_texts)
         assert found["texts_equal"] == found["batched_equal"] == (2 if texts[1] == [110, 111]
                                                                   else 1)
 
@@ -131,8 +135,9 @@ def test_what_a_run_was_trained_with_is_what_its_export_heals_with(run: Path) ->
     source = export.load_run(ExportConfig(run=str(run), limit_test=2))
     assert source.micro_batch_size == 3 and source.model.model.recompute
     assert [len(t.test) for t in source.tasks] == [2, 2]
-    data = Calibration(ExportConfig(run=str(run), calibration=5), source)
-    assert [sum(len(b[0]) for b in batches) for batches in data.batches.values()] == [5, 5]
+    samples = prepare.shuffled_samples(ExportConfig(run=str(run)), source)
+    assert {n: sorted(e.index for e in examples) for n, examples in samples.items()} == {
+        n: sorted(e.index for e in examples) for n, examples in source.examples.items()}
 
 
 def test_what_a_base_says_of_sampling_reaches_genai(inputs, tmp_path: Path) -> None:

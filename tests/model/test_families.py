@@ -10,17 +10,15 @@ from safetensors.torch import load_file, save_file
 from tiny import SIZES, random_hf, save_imaged
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.layouts import copy_base_files, write_hf, write_weights
-from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.files import read_json, write_json
 from minismoe.method.freeze import Fit
 from minismoe.method.loss import supervised_losses
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config, text_part
+from minismoe.model.decoder import meta_model
 from minismoe.training.evaluate import generate
-from minismoe.training.memory import meta_model
 
 KINDS = ("smollm3", "granite", "granitemoehybrid", "gemma3_text", "lfm2")
 
@@ -276,9 +274,7 @@ def test_peft_adapts_the_text_of_a_model_with_images(tmp_path: Path) -> None:
     name, model = "model.layers.1.mlp.up_proj", load_model(tmp_path / "base")
     fit = Fit(torch.randn(3, 32), torch.randn(48, 3))
     copy_base_files(tmp_path / "base", folder)
-    write_weights(ExportConfig(layout="peft"), Source(tmp_path, tmp_path / "base", "base", model,
-                                                      load_tokenizer(tmp_path / "base")),
-                  folder, {name: fit})
+    write_weights("peft", tmp_path / "base", "base", {name: fit}, folder)
     ids = torch.randint(97, (2, 17))
     model.get_submodule(name).weight += fit.lora_B @ fit.lora_A
     want = model(ids)

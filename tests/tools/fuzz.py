@@ -37,6 +37,7 @@ from minismoe.cli.flags import AllocationConfig  # noqa: E402
 from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
 from minismoe.export import graph  # noqa: E402
+from minismoe.export.weights import GraphFormat  # noqa: E402
 from minismoe.io.files import sha256  # noqa: E402
 from minismoe.io.text import error_line  # noqa: E402
 from minismoe.method.allocation import Allocation  # noqa: E402
@@ -160,7 +161,7 @@ class Fuzz:
         save_file(dict(model.named_parameters()), self.base / "model.safetensors")
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
         graph.write_decoder(self.base / "model.onnx", model.config, weights.__getitem__, {},
-                            target="portable", precision="fp32", context=64, static=None)
+                            GraphFormat("portable", "fp32", context=64))
         graph.write_sampler(self.base / "sampler.onnx", 259)
         (self.base / "export.json").write_text(json.dumps({
             "format": FORMAT, "target": "portable", "context": 64, "layers": 2, "kv_heads": 1,

@@ -113,14 +113,14 @@ def test_a_run_on_another_device_equals_that_on_the_cpu(trained: Callable[[str],
         assert other[task]["scores"] == pytest.approx(found["scores"], rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", ["--routing auto --precision fp32 --target portable",
-                                   "--routing auto --precision int4 --target portable",
+@pytest.mark.parametrize("flags", ["--precision fp32 --target portable",
+                                   "--precision int4 --target portable",
                                    "--routing freeze --precision int8 --target portable"])
 def test_freezing_and_healing_stay_on_the_device(trained: Callable[[str], Path], tmp_path: Path,
                                                  flags: str) -> None:
     run = shutil.copytree(trained(PLAIN) / "other", tmp_path / "run")
-    said = script("export.py", run, "--device", "other", "--heal", 2, "--check", 1,
-                  "--limit-test", 2, *flags.split(), "--out", tmp_path / "export")
+    said = script("export.py", run, "--device", "other", "--heal", 2, "--limit-test", 2,
+                  *flags.split(), "--out", tmp_path / "export")
     assert (tmp_path / "export" / "model.onnx").is_file(), said
 
 

@@ -1,0 +1,113 @@
+"""Compare an exported graph with PyTorch: logits and greedy texts.
+
+Letters: n tokens compared, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from copy import copy
+
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from ..model.decoder import CausalLM
+from ..runtime import Generator
+from ..training.evaluate import generate
+
+TOKENS = 24                              # of each greedy text
+FEW = 4                                  # of each text read without rounding, which is slow
+Prompts = Sequence[Sequence[int]]
+
+
+@torch.no_grad()
+def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
+    """Logits (n, V) after the prompt and each token of the text; a graph reads these singly."""
+    if isinstance(model, Generator):
+        return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
+                            for given in model.forced(prompt, text)])
+    return model.lm_head(model.model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:])
+
+
+def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, prompts: Prompts,
+                   texts: Prompts, tolerance: float,
+                   complaint: str = "the export is not what PyTorch computes") -> dict[str, float]:
+    """Compare the logits of an export with those of `model`, along texts that follow the prompts.
+
+    tolerance: the largest difference, as a share of the largest logit. Raises ValueError with the
+    complaint if a difference is larger, or no finite number.
+    """
+    errors, same = [], []
+    for prompt, text in zip(prompts, texts):
+        wanted, found = logits(model, prompt, text), logits(export, prompt, text)
+        errors.append((found - wanted).abs().max() / wanted.abs().max())
+        same.append(found.argmax(-1) == wanted.argmax(-1))
+    error = torch.stack(errors).max().item()             # nan if any is: Python's max may drop it
+    if not (error <= tolerance and math.isfinite(error)):
+        raise ValueError(f"{complaint}: its logits are off by {error:.2g} of the largest, and "
+                         f"rounding explains {tolerance:g}")
+    return {"logits_error": float(f"{error:.3g}"),
+            "tokens_agreed": round(torch.cat(same).double().mean().item(), 4)}
+
+
+def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
+                  same_texts: bool) -> dict[str, float]:
+    """Compare a graph with `model`: logits, and texts, one by one and in a batch.
+
+    Raises ValueError as `compare_logits` does, and with same_texts if a text differs.
+    """
+    count = min(TOKENS, generator.room(max(map(len, prompts))))  # a static past may hold few
+    wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
+    found = compare_logits(model, generator, prompts, wanted, tolerance)
+    batched, single = (sum(a == b for a, b in zip(wanted, texts)) for texts in (
+        generator.batch(prompts, count, rows=len(prompts)),
+        [[*generator.generate(p, count)] for p in prompts]))
+    if same_texts and (batched, single) != (len(prompts),) * 2:
+        raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
+                         f"are equal, and {batched} in a batch")
+    return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
+
+
+def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
+                    hint: str = "") -> dict[str, float]:
+    """Compare an `unrounded` graph with `model`, whose weights `round_weights` rounded.
+
+    Raises ValueError as `compare_logits` does, with a hint.
+    """
+    count = min(FEW, generator.room(max(map(len, prompts))))
+    texts = generate(model, prompts, count, generator.tokenizer.stop_ids)
+    found = compare_logits(model, generator, prompts, texts, tolerance, "the export is not what "
+                           f"PyTorch computes with the same rounded weights{hint}")
+    return {"rounded_error": found["logits_error"]}
+
+
+def compare_npu(generator: Generator, compiled: Generator, prompt: Sequence[int], tolerance: float,
+                ) -> dict[str, float]:
+    """Compare what was compiled for an NPU with the same graphs on the CPU, along one short text.
+
+    Raises ValueError as `compare_logits` does: a graph that compiles may compute something else.
+    """
+    found = compare_logits(
+        generator, compiled, [prompt], [[*generator.generate(prompt, FEW - 1)]], tolerance,
+        "what was compiled is not what the CPU computes (try another T in --static 1xTxP)")
+    print(f"compiled: logits within {found['logits_error']:.1e} of the CPU's largest")
+    return {"compiled_error": found["logits_error"]}
+
+
+def unrounded(generator: Generator) -> Generator:
+    """A generator of the same graph that rounds no activations, to test only its blocks."""
+    graph = onnx.load(str(generator.folder / "model.onnx"), load_external_data=False)
+    for attribute in (a for node in graph.graph.node for a in node.attribute):
+        if attribute.name == "accuracy_level":
+            attribute.i = 0
+    options = generator._session.get_session_options()
+    options.add_session_config_entry(                    # for the nodes fused in target portable
+        "session.qdq_matmulnbits_accuracy_level", "0")
+    options.add_session_config_entry(                    # the graph comes as bytes, without a path
+        "session.model_external_initializers_file_folder_path", str(generator.folder))
+    other = copy(generator)
+    other._session = ort.InferenceSession(graph.SerializeToString(), options,
+                                          providers=["CPUExecutionProvider"])
+    other.use(None)
+    return other

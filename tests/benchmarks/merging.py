@@ -1,0 +1,57 @@
+"""What merging costs: exact match of a run's mixture, and of the run merged by each fit.
+
+    python tests/benchmarks/merging.py RUN
+
+"missed" is the median share of the mixture's output energy that a fit lacks on held-out samples.
+What healing gives is printed by `python export.py RUN --precision fp32 --heal 40`.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean, median
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import export
+from minismoe.export.heal import sharing_copy
+from minismoe.export.prepare import calibration_batches, shuffled_samples
+from minismoe.export.settings import ExportConfig, Source
+from minismoe.io.text import clean, table
+from minismoe.method.freeze import Fit, fit, merge
+from minismoe.training.evaluate import evaluate
+
+
+def row(name: str, source: Source, fits: Mapping[str, Mapping[str, Fit]]) -> list[str]:
+    """Exact match by task, merged by the fits of the task, and what these miss; the mixture itself
+    if there are no fits."""
+    scores, missed = [], []
+    for task in source.tasks:
+        model = sharing_copy(source.model)
+        if fits:
+            merge(model, fits[task.name])
+            missed += [f.residual for f in fits[task.name].values() if f.kind != "exact"]
+        scores.append(evaluate(model, source.tokenizer, task).share)
+    return [name, *(f"{x:.3f}" for x in (*scores, mean(scores))),
+            f"{100 * median(missed):.2f} %" if missed else ""]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="folder of train.py")
+    config = ExportConfig(run=parser.parse_args(argv).run)
+    source = export.load_run(config)
+    batches = calibration_batches(shuffled_samples(config, source), source)
+    names, kinds = [task.name for task in source.tasks], fit(source.model, batches)
+    rows = [row("mixture", source, {})]
+    rows += [row(f"merged, {kind}", source, dict.fromkeys(names, found.together))
+             for kind, found in kinds.items()]
+    rows.append(row("merged, linear for each task", source, kinds["linear"].by_task))
+    print(table(["exact match", *map(clean, names), "mean", "missed"], rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
