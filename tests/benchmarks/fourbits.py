@@ -1,11 +1,10 @@
 """One merged model in four bits: our exports beside onnxruntime's and genai's own tools.
 
-    python tests/benchmarks/fourbits.py --model SMOLLM2_135M --data DATA --out FOLDER
     python tests/benchmarks/fourbits.py --run RUN RUN RUN --out FOLDER
     python tests/benchmarks/fourbits.py --readme tests/benchmarks/results/fourbits.json
 
-Trains a mixture of three experts a matrix (or takes runs that exist), merges it once by the linear
-fit, in float32, and gives that checkpoint to every tool. Prints size, exact match of the exported
+Merges the mixture of a run once by the linear fit, in float32, and gives that checkpoint to every
+tool. Prints size, exact match of the exported
 folder, decoding speed (a process each, the rows in turn, medians over rounds) and the seconds that
 making the folder took.
 
@@ -22,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,9 +48,6 @@ from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.training.evaluate import evaluate, exact_match
 
-TRAIN = ("train.py --model {model} --data {data} --tasks trec,clinc,banking77 --limit-train 400 "
-         "--limit-test 150 --epochs 2 --batch-size 16 --strategy uniform --budget-experts 630 "
-         "--seed {seed} --out {out}")
 MERGED = "export.py --model {merged} --out {out}"
 RUN = "export.py {run} --limit-test 2 --out {out} --heal"          # they are scored here instead
 BUILDER = "-m onnxruntime_genai.models.builder -i {merged} -o {out} -c {cache} -e cpu"
@@ -243,7 +239,7 @@ def main(argv: Sequence[str]) -> None:
         write_json(file, record)
 
     wanted = [row for row in ROWS if any(part in row.name for part in args.rows.split(";"))]
-    for number, run in enumerate(args.run or trained(args, root)):
+    for number, run in enumerate(args.run):
         bench = Bench(Path(run), root / Path(run).name, args.threads)
         rows = record["runs"].setdefault(Path(run).name, {})
         there = [row for row in tqdm(wanted, "rows") if measured(bench, row, rows, save)]
@@ -255,11 +251,7 @@ def main(argv: Sequence[str]) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint folder to train")
-    parser.add_argument("--data", help="folder of the tasks")
-    parser.add_argument("--run", nargs="+", help="runs of train.py that exist, instead of both")
-    parser.add_argument("--seeds", type=flags.positive, default=1, metavar="N",
-                        help="runs to train (default: %(default)s)")
+    parser.add_argument("--run", nargs="+", help="folders of train.py")
     parser.add_argument("--out", default="runs/fourbits", help="(default: %(default)s)")
     parser.add_argument("--rows", default="", metavar="WORDS;WORDS",
                         help="only rows that have some of these words in their name")
@@ -267,8 +259,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="of decoding (default: %(default)s)")
     parser.add_argument("--readme", metavar="JSON", help="print a record's table, and stop")
     args = parser.parse_args(argv)
-    if not (args.readme or args.run or args.model and args.data):
-        parser.error("give --model and --data to train a run, or --run RUN")
+    if not (args.readme or args.run):
+        parser.error("give --run RUN")
     return args
 
 
@@ -281,19 +273,6 @@ def installed() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def trained(args: argparse.Namespace, root: Path) -> Iterator[Path]:
-    """Runs that are trained now, or were before this command was started again."""
-    for seed in range(args.seeds):
-        run = root / "trained" / f"seed{seed}"
-        run.parent.mkdir(parents=True, exist_ok=True)
-        if not (run / "results.json").exists():
-            print(f"training seed {seed}: some minutes; see {run}.log")
-            call(TRAIN + " --resume" * (run / "config.json").exists(), Path(f"{run}.log"),
-                 model=Path(args.model).absolute(), data=Path(args.data).absolute(), seed=seed,
-                 out=run)
-        yield run
 
 
 def measured(bench: Bench, row: Row, rows: dict[str, Any], save: Callable[[], None]) -> bool:

@@ -1,13 +1,11 @@
 """Can the probe be trusted? Four questions, on the embedded default or a real model.
 
-    python tests/benchmarks/probe_worth.py                                   all four, the default
-    python tests/benchmarks/probe_worth.py --name smollm2 --model SMOLLM2 --data DATA \\
-        --tasks trec,clinc,banking77,boolq,arc_easy --adapter RUN/adapter --questions 3
+    python tests/benchmarks/probe_worth.py
+    python tests/benchmarks/probe_worth.py --name smollm2 --model SMOLLM2 --data DATA --tasks trec
 
 1. Stability: do disjoint samples of a task select the same matrices?
 2. Variants: what do the group, the normalisation and the loss change?
-3. Mid-training: does the ranking hold after the experts are trained? (of --adapter; without it, a
-   mixture is trained)
+3. Mid-training: does the ranking hold after a mixture is trained?
 4. Truth: if one matrix, one kind or one layer is trained alone, does the score predict the gain?
 
 The record, worth-NAME.json, goes to tests/benchmarks/results. After a kill, the same command
@@ -41,7 +39,7 @@ from minismoe.method.allocate import GROUPS, allocate
 from minismoe.method.experts import add_experts
 from minismoe.method.loss import IGNORE
 from minismoe.method.sensitivity import Scores, probe
-from minismoe.model.checkpoint import load_adapter, load_model, versions
+from minismoe.model.checkpoint import load_model, versions
 from minismoe.training.evaluate import evaluate
 from minismoe.training.loop import TrainConfig, train
 
@@ -54,9 +52,6 @@ Values = Mapping[str, float]                 # {module: score}
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = new_parser(__doc__, {"model and data": flags.InputConfig})
     parser.add_argument("--name", default="default", help="of the record in results/")
-    parser.add_argument("--adapter", help="a trained adapter of the model, for question 3")
-    parser.add_argument("--questions", type=int, default=4, choices=(2, 3, 4),
-                        help="ask only the first N")
     parser.set_defaults(seed=SEED)
     return parser.parse_args(argv)
 
@@ -151,13 +146,8 @@ def train_and_score(inputs: Inputs, args: argparse.Namespace, experts: Any, cfg:
 def during(inputs: Inputs, args: argparse.Namespace, scores: Scores, folder: Path,
            ) -> dict[str, list[float]]:
     """{task: [rank correlation, votes shared]} of the base's probe and a trained model's."""
-    if args.adapter:
-        model = load_model(folder, getattr(torch, args.dtype), args.device)
-        load_adapter(model, args.adapter)
-    else:
-        model, _ = train_and_score(inputs, args, dict.fromkeys(scores.shapes, 2),
-                                   TrainConfig(epochs=1, batch_size=16, seed=args.seed),
-                                   folder)
+    model, _ = train_and_score(inputs, args, dict.fromkeys(scores.shapes, 2),
+                               TrainConfig(epochs=1, batch_size=16, seed=args.seed), folder)
     later, _ = samples_of(replace(inputs, model=model), args, 32)
     names = list(scores.shapes)
     first = {t: dict(zip(names, norms[:32].sum(0).tolist())) for t, norms in scores.samples.items()}
@@ -195,8 +185,7 @@ def main(argv: Sequence[str]) -> None:
     inputs = load_inputs(config)
     args.device, args.dtype = config.device, config.dtype
     folder = model_folder(args)
-    settings = {k: Path(str(v)).name for k, v in vars(args).items()
-                if k != "questions"}
+    settings = {k: Path(str(v)).name for k, v in vars(args).items()}
     if record.setdefault("settings", settings) != settings:
         raise ValueError(f"{file} holds another run, {record['settings']}: choose another --name")
     record |= {"format": "minismoe.worth/1", "machine": machine(), "versions": versions()}
@@ -207,16 +196,13 @@ def main(argv: Sequence[str]) -> None:
     scores, tokens = samples_of(inputs, args, 2 * SIZES[-1])
     record["stability"], record["variants"] = stability(scores), variants(scores, tokens)
     save()
-    if args.questions >= 3 and "during" not in record:
+    if "during" not in record:
         record["during"] = during(inputs, args, scores, folder)
         save()
-    if args.questions >= 4:
-        names = list(scores.shapes)
-        record["scores"] = {t: {m: v / len(scores.samples[t]) for m, v in scores[t].items()}
-                            for t in scores}
-        record["shapes"] = {m: list(shape) for m, shape in scores.shapes.items()}
-        truth(inputs, args, names, folder, record.setdefault("truth", {}), save)
-        save()
+    record["scores"] = {t: {m: v / len(scores.samples[t]) for m, v in scores[t].items()}
+                        for t in scores}
+    record["shapes"] = {m: list(shape) for m, shape in scores.shapes.items()}
+    truth(inputs, args, list(scores.shapes), folder, record.setdefault("truth", {}), save)
     print(markdown(record))
 
 
@@ -267,22 +253,18 @@ def markdown(record: Mapping[str, Any]) -> str:
               table(["variant", "rank correlation", "votes shared"],
                     [[label, *(f"{x:.2f}" for x in row)]
                      for label, row in record["variants"].items()])]
-    if "during" in record:
-        parts += ["At the start against a trained model:",
-                  table(["task", "rank correlation", "votes shared"],
-                        [[task, *(f"{x:.2f}" for x in row)]
-                         for task, row in record["during"].items()])]
-    if "truth" in record:
-        found = worths(record)
-        parts += ["Rank correlation of a score with the exact match that training one part alone "
-                  "reaches:",
-                  table(["score", *next(iter(found.values()))],
-                        [[label, *(f"{x:.2f}" for x in row.values())]
-                         for label, row in found.items()]),
-                  "That exact match in %, of kinds and layers:",
-                  table(["part", "exact match"], [
-                      [part, f"{100 * sum(found) / len(found):.1f}"]
-                      for part, found in record["truth"].items() if " " in part])]
+    parts += ["At the start against a trained model:",
+              table(["task", "rank correlation", "votes shared"],
+                    [[task, *(f"{x:.2f}" for x in row)] for task, row in record["during"].items()])]
+    found = worths(record)
+    parts += ["Rank correlation of a score with the exact match that training one part alone "
+              "reaches:",
+              table(["score", *next(iter(found.values()))],
+                    [[label, *(f"{x:.2f}" for x in row.values())] for label, row in found.items()]),
+              "That exact match in %, of kinds and layers:",
+              table(["part", "exact match"], [
+                  [part, f"{100 * sum(found) / len(found):.1f}"]
+                  for part, found in record["truth"].items() if " " in part])]
     return "\n\n".join(parts)
 
 
