@@ -141,7 +141,6 @@ def load_run(config: ExportConfig) -> Source:
     if not config.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
-    inputs.model.model.recompute = training.recompute
     return Source(run, inputs.folder, inputs.model.name, inputs.model,
                   inputs.tokenizer, inputs.tasks, inputs.encoded, results(run, inputs.tasks),
                   training.micro_batch_size)

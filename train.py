@@ -94,7 +94,6 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         known = runs.read_before(run / "before.json", inputs.encoded)
 
     # Train.
-    inputs.model.model.recompute = config.training.recompute
     summary = train(inputs.model, inputs.examples, config.training, run, inputs.tokenizer.pad_id,
                     config.resume)
     seconds["train"] = round(summary["seconds"], 2)

@@ -66,7 +66,6 @@ def time_steps(config: RunConfig, allocation: Allocation) -> None:
     """Train on the largest batch; print the time of a step and of the run, and the peak memory."""
     inputs, device = load_inputs(config.inputs), torch.device(config.inputs.device)
     add_experts(inputs.model, allocation)
-    inputs.model.model.recompute = config.training.recompute
     batches = schedule(inputs.examples, config.training)
     largest = max(batches, key=lambda batch: len(batch) * max(len(e.ids) for e in batch))
     with TemporaryDirectory() as run:

@@ -57,6 +57,11 @@ class Example:
     index: int = 0                # its place among the task's training conversations
     cut: bool = False             # by the length limit
 
+    @property
+    def supervised(self) -> int:
+        """How many tokens have a loss; the first one has none, as nothing predicts it."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
 
 def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> list[Task]:
     """The tasks of a folder, or those of `names`, sorted by name. `seed` draws held-out lines.

@@ -4,13 +4,19 @@ The layer is `reference.Mixture`, whose loop over experts is slow and cannot be 
 the experts are one chain: h = x A^T with A flattened to (E*r, in), each expert's r entries of h
 times its gate (0 outside the top-k), y += h B with B flattened to (E*r, out). Since r is small,
 computing all experts costs less than gathering the chosen ones.
-Letters: N tokens, E experts, r rank, k experts active a token.
+
+Matrices that read the same x (q, k, v; gate, up) form a group. Their A's are one matrix, so that x
+meets it once, and their gates are chosen at once: on a GPU, the number of kernels decides how long
+a small model takes.
+Letters: N tokens, E experts of a matrix, n routed matrices of a group, r rank, k experts active a
+token, R ranks of a group (the sum of E*r).
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,99 +27,111 @@ from .allocation import Allocation
 
 
 def top_k_gates(logits: Tensor, k: int) -> Tensor:
-    """Softmax over the k largest of (N, E) router logits, zero elsewhere."""
+    """Softmax over the k largest of (..., E) router logits, zero elsewhere."""
     if k >= logits.shape[-1]:
         return logits.softmax(-1)
     values, chosen = logits.topk(k, dim=-1)
     return torch.zeros_like(logits).scatter_(-1, chosen, values.softmax(-1))
 
 
-class _Experts(torch.autograd.Function):
-    """Several layers that read the same x (q, k, v; gate, up). Plainly, for each of them:
+class Stack(NamedTuple):
+    """The experts of a group as its layers multiply with them; routed layers come first."""
 
-        h = x @ A.T;  gates = top_k_gates(x @ router.T, k)
-        y = x @ W.T + scaling * (h * gates.repeat_interleave(r, 1)) @ B
+    A: Tensor                    # (R, in), in the dtype of x
+    routers: Tensor | None       # (sum of E of the routed layers, in), float32; None: no routers
+    B: Sequence[Tensor]          # (E*r, out) of each layer, times its scaling, in the dtype of x
 
-    A's and routers of all layers are stacked, so x meets them in two products. The backward is
-    written by hand so that additions fuse into addmm. Compared with `reference.Mixture` in
+
+class _Group(torch.autograd.Function):
+    """Layers that read the same x. Plainly, for each of them:
+
+        h = x @ A.T
+        gates = top_k_gates(x @ router.T, k)                  1 without a router
+        y = x @ W.T + (h * gates.repeat_interleave(r, 1)) @ B
+
+    The backward is written by hand: it keeps h times its gates alone, and adds products in place.
+    Compared with `reference.Mixture` in
     tests/method/test_experts.py::test_forward_and_every_gradient_equal_the_reference.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: Sequence["ExpertLinear"], *parameters: Tensor | None,
-                ) -> tuple[Tensor, ...]:
-        """x (N, in) -> y (N, out) of each layer, and the router logits (N, sum of E) of all.
-        `parameters`: lora_A, lora_B, router of each layer in turn, so that autograd knows them."""
-        A, routers, ranks, counts = _stacked(layers, x)
-        h, logits = x @ A.T, x.to(routers.dtype) @ routers.T
-        outputs, scales = [], []
-        for layer, h_i, logits_i in zip(layers, h.split(ranks, 1), logits.split(counts, 1)):
-            scales.append(layer.scaling * (
-                logits.new_ones(len(x), 1) if layer.router is None
-                else top_k_gates(logits_i, layer.top_k)))                        # (N, E)
-            y = F.linear(x, layer.dense(), layer.bias)
-            outputs.append(y.addmm_(gated(h_i, scales[-1]), _flat(layer.lora_B, x)))
+    def forward(ctx: Any, layers: Sequence["ExpertLinear"], x: Tensor, A: Tensor,
+                routers: Tensor | None, *B: Tensor) -> tuple[Tensor, ...]:
+        """x (N, in) -> y (N, out) of each layer; and router logits (N, sum of E), if routed."""
+        h, gates, logits = x @ A.T, None, []
+        if routers is not None:
+            logits = [x.to(routers.dtype) @ routers.T]
+            gates = top_k_gates(_aligned(logits[0], layers, -math.inf),
+                                max(layer.top_k for layer in layers))            # (N, n, E)
+            _routed(h, layers).mul_(_joined(gates, layers)[..., None])
+        outputs = [F.linear(x, layer.dense(), layer.bias).addmm_(h_i, B_i)
+                   for layer, h_i, B_i in zip(layers, h.split([len(b) for b in B], 1), B)]
         ctx.layers = layers
-        ctx.save_for_backward(x, h, *scales)
-        return *outputs, logits
+        ctx.save_for_backward(x, h, gates, A, routers, *B)
+        return *outputs, *logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """dy (N, out) of each layer and d_logits of the balance loss -> gradients of the inputs."""
-        layers, (x, h, *scales), (*dys, balance) = ctx.layers, ctx.saved_tensors, gradients
-        A, routers, ranks, counts = _stacked(layers, x)
-        d = x.new_empty(len(x), len(A) + len(routers))       # of h and of the logits
-        d[:, len(A):] = balance
-        parts, dBs = d.split(ranks + counts, 1), []
-        for layer, dy, h_i, scale, dh, d_logits in zip(
-                layers, dys, h.split(ranks, 1), scales, parts, parts[len(layers):]):
-            d_gated = dy @ _flat(layer.lora_B, x).T                              # (N, E*r)
-            dBs.append(gated(h_i, scale).T @ dy)
-            dh.copy_(gated(d_gated, scale))
-            if layer.router is not None:          # softmax: d_logits = g * dg - g * sum of g * dg
-                each = (d_gated * h_i).unflatten(1, (scale.shape[1], -1)).sum(-1, dtype=scale.dtype)
-                each = each.mul_(scale)                                          # (N, E): g * dg
-                d_logits += each - scale * (each.sum(-1, keepdim=True) / layer.scaling)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """dy (N, out) of each layer, and that of the logits -> gradients of the inputs."""
+        layers, (x, h, gates, A, routers, *B) = ctx.layers, ctx.saved_tensors
+        dys, d_logits, d_routers = gradients[:len(layers)], None, None
+        parts = [dy @ b.T for dy, b in zip(dys, B)]
+        dh = parts[0] if len(parts) == 1 else torch.cat(parts, 1)                # (N, R)
+        if routers is not None:
+            # Of the softmax: d_logits = g * dg - g * sum of g * dg. (h holds g * h.)
+            g_dg = (_routed(dh, layers) * _routed(h, layers)).sum(-1, dtype=gates.dtype)
+            g_dg = _aligned(g_dg, layers, 0.0)                                   # (N, n, E)
+            d_logits = g_dg.addcmul(gates, g_dg.sum(-1, keepdim=True), value=-1)
+            d_logits = gradients[-1] + _joined(d_logits, layers)
+            d_routers = d_logits.T @ x.to(routers.dtype)
+            _routed(dh, layers).mul_(_joined(gates, layers)[..., None])
         dx = None
-        if ctx.needs_input_grad[0]:
-            dx = d @ torch.cat((A, routers.to(x.dtype)))
+        if ctx.needs_input_grad[1]:
+            dx = dh @ A
+            if d_logits is not None:
+                dx.addmm_(d_logits.to(x.dtype), routers.to(x.dtype))
             for layer, dy in zip(layers, dys):
                 dx.addmm_(dy, layer.dense())
-        dAs = (d.T @ x).split(ranks + counts)
-        of_parameters = [
-            None if p is None else g.to(p.dtype).view_as(p)
-            for layer, dA, dB, d_router in zip(layers, dAs, dBs, dAs[len(layers):])
-            for p, g in ((layer.lora_A, dA), (layer.lora_B, dB), (layer.router, d_router))]
-        return dx, None, *of_parameters
+        dBs = [h_i.T @ dy for h_i, dy in zip(h.split([len(b) for b in B], 1), dys)]
+        return None, dx, dh.T @ x, d_routers, *dBs
 
 
-def _stacked(layers: Sequence["ExpertLinear"], x: Tensor,
-             ) -> tuple[Tensor, Tensor, list[int], list[int]]:
-    """A's (sum of E*r, in) in x's dtype, routers (sum of E, in), and the rows of each layer."""
-    A = [_flat(layer.lora_A, x) for layer in layers]
-    routers = [layer.lora_A[0, :0] if layer.router is None else layer.router for layer in layers]
-    return torch.cat(A), torch.cat(routers), [len(a) for a in A], [len(r) for r in routers]
+def _routed(h: Tensor, layers: Sequence["ExpertLinear"]) -> Tensor:
+    """A view of the entries of the routed layers in h (N, R): (N, sum of E, r)."""
+    E, r = sum(m.experts for m in layers if m.experts > 1), layers[0].rank
+    return h[:, :E * r].view(-1, E, r)
 
 
-def _flat(experts: Tensor, x: Tensor) -> Tensor:
-    """(E, r, .) -> (E*r, .) in x's dtype."""
-    return experts.flatten(0, 1).to(x.dtype)
+def _aligned(x: Tensor, layers: Sequence["ExpertLinear"], fill: float) -> Tensor:
+    """(N, sum of E) -> (N, n, E): a row of each matrix, those with fewer experts filled up."""
+    counts = [layer.experts for layer in layers if layer.experts > 1]
+    if min(counts) == max(counts):
+        return x.view(-1, len(counts), counts[0])
+    return torch.stack([F.pad(part, (0, max(counts) - E), value=fill)
+                        for part, E in zip(x.split(counts, 1), counts)], 1)
 
 
-def gated(h: Tensor, scale: Tensor) -> Tensor:
-    """(N, E*r), each expert's r entries times its entry of (N, E)."""
-    return (h.unflatten(1, (scale.shape[1], -1)) * scale.to(h.dtype)[..., None]).flatten(1)
+def _joined(x: Tensor, layers: Sequence["ExpertLinear"]) -> Tensor:
+    """The inverse of `_aligned`."""
+    counts = [layer.experts for layer in layers if layer.experts > 1]
+    if min(counts) == max(counts):
+        return x.flatten(1)
+    return torch.cat([part[:, :E] for part, E in zip(x.unbind(1), counts)], 1)
 
 
 class ExpertLinear(nn.Linear):
     """A frozen nn.Linear with LoRA experts: lora_A (E, r, in), lora_B (E, r, out), router (E, in),
     which E = 1 lacks. B starts at 0, so that y = W x at first."""
 
+    stack: Stack | None = None           # of the group that this layer leads, see `multiplying`
+    router_logits: Tensor | None = None  # (N, E) of the last forward; `take_logits` takes them
+
     def __init__(self, linear: nn.Linear, experts: int, rank: int, alpha: float, top_k: int):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.experts, self.rank = experts, rank
         self.top_k, self.scaling = min(top_k, experts), alpha / rank
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         new: dict[str, Any] = dict(dtype=dtype, device=linear.weight.device)
@@ -123,7 +141,6 @@ class ExpertLinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(experts, rank, self.out_features, **new))
         self.router = None if experts == 1 else nn.Parameter(
             torch.empty(experts, self.in_features, **new).normal_(std=0.02))
-        self.router_logits: Tensor | None = None         # (N, E) of the last forward
 
     def dense(self) -> Tensor:
         """The frozen weight (out, in), dequantised if it is quantised."""
@@ -138,13 +155,21 @@ class ExpertLinear(nn.Linear):
         return {**self.__dict__, "router_logits": None}
 
 
-def together(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
-    """The outputs of several linear layers on the same x, adapted ones computed jointly, unless a
-    hook needs its own layer's call."""
-    layers = [m for m in linears if isinstance(m, ExpertLinear) and not (
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)]
-    outputs: dict[Any, Tensor] = dict(zip(layers, _apply(x, layers) if layers else []))
+def linear_outputs(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
+    """The outputs of several linear layers that read the same x, adapted ones computed as a group,
+    unless a hook needs its own layer's call."""
+    layers = [m for m in linears if isinstance(m, ExpertLinear)]
+    if not layers or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+                         or m._backward_pre_hooks for m in layers):
+        return [m(x) for m in linears]
+    layers = routed_first(layers)
+    outputs: dict[Any, Tensor] = dict(zip(layers, _apply(x, layers)))
     return [outputs[m] if m in outputs else m(x) for m in linears]
+
+
+def routed_first(layers: Sequence[ExpertLinear]) -> list[ExpertLinear]:
+    """The layers of a group in the order of its `Stack`."""
+    return sorted(layers, key=lambda layer: layer.router is None)
 
 
 def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
@@ -152,12 +177,50 @@ def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return _apply(x.to(layers[0].weight.dtype), layers)
-    parameters = [p for m in layers for p in (m.lora_A, m.lora_B, m.router)]
-    *outputs, logits = _Experts.apply(x.reshape(-1, x.shape[-1]), layers, *parameters)
+    stack = layers[0].stack
+    if stack is None or len(stack.B) != len(layers):
+        stack = stacked(layers, x.dtype)
+    y = _Group.apply(layers, x.reshape(-1, x.shape[-1]), stack.A, stack.routers, *stack.B)
     routed = [m for m in layers if m.router is not None]
-    for layer, part in zip(routed, logits.split([len(m.lora_A) for m in routed], 1)):
-        layer.router_logits = part
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+    if routed:
+        for layer, logits in zip(routed, y[-1].split([m.experts for m in routed], 1)):
+            layer.router_logits = logits
+    return [part.view(*x.shape[:-1], part.shape[-1]) for part in y[:len(layers)]]
+
+
+def stacked(layers: Sequence[ExpertLinear], dtype: torch.dtype) -> Stack:
+    """The experts of a group, from the layers' own parameters."""
+    routers: list[Tensor] = [layer.router for layer in layers if layer.router is not None]
+    return Stack(torch.cat([layer.lora_A.flatten(0, 1).to(dtype) for layer in layers]),
+                 torch.cat(routers) if routers else None,
+                 [(layer.scaling * layer.lora_B.flatten(0, 1)).to(dtype) for layer in layers])
+
+
+@contextmanager
+def multiplying(groups: Sequence[Sequence[ExpertLinear]], stacks: Iterable[Stack],
+                ) -> Iterator[None]:
+    """Meanwhile the layers of each group multiply with its stack, which is made once."""
+    for group, stack in zip(groups, stacks):
+        group[0].stack = stack
+    try:
+        yield
+    finally:
+        for group in groups:
+            group[0].stack = None
+
+
+def groups(model: nn.Module) -> list[list[ExpertLinear]]:
+    """The adapted layers that read the same x, `routed_first`, in the order of the modules. A
+    module tells which of its linear layers do by `same_input`, tuples of their names."""
+    found, seen = list[list[ExpertLinear]](), set[nn.Module]()
+    for module in model.modules():
+        several = [[getattr(module, name, None) for name in names]
+                   for names in getattr(module, "same_input", ())]
+        for layers in [*several, [module]]:
+            group = [m for m in layers if isinstance(m, ExpertLinear) and m not in seen]
+            seen.update(group)
+            found += [routed_first(group)] if group else []
+    return found
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -203,48 +266,42 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, ExpertLinear)}
 
 
-def balance_loss(layers: Iterable[ExpertLinear], attention_mask: Tensor,
-                 copies: Tensor | None = None,
-                 total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Tensor:
-    """Mean `reference.balance_loss` of the last forward over the routed matrices.
+def packs(model: nn.Module) -> bool:
+    """Whether layers of a model see rows of real tokens alone; else rows of all B * T positions."""
+    return getattr(getattr(model, "model", model), "packs", False)
 
-    attention_mask (B, T): pads, if rows hold them, do not count. copies (N,): in how many sequences
-    each row occurs. If processes hold parts of a batch, `total` sums counts over them; then the
-    losses and gradients of processes add up to the batch's.
+
+def take_logits(layers: Mapping[str, ExpertLinear]) -> dict[str, tuple[Tensor, int]]:
+    """Router logits (N, E) of the last forward of each routed layer, and its k; the layers forget
+    them, as they may hold a graph."""
+    found = {name: (m.router_logits, m.top_k) for name, m in layers.items()
+             if m.router_logits is not None}
+    for layer in layers.values():
+        layer.router_logits = None
+    return found
+
+
+def balance_loss(routing: Mapping[str, tuple[Tensor, int]], weights: Tensor,
+                 total: Callable[[Tensor], Tensor] = lambda counts: counts,
+                 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean `reference.balance_loss` over the routed matrices, and the share of choices that each
+    expert got, (E,), by matrix.
+
+    routing: as `take_logits` gives it. weights (N,): how often a row counts: in how many sequences
+    it occurs, 0 for padding. If processes hold parts of a batch, `total` sums counts over them;
+    then the losses and gradients of processes add up to the batch's.
     """
-    stacks = defaultdict(list)           # matrices of equal N and E together: few kernels
-    for layer in layers:
-        if layer.router_logits is not None:
-            stacks[layer.router_logits.shape, layer.top_k].append(layer.router_logits)
-    if not stacks:
-        return torch.zeros((), device=attention_mask.device)
-    losses = []
-    for (_, k), logits in stacks.items():
-        rows = without_pads(torch.stack(logits, 1), attention_mask).transpose(0, 1)
-        p = rows.softmax(-1)                                             # (matrices, N, E)
-        # The last MLP may see fewer rows than the others; each of them occurs in one sequence.
-        times = (copies.to(p.dtype) if copies is not None and len(copies) == p.shape[1]
-                 else p.new_ones(p.shape[1]))
-        chosen = torch.zeros_like(p).scatter_(-1, rows.topk(k, -1).indices, 1 / k)
+    alike = defaultdict[Any, list[str]](list)        # matrices of equal E together: few kernels
+    for name, (logits, k) in routing.items():
+        alike[logits.shape[1], k].append(name)
+    losses, use = list[Tensor](), dict[str, Tensor]()
+    for (E, k), names in alike.items():
+        logits = torch.stack([routing[name][0] for name in names])       # (matrices, N, E)
+        p, times = logits.softmax(-1), weights.to(logits.dtype)
+        chosen = torch.zeros_like(p).scatter_(-1, logits.topk(k, -1).indices, 1 / k)
         used = total(times @ chosen)     # (matrices, E): how many tokens each expert gets
         tokens = used.sum(-1, keepdim=True)
-        losses.append(p.shape[-1] * (used / tokens * (times @ p) / tokens).sum(-1))
-    return torch.cat(losses).mean()
-
-
-def without_pads(rows: Tensor, attention_mask: Tensor) -> Tensor:
-    """The real tokens of rows (N, ...) that hold all B*T positions or the real tokens only."""
-    full = len(rows) == attention_mask.numel()
-    return rows[attention_mask.reshape(-1).bool()] if full else rows
-
-
-def expert_use(layers: Mapping[str, ExpertLinear], attention_mask: Tensor,
-               ) -> dict[str, list[float]]:
-    """Share of the last forward's (token, choice) pairs that went to each expert, by matrix."""
-    use = {}
-    for name, layer in layers.items():
-        if layer.router_logits is not None:
-            logits = without_pads(layer.router_logits.detach(), attention_mask)
-            chosen = logits.topk(layer.top_k, -1).indices.flatten()
-            use[name] = (chosen.bincount(minlength=logits.shape[-1]) / len(chosen)).tolist()
-    return use
+        shares = used / tokens
+        losses.append(E * (shares * (times @ p) / tokens).sum(-1))
+        use |= zip(names, shares)
+    return torch.cat(losses).mean() if losses else torch.zeros((), device=weights.device), use

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLinear, expert_layers, gated, top_k_gates, without_pads
+from .experts import ExpertLinear, expert_layers, packs, top_k_gates
 
 KINDS = ("mean", "gates", "linear")
 HOLD = 4                                     # one sample of so many is held out
@@ -153,15 +153,15 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
     sums_of = {layer: [views(readers, row)[name] for row in rows]
                for readers, rows in zip(group, found) for name, layer in readers.items()}
     adds_M = {next(iter(readers.values())) for readers in group}         # one of each input
-    mask = torch.empty(0)                    # of the batch, (B, T)
-    token_numbers: list[Tensor] = []         # of its real tokens to fit, and of those held out
+    token_numbers: list[Tensor] = []         # rows of the batch to fit, and those held out
 
     def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
         """Add the tokens of one batch, x (..., D)."""
-        x, logits = (without_pads(t.reshape(-1, t.shape[-1]), mask).to(layer.lora_A.dtype)
+        x, logits = (t.reshape(-1, t.shape[-1]).to(layer.lora_A.dtype)
                      for t in (args[0], layer.router_logits))
         gates = top_k_gates(logits, layer.top_k)                         # (N, E)
-        gh = gated(x @ layer.lora_A.flatten(0, 1).T, gates)              # (N, R)
+        h = (x @ layer.lora_A.flatten(0, 1).T).unflatten(1, (gates.shape[1], -1))
+        gh = (h * gates[..., None]).flatten(1)                           # (N, R)
         for sums, rows in zip(sums_of[layer], token_numbers):
             x_part, gh_part = x[rows], gh[rows]
             if layer in adds_M:
@@ -172,9 +172,11 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
 
     seen = 0
     for batch in batches:
-        mask = batch[1]
-        held = (seen + mask.nonzero()[:, 0]) % HOLD == 1                 # (N,), of the real tokens
-        token_numbers = [part.nonzero()[:, 0] for part in (~held, held)]
+        mask = batch[1].bool()
+        held = (seen + torch.arange(len(mask), device=mask.device)[:, None]) % HOLD == 1
+        to_fit = (mask & ~held, mask & held)                             # (B, T)
+        token_numbers = [(part[mask] if packs(model) else part.flatten()).nonzero()[:, 0]
+                         for part in to_fit]
         run_hooked(getattr(model, "model", model), batch, sums_of, hook)
         seen += len(mask)
         progress(len(mask))

@@ -51,14 +51,22 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * d_losses[:, None].to(gradient.dtype), None, None
 
 
+def head_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy (S,) of hidden states (S, D) under a head (V, D), whose targets are (S,)."""
+    if head.requires_grad and torch.is_grad_enabled():       # the head itself is being trained
+        logits = F.linear(hidden, head)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="none")
+    return _HeadLoss.apply(hidden, head, targets)
+
+
 def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
-                      needed_only: bool = False) -> tuple[Tensor, Tensor]:
+                      ) -> tuple[Tensor, Tensor]:
     """Loss (S,) of each supervised token of a batch, and the batch row (S,) that it is in.
 
     input_ids, attention_mask and labels are (B, T); labels are IGNORE where unsupervised, and
     aligned with input_ids (the shift happens here). `model`, ours or of `transformers`, has a
-    decoder `.model` under an `.lm_head`. needed_only, for ours: skip positions that no loss needs.
-    Raises ValueError for a head that is not supported.
+    decoder `.model` under an `.lm_head`. Raises ValueError for a head that is not supported.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
@@ -66,16 +74,13 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
             raise ValueError(f"{kind} transforms its logits ({name}): the loss does not support it")
     if getattr(model.lm_head, "bias", None) is not None:
         raise ValueError(f"the head of {kind} has a bias: the loss does not support it")
-    # A position predicts the next token. The first token after left pads is predicted by a pad.
-    needed = attention_mask.bool() & F.pad(labels[:, 1:] != IGNORE, (0, 1))
-    hidden = model.model(input_ids=input_ids, attention_mask=attention_mask,
-                         **({"needed": needed} if needed_only else {}))
-    hidden = getattr(hidden, "last_hidden_state", hidden)                         # (B, T, D)
-    rows, columns = needed.nonzero(as_tuple=True)
-    hidden, targets = hidden[rows, columns], labels[rows, columns + 1]
-    head = model.lm_head.weight
-    if head.requires_grad and torch.is_grad_enabled():       # the head itself is being trained
-        logits = F.linear(hidden, head)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, reduction="none"), rows
-    return _HeadLoss.apply(hidden, head, targets), rows
+    rows, columns = predicting(attention_mask, labels).nonzero(as_tuple=True)
+    hidden = model.model(input_ids=input_ids, attention_mask=attention_mask)
+    hidden = getattr(hidden, "last_hidden_state", hidden)[rows, columns]         # (S, D)
+    return head_losses(hidden, model.lm_head.weight, labels[rows, columns + 1]), rows
+
+
+def predicting(attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """The positions (B, T) that predict a supervised token. The first token after left padding is
+    predicted by a pad, so it does not count."""
+    return attention_mask.bool() & F.pad(labels[:, 1:] != IGNORE, (0, 1))

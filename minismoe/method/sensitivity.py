@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import linear_layers
+from .experts import linear_layers, packs
 from .loss import supervised_losses
 
 
@@ -74,7 +74,7 @@ def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: 
                  attention_mask: Tensor, labels: Tensor) -> Tensor:
     """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules."""
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    ghost = _Ghost(attention_mask, len(modules), dtype)
+    ghost = _Ghost(attention_mask, len(modules), dtype, packs(model))
     with ExitStack() as hooks, torch.enable_grad():
         hooks.callback(setattr, ghost, "read", None)     # its graph holds hooks that hold it
         for i, module in enumerate(modules.values()):
@@ -89,10 +89,11 @@ class _Ghost:
     """The norms of one batch: X of the forward pass meets D of the backward pass. Compared in
     tests/method/test_sensitivity.py::test_equals_the_gradient_of_each_sample."""
 
-    def __init__(self, attention_mask: Tensor, modules: int, dtype: torch.dtype):
+    def __init__(self, attention_mask: Tensor, modules: int, dtype: torch.dtype, packed: bool):
         self.mask = attention_mask.bool()[..., None]                       # (B, T, 1)
         self.pairs = (self.mask & self.mask.mT).to(dtype)                  # (B, T, T)
-        self.places = (self.mask.flatten().cumsum(0) - 1).clamp_(min=0)    # among the real tokens
+        self.packed = packed                               # each position's row, if rows are packed
+        self.places = (self.mask.flatten().cumsum(0) - 1).clamp_(min=0)
         self.norms = torch.zeros(len(self.mask), modules, dtype=dtype, device=self.mask.device)
         self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
 
@@ -119,10 +120,10 @@ class _Ghost:
         output.register_hook(backward_hook)
 
     def by_sample(self, x: Tensor) -> Tensor:
-        """(B, T, .) of rows that hold all positions or the real tokens only; pads hold anything."""
+        """(B, T, .) of what a layer reads or writes; pads hold anything."""
         x = x.reshape(-1, x.shape[-1])
         if x.dtype == torch.float16:          # squares of gradients underflow
             x = x.float()
-        if len(x) != len(self.places):
+        if self.packed:
             x = x.index_select(0, self.places)
         return x.view(*self.mask.shape[:2], -1)

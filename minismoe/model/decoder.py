@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..method.experts import expert_layers, together
+from ..method.experts import expert_layers, linear_outputs
 from .config import Config
-from .tokens import Cache, Tokens, shared_prefixes
+from .tokens import Cache, Tokens
 
 SHORT = 256            # keys; up to so many, a CPU trains bfloat16 faster with `attend_short`
 Rope = tuple[Tensor, Tensor] | None      # cos and sin (N, 1, C), the first half of sin negated
@@ -89,11 +89,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         weight = self.weight.to(wide) + self.offset if self.offset else self.weight
-        return _RMSNorm.apply(x, weight, self.eps)
+        if x.device.type == "cpu":
+            return _RMSNorm.apply(x, weight, self.eps)
+        return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, self.eps).to(x.dtype)
 
 
 class Attention(Part):
     """Causal self-attention with grouped queries and rotary positions."""
+
+    same_input = (("q_proj", "k_proj", "v_proj"),)
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__(cfg)
@@ -110,22 +114,29 @@ class Attention(Part):
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
         """(N, D) -> (N, D); keys and values are added to the cache, if there is one."""
         q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
-                   for y in together(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
+                   for y in linear_outputs(x, self.q_proj, self.k_proj, self.v_proj))
+        heads = q.shape[1], k.shape[1]
+        qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            qk = rotate(qk, rope)
         if tokens.cache is None:
-            keys, values = tokens.sequences(k), tokens.sequences(v)
+            q, keys = tokens.sequences(qk).split(heads, 1)
+            values = tokens.sequences(v)
         else:
-            keys, values = tokens.cache.keys[self.layer], tokens.cache.values[self.layer]
-            for held, new in ((keys, k), (values, v)):
-                if tokens.shared:                    # the cache was empty: all rows start at 0
-                    held[:, :, :tokens.shape[1]] = tokens.sequences(new)
-                else:
-                    held[tokens.rows, :, tokens.positions] = new
-            keys, values = keys[:, :, :tokens.cache.used], values[:, :, :tokens.cache.used]
-        y = attend(tokens.sequences(q), keys, values, tokens.masks[self.window], self.scale)
+            q, k = qk.split(heads, 1)
+            q, keys, values = tokens.sequences(q), *self.remember(k, v, tokens, tokens.cache)
+        y = attend(q, keys, values, tokens.masks[self.window], self.scale)
         return self.o_proj(tokens.flat(y))
+
+    def remember(self, k: Tensor, v: Tensor, tokens: Tokens, cache: Cache) -> list[Tensor]:
+        """Add keys and values (N, K, C) to the cache; all of it so far, (B, K, S, C) each."""
+        held = cache.keys[self.layer], cache.values[self.layer]
+        for cached, new in zip(held, (k, v)):
+            if tokens.shared:                        # the cache was empty: all rows start at 0
+                cached[:, :, :tokens.shape[1]] = tokens.sequences(new)
+            else:
+                cached[tokens.rows, :, tokens.positions] = new
+        return [cached[:, :, :max(tokens.ends)] for cached in held]
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -205,6 +216,8 @@ class _GatedUnit(torch.autograd.Function):
 class MLP(Part):
     """down(f(gate x) * up x), where f is one of ACTIVATIONS, such as silu(z) = z sigmoid(z)."""
 
+    same_input = (("gate_proj", "up_proj"),)
+
     def __init__(self, cfg: Config):
         super().__init__(cfg)
         self.activation, self.fused = cfg.activation, cfg.fused_mlp
@@ -217,12 +230,12 @@ class MLP(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = (self.input_linear(x).chunk(2, -1) if self.fused
-                    else together(x, self.gate_proj, self.up_proj))
+                    else linear_outputs(x, self.gate_proj, self.up_proj))
         return self.down_proj(_GatedUnit.apply(gate, up, self.activation))
 
 
 class DecoderLayer(Part):
-    """x + attention(norm x), then x + mlp(norm x), the latter on the rows `top` only, if given."""
+    """x + attention(norm x), then x + mlp(norm x)."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__(cfg)
@@ -237,11 +250,9 @@ class DecoderLayer(Part):
             self.pre_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
             self.post_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
 
-    def forward(self, x: Tensor, tokens: Tokens, rope: Rope, top: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), tokens, rope)
         x = x.add(self.post_attention_layernorm(y) if self.post_norms else y, alpha=self.residual)
-        if top is not None:
-            x = x.index_select(0, top)
         if self.post_norms:
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.residual)
@@ -260,7 +271,9 @@ def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
 
 
 class Decoder(Part):
-    """Embedding, layers and the last norm."""
+    """Embedding, layers and the last norm. Its layers see rows (N, D) of real tokens alone."""
+
+    packs = True
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
@@ -271,50 +284,46 @@ class Decoder(Part):
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg)
-        self.recompute = False       # activation checkpointing: slower, far less memory
-        self.copies: Tensor | None = None    # `Tokens.copies` of the last forward
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 cache: Cache | None = None, needed: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) of input_ids (B, T); zeros where attention_mask (B, T) is 0.
 
-        needed (B, T) marks the positions that the caller reads; others may return zeros. The last
-        MLP runs on needed positions only. A prefix that neighbouring rows share before their first
-        needed position (a system prompt) runs once. With a filled cache, needed is ignored.
+        needed (B, T) marks the positions that the caller reads; others are zeros. A prefix that
+        neighbouring rows share before their first needed position (a system prompt) runs once.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if cache is not None and cache.used:
-            needed = None
-        shared = () if needed is None else shared_prefixes(input_ids, mask.bool() & ~needed)
-        tokens = Tokens(mask, self.config, cache, shared)
-        top = None if needed is None else tokens.pack(needed).nonzero().squeeze(1)
-        self.copies = tokens.copies
-        x = self.embed_tokens(tokens.pack(input_ids))                    # (N, D)
+        tokens = Tokens(input_ids, mask, self.config, self.norm.weight.device, needed, cache)
+        return tokens.unpack(self.rows(tokens))
+
+    def rows(self, tokens: Tokens, recompute: bool = False) -> Tensor:
+        """Hidden states (N, D) of packed tokens, or (S, D) of those that are read. recompute:
+        activation checkpointing, which is slower and takes far less memory."""
+        x = self.embed_tokens(tokens.ids)
         if self.config.embedding_multiplier != 1:
             x = x * x.new_tensor(self.config.embedding_multiplier)       # rounded to x's dtype
         ropes: dict[str, Rope] = {"": None}
         for kind in {*self.config.ropes} - {""}:
-            angles = tokens.positions[:, None] * rope_frequencies(self.config, kind).to(x.device)
+            angles = tokens.positions[:, None] * rope_frequencies(self.config, kind, x.device)
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
             ropes[kind] = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
         for layer, kind in zip(self.layers, self.config.ropes):
-            inputs = (x, tokens, ropes[kind], top if layer is self.layers[-1] else None)
-            recompute = self.recompute and torch.is_grad_enabled()
+            inputs = x, tokens, ropes[kind]
             x = _checkpointed(layer, *inputs) if recompute else layer(*inputs)
-        x = self.norm(x)
-        if self.config.output_multiplier != 1:       # of the logits; the head is linear
-            x = x * self.config.output_multiplier
-        if top is not None:
-            x = x.new_zeros(len(tokens.slots), x.shape[1]).index_copy(0, top, x)
-        return tokens.unpack(x)
+        if tokens.cache is not None:
+            tokens.cache.lengths = tokens.ends
+        x = self.norm(x if tokens.read is None else x.index_select(0, tokens.read))
+        # A multiplier of the logits; the head is linear.
+        return x if self.config.output_multiplier == 1 else x * self.config.output_multiplier
 
 
-def rope_frequencies(cfg: Config, kind: str = "global") -> Tensor:
+def rope_frequencies(cfg: Config, kind: str = "global", device: Any = "cpu") -> Tensor:
     """Radians a token turns each rotary pair, (C / 2,); llama3 scaling lowers low frequencies."""
     theta, s = cfg.rope_theta, cfg.rope_scaling
     if kind == "local":
         theta, s = cfg.local_rope_theta, None
-    frequencies = theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
+    pairs = torch.arange(0, cfg.head_dim, 2, device=device)
+    frequencies = theta ** (-pairs.float() / cfg.head_dim)
     if s is None:
         return frequencies
     if "low_freq_factor" not in s:

@@ -1,14 +1,16 @@
-"""Packing: a batch without padding, prefixes that sequences share held once; and the KV cache.
+"""Packing: a batch as rows without padding, prefixes that sequences share held once; the KV cache.
 
-Letters: B batch, T time, N packed tokens, D hidden, K key/value heads, C head size, L taps of a
-convolution.
+Where each token lies follows from the lengths and the tokens alone, so it is worked out on the CPU
+and sent to the device at once: nothing waits for the device.
+
+Letters: B batch, T time, N packed tokens, S of them that are read, D hidden, K key/value heads,
+C head size, L taps of a convolution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Config
@@ -28,90 +30,98 @@ class Cache:
         self.values = {i: weight.new_zeros(shape) for i in cfg.attention_layers}
         self.states = {i: weight.new_zeros(batch, cfg.conv_size - 1, cfg.hidden_size)
                        for i in cfg.conv_layers}
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
-        self.used = 0        # an upper bound of lengths, kept on the CPU to avoid a synchronisation
+        self.lengths = [0] * batch
 
-
-# Prefixes, each as (first row, last row + 1, first token, last token + 1).
-Shared = Sequence[tuple[int, int, int, int]]
 
 
 class Tokens:
-    """The places of one batch's (B, T) tokens in packed tensors (N, ...), without padding.
+    """The tokens of a batch (B, T) as rows (N, ...) without padding, and where each of them lies.
 
-    Tokens of a shared prefix are packed once, in the first of the rows that share it.
-    rows, positions (N,): sequence and rotary position of each packed token. slots (N,): its place
-    in right-padded (B*T). copies (N,), or None if nothing is shared: how many sequences have it.
-    masks: for each window, what attention may see.
+    Tokens of a shared prefix are packed once, in the first of the sequences that share it.
+    ids, positions, repeats (N,): token, rotary position, and how many sequences hold it.
+    read: the rows (S,) whose hidden states are wanted; None for all.
+    masks: for each window of the model, what attention may see; None if just causal.
     """
 
-    def __init__(self, attention_mask: Tensor, config: Config, cache: Cache | None = None,
-                 shared: Shared = ()):
-        mask = attention_mask.to(torch.bool, copy=True)
-        self.shape, self.device, self.shared, self.cache = mask.shape, mask.device, shared, cache
-        T = mask.shape[1]
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor, config: Config,
+                 device: torch.device, needed: Tensor | None = None, cache: Cache | None = None):
+        """Of right- or left-padded input_ids and attention_mask (B, T), which follow what `cache`
+        holds. needed (B, T) marks the tokens that are read; before the first of them, neighbouring
+        sequences share what they begin with alike. Tensors on the CPU spare a wait."""
+        ids, mask = input_ids.cpu(), attention_mask.to("cpu", torch.bool, copy=True)
+        self.shape, self.cache, T = mask.shape, cache, mask.shape[1]
+        past = torch.tensor(cache.lengths if cache else [0] * len(mask))
         order = mask.cumsum(1) - 1                                       # (B, T) index in its row
-        copies = torch.ones_like(order)
+        self.ends = [n + new for n, new in zip(past.tolist(), mask.sum(1).tolist())]
+        repeats, shared = torch.ones_like(order), list[tuple[int, int, int, int]]()
+        if needed is not None and not past.any():
+            shared = shared_prefixes(ids, mask & ~needed.cpu())
         for first, end, start, stop in shared:
             mask[first + 1:end, start:stop] = False
-            copies[first, start:stop] = end - first
-        self.rows, columns = mask.nonzero(as_tuple=True)
-        self.where = None if len(self.rows) == mask.numel() else self.rows * T + columns
-        local = self.pack(order)
-        self.slots = self.rows * T + local
-        self.sources = torch.full_like(order, len(local))   # (B, T) slot -> token; N: none
-        self.sources.view(-1)[self.slots] = torch.arange(len(local), device=self.device)
+            repeats[first, start:stop] = end - first
+        rows, columns = mask.nonzero(as_tuple=True)
+        local = order[rows, columns]                                     # (N,)
+        found = {"ids": ids[rows, columns], "positions": local + past[rows],
+                 "repeats": repeats[rows, columns], "past": past, "rows": rows,
+                 "places": rows * T + columns,   # (N,) in the batch (B * T)
+                 "slots": rows * T + local}      # (N,) in right-padded (B * T)
+        sources = torch.zeros_like(order)        # (B, T): the row at each place; any row at a pad
+        sources.view(-1)[found["slots"]] = torch.arange(len(rows))
         for first, end, start, stop in shared:
-            self.sources[first + 1:end, start:stop] = self.sources[first, start:stop]
-        self.copies = self.pack(copies) if shared else None
-        self.new = order[:, -1] + 1                                      # (B,) tokens of each row
-        past, longest = torch.zeros_like(self.new), T
-        if cache is not None:
-            past = cache.lengths.clone()
-            cache.lengths += self.new
-            longest = cache.used = cache.used + T
-        self.positions = local + past[self.rows]
-        self.masks = {w: self._mask(w, past, longest) for w in set(config.windows)}
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, T, ...) -> (N, ...), without padding."""
-        x = x.flatten(0, 1)
-        return x if self.where is None else x.index_select(0, self.where)
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (B, T, ...), with zeros where no token was packed."""
-        if self.where is None:
-            return x.unflatten(0, self.shape)
-        y = x.new_zeros(self.shape.numel(), *x.shape[1:])
-        return y.index_copy_(0, self.where, x).unflatten(0, self.shape)
+            sources[first + 1:end, start:stop] = sources[first, start:stop]
+        found["sources"] = sources.flatten()
+        if needed is not None:
+            found["read"] = needed.cpu()[rows, columns].nonzero()[:, 0]
+        found["new"] = torch.tensor(self.ends) - past
+        on = sent(found, device)
+        self.ids, self.positions, self.repeats = on["ids"], on["positions"], on["repeats"]
+        self.slots, self.sources, self.places = on["slots"], on["sources"], on["places"]
+        self.rows, self.past, self.new = on["rows"], on["past"], on["new"]
+        self.shared, self.read = bool(shared), on.get("read")
+        self.masks = {window: self._mask(window, device) for window in set(config.windows)}
 
     def sequences(self, x: Tensor) -> Tensor:
-        """(N, heads, C) -> (B, heads, T, C), padded on the right with zeros."""
-        y = x
-        if self.where is not None:           # select from (N + 1, heads * C), whose last row is 0
-            y = F.embedding(self.sources, F.pad(x.flatten(1), (0, 0, 0, 1)))
-        return y.view(*self.shape, *x.shape[1:]).transpose(1, 2)
+        """(N, heads, C) -> (B, heads, T, C), padded on the right with any tokens: no real one
+        attends to them, and what they give is not read."""
+        return x.index_select(0, self.sources).view(*self.shape, *x.shape[1:]).transpose(1, 2)
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, heads, T, C) -> (N, heads * C), the inverse of `sequences`."""
-        x = x.transpose(1, 2).flatten(2).flatten(0, 1)
-        return x if self.where is None else x.index_select(0, self.slots)
+        return x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self.slots)
 
-    def _mask(self, window: int | None, past: Tensor, keys: int) -> Tensor | None:
-        """Whether a query may see each of so many keys, (B, 1, T, keys); None if just causal."""
-        if self.cache is None and (window is None or window >= keys):
+    def unpack(self, x: Tensor) -> Tensor:
+        """Rows (N, ...), or (S, ...) of those that are read, -> (B, T, ...), elsewhere zeros."""
+        places = self.places if self.read is None else self.places[self.read]
+        y = x.new_zeros(self.shape.numel(), *x.shape[1:])
+        return y.index_copy(0, places, x).unflatten(0, self.shape)
+
+    def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
+        """Whether a query may see each key so far, (B, 1, T, keys); None if just causal."""
+        T, keys = self.shape[1], max(self.ends) if self.cache else self.shape[1]
+        if keys == T and (window is None or window >= T):
             return None
-        query = past[:, None, None, None] + torch.arange(self.shape[1], device=self.device)[:, None]
-        key = torch.arange(keys, device=self.device)
+        query = self.past[:, None, None, None] + torch.arange(T, device=device)[:, None]
+        key = torch.arange(keys, device=device)
         seen = key <= query
         return seen if window is None else seen & (key > query - window)
 
 
-def shared_prefixes(input_ids: Tensor, mask: Tensor) -> Shared:
+def sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Whole numbers on the device, in one copy that nothing waits for."""
+    if device.type == "cpu":
+        return dict(tensors)
+    together = torch.cat([t.flatten() for t in tensors.values()])
+    together = together.pin_memory() if device.type == "cuda" else together
+    parts = together.to(device, non_blocking=True).split([t.numel() for t in tensors.values()])
+    return {name: part.view(t.shape) for part, (name, t) in zip(parts, tensors.items())}
+
+
+def shared_prefixes(input_ids: Tensor, mask: Tensor) -> list[tuple[int, int, int, int]]:
     """Prefixes that all rows of a batch share, and longer ones that groups of neighbours share.
 
     Only tokens where mask (B, T) is true are shared. Each row is compared with the next one only:
-    rows with the same prefix should be neighbours.
+    rows with the same prefix should be neighbours. Each prefix is (first row, last row + 1, first
+    token, last token + 1).
     """
     same = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
     alike = same.cumprod(1).sum(1).tolist()                              # (B - 1,) tokens

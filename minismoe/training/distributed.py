@@ -8,7 +8,7 @@ would wait for it.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -116,18 +116,15 @@ def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
     return y.to(x.device)
 
 
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace each gradient by its sum over the processes: one exchange of one flat tensor."""
-    if world() == 1:
+def sum_gradient(parameter: Tensor) -> None:
+    """Replace a parameter's gradient by its sum over the processes."""
+    if world() == 1 or parameter.grad is None:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    if flat.device.type != "cuda":
-        flat = flat.cpu()                    # MPS has no exchange of its own
+    # MPS has no exchange of its own.
+    gradient = parameter.grad if parameter.grad.device.type == "cuda" else parameter.grad.cpu()
     with _peers():
-        dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
+        dist.all_reduce(gradient)
+    parameter.grad.copy_(gradient)
 
 
 def gather(value: Any) -> list[Any]:

@@ -10,8 +10,9 @@ import torch
 from ..data.tasks import Task
 from ..data.tokenizer import Tokenizer
 from ..io.files import naming
+from ..method.experts import groups, multiplying, stacked
 from ..model.decoder import CausalLM
-from ..model.tokens import Cache
+from ..model.tokens import Cache, Tokens
 from .distributed import spread
 
 
@@ -33,25 +34,26 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
 
 def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                     stop_ids: Sequence[int]) -> list[list[int]]:
-    device = model.model.norm.weight.device
+    device, adapted = model.model.norm.weight.device, groups(model)
     longest = max(map(len, prompts))
-    ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
-    lengths = torch.tensor([[len(p)] for p in prompts], device=device)
-    positions = torch.arange(longest, device=device)
+    ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])
+    lengths, positions = torch.tensor([[len(p)] for p in prompts]), torch.arange(longest)
     mask, needed = positions < lengths, positions == lengths - 1       # (B, T), right-padded
-    stops = torch.tensor(list(stop_ids), device=device)
     cache = Cache(model, len(prompts), longest + max_new_tokens)
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    tokens = torch.full((len(prompts), max_new_tokens), -1, device=device)
-    for step in range(max_new_tokens):
-        hidden = model.model(ids, mask, cache, needed)[needed]                   # (B, D)
-        token = model.lm_head(hidden).argmax(-1)
-        running = running & ~torch.isin(token, stops)
-        if not running.any():
-            break
-        tokens[:, step] = torch.where(running, token, -1)
-        ids, mask, needed = token[:, None], running[:, None], torch.ones_like(needed[:, :1])
-    return [[t for t in row if t >= 0] for row in tokens.tolist()]
+    found: list[list[int]] = [[] for _ in prompts]
+    running, stops = set(range(len(prompts))), set(stop_ids)
+    with multiplying(adapted, [stacked(group, group[0].weight.dtype) for group in adapted]):
+        for _ in range(max_new_tokens):
+            tokens = Tokens(ids, mask, model.config, device, needed, cache)
+            chosen = model.lm_head(model.model.rows(tokens)).argmax(-1).tolist()     # the one wait
+            running -= {n for n in running if chosen[n] in stops}
+            if not running:
+                break
+            for n in running:
+                found[n].append(chosen[n])
+            ids = torch.tensor(chosen)[:, None]
+            mask = needed = torch.ones_like(ids, dtype=torch.bool)
+    return found
 
 
 @dataclass

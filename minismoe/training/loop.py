@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,14 @@ from ..io.flags import flag
 from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
 from ..io.text import out_of_memory
-from ..method.experts import balance_loss, expert_layers, expert_use
-from ..method.loss import IGNORE, supervised_losses
+from ..method.experts import balance_loss, multiplying, take_logits
+from ..method.loss import head_losses, predicting
 from ..model.decoder import CausalLM
+from ..model.tokens import Tokens, sent
 from . import distributed
+from .compiled import compile_layers
 from .resume import due, load_checkpoint, save_checkpoint
+from .vector import ExpertVector
 
 USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
 REMEDY = "try a lower --lr, or --dtype float32"
@@ -44,6 +47,10 @@ class TrainConfig:
         "(default: --batch-size)", flags.positive, metavar="N")
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
+    compile: str = flag(
+        "auto", "compile the decoder layers, which takes a minute, and saves the time that small "
+        "models wait for kernels to start. auto (default): on CUDA, for runs long enough to pay",
+        choices=("auto", "on", "off"))
     lr: float = flag(4e-3, "peak learning rate, after a warm-up; a cosine takes it to 0 (default: "
                      "%(default)s)", flags.number)
     checkpoint_every: int | str = flag(200, "optimizer steps, or minutes: 10m (default: "
@@ -70,18 +77,18 @@ def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example
             for batch in bucket(examples, cfg.batch_size, cfg.seed * 1000 + epoch)]
 
 
-def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
-               step: int = 0) -> dict[str, Any]:
-    """Add up the gradients of one optimizer step, in micro-batches, and return its metrics.
+def train_step(model: CausalLM, experts: ExpertVector, batch: Sequence[Example], cfg: TrainConfig,
+               pad_id: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add up the gradients of one optimizer step, in micro-batches.
 
-    The loss is the mean over the step's supervised tokens, whatever the micro-batches. The balance
-    loss is a statistic of each micro-batch, weighted by its tokens. Several processes share each
-    micro-batch: each has the gradients of its part, and all metrics but "expert_use" of the whole.
+    Returns the sum of losses of each task, in order of name, and then the balance loss; and the
+    share of choices of each expert, by matrix, of the last micro-batch. Nothing waits for the
+    device. The loss is the mean over the step's supervised tokens, whatever the micro-batches. The
+    balance loss is a statistic of each micro-batch, weighted by its tokens. Several processes share
+    each micro-batch: each has the gradients, and the losses, of its part.
     """
-    device, layers = model.model.norm.weight.device, expert_layers(model)
-    supervised = Counter(e.task for e in batch for label in e.labels[1:] if label != IGNORE)
-    tokens, tasks = sum(len(e.ids) for e in batch), sorted(supervised)
-    sums: list[Tensor] = []              # a micro-batch: losses of each task, then the balance loss
+    device, sums = experts.vector.device, list[Tensor]()
+    tasks, supervised = sorted({e.task for e in batch}), sum(e.supervised for e in batch)
     for i in range(0, len(batch), cfg.micro_batch_size):
         part = batch[i:i + cfg.micro_batch_size]
         mine = part[distributed.rank()::distributed.world()]
@@ -89,48 +96,61 @@ def train_step(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_
         counts = float(bool(mine))
         # Sorted rows put shared prefixes side by side, so that the model computes them once.
         mine = sorted(mine or part[:1], key=lambda e: e.ids)
-        ids, mask, labels = collate(mine, pad_id, device)
-        losses, rows = supervised_losses(model, ids, mask, labels, needed_only=True)
-        balance = balance_loss(layers.values(), mask, model.model.copies,
-                               partial(distributed.all_sum, times=counts))
-        balance = balance * (sum(len(e.ids) for e in part) / tokens)
-        loss = losses.sum() / supervised.total() + cfg.router_aux_loss_coef * balance
-        (counts * loss).backward()
-        task = torch.tensor([tasks.index(e.task) for e in mine], device=device)[rows]
-        by_task = losses.new_zeros(len(tasks)).index_add(0, task, losses.detach())
+        ids, mask, labels = collate(mine, pad_id)
+        needed = predicting(mask, labels)
+        rows, columns = needed.nonzero(as_tuple=True)
+        task = torch.tensor([tasks.index(e.task) for e in mine])[rows]
+        at = sent({"targets": labels[rows, columns + 1], "task": task}, device)
+        tokens = Tokens(ids, mask, model.config, device, needed)
+        with multiplying(experts.groups, experts.stacks()):
+            hidden = model.model.rows(tokens, cfg.recompute)                     # (S, D)
+            losses = head_losses(hidden, model.lm_head.weight, at["targets"])
+            balance, use = balance_loss(take_logits(experts.layers), tokens.repeats,
+                                        partial(distributed.all_sum, times=counts))
+            balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
+            loss = losses.sum() / supervised + cfg.router_aux_loss_coef * balance
+            (counts * loss).backward()
+        by_task = losses.new_zeros(len(tasks)).index_add(0, at["task"], losses.detach())
         sums.append(counts * torch.cat([by_task, balance.detach()[None]]))
-    *task_sums, balance_sum = distributed.all_sum(torch.stack(sums).sum(0).cpu()).tolist()
-    mean = sum(task_sums) / supervised.total()
-    if not math.isfinite(mean):
-        lines = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
-        raise ArithmeticError(f"the loss is {mean} at step {step + 1}, on the training lines "
-                              f"{lines} (counted as --show prints them): {REMEDY}")
-    line = {"step": step + 1, "loss": round(mean, 5), "balance": round(balance_sum, 5),
-            "tokens": tokens, "loss_by_task": {
-                task: round(total / supervised[task], 5) for task, total in zip(tasks, task_sums)}}
-    if step % USE_EVERY == 0:            # of the last micro-batch, or this process's part of it
-        line["expert_use"] = {name: [round(u, 3) for u in use]
-                              for name, use in expert_use(layers, mask).items()}
-    return line
+    return torch.stack(sums).sum(0), use
 
 
-def step_that_fits(model: CausalLM, batch: Sequence[Example], cfg: TrainConfig, pad_id: int,
-                   step: int = 0) -> dict[str, Any]:
+def step_that_fits(model: CausalLM, experts: ExpertVector, batch: Sequence[Example],
+                   cfg: TrainConfig, pad_id: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """train_step, begun again with half the micro-batch each time that memory runs out."""
     while True:
         try:
-            return train_step(model, batch, cfg, pad_id, step)
+            return train_step(model, experts, batch, cfg, pad_id)
         except (MemoryError, RuntimeError) as e:
             micro = min(cfg.micro_batch_size, len(batch)) // 2
             if not out_of_memory(e) or micro == 0 or distributed.world() > 1:
                 raise                        # other processes wait in the middle of an exchange
         print_above_bar(f"step {step + 1}: out of memory, so {micro} examples at a time")
         cfg = replace(cfg, micro_batch_size=micro)
-        model.zero_grad(set_to_none=True)    # gradients of the micro-batches that did fit
-        for layer in expert_layers(model).values():
-            layer.router_logits = None       # holds the graph of the micro-batch that did not
+        experts.vector.grad = None           # of the micro-batches that did fit
+        take_logits(experts.layers)          # they hold the graph of the one that did not
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def log_line(step: int, batch: Sequence[Example], sums: Sequence[float], norm: float,
+             ) -> dict[str, Any]:
+    """What metrics.jsonl holds of a step, from the sums of `train_step`. ArithmeticError if the
+    loss or the norm of its gradient is not finite."""
+    supervised = Counter[str]()
+    for e in batch:
+        supervised[e.task] += e.supervised
+    *by_task, balance = sums
+    mean = sum(by_task) / supervised.total()
+    if not math.isfinite(mean + norm):
+        lines = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
+        raise ArithmeticError(
+            f"the loss is {mean} and the norm of its gradient {norm} at step {step + 1}, on the "
+            f"training lines {lines} (counted as --show prints them): {REMEDY}")
+    return {"step": step + 1, "loss": round(mean, 5), "balance": round(balance, 5),
+            "tokens": sum(len(e.ids) for e in batch), "loss_by_task": {
+                task: round(loss / supervised[task], 5)
+                for task, loss in zip(sorted(supervised), by_task)}, "grad_norm": round(norm, 5)}
 
 
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
@@ -140,12 +160,15 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     Writes run/metrics.jsonl and run/checkpoints. Raises Interrupted after a signal, once the step
     is saved; ValueError for another run's checkpoint; ArithmeticError if the loss is not finite.
     """
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    experts = ExpertVector(model)
     # With a smaller eps, an entry whose gradient is only rounding noise would move by the full lr.
-    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
+    optimizer = torch.optim.AdamW([experts.vector], lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
                                   weight_decay=cfg.weight_decay, fused=True)
     batches = schedule(examples, cfg)
-    state = _first_state(run, trained, optimizer, batches, resume)
+    state = _first_state(run, experts, optimizer, batches, resume)
+    compile_layers(model, cfg.compile, len(batches), lambda: train_step(
+        model, experts, batches[0], cfg, pad_id))
+    experts.vector.grad = None           # of the step that compiled them
     begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
     run.mkdir(parents=True, exist_ok=True)
     metrics = (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n")
@@ -155,18 +178,21 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
         distributed.once(metrics.truncate, state["metrics"])
         for step in bar:
             start = time.perf_counter()
-            line = step_that_fits(model, batches[step], cfg, pad_id, step)
-            distributed.sum_gradients(trained.values())
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
-            if not math.isfinite(norm):
-                raise ArithmeticError(f"the loss is {line['loss']} at step {step + 1}, but the "
-                                      f"norm of its gradient is {norm}: {REMEDY}")
+            sums, use = step_that_fits(model, experts, batches[step], cfg, pad_id, step)
+            distributed.sum_gradient(experts.vector)
+            norm = torch.nn.utils.clip_grad_norm_([experts.vector], cfg.max_grad_norm)
+            # The one wait for the device: all figures are read at once.
+            *losses, length = torch.cat([distributed.all_sum(sums), norm[None]]).tolist()
+            line = log_line(step, batches[step], losses, length)
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, len(batches), cfg)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             now = time.perf_counter()
             speed = round(line["tokens"] / (now - start), 1)
-            line |= {"lr": lr, "grad_norm": round(norm, 5), "tokens_per_second": speed}
+            line |= {"lr": lr, "tokens_per_second": speed}
+            if step % USE_EVERY == 0:        # of the last micro-batch
+                line["expert_use"] = {name: [round(u, 3) for u in shares.tolist()]
+                                      for name, shares in use.items()}
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
@@ -175,7 +201,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             stop = _signal_to_any(signals)
             if stop or step + 1 == len(batches) or due(cfg.checkpoint_every, step + 1, saved):
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
-                distributed.once(save_checkpoint, run, trained, optimizer, state)
+                distributed.once(save_checkpoint, run, experts.vector, optimizer, state)
                 saved = time.monotonic()
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tok/s", refresh=False)
             if stop:
@@ -185,17 +211,20 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
 
 
-def _first_state(run: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
+def _first_state(run: Path, experts: ExpertVector, optimizer: torch.optim.Optimizer,
                  batches: Sequence[Sequence[Example]], resume: bool) -> dict[str, Any]:
     """The state to begin with: that of the last checkpoint, or zeros and no checkpoint left."""
     order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
-    fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0, "order": order}
+    layout = sha256_of_json([[name, *layer.lora_A.shape, *layer.lora_B.shape]
+                     for name, layer in experts.layers.items()])
+    fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0,
+             "order": order, "layout": layout}
     if not resume:
         if (run / "checkpoints").exists():
             distributed.once(shutil.rmtree, run / "checkpoints")
         return fresh
     with distributed.one_first():            # the first may remove a damaged checkpoint
-        state = load_checkpoint(run, trained, optimizer, order) or fresh
+        state = load_checkpoint(run, experts.vector, optimizer, fresh) or fresh
     if len(set(distributed.gather(state["step"]))) > 1:
         raise ValueError(f"the processes do not see the same checkpoints: {run} must be a folder "
                          "that they share")

@@ -1,9 +1,8 @@
 """Checkpoints that are whole or not there, and that are checked before training goes on.
 
-run/checkpoints/step-NUMBER holds experts.safetensors, optimizer.safetensors and state.json, which
-lists the SHA-256 of both and its own. The last two are kept: if the newest is damaged, training
-goes on from the one before. The order of the data follows from its seed, and training draws nothing
-at random, so a checkpoint holds neither.
+run/checkpoints/step-NUMBER holds experts.safetensors and state.json, which has the SHA-256 of both.
+The last two are kept: if the newest is damaged, training goes on from the one before. The order of
+the data follows from its seed, and training draws nothing at random, so a checkpoint holds neither.
 """
 
 import json
@@ -21,7 +20,7 @@ from torch import Tensor
 from ..io.files import new_folder, read_json, replacing, sha256, sha256_of_json
 
 KEPT = 2                                     # checkpoints of a run
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW holds for a parameter
+TENSORS = "experts.safetensors"              # the experts' vector, and what AdamW holds for it
 
 
 def due(every: int | str, step: int, since: float) -> bool:
@@ -37,20 +36,15 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-????????"))
 
 
-def save_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
+def save_checkpoint(run: Path, vector: Tensor, optimizer: torch.optim.Optimizer,
                     state: Mapping[str, Any]) -> None:
-    """Write the experts, their moments and `state`, whole or not at all; remove older ones."""
+    """Write the experts' vector, its moments and `state`, whole or not at all; remove old ones."""
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
     shutil.rmtree(folder, ignore_errors=True)
-    files = {
-        "experts.safetensors": {n: p.detach().contiguous() for n, p in parameters.items()},
-        "optimizer.safetensors": {f"{n}.{key}": moment for n, p in parameters.items()
-                                  for key, moment in optimizer.state[p].items()}}
     with new_folder(folder) as tmp:
-        for name, tensors in files.items():
-            with replacing(tmp / name) as file:          # it names a file that a full disk refuses
-                save_file(tensors, file)
-        state = {**state, "files": {name: sha256(tmp / name) for name in files}}
+        with replacing(tmp / TENSORS) as file:           # it names a file that a full disk refuses
+            save_file({"experts": vector.detach(), **optimizer.state[vector]}, file)
+        state = {**state, "sha256": sha256(tmp / TENSORS)}
         (tmp / "state.json").write_text(json.dumps(
             {"state": state, "sha256": sha256_of_json(state)}))
     for old in checkpoints(run)[:-KEPT]:
@@ -77,36 +71,33 @@ def _checked_state(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = saved["state"]
     if saved["sha256"] != sha256_of_json(state):
         raise ValueError("state.json does not have its checksum")
-    for name, wanted in state["files"].items():
-        if sha256(folder / name) != wanted:
-            raise ValueError(f"{name} does not have its checksum")
+    if sha256(folder / TENSORS) != state["sha256"]:
+        raise ValueError(f"{TENSORS} does not have its checksum")
     return state
 
 
-def load_checkpoint(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
-                    order: str) -> dict[str, Any] | None:
+def load_checkpoint(run: Path, vector: Tensor, optimizer: torch.optim.Optimizer,
+                    fresh: Mapping[str, Any]) -> dict[str, Any] | None:
     """Load the newest whole checkpoint in place, and give its state; None if there is none.
 
-    Raises ValueError if it is of other experts or of other batches (`order` is their digest), or
-    if the run's metrics.jsonl is shorter than it was.
+    Raises ValueError if it is of other experts or of other batches than `fresh`, the state that
+    training begins with, or if the run's metrics.jsonl is shorter than it was.
     """
     if (found := newest(run)) is None:
         return None
     folder, state = found
-    experts = load_file(folder / "experts.safetensors")
-    if {n: t.shape for n, t in experts.items()} != {n: p.shape for n, p in parameters.items()}:
+    if state["layout"] != fresh["layout"]:
         raise ValueError(f"{folder} belongs to another allocation than {run}'s")
-    if state["order"] != order:
+    if state["order"] != fresh["order"]:
         raise ValueError(f"{folder} was trained on other batches: another data, seed, batch size "
                          "or number of epochs")
     metrics = run / "metrics.jsonl"
     if (metrics.stat().st_size if metrics.is_file() else 0) < state["metrics"]:
         raise ValueError(f"{metrics} has not all that it held at {folder.name}: put it back, or "
                          f"remove {folder.parent} to train again")
-    moments = load_file(folder / "optimizer.safetensors")
+    tensors = load_file(folder / TENSORS)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(experts[name])
-            optimizer.state[parameter] = {       # copies: the file may not stay mapped
-                key: moments[f"{name}.{key}"].to(parameter.device, copy=True) for key in MOMENTS}
+        vector.copy_(tensors.pop("experts"))
+    optimizer.state[vector] = {              # copies: the file may not stay mapped
+        name: tensor.to(vector.device, copy=True) for name, tensor in tensors.items()}
     return state

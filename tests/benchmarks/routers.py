@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from minismoe.method.experts import expert_layers, top_k_gates, without_pads
+from minismoe.method.experts import expert_layers, packs, top_k_gates
 
 
 @torch.no_grad()
@@ -28,8 +28,9 @@ def shares_of_gates(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tens
         for ids, mask, _ in batches:
             model.model(ids, mask)
             for name, layer in layers.items():
-                logits = without_pads(layer.router_logits, mask).float()         # (N, E)
-                sums[name][t] += top_k_gates(logits, layer.top_k).sum(0).cpu()
+                gates = top_k_gates(layer.router_logits.float(), layer.top_k)    # (N, E)
+                real = gates if packs(model) else gates[mask.flatten().bool()]
+                sums[name][t] += real.sum(0).cpu()
     return {name: u / u.sum(1, keepdim=True) for name, u in sums.items()}
 
 

@@ -7,7 +7,6 @@ its own, the sides in turn. Prints medians over rounds, and ratios.
 """
 
 import argparse
-import itertools
 import json
 import resource
 import statistics
@@ -24,6 +23,7 @@ from minismoe.data.tokenizer import load_tokenizer
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.training.loop import TrainConfig, train_step
+from minismoe.training.vector import ExpertVector
 
 RANK, WARM = 8, 2
 
@@ -41,8 +41,8 @@ def ours(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     model = load_model(args.model, dtype)
     add_experts(model, dict.fromkeys(linear_layers(model), args.experts), rank=RANK)
     cfg = TrainConfig(batch_size=args.batch_size, micro_batch_size=args.batch_size)
-    steps = itertools.count(1)            # step 0 also counts expert use, as every 20th does
-    return model, lambda examples, pad: train_step(model, examples, cfg, pad, next(steps))
+    experts = ExpertVector(model)
+    return [experts.vector], lambda examples, pad: train_step(model, experts, examples, cfg, pad)
 
 
 def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
@@ -56,15 +56,15 @@ def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     def step(examples: list, pad: int) -> None:
         ids, mask, labels = collate(examples, pad)
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-    return model, step
+    return [p for p in model.parameters() if p.requires_grad], step
 
 
 def child(args: argparse.Namespace) -> None:
     """Measure one side in this process and print the result as JSON."""
     torch.manual_seed(0)
     work, pad = batches(args, WARM + args.steps)
-    model, step = SIDES[args.side](args, getattr(torch, args.dtype))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    parameters, step = SIDES[args.side](args, getattr(torch, args.dtype))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     rates = []
     for examples in work:
         start = time.perf_counter()

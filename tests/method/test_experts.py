@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import peft
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import SMALL, Shapes, padded, plain, randomise
+from tiny import SMALL, padded, plain, randomise
 from torch import Tensor, nn
 
 from minismoe import reference
@@ -23,12 +24,14 @@ from minismoe.method.experts import (
     add_experts,
     balance_loss,
     expert_layers,
-    expert_use,
-    linear_layers,
-    together,
+    linear_outputs,
+    multiplying,
+    take_logits,
     top_k_gates,
 )
 from minismoe.model.decoder import CausalLM, Config
+from minismoe.model.tokens import Tokens
+from minismoe.training.vector import ExpertVector
 
 SIZES = SMALL | {"tie_word_embeddings": False}
 COUNTS = {"model.layers.0.self_attn.q_proj": 1, "model.layers.0.self_attn.v_proj": 3,
@@ -129,15 +132,57 @@ def test_any_sizes_equal_the_reference(N: int, E: int, k: int, r: int, in_: int,
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_a_hook_of_any_kind_is_called_where_layers_are_computed_together(kind: str) -> None:
+def test_a_hook_of_any_kind_is_called_where_layers_form_a_group(kind: str) -> None:
     layers, called = [adapted(seed=0), adapted(seed=1)], list[str]()
     x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
-    expected = [y.detach() for y in together(x, *layers)]
+    expected = [y.detach() for y in linear_outputs(x, *layers)]
     getattr(layers[1], f"register_{kind}_hook")(lambda *_: called.append(kind))
-    found = together(x, *layers)
+    found = linear_outputs(x, *layers)
     sum(found).sum().backward()
     assert called == [kind]
     torch.testing.assert_close([y.detach() for y in found], expected)
+
+
+@pytest.mark.parametrize("experts", [(4, 4, 4), (2, 5, 3), (1, 4, 1), (1, 1, 1), (2, 1, 5)])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_a_group_equals_its_layers_by_themselves(experts: tuple[int, ...], k: int) -> None:
+    layers = [adapted(out=4 + i, experts=E, k=k, seed=i) for i, E in enumerate(experts)]
+    x = torch.randn(6, 7, dtype=torch.float64)
+    found = []
+    for outputs in (lambda x: linear_outputs(x, *layers),
+                    lambda x: [plain(layer)(x) for layer in layers]):
+        inputs = x.clone().requires_grad_()
+        for layer in layers:
+            layer.zero_grad()
+        ys = outputs(inputs)
+        sum((y * (y.detach() + i)).sum() for i, y in enumerate(ys)).backward()
+        found.append([*ys, inputs.grad, *(p.grad.clone() for m in layers for p in m.parameters()
+                                          if p.requires_grad)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_vector_gives_every_parameter_its_gradient(dtype: torch.dtype) -> None:
+    counts = COUNTS | {"model.layers.0.self_attn.k_proj": 2, "model.layers.1.mlp.up_proj": 1}
+    model, (ids, mask), found = ours(llama()).to(dtype), batch(), []
+    randomise(add_experts(model, counts, rank=2))
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    values = [p.detach().clone() for n, p in model.named_parameters() if n in names]
+    for vector in (None, ExpertVector(model)):
+        with multiplying(vector.groups, vector.stacks()) if vector else nullcontext():
+            loss = model(ids, mask)[mask.bool()].float().logsumexp(-1).square().sum()
+            loss = loss + balance_loss(take_logits(expert_layers(model)), torch.ones(19))[0]
+            loss.backward()
+        parameters = dict(model.named_parameters())
+        gradients = ({id(p): g for p, g in zip(vector.parameters, vector.views(vector.vector.grad))}
+                     if vector else {id(parameters[n]): parameters[n].grad.clone() for n in names})
+        found.append([loss.detach(), *(gradients[id(parameters[n])] for n in names)])
+    torch.testing.assert_close(*found, **({} if dtype == torch.float64 else
+                                          {"rtol": 0.02, "atol": 0.02}))
+    for name, value in zip(names, values):               # views of the vector, of the same values
+        assert torch.equal(parameters[name], value)
+    vector.vector.data.add_(1)
+    assert all(torch.equal(parameters[n], value + 1) for n, value in zip(names, values))
 
 
 def test_gradients_add_up_over_two_calls_of_one_layer() -> None:
@@ -172,8 +217,9 @@ def test_ties_choose_exactly_k(k: int) -> None:
     layer.router.data.zero_()
     found = gradients(layer, torch.randn(6, 7, dtype=torch.float64), only_y)
     assert all(value.isfinite().all() for value in found.values())
-    assert sum(expert_use({"": layer}, torch.ones(1, 6))[""]) == pytest.approx(1)
-    assert balance_loss([layer], torch.ones(1, 6)).item() == pytest.approx(1)
+    loss, use = balance([layer], 6)
+    assert use["0"].sum().item() == pytest.approx(1)
+    assert loss.item() == pytest.approx(1)
 
 
 def test_gates_are_the_renormalised_softmax_whatever_the_size_of_the_logits() -> None:
@@ -214,6 +260,16 @@ def test_bfloat16_routes_in_float32() -> None:
         found, value = getattr(layer, part).grad, getattr(exact, part).grad
         assert found.dtype == torch.float32
         assert (found - value).norm() / value.norm() < 0.02, part
+
+
+def test_bfloat16_rounds_no_gradient_of_the_balance_loss() -> None:
+    layer = adapted(64, 48, dtype=torch.bfloat16)
+    exact, x = copy.deepcopy(layer).double(), torch.randn(40, 64).bfloat16()
+    for made, inputs in ((layer, x), (exact, x.double())):
+        made(inputs)
+        balance([made], 40)[0].backward()
+    found, value = layer.router.grad, exact.router.grad
+    assert (found - value).norm() / value.norm() < 1e-5
 
 
 # --- a model ------------------------------------------------------------------------------------
@@ -301,7 +357,7 @@ def test_a_model_can_be_copied_between_its_forward_and_backward() -> None:
     logits = model(input_ids=ids, attention_mask=mask).logits
     copied = copy.deepcopy(model)
     torch.testing.assert_close(copied(input_ids=ids, attention_mask=mask).logits, logits)
-    balance_loss(expert_layers(model).values(), mask).backward()
+    balance_loss(take_logits(expert_layers(model)), mask.flatten())[0].backward()
     layers = expert_layers(model), expert_layers(copied)
     for name, count in COUNTS.items():
         assert layers[0][name].lora_A is not layers[1][name].lora_A
@@ -340,10 +396,15 @@ def test_one_expert_trains_as_peft_lora_does(alpha: float) -> None:
 
 # --- balance ------------------------------------------------------------------------------------
 
+def balance(layers: list[ExpertLinear], rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The balance loss of the last forward, all of whose rows count, and the use by number."""
+    return balance_loss(take_logits({str(i): m for i, m in enumerate(layers)}), torch.ones(rows))
+
+
 def test_balance_loss_and_its_gradient_equal_the_reference() -> None:
     layers = [adapted(experts=E, k=k, seed=i)
               for i, (E, k) in enumerate([(4, 2), (1, 1), (4, 2), (3, 3), (4, 1)])]
-    x, mask = torch.randn(6, 7, dtype=torch.float64), torch.ones(2, 3)
+    x = torch.randn(6, 7, dtype=torch.float64)
 
     def both(make: Callable[[ExpertLinear], nn.Module],
              loss: Callable[[list[Any]], Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -356,7 +417,7 @@ def test_balance_loss_and_its_gradient_equal_the_reference() -> None:
         return value.detach(), [inputs.grad,
                                 *(m.router.grad.clone() for m in made if m.router is not None)]
 
-    found = both(lambda layer: layer, lambda made: balance_loss(made, mask))
+    found = both(lambda layer: layer, lambda made: balance(made, 6)[0])
     expected = both(plain, lambda made: torch.stack([
         reference.balance_loss(m.router_logits, m.top_k) for m in made
         if m.router is not None]).mean())
@@ -366,23 +427,25 @@ def test_balance_loss_and_its_gradient_equal_the_reference() -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_balance_loss_at_balance_and_at_collapse(k: int) -> None:
-    layer, mask = adapted(4, 5, 4, 2, k), torch.ones(1, 4)
+    layer = adapted(4, 5, 4, 2, k)
     layer.router.data.copy_(torch.eye(4))
     layer(60 * (torch.eye(4) + torch.eye(4).roll(1, 1)).double())      # token n: experts n, n + 1
+    loss, use = balance([layer], 4)
     if k == 2:
-        assert balance_loss([layer], mask).item() == pytest.approx(1)
-        assert expert_use({"x": layer}, mask)["x"] == pytest.approx([0.25] * 4)
+        assert loss.item() == pytest.approx(1)
+        assert use["0"].tolist() == pytest.approx([0.25] * 4)
     layer(60 * torch.tensor([[1.0] * k + [0.0] * (4 - k)] * 4).double())   # always the first k
-    assert balance_loss([layer], mask).item() == pytest.approx(4 / k)
-    assert expert_use({"x": layer}, mask)["x"] == pytest.approx([1 / k] * k + [0] * (4 - k))
+    loss, use = balance([layer], 4)
+    assert loss.item() == pytest.approx(4 / k)
+    assert use["0"].tolist() == pytest.approx([1 / k] * k + [0] * (4 - k))
 
 
 def test_a_choice_whose_probability_is_too_small_for_a_float_counts() -> None:
     layer = adapted(3, 5, 3, 2, 2, dtype=torch.float32)
     layer.router.data.copy_(torch.eye(3))
     layer(torch.tensor([[400.0, 0.0, 200.0], [0.0, 400.0, 200.0]]))         # softmax: 1, 0 and 0
-    assert balance_loss([layer], torch.ones(1, 2)).item() == pytest.approx(
-        reference.balance_loss(layer.router_logits, 2).item())
+    expected = reference.balance_loss(layer.router_logits, 2).item()
+    assert balance([layer], 2)[0].item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("pad", ["right", "left"])
@@ -394,39 +457,34 @@ def test_pads_do_not_count(pad: str) -> None:
     for model in (mine, theirs):
         model(input_ids=ids, attention_mask=mask)
         layers = expert_layers(model)
-        loss, use = balance_loss(layers.values(), mask), expert_use(layers, mask)
+        routing = take_logits(layers)
+        rows = torch.ones(int(mask.sum())) if model is mine else mask.flatten()
+        loss, use = balance_loss(routing, rows)
         loss.backward()
         values[model] = loss.item(), use, layers["model.layers.0.mlp.down_proj"].router.grad
-    padded = expert_layers(theirs)["model.layers.0.mlp.down_proj"].router_logits
-    assert len(padded) == mask.numel()                  # this model did keep its pads in the rows
     assert values[mine][0] == pytest.approx(values[theirs][0], rel=1e-5)
     torch.testing.assert_close(values[mine][2], values[theirs][2], rtol=1e-4, atol=1e-6)
     assert values[mine][1].keys() == {n for n, E in COUNTS.items() if E > 1}
     for name, shares in values[mine][1].items():
-        assert shares == pytest.approx(values[theirs][1][name], abs=1e-6)
-        assert sum(shares) == pytest.approx(1)
+        torch.testing.assert_close(shares, values[theirs][1][name])
+        assert shares.sum().item() == pytest.approx(1)
         assert len(shares) == COUNTS[name]
-    everything = balance_loss(expert_layers(theirs).values(), torch.ones_like(mask)).item()
+    everything = balance_loss(routing, torch.ones(mask.numel()))[0].item()
     assert abs(everything - values[theirs][0]) > 1e-4   # the pads would have made a difference
 
 
-def test_pads_are_left_out_of_many_matrices_at_once() -> None:
-    """On a GPU, which rows are real is asked of the device: once, and not a matrix at a time."""
-    model = randomise(add_experts(llama(), dict.fromkeys(linear_layers(llama()), 3), rank=2))
-    ids, mask = batch()
-    model(input_ids=ids, attention_mask=mask)
-    assert len({m.router_logits.shape for m in expert_layers(model).values()}) == 1
-    with Shapes() as shapes:
-        balance_loss(expert_layers(model).values(), mask)
-    assert [name for name, _ in shapes.seen].count("index") == 1
+def test_logits_are_taken_once() -> None:
+    layer = adapted()
+    layer(torch.randn(4, 7, dtype=torch.float64))
+    assert [*take_logits({"a": layer, "b": adapted()})] == ["a"]
+    assert take_logits({"a": layer}) == {} and layer.router_logits is None
 
 
 def test_balance_loss_without_a_router_is_0() -> None:
     layer = adapted(experts=1)
     layer(torch.randn(4, 7, dtype=torch.float64))
-    assert balance_loss([layer], torch.ones(1, 4)).item() == 0
-    assert balance_loss([], torch.ones(1, 4)).item() == 0
-    assert expert_use({"x": layer}, torch.ones(1, 4)) == {}
+    loss, use = balance([layer], 4)
+    assert loss.item() == 0 and use == {}
 
 
 def test_a_shared_beginning_counts_for_all_sequences() -> None:
@@ -448,34 +506,16 @@ def test_a_shared_beginning_counts_for_all_sequences() -> None:
             if turn == len(parts):
                 model.zero_grad()
             needed = torch.zeros_like(mask[part], dtype=torch.bool) if share else None
-            model.model(ids[part], mask[part], needed=needed)
-            balance_loss(expert_layers(model).values(), mask[part], model.model.copies,
-                         total).backward()
+            tokens = Tokens(ids[part], mask[part], model.config, torch.device("cpu"), needed)
+            model.model.rows(tokens)
+            routing = take_logits(expert_layers(model))
+            balance_loss(routing, tokens.repeats, total)[0].backward()
         return [p.grad.clone() for n, p in model.named_parameters() if n.endswith("router")]
 
     expected = gradients([slice(0, 3)], False)
     assert len(expected) == 4 and all(g.any() for g in expected)
     torch.testing.assert_close(gradients([slice(0, 3)], True), expected)
     torch.testing.assert_close(gradients([slice(0, 3, 2), slice(1, 3, 2)], True), expected)
-
-
-def test_the_last_mlp_is_balanced_over_the_tokens_that_are_read() -> None:
-    name = "model.layers.1.mlp.up_proj"
-    model = randomise(add_experts(ours(llama()).double(), {name: 3}, rank=2))
-    (ids, mask), layer = batch(), expert_layers(model)[name]
-    ids[:, :3] = ids[0, :3]
-    needed = mask.bool() & (torch.arange(ids.shape[1]) > 3)
-    model.model(ids, mask)
-    every = layer.router_logits
-    expected = []
-    for logits in (every, every[needed[mask.bool()]]):
-        layer.router_logits = logits
-        expected.append(balance_loss([layer], torch.ones(1, len(logits))).item())
-    model.model(ids, mask, needed=needed)
-    assert len(layer.router_logits) == needed.sum() < len(model.model.copies)
-    found = balance_loss([layer], mask, model.model.copies).item()
-    assert found == pytest.approx(expected[1], rel=1e-12)
-    assert abs(expected[0] / expected[1] - 1) > 1e-3
 
 
 def test_experts_begin_as_peft_and_mixtral_do() -> None:

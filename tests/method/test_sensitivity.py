@@ -144,13 +144,6 @@ def test_takes_the_cheaper_of_gram_and_product(kind: str, which: str) -> None:
     assert grams == len(by_gram) + len(inputs)             # D D^T of each, X X^T once an input
 
 
-def test_recomputed_activations_are_not_counted_twice() -> None:
-    model, data = model_of("llama"), batch(LENGTHS["grams and products"])
-    expected = norms_of(model, data)
-    model.model.recompute = True
-    torch.testing.assert_close(norms_of(model, data), expected)
-
-
 @pytest.mark.parametrize("kind", ["llama", "hf-llama"])
 def test_the_head_meets_supervised_positions_only(kind: str,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,12 +31,12 @@ import train
 from minismoe.cli import script
 from minismoe.training import loop as training
 
-def step(*args, original=training.train_step):
-    if args[4] == {step} - 1 and os.environ["RANK"] == "{victim}":
+def step(*args, original=training.step_that_fits):
+    if args[5] == {step} - 1 and os.environ["RANK"] == "{victim}":
         os.kill(os.getpid(), {signal})
     return original(*args)
 
-training.train_step = step
+training.step_that_fits = step
 script.run_script(train.main)
 """
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import examples, tiny, tiny_config
 
 from minismoe import reference
-from minismoe.data.tasks import bucket, collate
+from minismoe.data.tasks import Example, bucket, collate
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import save_adapter
@@ -25,22 +25,30 @@ from minismoe.training.loop import (
     train,
     train_step,
 )
+from minismoe.training.vector import ExpertVector
 
 
-def gradients(model: CausalLM) -> dict[str, torch.Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+def step_of(model: CausalLM, batch: list[Example], cfg: TrainConfig,
+            ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sums of a step, and the gradient of each trained parameter by name."""
+    experts = ExpertVector(model)
+    sums, _ = train_step(model, experts, batch, cfg, pad_id=0)
+    return sums, gradients(model, experts)
+
+
+def gradients(model: CausalLM, experts: ExpertVector) -> dict[str, torch.Tensor]:
+    names = {p: n for n, p in model.named_parameters()}
+    return {names[p]: g for p, g in zip(experts.parameters, experts.views(experts.vector.grad))}
 
 
 @pytest.mark.parametrize("micro", [1, 3, 5])
 def test_accumulation_equals_the_big_batch(micro: int) -> None:
     batch, found = examples(8), []
     for size in (8, micro):
-        model = tiny(dtype=torch.float64)
         cfg = TrainConfig(batch_size=8, micro_batch_size=size, router_aux_loss_coef=0.0)
-        line = train_step(model, batch, cfg, pad_id=0)
-        found.append((line["loss"], line["loss_by_task"], gradients(model)))
-    (loss, tasks, whole), (loss2, tasks2, parts) = found
-    assert loss == loss2 and tasks == tasks2
+        found.append(step_of(tiny(dtype=torch.float64), batch, cfg))
+    (sums, whole), (sums2, parts) = found
+    torch.testing.assert_close(sums[:-1], sums2[:-1])
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
@@ -49,11 +57,11 @@ def test_recompute_changes_memory_only() -> None:
     found = []
     for recompute in (False, True):
         model = tiny(dtype=torch.float64)
-        model.model.recompute = recompute
-        train_step(model, examples(4), TrainConfig(micro_batch_size=4), pad_id=0)
-        found.append(gradients(model))
-        if recompute:          # a graph there would keep all that was recomputed
-            assert all(m.router_logits.grad_fn is None for m in expert_layers(model).values())
+        cfg = TrainConfig(micro_batch_size=4, recompute=recompute)
+        found.append(step_of(model, examples(4), cfg)[1])
+        # A graph there would keep all that was recomputed.
+        left = [m.router_logits for m in expert_layers(model).values()]
+        assert all(logits is None or logits.grad_fn is None for logits in left)
     assert found[0].keys() == found[1].keys() and len(found[0]) == 3 * 14
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
@@ -61,8 +69,18 @@ def test_recompute_changes_memory_only() -> None:
 
 def test_frozen_weights_hold_no_gradients() -> None:
     model = tiny()
-    train_step(model, examples(4), TrainConfig(), pad_id=0)
-    assert {n.rpartition(".")[2] for n in gradients(model)} == {"lora_A", "lora_B", "router"}
+    step_of(model, examples(4), TrainConfig())
+    assert all(p.grad is None for p in model.parameters())       # the vector alone has one
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_waits_for_the_device_between_the_batch_and_the_gradient(recompute: bool) -> None:
+    """The meta device has shapes alone: whoever reads a value from it raises."""
+    model = tiny().to("meta")
+    experts = ExpertVector(model)
+    cfg = TrainConfig(batch_size=6, micro_batch_size=4, recompute=recompute)
+    sums, _ = train_step(model, experts, examples(6), cfg, 0)
+    assert sums.is_meta and experts.vector.grad.shape == experts.vector.shape
 
 
 def test_learning_rate_warms_up_and_ends_near_zero() -> None:
@@ -99,14 +117,11 @@ def test_training_equals_a_plain_loop(tmp_path) -> None:
         for part in batch[:4], batch[4:]:
             ids, mask, labels = collate(part, 0)
             logits = plain.lm_head(plain.model(ids, mask))[:, :-1]
-            needed = F.pad(labels[:, 1:] != IGNORE, (0, 1))
-            for i, row in enumerate(needed[:, :-1]):
+            for i, row in enumerate(labels[:, 1:] != IGNORE):
                 losses[part[i].task].append(F.cross_entropy(
                     logits[i][row], labels[i, 1:][row], reduction="none"))
-            every = [reference.balance_loss(
-                # The last MLP is computed, and balanced, for the tokens that a loss needs.
-                m.router_logits[needed[mask.bool()]] if "layers.1.mlp" in name else m.router_logits,
-                m.top_k) for name, m in expert_layers(plain).items()]
+            every = [reference.balance_loss(m.router_logits, m.top_k)
+                     for m in expert_layers(plain).values()]
             balance = balance + torch.stack(every).mean() * mask.sum() / tokens
         each = torch.cat([loss for task in losses.values() for loss in task])
         (each.mean() + 0.3 * balance).backward()
@@ -183,13 +198,13 @@ def test_not_finite_gradient_is_not_stepped(tmp_path, monkeypatch) -> None:
     model, step = tiny(), training.train_step
     before = {name: p.clone() for name, p in model.named_parameters()}
 
-    def overflows(model: CausalLM, *args):
-        line = step(model, *args)
-        next(p for p in model.parameters() if p.requires_grad).grad[0] = math.inf
-        return line
+    def overflows(model: CausalLM, experts: ExpertVector, *args):
+        found = step(model, experts, *args)
+        experts.vector.grad[0] = math.inf
+        return found
 
     monkeypatch.setattr(training, "train_step", overflows)
-    with pytest.raises(ArithmeticError, match=r"at step 1, but the norm of its gradient is inf"):
+    with pytest.raises(ArithmeticError, match=r"the norm of its gradient inf at step 1, on the"):
         train(model, examples(4), TrainConfig(batch_size=4), tmp_path, pad_id=0)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -219,38 +234,39 @@ def test_adapter_file_holds_the_trained_experts(tmp_path) -> None:
 def test_a_batch_that_overflows_is_halved_and_counted_once(tmp_path, monkeypatch, error) -> None:
     """The second of three micro-batches overflows, and so does the first of half the size."""
     import minismoe.training.loop as training
-    calls, forward = [], training.supervised_losses
+    calls, pack = [], training.Tokens
 
-    def tight(model, ids, *rest, **options):
+    def tight(ids, *rest):
         calls.append(len(ids))
         if len(calls) in (2, 3):
             raise error
-        return forward(model, ids, *rest, **options)
+        return pack(ids, *rest)
 
     batch = examples(12)
     wanted, found = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     cfg = TrainConfig(batch_size=12, micro_batch_size=4, router_aux_loss_coef=0.0)
-    lines = [train_step(wanted, batch, cfg, 0)]
-    monkeypatch.setattr(training, "supervised_losses", tight)
-    lines.append(training.step_that_fits(found, batch, cfg, 0))
+    sums, expected = step_of(wanted, batch, cfg)
+    monkeypatch.setattr(training, "Tokens", tight)
+    experts = ExpertVector(found)
+    sums_again, _ = training.step_that_fits(found, experts, batch, cfg, 0, 0)
     assert calls == [4, 4, 2] + 12 * [1]
-    assert lines[0]["loss"] == lines[1]["loss"] and lines[0]["tokens"] == lines[1]["tokens"]
-    for name, gradient in gradients(wanted).items():
-        torch.testing.assert_close(gradients(found)[name], gradient, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(sums_again[:-1], sums[:-1])
+    for name, gradient in gradients(found, experts).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
 
 
 def test_running_out_of_memory_with_one_example_is_raised(monkeypatch) -> None:
     import minismoe.training.loop as training
 
-    def never(*args, **options):
+    def never(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "supervised_losses", never)
-    with pytest.raises(torch.OutOfMemoryError):
-        training.step_that_fits(tiny(), examples(4), TrainConfig(), 0)
-    monkeypatch.setattr(training, "supervised_losses", lambda *a, **o: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        training.step_that_fits(tiny(), examples(4), TrainConfig(), 0)
+    model = tiny()
+    experts = ExpertVector(model)
+    for work, error in ((never, torch.OutOfMemoryError), (lambda *a: 1 / 0, ZeroDivisionError)):
+        monkeypatch.setattr(training, "Tokens", work)
+        with pytest.raises(error):
+            training.step_that_fits(model, experts, examples(4), TrainConfig(), 0, 0)
 
 
 def test_a_new_run_leaves_no_checkpoint_of_an_old_one(tmp_path) -> None:

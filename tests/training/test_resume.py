@@ -56,7 +56,7 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["experts.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["experts.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "empty"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, capsys, name, damage):
     run = shutil.copytree(trained[0], tmp_path / "run")
@@ -116,10 +116,11 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monke
     monkeypatch.setattr(files, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
     monkeypatch.setattr(os, "replace", lambda a, b: (
         said.append(("name", Path(b).name)), replace(a, b)))
-    resume.save_checkpoint(tmp_path, {}, torch.optim.AdamW([torch.zeros(1)]), {"step": 1})
+    vector = torch.zeros(1)
+    resume.save_checkpoint(tmp_path, vector, torch.optim.AdamW([vector]), {"step": 1})
     done = said.index(("name", "step-00000001"))
     before = [name for what, name in said[:done] if what == "sync"]
-    assert {"experts.safetensors", "optimizer.safetensors", "state.json"} < set(before)
+    assert {"experts.safetensors", "state.json"} < set(before)
     assert before[-1].startswith(".step-00000001")
     assert said[done + 1:] == [("sync", "checkpoints")]
 
@@ -252,7 +253,8 @@ def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, tmp_path, 
     assert code == 1 and "--seed 1 (was 0), --rank 3 (was 2)" in err.splitlines()[-1]
 
     (data / "upper" / "train.jsonl").write_text('{"prompt": "say 1", "completion": "N2"}\n')
-    flip(model / "model.safetensors", 8 * 5000)
+    header = int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little")
+    flip(model / "model.safetensors", 8 * (8 + header))          # the first weight
     allocation = read_json(run / "allocation.json")
     write_json(run / "allocation.json", {**allocation, "alpha": 7})
     code, _, err = finish(train.main, *again, capsys=capsys)
