@@ -80,7 +80,7 @@ class DecoderBuilder:
         c, name = self.config, f"model.layers.{i}.self_attn"
         qkv = self.linear([f"{name}.{p}_proj" for p in "qkv"], x, c.qkv_bias, f"{name}.qkv_proj")
         y = (self.attend_ort if self.ort else self.attend)(i, name, qkv)
-        return self.linear([c.name(f"{name}.o_proj")], y, c.o_bias)
+        return self.linear([f"{name}.o_proj"], y, c.o_bias)
 
     def attend_ort(self, i: int, name: str, qkv: str) -> str:
         """(B, T, (H + 2K) * C) -> (B, T, H * C) by one operator, which also rotates and caches."""
@@ -90,8 +90,8 @@ class DecoderBuilder:
         if c.qk_norm:
             q, k, v = self.node("Split", f"{name}.qkv_proj", qkv, [H * C, K * C, K * C], outputs=3,
                                 axis=-1)
-            q = self.head_norm(c.name(f"{name}.q_norm"), q, H)
-            k = self.head_norm(c.name(f"{name}.k_norm"), k, K)
+            q = self.head_norm(f"{name}.q_norm", q, H)
+            k = self.head_norm(f"{name}.k_norm", k, K)
         rope = c.ropes[i]
         return self.node(
             "GroupQueryAttention", name, q, k, v, *cached("past_key_values", i),
@@ -118,7 +118,7 @@ class DecoderBuilder:
         x = self.node("Transpose", f"{name}.heads", x, perm=[0, 2, 1, 3])
         qk, v = self.node("Split", f"{name}.heads", x, [H + K, K], outputs=2, axis=1)
         if c.qk_norm:
-            weight = torch.cat([self.norm_weight(c.name(f"{name}.{n}_norm")).expand(heads, 1, C)
+            weight = torch.cat([self.norm_weight(f"{name}.{n}_norm").expand(heads, 1, C)
                                 for n, heads in (("q", H), ("k", K))])
             qk = self.rms(f"{name}.qk_norm", qk, self.tensor(f"{name}.qk_norm.weight", weight))
         if c.ropes[i]:
@@ -170,9 +170,9 @@ class DecoderBuilder:
 
     def mlp(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
-        c, name, bias = self.config, self.config.name(f"model.layers.{i}.mlp"), self.config.mlp_bias
+        c, name, bias = self.config, f"model.layers.{i}.mlp", self.config.mlp_bias
         parts = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
-        *inner, down = (f"{name}.{c.name(part)}" for part in (*parts, "down_proj"))
+        *inner, down = (f"{name}.{part}" for part in (*parts, "down_proj"))
         both = self.linear(inner, x, bias, f"{name}.gate_up_proj")
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
         if c.activation != "silu":
@@ -218,12 +218,12 @@ class DecoderBuilder:
             second = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
             for before, part, after in (("input_layernorm", mixer, "post_attention_layernorm"),
                                         (second, self.mlp, "post_feedforward_layernorm")):
-                y, x = self.norm(c.name(f"{name}.{before}"), x, added)
+                y, x = self.norm(f"{name}.{before}", x, added)
                 added = part(i, y)
                 if c.post_norms:
                     added, _ = self.norm(f"{name}.{after}", added, None)
                 added = self.times(f"{name}.{before}", added, c.residual_multiplier)
-        y, _ = self.norm(c.name("model.norm"), x, added)
+        y, _ = self.norm("model.norm", x, added)
         self.head(self.times("model.norm", y, c.output_multiplier))
 
     def declare(self) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
 from ..io.files import read_json, replacing, write_json
 from ..method.freeze import merged
-from ..model.checkpoint import IMAGES, MERGED, text_name, weight_files
+from ..model.checkpoint import IMAGES, MERGED, read_config, text_name, weight_files
 from ..model.config import Config, text_part
 from .graph import write_decoder, write_sampler
 from .npu import compile_npu, write_npu
@@ -58,6 +58,8 @@ def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) 
 
     base: the folder of the base. name: of the base, as it was given.
     """
+    own = read_config(base)[0].name
+    fits = {own(n): f for n, f in fits.items()}          # by the names that other programs know
     if layout == "peft":
         for file in ("config.json", "generation_config.json"):       # they are of a whole model
             (folder / file).unlink()

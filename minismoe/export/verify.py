@@ -124,8 +124,9 @@ def check_weights(config: ExportConfig, source: Source, reference: CausalLM, pre
         exported = sharing_copy(reference)
         tensors = load_file(folder / "adapter_model.safetensors")
         key = "base_model.model.{}.lora_{}.weight".format
-        merge(exported, {text_name(name): Fit(tensors[key(name, "A")], tensors[key(name, "B")])
-                         for name in read_json(folder / "adapter_config.json")["target_modules"]})
+        ours = {reference.config.name(name): name for name in fits}
+        merge(exported, {ours[text_name(n)]: Fit(tensors[key(n, "A")], tensors[key(n, "B")])
+                         for n in read_json(folder / "adapter_config.json")["target_modules"]})
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(
         stored(f"{n}.weight").dtype == torch.float32 for n in fits)

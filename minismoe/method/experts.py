@@ -214,8 +214,8 @@ def groups(model: nn.Module) -> list[list[ExpertLinear]]:
     module tells which of its linear layers do by `same_input`, tuples of their names."""
     found, seen = list[list[ExpertLinear]](), set[nn.Module]()
     for module in model.modules():
-        several = [[getattr(module, name, None) for name in names]
-                   for names in getattr(module, "same_input", ())]
+        several: list[Any] = [[getattr(module, name, None) for name in names]
+                              for names in getattr(module, "same_input", ())]
         for layers in [*several, [module]]:
             group = [m for m in layers if isinstance(m, ExpertLinear) and m not in seen]
             seen.update(group)

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from ..io.hub import resolve
 from ..io.text import clean
 from ..method.allocate import Allocation
 from ..method.experts import adaptable, add_experts, expert_layers, linear_layers
-from .config import Config, text_part
+from .config import MODULES, Config, renamed, text_part
 from .decoder import CausalLM, meta_model
 from .quantize import BlockLinear, BlockWeight, quantize
 
@@ -74,7 +75,8 @@ def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[s
     and images, and a tied head, which must equal the embedding.
     """
     found, head = stored_tensors(folder), "lm_head.weight"
-    wanted = {name: p.shape for name, p in model.named_parameters()}
+    names = {name: model.config.name(name) for name, _ in model.named_parameters()}
+    wanted = {names[name]: p.shape for name, p in model.named_parameters()}
     images, tied = text_part(config) != config, head not in wanted
     _check_fit(f"{folder} does not fit its config.json", wanted, {
         name: tensor for name, tensor in found.items()
@@ -85,7 +87,7 @@ def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[s
         if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):
             raise ValueError(f"{folder} holds a head of its own, and its config.json ties it to "
                              "the embedding: set tie_word_embeddings to false")
-    return {name: found[name] for name in wanted}
+    return {name: found[stored] for name, stored in names.items()}
 
 
 def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype,
@@ -124,12 +126,13 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
 
 def weights(folder: Path) -> Callable[[str], Tensor]:
     """A function that reads one tensor of a checkpoint folder by name, in its stored dtype."""
-    found = stored_tensors(folder)
-    return lambda name: found[name].read(None, "cpu")
+    found, config = stored_tensors(folder), read_config(folder)[0]
+    return lambda name: found[config.name(name)].read(None, "cpu")
 
 
 def text_name(stored: str) -> str:
-    """Our name of language_model.model.NAME (Gemma 3) or model.language_model.NAME (newer)."""
+    """The name in a model of text alone of language_model.model.NAME (Gemma 3) or
+    model.language_model.NAME (newer)."""
     return re.sub(r"^language_model\.(?=model\.|lm_head\.)|(?<=^model\.)language_model\.", "",
                   stored)
 
@@ -153,7 +156,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of a checkpoint folder, by our names of them."""
+    """The tensors of a checkpoint folder, by the names that transformers gives them."""
     return {text_name(t.name): t for file in weight_files(folder) for t in _tensors(file)}
 
 
@@ -219,6 +222,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     _check_base(model, meta)
     with naming(settings, ValueError):
         allocation = Allocation.from_json(meta.get("allocation"))
+    # A transformers model has its family's names of modules, where ours has Llama's.
+    own = MODULES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    allocation = replace(allocation, experts={
+        renamed(name, own): E for name, E in allocation.experts.items()})
     layers = adaptable(model, allocation)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, E in allocation.experts.items():
@@ -226,7 +233,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
         shapes |= {f"{name}.lora_A": (E, r, in_), f"{name}.lora_B": (E, r, out)}
         if E > 1:
             shapes[f"{name}.router"] = E, in_
-    found = {tensor.name: tensor for tensor in _tensors(file)}
+    found = {renamed(tensor.name, own): tensor for tensor in _tensors(file)}
     _check_fit(f"{file} does not fit", shapes, found)
     if meta.get("sha256") != sha256(file):
         raise ValueError(f"{file} is damaged: its hash is not that of adapter.json")

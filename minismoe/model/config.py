@@ -94,8 +94,8 @@ class Config:
                      for i, window in enumerate(self.windows))
 
     def name(self, module: str) -> str:
-        """The checkpoint's name of a module, given Llama's name of it."""
-        return ".".join((self.names or {}).get(part, part) for part in module.split("."))
+        """The checkpoint's name of a module or tensor, given Llama's name of it."""
+        return renamed(module, self.names)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
@@ -134,6 +134,11 @@ class Config:
         if c.wrong:
             raise ValueError("this model is not implemented: " + "; ".join(dict.fromkeys(c.wrong)))
         return cls(**found)
+
+
+def renamed(module: str, names: Mapping[str, str] | None) -> str:
+    """A dotted name whose parts are renamed as one of MODULES says."""
+    return ".".join((names or {}).get(part, part) for part in module.split("."))
 
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The decoder, with the module names of Hugging Face checkpoints.
+"""The decoder, with the module names of Llama's checkpoints, whatever the family.
 
 One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3, Granite, Gemma 3 and LFM2;
 `Config` says how they differ. Tokens are packed to rows (N, D), without padding, except in
@@ -10,7 +10,6 @@ S cached positions, L taps of a convolution, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -31,22 +30,6 @@ ACTIVATIONS: dict[str, tuple[Any, Any]] = {      # f(z), and dy f'(z) of (dy, z)
     "silu": (F.silu, torch.ops.aten.silu_backward),
     "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"),
                           partial(torch.ops.aten.gelu_backward, approximate="tanh"))}
-
-
-class Part(nn.Module):
-    """A module that stores its parts under the checkpoint's names; code here uses Llama's."""
-
-    names: Mapping[str, str] = {}        # Llama's name -> the checkpoint's, where they differ
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.names = cfg.names or {}
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(self.names.get(name, name))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(self.names.get(name, name), value)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -94,13 +77,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, self.eps).to(x.dtype)
 
 
-class Attention(Part):
+class Attention(nn.Module):
     """Causal self-attention with grouped queries and rotary positions."""
 
     same_input = (("q_proj", "k_proj", "v_proj"),)
 
     def __init__(self, cfg: Config, layer: int):
-        super().__init__(cfg)
+        super().__init__()
         self.layer, self.window, self.size = layer, cfg.windows[layer], cfg.head_dim
         self.scale = cfg.attention_scale
         q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
@@ -213,13 +196,13 @@ class _GatedUnit(torch.autograd.Function):
         return derivative(dy * up, gate), f(gate).mul_(dy), None
 
 
-class MLP(Part):
+class MLP(nn.Module):
     """down(f(gate x) * up x), where f is one of ACTIVATIONS, such as silu(z) = z sigmoid(z)."""
 
     same_input = (("gate_proj", "up_proj"),)
 
     def __init__(self, cfg: Config):
-        super().__init__(cfg)
+        super().__init__()
         self.activation, self.fused = cfg.activation, cfg.fused_mlp
         if self.fused:
             self.input_linear = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
@@ -234,16 +217,15 @@ class MLP(Part):
         return self.down_proj(_GatedUnit.apply(gate, up, self.activation))
 
 
-class DecoderLayer(Part):
+class DecoderLayer(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
     def __init__(self, cfg: Config, layer: int):
-        super().__init__(cfg)
+        super().__init__()
         self.residual, self.post_norms = cfg.residual_multiplier, cfg.post_norms
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg)
-        if convolves := layer in cfg.conv_layers:            # in the place of attention
-            self.names = {**self.names, "self_attn": "conv"}
-        self.self_attn = (ShortConv if convolves else Attention)(cfg, layer)
+        self.mixer = "conv" if layer in cfg.conv_layers else "self_attn"
+        self.add_module(self.mixer, (ShortConv if self.mixer == "conv" else Attention)(cfg, layer))
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg)
         self.mlp = MLP(cfg)
         if self.post_norms:              # Gemma normalises what attention and MLP write, too
@@ -251,7 +233,7 @@ class DecoderLayer(Part):
             self.post_feedforward_layernorm = RMSNorm(cfg.hidden_size, cfg)
 
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), tokens, rope)
+        y = getattr(self, self.mixer)(self.input_layernorm(x), tokens, rope)
         x = x.add(self.post_attention_layernorm(y) if self.post_norms else y, alpha=self.residual)
         if self.post_norms:
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -270,13 +252,13 @@ def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
                       context_fn=lambda: (nullcontext(), recomputing))
 
 
-class Decoder(Part):
+class Decoder(nn.Module):
     """Embedding, layers and the last norm. Its layers see rows (N, D) of real tokens alone."""
 
     packs = True
 
     def __init__(self, cfg: Config):
-        super().__init__(cfg)
+        super().__init__()
         self.config = cfg
         # nn.Embedding would call normal_, which on the meta device imports torch's compiler: 1.2 s
         # and 75 MB. This uniform distribution has the same variance, 1.
