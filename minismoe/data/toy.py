@@ -21,7 +21,8 @@ from torch import nn
 from ..io.files import new_folder, replacing, write_json
 from ..io.progress import progress_bar
 from ..method.loss import IGNORE, supervised_losses
-from ..model.decoder import Attention, CausalLM, Config
+from ..model.attention import Attention
+from ..model.decoder import CausalLM, Config
 from .tasks import Example, Task, collate
 from .tokenizer import ByteTokenizer, Message
 

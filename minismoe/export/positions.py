@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from ..model.attention import rope_frequencies
 from ..model.config import Config
-from ..model.decoder import rope_frequencies
 from .nodes import Graph
 from .weights import GraphFormat
 

@@ -16,7 +16,8 @@ from minismoe import reference
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.loss import IGNORE
 from minismoe.method.sensitivity import _Ghost, probe, sample_norms
-from minismoe.model.decoder import CausalLM, Config, RMSNorm
+from minismoe.model.attention import RMSNorm
+from minismoe.model.decoder import CausalLM, Config
 
 SIZES = SMALL | {"tie_word_embeddings": True}
 V, D = SIZES["vocab_size"], SIZES["hidden_size"]

@@ -13,15 +13,10 @@ from tiny import FAMILIES, LLAMA3, WINDOW
 from torch import Tensor
 
 from minismoe.method.loss import supervised_losses
+from minismoe.model.attention import _RMSNorm, attend_short, rope_frequencies
 from minismoe.model.checkpoint import load_model
-from minismoe.model.decoder import (
-    CausalLM,
-    Config,
-    _GatedUnit,
-    _RMSNorm,
-    attend_short,
-    rope_frequencies,
-)
+from minismoe.model.config import Config
+from minismoe.model.decoder import CausalLM, _GatedUnit
 from minismoe.model.tokens import Cache, Tokens
 
 LENGTHS = (17, 9, 1)                             # of three rows: full, padded, and a single token

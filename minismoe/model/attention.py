@@ -1,0 +1,182 @@
+"""What mixes tokens: attention with rotary positions, and LFM2's short convolutions; and RMSNorm.
+
+Letters: B batch, T time, N packed tokens, D hidden, H query heads, K key/value heads, C head size,
+S cached positions, L taps of a convolution.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..method.experts import linear_outputs
+from .config import Config
+from .tokens import Cache, Tokens
+
+SHORT = 256            # keys; up to so many, a CPU trains bfloat16 faster with `attend_short`
+Rope = tuple[Tensor, Tensor] | None      # cos and sin (N, 1, C), the first half of sin negated
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMS normalisation with a fused backward: five passes over x, a third of autograd's time.
+
+    y = x / rms * weight,   rms = sqrt(mean(x^2) + eps)
+    dx = g / rms - x <g, x> / (n rms^3),   g = dy * weight
+    d_weight = sum over rows of dy * x / rms
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (x, weight), n = ctx.saved_tensors, dy.shape[-1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x32, g = x.to(wide), (dy * weight).to(wide)
+        mean_square = torch.linalg.vecdot(x32, x32)[..., None].div_(n)
+        inverse = mean_square.add_(ctx.eps).rsqrt_()                     # (..., 1): 1 / rms
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (dy * (x32 * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
+        along = torch.linalg.vecdot(g, x32)[..., None] * inverse ** 3 / n
+        return (g * inverse).addcmul_(x32, along, value=-1).to(x.dtype), d_weight, None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32; Gemma stores the weight less 1."""
+
+    def __init__(self, size: int, cfg: Config):
+        super().__init__()
+        self.offset, self.eps = cfg.norm_offset, cfg.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        weight = self.weight.to(wide) + self.offset if self.offset else self.weight
+        if x.device.type == "cpu":
+            return _RMSNorm.apply(x, weight, self.eps)
+        return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries and rotary positions."""
+
+    same_input = (("q_proj", "k_proj", "v_proj"),)
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.layer, self.window, self.size = layer, cfg.windows[layer], cfg.head_dim
+        self.scale = cfg.attention_scale
+        q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
+        self.q_proj = nn.Linear(cfg.hidden_size, q, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(q, cfg.hidden_size, bias=cfg.o_bias)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_dim, cfg) if cfg.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
+        """(N, D) -> (N, D); keys and values are added to the cache, if there is one."""
+        q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
+                   for y in linear_outputs(x, self.q_proj, self.k_proj, self.v_proj))
+        heads = q.shape[1], k.shape[1]
+        qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+        if rope is not None:
+            qk = rotate(qk, rope)
+        if tokens.cache is None:
+            q, keys = tokens.sequences(qk).split(heads, 1)
+            values = tokens.sequences(v)
+        else:
+            q, k = qk.split(heads, 1)
+            q, keys, values = tokens.sequences(q), *self.remember(k, v, tokens, tokens.cache)
+        y = attend(q, keys, values, tokens.masks[self.window], self.scale)
+        return self.o_proj(tokens.flat(y))
+
+    def remember(self, k: Tensor, v: Tensor, tokens: Tokens, cache: Cache) -> list[Tensor]:
+        """Add keys and values (N, K, C) to the cache; all of it so far, (B, K, S, C) each."""
+        held = cache.keys[self.layer], cache.values[self.layer]
+        for cached, new in zip(held, (k, v)):
+            if tokens.shared:                        # the cache was empty: all rows start at 0
+                cached[:, :, :tokens.shape[1]] = tokens.sequences(new)
+            else:
+                cached[tokens.rows, :, tokens.positions] = new
+        return [cached[:, :, :max(tokens.ends)] for cached in held]
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + C/2) of (N, heads, C) by their position's angles (RoPE, Su 2021)."""
+    cos, sin = rope
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of q (B, H, T, C) and k, v (B, K, S, C); causal without a mask."""
+    narrow, cpu = q.dtype.itemsize < 4, q.device.type == "cpu"
+    if q.requires_grad and narrow and cpu and k.shape[2] <= SHORT:
+        return attend_short(q, k, v, mask, scale)
+    if (shared := q.shape[1] // k.shape[1]) > 1 and not cpu and (mask is not None or not narrow):
+        # CUDA's fused kernels share key/value heads only without a mask and in half precision.
+        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          scale=scale, enable_gqa=shared > 1)
+
+
+def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`attend` step by step: a CPU's fused kernel takes six times as long to train in bfloat16."""
+    heads, length = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[2]
+    grouped = (q * scale).unflatten(1, heads).flatten(2, 3)                      # (B, K, G*T, C)
+    scores = (grouped @ k.mT).unflatten(2, (heads[1], length))                   # (B, K, G, T, S)
+    seen = (torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if mask is None
+            else mask[:, :, None])
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    return (weights.flatten(2, 3) @ v).unflatten(2, (heads[1], length)).flatten(1, 2)
+
+
+class ShortConv(nn.Module):
+    """LFM2's token mixer: gated by b and c, each channel is a weighted sum over L tokens.
+
+    b, c, u = in_proj(x);   y = out_proj(c * conv(b * u)).
+    """
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.layer, self.past, D = layer, cfg.conv_size - 1, cfg.hidden_size
+        self.in_proj = nn.Linear(D, 3 * D, bias=False)
+        self.conv = nn.Conv1d(D, D, cfg.conv_size, groups=D, bias=False)
+        self.out_proj = nn.Linear(D, D, bias=False)
+
+    def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
+        """(N, D) -> (N, D); the last L - 1 inputs of the convolution are kept in the cache."""
+        b, c, u = self.in_proj(x).chunk(3, -1)
+        u = tokens.sequences((b * u)[:, None]).squeeze(1)                # (B, T, D)
+        if tokens.cache is None:
+            u = F.pad(u, (0, 0, self.past, 0))
+        else:
+            u = torch.cat((tokens.cache.states[self.layer], u), 1)
+            last = tokens.new[:, None] + torch.arange(self.past, device=u.device)    # (B, L - 1)
+            tokens.cache.states[self.layer] = u.take_along_dim(last[..., None], 1)
+        return self.out_proj(c * tokens.flat(self.conv(u.mT).mT[:, None]))
+
+
+def rope_frequencies(cfg: Config, kind: str = "global", device: Any = "cpu") -> Tensor:
+    """Radians a token turns each rotary pair, (C / 2,); llama3 scaling lowers low frequencies."""
+    theta, s = cfg.rope_theta, cfg.rope_scaling
+    if kind == "local":
+        theta, s = cfg.local_rope_theta, None
+    pairs = torch.arange(0, cfg.head_dim, 2, device=device)
+    frequencies = theta ** (-pairs.float() / cfg.head_dim)
+    if s is None:
+        return frequencies
+    if "low_freq_factor" not in s:
+        return frequencies / s["factor"]
+    turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)   # 0 up to low turns, 1 from high
+    return frequencies * (smooth + (1 - smooth) / s["factor"])
