@@ -187,24 +187,28 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
 def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
     """{kind: {module: Fit}} of the mixtures that read one x, from its `moments_of` (2, .)."""
     to_fit, held_out = (views(readers, row) for row in _wide(rows))
-    found: dict[str, dict[str, Fit]] = {kind: {} for kind in KINDS}
-    starts = []
+    means: dict[str, Fit] = {}
+    gates: dict[str, Fit] = {}
+    starts: list[Tensor] = []
     for name, layer in readers.items():
-        sums, A = to_fit[name], _wide(layer.lora_A)
-        mean, gates = sums.gates / sums.gates.sum(), constant_gates(layer, sums)
-        for kind, c in ("mean", mean), ("gates", gates):
-            if c is not None:
-                A_c = (A * c[:, None, None]).flatten(0, 1)
-                fitted = measured(layer, A_c, kind, held_out[name])
-            found[kind][name] = fitted                   # for singular gates again the mean
-        found["linear"][name] = fitted
-        starts.append(A_c)
+        mean = to_fit[name].gates / to_fit[name].gates.sum()
+        c = constant_gates(layer, to_fit[name])
+        starts.append(_times(layer, mean if c is None else c))
+        means[name] = measured(layer, _times(layer, mean), "mean", held_out[name])
+        gates[name] = means[name] if c is None else measured(layer, starts[-1], "gates",
+                                                             held_out[name])
+    best = dict(gates)
     for ridge in RIDGES:
-        for name, A in zip(readers, linear(starts, [*to_fit.values()], ridge)):
-            fitted = measured(readers[name], A, "linear", held_out[name])
-            if fitted.residual < found["linear"][name].residual:
-                found["linear"][name] = fitted
-    return found
+        for (name, layer), A in zip(readers.items(), linear(starts, [*to_fit.values()], ridge)):
+            fitted = measured(layer, A, "linear", held_out[name])
+            if fitted.residual < best[name].residual:
+                best[name] = fitted
+    return {"mean": means, "gates": gates, "linear": best}
+
+
+def _times(layer: ExpertLinear, gates: Tensor) -> Tensor:
+    """The stacked A (R, D) of a mixture, that of each expert times its constant gate."""
+    return (_wide(layer.lora_A) * gates[:, None, None]).flatten(0, 1)
 
 
 def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:
