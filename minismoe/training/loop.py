@@ -153,6 +153,25 @@ def log_line(step: int, batch: Sequence[Example], sums: Sequence[float], norm: f
                 for task, loss in zip(sorted(supervised), by_task)}, "grad_norm": round(norm, 5)}
 
 
+def take_step(model: CausalLM, experts: ExpertVector, optimizer: torch.optim.Optimizer,
+              batch: Sequence[Example], cfg: TrainConfig, pad_id: int, step: int, lr: float,
+              ) -> dict[str, Any]:
+    """One step of the optimizer; returns its line of metrics.jsonl."""
+    sums, use = step_that_fits(model, experts, batch, cfg, pad_id, step)
+    distributed.sum_gradient(experts.vector)
+    norm = torch.nn.utils.clip_grad_norm_([experts.vector], cfg.max_grad_norm)
+    # The one wait for the device: all figures are read at once.
+    *losses, length = torch.cat([distributed.all_sum(sums), norm[None]]).tolist()
+    line = log_line(step, batch, losses, length) | {"lr": lr}
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % USE_EVERY == 0:            # of the last micro-batch
+        line["expert_use"] = {name: [round(share, 3) for share in shares.tolist()]
+                              for name, shares in use.items()}
+    return line
+
+
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
           resume: bool = False) -> dict[str, float]:
     """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
@@ -178,21 +197,10 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
         distributed.once(metrics.truncate, state["metrics"])
         for step in bar:
             start = time.perf_counter()
-            sums, use = step_that_fits(model, experts, batches[step], cfg, pad_id, step)
-            distributed.sum_gradient(experts.vector)
-            norm = torch.nn.utils.clip_grad_norm_([experts.vector], cfg.max_grad_norm)
-            # The one wait for the device: all figures are read at once.
-            *losses, length = torch.cat([distributed.all_sum(sums), norm[None]]).tolist()
-            line = log_line(step, batches[step], losses, length)
-            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, len(batches), cfg)
-            optimizer.step()
-            optimizer.zero_grad()
+            line = take_step(model, experts, optimizer, batches[step], cfg, pad_id, step,
+                             learning_rate(step, len(batches), cfg))
             now = time.perf_counter()
-            speed = round(line["tokens"] / (now - start), 1)
-            line |= {"lr": lr, "tokens_per_second": speed}
-            if step % USE_EVERY == 0:        # of the last micro-batch
-                line["expert_use"] = {name: [round(u, 3) for u in shares.tolist()]
-                                      for name, shares in use.items()}
+            line["tokens_per_second"] = speed = round(line["tokens"] / (now - start), 1)
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
@@ -216,7 +224,7 @@ def _first_state(run: Path, experts: ExpertVector, optimizer: torch.optim.Optimi
     """The state to begin with: that of the last checkpoint, or zeros and no checkpoint left."""
     order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
     layout = sha256_of_json([[name, *layer.lora_A.shape, *layer.lora_B.shape]
-                     for name, layer in experts.layers.items()])
+                             for name, layer in experts.layers.items()])
     fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0,
              "order": order, "layout": layout}
     if not resume:

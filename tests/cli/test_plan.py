@@ -66,9 +66,9 @@ def test_a_plan_trains_three_steps_of_the_largest_batch(inputs, tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     steps, step = [], training.train_step
 
-    def watched(model, batch, *rest):
+    def watched(model, experts, batch, *rest):
         steps.append(sorted(batch, key=lambda e: (e.task, e.index)))
-        return step(model, batch, *rest)
+        return step(model, experts, batch, *rest)
 
     monkeypatch.setattr(training, "train_step", watched)
     code, out, err = finish(train.main, *inputs, "--plan", "--epochs", "2", "--dtype", "float32",
