@@ -21,7 +21,8 @@ Rope = tuple[Tensor, Tensor] | None      # cos and sin (N, 1, C), the first half
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMS normalisation with a fused backward: five passes over x, a third of autograd's time.
+    """RMS normalisation with a fused backward: five passes over x, a third of autograd's time on a
+    CPU. Compared with autograd by test_the_hand_written_backward in tests/model/test_decoder.py.
 
     y = x / rms * weight,   rms = sqrt(mean(x^2) + eps)
     dx = g / rms - x <g, x> / (n rms^3),   g = dy * weight

@@ -2,8 +2,7 @@
 
 One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3, Granite, Gemma 3 and LFM2;
 `Config` says how they differ. Tokens are packed to rows (N, D), without padding, except in
-attention and convolutions; see tokens.py. Backwards that are written by hand are compared with
-autograd by test_hand_written_backwards in tests/model/test_decoder.py.
+attention and convolutions; see tokens.py.
 
 Letters: B batch, T time, N packed tokens, S of them that are read, D hidden, C head size,
 V vocabulary.
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..method.experts import expert_layers, linear_outputs
@@ -24,29 +22,8 @@ from .attention import Attention, RMSNorm, Rope, ShortConv, rope_frequencies
 from .config import Config
 from .tokens import Cache, Tokens
 
-ACTIVATIONS: dict[str, tuple[Any, Any]] = {      # f(z), and dy f'(z) of (dy, z)
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"),
-                          partial(torch.ops.aten.gelu_backward, approximate="tanh"))}
-
-
-class _GatedUnit(torch.autograd.Function):
-    """f(gate) * up, which saves only its inputs for the backward; autograd saves f(gate) too.
-
-    y = f(gate) * up;   d_gate = dy * up * f'(gate),   d_up = dy * f(gate)
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return ACTIVATIONS[activation][0](gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        (gate, up), (f, derivative) = ctx.saved_tensors, ACTIVATIONS[ctx.activation]
-        return derivative(dy * up, gate), f(gate).mul_(dy), None
+ACTIVATIONS: dict[str, Any] = {
+    "silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):
@@ -67,7 +44,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = (self.input_linear(x).chunk(2, -1) if self.fused
                     else linear_outputs(x, self.gate_proj, self.up_proj))
-        return self.down_proj(_GatedUnit.apply(gate, up, self.activation))
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
 
 
 class DecoderLayer(nn.Module):
