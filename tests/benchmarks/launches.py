@@ -14,6 +14,7 @@ compiled layers: fused kernels and library calls, which takes some minutes.
 """
 
 import argparse
+import re
 import statistics
 import sys
 import time
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minismoe.data.tasks import Example, collate
 from minismoe.method.allocate import Allocation
@@ -47,17 +49,19 @@ SIDES = ("mixture", "LoRA", "PEFT")
 
 
 class Kernels(TorchDispatchMode):
-    """Counts operators by name while it is on."""
+    """Counts operators on a device by name while it is on."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.seen = Counter[str]()
+        self.seen, self.device = Counter[str](), device
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = op.overloadpacket.__name__
-        if not op.is_view and name not in FREE:
+        name, out = op.overloadpacket.__name__, op(*args, **(kwargs or {}))
+        here = any(isinstance(x, torch.Tensor) and x.device.type == self.device
+                   for x in tree_leaves((args, out)))
+        if here and not op.is_view and name not in FREE:
             self.seen[name] += 1
-        return op(*args, **(kwargs or {}))
+        return out
 
 
 class One(torch.autograd.Function):
@@ -132,7 +136,7 @@ def counted(side: str, layers: int, dtype: torch.dtype) -> Counter[str]:
     step = step_of(side, layers, dtype, device, WIDE, examples(8))
     with fused():
         step()
-        with Kernels() as kernels:
+        with Kernels(device) as kernels:
             step()
     return kernels.seen
 
@@ -141,7 +145,20 @@ def kernels(side: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Counter[str
     """Kernels of one layer by name; those of a step besides; and its waits for the device."""
     few, many = counted(side, 2, dtype), counted(side, 8, dtype)
     layer = Counter({name: (many[name] - few[name]) // 6 for name in many})
-    return +layer, few.total() - 2 * layer.total(), sum(many[name] for name in WAITS)
+    # The loop reads the losses and the norm of the gradient: one wait more.
+    waits = 1 + sum(many[name] for name in WAITS)
+    return +layer, few.total() - 2 * layer.total(), waits
+
+
+def calls() -> int:
+    """Fused kernels and library calls of one compiled layer of the mixture, forward and backward,
+    whose attention is the one that a CPU takes for short texts, written out."""
+    from torch._inductor.utils import run_and_get_code
+    step = step_of("mixture", 2, torch.bfloat16, "cpu", WIDE, examples(8), compiled=True)
+    codes = [code[code.index("def call("):] for code in run_and_get_code(step)[1]]
+    found = [len(re.findall(r"\b(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", code))
+             for code in codes]
+    return max(found[0::2]) + max(found[1::2])       # forward and backward, of layers but the first
 
 
 def seconds(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -160,6 +177,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="of the timed step")
     parser.add_argument("--operators", action="store_true", help="also each layer's by name")
+    parser.add_argument("--compile", action="store_true", help="also the calls of compiled layers")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for dtype in (torch.bfloat16, torch.float32):
@@ -173,6 +191,14 @@ def main() -> None:
                   f"  {1e3 * spent[side]:6.1f} {spent[side] / spent['PEFT']:5.2f}", flush=True)
             if args.operators:
                 print("   ", ", ".join(f"{n} {name}" for name, n in layer.most_common()))
+    if args.compile:
+        eager, steps = kernels("PEFT")[0].total(), {
+            "compiled": step_of("mixture", 16, torch.bfloat16, "cpu", NARROW, examples(2), True),
+            "PEFT": step_of("PEFT", 16, torch.bfloat16, "cpu", NARROW, examples(2))}
+        spent = seconds(steps, args.rounds)
+        count = calls()
+        print(f"compiled {count:4} {count / eager:5.2f}           "
+              f"{1e3 * spent['compiled']:6.1f} {spent['compiled'] / spent['PEFT']:5.2f}")
 
 
 if __name__ == "__main__":

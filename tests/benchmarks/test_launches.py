@@ -1,0 +1,39 @@
+"""How many kernels a training step starts: the counts are exact, and may only fall."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import launches  # noqa: E402
+
+
+@pytest.mark.parametrize("side, dtype, most", [
+    ("mixture", torch.bfloat16, 160), ("mixture", torch.float32, 149),
+    ("LoRA", torch.bfloat16, 84), ("LoRA", torch.float32, 89)])
+def test_a_layer_starts_few_kernels_and_a_step_waits_once(side, dtype, most) -> None:
+    layer, besides, waits = launches.kernels(side, dtype)
+    assert 0 < layer.total() <= most, layer
+    assert 0 < besides <= 80
+    assert waits == 1
+
+
+def test_a_layer_on_a_cpu_starts_few_kernels() -> None:
+    counts = []
+    for layers in (2, 4):
+        step = launches.step_of("mixture", layers, torch.bfloat16, "cpu", launches.NARROW,
+                                launches.examples(2))
+        step()
+        with launches.Kernels("cpu") as kernels:
+            step()
+        counts.append(kernels.seen.total())
+    assert 0 < (counts[1] - counts[0]) / 2 <= 225
+
+
+def test_peft_is_counted_in_the_same_way() -> None:
+    """56 products: 7 matrices, A and B of each, and 5 gradients of these less one of x."""
+    layer, _, _ = launches.kernels("PEFT")
+    assert layer["mm"] == 7 * 3 + 7 * 5
+    assert layer.total() > 200
