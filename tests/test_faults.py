@@ -307,7 +307,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_an_adapter(
     out = world.run.parent / "new"
     fails(train.main, *world.inputs, *SHORT, "--out", out, "--allocation",
           world.run / "allocation.json", folder=world.run,
-          says="the loss is nan at step 1, on the training lines t .*--lr")
+          says="the loss is nan and the norm .* nan at step 1, on the training lines t .*--lr")
     assert not (out / "adapter").exists() and not (out / "results.json").exists()
 
 

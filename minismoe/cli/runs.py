@@ -30,7 +30,7 @@ UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
 RESUMABLE = ("out", "resume", "debug", "show", "plan", *UPDATED)
 # Flags that export.py takes over from a run.
 EXPORTED = ("model", "data", "tasks", "limit_train", "limit_test", "max_length", "seed",
-            "micro_batch_size", "recompute")
+            "micro_batch_size")
 
 
 def check_free(run: Path, resume: bool) -> None:

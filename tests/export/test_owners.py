@@ -12,7 +12,7 @@ from tiny import BYTES, finish, random_hf, save_imaged
 import export
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.graph import write_decoder
-from minismoe.export.layouts import copy_base_files, write_genai, write_hf, write_peft, write_web
+from minismoe.export.layouts import copy_base_files, write_genai, write_web, write_weights
 from minismoe.export.scales import round_weights
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import linear_layers
@@ -57,13 +57,13 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @torch.no_grad()
 def test_transformers_and_peft_compute_the_same(run: Run, tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    copy_base_files(run.base, tmp_path / "hf")
-    write_hf(tmp_path / "hf", run.base, run.pairs)
-    write_peft(tmp_path, run.pairs, str(run.base))
+    for layout in ("hf", "peft"):
+        copy_base_files(run.base, tmp_path / layout)
+        write_weights(layout, run.base, str(run.base), run.pairs, tmp_path / layout)
     auto, ids = transformers.AutoModelForCausalLM, torch.randint(259, (2, 20))
     want = run.merged(ids)
     for model in (auto.from_pretrained(tmp_path / "hf"), peft.PeftModel.from_pretrained(
-            auto.from_pretrained(run.base), tmp_path).eval()):
+            auto.from_pretrained(run.base), tmp_path / "peft").eval()):
         assert (model(ids).logits - want).abs().max() <= 2e-5 * want.abs().max()
     assert (auto.from_pretrained(run.base)(ids).logits - want).abs().max() > 1e-3 * want.abs().max()
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from mixture import COUNTS, V, batch, model_of, tasks
 from safetensors.torch import save_file
+from tiny import BYTES
 
 import export
 import train
@@ -80,6 +81,7 @@ def test_the_tied_table_is_damped_more(monkeypatch) -> None:
 
 def test_a_base_in_16_bits_is_merged_in_float32(tmp_path: Path) -> None:
     weight, name = torch.randn(4, 3).bfloat16(), "model.layers.0.mlp.up_proj"
+    (tmp_path / "config.json").write_text(json.dumps(BYTES))
     save_file({f"{name}.weight": weight}, tmp_path / "model.safetensors")
     A, B = torch.randn(2, 3) / 100, torch.randn(4, 2) / 100
     found = merged_weights(tmp_path, {name: Fit(A, B)})(f"{name}.weight")
@@ -126,14 +128,14 @@ def test_another_text_in_float32_is_refused(same_texts, monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("new") / "run"
-    train.main([*inputs, "--samples", "2", "--epochs", "1", "--rank", "2", "--recompute",
+    train.main([*inputs, "--samples", "2", "--epochs", "1", "--rank", "2",
                 "--micro-batch-size", "3", "--dtype", "float32", "--out", str(run)])
     return run
 
 
 def test_what_a_run_was_trained_with_is_what_its_export_heals_with(run: Path) -> None:
     source = export.load_run(ExportConfig(run=str(run), limit_test=2))
-    assert source.micro_batch_size == 3 and source.model.model.recompute
+    assert source.micro_batch_size == 3
     assert [len(t.test) for t in source.tasks] == [2, 2]
     samples = prepare.shuffled_samples(ExportConfig(run=str(run)), source)
     assert {n: sorted(e.index for e in examples) for n, examples in samples.items()} == {
