@@ -33,7 +33,8 @@ ARROWS = {
 }
 # What a room may import besides the standard library and ours, if that is restricted.
 LIBRARIES = {"method": {"torch"}, "reference": {"torch"}}
-WITHOUT_TORCH = {"minismoe.data.templates", "minismoe.data.tokenizer"}   # what the runtime reads
+WITHOUT_TORCH = {                            # what the runtime reads
+    "minismoe.data.templates", "minismoe.data.tokenizer", "minismoe.data.tools"}
 
 
 def name_of(file: Path) -> str:

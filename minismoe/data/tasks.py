@@ -6,6 +6,8 @@ JSON object in one of three forms, all of which become chat messages:
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"prompt": ..., "completion": ...}
     {"instruction": ..., "input": ..., "output": ...}          ("input" may be absent or empty)
+
+Beside "messages" may stand "tools", which they call (tools.py).
 """
 
 import codecs
@@ -25,8 +27,10 @@ from torch.nn.utils.rnn import pad_sequence
 from ..io.files import naming
 from ..method.loss import IGNORE
 from .tokenizer import Message, Tokenizer
+from .tools import Function, calls_of, functions, with_tools
 
 LONGEST_LINE = 1 << 20           # bytes: about 250,000 tokens, more than any model reads
+KEPT = ("role", "content", "name", "tool_call_id", "tool_calls")         # of messages
 MOST_CHOICES = 300               # answers of a task that are still a small set
 HELD_OUT = 0.1                   # share of a task's lines for the test, if it has no test.jsonl
 Batch = tuple[Tensor, Tensor, Tensor]        # input_ids, attention_mask, labels, each (B, T)
@@ -116,6 +120,8 @@ def closed_answers(conversations: Sequence[Sequence[Message]]) -> list[str]:
     The share of lines whose answer is unique estimates how often a new line has an unseen answer
     (Good 1953): a set is closed if that is at most one line in a hundred.
     """
+    if any("tool_calls" in messages[-1] for messages in conversations):
+        return []
     counts = Counter(messages[-1]["content"].strip() for messages in conversations)
     once = sum(number == 1 for number in counts.values())
     closed = len(counts) <= MOST_CHOICES and 100 * once <= len(conversations)
@@ -144,7 +150,7 @@ def _read_conversations(file: Path, bad: list[str]) -> list[list[Message]]:
             if len(line) > LONGEST_LINE:
                 raise ValueError(f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,}")
             messages = to_messages(json.loads(line.decode("utf-8")))
-            "".join(m["role"] + m["content"] for m in messages).encode()   # fails on half an emoji
+            json.dumps(messages, ensure_ascii=False).encode()        # fails on half an emoji
             conversations.append(messages)
         except (ValueError, RecursionError) as e:
             bad.append(f"{file}:{number}: {e}")
@@ -156,9 +162,8 @@ def to_messages(line: Any) -> list[Message]:
     if not isinstance(line, dict):
         raise ValueError(f"not a JSON object but {type(line).__name__}")
     if "messages" in line:
-        if line.get("tools") not in (None, [], "", "[]", "null"):        # all mean no tools
-            raise ValueError("tools are not supported")
-        return _check_messages(line["messages"])
+        tools = functions(line.get("tools"), "tools")
+        return with_tools(_checked_messages(line["messages"], tools), tools)
     if "prompt" in line and "completion" in line:
         fields = [line["prompt"], line["completion"]]
     elif "instruction" in line and "output" in line:
@@ -176,24 +181,32 @@ def to_messages(line: Any) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _check_messages(messages: Any) -> list[Message]:
+def _checked_messages(messages: Any, tools: Sequence[Function]) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages is no list, or empty")
+    found: list[Message] = []
     for m in messages:
+        calls = calls_of(m.get("tool_calls"), tools) if isinstance(m, dict) else []
         if not (isinstance(m, dict) and isinstance(m.get("role"), str)
-                and isinstance(m.get("content"), str)):
+                and isinstance(m.get("content"), str | None if calls and found else str)):
             raise ValueError("each message needs a string role and a string content")
-        if refused := [key for key in ("tool_calls", "reasoning_content") if m.get(key)]:
+        if refused := [key for key in ("tool_calls", "reasoning_content") if m.get(key)
+                       and (key, m["role"]) != ("tool_calls", "assistant")]:
             raise ValueError(f"a message has {' and '.join(refused)}, which is not supported")
         if m["role"] == "assistant" and m.get("weight") not in (None, 1):
             raise ValueError(f"a message has weight {m['weight']!r}: every answer is trained on")
-    if messages[-1]["role"] != "assistant":
+        if m["role"] == "tool" and not any(
+                "tool_calls" in before or before["role"] == "tool" for before in found[-1:]):
+            raise ValueError("a tool turn follows no call: put an assistant's tool_calls before it")
+        m = {**m, "tool_calls": calls or None}
+        found.append({key: m[key] for key in KEPT if m.get(key) is not None})
+    if found[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
-    if not messages[-1]["content"].strip():
+    if not (found[-1].get("content", "").strip() or "tool_calls" in found[-1]):
         raise ValueError("the last answer is empty")
-    if len(messages) == 1:
+    if len(found) == 1:
         raise ValueError("nothing comes before the answer")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return found
 
 
 def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, list[range]]:
@@ -217,12 +230,15 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
         if not after.startswith(before):
             raise ValueError("the chat template does not begin an answer as its generation prompt, "
                              f"which ends in {before[-20:]!r}: give a template that does")
-        turn, answer = after[len(before):], message["content"].strip()
+        turn, answer = after[len(before):], message.get("content", "").strip()
         opening = turn[:turn.find(answer)] if answer in turn else ""
         if opens := [t for t in tokenizer.special if t in opening and t in before]:
             raise ValueError(f"the chat template opens an answer by {opens[0]}, which its "
                              "generation prompt leaves out: give a template that heeds "
                              "add_generation_prompt")
+        if not all(c["function"]["name"] in turn for c in message.get("tool_calls", ())):
+            raise ValueError("the chat template leaves out tool_calls: give a template that writes "
+                             "them, or write the calls as the turn's content")
         spans.append(range(len(before), len(after)))
     return text, spans
 

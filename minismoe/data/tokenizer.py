@@ -6,6 +6,7 @@ template. Without a tokenizer.json, tokens are bytes; without a template, DEFAUL
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from ..io.files import naming, read_json
 from ..io.hub import resolve
 from ..model.config import text_part
 from . import templates
-
-Message = Mapping[str, str]                  # {"role": ..., "content": ...}
+from .tools import SHOWN, Message, read_answer
 
 # Plain text that every tokenizer can encode; an assistant turn ends with the end-of-text token. The
 # space before an answer belongs to the answer: BPE has one token for " yes", which a prompt that
@@ -112,15 +112,33 @@ class Tokenizer:
         self.pad_id = pad_id if pad_id is not None else (self.stop_ids or [0])[0]
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the model reads it; raises what `templates.render` raises."""
+        """The conversation as the model reads it. Raises what `templates.render` raises, and
+        ValueError for tools that the template does not know."""
+        said = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        tools = next(iter(said), {}).pop("tools", None)
         if self.template is None:            # what DEFAULT_TEMPLATE renders, without jinja2
-            turns = [f"Assistant: {m['content']}{self.eos}\n" if m["role"] == "assistant"
-                     else f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
-            return self.bos + "".join(turns) + "Assistant:" * add_generation_prompt
-        return templates.render(self.template, {
-            "messages": [dict(m) for m in messages], "bos_token": self.bos, "eos_token": self.eos,
-            "add_generation_prompt": add_generation_prompt,
-            "tools": None, "documents": None})                   # as transformers passes them
+            turns = [f"Assistant: {m.get('content')}{self.eos}\n" if m["role"] == "assistant"
+                     else f"{m['role'].capitalize()}: {m['content']}\n" for m in said]
+            text = self.bos + "".join(turns) + "Assistant:" * add_generation_prompt
+        else:
+            text = templates.render(self.template, {
+                "messages": said, "bos_token": self.bos, "eos_token": self.eos,
+                "add_generation_prompt": add_generation_prompt,
+                "tools": tools, "documents": None})              # as transformers passes them
+        with suppress(templates.Refused):    # a template may do nothing without tools
+            if tools and text == self.render(said, add_generation_prompt):
+                raise ValueError("the chat template knows no tools, and the conversation offers "
+                                 "some: put one that does into the model's chat_template.jinja")
+        return text
+
+    def parse(self, messages: Sequence[Message], answer: str) -> Message:
+        """The assistant's message that answers `messages` with this text. It has tool_calls if they
+        offer tools, and the template writes calls as JSON."""
+        shown = ""
+        if "tools" in messages[0]:
+            with suppress(templates.Refused):            # it wants a system message, for instance
+                shown = self.decode(self.turn(SHOWN))
+        return read_answer(answer, shown)
 
     def turn(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the last message as the template writes it, without the token that ends it.
@@ -130,7 +148,7 @@ class Tokenizer:
         """
         whole, start = self.render(messages), self.render(messages[:-1], True)
         if not whole.startswith(start):
-            whole, start = messages[-1]["content"], ""
+            whole, start = messages[-1].get("content", ""), ""
         new = (i for i, at in zip(*self.encode(whole)) if at >= len(start))
         return list(takewhile(lambda i: i not in self.stop_ids, new))
 
@@ -177,15 +195,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template of a checkpoint folder, or None; ValueError if it is not text."""
+    """The template of a checkpoint folder, or None; ValueError if it is not text. If chats with
+    tools have one of their own, both become one."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         with naming(f"{file} is not UTF-8 text", ValueError):
             return file.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):           # several with names: [{"name": ..., "template": ...}]
-        template = next((t.get("template") for t in template
-                         if isinstance(t, dict) and t.get("name") == "default"), None)
+        named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
+        template, other = named.get("default"), named.get("tool_use")
+        if isinstance(template, str) and isinstance(other, str):     # {{ '' }} keeps line ends
+            a, b = ("{{ '' }}" + text.removesuffix("\n") + "{{ '' }}" for text in (other, template))
+            template = f"{{% if tools %}}{a}{{% else %}}{b}{{% endif %}}"
     if not isinstance(template, str | None):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: its chat_template is not text")
     return template

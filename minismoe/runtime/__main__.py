@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -11,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.tokenizer import Message
+from ..data.tools import Function, Message, functions, with_tools
+from ..io.files import naming
 from ..io.flags import natural, number, positive, share, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
@@ -23,9 +25,18 @@ if TYPE_CHECKING:
     from .generator import Generator
 
 
-def _answer(generator: Generator, prompt: str, sampling: Mapping[str, Any], stats: bool) -> str:
-    """Print the answer to a prompt as it comes, and return it; Ctrl-C ends the answer."""
+def _answer(generator: Generator, asked: str | Sequence[Message], sampling: Mapping[str, Any],
+            stats: bool) -> Message:
+    """Print the answer to a prompt or a chat as it comes, and return it; Ctrl-C ends the answer.
+
+    Where the chat offers tools, the answer is printed at its end: as calls, one a line, or as text.
+    """
+    chat = [{}] if isinstance(asked, str) else asked
+    prompt = asked if isinstance(asked, str) else generator.tokenizer.render(asked, True)
     times, answer, terminal = [time.perf_counter()], "", sys.stdout.isatty()
+
+    def show(text: str) -> None:             # a model can write control characters
+        print(clean(text, "\n\t") if terminal else text, end="", flush=True)
 
     def timed(token: int) -> int:
         times.append(time.perf_counter())
@@ -34,10 +45,15 @@ def _answer(generator: Generator, prompt: str, sampling: Mapping[str, Any], stat
     try:
         for piece in generator.text(map(timed, generator.generate(prompt, **sampling))):
             answer += piece
-            # A model can write control characters.
-            print(clean(piece, "\n\t") if terminal else piece, end="", flush=True)
+            if "tools" not in chat[0]:
+                show(piece)
     except KeyboardInterrupt:
         generator.ended = "interrupted"
+    # Stripped as in the training data: the template writes the space before an answer.
+    said = generator.tokenizer.parse(chat, answer)
+    if "tools" in chat[0]:
+        show("\n".join(json.dumps(call["function"], ensure_ascii=False)
+                       for call in said.get("tool_calls", ())) or said["content"])
     print(flush=True)
     if generator.ended == "context":
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
@@ -47,7 +63,7 @@ def _answer(generator: Generator, prompt: str, sampling: Mapping[str, Any], stat
               f"and {generator.cached_tokens} from the cache, {count + 1} tokens at "
               f"{count / rest if rest else 0:.0f} tokens/s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
-    return answer
+    return said
 
 
 def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int | None,
@@ -66,7 +82,7 @@ def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int |
 
 
 def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
-          system: Sequence[Message] = ()) -> None:
+          system: Sequence[Message] = (), tools: Sequence[Function] = ()) -> None:
     """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
     history = [*system]
     ask = "> " if sys.stdin.isatty() else ""
@@ -83,11 +99,9 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
             if command in ("", "/clear"):
                 history = [*system] if command else history
                 continue
-            asked = [*history, {"role": "user", "content": line}]
-            prompt = generator.tokenizer.render(asked, add_generation_prompt=True)
-            # Stripped as in the training data: the template writes the space before an answer.
-            answer = _answer(generator, prompt, sampling, stats).strip()
-            history = [*asked, {"role": "assistant", "content": answer}]
+            role = "tool" if history and "tool_calls" in history[-1] else "user"
+            asked = with_tools([*history, {"role": role, "content": line}], tools)
+            history = [*asked, _answer(generator, asked, sampling, stats)]
         except EOFError:
             return
         except KeyboardInterrupt:            # of a line, or while the template was rendered
@@ -117,6 +131,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--prefix", type=text, metavar="FILE|TASK", help="begin with a file's text as the system "
         "prompt (with --raw, as text before the prompt), or with a task's instruction")
+    add("--tools", type=text, metavar="FILE", help="offer the functions of a JSON list of schemas; "
+        "prints calls as JSON lines; in a chat, the line after a call is what it returned")
     add("--choices", type=text, metavar="FILE|TASK", help="answer with one of these: the lines of "
         "a file, or the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
@@ -147,6 +163,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                                      or args.temperature):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
                      "--raw, --max-tokens and --temperature")
+    if args.tools is not None and (args.raw or args.choices is not None):
+        parser.error("--tools is for free answers through the template: leave out --raw, --choices")
     if args.choices is None and (args.best or args.lines):
         parser.error("--best and --lines need --choices")
     return args
@@ -166,25 +184,28 @@ def main(argv: Sequence[str]) -> None:
     system, before = ([], "") if args.prefix is None else read_prefix(
         generator.folder, args.prefix, args.raw)
 
-    def as_read(said: str) -> str:
-        """The prompt as the model reads it."""
-        return before + said if args.raw else generator.tokenizer.render(
-            [*system, {"role": "user", "content": before + said}], add_generation_prompt=True)
+    with naming(args.tools, ValueError):
+        schemas = args.tools and Path(args.tools).read_text(encoding="utf-8-sig")
+        tools = functions(schemas, "the file")
+
+    def chat(said: str) -> list[Message]:
+        return with_tools([*system, {"role": "user", "content": before + said}], tools)
 
     if args.chat or (sys.stdin.isatty() and args.prompt is args.choices is None and not args.raw):
         if before:
             raise ValueError("--prefix TASK is text before one prompt: give PROMPT; a chat takes "
                              "--prefix FILE, as its system prompt")
-        _chat(generator, sampling, args.stats, system)
+        _chat(generator, sampling, args.stats, system, tools)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
     if args.choices is not None:
         prompts = lines_of(prompt, "the prompt", "question") if args.lines else [prompt]
-        _choose(generator, [*map(as_read, prompts)], args.choices, args.best, args.stats)
+        _choose(generator, [generator.tokenizer.render(chat(p), True) for p in prompts],
+                args.choices, args.best, args.stats)
         return
-    _answer(generator, as_read(prompt), sampling, args.stats)
+    _answer(generator, before + prompt if args.raw else chat(prompt), sampling, args.stats)
     if generator.ended == "interrupted":
         raise KeyboardInterrupt
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from ..data.tools import Function, Message, with_tools
 from .cache import CachedModel
 from .choices import Answer, answer_tokens, likeliest
 from .folder import FLOAT, INT64
@@ -134,6 +135,16 @@ class Generator(CachedModel):
         """
         for token, in self._tokens([prompt], max_tokens, **sampling):
             yield token
+
+    def reply(self, messages: Sequence[Message], tools: Sequence[Function] = (),
+              **options: Any) -> Message:
+        """The assistant's next message of a chat, with tool_calls if it calls any of `tools`.
+
+        Messages and tools are as transformers has them, options those of `generate`.
+        """
+        asked = with_tools(messages, tools)
+        tokens = self.generate(self.tokenizer.render(asked, True), **options)
+        return self.tokenizer.parse(asked, "".join(self.text(tokens)))
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
               rows: int | None = None, **sampling: Any) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """Greedy completion with the KV cache, and exact match of each task."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -92,16 +93,19 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
     """Exact match on the test split; complete(prompts, limit) answers, tokens in and out.
 
     An answer is right if it equals the last turn as the chat template writes it, apart from white
-    space around both. Raises ValueError as `answer_prompts` does.
+    space around both and the order of keys in calls. Raises ValueError as `answer_prompts` does.
     """
     prompts = answer_prompts(tokenizer, task, context)
     expected, limit = references(tokenizer, task)
     wrong, right = [], []
     for messages, reference, answer in zip(task.test, expected, complete(prompts, limit)):
         wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
-        right.append(int(given == wanted))
-        if given != wanted:
-            wrong.append({"prompt": messages[-2]["content"], "expected": wanted, "given": given})
+        said = {json.dumps(tokenizer.parse(messages, text), sort_keys=True)
+                for text in (wanted, given)}
+        right.append(int(len(said) == 1))
+        if len(said) > 1:
+            wrong.append({"prompt": messages[-2].get("content", ""), "expected": wanted,
+                          "given": given})
     return Accuracy(sum(right), len(right), wrong, right)
 
 

@@ -77,7 +77,7 @@ def chatml(bpe: Path) -> Tokenizer:
 
 @pytest.mark.parametrize("line", [
     {"messages": PAIR_MESSAGES},
-    {"messages": [m | {"name": "x", "weight": 1} for m in PAIR_MESSAGES], "id": 7},
+    {"messages": [m | {"id": "x", "weight": 1, "tool_calls": None} for m in PAIR_MESSAGES]},
     {"messages": [PAIR_MESSAGES[0] | {"weight": 0}, PAIR_MESSAGES[1]], "tools": "[]"},
     PAIR,
     {"instruction": "the cat?", "output": "yes"},
@@ -129,10 +129,8 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
     ('{"messages": [{"role": "assistant", "content": " "}]}', "the last answer is empty"),
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing comes before the answer"),
     ('{"instruction": "double it", "input": 0, "output": "0"}', "every field must be a string"),
-    (json.dumps({"messages": PAIR_MESSAGES, "tools": [{"type": "function"}]}), "tools are not"),
-    (json.dumps({"messages": [PAIR_MESSAGES[0] | {"tool_calls": [1], "reasoning_content": "r"},
-                              PAIR_MESSAGES[1]]}),
-     "a message has tool_calls and reasoning_content, which is not supported"),
+    (json.dumps({"messages": [PAIR_MESSAGES[0], PAIR_MESSAGES[1] | {"reasoning_content": "r"}]}),
+     "a message has reasoning_content, which is not supported"),
     (json.dumps({"messages": [m | {"weight": 0} for m in PAIR_MESSAGES]}), "weight 0"),
 ], ids=lambda x: str(x)[:40])
 def test_a_bad_line_is_refused_with_its_place_and_reason(

@@ -75,8 +75,7 @@ def test_chat(generator, folders) -> None:
 def test_a_chat_is_rendered_as_it_was_trained(generator, monkeypatch) -> None:
     """The space that a template writes before an answer is generated, and not written twice."""
     prompts: list[str] = []
-    monkeypatch.setattr(terminal, "_answer",
-                        lambda _, prompt, *rest: prompts.append(prompt) or " yes")
+    monkeypatch.setattr(generator, "generate", lambda prompt: prompts.append(prompt) or b" yes")
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     terminal._chat(generator, {}, False)
     assert prompts[1] == generator.tokenizer.render(

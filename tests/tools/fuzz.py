@@ -56,7 +56,12 @@ ALLOCATION = Allocation({Q: 3, UP: 1}, rank=4, alpha=8, top_k=2)
 LINES = [{"prompt": "2 + 2", "completion": "4"},
          {"instruction": "Say it.", "input": "it", "output": "it"},
          {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
-                       {"role": "assistant", "content": "b 🙂"}]}]
+                       {"role": "assistant", "content": "b 🙂"}]},
+         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [
+             {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"x": [1]}}}]},
+                       {"role": "tool", "tool_call_id": "1", "content": "2"},
+                       {"role": "assistant", "content": "b"}],
+          "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}]
 TEMPLATES = [
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
@@ -67,6 +72,7 @@ TEMPLATES = [
     "{%- for m in messages if m.content %}{% set ns.x = ns.x ~ m.content %}"
     "{{ f(m.role) }}: {{ m | tojson }}{% generation %}{{ ns.x[:40] }}{% endgeneration %}"
     "{% endfor %}{{ strftime_now('%Y') }}"]
+CALLING = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{{ eos_token }}{% endfor %}"
 SNIPPETS = [      # {n} is a small number
     "{{{{ 'ab' * {n} }}}}", "{{{{ [messages] * {n} }}}}", "{{{{ 'x'.ljust({n}) }}}}",
     "{{% for i in range({n}) %}}{{{{ i }}}}{{% endfor %}}", "{{{{ '%{n}d' % 1 }}}}",
@@ -196,7 +202,7 @@ class Fuzz:
         lines = [rng.text(line) if rng.random() < 0.3 else json.dumps(line).encode()
                  for line in rng.choices(LINES, k=4)]
         (self.case / "t.jsonl").write_bytes(rng.choice([b"\n", b"\r\n", b"\n\n"]).join(lines))
-        tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
+        tokenizer = Tokenizer(ByteTokenizer(), rng.choice([None, CALLING]), "<|bos|>", "<|end|>")
         for task in load_tasks(self.case):
             encode_all(task, tokenizer, 64)
 

@@ -1,0 +1,73 @@
+"""Functions that a model may call: their schemas, calls of them, and how templates write calls.
+
+Both have OpenAI's form, in which transformers gives them to templates:
+
+    {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}
+    {"type": "function", "function": {"name": ..., "arguments": {...}}}
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+Message = Mapping[str, Any]      # role, content, tool_calls; the first of a chat also has its tools
+Function = Mapping[str, Any]     # a schema, or a call
+# A chat that every template can write: some want a description, or an id of nine characters.
+SHOWN: list[Message] = [
+    {"role": "user", "content": "question", "tools": [{"type": "function", "function": {
+        "name": "shown", "description": "x", "parameters": {"type": "object", "properties": {}}}}]},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "123456789",
+        "function": {"name": "shown", "arguments": {"key": "value"}}}]}]
+# Its call as JSON, alone or in a list: the word before, the two keys, and the word after.
+WRITTEN = re.compile(r'(\S*?)\s*\[?\s*{[^{}]*"(\w+)": *"shown"[^{}]*"(\w+)": *{"key": *"value"}'
+                     r'[^{}]*}\s*]?\s*(\S*)')
+
+
+def with_tools(messages: Sequence[Message], tools: Sequence[Function]) -> list[Message]:
+    """A chat that offers tools: its first message has them, so that its beginnings do, too."""
+    first, *others = messages
+    return [{**first, "tools": [*tools]} if tools else first, *others]
+
+
+def functions(items: Any, name: str) -> list[Function]:
+    """The schemas or calls in a field, [] for null; ValueError if it is no list of them."""
+    items = json.loads(items or "null") if isinstance(items, str) else items    # as tables hold it
+    with suppress(KeyError, TypeError):
+        if all(isinstance(item["function"]["name"], str) for item in items or []):
+            return items or []
+    raise ValueError(f'{name} is no list of {{"type": "function", "function": {{"name": ...}}}}')
+
+
+def calls_of(items: Any, tools: Sequence[Function]) -> list[Function]:
+    """The calls in a field, arguments as objects; ValueError for one that `tools` do not offer."""
+    offered, found = [tool["function"]["name"] for tool in tools], list[Function]()
+    for call in functions(items, "tool_calls"):
+        function = dict(call["function"])
+        if function["name"] not in offered:
+            raise ValueError(f"a call of {function['name']!r}, which is not among tools: "
+                             f"{', '.join(offered) or 'none'}")
+        with suppress(KeyError, TypeError, ValueError):          # they may be given as JSON text
+            function["arguments"] = json.loads(function["arguments"])
+        if not isinstance(function.get("arguments"), dict):
+            raise ValueError(f"the arguments of {function['name']!r} are no JSON object, as {{}}")
+        found.append({**call, "function": function})
+    return found
+
+
+def read_answer(answer: str, shown: str) -> Message:
+    """An answer as a message, with tool_calls if it has any, written as in `shown`: the text of the
+    last message of SHOWN. Templates that write calls otherwise than as JSON give text alone."""
+    said = {"role": "assistant", "content": answer.strip()}
+    if not (form := WRITTEN.search(shown)):
+        return said
+    before, name, arguments, after = form.groups()
+    text, *parts = answer.split(before) if before else ("", answer)
+    with suppress(LookupError, RecursionError, TypeError, ValueError):   # text that looks like JSON
+        values = [json.loads(part.removesuffix(after) if part.endswith(after) else "")
+                  for part in map(str.strip, parts)]
+        calls = [{"type": "function", "function": {"name": c[name], "arguments": c[arguments]}}
+                 for value in values for c in (value if isinstance(value, list) else [value])]
+        return {**said, "content": text.strip(), "tool_calls": calls} if calls else said
+    return said

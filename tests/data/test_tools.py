@@ -1,0 +1,416 @@
+"""Tools and calls: lines, texts and supervised tokens as transformers', answers as messages.
+
+The tests of published templates read the folder that MINISMOE_TEMPLATES names, such as
+models/templates of llama.cpp, or trl/chat_templates of TRL, and are skipped without it.
+"""
+
+import copy
+import json
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import make_calls
+import pytest
+from tiny import CHATML
+
+from minismoe.cli.flags import InputConfig
+from minismoe.cli.inputs import print_examples
+from minismoe.data.tasks import (
+    Task,
+    closed_answers,
+    encode,
+    encode_all,
+    load_tasks,
+    supervised_spans,
+    to_messages,
+)
+from minismoe.data.tokenizer import Tokenizer, load_tokenizer
+from minismoe.export.layouts import copy_base_files
+from minismoe.method.loss import IGNORE
+from minismoe.training.evaluate import exact_match
+
+TOOLS = [{"type": "function", "function": {"name": name, "description": f"Does {name}.",
+          "parameters": {"type": "object", "properties": properties, "required": [*properties]}}}
+         for name, properties in (
+    ("set_light", {"room": {"type": "string", "description": "which room"},
+                   "on": {"type": "boolean", "description": "on or off"}}),
+    ("add", {"numbers": {"type": "array", "description": "all", "items": {"type": "number"}}}))]
+
+
+def call(name: str, arguments: Any, number: int = 1) -> dict[str, Any]:
+    return {"type": "function", "id": f"call0000{number}",
+            "function": {"name": name, "arguments": arguments}}
+
+
+def line(*messages: dict[str, Any], tools: Any = TOOLS) -> dict[str, Any]:
+    """A line of a task, without what other lines share with it."""
+    return copy.deepcopy({"messages": list(messages), "tools": tools})
+
+
+USER = {"role": "user", "content": "Light on in the hall, <b>\"Zoë\"</b>!"}
+LIGHT, ADD = call("set_light", {"room": "hall", "on": True}), call("add", {"numbers": [2, 0.5]}, 2)
+CALL = {"role": "assistant", "content": "", "tool_calls": [LIGHT]}
+RESULT = {"role": "tool", "content": "{\"done\": 1}", "name": "set_light",
+          "tool_call_id": "call00001"}
+ANSWER = {"role": "assistant", "content": "It is on."}
+CHATS = {
+    "call": line(USER, CALL), "answer": line(USER, ANSWER),
+    "content": line(USER, CALL | {"content": "Sure."}),
+    "null": line(USER, CALL | {"content": None}),
+    "two": line(USER, CALL | {"tool_calls": [LIGHT, ADD]}),
+    "result": line({"role": "system", "content": "Be brief."}, USER, CALL, RESULT, ANSWER),
+    "later": line(USER, CALL, RESULT, ANSWER, USER, CALL),
+    "none": line(USER, ANSWER, tools=None)}
+
+# What may open an assistant's turn in published templates, and what ends it.
+CHATML_TURN = ["<|im_start|>assistant\n"], "<|im_end|>"
+LLAMA_TURN = ["<|start_header_id|>assistant<|end_header_id|>\n\n"], "<|eot_id|>"
+MISTRAL_TURN = ["[/INST]", "[/TOOL_RESULTS]"], "</s>"
+TURNS = {
+    "Qwen-Qwen2.5-7B-Instruct": CHATML_TURN, "Qwen-Qwen3-0.6B": CHATML_TURN,
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": CHATML_TURN,
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": CHATML_TURN,
+    "meta-llama-Llama-3.1-8B-Instruct": LLAMA_TURN, "meta-llama-Llama-3.2-3B-Instruct": LLAMA_TURN,
+    "meta-llama-Llama-3.3-70B-Instruct": LLAMA_TURN,
+    "mistralai-Mistral-Nemo-Instruct-2407": MISTRAL_TURN,
+    "Mistral-Small-3.2-24B-Instruct-2506": MISTRAL_TURN,
+    "moonshotai-Kimi-K2": (["<|im_assistant|>assistant<|im_middle|>"], "<|im_end|>"),
+    "ByteDance-Seed-OSS": (["<seed:bos>assistant\n"], "<seed:eos>")}
+# Templates of TRL that mark supervised text by {% generation %}, with the line end after it.
+MARKED = ["qwen2_5_training", "qwen3_training", "qwen3_instruct_2507_training",
+          "qwen3_vl_training", "lfm2_2_5"]
+FOLDER = Path(os.environ.get("MINISMOE_TEMPLATES") or "/nowhere")
+PUBLISHED = sorted(file.stem for file in FOLDER.glob("*.jinja")) or ["none"]
+
+
+class SameDay(datetime):
+    """The day that templates find by our clock."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return datetime(2024, 7, 26)
+
+
+Both = Callable[..., tuple[Any, Tokenizer]]
+
+
+@pytest.fixture
+def both(bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Both:
+    """template, end token -> transformers' tokenizer and ours."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import chat_template_utils
+
+    monkeypatch.setattr(chat_template_utils, "datetime", SameDay)
+
+    def make(template: Any, end: str = "</s>") -> tuple[Any, Tokenizer]:
+        file, names = tmp_path / "tokenizer.json", {"bos_token": "<s>", "eos_token": end}
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(bpe), **names)
+        theirs.backend_tokenizer.save(str(file))
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(names | {"chat_template": template}))
+        theirs.chat_template = {t["name"]: t["template"] for t in template} if isinstance(
+            template, list) else template
+        return theirs, load_tokenizer(tmp_path)
+
+    return make
+
+
+def published(name: str) -> str:
+    file = FOLDER / f"{name}.jinja"
+    if not file.is_file():
+        pytest.skip("MINISMOE_TEMPLATES names no folder with this template")
+    return file.read_text(encoding="utf-8")
+
+
+def compare_texts(theirs: Any, ours: Tokenizer, chat: dict[str, Any]) -> str | None:
+    """The text that both render; None if both refuse."""
+    messages = to_messages(chat)
+    for prompted in (True, False):
+        try:
+            text = theirs.apply_chat_template(chat["messages"], tools=chat["tools"], tokenize=False,
+                                              add_generation_prompt=prompted)
+        except Exception as e:               # a template can raise anything
+            with pytest.raises(ValueError) as refused:
+                ours.render(messages, prompted)
+            assert str(e).split("\n")[0][:40] in str(refused.value)
+            return None
+        with suppress(Exception):            # it may do nothing without tools
+            if chat["tools"] and text == theirs.apply_chat_template(
+                    chat["messages"], tokenize=False, add_generation_prompt=prompted):
+                with pytest.raises(ValueError, match="knows no tools"):
+                    ours.render(messages, prompted)
+                return None
+        assert ours.render(messages, prompted) == text
+    return str(text)
+
+
+def compare_tokens(theirs: Any, ours: Tokenizer, chat: dict[str, Any], turn: tuple[list[str], str],
+                   ) -> bool:
+    """Compare tokens and labels with turns that a pattern finds in transformers' text; False if the
+    template rewrites or refuses the conversation."""
+    text = compare_texts(theirs, ours, chat)
+    if text is None:
+        return False
+    try:
+        example = encode("t", to_messages(chat), ours)
+    except ValueError as e:
+        assert re.search("differently when more follows|begin an answer as its gen", str(e))
+        return False
+    opening = "|".join(map(re.escape, turn[0]))
+    spans = [found.span(1) for found in re.finditer(
+        f"(?:{opening})(.*?{re.escape(turn[1])})", text, re.DOTALL)]
+    assert len(spans) == sum(m["role"] == "assistant" for m in chat["messages"])
+    tokens = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert example.ids == tokens["input_ids"]
+    assert example.labels == [
+        token if any(first <= start < last for first, last in spans) else IGNORE
+        for token, (start, _) in zip(tokens["input_ids"], tokens["offset_mapping"])]
+    return True
+
+
+# Texts and tokens
+
+@pytest.mark.parametrize("name", CHATS)
+def test_our_own_template_is_supervised_as_by_transformers(both: Both, name: str) -> None:
+    theirs, ours = both(make_calls.TEMPLATE)
+    chat, messages = CHATS[name], to_messages(CHATS[name])
+    assert compare_tokens(theirs, ours, chat, CHATML_TURN)
+    found = theirs.apply_chat_template(chat["messages"], tools=chat["tools"], return_dict=True,
+                                       return_assistant_tokens_mask=True)
+    example = encode("t", messages, ours)
+    assert example.ids == found["input_ids"]
+    assert [int(label != IGNORE) for label in example.labels] == found["assistant_masks"]
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_published_templates_are_supervised_turn_by_turn(both: Both, name: str) -> None:
+    theirs, ours = both(published(name), TURNS[name][1])
+    compared = {chat for chat in CHATS if compare_tokens(theirs, ours, CHATS[chat], TURNS[name])}
+    assert compared >= {"call", "content", "answer"}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_published_marks_are_our_supervised_tokens(both: Both, name: str) -> None:
+    theirs, ours = both(published(name))
+    for chat in CHATS.values():
+        found = theirs.apply_chat_template(chat["messages"], tools=chat["tools"], return_dict=True,
+                                           return_assistant_tokens_mask=True)
+        example = encode("t", to_messages(chat), ours)
+        assert example.ids == found["input_ids"]
+        rest = [token for token, mask, label in zip(
+            example.ids, found["assistant_masks"], example.labels) if mask != (label != IGNORE)]
+        assert not theirs.decode(rest).strip()           # the line ends beside a turn
+        assert sum(found["assistant_masks"]) == len(rest) + sum(
+            label != IGNORE for label in example.labels)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_give_the_same_texts(both: Both, name: str) -> None:
+    theirs, ours = both(published(name))
+    for chat in CHATS.values():
+        compare_texts(theirs, ours, chat)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n  "])
+def test_a_template_for_tools_of_its_own_is_joined(both: Both, bpe: Path, tmp_path: Path,
+                                                   end: str) -> None:
+    """As Hermes and Command R have it; an export carries it as well."""
+    tools = "\n  " + make_calls.TEMPLATE.replace("an expert", "the expert") + end
+    theirs, ours = both([{"name": "default", "template": "\n" + CHATML + end},
+                         {"name": "tool_use", "template": tools}])
+    (tmp_path / "config.json").write_text("{}")
+    copy_base_files(tmp_path, tmp_path / "out")
+    for chat in CHATS.values():
+        if chat["tools"] or "tool_calls" not in chat["messages"][-1]:
+            text = compare_texts(theirs, ours, chat)
+            assert text and ("the expert" in text) == bool(chat["tools"])
+            assert load_tokenizer(tmp_path / "out").render(to_messages(chat)) == text
+
+
+def test_arguments_and_tools_may_be_given_as_json_text() -> None:
+    spelt = line(USER, CALL | {"tool_calls": [call("set_light", '{"room": "hall", "on": true}')]},
+                 tools=json.dumps(TOOLS))
+    assert to_messages(spelt) == to_messages(CHATS["call"])
+
+
+def test_a_template_that_knows_no_tools_is_refused_once(both: Both, tmp_path: Path) -> None:
+    _, ours = both(CHATML)
+    task = Task("lights", [to_messages(CHATS[name]) for name in ("none", "call", "call")], [])
+    with pytest.raises(ValueError, match="^task lights, training example 2, 'Light on.*: the chat "
+                                         "template knows no tools") as refused:
+        encode_all(task, ours, 1000)
+    assert str(refused.value).count("tools") == 1
+    with pytest.raises(ValueError, match="the chat template knows no tools"):
+        Tokenizer(ours.backend, None, "<s>", "</s>").render(task.train[1])
+
+
+def test_a_template_that_leaves_out_calls_is_refused(both: Both) -> None:
+    """As those of Granite 3.3 and LFM2, which list tools."""
+    _, ours = both("{{ tools | tojson }}" + CHATML)
+    with pytest.raises(ValueError, match="the chat template leaves out tool_calls"):
+        supervised_spans(to_messages(CHATS["call"]), ours)
+    supervised_spans(to_messages(CHATS["answer"]), ours)
+
+
+def test_show_prints_tools_and_marks_calls(both: Both, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    both(make_calls.TEMPLATE)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "t.jsonl").write_text(2 * (json.dumps(CHATS["later"]) + "\n"))
+    print_examples(InputConfig(model=str(tmp_path), data=str(tmp_path / "data")), 1)
+    shown = capsys.readouterr().out
+    assert f"<tools>{json.dumps(TOOLS)}</tools>" in shown
+    calls = '[[<tool_call>[{"name": "set_light", "arguments": {"room": "hall", "on": true}}]' \
+            '</tool_call><|im_end|>]]'
+    assert shown.count(calls) == 2 and shown.count("[[It is on.<|im_end|>]]") == 1
+
+
+# Lines
+
+@pytest.mark.parametrize(("bad", "reason"), [
+    (line(USER, CALL, tools=["set_light"]), "tools is no list of {\"type\": \"function\", "),
+    (line(USER, CALL, tools=[{"name": "set_light"}]), "tools is no list of"),
+    (line(USER, CALL, tools=[{"function": {"name": 1}}]), "tools is no list of"),
+    (line(USER, CALL, tools={"a": 1}), "tools is no list of"),
+    (line(USER, CALL, tools=7), "tools is no list of"),
+    (line(USER, CALL, tools="x"), "Expecting value"),
+    (line(USER, CALL, tools=TOOLS[1:]), "a call of 'set_light', which is not among tools: add"),
+    (line(USER, CALL, tools=None), "a call of 'set_light', which is not among tools: none"),
+    (line(USER, CALL | {"tool_calls": [call("add", "[1, 2]")]}),
+     "the arguments of 'add' are no JSON object"),
+    (line(USER, CALL | {"tool_calls": [call("add", "{")]}), "the arguments of 'add' are no JSON"),
+    (line(USER, CALL | {"tool_calls": [call("add", None)]}), "the arguments of 'add' are no JSON"),
+    (line(USER, CALL | {"tool_calls": [{"name": "add", "arguments": {}}]}),
+     "tool_calls is no list of"),
+    (line(USER, CALL | {"tool_calls": {"a": 1}}), "tool_calls is no list of"),
+    (line(USER, CALL | {"tool_calls": 5}), "tool_calls is no list of"),
+    (line(USER, RESULT, ANSWER), "a tool turn follows no call"),
+    (line(RESULT, ANSWER), "a tool turn follows no call"),
+    (line(USER, CALL, USER, RESULT, ANSWER), "a tool turn follows no call"),
+    (line(USER, CALL, RESULT | {"content": {"done": 1}}, ANSWER), "a string content"),
+    (line(USER, CALL, RESULT), "the last message is not the assistant's"),
+    (line(USER, {"role": "assistant", "tool_calls": []}), "a string content"),
+    (line(USER, CALL | {"tool_calls": []}), "the last answer is empty"),
+    (line(USER | {"tool_calls": [LIGHT]}, ANSWER), "a message has tool_calls, which is not"),
+    (line(CALL | {"content": None}, RESULT, ANSWER), "a string content"),
+    (line(USER, CALL | {"tool_calls": [call("add", {"a": "\ud83d"})]}), "surrogates"),
+], ids=lambda x: x[:30] if isinstance(x, str) else "")
+def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, bad: Any, reason: str) -> None:
+    good = json.dumps(CHATS["result"])
+    (tmp_path / "t.jsonl").write_text(f"{good}\n{json.dumps(bad)}\n{good}\n")
+    with pytest.raises(ValueError) as refused:
+        load_tasks(tmp_path)
+    assert str(refused.value).startswith(f"1 bad lines: {tmp_path}/t.jsonl:2: ")
+    assert reason in str(refused.value)
+
+
+def test_calls_are_no_closed_set_of_answers() -> None:
+    assert closed_answers([to_messages(CHATS["answer"])] * 9) == ["It is on."]
+    assert closed_answers([to_messages(CHATS[n]) for n in ("answer", "call")] * 9) == []
+
+
+# Answers
+
+START, NEXT = "{% for c in m.tool_calls or [] %}", "{% endfor %}"
+CALLS = {                                    # how a template writes a call, and another order of it
+    "qwen": (START + "\n<tool_call>\n{\"name\": \"{{ c.function.name }}\", \"arguments\": "
+             "{{ c.function.arguments | tojson }}}\n</tool_call>" + NEXT,
+             '<tool_call>\n{"arguments": {"on": true,"room":"hall"},"name": "set_light"}\n'
+             '</tool_call>'),
+    "llama": (START + "{\"name\": \"{{ c.function.name }}\", \"parameters\": "
+              "{{ c.function.arguments | tojson }}}" + NEXT,
+              '{"parameters": {"on": true, "room": "hall"}, "name": "set_light"}'),
+    "mistral": ("{% if m.tool_calls %}[TOOL_CALLS][" + START + "{{ (c.function | tojson)[:-1] }}, "
+                "\"id\": \"{{ c.id }}\"}{{ ', ' if not loop.last }}" + NEXT + "]{% endif %}",
+                '[TOOL_CALLS] [{"arguments": {"on": true, "room": "hall"}, "id": "other", '
+                '"name": "set_light"}]')}
+
+
+def written(how: str) -> str:
+    return ("{{ tools | tojson }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+            "{{ m.content or '' }}" + how + "<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_are_compared_as_json(both: Both, name: str) -> None:
+    """The order of keys, and spaces, make no difference; names and arguments do."""
+    _, ours = both(written(CALLS[name][0]))
+    other = CALLS[name][1]
+    answers = {other: 1, other.replace("true", "false"): 0, other.replace("true", "1"): 0,
+               other.replace("set_light", "add"): 0, re.sub(', ?"room": ?"hall"', "", other): 0,
+               other[:-1]: 0, other + " and more": 0, "It is on.": 0, "": 0, "[]": 0, "{": 0}
+    if name == "llama":
+        answers |= {"Sure." + other: 0}
+    task = Task("t", [], [to_messages(CHATS["call"])] * len(answers))
+    given = [ours.encode(answer)[0] for answer in answers]
+    found = exact_match(ours, task, 10_000, lambda prompts, limit: given)
+    assert found.right == list(answers.values())
+    assert found.wrong[0] == {"prompt": USER["content"], "given": [*answers][1],
+                              "expected": ours.decode(ours.turn(task.test[0])).strip()}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_answer_becomes_a_message(both: Both, name: str) -> None:
+    """With several calls, and text before them; where no tools are offered, all is text."""
+    _, ours = both(written(CALLS[name][0]))
+    for chat in ("call", "answer", *(("two", "content") if name != "llama" else ())):
+        *asked, reply = to_messages(CHATS[chat])
+        text = ours.decode(ours.turn([*asked, reply]))
+        said = ours.parse(asked, text)
+        assert said["content"] == reply["content"] and said["role"] == "assistant"
+        assert said.get("tool_calls", []) == [
+            {"type": "function", "function": c["function"]} for c in reply.get("tool_calls", [])]
+        assert ours.parse([USER], text) == {"role": "assistant", "content": text.strip()}
+
+
+def test_calls_that_are_no_json_are_compared_as_text(both: Both) -> None:
+    _, ours = both(written(START + "<{{ c.function.name }} {{ c.function.arguments | tojson }}>"
+                           + NEXT))
+    task = Task("t", [], [to_messages(CHATS["call"])] * 2)
+    answers = [f"<set_light {arguments}>" for arguments in (
+        '{"room": "hall", "on": true}', '{"on": true, "room": "hall"}')]
+    found = exact_match(ours, task, 10_000, lambda *_: [ours.encode(a)[0] for a in answers])
+    assert found.right == [1, 0]
+
+
+def test_a_template_that_cannot_write_the_known_call_is_no_obstacle(both: Both) -> None:
+    _, ours = both("{% if messages[0].role != 'system' %}{{ raise_exception('system') }}{% endif %}"
+                   + written(CALLS["qwen"][0]))
+    asked = to_messages(CHATS["result"])[:2]
+    assert ours.parse(asked, CALLS["qwen"][1])["content"] == CALLS["qwen"][1]
+
+
+# The task of make_calls.py
+
+def test_the_task_of_calls_is_what_it_says(tmp_path: Path) -> None:
+    train, test = make_calls.lines()
+    assert (train, test) == make_calls.lines(0) != make_calls.lines(1)
+    assert (len(make_calls.FUNCTIONS), len(train), len(test)) == (40, 400, 100)
+    asked = [x["messages"][0]["content"] for x in train + test]
+    assert len(set(asked)) == 500
+    names = set()
+    for x in train + test:
+        messages = to_messages(x)
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in x["tools"]}
+        assert len(schemas) == make_calls.OFFERED
+        for asked_for in messages[-1].get("tool_calls", []):
+            function = asked_for["function"]
+            names.add(function["name"])
+            parameters = schemas[function["name"]]
+            assert [*function["arguments"]] == parameters["required"]
+            for key, value in function["arguments"].items():
+                kind = {"boolean": bool, "integer": int, "string": str}[
+                    parameters["properties"][key]["type"]]
+                assert type(value) is kind
+                assert value in parameters["properties"][key].get("enum", [value])
+    assert len(names) == 40
+    unfit = [x for x in train + test if "tool_calls" not in x["messages"][1]]
+    assert 40 < len(unfit) < 100
+    assert {x["messages"][1]["content"] for x in unfit} == {make_calls.NONE_FITS}
