@@ -20,11 +20,10 @@ END = 1 << 62                   # the end of any axis
 
 
 class Positions:
-    """Nodes that all layers of a graph share, since they depend on the positions of tokens alone.
+    """Adds the nodes that all layers of a graph share: they depend on positions alone.
 
-    rotary: by kind of rotary angles, the names of cos and sin; "" stands for layers without.
-    lengths: for `ort`, the names of the last position of each row, and of S.
-    conv_inputs: the name of the positions that convolutions gather.
+    rotary: the outputs cos and sin, by kind of rotary angles; "" stands for layers without.
+    lengths: for `ort`, the outputs of `row_lengths`. conv_inputs: the output of `gathered`.
     """
 
     def __init__(self, graph: Graph, config: Config, form: GraphFormat):
@@ -40,8 +39,8 @@ class Positions:
         self.conv_inputs = self.gathered() if config.conv_layers else ""
 
     def angles(self, name: str, values: Tensor) -> str:
-        """Those of all positions; for `portable`, cos, or sin with its first half negated, of the
-        position of each token."""
+        """cos or sin of all positions; for `portable`, of each token's position, with the first
+        half of sin negated."""
         every = self.tensor(name, values)
         if self.form.ort:
             return every
