@@ -29,7 +29,7 @@ from minismoe.method.experts import add_experts
 from minismoe.model.checkpoint import save_adapter
 from minismoe.training import distributed
 from minismoe.training.distributed import once
-from minismoe.training.evaluate import Accuracy, answer_prompts, evaluate
+from minismoe.training.evaluate import Accuracy, evaluate, questions
 from minismoe.training.loop import TrainConfig, train
 
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     # Load.
     inputs = load_inputs(config.inputs)
     for task in inputs.tasks:            # bad test lines are found before there is a run
-        answer_prompts(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
+        questions(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     scores, seconds = None, dict[str, float]()

@@ -24,7 +24,7 @@ from ..model.checkpoint import load_model, text_name, weights
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
 from ..runtime import Generator
-from ..training.evaluate import answer_prompts, evaluate, exact_match, generate, references
+from ..training.evaluate import evaluate, exact_match, generate, questions
 from .compare import TOKENS, compare_graph, compare_logits, compare_npu, compare_rounded, unrounded
 from .graph import refuse
 from .heal import sharing_copy
@@ -211,9 +211,9 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
     prompts, answers, npu = some_prompts(source), [0], config.target == "npu"
     for task in source.tasks:
-        tests = answer_prompts(tokenizer, task, longest)
-        answers.append(max(map(len, tests)) + references(tokenizer, task)[1])
-        prompts += tests
+        asked, _, limit = questions(tokenizer, task, longest)
+        answers.append(max(map(len, asked)) + limit)
+        prompts += asked
     prompt = max(map(len, prompts))
     needed = min(longest, max(prompt + TOKENS, *answers))
     context, static = config.context or min(longest, max(2048, needed)), config.static
@@ -223,8 +223,8 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
             1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS, *windows)))
         context = static[2]
     if not needed <= context <= longest:
-        asked = f"--static with {context} past positions" if npu else f"--context {context}"
-        raise ValueError(f"{asked}: the texts that the export is checked with need {needed}, and "
+        flag = f"--static with {context} past positions" if npu else f"--context {context}"
+        raise ValueError(f"{flag}: the texts that the export is checked with need {needed}, and "
                          f"the model ends at {longest}")
     if static and not npu and (past := min(context, static[2])) < (least := prompt + static[1]):
         raise ValueError(f"--static with {past} past positions (at most the context): the texts "

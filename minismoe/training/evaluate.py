@@ -93,10 +93,9 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
     """Exact match on the test split; complete(prompts, limit) answers, tokens in and out.
 
     An answer is right if it equals the last turn as the chat template writes it, apart from white
-    space around both and the order of keys in calls. Raises ValueError as `answer_prompts` does.
+    space around both and the order of keys in calls. Raises ValueError as `questions` does.
     """
-    prompts = answer_prompts(tokenizer, task, context)
-    expected, limit = references(tokenizer, task)
+    prompts, expected, limit = questions(tokenizer, task, context)
     wrong, right = [], []
     for messages, reference, answer in zip(task.test, expected, complete(prompts, limit)):
         wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
@@ -109,26 +108,22 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
     return Accuracy(sum(right), len(right), wrong, right)
 
 
-def references(tokenizer: Tokenizer, task: Task) -> tuple[list[list[int]], int]:
-    """Tokens of the right answers without stop ids, and the limit for a completion: 4 tokens above
-    the longest, so that an answer that runs on is wrong."""
-    answers = [tokenizer.turn(messages) for messages in task.test]
-    return answers, max(map(len, answers)) + 4
-
-
-def answer_prompts(tokenizer: Tokenizer, task: Task, context: int) -> list[list[int]]:
-    """Tokens of each test line before its last answer. Raises ValueError if there is no test line,
-    or if one has `context` tokens or more."""
+def questions(tokenizer: Tokenizer, task: Task,
+              context: int) -> tuple[list[list[int]], list[list[int]], int]:
+    """Tokens of each test line before its last answer, tokens of these answers without stop ids,
+    and the limit for a completion: 4 tokens above the longest, so that an answer that runs on is
+    wrong. Raises ValueError if there is no test line, or if a prompt has `context` tokens or more.
+    """
     if not task.test:
         raise ValueError(f"task {task.name} has no test line: add a test.jsonl, or "
                          "write at least two lines into its only file")
-    prompts = []
+    prompts, answers = [], []
     for number, messages in enumerate(task.test, 1):
         place = f"task {task.name}, test example {number}, {messages[0]['content'][:40]!r}"
         with naming(place, ValueError):
-            text = tokenizer.render(messages[:-1], add_generation_prompt=True)
-        prompts.append(tokenizer.encode(text)[0])
+            prompts.append(tokenizer.encode(tokenizer.render(messages[:-1], True))[0])
+            answers.append(tokenizer.turn(messages))
         if len(prompts[-1]) >= context:
             raise ValueError(f"{place}: the prompt has {len(prompts[-1])} tokens, and the model's "
                              f"context {context}: shorten it, or leave it out")
-    return prompts
+    return prompts, answers, max(map(len, answers)) + 4

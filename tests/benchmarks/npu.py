@@ -27,7 +27,7 @@ from minismoe.data.tokenizer import load_tokenizer
 from minismoe.io.text import clean, table
 from minismoe.runtime import Generator
 from minismoe.runtime.npu import EXACT
-from minismoe.training.evaluate import answer_prompts, references
+from minismoe.training.evaluate import questions
 
 TYPES = {"tensor(int64)": torch.int64, "tensor(float)": torch.float32,
          "tensor(float16)": torch.float16}
@@ -50,8 +50,8 @@ def on_htp(folder: Path, data: str, tasks: list[str], lines: int) -> None:
     tokenizer, total = sides[0].tokenizer, [0, 0, 0]
     for n in range(lines):
         for task in load_tasks(data, tasks):
-            prompt = answer_prompts(tokenizer, task, sides[0].context)[n]
-            wanted, limit = references(tokenizer, task)
+            prompts, wanted, limit = questions(tokenizer, task, sides[0].context)
+            prompt = prompts[n]
             texts, times = [], [time.perf_counter()]
             for side in sides:
                 texts.append(list(side.generate(prompt, limit)))
@@ -110,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     print(on_cpu(args.folder))
     tasks, tokenizer = args.tasks.split(","), load_tokenizer(args.folder)
-    prompt = answer_prompts(tokenizer, load_tasks(args.data, tasks)[0], 1 << 20)[0]
+    prompt = questions(tokenizer, load_tasks(args.data, tasks)[0], 1 << 20)[0][0]
     print(in_openvino(args.folder, prompt))
     print(on_phones(args.folder / "model.onnx"))
     if args.lines:

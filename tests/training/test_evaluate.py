@@ -6,7 +6,7 @@ import torch
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.model.decoder import CausalLM, Config
-from minismoe.training.evaluate import Accuracy, answer_prompts, evaluate, generate
+from minismoe.training.evaluate import Accuracy, evaluate, generate, questions
 
 TINY = Config(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, head_dim=8, windows=(None, None))
@@ -96,7 +96,8 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
     tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
     task = Task("t", [], [[{"role": "user", "content": "hm"},
                            {"role": "assistant", "content": "a"}]])
-    (prompt,) = answer_prompts(tokenizer, task, 99)
-    assert answer_prompts(tokenizer, task, len(prompt) + 1) == [prompt]
+    (prompt,), answers, limit = questions(tokenizer, task, 99)
+    assert (answers, limit) == ([[*b" a"]], 6)
+    assert questions(tokenizer, task, len(prompt) + 1)[0] == [prompt]
     with pytest.raises(ValueError, match="test example 1, 'hm': .* context"):
-        answer_prompts(tokenizer, task, len(prompt))
+        questions(tokenizer, task, len(prompt))
