@@ -65,7 +65,11 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        vector, each = ctx.experts.vector, iter(gradients)
-        A, routers, B = (torch.cat([next(each).flatten() for _ in shapes] or [vector[:0]]).to(
-            vector.dtype) for shapes in ctx.experts.shapes)
-        return torch.cat((A, routers, B.mul_(ctx.experts.scaling))), None
+        experts, each = ctx.experts, iter(gradients)
+        gradient = torch.empty_like(experts.vector)
+        regions = gradient.split([sum(map(prod, shapes)) for shapes in experts.shapes])
+        for region, shapes in zip(regions, experts.shapes):
+            if shapes:
+                region.copy_(torch.cat([next(each).flatten() for _ in shapes]))
+        regions[-1].mul_(experts.scaling)
+        return gradient, None
