@@ -2,9 +2,8 @@
 
     python tests/benchmarks/figures.py
 
-method.svg    probe, vote, experts, merge: the probe of worth-default.json and the vote it leads to
-rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json, deciding.json)
-costs.svg     what merging, healing and quantising cost (merging.json)
+method.svg    probe, vote, experts, merge: the toy's probe (toy.json) and the vote it leads to
+rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
 holds no script and no font: GitHub shows an SVG as an image. layer.svg shows no figure: edit it.
@@ -82,9 +81,9 @@ def place(module: str) -> tuple[int, str]:
     return int(parts[2]), parts[-1].removesuffix("_proj")
 
 
-def method(worth: Mapping[str, Any]) -> str:
-    """The four steps side by side, on the 28 matrices and five tasks of the embedded default."""
-    scores: dict[str, dict[str, float]] = worth["scores"]
+def method(probed: Mapping[str, Any]) -> str:
+    """The four steps side by side, on the 28 matrices and five tasks of the toy."""
+    scores: dict[str, dict[str, float]] = probed["scores"]
     experts = allocate(scores, keep=0.6).experts
     top, wide, step = 92.0, 9.0, 48.0
     left, vote, count, merge = 56.0, 330.0, 588.0, 722.0
@@ -133,82 +132,38 @@ def method(worth: Mapping[str, Any]) -> str:
     return card(bottom + 18, "Probe, vote, experts, merge", parts)
 
 
-def rules(compared: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def rules(compared: Mapping[str, Any]) -> str:
     """Exact match of each rule, and its difference to LoRA with a paired 95 % interval."""
-    low, high, row_height = -8, 4, 26
-    parts: Parts = []
-    longest = max(len(each["rows"]) for _, each in compared)
-    bottom = 92.0 + row_height * longest
-    for panel, (title, each) in enumerate(compared):
-        left = 24.0 + 418 * panel
+    low, high, left, row_height = -8, 4, 24.0, 26
+    rows = sorted(compared["rows"], key=lambda row: -row["accuracy"]["intervals"]["mean"][0])
+    bottom = 92.0 + row_height * len(rows)
 
-        def across(points: float, left: float = left) -> float:
-            return left + 192 + (points - low) / (high - low) * 190
+    def across(points: float) -> float:
+        return left + 292 + (points - low) / (high - low) * 480
 
-        seeds = max(row["accuracy"]["seeds"] for row in each["rows"])
-        rows = sorted(each["rows"], key=lambda row: -row["accuracy"]["intervals"]["mean"][0])
-        parts += [text(left, 30, f"{title}, {seeds} seeds", size=15, bold=True),
-                  text(left, 58, "rule", size=12, color=GREY),
-                  text(left + 172, 58, "exact match", size=12, color=GREY, anchor="end"),
-                  text(across(-2), 58, "minus LoRA, in points", size=12, color=GREY,
-                       anchor="middle")]
-        for points, label in ((-8, "−8"), (-4, "−4"), (0, "0"), (4, "+4")):
-            parts += [line(f"M{across(points):.1f} 70V{bottom - 18}", LINE if points else GREY, 1),
-                      text(across(points), bottom, label, size=12, color=GREY, anchor="middle")]
-        for i, row in enumerate(rows):
-            y = 86.0 + row_height * i
-            mean = 100 * row["accuracy"]["intervals"]["mean"][0]
-            parts += [text(left, y + 4, RULES.get(row["strategy"], row["strategy"])),
-                      text(left + 172, y + 4, f"{mean:.1f}", anchor="end")]
-            if found := row["against"].get("lora"):
-                gap, start, end = (100 * v for v in found["intervals"]["mean"])
-                color = ORANGE if end < 0 or start > 0 else BLUE
-                parts += [line(f"M{across(start):.1f} {y}H{across(end):.1f}", color, 2),
-                          dot(across(gap), y, 4, color)]
-            else:
-                parts.append(dot(across(0), y, 4, "#fff", GREY))
-    parts += [text(24, bottom + 30, "Equal parameters within 1 %. Lines are paired 95 % intervals "
-                   "over seeds and test lines; orange leaves out zero.", size=12, color=GREY)]
+    seeds = max(row["accuracy"]["seeds"] for row in rows)
+    parts = [text(left, 30, f"SmolLM2-135M, {seeds} seeds", size=15, bold=True),
+             text(left, 58, "rule", size=12, color=GREY),
+             text(left + 232, 58, "exact match", size=12, color=GREY, anchor="end"),
+             text(across(-2), 58, "minus LoRA, in points", size=12, color=GREY, anchor="middle")]
+    for points, label in ((-8, "−8"), (-4, "−4"), (0, "0"), (4, "+4")):
+        parts += [line(f"M{across(points):.1f} 70V{bottom - 18}", LINE if points else GREY, 1),
+                  text(across(points), bottom, label, size=12, color=GREY, anchor="middle")]
+    for i, row in enumerate(rows):
+        y, mean = 86.0 + row_height * i, 100 * row["accuracy"]["intervals"]["mean"][0]
+        parts += [text(left, y + 4, RULES.get(row["strategy"], row["strategy"])),
+                  text(left + 232, y + 4, f"{mean:.1f}", anchor="end")]
+        if found := row["against"].get("lora"):
+            gap, start, end = (100 * v for v in found["intervals"]["mean"])
+            color = ORANGE if end < 0 or start > 0 else BLUE
+            parts += [line(f"M{across(start):.1f} {y}H{across(end):.1f}", color, 2),
+                      dot(across(gap), y, 4, color)]
+        else:
+            parts.append(dot(across(0), y, 4, "#fff", GREY))
+    parts += [text(left, bottom + 30, "Equal parameters within 1 %. Lines are paired 95 % "
+                   "intervals over seeds and test lines; orange leaves out zero.", size=12,
+                   color=GREY)]
     return card(bottom + 46, "Exact match by allocation rule, against plain LoRA", parts)
-
-
-def costs(found: Mapping[str, Any]) -> str:
-    """Exact match of the ways to merge, with a dot for each seed, and of the exported folders."""
-    low, high, row_height, top = 60, 80, 26, 86.0
-    bottom = top + row_height * len(found["merging"]) + 8
-    parts: Parts = []
-
-    def panel(left: float, labels: float, width: float, title: str, column: str,
-              rows: Sequence[tuple[str, str, float, Sequence[float]]]) -> None:
-        def across(percent: float) -> float:
-            return left + labels + (percent - low) / (high - low) * width
-
-        last = top + row_height * len(rows) + 8
-        parts.extend([text(left, 30, title, size=15, bold=True),
-                      text(left + labels - 16, 58, column, size=12, color=GREY, anchor="end"),
-                      text(across(69), 58, "exact match in %", size=12, color=GREY,
-                           anchor="middle")])
-        for percent in range(low, high + 1, 6):
-            parts.extend([line(f"M{across(percent):.1f} 70V{last - 18:.1f}", LINE, 1),
-                          text(across(percent), last, str(percent), size=12, color=GREY,
-                               anchor="middle")])
-        for i, (name, extra, mean, seeds) in enumerate(rows):
-            y = top + row_height * i
-            parts.extend([text(left, y + 4, name),
-                          text(left + labels - 16, y + 4, extra, anchor="end"),
-                          *(dot(across(seed), y, 3, "#9db7d5") for seed in seeds),
-                          line(f"M{across(mean):.1f} {y - 8}v16", BLUE, 3)])
-
-    panel(24, 262, 176, "Merging and healing, 3 seeds", "missed", [
-        (row["way"], "" if row["missed"] is None else f"{row['missed']} %", row["mean"],
-         row["seeds"]) for row in found["merging"]])
-    panel(502, 224, 104, "Exported, 3 runs", "MB", [
-        (row["way"], str(row["MB"] or ""), row["mean"], row["seeds"])
-        for row in found["quantising"]])
-    parts.extend([text(24, bottom + 30, "Bars are means, dots are seeds. Missed: median share "
-                       "of the mixture’s output energy that merging loses. * AMD EPYC (mixture: "
-                       "72.3).", size=12, color=GREY)])
-    return card(bottom + 46, "What merging, healing and quantising cost", parts)
 
 
 def record(name: str) -> Any:
@@ -216,10 +171,7 @@ def record(name: str) -> Any:
 
 
 PICTURES: dict[str, Callable[[], str]] = {
-    "method": lambda: method(record("worth-default")),
-    "rules": lambda: rules([("SmolLM2-135M", record("smollm2")),
-                            ("Embedded default", record("deciding"))]),
-    "costs": lambda: costs(record("merging"))}
+    "method": lambda: method(record("toy")), "rules": lambda: rules(record("smollm2"))}
 
 
 def main() -> None:
