@@ -186,6 +186,8 @@ def test_the_page_in_a_browser(web: Path) -> None:
             tab.open(address)
             assert "WASM" in tab.wait_status("Ready")
             assert tab.js("crossOriginIsolated")
+            assert tab.js("document.querySelector('#task').value") == "count"    # the first task
+            tab.js("document.querySelector('#task').value = ''")
             tab.type("Hello")
             tab.press("Enter", 13)
             said = tab.wait_status("First token after")
@@ -205,6 +207,7 @@ def test_the_page_in_a_browser(web: Path) -> None:
             assert 0 < len(stopped) < 3900 and stopped == says(web, "Count: to", len(stopped))
         tab.open(address)                    # the server is gone
         tab.wait_status("Ready")
+        tab.js("document.querySelector('#task').value = ''")
         tab.type("Hello")
         tab.press("Enter", 13)
         tab.wait_status("First token after")
