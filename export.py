@@ -33,17 +33,14 @@ from minismoe.model.checkpoint import load_adapter, load_model, versions
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import FORMAT
 from minismoe.runtime.folder import TASKS
-from minismoe.runtime.npu import htp
-from minismoe.runtime.session import enough_onnxruntime
+from minismoe.runtime.providers import find_device
 
 
 def main(argv: Sequence[str]) -> None:
     # Configure and load
     config = parse(argv, __doc__ or "")
     if config.graph:
-        enough_onnxruntime()
-    if config.compile:
-        htp()                                # raises before the work if it is not installed
+        find_device(config.provider)         # raises before the work if it is not here
     source = load_run(config) if config.run else load_base(config)
     if config.task and config.task not in source.examples:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
@@ -74,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
     command = next_command(config.layout, out, next(iter(info.get("adapters", ())), None))
-    command += " --provider qnn" * bool(config.compile)
+    command += f" --provider {config.provider}" * bool(config.provider and config.layout == "onnx")
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
 
 
@@ -113,6 +110,9 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
         layouts.write_weights(config.layout, source.base, source.name,
                               prepared.fits.for_task(config.task), folder)
     info["checked"] = verify.check(config, source, reference, prepared, folder)
+    if config.provider and all(seen["provider"]["texts_equal"] == seen["provider"]["texts"]
+                               for seen in info["checked"].values()):
+        info["providers"] = [config.provider]            # which `--provider auto` may take
     if config.layout == "genai":
         layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":

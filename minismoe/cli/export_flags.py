@@ -48,7 +48,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     scaled = rounded and (not npu or precision == "w4a16")       # with scales that are healed
     idle = [                     # kinds of exports, and the flags that have no effect on them
         (not config.graph, f"--layout {layout} holds no graph",
-         ["target", "static", "compile", "context", "precision", "block", "adapters",
+         ["target", "static", "provider", "context", "precision", "block", "adapters",
           *["routing"] * (layout == "hf" or config.routing == "dynamic")]),
         (config.model, "a base has no adapters (--prompts FILE heals 4 bits, and 8 with --heal)",
          ["run", "routing", "adapters", "task", "fit", "limit_test",
@@ -71,8 +71,8 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     if config.static:
         needs |= {"--static": ("portable", "npu")} if config.static[0] == 1 else {
             "--static with several prompts": ("portable",)}
-    if config.compile:
-        needs["--compile"] = ("npu",)
+    if config.chip:
+        needs["--provider qnn"] = ("npu",)
     return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs.items()
                  if targets and config.target not in targets), "")
 

@@ -82,19 +82,6 @@ def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, tol
     return {"rounded_error": found["logits_error"]}
 
 
-def compare_npu(generator: Generator, compiled: Generator, prompt: Sequence[int], tolerance: float,
-                ) -> dict[str, float]:
-    """Compare what was compiled for an NPU with the same graphs on the CPU, along one short text.
-
-    Raises ValueError as `compare_logits` does: a graph that compiles may compute something else.
-    """
-    found = compare_logits(
-        generator, compiled, [prompt], [[*generator.generate(prompt, FEW - 1)]], tolerance,
-        "what was compiled is not what the CPU computes (try another T in --static 1xTxP)")
-    print(f"compiled: logits within {found['logits_error']:.1e} of the CPU's largest")
-    return {"compiled_error": found["logits_error"]}
-
-
 def unrounded(generator: Generator) -> Generator:
     """A generator of the same graph that rounds no activations, to test only its blocks."""
     graph = onnx.load(str(generator.folder / "model.onnx"), load_external_data=False)

@@ -36,8 +36,8 @@ def write_graph(config: ExportConfig, prepared: Prepared, folder: Path) -> dict[
     sizes = prepared.sizes
     if config.target == "npu":
         write_npu(folder, sizes, prepared.read, config.form, prepared.ranges)
-        if config.compile:
-            compile_npu(folder, config.compile)
+        if config.chip:
+            compile_npu(folder, config.chip)
     else:
         write_decoder(folder / "model.onnx", sizes, prepared.read, prepared.adapters, config.form)
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
@@ -50,7 +50,7 @@ def write_graph(config: ExportConfig, prepared: Prepared, folder: Path) -> dict[
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
             "vocab_size": sizes.vocab_size, "adapters": adapters,
             "cache_type": "float16" if config.precision in (*HALF, *NPU_PRECISIONS) else "float32",
-            **({"soc": config.compile} if config.compile else {})}
+            **({"soc": config.chip} if config.chip else {})}
 
 
 def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) -> None:

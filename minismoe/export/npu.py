@@ -25,7 +25,7 @@ from onnx.helper import make_tensor_value_info as value
 
 from ..model.config import Config
 from ..model.quantize import BLOCK, Blocks, columns
-from ..runtime.npu import qnn_session
+from ..runtime.providers import find_device, open_session
 from .graph import DecoderBuilder, cached
 from .nodes import Graph
 from .positions import causal
@@ -179,6 +179,6 @@ def write_npu(folder: Path, config: Config, read: ReadWeight, form: GraphFormat,
 def compile_npu(folder: Path, soc: int) -> None:
     """Compile both graphs for a chip: prompt.qnn.onnx, model.qnn.onnx, and a binary of each."""
     for name in ("prompt", "model"):
-        qnn_session(folder / f"{name}.onnx", soc, (
+        open_session(folder / f"{name}.onnx", find_device(f"qnn:{soc}"), None, (
             ("ep.context_enable", "1"), ("ep.context_embed_mode", "0"),
             ("ep.context_file_path", str(folder / f"{name}.qnn.onnx"))))

@@ -10,6 +10,7 @@ from ..io.flags import flag, natural, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
+from ..runtime.providers import SOC
 from .weights import PRECISIONS, GraphFormat
 
 STEPS = 80                               # of healing, if it is not said how many
@@ -22,17 +23,6 @@ def static_sizes(text: str) -> tuple[int, int, int]:
 
 
 static_sizes.__name__ = "BxTxP"              # as argparse calls it in a message
-
-
-def qnn_chip(text: str) -> int:
-    """An argparse type: qnn:SOC."""
-    kind, _, number = text.lower().partition(":")
-    if kind != "qnn":
-        raise ValueError(text)
-    return positive(number)
-
-
-qnn_chip.__name__ = "qnn:SOC"
 
 
 @dataclass(frozen=True)
@@ -83,9 +73,10 @@ class ExportConfig:
     static: tuple[int, int, int] | None = flag(
         None, "fixed sizes for accelerators: prompts, tokens a step, past positions; needs "
         "--target portable, or npu (default there: 1x64x512)", static_sizes, metavar="BxTxP")
-    compile: int | None = flag(
-        None, "compile for the NPU of a chip, by Qualcomm's number: qnn:60 is Snapdragon X Elite, "
-        "qnn:43 8 Gen 2, qnn:57 8 Gen 3; needs --target npu", qnn_chip, metavar="qnn:SOC")
+    provider: str | None = flag(
+        None, "check the folder on this provider of onnxruntime as well, such as webgpu, cuda or "
+        "openvino; qnn:SOC compiles --target npu for a chip, by Qualcomm's number: 60 is "
+        "Snapdragon X Elite, 43 8 Gen 2, 57 8 Gen 3", text, metavar="NAME")
     context: int | None = flag(
         None, "positions of the graph (default: what the model was made for, at most 2048, or "
         "what the test lines need)", positive, metavar="TOKENS")
@@ -119,6 +110,12 @@ class ExportConfig:
     def graph(self) -> bool:
         """Whether the folder holds an ONNX graph, not safetensors."""
         return self.layout not in ("peft", "hf")
+
+    @property
+    def chip(self) -> int | None:
+        """Qualcomm's number of the chip that the graphs are compiled for."""
+        name, _, number = (self.provider or "").partition(":")
+        return (int(number) if number.isdecimal() else SOC) if name == "qnn" else None
 
     @property
     def merges(self) -> bool:

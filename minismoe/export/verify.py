@@ -25,7 +25,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
 from ..runtime import Generator
 from ..training.evaluate import evaluate, exact_match, generate, questions
-from .compare import TOKENS, compare_graph, compare_logits, compare_npu, compare_rounded, unrounded
+from .compare import FEW, TOKENS, compare_graph, compare_logits, compare_rounded, unrounded
 from .graph import refuse
 from .heal import sharing_copy
 from .mixture import round_adapters
@@ -38,6 +38,7 @@ from .weights import HALF, PRECISIONS
 # activations explains. Of float16 graphs weights are rounded as well, and a router may choose
 # another expert where two are almost equal.
 FLOAT32, FLOAT16, ROUTED_FLOAT16, BITS16, BFLOAT16 = 1e-4, 3e-2, 6e-2, 2e-2, 5e-2
+BITS8 = 0.3              # of activations that one provider rounds to 8 bits, and another does not
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
 CHECKED = 8                              # prompts on which an export must agree with PyTorch
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
@@ -57,6 +58,7 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
     generator, found = Generator(folder), {}
     npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
     exact = unrounded(generator) if rounds and not npu else generator
+    there = Generator(folder, config.provider) if config.provider else None
     tolerance, prompts = activations_explain(config), some_prompts(source)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
@@ -74,14 +76,34 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
             seen |= compare_rounded(expected, exact, prompts, tolerance, npu * (
                 ", or too few texts showed its activations: give more --prompts"))
         show_logits(task or source.name, seen)
-        if config.compile:
-            seen |= compare_npu(generator, Generator(folder, "qnn"), prompts[0], BITS16)
+        if there and config.provider:
+            there.use(adapter)
+            seen["provider"] = compare_provider(generator, there, config.provider, prompts,
+                                                BITS8 if rounds and not npu else tolerance)
         if adapted:
             seen["exact_match"] = accuracies(config, source, generator, model, [
                 t for t in source.tasks if task in (None, t.name)])
         found[task or ""] = seen
     show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
     return found
+
+
+def compare_provider(generator: Generator, other: Generator, name: str,
+                     prompts: Sequence[Sequence[int]], tolerance: float) -> dict[str, float]:
+    """Compare a folder on another provider with the CPU, along the CPU's greedy texts.
+
+    Raises ValueError as `compare_logits` does: what a provider takes, it may compute wrongly.
+    """
+    if npu := other._npu is not None:        # an emulated one is slow
+        prompts = prompts[:1]
+    count = FEW - 1 if npu else min(TOKENS, generator.room(max(map(len, prompts))))
+    texts = [[*generator.generate(prompt, count)] for prompt in prompts]
+    found = compare_logits(generator, other, prompts, texts, tolerance, f"{name} does not compute "
+                           "what the CPU does" + " (try another T in --static 1xTxP)" * npu)
+    same = sum([*other.generate(p, count)] == text for p, text in zip(prompts, texts))
+    print(f"{name}: logits within {found['logits_error']:.1e} of the CPU's largest, {same} of "
+          f"{len(prompts)} texts the same")
+    return found | {"texts": len(prompts), "texts_equal": same}
 
 
 def activations_explain(config: ExportConfig) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -146,8 +147,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--top-k", type=natural, default=0, metavar="K", help="draw among the K likeliest tokens "
         "(default: as many as the folder's sampler gives, 64)")
     add("--seed", type=int, help="of the draws; default: another one each time")
-    add("--provider", help="onnxruntime's execution provider, such as cuda; qnn for a folder of "
-        "target npu, emulated on x86-64 (default: cpu)")
+    add("--provider", metavar="NAME[:KIND][:N]", help="cpu (default), cuda, webgpu, tensorrt, mlx, "
+        "openvino or openvino:GPU, NPU or CPU; qnn or qnn:SOC for target npu; with a number the "
+        "device of that number; auto: the best here of those that export.py --provider checked")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
@@ -177,8 +179,12 @@ def main(argv: Sequence[str]) -> None:
         serve_page(Path(args.folder), args.serve)
         return
     from .generator import Generator  # here, since --help needs no onnxruntime
+    from .providers import CPU
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
+    nodes = generator.nodes                  # slow ones of another provider ran on the CPU
+    if len(nodes) > 1 and (args.stats or re.search("Attention|MatMul|Gemm", nodes.get(CPU, ""))):
+        print(f"[{'; '.join(map(': '.join, nodes.items()))}]", file=sys.stderr)
     sampling = {name: getattr(args, name)
                 for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
     system, before = ([], "") if args.prefix is None else read_prefix(

@@ -15,6 +15,7 @@ Letters: B prompts, T new, P past tokens, S = P + T, K key/value heads, C head s
 
 import ctypes
 import os
+import sys
 import threading
 from array import array
 from collections.abc import Sequence
@@ -24,10 +25,11 @@ from typing import Any
 import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
+from ..io.files import naming
 from ..io.process import use_huge_pages
 from .folder import CACHE_TYPES, INT64, plain_file, read_info
 from .npu import NpuSteps
-from .session import CPU, enough_onnxruntime, execution_provider, open_session, opened
+from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
 
 CHUNK = 512                                  # tokens of a prompt that one step reads: bounds memory
 LARGE = 32 << 20                             # bytes of a model: more than most caches hold
@@ -40,7 +42,6 @@ class CachedModel:
 
     def __init__(self, folder: str | Path, provider: str | None = None,
                  threads: int | None = None, task: str | None = None, verify: bool = False):
-        enough_onnxruntime()
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
         # First: the graph takes the memory that this frees.
@@ -50,17 +51,22 @@ class CachedModel:
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
         # Whether attention writes new keys and values into the past.
         self._in_place = self.info["target"] == "ort" and not self.static
+        if provider == "auto":               # of those that gave the CPU's texts to export.py
+            provider = preferred(self.info.get("providers", []), self.folder / "sampler.onnx")
         self._npu = NpuSteps(self.folder, self.info, provider, threads) if (
             self.info["target"] == "npu") else None
-        name = execution_provider(None if self._npu else provider)
-        self._device = "cuda" if name == "CUDAExecutionProvider" else "cpu"
-        if self._in_place and self._device == "cuda" and self.info["cache_type"] == "float32":
-            self._device = "cpu"             # CUDA's attention takes 16 bits only: it runs here
+        device = find_device(None if self._npu else provider)
         self._session = self._npu.one if self._npu else open_session(
-            self.folder / "model.onnx", name, threads)
+            self.folder / "model.onnx", device, threads)
+        self.nodes = nodes_by_provider(self._session)
+        # The cache is where attention is: CUDA's takes 16 bits only, and leaves others to the CPU.
+        on_cpu = self._in_place and "GroupQueryAttention" in self.nodes.get(CPU, "")
+        self._memory = ("cpu", 0) if on_cpu else device.memory
+        # WebGPU on Vulkan attends wrongly to 32 new tokens: Dawn does not zero a loop's variables.
+        self._vulkan = device.name == "webgpu" and sys.platform not in ("win32", "darwin")
         large = sum(entry["bytes"] for entry in self.info["files"].values()) > LARGE
         self._huge_pages = threading.Thread(target=use_huge_pages, daemon=True) if large else None
-        self._sampler = open_session(self.folder / "sampler.onnx", CPU, 1)
+        self._sampler = open_session(self.folder / "sampler.onnx", Device(), 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
         self._inputs = {i.name: i for i in self._session.get_inputs()}
@@ -93,9 +99,12 @@ class CachedModel:
             raise ValueError(f"{self.folder} has no adapter {task!r}; present: "
                              f"{', '.join(self.tasks) or 'none'}")
         # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
-        self._file = None if task is None else opened(        # it owns the parameters' memory
-            ort.AdapterFormat.read_adapter, plain_file(self.folder, self.tasks[task]))
-        self._adapter = self._file.get_parameters() if self._file else {}
+        self._file, self._adapter = None, {}
+        if task is not None:
+            file = plain_file(self.folder, self.tasks[task])
+            with naming(f"onnxruntime cannot open {file}", Exception):
+                self._file = ort.AdapterFormat.read_adapter(str(file))
+            self._adapter = self._file.get_parameters()      # whose memory the file owns
         self._size = (0, 0)                  # of the cache, (B, P): it is to be bound anew
         self.reset()
 
@@ -118,7 +127,7 @@ class CachedModel:
                 self.info["kv_heads"], P, self.info["head_dim"]]
             value = self._past[past] = ort.OrtValue.ortvalue_from_shape_and_type(
                 [B, *shape], CACHE_TYPES[self.info["cache_type"]],
-                "cpu" if fed_back else self._device)
+                *(("cpu", 0) if fed_back else self._memory))
             if fed_back:                     # old memory: 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
             else:
@@ -148,11 +157,12 @@ class CachedModel:
         """Read more tokens of each prompt in the cache; returns their last logits (B, 1, V).
 
         Several are padded to one length: on the left; for target ort on the right, and then only
-        after `reset`. A static graph reads T tokens a step, another one CHUNK of a single prompt.
+        after `reset`. A static graph reads T tokens a step, others a chunk of a single prompt.
         An error, or Ctrl-C, empties the cache.
         """
         longest = max(map(len, rows))
-        B, T, _ = self.static or (len(rows), CHUNK if len(rows) == 1 else longest, 0)
+        chunk = longest if len(rows) > 1 else 31 if self._vulkan else CHUNK
+        B, T, _ = self.static or (len(rows), chunk, 0)
         if self.static:
             T = 1 if self._npu and longest == 1 else T       # an NPU has a graph for one token
             longest = -(-longest // T) * T
@@ -180,7 +190,7 @@ class CachedModel:
         io.bind_output("logits")
         for past in self._fed_back:
             io.bind_ortvalue_input(past, self._past[past])
-            io.bind_output(self._presents[past], self._device)
+            io.bind_output(self._presents[past], *self._memory)
         self._session.run_with_iobinding(io)
         if self._huge_pages and not self._huge_pages.ident:  # not earlier: the first token waits
             self._huge_pages.start()

@@ -65,8 +65,9 @@ def _check(info: Any) -> None:
     if info["target"] == "npu" and (info["static"][0], type(info.get("soc", 0))) != (1, int):
         raise ValueError(f"static {info['static']}, chip {info.get('soc')!r}")
     if not all(type(size) is int and 0 < size <= 1 << 24 for size in sizes) or len(
-            sizes) not in (5, 8) or not isinstance(info.get("adapters") or {}, dict):
-        raise ValueError(f"sizes {sizes}")
+            sizes) not in (5, 8) or not isinstance(info.get("adapters") or {}, dict) or {
+            type(name) for name in info.get("providers", [])} - {str}:
+        raise ValueError(f"sizes {sizes}, adapters, or providers")
 
 
 def plain_file(folder: Path, name: object) -> Path:

@@ -22,10 +22,10 @@ from .folder import FLOAT, INT64
 class Generator(CachedModel):
     """A model that `export.py --layout onnx` wrote, with its tokenizer.
 
-    provider: an execution provider of onnxruntime, as "CUDAExecutionProvider" or "cuda"; threads:
-    default, the physical cores; task: an adapter of the folder; verify: compare hashes as well as
-    sizes. `ended` says why the last generation ended: "stop" (a stop token), "max_tokens" or
-    "context". It has one cache, so it is for one thread: give each thread a generator of its own.
+    provider: as `find_device` takes it, or "auto": the best of those that the export was checked
+    on; threads: default, the physical cores; task: an adapter of the folder; verify: compare hashes
+    as well as sizes. `ended` says why the last generation ended: "stop" (a stop token),
+    "max_tokens" or "context". It has one cache: give each thread a generator of its own.
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
@@ -155,7 +155,7 @@ class Generator(CachedModel):
         """
         encoded, found = self.encoded(prompts), list[list[int]]()
         rows = self.static[0] if self.static else rows or (
-            1 if self._device == "cpu" else max(1, len(prompts)))
+            1 if self._vulkan or self._memory[0] == "cpu" else max(1, len(prompts)))
         for start in range(0, len(encoded), rows):
             part = encoded[start:start + rows]
             if start and sampling.get("seed") is not None:

@@ -7,95 +7,19 @@ Letters: T new tokens, P slots of the cache, K key/value heads, C head size, D h
 """
 
 import ctypes
-import os
-import platform
-import re
 import sys
-import tempfile
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
-from ..io.text import clean
 from .folder import INT64
-from .session import CPU, open_session
+from .providers import EMULATED, Device, find_device, open_session
 
-QNN = "QNNExecutionProvider"
-EMULATED = platform.machine().lower() in ("x86_64", "amd64")
-SOC = 60                                     # Snapdragon X Elite, unless a folder says another one
 # The CPU unpacks these weights once. Else it would fuse nodes, round activations to 8 bits, and
 # unpack 8-bit weights for every token.
 EXACT = (("session.disable_quant_qdq", "1"),)
 HALF = 2                                     # bytes of a float16
-
-
-def htp() -> tuple[str, list[Any]]:
-    """QNN's library for the HTP, and its devices. Raises ImportError if onnxruntime-qnn is missing,
-    and ValueError if there is no device."""
-    try:
-        import onnxruntime_qnn
-    except ImportError:
-        raise ImportError("QNN needs onnxruntime-qnn (Python 3.11 and glibc 2.35 or later): "
-                          "pip install 'minismoe[npu]'") from None
-    if QNN not in (device.ep_name for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(QNN, onnxruntime_qnn.get_library_path())
-    devices = [d for d in ort.get_ep_devices() if d.ep_name == QNN and (
-        EMULATED or d.device.type == ort.OrtHardwareDeviceType.NPU)]
-    if not devices:
-        raise ValueError("QNN finds no NPU here: leave out --provider or --compile")
-    return onnxruntime_qnn.get_qnn_htp_path(), devices
-
-
-def qnn_session(file: Path, soc: int, entries: Sequence[tuple[str, str]] = (),
-                ) -> ort.InferenceSession:
-    """Compile or load a graph for QNN's HTP, all of it: nothing falls back to the CPU.
-
-    soc: the chip, by Qualcomm's number. Raises ValueError with the nodes that QNN refuses.
-    """
-    backend, devices = htp()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    for key, text in ("session.disable_cpu_ep_fallback", "1"), *entries:
-        options.add_session_config_entry(key, text)
-    options.add_provider_for_devices(devices, {
-        "backend_path": backend, **({"soc_model": str(soc)} if EMULATED else {})})
-    said: list[str] = []
-    try:
-        with _captured(said):
-            session = ort.InferenceSession(str(file), options)
-    except Exception as e:                   # onnxruntime raises bare Exceptions
-        refused = dict.fromkeys(re.findall(r"name: (.*?), type: (\w+)", "".join(said)))
-        nodes = ", ".join(f"{kind} of {name or 'a node without a name'}" for name, kind in refused)
-        reason = f"it refuses {nodes}" if nodes else str(e).splitlines()[0]
-        hint = ("; if this is another chip, export again with --compile and its number"
-                if file.name.endswith(".qnn.onnx") else "")
-        raise ValueError(f"QNN cannot open {file} for the chip {soc}: {clean(reason)}{hint}"
-                         ) from None
-    session.disable_fallback()               # else a failure would print, and run on the CPU
-    return session
-
-
-@contextmanager
-def _captured(said: list[str]) -> Iterator[None]:
-    """Add what native code writes to standard output and error to `said`, instead of showing it."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    kept = os.dup(1), os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-        try:
-            yield
-        finally:
-            for number, before in enumerate(kept, start=1):
-                os.dup2(before, number)
-                os.close(before)
-            file.seek(0)
-            said.append(file.read().decode("utf-8", "replace"))
 
 
 class NpuSteps:
@@ -103,24 +27,21 @@ class NpuSteps:
 
     def __init__(self, folder: Path, info: Mapping[str, Any], provider: str | None,
                  threads: int | None):
-        self.info = info
-        name = (provider or "cpu").lower().replace("executionprovider", "")
-        if not (found := re.fullmatch(r"cpu|qnn(?::(\d+))?", name)):
-            raise ValueError(f"a folder of target npu runs on cpu, qnn or qnn:SOC, not {provider}")
-        kind, made_for, asked = name[:3], info.get("soc"), int(found[1] or 0)
-        if made_for and asked and asked != made_for:
-            raise ValueError(f"{folder} was compiled for the chip {made_for}, not {asked}: export "
-                             f"again with --compile qnn:{asked}")
-        if kind == "qnn" and EMULATED:
-            print("the HTP is emulated here: its answers are a device's, its speed is not",
+        self.info, chip = info, info.get("soc")
+        if chip and provider and provider.startswith("qnn"):
+            if provider not in ("qnn", f"qnn:{chip}"):
+                raise ValueError(f"{folder} was compiled for the chip {chip}: export again with "
+                                 f"--provider {provider}")
+            provider = f"qnn:{chip}"
+        device = find_device(provider)
+        if device.name == "qnn" and EMULATED:
+            print("the NPU is emulated here: its answers are a device's, its speed is not",
                   file=sys.stderr)
-
-        end, soc = ".qnn.onnx" if made_for else ".onnx", made_for or asked or SOC
-        self.embed = open_session(folder / "embed.onnx", CPU, threads, EXACT)
-        self.one, self.several = (
-            qnn_session(folder / f"{name}{end}", soc) if kind == "qnn"
-            else open_session(folder / f"{name}.onnx", CPU, threads, EXACT)
-            for name in ("model", "prompt"))
+        end = ".qnn.onnx" if chip and device.name == "qnn" else ".onnx"
+        self.embed, self.one, self.several = (
+            open_session(folder / name, place, threads, EXACT if place.name == "cpu" else ())
+            for name, place in (("embed.onnx", Device()), (f"model{end}", device),
+                                (f"prompt{end}", device)))
 
     def step(self, tokens: Sequence[int | None], seen: int, cache: Mapping[str, Any]) -> Any:
         """Logits (1, 1, V) after T tokens, None on the left for padding, that follow `seen` others.

@@ -6,7 +6,7 @@
 Prints exact match as the export measured it on the CPU; then for the first test lines of each task
 whether the HTP's text is the CPU's, and seconds (of the emulation: no device's); then the logits of
 OpenVINO beside onnxruntime's, and what onnxruntime's checker says about phones. Needs the extras
-npu and test. --lines 0 leaves the HTP out.
+accelerators and test. --lines 0 leaves the HTP out.
 """
 
 import argparse

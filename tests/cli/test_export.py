@@ -138,20 +138,23 @@ def test_an_npu_folder(run: Path, tmp_path: Path, flags: str) -> None:
         (tmp_path / "lines").write_text("say 5\nsay 77\nsing\nwhat?\nsay 6\n")
         args += [str(tmp_path / "lines")]
     elif find_spec("onnxruntime_qnn") and "w4a16" not in flags:   # QNN takes whole blocks only
-        args += ["--compile", "qnn:60"]
+        args += ["--provider", "qnn:60"]
     export.main([str(run), "--out", str(out), "--target", "npu", *args])
     info = read_info(out, verify=True)
     assert info["static"] == ([1, 8, 64] if "--static" in args else [1, 64, 128])
     assert info["precision"] == (args[1] if "--precision" in args else "w8a16")
     seen = info["checked"][""]
     assert seen.get("rounded_error", 0) < 0.02 and set(seen["exact_match"]) == {"number", "twice"}
-    assert ("compiled_error" in seen) == ("--compile" in args) == (out / "model.qnn.onnx").exists()
+    assert ("provider" in seen) == ("--provider" in args) == (out / "model.qnn.onnx").exists()
+    assert info.get("soc") == (60 if "provider" in seen else None)
     assert list(Generator(out, threads=1).generate(PROMPT, 4))
 
 
-def test_what_compiles_and_computes_something_else_is_refused() -> None:
-    """`compare_npu` reads the same text with both, and compares."""
+def test_a_provider_that_computes_something_else_is_refused(capsys) -> None:
+    """`compare_provider` reads the same text with both, and compares."""
     class Given:
+        _npu, room = True, abs
+
         def __init__(self, factor: float):
             self.factor = factor
 
@@ -163,12 +166,15 @@ def test_what_compiles_and_computes_something_else_is_refused() -> None:
                     for _ in range(len(text) + 1))
 
     with mock.patch.object(compare, "Generator", Given):
-        found = compare.compare_npu(Given(1), Given(1.001), [1, 2], verify.BITS16)
-        assert found["compiled_error"] < 2e-3
-        with pytest.raises(ValueError, match="not what the CPU computes.*--static 1xTxP"):
-            compare.compare_npu(Given(1), Given(1.1), [1, 2], verify.BITS16)
-        with pytest.raises(ValueError, match="not what the CPU computes"):
-            compare.compare_npu(Given(1), Given(math.nan), [1, 2], verify.BITS16)
+        def compared(factor: float) -> dict[str, float]:
+            return verify.compare_provider(Given(1), Given(factor), "qnn", [[1, 2]], 2e-2)
+
+        found = compared(1.001)
+        assert found["logits_error"] < 2e-3 and found["texts_equal"] == found["texts"] == 1
+        assert "qnn: logits within 1.0e-03 of the CPU's largest, 1 of 1" in capsys.readouterr().out
+        for factor in (1.1, math.nan):
+            with pytest.raises(ValueError, match="qnn does not compute what the CPU.*--static 1xT"):
+                compared(factor)
 
 
 def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> None:
@@ -555,8 +561,8 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--routing dynamic --fit linear", "--routing dynamic freezes nothing: leave out --fit"),
     ("--target npu --precision int4", "--precision int4 needs --target ort or portable"),
     ("--precision w8a16", "--precision w8a16 needs --target npu"),
-    ("--compile qnn:60", "--compile needs --target npu"),
-    ("--target npu --compile 60", "invalid qnn:SOC value"),
+    ("--provider qnn:60", "--provider qnn needs --target npu"),
+    ("--layout hf --provider webgpu", "holds no graph: leave out --provider"),
     ("--target npu --static 2x8x64", "--static with several prompts needs --target portable"),
     ("--target npu --static 1x8x64 --context 64", "leave out --context"),
     ("--target npu --layout genai", "--layout genai needs --target ort or portable"),
@@ -603,7 +609,8 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_work(
     ("--prompts nowhere.txt", "nowhere.txt"),
     ("--target npu --static 1x8x32", "--static with 32 past positions: .* need 4[0-9]"),
     ("--target portable --block 128", "--block 128: rows of 32 weights are no whole blocks"),
-    ("--target npu --compile qnn:60", "QNN needs onnxruntime-qnn"),
+    ("--target npu --provider qnn:60", "needs Python 3.11, and pip install onnxruntime-qnn"),
+    ("--provider nowhere", "there is no provider nowhere, but .*cpu"),
 ])
 def test_errors_come_before_the_work(run: Path, flags: str, reason: str,
                                      monkeypatch: pytest.MonkeyPatch) -> None:

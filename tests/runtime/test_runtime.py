@@ -20,6 +20,7 @@ from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator, cache
 from minismoe.runtime.generator import _draw
+from minismoe.runtime.providers import CPU, Device
 
 PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
 LORA = "model.layers.0.mlp.up_proj"
@@ -63,9 +64,9 @@ def test_how_many_prompts_are_read_at_once(folders, monkeypatch, kind, device, r
     generator, read = Generator(folders[kind], threads=1), []
     step, make = generator.step, ort.OrtValue.ortvalue_from_shape_and_type
     monkeypatch.setattr(generator, "step", lambda rows: read.append(len(rows)) or step(rows))
-    monkeypatch.setattr(generator, "_device", device)
+    monkeypatch.setattr(generator, "_memory", (device, 0))
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type",
-                        lambda shape, kind, _: make(shape, kind, "cpu"))
+                        lambda shape, kind, *_: make(shape, kind, "cpu"))
     generator.batch([b"abc", b"defg", b"h"], 1, rows=rows)
     assert read == sizes
 
@@ -125,16 +126,16 @@ def test_a_static_past_begins_as_zeros_whatever_the_device(folders, monkeypatch)
     expected = list(generator.generate(PROMPTS[1], 8))
     make = ort.OrtValue.ortvalue_from_shape_and_type
 
-    def dirty(shape, kind, device) -> ort.OrtValue:
-        value = make(shape, kind, device)
+    def dirty(*sizes: object) -> ort.OrtValue:
+        value = make(*sizes)
         ctypes.memset(value.data_ptr(), 0xff, value.tensor_size_in_bytes())      # nan
         return value
 
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", dirty)
-    monkeypatch.setattr(generator, "_device", "cuda")
+    monkeypatch.setattr(generator, "_memory", ("cuda", 0))
     generator.reset()
     assert not any(torch.from_dlpack(value).any() for value in generator._past.values())
-    monkeypatch.setattr(generator, "_device", "cpu")
+    monkeypatch.setattr(generator, "_memory", ("cpu", 0))
     assert list(generator.generate(PROMPTS[1], 8)) == expected
 
 
@@ -149,27 +150,15 @@ def test_an_emptied_cache_is_used_again_and_not_read(folders) -> None:
     assert {name: value.data_ptr() for name, value in generator._past.items()} == before
 
 
-@pytest.mark.parametrize("kind, cache_type, device", [
-    ("ort", "float32", "cpu"), ("ort", "float16", "cuda"), ("portable", "float32", "cuda")])
-def test_the_cache_is_where_attention_is(model, tmp_path, monkeypatch, kind, cache_type,
-                                         device) -> None:
-    folder = export(model, tmp_path / "f", kind)
-    describe(folder, cache_type=cache_type)
-    monkeypatch.setattr(cache, "execution_provider", lambda name: "CUDAExecutionProvider")
-    opened = cache.open_session
-    monkeypatch.setattr(cache, "open_session", lambda file, name, threads: opened(
-        file, "CPUExecutionProvider", threads))
-    for name in ("_fits", "use"):
-        monkeypatch.setattr(Generator, name, lambda *args: None)
-    assert Generator(folder)._device == device
-
-
-def test_a_provider_that_does_not_start_is_named(folders, monkeypatch) -> None:
-    """onnxruntime would go on with the CPU in silence."""
-    monkeypatch.setattr(cache, "execution_provider", lambda name: "CUDAExecutionProvider")
-    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
-    with pytest.raises(ValueError, match="cannot start CUDAExecutionProvider: a library or the"):
-        Generator(folders["ort"])
+@pytest.mark.parametrize("kind, on_cpu, memory", [
+    ("ort", True, "cpu"), ("ort", False, "cuda"), ("portable", True, "cuda")])
+def test_the_cache_is_where_attention_is(folders, monkeypatch, kind, on_cpu, memory) -> None:
+    """CUDA's attention takes 16 bits only, and leaves 32 bits to the CPU."""
+    monkeypatch.setattr(cache, "find_device", lambda name: Device("cuda", memory=("cuda", 0)))
+    monkeypatch.setattr(cache, "nodes_by_provider", lambda session: {
+        CPU: "2 GroupQueryAttention" if on_cpu else "2 Sub"})
+    monkeypatch.setattr(Generator, "use", lambda *args: None)
+    assert Generator(folders[kind])._memory == (memory, 0)
 
 
 def test_no_prompt_has_no_text(generator) -> None:

@@ -1,0 +1,174 @@
+"""onnxruntime's execution providers: its own, and plugins, which are packages; and its sessions."""
+
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnxruntime as ort
+
+from ..io.text import clean
+
+CPU = "CPUExecutionProvider"
+PLUGINS = {                                  # package, and onnxruntime's name of its provider
+    "webgpu": ("onnxruntime-ep-webgpu", "WebGpuExecutionProvider"),            # any GPU
+    "openvino": ("onnxruntime-ep-openvino", "OpenVINOExecutionProvider"),      # Intel
+    "qnn": ("onnxruntime-qnn", "QNNExecutionProvider"),                        # Qualcomm's NPUs
+    "tensorrt": ("onnxruntime-ep-nv-tensorrt-rtx", "NvTensorRTRTXExecutionProvider"),     # NVIDIA
+    "mlx": ("onnxruntime-ep-mlx", "MLXExecutionProvider")}                     # Apple
+KINDS = ("GPU", "NPU", "CPU")                # of devices, the preferred ones first
+MEMORY = {"cuda": "cuda", "tensorrt": "cuda", "webgpu": "webgpu"}    # of a cache; others: "cpu"
+OPTIONS = {"openvino": {"load_config": json.dumps(                   # else it rounds as it likes
+    dict.fromkeys(KINDS, {"EXECUTION_MODE_HINT": "ACCURACY"}))}}
+# On x86-64, qnn emulates an NPU: the results are a device's, the speed is not.
+EMULATED = platform.machine().lower() in ("x86_64", "amd64")
+SOC = 60                                     # Snapdragon X Elite, unless a folder says another one
+load_library = cache(ort.register_execution_provider_library)        # twice is an error
+
+
+class Device(NamedTuple):
+    """One device of a provider."""
+
+    name: str = "cpu"                        # of the provider, as find_device takes it
+    ep: str = CPU                            # the same as onnxruntime calls it
+    plugin: Any = None                       # its OrtEpDevice; None where onnxruntime lists none
+    memory: tuple[str, int] = ("cpu", 0)     # where a cache stays: kind and number
+    options: Mapping[str, str] = {}          # of the provider
+
+
+def find_device(asked: str | None) -> Device:
+    """The device that NAME[:KIND][:NUMBER] means, as webgpu:1 or openvino:GPU; None: the CPU.
+
+    qnn's number is that of a chip. Raises ImportError if onnxruntime is too old to share memory,
+    or the package of a plugin is missing; ValueError for a name or a device that is not here.
+    """
+    if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 30):              # it would crash
+        raise ImportError(f"onnxruntime {ort.__version__} is too old: install 1.30 or later, which "
+                          "needs Python 3.11 or later")
+    name, *rest = (asked or "cpu").lower().replace("executionprovider", "").split(":")
+    if name == "cpu" and not rest:
+        return Device()
+    kind = next((part.upper() for part in rest if not part.isdecimal()), "")
+    number = next((int(part) for part in rest if part.isdecimal()), 0)
+    own = {ep.lower().removesuffix("executionprovider"): ep for ep in ort.get_available_providers()}
+    if name not in own.keys() | PLUGINS:
+        here = own.keys() | {n for n, (p, _) in PLUGINS.items() if find_spec(p.replace("-", "_"))}
+        raise ValueError(f"there is no provider {name}, but {', '.join(sorted(here))}; more with "
+                         "pip install onnxruntime-gpu or 'minismoe[accelerators]'")
+    options, memory = OPTIONS.get(name, {}), MEMORY.get(name, "cpu")
+    package, ep = PLUGINS.get(name) or ("onnxruntime", own[name])
+    module = _loaded(*PLUGINS[name]) if name in PLUGINS else None
+    if module and name == "qnn":
+        options = {"backend_path": module.get_qnn_htp_path()}
+        options |= {"soc_model": str(number or SOC)} if EMULATED else {}
+        kind, number = "" if EMULATED else "NPU", 0
+    listed = [d for d in ort.get_ep_devices() if d.ep_name == ep]
+    found = sorted((d for d in listed if kind in ("", d.device.type.name)),
+                   key=lambda d: KINDS.index(d.device.type.name))
+    if not listed and not rest and name in own.keys() - PLUGINS:     # it lists few of its own
+        return Device(name, ep, None, (memory, 0))
+    if number >= len(found):
+        raise ValueError(f"there is no device {asked}, or its driver is missing: {package} finds "
+                         f"{', '.join(d.device.type.name for d in listed) or 'none'}")
+    return Device(name, ep, found[number], (memory, 0 if name == "webgpu" else number), options)
+
+
+def _loaded(package: str, ep: str) -> Any:
+    """The module of a plugin's package, whose library onnxruntime has loaded."""
+    try:
+        module = import_module(package.replace("-", "_"))
+    except ImportError:
+        raise ImportError(f"{ep} needs Python 3.11, and pip install {package}") from None
+    library = getattr(module, "library_path", None) or module.get_library_path   # mlx, and others
+    with captured([]):
+        load_library(ep, library())
+    return module
+
+
+def preferred(names: Sequence[str], graph: Path) -> str:
+    """That one of the providers `names` which onnxruntime prefers here; "cpu" if none is here."""
+    found, options, chosen = dict[str, str](), ort.SessionOptions(), list[str]()
+    for name in names:
+        with suppress(Exception):            # onnxruntime raises bare ones
+            found[find_device(name).ep] = name
+    options.set_provider_selection_policy(ort.OrtExecutionProviderDevicePolicy.PREFER_GPU)
+    with suppress(Exception), captured([]):  # an emulated NPU is not chosen, but raises
+        chosen = ort.InferenceSession(str(graph), options).get_providers()
+    return next((found[ep] for ep in chosen if ep in found), "cpu")
+
+
+def open_session(file: Path, device: Device, threads: int | None,
+                 entries: Sequence[tuple[str, str]] = ()) -> ort.InferenceSession:
+    """Open a graph on a device. Nodes that its provider does not take run on the CPU, but on qnn.
+
+    threads: default, the physical cores; entries: settings of the session. Raises ValueError if the
+    provider cannot open the graph, or takes none of its nodes.
+    """
+    options, said = ort.SessionOptions(), [""]
+    if threads is None:                      # 0: physical cores; a number if we may use fewer
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        threads = allowed if allowed < (os.cpu_count() or 1) else 0
+    options.intra_op_num_threads = min(threads, 8 * (os.cpu_count() or 1))     # 100,000 hang
+    options.log_severity_level = 3           # errors only
+    for key, text in (*entries, ("session.record_ep_graph_assignment_info", "1"),
+                      ("session.disable_cpu_ep_fallback", str(int(device.name == "qnn")))):
+        options.add_session_config_entry(key, text)
+    if device.plugin:
+        options.add_provider_for_devices([device.plugin], device.options)
+    providers: Any = None if device.plugin else list(dict.fromkeys((device.ep, CPU)))
+    if device.name == "cuda":
+        ort.preload_dlls()                   # those of pip's packages
+    try:
+        with captured(said) if device.ep != CPU else nullcontext():
+            # Without enable_fallback=0, a failure would print, and the CPU run the graph.
+            session = ort.InferenceSession(str(file), options, providers, enable_fallback=0)
+    except Exception as e:                   # onnxruntime raises bare Exceptions
+        text = f"{e}\n{said[-1]}"            # names nodes that qnn refuses, or openvino's operators
+        reason = re.sub(r".*(?:FAIL : |was false\. )", "", text.splitlines()[0])
+        if refused := [*dict.fromkeys(re.findall(r"(?:name: |failed for: )([\w./]+)", text))]:
+            reason = (f"it refuses {', '.join(refused[:3])}{' and others' * (len(refused) > 3)}; "
+                      "qnn takes --target npu, and others --target portable")
+        raise ValueError(f"onnxruntime cannot open {file} on {device.name}: {clean(reason)}"
+                         ) from None
+    if device.ep not in nodes_by_provider(session):
+        raise ValueError(f"{device.name} takes no node of {file}: a library or the device is "
+                         "missing")
+    return session
+
+
+def nodes_by_provider(session: ort.InferenceSession) -> dict[str, str]:
+    """{onnxruntime's name of a provider: how many nodes run there, and of which operators}."""
+    found: dict[str, Counter[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        found.setdefault(part.ep_name, Counter()).update(n.op_type for n in part.get_nodes())
+    return {ep: f"{ops.total()} nodes ({', '.join(f'{n} {op}' for op, n in ops.most_common())})"
+            for ep, ops in found.items()}
+
+
+@contextmanager
+def captured(said: list[str]) -> Iterator[None]:
+    """Add what native code writes to standard output and error to `said`, instead of showing it."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        for number in kept:
+            os.dup2(file.fileno(), number)
+        try:
+            yield
+        finally:
+            for number, before in kept.items():
+                os.dup2(before, number)
+                os.close(before)
+            file.seek(0)
+            said.append(file.read())

@@ -1,0 +1,226 @@
+"""Plugin providers, on software where there is no device: the CPU's texts, and what ran where."""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from accelerators import needs
+from exported import KINDS, command, describe, export, random_model
+from tiny import BYTES, FAMILIES, random_hf
+
+from export import main
+from minismoe import generate, load_model
+from minismoe.export.compare import logits, unrounded
+from minismoe.method.experts import ExpertLinear, linear_layers
+from minismoe.model.decoder import CausalLM
+from minismoe.runtime import Generator, providers
+from minismoe.runtime import __main__ as terminal
+from minismoe.runtime.providers import CPU, Device, find_device, open_session
+
+PROVIDERS = [pytest.param(name, marks=needs(name)) for name in ("webgpu", "openvino")]
+# The second is longer than what WebGPU reads at once on Vulkan.
+PROMPTS = [b"some words", b"longer: the quick brown fox jumps"]
+TOLERANCES = {"fp32": 1e-5, "int8": 1e-5, "int4": 1e-5, "fp16": 3e-2}     # of the largest logit
+# What onnxruntime's own operators need of attention, and sizes without which families are alike.
+SIZES = {"vocab_size": BYTES["vocab_size"], "hidden_size": 64, "head_dim": 16, "eos_token_id": 257,
+         "mamba_n_heads": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return random_model(seed=3)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_texts_are_those_of_torch(model, folders, kind, provider) -> None:
+    generator = Generator(folders[kind], provider, threads=1)
+    expected = generate(model, PROMPTS, 12, generator.tokenizer.stop_ids)
+    assert [list(generator.generate(p, 12)) for p in PROMPTS] == expected
+    assert generator.batch(PROMPTS, 12) == expected
+    longer = [*PROMPTS[1], *expected[1][:3], *b"xyz"]                    # from what is cached
+    assert list(generator.generate(longer, 8)) == generate(
+        model, [longer], 8, generator.tokenizer.stop_ids)[0]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("llama_tied", "smollm2")])
+def test_each_family_says_what_torch_says(tmp_path, family, provider) -> None:
+    random_hf(family, **SIZES).save_pretrained(tmp_path / "hf")
+    model = load_model(tmp_path / "hf")
+    generator = Generator(export(model, tmp_path / "onnx"), provider, threads=1)
+    expected = generate(model, PROMPTS, 8, generator.tokenizer.stop_ids)
+    assert [list(generator.generate(p, 8)) for p in PROMPTS] == expected
+    assert re.findall(r"\w*(?:Attention|MatMul|Gemm)\w*", generator.nodes.get(CPU, "")) == (
+        ["GroupQueryAttention"] if provider == "openvino" else [])
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_logits_are_those_of_the_cpu(model, tmp_path, precision, provider) -> None:
+    """Without the rounding of activations to 8 bits that the CPU does in few bits."""
+    folder = export(model, tmp_path / "f", precision=precision)
+    if (provider, precision) == ("openvino", "fp16"):
+        with pytest.raises(ValueError, match="on openvino: it refuses com.microsoft.QuickGelu; "
+                                             "qnn .*, and others --target portable"):
+            Generator(folder, provider)
+        return
+    exact, generator = (Generator(folder, name, threads=1) for name in (None, provider))
+    exact = unrounded(exact)
+    for prompt in PROMPTS:
+        text = list(exact.generate(prompt, 12))
+        wanted, found = (logits(g, list(prompt), text) for g in (exact, generator))
+        assert (found - wanted).abs().max() < TOLERANCES[precision] * wanted.abs().max()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("kind", ["ort", "static"])
+def test_experts_beside_matrices(model, tmp_path, kind, provider) -> None:
+    torch.manual_seed(0)
+    experts = {name: ExpertLinear(layer, 1 + n % 4, 4, 8.0, 2)
+               for n, (name, layer) in enumerate(linear_layers(model).items())}
+    for layer in experts.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    folder = export(model, tmp_path / "f", kind, **experts)
+    on_cpu, there = (Generator(folder, name, threads=1) for name in (None, provider))
+    text = list(on_cpu.generate(PROMPTS[1], 12))
+    wanted, found = (logits(g, list(PROMPTS[1]), text) for g in (on_cpu, there))
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@needs("webgpu")
+def test_a_cache_stays_on_the_gpu(folders) -> None:
+    """One buffer for the whole context, or the one that the step before gave."""
+    shared, fed_back = (Generator(folders[k], "webgpu", threads=1) for k in ("ort", "portable"))
+    before = {name: id(value) for name, value in shared._past.items()}
+    for generator in (shared, fed_back):
+        list(generator.generate(PROMPTS[0], 4))
+        assert {value.device_name() for value in generator._past.values()} == {"webgpu"}
+    assert {name: id(value) for name, value in shared._past.items()} == before
+
+
+@needs("webgpu")
+def test_stats_say_what_ran_where(folders, generator) -> None:
+    """Native libraries say nothing beside it."""
+    prompt = generator.tokenizer.render([{"role": "user", "content": "hello"}], True)
+    expected = "".join(generator.text(generator.generate(prompt, 8))) + "\n"
+    plain, stats = (command(folders["ort"], "hello", "--max-tokens", "8", "--provider", "webgpu",
+                            *more) for more in ((), ("--stats",)))
+    assert (plain.stdout, plain.stderr, stats.stdout) == (expected, "", expected)
+    assert re.match(r"\[WebGpuExecutionProvider: 25 nodes \(.*2 GroupQueryAttention.*\); "
+                    r"CPUExecutionProvider: 12 nodes \(2 \w+, .*\)\]\n", stats.stderr)
+
+
+@needs("openvino")
+def test_what_takes_long_on_the_cpu_is_said_in_any_case(folders, capsys) -> None:
+    said = r"\[OpenVINO.*: 35 nodes \(.*\); CPU.*: 2 nodes \(2 GroupQueryAttention\)\]\n"
+    for kind, expected in ("portable", ""), ("ort", said):
+        terminal.main([str(folders[kind]), "hello", "--max-tokens", "2", "--provider", "openvino"])
+        assert re.fullmatch(expected, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("precision", ["int4", "fp32"])
+def test_an_export_is_checked_there_as_well(tmp_path, monkeypatch, capsys, precision, provider,
+                                            ) -> None:
+    """The embedded default."""
+    monkeypatch.chdir(tmp_path)
+    main(["--precision", precision, "--provider", provider, "--out", "out"])
+    said = capsys.readouterr().out
+    assert re.search(rf"{provider}: logits within \S+ of the CPU's largest, 3 of 3 texts the", said)
+    assert said.endswith(f"python -m minismoe.runtime out --chat --provider {provider}\n")
+    info = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert info["providers"] == [provider]
+    seen = info["checked"][""]["provider"]
+    assert seen["logits_error"] < (0.05 if precision == "int4" else 1e-5)
+
+
+@needs("webgpu")
+def test_auto_is_the_best_of_those_that_were_checked(model, tmp_path) -> None:
+    folder = export(model, tmp_path / "f")
+    assert Generator(folder, "auto")._memory == ("cpu", 0)
+    for names in ["qnn"], ["mlx"], ["openvino:NPU"]:     # none that onnxruntime takes
+        describe(folder, providers=names)
+        assert Generator(folder, "auto")._memory == ("cpu", 0)
+    describe(folder, providers=["mlx", "webgpu"])
+    assert Generator(folder, "auto")._memory == ("webgpu", 0)
+    assert Generator(folder)._memory == ("cpu", 0)
+
+
+@pytest.mark.parametrize("asked, message", [
+    ("nowhere", r"no provider nowhere, but .*cpu.*; more with pip install onnxruntime-gpu or '"),
+    ("cpu:1", "no device cpu:1, or its driver is missing: onnxruntime finds CPU"),
+    ("cpu:fast", "no device cpu:fast, or its driver is missing: onnxruntime finds CPU"),
+    pytest.param("webgpu:7", "no device webgpu:7,.* onnxruntime-ep-webgpu finds [CG]PU",
+                 marks=needs("webgpu")),
+    pytest.param("openvino:NPU", "no device openvino:NPU.*finds CPU", marks=needs("openvino"))])
+def test_what_is_not_here_is_named(asked, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_device(asked)
+
+
+def test_devices_are_chosen_by_kind_and_number(monkeypatch) -> None:
+    devices = [SimpleNamespace(ep_name="OpenVINOExecutionProvider", device=SimpleNamespace(
+        type=SimpleNamespace(name=kind))) for kind in ("CPU", "GPU", "GPU", "NPU")]
+    monkeypatch.setattr(providers, "_loaded", lambda package, ep: None)
+    monkeypatch.setattr(ort, "get_ep_devices", lambda: devices)
+    for asked, number in (("openvino", 1), ("openvino:1", 2), ("OpenVINO:gpu:1", 2),
+                          ("openvino:NPU", 3), ("openvino:CPU", 0), ("openvino:2", 3)):
+        assert find_device(asked).plugin is devices[number]
+    with pytest.raises(ValueError, match="no device openvino:GPU:2,.* finds CPU, GPU, GPU, NPU"):
+        find_device("openvino:GPU:2")
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch) -> None:
+    for name, (package, _) in providers.PLUGINS.items():
+        monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+        with pytest.raises(ImportError, match=f"needs .*, and pip install {package}$"):
+            find_device(name)
+
+
+@needs("webgpu")
+@pytest.mark.parametrize("settings, message", [
+    ({"VK_DRIVER_FILES": "/nowhere"}, "model.onnx on webgpu: Failed to get a WebGPU adapter"),
+    ({"ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER": "0"}, "no device webgpu, or its driver is mis")])
+def test_a_broken_driver_is_one_line(folders, monkeypatch, settings, message) -> None:
+    if find_device("webgpu").plugin.device.type.name != "CPU":
+        pytest.skip("a GPU is here")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    run = command(folders["ort"], "hello", "--provider", "webgpu")
+    assert run.returncode == 1 and re.fullmatch(f"error: .*{message}.*\n", run.stderr), run.stderr
+
+
+@needs("webgpu")
+def test_a_graph_of_which_nothing_runs_there_is_refused(tmp_path) -> None:
+    """onnxruntime would run it on the CPU in silence."""
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Unique", ["x"], ["y"])], "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n"])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["m"])])
+    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=[
+        onnx.helper.make_opsetid("", 21)]), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="webgpu takes no node of .*model.onnx"):
+        open_session(tmp_path / "model.onnx", find_device("webgpu"), 1)
+
+
+@needs("qnn")
+def test_a_graph_that_is_not_for_an_npu_is_refused_in_one_line(folders) -> None:
+    run = command(folders["ort"], "hello", "--provider", "qnn")
+    assert run.returncode == 1 and re.fullmatch(
+        "error: .* on qnn: it refuses /.* and others; qnn takes --target npu, .*\n", run.stderr)
+
+
+def test_one_of_onnxruntime_itself_that_does_not_start_is_named(folders, monkeypatch) -> None:
+    """It would print a warning, and go on with the CPU."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    assert find_device("cuda") == Device("cuda", "CUDAExecutionProvider", None, ("cuda", 0))
+    with pytest.warns(UserWarning, match="CUDA"), pytest.raises(
+            ValueError, match="cuda takes no node of .*model.onnx: a library or the device is mis"):
+        Generator(folders["ort"], "CUDAExecutionProvider")
