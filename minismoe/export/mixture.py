@@ -76,9 +76,9 @@ class LinearLayers:
             "Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.graph.real))
 
     def adapter_input(self, name: str, x: str, outputs: int, inputs: int) -> str:
-        """The LoRA that comes as an input of the graph; its default has rank 0 and adds nothing."""
-        A = self.tensor(f"{name}.lora_A", torch.empty(inputs, 0))
-        B = self.tensor(f"{name}.lora_B", torch.empty(0, outputs))
+        """The LoRA that comes as an input; by default zeros of rank 1: WebGPU crashes at rank 0."""
+        A = self.tensor(f"{name}.lora_A", torch.zeros(inputs, 1))
+        B = self.tensor(f"{name}.lora_B", torch.zeros(1, outputs))
         if name in self.adapters:
             rank = f"{name}.rank"
             self.graph.inputs += [make_tensor_value_info(A, TensorProto.FLOAT, [inputs, rank]),

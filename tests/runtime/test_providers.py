@@ -16,7 +16,10 @@ from tiny import BYTES, FAMILIES, random_hf
 from export import main
 from minismoe import generate, load_model
 from minismoe.export.compare import logits, unrounded
+from minismoe.export.layouts import write_adapter
+from minismoe.export.mixture import AdapterInput
 from minismoe.method.experts import ExpertLinear, linear_layers
+from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator, providers
 from minismoe.runtime import __main__ as terminal
@@ -91,6 +94,23 @@ def test_experts_beside_matrices(model, tmp_path, kind, provider) -> None:
     text = list(on_cpu.generate(PROMPTS[1], 12))
     wanted, found = (logits(g, list(PROMPTS[1]), text) for g in (on_cpu, there))
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@needs("webgpu")
+def test_adapters_are_switched(model, tmp_path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    folder = export(model, tmp_path / "f", **{name: AdapterInput()})
+    torch.manual_seed(0)
+    write_adapter(folder / "0.onnx_adapter", {
+        name: Fit(torch.randn(4, 64) * 0.3, torch.randn(48, 4) * 0.3)})
+    describe(folder, adapters={"t": "0.onnx_adapter"})
+    said = []
+    for provider in (None, "webgpu"):
+        generator = Generator(folder, provider, threads=1)
+        for task in (None, "t", None):
+            generator.use(task)
+            said.append(list(generator.generate(PROMPTS[0], 12)))
+    assert said[:3] == said[3:] and said[0] == said[2] != said[1]
 
 
 @needs("webgpu")
