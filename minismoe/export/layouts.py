@@ -206,8 +206,7 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
     """Move out/model.onnx to where transformers.js looks for it, name it in out/config.json, and
     add the page that loads it.
 
-    Several precisions can go to the same folder; the last one is the default, and q4f16 is that of
-    WebGPU.
+    Several precisions can go to the same folder: the last one is the default; q8 is for WASM alone.
     """
     for part in Path(__file__).with_name("page").iterdir():
         shutil.copyfile(part, out / part.name)               # without its mode: it may be read-only
@@ -230,7 +229,7 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
     config = read_json(out / "config.json")
     ours = config.setdefault("transformers.js_config", {})
     ours["dtype"] = dtype
-    if dtype == "q4f16":
+    if dtype != "q8":
         ours["device_config"] = {"webgpu": {"dtype": dtype}}
     ours.setdefault("use_external_data_format", {})[name] = 1        # how many data files
     ours.setdefault("kv_cache_dtype", {})[dtype] = cache_type        # version 3 asks for it

@@ -486,7 +486,8 @@ def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: 
     write_web(tmp_path / "out", "fp32")
     found = json.loads((tmp_path / "out/config.json").read_text())["transformers.js_config"]
     assert found == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1},
-                     "kv_cache_dtype": {"fp32": "float32"}}
+                     "kv_cache_dtype": {"fp32": "float32"},
+                     "device_config": {"webgpu": {"dtype": "fp32"}}}
 
 
 @needs_node

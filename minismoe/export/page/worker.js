@@ -63,6 +63,9 @@ async function library() {
 
 const BURST = 200;                       // ms: "stop" is heard between calls of the model
 
+// Tokens of a prompt that WebGPU reads at once. On Vulkan, as on Android and Linux, it attends wrongly
+// to 32 and more: Dawn's compiler does not set the variables of a shader's loop to zero again.
+let most;
 let model, tokenizer, context, stopped, parts;
 
 async function load(data) {
@@ -74,8 +77,10 @@ async function load(data) {
   env.backends.onnx.wasm.numThreads = threads;
   const config = await AutoConfig.from_pretrained(".");
   const adapter = await navigator.gpu?.requestAdapter();
-  const gpu = adapter?.features.has("shader-f16") &&
-    config["transformers.js_config"].device_config?.webgpu;
+  const dtype = adapter && config["transformers.js_config"].device_config?.webgpu?.dtype;
+  const lacks = /fp?16$/.test(dtype) && !adapter.features.has("shader-f16");
+  const gpu = dtype && !lacks;
+  most = gpu ? 31 : Infinity;
   const files = {};
   const progress_callback = event => {
     if (event.status !== "progress") return;
@@ -87,7 +92,7 @@ async function load(data) {
   model = await AutoModelForCausalLM.from_pretrained(
     ".", { config, device: gpu ? "webgpu" : "wasm", progress_callback });
   ({ context } = data);
-  self.postMessage({ is: "ready", on: gpu ? "WebGPU" : "WASM", threads });
+  self.postMessage({ is: "ready", on: gpu ? "WebGPU" : "WASM", threads, lacks });
 }
 
 async function ask({ messages }) {
@@ -117,7 +122,8 @@ async function* answer(ids, room) {
   const { port1, port2 } = new MessageChannel();
   stopped = false;
   try {
-    for (let seen = 0, count = 1, found; room && !stopped; room -= found.length) {
+    for (let seen = 0, count = 1, rest = ids, found; room && !stopped; room -= found.length) {
+      [ids, rest, found] = [rest.slice(0, most), rest.slice(most), []];
       const start = performance.now(), mask = new BigInt64Array(seen += ids.length).fill(1n);
       if (several) mask[seen - 1] = BigInt(count);
       const { logits, tokens, ...present } = await model.forward({
@@ -125,11 +131,12 @@ async function* answer(ids, room) {
         attention_mask: new Tensor("int64", mask, [1, seen]), past_key_values: past });
       past.update(Object.fromEntries(Object.entries(present).map(([name, values]) => [
         name.replace("present_conv", "past_conv").replace("present", "past_key_values"), values])));
+      if (rest.length) continue;
       found = tokens ? [...tokens.data] : [BigInt(logits.data.reduce(
         (best, value, id, all) => value > all[best] ? id : best, 0))];
       yield found;
       if (stops.includes(found.at(-1))) break;
-      ids = found.slice(-1);
+      rest = found.slice(-1);
       seen += found.length - 1;
       const fit = Math.floor(BURST * found.length / (performance.now() - start));
       count = Math.min(room - found.length, Math.max(1, Math.min(fit, 16)));
