@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accelerators import needs
 from safetensors import safe_open
 from tiny import CHATML, random_hf
 from torch import Tensor
@@ -383,6 +384,34 @@ def test_genai_says_the_same_and_stops(any_run: Run, tmp_path: Path, target: str
     assert prompt == any_run.prompt
     assert tokens == [*any_run.tokens, tokenizer.stop_ids[-1]]
     assert text.removesuffix("<|im_end|>").removesuffix("<|end|>") == any_run.text
+
+
+# In a process of its own: a provider's library serves one of the two onnxruntimes only.
+ON_WEBGPU = """
+import sys, onnxruntime_ep_webgpu, onnxruntime_genai as og
+og.register_execution_provider_library("webgpu", onnxruntime_ep_webgpu.get_library_path())
+config = og.Config(sys.argv[1])
+config.append_provider("webgpu")
+config.overlay('{"search": {"chunk_size": 31}}')         # tokens a step, as the runtime reads them
+params = og.GeneratorParams(model := og.Model(config))
+params.set_search_options(max_length=len(sys.argv) - 2 + int(sys.argv[2]))
+generator = og.Generator(model, params)
+generator.append_tokens(list(map(int, sys.argv[3:])))
+while not generator.is_done():
+    generator.generate_next_token()
+    print(*generator.get_next_tokens())
+"""
+
+
+@needs("webgpu")
+def test_genai_says_the_same_on_webgpu(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    tokenizer = decoder(run, tmp_path, target="ort")
+    write_genai(tmp_path, CONTEXT)
+    done = subprocess.run([sys.executable, "-c", ON_WEBGPU, str(tmp_path), str(LIMIT),
+                           *map(str, run.prompt)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(map(int, done.stdout.split())) == [*run.tokens, tokenizer.stop_ids[-1]]
 
 
 @pytest.mark.parametrize("block", [32, 64, 128])
