@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from exported import export, random_model
 from tiny import save_bytes_model
 
 import train
@@ -18,6 +19,7 @@ import decode_speed  # noqa: E402
 import family_speed  # noqa: E402
 import merging  # noqa: E402
 import probe_speed  # noqa: E402
+import providers  # noqa: E402
 import train_speed  # noqa: E402
 
 
@@ -70,3 +72,14 @@ def test_merging_has_a_row_for_the_mixture_and_for_every_fit(inputs, tmp_path, c
         "merged, linear for each task"]
     missed = [float(row.split()[-2]) for row in rows[1:]]
     assert missed[0] >= missed[1] > missed[2]
+
+
+def test_providers_are_measured_beside_the_cpu(tmp_path, monkeypatch, capsys) -> None:
+    folder = export(random_model(seed=3), tmp_path / "tiny", context=512)
+    monkeypatch.setattr(sys, "argv", ["providers.py", str(folder), "--providers", "cpu,openvino:x",
+                                      "--prompts", "2", "--long", "70"])
+    providers.main()
+    header, _, cpu, other = capsys.readouterr().out.splitlines()
+    assert re.match(r" *tiny +cpu +2 of 2 +2 of 2 +37 of 37 .* 0\.0e\+00 +0\.0e\+00",
+                    cpu) and "last third" in header
+    assert "openvino" in other
