@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
     # Configure and load
     config = parse(argv, __doc__ or "")
     if config.graph:
-        find_device(config.provider)         # raises before the work if it is not here
+        for name in config.provider or ["cpu"]:
+            find_device(name)                # raises before the work if it is not here
     source = load_run(config) if config.run else load_base(config)
     if config.task and config.task not in source.examples:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
@@ -71,7 +72,8 @@ def main(argv: Sequence[str]) -> None:
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
     command = next_command(config.layout, out, next(iter(info.get("adapters", ())), None))
-    command += f" --provider {config.provider}" * bool(config.provider and config.layout == "onnx")
+    if config.provider and config.layout == "onnx":
+        command += f" --provider {config.provider[0]}"
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
 
 
@@ -110,9 +112,9 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
         layouts.write_weights(config.layout, source.base, source.name,
                               prepared.fits.for_task(config.task), folder)
     info["checked"] = verify.check(config, source, reference, prepared, folder)
-    if config.provider and all(seen["provider"]["texts_equal"] == seen["provider"]["texts"]
-                               for seen in info["checked"].values()):
-        info["providers"] = [config.provider]            # which `--provider auto` may take
+    info["providers"] = [name for name in config.provider or () if all(  # that auto may take
+        (there := seen["providers"][name])["texts_equal"] == there["texts"]
+        for seen in info["checked"].values())]
     if config.layout == "genai":
         layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":

@@ -71,7 +71,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     if config.static:
         needs |= {"--static": ("portable", "npu")} if config.static[0] == 1 else {
             "--static with several prompts": ("portable",)}
-    if config.chip:
+    if any(name.startswith("qnn") for name in config.provider or ()):
         needs["--provider qnn"] = ("npu",)
     return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs.items()
                  if targets and config.target not in targets), "")

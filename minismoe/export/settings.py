@@ -10,7 +10,6 @@ from ..io.flags import flag, natural, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
-from ..runtime.providers import SOC
 from .weights import PRECISIONS, GraphFormat
 
 STEPS = 80                               # of healing, if it is not said how many
@@ -73,10 +72,10 @@ class ExportConfig:
     static: tuple[int, int, int] | None = flag(
         None, "fixed sizes for accelerators: prompts, tokens a step, past positions; needs "
         "--target portable, or npu (default there: 1x64x512)", static_sizes, metavar="BxTxP")
-    provider: str | None = flag(
+    provider: list[str] | None = flag(
         None, "check the folder on this provider of onnxruntime as well, such as webgpu, cuda or "
-        "openvino; qnn:SOC compiles --target npu for a chip, by Qualcomm's number: 60 is "
-        "Snapdragon X Elite, 43 8 Gen 2, 57 8 Gen 3", text, metavar="NAME")
+        "openvino (may be repeated); qnn:SOC compiles --target npu for a chip, by Qualcomm's "
+        "number: 60 is Snapdragon X Elite, 43 8 Gen 2, 57 8 Gen 3", str.lower, action="append")
     context: int | None = flag(
         None, "positions of the graph (default: what the model was made for, at most 2048, or "
         "what the test lines need)", positive, metavar="TOKENS")
@@ -110,12 +109,6 @@ class ExportConfig:
     def graph(self) -> bool:
         """Whether the folder holds an ONNX graph, not safetensors."""
         return self.layout not in ("peft", "hf")
-
-    @property
-    def chip(self) -> int | None:
-        """Qualcomm's number of the chip that the graphs are compiled for."""
-        name, _, number = (self.provider or "").partition(":")
-        return (int(number) if number.isdecimal() else SOC) if name == "qnn" else None
 
     @property
     def merges(self) -> bool:

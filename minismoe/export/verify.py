@@ -58,7 +58,6 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
     generator, found = Generator(folder), {}
     npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
     exact = unrounded(generator) if rounds and not npu else generator
-    there = Generator(folder, config.provider) if config.provider else None
     tolerance, prompts = activations_explain(config), some_prompts(source)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
@@ -76,10 +75,11 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
             seen |= compare_rounded(expected, exact, prompts, tolerance, npu * (
                 ", or too few texts showed its activations: give more --prompts"))
         show_logits(task or source.name, seen)
-        if there and config.provider:
-            there.use(adapter)
-            seen["provider"] = compare_provider(generator, there, config.provider, prompts,
-                                                BITS8 if rounds and not npu else tolerance)
+        for name in config.provider or ():
+            seen.setdefault("providers", {})[name] = compare_provider(
+                generator, Generator(folder, name, task=adapter), name, prompts,
+                BITS8 if rounds and not npu else tolerance)
+            show_logits(name, seen["providers"][name], "the CPU")
         if adapted:
             seen["exact_match"] = accuracies(config, source, generator, model, [
                 t for t in source.tasks if task in (None, t.name)])
@@ -94,15 +94,12 @@ def compare_provider(generator: Generator, other: Generator, name: str,
 
     Raises ValueError as `compare_logits` does: what a provider takes, it may compute wrongly.
     """
-    if npu := other._npu is not None:        # an emulated one is slow
-        prompts = prompts[:1]
-    count = FEW - 1 if npu else min(TOKENS, generator.room(max(map(len, prompts))))
+    npu = other._npu is not None             # an emulated one is slow
+    prompts, count = (prompts[:1], FEW - 1) if npu else (prompts, TOKENS)
     texts = [[*generator.generate(prompt, count)] for prompt in prompts]
     found = compare_logits(generator, other, prompts, texts, tolerance, f"{name} does not compute "
                            "what the CPU does" + " (try another T in --static 1xTxP)" * npu)
     same = sum([*other.generate(p, count)] == text for p, text in zip(prompts, texts))
-    print(f"{name}: logits within {found['logits_error']:.1e} of the CPU's largest, {same} of "
-          f"{len(prompts)} texts the same")
     return found | {"texts": len(prompts), "texts_equal": same}
 
 
@@ -193,13 +190,13 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float | 
     return found.share if found.examples else None
 
 
-def show_logits(name: str, seen: Mapping[str, Any]) -> None:
-    """Print how far an export is from PyTorch."""
+def show_logits(name: str, seen: Mapping[str, Any], beside: str = "PyTorch") -> None:
+    """Print how far an export is from PyTorch, or another provider from the CPU."""
     same = f"{seen['texts_equal']} of {seen['texts']} texts the same, " if "texts" in seen else ""
     rounded = (f" ({seen['rounded_error']:.1e} with rounded weights)"
                if "rounded_error" in seen else "")
-    print(f"{clean(name)}: logits within {seen['logits_error']:.1e} of PyTorch's largest{rounded}, "
-          f"{same}{100 * seen['tokens_agreed']:.1f} % of tokens")
+    print(f"{clean(name)}: logits within {seen['logits_error']:.1e} of {beside}'s largest"
+          f"{rounded}, {same}{100 * seen['tokens_agreed']:.1f} % of tokens")
 
 
 def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:

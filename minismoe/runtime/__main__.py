@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -148,8 +147,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "(default: as many as the folder's sampler gives, 64)")
     add("--seed", type=int, help="of the draws; default: another one each time")
     add("--provider", metavar="NAME[:KIND][:N]", help="cpu (default), cuda, webgpu, tensorrt, mlx, "
-        "openvino or openvino:GPU, NPU or CPU; qnn or qnn:SOC for target npu; with a number the "
-        "device of that number; auto: the best here of those that export.py --provider checked")
+        "openvino or openvino:GPU, NPU or CPU; qnn or qnn:SOC for target npu; N: that of several "
+        "devices, from 0; auto: of what export.py --provider checked, what onnxruntime prefers")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
@@ -182,8 +181,9 @@ def main(argv: Sequence[str]) -> None:
     from .providers import CPU
 
     generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
-    nodes = generator.nodes                  # slow ones of another provider ran on the CPU
-    if len(nodes) > 1 and (args.stats or re.search("Attention|MatMul|Gemm", nodes.get(CPU, ""))):
+    nodes = generator.nodes                  # slow ones on the CPU are shown in any case
+    if nodes.keys() != {CPU} and (args.stats or any(
+            op in nodes.get(CPU, "") for op in ("Attention", "MatMul", "Gemm"))):
         print(f"[{'; '.join(map(': '.join, nodes.items()))}]", file=sys.stderr)
     sampling = {name: getattr(args, name)
                 for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}

@@ -99,12 +99,10 @@ class CachedModel:
             raise ValueError(f"{self.folder} has no adapter {task!r}; present: "
                              f"{', '.join(self.tasks) or 'none'}")
         # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
-        self._file, self._adapter = None, {}
-        if task is not None:
-            file = plain_file(self.folder, self.tasks[task])
-            with naming(f"onnxruntime cannot open {file}", Exception):
-                self._file = ort.AdapterFormat.read_adapter(str(file))
-            self._adapter = self._file.get_parameters()      # whose memory the file owns
+        with naming(f"onnxruntime cannot open {task}'s adapter in {self.folder}", RuntimeError):
+            self._file = None if task is None else ort.AdapterFormat.read_adapter(
+                str(plain_file(self.folder, self.tasks[task])))
+        self._adapter = self._file.get_parameters() if self._file else {}      # in its memory
         self._size = (0, 0)                  # of the cache, (B, P): it is to be bound anew
         self.reset()
 

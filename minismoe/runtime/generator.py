@@ -154,8 +154,8 @@ class Generator(CachedModel):
         one on a CPU, where padding costs more than it saves; a static graph fixes it.
         """
         encoded, found = self.encoded(prompts), list[list[int]]()
-        rows = self.static[0] if self.static else rows or (
-            1 if self._vulkan or self._memory[0] == "cpu" else max(1, len(prompts)))
+        rows = self.static[0] if self.static else 1 if self._vulkan else rows or (
+            1 if self._memory[0] == "cpu" else max(1, len(prompts)))
         for start in range(0, len(encoded), rows):
             part = encoded[start:start + rows]
             if start and sampling.get("seed") is not None:

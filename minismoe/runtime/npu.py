@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .folder import INT64
-from .providers import EMULATED, Device, find_device, open_session
+from .providers import EMULATED, SOC, Device, find_device, open_session
 
 # The CPU unpacks these weights once. Else it would fuse nodes, round activations to 8 bits, and
 # unpack 8-bit weights for every token.
@@ -28,12 +28,10 @@ class NpuSteps:
     def __init__(self, folder: Path, info: Mapping[str, Any], provider: str | None,
                  threads: int | None):
         self.info, chip = info, info.get("soc")
-        if chip and provider and provider.startswith("qnn"):
-            if provider not in ("qnn", f"qnn:{chip}"):
-                raise ValueError(f"{folder} was compiled for the chip {chip}: export again with "
-                                 f"--provider {provider}")
-            provider = f"qnn:{chip}"
-        device = find_device(provider)
+        device = find_device(provider, chip or SOC)
+        if chip and device.options.get("soc_model", str(chip)) != str(chip):
+            raise ValueError(f"{folder} was compiled for the chip {chip}: export again with "
+                             f"--provider {provider}")
         if device.name == "qnn" and EMULATED:
             print("the NPU is emulated here: its answers are a device's, its speed is not",
                   file=sys.stderr)

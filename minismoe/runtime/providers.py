@@ -17,15 +17,20 @@ from typing import Any, NamedTuple
 
 import onnxruntime as ort
 
+from ..io.files import naming
 from ..io.text import clean
 
 CPU = "CPUExecutionProvider"
-PLUGINS = {                                  # package, and onnxruntime's name of its provider
-    "webgpu": ("onnxruntime-ep-webgpu", "WebGpuExecutionProvider"),            # any GPU
-    "openvino": ("onnxruntime-ep-openvino", "OpenVINOExecutionProvider"),      # Intel
-    "qnn": ("onnxruntime-qnn", "QNNExecutionProvider"),                        # Qualcomm's NPUs
-    "tensorrt": ("onnxruntime-ep-nv-tensorrt-rtx", "NvTensorRTRTXExecutionProvider"),     # NVIDIA
-    "mlx": ("onnxruntime-ep-mlx", "MLXExecutionProvider")}                     # Apple
+PLUGINS = {                 # module, the package that brings it, onnxruntime's name of its provider
+    "cuda": ("onnxruntime_ep_cuda", "onnxruntime-gpu", "CUDAExecutionProvider"),
+    "webgpu": ("onnxruntime_ep_webgpu", "onnxruntime-ep-webgpu", "WebGpuExecutionProvider"),
+    "openvino": ("onnxruntime_ep_openvino", "onnxruntime-ep-openvino", "OpenVINOExecutionProvider"),
+    "qnn": ("onnxruntime_qnn", "onnxruntime-qnn", "QNNExecutionProvider"),
+    "tensorrt": ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx",
+                 "NvTensorRTRTXExecutionProvider"),
+    "mlx": ("onnxruntime_ep_mlx", "onnxruntime-ep-mlx", "MLXExecutionProvider")}
+# What onnxruntime itself has; later, it would list plugins that are loaded as well.
+OWN = {ep.lower().removesuffix("executionprovider"): ep for ep in ort.get_available_providers()}
 KINDS = ("GPU", "NPU", "CPU")                # of devices, the preferred ones first
 MEMORY = {"cuda": "cuda", "tensorrt": "cuda", "webgpu": "webgpu"}    # of a cache; others: "cpu"
 OPTIONS = {"openvino": {"load_config": json.dumps(                   # else it rounds as it likes
@@ -46,65 +51,64 @@ class Device(NamedTuple):
     options: Mapping[str, str] = {}          # of the provider
 
 
-def find_device(asked: str | None) -> Device:
+def find_device(asked: str | None, chip: int = SOC) -> Device:
     """The device that NAME[:KIND][:NUMBER] means, as webgpu:1 or openvino:GPU; None: the CPU.
 
-    qnn's number is that of a chip. Raises ImportError if onnxruntime is too old to share memory,
-    or the package of a plugin is missing; ValueError for a name or a device that is not here.
+    qnn's number is that of a chip, or else `chip`. Raises ImportError if onnxruntime is too old to
+    share memory, or a package is missing; ValueError for a name or a device that is not here.
     """
     if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 30):              # it would crash
         raise ImportError(f"onnxruntime {ort.__version__} is too old: install 1.30 or later, which "
                           "needs Python 3.11 or later")
-    name, *rest = (asked or "cpu").lower().replace("executionprovider", "").split(":")
-    if name == "cpu" and not rest:
-        return Device()
-    kind = next((part.upper() for part in rest if not part.isdecimal()), "")
-    number = next((int(part) for part in rest if part.isdecimal()), 0)
-    own = {ep.lower().removesuffix("executionprovider"): ep for ep in ort.get_available_providers()}
-    if name not in own.keys() | PLUGINS:
-        here = own.keys() | {n for n, (p, _) in PLUGINS.items() if find_spec(p.replace("-", "_"))}
-        raise ValueError(f"there is no provider {name}, but {', '.join(sorted(here))}; more with "
-                         "pip install onnxruntime-gpu or 'minismoe[accelerators]'")
-    options, memory = OPTIONS.get(name, {}), MEMORY.get(name, "cpu")
-    package, ep = PLUGINS.get(name) or ("onnxruntime", own[name])
-    module = _loaded(*PLUGINS[name]) if name in PLUGINS else None
-    if module and name == "qnn":
-        options = {"backend_path": module.get_qnn_htp_path()}
-        options |= {"soc_model": str(number or SOC)} if EMULATED else {}
-        kind, number = "" if EMULATED else "NPU", 0
+    parts = re.fullmatch(r"([a-z]+?)(?:executionprovider)?(?::([a-z]+))?(?::(\d+))?",
+                         (asked or "cpu").lower())
+    name, kind, number = parts.groups("") if parts else (asked or "", "", "")
+    plugins = {name for name, (module, *_) in PLUGINS.items() if find_spec(module)}
+    if name not in OWN.keys() | PLUGINS:
+        raise ValueError(f"no provider {name}; here are {', '.join(sorted({*OWN, *plugins}))}; pip "
+                         "install onnxruntime-gpu or 'minismoe[accelerators]' brings more")
+    module, package, ep = PLUGINS.get(name, ("", "onnxruntime", OWN.get(name, "")))
+    where, options, index = MEMORY.get(name, "cpu"), OPTIONS.get(name, {}), int(number or 0)
+    if name in plugins or name not in OWN:
+        plugin = _load(module, package, ep)
+        if name == "qnn":
+            chosen = {"soc_model": number or str(chip)} if EMULATED else {}
+            options = {"backend_path": plugin.get_qnn_htp_path()} | chosen
+            kind, index = kind or "npu" * (not EMULATED), 0
+    elif not kind and (where == "cuda" or not number):      # onnxruntime lists few of its own
+        return Device(name, OWN[name], None, (where, index), {"device_id": number} if index else {})
     listed = [d for d in ort.get_ep_devices() if d.ep_name == ep]
-    found = sorted((d for d in listed if kind in ("", d.device.type.name)),
+    found = sorted((d for d in listed if kind.upper() in ("", d.device.type.name)),
                    key=lambda d: KINDS.index(d.device.type.name))
-    if not listed and not rest and name in own.keys() - PLUGINS:     # it lists few of its own
-        return Device(name, ep, None, (memory, 0))
-    if number >= len(found):
+    if index >= len(found):
         raise ValueError(f"there is no device {asked}, or its driver is missing: {package} finds "
                          f"{', '.join(d.device.type.name for d in listed) or 'none'}")
-    return Device(name, ep, found[number], (memory, 0 if name == "webgpu" else number), options)
+    return Device(name, ep, found[index], (where, 0 if name == "webgpu" else index), options)
 
 
-def _loaded(package: str, ep: str) -> Any:
+def _load(module: str, package: str, ep: str) -> Any:
     """The module of a plugin's package, whose library onnxruntime has loaded."""
     try:
-        module = import_module(package.replace("-", "_"))
+        plugin = import_module(module)
     except ImportError:
         raise ImportError(f"{ep} needs Python 3.11, and pip install {package}") from None
-    library = getattr(module, "library_path", None) or module.get_library_path   # mlx, and others
-    with captured([]):
+    library = getattr(plugin, "library_path", None) or plugin.get_library_path   # mlx, and others
+    with captured([]), naming(f"onnxruntime cannot load {package}", Exception):
         load_library(ep, library())
-    return module
+    return plugin
 
 
 def preferred(names: Sequence[str], graph: Path) -> str:
     """That one of the providers `names` which onnxruntime prefers here; "cpu" if none is here."""
-    found, options, chosen = dict[str, str](), ort.SessionOptions(), list[str]()
+    found, options = dict[str, str](), ort.SessionOptions()
     for name in names:
-        with suppress(Exception):            # onnxruntime raises bare ones
+        with suppress(ImportError, ValueError):
             found[find_device(name).ep] = name
     options.set_provider_selection_policy(ort.OrtExecutionProviderDevicePolicy.PREFER_GPU)
     with suppress(Exception), captured([]):  # an emulated NPU is not chosen, but raises
         chosen = ort.InferenceSession(str(graph), options).get_providers()
-    return next((found[ep] for ep in chosen if ep in found), "cpu")
+        return next(found[ep] for ep in chosen if ep in found)
+    return "cpu"
 
 
 def open_session(file: Path, device: Device, threads: int | None,
@@ -125,7 +129,7 @@ def open_session(file: Path, device: Device, threads: int | None,
         options.add_session_config_entry(key, text)
     if device.plugin:
         options.add_provider_for_devices([device.plugin], device.options)
-    providers: Any = None if device.plugin else list(dict.fromkeys((device.ep, CPU)))
+    providers: Any = None if device.plugin else [(device.ep, dict(device.options))]
     if device.name == "cuda":
         ort.preload_dlls()                   # those of pip's packages
     try:

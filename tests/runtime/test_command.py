@@ -47,7 +47,7 @@ def test_command_in_a_bare_process(generator, folders) -> None:
 
 
 @pytest.mark.parametrize("args, line", [
-    (("FOLDER", "a", "--provider", "nowhere"), "there is no provider nowhere, but .*cpu.*"),
+    (("FOLDER", "a", "--provider", "nowhere"), "no provider nowhere; here are .*cpu.*"),
     (("FOLDER/missing", "a"), "missing has no export.json"), (("FOLDER", ""), "prompt is empty"),
     (("FOLDER", "x" * 96), "leaves no room"), (("FOLDER", "a", "--task", "t"), "present: none"),
 ])

@@ -1,6 +1,8 @@
 """Plugin providers, on software where there is no device: the CPU's texts, and what ran where."""
 
 import json
+import os
+import random
 import re
 import sys
 from types import SimpleNamespace
@@ -81,6 +83,15 @@ def test_logits_are_those_of_the_cpu(model, tmp_path, precision, provider) -> No
         assert (found - wanted).abs().max() < TOLERANCES[precision] * wanted.abs().max()
 
 
+@needs("webgpu")
+def test_a_long_context_in_float16(model, tmp_path) -> None:
+    folder = export(model, tmp_path / "f", precision="fp16", context=1100)
+    text = random.Random(0).choices(range(32, 127), k=1000)
+    wanted, found = (logits(Generator(folder, name, threads=1), text, [65] * 20)
+                     for name in (None, "webgpu"))
+    assert (found - wanted).abs().max() < TOLERANCES["fp16"] * wanted.abs().max()
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("kind", ["ort", "static"])
 def test_experts_beside_matrices(model, tmp_path, kind, provider) -> None:
@@ -156,7 +167,7 @@ def test_an_export_is_checked_there_as_well(tmp_path, monkeypatch, capsys, preci
     assert said.endswith(f"python -m minismoe.runtime out --chat --provider {provider}\n")
     info = json.loads((tmp_path / "out" / "export.json").read_text())
     assert info["providers"] == [provider]
-    seen = info["checked"][""]["provider"]
+    seen = info["checked"][""]["providers"][provider]
     assert seen["logits_error"] < (0.05 if precision == "int4" else 1e-5)
 
 
@@ -173,9 +184,11 @@ def test_auto_is_the_best_of_those_that_were_checked(model, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("asked, message", [
-    ("nowhere", r"no provider nowhere, but .*cpu.*; more with pip install onnxruntime-gpu or '"),
+    ("nowhere", r"no provider nowhere; here are .*cpu.*; pip install onnxruntime-gpu or '"),
     ("cpu:1", "no device cpu:1, or its driver is missing: onnxruntime finds CPU"),
     ("cpu:fast", "no device cpu:fast, or its driver is missing: onnxruntime finds CPU"),
+    ("openvino:1:GPU", "no provider openvino:1:GPU; here are "),
+    pytest.param("qnn:fast", "no device qnn:fast,.* onnxruntime-qnn finds ", marks=needs("qnn")),
     pytest.param("webgpu:7", "no device webgpu:7,.* onnxruntime-ep-webgpu finds [CG]PU",
                  marks=needs("webgpu")),
     pytest.param("openvino:NPU", "no device openvino:NPU.*finds CPU", marks=needs("openvino"))])
@@ -187,7 +200,7 @@ def test_what_is_not_here_is_named(asked, message) -> None:
 def test_devices_are_chosen_by_kind_and_number(monkeypatch) -> None:
     devices = [SimpleNamespace(ep_name="OpenVINOExecutionProvider", device=SimpleNamespace(
         type=SimpleNamespace(name=kind))) for kind in ("CPU", "GPU", "GPU", "NPU")]
-    monkeypatch.setattr(providers, "_loaded", lambda package, ep: None)
+    monkeypatch.setattr(providers, "_load", lambda *names: None)
     monkeypatch.setattr(ort, "get_ep_devices", lambda: devices)
     for asked, number in (("openvino", 1), ("openvino:1", 2), ("OpenVINO:gpu:1", 2),
                           ("openvino:NPU", 3), ("openvino:CPU", 0), ("openvino:2", 3)):
@@ -197,10 +210,19 @@ def test_devices_are_chosen_by_kind_and_number(monkeypatch) -> None:
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch) -> None:
-    for name, (package, _) in providers.PLUGINS.items():
-        monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+    for name, (module, package, _) in providers.PLUGINS.items():
+        monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match=f"needs .*, and pip install {package}$"):
             find_device(name)
+
+
+def test_a_library_that_does_not_load_is_one_line(tmp_path, monkeypatch, folders) -> None:
+    """As one that lacks a driver's libraries."""
+    (tmp_path / "onnxruntime_ep_cuda.py").write_text("def get_library_path(): return __file__")
+    run = command(folders["ort"], "hello", "--provider", "cuda",
+                  env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert run.returncode == 1 and re.fullmatch(
+        "error: onnxruntime cannot load onnxruntime-gpu: .*_ep_cuda.py.*\n", run.stderr), run.stderr
 
 
 @needs("webgpu")
@@ -238,9 +260,11 @@ def test_a_graph_that_is_not_for_an_npu_is_refused_in_one_line(folders) -> None:
 
 def test_one_of_onnxruntime_itself_that_does_not_start_is_named(folders, monkeypatch) -> None:
     """It would print a warning, and go on with the CPU."""
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
+    monkeypatch.setitem(providers.OWN, "cuda", "CUDAExecutionProvider")
     monkeypatch.setattr(ort, "preload_dlls", lambda: None)
-    assert find_device("cuda") == Device("cuda", "CUDAExecutionProvider", None, ("cuda", 0))
+    for asked, number, options in ("cuda", 0, {}), ("cuda:1", 1, {"device_id": "1"}):
+        assert find_device(asked) == Device(
+            "cuda", "CUDAExecutionProvider", None, ("cuda", number), options)
     with pytest.warns(UserWarning, match="CUDA"), pytest.raises(
             ValueError, match="cuda takes no node of .*model.onnx: a library or the device is mis"):
         Generator(folders["ort"], "CUDAExecutionProvider")

@@ -327,7 +327,7 @@ def test_tasks(model, tmp_path, folders) -> None:
     with pytest.raises(ValueError, match="no adapter 'three'; present: one, two"):
         generator.use("three")
     (folder / "one.onnx_adapter").write_bytes(b"x")
-    with pytest.raises(ValueError, match="cannot open .*one.onnx_adapter"):
+    with pytest.raises(ValueError, match="cannot open one's adapter in "):
         generator.use("one")
     describe(folder, adapters={"one": "/etc/passwd"})
     with pytest.raises(ValueError, match="no plain file name"):

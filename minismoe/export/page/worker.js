@@ -63,10 +63,9 @@ async function library() {
 
 const BURST = 200;                       // ms: "stop" is heard between calls of the model
 
-// Tokens of a prompt that WebGPU reads at once. On Vulkan, as on Android and Linux, it attends wrongly
+// Tokens of a prompt that are read at once. On Vulkan, as on Android and Linux, WebGPU attends wrongly
 // to 32 and more: Dawn's compiler does not set the variables of a shader's loop to zero again.
-let most;
-let model, tokenizer, context, stopped, parts;
+let most, model, tokenizer, context, stopped, parts;
 
 async function load(data) {
   parts = await library();
@@ -80,7 +79,7 @@ async function load(data) {
   const dtype = adapter && config["transformers.js_config"].device_config?.webgpu?.dtype;
   const lacks = /fp?16$/.test(dtype) && !adapter.features.has("shader-f16");
   const gpu = dtype && !lacks;
-  most = gpu ? 31 : Infinity;
+  most = gpu && /Linux|CrOS/.test(navigator.userAgent) ? 31 : Infinity;
   const files = {};
   const progress_callback = event => {
     if (event.status !== "progress") return;
