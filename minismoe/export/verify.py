@@ -38,7 +38,7 @@ from .weights import HALF, PRECISIONS
 # activations explains. Of float16 graphs weights are rounded as well, and a router may choose
 # another expert where two are almost equal.
 FLOAT32, FLOAT16, ROUTED_FLOAT16, BITS16, BFLOAT16 = 1e-4, 3e-2, 6e-2, 2e-2, 5e-2
-BITS8 = 0.3              # of activations that one provider rounds to 8 bits, and another does not
+BITS8 = 0.1              # of activations that one provider rounds to 8 bits, and another does not
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
 CHECKED = 8                              # prompts on which an export must agree with PyTorch
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data

@@ -91,7 +91,7 @@ def _load(module: str, package: str, ep: str) -> Any:
     try:
         plugin = import_module(module)
     except ImportError:
-        raise ImportError(f"{ep} needs Python 3.11, and pip install {package}") from None
+        raise ImportError(f"{ep} needs pip install {package}, and Python 3.11 or later") from None
     library = getattr(plugin, "library_path", None) or plugin.get_library_path   # mlx, and others
     with captured([]), naming(f"onnxruntime cannot load {package}", Exception):
         load_library(ep, library())

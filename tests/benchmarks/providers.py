@@ -34,7 +34,7 @@ QUESTIONS = (
     "What is the largest planet?", "How do I boil an egg?", "What is the opposite of cold?",
     "Explain gravity to a child.", "Which colours has a rainbow?", "What is the square of 12?",
     "Finish the proverb: an apple a day")
-TOKENS = 16                                  # of each answer
+TOKENS = 8                                   # of each answer
 STEP = 31                                    # tokens of the long text a step
 
 

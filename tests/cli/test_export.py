@@ -608,7 +608,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_work(
     ("--prompts nowhere.txt", "nowhere.txt"),
     ("--target npu --static 1x8x32", "--static with 32 past positions: .* need 4[0-9]"),
     ("--target portable --block 128", "--block 128: rows of 32 weights are no whole blocks"),
-    ("--target npu --provider qnn:60", "needs Python 3.11, and pip install onnxruntime-qnn"),
+    ("--target npu --provider qnn:60", "needs pip install onnxruntime-qnn, and Python"),
     ("--provider nowhere", "no provider nowhere; here are .*cpu"),
 ])
 def test_errors_come_before_the_work(run: Path, flags: str, reason: str,

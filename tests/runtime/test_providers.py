@@ -171,16 +171,16 @@ def test_an_export_is_checked_there_as_well(tmp_path, monkeypatch, capsys, preci
     assert seen["logits_error"] < (0.05 if precision == "int4" else 1e-5)
 
 
-@needs("webgpu")
-def test_auto_is_the_best_of_those_that_were_checked(model, tmp_path) -> None:
+@needs("openvino")
+def test_auto_is_what_onnxruntime_prefers_of_those_that_were_checked(model, tmp_path) -> None:
     folder = export(model, tmp_path / "f")
-    assert Generator(folder, "auto")._memory == ("cpu", 0)
+    assert [*Generator(folder, "auto").nodes] == [CPU]
     for names in ["qnn"], ["mlx"], ["openvino:NPU"]:     # none that onnxruntime takes
         describe(folder, providers=names)
-        assert Generator(folder, "auto")._memory == ("cpu", 0)
-    describe(folder, providers=["mlx", "webgpu"])
-    assert Generator(folder, "auto")._memory == ("webgpu", 0)
-    assert Generator(folder)._memory == ("cpu", 0)
+        assert [*Generator(folder, "auto").nodes] == [CPU]
+    describe(folder, providers=["mlx", "openvino"])
+    assert "OpenVINOExecutionProvider" in Generator(folder, "auto").nodes
+    assert [*Generator(folder).nodes] == [CPU]
 
 
 @pytest.mark.parametrize("asked, message", [
@@ -212,7 +212,7 @@ def test_devices_are_chosen_by_kind_and_number(monkeypatch) -> None:
 def test_a_missing_package_is_named_with_its_command(monkeypatch) -> None:
     for name, (module, package, _) in providers.PLUGINS.items():
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ImportError, match=f"needs .*, and pip install {package}$"):
+        with pytest.raises(ImportError, match=f"needs pip install {package}, and Py"):
             find_device(name)
 
 
