@@ -140,8 +140,8 @@ def open_session(file: Path, device: Device, threads: int | None,
         text = f"{e}\n{said[-1]}"            # names nodes that qnn refuses, or openvino's operators
         reason = re.sub(r".*(?:FAIL : |was false\. )", "", text.splitlines()[0])
         if refused := [*dict.fromkeys(re.findall(r"(?:name: |failed for: )([\w./]+)", text))]:
-            reason = (f"it refuses {', '.join(refused[:3])}{' and others' * (len(refused) > 3)}; "
-                      "qnn takes --target npu, and others --target portable")
+            reason = (f"it refuses {', '.join(refused[:3])}{' and others' * (len(refused) > 3)}: "
+                      "export with another --precision or --target (for qnn: npu)")
         raise ValueError(f"onnxruntime cannot open {file} on {device.name}: {clean(reason)}"
                          ) from None
     if device.ep not in nodes_by_provider(session):
