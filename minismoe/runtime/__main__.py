@@ -160,8 +160,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--chat asks for prompts itself: leave out PROMPT and --raw")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
-    if args.choices is not None and (args.chat or args.raw or args.max_tokens
-                                     or args.temperature):
+    if args.choices is not None and any((args.chat, args.raw, args.max_tokens, args.temperature)):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
                      "--raw, --max-tokens and --temperature")
     if args.tools is not None and (args.raw or args.choices is not None):
