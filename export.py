@@ -11,10 +11,9 @@ Freezes the routing, writes the folder, compares it with PyTorch, and keeps it i
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from minismoe.cli import inputs as cli
 from minismoe.cli import runs, script
@@ -22,17 +21,11 @@ from minismoe.cli.export_flags import NO_RUN, parse
 from minismoe.cli.flags import InputConfig
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import load_tokenizer
-from minismoe.export import layouts, verify
-from minismoe.export.heal import BATCH
-from minismoe.export.prepare import Prepared, prepare
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.io.files import must_be_new, naming, new_folder, read_json, sha256, write_json
+from minismoe.export.write import export_model
+from minismoe.io.files import naming, read_json
 from minismoe.io.text import clean
-from minismoe.method.experts import expert_layers
-from minismoe.model.checkpoint import load_adapter, load_model, versions
-from minismoe.model.decoder import CausalLM
-from minismoe.runtime import FORMAT
-from minismoe.runtime.folder import TASKS
+from minismoe.model.checkpoint import load_adapter
 from minismoe.runtime.providers import find_device
 
 
@@ -46,28 +39,9 @@ def main(argv: Sequence[str]) -> None:
     if config.task and config.task not in source.examples:
         raise ValueError(f"{source.run} has no task {config.task!r}; it has "
                          f"{', '.join(source.examples)}")
-    both = config.layout == "web" and config.precision == "auto"         # for WebGPU and for WASM
-    parts = [verify.with_context(part.with_defaults(bool(config.prompts or source.examples),
-                                              source.model.config.hidden_size), source)
-             for part in [replace(config, precision="q4f16")] * both + [config]]
-    config = parts[-1]
-    name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
-    out = Path(config.out or source.run / "export" / name)
-    must_be_new(out)
-    print(*map(plan, parts), sep="\n")
 
-    # Freeze the routing, heal and round
-    prepared = prepare(parts, source)
-
-    # Write and check under another name: only a folder that works gets its own
-    reference = load_model(source.base)              # in float32
-    if expert_layers(source.model):
-        load_adapter(reference, source.run / "adapter")
-    with new_folder(out) as folder:
-        layouts.copy_base_files(source.base, folder, config.layout != "onnx")
-        info: dict[str, Any] = {}
-        for part, ready in zip(parts, prepared):
-            info = write(part, source, reference, ready, folder, info)
+    # Freeze the routing, round, write, compare with PyTorch
+    out, info = export_model(config, source)
 
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
@@ -75,57 +49,6 @@ def main(argv: Sequence[str]) -> None:
     if config.provider and config.layout == "onnx":
         command += f" --provider {config.provider[0]}"
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
-
-
-def plan(config: ExportConfig) -> str:
-    """What will be written, and how to have something else, in one line."""
-    what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
-    blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
-    scales = config.run and config.block and not config.adapters and config.routing != "freeze"
-    each = " a task" * config.adapters + " (twice if merging loses much)" * bool(scales)
-    heal = (f", healed for {config.heal} steps{each}, each about as long as training on {BATCH} "
-            "examples (--heal 0 leaves that out)") if config.heal else ""
-    floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
-    return f"writes {what}{blocks}{heal}{floats * bool(config.block)}"
-
-
-def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
-          folder: Path, other: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the folder and compare it with the reference; returns the content of its export.json.
-
-    other: that of a graph which was written into the folder before.
-    """
-    info: dict[str, Any] = {
-        "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
-        "arguments": asdict(config), "versions": versions()}
-    if other:
-        info["other_graph"] = {name: other[name] for name in ("arguments", "checked")}
-    if config.graph:
-        info |= layouts.write_graph(config, prepared, folder)
-        if config.layout in ("onnx", "web") and source.tasks:
-            write_json(folder / TASKS, {
-                t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
-        write_json(folder / "export.json", info | {"files": {
-            f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()
-            if f.is_file() and f.name != "export.json"}})
-    else:
-        layouts.write_weights(config.layout, source.base, source.name,
-                              prepared.fits.for_task(config.task), folder)
-    info["checked"] = verify.check(config, source, reference, prepared, folder)
-    info["providers"] = [name for name in config.provider or () if all(  # that auto may take
-        (there := seen["providers"][name])["texts_equal"] == there["texts"]
-        for seen in info["checked"].values())]
-    if config.layout == "genai":
-        layouts.write_genai(folder, info["context"], config.target == "ort")
-    if config.layout == "web":
-        layouts.write_web(folder, config.precision, info["cache_type"])
-    if config.layout in ("genai", "web"):                # their programs choose tokens themselves
-        (folder / "sampler.onnx").unlink()
-    info["files"] = {
-        f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)}
-        for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / "export.json"}
-    write_json(folder / "export.json", info)
-    return info
 
 
 def load_run(config: ExportConfig) -> Source:

@@ -11,9 +11,13 @@ __version__ = "0.1.0"
 _HOME = {
     "load_model": "model.checkpoint", "load_adapter": "model.checkpoint",
     "save_adapter": "model.checkpoint", "load_tokenizer": "data.tokenizer",
+    "load_tasks": "data.tasks", "encode_all": "data.tasks", "probe_batches": "data.tasks",
     "probe": "method.sensitivity", "allocate": "method.allocate",
     "Allocation": "method.allocation", "add_experts": "method.experts",
-    "generate": "training.evaluate",
+    "fit": "method.freeze", "freeze": "method.freeze", "merge": "method.freeze",
+    "train": "training.loop", "TrainConfig": "training.loop", "generate": "training.evaluate",
+    "export_model": "export.write", "ExportConfig": "export.settings", "Source": "export.settings",
+    "Generator": "runtime.generator",
 }
 __all__ = [*_HOME]
 

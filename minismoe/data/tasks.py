@@ -297,7 +297,7 @@ def bucket(examples: Sequence[Example], batch_size: int, seed: int) -> list[list
 
 
 def probe_batches(examples: Sequence[Example], count: int, batch_size: int, pad_id: int,
-                  device: torch.device | str) -> Iterator[Batch]:
+                  device: torch.device | str = "cpu") -> Iterator[Batch]:
     """Batches, of similar length within each, from the first `count` examples."""
     chosen = sorted(examples[:count], key=lambda e: len(e.ids))
     for i in range(0, len(chosen), batch_size):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import export
 import train
 from minismoe.cli.export_flags import parse
-from minismoe.export import compare, layouts, prepare, ranges, verify
+from minismoe.export import compare, layouts, prepare, ranges, verify, write
 from minismoe.export.settings import ExportConfig
 from minismoe.method.allocation import Allocation
 from minismoe.method.experts import add_experts, expert_layers
@@ -227,7 +227,7 @@ def test_other_data_than_in_training_are_told(run: Path, tmp_path: Path, capsys)
 
 def test_a_place_that_cannot_be_written_is_seen_before_the_work(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "prepare", lambda *_: pytest.fail("it was frozen"))
+    monkeypatch.setattr(write, "prepare", lambda *_: pytest.fail("it was frozen"))
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(PermissionError, match="file is no folder that can be written"):
@@ -613,9 +613,9 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_work(
 ])
 def test_errors_come_before_the_work(run: Path, flags: str, reason: str,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "new_folder", lambda folder: pytest.fail("there is no folder yet"))
+    monkeypatch.setattr(write, "new_folder", lambda folder: pytest.fail("there is no folder yet"))
     if "--prompts" not in flags:                               # which freezing reads
-        monkeypatch.setattr(export, "prepare", lambda *_: pytest.fail("it was frozen"))
+        monkeypatch.setattr(write, "prepare", lambda *_: pytest.fail("it was frozen"))
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)  # as if it were not installed
     with pytest.raises((ValueError, OSError, ImportError), match=reason):
         export.main([str(run), *flags.split()])

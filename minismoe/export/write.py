@@ -1,0 +1,97 @@
+"""Make the folder that ships: freeze the routing, round, write, and compare with PyTorch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..io.files import must_be_new, new_folder, sha256, write_json
+from ..method.experts import expert_layers
+from ..model.checkpoint import load_adapter, load_model, versions
+from ..model.decoder import CausalLM
+from ..runtime import FORMAT
+from ..runtime.folder import TASKS
+from . import layouts, verify
+from .heal import BATCH
+from .prepare import Prepared, prepare
+from .settings import ExportConfig, Source
+
+
+def export_model(config: ExportConfig, source: Source,
+                 out: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Make the folder `out` (default: one in the run); returns it and the content of export.json.
+
+    It gets its name only if it works: a failure leaves nothing. Raises ValueError for settings that
+    do not fit the model, or if the folder does not compute what PyTorch does; FileExistsError if
+    the folder is there.
+    """
+    both = config.layout == "web" and config.precision == "auto"         # for WebGPU and for WASM
+    parts = [verify.with_context(part.with_defaults(bool(config.prompts or source.examples),
+                                                    source.model.config.hidden_size), source)
+             for part in [replace(config, precision="q4f16")] * both + [config]]
+    config = parts[-1]
+    name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
+    out = Path(out or config.out or source.run / "export" / name)
+    must_be_new(out)
+    print(*map(plan, parts), sep="\n")
+    prepared = prepare(parts, source)
+    reference = load_model(source.base)              # in float32
+    if expert_layers(source.model):
+        load_adapter(reference, source.run / "adapter")
+    with new_folder(out) as folder:
+        layouts.copy_base_files(source.base, folder, config.layout != "onnx")
+        info: dict[str, Any] = {}
+        for part, ready in zip(parts, prepared):
+            info = write(part, source, reference, ready, folder, info)
+    return out, info
+
+
+def plan(config: ExportConfig) -> str:
+    """What will be written, and how to have something else, in one line."""
+    what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
+    blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
+    scales = config.run and config.block and not config.adapters and config.routing != "freeze"
+    each = " a task" * config.adapters + " (twice if merging loses much)" * bool(scales)
+    heal = (f", healed for {config.heal} steps{each}, each about as long as training on {BATCH} "
+            "examples (--heal 0 leaves that out)") if config.heal else ""
+    floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
+    return f"writes {what}{blocks}{heal}{floats * bool(config.block)}"
+
+
+def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
+          folder: Path, other: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the folder and compare it with the reference; returns the content of its export.json.
+
+    other: that of a graph which was written into the folder before.
+    """
+    info: dict[str, Any] = {
+        "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
+        "arguments": asdict(config), "versions": versions()}
+    if other:
+        info["other_graph"] = {name: other[name] for name in ("arguments", "checked")}
+    if config.graph:
+        info |= layouts.write_graph(config, prepared, folder)
+        if config.layout in ("onnx", "web") and source.tasks:
+            write_json(folder / TASKS, {
+                t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
+        write_json(folder / "export.json", info | {"files": {
+            f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()
+            if f.is_file() and f.name != "export.json"}})
+    else:
+        layouts.write_weights(config.layout, source.base, source.name,
+                              prepared.fits.for_task(config.task), folder)
+    info["checked"] = verify.check(config, source, reference, prepared, folder)
+    info["providers"] = [name for name in config.provider or () if all(  # that auto may take
+        (there := seen["providers"][name])["texts_equal"] == there["texts"]
+        for seen in info["checked"].values())]
+    if config.layout == "genai":
+        layouts.write_genai(folder, info["context"], config.target == "ort")
+    if config.layout == "web":
+        layouts.write_web(folder, config.precision, info["cache_type"])
+    if config.layout in ("genai", "web"):                # their programs choose tokens themselves
+        (folder / "sampler.onnx").unlink()
+    info["files"] = {
+        f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)}
+        for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / "export.json"}
+    write_json(folder / "export.json", info)
+    return info
