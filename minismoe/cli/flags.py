@@ -20,8 +20,8 @@ class InputConfig:
     """Which model and which data, and where they run."""
 
     model: str | None = flag(
-        None, "checkpoint folder or hub name org/name; default: a tiny byte-level model, made on "
-        "first use and kept in the user's cache", text)
+        None, "checkpoint folder or hub name org/name; default: the tiny model that comes with the "
+        "package", text)
     data: str | None = flag(
         None, "folder with a sub-folder (train.jsonl, test.jsonl) or one .jsonl file a task; "
         "default: the tasks that come with the tiny model", text)

@@ -128,9 +128,9 @@ def read_tasks(config: InputConfig) -> list[Task]:
 
 
 def model_folder(config: InputConfig) -> Path:
-    """The folder of the model, which one process fetches, or makes."""
+    """The folder of the model, which one process fetches if it is on the hub."""
     with distributed.one_first():
-        return toy.checkpoint_folder() if config.model is None else resolve(config.model)
+        return toy.FOLDER if config.model is None else resolve(config.model)
 
 
 def load_base(config: InputConfig, folder: Path) -> CausalLM:

@@ -37,6 +37,8 @@ SEARCH = 1000                         # first seed of the search; final seeds ar
 TEST_SEEDS = 10                       # validation avoids the test lines of so many final seeds of
                                       # the default (avoiding those of 50 would leave no fact)
 VALIDATION, TOLERANCE = 0.2, 0.01
+# Words of the default's questions, which say nothing about the case that they ask for.
+FILLER = {*re.findall("[a-z]+", str([*toy.TASKS.values()]).lower())}
 FIXED = ("model", "data", "tasks", "limit_train", "limit_test", "epochs", "rank", "top_k",
          "samples", "first_seed", "flags")          # the same for all cells of a folder
 
@@ -126,7 +128,7 @@ def tasks(args: argparse.Namespace, seed: int) -> list[Task]:
 def case(messages: Sequence[Mapping[str, str]]) -> frozenset[str]:
     """The words of a question without filler, since the default asks one thing in several ways."""
     text = " ".join(m["content"] for m in messages[:-1]).lower()
-    return frozenset(re.findall(r"\w+", text)) - {word.lower() for word in toy.NOISE}
+    return frozenset(re.findall(r"\w+", text)) - FILLER
 
 
 def split(task: Task, taken: set[frozenset[str]]) -> Task:
@@ -175,7 +177,7 @@ def data_folder(args: argparse.Namespace, seed: int) -> Path:
 
 
 def model_folder(args: argparse.Namespace) -> Path:
-    return resolve(args.model) if args.model else toy.checkpoint_folder()
+    return resolve(args.model) if args.model else toy.FOLDER
 
 
 def probed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
