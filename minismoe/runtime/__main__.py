@@ -146,9 +146,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--top-k", type=natural, default=0, metavar="K", help="draw among the K likeliest tokens "
         "(default: as many as the folder's sampler gives, 64)")
     add("--seed", type=int, help="of the draws; default: another one each time")
-    add("--provider", metavar="NAME[:KIND][:N]", help="cpu (default), cuda, webgpu, tensorrt, mlx, "
-        "openvino or openvino:GPU, NPU or CPU; qnn or qnn:SOC for target npu; N: that of several "
-        "devices, from 0; auto: of what export.py --provider checked, what onnxruntime prefers")
+    add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
+        "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
