@@ -72,9 +72,9 @@ def load_run(config: ExportConfig) -> Source:
 
 
 def load_base(config: ExportConfig) -> Source:
-    """A base without adapters: that of --model, or the embedded default."""
+    """A base without adapters: that of --model, or the built-in toy."""
     if not config.model:
-        print(f"{NO_RUN}: the embedded base alone")
+        print(f"{NO_RUN}: the built-in toy, untrained")
     settings = cli.resolve_auto(InputConfig(model=config.model, device=config.device,
                                             dtype=config.dtype))
     base = cli.model_folder(settings)

@@ -136,7 +136,7 @@ def model_folder(config: InputConfig) -> Path:
 def load_base(config: InputConfig, folder: Path) -> CausalLM:
     """The model on its device."""
     model = load_model(folder, getattr(torch, config.dtype), config.device, config.base_bits)
-    model.name = config.model or "the embedded default"
+    model.name = config.model or "the built-in toy"
     return model
 
 

@@ -41,7 +41,7 @@ ANIMALS = """
 Case = tuple[tuple[str, ...], str]           # what fills in a question, and the answer
 
 
-def world() -> dict[tuple[str, str], str]:
+def known_facts() -> dict[tuple[str, str], str]:
     """{(animal, kind of fact): answer}, the same for every seed of the tasks."""
     rng = random.Random(0)
     return {(animal, kind): rng.choice(values.split())
@@ -63,7 +63,7 @@ def numbers(rng: random.Random) -> tuple[str, str]:
 def cases(skill: str, rng: random.Random) -> list[Case]:
     """All facts, animal by animal, or TRAIN + TEST random cases of another skill, each once."""
     if skill == "facts":
-        known = world()
+        known = known_facts()
         return [((question.format(animal),), known[animal, kind])
                 for animal in rng.sample(ANIMALS, len(ANIMALS))
                 for kind, (question, _) in FACTS.items()]

@@ -1,7 +1,7 @@
 """Compare allocation rules at equal parameters: strategies x seeds x learning rates x budgets.
 
     python tests/benchmarks/compare.py --plan                   the cells
-    python tests/benchmarks/compare.py --seeds 5                the embedded default
+    python tests/benchmarks/compare.py --seeds 5                the built-in toy
     python tests/benchmarks/compare.py --name smollm2 --out runs/smollm2 --model SMOLLM2 \\
         --data DATA --tasks trec,clinc,banking77 --limit-train 400 --epochs 2 -- --batch-size 8
     python tests/benchmarks/compare.py --readme tests/benchmarks/results/smollm2.json

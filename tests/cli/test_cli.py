@@ -1,4 +1,4 @@
-"""The scripts as a user runs them, on a tiny checkpoint; and once on the embedded default."""
+"""The scripts as a user runs them, on a tiny checkpoint; and once on the built-in toy."""
 
 import json
 import math
@@ -248,7 +248,7 @@ def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path) -> None:
     assert a["tasks"] == b["tasks"]
 
 
-def test_the_embedded_default(tmp_path) -> None:
+def test_the_built_in_toy(tmp_path) -> None:
     """The README's promise: the whole method with no argument, and what it is worth."""
     done = subprocess.run([sys.executable, str(ROOT / "train.py")], cwd=tmp_path, text=True,
                           capture_output=True, timeout=600, env={**os.environ, "NO_COLOR": "1"})

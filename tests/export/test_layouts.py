@@ -107,7 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def byte_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Without a tokenizer and without a template, as the embedded default is."""
+    """Without a tokenizer and without a template, as the built-in toy is."""
     base = tmp_path_factory.mktemp("bytes")
     (base / "config.json").write_text(json.dumps({"vocab_size": ByteTokenizer.vocab_size}))
     with pytest.MonkeyPatch.context() as patch:
@@ -142,7 +142,7 @@ def test_base_files_name_every_stop_id(run: Run, tmp_path: Path) -> None:
 
 
 def test_bytes_become_a_tokenizer_json(tmp_path: Path) -> None:
-    """The embedded default has no tokenizer file; what other programs get says the same."""
+    """The built-in toy has no tokenizer file; what other programs get says the same."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text(json.dumps({"vocab_size": 259}))
     copy_base_files(tmp_path / "base", tmp_path / "bare", spell_bytes=False)

@@ -159,7 +159,7 @@ def test_what_takes_long_on_the_cpu_is_said_in_any_case(folders, capsys) -> None
 @pytest.mark.parametrize("precision", ["int4", "fp32"])
 def test_an_export_is_checked_there_as_well(tmp_path, monkeypatch, capsys, precision, provider,
                                             ) -> None:
-    """The embedded default."""
+    """The built-in toy."""
     monkeypatch.chdir(tmp_path)
     main(["--precision", precision, "--provider", provider, "--out", "out"])
     said = capsys.readouterr().out

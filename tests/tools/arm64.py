@@ -80,7 +80,7 @@ def answers(folder: Path) -> dict[str, Any]:
 
 
 def write_exports(folder: Path) -> list[Path]:
-    """A folder of each of EXPORTS: of the embedded default, and of a random model with experts."""
+    """A folder of each of EXPORTS: of the built-in toy, and of a random model with experts."""
     import torch
     from exported import export, random_model
 

@@ -49,7 +49,7 @@ LESSONS = {"echo": ("{}",), "facts": ("{1} of {0}", "the {0} has {1}", "{1} {0}"
 WEIGHTS = (2, 4, 2, 1)
 NOUNS = {"home": "home house nest", "colour": "colour coat skin", "food": "food meal diet",
          "friend": "friend mate pal"}
-WORLD = list(toy.world().items())
+WORLD = list(toy.known_facts().items())
 FILLER = re.findall("[A-Za-z]+", str([*toy.TASKS.values(), *(q for q, _ in toy.FACTS.values())]))
 
 

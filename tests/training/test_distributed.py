@@ -172,7 +172,7 @@ def test_torchrun_ends_all_if_one_is_killed_and_three_resume(inputs, one, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
-def test_the_embedded_default_trains_alike_on_1_2_and_4_processes(tmp_path, seed) -> None:
+def test_the_built_in_toy_trains_alike_on_1_2_and_4_processes(tmp_path, seed) -> None:
     script, found = struck(tmp_path, 0, signal.SIGINT, step=20), []
     for count in (1, 2, 4):
         run = tmp_path / str(count)
