@@ -14,7 +14,7 @@ from .tasks import Task
 from .tokenizer import Message
 
 FOLDER = Path(__file__).parent / "toy_base"  # config.json and model.safetensors
-TRAIN, TEST = 320, 100                       # conversations of a task, at most
+TRAIN, TEST = 400, 100                       # conversations of a task, at most
 LETTERS = string.ascii_lowercase[:16]
 
 # Skill -> ways to ask for it. Facts fill in their question, the others their operands.
