@@ -2,7 +2,7 @@
 
     python tests/benchmarks/figures.py
 
-method.svg    probe, vote, experts, merge: the toy's probe (toy.json) and the vote it leads to
+method.svg    probe, vote, experts, merge: the toy's sensitivity.json (toy.json) and its vote
 rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
@@ -83,7 +83,7 @@ def place(module: str) -> tuple[int, str]:
 
 def method(probed: Mapping[str, Any]) -> str:
     """The four steps side by side, on the 28 matrices and five tasks of the toy."""
-    scores: dict[str, dict[str, float]] = probed["scores"]
+    scores = {task: found["scores"] for task, found in probed["tasks"].items()}
     experts = allocate(scores, keep=0.6).experts
     top, wide, step = 92.0, 9.0, 48.0
     left, vote, count, merge = 56.0, 330.0, 588.0, 722.0
