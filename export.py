@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Export a run to what onnxruntime, onnxruntime-genai, transformers.js, peft or transformers open.
 
-    python export.py                                  the newest run in runs, in 4 bits, healed
+    python export.py                                  the newest run in runs, in 4 bits
     python export.py RUN --out FOLDER --precision fp32
     python export.py RUN --layout web                 a page that runs the model in a browser
     python export.py --model FOLDER --out FOLDER      a base without adapters

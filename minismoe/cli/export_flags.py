@@ -45,15 +45,15 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
     layout, precision, npu = config.layout, config.precision, config.target == "npu"
     rounded = config.graph and not precision.startswith("fp")
-    scaled = rounded and (not npu or precision == "w4a16")       # with scales that are healed
+    scaled = rounded and (not npu or precision == "w4a16")       # in blocks
     idle = [                     # kinds of exports, and the flags that have no effect on them
         (not config.graph, f"--layout {layout} holds no graph",
          ["target", "static", "provider", "context", "precision", "block", "adapters",
           *["routing"] * (layout == "hf" or config.routing == "dynamic")]),
-        (config.model, "a base has no adapters (--prompts FILE heals 4 bits, and 8 with --heal)",
-         ["run", "routing", "adapters", "task", "fit", "limit_test",
-          *["layout"] * (layout == "peft"), *["heal"] * (not scaled or not config.prompts),
-          *["prompts"] * (not rounded or precision in ("int8", "q8") and not config.heal)]),
+        (config.model, "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)",
+         ["run", "routing", "adapters", "task", "fit", "heal", "limit_test",
+          *["layout"] * (layout == "peft"),
+          *["prompts"] * (not rounded or precision in ("int8", "q8"))]),
         (npu, "--target npu holds one merged model", ["routing", "adapters"]),
         (config.routing == "dynamic", "--routing dynamic freezes nothing",
          ["fit", "heal", "prompts", "task", "adapters"]),

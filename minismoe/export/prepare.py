@@ -1,7 +1,7 @@
-"""From a run to what an export stores: mixtures become linear maps, weights are rounded and healed.
+"""From a run to what an export stores: mixtures become linear maps, and weights are rounded.
 
 The way of one weight: `merged_weights` reads it from the base and adds its linear map,
-`rounded_weights` rounds it and heals its scales, and `Prepared.read` gives it to the graph.
+`rounded_weights` rounds it, and `Prepared.read` gives it to the graph.
 """
 
 import json
@@ -20,22 +20,21 @@ from ..io.drawing import terminal_heatmap
 from ..io.files import naming, replacing
 from ..io.progress import progress_bar
 from ..method.experts import expert_layers
-from ..method.freeze import Fit, TaskFits, fit, merged
+from ..method.freeze import Fit, TaskFits, fit, freeze, merge, merged
 from ..method.loss import IGNORE
 from ..model.checkpoint import weights
 from ..model.config import Config
 from ..model.decoder import CausalLM
-from ..model.quantize import BLOCK, Blocks
-from .gptq import refine
-from .heal import Healing, heal_maps, heal_scales
+from ..model.quantize import Blocks
+from .gptq import quantize_model, refine
+from .heal import Healing, heal, sharing_copy
 from .mixture import Adapter, AdapterInput
 from .ranges import Ranges, shipped_ranges
-from .scales import quantize_model
 from .settings import ExportConfig, Source
 from .weights import ReadWeight
 
 SAMPLES, BATCH = 64, 16                      # to calibrate with, of each task, and at once
-MISSED = 0.015                               # median residual above which merging loses answers
+MISSED, STEPS = 0.015, 80                    # maps that miss more (a median) are healed so long
 Fits = Mapping[str, Fit]                     # module -> its fit
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 
@@ -53,7 +52,7 @@ class Prepared:
 
 
 def prepare(parts: Sequence[ExportConfig], source: Source) -> list[Prepared]:
-    """Freeze the mixtures of a run, then round and heal them for each graph.
+    """Freeze the mixtures of a run, then heal and round them for each graph.
 
     parts: the settings of each graph, which differ in nothing but how weights are stored.
     """
@@ -109,25 +108,21 @@ def freeze_mixtures(config: ExportConfig, source: Source, batches: Mapping[str, 
 def prepare_part(config: ExportConfig, source: Source, samples: Samples,
                  batches: Mapping[str, Sequence[Batch]], fits: TaskFits) -> Prepared:
     """Heal and round what one graph stores, and save the fits beside the run's adapter."""
-    def healing(task: str | None) -> Healing:
-        """On the samples of a task, or on all."""
-        examples = samples[task] if task else [e for several in samples.values() for e in several]
-        return Healing(source.model, examples, config.heal or 0, source.tokenizer.pad_id,
-                       source.micro_batch_size)
-
-    rounds = bool(config.merges and config.block and samples)
+    stored = merged_weights(source.base, {})
+    blocks = {} if config.merges else rounded_weights(
+        config, source.model, fits.for_task(config.task), stored, batches)
     for task in samples if config.adapters else [config.task]:
         found = fits.for_task(task)
-        # Scales win back what rounding loses, but not what merging loses.
-        if config.heal and found and (not rounds or missed(found) > MISSED):
-            found.update(heal_maps(healing(task), found, precision=config.precision,
-                                   block=None if rounds else config.block))
-    stored = merged_weights(source.base, fits.for_task(config.task) if config.merges else {})
-    blocks = {}
-    if rounds:
-        blocks = rounded_weights(config, source.model, stored, [
-            batch for task, several in batches.items() if config.task in (None, task)
-            for batch in several], healing(config.task))
+        steps = STEPS * (missed(found) > MISSED) if config.heal is None else config.heal
+        if steps and found:
+            examples = samples[task] if task else [e for part in samples.values() for e in part]
+            healing = Healing(source.model, examples, steps, source.tokenizer.pad_id,
+                              source.micro_batch_size)
+            found.update(heal(healing, found, blocks))
+    if config.merges:
+        found = fits.for_task(config.task)
+        stored = merged_weights(source.base, found)
+        blocks = rounded_weights(config, source.model, found, stored, batches)
     if fits.together:
         save_fits(source.run / "adapter", fits)
     adapters: Mapping[str, Adapter] = {}
@@ -150,13 +145,19 @@ def merged_weights(base: Path, fits: Fits) -> Callable[[str], Tensor]:
     return weight
 
 
-def rounded_weights(config: ExportConfig, model: CausalLM, stored: Callable[[str], Tensor],
-                    batches: Sequence[Batch], healing: Healing) -> dict[str, Blocks]:
-    """The stored weights in few bits, rounded for what the model reads on batches, and healed."""
-    blocks = quantize_model(model, stored, config.precision, config.block or BLOCK)
-    refine(model, blocks, stored, batches)
-    if healing.steps:
-        blocks = heal_scales(healing, blocks)
+def rounded_weights(config: ExportConfig, model: CausalLM, fits: Fits,
+                    stored: Callable[[str], Tensor], batches: Mapping[str, Sequence[Batch]],
+                    ) -> dict[str, Blocks]:
+    """The stored weights in few bits, rounded for what the model reads on the batches of the task,
+    or of all tasks; none if there are no batches, or nothing to round."""
+    if not (config.block and batches):
+        return {}
+    blocks = quantize_model(model, stored, config.precision, config.block)
+    student = sharing_copy(model)
+    if fits:
+        (merge if config.merges else freeze)(student, fits)
+    refine(model, student, blocks, stored, [batch for task, several in batches.items()
+                                            if config.task in (None, task) for batch in several])
     return {name: replace(found, data=found.data.cpu(), scales=found.scales.cpu())
             for name, found in blocks.items()}
 

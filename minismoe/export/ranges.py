@@ -15,8 +15,8 @@ from ..method.freeze import Fit, merge, run_hooked
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, Blocks
 from ..training.evaluate import generate
+from .gptq import quantize_model, round_weights
 from .heal import sharing_copy
-from .scales import round_weights
 from .settings import ExportConfig, Source
 from .weights import PRECISIONS
 
@@ -55,7 +55,8 @@ def shipped_ranges(config: ExportConfig, source: Source, samples: Mapping[str, S
         return {}
     model = sharing_copy(source.model).eval()
     merge(model, fits)
-    round_weights(model, config.precision, config.block or BLOCK, blocks)
+    round_weights(model, blocks or quantize_model(model, model.get_parameter, config.precision,
+                                                  config.block or BLOCK))
     texts = [e.ids for examples in samples.values()
              for e in examples[:PROMPTS if config.prompts else TEXTS]]
     if config.prompts:

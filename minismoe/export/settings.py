@@ -12,8 +12,6 @@ from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
 from .weights import PRECISIONS, GraphFormat
 
-STEPS = 80                               # of healing, if it is not said how many
-
 
 def static_sizes(text: str) -> tuple[int, int, int]:
     """An argparse type: BxTxP."""
@@ -33,18 +31,16 @@ class ExportConfig:
     fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) fits it, "
                     "gates fits constant gates, mean takes the mean gates", choices=KINDS)
     heal: int | None = flag(
-        None, "train for so many steps after freezing: the frozen maps in float; in few bits the "
-        "scales, and before them the maps if these miss over 1.5 %% of the mixture (default: "
-        f"{STEPS} for a RUN, or in 4 bits with --prompts; 0 for --routing dynamic)", natural,
-        metavar="STEPS")
+        None, "train the maps for so many steps towards the predictions of the mixture (default: "
+        "80 if they miss over 1.5 %% of its output, or else 0)", natural, metavar="STEPS")
     prompts: str | None = flag(
-        None, "calibrate and heal on these prompts, one a line, towards the predictions of the "
-        "mixture, and not on the run's data", text, metavar="FILE")
+        None, "calibrate on these prompts, one a line, and not on the run's data", text,
+        metavar="FILE")
     limit_test: int | None = flag(None, "test lines a task (default: as in training)", positive,
                                   metavar="N")
     device: str = flag("auto", "for freezing: cpu, cuda, mps, or auto (default)")
-    dtype: str = flag("auto", "for freezing, healing and scoring the mixture; default: the "
-                      "faster one on the device", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "for freezing and calibrating; default: the faster one on the "
+                      "device", choices=("auto", "float32", "bfloat16"))
     model: str | None = flag(
         None, "instead of RUN: a checkpoint folder or hub name, without adapters", text)
     out: str | None = flag(None, "folder to make (default: one in RUN/export)", text, metavar="DIR")
@@ -60,12 +56,12 @@ class ExportConfig:
     precision: str = flag("auto", "of the base weights, int4-8 with embedding and head in 8 bits; "
                           "experts that stay beside few bits take 8 (but 32 lora_A in q4f16, "
                           "lora_B in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: "
-                          "int4 in float16, for their WebGPU. auto (default): int4 if healed, else "
-                          "int4-8; for --layout web both q8 and q4f16, of which the browser loads "
-                          "one", choices=("auto", *PRECISIONS))
+                          "int4 in float16, for their WebGPU. auto (default): int4 with texts to "
+                          "calibrate on, else int4-8; for --layout web both q8 and q4f16, of "
+                          "which the browser loads one", choices=("auto", *PRECISIONS))
     block: int | None = flag(
-        None, "weights that share a scale, in 8 or 4 bits (default: 128 if healed, rows are long, "
-        "the target is ort and no experts stay; or else 32)", int, choices=BLOCKS)
+        None, "weights that share a scale, in 8 or 4 bits (default: 128 with texts to calibrate "
+        "on, long rows, target ort and no experts that stay; or else 32)", int, choices=BLOCKS)
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))
@@ -81,13 +77,12 @@ class ExportConfig:
         "what the test lines need)", positive, metavar="TOKENS")
 
     def with_defaults(self, has_examples: bool, hidden_size: int) -> "ExportConfig":
-        """The same with values in place of "auto" and of the defaults of --heal and --block.
+        """The same with values in place of "auto" and of the default of --block.
 
-        has_examples: whether there is something to heal on. hidden_size: of the model; blocks of
-        128 decode faster and lose nothing once healed, but short rows would be padded to them.
-        Raises ValueError for an NPU precision that needs texts where there are none.
+        has_examples: whether there are texts to calibrate on. hidden_size: of the model; blocks of
+        128 decode faster, but short rows would be padded to them. Raises ValueError for an NPU
+        precision that needs texts where there are none.
         """
-        heals = has_examples and self.heal != 0 and self.routing != "dynamic"
         npu, precision = self.target == "npu", self.precision
         if npu and not has_examples and precision not in ("auto", "fp16"):
             raise ValueError(f"--precision {precision} rounds activations by ranges that texts "
@@ -96,14 +91,12 @@ class ExportConfig:
             precision = "fp32"
         elif precision == "auto":
             precision = ("w8a16" if has_examples else "fp16") if npu else (
-                "q8" if self.layout == "web" else "int4" if heals else "int4-8")
-        heals = heals and (self.run is not None or PRECISIONS[precision][0] == 4)
-        heal = STEPS * heals if self.heal is None else self.heal
-        large = (heal and self.target == "ort" and self.merges and hidden_size >= 4 * BLOCKS[-1])
+                "q8" if self.layout == "web" else "int4" if has_examples else "int4-8")
+        large = (has_examples and self.target == "ort" and self.merges
+                 and hidden_size >= 4 * BLOCKS[-1])
         block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
             PRECISIONS[precision]) and precision != "w8a16" else None
-        block = ROW if precision == "q8" else block
-        return replace(self, precision=precision, heal=heal, block=block)
+        return replace(self, precision=precision, block=ROW if precision == "q8" else block)
 
     @property
     def graph(self) -> bool:

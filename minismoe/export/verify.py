@@ -26,11 +26,11 @@ from ..model.quantize import BLOCK
 from ..runtime import Generator
 from ..training.evaluate import evaluate, exact_match, generate, questions
 from .compare import FEW, TOKENS, compare_graph, compare_logits, compare_rounded, unrounded
+from .gptq import quantize_model, round_weights
 from .graph import refuse
 from .heal import sharing_copy
 from .mixture import round_adapters
 from .prepare import Fits, Prepared
-from .scales import round_weights
 from .settings import ExportConfig, Source
 from .weights import HALF, PRECISIONS
 
@@ -66,7 +66,7 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
         if rounds:
             expected = rounded(config, model, prepared)
         generator.use(adapter)
-        # Healed weights are no longer those of the model: the graph is compared with them.
+        # Weights that were rounded on samples are the graph's own: it is compared with them.
         seen: dict[str, Any] = compare_graph(
             expected if prepared.blocks else model, generator, prompts,
             math.inf if rounds else tolerance, config.precision == "fp32")
@@ -127,7 +127,8 @@ def as_exported(config: ExportConfig, reference: CausalLM, fits: Fits | None) ->
 def rounded(config: ExportConfig, model: CausalLM, prepared: Prepared) -> CausalLM:
     """A copy of the model with weights in few bits, as the graph stores them."""
     block = config.block or BLOCK
-    model = round_weights(sharing_copy(model), config.precision, block, prepared.blocks)
+    model = round_weights(sharing_copy(model), prepared.blocks or quantize_model(
+        model, model.get_parameter, config.precision, block))
     if not config.adapters:                  # those stay floats
         round_adapters(model, config.precision, block)
     return model

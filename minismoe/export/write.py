@@ -50,10 +50,8 @@ def plan(config: ExportConfig) -> str:
     """What will be written, and how to have something else, in one line."""
     what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
-    scales = config.run and config.block and not config.adapters and config.routing != "freeze"
-    each = " a task" * config.adapters + " (twice if merging loses much)" * bool(scales)
-    heal = (f", healed for {config.heal} steps{each}, each about as long as training on {BATCH} "
-            "examples (--heal 0 leaves that out)") if config.heal else ""
+    heal = (f", healed for {config.heal} steps{' a task' * config.adapters}, each about as long as "
+            f"training on {BATCH} examples") if config.heal else ""
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
     return f"writes {what}{blocks}{heal}{floats * bool(config.block)}"
 

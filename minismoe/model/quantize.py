@@ -22,7 +22,6 @@ BLOCK = BLOCKS[0]                    # if nothing else is asked for
 ROW = -1                             # in place of a size: a block as long as the row
 TINY = 2.0 ** -20         # the least scale: 16 steps of float16, which scales may be stored in
 ON_CPU, ON_GPU = 1 << 18, 1 << 23    # weights computed at a time; a CPU's cache holds the former
-PART = 1 << 22                       # weights of a trained table that are dense at a time
 
 
 @dataclass(frozen=True)
@@ -105,81 +104,42 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class BlockWeight(nn.Module):
-    """A weight (N, K) stored in blocks; each call of `dense` computes it again, in `dtype`.
-
-    A frozen one has float16 scales. A trained one has a log-scale `delta` (N, G) for each block:
-    w = e^delta * scale * (q - zero).
-    """
+    """A frozen weight (N, K) stored in blocks, with float16 scales; each call of `dense` computes
+    it again, in `dtype`."""
 
     data: Tensor
     scales: Tensor
 
-    def __init__(self, blocks: Blocks, dtype: torch.dtype, trained: bool = False):
+    def __init__(self, blocks: Blocks, dtype: torch.dtype):
         super().__init__()
         self.bits, self.size, self.shape, self.dtype = blocks.bits, blocks.size, blocks.shape, dtype
         self.register_buffer("data", blocks.data)
-        self.register_buffer("scales", blocks.scales if trained else blocks.scales.half())
-        self.delta: Any = nn.Parameter(torch.zeros_like(blocks.scales)) if trained else None
+        self.register_buffer("scales", blocks.scales.half())
 
     @property
     def device(self) -> torch.device:
         return self.scales.device
 
     @torch.no_grad()
-    def dense(self, which: Tensor | slice = slice(None)) -> Tensor:
-        """Some rows of the weight, (n, K); default, all."""
-        data, scales = self.data[which], self.scales_now(which)
-        shape = torch.Size((len(data), self.shape[1]))
-        return dequantize(Blocks(self.bits, self.size, shape, data, scales), self.dtype)
-
-    @torch.no_grad()
-    def scales_now(self, which: Tensor | slice = slice(None)) -> Tensor:
-        """The scales of some rows, (n, G), as far as they are trained."""
-        scales = self.scales[which]
-        return scales if self.delta is None else scales * self.delta[which].exp()
-
-    def block_sums(self, gradient: Tensor, w: Tensor) -> Tensor:
-        """d delta (n, G) of some rows from d w and w (n, K): the sums over each block of d w * w.
-
-        Writes over the gradient.
-        """
-        x = F.pad(gradient.mul_(w), (0, -w.shape[1] % self.size)).unflatten(1, (-1, self.size))
-        return x.sum(2, dtype=self.scales.dtype)
+    def dense(self) -> Tensor:
+        """The weight (N, K)."""
+        return dequantize(Blocks(self.bits, self.size, self.shape, self.data, self.scales),
+                          self.dtype)
 
 
 class _Multiply(torch.autograd.Function):
-    """y = x W^T + b;   dx = dy W,   d delta = block sums of (dy^T x) * W.
-
-    The backward computes W again instead of keeping it. A trained W is computed some rows at a
-    time, and its gradient fewer: no large table is ever whole. Compared with autograd in
-    tests/model/test_quantized_base.py and
-    tests/export/test_heal.py::test_gradients_of_scales_equal_autograd.
-    """
+    """y = x W^T + b;   dx = dy W. The backward computes W again instead of keeping it. Compared
+    with autograd in tests/model/test_quantized_base.py."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: BlockWeight,
-                bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        if delta is None:
-            return F.linear(x, weight.dense(), bias)
-        ctx.save_for_backward(x)
-        return torch.cat([F.linear(x, weight.dense(part), None if bias is None else bias[part])
-                          for part in few_rows(weight, PART)], -1)
+        return F.linear(x, weight.dense(), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, sums = ctx.weight, []
-        if weight.delta is None:
-            return dy @ weight.dense(), None, None, None
-        (x,) = ctx.saved_tensors
-        flat, dy = x.flatten(0, -2), dy.flatten(0, -2)
-        dx = torch.zeros_like(flat, dtype=torch.promote_types(x.dtype, torch.float32))
-        for part in few_rows(weight, PART):
-            w, d = weight.dense(part), dy[:, part]
-            dx += d @ w
-            sums += [weight.block_sums(d[:, few].T @ flat, w[few]) for few in few_rows(w)]
-        return dx.view_as(x).to(x.dtype), torch.cat(sums), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy @ ctx.weight.dense(), None, None
 
 
 class BlockLinear(nn.Linear):
@@ -194,4 +154,4 @@ class BlockLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        return _Multiply.apply(x, self.weight.delta, self.weight, self.bias)
+        return _Multiply.apply(x, self.weight, self.bias)

@@ -49,7 +49,7 @@ from minismoe.runtime import Generator
 from minismoe.training.evaluate import evaluate, exact_match
 
 MERGED = "export.py --model {merged} --out {out}"
-RUN = "export.py {run} --limit-test 2 --out {out} --heal"          # they are scored here instead
+RUN = "export.py {run} --limit-test 2 --out {out}"                 # they are scored here instead
 BUILDER = "-m onnxruntime_genai.models.builder -i {merged} -o {out} -c {cache} -e cpu"
 TOOLS = Path(__file__).with_name("fourbits_ort.py")
 CALIBRATION = 8                             # training lines of each task, for GPTQ
@@ -81,14 +81,9 @@ def ort(method: str, block: int) -> Row:
 ROWS = [
     Row("mixture, float32 in PyTorch", "torch", "32", ""),
     Row("merged, float32", "ours", "32", f"{MERGED} --precision fp32"),
-    *(Row(f"merged, float32, healed for {steps} steps", "ours", "32",
-          f"{RUN} {steps} --precision fp32") for steps in (40, 80)),
     *(Row(f"minismoe int4, blocks of {block}", "ours", "4",
-          f"{RUN} 0 --precision int4 --block {block}") for block in (32, 128)),
+          f"{RUN} --precision int4 --block {block}") for block in (32, 128)),
     Row("minismoe int4-8, blocks of 32", "ours", "8", f"{MERGED} --precision int4-8 --block 32"),
-    *(Row(f"minismoe int4, blocks of {block}, healed for {steps} steps", "ours", "4",
-          f"{RUN} {steps} --precision int4 --block {block}")
-      for block in (32, 64, 128) for steps in (40, 80)),
     genai("default", 32), genai("rtn", 32), genai("k_quant", 32), genai("rtn_last", 32, "8"),
     genai("k_quant_last", 32, "8"), genai("k_quant_mixed", 32, "8, as some layers"),
     genai("default", 128), genai("k_quant", 128),        # 0.18 has no k_quant if 128 does not

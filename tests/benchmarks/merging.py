@@ -3,7 +3,7 @@
     python tests/benchmarks/merging.py RUN
 
 "missed" is the median share of the mixture's output energy that a fit lacks on held-out samples.
-What healing gives is printed by `python export.py RUN --precision fp32 --heal 40`.
+healing.py says what rounding costs.
 """
 
 import argparse

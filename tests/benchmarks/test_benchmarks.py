@@ -17,6 +17,7 @@ if sys.platform != "linux":
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_speed  # noqa: E402
 import family_speed  # noqa: E402
+import healing  # noqa: E402
 import merging  # noqa: E402
 import probe_speed  # noqa: E402
 import providers  # noqa: E402
@@ -83,3 +84,35 @@ def test_providers_are_measured_beside_the_cpu(tmp_path, monkeypatch, capsys) ->
     assert re.match(r" *tiny +cpu +2 of 2 +2 of 2 +37 of 37 .* 0\.0e\+00 +0\.0e\+00",
                     cpu) and "last third" in header
     assert "openvino" in other
+
+
+def test_healing_scores_ways_against_the_mixture(tmp_path, monkeypatch, capsys) -> None:
+    """It goes on where it was."""
+    model = save_bytes_model(tmp_path / "model", hidden_size=64, intermediate_size=64,
+                             num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    (tmp_path / "data" / "odd").mkdir(parents=True)
+    for name, first, count in (("train", 0, 40), ("test", 40, 6)):
+        (tmp_path / "data" / "odd" / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": f"odd {i}", "completion": ("no", "yes")[i % 2]}) + "\n"
+            for i in range(first, first + count)))
+    train.main(["--model", str(model), "--data", str(tmp_path / "data"), "--samples", "2",
+                "--epochs", "3", "--lr", "0.05", "--rank", "2", "--dtype", "float32",
+                "--out", str(tmp_path / "run")])
+    args = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--ways", "int4, blocks of 32"]
+    capsys.readouterr()
+    healing.main(args)
+    said = capsys.readouterr().out
+    records = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
+    assert [*sorted(records)] == ["run, int4, blocks of 32.json", "run, merged, float32.json"]
+    rounded, merged = (record["tasks"]["odd"] for _, record in sorted(records.items()))
+    assert 0 <= merged["KL"] < rounded["KL"] and merged["log p"] < 0
+    assert 0 <= merged["calibration"] <= 1 and 6 * merged["exact"] in range(7)
+    monkeypatch.setattr(healing, "record_run", lambda *_: pytest.fail("it was measured already"))
+    healing.main(args)
+    assert said.endswith(again := capsys.readouterr().out) and "merged, float32" in again
+
+
+def test_calibration_is_the_mean_gap_of_bins() -> None:
+    """Two answers stated with 0.95, of which one is right; two with 0.5 and 0.55, both right."""
+    assert healing.calibration([0.95, 0.95, 0.5, 0.55], [1, 0, 1, 1]) == pytest.approx(
+        (0.9 + 0.5 + 0.45) / 4)

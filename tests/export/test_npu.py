@@ -15,10 +15,10 @@ from exported import CONFIG, command, describe
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from minismoe.export.gptq import quantize_model, round_weights
 from minismoe.export.graph import refuse, write_sampler
 from minismoe.export.npu import compile_npu, write_npu
 from minismoe.export.ranges import Range, activation_ranges
-from minismoe.export.scales import round_weights
 from minismoe.export.weights import GraphFormat
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
@@ -123,7 +123,7 @@ def test_graphs_in_few_bits_compute_what_the_rounded_model_does(tmp_path: Path, 
                                                                 ) -> None:
     model, text = random_model(), texts(259)[0]
     folder = write(model, tmp_path / "npu", precision)
-    round_weights(model, precision, 32)
+    round_weights(model, quantize_model(model, model.get_parameter, precision, 32))
     with torch.no_grad():
         wanted = model(torch.tensor([text]))[0, -4:]
     assert error(logits(folder, text), wanted) < TOLERANCES[precision]
@@ -169,7 +169,7 @@ def test_a_layer_whose_activations_no_range_holds_stays_in_floats(tmp_path: Path
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     assert [n.name for n in graph.node if n.op_type == "MatMulNBits"] == [
         "/model/layers.1/mlp/down_proj/MatMulNBits"]
-    round_weights(model, "w8a16", 32)
+    round_weights(model, quantize_model(model, model.get_parameter, "w8a16", 32))
     with torch.no_grad():
         wanted = model(torch.tensor([seen[0]]))[0, -4:]
     assert error(logits(folder, seen[0]), wanted) < TOLERANCES["w8a16"]

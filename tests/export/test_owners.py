@@ -11,9 +11,9 @@ from tiny import BYTES, finish, random_hf, save_imaged
 
 import export
 from minismoe.data.tokenizer import load_tokenizer
+from minismoe.export.gptq import quantize_model, round_weights
 from minismoe.export.graph import write_decoder
 from minismoe.export.layouts import copy_base_files, write_genai, write_web, write_weights
-from minismoe.export.scales import round_weights
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import linear_layers
 from minismoe.method.freeze import Fit
@@ -101,7 +101,7 @@ def test_transformers_js_opens_the_text_of_a_model_with_images(
     assert code == 0, err
     model, tokenizer = load_model(base), load_tokenizer(base)
     if precision == "q8":
-        round_weights(model, precision, ROW)
+        round_weights(model, quantize_model(model, model.get_parameter, precision, ROW))
     prompt = tokenizer.encode(tokenizer.render(CHAT, add_generation_prompt=True))[0]
     tokens = generate(model, [prompt], LIMIT, tokenizer.stop_ids)[0]
     said = web_says(web)

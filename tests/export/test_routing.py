@@ -8,61 +8,56 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from mixture import COUNTS, V, batch, model_of, tasks
+from mixture import COUNTS, V, batch, model_of
 from safetensors.torch import save_file
 from tiny import BYTES
 
 import export
 import train
-from minismoe.data.tasks import Example, Task, collate
+from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.export import compare, gptq, prepare, verify
-from minismoe.export.heal import Healing, heal_maps, sharing_copy
+from minismoe.export.gptq import quantize_model
+from minismoe.export.heal import sharing_copy
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.prepare import merged_weights
-from minismoe.export.scales import quantize_model, round_weights
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.method.freeze import Fit, TaskFits, fit, freeze
+from minismoe.method.freeze import Fit, TaskFits
 
 
 @pytest.mark.parametrize("task", [None, "a"])
 def test_a_task_is_healed_and_rounded_on_its_own_samples(task, monkeypatch) -> None:
-    healed: list[list[str]] = []
+    healed: list[Any] = []
     batches: list[int] = []
-    for name in ("heal_maps", "heal_scales"):
-        monkeypatch.setattr(prepare, name, lambda healing, *_, **__: healed.append(
-            healing.examples) or {})
+    monkeypatch.setattr(prepare, "heal", lambda healing, *_: healed.append(healing.examples) or {})
     for name in ("quantize_model", "merged_weights", "save_fits"):
         monkeypatch.setattr(prepare, name, lambda *_: {})
-    monkeypatch.setattr(prepare, "refine", lambda *given: batches.extend(given[3]))
+    monkeypatch.setattr(prepare, "refine", lambda *given: batches.extend(given[4]))
+    monkeypatch.setattr(prepare, "merge", lambda *_: None)
     fits = {"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 1.0)}
-    model, tokenizer = SimpleNamespace(config=None), SimpleNamespace(pad_id=0)
+    model, tokenizer = torch.nn.Module(), SimpleNamespace(pad_id=0)
+    model.config = None
     prepare.prepare_part(ExportConfig(heal=40, precision="int4", block=32, task=task),
                          Source(Path(), Path(), "", model, tokenizer),
                          {"a": ["x"], "b": ["y"]}, {"a": [1], "b": [2]},
                          TaskFits(dict(fits), {"a": dict(fits), "b": dict(fits)}))
-    assert healed == [["x"] if task else ["x", "y"]] * 2   # maps, then scales
+    assert healed == [["x"] if task else ["x", "y"]]
     assert batches == ([1] if task else [1, 2])
 
 
-def test_maps_are_healed_beside_the_base_that_ships() -> None:
-    model = model_of(dtype=torch.float32)
-    fits = fit(model, tasks())["mean"].together
-    data = [Example("a", [(7 * i + j * j) % V for j in range(9)], [-100, *[(7 * i + j * j) % V
-            for j in range(1, 9)]], i) for i in range(16)]
-    losses = []
-    for block in (None, 32):
-        healed = heal_maps(Healing(model, data, 20, 0), fits, precision="int4", block=block,
-                           lr=1e-2)
-        student = sharing_copy(model)
-        freeze(student, healed)
-        round_weights(student, "int4", 32)
-        ids, mask, labels = collate(data, 0)
-        with torch.no_grad():
-            losses.append(F.cross_entropy(student(ids, mask)[:, :-1].flatten(0, 1),
-                                          labels[:, 1:].flatten()).item())
-    assert losses[1] < losses[0]
+@pytest.mark.parametrize("routing", ["merge", "freeze"])
+def test_maps_are_healed_beside_the_weights_that_ship_with_them(routing, monkeypatch) -> None:
+    """Merged maps are rounded after they were healed, others stay floats beside rounded weights."""
+    seen: list[Any] = []
+    monkeypatch.setattr(prepare, "heal", lambda healing, fits, blocks: seen.append(blocks) or {})
+    for name in ("merged_weights", "save_fits"):
+        monkeypatch.setattr(prepare, name, lambda *_: {})
+    monkeypatch.setattr(prepare, "rounded_weights", lambda *_: {"m.weight": 1})
+    fits = {"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 1.0)}
+    prepare.prepare_part(ExportConfig(heal=1, precision="int4", block=32, routing=routing),
+                         Source(Path(), Path(), "", SimpleNamespace(config=None),
+                                SimpleNamespace(pad_id=0)), {"a": []}, {}, TaskFits(fits, {}))
+    assert seen == [{} if routing == "merge" else {"m.weight": 1}]
 
 
 def test_the_tied_table_is_damped_more(monkeypatch) -> None:
@@ -70,12 +65,13 @@ def test_the_tied_table_is_damped_more(monkeypatch) -> None:
     blocks = quantize_model(model, lambda n: model.get_parameter(n).detach(), "int4", 32)
     real = gptq.gptq
 
-    def watched(weight: Any, H: Any, bits: int, size: int, damping: float) -> Any:
+    def watched(weight: Any, H: Any, bits: int, size: int, damping: float = gptq.DAMPING) -> Any:
         seen.setdefault(damping, []).append(tuple(weight.shape))
         return real(weight, H, bits, size, damping)
 
     monkeypatch.setattr(gptq, "gptq", watched)
-    gptq.refine(model, blocks, lambda n: model.get_parameter(n).detach(), [batch(0)])
+    gptq.refine(model, sharing_copy(model), blocks, lambda n: model.get_parameter(n).detach(),
+                [batch(0)])
     assert seen[gptq.TIED_DAMPING] == [(V, 16)] and len(seen[gptq.DAMPING]) == len(COUNTS)
 
 

@@ -1,0 +1,185 @@
+"""What an export loses of its run: exact match, log-probability, calibration, divergence.
+
+    python tests/benchmarks/healing.py RUN RUN RUN --out FOLDER
+
+Each run is frozen once, merged, and stored in each of the ways below. Every folder answers the test
+lines in onnxruntime. A task needs a closed set of answers. Prints, for each run and way:
+
+    exact       share of greedy answers that are exactly right, %
+    log p       mean log-probability of the right answer among all answers of the task
+    calibration expected error of the likeliest answer's probability, in ten bins, %
+    KL          divergence of the next token from the mixture's, mean over the right answers' tokens
+
+FOLDER keeps one .json for each run and way: the same command goes on where it was.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch import Tensor
+
+import export
+from minismoe.cli import script
+from minismoe.cli.export_flags import parse
+from minismoe.cli.flags import positive
+from minismoe.data.tasks import Task
+from minismoe.export import layouts, verify
+from minismoe.export.compare import logits
+from minismoe.export.prepare import Prepared, prepare
+from minismoe.export.settings import ExportConfig, Source
+from minismoe.io.files import read_json, write_json
+from minismoe.io.progress import progress_bar
+from minismoe.io.text import table
+from minismoe.model.checkpoint import load_adapter, load_model
+from minismoe.model.decoder import CausalLM
+from minismoe.runtime import FORMAT, Generator
+from minismoe.training.evaluate import questions
+
+FLOAT = "merged, float32"
+WAYS = {                                     # flags of export.py
+    FLOAT: "--precision fp32",
+    "int4, blocks of 128": "--block 128", "int4, blocks of 32": "--block 32",
+    "int4-8, blocks of 128": "--precision int4-8 --block 128",
+    "int4-8, blocks of 32": "--precision int4-8 --block 32",
+    "int4, blocks of 128, healed for 40 steps": "--block 128 --heal 40"}
+DIVERGE = 60                                 # lines of each task on which KL is measured
+BINS = 10
+COLUMNS = {"exact": (100, 1), "log p": (1, 3), "calibration": (100, 1), "KL": (1, 4), "MB": (1, 0)}
+
+
+def prepared(run: Path, ways: Sequence[str], limit: int | None,
+             ) -> tuple[Source, list[tuple[ExportConfig, Prepared]]]:
+    """A run with its test lines, and what each way stores of it; ways that heal alike freeze once.
+    """
+    found: dict[str, tuple[ExportConfig, Prepared]] = {}
+    source = export.load_run(ExportConfig(run=str(run), limit_test=limit or 10 ** 6))
+    configs = {way: verify.with_context(parse([str(run), *WAYS[way].split()], "").with_defaults(
+        True, source.model.config.hidden_size), source) for way in ways}
+    for heal in dict.fromkeys(config.heal for config in configs.values()):
+        several = {way: config for way, config in configs.items() if config.heal == heal}
+        found |= {way: (config, ready) for (way, config), ready in zip(
+            several.items(), prepare([*several.values()], source))}
+    return source, [found[way] for way in ways]
+
+
+def answers(generator: Generator, task: Task) -> dict[str, float]:
+    """What a folder says of the test lines of a task."""
+    found: list[tuple[float, float, float, float]] = []
+    prompts, rights, limit = questions(generator.tokenizer, task, generator.context)
+    bar = progress_bar(zip(task.test, prompts, rights), task.name, len(prompts), unit="answer")
+    for messages, prompt, right in bar:
+        every = generator.choose(prompt, task.choices, len(task.choices))
+        by_text = {answer.text: answer.logprob for answer in every}
+        wanted = messages[-1]["content"].strip()
+        found.append(([*generator.generate(prompt, limit)] == right, by_text[wanted],
+                      math.exp(every[0].logprob), every[0].text == wanted))
+    exact, log_p, stated, hit = zip(*found)
+    return {"exact": mean(exact), "log p": mean(log_p), "calibration": calibration(stated, hit)}
+
+
+def calibration(stated: Sequence[float], hit: Sequence[float]) -> float:
+    """Expected calibration error in ten bins of equal width (Naeini et al. 2015), 0 to 1."""
+    bins: list[list[float]] = [[] for _ in range(BINS)]
+    for p, right in zip(stated, hit):
+        bins[min(BINS - 1, int(p * BINS))].append(p - right)
+    return sum(abs(sum(part)) for part in bins) / len(stated)
+
+
+def predictions(model: CausalLM | Generator, source: Source, task: Task) -> Tensor:
+    """Log-probabilities (n, V) of the tokens of the right answers, for the first DIVERGE lines."""
+    prompts, rights, _ = questions(source.tokenizer, task, 10 ** 6)
+    return torch.cat([logits(model, prompt, right) for prompt, right in
+                      zip(prompts[:DIVERGE], rights)]).log_softmax(-1)
+
+
+def measure(source: Source, config: ExportConfig, ready: Prepared, folder: Path,
+            mixture: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a graph, and score what it answers. mixture: its `predictions` by task."""
+    shutil.rmtree(folder, ignore_errors=True)
+    layouts.copy_base_files(source.base, folder, False)
+    info = {"format": FORMAT, **layouts.write_graph(config, ready, folder)}
+    write_json(folder / "export.json", info | {"files": {
+        f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()}})
+    generator, by_task = Generator(folder, threads=torch.get_num_threads()), {}
+    for task in source.tasks:
+        p, q = mixture[task.name], predictions(generator, source, task)
+        by_task[task.name] = answers(generator, task) | {
+            "KL": (p.exp() * (p - q)).sum(-1).mean().item()}
+    size = sum(f.stat().st_size for f in folder.glob("model.onnx*")) / 1e6
+    shutil.rmtree(folder)
+    return {"run": source.run.name, "tasks": by_task, "MB": size}
+
+
+def record_run(run: Path, ways: Sequence[str], limit: int | None, out: Path) -> None:
+    """Measure a run in the ways that have no record yet."""
+    source, several = prepared(run, ways, limit)
+    model = load_model(source.base)
+    load_adapter(model, run / "adapter")
+    with torch.no_grad():
+        mixture = {t.name: predictions(model, source, t) for t in source.tasks}
+    for way, (config, ready) in zip(ways, several):
+        write_json(out / f"{run.name}, {way}.json", measure(
+            source, config, ready, out / "folder", mixture) | {"way": way})
+
+
+def report(records: Iterable[dict[str, Any]]) -> str:
+    """A table of each run, and one of means over runs and of the worst loss against float32."""
+    runs: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records:
+        tasks = [*record["tasks"].values()]
+        runs.setdefault(record["run"], {})[record["way"]] = {
+            name: mean(task[name] for task in tasks) for name in tasks[0]} | {"MB": record["MB"]}
+    parts, lost = [], dict[str, list[list[float]]]()
+    for run, ways in runs.items():
+        parts.append(table([run, *COLUMNS], [[way, *shown(row)] for way, row in ways.items()]))
+        for way, row in ways.items():
+            lost.setdefault(way, []).append(
+                [100 * (row["exact"] - ways[FLOAT]["exact"]), row["log p"] - ways[FLOAT]["log p"]])
+    rows: list[list[object]] = []
+    for way, pairs in lost.items():
+        exact, log_p = zip(*pairs)
+        means = {name: mean(ways[way][name] for ways in runs.values() if way in ways)
+                 for name in COLUMNS}
+        rows.append([way, len(pairs), *shown(means), f"{mean(exact):+.2f}", f"{min(exact):+.2f}",
+                     f"{mean(log_p):+.4f}", f"{min(log_p):+.4f}"])
+    parts.append(table(["means", "runs", *COLUMNS, "exact - float32", "worst", "log p - float32",
+                        "worst"], rows))
+    return "\n\n".join(parts)
+
+
+def shown(row: dict[str, float]) -> list[str]:
+    """The figures of a way, as the tables print them."""
+    return [f"{factor * row[name]:.{digits}f}" for name, (factor, digits) in COLUMNS.items()]
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of train.py")
+    parser.add_argument("--out", required=True, help="folder of the records")
+    parser.add_argument("--limit-test", type=positive, help="test lines a task (default: all)")
+    parser.add_argument("--ways", default="", metavar="WORDS;WORDS",
+                        help="only ways whose name has some of these words, and float32")
+    args = parser.parse_args(argv)
+    out, runs = Path(args.out), [*map(Path, args.runs)]
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = [way for way in WAYS if way == FLOAT or any(
+        words in way for words in args.ways.split(";"))]
+    for run in runs:
+        if lacking := [w for w in chosen if not (out / f"{run.name}, {w}.json").exists()]:
+            record_run(run, lacking, args.limit_test, out)
+    print(report(read_json(out / f"{run.name}, {way}.json") for run in runs for way in chosen))
+
+
+if __name__ == "__main__":
+    script.run_script(main)
