@@ -10,24 +10,22 @@ as their inputs x correlate with its input, which H = E[x x^T] tells:
 Letters: N outputs, K inputs, T tokens.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..io.progress import progress_bar
+from ..method.freeze import run_hooked
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks, block_scales, dequantize, integers, pack
-from ..model.tokens import Tokens
 from .weights import PRECISIONS, few_bits
 
 DAMPING = 0.01                   # of H, whose diagonal is scaled to a mean of 1
 # A tied matrix is the head, whose inputs have the moments H, and the embedding, whose H would be
 # the identity. More damping lies between the two. On SmolLM2 0.03 to 1 were alike.
 TIED_DAMPING = 0.3
-RIDGE = 0.1                      # times the mean of H's diagonal, where matrices are fitted
 ROWS = 8192                      # rounded at a time
 
 
@@ -62,104 +60,56 @@ def _rounded(weight: Tensor, U: Tensor, bits: int, size: int) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def refine(teacher: CausalLM, student: CausalLM, blocks: dict[str, Blocks],
-           weight: Callable[[str], Tensor], batches: Iterable[Sequence[Tensor]]) -> None:
-    """Round the 4-bit weights among `blocks` again, in place, one decoder layer after another.
+def second_moments(model: CausalLM, names: Collection[str], batches: Iterable[Sequence[Tensor]],
+                   ) -> dict[str, Tensor]:
+    """Sums of x x^T (K, K), in float32, over the tokens x that each of these linear layers reads.
 
-    Each layer reads what the rounded ones below it write, and its matrices are fitted to what the
-    teacher's write (GPTAQ, arXiv 2504.02692). weight(name) reads a weight. student: the model that
-    ships, in floats; its weights become the rounded ones. batches: tuples that begin with input_ids
-    and attention_mask, each (B, T).
+    batches: tuples that begin with input_ids and attention_mask, each (B, T).
     """
-    if not any(found.bits == 4 for found in blocks.values()):
-        return
-    device, tied = teacher.lm_head.weight.device, teacher.config.tie_word_embeddings
-    texts = [Tokens(ids, mask, teacher.config, device, own_tokens(ids, mask))
-             for ids, mask, *_ in batches]
-    # The arguments of each decoder layer on each text, and the moments of what the head reads.
-    arguments, moments = [], torch.zeros((), device=device)
-    for text in texts:
-        calls, hidden = layer_calls(teacher, text)
-        arguments.append(calls)
-        moments = moments + hidden.float().T @ hidden.float()
-    head = f"{'model.embed_tokens' if tied else 'lm_head'}.weight"
-    if blocks[head].bits == 4:
-        blocks[head] = gptq(weight(head).to(device), moments, 4, blocks[head].size,
-                            TIED_DAMPING if tied else DAMPING)
-    round_weights(student, {n: found for n, found in blocks.items() if ".layers." not in n})
-    theirs, ours = ([model.model.embedded(text.ids) for text in texts]
-                    for model in (teacher, student))
-    layers = [*zip(teacher.model.layers, student.model.layers)]
-    for number, (their, our) in enumerate(progress_bar(layers, "round", unit="layer")):
-        rest = [calls[number] for calls in arguments]
-        theirs, sums = layer_sums(their, our, theirs, ours, rest)
-        prefix = f"model.layers.{number}."
-        for name, (H, missing) in sums.items():
-            stored = f"{prefix}{name}.weight"
-            W = weight(stored).to(device).float() + fitted(missing, H)
-            blocks[stored] = gptq(W, H, 4, blocks[stored].size)
-        round_weights(student, {n: b for n, b in blocks.items() if n.startswith(prefix)})
-        ours = [our(x, *more) for x, more in zip(ours, rest)]
+    layers: dict[Any, str] = {model.get_submodule(name): name for name in names}
+    device = model.lm_head.weight.device
+    sums = {name: torch.zeros(layer.in_features, layer.in_features, device=device)
+            for layer, name in layers.items()}
+
+    last: list[Any] = [None, None]           # q, k and v read the same x, and so do gate and up
+
+    def hook(layer: Any, args: tuple[Tensor, ...], y: Any) -> None:
+        if args[0] is not last[0]:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            last[:] = args[0], x.T @ x
+        sums[layers[layer]] += last[1]
+
+    for batch in batches:
+        hidden = run_hooked(model.model, batch, [m for m in layers if m is not model.lm_head], hook)
+        if model.lm_head in layers:
+            hook(model.lm_head, (hidden[batch[1].bool()],), None)
+    return sums
 
 
-def layer_calls(model: CausalLM, text: Tokens) -> tuple[list[tuple[Any, ...]], Tensor]:
-    """What else each decoder layer is called with than what the one below it wrote; and the hidden
-    states that the head reads."""
-    calls: list[tuple[Any, ...]] = []
-    with ExitStack() as hooks:
-        for layer in model.model.layers:
-            hooks.enter_context(layer.register_forward_pre_hook(
-                lambda layer, args: calls.append(args[1:])))
-        return calls, model.model.rows(text)
+def refine(model: CausalLM, blocks: dict[str, Blocks], weight: Callable[[str], Tensor],
+           batches: Sequence[Sequence[Tensor]], memory: int = 1 << 30) -> None:
+    """Round the 4-bit weights among `blocks` again, in place, for what `model` reads on batches.
 
-
-def layer_sums(their: nn.Module, our: nn.Module, theirs: Sequence[Tensor], ours: Sequence[Tensor],
-               rest: Sequence[tuple[Any, ...]],
-               ) -> tuple[list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """What a layer of the teacher writes of each text; and, for each matrix of the student's layer,
-    sums over tokens of x x^T (K, K) and of (what the teacher's writes - y) x^T (N, K), where the
-    student's reads x and writes y."""
-    written, sums = [], dict[str, tuple[Tensor, Tensor]]()
-    for x, y, more in zip(theirs, ours, rest):
-        wrote, wanted = linear_calls(their, x, *more)
-        written.append(wrote)
-        for name, (read, gave) in linear_calls(our, y, *more)[1].items():
-            H, missing = sums.get(name, (0, 0))
-            sums[name] = H + read.T @ read, missing + (wanted[name][1] - gave).T @ read
-    return written, sums
-
-
-def linear_calls(layer: nn.Module, *arguments: Any,
-                 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """What a decoder layer writes; and x (T, K) and y (T, N), in float32 or better, of each linear
-    layer in it, by name."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    with ExitStack() as hooks:
-        for name, part in layer.named_modules():
-            if isinstance(part, nn.Linear):
-                hooks.enter_context(part.register_forward_hook(
-                    lambda part, args, y, name=name: seen.update({name: tuple(
-                        z.flatten(0, -2).float() for z in (args[0], y))})))
-        return layer(*arguments), seen
-
-
-def fitted(missing: Tensor, H: Tensor) -> Tensor:
-    """What a matrix lacks (N, K), in the sense of least squares, shrunk towards nothing."""
-    H = H.clone()
-    H.diagonal().add_(RIDGE * H.diagonal().mean() + 1e-30)
-    return torch.cholesky_solve(missing.T.cpu(), torch.linalg.cholesky(H.cpu())).T.to(H.device)
-
-
-def own_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The tokens (B, T) after those that all right-padded rows begin with, such as an instruction.
-    The last token of each row is its own."""
-    real = attention_mask.bool()
-    if len(real) == 1:
-        return real
-    alike = int(((input_ids == input_ids[:1]) & real).all(0).cumprod(0).sum())
-    own = real.clone()
-    own[:, :min(alike, int(real.sum(1).min()) - 1)] = False
-    return own
+    weight(name) reads a weight. A pass over the batches takes layers whose H fit `memory` bytes.
+    """
+    tied = model.config.tie_word_embeddings
+    names = {name: f"{'model.embed_tokens' if tied and name == 'lm_head' else name}.weight"
+             for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    few = [n for n, stored in names.items() if stored in blocks and blocks[stored].bits == 4]
+    groups, room = list[list[str]](), 0
+    for name in few:
+        if (size := 4 * blocks[names[name]].shape[1] ** 2) > room:
+            groups.append([])
+            room = memory
+        groups[-1].append(name)
+        room -= size
+    with progress_bar(total=len(few), desc="round", unit="matrix", disable=not few) as bar:
+        for group in groups:
+            for name, H in second_moments(model, group, batches).items():
+                stored = names[name]
+                blocks[stored] = gptq(weight(stored).to(H.device), H, 4, blocks[stored].size,
+                                      TIED_DAMPING if tied and name == "lm_head" else DAMPING)
+                bar.update()
 
 
 def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,

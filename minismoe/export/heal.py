@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.tasks import Example, collate
 from ..io.progress import progress_bar
@@ -21,7 +22,7 @@ from ..model.quantize import Blocks
 from ..model.tokens import Tokens
 from ..training.loop import TrainConfig, learning_rate, schedule
 from ..training.vector import ExpertVector
-from .gptq import own_tokens, round_weights
+from .gptq import round_weights
 
 LR = 2e-4                                    # low: the maps start near their optimum
 BATCH = 16                                   # examples a step
@@ -90,3 +91,15 @@ def heal_step(student: CausalLM, maps: ExpertVector, healing: Healing, batch: Se
             loss.backward()
         total += loss.item()
     return total
+
+
+def own_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The tokens (B, T) after those that all right-padded rows begin with, such as an instruction.
+    The last token of each row is its own."""
+    real = attention_mask.bool()
+    if len(real) == 1:
+        return real
+    alike = int(((input_ids == input_ids[:1]) & real).all(0).cumprod(0).sum())
+    own = real.clone()
+    own[:, :min(alike, int(real.sum(1).min()) - 1)] = False
+    return own

@@ -20,14 +20,14 @@ from ..io.drawing import terminal_heatmap
 from ..io.files import naming, replacing
 from ..io.progress import progress_bar
 from ..method.experts import expert_layers
-from ..method.freeze import Fit, TaskFits, fit, freeze, merge, merged
+from ..method.freeze import Fit, TaskFits, fit, merged
 from ..method.loss import IGNORE
 from ..model.checkpoint import weights
 from ..model.config import Config
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks
 from .gptq import quantize_model, refine
-from .heal import Healing, heal, sharing_copy
+from .heal import Healing, heal
 from .mixture import Adapter, AdapterInput
 from .ranges import Ranges, shipped_ranges
 from .settings import ExportConfig, Source
@@ -109,8 +109,7 @@ def prepare_part(config: ExportConfig, source: Source, samples: Samples,
                  batches: Mapping[str, Sequence[Batch]], fits: TaskFits) -> Prepared:
     """Heal and round what one graph stores, and save the fits beside the run's adapter."""
     stored = merged_weights(source.base, {})
-    blocks = {} if config.merges else rounded_weights(
-        config, source.model, fits.for_task(config.task), stored, batches)
+    blocks = {} if config.merges else rounded_weights(config, source.model, stored, batches)
     for task in samples if config.adapters else [config.task]:
         found = fits.for_task(task)
         steps = STEPS * (missed(found) > MISSED) if config.heal is None else config.heal
@@ -120,9 +119,8 @@ def prepare_part(config: ExportConfig, source: Source, samples: Samples,
                               source.micro_batch_size)
             found.update(heal(healing, found, blocks))
     if config.merges:
-        found = fits.for_task(config.task)
-        stored = merged_weights(source.base, found)
-        blocks = rounded_weights(config, source.model, found, stored, batches)
+        stored = merged_weights(source.base, fits.for_task(config.task))
+        blocks = rounded_weights(config, source.model, stored, batches)
     if fits.together:
         save_fits(source.run / "adapter", fits)
     adapters: Mapping[str, Adapter] = {}
@@ -145,19 +143,15 @@ def merged_weights(base: Path, fits: Fits) -> Callable[[str], Tensor]:
     return weight
 
 
-def rounded_weights(config: ExportConfig, model: CausalLM, fits: Fits,
-                    stored: Callable[[str], Tensor], batches: Mapping[str, Sequence[Batch]],
-                    ) -> dict[str, Blocks]:
+def rounded_weights(config: ExportConfig, model: CausalLM, stored: Callable[[str], Tensor],
+                    batches: Mapping[str, Sequence[Batch]]) -> dict[str, Blocks]:
     """The stored weights in few bits, rounded for what the model reads on the batches of the task,
     or of all tasks; none if there are no batches, or nothing to round."""
     if not (config.block and batches):
         return {}
     blocks = quantize_model(model, stored, config.precision, config.block)
-    student = sharing_copy(model)
-    if fits:
-        (merge if config.merges else freeze)(student, fits)
-    refine(model, student, blocks, stored, [batch for task, several in batches.items()
-                                            if config.task in (None, task) for batch in several])
+    refine(model, blocks, stored, [batch for task, several in batches.items()
+                                   if config.task in (None, task) for batch in several])
     return {name: replace(found, data=found.data.cpu(), scales=found.scales.cpu())
             for name, found in blocks.items()}
 

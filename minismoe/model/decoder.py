@@ -108,17 +108,12 @@ class Decoder(nn.Module):
         tokens = Tokens(input_ids, mask, self.config, self.norm.weight.device, needed, cache)
         return tokens.unpack(self.rows(tokens))
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """What the first layer reads, (N, D), of token ids (N,)."""
-        x = self.embed_tokens(ids)
-        if self.config.embedding_multiplier == 1:
-            return x
-        return x * x.new_tensor(self.config.embedding_multiplier)        # rounded to x's dtype
-
     def rows(self, tokens: Tokens, recompute: bool = False) -> Tensor:
         """Hidden states (N, D) of packed tokens, or (S, D) of those that are read. recompute:
         activation checkpointing, which is slower and takes far less memory."""
-        x = self.embedded(tokens.ids)
+        x = self.embed_tokens(tokens.ids)
+        if self.config.embedding_multiplier != 1:
+            x = x * x.new_tensor(self.config.embedding_multiplier)       # rounded to x's dtype
         ropes: dict[str, Rope] = {"": None}
         for kind in {*self.config.ropes} - {""}:
             angles = tokens.positions[:, None] * rope_frequencies(self.config, kind, x.device)

@@ -48,10 +48,10 @@ from minismoe.training.evaluate import questions
 FLOAT = "merged, float32"
 WAYS = {                                     # flags of export.py
     FLOAT: "--precision fp32",
-    "int4, blocks of 128": "--block 128", "int4, blocks of 32": "--block 32",
-    "int4-8, blocks of 128": "--precision int4-8 --block 128",
+    "int4, blocks of 128": "--precision int4 --block 128",
+    "int4, blocks of 32": "--precision int4 --block 32",
     "int4-8, blocks of 32": "--precision int4-8 --block 32",
-    "int4, blocks of 128, healed for 40 steps": "--block 128 --heal 40"}
+    "healed for 40 steps, int4, blocks of 128": "--precision int4 --block 128 --heal 40"}
 DIVERGE = 60                                 # lines of each task on which KL is measured
 BINS = 10
 COLUMNS = {"exact": (100, 1), "log p": (1, 3), "calibration": (100, 1), "KL": (1, 4), "MB": (1, 0)}
@@ -169,12 +169,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, help="folder of the records")
     parser.add_argument("--limit-test", type=positive, help="test lines a task (default: all)")
     parser.add_argument("--ways", default="", metavar="WORDS;WORDS",
-                        help="only ways whose name has some of these words, and float32")
+                        help="only float32 and ways whose names begin so")
     args = parser.parse_args(argv)
     out, runs = Path(args.out), [*map(Path, args.runs)]
     out.mkdir(parents=True, exist_ok=True)
     chosen = [way for way in WAYS if way == FLOAT or any(
-        words in way for words in args.ways.split(";"))]
+        way.startswith(words) for words in args.ways.split(";"))]
     for run in runs:
         if lacking := [w for w in chosen if not (out / f"{run.name}, {w}.json").exists()]:
             record_run(run, lacking, args.limit_test, out)

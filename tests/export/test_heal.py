@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from mixture import COUNTS, ROUTED, V, model_of, tasks
 from safetensors import safe_open
 
-from minismoe.data.tasks import Example
+from minismoe.data.tasks import Example, collate
 from minismoe.export import prepare
 from minismoe.export.gptq import quantize_model, round_weights
-from minismoe.export.heal import Healing, heal, heal_step, sharing_copy
+from minismoe.export.heal import Healing, heal, heal_step, own_tokens, sharing_copy
 from minismoe.export.prepare import save_fits
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.method.experts import expert_layers
@@ -108,6 +108,15 @@ def test_a_step_and_its_gradient_equal_autograd(mixture: Any, fits: Any, size: i
     gradients = torch.autograd.grad(wanted, maps.parameters)
     for mine, gradient in zip(maps.views(maps.vector.grad), gradients):
         torch.testing.assert_close(mine, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows, own", [
+    (["abcd", "abx"], ["  cd", "  x"]), (["abc"], ["abc"]), (["ab", "ab"], [" b", " b"]),
+    (["ab", "abc"], [" b", " bc"]), (["abc", "xbc"], ["abc", "xbc"])])
+def test_own_tokens_follow_what_all_rows_begin_with(rows: list[str], own: list[str]) -> None:
+    ids, mask, _ = collate([Example("a", [*map(ord, row)], []) for row in rows], 0)
+    assert [[c != " " for c in row.ljust(len(mask[0]))] for row in own] == (
+        own_tokens(ids, mask).tolist())
 
 
 # --- frozen.safetensors -------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.export import compare, gptq, prepare, verify
 from minismoe.export.gptq import quantize_model
-from minismoe.export.heal import sharing_copy
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.prepare import merged_weights
 from minismoe.export.settings import ExportConfig, Source
@@ -32,11 +31,9 @@ def test_a_task_is_healed_and_rounded_on_its_own_samples(task, monkeypatch) -> N
     monkeypatch.setattr(prepare, "heal", lambda healing, *_: healed.append(healing.examples) or {})
     for name in ("quantize_model", "merged_weights", "save_fits"):
         monkeypatch.setattr(prepare, name, lambda *_: {})
-    monkeypatch.setattr(prepare, "refine", lambda *given: batches.extend(given[4]))
-    monkeypatch.setattr(prepare, "merge", lambda *_: None)
+    monkeypatch.setattr(prepare, "refine", lambda *given: batches.extend(given[3]))
     fits = {"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 1.0)}
-    model, tokenizer = torch.nn.Module(), SimpleNamespace(pad_id=0)
-    model.config = None
+    model, tokenizer = SimpleNamespace(config=None), SimpleNamespace(pad_id=0)
     prepare.prepare_part(ExportConfig(heal=40, precision="int4", block=32, task=task),
                          Source(Path(), Path(), "", model, tokenizer),
                          {"a": ["x"], "b": ["y"]}, {"a": [1], "b": [2]},
@@ -65,13 +62,12 @@ def test_the_tied_table_is_damped_more(monkeypatch) -> None:
     blocks = quantize_model(model, lambda n: model.get_parameter(n).detach(), "int4", 32)
     real = gptq.gptq
 
-    def watched(weight: Any, H: Any, bits: int, size: int, damping: float = gptq.DAMPING) -> Any:
+    def watched(weight: Any, H: Any, bits: int, size: int, damping: float) -> Any:
         seen.setdefault(damping, []).append(tuple(weight.shape))
         return real(weight, H, bits, size, damping)
 
     monkeypatch.setattr(gptq, "gptq", watched)
-    gptq.refine(model, sharing_copy(model), blocks, lambda n: model.get_parameter(n).detach(),
-                [batch(0)])
+    gptq.refine(model, blocks, lambda n: model.get_parameter(n).detach(), [batch(0)])
     assert seen[gptq.TIED_DAMPING] == [(V, 16)] and len(seen[gptq.DAMPING]) == len(COUNTS)
 
 
