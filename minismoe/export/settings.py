@@ -56,12 +56,12 @@ class ExportConfig:
     precision: str = flag("auto", "of the base weights, int4-8 with embedding and head in 8 bits; "
                           "experts that stay beside few bits take 8 (but 32 lora_A in q4f16, "
                           "lora_B in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: "
-                          "int4 in float16, for their WebGPU. auto (default): int4 with texts to "
-                          "calibrate on, else int4-8; for --layout web both q8 and q4f16, of "
-                          "which the browser loads one", choices=("auto", *PRECISIONS))
+                          "int4 in float16, for their WebGPU. auto (default): int4-8; for "
+                          "--layout web both q8 and q4f16, of which the browser loads one",
+                          choices=("auto", *PRECISIONS))
     block: int | None = flag(
-        None, "weights that share a scale, in 8 or 4 bits (default: 128 with texts to calibrate "
-        "on, long rows, target ort and no experts that stay; or else 32)", int, choices=BLOCKS)
+        None, "weights that share a scale, in 8 or 4 bits (default: 32; 128 decodes faster and "
+        "loses more)", int, choices=BLOCKS)
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))
@@ -76,11 +76,10 @@ class ExportConfig:
         None, "positions of the graph (default: what the model was made for, at most 2048, or "
         "what the test lines need)", positive, metavar="TOKENS")
 
-    def with_defaults(self, has_examples: bool, hidden_size: int) -> "ExportConfig":
+    def with_defaults(self, has_examples: bool) -> "ExportConfig":
         """The same with values in place of "auto" and of the default of --block.
 
-        has_examples: whether there are texts to calibrate on. hidden_size: of the model; blocks of
-        128 decode faster, but short rows would be padded to them. Raises ValueError for an NPU
+        has_examples: whether there are texts to calibrate on. Raises ValueError for an NPU
         precision that needs texts where there are none.
         """
         npu, precision = self.target == "npu", self.precision
@@ -91,10 +90,8 @@ class ExportConfig:
             precision = "fp32"
         elif precision == "auto":
             precision = ("w8a16" if has_examples else "fp16") if npu else (
-                "q8" if self.layout == "web" else "int4" if has_examples else "int4-8")
-        large = (has_examples and self.target == "ort" and self.merges
-                 and hidden_size >= 4 * BLOCKS[-1])
-        block = (self.block or (BLOCKS[-1] if large else BLOCK)) if any(
+                "q8" if self.layout == "web" else "int4-8")
+        block = (self.block or BLOCK) if any(
             PRECISIONS[precision]) and precision != "w8a16" else None
         return replace(self, precision=precision, block=ROW if precision == "q8" else block)
 

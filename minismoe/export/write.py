@@ -26,8 +26,8 @@ def export_model(config: ExportConfig, source: Source,
     the folder is there.
     """
     both = config.layout == "web" and config.precision == "auto"         # for WebGPU and for WASM
-    parts = [verify.with_context(part.with_defaults(bool(config.prompts or source.examples),
-                                                    source.model.config.hidden_size), source)
+    has_examples = bool(config.prompts or source.examples)
+    parts = [verify.with_context(part.with_defaults(has_examples), source)
              for part in [replace(config, precision="q4f16")] * both + [config]]
     config = parts[-1]
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)

@@ -64,7 +64,7 @@ def prepared(run: Path, ways: Sequence[str], limit: int | None,
     found: dict[str, tuple[ExportConfig, Prepared]] = {}
     source = export.load_run(ExportConfig(run=str(run), limit_test=limit or 10 ** 6))
     configs = {way: verify.with_context(parse([str(run), *WAYS[way].split()], "").with_defaults(
-        True, source.model.config.hidden_size), source) for way in ways}
+        True), source) for way in ways}
     for heal in dict.fromkeys(config.heal for config in configs.values()):
         several = {way: config for way, config in configs.items() if config.heal == heal}
         found |= {way: (config, ready) for (way, config), ready in zip(

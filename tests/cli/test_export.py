@@ -76,7 +76,7 @@ def frozen_of(run: Path) -> dict[str, dict[str, Fit]]:
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--routing dynamic", "--routing freeze --heal 3",
+    "", "--routing dynamic", "--routing dynamic --precision int4", "--routing freeze --heal 3",
     "--fit gates", "--task twice", "--adapters", "--target portable", "--precision int4",
     "--precision int8 --target portable", "--precision fp16", "--static 1x1x64 --target portable",
     "--layout genai", "--layout genai --adapters", "--layout genai --target portable",
@@ -308,30 +308,25 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     export.main([str(run), "--out", str(tmp_path / "out")])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
     wanted = ExportConfig(run=str(run), out=str(tmp_path / "out"), context=128,
-                          precision="int4", block=32)
+                          precision="int4-8", block=32)
     assert arguments == asdict(wanted)
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [
-    ("--model base", ("int4-8", 32)), ("--routing dynamic", ("int4", 32)),
-    ("--heal 0", ("int4", 32)), ("--model base --prompts x", ("int4", 32)),
+    ("--model base", ("int4-8", 32)), ("--routing dynamic", ("int4-8", 32)),
+    ("--heal 0", ("int4-8", 32)), ("--model base --prompts x", ("int4-8", 32)),
     ("--precision int4 --block 128", ("int4", 128)), ("--precision int8", ("int8", 32)),
-    ("--precision fp32", ("fp32", None)), ("--routing freeze", ("int4", 32)),
-    ("--adapters", ("int4", 32)), ("--model base --prompts x --precision int4-8", ("int4-8", 32)),
+    ("--precision fp32", ("fp32", None)), ("--adapters", ("int4-8", 32)),
     ("--precision fp16 --heal 5", ("fp16", None)), ("--layout hf", ("fp32", None)),
-    ("--target portable", ("int4", 32)), ("--block 64", ("int4", 64)),
+    ("--target portable", ("int4-8", 32)), ("--block 64", ("int4-8", 64)),
     ("--target npu", ("w8a16", None)), ("--target npu --model base", ("fp16", None)),
     ("--target npu --precision w4a16", ("w4a16", 32))])
 def test_what_auto_becomes(flags: str, wanted: tuple[str, int | None]) -> None:
     args = flags.split() if "--model" in flags else ["run", *flags.split()]
     config = parse(args, "")
     assert isinstance(config, ExportConfig)
-    has_examples = bool(config.run or config.prompts)
-    small = config.with_defaults(has_examples, hidden_size=64)
-    assert (small.precision, small.block) == wanted
-    large = config.with_defaults(has_examples, hidden_size=576)
-    merged = has_examples and config.target == "ort" and large.kind == "merge"
-    assert large.block == (config.block or 128 if large.block and merged else wanted[1])
+    found = config.with_defaults(bool(config.run or config.prompts))
+    assert (found.precision, found.block) == wanted
 
 
 def test_a_base_is_rounded_for_its_prompts(run: Path, tmp_path: Path) -> None:
