@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure how sensitive each weight matrix is to each task, and allocate experts.
 
-    python probe.py --out RUN                                  the tiny embedded model
+    python probe.py --out RUN                                  the built-in toy
     python probe.py --model FOLDER --data FOLDER --out RUN
 
 Writes RUN/sensitivity.json, RUN/allocation.json and RUN/allocation.svg; train.py takes the second

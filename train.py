@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tune a small language model with LoRA experts, allocated by sensitivity.
 
-    python train.py                                        the tiny embedded model and its tasks
+    python train.py                                        the built-in toy and its tasks
     python train.py --model FOLDER --data FOLDER --out RUN
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds

@@ -20,11 +20,10 @@ class InputConfig:
     """Which model and which data, and where they run."""
 
     model: str | None = flag(
-        None, "checkpoint folder or hub name org/name; default: the tiny model that comes with the "
-        "package", text)
+        None, "checkpoint folder or hub name org/name; default: the built-in toy model", text)
     data: str | None = flag(
         None, "folder with a sub-folder (train.jsonl, test.jsonl) or one .jsonl file a task; "
-        "default: the tasks that come with the tiny model", text)
+        "default: the tasks of the toy model", text)
     tasks: str | None = flag(None, "comma list of task names; default: all of --data", text)
     limit_train: int | None = flag(
         None, "use the first N training lines of each task (without a test.jsonl, lines are "
@@ -41,7 +40,7 @@ class InputConfig:
     dtype: str = flag(
         "auto", "of the frozen weights and activations; experts are held, and routers and norms "
         "computed, in float32 anyway. auto: bfloat16 if the device multiplies it in hardware, "
-        "and float32 for the tiny model", choices=("auto", "float32", "bfloat16"))
+        "and float32 for the toy model", choices=("auto", "float32", "bfloat16"))
     base_bits: int | None = flag(None, "hold the frozen linear layers in so many bits: less "
                                  "memory, a little slower, less exact", int, choices=(8, 4))
 

@@ -107,11 +107,11 @@ def load_inputs(config: InputConfig) -> Inputs:
 
 
 def read_tasks(config: InputConfig) -> list[Task]:
-    """The tasks of --data, or those of the tiny model. Raises ValueError for --model or --data
+    """The tasks of --data, or those of the toy. Raises ValueError for --model or --data
     without the other, and for a task that is missing or named twice."""
     names = config.names
     if (config.model is None) != (config.data is None):
-        raise ValueError("--model and --data go together; without both, the tiny model and its own "
+        raise ValueError("--model and --data go together; without both, the built-in toy and its "
                          "tasks are used")
     if len(set(names)) < len(names):
         raise ValueError(f"a task is asked for twice: {', '.join(names)}")
@@ -119,7 +119,7 @@ def read_tasks(config: InputConfig) -> list[Task]:
         tasks = load_tasks(config.data, names, config.seed)
     else:
         if missing := [name for name in names if name not in toy.TASKS]:
-            raise ValueError(f"the tiny model has no task {', '.join(missing)}; it has "
+            raise ValueError(f"the built-in toy has no task {', '.join(missing)}; it has "
                              f"{', '.join(toy.TASKS)}")
         tasks = [t for t in toy.tasks(config.seed) if not names or t.name in names]
     for task in tasks:

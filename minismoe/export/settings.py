@@ -24,8 +24,8 @@ static_sizes.__name__ = "BxTxP"              # as argparse calls it in a message
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How a run is frozen, and what the exported folder holds. Without run and model: the embedded
-    default."""
+    """How a run is frozen, and what the exported folder holds. Without run and model: the built-in
+    toy."""
 
     run: str | None = None                   # folder of train.py
     fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) fits it, "

@@ -59,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"),
                         help="folder of the cells (default: %(default)s)")
     parser.add_argument("--name", default="default", help="of the record in results/")
-    parser.add_argument("--model", help="checkpoint folder; default: the embedded one")
+    parser.add_argument("--model", help="checkpoint folder; default: the built-in toy")
     parser.add_argument("--data", help="folder of tasks, as for train.py")
     parser.add_argument("--tasks", help="comma list; default: all")
     parser.add_argument("--limit-train", type=flags.positive, metavar="N", help="lines a task")

@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--renames", action="store_true",
                         help="end runs at every file that they rename, not at random moments")
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
-    parser.add_argument("--model", help="folder of a checkpoint (default: the embedded one)")
+    parser.add_argument("--model", help="folder of a checkpoint (default: the built-in toy)")
     parser.add_argument("--data", help="folder of its tasks")
     args = parser.parse_args(argv)
     flags = [*flags, "--dtype", args.dtype]
