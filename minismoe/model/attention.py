@@ -1,7 +1,7 @@
 """What mixes tokens: attention with rotary positions, and LFM2's short convolutions; and RMSNorm.
 
 Letters: B batch, T time, N packed tokens, D hidden, H query heads, K key/value heads, C head size,
-S cached positions, L taps of a convolution.
+R of it that rotates, S cached positions, L taps of a convolution, I its channels.
 """
 
 import math
@@ -17,7 +17,7 @@ from .config import Config
 from .tokens import Cache, Tokens
 
 SHORT = 256            # keys; up to so many, a CPU trains bfloat16 faster with `attend_short`
-Rope = tuple[Tensor, Tensor] | None      # cos and sin (N, 1, C), the first half of sin negated
+Rope = tuple[Tensor, Tensor] | None      # cos and sin (N, 1, R), the first half of sin negated
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -60,23 +60,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        weight = self.weight.to(wide) + self.offset if self.offset else self.weight
-        if x.device.type == "cpu":
-            return _RMSNorm.apply(x, weight, self.eps)
-        return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight.to(wide) + self.offset if self.offset else self.weight,
+                        self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    if x.device.type == "cpu":
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries and rotary positions."""
+    """Causal self-attention with grouped queries and rotary positions.
+
+    With an output gate (Qwen3.5), q_proj writes a gate beside the query of each head:
+    y = o_proj(sigmoid(gate) * attention).
+    """
 
     same_input = (("q_proj", "k_proj", "v_proj"),)
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
         self.layer, self.window, self.size = layer, cfg.windows[layer], cfg.head_dim
-        self.scale = cfg.attention_scale
+        self.scale, self.gated = cfg.attention_scale, cfg.output_gate
         q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
-        self.q_proj = nn.Linear(cfg.hidden_size, q, bias=cfg.qkv_bias)
+        self.q_proj = nn.Linear(cfg.hidden_size, q * (1 + self.gated), bias=cfg.qkv_bias)
         self.k_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.hidden_size, kv, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(q, cfg.hidden_size, bias=cfg.o_bias)
@@ -87,6 +96,8 @@ class Attention(nn.Module):
         """(N, D) -> (N, D); keys and values are added to the cache, if there is one."""
         q, k, v = (y.unflatten(1, (-1, self.size))                       # (N, H or K, C)
                    for y in linear_outputs(x, self.q_proj, self.k_proj, self.v_proj))
+        if self.gated:
+            q, gate = q[:, ::2], q[:, 1::2]
         heads = q.shape[1], k.shape[1]
         qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         if rope is not None:
@@ -98,7 +109,8 @@ class Attention(nn.Module):
             q, k = qk.split(heads, 1)
             q, keys, values = tokens.sequences(q), *self.remember(k, v, tokens, tokens.cache)
         y = attend(q, keys, values, tokens.masks[self.window], self.scale)
-        return self.o_proj(tokens.flat(y))
+        y = tokens.flat(y)
+        return self.o_proj(y * gate.flatten(1).sigmoid() if self.gated else y)
 
     def remember(self, k: Tensor, v: Tensor, tokens: Tokens, cache: Cache) -> list[Tensor]:
         """Add keys and values (N, K, C) to the cache; all of it so far, (B, K, S, C) each."""
@@ -112,9 +124,12 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + C/2) of (N, heads, C) by their position's angles (RoPE, Su 2021)."""
-    cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Turn the pairs (i, i + R/2) of (N, heads, C) by their position's angles (RoPE, Su 2021);
+    entries from R on stay."""
+    (cos, sin), R = rope, rope[0].shape[-1]
+    turning = x[..., :R]
+    y = torch.addcmul(turning * cos, turning.roll(R // 2, -1), sin)
+    return y if x.shape[-1] == R else torch.cat((y, x[..., R:]), -1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -156,23 +171,29 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, tokens: Tokens, rope: Rope) -> Tensor:
         """(N, D) -> (N, D); the last L - 1 inputs of the convolution are kept in the cache."""
         b, c, u = self.in_proj(x).chunk(3, -1)
-        u = tokens.sequences((b * u)[:, None]).squeeze(1)                # (B, T, D)
-        if tokens.cache is None:
-            u = F.pad(u, (0, 0, self.past, 0))
-        else:
-            u = torch.cat((tokens.cache.states[self.layer], u), 1)
-            last = tokens.new[:, None] + torch.arange(self.past, device=u.device)    # (B, L - 1)
-            tokens.cache.states[self.layer] = u.take_along_dim(last[..., None], 1)
+        u = after_past(b * u, tokens, self.layer, self.past)             # (B, L - 1 + T, D)
         return self.out_proj(c * tokens.flat(self.conv(u.mT).mT[:, None]))
 
 
+def after_past(x: Tensor, tokens: Tokens, layer: int, past: int) -> Tensor:
+    """What a convolution reads, (N, I) -> (B, past + T, I): sequences after their last `past`
+    inputs, which are zeros, or those in the cache, which keeps the new ones."""
+    x = tokens.sequences(x[:, None]).squeeze(1)
+    if tokens.cache is None:
+        return F.pad(x, (0, 0, past, 0))
+    x = torch.cat((tokens.cache.inputs[layer], x), 1)
+    last = tokens.new[:, None] + torch.arange(past, device=x.device)                 # (B, past)
+    tokens.cache.inputs[layer] = x.take_along_dim(last[..., None], 1)
+    return x
+
+
 def rope_frequencies(cfg: Config, kind: str = "global", device: Any = "cpu") -> Tensor:
-    """Radians a token turns each rotary pair, (C / 2,); llama3 scaling lowers low frequencies."""
-    theta, s = cfg.rope_theta, cfg.rope_scaling
+    """Radians a token turns each rotary pair, (R / 2,); llama3 scaling lowers low frequencies."""
+    theta, s, R = cfg.rope_theta, cfg.rope_scaling, cfg.rotary_size or cfg.head_dim
     if kind == "local":
         theta, s = cfg.local_rope_theta, None
-    pairs = torch.arange(0, cfg.head_dim, 2, device=device)
-    frequencies = theta ** (-pairs.float() / cfg.head_dim)
+    pairs = torch.arange(0, R, 2, device=device)
+    frequencies = theta ** (-pairs.float() / R)
     if s is None:
         return frequencies
     if "low_freq_factor" not in s:

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "granitemoehybrid",
-               "gemma3", "gemma3_text", "lfm2")
-# Settings of a text-and-image config.json that stand outside its text_config.
+               "gemma3", "gemma3_text", "lfm2", "qwen3_5", "qwen3_5_text")
+# Newer ones, and why they are not implemented.
+REASONS = {"qwen3_5_moe": "its MLPs are mixtures of experts", "gemma4": "its layers share keys and "
+           "values, and have embeddings of their own"}
+# Models of text and images -> what transformers calls their text alone.
+IMAGED = {"gemma3": "Gemma3ForCausalLM", "qwen3_5": "Qwen3_5ForCausalLM"}
+# Settings of theirs that stand outside of text_config.
 OUTER = ("eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
 # A family's defaults for what its config.json leaves out, where Llama has others.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -19,7 +24,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 1 << 17, "rope_theta": 1e6,
         "sliding_window": 4096, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "lfm2": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 128_000,
-             "tie_word_embeddings": True}}
+             "tie_word_embeddings": True},
+    "qwen3_5_text": {
+        "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "head_dim": 256, "max_position_embeddings": 1 << 15, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128}}
 # What a family calls a setting -> Llama's name of it.
 SETTINGS = {"granitemoehybrid": {"shared_intermediate_size": "intermediate_size"},
             "gemma3_text": {"hidden_activation": "hidden_act"},
@@ -33,11 +43,12 @@ MODULES = {"granitemoehybrid": {"mlp": "shared_mlp", "down_proj": "output_linear
                     "up_proj": "w3", "down_proj": "w2"}}
 # Settings that are refused unless they have this value.
 REFUSED = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "conv_bias": False,
-           "use_bidirectional_attention": False, "num_local_experts": 0}
+           "use_bidirectional_attention": False, "num_local_experts": 0, "num_experts": 0}
 # Types of rope, and the numbers that each scales with.
 ROPES = {"default": (), "linear": ("factor",), "llama3": (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 FULL, SLIDING = "full_attention", "sliding_attention"        # types of layers
+CONV, DELTA = "conv", "linear_attention"
 
 
 @dataclass(frozen=True)
@@ -74,12 +85,31 @@ class Config:
     output_multiplier: float = 1.0                   # of the logits
     conv_layers: tuple[int, ...] = ()                # with a short convolution, not attention
     conv_size: int = 0                               # tokens that it sees
+    delta_layers: tuple[int, ...] = ()               # with a gated delta net, not attention
+    linear_num_key_heads: int = 0                    # of delta nets
+    linear_num_value_heads: int = 0                  # a multiple of it
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    rotary_size: int = 0                             # of a head, the part that turns; 0: all of it
+    output_gate: bool = False                        # attention's output is gated
     names: Mapping[str, str] | None = None           # one of MODULES
 
     @property
     def attention_layers(self) -> list[int]:
         """The layers that have keys and values."""
-        return [i for i in range(self.num_hidden_layers) if i not in self.conv_layers]
+        return [i for i in range(self.num_hidden_layers) if i not in self.convolutions]
+
+    @property
+    def convolutions(self) -> dict[int, int]:
+        """The layers with a short convolution, alone or in a delta net, and its channels."""
+        return dict.fromkeys(self.conv_layers, self.hidden_size) | dict.fromkeys(
+            self.delta_layers, sum(self.delta_parts))
+
+    @property
+    def delta_parts(self) -> tuple[int, int, int]:
+        """Queries, keys and values that a delta net writes: the numbers of all heads."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return keys, keys, self.linear_num_value_heads * self.linear_value_head_dim
 
     @property
     def attention_scale(self) -> float:
@@ -130,7 +160,8 @@ class Config:
         types = c.types(range(layers), other, full) if other else [FULL] * layers
         window = c.size("sliding_window", 4096, most=1 << 31) if SLIDING in types else None
         found |= {**own, "windows": tuple(window if t == SLIDING else None for t in types),
-                  "conv_layers": tuple(i for i, t in enumerate(types) if t == "conv")}
+                  "conv_layers": tuple(i for i, t in enumerate(types) if t == CONV),
+                  "delta_layers": tuple(i for i, t in enumerate(types) if t == DELTA)}
         if c.wrong:
             raise ValueError("this model is not implemented: " + "; ".join(dict.fromkeys(c.wrong)))
         return cls(**found)
@@ -143,13 +174,13 @@ def renamed(module: str, names: Mapping[str, str] | None) -> str:
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the text model in one of text and images; any other as it is."""
-    if config.get("model_type") != "gemma3":
+    if not isinstance(kind := config.get("model_type"), str) or kind not in IMAGED:
         return dict(config)
     if not isinstance(inner := config.get("text_config"), Mapping):
-        raise ValueError(f"text_config of model_type 'gemma3' is {inner!r}, not an object")
+        raise ValueError(f"text_config of model_type {kind!r} is {inner!r}, not an object")
     outer = {name: config[name] for name in OUTER if config.get(name) is not None}
-    return {**inner, "tie_word_embeddings": True, **outer,
-            "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    return {**inner, "tie_word_embeddings": kind == "gemma3", **outer,
+            "model_type": f"{kind}_text", "architectures": [IMAGED[kind]]}
 
 
 class _Settings(dict[str, Any]):
@@ -186,9 +217,11 @@ class _Settings(dict[str, Any]):
             rope = {}
         elif isinstance(older, Mapping) and any(rope.get(k, v) != v for k, v in older.items()):
             self.wrong.append("rope_parameters and rope_scaling contradict each other")
-        for part in (self.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
-            if part not in (None, 1):
-                self.wrong.append(f"partial_rotary_factor {part}: only 1.0")
+        turning = rope.get("partial_rotary_factor", self.get("partial_rotary_factor"))
+        if self.get("model_type") == "qwen3_5_text":
+            self["partial_rotary_factor"] = 0.25 if turning is None else turning
+        elif turning not in (None, 1):
+            self.wrong.append(f"partial_rotary_factor {turning}: only 1.0")
         rope = _Settings({"rope_theta": self.get("rope_theta"), **rope}, self.wrong)
         kind = str(rope.get("rope_type", rope.get("type", "default")))
         if kind not in ROPES:
@@ -214,7 +247,8 @@ class _Settings(dict[str, Any]):
 def _as_llama(config: Mapping[str, Any]) -> _Settings:
     """The settings under Llama's names, with the family's defaults."""
     kind: Any = config.get("model_type")
-    wrong = [] if kind in MODEL_TYPES else [f"model_type {kind!r}: only {', '.join(MODEL_TYPES)}"]
+    wrong = [] if kind in MODEL_TYPES else [f"model_type {kind!r}: " + REASONS.get(
+        str(kind).removesuffix("_text"), f"only {', '.join(MODEL_TYPES)}")]
     kind = "llama" if wrong else kind
     renamed = {name: config[own] for own, name in SETTINGS.get(kind, {}).items() if own in config}
     found = {**config, **renamed, "model_type": kind}
@@ -252,7 +286,10 @@ def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
             inner = int(c.number("block_ffn_dim_multiplier", 1.0) * (2 * inner // 3))
             inner = -(-inner // step) * step
         taps, full = c.size("conv_L_cache", 3, least=2, most=64), c.get("full_attn_idxs") or layers
-        return {"intermediate_size": inner, "conv_size": taps, "qk_norm": True}, "conv", full
+        return {"intermediate_size": inner, "conv_size": taps, "qk_norm": True}, CONV, full
+    if kind == "qwen3_5_text":
+        every = c.size("full_attention_interval", 4)
+        return _gated_delta_nets(c), DELTA, layers[every - 1::every]
     slides = kind != "llama" and c.get("sliding_window", 4096) is not None and (
         kind == "mistral" or c.get("use_sliding_window"))
     other = SLIDING if slides else ""
@@ -267,3 +304,15 @@ def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
     if slides and kind in ("qwen2", "qwen3"):
         full = layers[:c.size("max_window_layers", 28, least=0)]
     return {"qk_norm": kind == "qwen3"}, other, full
+
+
+def _gated_delta_nets(c: _Settings) -> dict[str, Any]:
+    """Qwen3.5's own fields of Config."""
+    sizes = {name: c.size(name) for name in DEFAULTS["qwen3_5_text"] if name.startswith("linear_")}
+    part, C = c.number("partial_rotary_factor"), c.size("head_dim")
+    if (turned := int(part * C)) not in range(2, C + 1, 2):
+        c.wrong.append(f"partial_rotary_factor {part}: of a head, pairs of numbers turn")
+    if sizes["linear_num_value_heads"] % sizes["linear_num_key_heads"]:
+        c.wrong.append("linear_num_value_heads is no multiple of linear_num_key_heads")
+    return {"norm_offset": 1.0, "qk_norm": True, "output_gate": True, "rotary_size": turned,
+            "conv_size": c.size("linear_conv_kernel_dim", 4, least=2, most=64), **sizes}

@@ -1,8 +1,8 @@
 """The decoder, with the module names of Llama's checkpoints, whatever the family.
 
-One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3, Granite, Gemma 3 and LFM2;
-`Config` says how they differ. Tokens are packed to rows (N, D), without padding, except in
-attention and convolutions; see tokens.py.
+One class serves Llama 1/2/3, SmolLM2/3, TinyLlama, Mistral, Qwen2/2.5/3/3.5, Granite, Gemma 3 and
+LFM2; `Config` says how they differ. Tokens are packed to rows (N, D), without padding, except in
+attention, convolutions and delta nets; see tokens.py.
 
 Letters: B batch, T time, N packed tokens, S of them that are read, D hidden, C head size,
 V vocabulary.
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..method.experts import expert_layers, linear_outputs
 from .attention import Attention, RMSNorm, Rope, ShortConv, rope_frequencies
 from .config import Config
+from .delta import DeltaNet
 from .tokens import Cache, Tokens
 
 ACTIVATIONS: dict[str, Any] = {
@@ -47,6 +48,9 @@ class MLP(nn.Module):
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
 
 
+MIXERS: dict[str, Any] = {"self_attn": Attention, "conv": ShortConv, "linear_attn": DeltaNet}
+
+
 class DecoderLayer(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
@@ -54,8 +58,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.residual, self.post_norms = cfg.residual_multiplier, cfg.post_norms
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg)
-        self.mixer = "conv" if layer in cfg.conv_layers else "self_attn"
-        self.add_module(self.mixer, (ShortConv if self.mixer == "conv" else Attention)(cfg, layer))
+        self.mixer = ("conv" if layer in cfg.conv_layers else
+                      "linear_attn" if layer in cfg.delta_layers else "self_attn")
+        self.add_module(self.mixer, MIXERS[self.mixer](cfg, layer))
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg)
         self.mlp = MLP(cfg)
         if self.post_norms:              # Gemma normalises what attention and MLP write, too

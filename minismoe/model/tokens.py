@@ -3,8 +3,8 @@
 Where each token lies follows from the lengths and the tokens alone, so it is worked out on the CPU
 and sent to the device at once: nothing waits for the device.
 
-Letters: B batch, T time, N packed tokens, S of them that are read, D hidden, K key/value heads,
-C head size, L taps of a convolution.
+Letters: B batch, T time, N packed tokens, S of them that are read, K key/value heads, C head size,
+L taps of a convolution, I its channels.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,8 @@ FEW = 4                # a shared prefix of fewer tokens is not worth the work
 
 class Cache:
     """Keys and values (batch, K, capacity, C) of the tokens so far, from position 0 on, unpadded.
-    Convolutions have their last inputs, (batch, L - 1, D), in `states` instead."""
+    Convolutions have their last inputs, (batch, L - 1, I), in `inputs` instead, and delta nets a
+    memory each, (batch, value heads, key size, value size), in `memories`, float32 or better."""
 
     def __init__(self, model: Any, batch: int, capacity: int):
         """Room for `capacity` tokens in each of `batch` rows of `model`, a CausalLM."""
@@ -28,8 +29,12 @@ class Cache:
         shape = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
         self.keys = {i: weight.new_zeros(shape) for i in cfg.attention_layers}
         self.values = {i: weight.new_zeros(shape) for i in cfg.attention_layers}
-        self.states = {i: weight.new_zeros(batch, cfg.conv_size - 1, cfg.hidden_size)
-                       for i in cfg.conv_layers}
+        self.inputs = {i: weight.new_zeros(batch, cfg.conv_size - 1, channels)
+                       for i, channels in cfg.convolutions.items()}
+        memory = (batch, cfg.linear_num_value_heads, cfg.linear_key_head_dim,
+                  cfg.linear_value_head_dim)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.memories = {i: weight.new_zeros(memory, dtype=wide) for i in cfg.delta_layers}
         self.lengths = [0] * batch
 
 

@@ -1,0 +1,150 @@
+"""The delta rule against its plain loop, and delta nets on texts of several chunks."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import random_hf
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from minismoe.method.experts import add_experts, linear_layers
+from minismoe.model.checkpoint import load_model
+from minismoe.model.decoder import CausalLM
+from minismoe.model.delta import CHUNK, delta_rule, memories, memories_backward
+from minismoe.model.tokens import Cache, Tokens
+
+LENGTHS = (150, 70, 3)           # of texts: three chunks, two, and a part of one
+
+
+def plain_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, S: Tensor,
+               ) -> tuple[Tensor, Tensor]:
+    """y (B, H, T, V) and the memory after it, token by token. q and k (B, H, T, K), v
+    (B, H, T, V), g and b (B, H, T), S (B, H, K, V)."""
+    y = []
+    for t in range(q.shape[2]):
+        S = g[:, :, t, None, None].exp() * S
+        said = (S * k[:, :, t, :, None]).sum(2)
+        S = S + k[:, :, t, :, None] * (b[:, :, t, None] * (v[:, :, t] - said))[:, :, None]
+        y.append((S * q[:, :, t, :, None]).sum(2))
+    return torch.stack(y, 2), S
+
+
+@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK - 5])
+def test_chunks_equal_the_plain_loop(length: int) -> None:
+    """Outputs, the memory and every gradient, in float64; a chunk of one token, too."""
+    torch.manual_seed(0)
+    B, H, K, V = 2, 3, 5, 4
+    q, k = (torch.nn.functional.normalize(torch.randn(B, H, length, K).double(), dim=-1)
+            for _ in range(2))
+    inputs = (q, k, torch.randn(B, H, length, V).double(), -torch.rand(B, H, length).double(),
+              torch.rand(B, H, length).double(), torch.randn(B, H, K, V).double())
+    size = CHUNK if length > 1 else 1
+
+    def chunked(*rows: Tensor) -> tuple[Tensor, Tensor]:
+        more = -length % size
+        q, k, v, g, b = (torch.nn.functional.pad(
+            x.view(B, H, length, -1), (0, 0, 0, more)).view(B, H, -1, size, x[0, 0, 0].numel())
+            .permute(2, 0, 1, 3, 4) for x in rows[:5])
+        y, S = delta_rule(q, k, v, g, b, rows[5])
+        return y.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length], S
+
+    found = []
+    for rule in (chunked, plain_rule):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y, S = rule(*leaves)
+        up = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x) for x in (y, S)]
+        found.append([y, S, *torch.autograd.grad((y, S), leaves, up)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, CausalLM]:
+    folder = tmp_path_factory.mktemp("qwen3_5")
+    hf = random_hf("qwen3_5")
+    hf.save_pretrained(folder)
+    return hf, load_model(folder)
+
+
+def texts() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(97, (3, LENGTHS[0]), generator=g)
+    return ids, (torch.arange(LENGTHS[0]) < torch.tensor(LENGTHS)[:, None]).long()
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= 2e-5, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@torch.no_grad()
+def test_long_texts_equal_transformers(pair: tuple[Any, CausalLM], side: str) -> None:
+    """In one pass, and prompts of unequal lengths in a cache, before a chunk and single tokens."""
+    (hf, model), (ids, mask) = pair, texts()
+    whole = [hf(torch.cat((row[:n], row[:9]))[None]).logits[0] for row, n in zip(ids, LENGTHS)]
+    rows, real = (x if side == "right" else torch.stack([
+        row.roll(LENGTHS[0] - n) for row, n in zip(x, LENGTHS)]) for x in (ids, mask))
+    cache = Cache(model, 3, LENGTHS[0] + 9)
+    once, first = model(rows, real), model(rows, real, cache)
+    steps = [model(ids[:, :5], cache=cache), *(model(ids[:, t:t + 1], cache=cache)
+                                               for t in range(5, 9))]
+    for n, wanted in enumerate(whole):
+        close(once[n][real[n].bool()], wanted[:LENGTHS[n]])
+        close(torch.cat([first[n][real[n].bool()], *(x[n] for x in steps)]), wanted)
+
+
+def test_shared_prefixes_change_neither_logits_nor_gradients(pair: tuple[Any, CausalLM]) -> None:
+    """Sequences of a prefix of 66 tokens, which linear layers hold once."""
+    model = pair[1].requires_grad_(True)
+    ids = texts()[0]
+    ids[1:, :66] = ids[0, :66]
+    mask, found = torch.ones_like(ids), []
+    needed = torch.arange(LENGTHS[0]).expand_as(ids) >= 70
+    for read in (needed, None):
+        model.zero_grad()
+        tokens = Tokens(ids, mask, model.config, torch.device("cpu"), read)
+        assert tokens.shared == (read is not None)
+        hidden = tokens.unpack(model.model.rows(tokens))[needed]
+        model.lm_head(hidden).logsumexp(-1).mean().backward()
+        found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters())])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+def test_operators_have_the_shapes_and_gradients_that_torch_is_told() -> None:
+    g = torch.Generator().manual_seed(0)
+    n, heads, K, V, L = 3, (2, 2), 4, 5, 6
+    keys, reads, values, fade, start, up = (torch.randn(shape, generator=g) for shape in (
+        (n, *heads, L, K), (n, *heads, L, K), (n, *heads, L, V), (n, *heads, 1, 1), (*heads, K, V),
+        (n + 1, *heads, K, V)))
+    torch.library.opcheck(memories_backward, (keys, reads, fade, up))
+    torch.library.opcheck(memories, [x.requires_grad_() for x in (
+        keys, reads, values, fade, start)])
+
+
+@pytest.mark.slow
+def test_layers_are_traced_whole_whatever_the_length(pair: tuple[Any, CausalLM]) -> None:
+    """Delta nets and attention, and delta nets once more for texts of a single chunk."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = load_model(pair[1].name), load_model(pair[1].name)
+    for model in plain, compiled:
+        torch.manual_seed(1)
+        add_experts(model, dict.fromkeys(linear_layers(model), 2), rank=2)
+        del model.model.layers[:2]           # the first would be traced apart from the others
+    for layer in compiled.model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    for length in (150, 20, 64, 65, 130, 200):
+        ids, found = torch.randint(97, (3, length)), []
+        for model in plain, compiled:
+            model.zero_grad()
+            hidden = model.model(ids)
+            hidden.square().mean().backward()
+            found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters()
+                                             if p.requires_grad)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+    torch._dynamo.reset()
