@@ -96,16 +96,23 @@ FAMILIES |= {
         "linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_key_head_dim": 6,
         "linear_value_head_dim": 5, "linear_conv_kernel_dim": 2})}
 
-# A config.json of Gemma 3 for text and images.
-IMAGED: dict[str, Any] = {
-    "text_config": SIZES | {
-        "vocab_size": BYTES["vocab_size"], "num_hidden_layers": 4, "head_dim": 16,
-        "sliding_window": 3, "sliding_window_pattern": 2,
-        "query_pre_attn_scalar": 20, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-    "vision_config": {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "image_size": 16, "patch_size": 8},
-    "mm_tokens_per_image": 4, "eos_token_id": [2, 5]}
+# Config.jsons of models of text and images.
+IMAGED: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": SIZES | {
+            "vocab_size": BYTES["vocab_size"], "num_hidden_layers": 4, "head_dim": 16,
+            "sliding_window": 3, "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 20, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+        "mm_tokens_per_image": 4, "eos_token_id": [2, 5]},
+    "qwen3_5": {
+        "text_config": SIZES | FAMILIES["qwen3_5"][1] | {"vocab_size": BYTES["vocab_size"]},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2,
+            "out_hidden_size": 32, "patch_size": 8, "num_position_embeddings": 16},
+        "eos_token_id": [2, 5]}}
 
 
 def random_hf(family: str, kind: str = "", **changes: Any) -> Any:
@@ -114,11 +121,12 @@ def random_hf(family: str, kind: str = "", **changes: Any) -> Any:
     Its own initialisation leaves norms at 1, biases at 0 and attention almost uniform: a decoder
     that forgot any of them would pass.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind, differs = FAMILIES.get(family, (kind, {}))
     config = AutoConfig.for_model(kind, **{**SIZES, **differs, **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    auto = AutoModelForImageTextToText if kind in IMAGED else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(sum(map(ord, family)))
     for name, p in model.named_parameters():
         if name.endswith("bias"):
@@ -131,9 +139,10 @@ def random_hf(family: str, kind: str = "", **changes: Any) -> Any:
     return model.eval()
 
 
-def save_imaged(folder: Path, published: bool, tied: bool = True, **options: Any) -> Any:
-    """Write a random Gemma 3 of text and images, under one of its two namings."""
-    hf = random_hf("gemma3_images", "gemma3", **IMAGED, tie_word_embeddings=tied)
+def save_imaged(folder: Path, published: bool, tied: bool = True, kind: str = "gemma3",
+                **options: Any) -> Any:
+    """Write a random model of text and images, Gemma 3's under one of its two namings."""
+    hf = random_hf(f"{kind}_images", kind, **IMAGED[kind], tie_word_embeddings=tied)
     hf.save_pretrained(folder, save_original_format=published, **options)
     return hf
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
 from ..io.files import read_json, replacing, write_json
 from ..method.freeze import merged
-from ..model.checkpoint import IMAGES, MERGED, read_config, text_name, weight_files
+from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
 from ..model.config import Config, text_part
 from .graph import write_decoder, write_sampler
 from .npu import compile_npu, write_npu
@@ -150,18 +150,18 @@ def write_peft(out: Path, fits: Fits, base_model: str) -> None:
 def write_hf(out: Path, base: Path, fits: Fits) -> None:
     """Write the weights of `base` with the fits merged into them.
 
-    Dtypes and shards stay; images are left out.
+    Dtypes and shards stay; `LEFT_OUT` is left out.
     """
     if not (base / "model.safetensors").is_file():
         index = read_json(base / "model.safetensors.index.json")
         write_json(out / "model.safetensors.index.json", index | {"weight_map": {
-            text_name(n): f for n, f in index["weight_map"].items() if not IMAGES.match(n)}})
+            text_name(n): f for n, f in index["weight_map"].items() if not LEFT_OUT.match(n)}})
     for file in weight_files(base):
         tensors = {}
         with safe_open(file, framework="pt") as f:           # mapped into memory, not read
             metadata = f.metadata()
             for stored in f.keys():                          # noqa: SIM118
-                if not IMAGES.match(stored):
+                if not LEFT_OUT.match(stored):
                     name, tensor = text_name(stored), f.get_tensor(stored)
                     found = fits.get(name.removesuffix(".weight"))
                     tensors[name] = merged(tensor, found) if found else tensor

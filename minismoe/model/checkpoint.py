@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,7 +25,8 @@ from .quantize import BlockLinear, BlockWeight, quantize
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_FORMAT = "minismoe.adapter/1"
-IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")   # tensors of images
+# Tensors of images, and of heads that predict several tokens.
+LEFT_OUT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.|mtp\.")
 MERGED = "minismoe_merged"               # in config.json: the base that adapters were merged into
 
 
@@ -71,8 +73,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
 def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[str, Stored]:
     """The tensors of a checkpoint, by the model's names; ValueError if they are not the model's.
 
-    Some checkpoints hold more, which is left out: rotary buffers, the image part of a model of text
-    and images, and a tied head, which must equal the embedding.
+    Some checkpoints hold more, which is left out: rotary buffers, heads that predict several
+    tokens, images' part of a model with images, and a tied head, which must equal the embedding.
     """
     found, head = stored_tensors(folder), "lm_head.weight"
     names = {name: model.config.name(name) for name, _ in model.named_parameters()}
@@ -81,7 +83,9 @@ def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[s
     _check_fit(f"{folder} does not fit its config.json", wanted, {
         name: tensor for name, tensor in found.items()
         if not (name.endswith("rotary_emb.inv_freq") or tied and name == head
-                or images and IMAGES.match(name))})
+                or (images or name.startswith("mtp.")) and LEFT_OUT.match(name))})
+    if any(name.startswith("mtp.") for name in found):
+        print(f"{folder}: mtp.*, heads that predict several tokens, is left out", file=sys.stderr)
     if tied and head in found:               # one may be rounded to another dtype
         a, b = (found[name].read(None, "cpu") for name in (head, "model.embed_tokens.weight"))
         if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):
