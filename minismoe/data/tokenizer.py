@@ -25,6 +25,9 @@ DEFAULT_TEMPLATE = (
     "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
     "{% else %}{{ message.role.capitalize() }}: {{ message.content }}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+# Put before a template with this switch: data hold answers, not thoughts, and every program that
+# opens an export should ask as training did.
+NO_THINKING = "{%- set enable_thinking = enable_thinking | default(false) %}"
 
 
 class ByteTokenizer:
@@ -144,7 +147,7 @@ class Tokenizer:
         """Tokens of the last message as the template writes it, without the token that ends it.
 
         They are cut out of the whole text, as in training: Llama 2's tokenizer puts a space before
-        a text. The empty <think> of Qwen3's template before an answer is part of the turn.
+        a text.
         """
         whole, start = self.render(messages), self.render(messages[:-1], True)
         if not whole.startswith(start):
@@ -196,12 +199,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The template of a checkpoint folder, or None; ValueError if it is not text. If chats with
-    tools have one of their own, both become one."""
-    file = folder / "chat_template.jinja"
+    tools have one of their own, both become one. Its switch for thinking is off unless set."""
+    file, template = folder / "chat_template.jinja", settings.get("chat_template")
     if file.is_file():
         with naming(f"{file} is not UTF-8 text", ValueError):
-            return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
+            template = file.read_text(encoding="utf-8")
     if isinstance(template, list):           # several with names: [{"name": ..., "template": ...}]
         named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
         template, other = named.get("default"), named.get("tool_use")
@@ -210,6 +212,8 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
             template = f"{{% if tools %}}{a}{{% else %}}{b}{{% endif %}}"
     if not isinstance(template, str | None):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: its chat_template is not text")
+    if template and "enable_thinking" in template and not template.startswith(NO_THINKING):
+        template = NO_THINKING + template
     return template
 
 

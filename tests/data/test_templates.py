@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from minismoe.data import templates
-from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
+from minismoe.data.tasks import encode
+from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, chat_template
 
 GOOD = "{{ messages[0].content }}"
 
@@ -31,6 +32,33 @@ def test_deep_templates_are_refused_at_once() -> None:
         with pytest.raises(ValueError, match="^the chat template .*RecursionError") as failed:
             templates.render(deep, {})
         assert len(str(failed.value)) < 500
+
+
+@pytest.mark.parametrize("start", [          # of an answer, by Qwen3.5 of 4B and of 0.8B
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{%- else %}{{ '<think>\n' }}{%- endif %}",
+    "{%- if enable_thinking is defined and enable_thinking is true %}{{ '<think>\n' }}"
+    "{%- else %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}"])
+def test_answers_come_without_thoughts_unless_these_are_asked_for(
+        start: str, tmp_path: Path) -> None:
+    """The empty thought is a part of the prompt, so that nothing trains it."""
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.role + ': ' }}{% if message.role == 'assistant' %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ message.content + '<|end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}" + start + "{% endif %}")
+    template = chat_template(tmp_path, {})
+    assert template is not None
+    tokenizer = Tokenizer(ByteTokenizer(), template, "", "<|end|>")
+    asked = [{"role": "user", "content": "Hi"}]
+    empty = "user: Hi<|end|>\nassistant: <think>\n\n</think>\n\n"
+    assert tokenizer.render(asked, True) == empty
+    said = encode("t", [*asked, {"role": "assistant", "content": "yes"}], tokenizer)
+    assert [i for i in said.labels if i >= 0] == [*b"yes", 257]
+    thinking = templates.render(template, {
+        "messages": asked, "add_generation_prompt": True, "enable_thinking": True})
+    assert thinking.endswith("assistant: <think>\n")
+    (tmp_path / "chat_template.jinja").write_text(template)      # as an export has it
+    assert chat_template(tmp_path, {}) == template
 
 
 def test_a_refusal_is_one_short_line() -> None:
