@@ -114,6 +114,21 @@ IMAGED: dict[str, dict[str, Any]] = {
             "out_hidden_size": 32, "patch_size": 8, "num_position_embeddings": 16},
         "eos_token_id": [2, 5]}}
 
+# The config.json of https://huggingface.co/Qwen/Qwen3.5-0.8B. Its safetensors hold 873,438,784
+# parameters: 752,393,024 of text (llama.cpp counts 752.39 M in its GGUF), 100,592,896 of images,
+# and 20,452,864 of a head that predicts several tokens.
+QWEN: dict[str, Any] = {
+    "model_type": "qwen3_5", "tie_word_embeddings": True, "vision_config": {}, "text_config": {
+        "model_type": "qwen3_5_text", "hidden_size": 1024, "intermediate_size": 3584,
+        "vocab_size": 248320, "num_hidden_layers": 24, "num_attention_heads": 8, "head_dim": 256,
+        "num_key_value_heads": 2, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 16, "linear_value_head_dim": 128,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
+        "full_attention_interval": 4, "attn_output_gate": True, "mtp_num_hidden_layers": 1,
+        "max_position_embeddings": 262144, "mamba_ssm_dtype": "float32", "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default",
+            "rope_theta": 10000000, "partial_rotary_factor": 0.25}}}
+
 
 def random_hf(family: str, kind: str = "", **changes: Any) -> Any:
     """A `transformers` model in which every parameter matters: of a family, or of a model_type.

@@ -44,7 +44,8 @@ class Allocation:
         """Raise Unfit with the modules whose smaller side of (out, in) is below the rank."""
         if small := [f"{module} {[*shapes[module]]}" for module in self.experts
                      if self.rank > min(shapes[module])]:
-            raise Unfit(f"rank {self.rank} is more than the matrix itself has: {', '.join(small)}")
+            raise Unfit(f"rank {self.rank} is more than the matrix itself has: {', '.join(small)}; "
+                        "give a smaller rank, or targets without them")
 
     def trainable(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """Trainable parameters (lora_A, lora_B, router) on weights of these shapes, (out, in)."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SIZES, edit_tensors, random_hf, save_imaged
+from tiny import QWEN, SIZES, edit_tensors, random_hf, save_imaged
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minismoe.export.layouts import copy_base_files, write_hf, write_weights
@@ -174,6 +174,7 @@ def test_probe_equals_the_gradients_of_each_sample(kind: str, tmp_path: Path) ->
 GEMMA = {"model_type": "gemma3_text", "head_dim": 256, "num_attention_heads": 4,
          "num_key_value_heads": 1, "vocab_size": 262144, "sliding_window": 512,
          "max_position_embeddings": 32768, "hidden_activation": "gelu_pytorch_tanh"}
+TEXT = QWEN["text_config"]
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "gemma-3-270m": (268_098_176, GEMMA | {
         "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
@@ -192,6 +193,19 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "position_embedding_type": "rope", "tie_word_embeddings": True,
         "embedding_multiplier": 12, "residual_multiplier": 0.263, "logits_scaling": 4,
         "attention_multiplier": 0.015625}),
+    "Qwen3.5-0.8B": (752_393_024, QWEN),
+    # Granite 4.1's sizes are those of https://huggingface.co/blog/ibm-granite/granite-4-1.
+    "granite-4.1-3b": (3_402_836_480, {
+        "model_type": "granite", "hidden_size": 2560, "intermediate_size": 8192, "vocab_size":
+        100352, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "tie_word_embeddings": True, "embedding_multiplier": 12, "residual_multiplier": 0.22,
+        "logits_scaling": 10, "attention_multiplier": 0.015625}),
+    "LFM2.5-1.2B": (1_170_340_608, {
+        "model_type": "lfm2", "hidden_size": 2048, "block_ff_dim": 12288, "vocab_size": 65536,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "layer_types": ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv"
+                        for i in range(16)], "rope_parameters": {
+                            "rope_type": "default", "rope_theta": 1000000.0}, "norm_eps": 1e-5}),
     "LFM2-350M": (354_483_968, {
         "model_type": "lfm2", "hidden_size": 1024, "block_ff_dim": 6656, "vocab_size": 65536,
         "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8,
@@ -213,7 +227,10 @@ def test_published_sizes_make_the_published_models(name: str) -> None:
                 config.output_multiplier) == (12, 0.263, 1 / 64, 1 / 4)
     if name == "SmolLM3-3B":
         assert config.no_rope_layers == tuple(range(3, 36, 4))
-    if name == "LFM2-350M":
+    if name == "Qwen3.5-0.8B":
+        assert config.attention_layers == [*range(3, 24, 4)]
+        assert (config.rotary_size, config.rope_theta) == (64, 1e7)
+    if name.startswith("LFM2"):
         assert config.attention_layers == [2, 5, 8, 10, 12, 14]
 
 
@@ -230,6 +247,15 @@ def test_published_sizes_make_the_published_models(name: str) -> None:
                                         "sliding_attention": {"rope_type": "yarn"}}}, "yarn"),
     ("gemma-3-1b", {"rope_parameters": {"full_attention": {"rope_type": "default"},
                                         "sliding_attention": "x"}}, "only one rope"),
+    ("gemma-3-1b", {"model_type": "gemma4", "text_config": GEMMA}, "gemma4': its layers share"),
+    ("gemma-3-1b", {"model_type": "gemma4_text"}, "gemma4_text': its layers share keys"),
+    ("Qwen3.5-0.8B", {"model_type": "qwen3_5_moe"}, "qwen3_5_moe': its MLPs are mixtures"),
+    ("Qwen3.5-0.8B", {"model_type": "qwen3_5_moe_text"}, "its MLPs are mixtures of experts"),
+    ("Qwen3.5-0.8B", {"quantization_config": {"quant_method": "fp8"}}, "(fp8): only bf16, fp16"),
+    ("Qwen3.5-0.8B", {"text_config": TEXT | {
+        "rope_parameters": {"partial_rotary_factor": 0.1}}}, "factor 0.1"),
+    ("Qwen3.5-0.8B", {"text_config": TEXT | {"linear_num_value_heads": 24}}, "no multiple"),
+    ("Qwen3.5-0.8B", {"text_config": TEXT | {"layer_types": ["conv"] * 24}}, "'conv'"),
     ("SmolLM3-3B", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
     ("granite-4.0-350m", {"num_local_experts": 8}, "num_local_experts = 8"),
     ("granite-4.0-350m", {"layer_types": ["mamba"] * 28}, "mamba"),
