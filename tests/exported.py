@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tiny import BYTES
 
-from minismoe.export import graph
+from minismoe.export import graph, steps
 from minismoe.export.mixture import AdapterInput
 from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM, Config
@@ -38,7 +38,7 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
     folder.mkdir()
     graph.write_decoder(folder / "model.onnx", c, lambda name: weights[name].detach(), adapters,
                         GraphFormat(target, precision, context, static=static))
-    graph.write_sampler(folder / "sampler.onnx", c.vocab_size)
+    steps.write_sampler(folder / "sampler.onnx", c.vocab_size)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     describe(folder, target=target, context=context, static=static, layers=len(c.attention_layers),
              kv_heads=c.num_key_value_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,

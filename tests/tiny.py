@@ -87,12 +87,12 @@ FAMILIES |= {
                            "full_attn_idxs": [1], "conv_L_cache": 4,
                            "tie_word_embeddings": False}),
     "qwen3_5": ("qwen3_5_text", {
-        "num_hidden_layers": 4, "head_dim": 16, "tie_word_embeddings": True,
+        "num_hidden_layers": 4, "head_dim": 32, "tie_word_embeddings": True,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
         "linear_value_head_dim": 12, "rope_parameters": {
             "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}),
     "qwen3_5_long": ("qwen3_5_text", {
-        "num_hidden_layers": 3, "head_dim": 16, "full_attention_interval": 2,
+        "num_hidden_layers": 3, "head_dim": 64, "full_attention_interval": 2,
         "linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_key_head_dim": 6,
         "linear_value_head_dim": 5, "linear_conv_kernel_dim": 2})}
 

@@ -10,7 +10,7 @@ CPUs have few float16 kernels: onnxruntime inserts casts for the others, so that
 CPU as well as on a GPU.
 
 Letters: B batch, T new tokens, P past tokens, S = P + T, D hidden, H query heads, K key/value
-heads, C head size, L taps of a convolution, V vocabulary.
+heads, C head size, L taps of a convolution, I its channels, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from onnx.helper import make_tensor_value_info as value
 from torch import Tensor
 
 from ..model.config import Config
-from ..model.quantize import BLOCK
+from ..model.delta import EPS as DELTA_EPS
 from .mixture import Adapter, LinearLayers
 from .nodes import Graph
 from .positions import END, Positions
@@ -86,25 +86,33 @@ class DecoderBuilder:
         """(B, T, (H + 2K) * C) -> (B, T, H * C) by one operator, which also rotates and caches."""
         c = self.config
         H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q, k, v = qkv, "", ""
+        q, k, v, gate = qkv, "", "", ""
         if c.qk_norm:
-            q, k, v = self.node("Split", f"{name}.qkv_proj", qkv, [H * C, K * C, K * C], outputs=3,
-                                axis=-1)
-            q = self.head_norm(f"{name}.q_norm", q, H)
-            k = self.head_norm(f"{name}.k_norm", k, K)
+            q, k, v = self.node("Split", f"{name}.qkv_proj", qkv, [
+                (1 + c.output_gate) * H * C, K * C, K * C], outputs=3, axis=-1)
+            if c.output_gate:                # each head has its query and its gate side by side
+                both = self.node("Reshape", f"{name}.gates", q, [0, 0, H, 2 * C])
+                q, gate = self.node("Split", f"{name}.gates", both, outputs=2, axis=-1,
+                                    num_outputs=2)
+            q, k = (self.head_norm(f"{name}.{part}_norm", x, heads, self.norm_weight(
+                f"{name}.{part}_norm"), c.rms_norm_eps) for part, x, heads in (
+                    ("q", q, H), ("k", k, K)))
         rope = c.ropes[i]
-        return self.node(
+        y = self.node(
             "GroupQueryAttention", name, q, k, v, *cached("past_key_values", i),
             *self.positions.lengths, *self.positions.rotary[rope],
             named=[f"{name}.y", *cached("present", i)], domain="com.microsoft", num_heads=H,
             kv_num_heads=K, do_rotary=int(rope != ""), scale=c.attention_scale,
             local_window_size=c.windows[i] or -1)[0]
+        return y if not gate else self.node("Mul", f"{name}.gate", y, self.node(
+            "Sigmoid", f"{name}.gate", self.node("Reshape", f"{name}.gate", gate, [0, 0, H * C])))
 
-    def head_norm(self, name: str, x: str, heads: int) -> str:
-        """(B, T, heads * C), normalised head by head."""
-        C = self.config.head_dim
-        y, _ = self.norm(name, self.node("Reshape", f"{name}.split", x, [0, 0, heads, C]), None)
-        return self.node("Reshape", f"{name}.join", y, [0, 0, heads * C])
+    def head_norm(self, name: str, x: str, heads: int, weight: Tensor, eps: float) -> str:
+        """(B, T, heads * C) or (B, T, heads, C) -> (B, T, heads * C), normalised head by head."""
+        x = self.node("Reshape", f"{name}.split", x, [0, 0, heads, len(weight)])
+        y = self.node("SimplifiedLayerNormalization", name, x, self.tensor(
+            f"{name}.weight", weight), axis=-1, epsilon=eps, stash_type=1)
+        return self.node("Reshape", f"{name}.join", y, [0, 0, heads * len(weight)])
 
     def attend(self, i: int, name: str, qkv: str) -> str:
         """The same by standard operators.
@@ -151,22 +159,62 @@ class DecoderBuilder:
         self.node("Slice", name, whole, [self.static[1]], [END], [2], named=[present])
         return whole
 
-    def conv(self, i: int, x: str) -> str:
-        """x (B, T, D) -> (B, T, D) by a short convolution; its last L - 1 inputs are its cache."""
-        name, L = f"model.layers.{i}.conv", self.config.conv_size
+    def short_conv(self, i: int, x: str) -> str:
+        """x (B, T, D) -> (B, T, D) by LFM2's short convolution."""
+        name = f"model.layers.{i}.conv"
         x = self.linear([f"{name}.in_proj"], x)
         b, gate, u = self.node("Split", name, x, outputs=3, axis=-1, num_outputs=3)
-        past = self.node("Transpose", f"{name}.past", f"past_conv.{i}", perm=[0, 2, 1])
-        x = self.node("Concat", name, past, self.node("Mul", name, b, u), axis=1)
+        y = self.conv(i, f"{name}.conv", self.node("Mul", name, b, u))
+        return self.linear([f"{name}.out_proj"], self.node("Mul", f"{name}.gate", gate, y))
+
+    def conv(self, i: int, name: str, x: str) -> str:
+        """x (B, T, I), each channel a weighted sum over L tokens; the last L - 1 are its cache. A
+        CPU takes half the time of CausalConvWithState, which would also keep a batch's pads."""
+        L, past = self.config.conv_size, self.node(
+            "Transpose", f"{name}.past", f"past_conv.{i}", perm=[0, 2, 1])
+        x = self.node("Concat", name, past, x, axis=1)
         last = self.node("GatherND", name, x, self.positions.conv_inputs, batch_dims=1)
         if not self.ort:
             x, last = last, self.node("Slice", name, last, [1 - L], [END], [1])
         self.node("Transpose", f"{name}.present", last, perm=[0, 2, 1], named=[f"present_conv.{i}"])
-        taps = self.read(f"{name}.conv.weight")[:, 0].T.to(self.dtype)             # (L, D)
-        parts = [self.node("Mul", f"{name}.{j}", self.tensor(f"{name}.conv.{j}", tap), self.node(
+        taps = self.read(f"{name}.weight")[:, 0].T.to(self.dtype)                  # (L, I)
+        parts = [self.node("Mul", f"{name}.{j}", self.tensor(f"{name}.{j}", tap), self.node(
             "Slice", f"{name}.{j}", x, [j], [j - L + 1 or END], [1])) for j, tap in enumerate(taps)]
-        y = self.node("Mul", f"{name}.gate", gate, self.node("Sum", name, *parts))
-        return self.linear([f"{name}.out_proj"], y)
+        return self.node("Sum", name, *parts)
+
+    def delta_net(self, i: int, x: str) -> str:
+        """x (B, T, D) -> (B, T, D) by a gated delta net, whose memory is float32."""
+        c, name, wide = self.config, f"model.layers.{i}.linear_attn", TensorProto.FLOAT
+        H, K = c.linear_num_value_heads, c.linear_key_head_dim
+        x = self.linear([f"{name}.in_proj_{p}" for p in ("qkv", "z", "b", "a")], x,
+                        label=f"{name}.in_proj")
+        qkv, z, *gates = self.node("Split", name, x, [sum(c.delta_parts), c.delta_parts[2], H, H],
+                                   outputs=4, axis=-1)
+        qkv = self.silu(f"{name}.conv1d", self.conv(i, f"{name}.conv1d", qkv))
+        *qk, v = self.node("Split", f"{name}.qkv", self.graph.cast(f"{name}.wide", qkv, wide),
+                           [*c.delta_parts], outputs=3, axis=-1)
+        q, k = (self.head_norm(f"{name}.{part}", y, c.linear_num_key_heads,
+                               torch.full((K,), length / K ** 0.5), DELTA_EPS / K)
+                for part, y, length in zip("qk", qk, (K ** -0.5, 1.0)))
+        b, a = (self.node("Add", f"{name}.{part}", self.graph.cast(f"{name}.{part}.wide", y, wide),
+                          self.positions.closed) for part, y in zip("ba", gates))
+        dt = self.tensor(f"{name}.dt_bias", self.read(f"{name}.dt_bias").float())
+        A = self.tensor(f"{name}.A", -self.read(f"{name}.A_log").float().exp())
+        g, b = self.node("LinearAttentionGate", name, a, dt, A, b, outputs=2,
+                         domain="com.microsoft")
+        y, _ = self.node(
+            "LinearAttention", name, q, k, v, f"past_recurrent.{i}", g, b, domain="com.microsoft",
+            named=[f"{name}.y", f"present_recurrent.{i}"], q_num_heads=c.linear_num_key_heads,
+            kv_num_heads=H, update_rule="gated_delta", scale=1.0)
+        y = self.head_norm(f"{name}.norm", y, H, self.read(f"{name}.norm.weight").float(),
+                           c.rms_norm_eps)
+        y = self.graph.cast(f"{name}.narrow", y, self.graph.real)
+        return self.linear([f"{name}.out_proj"], self.node(
+            "Mul", f"{name}.gate", y, self.silu(f"{name}.gate", z)))
+
+    def silu(self, name: str, x: str) -> str:
+        return self.node("QuickGelu", name, x, domain="com.microsoft", alpha=1.0) if self.ort else (
+            self.node("Mul", f"{name}.act", x, self.node("Sigmoid", name, x)))
 
     def mlp(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
@@ -175,12 +223,8 @@ class DecoderBuilder:
         *inner, down = (f"{name}.{part}" for part in (*parts, "down_proj"))
         both = self.linear(inner, x, bias, f"{name}.gate_up_proj")
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
-        if c.activation != "silu":
-            act = self.node("Gelu", name, gate, approximate="tanh")
-        elif self.ort:
-            act = self.node("QuickGelu", name, gate, domain="com.microsoft", alpha=1.0)
-        else:
-            act = self.node("Mul", f"{name}.act", gate, self.node("Sigmoid", name, gate))
+        act = self.silu(name, gate) if c.activation == "silu" else self.node(
+            "Gelu", name, gate, approximate="tanh")
         return self.linear([down], self.node("Mul", name, act, up), bias)
 
     def embed(self) -> str:
@@ -214,7 +258,9 @@ class DecoderBuilder:
         c = self.config
         x, added = self.times("model.embed_tokens", self.embed(), c.embedding_multiplier), None
         for i in range(c.num_hidden_layers):
-            name, mixer = f"model.layers.{i}", self.conv if i in c.conv_layers else self.attention
+            name, mixer = f"model.layers.{i}", (
+                self.short_conv if i in c.conv_layers else
+                self.delta_net if i in c.delta_layers else self.attention)
             second = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
             for before, part, after in (("input_layernorm", mixer, "post_attention_layernorm"),
                                         (second, self.mlp, "post_feedforward_layernorm")):
@@ -241,36 +287,17 @@ class DecoderBuilder:
         for i in c.attention_layers:
             graph.inputs += [value(n, graph.real, past) for n in cached("past_key_values", i)]
             graph.outputs += [value(n, graph.real, present) for n in cached("present", i)]
-        for i in c.conv_layers:
-            for values, name in (graph.inputs, "past_conv"), (graph.outputs, "present_conv"):
-                values.append(value(f"{name}.{i}", graph.real, [B, c.hidden_size, c.conv_size - 1]))
+        for values, when in (graph.inputs, "past"), (graph.outputs, "present"):
+            values += [value(f"{when}_conv.{i}", graph.real, [B, channels, c.conv_size - 1])
+                       for i, channels in c.convolutions.items()]
+            values += [value(f"{when}_recurrent.{i}", TensorProto.FLOAT, [
+                B, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim])
+                for i in c.delta_layers]
 
 
 def cached(kind: str, layer: int) -> tuple[str, str]:
     """Names of a layer's key and value; kind: past_key_values or present."""
     return f"{kind}.{layer}.key", f"{kind}.{layer}.value"
-
-
-def refuse(config: Config, target: str, block: int, static: tuple[int, int, int] | None) -> None:
-    """Raise ValueError for what a target (ort, portable or npu) cannot do with a model."""
-    rows = (config.hidden_size, config.intermediate_size,
-            config.num_attention_heads * config.head_dim)
-    odd = min((k for k in rows if k % block), default=0)
-    window, (_, T, P) = min(filter(None, config.windows), default=0), static or (0, 0, 0)
-    for wrong, said in (
-            (target == "portable" and block > BLOCK and odd,
-             f"--block {block}: rows of {odd} weights are no whole blocks, which OpenVINO refuses "
-             "in the portable target; use a smaller --block"),
-            (target == "ort" and config.head_dim % 16,
-             f"head size {config.head_dim}: onnxruntime's attention takes multiples of 16 only; "
-             "use the portable target"),
-            (target == "npu" and config.conv_layers,
-             "--target npu has no convolutions: take --target portable --static"),
-            (target == "npu" and 0 < window < T + P,
-             f"an attention window of {window} tokens is shorter than the cache: --static 1x{T}xP "
-             "with a smaller P, or --target portable --static")):
-        if wrong:
-            raise ValueError(said)
 
 
 def write_decoder(file: Path, config: Config, read: ReadWeight, adapters: Mapping[str, Adapter],
@@ -280,8 +307,8 @@ def write_decoder(file: Path, config: Config, read: ReadWeight, adapters: Mappin
     read(name) returns the tensor of a Hugging Face name, or its `Blocks`, and is called once for
     each. `adapters`: of matrices, by module name.
     A static form (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is
-    read in chunks of T, the first of which is padded on the left. `refuse` says what cannot be
-    written.
+    read in chunks of T, the first of which is padded on the left. settings.py's `refuse` says what
+    cannot be written.
     """
     with open(f"{file}.data", "wb") as data:
         graph = Graph(data, form.dtype)
@@ -290,17 +317,3 @@ def write_decoder(file: Path, config: Config, read: ReadWeight, adapters: Mappin
         decoder.declare()
         decoder.build()
     graph.save(file)
-
-
-def write_sampler(file: Path, vocab: int) -> None:
-    """Write a graph from logits (B, 1, V) to the 64 largest of each row, sorted.
-
-    Its outputs are `values` (B, 64), float32, and `indices` (B, 64), int64; V where V < 64.
-    """
-    g, k = Graph(), min(64, vocab)
-    for name, top in zip(("values", "indices"), g.node("TopK", "top", "logits", [k], outputs=2)):
-        g.node("Squeeze", name, top, [1], named=[name])
-    g.inputs = [value("logits", TensorProto.FLOAT, ["batch_size", 1, vocab])]
-    g.outputs = [value("values", TensorProto.FLOAT, ["batch_size", k]),
-                 value("indices", TensorProto.INT64, ["batch_size", k])]
-    g.save(file)

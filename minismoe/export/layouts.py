@@ -17,12 +17,12 @@ from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, loa
 from ..io.files import read_json, replacing, write_json
 from ..method.freeze import merged
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
-from ..model.config import Config, text_part
-from .graph import write_decoder, write_sampler
+from ..model.config import CONV, DELTA, FULL, Config, text_part
+from .graph import write_decoder
 from .npu import compile_npu, write_npu
 from .prepare import Fits, Prepared
 from .settings import ExportConfig
-from .steps import write_in_steps
+from .steps import write_in_steps, write_sampler
 from .weights import HALF, NPU_PRECISIONS
 
 # How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
@@ -181,11 +181,13 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
         "do_sample", "temperature", "top_k", "top_p", "repetition_penalty") if key in generation}
     stops = generation["eos_token_id"]
     bos = generation.get("bos_token_id", stops[0] if stops else None)
-    conv = {"conv_cache_size": sizes.conv_size - 1, "layer_types": [
-                "conv" if i in sizes.conv_layers else "full_attention"
-                for i in range(sizes.num_hidden_layers)],
-            "inputs": {"past_conv_names": "past_conv.%d"},
-            "outputs": {"present_conv_names": "present_conv.%d"}} if sizes.conv_layers else {}
+    kinds = ["conv"] * bool(sizes.convolutions) + ["recurrent"] * bool(sizes.delta_layers)
+    states = {"conv_cache_size": sizes.conv_size - 1, "layer_types": [
+                  CONV if i in sizes.conv_layers else DELTA if i in sizes.delta_layers else FULL
+                  for i in range(sizes.num_hidden_layers)],
+              "inputs": {f"past_{kind}_names": f"past_{kind}.%d" for kind in kinds},
+              "outputs": {f"present_{kind}_names": f"present_{kind}.%d" for kind in kinds},
+              } if kinds else {}
     write_json(out / "genai_config.json", {
         "model": {
             "type": config["model_type"], "context_length": context,
@@ -197,7 +199,7 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
                 "head_size": sizes.head_dim, "hidden_size": sizes.hidden_size,
                 "num_attention_heads": sizes.num_attention_heads,
                 "num_key_value_heads": sizes.num_key_value_heads,
-                "num_hidden_layers": sizes.num_hidden_layers, **conv}},
+                "num_hidden_layers": sizes.num_hidden_layers, **states}},
         # A shared buffer is allocated for max_length at once.
         "search": {"do_sample": False, **sampling, "max_length": context,
                    "past_present_share_buffer": share_buffer}})

@@ -23,7 +23,8 @@ class Positions:
     """Adds the nodes that all layers of a graph share: they depend on positions alone.
 
     rotary: the outputs cos and sin, by kind of rotary angles; "" stands for layers without.
-    lengths: for `ort`, the outputs of `row_lengths`. conv_inputs: the output of `gathered`.
+    lengths: for `ort`, the outputs of `row_lengths`. conv_inputs, closed: those of `gathered` and
+    `pads`, if convolutions or delta nets need them.
     """
 
     def __init__(self, graph: Graph, config: Config, form: GraphFormat):
@@ -36,7 +37,8 @@ class Positions:
             self.rotary[kind] = [self.angles(f"rotary.{kind}.{n}", t.to(graph.dtype)) for n, t in (
                 ("cos", angles.cos()), ("sin", angles.sin()))]          # (context, C / 2)
         self.lengths = self.row_lengths() if form.ort else []
-        self.conv_inputs = self.gathered() if config.conv_layers else ""
+        self.conv_inputs = self.gathered() if config.convolutions else ""
+        self.closed = self.pads() if config.delta_layers else ""
 
     def angles(self, name: str, values: Tensor) -> str:
         """cos or sin of all positions; for `portable`, of each token's position, with the first
@@ -125,6 +127,16 @@ class Positions:
             real = self.node("GreaterOrEqual", name, at, self.node("Add", name, pads, past))
             at = self.node("Where", name, real, at, moved)
         return self.node("Unsqueeze", name, at, [2])
+
+    def pads(self) -> str:
+        """What is added to the gates' logits of delta nets, (B, T, 1), to close them at pads, which
+        are on the right: 0, or a large negative number."""
+        T, new = self.new_tokens
+        at = self.node("Range", "pads", 0, self.node("Squeeze", "pads", T), 1)           # (T,)
+        real = self.node("Less", "pads", at, self.node("Max", "pads", new, 1))           # (B, T)
+        y = self.node("Where", "pads", real, self.graph.constant(0.0, torch.float32),
+                      self.graph.constant(-1e9, torch.float32))
+        return self.node("Unsqueeze", "pads", y, [2])
 
     @cached_property
     def new_tokens(self) -> tuple[Any, str]:

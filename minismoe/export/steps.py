@@ -1,9 +1,10 @@
-"""A decoder that writes several tokens in one run of its graph, for runtimes that copy the cache.
+"""Graphs that choose tokens: a sampler, and a decoder that writes several in one run.
 
 A browser copies all keys and values to JavaScript and back around each run. In a Loop they stay.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import onnx
 import torch
@@ -63,3 +64,17 @@ def write_in_steps(graph: onnx.GraphProto, stops: Sequence[int]) -> None:
 def _inner(*values: ValueInfoProto) -> list[ValueInfoProto]:
     """The same inside the Loop, with their shapes: an older onnxruntime needs them for Gemma."""
     return [ValueInfoProto(name=f"step.{v.name}", type=v.type) for v in values]
+
+
+def write_sampler(file: Path, vocab: int) -> None:
+    """Write a graph from logits (B, 1, V) to the 64 largest of each row, sorted.
+
+    Its outputs are `values` (B, 64), float32, and `indices` (B, 64), int64; V where V < 64.
+    """
+    g, k = Graph(), min(64, vocab)
+    for name, top in zip(("values", "indices"), g.node("TopK", "top", "logits", [k], outputs=2)):
+        g.node("Squeeze", name, top, [1], named=[name])
+    g.inputs = [value("logits", TensorProto.FLOAT, ["batch_size", 1, vocab])]
+    g.outputs = [value("values", TensorProto.FLOAT, ["batch_size", k]),
+                 value("indices", TensorProto.INT64, ["batch_size", k])]
+    g.save(file)

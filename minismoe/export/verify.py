@@ -27,11 +27,10 @@ from ..runtime import Generator
 from ..training.evaluate import evaluate, exact_match, generate, questions
 from .compare import FEW, TOKENS, compare_graph, compare_logits, compare_rounded, unrounded
 from .gptq import quantize_model, round_weights
-from .graph import refuse
 from .heal import sharing_copy
 from .mixture import round_adapters
 from .prepare import Fits, Prepared
-from .settings import ExportConfig, Source
+from .settings import ExportConfig, Source, refuse
 from .weights import HALF, PRECISIONS
 
 # How far logits may be from PyTorch's on the same weights, as a share of the largest: what rounding

@@ -8,7 +8,8 @@ Keys and values stay on the session's device, in OrtValues that are bound to the
     static     like portable, with fixed sizes: T tokens a step, and a past of the last P positions.
     npu        one buffer of P slots, into which the new keys and values are copied.
 
-The last inputs of convolutions go from step to step as in portable, whatever the target.
+The last inputs of convolutions and the memory of delta nets go from step to step as in portable,
+whatever the target.
 
 Letters: B prompts, T new, P past tokens, S = P + T, K key/value heads, C head size, V vocabulary.
 """
@@ -27,7 +28,7 @@ import onnxruntime as ort
 from ..data.tokenizer import load_tokenizer
 from ..io.files import naming
 from ..io.process import use_huge_pages
-from .folder import CACHE_TYPES, INT64, plain_file, read_info
+from .folder import CACHE_TYPES, FLOAT, INT64, plain_file, read_info
 from .npu import NpuSteps
 from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
 
@@ -76,7 +77,7 @@ class CachedModel:
             for name in self._inputs if name.startswith("past_")}
         # The pasts that a step gives back as new values, for the next step.
         self._fed_back = [past for past in self._presents
-                          if not self._in_place or past.startswith("past_conv")]
+                          if not self._in_place or not past.startswith("past_key_values.")]
         self._fits()
         self.use(task)
 
@@ -120,11 +121,12 @@ class CachedModel:
         for name in ("logits", *(self._presents[past] for past in self._fed_back)):
             io.bind_output(name)             # every step binds them again; here they become first
         for past, present in self._presents.items():
-            conv, fed_back = past.startswith("past_conv"), past in self._fed_back
-            shape = self._inputs[past].shape[1:] if conv else [
-                self.info["kv_heads"], P, self.info["head_dim"]]
+            keys, fed_back = past.startswith("past_key_values."), past in self._fed_back
+            shape = [self.info["kv_heads"], P, self.info["head_dim"]] if keys else (
+                self._inputs[past].shape[1:])
             value = self._past[past] = ort.OrtValue.ortvalue_from_shape_and_type(
-                [B, *shape], CACHE_TYPES[self.info["cache_type"]],
+                [B, *shape], FLOAT if past.startswith("past_recurrent.") else
+                CACHE_TYPES[self.info["cache_type"]],
                 *(("cpu", 0) if fed_back else self._memory))
             if fed_back:                     # old memory: 0 * nan is nan
                 ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())

@@ -105,7 +105,7 @@ def export(model: Path, folder: Path, side: str) -> None:
     import torch
 
     from minismoe import load_model
-    from minismoe.export import graph
+    from minismoe.export import graph, steps
     from minismoe.export.weights import GraphFormat
     from minismoe.method.experts import ExpertLinear, linear_layers
     base = load_model(model, torch.float32)
@@ -119,7 +119,7 @@ def export(model: Path, folder: Path, side: str) -> None:
     folder.mkdir()
     graph.write_decoder(folder / "model.onnx", config, lambda name: weights[name].detach(), beside,
                         GraphFormat("ort", "int4", CONTEXT, 128 if side == "merged128" else 32))
-    graph.write_sampler(folder / "sampler.onnx", config.vocab_size)
+    steps.write_sampler(folder / "sampler.onnx", config.vocab_size)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (model / file).is_file():
             (folder / file).write_bytes((model / file).read_bytes())

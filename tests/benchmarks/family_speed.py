@@ -35,7 +35,7 @@ OWN: dict[str, dict[str, Any]] = {           # what differs from Llama
     "llama": {}, "smollm3": {}, "granite": {},
     "granitemoehybrid": {"num_local_experts": 0, "position_embedding_type": "rope"},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 64},
-    "lfm2": {"block_auto_adjust_ff_dim": False}}
+    "lfm2": {"block_auto_adjust_ff_dim": False}, "qwen3_5_text": {}}
 
 
 def shape(family: str, layers: int, width: int) -> Config:
@@ -43,6 +43,9 @@ def shape(family: str, layers: int, width: int) -> Config:
     mixed: dict[str, Any] = {}
     if family == "lfm2":
         mixed = {"layer_types": ["conv", "full_attention"] * (layers // 2)}
+    if family == "qwen3_5_text":             # in proportion, as Qwen3.5-0.8B
+        heads = width // 64                  # of 128 numbers
+        mixed = {"linear_num_key_heads": heads, "linear_num_value_heads": heads}
     if family == "granitemoehybrid":
         mixed = {"layer_types": ["attention"] * layers, "shared_intermediate_size": 2 * width}
     return Config.from_dict({

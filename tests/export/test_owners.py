@@ -33,11 +33,13 @@ class Run(NamedTuple):
     tokens: list[int]
 
 
-@pytest.fixture(scope="module", params=["smollm3", "granite", "granite4", "gemma3", "lfm2"])
+@pytest.fixture(scope="module", params=["smollm3", "granite", "granite4", "gemma3", "lfm2",
+                                        "qwen3_5"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     base, g = tmp_path_factory.mktemp(request.param), torch.Generator().manual_seed(0)
-    random_hf(request.param, vocab_size=BYTES["vocab_size"], hidden_size=64, head_dim=16,
-              eos_token_id=257, mamba_n_heads=64, tie_word_embeddings=request.param == "lfm2"
+    random_hf(request.param, vocab_size=BYTES["vocab_size"], hidden_size=64,
+              head_dim=32 if request.param == "qwen3_5" else 16, eos_token_id=257,
+              mamba_n_heads=64, tie_word_embeddings=request.param in ("lfm2", "qwen3_5")
               ).save_pretrained(base)
     config = json.loads((base / "config.json").read_text())
     if config["model_type"] == "granitemoehybrid":   # as it is published, and transformers.js reads

@@ -36,7 +36,7 @@ from minismoe.cli import probing  # noqa: E402
 from minismoe.cli.flags import AllocationConfig  # noqa: E402
 from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
-from minismoe.export import graph  # noqa: E402
+from minismoe.export import graph, steps  # noqa: E402
 from minismoe.export.weights import GraphFormat  # noqa: E402
 from minismoe.io.files import sha256  # noqa: E402
 from minismoe.io.text import error_line  # noqa: E402
@@ -168,7 +168,7 @@ class Fuzz:
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
         graph.write_decoder(self.base / "model.onnx", model.config, weights.__getitem__, {},
                             GraphFormat("portable", "fp32", context=64))
-        graph.write_sampler(self.base / "sampler.onnx", 259)
+        steps.write_sampler(self.base / "sampler.onnx", 259)
         (self.base / "export.json").write_text(json.dumps({
             "format": FORMAT, "target": "portable", "context": 64, "layers": 2, "kv_heads": 1,
             "head_dim": 16, "vocab_size": 259, "cache_type": "float32", "static": None,

@@ -129,7 +129,7 @@ async function* answer(ids, room) {
         input_ids: new Tensor("int64", ids, [1, ids.length]),
         attention_mask: new Tensor("int64", mask, [1, seen]), past_key_values: past });
       past.update(Object.fromEntries(Object.entries(present).map(([name, values]) => [
-        name.replace("present_conv", "past_conv").replace("present", "past_key_values"), values])));
+        name.replace("present_", "past_").replace("present", "past_key_values"), values])));
       if (rest.length) continue;
       found = tokens ? [...tokens.data] : [BigInt(logits.data.reduce(
         (best, value, id, all) => value > all[best] ? id : best, 0))];
