@@ -35,9 +35,11 @@ def show_plan(config: RunConfig) -> None:
     has_data = inputs.data is not None or inputs.model is None
     tasks = [t.name for t in read_tasks(inputs)] if has_data else inputs.names or [""]
     sizes = read_config(folder := model_folder(inputs))[0]
-    allocation = probing.without_probe(config.allocating, shapes_of(meta_model(sizes)), tasks)
+    model = meta_model(sizes)
+    allocation = probing.without_probe(config.allocating, shapes_of(model), tasks)
     parts = memory_by_part(sizes, allocation, getattr(torch, inputs.dtype), inputs.base_bits)
-    print(f"{allocation}, {parts['adapters'] // 4:,} trainable parameters"
+    print(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters; {allocation}, "
+          f"{parts['adapters'] // 4:,} trainable parameters"
           + " (an example: the probe decides)" * probing.needs_probe(config.allocating))
     print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))
     print(f"disk: {parts['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.1f} MiB for the adapter and "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import finish
+from tiny import QWEN, finish
 
 import minismoe.training.loop as training
 import train
@@ -46,6 +46,14 @@ def test_memory_by_part_is_that_of_the_loaded_model(tmp_path, bits: int | None, 
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (found["adapters"], found["gradients"], found["optimizer"]) == (
         4 * count, 4 * count, 8 * count)
+
+
+def test_a_plan_of_a_published_model_counts_its_parameters(tmp_path, capsys) -> None:
+    write_json(tmp_path / "config.json", QWEN)
+    code, out, err = finish(train.main, "--plan", "--model", str(tmp_path), "--dtype", "float32",
+                            capsys=capsys)
+    assert code == 0 and "a base of 752,393,024 parameters; " in out, err
+    assert parts(out)["base weights"] == pytest.approx(752_393_024 * 4 / 2**20, abs=0.1)
 
 
 def test_a_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_path, capsys,
