@@ -1,14 +1,17 @@
 """The delta rule against its plain loop, and delta nets on texts of several chunks."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from tiny import random_hf
+from tiny import random_hf, randomise
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from minismoe.export.gptq import second_moments
 from minismoe.method.experts import add_experts, linear_layers
+from minismoe.method.freeze import KINDS, fit, freeze, merge
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
 from minismoe.model.delta import CHUNK, delta_rule, memories, memories_backward
@@ -111,6 +114,27 @@ def test_shared_prefixes_change_neither_logits_nor_gradients(pair: tuple[Any, Ca
         found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters())])
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+def test_experts_are_frozen_and_merged(pair: tuple[Any, CausalLM]) -> None:
+    """Routed ones on every matrix; those that read the same x share its sums."""
+    model = load_model(pair[1].name, torch.float64)
+    layers = linear_layers(model)
+    with pytest.raises(ValueError, match=r"rank 5 .*in_proj_a \[4, 32\]; give a smaller"):
+        add_experts(model, dict.fromkeys(layers, 1), rank=5)
+    randomise(add_experts(model, dict.fromkeys(layers, 2), rank=2))
+    g = torch.Generator().manual_seed(0)
+    tasks = {task: [(torch.randint(97, (8, 20), generator=g), torch.ones(8, 20).long())]
+             for task in "ab"}
+    fits = fit(model, tasks)["linear"].together
+    assert fits.keys() == layers.keys() and {f.kind for f in fits.values()} <= {*KINDS}
+    frozen, joined, (ids, mask) = copy.deepcopy(model), copy.deepcopy(model), tasks["a"][0]
+    freeze(frozen, fits)
+    merge(joined, fits)
+    torch.testing.assert_close(frozen(ids, mask), joined(ids, mask))
+    names = [f"model.layers.1.linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")]
+    first, *others = second_moments(joined, names, tasks["a"]).values()
+    assert first.trace() > 0 and all(torch.equal(first, other) for other in others)
 
 
 def test_operators_have_the_shapes_and_gradients_that_torch_is_told() -> None:
