@@ -554,7 +554,7 @@ def test_sampler(tmp_path: Path, vocab: int) -> None:
     assert torch.equal(indices, want.indices)
 
 
-@pytest.mark.parametrize("family", ["smollm2", "lfm2"])
+@pytest.mark.parametrize("family", ["smollm2", "lfm2", "qwen3_5"])
 def test_a_graph_in_steps_writes_what_single_steps_write(
         model: Callable[..., CausalLM], family: str, tmp_path: Path) -> None:
     """Tokens, last logits and cache, for two rows; the loop ends where both rows stop."""
