@@ -38,7 +38,7 @@ def test_decode_speed_exports_a_side_and_measures_it(side, tmp_path, monkeypatch
 
 
 def test_family_speed_measures_every_family(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["family_speed", "--layers", "2", "--width", "128",
+    monkeypatch.setattr(sys, "argv", ["family_speed", "--layers", "4", "--width", "128",
                                       "--rounds", "1", "--tokens", "3"])
     family_speed.main()
     _, _, *rows = capsys.readouterr().out.splitlines()

@@ -220,11 +220,11 @@ def test_the_page_in_a_browser(web: Path) -> None:
 
 @needs_browser
 @pytest.mark.parametrize("precision, flags, setting", [
-    ("fp32", (), "WASM"), ("fp32", GPU, "WebGPU"), ("int4", GPU, "WebGPU")])
+    ("fp32", (), "WASM"), ("int4", GPU, "WebGPU")])
 def test_a_graph_that_writes_one_token_a_run(web: Path, tmp_path: Path, precision: str,
                                              flags: tuple[str, ...], setting: str) -> None:
     """The same text on WebGPU as on WASM; stopped in between, and offline."""
-    text = "A prompt that WebGPU reads in several steps. " * 4
+    text = "A prompt that WebGPU reads in several steps. " * 2
     export.main(["--model", str(web.parent / "base"), "--layout", "web", "--precision",
                  precision, "--context", "224", "--out", str(tmp_path / "web")])
     vendor(tmp_path / "web")
@@ -238,8 +238,6 @@ def test_a_graph_that_writes_one_token_a_run(web: Path, tmp_path: Path, precisio
             answer = tab.text(".assistant")
             name = "model.onnx" if precision == "fp32" else "model_q4.onnx"
             assert len(answer) > 20 and answer == says(tmp_path / "web", text, len(answer), name)
-        if precision == "int4":
-            return
         tab.open(address)                    # the server is gone
         tab.wait_status("Ready", seconds=120)
         tab.type(text)

@@ -99,7 +99,7 @@ def test_a_failed_exchange_names_its_reason(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("count, flags", [
-    (2, ""), (4, ""),
+    (2, ""), pytest.param(4, "", marks=pytest.mark.slow),
     pytest.param(2, "--device other", marks=needs_other_device)])
 def test_several_processes_give_the_result_of_one(inputs, one, tmp_path, count, flags) -> None:
     run = tmp_path / "run"
