@@ -44,7 +44,7 @@ def shape(family: str, layers: int, width: int) -> Config:
     if family == "lfm2":
         mixed = {"layer_types": ["conv", "full_attention"] * (layers // 2)}
     if family == "qwen3_5_text":             # in proportion, as Qwen3.5-0.8B
-        heads = width // 64                  # of 128 numbers
+        heads = max(8, width // 64)          # of 128 numbers; their gates have rank 8
         mixed = {"linear_num_key_heads": heads, "linear_num_value_heads": heads}
     if family == "granitemoehybrid":
         mixed = {"layer_types": ["attention"] * layers, "shared_intermediate_size": 2 * width}
