@@ -34,7 +34,6 @@ from minismoe.runtime import __main__ as terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"hidden_size": 64, "max_position_embeddings": 128}
-MERGED = ("--heal", "0")                  # exports are quick without healing
 SHORT = ("--samples", "2", "--epochs", "1", "--batch-size", "8", "--dtype", "float32")
 Q = "model.layers.0.self_attn.q_proj"
 BAR = re.compile(r"^\s*$|^(evaluate|probe|train|freeze|round|heal)[^:]*: "
@@ -69,7 +68,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> World:
     for name, count in (("train", 24), ("test", 3)):
         (world.data / "t" / f"{name}.jsonl").write_text(lines(count))
     assert script(train.main, *world.inputs, *SHORT, "--out", world.run) == (0, "")
-    assert script(export.main, world.run, *MERGED, "--out", world.export) == (0, "")
+    assert script(export.main, world.run, "--out", world.export) == (0, "")
     return world
 
 
@@ -140,7 +139,7 @@ def files_up_to(size: int) -> Iterator[None]:
 def test_a_limit_on_file_size_ends_in_one_line_and_changes_no_file(
         world: World, main: Any, size: int) -> None:
     before, out = hashes(world.model.parent), world.run.parent / "new"
-    what = ([world.run, *MERGED, "--precision", "fp32"] if main is export.main else
+    what = ([world.run, "--precision", "fp32"] if main is export.main else
             [*world.inputs, *SHORT[:2]])
     with files_up_to(size):
         code, err = script(main, *what, "--out", out)
@@ -171,7 +170,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_part_of_a_file(
         monkeypatch.setattr(os, "fsync", full)
     try:
         for name, main, *args in (("run", train.main, *world.inputs, *SHORT),
-                                  ("onnx", export.main, world.run, *MERGED)):
+                                  ("onnx", export.main, world.run)):
             before = hashes(world.model.parent)
             code, err = script(main, *args, "--out", disk / name)
             assert code == 1 and re.fullmatch("error: .*([Nn]o space left|os error 28).*", err)
@@ -209,7 +208,7 @@ def permissions_count() -> Iterator[None]:
                          ids=["train", "probe", "export"])
 def test_missing_permissions_are_named_with_their_path(world: World, main: Any) -> None:
     out = world.run.parent / "new"
-    what = [world.run, *MERGED] if main is export.main else [*world.inputs, *SHORT[:2]]
+    what = [world.run] if main is export.main else [*world.inputs, *SHORT[:2]]
     out.mkdir(mode=0o500)
     with permissions_count():
         code, err = script(main, *what, "--out", out / "x")
@@ -228,7 +227,7 @@ def test_a_read_only_model_and_data_are_enough(world: World) -> None:
         path.chmod(0o500 if path.is_dir() else 0o400)
     with permissions_count():
         assert script(train.main, *world.inputs, *SHORT, "--out", out) == (0, "")
-        assert script(export.main, out, *MERGED, "--out", out / "onnx") == (0, "")
+        assert script(export.main, out, "--out", out / "onnx") == (0, "")
     for path in paths:
         path.chmod(0o700)
     assert hashes(world.model, world.data) == before
@@ -527,7 +526,7 @@ def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) 
         run_script(train.main)
         sys.argv = ["train.py", *world.inputs, "--show", "2"]
         run_script(train.main)
-        sys.argv = ["export.py", str(out), "--adapters", *MERGED, "--out", str(out / "onnx")]
+        sys.argv = ["export.py", str(out), "--adapters", "--out", str(out / "onnx")]
         run_script(export.main)
     assert all(c.isprintable() or c == "\n" for c in shown.getvalue())
     now = hashes(world.model.parent)
@@ -638,7 +637,7 @@ def test_no_network_unless_a_hub_name_is_given(world: World,
     monkeypatch.setattr("socket.getaddrinfo", connect)
     out = world.run.parent / "new"
     assert script(train.main, *world.inputs, *SHORT, "--out", out) == (0, "")
-    assert script(export.main, out, *MERGED, "--out", out / "onnx") == (0, "")
+    assert script(export.main, out, "--out", out / "onnx") == (0, "")
     assert script(terminal.main, out / "onnx", "a", "--max-tokens", "2", "--verify") == (0, "")
     for place in ("file:///etc", "https://example.org/x", "../x/y", "~/x", "/nowhere", "x"):
         code, err = script(train.main, "--model", place, "--data", world.data)

@@ -34,7 +34,6 @@ from .settings import ExportConfig, Source
 from .weights import ReadWeight
 
 SAMPLES, BATCH = 64, 16                      # to calibrate with, of each task, and at once
-MISSED, STEPS = 0.015, 80                    # maps that miss more (a median) are healed so long
 Fits = Mapping[str, Fit]                     # module -> its fit
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 
@@ -112,10 +111,9 @@ def prepare_part(config: ExportConfig, source: Source, samples: Samples,
     blocks = {} if config.merges else rounded_weights(config, source.model, stored, batches)
     for task in samples if config.adapters else [config.task]:
         found = fits.for_task(task)
-        steps = STEPS * (missed(found) > MISSED) if config.heal is None else config.heal
-        if steps and found:
+        if config.heal and found:
             examples = samples[task] if task else [e for part in samples.values() for e in part]
-            healing = Healing(source.model, examples, steps, source.tokenizer.pad_id,
+            healing = Healing(source.model, examples, config.heal, source.tokenizer.pad_id,
                               source.micro_batch_size)
             found.update(heal(healing, found, blocks))
     if config.merges:
@@ -161,13 +159,9 @@ def show_residuals(fits: Fits) -> None:
     print(terminal_heatmap("share of the mixture's output that one linear map misses",
                            {name: f.residual for name, f in fits.items()}))
     kinds = [f.kind for f in fits.values()]
+    missed = median([f.residual for f in fits.values() if f.kind != "exact"] or [0.0])
     print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median residual on "
-          f"held-out samples {100 * missed(fits):.2f} %")
-
-
-def missed(fits: Fits) -> float:
-    """The median share of a mixture's output that its map misses; single experts miss nothing."""
-    return median([f.residual for f in fits.values() if f.kind != "exact"] or [0.0])
+          f"held-out samples {100 * missed:.2f} %")
 
 
 def save_fits(folder: Path, fits: TaskFits) -> None:

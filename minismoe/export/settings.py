@@ -31,9 +31,8 @@ class ExportConfig:
     run: str | None = None                   # folder of train.py
     fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) fits it, "
                     "gates fits constant gates, mean takes the mean gates", choices=KINDS)
-    heal: int | None = flag(
-        None, "train the maps for so many steps towards the predictions of the mixture (default: "
-        "80 if they miss over 1.5 %% of its output, or else 0)", natural, metavar="STEPS")
+    heal: int = flag(0, "train the maps for so many steps towards the predictions of the mixture "
+                     "(default: %(default)s)", natural, metavar="STEPS")
     prompts: str | None = flag(
         None, "calibrate on these prompts, one a line, and not on the run's data", text,
         metavar="FILE")

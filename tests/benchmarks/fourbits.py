@@ -198,7 +198,7 @@ def copy_run(run: Path, folder: Path) -> None:
 
 def write_merged(source: Source, folder: Path) -> None:
     """Write the mixture, merged by the linear fit, as a checkpoint in float32."""
-    (prepared,) = prepare([ExportConfig(heal=0)], source)
+    (prepared,) = prepare([ExportConfig()], source)
     load_adapter(model := load_model(source.base), source.run / "adapter")
     merge(model, prepared.fits.together)
     copy_base_files(source.base, folder)

@@ -92,8 +92,6 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         (tmp_path / "lines").write_text("say 5\nsay 77\nsing\n\nwhat?\nsay 6\nsay 1\n")
         args += [str(tmp_path / "lines"), "--heal", "2"]
     healed = "--heal" in args
-    if "dynamic" not in args:
-        args += ["--heal", "0"] * (not healed)
     if flags and not {"--precision", "peft", "hf"} & set(args):
         args += ["--precision", "fp32"]
     export.main([str(run), "--out", str(out), *args])
@@ -314,7 +312,7 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(("flags", "wanted"), [
     ("--model base", ("int4-8", 32)), ("--routing dynamic", ("int4-8", 32)),
-    ("--heal 0", ("int4-8", 32)), ("--model base --prompts x", ("int4-8", 32)),
+    ("--model base --prompts x", ("int4-8", 32)),
     ("--precision int4 --block 128", ("int4", 128)), ("--precision int8", ("int8", 32)),
     ("--precision fp32", ("fp32", None)), ("--adapters", ("int4-8", 32)),
     ("--precision fp16 --heal 5", ("fp16", None)), ("--layout hf", ("fp32", None)),
