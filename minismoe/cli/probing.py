@@ -96,10 +96,9 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
 def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
     """Probe all tasks, `size` samples at once in each process, with a bar; print how far the result
     can be trusted. Raises ArithmeticError for gradients that are not finite."""
-    pad_id, device = inputs.tokenizer.pad_id, inputs.model.lm_head.weight.device
     batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(
-        random.Random(allocating.seed).sample(e, len(e)), allocating.samples, size, pad_id,
-        device)]
+        random.Random(allocating.seed).sample(e, len(e)), allocating.samples, size,
+        inputs.tokenizer.pad_id)]
     scores = Scores(shapes_of(inputs.model))
 
     def norms(item: tuple[str, Batch]) -> list[list[float]]:

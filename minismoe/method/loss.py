@@ -89,7 +89,8 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
 
     input_ids, attention_mask and labels are (B, T); labels are IGNORE where unsupervised, and
     aligned with input_ids (the shift happens here). `model`, ours or of `transformers`, has a
-    decoder `.model` under an `.lm_head`. Raises ValueError for a head that is not supported.
+    decoder `.model` under an `.lm_head`; ours takes a batch on the CPU without a wait for the
+    device. Raises ValueError for a head that is not supported.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
@@ -99,8 +100,10 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
         raise ValueError(f"the head of {kind} has a bias: the loss does not support it")
     rows, columns = predicting(attention_mask, labels).nonzero(as_tuple=True)
     hidden = model.model(input_ids=input_ids, attention_mask=attention_mask)
-    hidden = getattr(hidden, "last_hidden_state", hidden)[rows, columns]         # (S, D)
-    return head_losses(hidden, model.lm_head.weight, labels[rows, columns + 1]), rows
+    hidden = getattr(hidden, "last_hidden_state", hidden).flatten(0, 1)          # (B * T, D)
+    at, targets = (t.to(hidden.device, non_blocking=True) for t in (
+        rows * labels.shape[1] + columns, labels[rows, columns + 1]))
+    return head_losses(hidden.index_select(0, at), model.lm_head.weight, targets), rows
 
 
 def predicting(attention_mask: Tensor, labels: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
     """Score every linear layer of `model` but its head, for every task.
 
     tasks: batches of (input_ids, attention_mask, labels), each (B, T), labels -100 where
-    unsupervised and aligned with input_ids. The model is left as it was, also after an exception.
+    unsupervised and aligned with input_ids; on the CPU, one of our models waits for its device once
+    a batch. The model is left as it was, also after an exception.
     Raises ValueError for a task without a batch.
     """
     scores, layers = Scores(shapes_of(model)), linear_layers(model)
@@ -73,15 +74,18 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
 def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: Tensor,
                  attention_mask: Tensor, labels: Tensor) -> Tensor:
     """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules."""
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    ghost = _Ghost(attention_mask, len(modules), dtype, packs(model))
+    parameter = next(model.parameters())
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    ghost = _Ghost(attention_mask.to(parameter.device, non_blocking=True), len(modules), dtype,
+                   packs(model))
     with ExitStack() as hooks, torch.enable_grad():
         hooks.callback(setattr, ghost, "read", None)     # its graph holds hooks that hold it
         for i, module in enumerate(modules.values()):
             hooks.enter_context(module.register_forward_hook(partial(ghost.watch, i)))
         losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
-        tokens = torch.bincount(rows, minlength=len(input_ids))
-        (losses / tokens[rows]).sum().backward()          # the sum over samples of their means
+        shares = 1 / torch.bincount(rows)[rows].to(losses.dtype)
+        # The sum over samples of their means.
+        (losses * shares.to(losses.device, non_blocking=True)).sum().backward()
     return ghost.norms
 
 

@@ -9,6 +9,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import launches  # noqa: E402
 
+from minismoe.data.tasks import collate  # noqa: E402
+from minismoe.method.experts import linear_layers  # noqa: E402
+from minismoe.method.sensitivity import sample_norms  # noqa: E402
+from minismoe.model.decoder import CausalLM, Config  # noqa: E402
+
 
 @pytest.mark.parametrize("side, dtype, most", [
     ("mixture", torch.bfloat16, 160), ("mixture", torch.float32, 149),
@@ -30,6 +35,16 @@ def test_a_layer_on_a_cpu_starts_few_kernels() -> None:
             step()
         counts.append(kernels.seen.total())
     assert 0 < (counts[1] - counts[0]) / 2 <= 225
+
+
+def test_a_batch_of_the_probe_waits_for_nothing() -> None:
+    """On tensors without memory: whatever reads a value of theirs raises."""
+    with torch.device("meta"):
+        model = CausalLM(Config.from_dict(launches.config(2, launches.NARROW)))
+    batch = collate(launches.examples(4), 0)
+    assert not batch[0].is_meta
+    norms = sample_norms(model.requires_grad_(False), linear_layers(model), *batch)
+    assert norms.is_meta and norms.shape == (4, 14)
 
 
 def test_peft_is_counted_in_the_same_way() -> None:
