@@ -4,7 +4,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,10 +112,13 @@ def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype,
 def fingerprint(cfg: Config, tensors: Mapping[str, Stored]) -> str:
     """A hash of the configuration and of each tensor's name, dtype, shape and first row, as stored:
     it tells one base from another, whatever dtype and device they are loaded to."""
+    # Without defaults: a later version may have more settings.
+    settings = [(f.name, value) for f in fields(cfg)
+                if (value := getattr(cfg, f.name)) != f.default]
     rows = [(name, t.part.get_dtype(), t.part.get_shape(),
              bytes(t.part[:1].flatten().view(torch.uint8).tolist()))
             for name, t in sorted(tensors.items())]
-    return hashlib.sha256(repr((cfg, rows)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((settings, rows)).encode()).hexdigest()[:16]
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:

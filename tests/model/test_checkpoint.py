@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from torch import Tensor
 from minismoe.io.files import read_json, write_json
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
-from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
+from minismoe.model.checkpoint import (
+    fingerprint,
+    load_adapter,
+    load_model,
+    save_adapter,
+    stored_tensors,
+)
+from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 
 Checkpoint = Callable[[str], tuple[Any, Path]]
@@ -130,6 +138,14 @@ def test_fingerprint_knows_a_checkpoint_in_every_form(folder: Path, form: dict[s
 
 
 @torch.no_grad()
+def test_fingerprint_stays_if_a_later_version_has_more_settings(folder: Path) -> None:
+    later = make_dataclass("Later", [("new", int, 0)], bases=(Config,), frozen=True)
+    model, tensors = load_model(folder), stored_tensors(folder)
+    config = later(**vars(model.config))
+    assert fingerprint(config, tensors) == model.fingerprint
+    assert fingerprint(replace(config, new=1), tensors) != model.fingerprint
+
+
 def test_fingerprint_knows_every_tensor_and_setting(folder: Path) -> None:
     file, found = folder / "model.safetensors", {load_model(folder).fingerprint}
     whole, names = file.read_bytes(), list(load_file(file))
