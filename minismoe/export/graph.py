@@ -92,8 +92,9 @@ class DecoderBuilder:
                 (1 + c.output_gate) * H * C, K * C, K * C], outputs=3, axis=-1)
             if c.output_gate:                # each head has its query and its gate side by side
                 both = self.node("Reshape", f"{name}.gates", q, [0, 0, H, 2 * C])
-                q, gate = self.node("Split", f"{name}.gates", both, outputs=2, axis=-1,
-                                    num_outputs=2)
+                parts = self.node("Split", f"{name}.gates", both, outputs=2, axis=-1, num_outputs=2)
+                q, gate = (self.node("Reshape", f"{name}.{part}", x, [0, 0, H * C])
+                           for part, x in zip(("q", "gate"), parts))
             q, k = (self.head_norm(f"{name}.{part}_norm", x, heads, self.norm_weight(
                 f"{name}.{part}_norm"), c.rms_norm_eps) for part, x, heads in (
                     ("q", q, H), ("k", k, K)))
@@ -105,7 +106,7 @@ class DecoderBuilder:
             kv_num_heads=K, do_rotary=int(rope != ""), scale=c.attention_scale,
             local_window_size=c.windows[i] or -1)[0]
         return y if not gate else self.node("Mul", f"{name}.gate", y, self.node(
-            "Sigmoid", f"{name}.gate", self.node("Reshape", f"{name}.gate", gate, [0, 0, H * C])))
+            "Sigmoid", f"{name}.gate", gate))
 
     def head_norm(self, name: str, x: str, heads: int, weight: Tensor, eps: float) -> str:
         """(B, T, heads * C) or (B, T, heads, C) -> (B, T, heads * C), normalised head by head."""
