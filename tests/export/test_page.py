@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime as ort
@@ -37,21 +38,26 @@ pytestmark = pytest.mark.usefixtures("signals")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported page of a random model that answers in letters, and a task."""
     root = tmp_path_factory.mktemp("page")
-    (root / "base").mkdir()
-    (root / "base" / "config.json").write_text(json.dumps(CONFIG))
+    save_random(root / "base", CONFIG)
+    export.main(["--model", str(root / "base"), "--layout", "web", "--context", "4096",
+                 "--out", str(root / "web")])
+    write_tasks(root / "web")
+    return root / "web"
+
+
+def save_random(folder: Path, config: dict[str, Any]) -> None:
+    """Write a random checkpoint that answers in letters."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = CausalLM(Config.from_dict(CONFIG))
+    model = CausalLM(Config.from_dict(config))
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=1.0 * p.shape[1] ** -0.5)
     with torch.no_grad():
         others = [i for i in range(259) if i not in PRINTABLE]
         model.model.embed_tokens.weight[others] *= 0.01
-    save_file(dict(model.named_parameters()), root / "base" / "model.safetensors")
-    export.main(["--model", str(root / "base"), "--layout", "web", "--context", "4096",
-                 "--out", str(root / "web")])
-    write_tasks(root / "web")
-    return root / "web"
+    save_file(dict(model.named_parameters()), folder / "model.safetensors")
 
 
 def write_tasks(folder: Path) -> None:
@@ -86,9 +92,11 @@ def says(folder: Path, text: str, count: int, name: str = "model_quantized.onnx"
     session = ort.InferenceSession(str(folder / "onnx" / name))
     tokenizer = load_tokenizer(folder)
     new = tokenizer.encode(tokenizer.render([{"role": "user", "content": text}], True))[0]
-    past = {x.name: torch.empty(1, 2, 0, 16).numpy() for x in session.get_inputs()[2:]}
+    past = {x.name: torch.zeros([d if isinstance(d, int) else 0 for d in x.shape]).numpy()
+            for x in session.get_inputs()[2:]}
     tokens, seen = [], 0
-    names = [x.name.replace("present", "past_key_values") for x in session.get_outputs()]
+    names = [x.name.replace("present.", "past_key_values.").replace("present_", "past_")
+             for x in session.get_outputs()]
     for _ in range(count):
         seen += len(new)
         found = dict(zip(names, session.run(None, {
@@ -216,6 +224,27 @@ def test_the_page_in_a_browser(web: Path) -> None:
         own = ("google.com", "googleapis.com", "gvt1.com", "duckduckgo.com")    # Chromium
         # An empty line is a connection that was opened ahead, and asked for nothing.
         assert not [line for line in asked if line and not any(host in line for host in own)]
+
+
+@needs_browser
+def test_gated_delta_nets_in_a_browser(tmp_path: Path) -> None:
+    """Qwen3.5's memories go from step to step as keys and values do."""
+    config = CONFIG | {
+        "model_type": "qwen3_5_text", "head_dim": 64, "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    save_random(tmp_path / "base", config)
+    export.main(["--model", str(tmp_path / "base"), "--layout", "web", "--precision", "q8",
+                 "--context", "224", "--out", str(tmp_path / "web")])
+    vendor(tmp_path / "web")
+    with Browser() as tab, served(tmp_path / "web") as address:
+        tab.open(address)
+        tab.wait_status("Ready", seconds=120)
+        tab.type("Hello")
+        tab.press("Enter", 13)
+        tab.wait_status("First token after")
+        answer = tab.text(".assistant")
+        assert len(answer) > 20 and answer == says(tmp_path / "web", "Hello", len(answer))
 
 
 @needs_browser
