@@ -107,8 +107,8 @@ def load_inputs(config: InputConfig) -> Inputs:
 
 
 def read_tasks(config: InputConfig) -> list[Task]:
-    """The tasks of --data, or those of the toy. Raises ValueError for --model or --data
-    without the other, and for a task that is missing or named twice."""
+    """The tasks of --data, or those of the toy. Raises ValueError for --model or --data without the
+    other, and for a task that is missing or named twice."""
     names = config.names
     if (config.model is None) != (config.data is None):
         raise ValueError("--model and --data go together; without both, the built-in toy and its "
