@@ -95,7 +95,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
 
     # Train.
     summary = train(inputs.model, inputs.examples, config.training, run, inputs.tokenizer.pad_id,
-                    config.resume)
+                    config.resume, inputs.unseen)
     seconds["train"] = round(summary["seconds"], 2)
     once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
 
@@ -106,6 +106,8 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
             "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
             "seconds": seconds})
         print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
+        if said := runs.room_for_more(run / "metrics.jsonl"):
+            print(said)
 
 
 def parse(argv: Sequence[str]) -> flags.RunConfig:

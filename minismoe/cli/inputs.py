@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
 from .flags import InputConfig
 
+UNSEEN = 128                 # test lines whose loss is measured in training
+
 
 @dataclass
 class Inputs:
@@ -35,6 +38,17 @@ class Inputs:
     def examples(self) -> list[Example]:
         """The training examples of all tasks."""
         return [e for examples in self.encoded.values() for e in examples]
+
+    @property
+    def unseen(self) -> list[Example]:
+        """The first test lines of each task as training examples, but those that cannot be any."""
+        found, most = [], max(16, UNSEEN // len(self.tasks))
+        for task in self.tasks:
+            for messages in task.test[:most]:
+                with suppress(ValueError):
+                    found += encode_all(Task(task.name, [messages], []), self.tokenizer,
+                                        self.model.config.max_position_embeddings)
+        return found
 
     @property
     def identity(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Greedy completion with the KV cache, and exact match of each task."""
+"""Greedy completion with the KV cache, exact match of each task, and the loss of unseen lines."""
 
 import json
 import math
@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
-from ..data.tasks import Task
+from ..data.tasks import Example, Task, collate
 from ..data.tokenizer import Tokenizer
 from ..io.files import naming
 from ..method.experts import groups, multiplying, stacked
+from ..method.loss import supervised_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens
 from .distributed import spread
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")    # graphs of its own would take longer to compile
 def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
              stop_ids: Sequence[int], batch_size: int = 32,
              progress: Callable[[int], Any] = lambda prompts: None) -> list[list[int]]:
@@ -55,6 +57,23 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
             ids = torch.tensor(chosen)[:, None]
             mask = needed = torch.ones_like(ids, dtype=torch.bool)
     return found
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def mean_loss(model: CausalLM, examples: Sequence[Example], pad_id: int, batch_size: int = 32,
+              ) -> float:
+    """Mean cross-entropy of the supervised tokens of some examples."""
+    adapted, order = groups(model), sorted(examples, key=lambda e: e.ids)
+
+    def total(part: Sequence[Example]) -> tuple[float, int]:
+        with multiplying(adapted, [stacked(group, group[0].weight.dtype) for group in adapted]):
+            losses, _ = supervised_losses(model, *collate(part, pad_id))
+        return losses.sum().item(), len(losses)
+
+    totals, counts = zip(*spread(total, [order[i:i + batch_size]
+                                         for i in range(0, len(order), batch_size)]))
+    return sum(totals) / sum(counts)
 
 
 @dataclass

@@ -28,10 +28,12 @@ from ..model.decoder import CausalLM
 from ..model.tokens import Tokens, sent
 from . import distributed
 from .compiled import compile_layers
+from .evaluate import mean_loss
 from .resume import due, load_checkpoint, save_checkpoint
 from .vector import ExpertVector
 
 USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
+LATE = 0.8                    # share of the steps after which, and at the end, "test_loss" is there
 REMEDY = "try a lower --lr, or --dtype float32"
 
 
@@ -173,11 +175,12 @@ def take_step(model: CausalLM, experts: ExpertVector, optimizer: torch.optim.Opt
 
 
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
-          resume: bool = False) -> dict[str, float]:
+          resume: bool = False, unseen: Sequence[Example] = ()) -> dict[str, float]:
     """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
 
-    Writes run/metrics.jsonl and run/checkpoints. Raises Interrupted after a signal, once the step
-    is saved; ValueError for another run's checkpoint; ArithmeticError if the loss is not finite.
+    Writes run/checkpoints and run/metrics.jsonl, which twice holds the loss of the `unseen`
+    examples, too. Raises Interrupted after a signal, once the step is saved; ValueError for another
+    run's checkpoint; ArithmeticError if the loss is not finite.
     """
     experts = ExpertVector(model)
     # With a smaller eps, an entry whose gradient is only rounding noise would move by the full lr.
@@ -201,6 +204,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
                              learning_rate(step, len(batches), cfg))
             now = time.perf_counter()
             line["tokens_per_second"] = speed = round(line["tokens"] / (now - start), 1)
+            if unseen and step + 1 in (math.ceil(LATE * len(batches)), len(batches)):
+                line["test_loss"] = round(mean_loss(model, unseen, pad_id), 5)
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],

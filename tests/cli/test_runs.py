@@ -27,6 +27,33 @@ def test_results_hold_shares_intervals_and_their_mean() -> None:
     assert found["mean"] == {"before": 0.125, "after": 0.875}
 
 
+@pytest.mark.parametrize("late, end, known, gains", [
+    (1.25, 1.11, 0.83, True), (0.6, 0.59, 0.5, False), (0.5, 0.4, 0.1, False)])
+def test_more_epochs_are_proposed_while_the_loss_of_test_lines_falls(tmp_path, late, end, known,
+                                                                     gains) -> None:
+    lines = [{"loss": 9.0}] * 18 + [{"loss": known - 0.01, "test_loss": late},
+                                    {"loss": known + 0.01, "test_loss": end}]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = runs.room_for_more(file)
+    assert said.startswith(f"loss of test lines: {late:.3f} after 80% of the steps, {end:.3f} at "
+                           f"the end; of training lines: {known:.3f}")
+    assert said.endswith("more --epochs may gain") == gains
+    file.write_text('{"loss": 1.0}\n' + json.dumps(lines[-1]) + "\n")      # of a single step
+    assert runs.room_for_more(file) == ""
+
+
+def test_unseen_lines_are_test_lines_that_training_could_read(inputs) -> None:
+    found = cli.load_inputs(cli.resolve_auto(InputConfig(model=inputs[1], data=inputs[3])))
+    few = max(16, cli.UNSEEN // len(found.tasks))
+    wanted = [e for task in found.tasks for e in cli.encode_all(
+        Task(task.name, task.test[:few], []), found.tokenizer, 10**6)]
+    assert [(e.task, e.ids, e.labels) for e in found.unseen] == [
+        (e.task, e.ids, e.labels) for e in wanted] and found.unseen
+    found.tasks[0].test[0] = [{"role": "user", "content": "without an answer"}]
+    assert len(found.unseen) == len(wanted) - 1
+
+
 def test_limits_leave_the_first_lines_of_each_split(inputs) -> None:
     config = InputConfig(model=inputs[1], data=inputs[3])
     whole = cli.read_tasks(config)

@@ -39,7 +39,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported page of a random model that answers in letters, and a task."""
     root = tmp_path_factory.mktemp("page")
     save_random(root / "base", CONFIG)
-    export.main(["--model", str(root / "base"), "--layout", "web", "--context", "4096",
+    export.main(["--model", str(root / "base"), "--layout", "web", "--context", "2048",
                  "--out", str(root / "web")])
     write_tasks(root / "web")
     return root / "web"
@@ -202,7 +202,7 @@ def test_the_page_in_a_browser(web: Path) -> None:
             said = tab.wait_status("First token after")
             assert re.fullmatch(r"First token after [\d.]+ s, [\d.]+ tokens/s on WASM, .*", said)
             answer = tab.text(".assistant")
-            assert len(answer) > 3900 and answer[:200] == says(web, "Hello", 200)
+            assert len(answer) > 1900 and answer[:200] == says(web, "Hello", 200)
 
             tab.js("document.querySelector('#anew').click()")
             tab.js("document.querySelector('#task').value = 'count'")
@@ -213,7 +213,7 @@ def test_the_page_in_a_browser(web: Path) -> None:
             tab.click("#stop")
             tab.wait_status("First token after")
             stopped = tab.text(".assistant")
-            assert 0 < len(stopped) < 3900 and stopped == says(web, "Count: to", len(stopped))
+            assert 0 < len(stopped) < 1900 and stopped == says(web, "Count: to", len(stopped))
         tab.open(address)                    # the server is gone
         tab.wait_status("Ready")
         tab.js("document.querySelector('#task').value = ''")
@@ -255,7 +255,7 @@ def test_a_graph_that_writes_one_token_a_run(web: Path, tmp_path: Path, precisio
     """The same text on WebGPU as on WASM; stopped in between, and offline."""
     text = "A prompt that WebGPU reads in several steps. " * 2
     export.main(["--model", str(web.parent / "base"), "--layout", "web", "--precision",
-                 precision, "--context", "224", "--out", str(tmp_path / "web")])
+                 precision, "--context", "160", "--out", str(tmp_path / "web")])
     vendor(tmp_path / "web")
     with Browser(*flags) as tab:
         with served(tmp_path / "web") as address:

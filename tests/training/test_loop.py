@@ -105,7 +105,8 @@ def test_training_equals_a_plain_loop(tmp_path) -> None:
     cfg = TrainConfig(epochs=2, batch_size=6, micro_batch_size=4, lr=0.02, warmup=0.25, seed=3,
                       weight_decay=0.1, max_grad_norm=0.21, router_aux_loss_coef=0.3)
     ours, plain = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
-    train(ours, examples(), cfg, tmp_path, pad_id=0)
+    unseen = examples()[5:12]
+    train(ours, examples(), cfg, tmp_path, pad_id=0, unseen=unseen)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     trained = [p for p in plain.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
@@ -138,6 +139,12 @@ def test_training_equals_a_plain_loop(tmp_path) -> None:
         assert (line["loss"], line["balance"], line["grad_norm"], line["lr"]) == pytest.approx(
             (each.mean().item(), balance.item(), norm.item(), rate), abs=2e-5)
         assert line["tokens"] == tokens
+        if step in (6, 7):               # after 80 % of the steps, and at the end
+            ids, mask, labels = collate(unseen, 0)
+            logits = plain.lm_head(plain.model(ids, mask))[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE)
+            assert line.pop("test_loss") == pytest.approx(loss.item(), abs=2e-5)
+        assert "test_loss" not in line
     assert len(lines) == 8 and clipped == {True, False}
     for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
