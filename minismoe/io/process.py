@@ -1,11 +1,15 @@
-"""The memory of this process: how much it took, and settings that take less."""
+"""The memory of this process: how much it took, and settings that take less or are faster."""
 
 import ctypes
+import mmap
 import os
 import re
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+HUGE = 2 << 20                                           # bytes of a huge page
+MADV_COLLAPSE = 25                                       # of Linux 6.1 and later
 
 
 def peak_resident() -> int:
@@ -33,3 +37,24 @@ def bound_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 20)                        # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 26)                        # M_TRIM_THRESHOLD
+
+
+def use_huge_pages() -> None:
+    """Move the private memory of this process to huge pages, where Linux can.
+
+    The processor translates addresses page by page: a decoder, which reads hundreds of megabytes
+    for each token, is faster with fewer pages. Only pages that are all in use become a huge one.
+    """
+    pages = HUGE // mmap.PAGESIZE
+    # Another system has no such files. 8 bytes a page; the last one's highest bit: it is in use.
+    with suppress(OSError), open("/proc/self/pagemap", "rb") as pagemap:
+        madvise = ctypes.CDLL(None).madvise
+        for first, last in re.findall(
+                r"^(\w+)-(\w+) rw-p", Path("/proc/self/maps").read_text(), re.MULTILINE):
+            start, end = -(-int(first, 16) // HUGE) * HUGE, int(last, 16) // HUGE * HUGE
+            pagemap.seek(8 * start // mmap.PAGESIZE)
+            used = pagemap.read(8 * max(0, end - start) // mmap.PAGESIZE)[7::8]
+            for n in range(0, len(used), pages):
+                if min(used[n:n + pages]) >= 0x80:       # an error changes nothing
+                    madvise(ctypes.c_void_p(start + n * mmap.PAGESIZE), ctypes.c_size_t(HUGE),
+                            MADV_COLLAPSE)

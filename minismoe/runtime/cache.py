@@ -17,6 +17,7 @@ Letters: B prompts, T new, P past tokens, S = P + T, K key/value heads, C head s
 import ctypes
 import os
 import sys
+import threading
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +27,13 @@ import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
 from ..io.files import naming
+from ..io.process import use_huge_pages
 from .folder import CACHE_TYPES, FLOAT, INT64, plain_file, read_info
 from .npu import NpuSteps
 from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
 
 CHUNK = 512                                  # tokens of a prompt that one step reads: bounds memory
+LARGE = 32 << 20                             # bytes of a model: more than most caches hold
 
 Row = Sequence["int | None"]                 # new tokens of a prompt; None is padding
 
@@ -62,6 +65,8 @@ class CachedModel:
         self._memory = ("cpu", 0) if on_cpu else device.memory
         # WebGPU on Vulkan attends wrongly to 32 new tokens: Dawn does not zero a loop's variables.
         self._vulkan = device.name == "webgpu" and sys.platform not in ("win32", "darwin")
+        large = sum(entry["bytes"] for entry in self.info["files"].values()) > LARGE
+        self._huge_pages = threading.Thread(target=use_huge_pages, daemon=True) if large else None
         self._sampler = open_session(self.folder / "sampler.onnx", Device(), 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
@@ -187,6 +192,8 @@ class CachedModel:
             io.bind_ortvalue_input(past, self._past[past])
             io.bind_output(self._presents[past], *self._memory)
         self._session.run_with_iobinding(io)
+        if self._huge_pages and not self._huge_pages.ident:  # not earlier: the first token waits
+            self._huge_pages.start()
         outputs = io.get_outputs_as_ortvaluevector()         # in the order of binding
         for n, past in enumerate(self._fed_back, start=1):
             self._past[past] = ort.OrtValue(outputs[n])

@@ -1,0 +1,39 @@
+import ctypes
+import mmap
+import platform
+import re
+from pathlib import Path
+
+import pytest
+
+from minismoe.io.process import HUGE, use_huge_pages
+
+SMAPS = Path("/proc/self/smaps")
+
+
+def in_mapping(address: int, line: str) -> int:
+    """Bytes that smaps says in this line about the mapping that holds an address."""
+    for head, body in re.findall(r"^(\w+-\w+ .*)\n((?:\w+: .*\n)*)", SMAPS.read_text(), re.M):
+        start, end = (int(x, 16) for x in head.split()[0].split("-"))
+        if start <= address < end:
+            return int(re.findall(rf"{line}: +(\d+)", body)[0]) << 10
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(not (SMAPS.is_file() and Path("/sys/kernel/mm/transparent_hugepage").is_dir()
+                         and [*map(int, platform.release().split(".")[:2])] >= [6, 1]),
+                    reason="Linux 6.1 or later")
+def test_used_memory_moves_to_huge_pages_unchanged_and_unused_memory_stays_unused() -> None:
+    """In one mapping, as the cache and the weights may be."""
+    size = 8 * HUGE
+    memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    text = bytes(range(256)) * (size // 256)
+    memory[:size] = text
+    memory[size + HUGE:size + HUGE + 4096] = bytes(4096)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    before = in_mapping(address + HUGE, "Rss")
+    use_huge_pages()
+    assert in_mapping(address + HUGE, "AnonHugePages") >= size - HUGE
+    assert in_mapping(address + HUGE, "Rss") < before + HUGE
+    assert memory[:size] == text
+
