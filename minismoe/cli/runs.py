@@ -220,8 +220,8 @@ def save_results(run: Path, before: Mapping[str, Accuracy], after: Mapping[str, 
 
 
 def room_for_more(metrics: Path) -> str:
-    """How the loss of test lines fell at the end of training, and whether more epochs may gain:
-    they did in runs of SmolLM2 where it fell and that of training lines was at least half of it."""
+    """How the loss of test lines fell at the end of training, and whether more epochs may gain: on
+    SmolLM2 they did where it fell, and training lines had at least half of it."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     unseen = [line["test_loss"] for line in lines if "test_loss" in line]
     if len(unseen) < 2:                      # of a single step, or of no line
