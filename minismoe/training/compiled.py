@@ -7,6 +7,7 @@ backward: of the first layer, whose input needs no gradient, and of all others.
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -45,3 +46,10 @@ def compile_layers(model: CausalLM, asked: str, steps: int, step: Callable[[], o
         torch.compiler.set_stance("force_eager")
         print(f"the layers cannot be compiled, so training goes on without: {error_line(e)[:300]}",
               file=sys.stderr)
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Layers run as they are written meanwhile: for a few batches, graphs would not pay."""
+    # Importing torch's compiler takes a second.
+    return (torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else
+            nullcontext())

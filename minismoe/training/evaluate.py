@@ -15,11 +15,11 @@ from ..method.experts import groups, multiplying, stacked
 from ..method.loss import supervised_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens
+from .compiled import uncompiled
 from .distributed import spread
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")    # graphs of its own would take longer to compile
 def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
              stop_ids: Sequence[int], batch_size: int = 32,
              progress: Callable[[int], Any] = lambda prompts: None) -> list[list[int]]:
@@ -45,7 +45,8 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
     cache = Cache(model, len(prompts), longest + max_new_tokens)
     found: list[list[int]] = [[] for _ in prompts]
     running, stops = set(range(len(prompts))), set(stop_ids)
-    with multiplying(adapted, [stacked(group, group[0].weight.dtype) for group in adapted]):
+    stacks = [stacked(group, group[0].weight.dtype) for group in adapted]
+    with uncompiled(), multiplying(adapted, stacks):
         for _ in range(max_new_tokens):
             tokens = Tokens(ids, mask, model.config, device, needed, cache)
             chosen = model.lm_head(model.model.rows(tokens)).argmax(-1).tolist()     # the one wait
@@ -60,14 +61,14 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def mean_loss(model: CausalLM, examples: Sequence[Example], pad_id: int, batch_size: int = 32,
               ) -> float:
     """Mean cross-entropy of the supervised tokens of some examples."""
     adapted, order = groups(model), sorted(examples, key=lambda e: e.ids)
+    stacks = [stacked(group, group[0].weight.dtype) for group in adapted]
 
     def total(part: Sequence[Example]) -> tuple[float, int]:
-        with multiplying(adapted, [stacked(group, group[0].weight.dtype) for group in adapted]):
+        with uncompiled(), multiplying(adapted, stacks):
             losses, _ = supervised_losses(model, *collate(part, pad_id))
         return losses.sum().item(), len(losses)
 

@@ -205,7 +205,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             now = time.perf_counter()
             line["tokens_per_second"] = speed = round(line["tokens"] / (now - start), 1)
             if unseen and step + 1 in (math.ceil(LATE * len(batches)), len(batches)):
-                line["test_loss"] = round(mean_loss(model, unseen, pad_id), 5)
+                line["test_loss"] = round(mean_loss(model, unseen, pad_id, min(
+                    32, 4 * distributed.share(cfg.micro_batch_size))), 5)
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from minismoe.data.tasks import Example
 from minismoe.model.decoder import CausalLM
 from minismoe.training.compiled import compile_layers
+from minismoe.training.evaluate import generate, mean_loss
 from minismoe.training.loop import TrainConfig, train, train_step
 from minismoe.training.vector import ExpertVector
 
@@ -50,6 +51,10 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
             found.append((sums, vector.vector.grad.clone()))
             vector.vector.grad = None
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    # Nor does what runs between and after the steps.
+    losses = [mean_loss(model, batch, 0) for model in models]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    generate(models[1], [[1, 2, 3]], 2, [])
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
