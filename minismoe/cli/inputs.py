@@ -21,7 +21,7 @@ from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
 from .flags import InputConfig
 
-UNSEEN = 128                 # test lines whose loss is measured in training
+UNSEEN = 64                  # test lines whose loss is measured in training
 
 
 @dataclass

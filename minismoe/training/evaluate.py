@@ -12,7 +12,7 @@ from ..data.tasks import Example, Task, collate
 from ..data.tokenizer import Tokenizer
 from ..io.files import naming
 from ..method.experts import groups, multiplying, stacked
-from ..method.loss import supervised_losses
+from ..method.loss import head_losses, predicting
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens
 from .compiled import uncompiled
@@ -68,8 +68,14 @@ def mean_loss(model: CausalLM, examples: Sequence[Example], pad_id: int, batch_s
     stacks = [stacked(group, group[0].weight.dtype) for group in adapted]
 
     def total(part: Sequence[Example]) -> tuple[float, int]:
+        ids, mask, labels = collate(part, pad_id)
+        needed = predicting(mask, labels)
+        rows, columns = needed.nonzero(as_tuple=True)
+        tokens = Tokens(ids, mask, model.config, model.lm_head.weight.device, needed)
         with uncompiled(), multiplying(adapted, stacks):
-            losses, _ = supervised_losses(model, *collate(part, pad_id))
+            hidden = model.model.rows(tokens)
+        losses = head_losses(hidden, model.lm_head.weight,
+                             labels[rows, columns + 1].to(hidden.device))
         return losses.sum().item(), len(losses)
 
     totals, counts = zip(*spread(total, [order[i:i + batch_size]
