@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -220,13 +221,13 @@ def plain(layer: ExpertLinear) -> reference.Mixture:
                              layer.top_k, layer.scaling)
 
 
-def tiny(experts: int = 3, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """A model with experts on every matrix, for the training loop."""
+def tiny(*experts: int, dtype: torch.dtype = torch.float32, layers: int = 2) -> CausalLM:
+    """A model with experts on every matrix, for the training loop: 3, or these in turn."""
     torch.manual_seed(0)
-    model = CausalLM(tiny_config()).to(dtype)
+    model = CausalLM(tiny_config(num_hidden_layers=layers)).to(dtype)
     linear = [n for n, m in model.named_modules()
               if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    add_experts(model, dict.fromkeys(linear, experts), rank=4)
+    add_experts(model, dict(zip(linear, cycle(experts or [3]))), rank=4)
     for layer in expert_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.05)
     return model

@@ -20,6 +20,7 @@ from ..method.loss import divergences
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks
 from ..model.tokens import Tokens
+from ..training import compiled
 from ..training.loop import TrainConfig, learning_rate, schedule
 from ..training.vector import ExpertVector
 from .gptq import round_weights
@@ -37,6 +38,7 @@ class Healing:
     steps: int
     pad_id: int
     micro_batch_size: int = 16
+    compile: str = "off"                     # see training/compiled.py
 
 
 def sharing_copy(model: Any) -> Any:
@@ -53,9 +55,14 @@ def heal(healing: Healing, fits: Mapping[str, Fit], blocks: Mapping[str, Blocks]
     student = sharing_copy(healing.teacher).train()
     freeze(student, fits)
     round_weights(student, blocks)
-    maps, cfg = ExpertVector(student), TrainConfig(
+    compiling = compiled.wanted(student, healing.compile, healing.steps)
+    maps, cfg = ExpertVector(student, alike=compiling), TrainConfig(
         epochs=math.ceil(healing.steps / math.ceil(len(healing.examples) / BATCH)),
         batch_size=BATCH, lr=lr)
+    if compiling:
+        compiled.compile_layers(student, lambda: heal_step(student, maps, healing,
+                                                           healing.examples[:BATCH]))
+        maps.vector.grad = None              # of the step that compiled them
     optimizer = torch.optim.AdamW([maps.vector], betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     with progress_bar(range(healing.steps), "heal", unit="step") as bar:
         for step, batch in zip(bar, schedule(healing.examples, cfg)):

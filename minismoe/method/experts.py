@@ -7,9 +7,10 @@ computing all experts costs less than gathering the chosen ones.
 
 Matrices that read the same x (q, k, v; gate, up) form a group. Their A's are one matrix, so that x
 meets it once, and their gates are chosen at once: on a GPU, the number of kernels decides how long
-a small model takes.
-Letters: N tokens, E experts of a matrix, n routed matrices of a group, r rank, k experts active a
-token, R ranks of a group (the sum of E*r).
+a small model takes. So all matrices of a group have as many slots as the largest has experts; empty
+slots are 0, and no token chooses them.
+Letters: N tokens, E experts of a matrix, or its slots, n matrices of a group, r rank, k experts
+active a token, R = n*E*r.
 """
 
 import math
@@ -35,18 +36,20 @@ def top_k_gates(logits: Tensor, k: int) -> Tensor:
 
 
 class Stack(NamedTuple):
-    """The experts of a group as its layers multiply with them; routed layers come first."""
+    """The experts of a group as its layers multiply with them."""
 
     A: Tensor                    # (R, in), in the dtype of x
-    routers: Tensor | None       # (sum of E of the routed layers, in), float32; None: no routers
     B: Sequence[Tensor]          # (E*r, out) of each layer, times its scaling, in the dtype of x
+    routers: Tensor | None       # (n*E, in), float32; None if E is 1
+    empty: Tensor | None         # (n*E,), float32: -inf for an empty slot, 0 for an expert
+    top_k: int
 
 
 class _Group(torch.autograd.Function):
     """Layers that read the same x. Plainly, for each of them:
 
         h = x @ A.T
-        gates = top_k_gates(x @ router.T, k)                  1 without a router
+        gates = top_k_gates(x @ router.T + empty, k)         1 without a router
         y = x @ W.T + (h * gates.repeat_interleave(r, 1)) @ B
 
     The backward is written by hand: it keeps h times its gates alone, and adds products in place.
@@ -55,15 +58,15 @@ class _Group(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, layers: Sequence["ExpertLinear"], x: Tensor, A: Tensor,
+    def forward(ctx: Any, layers: Sequence["ExpertLinear"], x: Tensor, stack: Stack, A: Tensor,
                 routers: Tensor | None, *B: Tensor) -> tuple[Tensor, ...]:
-        """x (N, in) -> y (N, out) of each layer; and router logits (N, sum of E), if routed."""
+        """x (N, in) -> y (N, out) of each layer; and router logits (N, n, E), if routed."""
         h, gates, logits = x @ A.T, None, []
         if routers is not None:
-            logits = [x.to(routers.dtype) @ routers.T]
-            gates = top_k_gates(_aligned(logits[0], layers, -math.inf),
-                                max(layer.top_k for layer in layers))            # (N, n, E)
-            _routed(h, layers).mul_(_joined(gates, layers)[..., None])
+            logits = [F.linear(x.to(routers.dtype), routers, stack.empty).unflatten(
+                1, (len(layers), -1))]
+            gates = top_k_gates(logits[0], stack.top_k)
+            h.unflatten(1, (*gates.shape[1:], -1)).mul_(gates[..., None])        # (N, n, E, r)
         outputs = [F.linear(x, layer.dense(), layer.bias).addmm_(h_i, B_i)
                    for layer, h_i, B_i in zip(layers, h.split([len(b) for b in B], 1), B)]
         ctx.layers = layers
@@ -80,12 +83,12 @@ class _Group(torch.autograd.Function):
         dh = parts[0] if len(parts) == 1 else torch.cat(parts, 1)                # (N, R)
         if routers is not None:
             # Of the softmax: d_logits = g * dg - g * sum of g * dg. (h holds g * h.)
-            g_dg = (_routed(dh, layers) * _routed(h, layers)).sum(-1, dtype=gates.dtype)
-            g_dg = _aligned(g_dg, layers, 0.0)                                   # (N, n, E)
+            by_expert = dh.unflatten(1, (*gates.shape[1:], -1))                  # (N, n, E, r)
+            g_dg = (by_expert * h.view_as(by_expert)).sum(-1, dtype=gates.dtype)
             d_logits = g_dg.addcmul(gates, g_dg.sum(-1, keepdim=True), value=-1)
-            d_logits = gradients[-1] + _joined(d_logits, layers)
+            d_logits = (d_logits + gradients[-1]).flatten(1)
             d_routers = d_logits.T @ x.to(routers.dtype)
-            _routed(dh, layers).mul_(_joined(gates, layers)[..., None])
+            by_expert.mul_(gates[..., None])
         dx = None
         if ctx.needs_input_grad[1]:
             dx = dh @ A
@@ -94,30 +97,7 @@ class _Group(torch.autograd.Function):
             for layer, dy in zip(layers, dys):
                 dx.addmm_(dy, layer.dense())
         dBs = [h_i.T @ dy for h_i, dy in zip(h.split([len(b) for b in B], 1), dys)]
-        return None, dx, dh.T @ x, d_routers, *dBs
-
-
-def _routed(h: Tensor, layers: Sequence["ExpertLinear"]) -> Tensor:
-    """A view of the entries of the routed layers in h (N, R): (N, sum of E, r)."""
-    E, r = sum(m.experts for m in layers if m.experts > 1), layers[0].rank
-    return h[:, :E * r].view(-1, E, r)
-
-
-def _aligned(x: Tensor, layers: Sequence["ExpertLinear"], fill: float) -> Tensor:
-    """(N, sum of E) -> (N, n, E): a row of each matrix, those with fewer experts filled up."""
-    counts = [layer.experts for layer in layers if layer.experts > 1]
-    if min(counts) == max(counts):
-        return x.view(-1, len(counts), counts[0])
-    return torch.stack([F.pad(part, (0, max(counts) - E), value=fill)
-                        for part, E in zip(x.split(counts, 1), counts)], 1)
-
-
-def _joined(x: Tensor, layers: Sequence["ExpertLinear"]) -> Tensor:
-    """The inverse of `_aligned`."""
-    counts = [layer.experts for layer in layers if layer.experts > 1]
-    if min(counts) == max(counts):
-        return x.flatten(1)
-    return torch.cat([part[:, :E] for part, E in zip(x.unbind(1), counts)], 1)
+        return None, dx, None, dh.T @ x, d_routers, *dBs
 
 
 class ExpertLinear(nn.Linear):
@@ -125,7 +105,7 @@ class ExpertLinear(nn.Linear):
     which E = 1 lacks. B starts at 0, so that y = W x at first."""
 
     stack: Stack | None = None           # of the group that this layer leads, see `multiplying`
-    router_logits: Tensor | None = None  # (N, E) of the last forward; `take_logits` takes them
+    router_logits: Tensor | None = None  # (N, E) of the last forward, for `take_logits`
 
     def __init__(self, linear: nn.Linear, experts: int, rank: int, alpha: float, top_k: int):
         nn.Module.__init__(self)
@@ -162,14 +142,8 @@ def linear_outputs(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
     if not layers or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
                          or m._backward_pre_hooks for m in layers):
         return [m(x) for m in linears]
-    layers = routed_first(layers)
     outputs: dict[Any, Tensor] = dict(zip(layers, _apply(x, layers)))
     return [outputs[m] if m in outputs else m(x) for m in linears]
-
-
-def routed_first(layers: Sequence[ExpertLinear]) -> list[ExpertLinear]:
-    """The layers of a group in the order of its `Stack`."""
-    return sorted(layers, key=lambda layer: layer.router is None)
 
 
 def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
@@ -180,20 +154,44 @@ def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
     stack = layers[0].stack
     if stack is None or len(stack.B) != len(layers):
         stack = stacked(layers, x.dtype)
-    y = _Group.apply(layers, x.reshape(-1, x.shape[-1]), stack.A, stack.routers, *stack.B)
-    routed = [m for m in layers if m.router is not None]
-    if routed:
-        for layer, logits in zip(routed, y[-1].split([m.experts for m in routed], 1)):
+    y = _Group.apply(layers, x.reshape(-1, x.shape[-1]), stack, stack.A, stack.routers, *stack.B)
+    if stack.routers is not None:
+        for layer, logits in zip(layers, y[-1].unbind(1)):
             layer.router_logits = logits
     return [part.view(*x.shape[:-1], part.shape[-1]) for part in y[:len(layers)]]
 
 
 def stacked(layers: Sequence[ExpertLinear], dtype: torch.dtype) -> Stack:
     """The experts of a group, from the layers' own parameters."""
-    routers: list[Tensor] = [layer.router for layer in layers if layer.router is not None]
-    return Stack(torch.cat([layer.lora_A.flatten(0, 1).to(dtype) for layer in layers]),
-                 torch.cat(routers) if routers else None,
-                 [(layer.scaling * layer.lora_B.flatten(0, 1)).to(dtype) for layer in layers])
+    E, r, top_k, empty = slots_of(layers, layers)
+
+    def slots(part: Tensor) -> Tensor:                   # (E * r, in or out)
+        return F.pad(part, (0, 0, 0, r - part.shape[1], 0, E - len(part))).flatten(0, 1)
+
+    routers = [F.pad(layer.router, (0, 0, 0, E - layer.experts)) if layer.router is not None else
+               layer.lora_A.new_zeros(E, layer.in_features) for layer in layers]
+    return Stack(torch.cat([slots(layer.lora_A).to(dtype) for layer in layers]),
+                 [(layer.scaling * slots(layer.lora_B)).to(dtype) for layer in layers],
+                 torch.cat(routers) if E > 1 else None, empty, top_k)
+
+
+class Slots(NamedTuple):
+    """What a stack has room for in each layer of its group: E experts of rank r."""
+
+    E: int
+    r: int
+    top_k: int
+    empty: Tensor | None                     # see `Stack`
+
+
+def slots_of(group: Sequence[ExpertLinear], alike: Sequence[ExpertLinear]) -> Slots:
+    """Slots for the largest layer of `alike`, to which those of the group belong."""
+    E, r, k = (max(getattr(m, size) for m in alike) for size in ("experts", "rank", "top_k"))
+    if all(m.experts == E for m in alike):
+        return Slots(E, r, k, None)
+    empty = (torch.arange(E) >= torch.tensor([[m.experts] for m in group])).flatten()
+    logits = torch.zeros(len(empty)).masked_fill_(empty, -math.inf)
+    return Slots(E, r, k, logits.to(group[0].lora_A))
 
 
 @contextmanager
@@ -210,8 +208,8 @@ def multiplying(groups: Sequence[Sequence[ExpertLinear]], stacks: Iterable[Stack
 
 
 def groups(model: nn.Module) -> list[list[ExpertLinear]]:
-    """The adapted layers that read the same x, `routed_first`, in the order of the modules. A
-    module tells which of its linear layers do by `same_input`, tuples of their names."""
+    """The adapted layers that read the same x, in the order of the modules. A module tells which of
+    its linear layers do by `same_input`, tuples of their names."""
     found, seen = list[list[ExpertLinear]](), set[nn.Module]()
     for module in model.modules():
         several: list[Any] = [[getattr(module, name, None) for name in names]
@@ -219,7 +217,7 @@ def groups(model: nn.Module) -> list[list[ExpertLinear]]:
         for layers in [*several, [module]]:
             group = [m for m in layers if isinstance(m, ExpertLinear) and m not in seen]
             seen.update(group)
-            found += [routed_first(group)] if group else []
+            found += [group] if group else []
     return found
 
 
@@ -274,8 +272,8 @@ def packs(model: nn.Module) -> bool:
 def take_logits(layers: Mapping[str, ExpertLinear]) -> dict[str, tuple[Tensor, int]]:
     """Router logits (N, E) of the last forward of each routed layer, and its k; the layers forget
     them, as they may hold a graph."""
-    found = {name: (m.router_logits, m.top_k) for name, m in layers.items()
-             if m.router_logits is not None}
+    found = {name: (m.router_logits[:, :m.experts], m.top_k) for name, m in layers.items()
+             if m.router_logits is not None and m.router is not None}
     for layer in layers.values():
         layer.router_logits = None
     return found

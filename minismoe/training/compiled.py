@@ -1,7 +1,8 @@
 """Decoder layers compiled by torch.compile, where that pays.
 
 A layer is compiled for any number of tokens, so that a run compiles two graphs forward and two
-backward: of the first layer, whose input needs no gradient, and of all others.
+backward for each kind of layers: of the first, whose input needs no gradient, and of all others.
+Layers are of one kind if the same matrices have experts, however many: see `ExpertVector`.
 """
 
 import sys
@@ -15,27 +16,45 @@ import torch
 from ..io.text import error_line, out_of_memory
 from ..model.decoder import CausalLM
 
-SECONDS = 60             # to compile; 48 to 90 were seen on two CPU cores
+ASKED = ("auto", "on", "off")
+HELP = ("compile the decoder layers, which takes a minute, and saves the time that small models "
+        "wait for kernels to start. auto (default): on CUDA, for work long enough to pay")
+SECONDS = 60             # to compile a kind of layers; 48 to 118 were seen on two CPU cores
 SAVED = 1.5e-3           # seconds a layer and step that go without: kernels to start
 
 
-def compile_layers(model: CausalLM, asked: str, steps: int, step: Callable[[], object]) -> None:
-    """Compile the decoder layers if `asked` is "on", or "auto" and a CUDA device takes many steps.
-
-    `step` is run once, which compiles them; its gradients are for the caller to drop. If compiling
-    fails, training goes on without it.
-    """
-    device, pays = model.lm_head.weight.device, round(SECONDS / SAVED / len(model.model.layers))
-    if asked == "off" or asked == "auto" and device.type != "cuda":
-        return
-    hint = f"it takes about {SECONDS} s, and pays from about {pays:,} steps on"
-    if asked == "auto" and (steps < pays or find_spec("triton") is None):
+def wanted(model: CausalLM, asked: str, steps: int) -> bool:
+    """Whether to compile the decoder layers for so many steps, and a line that says so or why not.
+    `asked` is "on", "off" or "auto": on a CUDA device, if it takes many steps."""
+    if asked == "off" or asked == "auto" and model.lm_head.weight.device.type != "cuda":
+        return False
+    layers = model.model.layers
+    kinds = {tuple(type(module).__name__ for module in layer.modules()) for layer in layers}
+    seconds = SECONDS * len(kinds)
+    enough = round(seconds / SAVED / len(layers))
+    hint = f"it takes about {seconds} s, and pays from about {enough:,} steps on"
+    if asked == "auto" and (steps < enough or find_spec("triton") is None):
         lack = "" if find_spec("triton") else "triton is not installed; "
         print(f"the layers are not compiled ({lack}{hint}): --compile on does it")
-        return
+        return False
     print(f"compiling the layers: {hint} (--compile off leaves it out)")
+    return True
+
+
+def compile_layers(model: CausalLM, step: Callable[[], object], backend: str = "inductor") -> None:
+    """Compile the decoder layers.
+
+    `step` is run once, which compiles them; its gradients are for the caller to drop. If compiling
+    fails, the layers run as they are written.
+    """
+    from torch._dynamo import config  # takes a second
+    from torch.fx.experimental import _config as shapes
+
+    config.force_nn_module_property_static_shapes = False    # the probe's are those of a batch
+    shapes.use_duck_shape = False            # sizes that happen to be equal may differ elsewhere
+    config.recompile_limit = 4 * len(model.model.layers)     # else it gives up after 8
     for layer in model.model.layers:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
     start = time.perf_counter()
     try:
         step()
@@ -44,7 +63,7 @@ def compile_layers(model: CausalLM, asked: str, steps: int, step: Callable[[], o
         if out_of_memory(e):
             raise
         torch.compiler.set_stance("force_eager")
-        print(f"the layers cannot be compiled, so training goes on without: {error_line(e)[:300]}",
+        print(f"the layers cannot be compiled, so it goes on without: {error_line(e)[:300]}",
               file=sys.stderr)
 
 

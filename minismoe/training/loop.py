@@ -26,8 +26,7 @@ from ..method.experts import balance_loss, multiplying, take_logits
 from ..method.loss import head_losses, predicting
 from ..model.decoder import CausalLM
 from ..model.tokens import Tokens, sent
-from . import distributed
-from .compiled import compile_layers
+from . import compiled, distributed
 from .evaluate import mean_loss
 from .resume import due, load_checkpoint, save_checkpoint
 from .vector import ExpertVector
@@ -49,10 +48,7 @@ class TrainConfig:
         "(default: --batch-size)", flags.positive, metavar="N")
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
-    compile: str = flag(
-        "auto", "compile the decoder layers, which takes a minute, and saves the time that small "
-        "models wait for kernels to start. auto (default): on CUDA, for runs long enough to pay",
-        choices=("auto", "on", "off"))
+    compile: str = flag("auto", compiled.HELP, choices=compiled.ASKED)
     lr: float = flag(4e-3, "peak learning rate, after a warm-up; a cosine takes it to 0 (default: "
                      "%(default)s)", flags.number)
     checkpoint_every: int | str = flag(200, "optimizer steps, or minutes: 10m (default: "
@@ -182,15 +178,16 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     examples, too. Raises Interrupted after a signal, once the step is saved; ValueError for another
     run's checkpoint; ArithmeticError if the loss is not finite.
     """
-    experts = ExpertVector(model)
+    batches = schedule(examples, cfg)
+    compiling = compiled.wanted(model, cfg.compile, len(batches))
+    experts = ExpertVector(model, alike=compiling)
     # With a smaller eps, an entry whose gradient is only rounding noise would move by the full lr.
     optimizer = torch.optim.AdamW([experts.vector], lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
                                   weight_decay=cfg.weight_decay, fused=True)
-    batches = schedule(examples, cfg)
     state = _first_state(run, experts, optimizer, batches, resume)
-    compile_layers(model, cfg.compile, len(batches), lambda: train_step(
-        model, experts, batches[0], cfg, pad_id))
-    experts.vector.grad = None           # of the step that compiled them
+    if compiling:
+        compiled.compile_layers(model, lambda: train_step(model, experts, batches[0], cfg, pad_id))
+        experts.vector.grad = None       # of the step that compiled them
     begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
     run.mkdir(parents=True, exist_ok=True)
     metrics = (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n")
@@ -229,8 +226,7 @@ def _first_state(run: Path, experts: ExpertVector, optimizer: torch.optim.Optimi
                  batches: Sequence[Sequence[Example]], resume: bool) -> dict[str, Any]:
     """The state to begin with: that of the last checkpoint, or zeros and no checkpoint left."""
     order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
-    layout = sha256_of_json([[name, *layer.lora_A.shape, *layer.lora_B.shape]
-                             for name, layer in experts.layers.items()])
+    layout = sha256_of_json([[name, *p.shape] for name, p in experts.parameters.items()])
     fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0,
              "order": order, "layout": layout}
     if not resume:

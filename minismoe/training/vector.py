@@ -4,6 +4,8 @@ Clipping, the optimizer, a checkpoint and an exchange between processes take one
 step makes one copy of it in the model's dtype, which the layers multiply with.
 """
 
+import re
+from collections import defaultdict
 from math import prod
 from typing import Any
 
@@ -11,43 +13,63 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..method.experts import Stack, expert_layers, groups
+from ..method.experts import Stack, expert_layers, groups, slots_of
 
 
 class ExpertVector:
     """The vector holds every lora_A, then every router, then every lora_B, group by group; the
-    parameters of the layers become views of it."""
+    parameters of the layers become views of it.
 
-    def __init__(self, model: nn.Module):
+    alike: stacks have the same shapes in all decoder layers, so that these are one to a compiler.
+    """
+
+    def __init__(self, model: nn.Module, alike: bool = False):
         self.groups, self.layers = groups(model), expert_layers(model)
-        layers = [layer for group in self.groups for layer in group]
-        (self.scaling,) = {layer.scaling for layer in layers}
-        routed = [[m for m in group if m.experts > 1] for group in self.groups]
-        owners = [*((m, "lora_A") for m in layers), *((m, "router") for g in routed for m in g),
-                  *((m, "lora_B") for m in layers)]
-        self.parameters: list[Tensor] = [getattr(*owner) for owner in owners]
+        (self.scaling,) = {layer.scaling for layer in self.layers.values()}
+        names, alikes = {m: name for name, m in self.layers.items()}, defaultdict[Any, list](list)
+        places = [tuple(re.sub(r"\d+", "*", names[m]) if alike else names[m] for m in group)
+                  for group in self.groups]
+        for place, group in zip(places, self.groups):
+            alikes[place] += group
+        self.slots = [slots_of(g, alikes[place]) for place, g in zip(places, self.groups)]
+        # The parts of a copy, and the parameter in each; a layer without a router has only room.
+        each = [(m, s) for group, s in zip(self.groups, self.slots) for m in group]
+        parts = [*((m, "lora_A", (s.E, s.r, m.in_features)) for m, s in each),
+                 *((m, "router", (s.E, m.in_features)) for m, s in each if s.E > 1),
+                 *((m, "lora_B", (s.E, s.r, m.out_features)) for m, s in each)]
+        owners = [part[:2] for part in parts if getattr(*part[:2]) is not None]
+        self.parameters = {f"{names[m]}.{part}": getattr(m, part) for m, part in owners}
+        self.vector = nn.Parameter(torch.cat([
+            p.detach().flatten() for p in self.parameters.values()]))
+        for owner, name, view in zip(owners, self.parameters, self.views(self.vector.detach())):
+            self.parameters[name] = parameter = nn.Parameter(view)
+            setattr(*owner, parameter)
         # What a copy is cut into, as (rows, columns): A and routers of each group, B of each layer.
-        self.shapes = [
-            [(sum(m.experts * m.rank for m in g), g[0].in_features) for g in self.groups],
-            [(sum(m.experts for m in g), g[0].in_features) for g in routed if g],
-            [(m.experts * m.rank, m.out_features) for m in layers]]
-        self.vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
-        self.parameters = [nn.Parameter(view) for view in self.views(self.vector.detach())]
-        for (layer, name), parameter in zip(owners, self.parameters):
-            setattr(layer, name, parameter)
+        sizes = [(len(g), s.E, s.r, g[0].in_features) for g, s in zip(self.groups, self.slots)]
+        self.shapes = [[(n * E * r, in_) for n, E, r, in_ in sizes],
+                       [(n * E, in_) for n, E, _, in_ in sizes if E > 1],
+                       [(s.E * s.r, m.out_features) for m, s in each]]
+        # Where a copy holds each number of the vector; None if it has no room for more.
+        self.places: Tensor | None = None
+        if (size := sum(prod(shape) for _, _, shape in parts)) > len(self.vector):
+            rooms = torch.arange(size, device=self.vector.device).split([
+                prod(shape) for _, _, shape in parts])
+            self.places = torch.cat([
+                room.view(shape)[tuple(map(slice, getattr(m, name).shape))].flatten()
+                for room, (m, name, shape) in zip(rooms, parts) if getattr(m, name) is not None])
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """The vector, or its gradient, as one view for each of `parameters`."""
-        parts = vector.split([p.numel() for p in self.parameters])
-        return [part.view_as(p) for part, p in zip(parts, self.parameters)]
+        """The vector, or its gradient, as a view for each of `parameters`."""
+        like = self.parameters.values()
+        return [part.view_as(p) for part, p in zip(vector.split([p.numel() for p in like]), like)]
 
     def stacks(self) -> list[Stack]:
         """What each group multiplies with: parts of one copy, whose gradient the vector gets."""
         parts = iter(_Copy.apply(self.vector, self))
-        A = [next(parts) for _ in self.groups]
-        routers = [next(parts) if group[0].experts > 1 else None for group in self.groups]
-        return [Stack(A_g, routers_g, [next(parts) for _ in group])
-                for group, A_g, routers_g in zip(self.groups, A, routers)]
+        A = [next(parts) for _ in self.slots]
+        routers = [next(parts) if slots.E > 1 else None for slots in self.slots]
+        return [Stack(A_g, [next(parts) for _ in group], routers_g, slots.empty, slots.top_k)
+                for group, slots, A_g, routers_g in zip(self.groups, self.slots, A, routers)]
 
 
 class _Copy(torch.autograd.Function):
@@ -57,7 +79,10 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vector: Tensor, experts: ExpertVector) -> tuple[Tensor, ...]:
         ctx.experts, dtype = experts, experts.groups[0][0].weight.dtype
-        A, routers, B = vector.split([sum(map(prod, shapes)) for shapes in experts.shapes])
+        sizes = [sum(map(prod, shapes)) for shapes in experts.shapes]
+        if experts.places is not None:
+            vector = vector.new_zeros(sum(sizes)).index_copy_(0, experts.places, vector)
+        A, routers, B = vector.split(sizes)
         regions = A.to(dtype), routers, (experts.scaling * B).to(dtype)
         return *(part.view(shape) for region, shapes in zip(regions, experts.shapes)
                  for part, shape in zip(region.split([*map(prod, shapes)]), shapes)),
@@ -66,10 +91,11 @@ class _Copy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         experts, each = ctx.experts, iter(gradients)
-        gradient = torch.empty_like(experts.vector)
-        regions = gradient.split([sum(map(prod, shapes)) for shapes in experts.shapes])
+        sizes = [sum(map(prod, shapes)) for shapes in experts.shapes]
+        gradient = experts.vector.new_empty(sum(sizes))
+        regions = gradient.split(sizes)
         for region, shapes in zip(regions, experts.shapes):
             if shapes:
                 region.copy_(torch.cat([next(each).flatten() for _ in shapes]))
         regions[-1].mul_(experts.scaling)
-        return gradient, None
+        return gradient if experts.places is None else gradient[experts.places], None

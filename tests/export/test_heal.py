@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from mixture import COUNTS, ROUTED, V, model_of, tasks
 from safetensors import safe_open
+from torch._dynamo.utils import counters
 
 from minismoe.data.tasks import Example, collate
 from minismoe.export import prepare
@@ -21,6 +23,7 @@ from minismoe.export.prepare import save_fits
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import Fit, TaskFits, fit, freeze
+from minismoe.training import compiled
 from minismoe.training.vector import ExpertVector
 
 
@@ -96,6 +99,21 @@ def test_healing_is_deterministic(mixture: Any, fits: Any) -> None:
     assert all(torch.equal(first[n].lora_A, again[n].lora_A) for n in first)
 
 
+@pytest.mark.parametrize("block", [None, 32])
+def test_compiled_layers_heal_alike(mixture: Any, fits: Any, block: int | None,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "compile_layers", partial(
+        compiled.compile_layers, backend="eager"))
+    blocks = quantize_model(mixture, mixture.get_parameter, "int4", block) if block else {}
+    torch._dynamo.reset()
+    counters.clear()
+    plain, found = (heal(Healing(mixture, examples(), 5, 0, compile=asked),
+                         fits["gates"].together, blocks) for asked in ("off", "on"))
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    for name in plain:
+        torch.testing.assert_close(found[name].lora_B, plain[name].lora_B, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [3, 16])
 def test_a_step_and_its_gradient_equal_autograd(mixture: Any, fits: Any, size: int) -> None:
     """No two examples begin alike, so that all tokens are their own."""
@@ -105,7 +123,7 @@ def test_a_step_and_its_gradient_equal_autograd(mixture: Any, fits: Any, size: i
     found = heal_step(student, maps, Healing(mixture, data, 1, 0, size), data)
     wanted = divergence(student, mixture, data).mean()
     assert found == pytest.approx(wanted.item(), rel=1e-4)
-    gradients = torch.autograd.grad(wanted, maps.parameters)
+    gradients = torch.autograd.grad(wanted, [*maps.parameters.values()])
     for mine, gradient in zip(maps.views(maps.vector.grad), gradients):
         torch.testing.assert_close(mine, gradient, rtol=1e-3, atol=1e-6)
 

@@ -5,11 +5,14 @@ import sys
 
 import pytest
 import torch
-from tiny import examples, tiny
+from tiny import examples, tiny, tiny_config
 from torch._dynamo.utils import counters
 
-from minismoe.data.tasks import Example
+from minismoe.data.tasks import Example, collate
+from minismoe.method.experts import linear_layers
+from minismoe.method.sensitivity import sample_norms
 from minismoe.model.decoder import CausalLM
+from minismoe.training import compiled
 from minismoe.training.compiled import compile_layers
 from minismoe.training.evaluate import generate, mean_loss
 from minismoe.training.loop import TrainConfig, train, train_step
@@ -40,10 +43,11 @@ def batches(count: int) -> list[list[Example]]:
 @pytest.mark.parametrize("recompute, count", [(False, 50), (True, 3)])
 def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
         recompute: bool, count: int) -> None:
-    models = tiny(experts=3), tiny(experts=3)
-    vectors, cfg = [ExpertVector(m) for m in models], TrainConfig(recompute=recompute)
-    for layer in models[1].model.layers:
-        layer.compile(dynamic=True, backend="eager")
+    # All layers differ in what they hold, and some groups have layers of one expert and of more.
+    models = [tiny(1, 3, 2, 2, 1, layers=3) for _ in range(2)]
+    vectors = ExpertVector(models[0]), ExpertVector(models[1], alike=True)
+    cfg = TrainConfig(recompute=recompute)
+    compile_layers(models[1], lambda: None, backend="eager")
     for batch in batches(count):
         found = []
         for model, vector in zip(models, vectors):
@@ -55,6 +59,17 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
     losses = [mean_loss(model, batch, 0) for model in models]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     generate(models[1], [[1, 2, 3]], 2, [])
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def test_no_batch_of_the_probe_compiles_anew() -> None:
+    models = [CausalLM(tiny_config(num_hidden_layers=3)).requires_grad_(False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    compile_layers(models[1], lambda: None, backend="eager")
+    for batch in batches(50):
+        plain, found = (sample_norms(model, linear_layers(model), *collate(batch, 0))
+                        for model in models)
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-8)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
@@ -88,10 +103,10 @@ def test_what_cannot_be_compiled_is_trained_without(tmp_path, capsys, monkeypatc
     monkeypatch.setattr("torch._dynamo.backends.inductor.inductor", broken)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
     models = tiny(), tiny()
-    for model, compiled in zip(models, ("off", "on")):
-        train(model, examples(), TrainConfig(epochs=1, compile=compiled), tmp_path / compiled, 0)
+    for model, asked in zip(models, ("off", "on")):
+        train(model, examples(), TrainConfig(epochs=1, compile=asked), tmp_path / asked, 0)
     said = capsys.readouterr().err
-    assert "the layers cannot be compiled, so training goes on without" in said
+    assert "the layers cannot be compiled, so it goes on without" in said
     for a, b in zip(models[0].parameters(), models[1].parameters()):
         assert torch.equal(a, b)
 
@@ -105,7 +120,5 @@ def test_auto_compiles_where_it_pays(asked, device, steps, said, capsys, monkeyp
     monkeypatch.setattr(CausalLM, "lm_head", type("Head", (), {"weight": type(
         "Weight", (), {"device": torch.device(device)})}), raising=False)
     monkeypatch.delitem(model._modules, "lm_head")
-    compile_layers(model, asked, steps, lambda: None)
+    assert compiled.wanted(model, asked, steps) == (said == "compiling")
     assert said in capsys.readouterr().out
-    compiled = [layer._compiled_call_impl is not None for layer in model.model.layers]
-    assert compiled == [said == "compiling"] * 2
