@@ -20,7 +20,7 @@ from minismoe.io.drawing import allocation_svg, terminal_heatmap
 from minismoe.io.files import replacing, write_json
 from minismoe.io.flags import from_flags, new_parser, text
 from minismoe.io.text import clean
-from minismoe.training import distributed
+from minismoe.training import compiled, distributed
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
                                   "probe and allocation": flags.AllocationConfig})
     parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
+    parser.add_argument("--compile", choices=compiled.ASKED, default="auto", help=compiled.HELP)
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
     config = resolve_auto(from_flags(flags.InputConfig, vars(args)))
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     inputs = load_inputs(config)
     probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
     with script.working_in(run, f"python probe.py {shlex.join(argv)}"):
-        scores = probing.measure(allocating, inputs)
+        scores = probing.measure(allocating, inputs, compile=args.compile)
         if distributed.rank():
             return
         for name in ("allocation.json", "allocation.svg"):

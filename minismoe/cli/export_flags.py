@@ -54,6 +54,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          ["run", "routing", "adapters", "task", "fit", "heal", "limit_test",
           *["layout"] * (layout == "peft"),
           *["prompts"] * (not rounded or precision in ("int8", "q8"))]),
+        (not config.heal, "nothing is healed without --heal STEPS", ["compile"]),
         (npu, "--target npu holds one merged model", ["routing", "adapters"]),
         (config.routing == "dynamic", "--routing dynamic freezes nothing",
          ["fit", "heal", "prompts", "task", "adapters"]),

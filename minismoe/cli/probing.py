@@ -19,7 +19,7 @@ from ..method.allocate import Allocation, allocate, select
 from ..method.allocation import FORMAT, Unfit
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
-from ..training import distributed
+from ..training import compiled, distributed
 from .flags import AllocationConfig
 from .inputs import Inputs
 
@@ -93,9 +93,11 @@ def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocatio
         return Allocation.from_json(value)
 
 
-def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
+def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH,
+            compile: str = "off") -> Scores:
     """Probe all tasks, `size` samples at once in each process, with a bar; print how far the result
-    can be trusted. Raises ArithmeticError for gradients that are not finite."""
+    can be trusted. `compile`: see training/compiled.py. Raises ArithmeticError for gradients that
+    are not finite."""
     batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(
         random.Random(allocating.seed).sample(e, len(e)), allocating.samples, size,
         inputs.tokenizer.pad_id)]
@@ -104,6 +106,8 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
     def norms(item: tuple[str, Batch]) -> list[list[float]]:
         return probe(inputs.model, {item[0]: [item[1]]}).samples[item[0]].tolist()
 
+    if compiled.wanted(inputs.model, compile, len(batches) // distributed.world()):
+        compiled.compile_layers(inputs.model, lambda: norms(batches[0]))
     with progress_bar(desc="probe", unit="sample", total=sum(len(batch[0]) for _, batch in batches),
                       disable=distributed.rank() > 0) as bar:
         for (name, _), found in zip(batches, distributed.spread(norms, batches)):

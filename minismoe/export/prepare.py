@@ -114,7 +114,7 @@ def prepare_part(config: ExportConfig, source: Source, samples: Samples,
         if config.heal and found:
             examples = samples[task] if task else [e for part in samples.values() for e in part]
             healing = Healing(source.model, examples, config.heal, source.tokenizer.pad_id,
-                              source.micro_batch_size)
+                              source.micro_batch_size, config.compile)
             found.update(heal(healing, found, blocks))
     if config.merges:
         stored = merged_weights(source.base, fits.for_task(config.task))

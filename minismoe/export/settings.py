@@ -11,6 +11,7 @@ from ..method.freeze import KINDS
 from ..model.config import Config
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
+from ..training import compiled
 from .weights import PRECISIONS, GraphFormat
 
 
@@ -33,6 +34,7 @@ class ExportConfig:
                     "gates fits constant gates, mean takes the mean gates", choices=KINDS)
     heal: int = flag(0, "train the maps for so many steps towards the predictions of the mixture "
                      "(default: %(default)s)", natural, metavar="STEPS")
+    compile: str = flag("auto", f"for --heal: {compiled.HELP}", choices=compiled.ASKED)
     prompts: str | None = flag(
         None, "calibrate on these prompts, one a line, and not on the run's data", text,
         metavar="FILE")

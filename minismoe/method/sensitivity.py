@@ -12,7 +12,6 @@ Letters: B samples of a batch, T tokens, M matrices.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -71,57 +70,47 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
     return scores
 
 
-def sample_norms(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: Tensor,
+def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor,
                  attention_mask: Tensor, labels: Tensor) -> Tensor:
     """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules."""
     parameter = next(model.parameters())
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    ghost = _Ghost(attention_mask.to(parameter.device, non_blocking=True), len(modules), dtype,
-                   packs(model))
-    with ExitStack() as hooks, torch.enable_grad():
-        hooks.callback(setattr, ghost, "read", None)     # its graph holds hooks that hold it
-        for i, module in enumerate(modules.values()):
-            hooks.enter_context(module.register_forward_hook(partial(ghost.watch, i)))
+    ghost = _Ghost(attention_mask.to(parameter.device, non_blocking=True),
+                   torch.promote_types(parameter.dtype, torch.float32), packs(model))
+    with ExitStack() as afterwards, torch.enable_grad():
+        afterwards.callback(setattr, ghost, "read", None)        # its graph holds the ghost
+        norms = ghost.mask.new_zeros(len(modules), len(ghost.mask), dtype=ghost.dtype,
+                                     requires_grad=True)
+        for module, column in zip(modules.values(), norms.unbind()):
+            module.probed = ghost, column
+            afterwards.callback(delattr, module, "probed")
+            afterwards.enter_context(module.register_forward_hook(_watch))
         losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
         shares = 1 / torch.bincount(rows)[rows].to(losses.dtype)
         # The sum over samples of their means.
         (losses * shares.to(losses.device, non_blocking=True)).sum().backward()
-    return ghost.norms
+    assert norms.grad is not None
+    return norms.grad.mT
 
 
 class _Ghost:
-    """The norms of one batch: X of the forward pass meets D of the backward pass. Compared in
-    tests/method/test_sensitivity.py::test_equals_the_gradient_of_each_sample."""
+    """What the layers share while they see one batch."""
 
-    def __init__(self, attention_mask: Tensor, modules: int, dtype: torch.dtype, packed: bool):
-        self.mask = attention_mask.bool()[..., None]                       # (B, T, 1)
+    def __init__(self, attention_mask: Tensor, dtype: torch.dtype, packed: bool):
+        self.mask, self.dtype = attention_mask.bool()[..., None], dtype    # (B, T, 1)
         self.pairs = (self.mask & self.mask.mT).to(dtype)                  # (B, T, T)
         self.packed = packed                               # each position's row, if rows are packed
         self.places = (self.mask.flatten().cumsum(0) - 1).clamp_(min=0)
-        self.norms = torch.zeros(len(self.mask), modules, dtype=dtype, device=self.mask.device)
         self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
 
-    def watch(self, column: int, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor,
-              ) -> None:
-        """A forward hook: keep X, or X X^T if that is cheaper, and fill a column of the norms when
-        the backward pass brings D."""
-        x, (out, in_) = inputs[0].detach(), module.weight.shape
-        if use_gram := self.mask.shape[1] * (in_ + out) < in_ * out:
-            if self.read is None or self.read[0] is not inputs[0]:
-                x = self.by_sample(x)
-                self.read = inputs[0], (x @ x.mT).to(self.norms.dtype).mul_(self.pairs)
-            x = self.read[1]                                               # (B, T, T)
-
-        def backward_hook(gradient: Tensor) -> None:
-            d = self.by_sample(gradient)                                   # (B, T, out)
-            if use_gram:
-                left, right = x, (d @ d.mT).to(self.norms.dtype)
-            else:
-                left = right = ((d * self.mask).mT @ self.by_sample(x)).to(self.norms.dtype)
-            self.norms[:, column] += torch.linalg.vecdot(left.flatten(1), right.flatten(1))
-
-        output.requires_grad_()       # else that of the first layer would have no gradient
-        output.register_hook(backward_hook)
+    def gram(self, x: Tensor) -> Tensor:
+        """X X^T (B, T, T) of each sample; 0 where a token is a pad."""
+        if self.read is not None and self.read[0] is x:
+            return self.read[1]
+        rows = self.by_sample(x.detach())
+        gram = (rows @ rows.mT).to(self.dtype).mul_(self.pairs)
+        if not torch.compiler.is_compiling():       # a compiler finds equal products by itself
+            self.read = x, gram
+        return gram
 
     def by_sample(self, x: Tensor) -> Tensor:
         """(B, T, .) of what a layer reads or writes; pads hold anything."""
@@ -131,3 +120,35 @@ class _Ghost:
         if self.packed:
             x = x.index_select(0, self.places)
         return x.view(*self.mask.shape[:2], -1)
+
+
+def _watch(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A forward hook; returns the output, whose backward pass fills the norms."""
+    x, (out, in_), (ghost, norms) = inputs[0], module.weight.shape, module.probed
+    # A compiled layer has one graph, for all lengths.
+    use_gram = torch.compiler.is_compiling() or ghost.mask.shape[1] * (in_ + out) < in_ * out
+    read = ghost.gram(x) if use_gram else x.detach()
+    return _Norms.apply(output, norms, ghost, read, use_gram)
+
+
+class _Norms(torch.autograd.Function):
+    """The identity of y, with || D^T X ||^2 (B,) as the gradient of `norms`. Compared in
+    tests/method/test_sensitivity.py::test_equals_the_gradient_of_each_sample."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, norms: Tensor, ghost: _Ghost, read: Tensor, use_gram: bool,
+                ) -> Tensor:
+        """read: X X^T if that is cheaper, else X."""
+        ctx.save_for_backward(read)
+        ctx.ghost, ctx.use_gram = ghost, use_gram
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (read,), ghost = ctx.saved_tensors, ctx.ghost
+        d = ghost.by_sample(dy)                                            # (B, T, out)
+        if ctx.use_gram:
+            left, right = read, (d @ d.mT).to(ghost.dtype)
+        else:
+            left = right = ((d * ghost.mask).mT @ ghost.by_sample(read)).to(ghost.dtype)
+        return dy, torch.linalg.vecdot(left.flatten(1), right.flatten(1)), None, None, None

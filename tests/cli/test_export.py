@@ -531,6 +531,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--layout hf --routing dynamic", "holds no graph: leave out --routing dynamic"),
     ("--layout hf --precision int4", "holds no graph"),
     ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
+    ("--compile on", "nothing is healed without --heal STEPS: leave out --compile"),
     ("--routing dynamic --heal 3", "--routing dynamic freezes nothing"),
     ("--adapters --routing freeze", "--adapters freezes for each task, beside a base"),
     ("--layout web --target portable", "--layout web needs --target ort"),
