@@ -5,7 +5,8 @@
 Prints, for a Llama of SmolLM2's width, the kernels that one decoder layer starts, forward and
 backward (the slope between 2 and 8 layers), and those of the rest of a step; how often a step waits
 for the device; and the time of a step with next to nothing to compute, on one CPU thread. Beside a
-mixture of 8 experts of rank 8 on all matrices: a plain LoRA of ours of rank 64, and PEFT's.
+mixture of 8 experts of rank 8 on all matrices: a plain LoRA of ours of rank 64, PEFT's, and a batch
+of the probe.
 
 A kernel is an operator that is no view and makes no empty tensor. Steps are counted as a GPU runs
 them, on tensors without memory: attention and RMSNorm, which torch has in one kernel, count as one
@@ -21,8 +22,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
@@ -33,7 +36,10 @@ from torch.utils._pytree import tree_leaves
 from minismoe.data.tasks import Example, collate
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts, linear_layers
+from minismoe.method.sensitivity import sample_norms
+from minismoe.model import attention
 from minismoe.model.decoder import CausalLM, Config
+from minismoe.training.compiled import compile_layers
 from minismoe.training.loop import TrainConfig, train_step
 from minismoe.training.vector import ExpertVector
 
@@ -45,7 +51,7 @@ WIDE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
         "num_key_value_heads": 3, "head_dim": 64}
 NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
           "num_key_value_heads": 1, "head_dim": 16}
-SIDES = ("mixture", "LoRA", "PEFT")
+SIDES = ("mixture", "LoRA", "probe", "PEFT")
 
 
 class Kernels(TorchDispatchMode):
@@ -121,13 +127,17 @@ def step_of(side: str, layers: int, dtype: torch.dtype, device: str, sizes: dict
         return lambda: model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
     with torch.device(device):
         ours = CausalLM(Config.from_dict(config(layers, sizes))).to(dtype)
-        counts = dict.fromkeys(linear_layers(ours), 8 if side == "mixture" else 1)
-        rank = rank if side == "mixture" else 8 * rank
+    linear = linear_layers(ours.requires_grad_(False))
+    if compiled:
+        compile_layers(ours, lambda: None)
+    if side == "probe":
+        return partial(sample_norms, ours, linear, *collate(batch, 0))
+    counts = dict.fromkeys(linear, 8 if side == "mixture" else 1)
+    rank = rank if side == "mixture" else 8 * rank
+    with torch.device(device):
         add_experts(ours, Allocation(counts, rank=rank, alpha=2 * rank))
-    experts, cfg = ExpertVector(ours), TrainConfig(micro_batch_size=len(batch))
-    for layer in ours.model.layers if compiled else ():
-        layer.compile(dynamic=True)
-    return lambda: train_step(ours, experts, batch, cfg, 0)
+    experts, cfg = ExpertVector(ours, alike=compiled), TrainConfig(micro_batch_size=len(batch))
+    return partial(train_step, ours, experts, batch, cfg, 0)
 
 
 def counted(side: str, layers: int, dtype: torch.dtype) -> Counter[str]:
@@ -145,17 +155,19 @@ def kernels(side: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Counter[str
     """Kernels of one layer by name; those of a step besides; and its waits for the device."""
     few, many = counted(side, 2, dtype), counted(side, 8, dtype)
     layer = Counter({name: (many[name] - few[name]) // 6 for name in many})
-    # The loop reads the losses and the norm of the gradient: one wait more.
+    # The loop reads the losses and the norm of the gradient, or the probe's norms: one wait more.
     waits = 1 + sum(many[name] for name in WAITS)
     return +layer, few.total() - 2 * layer.total(), waits
 
 
-def calls() -> int:
-    """Fused kernels and library calls of one compiled layer of the mixture, forward and backward,
-    whose attention is the one that a CPU takes for short texts, written out."""
+def calls(side: str) -> int:
+    """Fused kernels and library calls of one compiled layer, forward and backward, with attention
+    in one call each, as on a GPU."""
     from torch._inductor.utils import run_and_get_code
-    step = step_of("mixture", 2, torch.bfloat16, "cpu", WIDE, examples(8), compiled=True)
-    codes = [code[code.index("def call("):] for code in run_and_get_code(step)[1]]
+    torch._dynamo.reset()
+    step = step_of(side, 2, torch.bfloat16, "cpu", WIDE, examples(8), compiled=True)
+    with mock.patch.object(attention, "SHORT", 0):
+        codes = [code[code.index("def call("):] for code in run_and_get_code(step)[1]]
     found = [len(re.findall(r"\b(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", code))
              for code in codes]
     return max(found[0::2]) + max(found[1::2])       # forward and backward, of layers but the first
@@ -192,13 +204,14 @@ def main() -> None:
             if args.operators:
                 print("   ", ", ".join(f"{n} {name}" for name, n in layer.most_common()))
     if args.compile:
-        eager, steps = kernels("PEFT")[0].total(), {
-            "compiled": step_of("mixture", 16, torch.bfloat16, "cpu", NARROW, examples(2), True),
-            "PEFT": step_of("PEFT", 16, torch.bfloat16, "cpu", NARROW, examples(2))}
-        spent = seconds(steps, args.rounds)
-        count = calls()
-        print(f"compiled {count:4} {count / eager:5.2f}           "
-              f"{1e3 * spent['compiled']:6.1f} {spent['compiled'] / spent['PEFT']:5.2f}")
+        eager = kernels("PEFT")[0].total()
+        for side in ("mixture", "probe"):
+            torch._dynamo.reset()
+            steps = {name: step_of(name, 16, torch.bfloat16, "cpu", NARROW, examples(2),
+                                   name == side) for name in (side, "PEFT")}
+            spent, count = seconds(steps, args.rounds), calls(side)
+            print(f"compiled {side}: {count:4} {count / eager:5.2f}; empty step "
+                  f"{1e3 * spent[side]:6.1f} {spent[side] / spent['PEFT']:5.2f}", flush=True)
 
 
 if __name__ == "__main__":

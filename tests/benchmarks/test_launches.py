@@ -17,7 +17,7 @@ from minismoe.model.decoder import CausalLM, Config  # noqa: E402
 
 @pytest.mark.parametrize("side, dtype, most", [
     ("mixture", torch.bfloat16, 160), ("mixture", torch.float32, 149),
-    ("LoRA", torch.bfloat16, 84), ("LoRA", torch.float32, 89)])
+    ("LoRA", torch.bfloat16, 84), ("LoRA", torch.float32, 89), ("probe", torch.bfloat16, 103)])
 def test_a_layer_starts_few_kernels_and_a_step_waits_once(side, dtype, most) -> None:
     layer, besides, waits = launches.kernels(side, dtype)
     assert 0 < layer.total() <= most, layer
