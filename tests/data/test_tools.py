@@ -73,6 +73,7 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"             # where it ends the prompt, i
 CHATML_TURN = [f"<|im_start|>assistant\n{NO_THOUGHT}", "<|im_start|>assistant\n"], "<|im_end|>"
 LLAMA_TURN = ["<|start_header_id|>assistant<|end_header_id|>\n\n"], "<|eot_id|>"
 MISTRAL_TURN = ["[/INST]", "[/TOOL_RESULTS]"], "</s>"
+GRANITE_TURN = ["<|start_of_role|>assistant<|end_of_role|>"], "<|end_of_text|>"
 TURNS = {
     "Qwen-Qwen2.5-7B-Instruct": CHATML_TURN, "Qwen-Qwen3-0.6B": CHATML_TURN,
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": CHATML_TURN,
@@ -81,6 +82,7 @@ TURNS = {
     "meta-llama-Llama-3.3-70B-Instruct": LLAMA_TURN,
     "mistralai-Mistral-Nemo-Instruct-2407": MISTRAL_TURN,
     "Mistral-Small-3.2-24B-Instruct-2506": MISTRAL_TURN,
+    "ibm-granite-granite-4.0": GRANITE_TURN, "ibm-granite-granite-4.1": GRANITE_TURN,
     "moonshotai-Kimi-K2": (["<|im_assistant|>assistant<|im_middle|>"], "<|im_end|>"),
     "ByteDance-Seed-OSS": (["<seed:bos>assistant\n"], "<seed:eos>")}
 # Templates of TRL that mark supervised text by {% generation %}, with the line end after it.
