@@ -248,6 +248,7 @@ def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path) -> None:
     assert a["tasks"] == b["tasks"]
 
 
+@pytest.mark.slow
 def test_the_built_in_toy(tmp_path) -> None:
     """The README's promise: the whole method with no argument, and what it is worth."""
     done = subprocess.run([sys.executable, str(ROOT / "train.py")], cwd=tmp_path, text=True,
