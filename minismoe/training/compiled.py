@@ -63,7 +63,7 @@ def compile_layers(model: CausalLM, step: Callable[[], object], backend: str = "
         if out_of_memory(e):
             raise
         torch.compiler.set_stance("force_eager")
-        print(f"the layers cannot be compiled, so it goes on without: {error_line(e)[:300]}",
+        print(f"the layers cannot be compiled, and run without: {error_line(e)[:300]}",
               file=sys.stderr)
 
 

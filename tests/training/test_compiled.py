@@ -106,7 +106,7 @@ def test_what_cannot_be_compiled_is_trained_without(tmp_path, capsys, monkeypatc
     for model, asked in zip(models, ("off", "on")):
         train(model, examples(), TrainConfig(epochs=1, compile=asked), tmp_path / asked, 0)
     said = capsys.readouterr().err
-    assert "the layers cannot be compiled, so it goes on without" in said
+    assert "the layers cannot be compiled, and run without" in said
     for a, b in zip(models[0].parameters(), models[1].parameters()):
         assert torch.equal(a, b)
 
