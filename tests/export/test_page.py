@@ -249,7 +249,7 @@ def test_gated_delta_nets_in_a_browser(tmp_path: Path) -> None:
 
 @needs_browser
 @pytest.mark.parametrize("precision, flags, setting", [
-    ("fp32", (), "WASM"), ("int4", GPU, "WebGPU")])
+    ("fp32", (), "WASM"), pytest.param("int4", GPU, "WebGPU", marks=pytest.mark.slow)])
 def test_a_graph_that_writes_one_token_a_run(web: Path, tmp_path: Path, precision: str,
                                              flags: tuple[str, ...], setting: str) -> None:
     """The same text on WebGPU as on WASM; stopped in between, and offline."""

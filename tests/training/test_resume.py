@@ -330,6 +330,7 @@ def kill_resume(inputs: Sequence[str], *flags: str) -> str:
 
 
 @posix
+@pytest.mark.slow
 def test_a_run_killed_at_any_rename_ends_with_the_same_bytes(inputs) -> None:
     """The process ends, without a chance to clean up, at the first, second ... file it renames."""
     few = (*inputs, "--limit-train", "16", "--limit-test", "2")
