@@ -230,7 +230,8 @@ def room_for_more(metrics: Path) -> str:
     known = fmean(line["loss"] for line in lines[-math.ceil(len(lines) / 10):])
     said = (f"loss of test lines: {late:.3f} after {LATE:.0%} of the steps, {end:.3f} at the end; "
             f"of training lines: {known:.3f}")
-    return said + (": more --epochs may gain" if end < 0.95 * late and known > end / 2 else "")
+    falls = end < min(0.95 * late, late - 0.01)
+    return said + (": more --epochs may gain" if falls and known > end / 2 else "")
 
 
 def next_commands(run: Path, config: RunConfig) -> str:

@@ -38,7 +38,6 @@ class Cache:
         self.lengths = [0] * batch
 
 
-
 class Tokens:
     """The tokens of a batch (B, T) as rows (N, ...) without padding, and where each of them lies.
 

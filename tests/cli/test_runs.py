@@ -28,7 +28,8 @@ def test_results_hold_shares_intervals_and_their_mean() -> None:
 
 
 @pytest.mark.parametrize("late, end, known, gains", [
-    (1.25, 1.11, 0.83, True), (0.6, 0.59, 0.5, False), (0.5, 0.4, 0.1, False)])
+    (1.25, 1.11, 0.83, True), (0.6, 0.59, 0.5, False), (0.5, 0.4, 0.1, False),
+    (0.012, 0.003, 0.012, False)])
 def test_more_epochs_are_proposed_while_the_loss_of_test_lines_falls(tmp_path, late, end, known,
                                                                      gains) -> None:
     lines = [{"loss": 9.0}] * 18 + [{"loss": known - 0.01, "test_loss": late},
