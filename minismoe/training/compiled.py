@@ -50,8 +50,8 @@ def compile_layers(model: CausalLM, step: Callable[[], object], backend: str = "
     from torch._dynamo import config  # takes a second
     from torch.fx.experimental import _config as shapes
 
-    config.force_nn_module_property_static_shapes = False    # the probe's are those of a batch
-    shapes.use_duck_shape = False            # sizes that happen to be equal may differ elsewhere
+    config.force_nn_module_property_static_shapes = False    # the probe hangs a batch on layers
+    shapes.use_duck_shape = False            # sizes that happen to be equal may differ later
     config.recompile_limit = 4 * len(model.model.layers)     # else it gives up after 8
     for layer in model.model.layers:
         layer.compile(dynamic=True, backend=backend)
