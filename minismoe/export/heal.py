@@ -71,16 +71,17 @@ def heal(healing: Healing, fits: Mapping[str, Fit], blocks: Mapping[str, Blocks]
             torch.nn.utils.clip_grad_norm_([maps.vector], cfg.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            bar.set_postfix_str(f"divergence {loss:.4f}", refresh=False)
+            bar.set_postfix_str(f"divergence {loss.item():.4f}", refresh=False)  # the one wait
     return {name: replace(exact(layer), kind="healed", residual=fits[name].residual)
             for name, layer in expert_layers(student).items()}
 
 
 def heal_step(student: CausalLM, maps: ExpertVector, healing: Healing, batch: Sequence[Example],
-              ) -> float:
+              ) -> Tensor:
     """Add up the gradients of one step, in micro-batches; returns its loss, the mean of
-    KL(mixture || student) over the batch's own tokens, prompts and answers alike."""
-    parts, total = [], 0.0
+    KL(mixture || student) over the batch's own tokens, prompts and answers alike. Nothing waits for
+    the device."""
+    parts, losses = [], list[Tensor]()
     for i in range(0, len(batch), healing.micro_batch_size):
         # Sorted rows put shared prefixes side by side, so that the model computes them once.
         part = sorted(batch[i:i + healing.micro_batch_size], key=lambda e: e.ids)
@@ -96,8 +97,8 @@ def heal_step(student: CausalLM, maps: ExpertVector, healing: Healing, batch: Se
             loss = divergences(hidden, student.lm_head.weight, wanted,
                                healing.teacher.lm_head.weight).sum() / count
             loss.backward()
-        total += loss.item()
-    return total
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
 def own_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

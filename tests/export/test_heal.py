@@ -122,7 +122,7 @@ def test_a_step_and_its_gradient_equal_autograd(mixture: Any, fits: Any, size: i
     maps = ExpertVector(student)
     found = heal_step(student, maps, Healing(mixture, data, 1, 0, size), data)
     wanted = divergence(student, mixture, data).mean()
-    assert found == pytest.approx(wanted.item(), rel=1e-4)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
     gradients = torch.autograd.grad(wanted, [*maps.parameters.values()])
     for mine, gradient in zip(maps.views(maps.vector.grad), gradients):
         torch.testing.assert_close(mine, gradient, rtol=1e-3, atol=1e-6)
