@@ -49,14 +49,9 @@ class ExpertVector:
         self.shapes = [[(n * E * r, in_) for n, E, r, in_ in sizes],
                        [(n * E, in_) for n, E, _, in_ in sizes if E > 1],
                        [(s.E * s.r, m.out_features) for m, s in each]]
-        # Where a copy holds each number of the vector; None if it has no room for more.
-        self.places: Tensor | None = None
-        if (size := sum(prod(shape) for _, _, shape in parts)) > len(self.vector):
-            rooms = torch.arange(size, device=self.vector.device).split([
-                prod(shape) for _, _, shape in parts])
-            self.places = torch.cat([
-                room.view(shape)[tuple(map(slice, getattr(m, name).shape))].flatten()
-                for room, (m, name, shape) in zip(rooms, parts) if getattr(m, name) is not None])
+        # How many numbers of each part are its parameter's; zeros follow in the empty slots.
+        self.parts = [(0 if (p := getattr(m, name)) is None else p.numel(), prod(shape))
+                      for m, name, shape in parts]
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The vector, or its gradient, as a view for each of `parameters`."""
@@ -80,8 +75,11 @@ class _Copy(torch.autograd.Function):
     def forward(ctx: Any, vector: Tensor, experts: ExpertVector) -> tuple[Tensor, ...]:
         ctx.experts, dtype = experts, experts.groups[0][0].weight.dtype
         sizes = [sum(map(prod, shapes)) for shapes in experts.shapes]
-        if experts.places is not None:
-            vector = vector.new_zeros(sum(sizes)).index_copy_(0, experts.places, vector)
+        if sum(sizes) > len(vector):                             # some slots are empty
+            zeros = vector.new_zeros(max(size - own for own, size in experts.parts))
+            pieces = vector.split([own for own, _ in experts.parts])
+            vector = torch.cat([x for piece, (own, size) in zip(pieces, experts.parts)
+                                for x in (piece, zeros[:size - own])])
         A, routers, B = vector.split(sizes)
         regions = A.to(dtype), routers, (experts.scaling * B).to(dtype)
         return *(part.view(shape) for region, shapes in zip(regions, experts.shapes)
@@ -98,4 +96,7 @@ class _Copy(torch.autograd.Function):
             if shapes:
                 region.copy_(torch.cat([next(each).flatten() for _ in shapes]))
         regions[-1].mul_(experts.scaling)
-        return gradient if experts.places is None else gradient[experts.places], None
+        if len(gradient) > len(experts.vector):
+            pieces = gradient.split([size for _, size in experts.parts])
+            gradient = torch.cat([piece[:own] for piece, (own, _) in zip(pieces, experts.parts)])
+        return gradient, None
