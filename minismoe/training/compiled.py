@@ -42,11 +42,8 @@ def wanted(model: CausalLM, asked: str, steps: int) -> bool:
 
 
 def compile_layers(model: CausalLM, step: Callable[[], object], backend: str = "inductor") -> None:
-    """Compile the decoder layers.
-
-    `step` is run once, which compiles them; its gradients are for the caller to drop. If compiling
-    fails, the layers run as they are written.
-    """
+    """Compile the decoder layers by running `step` once, whose gradients are for the caller to
+    drop. If compiling fails, the layers run as they are written."""
     from torch._dynamo import config  # takes a second
     from torch.fx.experimental import _config as shapes
 

@@ -34,9 +34,9 @@ class ExpertVector:
         self.slots = [slots_of(g, alikes[place]) for place, g in zip(places, self.groups)]
         # The parts of a copy, and the parameter in each; a layer without a router has only room.
         each = [(m, s) for group, s in zip(self.groups, self.slots) for m in group]
-        parts = [*((m, "lora_A", (s.E, s.r, m.in_features)) for m, s in each),
-                 *((m, "router", (s.E, m.in_features)) for m, s in each if s.E > 1),
-                 *((m, "lora_B", (s.E, s.r, m.out_features)) for m, s in each)]
+        parts = [*((m, "lora_A", s.E * s.r * m.in_features) for m, s in each),
+                 *((m, "router", s.E * m.in_features) for m, s in each if s.E > 1),
+                 *((m, "lora_B", s.E * s.r * m.out_features) for m, s in each)]
         owners = [part[:2] for part in parts if getattr(*part[:2]) is not None]
         self.parameters = {f"{names[m]}.{part}": getattr(m, part) for m, part in owners}
         self.vector = nn.Parameter(torch.cat([
@@ -49,9 +49,10 @@ class ExpertVector:
         self.shapes = [[(n * E * r, in_) for n, E, r, in_ in sizes],
                        [(n * E, in_) for n, E, _, in_ in sizes if E > 1],
                        [(s.E * s.r, m.out_features) for m, s in each]]
-        # How many numbers of each part are its parameter's; zeros follow in the empty slots.
-        self.parts = [(0 if (p := getattr(m, name)) is None else p.numel(), prod(shape))
-                      for m, name, shape in parts]
+        # How many numbers of each part are its parameter's, and all: zeros follow in empty slots
+        # (and in empty ranks, of frozen maps, which have E = 1).
+        self.parts = [(0 if (p := getattr(m, name)) is None else p.numel(), size)
+                      for m, name, size in parts]
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The vector, or its gradient, as a view for each of `parameters`."""
