@@ -43,7 +43,7 @@ def vote(scores: Mapping[str, Mapping[str, float]], groups: Sequence[Sequence[st
     experts = {module: 0 for group in groups for module in group}
     for s in scores.values():
         for group in groups:
-            votes = max(1, int(keep * len(group) + 0.5))
+            votes = max(1, int(keep * len(group) + 0.5 + 1e-9))      # 0.145 * 100 is 14.499...
             for module in sorted(group, key=lambda module: -s[module])[:votes]:
                 experts[module] += 1
     return experts
@@ -94,8 +94,9 @@ def chosen(logits: Tensor, k: int) -> Tensor:
 #                                         P_e = mean of softmax(logits)_e over the tokens
 def balance_loss(logits: Tensor, k: int) -> Tensor:
     """The loss of router logits (N, E)."""
-    f, P = chosen(logits, k).to(logits.dtype).mean(dim=0) / k, logits.softmax(dim=-1).mean(dim=0)
-    return len(f) * (f * P).sum()
+    E = logits.shape[1]
+    f = chosen(logits, k).to(logits.dtype).mean(dim=0) / min(k, E)
+    return E * (f * logits.softmax(dim=-1).mean(dim=0)).sum()
 
 
 # 4. Freeze (ours). A and B are all experts' stacked. Find the A' (E*r, in) of one plain LoRA:

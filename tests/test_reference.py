@@ -52,3 +52,13 @@ def test_votes_equal_counts_by_hand(keep: float, expected: dict[str, int]) -> No
     scores = {"1": {"q": 9.0, "k": 1.0, "v": 5.0, "o": 2.0},
               "2": {"q": 0.1, "k": 0.2, "v": 0.9, "o": 0.3}}
     assert reference.vote(scores, ["qkvo"], keep) == expected
+
+
+def test_half_votes_round_up_as_they_are_written() -> None:
+    modules = [str(i) for i in range(100)]         # 0.145 * 100 is a little below 14.5 in floats
+    assert sum(reference.vote({"1": dict.fromkeys(modules, 1.0)}, [modules], 0.145).values()) == 15
+
+
+def test_balance_is_perfect_where_all_experts_are_chosen() -> None:
+    loss = reference.balance_loss(torch.randn(5, 3, dtype=torch.float64), k=4)
+    assert abs(loss.item() - 1) < 1e-12

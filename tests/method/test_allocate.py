@@ -82,7 +82,7 @@ def test_votes_equal_the_reference(model: Model, keep: float, group: str) -> Non
     groups_: dict[str, list[str]] = {}
     for module in shapes:
         groups_.setdefault(group_name(module, group), []).append(module)
-    expected = reference.vote(scores, list(groups_.values()), Fraction(str(keep)))
+    expected = reference.vote(scores, list(groups_.values()), keep)
     found = allocate(scores, keep=keep, group=group, shapes=shapes)
     assert found.experts == {module: count for module, count in expected.items() if count}
     assert max(found.experts.values()) <= len(scores)
