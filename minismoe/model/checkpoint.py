@@ -4,6 +4,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import string_at
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from .decoder import CausalLM, meta_model
 from .quantize import BlockLinear, BlockWeight, quantize
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ROWS = 8                                 # of each tensor, that the fingerprint of a base reads
 ADAPTER_FORMAT = "minismoe.adapter/1"
 # Tensors of images, and of heads that predict several tokens.
 LEFT_OUT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.|mtp\.")
@@ -110,15 +112,19 @@ def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype,
 
 
 def fingerprint(cfg: Config, tensors: Mapping[str, Stored]) -> str:
-    """A hash of the configuration and of each tensor's name, dtype, shape and first row, as stored:
-    it tells one base from another, whatever dtype and device they are loaded to."""
+    """A hash of the configuration and of each tensor's name, dtype, shape and ROWS of its rows from
+    the first to the last, as stored: it tells one base from another, whatever dtype and device they
+    are loaded to."""
     # Without defaults: a later version may have more settings.
     settings = [(f.name, value) for f in fields(cfg)
                 if (value := getattr(cfg, f.name)) != f.default]
-    rows = [(name, t.part.get_dtype(), t.part.get_shape(),
-             bytes(t.part[:1].flatten().view(torch.uint8).tolist()))
-            for name, t in sorted(tensors.items())]
-    return hashlib.sha256(repr((settings, rows)).encode()).hexdigest()[:16]
+    content = hashlib.sha256(repr(settings).encode())
+    for name, t in sorted(tensors.items()):
+        shape, last = t.part.get_shape(), t.part.get_shape()[0] - 1
+        rows = t.part[sorted({last * i // (ROWS - 1) for i in range(ROWS)})]
+        content.update(repr((name, t.part.get_dtype(), shape)).encode())
+        content.update(string_at(rows.data_ptr(), rows.nbytes))
+    return content.hexdigest()[:16]
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:

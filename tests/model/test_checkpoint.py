@@ -162,6 +162,18 @@ def test_fingerprint_knows_every_tensor_and_setting(folder: Path) -> None:
     assert len(found) == len(names) + 3
 
 
+def test_fingerprint_reads_rows_from_the_first_to_the_last(folder: Path) -> None:
+    """A base that differs in its last rows, or in those of the middle, is another base."""
+    file, found = folder / "model.safetensors", {load_model(folder).fingerprint}
+    whole, names = file.read_bytes(), list(load_file(file))
+    for rows in (slice(-1, None), slice(10, 20)):
+        for name in names:
+            edit(folder, lambda t, name=name, rows=rows: t[name][rows].neg_())
+            found.add(load_model(folder).fingerprint)
+            file.write_bytes(whole)
+    assert len(found) == 2 * len(names) + 1
+
+
 def test_old_rotary_buffers_are_no_surplus(folder: Path) -> None:
     edit(folder, lambda t: t.update(
         {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
