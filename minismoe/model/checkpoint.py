@@ -1,12 +1,13 @@
 """Loading Hugging Face checkpoints; saving and loading adapters."""
 
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import string_at
 from dataclasses import fields, replace
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,12 +120,25 @@ def fingerprint(cfg: Config, tensors: Mapping[str, Stored]) -> str:
     settings = [(f.name, value) for f in fields(cfg)
                 if (value := getattr(cfg, f.name)) != f.default]
     content = hashlib.sha256(repr(settings).encode())
+    starts = {t.file: _starts(t.file) for t in tensors.values()}
     for name, t in sorted(tensors.items()):
-        shape, last = t.part.get_shape(), t.part.get_shape()[0] - 1
-        rows = t.part[sorted({last * i // (ROWS - 1) for i in range(ROWS)})]
-        content.update(repr((name, t.part.get_dtype(), shape)).encode())
-        content.update(string_at(rows.data_ptr(), rows.nbytes))
+        dtype, (count, *row) = t.part.get_dtype(), t.part.get_shape()
+        content.update(repr((name, dtype, count, row)).encode())
+        size = prod(row) * DTYPES[dtype].itemsize
+        with t.file.open("rb") as f:         # a mapping would hold far more pages than are read
+            for number in sorted({(count - 1) * i // (ROWS - 1) for i in range(ROWS)}):
+                f.seek(starts[t.file][t.name] + number * size)
+                content.update(f.read(size))
     return content.hexdigest()[:16]
+
+
+def _starts(file: Path) -> dict[str, int]:
+    """Where each tensor of a safetensors file begins, in bytes."""
+    with file.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+    header.pop("__metadata__", None)
+    return {name: 8 + size + tensor["data_offsets"][0] for name, tensor in header.items()}
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
