@@ -10,8 +10,8 @@ taken). So one batched forward and one backward of activations score every matri
 Letters: B samples of a batch, T tokens, M matrices.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -56,18 +56,25 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
     Raises ValueError for a task without a batch.
     """
     scores, layers = Scores(shapes_of(model)), linear_layers(model)
-    with ExitStack() as afterwards:
-        for parameter in model.parameters():
-            afterwards.callback(parameter.requires_grad_, parameter.requires_grad)
-        for module in model.modules():
-            afterwards.callback(setattr, module, "training", module.training)
-        model.eval().requires_grad_(False)
+    with measuring(model):
         for task, batches in tasks.items():
             for batch in batches:
                 scores.add(task, sample_norms(model, layers, *batch).cpu().double())
             if task not in scores:
                 raise ValueError(f"task {task!r} has no batch (a generator can be read only once)")
     return scores
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the model is in eval mode, and no parameter asks for a gradient."""
+    with ExitStack() as afterwards:
+        for parameter in model.parameters():
+            afterwards.callback(parameter.requires_grad_, parameter.requires_grad)
+        for module in model.modules():
+            afterwards.callback(setattr, module, "training", module.training)
+        model.eval().requires_grad_(False)
+        yield
 
 
 def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor,
