@@ -32,6 +32,8 @@ from minismoe.runtime.providers import find_device
 def main(argv: Sequence[str]) -> None:
     # Configure and load
     config = parse(argv, __doc__ or "")
+    if config.run:
+        print(f"exports {clean(config.run)}")
     if config.graph:
         for name in config.provider or ["cpu"]:
             find_device(name)                # raises before the work if it is not here

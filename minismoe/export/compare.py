@@ -14,16 +14,19 @@ from torch import Tensor
 
 from ..model.decoder import CausalLM
 from ..runtime import Generator
+from ..runtime.cache import CHUNK
 from ..training.evaluate import generate
 
 TOKENS = 24                              # of each greedy text
 FEW = 4                                  # of each text read without rounding, which is slow
+LITTLE = 1e11                            # multiplications that a longer prompt may cost
 Prompts = Sequence[Sequence[int]]
 
 
 @torch.no_grad()
 def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """Logits (n, V) after the prompt and each token of the text; a graph reads these singly."""
+    """Logits (n, V) after the prompt and each token of the text; a graph reads these singly, and
+    what the prompt shares with the one before from its cache."""
     if isinstance(model, Generator):
         return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
                             for given in model.forced(prompt, text)])
@@ -59,7 +62,9 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, toler
     """
     count = min(TOKENS, generator.room(max(map(len, prompts))))  # a static past may hold few
     wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
-    found = compare_logits(model, generator, prompts, wanted, tolerance)
+    read = (prompts, wanted) if tolerance == math.inf else with_long(
+        generator, model, prompts, wanted)
+    found = compare_logits(model, generator, *read, tolerance)
     batched, single = (sum(a == b for a, b in zip(wanted, texts)) for texts in (
         generator.batch(prompts, count, rows=len(prompts)),
         [[*generator.generate(p, count)] for p in prompts]))
@@ -77,9 +82,29 @@ def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, tol
     """
     count = min(FEW, generator.room(max(map(len, prompts))))
     texts = generate(model, prompts, count, generator.tokenizer.stop_ids)
-    found = compare_logits(model, generator, prompts, texts, tolerance, "the export is not what "
-                           f"PyTorch computes with the same rounded weights{hint}")
+    found = compare_logits(model, generator, *with_long(generator, model, prompts, texts),
+                           tolerance, "the export is not what PyTorch computes with the same "
+                           f"rounded weights{hint}")
     return {"rounded_error": found["logits_error"]}
+
+
+def with_long(generator: Generator, model: CausalLM, prompts: Prompts, texts: Prompts,
+              ) -> tuple[Prompts, Prompts]:
+    """Prompts and texts, and two long prompts with FEW tokens after each.
+
+    They are longer than what the runtime reads at once and than any attention window, and end where
+    the context does if that costs little. They differ near their ends alone, so that the second is
+    read from the cache of the first.
+    """
+    step = generator.static[1] if generator.static and generator.info["target"] != "npu" else 1
+    longest, size = generator.context - FEW * step, sum(p.numel() for p in model.parameters())
+    if longest * size > LITTLE:
+        longest = min(longest, max(CHUNK, *(w or 0 for w in model.config.windows)) + TOKENS)
+    if longest <= max(map(len, prompts)) + FEW:
+        return prompts, texts
+    tokens = [token for prompt in prompts for token in prompt]
+    long = (tokens * (longest // len(tokens) + 1))[:longest]
+    return [*prompts, long, [*long[:-2 * FEW], *long[:FEW]]], [*texts, long[:FEW], long[:FEW]]
 
 
 def unrounded(generator: Generator) -> Generator:

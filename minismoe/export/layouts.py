@@ -34,11 +34,10 @@ WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", 
 def write_graph(config: ExportConfig, prepared: Prepared, folder: Path) -> dict[str, Any]:
     """Write model.onnx, sampler.onnx and adapters; returns the entries of export.json on them."""
     sizes = prepared.sizes
-    chip = next((int(name[4:]) for name in config.provider or () if name[:4] == "qnn:"), None)
     if config.target == "npu":
         write_npu(folder, sizes, prepared.read, config.form, prepared.ranges)
-        if chip:
-            compile_npu(folder, chip)
+        if config.chip:
+            compile_npu(folder, config.chip)
     else:
         write_decoder(folder / "model.onnx", sizes, prepared.read, prepared.adapters, config.form)
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
@@ -51,7 +50,7 @@ def write_graph(config: ExportConfig, prepared: Prepared, folder: Path) -> dict[
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
             "vocab_size": sizes.vocab_size, "adapters": adapters,
             "cache_type": "float16" if config.precision in (*HALF, *NPU_PRECISIONS) else "float32",
-            **({"soc": chip} if chip else {})}
+            **({"soc": config.chip} if config.chip else {})}
 
 
 def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) -> None:

@@ -58,6 +58,8 @@ def prepare(parts: Sequence[ExportConfig], source: Source) -> list[Prepared]:
     samples = shuffled_samples(parts[0], source)
     batches = calibration_batches(samples, source)
     fits = freeze_mixtures(parts[0], source, batches)
+    if parts[0].merges:                      # towards floats, whatever the graphs store
+        heal_maps(parts[0], source, samples, fits, {})
     return [prepare_part(part, source, samples, batches, TaskFits(
         dict(fits.together), {task: dict(f) for task, f in fits.by_task.items()}))
         for part in parts]
@@ -108,17 +110,11 @@ def prepare_part(config: ExportConfig, source: Source, samples: Samples,
                  batches: Mapping[str, Sequence[Batch]], fits: TaskFits) -> Prepared:
     """Heal and round what one graph stores, and save the fits beside the run's adapter."""
     stored = merged_weights(source.base, {})
-    blocks = {} if config.merges else rounded_weights(config, source.model, stored, batches)
-    for task in samples if config.adapters else [config.task]:
-        found = fits.for_task(task)
-        if config.heal and found:
-            examples = samples[task] if task else [e for part in samples.values() for e in part]
-            healing = Healing(source.model, examples, config.heal, source.tokenizer.pad_id,
-                              source.micro_batch_size, config.compile)
-            found.update(heal(healing, found, blocks))
     if config.merges:
         stored = merged_weights(source.base, fits.for_task(config.task))
-        blocks = rounded_weights(config, source.model, stored, batches)
+    blocks = rounded_weights(config, source.model, stored, batches)
+    if not config.merges:
+        heal_maps(config, source, samples, fits, blocks)
     if fits.together:
         save_fits(source.run / "adapter", fits)
     adapters: Mapping[str, Adapter] = {}
@@ -129,6 +125,18 @@ def prepare_part(config: ExportConfig, source: Source, samples: Samples,
               if config.target == "npu" else {})
     return Prepared(source.model.config, fits, lambda name: blocks.get(name) or stored(name),
                     adapters, blocks, ranges)
+
+
+def heal_maps(config: ExportConfig, source: Source, samples: Samples, fits: TaskFits,
+              blocks: Mapping[str, Blocks]) -> None:
+    """Heal the fits that the export holds, in place, beside the weights that ship with them."""
+    for task in samples if config.adapters else [config.task]:
+        found = fits.for_task(task)
+        if config.heal and found:
+            examples = samples[task] if task else [e for part in samples.values() for e in part]
+            healing = Healing(source.model, examples, config.heal, source.tokenizer.pad_id,
+                              source.micro_batch_size, config.compile)
+            found.update(heal(healing, found, blocks))
 
 
 def merged_weights(base: Path, fits: Fits) -> Callable[[str], Tensor]:

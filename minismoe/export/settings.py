@@ -33,7 +33,7 @@ class ExportConfig:
     fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) fits it, "
                     "gates fits constant gates, mean takes the mean gates", choices=KINDS)
     heal: int = flag(0, "train the maps for so many steps towards the predictions of the mixture "
-                     "(default: %(default)s)", natural, metavar="STEPS")
+                     "(default: 0)", natural, metavar="STEPS")
     compile: str = flag("auto", f"for --heal: {compiled.HELP}", choices=compiled.ASKED)
     prompts: str | None = flag(
         None, "calibrate on these prompts, one a line, and not on the run's data", text,
@@ -117,6 +117,13 @@ class ExportConfig:
     def kind(self) -> str:
         """What the folder is for: a task, all adapters, or a kind of routing."""
         return self.task or ("adapters" if self.adapters else self.routing)
+
+    @property
+    def chip(self) -> int | None:
+        """Qualcomm's number of the chip to compile for: that of --provider qnn[:npu]:NUMBER."""
+        numbers = [name.rpartition(":")[2] for name in self.provider or ()
+                   if name.startswith("qnn")]
+        return next((int(number) for number in numbers if number.isdigit()), None)
 
 
 @dataclass(frozen=True)

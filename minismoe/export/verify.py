@@ -25,7 +25,15 @@ from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK
 from ..runtime import Generator
 from ..training.evaluate import evaluate, exact_match, generate, questions
-from .compare import FEW, TOKENS, compare_graph, compare_logits, compare_rounded, unrounded
+from .compare import (
+    FEW,
+    TOKENS,
+    compare_graph,
+    compare_logits,
+    compare_rounded,
+    unrounded,
+    with_long,
+)
 from .gptq import quantize_model, round_weights
 from .heal import sharing_copy
 from .mixture import round_adapters
@@ -76,7 +84,7 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
         show_logits(task or source.name, seen)
         for name in config.provider or ():
             seen.setdefault("providers", {})[name] = compare_provider(
-                generator, Generator(folder, name, task=adapter), name, prompts,
+                generator, Generator(folder, name, task=adapter), name, model, prompts,
                 BITS8 if rounds and not npu else tolerance)
             show_logits(name, seen["providers"][name], "the CPU")
         if adapted:
@@ -87,7 +95,7 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
     return found
 
 
-def compare_provider(generator: Generator, other: Generator, name: str,
+def compare_provider(generator: Generator, other: Generator, name: str, model: CausalLM,
                      prompts: Sequence[Sequence[int]], tolerance: float) -> dict[str, float]:
     """Compare a folder on another provider with the CPU, along the CPU's greedy texts.
 
@@ -96,7 +104,8 @@ def compare_provider(generator: Generator, other: Generator, name: str,
     npu = other._npu is not None             # an emulated one is slow
     prompts, count = (prompts[:1], FEW - 1) if npu else (prompts, TOKENS)
     texts = [[*generator.generate(prompt, count)] for prompt in prompts]
-    found = compare_logits(generator, other, prompts, texts, tolerance, f"{name} does not compute "
+    read = (prompts, texts) if npu else with_long(generator, model, prompts, texts)
+    found = compare_logits(generator, other, *read, tolerance, f"{name} does not compute "
                            "what the CPU does" + " (try another T in --static 1xTxP)" * npu)
     same = sum([*other.generate(p, count)] == text for p, text in zip(prompts, texts))
     return found | {"texts": len(prompts), "texts_equal": same}

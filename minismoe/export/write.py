@@ -5,6 +5,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime as ort
+
 from ..io.files import must_be_new, new_folder, sha256, write_json
 from ..method.experts import expert_layers
 from ..model.checkpoint import load_adapter, load_model, versions
@@ -56,15 +59,27 @@ def plan(config: ExportConfig) -> str:
     return f"writes {what}{blocks}{heal}{floats * bool(config.block)}"
 
 
+def last_part(path: str | None) -> str | None:
+    """The last part of a path, since an export may be published; a name of the hub as it is."""
+    if path is None or not (Path(path).exists() or Path(path).is_absolute()):
+        return path
+    return Path(path).resolve().name
+
+
 def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
           folder: Path, other: Mapping[str, Any]) -> dict[str, Any]:
     """Write the folder and compare it with the reference; returns the content of its export.json.
 
     other: that of a graph which was written into the folder before.
     """
+    adapter = expert_layers(source.model) and source.run / "adapter" / "adapter.safetensors"
     info: dict[str, Any] = {
-        "format": FORMAT, "model": source.name, "layout": config.layout, "routing": config.kind,
-        "arguments": asdict(config), "versions": versions()}
+        "format": FORMAT, "model": last_part(source.name), "layout": config.layout,
+        "routing": config.kind, "arguments": {
+            name: last_part(value) if name in ("run", "model", "prompts", "out") else value
+            for name, value in asdict(config).items()},
+        "base": source.model.fingerprint, "adapter": sha256(adapter) if adapter else None,
+        "versions": versions() | {"onnx": onnx.__version__, "onnxruntime": ort.__version__}}
     if other:
         info["other_graph"] = {name: other[name] for name in ("arguments", "checked")}
     if config.graph:

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,15 +46,37 @@ def must_be_new(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder, renamed to `path` at the end; FileExistsError if `path` exists."""
+    """A temporary folder, renamed to `path` at the end; FileExistsError if `path` exists.
+
+    Temporary folders that killed processes of this machine left beside it are removed.
+    """
     must_be_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    machine = re.sub(r"\W", "_", platform.node())
+    for left in path.parent.glob(f".*.{machine}-*.tmp"):
+        made_by = re.search(r"-(\d+)-\w+\.tmp$", left.name)
+        if made_by and not _runs(int(made_by[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.{machine}-{os.getpid()}-", suffix=".tmp",
+                                dir=path.parent))
     try:
         yield tmp
         _rename(tmp, path)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # it is gone after the renaming
+
+
+def _runs(process: int) -> bool:
+    """Whether a process is alive, or cannot be asked: on Windows, a signal 0 would end it."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:                                  # of another user
+        pass
+    return True
 
 
 def _rename(tmp: Path, path: Path) -> None:

@@ -185,8 +185,17 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
 
 @torch.no_grad()
 def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the mixtures that read one x, from its `moments_of` (2, .)."""
+    """{kind: {module: Fit}} of the mixtures that read one x, from its `moments_of` (2, .).
+
+    Raises ValueError with the modules whose sums or experts are not finite.
+    """
     to_fit, held_out = (views(readers, row) for row in _wide(rows))
+    wrong = [name for name, layer in readers.items() if not all(t.isfinite().all() for t in (
+        *to_fit[name], *held_out[name], layer.lora_A, layer.lora_B))]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: what the mixture reads or writes on the calibration "
+                         "samples is not finite: freeze with --dtype float32, or train again with "
+                         "a lower --lr")
     means: dict[str, Fit] = {}
     gates: dict[str, Fit] = {}
     starts: list[Tensor] = []

@@ -119,7 +119,6 @@ class Generator(CachedModel):
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
-        self.reset()
         yield self._begin([prompt])
         for token in tokens:
             yield self.read([[token]])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 from onnxruntime import OrtValue
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import save_bytes_model
 
 import export
 import train
@@ -164,13 +166,41 @@ def test_a_provider_that_computes_something_else_is_refused() -> None:
 
     with mock.patch.object(compare, "Generator", Given):
         def compared(factor: float) -> dict[str, float]:
-            return verify.compare_provider(Given(1), Given(factor), "qnn", [[1, 2]], 2e-2)
+            return verify.compare_provider(Given(1), Given(factor), "qnn", None, [[1, 2]], 2e-2)
 
         found = compared(1.001)
         assert found["logits_error"] < 2e-3 and found["texts_equal"] == found["texts"] == 1
         for factor in (1.1, math.nan):
             with pytest.raises(ValueError, match="qnn does not compute what the CPU.*--static 1xT"):
                 compared(factor)
+
+
+def keep_one_too_many(generator: Generator, prompt: list[int]) -> int:
+    """As `Generator.reuse`, but for a token that differs."""
+    same = len(os.path.commonprefix([generator._seen[0], list(prompt[:-1])]))
+    if same < 8 or same + 1 >= min(len(prompt), len(generator._seen[0])):
+        generator.reset()
+        return 0
+    del generator._seen[0][same + 1:]
+    return same + 1
+
+
+@pytest.mark.parametrize("broken", ["window", "reuse"])
+def test_what_only_a_long_prompt_shows_is_refused(tmp_path: Path, broken: str, monkeypatch,
+                                                  ) -> None:
+    """A window that is a few tokens too long, and a cache that keeps tokens too many."""
+    save_bytes_model(tmp_path / "model", model_type="mistral", sliding_window=96, head_dim=16,
+                     max_position_embeddings=256)
+    flags = ["--model", str(tmp_path / "model"), "--precision", "fp32", "--out"]
+    export.main([*flags, str(tmp_path / "whole")])
+    if broken == "window":
+        write = layouts.write_decoder
+        monkeypatch.setattr(layouts, "write_decoder", lambda file, config, *args: write(
+            file, replace(config, windows=(112,) * config.num_hidden_layers), *args))
+    else:
+        monkeypatch.setattr(Generator, "reuse", keep_one_too_many)
+    with pytest.raises(ValueError, match="not what PyTorch computes"):
+        export.main([*flags, str(tmp_path / "out")])
 
 
 def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> None:
@@ -278,6 +308,37 @@ def test_a_base_alone(run: Path, tmp_path: Path) -> None:
     assert list(Generator(tmp_path / "out", threads=1).generate(PROMPT, 20)) == expected
 
 
+def test_a_published_folder_tells_no_path(run: Path, tmp_path: Path) -> None:
+    """But what it was made of: hashes, and versions of libraries."""
+    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "hf"])
+    text = (tmp_path / "out" / "export.json").read_text()
+    assert str(tmp_path) not in text and str(run.parent) not in text
+    info = json.loads(text)
+    assert info["versions"].keys() == {"torch", "safetensors", "onnx", "onnxruntime"}
+    saved = json.loads((run / "adapter" / "adapter.json").read_text())
+    assert (info["base"], info["adapter"]) == (saved["fingerprint"], saved["sha256"])
+    assert (info["arguments"]["run"], info["model"]) == ("run", "model")
+
+
+def test_the_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], "")
+    assert "None" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["qnn:60", "qnn:npu:60", "qnn"])
+def test_a_chip_is_the_number_of_its_provider(name: str) -> None:
+    assert ExportConfig(provider=["cpu", name]).chip == (None if name == "qnn" else 60)
+
+
+def test_the_run_that_is_taken_is_named(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, tmp_path / "runs" / "mine")
+    with pytest.raises(ValueError, match="has no task"):
+        export.main(["--task", "none"])
+    assert capsys.readouterr().out.startswith("exports runs/mine\n")
+
+
 @pytest.mark.parametrize("flags", ["--task number", "--heal 3", "--routing freeze",
                                    "--layout peft", "--adapters", "--fit linear",
                                    "--limit-test 5"])
@@ -305,7 +366,7 @@ def test_prompts_that_change_nothing_in_the_base_are_refused(
 def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
     export.main([str(run), "--out", str(tmp_path / "out")])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
-    wanted = ExportConfig(run=str(run), out=str(tmp_path / "out"), context=128,
+    wanted = ExportConfig(run="run", out=arguments["out"], context=128,
                           precision="int4-8", block=32)
     assert arguments == asdict(wanted)
 

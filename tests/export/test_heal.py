@@ -161,11 +161,8 @@ def test_frozen_maps_are_kept_beside_the_adapter(fits: Any, tmp_path: Path) -> N
 def test_maps_are_healed_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     monkeypatch.setattr(prepare, "heal", lambda healing, *_: found.append(healing.steps) or {})
-    for name in ("merged_weights", "save_fits"):
-        monkeypatch.setattr(prepare, name, lambda *_: {})
     fits = TaskFits({"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 0.5)}, {})
-    model, tokenizer = SimpleNamespace(config=None), SimpleNamespace(pad_id=0)
+    source = Source(Path(), Path(), "", SimpleNamespace(), SimpleNamespace(pad_id=0))
     for config in (ExportConfig(precision="fp32"), ExportConfig(precision="fp32", heal=7)):
-        prepare.prepare_part(config, Source(Path(), Path(), "", model, tokenizer), {"t": []}, {},
-                             fits)
+        prepare.heal_maps(config, source, {"t": []}, fits, {})
     assert found == [7]

@@ -25,36 +25,27 @@ from minismoe.method.freeze import Fit, TaskFits
 
 
 @pytest.mark.parametrize("task", [None, "a"])
-def test_a_task_is_healed_and_rounded_on_its_own_samples(task, monkeypatch) -> None:
-    healed: list[Any] = []
-    batches: list[int] = []
-    monkeypatch.setattr(prepare, "heal", lambda healing, *_: healed.append(healing.examples) or {})
-    for name in ("quantize_model", "merged_weights", "save_fits"):
-        monkeypatch.setattr(prepare, name, lambda *_: {})
-    monkeypatch.setattr(prepare, "refine", lambda *given: batches.extend(given[3]))
-    fits = {"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 1.0)}
-    model, tokenizer = SimpleNamespace(config=None), SimpleNamespace(pad_id=0)
-    prepare.prepare_part(ExportConfig(heal=40, precision="int4", block=32, task=task),
-                         Source(Path(), Path(), "", model, tokenizer),
-                         {"a": ["x"], "b": ["y"]}, {"a": [1], "b": [2]},
-                         TaskFits(dict(fits), {"a": dict(fits), "b": dict(fits)}))
-    assert healed == [["x"] if task else ["x", "y"]]
-    assert batches == ([1] if task else [1, 2])
-
-
 @pytest.mark.parametrize("routing", ["merge", "freeze"])
-def test_maps_are_healed_beside_the_weights_that_ship_with_them(routing, monkeypatch) -> None:
-    """Merged maps are rounded after they were healed, others stay floats beside rounded weights."""
-    seen: list[Any] = []
-    monkeypatch.setattr(prepare, "heal", lambda healing, fits, blocks: seen.append(blocks) or {})
-    for name in ("merged_weights", "save_fits"):
+def test_a_task_is_healed_and_rounded_on_its_own_samples(task, routing, monkeypatch) -> None:
+    """Merged maps are rounded after they were healed, others stay floats beside rounded weights.
+    Two graphs of merged weights share one healing."""
+    healed: list[Any] = []
+    batches: list[Any] = []
+    monkeypatch.setattr(prepare, "heal", lambda healing, fits, blocks: healed.append(
+        (healing.examples, blocks)) or {})
+    for name in ("save_fits", "quantize_model", "merged_weights"):
         monkeypatch.setattr(prepare, name, lambda *_: {})
-    monkeypatch.setattr(prepare, "rounded_weights", lambda *_: {"m.weight": 1})
+    monkeypatch.setattr(prepare, "refine", lambda *given: batches.append(given[3]))
+    monkeypatch.setattr(prepare, "calibration_batches", lambda *_: {"a": [1], "b": [2]})
+    monkeypatch.setattr(prepare, "shuffled_samples", lambda *_: {"a": ["x"], "b": ["y"]})
     fits = {"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 1.0)}
-    prepare.prepare_part(ExportConfig(heal=1, precision="int4", block=32, routing=routing),
-                         Source(Path(), Path(), "", SimpleNamespace(config=None),
-                                SimpleNamespace(pad_id=0)), {"a": []}, {}, TaskFits(fits, {}))
-    assert seen == [{} if routing == "merge" else {"m.weight": 1}]
+    monkeypatch.setattr(prepare, "freeze_mixtures", lambda *_: TaskFits(
+        dict(fits), {"a": dict(fits), "b": dict(fits)}))
+    model, tokenizer = SimpleNamespace(config=None), SimpleNamespace(pad_id=0)
+    config = ExportConfig(heal=40, precision="int4", block=32, task=task, routing=routing)
+    prepare.prepare([config] * 2, Source(Path(), Path(), "", model, tokenizer))
+    assert healed == [(["x"] if task else ["x", "y"], {})] * (1 if routing == "merge" else 2)
+    assert batches == [[1] if task else [1, 2]] * 2
 
 
 def test_the_tied_table_is_damped_more(monkeypatch) -> None:
@@ -106,6 +97,7 @@ def test_answers_are_scored_in_the_order_of_their_questions() -> None:
 @pytest.mark.parametrize("same_texts", [True, False])
 def test_another_text_in_float32_is_refused(same_texts, monkeypatch) -> None:
     monkeypatch.setattr(compare, "compare_logits", lambda *_, **__: {})
+    monkeypatch.setattr(compare, "with_long", lambda *_: ((), ()))
     for texts in ([list(b"yes"), list(b"no")], [list(b"yes"), list(b"yes")]):
         monkeypatch.setattr(compare, "generate", lambda *_, texts=texts: texts)
         if same_texts and texts[1] != list(b"no"):

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from minismoe.io.files import new_folder, read_json, replacing, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -42,6 +45,21 @@ def test_what_was_written_replaces(tmp_path: Path) -> None:
             tmp.write_text(text)
         assert file.read_text() == text
     assert [p.name for p in file.parent.iterdir()] == ["x.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot be asked there whether it lives")
+def test_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    """Of any name beside the new one; those of a living process stay."""
+    code = ("import os, signal, sys; from pathlib import Path; "
+            "from minismoe.io.files import new_folder\n"
+            "with new_folder(Path(sys.argv[1])) as tmp:\n"
+            "    (tmp / 'x').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "first")], cwd=ROOT, check=False)
+    assert len(left := [*tmp_path.iterdir()]) == 1 and (left[0] / "x").exists()
+    (tmp_path / ".notes.tmp").mkdir()                    # not ours
+    with new_folder(tmp_path / "alive") as alive, new_folder(tmp_path / "second"):
+        assert alive.exists() and not left[0].exists()
+    assert {p.name for p in tmp_path.iterdir()} == {".notes.tmp", "alive", "second"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders are not flushed there")

@@ -324,6 +324,16 @@ def test_bfloat16_gathers_in_float32() -> None:
             loss(fits[name], layer, xs[name].float()), rel=0.2)
 
 
+def test_what_is_not_finite_is_refused_by_name() -> None:
+    """NaN sums read as a residual of 0 otherwise."""
+    lost = "model.layers.1.mlp.down_proj"
+    for part in ("lora_A", "lora_B", "router"):
+        model = model_of()
+        getattr(expert_layers(model)[lost], part).data[0, 0] = torch.nan
+        with pytest.raises(ValueError, match=f"^{lost}: .* is not finite"):
+            fit(model, tasks())
+
+
 def test_missing_fits_are_named_before_anything_changes() -> None:
     model = model_of()
     fits = fit(model, tasks())["linear"].together
