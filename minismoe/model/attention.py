@@ -16,7 +16,6 @@ from ..method.experts import linear_outputs
 from .config import Config
 from .tokens import Cache, Tokens
 
-SHORT = 256            # keys; up to so many, a CPU trains bfloat16 faster with `attend_short`
 Rope = tuple[Tensor, Tensor] | None      # cos and sin (N, 1, R), the first half of sin negated
 
 
@@ -134,25 +133,14 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T) v of q (B, H, T, C) and k, v (B, K, S, C); causal without a mask."""
-    narrow, cpu = q.dtype.itemsize < 4, q.device.type == "cpu"
-    if q.requires_grad and narrow and cpu and k.shape[2] <= SHORT:
-        return attend_short(q, k, v, mask, scale)
-    if (shared := q.shape[1] // k.shape[1]) > 1 and not cpu and (mask is not None or not narrow):
+    half, cpu = q.dtype.itemsize < 4, q.device.type == "cpu"
+    if half and cpu:     # a CPU's kernel for half precision takes up to three times as long
+        return attend(q.float(), k.float(), v.float(), mask, scale).to(q.dtype)
+    if (sharing := q.shape[1] // k.shape[1]) > 1 and not cpu and (mask is not None or not half):
         # CUDA's fused kernels share key/value heads only without a mask and in half precision.
-        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
+        k, v, sharing = k.repeat_interleave(sharing, 1), v.repeat_interleave(sharing, 1), 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          scale=scale, enable_gqa=shared > 1)
-
-
-def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """`attend` step by step: a CPU's fused kernel takes six times as long to train in bfloat16."""
-    heads, length = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[2]
-    grouped = (q * scale).unflatten(1, heads).flatten(2, 3)                      # (B, K, G*T, C)
-    scores = (grouped @ k.mT).unflatten(2, (heads[1], length))                   # (B, K, G, T, S)
-    seen = (torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if mask is None
-            else mask[:, :, None])
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    return (weights.flatten(2, 3) @ v).unflatten(2, (heads[1], length)).flatten(1, 2)
+                                          scale=scale, enable_gqa=sharing > 1)
 
 
 class ShortConv(nn.Module):

@@ -100,11 +100,13 @@ class Tokens:
         return y.index_copy(0, places, x).unflatten(0, self.shape)
 
     def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        """Whether a query may see each key so far, (B, 1, T, keys); None if just causal."""
+        """Whether a query may see each key so far, (B, 1, T, keys), or (1, 1, T, T) without a
+        cache; None if just causal."""
         T, keys = self.shape[1], max(self.ends) if self.cache else self.shape[1]
         if keys == T and (window is None or window >= T):
             return None
-        query = self.past[:, None, None, None] + torch.arange(T, device=device)[:, None]
+        past = self.past if self.cache else self.past[:1]        # all of them 0
+        query = past[:, None, None, None] + torch.arange(T, device=device)[:, None]
         key = torch.arange(keys, device=device)
         seen = key <= query
         return seen if window is None else seen & (key > query - window)

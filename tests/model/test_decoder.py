@@ -13,7 +13,7 @@ from tiny import FAMILIES, LLAMA3, WINDOW
 from torch import Tensor
 
 from minismoe.method.loss import supervised_losses
-from minismoe.model.attention import _RMSNorm, attend_short, rope_frequencies
+from minismoe.model.attention import _RMSNorm, attend, rope_frequencies
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
@@ -414,8 +414,10 @@ def test_masks_show_each_query_its_window(
                     wanted = [k for k in range(at + 1) if w is None or at - k < w]
                     if tokens.masks[w] is None:
                         assert wanted == list(range(at + 1)), "causality does not say it all"
-                    else:
-                        assert tokens.masks[w][b, 0, t].nonzero()[:, 0].tolist() == wanted
+                    else:                # without a cache, one mask serves all rows
+                        assert len(tokens.masks[w]) == (len(first) if given_cache else 1)
+                        mask_of_row = tokens.masks[w][b if given_cache else 0, 0, t]
+                        assert mask_of_row.nonzero()[:, 0].tolist() == wanted
         if given_cache:
             assert cache.lengths == past                 # a forward pass alone advances it
             past = [n + sum(row) for n, row in zip(past, mask, strict=True)]
@@ -423,18 +425,18 @@ def test_masks_show_each_query_its_window(
             cache.lengths = past
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_written_out_equals_the_kernel(heads: tuple[int, int], masked: bool) -> None:
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_attention_in_bfloat16_loses_no_more_than_rounding(heads: tuple[int, int], masked: bool,
+                                                           size: float) -> None:
+    """Scores are up to some hundreds, where bfloat16 has steps of 2: they must not be rounded."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, 7, 8, dtype=torch.float64, requires_grad=True)
-               for n in (heads[0], heads[1], heads[1]))
-    mask = torch.ones(7, 7, dtype=torch.bool).tril().triu(-2).expand(2, 1, 7, 7) if masked else None
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=0.3, enable_gqa=True)
-    found = attend_short(q, k, v, mask, 0.3)
-    torch.testing.assert_close(found, expected)
-    upstream = torch.randn_like(found)
-    for a, b in zip(torch.autograd.grad(found, (q, k, v), upstream),
-                    torch.autograd.grad(expected, (q, k, v), upstream)):
-        torch.testing.assert_close(a, b)
+    q, k, v = (torch.randn(2, n, 40, 8).bfloat16() for n in (heads[0], heads[1], heads[1]))
+    mask = torch.ones(40, 40, dtype=torch.bool).tril().triu(-9)[None, None] if masked else None
+    found = attend(q.requires_grad_(), k, v, mask, size * 0.3)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), attn_mask=mask, is_causal=mask is None,
+        scale=size * 0.3, enable_gqa=True)
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() < 0.003 * exact.norm()
