@@ -137,11 +137,11 @@ class Tokenizer:
     def parse(self, messages: Sequence[Message], answer: str) -> Message:
         """The assistant's message that answers `messages` with this text. It has tool_calls if they
         offer tools, and the template writes calls as JSON."""
-        shown = ""
-        if "tools" in messages[0]:
+        shown, tools = "", messages[0].get("tools") or []
+        if tools:
             with suppress(templates.Refused):            # it wants a system message, for instance
                 shown = self.decode(self.turn(SHOWN))
-        return read_answer(answer, shown)
+        return read_answer(answer, shown, tools)
 
     def turn(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the last message as the template writes it, without the token that ends it.

@@ -56,18 +56,29 @@ def calls_of(items: Any, tools: Sequence[Function]) -> list[Function]:
     return found
 
 
-def read_answer(answer: str, shown: str) -> Message:
+def read_answer(answer: str, shown: str, tools: Sequence[Function]) -> Message:
     """An answer as a message, with tool_calls if it has any, written as in `shown`: the text of the
-    last message of SHOWN. Templates that write calls otherwise than as JSON give text alone."""
-    said = {"role": "assistant", "content": answer.strip()}
+    last message of SHOWN. Its content is the text around them.
+
+    An answer is text alone where the template writes calls otherwise than as JSON, and if a call
+    is none of `tools`, or its arguments are no object.
+    """
+    message = {"role": "assistant", "content": answer.strip()}
     if not (form := WRITTEN.search(shown)):
-        return said
+        return message
     before, name, arguments, after = form.groups()
     text, *parts = answer.split(before) if before else ("", answer)
+    texts, calls = [text.strip()], list[Function]()
     with suppress(LookupError, RecursionError, TypeError, ValueError):   # text that looks like JSON
-        values = [json.loads(part.removesuffix(after) if part.endswith(after) else "")
-                  for part in map(str.strip, parts)]
-        calls = [{"type": "function", "function": {"name": c[name], "arguments": c[arguments]}}
-                 for value in values for c in (value if isinstance(value, list) else [value])]
-        return {**said, "content": text.strip(), "tool_calls": calls} if calls else said
-    return said
+        for part in map(str.strip, parts):
+            value, end = json.JSONDecoder().raw_decode(part)
+            rest = part[end:].strip()
+            if not rest.startswith(after) or rest and not (before or after):
+                return message
+            texts.append(rest.removeprefix(after).strip())
+            calls += [{"type": "function", "function": {"name": c[name], "arguments": c[arguments]}}
+                      for c in (value if isinstance(value, list) else [value])]
+        if calls:
+            content = "\n".join(filter(None, texts))
+            return {**message, "content": content, "tool_calls": calls_of(calls, tools)}
+    return message

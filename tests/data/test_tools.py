@@ -377,6 +377,29 @@ def test_an_answer_becomes_a_message(both: Both, name: str) -> None:
         assert ours.parse([USER], text) == {"role": "assistant", "content": text.strip()}
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_nobody_can_execute_are_text(both: Both, name: str) -> None:
+    """Of a function that is not offered, or with arguments that are no object."""
+    _, ours = both(written(CALLS[name][0]))
+    asked, good = to_messages(CHATS["call"])[:1], CALLS[name][1]
+    arguments = r"{[^{}]*room[^{}]*}"
+    for bad in (good.replace("set_light", "open_door"), re.sub(arguments, "[1]", good),
+                re.sub(arguments, "7", good)):
+        assert bad != good
+        assert ours.parse(asked, bad) == {"role": "assistant", "content": bad.strip()}
+
+
+def test_words_around_calls_are_the_content(both: Both) -> None:
+    _, ours = both(written(CALLS["qwen"][0]))
+    asked, call = to_messages(CHATS["call"])[:1], CALLS["qwen"][1]
+    answer = ours.parse(asked, f" Sure.\n{call} now\n{call}\nDone. ")
+    assert answer["content"] == "Sure.\nnow\nDone."
+    assert [c["function"] for c in answer["tool_calls"]] == [LIGHT["function"]] * 2
+    _, ours = both(written(CALLS["llama"][0]))          # JSON alone may be a part of a text
+    text = CALLS["llama"][1] + " is how to call it"
+    assert ours.parse(asked, text) == {"role": "assistant", "content": text}
+
+
 def test_calls_that_are_no_json_are_compared_as_text(both: Both) -> None:
     _, ours = both(written(START + "<{{ c.function.name }} {{ c.function.arguments | tojson }}>"
                            + NEXT))
