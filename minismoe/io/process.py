@@ -5,11 +5,13 @@ import mmap
 import os
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 HUGE = 2 << 20                                           # bytes of a huge page
 MADV_COLLAPSE = 25                                       # of Linux 6.1 and later
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def peak_resident() -> int:
@@ -39,22 +41,46 @@ def bound_memory() -> None:
         libc.mallopt(-1, 1 << 26)                        # M_TRIM_THRESHOLD
 
 
-def use_huge_pages() -> None:
-    """Move the private memory of this process to huge pages, where Linux can.
+def processors() -> int:
+    """Processors that this process may use: by its affinity, and by the quotas of its cgroups (v2).
 
-    The processor translates addresses page by page: a decoder, which reads hundreds of megabytes
-    for each token, is faster with fewer pages. Only pages that are all in use become a huge one.
+    A container that may use 2 of 64 processors sees all 64, and 64 threads would share the time
+    of 2.
     """
-    pages = HUGE // mmap.PAGESIZE
-    # Another system has no such files. 8 bytes a page; the last one's highest bit: it is in use.
-    with suppress(OSError), open("/proc/self/pagemap", "rb") as pagemap:
-        madvise = ctypes.CDLL(None).madvise
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    with suppress(OSError):                              # another system has no such files
+        own = re.findall(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+        group = CGROUPS.joinpath(*own)
+        for folder in (group, *group.parents):           # each may have a quota
+            with suppress(OSError, ValueError):          # "max 100000": it has none
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+                count = min(count, max(1, -(-quota // period)))
+    return count
+
+
+def huge_page_ranges() -> set[int]:
+    """The ranges of a huge page's size, numbered by address, in this process's private memory."""
+    ranges = set[int]()
+    with suppress(OSError):                              # another system has no such file
         for first, last in re.findall(
                 r"^(\w+)-(\w+) rw-p", Path("/proc/self/maps").read_text(), re.MULTILINE):
-            start, end = -(-int(first, 16) // HUGE) * HUGE, int(last, 16) // HUGE * HUGE
-            pagemap.seek(8 * start // mmap.PAGESIZE)
-            used = pagemap.read(8 * max(0, end - start) // mmap.PAGESIZE)[7::8]
-            for n in range(0, len(used), pages):
-                if min(used[n:n + pages]) >= 0x80:       # an error changes nothing
-                    madvise(ctypes.c_void_p(start + n * mmap.PAGESIZE), ctypes.c_size_t(HUGE),
-                            MADV_COLLAPSE)
+            ranges.update(range(-(-int(first, 16) // HUGE), int(last, 16) // HUGE))
+    return ranges
+
+
+def use_huge_pages(ranges: Iterable[int]) -> None:
+    """Move those of these ranges that are all in use to huge pages, where Linux can.
+
+    The processor translates addresses page by page: a decoder, which reads hundreds of megabytes
+    for each token, is faster with fewer pages.
+    """
+    pages = HUGE // mmap.PAGESIZE
+    # 8 bytes a page; the last one's highest bit: it is in use.
+    with suppress(OSError), open("/proc/self/pagemap", "rb") as pagemap:
+        madvise = ctypes.CDLL(None).madvise
+        for number in ranges:
+            pagemap.seek(8 * pages * number)
+            if min(pagemap.read(8 * pages)[7::8], default=0) >= 0x80:    # an error changes nothing
+                madvise(ctypes.c_void_p(number * HUGE), ctypes.c_size_t(HUGE), MADV_COLLAPSE)

@@ -19,7 +19,7 @@ from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
 from .choices import answer_tokens
 from .folder import lines_of, read_choices, read_prefix
-from .serve import serve_page
+from .serve import PORT, serve_page
 
 if TYPE_CHECKING:
     from .generator import Generator
@@ -31,7 +31,8 @@ def _answer(generator: Generator, asked: str | Sequence[Message], sampling: Mapp
 
     Where the chat offers tools, the answer is printed at its end: as calls, one a line, or as text.
     """
-    chat = [{}] if isinstance(asked, str) else asked
+    raw = isinstance(asked, str)
+    chat: Sequence[Message] = [{}] if isinstance(asked, str) else asked
     prompt = asked if isinstance(asked, str) else generator.tokenizer.render(asked, True)
     times, answer, terminal = [time.perf_counter()], "", sys.stdout.isatty()
 
@@ -44,12 +45,13 @@ def _answer(generator: Generator, asked: str | Sequence[Message], sampling: Mapp
 
     try:
         for piece in generator.text(map(timed, generator.generate(prompt, **sampling))):
+            # The template writes the space before an answer, which training data do not have.
+            piece = piece if raw or answer else piece.lstrip()
             answer += piece
             if "tools" not in chat[0]:
                 show(piece)
     except KeyboardInterrupt:
         generator.ended = "interrupted"
-    # Stripped as in the training data: the template writes the space before an answer.
     said = generator.tokenizer.parse(chat, answer)
     if "tools" in chat[0]:
         show("\n".join(json.dumps(call["function"], ensure_ascii=False)
@@ -84,7 +86,7 @@ def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int |
 def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
           system: Sequence[Message] = (), tools: Sequence[Function] = ()) -> None:
     """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
-    history = [*system]
+    history, missing = [*system], 0          # results of calls that are still to be typed
     ask = "> " if sys.stdin.isatty() else ""
     if ask:
         with suppress(ImportError):          # lines can be edited, and exceed 4,095 bytes
@@ -97,11 +99,15 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
             if command == "/exit":
                 return
             if command in ("", "/clear"):
-                history = [*system] if command else history
+                history, missing = ([*system], 0) if command else (history, missing)
                 continue
-            role = "tool" if history and "tool_calls" in history[-1] else "user"
-            asked = with_tools([*history, {"role": role, "content": line}], tools)
-            history = [*asked, _answer(generator, asked, sampling, stats)]
+            turn = {"role": "tool" if missing else "user", "content": line}
+            if missing > 1:
+                history, missing = [*history, turn], missing - 1
+                continue
+            asked = with_tools([*history, turn], tools)
+            answer = _answer(generator, asked, sampling, stats)
+            history, missing = [*asked, answer], len(answer.get("tool_calls", ()))
         except EOFError:
             return
         except KeyboardInterrupt:            # of a line, or while the template was rendered
@@ -126,18 +132,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("folder", help="an exported folder of layout onnx, or web to serve")
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
-    add("--serve", nargs="?", type=_port, const=0, metavar="PORT", help="serve a folder of layout "
-        "web to this machine's browsers, at this port or a free one, until Ctrl-C")
+    add("--serve", nargs="?", type=_port, const=-1, metavar="PORT", help="serve a folder of layout "
+        f"web to this machine's browsers until Ctrl-C, at this port (default: {PORT}, or the next "
+        "that is free; 0: any free one)")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--prefix", type=text, metavar="FILE|TASK", help="begin with a file's text as the system "
         "prompt (with --raw, as text before the prompt), or with a task's instruction")
     add("--tools", type=text, metavar="FILE", help="offer the functions of a JSON list of schemas; "
-        "prints calls as JSON lines; in a chat, the line after a call is what it returned")
+        "prints calls as JSON lines; in a chat, the lines after calls are what they returned")
     add("--choices", type=text, metavar="FILE|TASK", help="answer with one of these: the lines of "
         "a file, or the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
         "after its probability")
-    add("--lines", action="store_true", help="with --choices: each line is a prompt of its own")
+    add("--lines", action="store_true", help="each line is a prompt of its own")
     add("--task", help="use the adapter of this task, if the folder has adapters")
     add("--max-tokens", type=positive, metavar="N", help="default: until the context is full")
     add("--temperature", type=number, default=0.0, help="0 (default) takes the likeliest token")
@@ -155,8 +162,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.serve is not None and (other := {name for name, value in vars(args).items() if value !=
                                  parser.get_default(name)} - {"folder", "serve"}):
         parser.error(f"--serve takes nothing but a port: leave out {', '.join(sorted(other))}")
-    if args.chat and (args.prompt is not None or args.raw):
-        parser.error("--chat asks for prompts itself: leave out PROMPT and --raw")
+    if args.chat and (args.prompt is not None or args.raw or args.lines):
+        parser.error("--chat asks for prompts itself: leave out PROMPT, --raw and --lines")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
         parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
     if args.choices is not None and any((args.chat, args.raw, args.max_tokens, args.temperature)):
@@ -164,8 +171,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                      "--raw, --max-tokens and --temperature")
     if args.tools is not None and (args.raw or args.choices is not None):
         parser.error("--tools is for free answers through the template: leave out --raw, --choices")
-    if args.choices is None and (args.best or args.lines):
-        parser.error("--best and --lines need --choices")
+    if args.choices is None and args.best:
+        parser.error("--best needs --choices")
     return args
 
 
@@ -173,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
     if args.serve is not None:
-        serve_page(Path(args.folder), args.serve)
+        serve_page(Path(args.folder), None if args.serve < 0 else args.serve)
         return
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .providers import CPU
@@ -204,14 +211,17 @@ def main(argv: Sequence[str]) -> None:
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty")
+    prompts = lines_of(prompt, "the prompt", "question") if args.lines else [prompt]
+    if args.prompt is None and not args.lines and (count := prompt.count("\n") + 1) > 1:
+        print(f"[{count} lines are one prompt; --lines answers each line]", file=sys.stderr)
     if args.choices is not None:
-        prompts = lines_of(prompt, "the prompt", "question") if args.lines else [prompt]
         _choose(generator, [generator.tokenizer.render(chat(p), True) for p in prompts],
                 args.choices, args.best, args.stats)
         return
-    _answer(generator, before + prompt if args.raw else chat(prompt), sampling, args.stats)
-    if generator.ended == "interrupted":
-        raise KeyboardInterrupt
+    for prompt in prompts:
+        _answer(generator, before + prompt if args.raw else chat(prompt), sampling, args.stats)
+        if generator.ended == "interrupted":
+            raise KeyboardInterrupt
 
 
 def run() -> None:

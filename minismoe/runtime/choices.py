@@ -17,7 +17,6 @@ import heapq
 import math
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..data.tokenizer import Tokenizer
@@ -36,7 +35,6 @@ class Answer(NamedTuple):
     logprob: float
 
 
-@lru_cache(8)
 def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> dict[Tokens, str]:
     """The answers as the chat template writes them after a question, sorted by their tokens.
 

@@ -29,8 +29,7 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
     try:
         _check(info)
         for name in os.listdir(folder):      # files that export.json does not list are read too
-            if (folder / name).is_symlink():
-                plain_file(folder, name)
+            inside(folder, name)
         files = {plain_file(folder, name): (entry["bytes"], entry["sha256"])
                  for name, entry in info["files"].items()}
         if odd := [e for e in files.values() if (type(e[0]), type(e[1])) != (int, str)]:

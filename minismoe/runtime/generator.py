@@ -7,16 +7,19 @@ import ctypes
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
 import onnxruntime as ort
 
 from ..data.tools import Function, Message, with_tools
-from .cache import CachedModel
-from .choices import Answer, answer_tokens, likeliest
-from .folder import FLOAT, INT64
+from .choices import Answer, Tokens, answer_tokens, likeliest
+from .folder import CACHE_TYPES, FLOAT, FLOAT16, INT64
+from .model import CachedModel
+
+BATCH = 2 << 30                              # bytes of the caches of prompts that are read at once
 
 
 class Generator(CachedModel):
@@ -25,19 +28,19 @@ class Generator(CachedModel):
     provider: as `find_device` takes it, or "auto": the best of those that the export was checked
     on; threads: default, the physical cores; task: an adapter of the folder; verify: compare hashes
     as well as sizes. `ended` says why the last generation ended: "stop" (a stop token),
-    "max_tokens" or "context". It has one cache: give each thread a generator of its own.
+    "max_tokens" or "context"; it is "" before that, and if the caller took no more tokens. There
+    is one cache: give each thread a generator of its own.
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
     ended = ""
     prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
     cached_tokens = 0                        # those that were in the cache
-    _begun = 0                               # generations so far: the cache is that of the last one
 
-    def use(self, task: str | None) -> None:
-        """Switch to the adapter of a task; None: the model without an adapter."""
-        self._begun += 1                     # no generation goes on: the cache is emptied
-        super().use(task)
+    @cached_property
+    def _answer_tokens(self) -> Callable[[tuple[str, ...]], dict[Tokens, str]]:
+        """`answer_tokens` of this tokenizer, which remembers the last sets of answers."""
+        return lru_cache(8)(partial(answer_tokens, self.tokenizer))
 
     def _begin(self, prompts: Sequence[Sequence[int]], new: int = 0) -> ort.OrtValue:
         """Read prompts; returns their last logits (B, 1, V).
@@ -45,7 +48,6 @@ class Generator(CachedModel):
         A single prompt that begins like the last one, as in a chat, is read from the first token
         that differs. Several get room for `new` tokens more, as a GPU takes memory at once.
         """
-        self._begun += 1
         cached = self.reuse(prompts[0]) if len(prompts) == 1 else 0
         if len(prompts) > 1:
             self.reset(len(prompts), max(map(len, prompts)) + new)
@@ -82,17 +84,19 @@ class Generator(CachedModel):
         room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
         rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
-        running, self.ended = [True] * len(rows), "stop"
+        running, self.ended = [True] * len(rows), ""
         logits = self._begin(rows, steps)
         mine = self._begun
         for step in range(1, steps + 1):
             chosen = self._sample(logits, rng, temperature, top_p, top_k)
             running = [r and token not in stops for r, token in zip(running, chosen)]
             if not any(running):
+                self.ended = "stop"
                 return
             yield [token if r else None for r, token in zip(running, chosen)]
             if self._begun != mine:
-                raise RuntimeError("another generation or adapter began before this one ended")
+                raise RuntimeError("another generation or adapter began, or the cache was emptied, "
+                                   "before this one ended")
             if step < steps:
                 logits = self.read([[token] for token in chosen])
         self.ended = "max_tokens" if steps == max_tokens else "context"
@@ -141,6 +145,8 @@ class Generator(CachedModel):
 
         Messages and tools are as transformers has them, options those of `generate`.
         """
+        if not messages:
+            raise ValueError("the chat is empty: give at least one message")
         asked = with_tools(messages, tools)
         tokens = self.generate(self.tokenizer.render(asked, True), **options)
         return self.tokenizer.parse(asked, "".join(self.text(tokens)))
@@ -149,12 +155,19 @@ class Generator(CachedModel):
               rows: int | None = None, **sampling: Any) -> list[list[int]]:
         """The tokens that follow each prompt; arguments as for `generate`.
 
-        rows: how many prompts are padded to one length and read at once. Default: all on a GPU, and
-        one on a CPU, where padding costs more than it saves; a static graph fixes it.
+        rows: how many prompts are padded to one length and read at once, at least 1. Default: on a
+        CPU one, as padding costs more than it saves; on a GPU as many as have caches of BATCH bytes
+        together; a static graph fixes it.
         """
+        if rows is not None and rows < 1:
+            raise ValueError(f"{rows} rows: expected at least 1")
         encoded, found = self.encoded(prompts), list[list[int]]()
-        rows = self.static[0] if self.static else 1 if self._vulkan else rows or (
-            1 if self._memory[0] == "cpu" else max(1, len(prompts)))
+        if self.static or self._vulkan:
+            rows = self.static[0] if self.static else 1
+        elif rows is None:
+            longest = max(map(len, encoded), default=0)
+            room = self.room(longest) if max_tokens is None else max_tokens
+            rows = 1 if self._memory[0] == "cpu" else self._rows(min(longest + room, self.context))
         for start in range(0, len(encoded), rows):
             part = encoded[start:start + rows]
             if start and sampling.get("seed") is not None:
@@ -162,6 +175,13 @@ class Generator(CachedModel):
             steps = list(self._tokens(part, max_tokens, **sampling))
             found += [[s[i] for s in steps if s[i] is not None] for i in range(len(part))]
         return found
+
+    def _rows(self, tokens: int) -> int:
+        """How many caches of this many tokens take BATCH bytes, at least one."""
+        info = self.info
+        size = 2 if CACHE_TYPES[info["cache_type"]] == FLOAT16 else 4
+        row = 2 * info["layers"] * info["kv_heads"] * info["head_dim"] * size * tokens
+        return max(1, BATCH // row)
 
     def choose(self, prompt: str | Sequence[int], choices: Sequence[str], best: int = 1,
                ) -> list[Answer]:
@@ -172,7 +192,9 @@ class Generator(CachedModel):
         """
         if best < 1:
             raise ValueError(f"the {best} best answers: expected at least 1")
-        answers = answer_tokens(self.tokenizer, tuple(choices))
+        if isinstance(choices, str):
+            raise ValueError(f"the answers are the text {choices!r}: give a list of texts")
+        answers = self._answer_tokens(tuple(choices))
         tokens, = self.encoded([prompt], max(map(len, answers)))
         return likeliest(lambda start: self._begin([[*tokens, *start]]), answers, best)
 

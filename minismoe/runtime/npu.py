@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cache import GrowingCache, Row
 from .folder import INT64
 from .providers import EMULATED, SOC, Device, find_device, open_session
 
@@ -77,3 +78,20 @@ class NpuSteps:
         for head in range(K):
             ctypes.memmove(cache.data_ptr() + HALF * C * (head * P + seen),
                            present.data_ptr() + HALF * C * (head * T + T - new), HALF * C * new)
+
+
+class SlotCache(GrowingCache):
+    """P slots, of which the graphs read only what the mask says; `steps` fills them."""
+
+    def __init__(self, steps: NpuSteps, *sizes: Any):
+        super().__init__(*sizes)
+        self.steps = steps
+
+    def cut(self, n: int) -> bool:
+        del self.tokens[0][n:]
+        return True
+
+    def step(self, rows: Sequence[Row]) -> Any:
+        logits = self.steps.step(rows[0], len(self.tokens[0]), self.past)
+        self.tokens[0] += [token for token in rows[0] if token is not None]
+        return logits

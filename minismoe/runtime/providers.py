@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import onnxruntime as ort
 
 from ..io.files import naming
+from ..io.process import processors
 from ..io.text import clean
 
 CPU = "CPUExecutionProvider"
@@ -39,6 +41,7 @@ OPTIONS = {"openvino": {"load_config": json.dumps(                   # else it r
 EMULATED = platform.machine().lower() in ("x86_64", "amd64")
 SOC = 60                                     # Snapdragon X Elite, unless a folder says another one
 load_library = cache(ort.register_execution_provider_library)        # twice is an error
+capturing = threading.Lock()                 # one thread: it redirects the whole process's output
 
 
 class Device(NamedTuple):
@@ -120,7 +123,7 @@ def open_session(file: Path, device: Device, threads: int | None,
     """
     options, said = ort.SessionOptions(), [""]
     if threads is None:                      # 0: physical cores; a number if we may use fewer
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        allowed = processors()
         threads = allowed if allowed < (os.cpu_count() or 1) else 0
     options.intra_op_num_threads = min(threads, 8 * (os.cpu_count() or 1))     # 100,000 hang
     options.log_severity_level = 3           # errors only
@@ -162,10 +165,10 @@ def nodes_by_provider(session: ort.InferenceSession) -> dict[str, str]:
 @contextmanager
 def captured(said: list[str]) -> Iterator[None]:
     """Add what native code writes to standard output and error to `said`, instead of showing it."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    kept = {number: os.dup(number) for number in (1, 2)}
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+    with capturing, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        kept = {number: os.dup(number) for number in (1, 2)}
         for number in kept:
             os.dup2(file.fileno(), number)
         try:

@@ -210,6 +210,21 @@ def test_the_generator_says_what_pytorch_says(tmp_path: Path) -> None:
     assert generator.batch(prompts, 12) == wanted
 
 
+def test_a_prompt_that_begins_as_the_last_one_is_read_from_where_it_differs(tmp_path: Path) -> None:
+    """A turn of a chat, a question after the same instruction, and parts of a set of answers."""
+    folder, text = write(random_model(), tmp_path / "npu", "fp16"), texts(259)[0]
+    generator = Generator(folder, threads=1)
+    answer = list(generator.generate(text, 8))
+    for prompt, read in ((text + answer + [7, 8, 9], 4), (text[:15] + [5] * 4, 4)):
+        found = list(generator.generate(prompt, 6))
+        assert generator.prompt_tokens == read
+        assert found == list(Generator(folder, threads=1).generate(prompt, 6))
+    sizes, step = [], generator.step
+    generator.step = lambda rows: sizes.append(len(rows[0])) or step(rows)       # type: ignore
+    generator.choose([*text, *b"xyz"], ["a long way", "a long walk", "b"], 3)
+    assert len(sizes) < 8                    # each part again from its first token: 9
+
+
 def test_the_runtime_needs_no_torch_for_an_npu_folder(tmp_path: Path) -> None:
     folder = write(random_model(), tmp_path / "npu", "w8a16")
     done = command(folder, "hello", "--max-tokens", "4")

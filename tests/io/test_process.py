@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minismoe.io.process import HUGE, use_huge_pages
+from minismoe.io.process import HUGE, huge_page_ranges, use_huge_pages
 
 SMAPS = Path("/proc/self/smaps")
+ROLLUP = Path("/proc/self/smaps_rollup")
 
 
 def in_mapping(address: int, line: str) -> int:
@@ -20,20 +21,29 @@ def in_mapping(address: int, line: str) -> int:
     raise AssertionError("no such mapping")
 
 
+def huge_pages() -> int:
+    """Bytes of this process in huge pages."""
+    return int(re.findall(r"AnonHugePages: +(\d+)", ROLLUP.read_text())[0]) << 10
+
+
 @pytest.mark.skipif(not (SMAPS.is_file() and Path("/sys/kernel/mm/transparent_hugepage").is_dir()
                          and [*map(int, platform.release().split(".")[:2])] >= [6, 1]),
                     reason="Linux 6.1 or later")
 def test_used_memory_moves_to_huge_pages_unchanged_and_unused_memory_stays_unused() -> None:
-    """In one mapping, as the cache and the weights may be."""
+    """In one mapping, as the cache and the weights may be; what was there before stays as it is."""
     size = 8 * HUGE
-    memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    earlier = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     text = bytes(range(256)) * (size // 256)
+    earlier[:] = text
+    others = huge_page_ranges()
+    memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory[:size] = text
     memory[size + HUGE:size + HUGE + 4096] = bytes(4096)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     before = in_mapping(address + HUGE, "Rss")
-    use_huge_pages()
-    assert in_mapping(address + HUGE, "AnonHugePages") >= size - HUGE
+    huge = huge_pages()
+    use_huge_pages(huge_page_ranges() - others)
+    assert size - HUGE <= huge_pages() - huge <= size    # none of what was there before
     assert in_mapping(address + HUGE, "Rss") < before + HUGE
     assert memory[:size] == text
 

@@ -34,7 +34,7 @@ def test_a_missing_onnxruntime_is_one_line(folders) -> None:
 
 def test_command_in_a_bare_process(generator, folders) -> None:
     prompt = generator.tokenizer.render([{"role": "user", "content": "hello"}], True)
-    expected = "".join(generator.text(generator.generate(prompt, 10)))
+    expected = "".join(generator.text(generator.generate(prompt, 10))).lstrip()
     asked = command(folders["ort"], "hello", "--max-tokens", 10, "--stats", "--verify")
     assert (asked.returncode, asked.stdout) == (0, expected + "\n"), asked.stderr
     assert re.search(r"first token \S+ s, .* peak memory \d+ MB", asked.stderr)
@@ -62,7 +62,7 @@ def test_chat(generator, folders) -> None:
     for line in ("one", "two"):
         history.append({"role": "user", "content": line})
         prompt = generator.tokenizer.render(history, True)
-        answer = "".join(generator.text(generator.generate(prompt, 9)))
+        answer = "".join(generator.text(generator.generate(prompt, 9))).lstrip()
         history.append({"role": "assistant", "content": answer.strip()})
         expected += answer + "\n"
     chat = command(folders["ort"], "--chat", "--max-tokens", 9,
@@ -70,6 +70,43 @@ def test_chat(generator, folders) -> None:
     assert chat.returncode == 0
     assert chat.stdout == expected + expected.split("\n")[0] + "\n"
     assert re.fullmatch("error: the prompt has .* leaves no room .*; /clear .*\n", chat.stderr)
+
+
+def test_a_space_before_an_answer_is_not_printed(folders, monkeypatch, capsys) -> None:
+    """The template writes it; before the text that follows a raw prompt, it is text."""
+    monkeypatch.setattr(Generator, "generate", lambda *a, **k: iter(b"  \n yes it is"))
+    for flags, printed in ([], "yes it is\n"), (["--raw"], "  \n yes it is\n"):
+        terminal.main([str(folders["ort"]), "x", *flags])
+        assert capsys.readouterr().out == printed
+
+
+def test_lines_of_a_pipe_are_one_prompt_or_each_its_own(generator, folders) -> None:
+    def answer(text: str) -> str:
+        prompt = generator.tokenizer.render([{"role": "user", "content": text}], True)
+        return "".join(generator.text(generator.generate(prompt, 9))).lstrip() + "\n"
+    one, each = (command(folders["ort"], "--max-tokens", 9, *flags, input="one\ntwo\n")
+                 for flags in ((), ("--lines",)))
+    assert (one.stdout, one.stderr) == (
+        answer("one\ntwo"), "[2 lines are one prompt; --lines answers each line]\n")
+    assert (each.stdout, each.stderr) == (answer("one") + answer("two"), "")
+
+
+def test_each_call_of_an_answer_gets_its_result(generator, monkeypatch) -> None:
+    """Lines after two calls are their two results, and the next one is the user's."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    chats: list[list[dict]] = []
+
+    def answer(_: object, chat: list[dict], *rest: object) -> dict:
+        chats.append(chat)
+        return {"role": "assistant", "content": ""} | (
+            {"tool_calls": [call, call]} if len(chats) == 1 else {})
+    monkeypatch.setattr(terminal, "_answer", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("ask\n1\n2\nmore\n"))
+    terminal._chat(generator, {}, False)
+    assert [[m["role"] for m in chat] for chat in chats] == [
+        ["user"], ["user", "assistant", "tool", "tool"],
+        ["user", "assistant", "tool", "tool", "assistant", "user"]]
+    assert [m["content"] for m in chats[1][2:]] == ["1", "2"]
 
 
 def test_a_chat_is_rendered_as_it_was_trained(generator, monkeypatch) -> None:
@@ -148,8 +185,8 @@ def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> 
 @pytest.mark.parametrize("flags, says", [
     (["--serve", "web"], "web is no port; write the folder before --serve"),
     (["--serve=-1"], "-1 is no port"),
-    (["x", "--best", "2"], "--best and --lines need --choices"),
-    (["x", "--lines"], "--best and --lines need --choices"),
+    (["x", "--best", "2"], "--best needs --choices"),
+    (["--chat", "--lines"], "leave out PROMPT, --raw and --lines"),
     (["--serve", "--stats"], "leave out stats"), (["--serve", "--task", "t"], "leave out task"),
     (["x", "--seed", "1"], "draw nothing without a --temperature"),
     (["x", "--temperature", "nan"], "nan is no number of at least 0"),
@@ -191,7 +228,7 @@ def test_a_prefix_from_a_file_is_a_system_prompt_or_raw_text(generator, folders,
 
     def answer(*said: tuple[str, str]) -> str:
         prompt = generator.tokenizer.render([{"role": r, "content": c} for r, c in said], True)
-        return "".join(generator.text(generator.generate(prompt, 6))) + "\n"
+        return "".join(generator.text(generator.generate(prompt, 6))).lstrip() + "\n"
     system, flags = ("system", "be brief"), ["--prefix", tmp_path / "rules", "--max-tokens", 6]
     expected = answer(system, ("user", "hello"))
     done = command(folders["ort"], "hello", *flags)

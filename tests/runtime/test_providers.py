@@ -5,6 +5,8 @@ import os
 import random
 import re
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
@@ -20,6 +22,7 @@ from minismoe import generate, load_model
 from minismoe.export.compare import logits, unrounded
 from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import AdapterInput
+from minismoe.io import process
 from minismoe.method.experts import ExpertLinear, linear_layers
 from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
@@ -130,11 +133,11 @@ def test_adapters_are_switched(model, tmp_path) -> None:
 def test_a_cache_stays_on_the_gpu(folders) -> None:
     """One buffer for the whole context, or the one that the step before gave."""
     shared, fed_back = (Generator(folders[k], "webgpu", threads=1) for k in ("ort", "portable"))
-    before = {name: id(value) for name, value in shared._past.items()}
+    before = {name: id(value) for name, value in shared._cache.past.items()}
     for generator in (shared, fed_back):
         list(generator.generate(PROMPTS[0], 4))
-        assert {value.device_name() for value in generator._past.values()} == {"webgpu"}
-    assert {name: id(value) for name, value in shared._past.items()} == before
+        assert {value.device_name() for value in generator._cache.past.values()} == {"webgpu"}
+    assert {name: id(value) for name, value in shared._cache.past.items()} == before
 
 
 @needs("webgpu")
@@ -209,6 +212,41 @@ def test_devices_are_chosen_by_kind_and_number(monkeypatch) -> None:
         assert find_device(asked).plugin is devices[number]
     with pytest.raises(ValueError, match="no device openvino:GPU:2,.* finds CPU, GPU, GPU, NPU"):
         find_device("openvino:GPU:2")
+
+
+def test_two_threads_that_capture_give_the_output_back() -> None:
+    before, first = [os.fstat(n).st_ino for n in (1, 2)], threading.Event()
+    captured: list[str] = []
+
+    def other() -> None:
+        with providers.captured(captured):
+            first.wait(10)                   # it ends last
+            os.write(1, b"second")
+
+    thread = threading.Thread(target=other)
+    with providers.captured(captured):
+        thread.start()
+        thread.join(0.2)
+        os.write(1, b"first")
+    first.set()
+    thread.join()
+    assert [os.fstat(n).st_ino for n in (1, 2)] == before and captured == ["first", "second"]
+
+
+def test_threads_are_those_that_a_control_group_grants(tmp_path, monkeypatch) -> None:
+    """As of a container with 2 of 64 processors."""
+    monkeypatch.setattr(process, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(48)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    read, counts = Path.read_text, []
+    monkeypatch.setattr(Path, "read_text", lambda file, *a, **k: "0::/a/b\n" if (
+        str(file) == "/proc/self/cgroup") else read(file, *a, **k))
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for group, quota in (("", "max 100000"), ("a/b", "350000 100000"), ("a", "150000 100000"),
+                         ("", "1000 100000")):
+        (tmp_path / group / "cpu.max").write_text(quota + "\n")
+        counts.append(process.processors())
+    assert counts == [48, 4, 2, 1]
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch) -> None:

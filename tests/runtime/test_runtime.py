@@ -1,9 +1,11 @@
 """The runtime: the text that PyTorch gives, streamed, batched and cut off; broken folders."""
 
 import ctypes
+import gc
 import json
 import math
 import random
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from minismoe.export.layouts import write_adapter
 from minismoe.export.mixture import AdapterInput
 from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
-from minismoe.runtime import Generator, cache
+from minismoe.runtime import Generator
+from minismoe.runtime import model as opened
 from minismoe.runtime.generator import _draw
 from minismoe.runtime.providers import CPU, Device
 
@@ -88,7 +91,7 @@ def test_two_at_once_are_refused(folders, kind) -> None:
     expected = [list(generator.generate(p, 6)) for p in PROMPTS[1:]]
     first, second = (generator.generate(p, 6) for p in PROMPTS[1:])
     started = [next(first), next(second)]
-    with pytest.raises(RuntimeError, match="another generation or adapter began before this one"):
+    with pytest.raises(RuntimeError, match="another generation or adapter began, or the cache"):
         next(first)
     assert [started[1], *second] == expected[1]                # which the first has not disturbed
     with pytest.raises(RuntimeError, match="another generation"):
@@ -106,7 +109,7 @@ def test_an_interruption_empties_the_cache(generator, monkeypatch) -> None:
         patch.setattr(ort.InferenceSession, "run_with_iobinding", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(generator.generate(PROMPTS[1] + b" and more", 6))
-    assert generator._seen == [[]]
+    assert generator._cache.tokens == [[]]
     assert list(generator.generate(PROMPTS[1], 6)) == expected
 
 
@@ -134,7 +137,7 @@ def test_a_static_past_begins_as_zeros_whatever_the_device(folders, monkeypatch)
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", dirty)
     monkeypatch.setattr(generator, "_memory", ("cuda", 0))
     generator.reset()
-    assert not any(torch.from_dlpack(value).any() for value in generator._past.values())
+    assert not any(torch.from_dlpack(value).any() for value in generator._cache.past.values())
     monkeypatch.setattr(generator, "_memory", ("cpu", 0))
     assert list(generator.generate(PROMPTS[1], 8)) == expected
 
@@ -142,20 +145,20 @@ def test_a_static_past_begins_as_zeros_whatever_the_device(folders, monkeypatch)
 def test_an_emptied_cache_is_used_again_and_not_read(folders) -> None:
     generator = Generator(folders["ort"], threads=1)
     expected = list(generator.generate(PROMPTS[2], 30))
-    before = {name: value.data_ptr() for name, value in generator._past.items()}
+    before = {name: value.data_ptr() for name, value in generator._cache.past.items()}
     generator.reset()
-    for value in generator._past.values():
+    for value in generator._cache.past.values():
         ctypes.memset(value.data_ptr(), 0xff, 4 * math.prod(value.shape()))      # nan
     assert list(generator.generate(PROMPTS[2], 30)) == expected
-    assert {name: value.data_ptr() for name, value in generator._past.items()} == before
+    assert {name: value.data_ptr() for name, value in generator._cache.past.items()} == before
 
 
 @pytest.mark.parametrize("kind, on_cpu, memory", [
     ("ort", True, "cpu"), ("ort", False, "cuda"), ("portable", True, "cuda")])
 def test_the_cache_is_where_attention_is(folders, monkeypatch, kind, on_cpu, memory) -> None:
     """CUDA's attention takes 16 bits only, and leaves 32 bits to the CPU."""
-    monkeypatch.setattr(cache, "find_device", lambda name: Device("cuda", memory=("cuda", 0)))
-    monkeypatch.setattr(cache, "nodes_by_provider", lambda session: {
+    monkeypatch.setattr(opened, "find_device", lambda name: Device("cuda", memory=("cuda", 0)))
+    monkeypatch.setattr(opened, "nodes_by_provider", lambda session: {
         CPU: "2 GroupQueryAttention" if on_cpu else "2 Sub"})
     monkeypatch.setattr(Generator, "use", lambda *args: None)
     assert Generator(folders[kind])._memory == (memory, 0)
@@ -165,18 +168,62 @@ def test_no_prompt_has_no_text(generator) -> None:
     assert generator.batch([]) == []
 
 
+def test_prompts_of_a_gpu_share_a_bounded_memory(folders, monkeypatch) -> None:
+    """2 layers x keys and values x 2 heads x 16 x 4 bytes: 512 a token, and 4 + 6 tokens."""
+    generator, sizes = Generator(folders["ort"], threads=1), []
+    expected = generator.batch([b"abcd", b"abc"] * 4, 6)
+    reset, make = generator.reset, ort.OrtValue.ortvalue_from_shape_and_type
+    monkeypatch.setattr(generator, "reset", lambda *size: sizes.append(size) or reset(*size))
+    monkeypatch.setattr(generator, "_memory", ("cuda", 0))
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type",
+                        lambda shape, kind, *_: make(shape, kind, "cpu"))
+    monkeypatch.setattr("minismoe.runtime.generator.BATCH", 3 * 512 * 10 + 1)
+    assert generator.batch([b"abcd", b"abc"] * 4, 6) == expected
+    assert sizes == [(3, 10), (3, 10), (2, 10)]
+    del sizes[:]
+    generator.batch([b"abcd"] * 2, rows=2)               # a number that was asked for stays
+    assert sizes == [(2, 96)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_emptied_cache_ends_a_generation(folders, kind) -> None:
+    generator = Generator(folders[kind], threads=1)
+    tokens = generator.generate(PROMPTS[1], 6)
+    next(tokens)
+    generator.reset()
+    with pytest.raises(RuntimeError, match="or the cache was emptied"):
+        next(tokens)
+
+
+def test_a_generation_that_the_caller_left_has_not_ended(generator) -> None:
+    list(generator.generate(PROMPTS[1], 2))
+    assert generator.ended == "max_tokens"
+    for _ in generator.generate(PROMPTS[1], 6):
+        break
+    assert generator.ended == ""
+
+
+def test_a_generator_that_is_gone_leaves_no_tokenizer(folders) -> None:
+    generator = Generator(folders["ort"], threads=1)
+    generator.choose(PROMPTS[0], ["yes", "no"])
+    tokenizer = weakref.ref(generator.tokenizer)
+    del generator
+    gc.collect()
+    assert tokenizer() is None
+
+
 def test_a_wrong_prompt_of_a_batch_is_named_before_any_is_read(generator) -> None:
     generator.reset()
     with pytest.raises(ValueError, match="^prompt 2 of 3 is empty"):
         generator.batch(["a", "", "b"])
-    assert generator._seen == [[]]
+    assert generator._cache.tokens == [[]]
 
 
 def test_long_prompts_go_in_chunks(generator, monkeypatch) -> None:
     whole = list(generator.generate(PROMPTS[2], 8))
     generator.reset()
     sizes, step = [], generator.step
-    monkeypatch.setattr("minismoe.runtime.cache.CHUNK", 7)
+    monkeypatch.setattr("minismoe.runtime.model.CHUNK", 7)
     monkeypatch.setattr(generator, "step", lambda rows: sizes.append(len(rows[0])) or step(rows))
     assert list(generator.generate(PROMPTS[2], 8)) == whole
     assert len(PROMPTS[2]) == 33 and sizes[:6] == [7, 7, 7, 7, 5, 1]
@@ -235,6 +282,14 @@ def test_logits_that_are_not_numbers_end_a_text(model, tmp_path) -> None:
 def test_refusals(generator, prompt, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         list(generator.generate(prompt, **options))
+
+
+def test_a_batch_of_no_rows_and_an_empty_chat_are_refused(generator) -> None:
+    for rows in 0, -1:
+        with pytest.raises(ValueError, match=f"^{rows} rows: expected at least 1"):
+            generator.batch(["a"], rows=rows)
+    with pytest.raises(ValueError, match="the chat is empty"):
+        generator.reply([])
 
 
 def test_sampling(generator) -> None:
@@ -358,6 +413,17 @@ def test_broken_folders(model, tmp_path, change, message) -> None:
     folder = export(model, tmp_path / "f")
     change(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Generator(folder, threads=1)
+
+
+def test_links_to_folders_are_followed_only_within_the_folder(model, tmp_path) -> None:
+    folder = export(model, tmp_path / "f")
+    (folder / "more").mkdir()
+    (folder / "link").symlink_to(folder / "more")
+    Generator(folder, threads=1)
+    (tmp_path / "other").mkdir()
+    (folder / "out").symlink_to(tmp_path / "other")
+    with pytest.raises(ValueError, match="out is a link that leads out of its folder"):
         Generator(folder, threads=1)
 
 
