@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model.decoder import CausalLM
 from ..runtime import Generator
-from ..runtime.cache import CHUNK
+from ..runtime.model import CHUNK
 from ..training.evaluate import generate
 
 TOKENS = 24                              # of each greedy text
