@@ -6,6 +6,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,7 +43,11 @@ def _hang_up(number: int) -> None:
 
 @contextmanager
 def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP go to `handler` meanwhile, unless nohup has them ignored."""
+    """Ctrl-C, SIGTERM and SIGHUP go to `handler` meanwhile, unless nohup has them ignored. Only the
+    main thread may have it so; in another one they stay with the program's own handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {n: signal.signal(n, handler) for n in ENDING
               if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN}
     try:

@@ -77,6 +77,9 @@ class _Group(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """dy (N, out) of each layer, and that of the logits -> gradients of the inputs."""
+        if _casts(gradients[0]):
+            with torch.autocast(gradients[0].device.type, enabled=False):
+                return _Group.backward(ctx, *gradients)
         layers, (x, h, gates, A, routers, *B) = ctx.layers, ctx.saved_tensors
         dys, d_logits, d_routers = gradients[:len(layers)], None, None
         parts = [dy @ b.T for dy, b in zip(dys, B)]
@@ -147,9 +150,8 @@ def linear_outputs(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
 
 
 def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
-    kind = x.device.type                                 # casts are explicit, so no autocast
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
+    if _casts(x):
+        with torch.autocast(x.device.type, enabled=False):
             return _apply(x.to(layers[0].weight.dtype), layers)
     stack = layers[0].stack
     if stack is None or len(stack.B) != len(layers):
@@ -159,6 +161,13 @@ def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
         for layer, logits in zip(layers, y[-1].unbind(1)):
             layer.router_logits = logits
     return [part.view(*x.shape[:-1], part.shape[-1]) for part in y[:len(layers)]]
+
+
+def _casts(x: Tensor) -> bool:
+    """Whether autocast would change the dtypes of products on x's device: experts cast by
+    themselves, so they switch it off."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def stacked(layers: Sequence[ExpertLinear], dtype: torch.dtype) -> Stack:
@@ -229,7 +238,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 def add_experts(model: nn.Module, experts: Allocation | Mapping[str, int], *, rank: int = 8,
                 top_k: int = 2) -> nn.Module:
-    """Freeze `model` and put LoRA experts on its linear layers, in place.
+    """Freeze `model`, but for experts that it has, and put LoRA experts on its linear layers, in
+    place.
 
     experts: an `Allocation`, or {module: number of experts}; `rank` and `top_k` are for the latter,
     whose alpha is twice the rank. Raises ValueError for wrong values, and as `adaptable` does.
@@ -239,7 +249,10 @@ def add_experts(model: nn.Module, experts: Allocation | Mapping[str, int], *, ra
     if problems := experts.problems():
         raise ValueError("; ".join(problems))
     layers = adaptable(model, experts)
-    model.requires_grad_(False)
+    earlier = {p for layer in expert_layers(model).values()
+               for p in (layer.lora_A, layer.lora_B, layer.router)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter in earlier)
     for name, count in experts.experts.items():
         if count > 0:                    # the paper's files list matrices without an adapter too
             model.set_submodule(name, ExpertLinear(

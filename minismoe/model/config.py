@@ -71,7 +71,8 @@ class Config:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()             # of each layer: tokens it sees, None = all
+    windows: tuple[int | None, ...] = ()             # of each layer: tokens it sees, None = all;
+                                                     # none given: all layers see all
     # What other families have; Llama has these defaults.
     activation: str = "silu"                         # or gelu_pytorch_tanh
     local_rope_theta: float = 0.0                    # of layers with a window; 0: as the others
@@ -93,6 +94,9 @@ class Config:
     rotary_size: int = 0                             # of a head, the part that turns; 0: all of it
     output_gate: bool = False                        # attention's output is gated
     names: Mapping[str, str] | None = None           # one of MODULES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "windows", self.windows or (None,) * self.num_hidden_layers)
 
     @property
     def attention_layers(self) -> list[int]:

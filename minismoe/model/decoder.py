@@ -124,7 +124,7 @@ class Decoder(nn.Module):
             angles = tokens.positions[:, None] * rope_frequencies(self.config, kind, x.device)
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
             ropes[kind] = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
-        for layer, kind in zip(self.layers, self.config.ropes):
+        for layer, kind in zip(self.layers, self.config.ropes, strict=True):
             inputs = x, tokens, ropes[kind]
             x = _checkpointed(layer, *inputs) if recompute else layer(*inputs)
         if tokens.cache is not None:

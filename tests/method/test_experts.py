@@ -304,7 +304,7 @@ def test_under_autocast_a_transformers_model_trains_as_without() -> None:
     for cast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             logits = model(input_ids=ids, attention_mask=mask).logits
-        F.cross_entropy(logits[mask.bool()].float(), ids[mask.bool()]).backward()
+            F.cross_entropy(logits[mask.bool()].float(), ids[mask.bool()]).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
         model.zero_grad()
     assert F.cosine_similarity(*found, dim=0) > 0.99 and not torch.equal(*found)
@@ -336,6 +336,17 @@ def test_add_experts_in_place(experts: Any) -> None:
 def test_a_count_of_0_is_no_adapter() -> None:
     model = add_experts(llama(), {"model.layers.0.mlp.up_proj": 0, "model.layers.1.mlp.up_proj": 2})
     assert list(expert_layers(model)) == ["model.layers.1.mlp.up_proj"]
+
+
+def test_experts_that_are_added_later_leave_the_first_ones_as_they_were() -> None:
+    model = add_experts(llama(), dict.fromkeys(
+        ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"), 2))
+    model.model.layers[0].mlp.up_proj.router.requires_grad_(False)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 5
+    add_experts(model, {"model.layers.1.mlp.up_proj": 2})
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained | {
+        f"model.layers.1.mlp.up_proj.{part}" for part in PARTS}
 
 
 def test_wrong_names_are_all_named_and_nothing_is_done() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, LLAMA3, WINDOW
+from tiny import FAMILIES, LLAMA3, WINDOW, tiny_config
 from torch import Tensor
 
 from minismoe.method.loss import supervised_losses
@@ -77,6 +77,18 @@ def test_window_changes_the_logits(checkpoint: Checkpoint, family: str) -> None:
     full = model(ids)
     close(full[:, :WINDOW], windowed[:, :WINDOW])
     assert (full - windowed)[:, WINDOW:].abs().amax(-1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_no_windows_mean_that_all_layers_run_and_see_all() -> None:
+    """Layers of convolutions read no window, so that none of them would be missed."""
+    model = CausalLM(tiny_config(windows=(), conv_layers=(0, 1), conv_size=3))
+    assert model.config.windows == (None, None)
+    hidden, ids = list[Tensor](), torch.arange(6)[None]
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, inputs, y: hidden.append(y))
+    model(ids)
+    assert len(hidden) == 2
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -189,6 +190,15 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(tmp_path, dtype, monkeypatc
     losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
               for run in ("straight", "cut")]
     assert losses[0] == losses[1]
+
+
+def test_another_thread_can_train(tmp_path) -> None:
+    """As in a notebook's worker; only a program's main thread may handle signals."""
+    thread = threading.Thread(target=train, args=(
+        tiny(), examples(), TrainConfig(epochs=1), tmp_path, 0))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
 
 
 def test_not_finite_loss_names_step_and_batch(tmp_path) -> None:
