@@ -49,16 +49,18 @@ class Browser:
         self.process = subprocess.Popen(
             [str(CHROMIUM), "--headless=new", "--no-sandbox", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--disable-dev-shm-usage", "--remote-debugging-pipe",
+             "--disable-quic", "--disable-dev-shm-usage", "--remote-debugging-pipe",
              f"--user-data-dir={self.profile}", *flags],
             preexec_fn=number, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL)
         os.close(theirs_in)
         os.close(theirs_out)
-        self.count, self.received, self.session = 0, b"", ""
+        self.count, self.received, self.session, self.worker = 0, b"", "", ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target,
                                  flatten=True)["sessionId"]
+        self.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False,
+                  flatten=True)
 
     def __enter__(self) -> "Browser":
         return self
@@ -70,11 +72,12 @@ class Browser:
         os.close(self.ours_out)
         shutil.rmtree(self.profile, ignore_errors=True)
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
+    def call(self, method: str, session: str = "", **params: Any) -> dict[str, Any]:
         """Call a method of the protocol; RuntimeError if it fails or takes two minutes."""
         self.count += 1
-        session = {"sessionId": self.session} if self.session else {}
-        message = {"id": self.count, "method": method, "params": params, **session}
+        session = session or self.session
+        message = {"id": self.count, "method": method, "params": params,
+                   **({"sessionId": session} if session else {})}
         os.write(self.ours_out, json.dumps(message).encode() + b"\0")
         while (answer := self._receive()).get("id") != self.count:
             pass
@@ -87,12 +90,19 @@ class Browser:
             if not select.select([self.ours_in], [], [], 120)[0]:
                 raise RuntimeError("the browser does not answer")
             self.received += os.read(self.ours_in, 1 << 20)
-        message, self.received = self.received.split(b"\0", 1)
-        return json.loads(message)
+        text, self.received = self.received.split(b"\0", 1)
+        message = json.loads(text)
+        if message.get("method") == "Target.attachedToTarget" and (
+                message["params"]["targetInfo"]["type"] == "worker"):
+            self.worker = message["params"]["sessionId"]
+        return message
 
-    def js(self, code: str) -> Any:
-        """The value of an expression in the page, awaited if it is a promise."""
-        found = self.call("Runtime.evaluate", expression=code, awaitPromise=True,
+    def js(self, code: str, session: str = "") -> Any:
+        """The value of an expression in the page, awaited if it is a promise.
+
+        session: `worker`, for an expression in the page's last worker.
+        """
+        found = self.call("Runtime.evaluate", session, expression=code, awaitPromise=True,
                           returnByValue=True)
         if "exceptionDetails" in found:
             raise RuntimeError(str(found["exceptionDetails"]))

@@ -3,6 +3,7 @@
 Letters: R rank of a fit.
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -210,8 +211,7 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
 
     Several precisions can go to the same folder: the last one is the default; q8 is for WASM alone.
     """
-    for part in Path(__file__).with_name("page").iterdir():
-        shutil.copyfile(part, out / part.name)               # without its mode: it may be read-only
+    write_page(out)
     dtype, suffix = WEB_DTYPES[precision]
     name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # transformers.js fetches it
     (out / "onnx").mkdir(exist_ok=True)
@@ -236,6 +236,15 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
     ours.setdefault("use_external_data_format", {})[name] = 1        # how many data files
     ours.setdefault("kv_cache_dtype", {})[dtype] = cache_type        # version 3 asks for it
     write_json(out / "config.json", config)
+
+
+def write_page(out: Path) -> None:
+    """Write index.html, with its scripts inside, and the service worker that opens it offline."""
+    page = Path(__file__).with_name("page")
+    html = re.sub(r' src="(\w+\.js)">', lambda found: f">\n{(page / found[1]).read_text('utf-8')}",
+                  (page / "index.html").read_text("utf-8"))
+    (out / "index.html").write_text(html, encoding="utf-8")
+    (out / "offline.js").write_text((page / "offline.js").read_text("utf-8"), encoding="utf-8")
 
 
 def write_adapter(file: Path, fits: Fits) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 
-from ..io.files import must_be_new, new_folder, sha256, write_json
+from ..io.files import must_be_new, new_folder, sha256, sha256_of_parts, write_json
 from ..method.experts import expert_layers
 from ..model.checkpoint import load_adapter, load_model, versions
 from ..model.decoder import CausalLM
@@ -18,6 +18,8 @@ from . import layouts, verify
 from .heal import BATCH
 from .prepare import Prepared, prepare
 from .settings import ExportConfig, Source
+
+SHARD = 64_000_000                           # bytes
 
 
 def export_model(config: ExportConfig, source: Source,
@@ -103,8 +105,17 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
         layouts.write_web(folder, config.precision, info["cache_type"])
     if config.layout in ("genai", "web"):                # their programs choose tokens themselves
         (folder / "sampler.onnx").unlink()
-    info["files"] = {
-        f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)}
-        for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / "export.json"}
+    info["files"] = {f.relative_to(folder).as_posix(): _listed(f, config.layout == "web")
+                     for f in sorted(folder.rglob("*"))
+                     if f.is_file() and f != folder / "export.json"}
     write_json(folder / "export.json", info)
     return info
+
+
+def _listed(file: Path, web: bool) -> dict[str, Any]:
+    """What export.json says of a file. A page loads a large one in parts, and checks each."""
+    size = file.stat().st_size
+    listed: dict[str, Any] = {"bytes": size, "sha256": sha256(file)}
+    if web and size > SHARD:
+        listed["shards"] = {"bytes": SHARD, "sha256": sha256_of_parts(file, SHARD)}
+    return listed

@@ -152,3 +152,9 @@ def sha256(file: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_of_parts(file: Path, size: int) -> list[str]:
+    """SHA-256 of each `size` bytes of a file, in order."""
+    with file.open("rb") as f:
+        return [hashlib.sha256(part).hexdigest() for part in iter(lambda: f.read(size), b"")]

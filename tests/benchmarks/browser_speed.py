@@ -45,7 +45,8 @@ def loading(tab: Browser, address: str) -> float:
     """Seconds until the page is ready."""
     start = time.perf_counter()
     tab.open(address)
-    tab.wait("document.querySelector('#status')?.textContent.startsWith('Loading')")
+    tab.wait("document.querySelector('#status')?.textContent.startsWith('Loading')"
+             " || document.querySelector('#go')?.click()")           # a large model is asked for
     print(tab.wait_status("Ready", seconds=300))
     return time.perf_counter() - start
 

@@ -1,155 +1,134 @@
-// The model and its files, away from the page's thread. One script with two jobs: as a service
-// worker it keeps the files, so that the page opens offline; as the page's worker it loads the model
-// with transformers.js and answers.
+// The page's worker: it loads the model with transformers.js and answers the page's messages.
 
-const VERSION = "4.3.1";                 // of @huggingface/transformers
-const HERE = new URL("./", self.location).href;
-const CACHE = `minismoe ${HERE}`;
+// Bytes of memory that a tab takes for a byte of weights: WASM turns each into a float as it loads,
+// and computes with copies of them.
+const TAKEN = { wasm: 16, webgpu: 3 };
 
-if ("ServiceWorkerGlobalScope" in self) {
-  self.addEventListener("install", () => self.skipWaiting());
-  self.addEventListener("activate", event => event.waitUntil(self.clients.claim()));
-  self.addEventListener("fetch", event => {
-    if (event.request.method === "GET") event.respondWith(keep(event));
-  });
-} else {
-  const fail = (error, of) => self.postMessage({ is: "error", text: inOneLine(error), of });
-  self.onmessage = ({ data }) =>
-    ({ load, ask, stop: () => { stopped = true; } })[data.does](data)
-      ?.catch(error => fail(error, data.does));
-  // transformers.js loses the error of a missing data file, and waits for ever.
-  self.onunhandledrejection = ({ reason }) => fail(reason, "load");
-}
+let files, reader, tokenizer, streamerOf, context, stops, go, answers = {}, stopped = false;
 
-// Weights are those of export.json, and stay until it changes. Other files are asked for each time,
-// and taken from the cache offline.
-async function keep(event) {
-  const { request } = event, file = request.url.split("?")[0];
-  let cache = await caches.open(CACHE);
-  const found = await cache.match(file);
-  if (found && file.startsWith(`${HERE}onnx/`)) return found;
-  try {
-    const response = await fetch(request);
-    if (found && file === `${HERE}export.json` &&
-        await found.text() !== await response.clone().text()) {
-      await caches.delete(CACHE);
-      cache = await caches.open(CACHE);
-    }
-    if (response.status === 200) {       // without space the page works, but not offline
-      event.waitUntil(cache.put(file, response.clone()).catch(() => {}));
-    }
-    return response;
-  } catch (error) {
-    if (found) return found;
-    throw error;
-  }
-}
+const post = (is, data) => self.postMessage({ is, ...data });
+const does = {
+  load, ask, choose,
+  go: () => go(),
+  stop: () => { stopped = true; },
+};
 
-// transformers.js from vendor/ or else from a CDN, and with it its build of onnxruntime.
-async function library() {
-  const vendor = `${HERE}vendor/node_modules/`, file = "dist/transformers.min.js";
-  try {
-    const found = await import(`${vendor}@huggingface/transformers/${file}`);
-    const paths = found.env.backends.onnx.wasm.wasmPaths;
-    for (const part in paths) {
-      paths[part] = paths[part].replace(/.*\/dist\//, `${vendor}onnxruntime-web/dist/`);
-    }
-    return found;
-  } catch {
-    return import(`https://cdn.jsdelivr.net/npm/@huggingface/transformers@${VERSION}/${file}`)
-      .catch(() => { throw new Error("vendor/ holds no transformers.js, and the CDN is not reached"); });
-  }
-}
+self.onmessage = ({ data }) => does[data.does](data)
+  ?.catch(error => post("failed", { text: inOneLine(error), fatal: data.does === "load" }));
+self.onunhandledrejection = ({ reason }) => post("failed", { text: inOneLine(reason), fatal: true });
 
-const BURST = 200;                       // ms: "stop" is heard between calls of the model
-
-// Tokens of a prompt that are read at once. On Vulkan, as on Android and Linux, WebGPU attends wrongly
-// to 32 and more: Dawn's compiler does not set the variables of a shader's loop to zero again.
-let most, model, tokenizer, context, stopped, parts;
-
-async function load(data) {
-  parts = await library();
-  const { AutoConfig, AutoModelForCausalLM, AutoTokenizer, env } = parts;
-  Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: HERE,
-                       useBrowserCache: false, useWasmCache: false });
+async function load({ home }) {
+  files = new Files(home);
+  const info = await files.open(), config = json(await files.bytes("config.json"));
+  const tasks = files.listed["tasks.json"] ? json(await files.bytes("tasks.json")) : {};
+  const { dtype, gpu, lacks } = await device(config["transformers.js_config"]);
+  const graph = `onnx/model${{ fp32: "", q8: "_quantized" }[dtype] ?? `_${dtype}`}.onnx`;
+  const names = [...Object.keys(LIBRARY), graph, `${graph}_data`, ...Object.keys(files.listed)
+    .filter(name => /^[^/]+\.(json|jinja)$/.test(name))];
+  const lacking = await files.lacking(names);
+  post("plan", { model: info.model, tasks, lacking, keeps: files.keeps,
+                 memory: files.listed[`${graph}_data`].bytes * TAKEN[gpu ? "webgpu" : "wasm"] });
+  await new Promise(done => { go = done; });
+  const total = names.reduce((sum, name) => sum + files.listed[name].bytes, 0), content = {};
+  let loaded = 0;
+  files.seen = bytes => post("progress", { loaded: loaded += bytes, total, cdn: files.cdn });
+  for (const name of names) content[name] = await files.bytes(name);
+  post("starting");
   const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
-  env.backends.onnx.wasm.numThreads = threads;
-  const config = await AutoConfig.from_pretrained(".");
-  const adapter = await navigator.gpu?.requestAdapter();
-  const dtype = adapter && config["transformers.js_config"].device_config?.webgpu?.dtype;
-  const lacks = /fp?16$/.test(dtype) && !adapter.features.has("shader-f16");
-  const gpu = dtype && !lacks;
-  most = gpu && /Linux|CrOS/.test(navigator.userAgent) ? 31 : Infinity;
-  const files = {};
-  const progress_callback = event => {
-    if (event.status !== "progress") return;
-    files[event.file] = event;
-    const sum = part => Object.values(files).reduce((all, file) => all + file[part], 0);
-    self.postMessage({ is: "progress", loaded: sum("loaded"), total: sum("total") });
-  };
-  tokenizer = await AutoTokenizer.from_pretrained(".");
-  model = await AutoModelForCausalLM.from_pretrained(
-    ".", { config, device: gpu ? "webgpu" : "wasm", progress_callback });
-  ({ context } = data);
-  self.postMessage({ is: "ready", on: gpu ? "WebGPU" : "WASM", threads, lacks });
+  const library = await start(content, threads);
+  tokenizer = await library.AutoTokenizer.from_pretrained(".");
+  const model = await library.AutoModelForCausalLM.from_pretrained(".", {
+    device: gpu ? "webgpu" : "wasm", dtype, use_external_data_format: false,
+    session_options: { externalData: [
+      { path: `${graph}_data`.slice(5), data: content[`${graph}_data`] }] } });
+  await files.remember();
+  // On Vulkan, as on Android and Linux, WebGPU attends wrongly to 32 and more tokens at once: Dawn's
+  // compiler does not set the variables of a shader's loop to zero again.
+  const most = gpu && /Linux|CrOS/.test(navigator.userAgent) ? 31 : Infinity;
+  reader = new Reader(model, library, most);
+  context = info.context;
+  stops = [model.generation_config.eos_token_id].flat();
+  streamerOf = say => new library.TextStreamer(
+    tokenizer, { skip_prompt: true, skip_special_tokens: true, callback_function: say });
+  post("ready", { on: gpu ? "WebGPU" : "WASM", threads, lacks, keeps: files.keeps });
 }
 
-async function ask({ messages }) {
-  const inputs = tokenizer.apply_chat_template(
-    messages, { add_generation_prompt: true, return_dict: true });
-  const room = context - inputs.input_ids.dims[1];
-  if (room < 1) throw new Error(`the text is ${1 - room} tokens too long: begin anew`);
+// The graph that this browser computes with: its dtype, and whether on a GPU.
+async function device({ dtype, device_config }) {
+  const adapter = await navigator.gpu?.requestAdapter();
+  const wanted = adapter && device_config?.webgpu?.dtype;
+  const lacks = /fp?16$/.test(wanted) && !adapter.features.has("shader-f16");
+  return wanted && !lacks ? { dtype: wanted, gpu: true } : { dtype, gpu: false, lacks };
+}
+
+// transformers.js, which takes all its files from `content`: names in the folder, and their bytes.
+async function start(content, threads) {
+  const [script, factory, wasm] = Object.keys(LIBRARY);
+  const url = name => URL.createObjectURL(new Blob([content[name]], { type: "text/javascript" }));
+  const library = await import(url(script)), { env } = library;
+  Object.assign(env, {
+    allowRemoteModels: false, allowLocalModels: true, localModelPath: files.home,
+    useBrowserCache: false, useWasmCache: false,
+    fetch: async address => {
+      const name = new URL(address, files.home).href.slice(files.home.length);
+      return name in content ? new Response(content[name]) : new Response(null, { status: 404 });
+    } });
+  Object.assign(env.backends.onnx.wasm, {
+    numThreads: threads, wasmPaths: { mjs: url(factory) }, wasmBinary: content[wasm] });
+  return library;
+}
+
+async function ask({ messages, settings }) {
+  const ids = prompt(messages, 1), { stop } = settings;
   const start = performance.now(), times = [];
-  const streamer = new parts.TextStreamer(tokenizer, {
-    skip_prompt: true, skip_special_tokens: true,
-    callback_function: text => self.postMessage({ is: "text", text }) });
-  streamer.put([[]]);                    // the prompt, which is skipped
-  for await (const tokens of answer(inputs.input_ids.data, room)) {
+  let read, held = "", ended = false;              // what may be the beginning of `stop` is held back
+  const say = (text, last = false) => {
+    if (ended) return;
+    held += text;
+    const at = stop ? held.indexOf(stop) : -1;
+    ended = at >= 0;
+    const count = ended ? at : last ? held.length : Math.max(0, held.length - stop.length + !!stop);
+    post("text", { text: held.slice(0, count) });
+    held = held.slice(count);
+  };
+  const streamer = streamerOf(say);
+  streamer.put([[]]);                        // the prompt, which is skipped
+  const room = Math.min(context - ids.length, settings.tokens || Infinity);
+  stopped = false;
+  reader.anew = 0;
+  for await (const tokens of answer(reader, ids, room, stops, settings, () => stopped || ended)) {
+    read ??= reader.anew;
     times.push(...tokens.map(() => performance.now()));
-    streamer.put([tokens]);
+    streamer.put([tokens.map(BigInt)]);
   }
   streamer.end();
-  self.postMessage({ is: "done", first: (times[0] - start) / 1000, tokens: times.length,
-                     seconds: (times.at(-1) - times[0]) / 1000 });
+  say("", true);
+  post("done", { read, length: ids.length, context, first: (times[0] - start) / 1000, tokens: times.length,
+                 seconds: (times.at(-1) - times[0]) / 1000 });
 }
 
-// The likeliest tokens after a prompt, as they come: at most `room`, and a token that ends it.
-async function* answer(ids, room) {
-  const { DynamicCache, Tensor } = parts, past = new DynamicCache();
-  const several = model.sessions.model.outputNames.includes("tokens");   // in one call, as asked
-  const stops = [model.generation_config.eos_token_id].flat().map(BigInt);
-  const { port1, port2 } = new MessageChannel();
+async function choose({ messages, task, choices }) {
+  answers[task] ??= answerTokens(tokenizer, choices, stops);
+  const longest = Math.max(...answers[task].map(answer => answer.tokens.length));
+  const ids = prompt(messages, longest), start = performance.now();
   stopped = false;
-  try {
-    for (let seen = 0, count = 1, rest = ids, found; room && !stopped; room -= found.length) {
-      [ids, rest, found] = [rest.slice(0, most), rest.slice(most), []];
-      const start = performance.now(), mask = new BigInt64Array(seen += ids.length).fill(1n);
-      if (several) mask[seen - 1] = BigInt(count);
-      const { logits, tokens, ...present } = await model.forward({
-        input_ids: new Tensor("int64", ids, [1, ids.length]),
-        attention_mask: new Tensor("int64", mask, [1, seen]), past_key_values: past });
-      past.update(Object.fromEntries(Object.entries(present).map(([name, values]) => [
-        name.replace("present_", "past_").replace("present", "past_key_values"), values])));
-      if (rest.length) continue;
-      found = tokens ? [...tokens.data] : [BigInt(logits.data.reduce(
-        (best, value, id, all) => value > all[best] ? id : best, 0))];
-      yield found;
-      if (stops.includes(found.at(-1))) break;
-      rest = found.slice(-1);
-      seen += found.length - 1;
-      const fit = Math.floor(BURST * found.length / (performance.now() - start));
-      count = Math.min(room - found.length, Math.max(1, Math.min(fit, 16)));
-      await new Promise(done => { port1.onmessage = done; port2.postMessage(null); });
-    }
-  } finally {
-    await past.dispose();              // what is on a GPU
-  }
+  const best = await likeliest(reader, ids, answers[task], 3, () => stopped);
+  post("chosen", { best, seconds: (performance.now() - start) / 1000 });
 }
+
+// The tokens of a chat; throws if they leave no room for `more`.
+function prompt(messages, more) {
+  const ids = tokenizer.apply_chat_template(
+    messages, { add_generation_prompt: true, return_tensor: false, return_dict: false });
+  const over = ids.length + more - context;
+  if (over > 0) throw new Error(`the text is ${over} tokens too long: begin a new chat`);
+  return ids;
+}
+
+function json(bytes) { return JSON.parse(new TextDecoder().decode(bytes)); }
 
 function inOneLine(error) {
   const text = String(error?.message ?? error).split("\n")[0];
-  const missing = text.match(/(?:locate file|locally at)[^"]*"([^"]+)"/);
-  if (missing) return `${missing[1].replace(HERE, "").replace("./", "")} is missing: copy the folder whole`;
   if (/memory|alloc/i.test(text) || error instanceof RangeError || typeof error === "number") {
     return "too little memory for this model: close other tabs";
   }
