@@ -47,8 +47,7 @@ def main(argv: Sequence[str]) -> None:
     if config.plan:
         show_plan(config)
         return
-    if config.out:                       # before hours of work
-        runs.check_free(Path(config.out), config.resume)
+    runs.check_free(runs.folder_of(config), config.resume)       # before hours of work
 
     # Load.
     inputs = load_inputs(config.inputs)
@@ -126,7 +125,7 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
     if args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
     values = vars(args)
-    if args.allocation and (idle := [option(name) for name in flags.CHOOSING
+    if args.allocation and (idle := [option(name) for name in sorted(flags.CHOOSING)
                                      if values[name] != getattr(flags.AllocationConfig, name)]):
         parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
     allocating = from_flags(flags.AllocationConfig, values)

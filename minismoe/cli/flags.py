@@ -11,8 +11,8 @@ from ..method.allocate import GROUPS, STRATEGIES
 from ..training.loop import TrainConfig
 
 # Flags that choose an allocation, and so mean nothing with --allocation FILE.
-CHOOSING = ("strategy", "keep", "budget_experts", "budget_params", "group", "targets",
-            "min_experts", "max_experts")
+CHOOSING = {"strategy", "keep", "budget_experts", "budget_params", "group", "targets",
+            "min_experts", "max_experts"}
 
 
 @dataclass(frozen=True)

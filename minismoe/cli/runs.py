@@ -15,15 +15,15 @@ from typing import Any, get_type_hints
 
 import torch
 
-from ..io.files import inside, naming, read_json, sha256_of_json, write_json
-from ..io.flags import as_flags, from_flags, option
+from ..io.files import inside, must_be_writable, naming, read_json, sha256_of_json, write_json
+from ..io.flags import as_flags, from_flags, option, typed
 from ..io.text import clean, table
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
 from ..training import distributed
 from ..training.evaluate import Accuracy
 from ..training.loop import LATE, TrainConfig
-from .flags import InputConfig, RunConfig
+from .flags import CHOOSING, InputConfig, RunConfig
 from .inputs import Inputs
 from .script import working_in
 
@@ -38,9 +38,10 @@ EXPORTED = ("model", "data", "tasks", "limit_train", "limit_test", "max_length",
 
 def check_free(run: Path, resume: bool) -> None:
     """Raise FileExistsError if a new run would lie in that of another, or in what probe.py
-    measured."""
+    measured, and PermissionError if no file can be made in it."""
     if run.exists() and not run.is_dir():
         raise FileExistsError(f"{run} is a file: choose another --out")
+    must_be_writable(run)
     if resume:
         return
     if (run / "config.json").exists():
@@ -51,15 +52,20 @@ def check_free(run: Path, resume: bool) -> None:
                               f"--allocation {run}/allocation.json to train on it")
 
 
+def folder_of(config: RunConfig) -> Path:
+    """--out, or the next free name in runs."""
+    name = Path(config.inputs.model or "default").resolve().name
+    free = (run for n in count(1) if not (run := Path("runs") / f"{name}-{n}").exists())
+    return Path(distributed.gather(config.out or str(next(free)))[0])
+
+
 @contextmanager
 def run_folder(config: RunConfig) -> Iterator[Path]:
     """The folder of a run, held for it: --out, or the next free name in runs.
 
     Raises FileExistsError as `check_free` does, and BlockingIOError if another process holds it.
     """
-    name = Path(config.inputs.model or "default").resolve().name
-    free = (run for n in count(1) if not (run := Path("runs") / f"{name}-{n}").exists())
-    run = Path(distributed.gather(config.out or str(next(free)))[0])
+    run = folder_of(config)              # again: another run may have taken the name meanwhile
     with working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
         check_free(run, config.resume)       # again: another process may have filled it meanwhile
         distributed.gather(None)             # no process writes before all have looked
@@ -235,13 +241,14 @@ def room_for_more(metrics: Path) -> str:
 
 
 def next_commands(run: Path, config: RunConfig) -> str:
-    """Commands to type next."""
+    """Commands to type next, with the model, the data and the training of this run."""
     size = read_json(run / "results.json")["trainable_parameters"]
     rival = "votes" if config.allocating.strategy == "uniform" else "uniform"
-    commands = [f"export.py {shlex.quote(str(run))}", "probe.py --out runs/probe",
-                f"train.py --strategy {rival} --budget-params {size}", "train.py --help"]
+    inputs = typed(config.inputs, ("device", "dtype", "show"))
+    like = inputs + typed(config.allocating, CHOOSING - {"targets"}) + typed(config.training)
+    commands = [f"export.py {shlex.quote(str(run))}", f"probe.py{inputs} --out runs/probe",
+                f"train.py --strategy {rival} --budget-params {size}{like}"]
     if config.inputs.model is None:
         commands.append("train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER")
-    return "\n  python ".join([
-        "Next: freeze, quantise and chat; or, with the same other flags, see the sensitivities and "
-        "compare at equal size", *commands])
+    return "\n  python ".join(["Next: freeze, quantise and chat; see the sensitivities; compare at "
+                               "equal size", *commands])

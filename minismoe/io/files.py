@@ -39,9 +39,15 @@ def must_be_new(path: Path) -> None:
     """Raise FileExistsError if the path exists, PermissionError if it cannot be made."""
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists already: choose another name, or remove it")
-    parent = next(p for p in path.absolute().parents if os.path.lexists(p))
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise PermissionError(f"{path} cannot be made: {parent} is no folder that can be written")
+    must_be_writable(path)
+
+
+def must_be_writable(path: Path) -> None:
+    """Raise PermissionError if no file can be made in `path`, a folder that may not exist yet."""
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise PermissionError(f"{path} cannot be written: {nearest} is no folder that can be "
+                              "written")
 
 
 @contextmanager

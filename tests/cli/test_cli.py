@@ -73,6 +73,16 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
         assert all(w.keys() == {"prompt", "expected", "given"} for w in after[name]["wrong"])
     assert str(out_dir) in out
 
+    # The commands that it proposes name the model and the data, too.
+    assert f"export.py {out_dir}\n" in out
+    (flags,) = re.findall(r"  python probe.py (.*)", out)
+    assert flags == f"{shlex.join(inputs)} --out runs/probe"
+    (flags,) = re.findall(r"  python train.py (.*)", out)
+    proposed = train.parse(shlex.split(flags))
+    assert (proposed.inputs.model, proposed.inputs.data) == (inputs[1], inputs[3])
+    assert (proposed.allocating.strategy, proposed.training.epochs) == ("uniform", 1)
+    assert proposed.allocating.budget_params == results["trainable_parameters"]
+
     code, _, err = finish(train.main, *inputs, "--out", str(out_dir), capsys=capsys)
     assert code == 1 and "holds a run already" in err
     code, _, err = finish(probe.main, *inputs, "--out", str(out_dir), capsys=capsys)
@@ -373,9 +383,23 @@ def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> 
 def test_a_plan_needs_an_example_and_a_run_needs_a_folder(inputs, tmp_path, capsys) -> None:
     code, _, err = finish(train.main, *inputs, "--max-length", "3", "--plan", capsys=capsys)
     assert code == 1 and "within 3 tokens (--max-length, or what the model was made for)" in err
+
+
+def test_a_place_that_cannot_be_written_is_seen_before_the_probe(inputs, tmp_path, capsys,
+                                                                 monkeypatch) -> None:
     (tmp_path / "file").write_text("")
-    code, out, err = finish(train.main, *inputs, "--out", str(tmp_path / "file"), capsys=capsys)
-    assert code == 1 and "is a file: choose another --out" in err and "overlap" not in out
+    (tmp_path / "runs").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",
+                        lambda *_: pytest.fail("it probes"))
+    for flags, says in (["--out", "file"], "is a file: choose another --out"), (
+            ["--out", "file/run"], "file is no folder that can be written"), (
+            [], "runs is no folder that can be written"):
+        code, _, err = finish(train.main, *inputs, *flags, capsys=capsys)
+        assert code == 1 and says in err
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    code, _, err = finish(train.main, *inputs, "--out", "new/run", capsys=capsys)
+    assert code == 1 and f"new/run cannot be written: {tmp_path} is no folder" in err
 
 
 def test_another_device_and_other_processes_are_said(inputs, tmp_path, capsys) -> None:
