@@ -94,7 +94,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
 
     # Train.
     summary = train(inputs.model, inputs.examples, config.training, run, inputs.tokenizer.pad_id,
-                    config.resume, inputs.unseen)
+                    config.resume, inputs.valid_examples)
     seconds["train"] = round(summary["seconds"], 2)
     once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
 

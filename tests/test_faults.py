@@ -489,7 +489,7 @@ def test_unusable_test_lines_are_refused(world: World) -> None:
 
 
 def test_one_example_trains_but_no_test_line_is_refused(world: World) -> None:
-    (world.data / "t" / "train.jsonl").write_text(lines(1))
+    (world.data / "t" / "train.jsonl").write_text(lines(1, "another"))
     out = world.run.parent / "new"
     assert script(train.main, *world.inputs, *SHORT, "--out", out) == (0, "")
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1

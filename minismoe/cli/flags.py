@@ -22,12 +22,14 @@ class InputConfig:
     model: str | None = flag(
         None, "checkpoint folder or hub name org/name; default: the built-in toy model", text)
     data: str | None = flag(
-        None, "folder with a sub-folder (train.jsonl, test.jsonl) or one .jsonl file a task; "
-        "default: the tasks of the toy model", text)
+        None, "folder with a sub-folder (train.jsonl, valid.jsonl, test.jsonl) or one .jsonl file "
+        "a task, or one such sub-folder or file; default: the tasks of the toy model", text)
     tasks: str | None = flag(None, "comma list of task names; default: all of --data", text)
     limit_train: int | None = flag(
-        None, "use the first N training lines of each task (without a test.jsonl, lines are "
-        "shuffled before); default: all", positive, metavar="N")
+        None, "use the first N training lines of each task; default: all", positive, metavar="N")
+    limit_valid: int = flag(
+        64, "use the first N validation lines of each task (default: %(default)s)", positive,
+        metavar="N")
     limit_test: int | None = flag(
         None, "use the first N test lines of each task; default: all", positive, metavar="N")
     max_length: int = flag(1024, "longer training examples are cut (default: %(default)s)",

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -21,18 +20,18 @@ from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
 from .flags import InputConfig
 
-UNSEEN = 64                  # test lines whose loss is measured in training
-
 
 @dataclass
 class Inputs:
-    """The model, its folder and tokenizer, the tasks and their training examples."""
+    """The model, its folder and tokenizer, the tasks, and by task their training and validation
+    examples."""
 
     folder: Path
     model: CausalLM
     tokenizer: Tokenizer
     tasks: list[Task]
     encoded: dict[str, list[Example]]
+    valid: dict[str, list[Example]]
 
     @property
     def examples(self) -> list[Example]:
@@ -40,26 +39,20 @@ class Inputs:
         return [e for examples in self.encoded.values() for e in examples]
 
     @property
-    def unseen(self) -> list[Example]:
-        """The first test lines of each task as training examples, but those that cannot be any."""
-        found, most = [], max(16, UNSEEN // len(self.tasks))
-        for task in self.tasks:
-            for messages in task.test[:most]:
-                with suppress(ValueError):
-                    found += encode_all(Task(task.name, [messages], []), self.tokenizer,
-                                        self.model.config.max_position_embeddings)
-        return found
+    def valid_examples(self) -> list[Example]:
+        """The validation examples of all tasks."""
+        return [e for examples in self.valid.values() for e in examples]
 
     @property
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model and of each task's lines: a resumed run must find the same."""
-        found = {"the model": self.model.fingerprint}
+        fingerprints = {"the model": self.model.fingerprint}
         for task in self.tasks:
             content = hashlib.sha256(json.dumps(task.test).encode())
-            for e in self.encoded[task.name]:
+            for e in self.encoded[task.name] + self.valid[task.name]:
                 content.update(repr((e.index, e.ids, e.labels)).encode())
-            found[f"task {task.name}"] = content.hexdigest()[:16]
-        return found
+            fingerprints[f"task {task.name}"] = content.hexdigest()[:16]
+        return fingerprints
 
 
 def resolve_auto(config: InputConfig) -> InputConfig:
@@ -106,8 +99,10 @@ def load_inputs(config: InputConfig) -> Inputs:
     tasks = read_tasks(config)               # first: wrong data is found before a model is fetched
     folder = model_folder(config)
     tokenizer = load_tokenizer(folder)
-    length = min(config.max_length, read_config(folder)[0].max_position_embeddings)
+    context = read_config(folder)[0].max_position_embeddings
+    length = min(config.max_length, context)
     encoded = {t.name: encode_all(t, tokenizer, length) for t in tasks}
+    valid = {t.name: encode_all(t, tokenizer, context, "valid") for t in tasks}
     if empty := [name for name, examples in encoded.items() if not examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")
@@ -117,7 +112,7 @@ def load_inputs(config: InputConfig) -> Inputs:
     print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
           f"{config.dtype}{bits}")
     print_data(tokenizer, tasks, encoded)
-    return Inputs(folder, model, tokenizer, tasks, encoded)
+    return Inputs(folder, model, tokenizer, tasks, encoded, valid)
 
 
 def read_tasks(config: InputConfig) -> list[Task]:
@@ -138,6 +133,7 @@ def read_tasks(config: InputConfig) -> list[Task]:
         tasks = [t for t in toy.tasks(config.seed) if not names or t.name in names]
     for task in tasks:
         task.train, task.test = task.train[:config.limit_train], task.test[:config.limit_test]
+        task.valid = task.valid[:config.limit_valid]
     return tasks
 
 
@@ -162,15 +158,15 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
         examples, dropped = encoded[task.name], left_out[task.name]
         lengths = [len(e.ids) for e in examples]
         answers = sum(label != IGNORE for e in examples for label in e.labels)
-        rows.append([clean(task.name), len(task.train), len(task.test),
+        rows.append([clean(task.name), len(task.train), len(task.valid), len(task.test),
                      f"{sum(lengths) / len(lengths):.0f}", max(lengths),
                      f"{answers / len(examples):.1f}", dropped + sum(e.cut for e in examples),
                      dropped])
-    print(table(["task", "train", "test", "tokens", "longest", "supervised", "cut", "left out"],
-                rows))
+    print(table(["task", "train", "valid", "test", "tokens", "longest", "supervised", "cut",
+                 "left out"], rows))
     for task in tasks:
-        if task.note:
-            print(f"{clean(task.name)}: {task.note}")
+        if task.notes:
+            print(f"{clean(task.name)}: {clean('; '.join(task.notes))}")
     if dropped := sum(left_out.values()):
         print(f"{dropped} examples were left out: the length limit would remove their whole answer")
     if tokenizer.template is None:

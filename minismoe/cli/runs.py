@@ -32,8 +32,8 @@ ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
 UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
 RESUMABLE = ("out", "resume", "debug", "show", "plan", *UPDATED)
 # Flags that export.py takes over from a run.
-EXPORTED = ("model", "data", "tasks", "limit_train", "limit_test", "max_length", "seed",
-            "micro_batch_size")
+EXPORTED = ("model", "data", "tasks", "limit_train", "limit_valid", "limit_test", "max_length",
+            "seed", "micro_batch_size")
 
 
 def check_free(run: Path, resume: bool) -> None:
@@ -226,16 +226,16 @@ def save_results(run: Path, before: Mapping[str, Accuracy], after: Mapping[str, 
 
 
 def room_for_more(metrics: Path) -> str:
-    """How the loss of test lines fell at the end of training, and whether more epochs may gain: on
-    SmolLM2 they did where it fell, and training lines had at least half of it."""
+    """How the loss of validation lines fell at the end of training, and whether more epochs may
+    gain: on SmolLM2 they did where it fell, and training lines had at least half of it."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     unseen = [line["test_loss"] for line in lines if "test_loss" in line]
     if len(unseen) < 2:                      # of a single step, or of no line
         return ""
     late, end = unseen
     known = fmean(line["loss"] for line in lines[-math.ceil(len(lines) / 10):])
-    said = (f"loss of test lines: {late:.3f} after {LATE:.0%} of the steps, {end:.3f} at the end; "
-            f"of training lines: {known:.3f}")
+    said = (f"loss of validation lines: {late:.3f} after {LATE:.0%} of the steps, {end:.3f} at the "
+            f"end; of training lines: {known:.3f}")
     falls = end < min(0.95 * late, late - 0.01)
     return said + (": more --epochs may gain" if falls and known > end / 2 else "")
 

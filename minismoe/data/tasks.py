@@ -1,24 +1,16 @@
 """From task files to batches: lines, chat messages, tokens and their labels, padded tensors.
 
-A task is a folder with train.jsonl and, preferably, test.jsonl, or one .jsonl file. Each line is a
-JSON object in one of three forms, all of which become chat messages:
-
-    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
-    {"prompt": ..., "completion": ...}
-    {"instruction": ..., "input": ..., "output": ...}          ("input" may be absent or empty)
-
-Beside "messages" may stand "tools", which they call (tools.py).
+A task is a folder with train.jsonl and, preferably, valid.jsonl and test.jsonl, or one .jsonl file.
+lines.py says what their lines hold.
 """
 
-import codecs
 import json
 import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,24 +18,27 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..io.files import naming
 from ..method.loss import IGNORE
+from .lines import BadLines, Contents, read_lines
 from .tokenizer import Message, Tokenizer
-from .tools import Function, calls_of, functions, with_tools
 
-LONGEST_LINE = 1 << 20           # bytes: about 250,000 tokens, more than any model reads
-KEPT = ("role", "content", "name", "tool_call_id", "tool_calls")         # of messages
 MOST_CHOICES = 300               # answers of a task that are still a small set
-HELD_OUT = 0.1                   # share of a task's lines for the test, if it has no test.jsonl
+HELD_OUT = 0.1                   # share of the training lines, for each split that has no file
+MOST_HELD_OUT = 64               # lines of that share for validation, which is read many times
 Batch = tuple[Tensor, Tensor, Tensor]        # input_ids, attention_mask, labels, each (B, T)
 
 
 @dataclass
 class Task:
-    """Conversations of one task; each ends with an assistant's turn."""
+    """Conversations of one task; each ends with an assistant's turn.
+
+    Training reads `train`; `valid` says when it is best, and `test`, read last, how good it is.
+    """
 
     name: str
     train: list[list[Message]]
     test: list[list[Message]]
-    note: str = ""                # how the test split was made, if not from test.jsonl
+    valid: list[list[Message]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)       # what the files hold, and how they are cut
 
     def __post_init__(self) -> None:
         """Find what all lines share, before --limit-train leaves some of them out."""
@@ -67,51 +62,94 @@ class Example:
         return sum(label != IGNORE for label in self.labels[1:])
 
 
-def load_tasks(folder: str | Path, names: Sequence[str] = (), seed: int = 0) -> list[Task]:
-    """The tasks of a folder, or those of `names`, sorted by name. `seed` draws held-out lines.
+def load_tasks(data: str | Path, names: Sequence[str] = (), seed: int = 0) -> list[Task]:
+    """The tasks of a folder or file, or those of `names`, sorted by name. `seed` draws the lines
+    that are held out.
 
     Raises FileNotFoundError if the folder or a task is missing, and ValueError with file, line and
-    reason for the first ten bad lines of all files.
+    reason for the bad lines of all files.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is a file: give the folder that holds it"
-                                if root.exists() else f"no such data folder: {root}")
-    if (root / "train.jsonl").is_file():
-        raise ValueError(f"{root} is itself a task: give the folder above it, "
-                         f"and --tasks {root.resolve().name}")
-    found: dict[str, Path] = {}
-    for path in sorted(root.iterdir()):
-        is_file = path.is_file() and path.suffix == ".jsonl"
-        if path.name.startswith("._") or not (is_file or (path / "train.jsonl").is_file()):
-            continue                             # macOS writes files named ._*
-        name = path.stem if is_file else path.name
-        if name in found:
-            raise ValueError(f"{root} holds {name} twice, as a folder and as a file")
-        found[name] = path
-    if missing := [n for n in names if n not in found]:
-        raise FileNotFoundError(f"{root} has no task {', '.join(missing)}; "
-                                f"it has {', '.join(found) or 'none'}")
-    if not found:
-        raise FileNotFoundError(f"{root} holds no task: a sub-folder with train.jsonl, or a .jsonl")
-    bad: list[str] = []
-    tasks = [_load_task(name, found[name], seed, bad) for name in sorted(names or found)]
-    if bad:
-        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ValueError(f"{len(bad)} bad lines: " + "; ".join(bad[:10]) + more)
+    places = task_places(Path(data))
+    if missing := [name for name in names if name not in places]:
+        raise FileNotFoundError(f"{data} has no task {', '.join(missing)}; "
+                                f"it has {', '.join(places) or 'none'}")
+    if not places:
+        entries = [path.name for path in sorted(Path(data).iterdir())]
+        raise FileNotFoundError(f"{data} holds no task: no .jsonl file, and no folder with a "
+                                f"train.jsonl. It holds {', '.join(entries[:10]) or 'nothing'}")
+    bad = BadLines()
+    tasks = [_load_task(name, places[name], seed, bad) for name in sorted(names or places)]
+    bad.refuse()
     return tasks
 
 
-def _load_task(name: str, path: Path, seed: int, bad: list[str]) -> Task:
-    known, file = len(bad), path / "train.jsonl" if path.is_dir() else path
-    train = _read_conversations(file, bad)
-    if not train and len(bad) == known:
-        bad.append(f"{file}: it holds no example")
-    if path.is_dir() and (path / "test.jsonl").is_file():
-        return Task(name, train, _read_conversations(path / "test.jsonl", bad))
-    random.Random(f"{seed} {name}").shuffle(train)
-    n = min(len(train) - 1, max(1, round(HELD_OUT * len(train)))) if train else 0
-    return Task(name, train[n:], train[:n], f"no test split: {n} of {len(train)} lines held out")
+def task_places(data: Path) -> dict[str, Path]:
+    """{task: its folder or file}: a sub-folder with a train.jsonl, or a .jsonl file, is a task; so
+    is `data` itself, if it is a file or holds a train.jsonl."""
+    if data.is_file() and data.suffix == ".jsonl":
+        return {data.stem: data}
+    if not data.is_dir():
+        raise FileNotFoundError(f"{data} is no .jsonl file, which has one JSON object a line"
+                                if data.exists() else f"no such data folder: {data}")
+    places: dict[str, Path] = {}
+    for path in sorted(data.iterdir()):
+        is_file = path.suffix == ".jsonl" and not path.is_dir()
+        if path.name.startswith(("._", ".#")):   # macOS writes files ._*, Emacs links .#*
+            continue
+        if is_file or _exists(path) and _exists(path / "train.jsonl"):
+            name = path.stem if is_file else path.name
+            if name in places:
+                raise ValueError(f"{data} holds {name} twice, as a folder and as a file")
+            places[name] = path
+    if "train" not in places or (data / "train").is_dir():
+        return places
+    if more := [name for name in places if name not in ("train", "valid", "test")]:
+        raise ValueError(f"{data} is a task itself, as it holds train.jsonl, and holds others: "
+                         f"{', '.join(more)}. Move the files of each task into a folder of its own")
+    return {data.resolve().name: data}
+
+
+def _exists(path: Path) -> bool:
+    """Whether a file or folder is there. FileNotFoundError for a link that leads nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist: "
+                                "mend or remove it")
+    return path.exists()
+
+
+def _load_task(name: str, path: Path, seed: int, bad: BadLines) -> Task:
+    """A task with its three splits. Lines for a split without a file are held out from training; no
+    line is in two splits."""
+    file, contents = path / "train.jsonl" if path.is_dir() else path, Contents()
+    train = read_lines(file, bad, contents) if _exists(file) else []
+    if not train and file not in bad.files:
+        bad.add(file, "it holds no example")
+    splits, notes, left_out = dict[str, list[list[Message]]](), [], 0
+    for split, least, most in ("test", 1, len(train)), ("valid", 0, MOST_HELD_OUT):
+        own, count, held_out = path / f"{split}.jsonl", len(train), 0
+        if path.is_dir() and _exists(own):
+            splits[split] = without(read_lines(own, bad, contents), splits.get("test", ()))
+        else:
+            distinct = [*{json.dumps(messages): messages for messages in train}.values()]
+            held_out = max(0, min(len(distinct) - 1, most, max(least, round(HELD_OUT * count))))
+            splits[split] = random.Random(f"{seed} {name} {split}").sample(distinct, held_out)
+            notes.append(f"no {split}.jsonl: {held_out} of {count} training lines held out")
+        train = without(train, splits[split])
+        left_out += count - held_out - len(train)
+    if left_out:
+        notes.append(f"{left_out} training lines left out, as they are in the test or validation")
+        if not train and file not in bad.files:
+            bad.add(file, "all its lines are test or validation lines, too")
+    if twice := len(train) - len({json.dumps(messages) for messages in train}):
+        notes.append(f"{twice} training lines are copies of others")
+    return Task(name, train, splits["test"], splits["valid"], [*contents.summary(), *notes])
+
+
+def without(lines: Sequence[list[Message]], others: Sequence[list[Message]],
+            ) -> list[list[Message]]:
+    """The conversations that are not among `others`, in their order."""
+    known = {json.dumps(messages) for messages in others}
+    return [messages for messages in lines if json.dumps(messages) not in known]
 
 
 def closed_answers(conversations: Sequence[Sequence[Message]]) -> list[str]:
@@ -134,79 +172,6 @@ def shared_instruction(conversations: Sequence[Sequence[Message]]) -> str:
         return ""
     text = os.path.commonprefix([messages[0]["content"] for messages in conversations])
     return text[:text.rfind("\n") + 1]
-
-
-def _read_conversations(file: Path, bad: list[str]) -> list[list[Message]]:
-    """Conversations of a .jsonl file; file, line and reason of each bad line are added to `bad`.
-
-    Lines end at "\\n" only: str.splitlines would also split at U+0085 and U+2028 inside strings.
-    """
-    conversations = []
-    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            if len(line) > LONGEST_LINE:
-                raise ValueError(f"the line has {len(line):,} bytes; at most {LONGEST_LINE:,}")
-            messages = to_messages(json.loads(line.decode("utf-8")))
-            json.dumps(messages, ensure_ascii=False).encode()        # fails on half an emoji
-            conversations.append(messages)
-        except (ValueError, RecursionError) as e:
-            bad.append(f"{file}:{number}: {e}")
-    return conversations
-
-
-def to_messages(line: Any) -> list[Message]:
-    """One parsed line as messages; ValueError says why it has none of the three forms."""
-    if not isinstance(line, dict):
-        raise ValueError(f"not a JSON object but {type(line).__name__}")
-    if "messages" in line:
-        tools = functions(line.get("tools"), "tools")
-        return with_tools(_checked_messages(line["messages"], tools), tools)
-    if "prompt" in line and "completion" in line:
-        fields = [line["prompt"], line["completion"]]
-    elif "instruction" in line and "output" in line:
-        given = line.get("input")
-        fields = [line["instruction"], "" if given is None else given, line["output"]]
-    else:
-        raise ValueError("needs messages, or prompt and completion, or instruction and output; "
-                         f"it has {', '.join(map(str, line)) or 'nothing'}")
-    if not all(isinstance(value, str) for value in fields):
-        raise ValueError("every field must be a string")
-    *asked, answer = fields
-    prompt = "\n".join(value for value in asked if value)
-    if not prompt.strip() or not answer.strip():
-        raise ValueError("the prompt or the answer is empty")
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
-def _checked_messages(messages: Any, tools: Sequence[Function]) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages is no list, or empty")
-    found: list[Message] = []
-    for m in messages:
-        calls = calls_of(m.get("tool_calls"), tools) if isinstance(m, dict) else []
-        if not (isinstance(m, dict) and isinstance(m.get("role"), str)
-                and isinstance(m.get("content"), str | None if calls and found else str)):
-            raise ValueError("each message needs a string role and a string content")
-        if refused := [key for key in ("tool_calls", "reasoning_content") if m.get(key)
-                       and (key, m["role"]) != ("tool_calls", "assistant")]:
-            raise ValueError(f"a message has {' and '.join(refused)}, which is not supported")
-        if m["role"] == "assistant" and m.get("weight") not in (None, 1):
-            raise ValueError(f"a message has weight {m['weight']!r}: every answer is trained on")
-        if m["role"] == "tool" and not any(
-                "tool_calls" in before or before["role"] == "tool" for before in found[-1:]):
-            raise ValueError("a tool turn follows no call: put an assistant's tool_calls before it")
-        m = {**m, "tool_calls": calls or None}
-        found.append({key: m[key] for key in KEPT if m.get(key) is not None})
-    if found[-1]["role"] != "assistant":
-        raise ValueError("the last message is not the assistant's")
-    if not (found[-1].get("content", "").strip() or "tool_calls" in found[-1]):
-        raise ValueError("the last answer is empty")
-    if len(found) == 1:
-        raise ValueError("nothing comes before the answer")
-    return found
 
 
 def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str, list[range]]:
@@ -257,21 +222,24 @@ def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Exam
     return Example(task, ids, labels)
 
 
-def encode_all(task: Task, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """The training examples of a task, cut to `max_length` tokens.
+def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "train",
+               ) -> list[Example]:
+    """The examples of a task's split, "train" or "valid", cut to `max_length` tokens.
 
     An example without a supervised token before the limit is dropped. Raises the ValueErrors of
-    `encode` with the task, and the example's number as --show counts it.
+    `encode` with the task, the split, and the example's number as --show counts it.
     """
-    found = []
-    for index, messages in enumerate(task.train):
-        with naming(f"task {task.name}, training example {index + 1}, "
+    examples = []
+    conversations: list[list[Message]] = getattr(task, split)
+    kind = {"train": "training", "valid": "validation"}[split]
+    for index, messages in enumerate(conversations):
+        with naming(f"task {task.name}, {kind} example {index + 1}, "
                     f"{messages[0]['content'][:40]!r}", ValueError):
             whole = encode(task.name, messages, tokenizer)
         ids, labels = whole.ids[:max_length], whole.labels[:max_length]
         if any(label != IGNORE for label in labels[1:]):
-            found.append(Example(task.name, ids, labels, index, len(whole.ids) > max_length))
-    return found
+            examples.append(Example(task.name, ids, labels, index, len(whole.ids) > max_length))
+    return examples
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:

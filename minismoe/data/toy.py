@@ -14,7 +14,7 @@ from .tasks import Task
 from .tokenizer import Message
 
 FOLDER = Path(__file__).parent / "toy_base"  # config.json and model.safetensors
-TRAIN, TEST = 400, 100                       # conversations of a task, at most
+TRAIN, VALID, TEST = 400, 40, 100            # conversations of a task, at most
 LETTERS = string.ascii_lowercase[:16]
 
 # Skill -> ways to ask for it. Facts fill in their question, the others their operands.
@@ -61,13 +61,13 @@ def numbers(rng: random.Random) -> tuple[str, str]:
 
 
 def cases(skill: str, rng: random.Random) -> list[Case]:
-    """All facts, animal by animal, or TRAIN + TEST random cases of another skill, each once."""
+    """All facts, animal by animal, or 500 random cases of another skill, each once."""
     if skill == "facts":
         known = known_facts()
         return [((question.format(animal),), known[animal, kind])
                 for animal in rng.sample(ANIMALS, len(ANIMALS))
                 for kind, (question, _) in FACTS.items()]
-    return list({case(skill, rng): None for _ in range(TRAIN + TEST)})
+    return list({case(skill, rng): None for _ in range(500)})
 
 
 def case(skill: str, rng: random.Random) -> Case:
@@ -84,18 +84,23 @@ def case(skill: str, rng: random.Random) -> Case:
 def tasks(seed: int = 0) -> list[Task]:
     """The five tasks, in chat form.
 
-    No test case is trained on in any wording, and no animal of the test is. Pretraining may contain
-    a test case (a fact must be known before it can be asked for), but never a task's wording of it.
+    No case of a split, and no animal, is in another split in any wording. Pretraining may contain a
+    test case (a fact must be known before it can be asked for), but never a task's wording of it.
     """
-    found = []
+    made = []
     for skill, questions in TASKS.items():
         rng = random.Random(f"{seed} {skill}")
         drawn = cases(skill, rng)
-        parts: list[list[list[Message]]] = []
-        for part in (drawn[len(drawn) // 6:], drawn[:len(drawn) // 6]):
-            parts.append([[{"role": "user", "content": question.format(*operands)},
-                           {"role": "assistant", "content": answer}]
-                          for operands, answer in part for question in questions])
-            rng.shuffle(parts[-1])
-        found.append(Task(skill, parts[0][:TRAIN], parts[1][:TEST]))
-    return found
+        tested, validated = len(drawn) // 6, len(drawn) // 6 + len(drawn) // 12
+        splits: list[list[list[Message]]] = []
+        for part, most in ((drawn[validated:], TRAIN), (drawn[:tested], TEST),
+                           (drawn[tested:validated], VALID)):
+            lines: list[list[Message]] = [
+                [{"role": "user", "content": question.format(*operands)},
+                 {"role": "assistant", "content": answer}]
+                for operands, answer in part for question in questions]
+            rng.shuffle(lines)
+            splits.append(lines[:most])
+        train, test, valid = splits
+        made.append(Task(skill, train, test, valid))
+    return made

@@ -169,7 +169,7 @@ def data_folder(args: argparse.Namespace, seed: int) -> Path:
     shutil.rmtree(temporary := folder.with_name(name + ".tmp"), ignore_errors=True)
     for task in found:
         (temporary / task.name).mkdir(parents=True)
-        for part in ("train", "test"):
+        for part in ("train", "valid", "test"):          # none of the search is held out
             (temporary / task.name / f"{part}.jsonl").write_text("".join(
                 json.dumps({"messages": m}) + "\n" for m in getattr(task, part)), encoding="utf-8")
     temporary.rename(folder)

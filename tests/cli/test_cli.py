@@ -45,7 +45,8 @@ def test_probe_writes_its_three_files(inputs, tmp_path, capsys) -> None:
     assert all(1 <= e <= 2 for e in allocation["experts"].values())
     assert ET.parse(tmp_path / "allocation.svg").getroot().tag.endswith("svg")
     assert "split-half overlap" in out and "experts a matrix" in out
-    assert "sum: no test split: 3 of 30 lines held out" in out
+    assert ("sum: 30 lines of instruction and output; no test.jsonl: 3 of 30 training lines held "
+            "out; no valid.jsonl: 3 of 27 training lines held out\n") in out
 
 
 def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
@@ -65,7 +66,7 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
         "probe", "train"}
     config = json.loads((out_dir / "config.json").read_text())
     assert config["arguments"]["lr"] == 4e-3 and config["arguments"]["dtype"] != "auto"
-    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 7        # 51 examples / 8
+    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 6        # 46 examples / 8
     after = json.loads((out_dir / "after.json").read_text())
     for name, task in results["tasks"].items():
         assert task["after"] == round(sum(after[name]["right"]) / task["examples"], 4)

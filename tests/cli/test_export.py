@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, answer in (("number", "N{}"), ("twice", "{0} {0}")):
         (root / "data" / f"{name}.jsonl").write_text("".join(
             json.dumps({"prompt": f"say {i}", "completion": answer.format(i)}) + "\n"
-            for i in range(40)))
+            for i in range(45)))
     train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--max-experts", "3",
                 "--strategy", "uniform", "--budget-experts", "40", "--rank", "2", "--epochs", "4",
                 "--lr", "0.02", "--batch-size", "16", "--out", str(root / "run"), "--seed", "1"])

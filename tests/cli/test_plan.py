@@ -89,7 +89,7 @@ def test_a_plan_trains_three_steps_of_the_largest_batch(inputs, tmp_path, capsys
     assert len(steps) == 3 and len(steps[0]) == 8 and steps == steps[:1] * 3
     assert max(len(e.ids) for e in steps[0]) == max(lengths)
     assert f"8 examples of up to {max(lengths)} tokens" in out
-    assert f"training: 14 steps, {2 * sum(lengths):,} tokens, about " in out
+    assert f"training: 12 steps, {2 * sum(lengths):,} tokens, about " in out
     peak = re.search(r"peak memory: ([\d,]+) MiB, as this process counts it", out)
     assert int(peak[1].replace(",", "")) > sum(parts(out).values())
     assert not [*tmp_path.iterdir()]

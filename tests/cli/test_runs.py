@@ -30,37 +30,37 @@ def test_results_hold_shares_intervals_and_their_mean() -> None:
 @pytest.mark.parametrize("late, end, known, gains", [
     (1.25, 1.11, 0.83, True), (0.6, 0.59, 0.5, False), (0.5, 0.4, 0.1, False),
     (0.012, 0.003, 0.012, False)])
-def test_more_epochs_are_proposed_while_the_loss_of_test_lines_falls(tmp_path, late, end, known,
+def test_more_epochs_are_proposed_while_the_validation_loss_falls(tmp_path, late, end, known,
                                                                      gains) -> None:
     lines = [{"loss": 9.0}] * 18 + [{"loss": known - 0.01, "test_loss": late},
                                     {"loss": known + 0.01, "test_loss": end}]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = runs.room_for_more(file)
-    assert said.startswith(f"loss of test lines: {late:.3f} after 80% of the steps, {end:.3f} at "
-                           f"the end; of training lines: {known:.3f}")
+    assert said.startswith(f"loss of validation lines: {late:.3f} after 80% of the steps, "
+                           f"{end:.3f} at the end; of training lines: {known:.3f}")
     assert said.endswith("more --epochs may gain") == gains
     file.write_text('{"loss": 1.0}\n' + json.dumps(lines[-1]) + "\n")      # of a single step
     assert runs.room_for_more(file) == ""
 
 
-def test_unseen_lines_are_test_lines_that_training_could_read(inputs) -> None:
-    found = cli.load_inputs(cli.resolve_auto(InputConfig(model=inputs[1], data=inputs[3])))
-    few = max(16, cli.UNSEEN // len(found.tasks))
-    wanted = [e for task in found.tasks for e in cli.encode_all(
-        Task(task.name, task.test[:few], []), found.tokenizer, 10**6)]
-    assert [(e.task, e.ids, e.labels) for e in found.unseen] == [
-        (e.task, e.ids, e.labels) for e in wanted] and found.unseen
-    found.tasks[0].test[0] = [{"role": "user", "content": "without an answer"}]
-    assert len(found.unseen) == len(wanted) - 1
+def test_validation_examples_are_those_of_the_validation_lines(inputs) -> None:
+    config = cli.resolve_auto(InputConfig(model=inputs[1], data=inputs[3], max_length=40))
+    loaded = cli.load_inputs(config)
+    wanted = [cli.encode(task.name, messages, loaded.tokenizer)
+              for task in cli.read_tasks(config) for messages in task.valid]
+    assert [(e.task, e.ids, e.labels) for e in loaded.valid_examples] == [
+        (e.task, e.ids, e.labels) for e in wanted] and wanted        # --max-length cuts none
 
 
 def test_limits_leave_the_first_lines_of_each_split(inputs) -> None:
     config = InputConfig(model=inputs[1], data=inputs[3])
     whole = cli.read_tasks(config)
-    few = cli.read_tasks(InputConfig(model=inputs[1], data=inputs[3], limit_train=5, limit_test=2))
+    few = cli.read_tasks(InputConfig(model=inputs[1], data=inputs[3], limit_train=5, limit_valid=1,
+                                     limit_test=2))
     for task, first in zip(whole, few, strict=True):
-        assert (first.train, first.test) == (task.train[:5], task.test[:2])
+        assert (first.train, first.valid, first.test) == (
+            task.train[:5], task.valid[:1], task.test[:2])
 
 
 def test_what_is_cut_and_left_out_is_counted(inputs, capsys) -> None:
@@ -68,14 +68,14 @@ def test_what_is_cut_and_left_out_is_counted(inputs, capsys) -> None:
     examples = [Example("t", [1] * 9, [-100] * 6 + [1] * 3, i, cut=i < 2) for i in range(4)]
     cli.print_data(load_tokenizer(inputs[1]), [Task("t", [line] * 5, [line])], {"t": examples})
     assert capsys.readouterr().out.splitlines()[2].split() == [
-        "t", "5", "1", "9", "9", "3.0", "3", "1"]
+        "t", "5", "0", "1", "9", "9", "3.0", "3", "1"]
 
 
 def test_a_test_line_is_part_of_a_runs_identity() -> None:
     def identity(answer: str) -> dict[str, str]:
         line = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
         return cli.Inputs(None, SimpleNamespace(fingerprint="f"), None, [Task("t", [], [line])],
-                          {"t": [Example("t", [1, 2], [-100, 2])]}).identity
+                          {"t": [Example("t", [1, 2], [-100, 2])]}, {"t": []}).identity
     assert identity("a") == identity("a") != identity("b")
 
 

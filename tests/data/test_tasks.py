@@ -1,7 +1,6 @@
 """Task files, supervision and batches, against independent readings of the same text."""
 
 import json
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minismoe.data.lines import to_messages
 from minismoe.data.tasks import (
     Example,
     Task,
@@ -23,7 +23,6 @@ from minismoe.data.tasks import (
     probe_batches,
     shared_instruction,
     supervised_spans,
-    to_messages,
 )
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Message, Tokenizer, load_tokenizer
 from minismoe.method.loss import IGNORE
@@ -100,11 +99,10 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
             "instruction": {"instruction": odd, "output": odd}}[form]
     text = json.dumps(line, ensure_ascii=False)
     assert "\u2028" in text and "\u0085" in text
-    root = put(tmp_path, t__train=text + "\r\n\r\n" + text + "\r\n", t__test=text)
+    root = put(tmp_path, t__train=text + "\r\n\r\n" + text + "\r\n", t__valid="", t__test="")
     task = load_tasks(root)[0]
     wanted = [say("user", odd), say("assistant", odd)]
-    assert task.train == [wanted, wanted]
-    assert task.test == [wanted]
+    assert (task.train, task.valid, task.test) == ([wanted, wanted], [], [])
 
 
 @pytest.mark.parametrize(("line", "reason"), [
@@ -116,8 +114,10 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
     ("[1]", "not a JSON object but list"),
     ("{}", "it has nothing"),
     ('{"prompt": "a", "answer": "b"}', "it has prompt, answer"),
-    ('{"prompt": 1, "completion": "b"}', "every field must be a string"),
-    ('{"instruction": "a", "input": ["x"], "output": "b"}', "every field must be a string"),
+    ('{"prompt": 1, "completion": "b"}', "prompt must be a string, and is int"),
+    ('{"prompt": "a", "completion": null}', "completion must be a string, and is NoneType"),
+    ('{"instruction": "a", "input": ["x"], "output": "b"}', "input must be a string, and is list"),
+    ('{"prompt": "a", "completion": "b", "system": 1}', "system must be a string, and is int"),
     ('{"prompt": " ", "completion": "b"}', "is empty"),
     ('{"prompt": "a", "completion": "\\n"}', "is empty"),
     ('{"messages": []}', "no list, or empty"),
@@ -128,10 +128,11 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
     ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
     ('{"messages": [{"role": "assistant", "content": " "}]}', "the last answer is empty"),
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing comes before the answer"),
-    ('{"instruction": "double it", "input": 0, "output": "0"}', "every field must be a string"),
     (json.dumps({"messages": [PAIR_MESSAGES[0], PAIR_MESSAGES[1] | {"reasoning_content": "r"}]}),
      "a message has reasoning_content, which is not supported"),
+    (json.dumps(PAIR | {"thinking": "r"}), "the line has thinking, which is not supported"),
     (json.dumps({"messages": [m | {"weight": 0} for m in PAIR_MESSAGES]}), "weight 0"),
+    (json.dumps({"messages": [m | {"train": False} for m in PAIR_MESSAGES]}), "train False"),
 ], ids=lambda x: str(x)[:40])
 def test_a_bad_line_is_refused_with_its_place_and_reason(
         tmp_path: Path, line: str | bytes, reason: str) -> None:
@@ -140,27 +141,28 @@ def test_a_bad_line_is_refused_with_its_place_and_reason(
     with pytest.raises(ValueError) as e:
         load_tasks(tmp_path)
     assert str(e.value).startswith(                                      # an empty line counts too
-        f"1 bad lines: {tmp_path}/t/train.jsonl:3: ")
+        f"1 bad line: {tmp_path}/t/train.jsonl:3: ")
     assert reason in str(e.value)
 
 
-def test_bad_lines_of_all_files_are_listed_at_once(tmp_path: Path) -> None:
+def test_bad_lines_are_listed_by_file_and_reason(tmp_path: Path) -> None:
     good, bad = lines(PAIR), "{}\n"
-    put(tmp_path, a__train=good + bad * 4 + good, a__test=bad * 3, b=bad * 5 + good, c=good * 2,
+    put(tmp_path, a__train=good + bad * 5 + "[1]\n", a__test=bad * 3, b=bad + good, c=good * 2,
         d__train="\n\n")
     with pytest.raises(ValueError) as e:
         load_tasks(tmp_path)
-    *listed, last = re.split("; (?=/|and )", str(e.value).removeprefix("13 bad lines: "))
-    assert last == "and 3 more"
-    places = [*(f"a/train.jsonl:{i}: " for i in (2, 3, 4, 5)),
-              *(f"a/test.jsonl:{i}: " for i in (1, 2, 3)), *(f"b.jsonl:{i}: " for i in (1, 2, 3))]
-    assert [x.removeprefix(f"{tmp_path}/")[:len(p)]
-            for x, p in zip(listed, places, strict=True)] == places
+    nothing = ("needs messages, or prompt and completion, or instruction and output; "
+               "it has nothing")
+    assert str(e.value).replace(f"{tmp_path}/", "") == (
+        f"11 bad lines: a/train.jsonl:2, 3, 4 and 2 more: {nothing}; "
+        "a/train.jsonl:7: not a JSON object but list; "
+        f"a/test.jsonl:1, 2, 3: {nothing}; b.jsonl:1: {nothing}; "
+        "d/train.jsonl: it holds no example")
 
 
-def test_a_file_without_examples_is_refused(tmp_path: Path) -> None:
-    put(tmp_path, a__train="\n \n", b=lines(PAIR, PAIR))
-    with pytest.raises(ValueError, match=r"a/train.jsonl: it holds no example"):
+def test_a_list_of_bad_lines_ends(tmp_path: Path) -> None:
+    put(tmp_path, a=lines(*({f"key{i}": 1} for i in range(13))))
+    with pytest.raises(ValueError, match="it has key9; and 3 more reasons$"):
         load_tasks(tmp_path)
 
 
@@ -176,9 +178,10 @@ def test_folders_and_files_are_tasks(tmp_path: Path) -> None:
     alpha, beta, v1, v2 = load_tasks(tmp_path)       # by name; v/ has no train.jsonl
     assert [t.name for t in (alpha, beta, v1, v2)] == ["alpha", "beta", "dots.v1", "dots.v2"]
     assert (prompts(beta.train), prompts(beta.test)) == (["q0", "q1", "q2"], ["t0", "t1"])
-    assert beta.note == ""
-    assert (len(alpha.train), len(alpha.test)) == (18, 2)
-    assert alpha.note == "no test split: 2 of 20 lines held out"
+    assert (len(alpha.train), len(alpha.valid), len(alpha.test)) == (16, 2, 2)
+    assert alpha.notes == ["20 lines of prompt and completion",
+                           "no test.jsonl: 2 of 20 training lines held out",
+                           "no valid.jsonl: 2 of 18 training lines held out"]
     assert (len(v1.train), len(v1.test), len(v2.train), len(v2.test)) == (1, 1, 3, 1)
     named = load_tasks(tmp_path, ["beta", "alpha"])
     assert named == [alpha, beta]
@@ -191,10 +194,71 @@ def test_an_unknown_task_or_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such data folder"):
         load_tasks(tmp_path / "gone")
     (tmp_path / "void").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no task"):
+    with pytest.raises(FileNotFoundError, match="holds no task: .* It holds nothing"):
         load_tasks(tmp_path / "void")
     with pytest.raises(FileNotFoundError, match="has no task a; it has none"):
         load_tasks(tmp_path / "void", ["a"])
+    (tmp_path / "void" / "a.json").write_text("[]")
+    with pytest.raises(FileNotFoundError, match="It holds a.json"):
+        load_tasks(tmp_path / "void")
+    with pytest.raises(FileNotFoundError, match="a.json is no .jsonl file"):
+        load_tasks(tmp_path / "void" / "a.json")
+
+
+@pytest.mark.parametrize("link", ["b", "b.jsonl", "a/train.jsonl", "a/valid.jsonl", "a/test.jsonl"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, link: str) -> None:
+    put(tmp_path, a__train=lines(*numbered(3)))
+    (tmp_path / link).unlink(missing_ok=True)
+    (tmp_path / link).symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match=f"{link} is a link to gone, which does not exist"):
+        load_tasks(tmp_path)
+
+
+def test_a_folder_of_three_files_or_a_file_is_one_task(tmp_path: Path) -> None:
+    """mlx-lm's layout."""
+    root = put(tmp_path / "mine", train=lines(*numbered(3)), valid=lines(*numbered(2, "v")),
+               test=lines(*numbered(4, "t")))
+    task, = load_tasks(root)
+    assert (task.name, len(task.train), len(task.test)) == ("mine", 3, 4)
+    assert prompts(task.valid) == ["v0", "v1"] and len(task.notes) == 1
+    assert load_tasks(root, ["mine"]) == load_tasks(tmp_path) == [task]
+    single, = load_tasks(root / "test.jsonl")
+    assert (single.name, len(single.train + single.test + single.valid)) == ("test", 4)
+    put(root, more=lines(PAIR))
+    with pytest.raises(ValueError, match="is a task itself, .* holds others: more. Move"):
+        load_tasks(root)
+
+
+def test_no_line_is_in_two_splits(tmp_path: Path) -> None:
+    copies = numbered(3)
+    put(tmp_path, a__train=lines(*numbered(9), *numbered(9)[:2], *numbered(9)[4:6]),
+        a__valid=lines(*copies[1:], *numbered(2, "v")), a__test=lines(*copies[:2]))
+    task, = load_tasks(tmp_path)
+    assert prompts(task.test) == ["q0", "q1"] and prompts(task.valid) == ["q2", "v0", "v1"]
+    assert prompts(task.train) == ["q3", "q4", "q5", "q6", "q7", "q8", "q4", "q5"]
+    assert task.notes[1:] == ["5 training lines left out, as they are in the test or validation",
+                              "2 training lines are copies of others"]
+    put(tmp_path, a__train=lines(*copies))
+    with pytest.raises(ValueError, match="all its lines are test or validation lines, too"):
+        load_tasks(tmp_path)
+
+
+def test_copies_of_a_line_are_held_out_together(tmp_path: Path) -> None:
+    task, = load_tasks(put(tmp_path, a=lines(*numbered(20), *numbered(20))))
+    splits = [set(prompts(split)) for split in (task.train, task.valid, task.test)]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 20
+
+
+def test_what_lines_hold_is_said(tmp_path: Path) -> None:
+    odd = {"messages": [{"role": "human", "content": "a", "id": 7}, say("assistant", "b")]}
+    put(tmp_path, a__train=lines(PAIR | {"id": 1, "source": "x"}, PAIR | {"system": "Be brief."},
+                                 {"messages": MULTI}, odd), a__valid="", a__test=lines(PAIR))
+    task, = load_tasks(tmp_path)
+    assert task.notes[:4] == [
+        "3 lines of prompt and completion, 2 lines of messages", "system prompts: 2",
+        "keys that are ignored: id (1), source (1), id of a message (1)",
+        "roles beside system, user, assistant, tool: human (1)"]
+    assert task.train[0] == [say("system", "Be brief."), *PAIR_MESSAGES]
 
 
 def test_held_out_lines_depend_on_seed_and_task_alone(tmp_path: Path) -> None:
@@ -203,19 +267,21 @@ def test_held_out_lines_depend_on_seed_and_task_alone(tmp_path: Path) -> None:
     assert first == again
     for task in (*first, *other):
         train, test = prompts(task.train), prompts(task.test)
-        assert sorted(train + test) == sorted(f"q{i}" for i in range(40))
-        assert len(test) == 4
-        assert test != ["q0", "q1", "q2", "q3"]
+        assert sorted(train + prompts(task.valid) + test) == sorted(f"q{i}" for i in range(40))
+        assert (len(task.valid), len(test)) == (4, 4)
+        assert test != ["q0", "q1", "q2", "q3"] and train == sorted(train, key=lambda q: int(q[1:]))
     splits = {tuple(sorted(prompts(t.test))) for t in (*first, *other)}
     assert len(splits) == 4, "seeds and tasks share a split"
     # A task's split does not depend on which others are loaded beside it.
     assert load_tasks(tmp_path, ["b"], seed=1) == first[1:]
 
 
-@pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 1), (9, 1), (10, 1), (30, 3)])
-def test_a_small_task_keeps_something_to_train_on(tmp_path: Path, count: int, held: int) -> None:
+@pytest.mark.parametrize(("count", "test", "valid"), [
+    (1, 0, 0), (2, 1, 0), (5, 1, 0), (9, 1, 1), (30, 3, 3), (1000, 100, 64)])
+def test_a_small_task_keeps_something_to_train_on(tmp_path: Path, count: int, test: int,
+                                                  valid: int) -> None:
     task, = load_tasks(put(tmp_path, a=lines(*numbered(count))))
-    assert (len(task.train), len(task.test)) == (count - held, held)
+    assert (len(task.train), len(task.test), len(task.valid)) == (count - test - valid, test, valid)
 
 
 # Supervision
@@ -384,19 +450,11 @@ def test_a_real_tokenizer_end_to_end(bpe: Path, tmp_path: Path) -> None:
     assert mask[taught].all()
 
 
-def test_a_task_given_as_the_data_folder_is_refused(tmp_path):
-    task = tmp_path / "sums"
-    task.mkdir()
-    for name in ("train", "test"):
-        (task / f"{name}.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
-    with pytest.raises(ValueError, match="is itself a task.*--tasks sums"):
-        load_tasks(task)
-
-
 def test_a_byte_order_mark_and_what_a_mac_leaves_are_no_lines(tmp_path) -> None:
     line = b'{"prompt": "p", "completion": "c"}\n'
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + 2 * line)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line + line.replace(b'"p"', b'"q"'))
     (tmp_path / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".#a.jsonl").symlink_to("someone@host.1:2")
     (task,) = load_tasks(tmp_path)
     assert task.name == "a" and len(task.train) + len(task.test) == 2
 
@@ -411,6 +469,8 @@ def test_what_a_template_refuses_is_named(tmp_path, monkeypatch) -> None:
     lines = [[{"role": "user", "content": text}] for text in ("good", "bad")]
     with pytest.raises(ValueError, match="task t, training example 2, 'bad': the template refuses"):
         encode_all(Task("t", lines, []), None, 10)
+    with pytest.raises(ValueError, match="task t, validation example 2, 'bad': the templ"):
+        encode_all(Task("t", [], [], lines), None, 10, "valid")
 
 
 @pytest.mark.parametrize("answers, expected", [

@@ -21,6 +21,7 @@ from tiny import CHATML
 
 from minismoe.cli.flags import InputConfig
 from minismoe.cli.inputs import print_examples
+from minismoe.data.lines import to_messages
 from minismoe.data.tasks import (
     Task,
     closed_answers,
@@ -28,7 +29,6 @@ from minismoe.data.tasks import (
     encode_all,
     load_tasks,
     supervised_spans,
-    to_messages,
 )
 from minismoe.data.tokenizer import Tokenizer, load_tokenizer
 from minismoe.export.layouts import copy_base_files
@@ -313,7 +313,7 @@ def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, bad: Any, reason: 
     (tmp_path / "t.jsonl").write_text(f"{good}\n{json.dumps(bad)}\n{good}\n")
     with pytest.raises(ValueError) as refused:
         load_tasks(tmp_path)
-    assert str(refused.value).startswith(f"1 bad lines: {tmp_path}/t.jsonl:2: ")
+    assert str(refused.value).startswith(f"1 bad line: {tmp_path}/t.jsonl:2: ")
     assert reason in str(refused.value)
 
 

@@ -72,6 +72,7 @@ def test_tasks_have_the_right_form_and_size():
     assert len({t.name for t in found}) == len(found) >= 4
     for task in found:
         assert len(task.train) == toy.TRAIN and 90 <= len(task.test) <= toy.TEST
+        assert len(task.valid) == toy.VALID
         assert all([m["role"] for m in line] == ["user", "assistant"]
                    for line in task.train + task.test)
 
@@ -79,12 +80,14 @@ def test_tasks_have_the_right_form_and_size():
 @pytest.mark.parametrize("seed", range(4))
 def test_no_test_case_is_trained_on(seed):
     for task in toy.tasks(seed):
-        assert not prompts(task.train) & prompts(task.test)
+        assert not prompts(task.train) & prompts(task.test + task.valid)
+        assert not prompts(task.valid) & prompts(task.test)
         assert len(prompts(task.test)) == len(task.test)
     facts = next(t for t in toy.tasks(seed) if t.name == "facts")
-    trained, tested = ({asked_fact(p) for p in prompts(part)} for part in (facts.train, facts.test))
-    assert not {animal for animal, _ in trained} & {animal for animal, _ in tested}
-    assert len(tested) >= 15
+    trained, validated, tested = ({animal for animal, _ in map(asked_fact, prompts(part))}
+                                  for part in (facts.train, facts.valid, facts.test))
+    assert not trained & tested and not trained & validated and not validated & tested
+    assert (len(validated), len(tested)) == (4, 8)
 
 
 @pytest.mark.parametrize("seed", range(3))
