@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, functions, with_tools
-from ..io.files import naming
-from ..io.flags import natural, number, positive, share, text
+from ..io.files import naming, read_json
+from ..io.flags import above_zero, natural, number, positive, share, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
+from .api import Api
 from .choices import answer_tokens
 from .folder import lines_of, read_choices, read_prefix
-from .serve import PORT, serve_page
+from .grammar import json_grammar
+from .serve import PORT, serve
 
 if TYPE_CHECKING:
     from .generator import Generator
+
+SERVING = {"folder", "serve", "host", "api_key", "provider", "threads", "task", "verify"}
 
 
 def _answer(generator: Generator, asked: str | Sequence[Message], sampling: Mapping[str, Any],
@@ -31,7 +35,8 @@ def _answer(generator: Generator, asked: str | Sequence[Message], sampling: Mapp
 
     Where the chat offers tools, the answer is printed at its end: as calls, one a line, or as text.
     """
-    raw = isinstance(asked, str)
+    raw, options = isinstance(asked, str), {**sampling}
+    stop = options.pop("stop", ())
     chat: Sequence[Message] = [{}] if isinstance(asked, str) else asked
     prompt = asked if isinstance(asked, str) else generator.tokenizer.render(asked, True)
     times, answer, terminal = [time.perf_counter()], "", sys.stdout.isatty()
@@ -44,9 +49,8 @@ def _answer(generator: Generator, asked: str | Sequence[Message], sampling: Mapp
         return token
 
     try:
-        for piece in generator.text(map(timed, generator.generate(prompt, **sampling))):
-            # The template writes the space before an answer, which training data do not have.
-            piece = piece if raw or answer else piece.lstrip()
+        for piece in generator.text(map(timed, generator.generate(prompt, **options)), stop,
+                                    strip=not raw):
             answer += piece
             if "tools" not in chat[0]:
                 show(piece)
@@ -59,6 +63,8 @@ def _answer(generator: Generator, asked: str | Sequence[Message], sampling: Mapp
     print(flush=True)
     if generator.ended == "context":
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
+    if generator.ended == "max_tokens" and sampling.get("grammar"):
+        print(f"[the answer was cut at {sampling['max_tokens']} tokens]", file=sys.stderr)
     if stats and len(times) > 1:
         first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
         print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s "
@@ -132,14 +138,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("folder", help="an exported folder of layout onnx, or web to serve")
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
-    add("--serve", nargs="?", type=_port, const=-1, metavar="PORT", help="serve a folder of layout "
-        f"web to this machine's browsers until Ctrl-C, at this port (default: {PORT}, or the next "
-        "that is free; 0: any free one)")
+    add("--serve", nargs="?", type=_port, const=-1, metavar="PORT", help="answer OpenAI's protocol "
+        "at http://127.0.0.1:PORT/v1, or show the page of layout web to browsers, until Ctrl-C "
+        f"(default: {PORT}, or the next that is free; 0: any free one)")
+    add("--host", help="with --serve: another address of this machine, for whoever has --api-key")
+    add("--api-key", type=text, metavar="KEY", help="with --serve: what requests must show")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--prefix", type=text, metavar="FILE|TASK", help="begin with a file's text as the system "
         "prompt (with --raw, as text before the prompt), or with a task's instruction")
     add("--tools", type=text, metavar="FILE", help="offer the functions of a JSON list of schemas; "
         "prints calls as JSON lines; in a chat, the lines after calls are what they returned")
+    add("--schema", type=text, metavar="FILE", help="answer with JSON that this JSON schema "
+        "describes; needs pip install 'minismoe[schema]'")
     add("--choices", type=text, metavar="FILE|TASK", help="answer with one of these: the lines of "
         "a file, or the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
@@ -152,6 +162,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "that together reach P (default: 1)")
     add("--top-k", type=natural, default=0, metavar="K", help="draw among the K likeliest tokens "
         "(default: as many as the folder's sampler gives, 64)")
+    add("--min-p", type=share, default=0.0, metavar="P", help="draw among tokens at least P times "
+        "as likely as the likeliest (default: 0)")
+    add("--repetition-penalty", type=above_zero, default=1.0, metavar="F", help="make tokens of "
+        "the prompt and the answer less likely: above 1, such as 1.1 (default: 1)")
+    add("--stop", type=text, action="append", default=[], metavar="TEXT", help="end the answer "
+        "before this text; may be given again")
     add("--seed", type=int, help="of the draws; default: another one each time")
     add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
         "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
@@ -159,9 +175,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
-    if args.serve is not None and (other := {name for name, value in vars(args).items() if value !=
-                                 parser.get_default(name)} - {"folder", "serve"}):
-        parser.error(f"--serve takes nothing but a port: leave out {', '.join(sorted(other))}")
+    if args.serve is None and (args.host or args.api_key) or args.host and not args.api_key:
+        parser.error("--host needs --serve and --api-key")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.serve is not None and (other := given - SERVING):
+        parser.error(f"a request says what --serve answers: leave out {', '.join(sorted(other))}")
     if args.chat and (args.prompt is not None or args.raw or args.lines):
         parser.error("--chat asks for prompts itself: leave out PROMPT, --raw and --lines")
     if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
@@ -169,19 +187,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.choices is not None and any((args.chat, args.raw, args.max_tokens, args.temperature)):
         parser.error("--choices gives one whole answer, through the template: leave out --chat, "
                      "--raw, --max-tokens and --temperature")
-    if args.tools is not None and (args.raw or args.choices is not None):
-        parser.error("--tools is for free answers through the template: leave out --raw, --choices")
+    if args.tools is not None and (args.raw or args.choices is not None or args.schema):
+        parser.error("--tools is for free answers through the template: leave out --raw, --choices "
+                     "and --schema")
+    if args.schema and args.choices is not None:
+        parser.error("--schema and --choices say both what the answer may be: give one of them")
     if args.choices is None and args.best:
         parser.error("--best needs --choices")
     return args
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command line; errors are raised."""
-    args = _parse(argv)
-    if args.serve is not None:
-        serve_page(Path(args.folder), None if args.serve < 0 else args.serve)
-        return
+def _open(args: argparse.Namespace) -> Generator:
+    """The folder's generator; where it runs is printed if asked for, or if that is slow."""
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .providers import CPU
 
@@ -190,14 +207,36 @@ def main(argv: Sequence[str]) -> None:
     if nodes.keys() != {CPU} and (args.stats or any(
             op in nodes.get(CPU, "") for op in ("Attention", "MatMul", "Gemm"))):
         print(f"[{'; '.join(map(': '.join, nodes.items()))}]", file=sys.stderr)
-    sampling = {name: getattr(args, name)
-                for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
+    return generator
+
+
+def _serve(args: argparse.Namespace) -> None:
+    """Serve the folder: its page, if it has one, or else its generator."""
+    folder, api = Path(args.folder), None
+    if not (folder / "index.html").is_file():
+        api = Api(_open(args))
+    serve(folder, api, args.host, None if args.serve < 0 else args.serve, args.api_key)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line; errors are raised."""
+    args = _parse(argv)
+    if args.serve is not None:
+        _serve(args)
+        return
+    generator = _open(args)
+    sampling = {name: getattr(args, name) for name in (
+        "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
+        "stop")}
     system, before = ([], "") if args.prefix is None else read_prefix(
         generator.folder, args.prefix, args.raw)
-
     with naming(args.tools, ValueError):
         schemas = args.tools and Path(args.tools).read_text(encoding="utf-8-sig")
         tools = functions(schemas, "the file")
+    if tools:
+        sampling["grammar"] = generator.call_grammar(tools)
+    if args.schema:
+        sampling["grammar"] = json_grammar(read_json(args.schema))
 
     def chat(said: str) -> list[Message]:
         return with_tools([*system, {"role": "user", "content": before + said}], tools)

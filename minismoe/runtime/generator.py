@@ -6,18 +6,19 @@ Letters: B prompts, V vocabulary.
 import ctypes
 import math
 import random
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate
 from typing import Any
 
 import onnxruntime as ort
 
 from ..data.tools import Function, Message, with_tools
+from ..io.text import clean
 from .choices import Answer, Tokens, answer_tokens, likeliest
 from .folder import CACHE_TYPES, FLOAT, FLOAT16, INT64
+from .grammar import call_grammar, grammar_tokens, new_matcher
 from .model import CachedModel
+from .sampling import Sampling, logprobs, penalize, permitted
 
 BATCH = 2 << 30                              # bytes of the caches of prompts that are read at once
 
@@ -54,9 +55,9 @@ class Generator(CachedModel):
         self.cached_tokens, self.prompt_tokens = cached, sum(map(len, prompts)) - cached
         return self.read([prompt[cached:] for prompt in prompts])
 
-    def _sample(self, logits: ort.OrtValue, rng: random.Random, temperature: float, top_p: float,
-                top_k: int) -> list[int]:
-        """Choose the next token of each row from logits (B, 1, V)."""
+    def _sample(self, logits: ort.OrtValue, rng: random.Random, sampling: Sampling,
+                mask: bytes | None) -> list[int]:
+        """Choose the next token of each row from logits (B, 1, V); a mask is of a single row."""
         B, size = logits.shape()[0], self.candidates
         best, ids = (ctypes.c_float * (B * size))(), (ctypes.c_int64 * (B * size))()
         io = self._sampler.io_binding()
@@ -66,40 +67,76 @@ class Generator(CachedModel):
         self._sampler.run_with_iobinding(io)
         if math.isnan(sum(best)):
             raise ArithmeticError("the model's logits are not numbers")
-        rows = range(0, B * size, size)
-        if temperature == 0:
-            return [ids[n] for n in rows]
-        return [ids[n + _draw(best[n:n + (top_k or size)], rng, temperature, top_p)] for n in rows]
+        self._last, chosen = (logits, ids[:size]), list[int]()
+        for start in range(0, B * size, size):
+            values, tokens = best[start:start + size], ids[start:start + size]
+            if mask is not None:
+                values, tokens = permitted(logits, values, tokens, mask)
+            chosen.append(tokens[sampling.draw(values, rng)])
+        return chosen
 
-    def _tokens(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None, *,
-                temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
-                seed: int | None = None) -> Iterator[list[Any]]:
+    def _tokens(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None,
+                grammar: str = "", **options: Any) -> Iterator[list[Any]]:
         """Yield the next token of each prompt, step by step; None for a prompt that has stopped."""
-        if not (0 <= temperature < math.inf and 0 < top_p <= 1 and isinstance(top_k, int)
-                and 0 <= top_k <= self.candidates and (max_tokens or 0) >= 0):
-            raise ValueError(f"max_tokens {max_tokens}, temperature {temperature}, top-p {top_p}, "
-                             f"top-k {top_k}: needed are max_tokens >= 0, temperature >= 0, 0 < "
-                             f"top-p <= 1 and 0 <= top-k <= {self.candidates}")
+        sampling = Sampling(**options)
+        sampling.check(self.candidates)
+        if (max_tokens or 0) < 0:
+            raise ValueError(f"max_tokens {max_tokens}: needed is max_tokens >= 0")
         rows = self.encoded(prompts)
+        matcher = new_matcher(self._grammar_tokens, grammar) if grammar else None
         room = self.room(max(map(len, rows)))
         steps = room if max_tokens is None else min(room, max_tokens)
-        rng, stops = random.Random(seed), set(self.tokenizer.stop_ids)
+        rng, stops = random.Random(sampling.seed), set(self.tokenizer.stop_ids)
         running, self.ended = [True] * len(rows), ""
-        logits = self._begin(rows, steps)
+        logits, seen = self._begin(rows, steps), [set(row) for row in rows]
         mine = self._begun
         for step in range(1, steps + 1):
-            chosen = self._sample(logits, rng, temperature, top_p, top_k)
+            if sampling.repetition_penalty != 1:
+                penalize(logits, seen, sampling.repetition_penalty)
+            chosen = self._sample(logits, rng, sampling, matcher and matcher.compute_bitmask())
             running = [r and token not in stops for r, token in zip(running, chosen)]
             if not any(running):
                 self.ended = "stop"
                 return
+            for row, token in zip(seen, chosen):
+                row.add(token)
+            if matcher and not matcher.consume_token(chosen[0]):
+                raise ValueError(f"the schema is too complex: {clean(matcher.get_error())}")
             yield [token if r else None for r, token in zip(running, chosen)]
+            if matcher and matcher.is_stopped():
+                self.ended = "stop"
+                return
             if self._begun != mine:
                 raise RuntimeError("another generation or adapter began, or the cache was emptied, "
                                    "before this one ended")
             if step < steps:
                 logits = self.read([[token] for token in chosen])
         self.ended = "max_tokens" if steps == max_tokens else "context"
+
+    def call_grammar(self, tools: Sequence[Function], must: bool = False) -> str:
+        """The grammar of answers that may call, or `must` call, some of `tools`.
+
+        Without llguidance, or where the template writes calls otherwise than as JSON, "", which is
+        any text, unless they must: ValueError.
+        """
+        try:
+            self._grammar_tokens             # noqa: B018
+            return call_grammar(self.tokenizer, tools, must)
+        except (ModuleNotFoundError, ValueError):
+            if must:
+                raise
+            return ""
+
+    @cached_property
+    def _grammar_tokens(self) -> Any:
+        return grammar_tokens(self.tokenizer, self.info["vocab_size"])
+
+    def logprobs(self, token: int, best: int = 0) -> list[tuple[int, float]]:
+        """A token that `generate` has just yielded and the `best` likeliest tokens at its place,
+        each with its log-probability; it takes some milliseconds."""
+        logits, candidates = self._last
+        tokens = [token, *candidates[:best]]
+        return [*zip(tokens, logprobs(logits, tokens))]
 
     def encoded(self, prompts: Sequence[str | Sequence[int]], new: int = 1) -> list[list[int]]:
         """Token ids of prompts; raises ValueError if `new` more do not fit the context."""
@@ -128,28 +165,30 @@ class Generator(CachedModel):
             yield self.read([[token]])
 
     def generate(self, prompt: str | Sequence[int], max_tokens: int | None = None,
-                 **sampling: Any) -> Iterator[int]:
+                 grammar: str = "", **sampling: Any) -> Iterator[int]:
         """Yield the tokens that follow a prompt, up to and without a stop token.
 
         prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
-        sampling: temperature (default 0: greedy), top_p, top_k (0: `candidates`), and a seed.
+        grammar: of the answer, as grammar.py writes it; sampling: fields of `Sampling`.
         Raises ValueError for a wrong prompt or argument at the first next(), ArithmeticError for
         NaN logits, and RuntimeError once another generation or adapter has begun.
         """
-        for token, in self._tokens([prompt], max_tokens, **sampling):
+        for token, in self._tokens([prompt], max_tokens, grammar, **sampling):
             yield token
 
     def reply(self, messages: Sequence[Message], tools: Sequence[Function] = (),
-              **options: Any) -> Message:
+              stop: Sequence[str] = (), **options: Any) -> Message:
         """The assistant's next message of a chat, with tool_calls if it calls any of `tools`.
 
-        Messages and tools are as transformers has them, options those of `generate`.
+        Messages and tools are as transformers has them, stop as of `text`, options of `generate`.
         """
         if not messages:
             raise ValueError("the chat is empty: give at least one message")
         asked = with_tools(messages, tools)
+        if tools:
+            options.setdefault("grammar", self.call_grammar(tools))
         tokens = self.generate(self.tokenizer.render(asked, True), **options)
-        return self.tokenizer.parse(asked, "".join(self.text(tokens)))
+        return self.tokenizer.parse(asked, "".join(self.text(tokens, stop)))
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
               rows: int | None = None, **sampling: Any) -> list[list[int]]:
@@ -198,7 +237,30 @@ class Generator(CachedModel):
         tokens, = self.encoded([prompt], max(map(len, answers)))
         return likeliest(lambda start: self._begin([[*tokens, *start]]), answers, best)
 
-    def text(self, tokens: Iterable[int]) -> Iterator[str]:
+    def text(self, tokens: Iterable[int], stop: Sequence[str] = (), strip: bool = False,
+             ) -> Iterator[str]:
+        """Yield the text of tokens in whole characters, up to and without any of the texts `stop`.
+
+        What may begin one of these is kept back until more is known. strip: leave out the white
+        space before the text, which some templates write before an answer.
+        """
+        kept = ""
+        for piece in self._pieces(tokens):
+            kept += piece.lstrip() if strip else piece
+            strip = strip and not kept
+            if ends := [at for end in stop if (at := kept.find(end)) >= 0]:
+                kept, self.ended = kept[:min(ends)], "stop"
+                break
+            # The longest beginning of a stop text that what is kept ends with.
+            back = max((n for end in stop for n in range(1, len(end))
+                        if kept.endswith(end[:n])), default=0)
+            if len(kept) > back:
+                yield kept[:len(kept) - back]
+                kept = kept[len(kept) - back:]
+        if kept:
+            yield kept
+
+    def _pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""
         # The previous piece, with the text `told`, is decoded again before what is new, since some
         # tokenizers decode a token differently without its neighbours.
@@ -213,10 +275,3 @@ class Generator(CachedModel):
                 told = self.tokenizer.decode(piece)
         if rest := self.tokenizer.decode(piece + new)[len(told):]:
             yield rest
-
-
-def _draw(logits: Sequence[float], rng: random.Random, temperature: float, top_p: float) -> int:
-    """Draw an index of `logits`, sorted from the largest, by softmax within the nucleus top_p."""
-    masses = [*accumulate(math.exp((value - logits[0]) / temperature) for value in logits)]
-    del masses[bisect_left(masses, top_p * masses[-1]) + 1:]
-    return rng.choices(range(len(masses)), cum_weights=masses)[0]

@@ -1,41 +1,168 @@
-"""Serve an exported folder of layout web to browsers of this machine."""
+"""A server of an exported folder: OpenAI's protocol (api.py), and the page of layout web.
 
+It answers programs and pages of this machine; on another host, whoever has the key.
+"""
+
+import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from hmac import compare_digest
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import MSG_PEEK
+from typing import Any
 
-from ..io.text import clean
+from ..io.text import clean, error_line
+from .api import Api, Refused
 
 HOST = "127.0.0.1"
 # A browser keeps a page and its model by port, so that a folder is best found at the same one.
 PORT, PORTS = 8471, 100                      # the first that is tried, and how many
+LARGEST = 8 << 20                            # bytes of a request
+PATIENCE = 10                                # seconds that a client may neither send nor take bytes
 HEADERS = {                  # the first two let a page share memory, which threads need
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp",
     "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
 
-class _Files(SimpleHTTPRequestHandler):
-    """Files of one folder, for pages of this machine only."""
+class _Server(ThreadingHTTPServer):
+    """A thread for each request; api is None if the folder's graph is for browsers alone."""
+
+    allow_reuse_address = os.name != "nt"    # there, it would take a port that is in use
+    request_queue_size = 128
+    waiting, served = 0, 0                   # numbers of the next question, and of that in turn
+
+    def __init__(self, host: str, port: int, folder: Path, api: Api | None, key: str | None):
+        super().__init__((host, port), partial(_Handler, directory=str(folder)))
+        self.folder, self.api, self.key, self.changed = folder, api, key, threading.Condition()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until all questions that came earlier are answered."""
+        with self.changed:
+            mine, self.waiting = self.waiting, self.waiting + 1
+            self.changed.wait_for(lambda: self.served == mine)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.served += 1
+                self.changed.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a client left."""
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """One request: GET of a file or of the model's name, or POST of a question."""
 
     extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript",
                       ".mjs": "text/javascript", ".wasm": "application/wasm"}
+    timeout = PATIENCE
+    server: _Server
+
+    def _check(self) -> None:
+        """Raise Refused for a request of another site, or without the key."""
+        key, host = self.server.key, self.headers.get("Host", "")
+        if key is not None:
+            given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if not compare_digest(given.encode(), key.encode()):
+                raise Refused("the API key is missing or wrong", 401, "invalid_api_key")
+        # Another site may have its name lead to 127.0.0.1, but the browser still sends that name.
+        elif host.partition(":")[0].lower() not in (HOST, "localhost"):
+            raise Refused("the request is for another host", 403)
+        if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            raise Refused("the request comes from another site", 403)
+
+    def _check_client(self) -> None:
+        """Raise ConnectionError if the client has left."""
+        self.connection.settimeout(0)
+        with suppress(BlockingIOError):
+            if not self.connection.recv(1, MSG_PEEK):
+                raise ConnectionError("the client has left")
+        self.connection.settimeout(PATIENCE)
 
     def send_head(self):                                     # type: ignore[no-untyped-def]
-        """Answer with headers; returns the open file, or None if the request is refused."""
-        folder, file = Path(self.directory).resolve(), Path(self.translate_path(self.path))
-        # Another site may have its name lead to 127.0.0.1, but the browser still sends that name.
-        name = self.headers.get("Host", "").partition(":")[0].lower()
-        if name not in (HOST, "localhost") or "\0" in str(file) or (
-                not file.resolve().is_relative_to(folder)):
-            self.send_error(403)
-            return None
-        if file.is_dir() and file != Path(self.directory):   # no lists of files
-            self.send_error(404)
-            return None
+        """Answer with headers; returns the open file, or None if there is none to send."""
+        folder, file = self.server.folder.resolve(), Path(self.translate_path(self.path))
+        try:
+            self._check()
+            if self.path.startswith("/v1/") and self.server.api:
+                return self._send(self.server.api.models(self.path))
+            if "\0" in str(file) or not file.resolve().is_relative_to(folder):
+                raise Refused("the file is not in the folder", 403)
+            if not (folder / "index.html").is_file() or (    # no lists of files, either
+                    file.is_dir() and file != Path(self.directory)):
+                raise Refused("there is no such page", 404)
+        except Refused as e:
+            return self._send(e.body, e.status)
         return super().send_head()
+
+    def do_POST(self) -> None:
+        """Answer a question, as a whole or as a stream of events."""
+        streams = False
+        try:
+            try:
+                self._check()
+                question = self._question()
+                if not self.server.api:
+                    raise Refused("the folder's graph is for browsers: export --layout onnx", 404)
+                with self.server.turn():
+                    for part in self.server.api.answer(self.path, question, self._check_client):
+                        if not question.get("stream"):
+                            self._send(part)
+                            return
+                        if not streams:      # not earlier: a question may be refused
+                            self._send(None, kind="text/event-stream")
+                            streams = True
+                        self._event(json.dumps(part))
+                    self._event("[DONE]")
+            except OSError:                  # the client left, or takes nothing
+                raise
+            except Exception as e:           # onnxruntime raises bare Exceptions
+                refused = e if isinstance(e, Refused) else Refused(error_line(e), 500)
+                if streams:
+                    self._event(json.dumps(refused.body))
+                else:
+                    self._send(refused.body, refused.status)
+        except OSError:
+            self.close_connection = True
+
+    def _question(self) -> dict[str, Any]:
+        """The JSON object of a request; Refused if there is none, or it is too large."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise Refused("the request has no Content-Length", 411)
+        if int(length) > LARGEST:
+            for _ in range(min(int(length), 1 << 30) >> 16):     # else it would not see the answer
+                self.rfile.read(1 << 16)
+            raise Refused(f"the request has {length} bytes: at most {LARGEST} are read", 413)
+        # A page of another site may post text, but not this type.
+        if self.headers.get_content_type() != "application/json":
+            raise Refused("the request's Content-Type is not application/json", 415)
+        try:
+            question = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError) as e:
+            raise Refused(f"the request is no JSON: {e}") from None
+        if not isinstance(question, dict):
+            raise Refused("the request is no JSON object")
+        return question
+
+    def _send(self, value: Any, status: int = 200, kind: str = "application/json") -> None:
+        """Send headers and, unless it is None, a value as JSON."""
+        body = b"" if value is None else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        if value is not None:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _event(self, text: str) -> None:
+        self.wfile.write(f"data: {text}\n\n".encode())
 
     def copyfile(self, source, outputfile):                  # type: ignore[no-untyped-def]
         """Send a file; a page that was closed meanwhile is no error."""
@@ -51,32 +178,21 @@ class _Files(SimpleHTTPRequestHandler):
         """Nothing: a page asks for many files."""
 
 
-class _Server(ThreadingHTTPServer):
-    allow_reuse_address = os.name != "nt"    # there, it would take a port that is in use
-
-
-def open_server(port: int | None, handler: Callable[..., BaseHTTPRequestHandler]) -> _Server:
-    """A server at 127.0.0.1:port, at a free port if it is 0; None: PORT, or the next free one.
-
-    Raises OSError if the port is taken, or all of them.
-    """
+def serve(folder: Path, api: Api | None, host: str | None = None, port: int | None = None,
+          key: str | None = None) -> None:
+    """Serve the folder until Ctrl-C: at the port, at a free one if it is 0; default: PORT, or the
+    next that is free. With a host, requests need the key. Raises OSError if the port is taken."""
+    reason: Exception = OSError()
     for number in range(PORT, PORT + PORTS) if port is None else [port]:
         try:
-            return _Server((HOST, number), handler)
+            server = _Server(host or HOST, number, folder, api, key)
+            break
         except (OSError, OverflowError) as e:
             reason = e
-    raise OSError(f"port {number} cannot be opened: {reason}; give --serve another one") from None
-
-
-def serve_page(folder: Path, port: int | None) -> None:
-    """Serve the folder at the port, as `open_server` chooses it, until Ctrl-C.
-
-    Raises FileNotFoundError if the folder holds no page, OSError if the port is taken.
-    """
-    if not (folder / "index.html").is_file():
-        raise FileNotFoundError(f"{folder} holds no index.html; export.py --layout web writes "
-                                "one")
-    with open_server(port, partial(_Files, directory=str(folder))) as server:
-        print(f"http://{HOST}:{server.server_port}/ shows {clean(folder)}; Ctrl-C ends it",
-              flush=True)
+    else:
+        raise OSError(f"port {number} cannot be opened: {reason}; give --serve another one")
+    with server:
+        address = f"http://{host or HOST}:{server.server_port}/"
+        what = f"{address}v1 answers as OpenAI's API" if api else f"{address} shows a page"
+        print(f"{what} from {clean(folder)}; Ctrl-C ends it", flush=True)
         server.serve_forever()

@@ -191,13 +191,6 @@ def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
     (web / "large").unlink()
 
 
-def test_a_folder_without_a_page_is_not_served(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "minismoe.runtime", str(tmp_path), "--serve"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "holds no index.html; export.py --layout web writes one" in done.stderr
-
-
 @contextmanager
 def proxy() -> Iterator[tuple[str, list[str]]]:
     """Where all requests to other machines go, and the first lines of those that came."""

@@ -22,8 +22,8 @@ from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime import model as opened
-from minismoe.runtime.generator import _draw
 from minismoe.runtime.providers import CPU, Device
+from minismoe.runtime.sampling import Sampling
 
 PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
 LORA = "model.layers.0.mlp.up_proj"
@@ -276,7 +276,8 @@ def test_logits_that_are_not_numbers_end_a_text(model, tmp_path) -> None:
     ([], {}, "empty"), ("", {}, "empty"),
     (b"x" * 96, {}, "96 tokens, which leaves no room .* of 96"),
     ([259], {}, "outside of the model's 259"), ("a", {"temperature": -1}, "temperature >= 0"),
-    ("a", {"top_p": 0}, "0 < top-p <= 1"), ("a", {"top_k": 65}, "top-k <= 64"),
+    ("a", {"top_p": 0}, "0 < top_p <= 1"), ("a", {"top_k": 65}, "top_k <= 64"),
+    ("a", {"min_p": 2}, "min_p <= 1"), ("a", {"repetition_penalty": 0}, "repetition_penalty > 0"),
     ("a", {"max_tokens": -1}, "max_tokens -1"),
 ])
 def test_refusals(generator, prompt, options, message) -> None:
@@ -301,11 +302,55 @@ def test_sampling(generator) -> None:
     assert draw(temperature=1e-6) == draw(temperature=2.0, top_k=1) == greedy
     assert draw(temperature=2.0, top_p=1e-9) == greedy
     logits, rng = [2.0, 1.0, 0.0, -1.0], random.Random(0)
-    seen = Counter(_draw(logits, rng, 2.0, 0.89) for _ in range(4000))
+    sampling = Sampling(temperature=2.0, top_p=0.89)
+    seen = Counter(sampling.draw(logits, rng) for _ in range(4000))
     weights = [math.exp(v / 2) for v in logits[:3]]          # these three reach 0.89
     for n, weight in enumerate(weights):
         assert abs(seen[n] / 4000 - weight / sum(weights)) < 0.03
     assert set(seen) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"min_p": 0.2}, {"min_p": 0.3, "top_p": 0.7}, {"min_p": 0.05, "top_p": 0.9, "top_k": 5}])
+def test_tokens_that_can_be_drawn_are_those_of_transformers(options) -> None:
+    from transformers.generation import logits_process as theirs
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)).mul(2)
+    scores = theirs.TemperatureLogitsWarper(1.5)(None, logits)
+    for name, kind in (("top_k", theirs.TopKLogitsWarper), ("top_p", theirs.TopPLogitsWarper),
+                       ("min_p", theirs.MinPLogitsWarper)):
+        scores = kind(options[name])(None, scores) if name in options else scores
+    best, rng = logits[0].sort(descending=True).values, random.Random(0)
+    found = {Sampling(temperature=1.5, **options).draw(best.tolist(), rng) for _ in range(20_000)}
+    assert len(found) == scores.isfinite().sum()
+
+
+def test_a_repetition_penalty_is_that_of_transformers(model, folders) -> None:
+    """Of tokens in the prompt and in the answer, in each row of a batch."""
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+    generator, expected = Generator(folders["ort"], threads=1), []
+    generator.tokenizer.stop_ids = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([[*prompt]])
+        for _ in range(12):
+            with torch.no_grad():
+                scores = RepetitionPenaltyLogitsProcessor(1.7)(ids, model(ids)[:, -1])
+            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+        expected.append(ids[0, len(prompt):].tolist())
+    assert generator.batch(PROMPTS, 12, repetition_penalty=1.7) == expected
+    assert generator.batch(PROMPTS, 12, rows=3, repetition_penalty=1.7) == expected
+    assert generator.batch(PROMPTS, 12) != expected
+
+
+@pytest.mark.parametrize("stop, text", [
+    ([], "one, two, three"), (["two"], "one, "), (["three", ", t"], "one"),
+    (["x"], "one, two, three"), (["ee"], "one, two, thr"), (["one"], ""),
+    (["threex"], "one, two, three")])
+def test_a_text_ends_before_a_stop_text(generator, stop, text) -> None:
+    """Whatever the pieces are, nothing of it is given away before."""
+    generator.ended = ""
+    pieces = [*generator.text(b"one, two, three", stop)]
+    assert "".join(pieces) == text and "" not in pieces
+    assert generator.ended == ("stop" if text != "one, two, three" else "")
 
 
 @pytest.mark.parametrize("kind, rows", [("static", 1), ("chunks", 2), ("ort", 1)])

@@ -1,0 +1,95 @@
+"""Answers that parse: grammars of JSON and of calls, of which llguidance makes masks of tokens."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..data.tokenizer import FileTokenizer, Tokenizer
+from ..data.tools import SHOWN, WRITTEN, Function
+from ..io.text import clean
+
+# As json.dumps and templates write it. Where small models may write white space, some never stop.
+SPACES = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
+                         "key_separator": ": "}}
+# The opening, the call up to its name, up to its arguments, up to its end, and the closing.
+FORM = re.compile(r'([^{]*)({.*?)"shown"(.*?){"key": *"value"}([^}]*})(.*)', re.DOTALL)
+
+
+def json_grammar(schema: Any) -> str:
+    """The grammar of a JSON value that a schema describes; ValueError if it is no object."""
+    if not isinstance(schema, dict):
+        raise ValueError("the schema is no JSON object")
+    return f"start: %json {json.dumps({**schema, **SPACES})}"
+
+
+def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool) -> str:
+    """The grammar of calls of `tools` as the template writes them and, unless `must`, of text.
+
+    Raises ValueError if the template writes calls otherwise than as JSON.
+    """
+    ids = tokenizer.turn(SHOWN)
+    written = WRITTEN.search(tokenizer.decode(ids))
+    form = FORM.fullmatch(written[0].removeprefix(written[1])) if written else None
+    if not written or not form:
+        raise ValueError("the chat template writes calls otherwise than as JSON: leave out what "
+                         "holds answers to them")
+    before, (opening, first, middle, last, closing) = _text(written[1]), form.groups()
+    end = _text(last).replace("123456789", '" /[0-9A-Za-z]{9}/ "')           # an id
+    more = '(", " call)*' if "[" in opening else ""
+    rules = [f"call: {' | '.join(f'call{n}' for n in range(len(tools)))}", "TEXT: /(.|\\n)*/",
+             f"body: {_text(opening)} call {more} {_text(closing)}"]
+    for number, tool in enumerate(tools):
+        name = json.dumps(tool["function"]["name"], ensure_ascii=False)
+        schema = {"type": "object", **(tool["function"].get("parameters") or {}), **SPACES}
+        rules.append(f"call{number}: {_text(first + name + middle)} %json {json.dumps(schema)} "
+                     f"{end}")
+    if ids and ids[0] in tokenizer.special.values():             # as Mistral's [TOOL_CALLS]
+        start = f"<[{ids[0]}]> {before} body"
+        start = start if must else f"TEXT ({start})?"
+    elif before:
+        rules.append(f"mark[lazy]: TEXT {before}")
+        start = f'{before} body ("\\n" {before} body)*' if must else "(mark body)* TEXT"
+    else:
+        rules.append("OTHER: /([^\\[{ \\n](.|\\n)*)?/")
+        start = "body" if must else "OTHER | body"
+    return "\n".join([f"start: {start}", *rules])
+
+
+def _text(text: str) -> str:
+    """A literal of the grammar's language."""
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def grammar_tokens(tokenizer: Tokenizer, vocab_size: int) -> Any:
+    """The tokenizer as llguidance has it; ModuleNotFoundError, with the pip command, without it."""
+    try:
+        from llguidance import LLTokenizer, TokenizerWrapper
+    except ImportError:
+        raise ModuleNotFoundError("answers by a schema need llguidance: pip install "
+                                  "'minismoe[schema]'") from None
+    backend, ends = tokenizer.backend, tokenizer.stop_ids
+    if isinstance(backend, FileTokenizer):
+        return LLTokenizer(backend.backend.to_str(), vocab_size, ends)
+
+    class Bytes:
+        eos_token_id, bos_token_id = ends[0], None
+        tokens = [*(bytes([n]) for n in range(256)), *map(str.encode, backend.special)]
+        special_token_ids = [*backend.special.values()]
+
+        def __call__(self, text: bytes) -> list[int]:
+            return [*text]
+
+    return LLTokenizer(TokenizerWrapper(Bytes()), vocab_size, ends)
+
+
+def new_matcher(tokens: Any, grammar: str) -> Any:
+    """What follows one answer token by token; ValueError if the grammar cannot be compiled.
+
+    tokens: as of `grammar_tokens`.
+    """
+    from llguidance import LLMatcher
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokens)
+    if wrong:
+        raise ValueError(f"the schema cannot be compiled: {clean(' '.join(messages[0].split()))}")
+    return LLMatcher(tokens, grammar, log_level=0)
