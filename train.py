@@ -30,7 +30,7 @@ from minismoe.model.checkpoint import save_adapter
 from minismoe.training import distributed
 from minismoe.training.distributed import once
 from minismoe.training.evaluate import Accuracy, evaluate, questions
-from minismoe.training.loop import TrainConfig, train
+from minismoe.training.loop import TrainConfig, default_lr, train
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,6 +66,9 @@ def main(argv: Sequence[str]) -> None:
     torch.manual_seed(config.inputs.seed)    # the same experts whatever was drawn before
     add_experts(inputs.model, allocation)
     print(probing.allocation_heatmap(inputs.model, allocation))
+    if config.training.lr is None:
+        config = replace(config, training=replace(config.training, lr=default_lr(inputs.model)))
+        print(f"learning rate: {config.training.lr}, by the size of the base's weights")
 
     # From here on the folder is a run, which --resume continues.
     with runs.run_folder(config) as run:

@@ -58,7 +58,7 @@ def heal(healing: Healing, fits: Mapping[str, Fit], blocks: Mapping[str, Blocks]
     compiling = compiled.wanted(student, healing.compile, healing.steps)
     maps, cfg = ExpertVector(student, alike=compiling), TrainConfig(
         epochs=math.ceil(healing.steps / math.ceil(len(healing.examples) / BATCH)),
-        batch_size=BATCH, lr=lr)
+        batch_size=BATCH)
     if compiling:
         compiled.compile_layers(student, lambda: heal_step(student, maps, healing,
                                                            healing.examples[:BATCH]))
@@ -66,7 +66,8 @@ def heal(healing: Healing, fits: Mapping[str, Fit], blocks: Mapping[str, Blocks]
     optimizer = torch.optim.AdamW([maps.vector], betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     with progress_bar(range(healing.steps), "heal", unit="step") as bar:
         for step, batch in zip(bar, schedule(healing.examples, cfg)):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, healing.steps, cfg)
+            optimizer.param_groups[0]["lr"] = learning_rate(
+                step, healing.steps, lr, cfg.warmup)
             loss = heal_step(student, maps, healing, batch)
             torch.nn.utils.clip_grad_norm_([maps.vector], cfg.max_grad_norm)
             optimizer.step()

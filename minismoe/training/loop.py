@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.tasks import Example, bucket, collate
 from ..io import flags
@@ -22,7 +23,7 @@ from ..io.flags import flag
 from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
 from ..io.text import out_of_memory
-from ..method.experts import balance_loss, multiplying, take_logits
+from ..method.experts import balance_loss, expert_layers, multiplying, take_logits
 from ..method.loss import head_losses, predicting
 from ..model.decoder import CausalLM
 from ..model.tokens import Tokens, sent
@@ -33,6 +34,7 @@ from .vector import ExpertVector
 
 USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
 LATE = 0.8                    # share of the steps after which, and at the end, "test_loss" is there
+LR = 0.12                     # see `default_lr`
 REMEDY = "try a lower --lr, or --dtype float32"
 
 
@@ -49,8 +51,8 @@ class TrainConfig:
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
     compile: str = flag("auto", compiled.HELP, choices=compiled.ASKED)
-    lr: float = flag(4e-3, "peak learning rate, after a warm-up; a cosine takes it to 0 (default: "
-                     "%(default)s)", flags.number)
+    lr: float | None = flag(None, "peak learning rate, after a warm-up; a cosine takes it to 0 "
+                            "(default: it follows the size of the base's weights)", flags.number)
     checkpoint_every: int | str = flag(200, "optimizer steps, or minutes: 10m (default: "
                                        "%(default)s)", flags.interval, metavar="N|Nm")
     seed: int = 0
@@ -61,12 +63,28 @@ class TrainConfig:
     router_aux_loss_coef: float = 0.01   # weight of the balance loss
 
 
-def learning_rate(step: int, steps: int, cfg: TrainConfig) -> float:
-    """Linear warm-up to cfg.lr, then half a cosine to 0."""
-    warm = max(1, round(cfg.warmup * steps))
+def default_lr(model: nn.Module) -> float:
+    """The peak learning rate for the experts of `model`: LR * sqrt(w / alpha), in two digits.
+
+    w is the median over adapted matrices W (out, in) of |W| / (sqrt(out) * in), the Frobenius norm.
+    A step of AdamW moves each entry of A and B by the rate, whatever W is. Where these moves go
+    along with x, A x grows as rate * in * |x|, and the experts' output as rate^2 * alpha * in, in
+    units of the size of x; W x has |W| / sqrt(out). The rate keeps the ratio of both the same on
+    any base. tests/benchmarks/rates.py measured LR.
+    """
+    layers = expert_layers(model).values()
+    w = median(layer.dense().float().norm().item() / math.sqrt(layer.out_features)
+               / layer.in_features for layer in layers)
+    alpha = median(layer.scaling * layer.rank for layer in layers)
+    return float(f"{LR * math.sqrt(w / alpha):.1e}")
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up to the peak over a share of the steps, then half a cosine to 0."""
+    warm = max(1, round(warmup * steps))
     if step < warm:
-        return cfg.lr * (step + 1) / warm
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example]]:
@@ -182,7 +200,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     compiling = compiled.wanted(model, cfg.compile, len(batches))
     experts = ExpertVector(model, alike=compiling)
     # With a smaller eps, an entry whose gradient is only rounding noise would move by the full lr.
-    optimizer = torch.optim.AdamW([experts.vector], lr=cfg.lr, betas=(0.9, 0.99), eps=1e-6,
+    peak = default_lr(model) if cfg.lr is None else cfg.lr
+    optimizer = torch.optim.AdamW([experts.vector], lr=peak, betas=(0.9, 0.99), eps=1e-6,
                                   weight_decay=cfg.weight_decay, fused=True)
     state = _first_state(run, experts, optimizer, batches, resume)
     if compiling:
@@ -198,7 +217,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
         for step in bar:
             start = time.perf_counter()
             line = take_step(model, experts, optimizer, batches[step], cfg, pad_id, step,
-                             learning_rate(step, len(batches), cfg))
+                             learning_rate(step, len(batches), peak, cfg.warmup))
             now = time.perf_counter()
             line["tokens_per_second"] = speed = round(line["tokens"] / (now - start), 1)
             if unseen and step + 1 in (math.ceil(LATE * len(batches)), len(batches)):

@@ -65,7 +65,9 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
     assert set(results["mean"]) == {"before", "after"} and set(results["seconds"]) == {
         "probe", "train"}
     config = json.loads((out_dir / "config.json").read_text())
-    assert config["arguments"]["lr"] == 4e-3 and config["arguments"]["dtype"] != "auto"
+    rate = config["arguments"]["lr"]
+    assert f"learning rate: {rate}, by the size of the base's weights" in out
+    assert 1e-4 < rate < 1e-2 and config["arguments"]["dtype"] != "auto"
     assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 6        # 46 examples / 8
     after = json.loads((out_dir / "after.json").read_text())
     for name, task in results["tasks"].items():
@@ -249,7 +251,7 @@ def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path, capsys) -> 
     assert not (cut / "results.json").exists()
 
     code, _, err = finish(train.main, "--resume", "--out", str(cut), "--lr", "0.5", capsys=capsys)
-    assert code == 1 and "--lr 0.5 (was 0.004)" in err
+    assert code == 1 and "--lr 0.5 (was 0.0" in err
     assert script("train.py", "--resume", "--out", str(cut)).returncode == 0
     first, second = (load_file(tmp_path / r / "adapter" / "adapter.safetensors")
                      for r in ("straight", "cut"))

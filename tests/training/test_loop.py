@@ -4,7 +4,9 @@ import json
 import math
 import os
 import signal
+import statistics
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +16,15 @@ from tiny import examples, tiny, tiny_config
 
 from minismoe import reference
 from minismoe.data.tasks import Example, bucket, collate
-from minismoe.method.experts import add_experts, expert_layers
+from minismoe.method.experts import add_experts, expert_layers, linear_layers
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.training.loop import (
+    LR,
     Interrupted,
     TrainConfig,
+    default_lr,
     learning_rate,
     schedule,
     train,
@@ -84,8 +88,7 @@ def test_nothing_waits_for_the_device_between_the_batch_and_the_gradient(recompu
 
 
 def test_learning_rate_warms_up_and_ends_near_zero() -> None:
-    cfg = TrainConfig(lr=1.0, warmup=0.1)
-    rates = [learning_rate(i, 100, cfg) for i in range(100)]
+    rates = [learning_rate(i, 100, 1.0, 0.1) for i in range(100)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert rates[10] == 1.0 and rates[-1] < 0.001
     assert rates[10:] == sorted(rates[10:], reverse=True)
@@ -295,3 +298,22 @@ def test_expert_use_is_noted_every_20_steps(tmp_path) -> None:
     train(tiny(), examples(), TrainConfig(4, 4, 4), tmp_path, pad_id=0)
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "expert_use" in x] == [1, 21]
+
+
+@pytest.mark.parametrize("factor, rank", [(1.0, 4), (0.25, 4), (4.0, 4), (1.0, 2)])
+def test_the_default_rate_follows_the_sizes_of_weights_and_of_adapters(
+        factor: float, rank: int, tmp_path: Path) -> None:
+    """The head's size changes nothing; and training takes the rate that `default_lr` tells."""
+    torch.manual_seed(0)
+    model = CausalLM(tiny_config())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+        for layer in linear_layers(model).values():
+            layer.weight.mul_(factor)
+    sizes = [(sum(x * x for row in layer.weight.tolist() for x in row) / layer.out_features) ** 0.5
+             / layer.in_features for layer in linear_layers(model).values()]
+    add_experts(model, dict.fromkeys(linear_layers(model), 2), rank=rank)
+    wanted = LR * (statistics.median(sizes) / (2 * rank)) ** 0.5
+    assert default_lr(model) == pytest.approx(wanted, rel=0.05)
+    train(model, examples(8), TrainConfig(epochs=1, warmup=0.0), tmp_path, pad_id=0)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["lr"] == default_lr(model)
