@@ -1,0 +1,213 @@
+"""Answers that a grammar holds: JSON by random schemas, and calls as templates write them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exported import command, export, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from minismoe.model.decoder import CausalLM
+from minismoe.runtime import Generator
+from minismoe.runtime import __main__ as terminal
+from minismoe.runtime.grammar import call_grammar, grammar_tokens, json_grammar, new_matcher
+
+jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("llguidance")
+
+LIMIT = 160                                  # tokens of an answer
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return random_model(seed=3)
+
+
+@pytest.fixture(scope="module", params=[3, 4])
+def generator(request, tmp_path_factory) -> Generator:
+    folder = tmp_path_factory.mktemp("grammar") / "tiny"
+    return Generator(export(random_model(request.param), folder, context=2048), threads=1)
+
+
+def schemas() -> st.SearchStrategy[dict[str, Any]]:
+    """JSON schemas, most of whose values a random model ends within LIMIT tokens."""
+    plain = st.one_of(
+        st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"const": "x y"}]),
+        st.integers(0, 40).map(lambda n: {"type": "integer", "minimum": -n, "maximum": 7 * n}),
+        st.integers(1, 6).map(lambda n: {"type": "string", "maxLength": n}),
+        st.just({"type": "string", "pattern": "^[a-c]{1,3}$"}), st.just({"type": "number"}),
+        st.lists(st.text("ab\"é\\ ", max_size=4), min_size=1, max_size=4, unique=True).map(
+            lambda texts: {"enum": texts}))
+
+    def larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        fields = st.dictionaries(st.text("abcé\" ", min_size=1, max_size=5), inner, max_size=3)
+        return st.one_of(
+            st.lists(inner, min_size=1, max_size=3).map(lambda several: {"anyOf": several}),
+            st.tuples(inner, st.integers(0, 2)).map(lambda pair: {
+                "type": "array", "items": pair[0], "maxItems": pair[1] + 1}),
+            st.tuples(fields, st.booleans()).map(lambda pair: {
+                "type": "object", "properties": pair[0], "additionalProperties": False,
+                "required": [*pair[0]] if pair[1] else []}))
+
+    return st.recursive(plain, larger, max_leaves=5)
+
+
+@settings(max_examples=40)
+@given(schema=schemas(), hot=st.booleans(), seed=st.integers(0, 99))
+def test_answers_parse_and_validate_or_say_that_they_were_cut(generator, schema, hot, seed) -> None:
+    sampling = {"temperature": 2.0, "seed": seed} if hot else {"repetition_penalty": 1.3}
+    tokens = list(generator.generate("x", LIMIT, json_grammar(schema), **sampling))
+    text = generator.tokenizer.decode(tokens)
+    if generator.ended == "max_tokens":
+        assert len(tokens) == LIMIT
+        return
+    assert generator.ended == "stop"
+    jsonschema.validate(json.loads(text), schema)
+
+
+def test_what_is_likely_but_forbidden_is_replaced_by_the_likeliest_that_is_not(generator) -> None:
+    """Beyond the candidates of the sampler, too: here, one token of 259 may follow."""
+    text = "the only value, " * 3
+    tokens = list(generator.generate("x", LIMIT, json_grammar({"const": text})))
+    assert generator.tokenizer.decode(tokens) == json.dumps(text) and generator.ended == "stop"
+
+
+@pytest.mark.parametrize("schema, message", [
+    ({"type": "strange"}, "the schema cannot be compiled: .*strange"),
+    ({"not": {}}, "the schema cannot be compiled: .*not"),
+    ({"$ref": "#/nowhere"}, "cannot be compiled"), ([], "the schema is no JSON object"),
+    ({"type": "string", "pattern": "(?=x)"}, "cannot be compiled: .*look-around")])
+def test_a_schema_that_cannot_be_compiled_is_one_line_before_anything_is_read(
+        generator, schema, message) -> None:
+    generator.reset()
+    with pytest.raises(ValueError, match=message) as refused:
+        list(generator.generate("x", grammar=json_grammar(schema)))
+    assert "\n" not in str(refused.value) and generator._cache.tokens == [[]]
+
+
+def test_the_tokens_of_a_file_are_masked_as_they_are(bpe) -> None:
+    """Special tokens are no text of a JSON value, and each stop token may end it."""
+    tokenizer = Tokenizer(FileTokenizer(bpe), None, "", "<|im_end|>", stop_ids=[0])
+    matcher = new_matcher(grammar_tokens(tokenizer, 330), json_grammar({"type": "string"}))
+    special = tokenizer.special.values()
+
+    def allowed() -> set[int]:
+        mask = matcher.compute_bitmask()
+        return {token for token in range(330) if mask[token >> 3] >> (token & 7) & 1}
+    for token in tokenizer.encode('"the cat <|im_end|>'.replace("<|im_end|>", "é"))[0]:
+        assert token in allowed() and not allowed() & {*special}
+        assert matcher.consume_token(token)
+    assert matcher.consume_token(tokenizer.encode('"')[0][0])
+    assert allowed() == {*tokenizer.stop_ids} == {0, tokenizer.special["<|im_end|>"]}
+
+
+# Calls
+
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {
+    "type": "object", "properties": properties, "required": [*properties],
+    "additionalProperties": False}}} for name, properties in (
+    ("light", {"room": {"enum": ["hall", "café"]}, "on": {"type": "boolean"}}),
+    ("wait", {"minutes": {"type": "integer", "minimum": 1, "maximum": 9}}))]
+START, NEXT = "{% for c in m.tool_calls or [] %}", "{% endfor %}"
+FORMS = {                                    # how a template writes calls, and one of them
+    "marked": (START + '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
+               "{{ c.function.arguments | tojson }}}\n</tool_call>" + NEXT,
+               '<tool_call>\n{"name": "wait", "arguments": {"minutes": 3}}\n</tool_call>'),
+    "bare": (START + '{"name": "{{ c.function.name }}", "parameters": '
+             "{{ c.function.arguments | tojson }}}" + NEXT,
+             '{"name": "wait", "parameters": {"minutes": 3}}'),
+    "list": ("{% if m.tool_calls %}[CALLS][" + START + "{{ (c.function | tojson)[:-1] }}, "
+             '"id": "{{ c.id }}"}{{ \', \' if not loop.last }}' + NEXT + "]{% endif %}",
+             '[CALLS][{"name": "wait", "arguments": {"minutes": 3}, "id": "abcdefghi"}, '
+             '{"name": "wait", "arguments": {"minutes": 4}, "id": "abcdefgh1"}]'),
+    "special": ("{% if m.tool_calls %}<|pad|>[" + START + "{{ c.function | tojson }}"
+                "{{ ', ' if not loop.last }}" + NEXT + "]{% endif %}",
+                '<|pad|>[{"name": "wait", "arguments": {"minutes": 3}}]')}
+
+
+def writing(form: str) -> Tokenizer:
+    """A tokenizer of bytes, whose template writes calls in this form."""
+    return Tokenizer(ByteTokenizer(), (
+        "{{ tools | tojson if tools }}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
+        + FORMS[form][0] + "{{ '<|end|>' if m.role == 'assistant' }}\n{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"), "", "<|end|>")
+
+
+def accepts(tokenizer: Tokenizer, grammar: str, text: str) -> bool:
+    """Whether an answer may be this text."""
+    matcher = new_matcher(grammar_tokens(tokenizer, 259), grammar)
+    return matcher.consume_tokens(tokenizer.encode(text)[0]) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_calls_are_held_to_the_offered_functions(form) -> None:
+    tokenizer, call = writing(form), FORMS[form][1]
+    free, held = (call_grammar(tokenizer, TOOLS, must) for must in (False, True))
+    chat = [{"role": "user", "content": "x", "tools": TOOLS}]
+    parsed = tokenizer.parse(chat, tokenizer.decode(tokenizer.encode(call)[0]))
+    assert {c["function"]["name"] for c in parsed["tool_calls"]} == {"wait"}
+    for grammar in free, held:
+        assert accepts(tokenizer, grammar, call)
+        for bad in (call.replace("wait", "open"), call.replace("3", "33"), call.replace("3", '"3"'),
+                    call.replace("minutes", "hours"), call[:-3]):
+            assert not accepts(tokenizer, grammar, bad)
+    for text in "Sure, it is on.", "", "a {b} [c] <d>\né":
+        assert accepts(tokenizer, free, text) and not accepts(tokenizer, held, text)
+    if form in ("marked", "list"):
+        assert accepts(tokenizer, free, f"Sure. {call} Done.")
+        assert not accepts(tokenizer, free, f"Sure. {call.replace('wait', 'open')}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_random_model_that_must_call_does(generator, monkeypatch, form) -> None:
+    monkeypatch.setattr(generator, "tokenizer", writing(form))
+    vars(generator).pop("_grammar_tokens", None)
+    for seed in range(4):
+        answer = generator.reply(
+            [{"role": "user", "content": "x"}], TOOLS, max_tokens=600, temperature=2.0, seed=seed,
+            grammar=generator.call_grammar(TOOLS, True))
+        if generator.ended == "max_tokens":      # a list of calls may be long
+            continue
+        for call in answer["tool_calls"]:
+            function = call["function"]
+            schema, = [t["function"] for t in TOOLS if t["function"]["name"] == function["name"]]
+            jsonschema.validate(function["arguments"], schema["parameters"])
+
+
+def test_a_template_that_writes_no_json_holds_no_calls(generator, monkeypatch) -> None:
+    other = ("{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}"
+             "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}{% endfor %}")
+    monkeypatch.setattr(generator, "tokenizer", Tokenizer(ByteTokenizer(), other, "", "<|end|>"))
+    assert generator.call_grammar(TOOLS) == ""
+    with pytest.raises(ValueError, match="writes calls otherwise than as JSON"):
+        generator.call_grammar(TOOLS, True)
+
+
+# The command line
+
+def test_a_schema_on_the_command_line(model, tmp_path, capsys) -> None:
+    folder, file = export(model, tmp_path / "f", context=600), tmp_path / "schema.json"
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}, "b": {
+        "enum": ["x", "y"]}}, "required": ["a", "b"], "additionalProperties": False}
+    file.write_text(json.dumps(schema))
+    done = command(folder, "hello", "--schema", file, "--repetition-penalty", "1.3")
+    assert done.returncode == 0, done.stderr
+    jsonschema.validate(json.loads(done.stdout), schema)
+    cut = command(folder, "hello", "--schema", file, "--max-tokens", 3)
+    assert (cut.returncode, cut.stderr) == (0, "[the answer was cut at 3 tokens]\n")
+    file.write_text('{"not": {}}')
+    wrong = command(folder, "hello", "--schema", file)
+    assert (wrong.returncode, wrong.stdout) == (1, "") and wrong.stderr.startswith(
+        "error: the schema cannot be compiled: ") and wrong.stderr.count("\n") == 1
+
+
+def test_a_missing_library_is_one_line(model, tmp_path, monkeypatch) -> None:
+    folder: Path = export(model, tmp_path / "f")
+    (tmp_path / "schema.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ModuleNotFoundError, match=r"need llguidance: pip install 'minismoe\[sche"):
+        terminal.main([str(folder), "x", "--schema", str(tmp_path / "schema.json")])
