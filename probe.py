@@ -18,7 +18,7 @@ from minismoe.cli import flags, probing, script
 from minismoe.cli.inputs import load_inputs, print_examples, resolve_auto
 from minismoe.io.drawing import allocation_svg, terminal_heatmap
 from minismoe.io.files import replacing, write_json
-from minismoe.io.flags import from_flags, new_parser, text
+from minismoe.io.flags import from_flags, new_parser, refuse_old, text
 from minismoe.io.text import clean
 from minismoe.training import compiled, distributed
 
@@ -30,8 +30,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
     parser.add_argument("--compile", choices=compiled.ASKED, default="auto", help=compiled.HELP)
+    refuse_old(parser, argv, flags.OLD)
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
+    if args.allocation:
+        allocating = probing.with_file(allocating, args.allocation)
+    if allocating.fixed:
+        parser.error(f"{args.allocation} is an allocation already: nothing is left to probe")
     config = resolve_auto(from_flags(flags.InputConfig, vars(args)))
     distributed.join_others(torch.device(config.device))
     if config.show:

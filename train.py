@@ -21,7 +21,7 @@ from minismoe.cli import flags, probing, runs, script
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
 from minismoe.cli.plan import show_plan
 from minismoe.io.files import write_json
-from minismoe.io.flags import from_flags, new_parser, option
+from minismoe.io.flags import from_flags, new_parser, option, refuse_old
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
@@ -118,6 +118,7 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
         "run": flags.RunConfig, "model and data": flags.InputConfig,
         "probe and allocation": flags.AllocationConfig, "training": TrainConfig})
     parser.set_defaults(micro_batch_size=None)               # as large as the batch
+    refuse_old(parser, argv, flags.OLD)
     args = parser.parse_args(argv)
     if args.resume:
         if not args.out:
@@ -128,12 +129,15 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
     if args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
     values = vars(args)
-    if args.allocation and (idle := [option(name) for name in sorted(flags.CHOOSING)
-                                     if values[name] != getattr(flags.AllocationConfig, name)]):
-        parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
     allocating = from_flags(flags.AllocationConfig, values)
     if args.resume and (kept := Path(args.out) / "allocation.json").exists():
-        allocating = replace(allocating, allocation=str(kept))       # the probe does not run again
+        allocating = probing.with_file(allocating, kept)             # the probe does not run again
+    elif args.allocation:
+        allocating = probing.with_file(allocating, args.allocation)
+        idle = [option(name) for name in flags.CHOOSING
+                if values[name] != getattr(flags.AllocationConfig, name)]
+        if allocating.fixed and idle:
+            parser.error(f"--allocation says what these would choose: leave out {', '.join(idle)}")
     return from_flags(flags.RunConfig, values, allocating=allocating,
                       inputs=from_flags(flags.InputConfig, values),
                       training=from_flags(TrainConfig, values))

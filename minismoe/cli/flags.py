@@ -6,13 +6,16 @@ another.
 
 from dataclasses import dataclass
 
-from ..io.flags import above_zero, flag, positive, seed, share, text
-from ..method.allocate import GROUPS, STRATEGIES
+from ..io.flags import above_zero, flag, option, positive, seed, text
+from ..method.allocate import STRATEGIES, Allocation
 from ..training.loop import TrainConfig
 
-# Flags that choose an allocation, and so mean nothing with --allocation FILE.
-CHOOSING = {"strategy", "keep", "budget_experts", "budget_params", "group", "targets",
-            "min_experts", "max_experts"}
+# Settings of the allocation that have no flag: a file for --allocation may hold them.
+SETTINGS = ("keep", "group", "budget_experts", "min_experts", "max_experts", "top_k")
+# Flags that choose an allocation, and so mean nothing where --allocation names one.
+CHOOSING = ("strategy", "budget_params", "targets")
+OLD = {option(name): f"a setting: write \"{name}\" into a file for --allocation"
+       for name in SETTINGS if name != "keep"}
 
 
 @dataclass(frozen=True)
@@ -58,30 +61,29 @@ class AllocationConfig:
 
     samples: int = flag(32, "training examples a task to probe (default: %(default)s)", positive,
                         metavar="N")
-    strategy: str = flag("votes", "how experts are given to matrices (default: %(default)s; with "
-                         "--min-experts 0 it is the paper's)", choices=STRATEGIES)
-    keep: float | None = flag(None, "share of its group that a task votes for (default: 0.6, if "
-                              "no budget is given)", share, metavar="F")
-    budget_experts: int | None = flag(None, "instead of --keep: at most N experts in all",
-                                      positive, metavar="N")
+    strategy: str = flag("votes", "how experts are given to matrices (default: %(default)s; of one "
+                         "task, each matrix gets one expert)", choices=STRATEGIES)
     budget_params: int | None = flag(
-        None, "instead of --keep: at most N trainable parameters", positive, metavar="N")
-    group: str = flag("attention_mlp", "matrices that are ranked together (default: "
-                      "%(default)s)", choices=GROUPS)
+        None, "at most N trainable parameters (default: what votes of each task for 60 %% of the "
+        "matrices cost)", positive, metavar="N")
     targets: str | None = flag(
         None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
         "may get experts; default: all linear layers")
-    min_experts: int = flag(1, "experts that every matrix gets at least; 0: the paper's vote, "
-                            "which leaves some bare (default: %(default)s)", int, metavar="N")
-    max_experts: int | None = flag(
-        None, "most experts of a matrix (default: the number of tasks for votes; lora has one, of "
-        "the rank that costs what votes do)", positive, metavar="N")
     rank: int = flag(8, "of each expert (default: %(default)s)", positive)
     alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
                                "twice the rank)", above_zero)
-    top_k: int = flag(2, "experts active a token (default: %(default)s)", positive, metavar="K")
-    seed: int = 0                       # --seed and --allocation, flags of the other classes
-    allocation: str | None = None
+    allocation: str | None = flag(
+        None, 'an allocation.json, or {"module": experts}; or settings of the allocation: '
+        + ", ".join(SETTINGS), text, metavar="FILE")
+    # Without a flag, but of SETTINGS; see method/allocate.py:
+    keep: float | None = None
+    group: str = "attention_mlp"
+    budget_experts: int | None = None
+    min_experts: int = 1                # 0: the paper's vote, which leaves some matrices bare
+    max_experts: int | None = None
+    top_k: int = 2                      # experts active a token
+    fixed: Allocation | None = None     # what the file of --allocation holds, unless it is settings
+    seed: int = 0                       # --seed, a flag of InputConfig
 
 
 @dataclass(frozen=True)
@@ -96,5 +98,3 @@ class RunConfig:
     resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
     plan: bool = flag(False, "print parameters, memory by part and disk of the run, and stop; with "
                       "--data and weights, train 3 steps, and print time and peak memory")
-    allocation: str | None = flag(None, 'an allocation.json, or a bare {"module": experts} '
-                                  "mapping; default: probe and allocate", text, metavar="FILE")

@@ -38,9 +38,11 @@ def show_plan(config: RunConfig) -> None:
     model = meta_model(sizes)
     allocation = probing.without_probe(config.allocating, shapes_of(model), tasks)
     parts = memory_by_part(sizes, allocation, getattr(torch, inputs.dtype), inputs.base_bits)
+    note = "" if has_data else " (of one task)"
+    if probing.needs_probe(config.allocating, len(tasks)):
+        note = " (an example: the probe decides)"
     print(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters; {allocation}, "
-          f"{parts['adapters'] // 4:,} trainable parameters"
-          + " (an example: the probe decides)" * probing.needs_probe(config.allocating))
+          f"{parts['adapters'] // 4:,} trainable parameters{note}")
     print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))
     print(f"disk: {parts['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.1f} MiB for the adapter and "
           f"{KEPT + 1} checkpoints (one while it is written)")
@@ -80,12 +82,12 @@ def time_steps(config: RunConfig, allocation: Allocation) -> None:
     if distributed.rank():
         return
     speed = sum(json.loads(line)["tokens_per_second"] for line in lines[1:]) / (STEPS - 1)
-    own, every = (sum(len(e.ids) for batch in some for e in batch) for some in ([largest], batches))
+    tokens = sum(len(e.ids) for batch in batches for e in batch)
+    first = "the probe and " if probing.needs_probe(config.allocating, len(inputs.tasks)) else ""
     print(f"largest batch: {len(largest)} examples of up to {max(len(e.ids) for e in largest)} "
-          f"tokens, {own / speed:.2f} s a step")
-    print(f"training: {len(batches)} steps, {every:,} tokens, about {every / speed / 60:,.1f} "
-          f"minutes, besides {'the probe and ' * probing.needs_probe(config.allocating)}two "
-          "evaluations")
+          f"tokens, {sum(len(e.ids) for e in largest) / speed:.2f} s a step")
+    print(f"training: {len(batches)} steps, {tokens:,} tokens, about {tokens / speed / 60:,.1f} "
+          f"minutes, besides {first}two evaluations")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
     print(f"peak memory: {peak / MIB:,.0f} MiB, as "
           f"{device if device.type == 'cuda' else 'this process'} counts it")

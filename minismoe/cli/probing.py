@@ -4,7 +4,7 @@ import random
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,26 +20,32 @@ from ..method.allocation import FORMAT, Unfit
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..training import compiled, distributed
-from .flags import AllocationConfig
+from .flags import SETTINGS, AllocationConfig
 from .inputs import Inputs
 
 PROBE_BATCH = 16                                     # samples at once
 BLIND = ("uniform", "lora")                          # given a budget, these read no score
 
 
-def needs_probe(allocating: AllocationConfig) -> bool:
-    """Whether the flags leave anything for the probe to decide."""
+def needs_probe(allocating: AllocationConfig, tasks: int) -> bool:
+    """Whether the flags, and the number of tasks, leave anything for the probe to decide. One task
+    gives no matrix more than one expert, so where each has at least one, all have the same."""
     budget = allocating.budget_experts or allocating.budget_params
-    return not allocating.allocation and not (budget and allocating.strategy in BLIND)
+    return not (allocating.fixed or budget and allocating.strategy in BLIND
+                or tasks == 1 and allocating.min_experts > 0)
 
 
 def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
     """The allocation that the flags ask for; Unfit if the scores choose one that does not fit."""
     settings = asdict(allocating)
-    del settings["samples"], settings["seed"], settings["allocation"]
-    found = allocate(scores, **settings)
-    found.check_rank(scores.shapes)
-    return found
+    for name in ("samples", "seed", "allocation", "fixed"):
+        del settings[name]
+    allocation = allocate(scores, **settings)
+    allocation.check_rank(scores.shapes)
+    if {*allocation.experts.values()} == {1} and len(allocation.experts) == len(
+            select(scores.shapes, allocating.targets)):
+        return replace(allocation, strategy="lora")
+    return allocation
 
 
 def without_probe(allocating: AllocationConfig, shapes: Mapping[str, tuple[int, int]],
@@ -49,11 +55,10 @@ def without_probe(allocating: AllocationConfig, shapes: Mapping[str, tuple[int, 
     `shapes` is {module: (out, in)}. Raises ValueError for flags that are wrong whatever the probe
     finds, and Unfit as `choose` does.
     """
-    if allocating.allocation:
-        found = read_allocation(allocating, allocating.allocation)
-        if wrong := [name for name in found.experts if name not in shapes]:
+    if allocating.fixed:
+        if wrong := [name for name in allocating.fixed.experts if name not in shapes]:
             raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
-        return found
+        return allocating.fixed
     rng, scores = random.Random(0), Scores(dict(shapes))
     common = {name: rng.random() for name in shapes}
     for task in tasks:                       # tasks mostly agree
@@ -67,30 +72,37 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation
     Raises ValueError for flags that are wrong whatever the probe finds.
     """
     shapes = shapes_of(inputs.model)
-    if not needs_probe(allocating):
-        return without_probe(allocating, shapes, inputs.encoded)
+    if not needs_probe(allocating, len(inputs.encoded)):
+        allocation = without_probe(allocating, shapes, inputs.encoded)
+        if len(inputs.encoded) == 1 and allocation.strategy == "lora":
+            print(f"one task: a plain LoRA of rank {allocation.rank}, without a probe; several "
+                  "tasks share experts by votes")
+        return allocation
     if allocating.min_experts > 0 and allocating.strategy != "lora":     # each matrix gets experts
-        every = dict.fromkeys(select(shapes, allocating.targets), 1)
-        Allocation(every, allocating.rank).check_rank(shapes)
+        one_each = dict.fromkeys(select(shapes, allocating.targets), 1)
+        Allocation(one_each, allocating.rank).check_rank(shapes)
     with suppress(Unfit):                    # with other scores it may fit
         without_probe(allocating, shapes, inputs.encoded)
     return None
 
 
-def read_allocation(allocating: AllocationConfig, file: str | Path) -> Allocation:
-    """An allocation file; a bare mapping takes rank, alpha and top-k from the flags."""
+def with_file(allocating: AllocationConfig, file: str | Path) -> AllocationConfig:
+    """The configuration with what an allocation file holds: the experts themselves, or settings of
+    how they are given. A bare mapping of experts takes rank, alpha and top-k from the flags."""
     value = read_json(file)
+    if value and value.keys() <= {*SETTINGS}:
+        return replace(allocating, **value)
     if "format" not in value:
         value = {"format": FORMAT, "experts": value, "rank": allocating.rank,
                  "alpha": allocating.alpha or 2 * allocating.rank, "top_k": allocating.top_k}
     elif allocating.strategy != "lora":                  # which chooses a rank itself
-        for name in ("rank", "alpha", "top_k"):
-            asked = getattr(allocating, name)
-            if asked not in (getattr(AllocationConfig, name), value.get(name)):
+        for name in ("rank", "alpha"):
+            typed = getattr(allocating, name)
+            if typed not in (getattr(AllocationConfig, name), value.get(name)):
                 print(f"{clean(file)} says {name} {value.get(name)!r}, which is taken, and not "
-                      f"{asked}", file=sys.stderr)
+                      f"{typed}", file=sys.stderr)
     with naming(file, ValueError):
-        return Allocation.from_json(value)
+        return replace(allocating, fixed=Allocation.from_json(value))
 
 
 def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH,

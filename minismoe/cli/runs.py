@@ -23,7 +23,7 @@ from ..model.checkpoint import versions
 from ..training import distributed
 from ..training.evaluate import Accuracy
 from ..training.loop import LATE, TrainConfig
-from .flags import CHOOSING, InputConfig, RunConfig
+from .flags import InputConfig, RunConfig
 from .inputs import Inputs
 from .script import working_in
 
@@ -242,13 +242,17 @@ def room_for_more(metrics: Path) -> str:
 
 def next_commands(run: Path, config: RunConfig) -> str:
     """Commands to type next, with the model, the data and the training of this run."""
-    size = read_json(run / "results.json")["trainable_parameters"]
+    results = read_json(run / "results.json")
     rival = "votes" if config.allocating.strategy == "uniform" else "uniform"
     inputs = typed(config.inputs, ("device", "dtype", "show"))
-    like = inputs + typed(config.allocating, CHOOSING - {"targets"}) + typed(config.training)
-    commands = [f"export.py {shlex.quote(str(run))}", f"probe.py{inputs} --out runs/probe",
-                f"train.py --strategy {rival} --budget-params {size}{like}"]
+    like = (inputs + typed(config.allocating, ("strategy", "budget_params", "allocation"))
+            + typed(config.training))
+    commands = [f"  python export.py {shlex.quote(str(run))}        # freeze, quantise and chat"]
+    if len(results["tasks"]) > 1:
+        commands += [f"  python probe.py{inputs} --out runs/probe        # see the sensitivities",
+                     f"  python train.py --strategy {rival} --budget-params "
+                     f"{results['trainable_parameters']}{like}        # compare at equal size"]
     if config.inputs.model is None:
-        commands.append("train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER")
-    return "\n  python ".join(["Next: freeze, quantise and chat; see the sensitivities; compare at "
-                               "equal size", *commands])
+        commands.append(
+            "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER")
+    return "\n".join(["Next:", *commands])

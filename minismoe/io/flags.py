@@ -6,7 +6,7 @@ Each field that `flag` makes becomes a command-line flag of the same name.
 import argparse
 import math
 import shlex
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
@@ -35,6 +35,14 @@ def new_parser(description: str | None, groups: Mapping[str, type]) -> argparse.
             if f.metadata:                   # `flag` made the field
                 group.add_argument(option(f.name), default=f.default, **f.metadata)
     return parser
+
+
+def refuse_old(parser: argparse.ArgumentParser, argv: Sequence[str],
+               old: Mapping[str, str]) -> None:
+    """Exit with 2 at a flag of earlier versions. `old` is {flag: what took its place}."""
+    for word in argv:
+        if now := old.get(word.partition("=")[0]):
+            parser.error(f"{word} is now {now}")
 
 
 def from_flags(config: Callable[..., Config], values: Mapping[str, Any], **changes: Any) -> Config:
@@ -76,8 +84,8 @@ natural = checked(int, lambda n: n >= 0, "is below 0")
 seed = checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
 text = checked(str, bool, "is empty")          # an unset variable of a shell
 number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")
-above_zero = checked(float, lambda x: x > 0, "is not above 0")
 share = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
+above_zero = checked(float, lambda x: x > 0, "is not above 0")
 
 
 def interval(text: str) -> int | str:

@@ -40,13 +40,13 @@ def test_the_table_has_a_line_a_row_and_means_over_runs() -> None:
 def test_it_measures_a_run_says_what_it_left_out_and_goes_on(checkpoint, tmp_path, monkeypatch,
                                                              capsys) -> None:
     (tmp_path / "data" / "number").mkdir(parents=True)
-    for part in ("train", "test"):
+    for part, first in ("train", 0), ("test", 30):
         (tmp_path / "data" / "number" / f"{part}.jsonl").write_text("".join(
             json.dumps({"prompt": f"number {i}", "completion": f"N{i % 3}"}) + "\n"
-            for i in range(8)))
+            for i in range(first, first + 8)))
     run = tmp_path / "run"
     train.main(["--model", str(checkpoint), "--data", str(tmp_path / "data"), "--tasks", "number",
-                "--strategy", "uniform", "--budget-experts", "28", "--rank", "2", "--epochs",
+                "--strategy", "uniform", "--budget-params", "4000", "--rank", "2", "--epochs",
                 "9", "--lr", "0.05", "--out", str(run)])
     rows = [r for r in fourbits.ROWS if r.name == "minismoe int4, blocks of 32"]
     broken = fourbits.Row("broken", "ours", "4", "-c 1/0")

@@ -32,9 +32,14 @@ def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
                           capture_output=True)
 
 
+def allocation_file(folder: Path, value: dict) -> str:
+    (folder / "settings.json").write_text(json.dumps(value))
+    return str(folder / "settings.json")
+
+
 def test_probe_writes_its_three_files(inputs, tmp_path, capsys) -> None:
     code, out, _ = finish(probe.main, *inputs, "--out", str(tmp_path), "--samples", "8",
-                          "--rank", "4", "--keep", "0.5", capsys=capsys)
+                          "--rank", "4", capsys=capsys)
     assert code == 0
     sensitivity = json.loads((tmp_path / "sensitivity.json").read_text())
     allocation = json.loads((tmp_path / "allocation.json").read_text())
@@ -77,10 +82,10 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
     assert str(out_dir) in out
 
     # The commands that it proposes name the model and the data, too.
-    assert f"export.py {out_dir}\n" in out
-    (flags,) = re.findall(r"  python probe.py (.*)", out)
+    assert f"export.py {out_dir}  " in out
+    (flags,) = re.findall(r"  python probe.py (.*?)  ", out)
     assert flags == f"{shlex.join(inputs)} --out runs/probe"
-    (flags,) = re.findall(r"  python train.py (.*)", out)
+    (flags,) = re.findall(r"  python train.py (.*?)  ", out)
     proposed = train.parse(shlex.split(flags))
     assert (proposed.inputs.model, proposed.inputs.data) == (inputs[1], inputs[3])
     assert (proposed.allocating.strategy, proposed.training.epochs) == ("uniform", 1)
@@ -131,6 +136,43 @@ def test_train_takes_an_allocation_as_it_is(inputs, tmp_path, capsys, bare) -> N
     saved = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())["allocation"]
     assert (saved["alpha"], saved["top_k"], saved["strategy"]) == (
         (6, 2, "custom") if bare else (5, 1, "mine"))
+
+
+def test_an_allocation_leaves_nothing_to_choose_or_to_probe(inputs, tmp_path, capsys) -> None:
+    file = allocation_file(tmp_path, {"model.layers.1.mlp.up_proj": 3})
+    code, _, err = finish(train.main, *inputs, "--allocation", file, "--targets", "q_proj",
+                          capsys=capsys)
+    assert code == 2 and "says what these would choose: leave out --targets" in err
+    code, _, err = finish(probe.main, *inputs, "--allocation", file, capsys=capsys)
+    assert code == 2 and "is an allocation already: nothing is left to probe" in err
+
+
+def test_a_file_steers_the_vote(inputs, tmp_path, capsys) -> None:
+    """The paper's: a matrix without a vote has no expert."""
+    file = allocation_file(tmp_path, {"keep": 0.25, "group": "all", "min_experts": 0, "top_k": 1})
+    code, _, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--allocation",
+                          file, "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code == 0, err
+    allocation = json.loads((tmp_path / "run" / "allocation.json").read_text())
+    assert sum(allocation["experts"].values()) == 8 and allocation["top_k"] == 1   # 2 x 4 of 14
+    assert (allocation["keep"], allocation["group"]) == (0.25, "all")
+    Path(file).unlink()                                  # a run goes on without its file
+    (tmp_path / "run" / "results.json").unlink()
+    code, _, err = finish(train.main, "--resume", "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code == 0, err
+
+
+def test_one_task_is_a_plain_lora_without_a_probe(inputs, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",
+                        lambda *_: pytest.fail("it probes"))
+    code, out, err = finish(train.main, *inputs, "--tasks", "sum", "--epochs", "1", "--rank", "4",
+                            "--out", str(tmp_path), capsys=capsys)
+    assert code == 0, err
+    assert ("one task: a plain LoRA of rank 4, without a probe; several tasks share experts by "
+            "votes\n") in out and "probe.py" not in out
+    allocation = json.loads((tmp_path / "allocation.json").read_text())
+    assert allocation["strategy"] == "lora" and set(allocation["experts"].values()) == {1}
+    assert len(allocation["experts"]) == 14
 
 
 def test_unknown_modules_are_all_listed(inputs, tmp_path, capsys) -> None:
@@ -202,13 +244,13 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
 
 
 @pytest.mark.parametrize("args, code, says", [
-    (["--keep", "2"], 2, "not in (0, 1]"),
+    (["--min-experts", "0"], 2, '--min-experts is now a setting: write "min_experts" into a file'),
+    (["--top-k=1"], 2, '--top-k=1 is now a setting: write "top_k" into a file for --allocation'),
     (["--no-such-flag"], 2, "unrecognized arguments"),
     (["--resume"], 2, "--resume needs --out"),
     (["--plan", "--show", "1"], 2, "leave out one of them"),
     (["--model", "nowhere-at-all"], 1, "no such model folder"),
     (["--model", "."], 1, "--model and --data go together"),
-    (["--keep", "0.5", "--budget-experts", "3"], 1, "only one of keep"),
 ])
 def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path, capsys) -> None:
     extra = [] if args == ["--model", "."] else inputs
@@ -273,13 +315,13 @@ def test_the_built_in_toy(tmp_path) -> None:
     assert len(results["tasks"]) >= 4
     assert all(t["before"] < 0.5 and t["after"] > 0.9 for t in results["tasks"].values())
     assert "experts a matrix" in done.stdout and "Next:" in done.stdout
-    for command in re.findall(r"  python train.py (--strategy .*)", done.stdout):
+    for command in re.findall(r"  python train.py (--strategy .*?)  ", done.stdout):
         assert train.parse(command.split()).allocating.budget_params > 0
 
 
 @pytest.mark.parametrize("flags", [
     "--lr -0.001", "--lr nan", "--lr inf", "--alpha 0", "--batch-size auto", "--batch-size 0",
-    "--micro-batch-size 0", "--allocation x --keep 0.5", "--allocation x --targets q_proj",
+    "--micro-batch-size 0",
     "--model=", "--out=", "--seed 18446744073709551616", "--tasks=", "--allocation="])
 def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
     code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
@@ -289,18 +331,22 @@ def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
 
 @pytest.mark.parametrize("main", [train.main, probe.main])
 @pytest.mark.parametrize("flags, says", [
-    ("--keep 0.5 --budget-experts 5", "only one of keep"), ("--targets nothing,", "no module"),
-    ("--min-experts -1", "min_experts"),
-    ("--min-experts 1100", "<= 1024, max_experts 1 or more, got min_experts 1100"),
-    ("--budget-experts 13", "13 experts (the budget) are too few for 'votes' with min_experts 1"),
+    ("keep 0.5 budget_experts 5", "only one of keep"), ("--targets nothing,", "no module"),
+    ("min_experts -1", "min_experts"),
+    ("min_experts 1100", "<= 1024, max_experts 1 or more, got min_experts 1100"),
+    ("budget_experts 13", "13 experts (the budget) are too few for 'votes' with min_experts 1"),
     ("--rank 40", "more than the matrix itself has: model.layers.0.")])
 def test_allocation_flags_are_checked_before_the_probe(inputs, tmp_path, capsys, monkeypatch, main,
                                                        flags, says) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",
                         lambda *_: pytest.fail("it probes"))
-    code, _, err = finish(main, *inputs, *flags.split(), capsys=capsys)
-    assert code == 1 and says in err and not list(tmp_path.iterdir())
+    words = flags.split()
+    if not flags.startswith("--"):
+        settings = dict(zip(words[::2], map(json.loads, words[1::2])))
+        words = ["--allocation", allocation_file(tmp_path, settings)]
+    code, _, err = finish(main, *inputs, *words, capsys=capsys)
+    assert code == 1 and says in err and not list(tmp_path.glob("runs"))
 
 
 @pytest.mark.parametrize("flags", ["--rank 40", "--strategy lora --budget-params 999999"])
@@ -318,7 +364,9 @@ def test_what_was_probed_is_kept_if_the_scores_do_not_fit(inputs, tmp_path, caps
     finish(probe.main, *inputs, "--samples", "2", "--out", str(tmp_path), capsys=capsys)
     assert len([*tmp_path.glob("allocation.*")]) == 2
     code, _, err = finish(probe.main, *inputs, "--samples", "2", "--out", str(tmp_path),
-                          "--min-experts", "0", "--budget-experts", "1", capsys=capsys)
+                          "--allocation", allocation_file(
+                              tmp_path.parent, {"min_experts": 0, "budget_experts": 1}),
+                          capsys=capsys)
     assert code == 1
     assert "1 experts (the budget) are too few for 'votes' with min_experts 0: the nearest" in err
     assert json.loads((tmp_path / "sensitivity.json").read_text())["tasks"].keys() == {

@@ -59,9 +59,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "data" / f"{name}.jsonl").write_text("".join(
             json.dumps({"prompt": f"say {i}", "completion": answer.format(i)}) + "\n"
             for i in range(45)))
-    train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--max-experts", "3",
-                "--strategy", "uniform", "--budget-experts", "40", "--rank", "2", "--epochs", "4",
-                "--lr", "0.02", "--batch-size", "16", "--out", str(root / "run"), "--seed", "1"])
+    (root / "settings.json").write_text('{"budget_experts": 40}')
+    train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--allocation",
+                str(root / "settings.json"), "--strategy", "uniform", "--rank", "2", "--epochs",
+                "4", "--lr", "0.02", "--batch-size", "16", "--out", str(root / "run"),
+                "--seed", "1"])
     return root / "run"
 
 

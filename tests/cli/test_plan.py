@@ -64,7 +64,7 @@ def test_a_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_pat
     code, out, err = finish(train.main, "--plan", "--model", "model", "--base-bits", "4",
                             capsys=capsys)
     assert code == 0, err
-    assert list(parts(out)) == PARTS and "(an example: the probe decides)" in out
+    assert list(parts(out)) == PARTS and "(of one task)" in out
     assert "not measured without --data, and .safetensors in model" in out
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "config.json"]
 

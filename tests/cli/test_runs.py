@@ -84,7 +84,7 @@ def test_a_rank_that_a_file_overrules_is_said(inputs, tmp_path, capsys) -> None:
     file.write_text(json.dumps({"format": "minismoe.allocation/1", "rank": 2,
                                 "experts": {"model.layers.0.mlp.up_proj": 1}}))
     for rank, said in ((3, True), (2, False), (8, False)):         # 8 is the default
-        probing.read_allocation(AllocationConfig(rank=rank, allocation=str(file)), str(file))
+        probing.with_file(AllocationConfig(rank=rank, allocation=str(file)), file)
         assert ("says rank 2, which is taken, and not 3" in capsys.readouterr().err) == said
 
 

@@ -195,8 +195,9 @@ class Fuzz:
     def allocation(self, rng: Rng) -> Any:
         whole = ALLOCATION.to_json()
         (self.case / "a.json").write_bytes(rng.text(rng.choice([whole, whole["experts"]])))
-        flags = AllocationConfig(rank=4)
-        add_experts(load_model(self.base), probing.read_allocation(flags, self.case / "a.json"))
+        flags = probing.with_file(AllocationConfig(rank=4), self.case / "a.json")
+        if flags.fixed:
+            add_experts(load_model(self.base), flags.fixed)
 
     def lines(self, rng: Rng) -> Any:
         lines = [rng.text(line) if rng.random() < 0.3 else json.dumps(line).encode()
