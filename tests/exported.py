@@ -4,13 +4,16 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from tiny import BYTES
+from torch import nn
 
 from minismoe.export import graph, steps
-from minismoe.export.mixture import AdapterInput
+from minismoe.export.heal import sharing_copy
+from minismoe.export.rounding import round_experts, round_weights
 from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM, Config
 
@@ -30,14 +33,24 @@ def random_model(seed: int) -> CausalLM:
     return model.eval()
 
 
+def stored(model: CausalLM, form: GraphFormat, beside: Mapping[str, nn.Linear] = {}) -> CausalLM:
+    """A copy of a model as a graph stores it, with other modules in place of some."""
+    tree = sharing_copy(model)
+    for name, layer in beside.items():
+        tree.set_submodule(name, layer)
+    tree = sharing_copy(tree)                # rounding changes the modules
+    round_weights(tree, form, tree, {})
+    round_experts(tree, form)
+    return tree
+
+
 def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
-           precision: str = "fp32", **adapters: AdapterInput) -> Path:
+           precision: str = "fp32", **beside: nn.Linear) -> Path:
     """An exported folder of layout onnx."""
     target, static = KINDS[kind]
-    weights, c = dict(model.named_parameters()), model.config
+    c, form = model.config, GraphFormat(target, precision, context, static=static)
     folder.mkdir()
-    graph.write_decoder(folder / "model.onnx", c, lambda name: weights[name].detach(), adapters,
-                        GraphFormat(target, precision, context, static=static))
+    graph.write_decoder(folder / "model.onnx", stored(model, form, beside), form)
     steps.write_sampler(folder / "sampler.onnx", c.vocab_size)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     describe(folder, target=target, context=context, static=static, layers=len(c.attention_layers),

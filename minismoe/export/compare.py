@@ -6,11 +6,12 @@ Letters: n tokens compared, V vocabulary.
 import math
 from collections.abc import Sequence
 from copy import copy
+from typing import Any
 
 import onnx
 import onnxruntime as ort
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.decoder import CausalLM
 from ..runtime import Generator
@@ -24,13 +25,21 @@ Prompts = Sequence[Sequence[int]]
 
 
 @torch.no_grad()
-def logits(model: CausalLM | Generator, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
-    """Logits (n, V) after the prompt and each token of the text; a graph reads these singly, and
-    what the prompt shares with the one before from its cache."""
+def logits(model: CausalLM | Generator, prompts: Prompts, texts: Prompts) -> list[Tensor]:
+    """Logits (n, V) after each prompt and each token of the text that follows it. PyTorch computes
+    them in one batch; a graph reads texts token by token, and from its cache what a prompt shares
+    with the one before."""
     if isinstance(model, Generator):
-        return torch.stack([torch.from_dlpack(given)[0].clone().flatten()
-                            for given in model.forced(prompt, text)])
-    return model.lm_head(model.model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1:])
+        return [torch.stack([torch.from_dlpack(given)[0].clone().flatten()
+                             for given in model.forced(prompt, text)])
+                for prompt, text in zip(prompts, texts)]
+    rows = [[*prompt, *text] for prompt, text in zip(prompts, texts)]
+    lengths, longest = torch.tensor([[len(row)] for row in rows]), max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    at = torch.arange(longest)
+    needed = (at < lengths) & (at >= torch.tensor([[len(prompt) - 1] for prompt in prompts]))
+    hidden = model.model(ids, at < lengths, needed=needed)
+    return [*model.lm_head(hidden[needed]).split([len(text) + 1 for text in texts])]
 
 
 def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, prompts: Prompts,
@@ -42,8 +51,7 @@ def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, pr
     complaint if a difference is larger, or no finite number.
     """
     errors, same = [], []
-    for prompt, text in zip(prompts, texts):
-        wanted, found = logits(model, prompt, text), logits(export, prompt, text)
+    for wanted, found in zip(logits(model, prompts, texts), logits(export, prompts, texts)):
         errors.append((found - wanted).abs().max() / wanted.abs().max())
         same.append(found.argmax(-1) == wanted.argmax(-1))
     error = torch.stack(errors).max().item()             # nan if any is: Python's max may drop it
@@ -55,8 +63,9 @@ def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, pr
 
 
 def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
-                  same_texts: bool) -> dict[str, float]:
-    """Compare a graph with `model`: logits, and texts, one by one and in a batch.
+                  same_texts: bool) -> tuple[dict[str, Any], list[list[int]]]:
+    """Compare a graph with `model`: logits, and texts, one by one and in a batch. Returns what was
+    found, and the model's texts.
 
     Raises ValueError as `compare_logits` does, and with same_texts if a text differs.
     """
@@ -71,20 +80,17 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, toler
     if same_texts and (batched, single) != (len(prompts),) * 2:
         raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
                          f"are equal, and {batched} in a batch")
-    return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
+    return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}, wanted
 
 
-def compare_rounded(model: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
-                    hint: str = "") -> dict[str, float]:
-    """Compare an `unrounded` graph with `model`, whose weights `round_weights` rounded.
-
-    Raises ValueError as `compare_logits` does, with a hint.
-    """
+def compare_rounded(tree: CausalLM, generator: Generator, prompts: Prompts, texts: Prompts,
+                    tolerance: float, hint: str = "") -> dict[str, float]:
+    """Compare an `unrounded` graph with the tree that it was written from, along the first tokens
+    of texts. Raises ValueError as `compare_logits` does, with a hint."""
     count = min(FEW, generator.room(max(map(len, prompts))))
-    texts = generate(model, prompts, count, generator.tokenizer.stop_ids)
-    found = compare_logits(model, generator, *with_long(generator, model, prompts, texts),
-                           tolerance, "the export is not what PyTorch computes with the same "
-                           f"rounded weights{hint}")
+    read = with_long(generator, tree, prompts, [text[:count] for text in texts])
+    found = compare_logits(tree, generator, *read, tolerance, "the export is not what PyTorch "
+                           f"computes with the same rounded weights{hint}")
     return {"rounded_error": found["logits_error"]}
 
 
@@ -97,7 +103,9 @@ def with_long(generator: Generator, model: CausalLM, prompts: Prompts, texts: Pr
     read from the cache of the first.
     """
     step = generator.static[1] if generator.static and generator.info["target"] != "npu" else 1
-    longest, size = generator.context - FEW * step, sum(p.numel() for p in model.parameters())
+    longest, size = generator.context - FEW * step, sum(
+        part.weight.shape.numel() for part in model.modules()
+        if isinstance(part, nn.Linear | nn.Embedding))
     if longest * size > LITTLE:
         longest = min(longest, max(CHUNK, *(w or 0 for w in model.config.windows)) + TOKENS)
     if longest <= max(map(len, prompts)) + FEW:

@@ -10,17 +10,14 @@ as their inputs x correlate with its input, which H = E[x x^T] tells:
 Letters: N outputs, K inputs, T tokens.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..io.progress import progress_bar
-from ..method.freeze import run_hooked
-from ..model.decoder import CausalLM
-from ..model.quantize import Blocks, block_scales, dequantize, integers, pack
-from .weights import PRECISIONS, few_bits
+from ..method.freeze import Run, hooked
+from ..model.quantize import Blocks, block_scales, integers, pack
 
 # Of H, whose diagonal is scaled to a mean of 1. A few thousand tokens show H only roughly, so more
 # than the paper's 0.01, which left up to twice the divergence on two converged runs of SmolLM2.
@@ -62,79 +59,21 @@ def _rounded(weight: Tensor, U: Tensor, bits: int, size: int) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def second_moments(model: CausalLM, names: Collection[str], batches: Iterable[Sequence[Tensor]],
-                   ) -> dict[str, Tensor]:
-    """Sums of x x^T (K, K), in float32, over the tokens x that each of these linear layers reads.
-
-    batches: tuples that begin with input_ids and attention_mask, each (B, T).
-    """
-    layers: dict[Any, str] = {model.get_submodule(name): name for name in names}
-    device = model.lm_head.weight.device
-    sums = {name: torch.zeros(layer.in_features, layer.in_features, device=device)
-            for layer, name in layers.items()}
-
+def second_moments(layers: Mapping[str, nn.Module], runs: Iterable[Run]) -> dict[str, Tensor]:
+    """Sums of x x^T (K, K), in float32, over the tokens x that each of these linear layers reads
+    in some runs, which give them rows of real tokens alone."""
+    names = {layer: name for name, layer in layers.items()}
+    sums: dict[str, Tensor] = {}
     last: list[Any] = [None, None]           # q, k and v read the same x, and so do gate and up
 
-    def hook(layer: Any, args: tuple[Tensor, ...], y: Any) -> None:
-        if args[0] is not last[0]:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            last[:] = args[0], x.T @ x
-        sums[layers[layer]] += last[1]
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        if inputs[0] is not last[0]:
+            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+            last[:] = inputs[0], x.T @ x
+        name = names[layer]
+        sums[name] = sums[name] + last[1] if name in sums else last[1]
 
-    for batch in batches:
-        hidden = run_hooked(model.model, batch, [m for m in layers if m is not model.lm_head], hook)
-        if model.lm_head in layers:
-            hook(model.lm_head, (hidden[batch[1].bool()],), None)
+    with hooked(layers.values(), hook):
+        for _, run in runs:
+            run()
     return sums
-
-
-def refine(model: CausalLM, blocks: dict[str, Blocks], weight: Callable[[str], Tensor],
-           batches: Sequence[Sequence[Tensor]], memory: int = 1 << 30) -> None:
-    """Round the 4-bit weights among `blocks` again, in place, for what `model` reads on batches.
-
-    weight(name) reads a weight. A pass over the batches takes layers whose H fit `memory` bytes.
-    """
-    tied = model.config.tie_word_embeddings
-    names = {name: f"{'model.embed_tokens' if tied and name == 'lm_head' else name}.weight"
-             for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    few = [n for n, stored in names.items() if stored in blocks and blocks[stored].bits == 4]
-    groups, room = list[list[str]](), 0
-    for name in few:
-        if (size := 4 * blocks[names[name]].shape[1] ** 2) > room:
-            groups.append([])
-            room = memory
-        groups[-1].append(name)
-        room -= size
-    with progress_bar(total=len(few), desc="round", unit="matrix", disable=not few) as bar:
-        for group in groups:
-            for name, H in second_moments(model, group, batches).items():
-                stored = names[name]
-                blocks[stored] = gptq(weight(stored).to(H.device), H, 4, blocks[stored].size,
-                                      TIED_DAMPING if tied and name == "lm_head" else DAMPING)
-                bar.update()
-
-
-def quantize_model(model: CausalLM, weight: Callable[[str], Tensor], precision: str, block: int,
-                   ) -> dict[str, Blocks]:
-    """The blocks of all weights that a graph quantises, by name; weight(name) reads one of them.
-
-    A tied head is left out: its weight is that of the embedding.
-    """
-    (bits, head_bits), device = PRECISIONS[precision], model.lm_head.weight.device
-    names = [f"{name}.weight" for name, part in model.named_modules()
-             if isinstance(part, (nn.Linear, nn.Embedding))
-             and not (name == "lm_head" and model.config.tie_word_embeddings)]
-    return {name: few_bits(weight(name).to(device), precision,
-                           bits if ".layers." in name else head_bits, block) for name in names}
-
-
-@torch.no_grad()
-def round_weights(model: CausalLM, blocks: Mapping[str, Blocks]) -> CausalLM:
-    """Give the model, in place, the weights that a graph stores as `blocks`, by name."""
-    for name, found in blocks.items():
-        part: Any = model.get_submodule(name.removesuffix(".weight"))
-        dense = dequantize(found, part.weight.dtype).to(part.weight.device)
-        part.weight = nn.Parameter(dense, requires_grad=False)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model

@@ -13,7 +13,6 @@ Letters: B batch, T new tokens, P past tokens, S = P + T, D hidden, H query head
 heads, C head size, L taps of a convolution, I its channels, V vocabulary.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,25 @@ from onnx import TensorProto
 from onnx.helper import make_tensor_value_info as value
 from torch import Tensor
 
-from ..model.config import Config
+from ..model.decoder import CausalLM
 from ..model.delta import EPS as DELTA_EPS
-from .mixture import Adapter, LinearLayers
+from ..model.quantize import Blocks
+from .mixture import LinearLayers
 from .nodes import Graph
 from .positions import END, Positions
-from .weights import GraphFormat, ReadWeight, WeightStore
+from .weights import GraphFormat, WeightStore, matrix
 
 
 class DecoderBuilder:
     """Writes the decoder of one model into a graph, by methods that are the modules of
     model/decoder.py, leaf to root."""
 
-    def __init__(self, graph: Graph, config: Config, form: GraphFormat, weights: WeightStore,
-                 adapters: Mapping[str, Adapter]):
-        self.graph, self.config, self.weights = graph, config, weights
+    def __init__(self, graph: Graph, weights: WeightStore):
+        self.graph, self.config, self.weights, form = graph, weights.config, weights, weights.form
         self.ort, self.static, self.dtype = form.ort, form.static, graph.dtype
         self.node, self.tensor, self.constant = graph.node, graph.tensor, graph.constant
-        self.read, self.linear = weights.read, LinearLayers(graph, weights, adapters).linear
-        self.positions = Positions(graph, config, form)
+        self.parameter, self.linear = weights.parameter, LinearLayers(graph, weights).linear
+        self.positions = Positions(graph, self.config, form)
 
     def norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
         """Two outputs: x + added normalised, and x + added."""
@@ -56,7 +55,7 @@ class DecoderBuilder:
 
     def norm_weight(self, name: str) -> Tensor:
         """What a norm multiplies by, in the graph's dtype."""
-        return (self.read(f"{name}.weight").float() + self.config.norm_offset).to(self.dtype)
+        return (self.parameter(f"{name}.weight").float() + self.config.norm_offset).to(self.dtype)
 
     def times(self, name: str, x: str, factor: float) -> str:
         return x if factor == 1 else self.node(
@@ -77,10 +76,10 @@ class DecoderBuilder:
 
     def attention(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
-        c, name = self.config, f"model.layers.{i}.self_attn"
-        qkv = self.linear([f"{name}.{p}_proj" for p in "qkv"], x, c.qkv_bias, f"{name}.qkv_proj")
+        name = f"model.layers.{i}.self_attn"
+        qkv = self.linear([f"{name}.{p}_proj" for p in "qkv"], x, f"{name}.qkv_proj")
         y = (self.attend_ort if self.ort else self.attend)(i, name, qkv)
-        return self.linear([f"{name}.o_proj"], y, c.o_bias)
+        return self.linear([f"{name}.o_proj"], y)
 
     def attend_ort(self, i: int, name: str, qkv: str) -> str:
         """(B, T, (H + 2K) * C) -> (B, T, H * C) by one operator, which also rotates and caches."""
@@ -178,7 +177,7 @@ class DecoderBuilder:
         if not self.ort:
             x, last = last, self.node("Slice", name, last, [1 - L], [END], [1])
         self.node("Transpose", f"{name}.present", last, perm=[0, 2, 1], named=[f"present_conv.{i}"])
-        taps = self.read(f"{name}.weight")[:, 0].T.to(self.dtype)                  # (L, I)
+        taps = self.parameter(f"{name}.weight")[:, 0].T.to(self.dtype)                  # (L, I)
         parts = [self.node("Mul", f"{name}.{j}", self.tensor(f"{name}.{j}", tap), self.node(
             "Slice", f"{name}.{j}", x, [j], [j - L + 1 or END], [1])) for j, tap in enumerate(taps)]
         return self.node("Sum", name, *parts)
@@ -188,7 +187,7 @@ class DecoderBuilder:
         c, name, wide = self.config, f"model.layers.{i}.linear_attn", TensorProto.FLOAT
         H, K = c.linear_num_value_heads, c.linear_key_head_dim
         x = self.linear([f"{name}.in_proj_{p}" for p in ("qkv", "z", "b", "a")], x,
-                        label=f"{name}.in_proj")
+                        f"{name}.in_proj")
         qkv, z, *gates = self.node("Split", name, x, [sum(c.delta_parts), c.delta_parts[2], H, H],
                                    outputs=4, axis=-1)
         qkv = self.silu(f"{name}.conv1d", self.conv(i, f"{name}.conv1d", qkv))
@@ -199,15 +198,15 @@ class DecoderBuilder:
                 for part, y, length in zip("qk", qk, (K ** -0.5, 1.0)))
         b, a = (self.node("Add", f"{name}.{part}", self.graph.cast(f"{name}.{part}.wide", y, wide),
                           self.positions.closed) for part, y in zip("ba", gates))
-        dt = self.tensor(f"{name}.dt_bias", self.read(f"{name}.dt_bias").float())
-        A = self.tensor(f"{name}.A", -self.read(f"{name}.A_log").float().exp())
+        dt = self.tensor(f"{name}.dt_bias", self.parameter(f"{name}.dt_bias").float())
+        A = self.tensor(f"{name}.A", -self.parameter(f"{name}.A_log").float().exp())
         g, b = self.node("LinearAttentionGate", name, a, dt, A, b, outputs=2,
                          domain="com.microsoft")
         y, _ = self.node(
             "LinearAttention", name, q, k, v, f"past_recurrent.{i}", g, b, domain="com.microsoft",
             named=[f"{name}.y", f"present_recurrent.{i}"], q_num_heads=c.linear_num_key_heads,
             kv_num_heads=H, update_rule="gated_delta", scale=1.0)
-        y = self.head_norm(f"{name}.norm", y, H, self.read(f"{name}.norm.weight").float(),
+        y = self.head_norm(f"{name}.norm", y, H, self.parameter(f"{name}.norm.weight").float(),
                            c.rms_norm_eps)
         y = self.graph.cast(f"{name}.narrow", y, self.graph.real)
         return self.linear([f"{name}.out_proj"], self.node(
@@ -219,14 +218,14 @@ class DecoderBuilder:
 
     def mlp(self, i: int, x: str) -> str:
         """x (B, T, D) -> (B, T, D)."""
-        c, name, bias = self.config, f"model.layers.{i}.mlp", self.config.mlp_bias
+        c, name = self.config, f"model.layers.{i}.mlp"
         parts = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
         *inner, down = (f"{name}.{part}" for part in (*parts, "down_proj"))
-        both = self.linear(inner, x, bias, f"{name}.gate_up_proj")
+        both = self.linear(inner, x, f"{name}.gate_up_proj")
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
         act = self.silu(name, gate) if c.activation == "silu" else self.node(
             "Gelu", name, gate, approximate="tanh")
-        return self.linear([down], self.node("Mul", name, act, up), bias)
+        return self.linear([down], self.node("Mul", name, act, up))
 
     def embed(self) -> str:
         """input_ids (B, T) -> (B, T, D)."""
@@ -234,17 +233,20 @@ class DecoderBuilder:
 
     def head(self, x: str) -> None:
         """Hidden states (B, T, D) -> logits (B, 1, V) of the last token of each row."""
-        c, name = self.config, "lm_head"
-        stored = self.weights.vocabulary("model.embed_tokens" if c.tie_word_embeddings else name)
-        x = self.last(x)                                                         # (B, D)
-        if bits := self.weights.vocabulary_bits:
-            x = self.node("Unsqueeze", f"{name}.last", x, [1])
-            y = self.weights.multiply(name, x, stored, c.hidden_size, c.vocab_size, bits)
+        name, last = "lm_head", self.last(x)                                     # (B, D)
+        # Float32 logits are the output of the product: one more operator would copy them.
+        named = ["logits"] if self.dtype == torch.float32 else []
+        table = "model.embed_tokens" if self.config.tie_word_embeddings else name
+        stored, w = self.weights.vocabulary(table), matrix(self.weights.leaf(table))
+        if isinstance(w, Blocks) and not self.weights.form.rows:
+            last = self.node("Unsqueeze", f"{name}.last", last, [1])
+            y = self.weights.multiply(name, last, stored, w, named)
         else:
             # Gemm reads (V, D) directly: onnxruntime would fold a Transpose into a second matrix.
-            y = self.node("Unsqueeze", name, self.node("Gemm", name, x, *stored, transB=1), [1])
-        self.graph.cast(f"{name}.wide", y, TensorProto.FLOAT)
-        self.graph.nodes[-1].output[0] = "logits"        # renamed: one more operator would copy it
+            y = self.node("Unsqueeze", name, self.node("Gemm", name, last, *stored, transB=1), [1],
+                          named=named)
+        if not named:
+            self.node("Cast", f"{name}.wide", y, to=TensorProto.FLOAT, named=["logits"])
 
     def last(self, x: str) -> str:
         """(B, T, D) -> (B, D): the last token, or the last before the pads on the right."""
@@ -301,20 +303,18 @@ def cached(kind: str, layer: int) -> tuple[str, str]:
     return f"{kind}.{layer}.key", f"{kind}.{layer}.value"
 
 
-def write_decoder(file: Path, config: Config, read: ReadWeight, adapters: Mapping[str, Adapter],
-                  form: GraphFormat) -> None:
-    """Write the graph to `file`, and its tensors to `file`.data.
+def write_decoder(file: Path, model: CausalLM, form: GraphFormat) -> None:
+    """Write the graph of a model to `file`, and its tensors to `file`.data.
 
-    read(name) returns the tensor of a Hugging Face name, or its `Blocks`, and is called once for
-    each. `adapters`: of matrices, by module name.
+    The modules decide what each matrix is: floats (nn.Linear), blocks (BlockLinear), or either with
+    experts (ExpertLinear) or with LoRAs that are inputs of the graph (AdapterLinear) beside it.
     A static form (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is
     read in chunks of T, the first of which is padded on the left. settings.py's `refuse` says what
     cannot be written.
     """
     with open(f"{file}.data", "wb") as data:
         graph = Graph(data, form.dtype)
-        weights = WeightStore(graph, config, read, form)
-        decoder = DecoderBuilder(graph, config, form, weights, adapters)
+        decoder = DecoderBuilder(graph, WeightStore(graph, model, form))
         decoder.declare()
         decoder.build()
     graph.save(file)

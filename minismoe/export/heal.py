@@ -1,11 +1,12 @@
 """Heal a frozen model: train its maps for a few steps towards what the mixture predicts.
 
-The mixture itself never changes: the student is a copy of the model that shares every weight.
+The mixture itself never changes: the student is a copy of the model with weights of its own where
+they differ.
 """
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +16,13 @@ from torch import Tensor
 from ..data.tasks import Example, collate
 from ..io.progress import progress_bar
 from ..method.experts import expert_layers, multiplying
-from ..method.freeze import Fit, exact, freeze
+from ..method.freeze import Fit, exact
 from ..method.loss import divergences
 from ..model.decoder import CausalLM
-from ..model.quantize import Blocks
 from ..model.tokens import Tokens
 from ..training import compiled
 from ..training.loop import TrainConfig, learning_rate, schedule
 from ..training.vector import ExpertVector
-from .gptq import round_weights
 
 LR = 2e-4                                    # low: the maps start near their optimum
 BATCH = 16                                   # examples a step
@@ -46,15 +45,10 @@ def sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def heal(healing: Healing, fits: Mapping[str, Fit], blocks: Mapping[str, Blocks],
-         lr: float = LR) -> dict[str, Fit]:
-    """Train the frozen mixtures of the teacher, and return them as fits, by module.
-
-    blocks: the rounded weights that ship beside the maps, by name; none if the maps merge.
-    """
-    student = sharing_copy(healing.teacher).train()
-    freeze(student, fits)
-    round_weights(student, blocks)
+def heal(student: CausalLM, healing: Healing, lr: float = LR) -> dict[str, Fit]:
+    """Train the maps of a student, the teacher's frozen mixtures, and return them as fits, by
+    module. Its other weights are those that ship beside the maps."""
+    student.train()
     compiling = compiled.wanted(student, healing.compile, healing.steps)
     maps, cfg = ExpertVector(student, alike=compiling), TrainConfig(
         epochs=math.ceil(healing.steps / math.ceil(len(healing.examples) / BATCH)),
@@ -73,7 +67,7 @@ def heal(healing: Healing, fits: Mapping[str, Fit], blocks: Mapping[str, Blocks]
             optimizer.step()
             optimizer.zero_grad()
             bar.set_postfix_str(f"divergence {loss.item():.4f}", refresh=False)  # the one wait
-    return {name: replace(exact(layer), kind="healed", residual=fits[name].residual)
+    return {name: replace(exact(layer), kind="healed")
             for name, layer in expert_layers(student).items()}
 
 

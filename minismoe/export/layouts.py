@@ -21,9 +21,9 @@ from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_
 from ..model.config import CONV, DELTA, FULL, Config, text_part
 from .graph import write_decoder
 from .npu import compile_npu, write_npu
-from .prepare import Fits, Prepared
 from .settings import ExportConfig
 from .steps import write_in_steps, write_sampler
+from .tree import Fits, Shipped
 from .weights import HALF, NPU_PRECISIONS
 
 # How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
@@ -32,17 +32,17 @@ WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", 
               "q4f16": ("q4f16", "_q4f16")}
 
 
-def write_graph(config: ExportConfig, prepared: Prepared, folder: Path) -> dict[str, Any]:
+def write_graph(config: ExportConfig, shipped: Shipped, folder: Path) -> dict[str, Any]:
     """Write model.onnx, sampler.onnx and adapters; returns the entries of export.json on them."""
-    sizes = prepared.sizes
+    sizes = shipped.tree.config
     if config.target == "npu":
-        write_npu(folder, sizes, prepared.read, config.form, prepared.ranges)
+        write_npu(folder, shipped.tree, config.form, shipped.ranges)
         if config.chip:
             compile_npu(folder, config.chip)
     else:
-        write_decoder(folder / "model.onnx", sizes, prepared.read, prepared.adapters, config.form)
+        write_decoder(folder / "model.onnx", shipped.tree, config.form)
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
-    adapters, by_task = {}, prepared.fits.by_task if config.adapters else {}
+    adapters, by_task = {}, shipped.fits.by_task if config.adapters else {}
     for number, (task, fits) in enumerate(by_task.items()):
         adapters[task] = f"{number}.onnx_adapter"        # the name of a task may be no file name
         write_adapter(folder / adapters[task], fits)

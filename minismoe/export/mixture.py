@@ -16,6 +16,7 @@ R all ranks of a matrix or a group.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,103 +25,150 @@ from onnx import TensorProto
 from onnx.helper import make_tensor, make_tensor_value_info
 from torch import Tensor, nn
 
-from ..method.experts import ExpertLinear, expert_layers
+from ..method.experts import ExpertLinear
 from ..method.freeze import Fit
-from ..model.quantize import Blocks, dequantize, quantize
+from ..model.quantize import TINY, Blocks, dequantize, quantize
 from .nodes import Graph
-from .weights import HALF, PRECISIONS, WeightStore, concatenated
+from .weights import HALF, GraphFormat, WeightStore, concatenated, matrix
 
 A_BITS = 8                      # of lora_A beside a base in blocks
 
 
-class AdapterInput:
-    """A LoRA given at run time: inputs `<module>.lora_A` (in, R) and `<module>.lora_B` (R, out)."""
+class AdapterLinear(nn.Linear):
+    """A linear layer, in floats or blocks, with a LoRA of each task, of which a graph takes one at
+    run time: inputs `<module>.lora_A` (in, R) and `<module>.lora_B` (R, out)."""
+
+    task: str | None = None                  # whose LoRA is added; None: none
+
+    def __init__(self, linear: nn.Linear, fits: Mapping[str, Fit]):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self.fits = linear.weight, linear.bias, dict(fits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        weight: Any = self.weight
+        y = F.linear(x, weight if isinstance(weight, Tensor) else weight.dense(), self.bias)
+        fit = self.fits[self.task] if self.task is not None else None
+        return y if fit is None else y + x @ fit.lora_A.to(x).T @ fit.lora_B.to(x).T
 
 
-Adapter = ExpertLinear | Fit | AdapterInput
+class BlockExperts(ExpertLinear):
+    """Experts as a graph beside few bits stores them: A (R, in) in blocks, or None for floats; and
+    B (out, R), times the scaling, as the sum of no, one or two matrices in blocks. The parameters
+    hold what these stand for."""
+
+    A_blocks: Blocks | None
+    B_blocks: list[Blocks]
+
+
+@torch.no_grad()
+def rounded_experts(layer: ExpertLinear, name: str, form: GraphFormat) -> ExpertLinear:
+    """The layer with its experts as a graph of that form stores them."""
+    bits, block = form.bits_of(name)
+    if not bits:
+        return layer
+    new = BlockExperts(layer, layer.experts, layer.rank, layer.scaling * layer.rank, layer.top_k)
+    A, B, _ = flat(layer)
+    new.A_blocks = None if form.precision in HALF else quantize(A, A_BITS, block)
+    new.B_blocks = [] if form.rows else in_8_bits(B, bits, block)
+    if new.A_blocks:
+        A = dequantize(new.A_blocks)
+    if new.B_blocks:
+        B = torch.stack([*map(dequantize, new.B_blocks)]).sum(0)
+    new.lora_A.copy_(A.view_as(layer.lora_A))
+    new.lora_B.copy_((B / layer.scaling).T.reshape(layer.lora_B.shape))
+    new.router = layer.router
+    return new
 
 
 class LinearLayers:
     """The linear layers of a graph, with their adapters, by module name."""
 
-    def __init__(self, graph: Graph, weights: WeightStore, adapters: Mapping[str, Adapter]):
-        self.graph, self.weights, self.adapters = graph, weights, adapters
+    def __init__(self, graph: Graph, weights: WeightStore):
+        self.graph, self.weights = graph, weights
         self.node, self.tensor, self.cast = graph.node, graph.tensor, graph.cast
         self.no_choices: dict[tuple[int, int], str] = {}
 
-    def linear(self, names: Sequence[str], x: str, bias: bool = False, label: str = "") -> str:
+    def linear(self, names: Sequence[str], x: str, label: str = "") -> str:
         """x (B, T, in) -> (B, T, sum of out), by the modules `names`. label: the name of the nodes,
-        by default that of the first module."""
-        label, matrices = label or names[0], [self.weights.read(f"{n}.weight") for n in names]
-        adapters, delta = [self.adapters.get(name) for name in names], ""
-        wide = self.cast(f"{label}.wide", x, TensorProto.FLOAT) if any(adapters) else x
-        if any(isinstance(adapter, AdapterInput) for adapter in adapters):
-            parts = [self.adapter_input(n, wide, *w.shape) for n, w in zip(names, matrices)]
+        by default that of the first module. Neighbours of the same bits are one product."""
+        leaves = {name: self.weights.leaf(name) for name in names}
+        alike = [[*part] for _, part in groupby(names, lambda n: storage(leaves[n]))]
+        label = label or names[0]
+        if len(alike) > 1:
+            parts = [self.linear(part, x) for part in alike]
+            return self.node("Concat", label, *parts, axis=-1)
+        matrices, delta = [matrix(leaf) for leaf in leaves.values()], ""
+        experts = [leaf for leaf in leaves.values() if isinstance(leaf, ExpertLinear)]
+        given = any(isinstance(leaf, AdapterLinear) for leaf in leaves.values())
+        wide = self.cast(f"{label}.wide", x, TensorProto.FLOAT) if experts or given else x
+        if given:
+            parts = [self.adapter_input(name, wide, leaf) for name, leaf in leaves.items()]
             delta = self.node("Concat", f"{label}.lora_B", *parts, axis=-1)
-        elif any(adapters):
-            h, B = self.experts(adapters, label, wide, [w.shape for w in matrices])
-            if bits := self.weights.bits:
-                Bs = in_8_bits(B, bits, self.weights.block)
-                matrices = [concatenated([*Bs, self.weights.joined(matrices, bits)], 1)]
+        elif experts:
+            h = self.experts([*leaves.values()], label, wide)
+            if any(isinstance(leaf, BlockExperts) and leaf.B_blocks for leaf in experts):
+                Bs = joined_B([*leaves.values()], matrices[0])
+                matrices = [concatenated([*Bs, concatenated(matrices, 0)], 1)]
                 h = self.cast(f"{label}.narrow", h, self.graph.real)
                 x = self.node("Concat", label, *[h] * len(Bs), x, axis=-1)
             else:
+                B = torch.block_diag(*(flat(leaf)[1] for leaf in leaves.values()))
                 delta = self.node("MatMul", f"{label}.lora_B", h,
                                   self.tensor(f"{label}.lora_B", B.T))
         y = self.weights.product(names, label, x, matrices)
-        if bias:
-            values = torch.cat([self.weights.read(f"{n}.bias") for n in names])
-            y = self.node("Add", f"{label}.bias", y,
-                          self.tensor(f"{label}.bias", values.to(self.graph.dtype)))
+        biases = [leaf.bias for leaf in leaves.values() if leaf.bias is not None]
+        if biases:
+            y = self.node("Add", f"{label}.bias", y, self.tensor(
+                f"{label}.bias", torch.cat(biases).detach().to(self.graph.dtype)))
         return y if not delta else self.node(
             "Add", f"{label}.side", y, self.cast(f"{label}.narrow", delta, self.graph.real))
 
-    def adapter_input(self, name: str, x: str, outputs: int, inputs: int) -> str:
+    def adapter_input(self, name: str, x: str, leaf: nn.Linear) -> str:
         """The LoRA that comes as an input; by default zeros of rank 1: WebGPU crashes at rank 0."""
-        A = self.tensor(f"{name}.lora_A", torch.zeros(inputs, 1))
-        B = self.tensor(f"{name}.lora_B", torch.zeros(1, outputs))
-        if name in self.adapters:
+        A = self.tensor(f"{name}.lora_A", torch.zeros(leaf.in_features, 1))
+        B = self.tensor(f"{name}.lora_B", torch.zeros(1, leaf.out_features))
+        if isinstance(leaf, AdapterLinear):
             rank = f"{name}.rank"
-            self.graph.inputs += [make_tensor_value_info(A, TensorProto.FLOAT, [inputs, rank]),
-                                  make_tensor_value_info(B, TensorProto.FLOAT, [rank, outputs])]
+            self.graph.inputs += [
+                make_tensor_value_info(A, TensorProto.FLOAT, [leaf.in_features, rank]),
+                make_tensor_value_info(B, TensorProto.FLOAT, [rank, leaf.out_features])]
         h = self.node("MatMul", f"{name}.lora_A", x, A)
         return self.node("MatMul", f"{name}.lora_B", h, B)
 
-    def experts(self, adapters: Sequence[Any], label: str, x: str,
-                shapes: Sequence[tuple[int, int]]) -> tuple[str, Tensor]:
-        """h (B, T, R), gated, and lora_B (sum of out, R) of the experts beside matrices (out, in).
+    def experts(self, leaves: Sequence[nn.Linear], label: str, x: str) -> str:
+        """h (B, T, R), gated, of the experts of layers that read the same x.
 
-        Beside a base in blocks, the ranks of each matrix are padded to whole blocks.
+        Beside a base in blocks, the ranks of each layer are padded to whole blocks.
         """
-        bits, block = self.weights.bits, self.weights.block
-        parts = [flat(adapter) if adapter else (torch.zeros(0, inputs), torch.zeros(out, 0),
-                                                torch.zeros(0, inputs))
-                 for adapter, (out, inputs) in zip(adapters, shapes)]
-        pads = [-len(A) % block if bits else 0 for A, _, _ in parts]
-        A = torch.cat([F.pad(A, (0, 0, 0, pad)) for (A, _, _), pad in zip(parts, pads)])
-        B = torch.block_diag(*(F.pad(B, (0, pad)) for (_, B, _), pad in zip(parts, pads)))
-        name = f"{label}.lora_A"
-        few = self.weights.rows or bits and self.graph.dtype == torch.float32
-        h = self.weights.product([], name, x, [A], A_BITS) if few else self.node(
-            "MatMul", name, x, self.tensor(name, A.T))
-        routers = [router for _, _, router in parts if len(router)]
+        padded = [(*flat(leaf)[::2], pad(leaf)) for leaf in leaves]              # A, router, pads
+        name, blocks = f"{label}.lora_A", [
+            leaf.A_blocks for leaf in leaves if isinstance(leaf, BlockExperts)]
+        if any(blocks):
+            h = self.weights.product([], name, x, [concatenated([p for leaf in leaves for p in (
+                padded_A(leaf))], 0)])
+        else:
+            A = torch.cat([F.pad(A, (0, 0, 0, more)) for A, _, more in padded])
+            h = self.node("MatMul", name, x, self.tensor(name, A.T))
+        routers = [router for _, router, _ in padded if len(router)]
         if routers:
             E, first, gate_of_rank = max(map(len, routers)), 0, []      # each (G * E, R)
-            for (A, _, router), pad in zip(parts, pads):
-                gate = torch.zeros(len(routers) * E, len(A) + pad)
+            for A, router, more in padded:
+                gate = torch.zeros(len(routers) * E, len(A) + more)
                 if n := len(router):
                     gate[first:first + n, :len(A)] = torch.eye(n).repeat_interleave(len(A) // n, 1)
                     first += E
                 else:
                     gate[:E] = 1                 # always 1: the gates of any matrix sum to 1
                 gate_of_rank.append(gate)
-            top_k = [layer.top_k for layer in adapters
-                     if isinstance(layer, ExpertLinear) and layer.router is not None]
+            top_k = [leaf.top_k for leaf in leaves
+                     if isinstance(leaf, ExpertLinear) and leaf.router is not None]
             gates = self.node(
                 "MatMul", f"{label}.gates", self.gates(f"{label}.router", x, routers, top_k),
                 self.tensor(f"{label}.gates", torch.cat(gate_of_rank, 1)))
             h = self.node("Mul", f"{label}.gates", h, gates)
-        return h, B
+        return h
 
     def gates(self, name: str, x: str, routers: Sequence[Tensor], top_k: Sequence[int]) -> str:
         """Top-k gates of G matrices, zero for experts not chosen, (B, T, G * E)."""
@@ -155,31 +203,68 @@ class LinearLayers:
         return self.no_choices[G, E]
 
 
-def flat(layer: ExpertLinear | Fit) -> tuple[Tensor, Tensor, Tensor]:
-    """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) without one."""
-    if isinstance(layer, Fit):
-        A = layer.lora_A.float().cpu()
-        return A, layer.lora_B.float().cpu(), A[:0]
+def storage(leaf: nn.Linear) -> tuple[int, int]:
+    """Bits and block of what a layer stores; 0 for floats."""
+    w = matrix(leaf)
+    return (0, 0) if isinstance(w, Tensor) else (w.bits, w.size)
+
+
+def flat(layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) without one; R
+    is 0 without experts."""
+    if not isinstance(layer, ExpertLinear):
+        A = torch.zeros(0, layer.in_features)
+        return A, torch.zeros(layer.out_features, 0), A
     A, B = (p.detach().float().cpu().flatten(0, 1) for p in (layer.lora_A, layer.lora_B))
     router = A[:0] if layer.router is None else layer.router.detach().float().cpu()
     return A, (B * layer.scaling).T, router
+
+
+def pad(layer: nn.Linear) -> int:
+    """The ranks that fill the last block of B."""
+    if not (isinstance(layer, BlockExperts) and layer.B_blocks):
+        return 0
+    B = layer.B_blocks[0]
+    return -B.shape[1] % B.size
+
+
+def padded_A(layer: nn.Linear) -> list[Blocks]:
+    """A in blocks, with rows of zeros for the ranks that fill the last block of B."""
+    if not isinstance(layer, BlockExperts) or layer.A_blocks is None:
+        return []
+    A, more = layer.A_blocks, pad(layer)
+    return [A, zero_blocks(A, more, A.shape[1])] if more else [A]
+
+
+def joined_B(layers: Sequence[nn.Linear], base: Blocks) -> list[Blocks]:
+    """The B's of layers that read the same x as block-diagonal matrices (sum of out, R), R in whole
+    blocks; `base` is any of their weights."""
+    Bs = [layer.B_blocks if isinstance(layer, BlockExperts) else [] for layer in layers]
+    found = []
+    for number in range(max(map(len, Bs))):
+        width = sum(B[number].scales.shape[1] for B in Bs if B) * base.size
+        rows, start = [], 0
+        for layer, B in zip(layers, Bs):
+            whole = zero_blocks(base, layer.out_features, width)
+            if B:
+                end = start + B[number].scales.shape[1]
+                whole.data[:, start:end], whole.scales[:, start:end] = (
+                    B[number].data, B[number].scales)
+                start = end
+            rows.append(whole)
+        found.append(concatenated(rows, 0))
+    return found
+
+
+def zero_blocks(like: Blocks, N: int, K: int) -> Blocks:
+    """Zeros (N, K) in blocks as those of another matrix."""
+    G, zero = -(-K // like.size), 0x88 if like.bits == 4 else 0x80
+    return Blocks(like.bits, like.size, torch.Size((N, K)),
+                  torch.full((N, G, like.size * like.bits // 8), zero, dtype=torch.uint8),
+                  torch.full((N, G), TINY))
 
 
 def in_8_bits(B: Tensor, bits: int, block: int) -> list[Blocks]:
     """lora_B (out, R) as one matrix in 8 bits, or as two in 4 bits whose sum it is."""
     parts = [quantize(B, bits, block)]
     return parts if bits == 8 else [*parts, quantize(B - dequantize(parts[0]), bits, block)]
-
-
-@torch.no_grad()
-def round_adapters(model: nn.Module, precision: str, block: int) -> None:
-    """Round the experts of the model in place, as a graph beside a base in few bits does."""
-    bits = 0 if precision == "q8" else PRECISIONS[precision][0]
-    for layer in expert_layers(model).values():
-        A, B = layer.lora_A.flatten(0, 1), layer.lora_B.flatten(0, 1).T
-        if precision not in HALF:
-            A = dequantize(quantize(A, A_BITS, block))
-        if bits:
-            B = torch.stack([*map(dequantize, in_8_bits(B, bits, block))]).sum(0)
-        layer.lora_A = nn.Parameter(A.view_as(layer.lora_A), requires_grad=False)
-        layer.lora_B = nn.Parameter(B.T.reshape(layer.lora_B.shape), requires_grad=False)

@@ -22,31 +22,30 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto
 from onnx.helper import make_tensor_value_info as value
+from torch import Tensor
 
-from ..model.config import Config
+from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, Blocks, columns
 from ..runtime.providers import find_device, open_session
 from .graph import DecoderBuilder, cached
 from .nodes import Graph
 from .positions import causal
 from .ranges import Range, Ranges
-from .weights import GraphFormat, ReadWeight, WeightStore
+from .weights import GraphFormat, WeightStore, concatenated, matrix
 
 
 class NpuWeights(WeightStore):
     """Weights in integers that HTP multiplies, beside activations rounded to `ranges`."""
 
-    def __init__(self, graph: Graph, config: Config, read: ReadWeight, form: GraphFormat,
-                 ranges: Ranges):
-        super().__init__(graph, config, read, form)
+    def __init__(self, graph: Graph, model: CausalLM, form: GraphFormat, ranges: Ranges):
+        super().__init__(graph, model, form)
         self.ranges = ranges
 
-    def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any],
-                bits: int = 0) -> str:
+    def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any]) -> str:
         """x (1, T, in) -> (1, T, sum of out), in integers if all outputs have ranges."""
-        if not self.bits:
+        if isinstance(weights[0], Tensor):
             return super().product(names, label, x, weights)
-        w = self.joined(weights, self.bits)
+        w = concatenated(weights, 0)
         if not self.ranges.keys() >= set(names):
             return self.float_product(label, x, w)
         ins, outs = zip(*(self.ranges[name] for name in names))
@@ -86,10 +85,10 @@ class NpuWeights(WeightStore):
 
     def vocabulary(self, name: str) -> list[str]:
         """The stored tensors of an embedding or head (V, D); in few bits, 8 with a scale a row."""
-        if not self.bits:
+        w = matrix(self.leaf(name))
+        if isinstance(w, Tensor):
             return super().vocabulary(name)
         if name not in self.vocabularies:
-            w = self.joined([self.read(f"{name}.weight")], 8)
             self.vocabularies[name] = [
                 self.tensor(f"{name}.weight", w.data.flatten(1) ^ 0x80, TensorProto.INT8),
                 self.tensor(f"{name}.scales", w.scales.flatten())]
@@ -126,11 +125,11 @@ class NpuBuilder(DecoderBuilder):
     def head(self, x: str) -> None:
         """Hidden states (1, T, D) -> logits (1, 1, V) of the last position."""
         tied, name, w = self.config.tie_word_embeddings, "lm_head", self.weights
-        if not w.bits:
+        table = "model.embed_tokens" if tied else name
+        if isinstance(matrix(w.leaf(table)), Tensor):
             super().head(x)
             return
-        dense = self.node("DequantizeLinear", name, *w.vocabulary(
-            "model.embed_tokens" if tied else name), axis=0)
+        dense = self.node("DequantizeLinear", name, *w.vocabulary(table), axis=0)
         ins, outs = w.ranges[name]
         y = self.node("Gemm", name, w.narrow(f"{name}.x", self.last(x), [ins]), dense, transB=1)
         y = w.narrow(f"{name}.y", y, [outs])
@@ -151,15 +150,14 @@ class NpuBuilder(DecoderBuilder):
         self.tensor("mask.full.past", causal(T, P))
 
 
-def write_npu(folder: Path, config: Config, read: ReadWeight, form: GraphFormat, ranges: Ranges,
-              ) -> None:
-    """Write embed.onnx, prompt.onnx and model.onnx over one file of weights."""
+def write_npu(folder: Path, model: CausalLM, form: GraphFormat, ranges: Ranges) -> None:
+    """Write embed.onnx, prompt.onnx and model.onnx of a model over one file of weights."""
     _, T, P = form.static or (1, 1, 1)
     with open(folder / "model.onnx.data", "wb") as data:
         graph = Graph(data, form.dtype, opset=23)      # RMSNormalization is new in 23
-        weights = NpuWeights(graph, config, read, form, ranges)
+        weights = NpuWeights(graph, model, form, ranges)
         embedding = weights.vocabulary("model.embed_tokens")
-        decoder = NpuBuilder(graph, config, form, weights, {})
+        decoder = NpuBuilder(graph, weights)
         decoder.build()
         for file, tokens in ("prompt.onnx", T), ("model.onnx", 1):
             decoder.resize(tokens, P)
@@ -167,7 +165,7 @@ def write_npu(folder: Path, config: Config, read: ReadWeight, form: GraphFormat,
     lookup = Graph()
     lookup.tensors = {name: graph.tensors[name] for name in embedding}
     lookup.inputs = [value("input_ids", TensorProto.INT64, [1, "T"])]
-    lookup.outputs = [value("hidden", graph.real, [1, "T", config.hidden_size])]
+    lookup.outputs = [value("hidden", graph.real, [1, "T", model.config.hidden_size])]
     row, *scale = (lookup.node("Gather", name, name, "input_ids") for name in embedding)
     if scale:
         row = lookup.node("Mul", "scale", lookup.node("Cast", "row", row, to=TensorProto.FLOAT),

@@ -34,20 +34,21 @@ class Positions:
         self.rotary = {"": ["", ""]}
         for kind in sorted({*config.ropes} - {""}):
             angles = torch.arange(form.context).float()[:, None] * rope_frequencies(config, kind)
-            self.rotary[kind] = [self.angles(f"rotary.{kind}.{n}", t.to(graph.dtype)) for n, t in (
-                ("cos", angles.cos()), ("sin", angles.sin()))]          # (context, C / 2)
+            self.rotary[kind] = [
+                self.angles(f"rotary.{kind}.cos", angles.cos(), False),
+                self.angles(f"rotary.{kind}.sin", angles.sin(), True)]
         self.lengths = self.row_lengths() if form.ort else []
         self.conv_inputs = self.gathered() if config.convolutions else ""
         self.closed = self.pads() if config.delta_layers else ""
 
-    def angles(self, name: str, values: Tensor) -> str:
-        """cos or sin of all positions; for `portable`, of each token's position, with the first
-        half of sin negated."""
-        every = self.tensor(name, values)
+    def angles(self, name: str, values: Tensor, negate: bool) -> str:
+        """cos or sin (context, C / 2) of all positions; for `portable`, (B, 1, T, C) of each
+        token's position, of which `negate` negates the first half."""
+        table = self.tensor(name, values.to(self.graph.dtype))
         if self.form.ort:
-            return every
-        half = self.node("Gather", name, every, "position_ids")
-        first = half if name.endswith("cos") else self.node("Neg", name, half)
+            return table
+        half = self.node("Gather", name, table, "position_ids")
+        first = self.node("Neg", name, half) if negate else half
         whole = self.node("Concat", name, first, half, axis=-1)
         return self.node("Unsqueeze", name, whole, [1])                 # (B, 1, T, C)
 

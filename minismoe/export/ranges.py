@@ -10,18 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data.tasks import Example
-from ..method.freeze import Fit, merge, run_hooked
+from ..method.freeze import hooked
 from ..model.decoder import CausalLM
-from ..model.quantize import BLOCK, Blocks
 from ..training.evaluate import generate
-from .gptq import quantize_model, round_weights
-from .heal import sharing_copy
-from .settings import ExportConfig, Source
-from .weights import PRECISIONS
 
 TOP = 65535                      # the largest activation in 16 bits
-TEXTS = 24                       # of each task, to measure activations on
+TEXTS, BATCH = 24, 8             # of each task, to measure activations on, and at once
 PROMPTS, ANSWER = 120, 24        # of --prompts instead, and tokens that the model adds to each
 WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)     # candidates: quantile of extremes, and factor
 FLOAT_ABOVE = 0.005              # mean error of a tensor above which its layer stays in float16
@@ -47,23 +41,12 @@ class Range(NamedTuple):
 Ranges = Mapping[str, tuple[Range, Range]]         # linear layer -> of its inputs, of its outputs
 
 
-def shipped_ranges(config: ExportConfig, source: Source, samples: Mapping[str, Sequence[Example]],
-                   fits: Mapping[str, Fit], blocks: Mapping[str, Blocks]) -> Ranges:
-    """The ranges of the model as it ships, over some samples, or over --prompts and what the model
-    answers to them; none in float16."""
-    if not any(PRECISIONS[config.precision]):
-        return {}
-    model = sharing_copy(source.model).eval()
-    merge(model, fits)
-    round_weights(model, blocks or quantize_model(model, model.get_parameter, config.precision,
-                                                  config.block or BLOCK))
-    texts = [e.ids for examples in samples.values()
-             for e in examples[:PROMPTS if config.prompts else TEXTS]]
-    if config.prompts:
-        texts = [ids[:model.config.max_position_embeddings - ANSWER] for ids in texts]
-        answers = generate(model, texts, ANSWER, source.tokenizer.stop_ids)
-        texts = [[*ids, *answer] for ids, answer in zip(texts, answers)]
-    return activation_ranges(model, texts)
+def answered(model: CausalLM, texts: Sequence[Sequence[int]], stop_ids: Sequence[int],
+             ) -> list[list[int]]:
+    """Texts with what the model answers to each of them."""
+    texts = [ids[:model.config.max_position_embeddings - ANSWER] for ids in texts]
+    answers = generate(model, texts, ANSWER, stop_ids)
+    return [[*ids, *answer] for ids, answer in zip(texts, answers)]
 
 
 @torch.no_grad()
@@ -105,7 +88,11 @@ def watched(model: CausalLM, texts: Sequence[Sequence[int]],
             key = names[layer], side
             found[key].append(measure(key, x.flatten(0, -2).float()))
 
-    for text in texts:
-        ids = torch.tensor([list(text)], device=model.lm_head.weight.device)
-        run_hooked(model, (ids, torch.ones_like(ids)), names, hook)
+    with hooked(names, hook), torch.no_grad():
+        for start in range(0, len(texts), BATCH):
+            part = texts[start:start + BATCH]
+            longest = max(map(len, part))
+            ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in part])
+            mask = torch.arange(longest) < torch.tensor([[len(text)] for text in part])
+            model.lm_head(model.model(ids, mask)[mask])
     return {key: torch.cat(parts, 1) for key, parts in found.items()}

@@ -34,12 +34,11 @@ from .compare import (
     unrounded,
     with_long,
 )
-from .gptq import quantize_model, round_weights
 from .heal import sharing_copy
-from .mixture import round_adapters
-from .prepare import Fits, Prepared
+from .mixture import AdapterLinear
 from .settings import ExportConfig, Source, refuse
-from .weights import HALF, PRECISIONS
+from .tree import Fits, Shipped, plain_layer
+from .weights import HALF
 
 # How far logits may be from PyTorch's on the same weights, as a share of the largest: what rounding
 # activations explains. Of float16 graphs weights are rounded as well, and a router may choose
@@ -51,35 +50,33 @@ CHECKED = 8                              # prompts on which an export must agree
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
 
 
-def check(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
+def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Shipped,
           folder: Path) -> dict[str, Any]:
     """Compare the folder with PyTorch; returns figures, of a graph by adapter.
 
-    A graph in few bits has to compute what PyTorch does with the same rounded weights. How far it
-    is from unrounded weights is reported, and has no bound.
+    A graph in few bits has to compute what the tree does that it was written from. How far it is
+    from the run in float32 is reported, and has no bound.
 
     reference: the trained model with its experts, in float32. Raises ValueError if they disagree.
     """
     if not config.graph:
-        return check_weights(config, source, reference, prepared, folder)
+        return check_weights(config, source, reference, shipped, folder)
     generator, found = Generator(folder), {}
-    npu, rounds = config.target == "npu", any(PRECISIONS[config.precision])
+    npu, rounds = config.target == "npu", config.form.rounds
     exact = unrounded(generator) if rounds and not npu else generator
     tolerance, prompts = activations_explain(config), some_prompts(source)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
-        fits = prepared.fits.for_task(task) if adapted else None
-        model = expected = as_exported(config, reference, fits)
-        if rounds:
-            expected = rounded(config, model, prepared)
+        model = in_float32(config, reference, shipped.fits.for_task(task) if adapted else None)
         generator.use(adapter)
-        # Weights that were rounded on samples are the graph's own: it is compared with them.
-        seen: dict[str, Any] = compare_graph(
-            expected if prepared.blocks else model, generator, prompts,
-            math.inf if rounds else tolerance, config.precision == "fp32")
+        seen, texts = compare_graph(model, generator, prompts, math.inf if rounds else tolerance,
+                                    config.precision == "fp32")
         if rounds:
             exact.use(adapter)
-            seen |= compare_rounded(expected, exact, prompts, tolerance, npu * (
+            for layer in shipped.tree.modules():
+                if isinstance(layer, AdapterLinear):
+                    layer.task = adapter
+            seen |= compare_rounded(shipped.tree, exact, prompts, texts, tolerance, npu * (
                 ", or too few texts showed its activations: give more --prompts"))
         show_logits(task or source.name, seen)
         for name in config.provider or ():
@@ -118,34 +115,22 @@ def activations_explain(config: ExportConfig) -> float:
     return BITS16 if config.target == "npu" else FLOAT32
 
 
-def as_exported(config: ExportConfig, reference: CausalLM, fits: Fits | None) -> CausalLM:
-    """The model with its mixtures as the export holds them; without any if fits is None."""
+def in_float32(config: ExportConfig, reference: CausalLM, fits: Fits | None) -> CausalLM:
+    """The run with its mixtures as the export holds them, in floats; without any if fits is None.
+    """
     model = sharing_copy(reference)
-    if fits is None:                         # a LoRA of rank 0 adds nothing
-        fits = {name: Fit(layer.lora_A[0, :0], layer.lora_B[0, :0].T)
-                for name, layer in expert_layers(model).items()}
-        merge(model, fits)
-    elif config.merges:
-        merge(model, fits)
-    elif config.routing == "freeze" or config.adapters:
-        freeze(model, fits)                  # not rounded with the base
+    if fits is None:
+        for name, layer in expert_layers(model).items():
+            model.set_submodule(name, plain_layer(layer))
+    elif config.routing != "dynamic":
+        freeze(model, fits)
     return model
 
 
-def rounded(config: ExportConfig, model: CausalLM, prepared: Prepared) -> CausalLM:
-    """A copy of the model with weights in few bits, as the graph stores them."""
-    block = config.block or BLOCK
-    model = round_weights(sharing_copy(model), prepared.blocks or quantize_model(
-        model, model.get_parameter, config.precision, block))
-    if not config.adapters:                  # those stay floats
-        round_adapters(model, config.precision, block)
-    return model
-
-
-def check_weights(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
+def check_weights(config: ExportConfig, source: Source, reference: CausalLM, shipped: Shipped,
                   folder: Path) -> dict[str, Any]:
     """Compare the logits of a folder of layout hf or peft with those of PyTorch."""
-    fits = prepared.fits.for_task(config.task)
+    fits = shipped.fits.for_task(config.task)
     if config.layout == "hf":
         exported = load_model(folder)
     else:
@@ -158,7 +143,7 @@ def check_weights(config: ExportConfig, source: Source, reference: CausalLM, pre
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(
         stored(f"{n}.weight").dtype == torch.float32 for n in fits)
-    model, prompts = as_exported(config, reference, fits), some_prompts(source)
+    model, prompts = in_float32(config, reference, fits), some_prompts(source)
     texts = generate(model, prompts, TOKENS, source.tokenizer.stop_ids)
     seen = compare_logits(model, exported, prompts, texts, FLOAT32 if exact else BFLOAT16)
     show_logits(source.name, seen)

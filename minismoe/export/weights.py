@@ -8,16 +8,16 @@ Letters: B batch, T new tokens, D hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from ..model.config import Config
-from ..model.quantize import BLOCK, ROW, Blocks, columns, quantize
+from ..model.decoder import CausalLM
+from ..model.quantize import BLOCK, ROW, Blocks, BlockWeight, columns
 from .nodes import Graph
 
 # Bits of linear layers, and of embedding and head, which lose most in few bits.
@@ -27,7 +27,13 @@ PRECISIONS = {"fp32": (0, 0), "fp16": (0, 0), "int8": (8, 8), "int4-8": (4, 8), 
               "q8": (8, 8), "q4f16": (4, 4), "w8a16": (8, 8), "w4a16": (4, 8)}
 NPU_PRECISIONS = ("fp16", "w8a16", "w4a16")
 HALF = ("fp16", "q4f16")        # activations are float16
-ReadWeight = Callable[[str], Any]            # Hugging Face name -> a Tensor, or its Blocks
+
+
+class Storage(NamedTuple):
+    """How a weight matrix is stored."""
+
+    bits: int = 0                            # 8 or 4; 0: floats
+    block: int = BLOCK                       # weights that share a scale; ROW: those of a row
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class GraphFormat:
     context: int                             # positions
     block: int = BLOCK                       # weights that share a scale, in few bits
     static: tuple[int, int, int] | None = None           # prompts, tokens a step, past positions
+    chosen: Mapping[str, Storage] = field(default_factory=dict)      # by module; else by precision
 
     @property
     def ort(self) -> bool:
@@ -50,14 +57,23 @@ class GraphFormat:
         """The type of the activations."""
         return torch.float16 if self.precision in HALF else torch.float32
 
+    @property
+    def rows(self) -> bool:
+        """Whether weights are rows of 8 bits in the file, and floats in a session."""
+        return self.precision == "q8"
 
-def few_bits(weight: Any, precision: str, bits: int, block: int) -> Blocks:
-    """A weight as a graph of that precision stores it; ready-made `Blocks` stay as they are."""
-    if isinstance(weight, Blocks):
-        return weight
-    if bits == 8 and precision in NPU_PRECISIONS:
-        return quantize(weight, bits, ROW, positive=True)
-    return quantize(weight, bits, block)
+    @property
+    def rounds(self) -> bool:
+        """Whether any weight is stored in few bits."""
+        return any(PRECISIONS[self.precision])
+
+    def bits_of(self, name: str) -> Storage:
+        """How the matrix of a module is stored: the one place that decides it."""
+        if name in self.chosen:
+            return self.chosen[name]
+        bits = PRECISIONS[self.precision][".layers." not in name]
+        whole = self.rows or bits == 8 and self.precision in NPU_PRECISIONS
+        return Storage(bits, ROW if whole else self.block)
 
 
 def concatenated(parts: Sequence[Blocks], dim: int) -> Blocks:
@@ -68,65 +84,68 @@ def concatenated(parts: Sequence[Blocks], dim: int) -> Blocks:
                    scales=torch.cat([p.scales for p in parts], dim))
 
 
+def matrix(leaf: Any) -> Any:
+    """The weight of a linear layer or an embedding: a Tensor, or the Blocks that it is stored in.
+    """
+    return leaf.weight.blocks if isinstance(leaf.weight, BlockWeight) else leaf.weight.detach()
+
+
 class WeightStore:
     """Stores the weights of a model in a graph, and multiplies by them."""
 
-    def __init__(self, graph: Graph, config: Config, read: ReadWeight, form: GraphFormat):
-        self.graph, self.config, self.read, self.form = graph, config, read, form
-        self.node, self.tensor = graph.node, graph.tensor
-        self.rows = form.precision == "q8"       # 8 bits in the file, floats in a session
-        self.block = ROW if self.rows else form.block
-        self.bits, self.vocabulary_bits = (0, 0) if self.rows else PRECISIONS[form.precision]
+    def __init__(self, graph: Graph, model: CausalLM, form: GraphFormat):
+        self.graph, self.model, self.form = graph, model, form
+        self.config, self.node, self.tensor = model.config, graph.node, graph.tensor
         self.vocabularies: dict[str, list[str]] = {}     # stored embedding and head, by module
 
-    def joined(self, weights: Sequence[Any], bits: int) -> Blocks:
-        """Weights (out, in) below each other, as the graph stores them."""
-        return concatenated([few_bits(w, self.form.precision, bits, self.block) for w in weights],
-                            0)
+    def leaf(self, name: str) -> Any:
+        """The module of that name."""
+        return self.model.get_submodule(name)
 
-    def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any],
-                bits: int = 0) -> str:
-        """x (B, T, in) -> (B, T, sum of out), by weights (out, in) of the modules `names`, side by
-        side, in the graph's number of bits or in `bits`."""
-        outputs, inputs = sum(w.shape[0] for w in weights), weights[0].shape[1]
-        if self.rows:
-            return self.node("MatMul", label, x, self.floats(label, weights, transposed=True))
-        if bits := bits or self.bits:
-            blocks = self.blocks(label, weights, bits)
-            return self.multiply(label, x, blocks, inputs, outputs, bits)
-        return self.node("MatMul", label, x, self.tensor(
-            f"{label}.weight", torch.cat([*weights]).to(self.graph.dtype).T))
+    def parameter(self, name: str) -> Tensor:
+        """The floats of a norm, a bias or a convolution."""
+        return self.model.get_parameter(name).detach()
 
-    def blocks(self, label: str, weights: Sequence[Any], bits: int) -> list[str]:
-        """Store the data and scales of quantised weights, for `portable` also their zeros, which
+    def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any]) -> str:
+        """x (B, T, in) -> (B, T, sum of out), by weights (out, in) of the modules `names`, all of
+        them floats, or blocks of the same bits and size."""
+        if isinstance(weights[0], Tensor):
+            return self.node("MatMul", label, x, self.tensor(
+                f"{label}.weight", torch.cat([*weights]).to(self.graph.dtype).T))
+        w = concatenated(weights, 0)
+        if self.form.rows:
+            return self.node("MatMul", label, x, self.floats(label, w, transposed=True))
+        return self.multiply(label, x, self.blocks(label, w), w)
+
+    def blocks(self, label: str, w: Blocks) -> list[str]:
+        """Store the data and scales of a quantised weight, for `portable` also its zeros, which
         `ort` operators know; returns their names."""
-        w = self.joined(weights, bits)
         if self.form.ort:
             return [self.tensor(f"{label}.weight", w.data),
                     self.tensor(f"{label}.scales", w.scales.to(self.graph.dtype))]
-        kind, zero = (TensorProto.UINT4, 0x88) if bits == 4 else (TensorProto.UINT8, 0x80)
+        kind, zero = (TensorProto.UINT4, 0x88) if w.bits == 4 else (TensorProto.UINT8, 0x80)
         data, scales = columns(w)
-        zeros = torch.full((-(-scales.numel() * bits // 8),), zero, dtype=torch.uint8)
+        zeros = torch.full((-(-scales.numel() * w.bits // 8),), zero, dtype=torch.uint8)
         return [self.tensor(f"{label}.weight", data, kind, w.shape[::-1]),
                 self.tensor(f"{label}.scales", scales),
                 self.tensor(f"{label}.zeros", zeros, kind, scales.shape)]
 
-    def multiply(self, label: str, x: str, blocks: Sequence[str], inputs: int, outputs: int,
-                 bits: int) -> str:
+    def multiply(self, label: str, x: str, stored: Sequence[str], w: Blocks,
+                 named: Sequence[str] = ()) -> str:
         """x (.., in) times stored blocks. accuracy_level 4 rounds x to int8, a block at a time."""
         if self.form.ort:
-            return self.node("MatMulNBits", label, x, *blocks, domain="com.microsoft", K=inputs,
-                             N=outputs, bits=bits, block_size=self.block, accuracy_level=4)
+            return self.node("MatMulNBits", label, x, *stored, domain="com.microsoft",
+                             K=w.shape[1], N=w.shape[0], bits=w.bits, block_size=w.size,
+                             accuracy_level=4, named=named)
         return self.node("MatMul", label, x, self.node(
-            "DequantizeLinear", label, *blocks, axis=0, block_size=self.block))
+            "DequantizeLinear", label, *stored, axis=0, block_size=w.size), named=named)
 
-    def floats(self, label: str, weights: Sequence[Any], transposed: bool = False) -> str:
-        """Weights (N, K) below each other, in rows of 8 bits: float32 (N, K) or (K, N).
+    def floats(self, label: str, w: Blocks, transposed: bool = False) -> str:
+        """A weight (N, K) in rows of 8 bits: float32 (N, K) or (K, N).
 
         No operator here depends on an input, so a session computes the floats once, as it loads.
         onnxruntime's WASM build multiplies these faster than it multiplies 8 bits.
         """
-        w = self.joined(weights, 8)
         data, scales = w.data.squeeze(1).bitwise_xor(128).view(torch.int8), w.scales      # (N, 1)
         data, scales = (data.T, scales.T) if transposed else (data, scales)
         wide = self.node("Cast", label, self.tensor(f"{label}.weight", data), to=TensorProto.FLOAT)
@@ -135,49 +154,48 @@ class WeightStore:
     def vocabulary(self, name: str) -> list[str]:
         """The stored tensors of an embedding or a head (V, D); one for both is stored once."""
         if name not in self.vocabularies:
-            value = self.read(f"{name}.weight")
+            w = matrix(self.leaf(name))
             self.vocabularies[name] = (
-                [self.floats(name, [value])] if self.rows else
-                self.blocks(name, [value], self.vocabulary_bits) if self.vocabulary_bits else
-                [self.tensor(f"{name}.weight", value.to(self.graph.dtype))])
+                [self.tensor(f"{name}.weight", w.to(self.graph.dtype))] if isinstance(w, Tensor)
+                else [self.floats(name, w)] if self.form.rows else self.blocks(name, w))
         return self.vocabularies[name]
 
     def embed(self, name: str) -> str:
         """input_ids (B, T) -> (B, T, D)."""
-        stored, D, bits = self.vocabulary(name), self.config.hidden_size, self.vocabulary_bits
-        if not bits:
+        stored, D, w = self.vocabulary(name), self.config.hidden_size, matrix(self.leaf(name))
+        if isinstance(w, Tensor) or self.form.rows:
             return self.node("Gather", name, *stored, "input_ids")
         if not self.form.ort:
-            return self.embed_columns(name, *stored[:2])
-        row = -(-D // self.block) * self.block
-        data = self.graph.alias(stored[0], [self.config.vocab_size, row * bits // 8])
+            return self.embed_columns(name, stored[0], stored[1], w)
+        row = -(-D // w.size) * w.size
+        data = self.graph.alias(stored[0], [self.config.vocab_size, row * w.bits // 8])
         x = self.node("GatherBlockQuantized", name, data, "input_ids", stored[1],
-                      domain="com.microsoft", bits=bits, block_size=self.block, gather_axis=0,
+                      domain="com.microsoft", bits=w.bits, block_size=w.size, gather_axis=0,
                       quantize_axis=1)
         return x if row == D else self.node("Slice", name, x, [0], [D], [-1])
 
-    def embed_columns(self, name: str, data: str, scales: str) -> str:
+    def embed_columns(self, name: str, data: str, scales: str, w: Blocks) -> str:
         """Rows (B, T, D) of a matrix stored as (D, V), as the head's product needs it.
 
         No standard operator gathers 4-bit values, so the bytes that hold them are gathered.
         """
         D, V = self.config.hidden_size, self.config.vocab_size
         token = self.node("Unsqueeze", name, "input_ids", [2])    # (B, T, 1)
-        rows, blocks = torch.arange(D) * V, torch.arange(D) // self.block * V
-        q = self.gather(f"{name}.weight", data, token, rows)
-        zero = self.graph.constant(float(1 << (self.vocabulary_bits - 1)), torch.float32)
-        flat = self.graph.alias(scales, [-(-D // self.block) * V])
+        rows, blocks = torch.arange(D) * V, torch.arange(D) // w.size * V
+        q = self.gather(f"{name}.weight", data, token, rows, w.bits)
+        zero = self.graph.constant(float(1 << (w.bits - 1)), torch.float32)
+        flat = self.graph.alias(scales, [-(-D // w.size) * V])
         scale = self.node("Gather", f"{name}.scales", flat, self.node(
             "Add", f"{name}.scales", token, self.tensor(f"{name}.scales.at", blocks)))
         return self.node("Mul", name, self.node("Sub", name, q, zero), scale)    # (B, T, D)
 
-    def gather(self, name: str, packed: str, token: str, at: Tensor) -> str:
+    def gather(self, name: str, packed: str, token: str, at: Tensor, bits: int) -> str:
         """Elements token + at of a packed matrix, as floats.
 
         OpenVINO divides integers as floats, which is inexact from 2^24 on, and rounds shifts and
         divisions of uint8. So only small numbers are divided, in int64.
         """
-        size, bits = math.prod(self.graph.tensors[packed].dims), self.vocabulary_bits
+        size = math.prod(self.graph.tensors[packed].dims)
         data = self.graph.alias(packed, [size * bits // 8 + size * bits % 8 // 4],
                                 TensorProto.UINT8)
         if bits == 8:

@@ -16,8 +16,8 @@ from ..runtime import FORMAT
 from ..runtime.folder import TASKS
 from . import layouts, verify
 from .heal import BATCH
-from .prepare import Prepared, prepare
 from .settings import ExportConfig, Source
+from .tree import Shipped, ship
 
 SHARD = 64_000_000                           # bytes
 
@@ -39,15 +39,15 @@ def export_model(config: ExportConfig, source: Source,
     out = Path(out or config.out or source.run / "export" / name)
     must_be_new(out)
     print(*map(plan, parts), sep="\n")
-    prepared = prepare(parts, source)
     reference = load_model(source.base)              # in float32
     if expert_layers(source.model):
         load_adapter(reference, source.run / "adapter")
+    several = ship(parts, source, reference)
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx")
         info: dict[str, Any] = {}
-        for part, ready in zip(parts, prepared):
-            info = write(part, source, reference, ready, folder, info)
+        for part, shipped in zip(parts, several):
+            info = write(part, source, reference, shipped, folder, info)
     return out, info
 
 
@@ -68,7 +68,7 @@ def last_part(path: str | None) -> str | None:
     return Path(path).resolve().name
 
 
-def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: Prepared,
+def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Shipped,
           folder: Path, other: Mapping[str, Any]) -> dict[str, Any]:
     """Write the folder and compare it with the reference; returns the content of its export.json.
 
@@ -85,7 +85,7 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
     if other:
         info["other_graph"] = {name: other[name] for name in ("arguments", "checked")}
     if config.graph:
-        info |= layouts.write_graph(config, prepared, folder)
+        info |= layouts.write_graph(config, shipped, folder)
         if config.layout in ("onnx", "web") and source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
@@ -94,8 +94,8 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, prepared: P
             if f.is_file() and f.name != "export.json"}})
     else:
         layouts.write_weights(config.layout, source.base, source.name,
-                              prepared.fits.for_task(config.task), folder)
-    info["checked"] = verify.check(config, source, reference, prepared, folder)
+                              shipped.fits.for_task(config.task), folder)
+    info["checked"] = verify.check(config, source, reference, shipped, folder)
     info["providers"] = [name for name in config.provider or () if all(  # that auto may take
         (there := seen["providers"][name])["texts_equal"] == there["texts"]
         for seen in info["checked"].values())]

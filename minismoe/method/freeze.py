@@ -9,16 +9,18 @@ stacked experts, and g*h each expert's r entries of h times its gate:
 Every HOLD-th sample is held out: it chooses the ridge (or `gates`, if no ridge does better), and
 gives the residual, the share of the mixture's output energy that the fit misses.
 
-The memory of sums does not grow with samples or tasks. Matrices are taken in groups whose sums fit
-a budget, with one pass over the samples a group. M is the largest; all matrices that read the same
-x (q, k, v; gate, up) share it. With D = 11,008, four M of 485 MB are held in float32 (to fit and
-held out, of one task and of all), and four of 970 MB while solving.
+The memory of sums does not grow with samples or tasks. M is the largest; all matrices that read the
+same x (q, k, v; gate, up) share it. With D = 11,008, four M of 485 MB are held in float32 (to fit
+and held out, of one task and of all), and four of 970 MB while solving. `fit` holds the sums of a
+whole model, of any kind; an export goes through our decoder layer by layer, and calls `fit_group`
+for each.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
@@ -32,6 +34,8 @@ KINDS = ("mean", "gates", "linear")
 HOLD = 4                                     # one sample of so many is held out
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)             # times the mean of M's diagonal
 Readers = Mapping[str, ExpertLinear]         # the mixtures that read the same x, by module
+# A batch: its attention mask (B, T), and a function that runs the layers on it.
+Run = tuple[Tensor, Callable[[], Any]]
 
 
 @dataclass
@@ -65,67 +69,78 @@ class Sums(NamedTuple):
     gates: Tensor                # (E,) of each expert; all E add up to the number of tokens
 
 
-def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], memory: int = 1 << 30,
-        progress: Callable[[int], Any] = lambda samples: None) -> dict[str, TaskFits]:
+def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> dict[str, TaskFits]:
     """Fits of all mixtures of `model`, by kind.
 
-    tasks: batches of (input_ids, attention_mask, ...), each (B, T), that can be read again and
-    again. memory: bytes of sums held at a time. Kind "linear" holds gates if the held-out samples
-    say so, and "gates" the mean if its system is singular; Fit.kind tells. Raises ValueError for a
-    task of fewer than two samples.
+    tasks: batches of (input_ids, attention_mask, ...), each (B, T). Kind "linear" holds gates if
+    the held-out samples say so, and "gates" the mean if its system is singular; Fit.kind tells.
+    Raises ValueError as `no_fits` and `solve` do.
     """
-    layers = expert_layers(model)
+    fits = no_fits(expert_layers(model), tasks)
+    decoder = getattr(model, "model", model)
+    runs = {task: [(batch[1], partial(decoder, input_ids=batch[0], attention_mask=batch[1]))
+                   for batch in batches] for task, batches in tasks.items()}
+    with evaluating(model):
+        group = readers_of(expert_layers(model), next(iter(runs.values()))[0])
+        fit_group(group, runs, fits, packs(model))
+    return fits
+
+
+def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Sequence[Tensor]]],
+            ) -> dict[str, TaskFits]:
+    """By kind, the exact maps of single experts; those of mixtures are to be replaced by
+    `fit_group`. Raises ValueError for a task of fewer than two samples, if there is a mixture."""
     few = [t for t, batches in tasks.items() if sum(len(b[0]) for b in batches) < 2]
     if few and any(layer.router is not None for layer in layers.values()):
         raise ValueError(f"{', '.join(few)}: two calibration samples or more are needed, give more")
 
-    def exacts() -> dict[str, Fit]:          # those of mixtures are replaced below
+    def exacts() -> dict[str, Fit]:
         return {name: exact(layer) for name, layer in layers.items()}
 
-    found = {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in KINDS}
-    first = [t[:1] for t in next(iter(tasks.values()))[0]]
-    for group in _groups(model, first, memory):
-        total = moments_of(model, group, ())                     # zeros
-        for task in (*tasks, None):
-            parts = total if task is None else moments_of(model, group, tasks[task], progress)
-            for readers, part, whole in zip(group, parts, total):
-                if task is not None:
-                    whole += part
-                for kind, fits in solve(readers, part).items():
-                    found[kind].for_task(task).update(fits)
-    return found
+    return {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in KINDS}
+
+
+def fit_group(group: Sequence[Readers], tasks: Mapping[str, Sequence[Run]],
+              fits: Mapping[str, TaskFits], packed: bool) -> None:
+    """Fit the mixtures of a group, in `fits`, by kind, from one run of each batch. packed: whether
+    the layers see rows of real tokens alone."""
+    total = [zeros(readers) for readers in group]
+    for task in (*tasks, None):
+        parts = total if task is None else moments_of(group, tasks[task], packed)
+        for readers, part, whole in zip(group, parts, total):
+            if task is not None:
+                whole += part
+            for kind, solved in solve(readers, part).items():
+                fits[kind].for_task(task).update(solved)
 
 
 @torch.no_grad()
-def _groups(model: nn.Module, batch: Sequence[Tensor], memory: int) -> list[list[Readers]]:
-    """The routed layers in the order of a forward pass, those that read the same x together, in
-    groups whose sums fit `memory` bytes; one x is always taken."""
-    names = {layer: n for n, layer in expert_layers(model).items() if layer.router is not None}
+def readers_of(layers: Readers, first: Run) -> list[Readers]:
+    """The routed ones among `layers` in the order of a run, those that read the same x together."""
+    names = {layer: name for name, layer in layers.items() if layer.router is not None}
     reads: list[tuple[Tensor, ExpertLinear]] = []
-    run_hooked(getattr(model, "model", model), batch, names,
-               lambda layer, args, y: reads.append((args[0], layer)))
-    groups, room = list[list[Readers]](), 0
-    for _, of_one in groupby(reads, key=lambda read: id(read[0])):
-        readers = {names[layer]: layer for _, layer in of_one}
-        # To fit and held out, of a task and of all tasks together.
-        size = 4 * sum(map(prod, _shapes(readers))) * next(iter(readers.values())).lora_A.itemsize
-        if size > room:
-            groups.append([])
-            room = memory
-        groups[-1].append(readers)
-        room -= size
-    return groups
+    with hooked(names, lambda layer, args, y: reads.append((args[0], layer))):
+        first[1]()
+    return [{names[layer]: layer for _, layer in of_one}
+            for _, of_one in groupby(reads, key=lambda read: id(read[0]))]
 
 
-def run_hooked(model: nn.Module, batch: Sequence[Tensor], layers: Iterable[nn.Module],
-               hook: Callable[..., None]) -> Any:
-    """Run a model, or its decoder without the head, on a batch (input_ids, attention_mask, ...),
-    with a forward hook on some of its layers; returns its output."""
+@contextmanager
+def hooked(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Meanwhile each of the layers calls hook(layer, inputs, output)."""
     with ExitStack() as afterwards:
-        afterwards.callback(model.train, model.training)
         for layer in layers:
             afterwards.enter_context(layer.register_forward_hook(hook))
-        return model.eval()(input_ids=batch[0], attention_mask=batch[1])
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the model is in evaluation mode, without gradients."""
+    with ExitStack() as afterwards, torch.no_grad():
+        afterwards.callback(model.train, model.training)
+        model.eval()
+        yield
 
 
 def _shapes(readers: Readers) -> list[tuple[int, ...]]:
@@ -143,15 +158,18 @@ def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
     return {name: Sums(M, *others[i::len(readers)]) for i, name in enumerate(readers)}
 
 
+def zeros(readers: Readers) -> Tensor:
+    """Room for all sums of one input over the tokens to fit, and over those held out: two rows
+    (2, .), in float32 or better."""
+    return next(iter(readers.values())).lora_A.new_zeros(2, sum(map(prod, _shapes(readers))))
+
+
 @torch.no_grad()
-def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Sequence[Tensor]],
-               progress: Callable[[int], Any] = lambda samples: None) -> list[Tensor]:
-    """For each input of `group`, all sums over the real tokens of the samples to fit, and of those
-    held out: two rows (2, .), in float32 or better."""
-    found = [next(iter(readers.values())).lora_A.new_zeros(2, sum(map(prod, _shapes(readers))))
-             for readers in group]
+def moments_of(group: Sequence[Readers], runs: Iterable[Run], packed: bool) -> list[Tensor]:
+    """The sums of `zeros`, for each input of a group, over the real tokens of the batches."""
+    sums = [zeros(readers) for readers in group]
     sums_of = {layer: [views(readers, row)[name] for row in rows]
-               for readers, rows in zip(group, found) for name, layer in readers.items()}
+               for readers, rows in zip(group, sums) for name, layer in readers.items()}
     adds_M = {next(iter(readers.values())) for readers in group}         # one of each input
     token_numbers: list[Tensor] = []         # rows of the batch to fit, and those held out
 
@@ -162,25 +180,24 @@ def moments_of(model: nn.Module, group: Sequence[Readers], batches: Iterable[Seq
         gates = top_k_gates(logits, layer.top_k)                         # (N, E)
         h = (x @ layer.lora_A.flatten(0, 1).T).unflatten(1, (gates.shape[1], -1))
         gh = (h * gates[..., None]).flatten(1)                           # (N, R)
-        for sums, rows in zip(sums_of[layer], token_numbers):
+        for part, rows in zip(sums_of[layer], token_numbers):
             x_part, gh_part = x[rows], gh[rows]
             if layer in adds_M:
-                sums.M.addmm_(x_part.T, x_part)
-            sums.P.addmm_(gh_part.T, x_part)
-            sums.G.addmm_(gh_part.T, gh_part)
-            sums.gates.add_(gates[rows].sum(0))
+                part.M.addmm_(x_part.T, x_part)
+            part.P.addmm_(gh_part.T, x_part)
+            part.G.addmm_(gh_part.T, gh_part)
+            part.gates.add_(gates[rows].sum(0))
 
-    seen = 0
-    for batch in batches:
-        mask = batch[1].bool()
-        held = (seen + torch.arange(len(mask), device=mask.device)[:, None]) % HOLD == 1
-        to_fit = (mask & ~held, mask & held)                             # (B, T)
-        token_numbers = [(part[mask] if packs(model) else part.flatten()).nonzero()[:, 0]
-                         for part in to_fit]
-        run_hooked(getattr(model, "model", model), batch, sums_of, hook)
-        seen += len(mask)
-        progress(len(mask))
-    return found
+    samples = 0
+    with hooked(sums_of, hook):
+        for attention_mask, run in runs:
+            mask = attention_mask.bool()
+            held = (samples + torch.arange(len(mask), device=mask.device)[:, None]) % HOLD == 1
+            token_numbers[:] = [(part[mask] if packed else part.flatten()).nonzero()[:, 0]
+                                for part in (mask & ~held, mask & held)]
+            run()
+            samples += len(mask)
+    return sums
 
 
 @torch.no_grad()
@@ -278,26 +295,35 @@ def merged(weight: Tensor, fit: Fit) -> Tensor:
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, fits: Mapping[str, Fit]) -> None:
-    """Replace each mixture by one expert of rank R without a router, in place. Raises ValueError,
-    before anything is changed, with the names that have no fit."""
-    for name, layer in _replaced(model, fits).items():
-        A, B = fits[name].lora_A, fits[name].lora_B
-        new = ExpertLinear(layer, experts=1, rank=len(A), alpha=len(A), top_k=1)
-        new.lora_A.copy_(A[None])
-        new.lora_B.copy_(B.T[None])
-        model.set_submodule(name, new)
+def frozen_layer(layer: nn.Linear, fit: Fit) -> ExpertLinear:
+    """The layer with one expert of rank R, the fit, without a router."""
+    new = ExpertLinear(layer, experts=1, rank=len(fit.lora_A), alpha=len(fit.lora_A), top_k=1)
+    new.lora_A.copy_(fit.lora_A[None])
+    new.lora_B.copy_(fit.lora_B.T[None])
+    return new
 
 
 @torch.no_grad()
-def merge(model: nn.Module, fits: Mapping[str, Fit]) -> None:
-    """Replace each adapted layer by an nn.Linear of merged weights, in place. A merged layer has no
-    experts, so a second call changes nothing. Raises ValueError as `freeze` does."""
+def merged_layer(layer: ExpertLinear, fit: Fit) -> nn.Linear:
+    """An nn.Linear of the layer's weight with the fit merged into it."""
+    new = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    new.weight = nn.Parameter(merged(layer.dense(), fit), requires_grad=False)
+    new.bias = layer.bias
+    return new
+
+
+def freeze(model: nn.Module, fits: Mapping[str, Fit]) -> None:
+    """Replace each mixture by its `frozen_layer`, in place. Raises ValueError, before anything is
+    changed, with the names that have no fit."""
     for name, layer in _replaced(model, fits).items():
-        new = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        new.weight = nn.Parameter(merged(layer.dense(), fits[name]), requires_grad=False)
-        new.bias = layer.bias
-        model.set_submodule(name, new)
+        model.set_submodule(name, frozen_layer(layer, fits[name]))
+
+
+def merge(model: nn.Module, fits: Mapping[str, Fit]) -> None:
+    """Replace each adapted layer by its `merged_layer`, in place. A merged layer has no experts, so
+    a second call changes nothing. Raises ValueError as `freeze` does."""
+    for name, layer in _replaced(model, fits).items():
+        model.set_submodule(name, merged_layer(layer, fits[name]))
 
 
 def _replaced(model: nn.Module, fits: Mapping[str, Fit]) -> dict[str, ExpertLinear]:

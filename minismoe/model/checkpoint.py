@@ -104,8 +104,9 @@ def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype,
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if model.base_bits and module in linear and kind == "weight":
-            integers = quantize(tensor.read(None, device), model.base_bits)
-            layer = BlockLinear(BlockWeight(integers, dtype), linear[module].bias)
+            blocks = quantize(tensor.read(None, device), model.base_bits)
+            blocks = replace(blocks, scales=blocks.scales.half())
+            layer = BlockLinear(BlockWeight(blocks, dtype), linear[module].bias)
             model.set_submodule(module, layer)
         else:
             weight = nn.Parameter(tensor.read(dtype, device), requires_grad=False)

@@ -116,6 +116,16 @@ class Decoder(nn.Module):
     def rows(self, tokens: Tokens, recompute: bool = False) -> Tensor:
         """Hidden states (N, D) of packed tokens, or (S, D) of those that are read. recompute:
         activation checkpointing, which is slower and takes far less memory."""
+        x, ropes = self.enter(tokens)
+        for layer, kind in zip(self.layers, self.config.ropes, strict=True):
+            inputs = x, tokens, ropes[kind]
+            x = _checkpointed(layer, *inputs) if recompute else layer(*inputs)
+        if tokens.cache is not None:
+            tokens.cache.lengths = tokens.ends
+        return self.leave(x, tokens)
+
+    def enter(self, tokens: Tokens) -> tuple[Tensor, dict[str, Rope]]:
+        """What the first layer reads, (N, D), and cos and sin by kind of rotary angles."""
         x = self.embed_tokens(tokens.ids)
         if self.config.embedding_multiplier != 1:
             x = x * x.new_tensor(self.config.embedding_multiplier)       # rounded to x's dtype
@@ -124,11 +134,10 @@ class Decoder(nn.Module):
             angles = tokens.positions[:, None] * rope_frequencies(self.config, kind, x.device)
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)    # (N, C / 2)
             ropes[kind] = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
-        for layer, kind in zip(self.layers, self.config.ropes, strict=True):
-            inputs = x, tokens, ropes[kind]
-            x = _checkpointed(layer, *inputs) if recompute else layer(*inputs)
-        if tokens.cache is not None:
-            tokens.cache.lengths = tokens.ends
+        return x, ropes
+
+    def leave(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """What the head reads, (N, D) or (S, D), of what the last layer wrote."""
         x = self.norm(x if tokens.read is None else x.index_select(0, tokens.read))
         # A multiplier of the logits; the head is linear.
         return x if self.config.output_multiplier == 1 else x * self.config.output_multiplier

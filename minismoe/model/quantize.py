@@ -104,8 +104,8 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class BlockWeight(nn.Module):
-    """A frozen weight (N, K) stored in blocks, with float16 scales; each call of `dense` computes
-    it again, in `dtype`."""
+    """A frozen weight (N, K) stored in blocks; each call of `dense` computes it again, in `dtype`.
+    """
 
     data: Tensor
     scales: Tensor
@@ -114,17 +114,20 @@ class BlockWeight(nn.Module):
         super().__init__()
         self.bits, self.size, self.shape, self.dtype = blocks.bits, blocks.size, blocks.shape, dtype
         self.register_buffer("data", blocks.data)
-        self.register_buffer("scales", blocks.scales.half())
+        self.register_buffer("scales", blocks.scales)
 
     @property
     def device(self) -> torch.device:
         return self.scales.device
 
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.bits, self.size, self.shape, self.data, self.scales)
+
     @torch.no_grad()
     def dense(self) -> Tensor:
         """The weight (N, K)."""
-        return dequantize(Blocks(self.bits, self.size, self.shape, self.data, self.scales),
-                          self.dtype)
+        return dequantize(self.blocks, self.dtype)
 
 
 class _Multiply(torch.autograd.Function):
@@ -155,3 +158,18 @@ class BlockLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         return _Multiply.apply(x, self.weight, self.bias)
+
+
+class BlockEmbedding(nn.Module):
+    """An embedding of a BlockWeight, of which only the rows of given tokens are computed."""
+
+    def __init__(self, weight: BlockWeight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...,) -> (..., K)."""
+        w, rows = self.weight, ids.flatten()
+        blocks = Blocks(w.bits, w.size, torch.Size((len(rows), w.shape[1])), w.data[rows],
+                        w.scales[rows])
+        return dequantize(blocks, w.dtype).unflatten(0, ids.shape)

@@ -106,19 +106,22 @@ def export(model: Path, folder: Path, side: str) -> None:
 
     from minismoe import load_model
     from minismoe.export import graph, steps
+    from minismoe.export.rounding import round_experts, round_weights
     from minismoe.export.weights import GraphFormat
     from minismoe.method.experts import ExpertLinear, linear_layers
     base = load_model(model, torch.float32)
-    weights, config = dict(base.named_parameters()), base.config
-    beside = {}
+    config = base.config
     for name, module in linear_layers(base).items():
         if not side.startswith("merged"):
             experts, rank = (1, EXPERTS * RANK) if side == "frozen" else (EXPERTS, RANK)
-            beside[name] = ExpertLinear(module, experts, rank, 2.0 * rank, TOP_K)
-            torch.nn.init.normal_(beside[name].lora_B, std=1e-3)
+            layer = ExpertLinear(module, experts, rank, 2.0 * rank, TOP_K)
+            torch.nn.init.normal_(layer.lora_B, std=1e-3)
+            base.set_submodule(name, layer)
     folder.mkdir()
-    graph.write_decoder(folder / "model.onnx", config, lambda name: weights[name].detach(), beside,
-                        GraphFormat("ort", "int4", CONTEXT, 128 if side == "merged128" else 32))
+    form = GraphFormat("ort", "int4", CONTEXT, 128 if side == "merged128" else 32)
+    round_weights(base, form, base, {})
+    round_experts(base, form)
+    graph.write_decoder(folder / "model.onnx", base, form)
     steps.write_sampler(folder / "sampler.onnx", config.vocab_size)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (model / file).is_file():

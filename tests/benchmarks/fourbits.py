@@ -38,8 +38,8 @@ import export
 from minismoe.cli import flags, script
 from minismoe.data.tasks import Task
 from minismoe.export.layouts import copy_base_files
-from minismoe.export.prepare import prepare
 from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.tree import ship
 from minismoe.io.files import new_folder, read_json, write_json
 from minismoe.io.text import clean
 from minismoe.method.freeze import merge
@@ -198,9 +198,9 @@ def copy_run(run: Path, folder: Path) -> None:
 
 def write_merged(source: Source, folder: Path) -> None:
     """Write the mixture, merged by the linear fit, as a checkpoint in float32."""
-    (prepared,) = prepare([ExportConfig()], source)
     load_adapter(model := load_model(source.base), source.run / "adapter")
-    merge(model, prepared.fits.together)
+    (shipped,) = ship([ExportConfig(precision="fp32")], source, model)
+    merge(model, shipped.fits.together)
     copy_base_files(source.base, folder)
     settings = read_json(folder / "config.json")
     write_json(folder / "config.json", settings | {"torch_dtype": "float32"})

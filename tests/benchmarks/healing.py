@@ -35,8 +35,8 @@ from minismoe.cli.flags import positive
 from minismoe.data.tasks import Task
 from minismoe.export import layouts, verify
 from minismoe.export.compare import logits
-from minismoe.export.prepare import Prepared, prepare
 from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.tree import Shipped, ship
 from minismoe.io.files import read_json, write_json
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import table
@@ -57,19 +57,26 @@ BINS = 10
 COLUMNS = {"exact": (100, 1), "log p": (1, 3), "calibration": (100, 1), "KL": (1, 4), "MB": (1, 0)}
 
 
-def prepared(run: Path, ways: Sequence[str], limit: int | None,
-             ) -> tuple[Source, list[tuple[ExportConfig, Prepared]]]:
+def shipped_ways(run: Path, ways: Sequence[str], limit: int | None,
+             ) -> tuple[Source, list[tuple[ExportConfig, Shipped]]]:
     """A run with its test lines, and what each way stores of it; ways that heal alike freeze once.
     """
-    found: dict[str, tuple[ExportConfig, Prepared]] = {}
+    found: dict[str, tuple[ExportConfig, Shipped]] = {}
     source = export.load_run(ExportConfig(run=str(run), limit_test=limit or 10 ** 6))
     configs = {way: verify.with_context(parse([str(run), *WAYS[way].split()], "").with_defaults(
         True), source) for way in ways}
     for heal in dict.fromkeys(config.heal for config in configs.values()):
         several = {way: config for way, config in configs.items() if config.heal == heal}
         found |= {way: (config, ready) for (way, config), ready in zip(
-            several.items(), prepare([*several.values()], source))}
+            several.items(), ship([*several.values()], source, mixture_of(source)))}
     return source, [found[way] for way in ways]
+
+
+def mixture_of(source: Source) -> CausalLM:
+    """The routed mixture of a run, in float32."""
+    model = load_model(source.base)
+    load_adapter(model, source.run / "adapter")
+    return model
 
 
 def answers(generator: Generator, task: Task) -> dict[str, float]:
@@ -98,11 +105,10 @@ def calibration(stated: Sequence[float], hit: Sequence[float]) -> float:
 def predictions(model: CausalLM | Generator, source: Source, task: Task) -> Tensor:
     """Log-probabilities (n, V) of the tokens of the right answers, for the first DIVERGE lines."""
     prompts, rights, _ = questions(source.tokenizer, task, 10 ** 6)
-    return torch.cat([logits(model, prompt, right) for prompt, right in
-                      zip(prompts[:DIVERGE], rights)]).log_softmax(-1)
+    return torch.cat(logits(model, prompts[:DIVERGE], rights[:DIVERGE])).log_softmax(-1)
 
 
-def measure(source: Source, config: ExportConfig, ready: Prepared, folder: Path,
+def measure(source: Source, config: ExportConfig, ready: Shipped, folder: Path,
             mixture: dict[str, Tensor]) -> dict[str, Any]:
     """Write a graph, and score what it answers. mixture: its `predictions` by task."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -122,9 +128,8 @@ def measure(source: Source, config: ExportConfig, ready: Prepared, folder: Path,
 
 def record_run(run: Path, ways: Sequence[str], limit: int | None, out: Path) -> None:
     """Measure a run in the ways that have no record yet."""
-    source, several = prepared(run, ways, limit)
-    model = load_model(source.base)
-    load_adapter(model, run / "adapter")
+    source, several = shipped_ways(run, ways, limit)
+    model = mixture_of(source)
     with torch.no_grad():
         mixture = {t.name: predictions(model, source, t) for t in source.tasks}
     for way, (config, ready) in zip(ways, several):

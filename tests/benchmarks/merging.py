@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 import export
 from minismoe.export.heal import sharing_copy
-from minismoe.export.prepare import calibration_batches, shuffled_samples
 from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.tree import calibration_batches, shuffled_samples
 from minismoe.io.text import clean, table
 from minismoe.method.freeze import Fit, fit, merge
 from minismoe.training.evaluate import evaluate

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -26,14 +25,17 @@ from tiny import save_bytes_model
 import export
 import train
 from minismoe.cli.export_flags import parse
-from minismoe.export import compare, layouts, prepare, ranges, verify, write
+from minismoe.export import compare, layouts, ranges, tree, verify, write
+from minismoe.export.heal import sharing_copy
 from minismoe.export.settings import ExportConfig
 from minismoe.method.allocation import Allocation
 from minismoe.method.experts import add_experts, expert_layers
-from minismoe.method.freeze import Fit, exact, merge
+from minismoe.method.freeze import Fit, merge
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM, Config
+from minismoe.model.quantize import BlockLinear
 from minismoe.runtime import Generator, read_info
+from minismoe.runtime.cache import SharedCache
 from minismoe.runtime.folder import known_tasks
 from minismoe.training.evaluate import generate
 
@@ -177,14 +179,18 @@ def test_a_provider_that_computes_something_else_is_refused() -> None:
                 compared(factor)
 
 
-def keep_one_too_many(generator: Generator, prompt: list[int]) -> int:
-    """As `Generator.reuse`, but for a token that differs."""
-    same = len(os.path.commonprefix([generator._seen[0], list(prompt[:-1])]))
-    if same < 8 or same + 1 >= min(len(prompt), len(generator._seen[0])):
-        generator.reset()
-        return 0
-    del generator._seen[0][same + 1:]
-    return same + 1
+def keep_one_too_many(cache: SharedCache, n: int) -> bool:
+    """As `SharedCache.cut`, but for a token."""
+    for read in cache.tokens:
+        del read[n + (n > 0):]
+    return True
+
+
+def with_config(model: CausalLM, **changes: Any) -> CausalLM:
+    """A copy with another configuration."""
+    other = sharing_copy(model)
+    other.config = replace(model.config, **changes)
+    return other
 
 
 @pytest.mark.parametrize("broken", ["window", "reuse"])
@@ -197,10 +203,11 @@ def test_what_only_a_long_prompt_shows_is_refused(tmp_path: Path, broken: str, m
     export.main([*flags, str(tmp_path / "whole")])
     if broken == "window":
         write = layouts.write_decoder
-        monkeypatch.setattr(layouts, "write_decoder", lambda file, config, *args: write(
-            file, replace(config, windows=(112,) * config.num_hidden_layers), *args))
+        wrong = {"windows": (112,) * 2}
+        monkeypatch.setattr(layouts, "write_decoder", lambda file, model, form: write(
+            file, with_config(model, **wrong), form))
     else:
-        monkeypatch.setattr(Generator, "reuse", keep_one_too_many)
+        monkeypatch.setattr(SharedCache, "cut", keep_one_too_many)
     with pytest.raises(ValueError, match="not what PyTorch computes"):
         export.main([*flags, str(tmp_path / "out")])
 
@@ -256,7 +263,7 @@ def test_other_data_than_in_training_are_told(run: Path, tmp_path: Path, capsys)
 
 def test_a_place_that_cannot_be_written_is_seen_before_the_work(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "prepare", lambda *_: pytest.fail("it was frozen"))
+    monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(PermissionError, match="file is no folder that can be written"):
@@ -408,7 +415,7 @@ def test_prompts_come_from_the_whole_file_and_end_where_the_model_does(run: Path
     """A file may be sorted, and calibration reads its first lines only."""
     (tmp_path / "lines").write_text("".join(f"say {i:03}\n" for i in range(99)) + "x" * 999)
     config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"))
-    (lines,) = prepare.shuffled_samples(config, source := export.load_run(config)).values()
+    (lines,) = tree.shuffled_samples(config, source := export.load_run(config)).values()
     texts = [source.tokenizer.decode(e.ids) for e in lines]
     numbers = [int(text.split("say ")[1][:3]) for text in texts if "say" in text]
     assert sorted(numbers) == [*range(99)] and max(numbers[:20]) > 80
@@ -420,13 +427,12 @@ def test_activations_of_prompts_are_those_of_their_answers_too(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lines").write_text("say 5\nsay 77\n" + "x" * 999)
     seen: list[Any] = []
-    monkeypatch.setattr(ranges, "activation_ranges",
-                        lambda model, texts: seen.append((model, texts)))
-    config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"), precision="w8a16")
+    monkeypatch.setattr(tree, "activation_ranges", lambda *given: seen.append(given) or {})
+    config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"), precision="w8a16",
+                          target="npu", dtype="float32")
     source = export.load_run(config)
-    samples = prepare.shuffled_samples(config, source)
-    fits = {name: exact(layer) for name, layer in expert_layers(source.model).items()}
-    ranges.shipped_ranges(config, source, samples, fits, {})
+    samples = tree.shuffled_samples(config, source)
+    tree.ship([config], source, source.model)
     ((model, found),) = seen
     prompts = [e.ids[:128 - ranges.ANSWER] for e in samples["prompts"]]
     answers = generate(model, prompts, ranges.ANSWER, source.tokenizer.stop_ids)
@@ -521,17 +527,19 @@ def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precis
     """Rounding explains more than they do, until PyTorch's weights are rounded too."""
     write, check = layouts.write_decoder, verify.compare_rounded
 
-    def broken(file, config, read, adapters, form) -> None:
-        some = {name: adapter for name, adapter in adapters.items() if "q_proj" not in name}
-        assert 0 < len(some) < len(adapters)
-        write(file, config, read, some, form)
+    def broken(file, model, form) -> None:
+        other = sharing_copy(model)
+        for name, layer in expert_layers(model).items():
+            if "q_proj" in name:
+                other.set_submodule(name, BlockLinear(layer.weight, layer.bias))
+        write(file, other, form)
 
     args = [str(run), "--out", str(tmp_path / "out"), "--precision", precision, *flags.split()]
     monkeypatch.setattr(layouts, "write_decoder", broken)
     with pytest.raises(ValueError, match="with the same rounded weights: .* explains 0.0001"):
         export.main(args)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(verify, "compare_rounded", lambda *args: {"rounded_error": 0.0})
+    monkeypatch.setattr(verify, "compare_rounded", lambda *_: {"rounded_error": 0.0})
     export.main(args)
     monkeypatch.setattr(verify, "compare_rounded", check)
     monkeypatch.setattr(layouts, "write_decoder", write)
@@ -573,8 +581,11 @@ def test_what_is_no_number_is_refused(run: Path, tolerance: float, wrong: float)
     texts = generate(base, prompts, 5, ())
     compare.compare_logits(base, base, prompts, texts, tolerance)
     for lengths in ((13, 14, len(PROMPT) + 5), (14,)):           # of all texts, and of one
-        broken = SimpleNamespace(lm_head=base.lm_head, model=lambda ids, lengths=lengths: (
-            base.model(ids) * (wrong if ids.shape[1] in lengths else 1)))
+        def decoder(ids, mask, needed, lengths=lengths):
+            long = torch.isin(mask.sum(1), torch.tensor(lengths))[:, None, None]
+            return torch.where(long, base.model(ids, mask) * wrong, base.model(ids, mask))
+
+        broken = SimpleNamespace(lm_head=base.lm_head, model=decoder)
         with pytest.raises(ValueError, match="not what PyTorch computes"):
             compare.compare_logits(base, broken, prompts, texts, tolerance)
 
@@ -640,7 +651,7 @@ def test_prompts_that_change_nothing_in_a_base_are_refused(
 def test_a_run_that_cannot_be_written_is_refused_before_the_work(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: path != run / "adapter")
-    monkeypatch.setattr(prepare, "fit", lambda *_, **__: pytest.fail("it was frozen"))
+    monkeypatch.setattr(tree, "fit_group", lambda *_, **__: pytest.fail("it was frozen"))
     with pytest.raises(ValueError, match="adapter cannot be written: copy the run"):
         export.main([str(run), "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
@@ -660,7 +671,7 @@ def test_errors_come_before_the_work(run: Path, flags: str, reason: str,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "new_folder", lambda folder: pytest.fail("there is no folder yet"))
     if "--prompts" not in flags:                               # which freezing reads
-        monkeypatch.setattr(write, "prepare", lambda *_: pytest.fail("it was frozen"))
+        monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)  # as if it were not installed
     with pytest.raises((ValueError, OSError, ImportError), match=reason):
         export.main([str(run), *flags.split()])

@@ -1,17 +1,28 @@
 """GPTQ against its definition in float64, and against plain rounding by what a model writes."""
 
 import statistics
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mixture import COUNTS, model_of, tasks
+from mixture import COUNTS, D, V, model_of, tasks
 from torch import Tensor
 
-from minismoe.export.gptq import gptq, quantize_model, refine, second_moments
-from minismoe.model.quantize import Blocks, dequantize, quantize, unpack
+from minismoe.export import rounding
+from minismoe.export.gptq import DAMPING, TIED_DAMPING, gptq, second_moments
+from minismoe.export.graph import write_decoder
+from minismoe.export.heal import sharing_copy
+from minismoe.export.rounding import round_weights
+from minismoe.export.weights import GraphFormat, Storage
+from minismoe.method.experts import expert_layers
+from minismoe.method.freeze import exact, merged_layer
+from minismoe.model.quantize import BlockEmbedding, Blocks, dequantize, quantize, unpack
 
 
 def by_definition(W: Tensor, H: Tensor, size: int, damping: float) -> Tensor:
@@ -80,7 +91,7 @@ BATCHES = [batch for task in tasks().values() for batch in task]
 
 
 def test_second_moments_are_those_of_single_texts(model: Any) -> None:
-    names = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "lm_head"]
+    names = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"]
     wanted: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in names}
 
     def add(name: str, x: Tensor) -> None:
@@ -94,36 +105,71 @@ def test_second_moments_are_those_of_single_texts(model: Any) -> None:
                 model(row[real][None])       # the whole text: the head reads each of its tokens
     for handle in handles:
         handle.remove()
-    for name, found in second_moments(model, names, BATCHES).items():
+    layers = {name: model.get_submodule(name) for name in names}
+    sums = second_moments(layers, [(mask, partial(model.model, ids, mask))
+                                   for ids, mask, _ in BATCHES])
+    for name, found in sums.items():
         torch.testing.assert_close(found.double(), wanted[name], rtol=1e-4, atol=1e-4)
 
 
-def test_refined_matrices_write_nearly_what_they_did(model: Any) -> None:
-    def weight(name: str) -> Tensor:
-        return model.get_parameter(name).detach()
+def test_matrices_rounded_on_samples_write_nearly_what_they_did(model: Any) -> None:
+    form, inputs = GraphFormat("ort", "int4", 64), dict[str, list[Tensor]]()
+    handles = [layer.register_forward_hook(lambda layer, args, y, name=name: inputs.setdefault(
+        name, []).append(args[0].double())) for name, layer in expert_layers(model).items()]
+    for ids, mask, _ in BATCHES:
+        model(ids, mask)
+    for handle in handles:
+        handle.remove()
+    plain, on_samples = sharing_copy(model), sharing_copy(model)
+    round_weights(plain, form, model, {})
+    round_weights(on_samples, form, model, {"a": BATCHES[:3], "b": BATCHES[3:]})
 
-    moments = second_moments(model, list(COUNTS), BATCHES)
-
-    def far(blocks: dict[str, Blocks], name: str) -> float:
+    def far(tree: Any, name: str) -> float:
         """How far what the matrix writes is from what it would write unrounded."""
-        w = weight(f"{name}.weight").double()
-        error = dequantize(blocks[f"{name}.weight"]).double() - w
-        H = moments[name].double()
-        return float((error @ H * error).sum() / (w @ H * w).sum())
+        x, w = torch.cat(inputs[name]), model.get_submodule(name).weight.detach().double()
+        error = tree.get_submodule(name).dense().double() - w
+        return float((x @ error.T).square().sum() / (x @ w.T).square().sum())
 
-    plain = quantize_model(model, weight, "int4", 32)
-    refined, in_passes = dict(plain), dict(plain)
-    refine(model, refined, weight, BATCHES)
-    refine(model, in_passes, weight, BATCHES, memory=1)
-    ratios = [far(refined, name) / far(plain, name) for name in COUNTS]
+    ratios = [far(on_samples, name) / far(plain, name) for name in COUNTS]
     assert statistics.mean(ratios) < 0.8 and max(ratios) < 1
-    for name, found in refined.items():
-        assert torch.equal(found.data, in_passes[name].data)
-        assert not torch.equal(found.data, plain[name].data), f"{name} was left as it was"
+    assert on_samples.lm_head.weight is on_samples.model.embed_tokens.weight
+    for table in (plain.lm_head, on_samples.lm_head):
+        ids = torch.arange(V)
+        torch.testing.assert_close(BlockEmbedding(table.weight)(ids), table.weight.dense())
+    assert not torch.equal(plain.lm_head.weight.data, on_samples.lm_head.weight.data)
 
 
-def test_weights_in_8_bits_are_left_alone(model: Any) -> None:
-    blocks = quantize_model(model, lambda name: model.get_parameter(name).detach(), "int8", 32)
-    before = dict(blocks)
-    refine(model, blocks, model.get_parameter, BATCHES)
-    assert all(blocks[name] is before[name] for name in before)
+def test_weights_in_8_bits_are_rounded_to_the_nearest(model: Any) -> None:
+    tree = sharing_copy(model)
+    round_weights(tree, GraphFormat("ort", "int8", 64), model, {"a": BATCHES})
+    for name, layer in expert_layers(tree).items():
+        wanted = quantize(model.get_submodule(name).weight, 8, 32)
+        assert torch.equal(layer.weight.blocks.data, wanted.data)
+
+
+def test_the_tied_table_is_damped_more(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    damped: dict[float, list[Any]] = {}
+
+    def watched(weight: Tensor, H: Tensor, bits: int, size: int, damping: float) -> Blocks:
+        damped.setdefault(damping, []).append(tuple(weight.shape))
+        return gptq(weight, H, bits, size, damping)
+
+    monkeypatch.setattr(rounding, "gptq", watched)
+    round_weights(sharing_copy(model), GraphFormat("ort", "int4", 64), model, {"a": BATCHES[:1]})
+    assert damped[TIED_DAMPING] == [(V, D)] and len(damped[DAMPING]) == len(COUNTS)
+
+
+def test_matrices_of_a_group_may_have_bits_of_their_own(model: Any, tmp_path: Path) -> None:
+    """The chosen ones: q is a product of its own, and the rest of the group another."""
+    name = "model.layers.0.self_attn.q_proj"
+    form = GraphFormat("ort", "int4", 64, chosen={name: Storage(8, 64)})
+    tree = sharing_copy(model)
+    for other, layer in expert_layers(tree).items():
+        tree.set_submodule(other, merged_layer(layer, exact(layer)))
+    round_weights(tree, form, model, {})
+    assert tree.get_submodule(name).weight.bits == 8
+    write_decoder(tmp_path / "m.onnx", tree, replace(form, target="portable"))
+    nodes = [n.name for n in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.node]
+    assert {"/model/layers.0/self_attn/q_proj/MatMul", "/model/layers.0/self_attn/k_proj/MatMul",
+            "/model/layers.0/self_attn/qkv_proj/Concat",
+            "/model/layers.1/self_attn/qkv_proj/MatMul"} <= {*nodes}

@@ -12,12 +12,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from exported import stored
 from tiny import FAMILIES, LLAMAS, random_hf
 from torch import Tensor, nn
 
 from minismoe.export import graph as graphs
 from minismoe.export.graph import DecoderBuilder, write_decoder
-from minismoe.export.mixture import AdapterInput
+from minismoe.export.mixture import AdapterLinear
 from minismoe.export.settings import refuse
 from minismoe.export.steps import write_in_steps, write_sampler
 from minismoe.export.weights import PRECISIONS, GraphFormat
@@ -73,10 +74,9 @@ class EveryToken(DecoderBuilder):
 
 def write(file: Path, model: CausalLM, beside: Mapping[str, Any] | None = None,
           all_logits: bool = False, **options: Any) -> Path:
-    weights = {n: p.detach() for n, p in model.named_parameters()}
     form = GraphFormat(**{"target": "ort", "precision": "fp32", "context": 64, **options})
     with mock.patch.object(graphs, "DecoderBuilder", EveryToken if all_logits else DecoderBuilder):
-        write_decoder(file, model.config, weights.__getitem__, beside or {}, form)
+        write_decoder(file, stored(model, form, beside or {}), form)
     return file
 
 
@@ -236,8 +236,8 @@ def test_two_adapters_on_one_base(model: Callable[..., CausalLM], tmp_path: Path
     """Given at run time, each is its frozen model; none given, the base is as it was."""
     m = model("llama", num_hidden_layers=1)
     names = [f"model.layers.0.{part}" for part in PARTS if part != "self_attn.k_proj"]
-    file = write(tmp_path / "base.onnx", m, dict.fromkeys(names, AdapterInput()), target=target,
-                 precision=precision)
+    inputs = {name: AdapterLinear(m.get_submodule(name), {}) for name in names}
+    file = write(tmp_path / "base.onnx", m, inputs, target=target, precision=precision)
     # Exact: activations rounded to int8 would differ, as only one graph has the ranks among them.
     plain = Runner(write(tmp_path / "plain.onnx", m, target=target, precision=precision),
                    exact=True)
@@ -494,27 +494,6 @@ def test_external_data_and_names(model: Callable[..., CausalLM], tmp_path: Path)
         end, large = offset + length, large + (length >= 1 << 20)
     assert end == os.path.getsize(tmp_path / "m.onnx.data")
     assert large == 2
-
-
-def test_writing_holds_one_tensor_at_a_time(model: Callable[..., CausalLM], tmp_path: Path) -> None:
-    """Tensors that the writer asks for are given up before it asks for those of the next module."""
-    import weakref
-
-    m, alive, most = model("llama", vocab_size=20011, hidden_size=128), {}, 0
-
-    def weight(name: str) -> Tensor:
-        nonlocal most
-        value = m.get_parameter(name).detach().clone()
-        alive[name] = value.numel()
-        weakref.finalize(value, alive.pop, name)
-        most = max(most, sum(alive.values()))
-        return value
-
-    for precision in ("fp32", "fp16", "int4"):
-        most = 0
-        write_decoder(tmp_path / "m.onnx", m.config, weight, {}, GraphFormat("ort", precision, 64))
-        assert most == 20011 * 128, precision
-        assert not alive
 
 
 # Limits

@@ -5,7 +5,6 @@ import json
 import random
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +15,12 @@ from safetensors import safe_open
 from torch._dynamo.utils import counters
 
 from minismoe.data.tasks import Example, collate
-from minismoe.export import prepare
-from minismoe.export.gptq import quantize_model, round_weights
 from minismoe.export.heal import Healing, heal, heal_step, own_tokens, sharing_copy
-from minismoe.export.prepare import save_fits
-from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.rounding import round_weights
+from minismoe.export.tree import save_fits, take_blocks
+from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import Fit, TaskFits, fit, freeze
+from minismoe.method.freeze import fit, freeze
 from minismoe.training import compiled
 from minismoe.training.vector import ExpertVector
 
@@ -74,28 +72,36 @@ def divergence(model: Any, teacher: Any, data: list[Example]) -> torch.Tensor:
     return torch.cat(found).sum(-1)
 
 
+def student_of(mixture: Any, fits: Any, block: int | None = None) -> Any:
+    """A frozen copy of the mixture; with a block, beside weights in 4 bits."""
+    student = sharing_copy(mixture)
+    freeze(student, fits)
+    if block:
+        tree = sharing_copy(student)
+        round_weights(tree, GraphFormat("ort", "int4", 64, block), mixture, {})
+        take_blocks(student, tree)
+    return student
+
+
 @pytest.mark.parametrize("block", [None, 32])
 def test_healing_comes_nearer_to_the_mixture(mixture: Any, fits: Any, block: int | None) -> None:
     """In floats, and beside rounded weights."""
     start, data, means = fits["mean"].together, examples(), []
-    blocks = quantize_model(mixture, mixture.get_parameter, "int4", block) if block else {}
-    healed = heal(Healing(mixture, data, 20, 0), start, blocks, lr=1e-2)
+    healed = heal(student_of(mixture, start, block), Healing(mixture, data, 20, 0), lr=1e-2)
     assert list(healed) == list(COUNTS)
     assert {f.kind for f in healed.values()} == {"healed"}
     for chosen in (start, healed):
-        model = sharing_copy(mixture)
-        freeze(model, chosen)
-        round_weights(model, blocks)
+        model = student_of(mixture, chosen, block)
         means.append(divergence(model, mixture, data).mean().item())
     assert means[1] < 0.9 * means[0]
     for name, found in healed.items():
-        assert found.residual == start[name].residual
         assert not torch.equal(found.lora_A, start[name].lora_A)
 
 
 def test_healing_is_deterministic(mixture: Any, fits: Any) -> None:
     healing = Healing(mixture, examples(), 3, 0)
-    first, again = (heal(healing, fits["gates"].together, {}) for _ in range(2))
+    first, again = (heal(student_of(mixture, fits["gates"].together), healing)
+                    for _ in range(2))
     assert all(torch.equal(first[n].lora_A, again[n].lora_A) for n in first)
 
 
@@ -104,11 +110,10 @@ def test_compiled_layers_heal_alike(mixture: Any, fits: Any, monkeypatch: pytest
     """Beside rounded weights."""
     monkeypatch.setattr(compiled, "compile_layers", partial(
         compiled.compile_layers, backend="eager"))
-    blocks = quantize_model(mixture, mixture.get_parameter, "int4", 32)
     torch._dynamo.reset()
     counters.clear()
-    plain, found = (heal(Healing(mixture, examples(), 5, 0, compile=asked),
-                         fits["gates"].together, blocks) for asked in ("off", "on"))
+    plain, found = (heal(student_of(mixture, fits["gates"].together, 32), Healing(
+        mixture, examples(), 5, 0, compile=asked)) for asked in ("off", "on"))
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     for name in plain:
         torch.testing.assert_close(found[name].lora_B, plain[name].lora_B, rtol=1e-3, atol=1e-5)
@@ -156,13 +161,3 @@ def test_frozen_maps_are_kept_beside_the_adapter(fits: Any, tmp_path: Path) -> N
         name = ROUTED[0]
         assert f.get_slice(f"a/{name}.lora_A").get_shape() == [2 * COUNTS[name], 16]
         assert f.get_slice(f"{name}.lora_B").get_shape() == [16, 2 * COUNTS[name]]
-
-
-def test_maps_are_healed_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    monkeypatch.setattr(prepare, "heal", lambda healing, *_: found.append(healing.steps) or {})
-    fits = TaskFits({"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 0.5)}, {})
-    source = Source(Path(), Path(), "", SimpleNamespace(), SimpleNamespace(pad_id=0))
-    for config in (ExportConfig(precision="fp32"), ExportConfig(precision="fp32", heal=7)):
-        prepare.heal_maps(config, source, {"t": []}, fits, {})
-    assert found == [7]

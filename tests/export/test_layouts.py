@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from accelerators import needs
+from exported import stored
 from safetensors import safe_open
 from tiny import CHATML, random_hf
 from torch import Tensor
@@ -26,7 +27,7 @@ from minismoe.export.layouts import (
     write_peft,
     write_web,
 )
-from minismoe.export.mixture import AdapterInput
+from minismoe.export.mixture import AdapterLinear
 from minismoe.export.weights import GraphFormat
 from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_model
@@ -295,7 +296,7 @@ def decoder(run: Run, out: Path, **options: Any) -> Any:
     """The merged model's graph and its tokenizer in `out`."""
     copy_base_files(run.base, out)
     form = GraphFormat(**{"target": "ort", "precision": "fp32", "context": CONTEXT} | options)
-    write_decoder(out / "model.onnx", run.merged.config, run.weight, {}, form)
+    write_decoder(out / "model.onnx", stored(run.merged, form), form)
     return load_tokenizer(run.base)
 
 
@@ -485,8 +486,8 @@ def web_folder(run: Run, web: Path, block: int = 32) -> Path:
     copy_base_files(run.base, web)
     for precision, cache_type in (("fp32", "float32"), ("fp16", "float16"), ("q8", "float32"),
                                   ("int4", "float32")):
-        write_decoder(web / "model.onnx", run.merged.config, run.weight, {},
-                      GraphFormat("ort", precision, CONTEXT, block))
+        form = GraphFormat("ort", precision, CONTEXT, block)
+        write_decoder(web / "model.onnx", stored(run.merged, form), form)
         write_web(web, precision, cache_type)
     return web
 
@@ -550,8 +551,9 @@ def tasks(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
         write_adapter(out / f"{task}.onnx_adapter", pairs)
         said[task] = generate(merge(run.base, pairs), [run.prompt], LIMIT, ())[0]
     said[""] = generate(base, [run.prompt], LIMIT, ())[0]
-    write_decoder(out / "model.onnx", base.config, lambda name: base.get_parameter(name).data,
-                  {name: AdapterInput() for name in run.pairs}, GraphFormat("ort", "fp32", CONTEXT))
+    for name in run.pairs:
+        base.set_submodule(name, AdapterLinear(base.get_submodule(name), {}))
+    write_decoder(out / "model.onnx", base, GraphFormat("ort", "fp32", CONTEXT))
     write_genai(out, CONTEXT)
     return out, {task: upto_stop(tokens, tokenizer.stop_ids) for task, tokens in said.items()}
 
@@ -630,8 +632,8 @@ def test_openvino_reads_large_tables_and_large_blocks(
                                "num_attention_heads": hidden // 16,
                                "model_type": "llama", "tie_word_embeddings": True})
     model, file = CausalLM(config), tmp_path / "model.onnx"
-    write_decoder(file, config, lambda name: model.get_parameter(name).data, {},
-                  GraphFormat("portable", precision, CONTEXT, block))
+    form = GraphFormat("portable", precision, CONTEXT, block)
+    write_decoder(file, stored(model, form), form)
     past = {f"past_key_values.0.{part}": torch.zeros(1, 2, 0, 16) for part in ("key", "value")}
     feeds = {"input_ids": torch.tensor([[3, 4, vocab // 2, vocab - 2, vocab - 1]]), **past,
              "attention_mask": torch.ones(1, 5).long(), "position_ids": torch.arange(5)[None]}

@@ -11,11 +11,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exported import CONFIG, command, describe
+from exported import CONFIG, command, describe, stored
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from minismoe.export.gptq import quantize_model, round_weights
 from minismoe.export.npu import compile_npu, write_npu
 from minismoe.export.ranges import Range, activation_ranges
 from minismoe.export.settings import refuse
@@ -54,9 +53,8 @@ def texts(vocab: int, count: int = 12, length: int = 21) -> list[list[int]]:
 def write(model: CausalLM, folder: Path, precision: str, **ranges: Any) -> Path:
     """An exported folder of target npu."""
     folder.mkdir()
-    weights, c = dict(model.named_parameters()), model.config
-    form = GraphFormat("npu", precision, context=P, static=(1, T, P))
-    write_npu(folder, c, lambda name: weights[name].detach(), form, ranges or (
+    c, form = model.config, GraphFormat("npu", precision, context=P, static=(1, T, P))
+    write_npu(folder, stored(model, form), form, ranges or (
         {} if precision == "fp16" else activation_ranges(model, texts(c.vocab_size))))
     write_sampler(folder / "sampler.onnx", c.vocab_size)
     (folder / "config.json").write_text(json.dumps(SIZES))
@@ -124,7 +122,7 @@ def test_graphs_in_few_bits_compute_what_the_rounded_model_does(tmp_path: Path, 
                                                                 ) -> None:
     model, text = random_model(), texts(259)[0]
     folder = write(model, tmp_path / "npu", precision)
-    round_weights(model, quantize_model(model, model.get_parameter, precision, 32))
+    model = stored(model, GraphFormat("npu", precision, P))
     with torch.no_grad():
         wanted = model(torch.tensor([text]))[0, -4:]
     assert error(logits(folder, text), wanted) < TOLERANCES[precision]
@@ -170,7 +168,7 @@ def test_a_layer_whose_activations_no_range_holds_stays_in_floats(tmp_path: Path
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     assert [n.name for n in graph.node if n.op_type == "MatMulNBits"] == [
         "/model/layers.1/mlp/down_proj/MatMulNBits"]
-    round_weights(model, quantize_model(model, model.get_parameter, "w8a16", 32))
+    model = stored(model, GraphFormat("npu", "w8a16", P))
     with torch.no_grad():
         wanted = model(torch.tensor([seen[0]]))[0, -4:]
     assert error(logits(folder, seen[0]), wanted) < TOLERANCES["w8a16"]

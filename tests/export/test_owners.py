@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from exported import stored
 from test_layouts import CHAT, CONTEXT, LIMIT, genai_says, needs_node, web_says
 from tiny import BYTES, finish, random_hf, save_imaged
 
 import export
 from minismoe.data.tokenizer import load_tokenizer
-from minismoe.export.gptq import quantize_model, round_weights
 from minismoe.export.graph import write_decoder
 from minismoe.export.layouts import copy_base_files, write_genai, write_web, write_weights
 from minismoe.export.weights import GraphFormat
@@ -19,7 +19,6 @@ from minismoe.method.experts import linear_layers
 from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import ROW
 from minismoe.training.evaluate import generate
 
 
@@ -72,8 +71,7 @@ def test_transformers_and_peft_compute_the_same(run: Run, tmp_path: Path) -> Non
 
 def graph(run: Run, folder: Path) -> Path:
     copy_base_files(run.base, folder)
-    write_decoder(folder / "model.onnx", run.merged.config, lambda name: run.merged.get_parameter(
-        name).data, {}, GraphFormat("ort", "fp32", CONTEXT))
+    write_decoder(folder / "model.onnx", run.merged, GraphFormat("ort", "fp32", CONTEXT))
     return folder
 
 
@@ -103,7 +101,7 @@ def test_transformers_js_opens_the_text_of_a_model_with_images(
     assert code == 0, err
     model, tokenizer = load_model(base), load_tokenizer(base)
     if precision == "q8":
-        round_weights(model, quantize_model(model, model.get_parameter, precision, ROW))
+        model = stored(model, GraphFormat("ort", precision, CONTEXT))
     prompt = tokenizer.encode(tokenizer.render(CHAT, add_generation_prompt=True))[0]
     tokens = generate(model, [prompt], LIMIT, tokenizer.stop_ids)[0]
     said = web_says(web)

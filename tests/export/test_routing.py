@@ -2,74 +2,68 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from mixture import COUNTS, V, batch, model_of
-from safetensors.torch import save_file
-from tiny import BYTES
+from mixture import ROUTED, model_of, tasks
 
 import export
 import train
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
-from minismoe.export import compare, gptq, prepare, verify
-from minismoe.export.gptq import quantize_model
+from minismoe.export import compare, tree, verify
 from minismoe.export.layouts import copy_base_files, write_genai
-from minismoe.export.prepare import merged_weights
+from minismoe.export.rounding import round_weights
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.method.freeze import Fit, TaskFits
+from minismoe.method.experts import expert_layers
+from minismoe.method.freeze import TaskFits, exact
 
 
 @pytest.mark.parametrize("task", [None, "a"])
 @pytest.mark.parametrize("routing", ["merge", "freeze"])
-def test_a_task_is_healed_and_rounded_on_its_own_samples(task, routing, monkeypatch) -> None:
+def test_a_task_is_healed_and_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_path,
+                                                         ) -> None:
     """Merged maps are rounded after they were healed, others stay floats beside rounded weights.
-    Two graphs of merged weights share one healing."""
-    healed: list[Any] = []
-    batches: list[Any] = []
-    monkeypatch.setattr(prepare, "heal", lambda healing, fits, blocks: healed.append(
-        (healing.examples, blocks)) or {})
-    for name in ("save_fits", "quantize_model", "merged_weights"):
-        monkeypatch.setattr(prepare, name, lambda *_: {})
-    monkeypatch.setattr(prepare, "refine", lambda *given: batches.append(given[3]))
-    monkeypatch.setattr(prepare, "calibration_batches", lambda *_: {"a": [1], "b": [2]})
-    monkeypatch.setattr(prepare, "shuffled_samples", lambda *_: {"a": ["x"], "b": ["y"]})
-    fits = {"m": Fit(torch.zeros(1, 1), torch.zeros(1, 1), "linear", 1.0)}
-    monkeypatch.setattr(prepare, "freeze_mixtures", lambda *_: TaskFits(
-        dict(fits), {"a": dict(fits), "b": dict(fits)}))
-    model, tokenizer = SimpleNamespace(config=None), SimpleNamespace(pad_id=0)
+    Two graphs of merged weights share one healing; none is healed that is not asked for."""
+    model, healed, read = model_of(dtype=torch.float32), [], []
+
+    def heal(student: Any, healing: Any) -> Any:
+        healed.append((healing.examples, student.get_submodule(ROUTED[0]).weight))
+        return {}
+
+    monkeypatch.setattr(tree, "heal", heal)
+    monkeypatch.setattr(tree, "calibration_batches", lambda *_: tasks())
+    monkeypatch.setattr(tree, "shuffled_samples", lambda *_: {"a": ["x"], "b": ["y"]})
+    monkeypatch.setattr(tree, "round_weights", lambda tree, form, model, batches: read.append(
+        [*batches]) or round_weights(tree, form, model, batches))
+    (tmp_path / "adapter").mkdir()
+    source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0))
     config = ExportConfig(heal=40, precision="int4", block=32, task=task, routing=routing)
-    prepare.prepare([config] * 2, Source(Path(), Path(), "", model, tokenizer))
-    assert healed == [(["x"] if task else ["x", "y"], {})] * (1 if routing == "merge" else 2)
-    assert batches == [[1] if task else [1, 2]] * 2
+    trees = tree.ship([config] * 2, source, model)
+    assert [e for e, _ in healed] == [["x"] if task else ["x", "y"]] * (1 if routing == "merge"
+                                                                         else 2)
+    assert read == [["a"] if task else ["a", "b"]] * 2
+    weight = model.get_submodule(ROUTED[0]).weight
+    assert all((w is weight) == (routing == "merge") for _, w in healed)
+    leaf = trees[0].tree.get_submodule(ROUTED[0])
+    assert type(leaf).__name__ == ("BlockLinear" if routing == "merge" else "BlockExperts")
+    healed.clear()
+    tree.ship([replace(config, heal=0)], source, model)
+    assert not healed
 
 
-def test_the_tied_table_is_damped_more(monkeypatch) -> None:
-    model, seen = model_of(dtype=torch.float32), {}
-    blocks = quantize_model(model, lambda n: model.get_parameter(n).detach(), "int4", 32)
-    real = gptq.gptq
-
-    def watched(weight: Any, H: Any, bits: int, size: int, damping: float) -> Any:
-        seen.setdefault(damping, []).append(tuple(weight.shape))
-        return real(weight, H, bits, size, damping)
-
-    monkeypatch.setattr(gptq, "gptq", watched)
-    gptq.refine(model, blocks, lambda n: model.get_parameter(n).detach(), [batch(0)])
-    assert seen[gptq.TIED_DAMPING] == [(V, 16)] and len(seen[gptq.DAMPING]) == len(COUNTS)
-
-
-def test_a_base_in_16_bits_is_merged_in_float32(tmp_path: Path) -> None:
-    weight, name = torch.randn(4, 3).bfloat16(), "model.layers.0.mlp.up_proj"
-    (tmp_path / "config.json").write_text(json.dumps(BYTES))
-    save_file({f"{name}.weight": weight}, tmp_path / "model.safetensors")
-    A, B = torch.randn(2, 3) / 100, torch.randn(4, 2) / 100
-    found = merged_weights(tmp_path, {name: Fit(A, B)})(f"{name}.weight")
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, weight.float() + B @ A)
+def test_a_base_in_16_bits_is_merged_in_float32() -> None:
+    model = model_of(dtype=torch.bfloat16).to(torch.float32)
+    fits = {name: exact(layer) for name, layer in expert_layers(model).items()}
+    placed = tree.placed(ExportConfig(precision="fp32"), model, TaskFits(fits, {}))
+    for name, fit in fits.items():
+        found, layer = placed.get_submodule(name), model.get_submodule(name)
+        assert found.weight.dtype == torch.float32
+        torch.testing.assert_close(found.weight, layer.weight + fit.lora_B @ fit.lora_A)
 
 
 class Says:
@@ -104,7 +98,7 @@ def test_another_text_in_float32_is_refused(same_texts, monkeypatch) -> None:
             with pytest.raises(ValueError, match="says other texts than PyTorch: 1 of 2 are"):
                 compare.compare_graph(None, Says(), [[120], [97]], 1.0, same_texts)
             continue
-        found = compare.compare_graph(None, Says(), [[120], [97]], 1.0, same_texts)
+        found, _ = compare.compare_graph(None, Says(), [[120], [97]], 1.0, same_texts)
         assert found["texts_equal"] == found["batched_equal"] == (2 if texts[1] == [110, 111]
                                                                   else 1)
 
@@ -121,7 +115,7 @@ def test_what_a_run_was_trained_with_is_what_its_export_heals_with(run: Path) ->
     source = export.load_run(ExportConfig(run=str(run), limit_test=2))
     assert source.micro_batch_size == 3
     assert [len(t.test) for t in source.tasks] == [2, 2]
-    samples = prepare.shuffled_samples(ExportConfig(run=str(run)), source)
+    samples = tree.shuffled_samples(ExportConfig(run=str(run)), source)
     assert {n: sorted(e.index for e in examples) for n, examples in samples.items()} == {
         n: sorted(e.index for e in examples) for n, examples in source.examples.items()}
 

@@ -1,6 +1,7 @@
 """freeze.py against the reference: float64 least squares over outputs that are all materialised."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from tiny import Shapes, plain, randomise
 from torch import Tensor, nn
 
 from minismoe import reference
+from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.tree import freeze_mixtures
 from minismoe.method import freeze as module
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.method.freeze import (
@@ -25,6 +28,7 @@ from minismoe.method.freeze import (
     merge,
     merged,
     moments_of,
+    readers_of,
     views,
 )
 
@@ -131,7 +135,7 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     randomise(layer, seed)
     tokens = torch.randn(1, N, D, dtype=torch.float64)
     readers = {"layer": layer}
-    (rows,) = moments_of(Whole(layer, tokens), [readers], [ids_of(tokens)])
+    (rows,) = moments_of([readers], [(torch.ones(1, N), partial(layer, tokens))], False)
     sums = views(readers, rows[0])["layer"]
     mean, gates = sums.gates / N, module.constant_gates(layer, sums)
     best = mean if gates is None else gates
@@ -144,22 +148,6 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     if gates is not None and same.added(x).any():
         least = reference.residual(same, reference.fits(same, x, 1.0)["gates"], x)
         assert reference.residual(same, A, x) <= least + 1e-7
-
-
-class Whole(nn.Module):
-    """A module whose only layer reads fixed tokens."""
-
-    def __init__(self, layer: ExpertLinear, tokens: Tensor):
-        super().__init__()
-        self.layer, self.tokens = layer, tokens
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.layer(self.tokens)
-
-
-def ids_of(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    ones = torch.ones(tokens.shape[:2], dtype=torch.long)
-    return ones, ones
 
 
 def test_singular_gates_fall_back_to_their_mean() -> None:
@@ -223,33 +211,37 @@ def test_pads_are_left_out(kind: str) -> None:
     same(fit(model, tasks()), fit(model, alone), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["ours", "hf"])
-def test_groups_of_a_small_budget_give_the_same(kind: str) -> None:
-    model, passes = model_of(kind), []
-    whole = fit(model, tasks(), progress=passes.append)
-    assert sum(passes) == 48                       # 2 tasks of 3 batches of 8 samples, once
-    passes.clear()
-    # Layers that no hook watches are computed together, which may round otherwise.
-    same(whole, fit(model, tasks(), memory=1, progress=passes.append), rtol=0, atol=1e-12)
-    assert sum(passes) == 48 * 8                   # (q, k), o, (gate, up), down of 2 layers
-
-
 def test_inputs_that_are_shared_are_multiplied_once() -> None:
-    model = model_of()
-    (group,) = module._groups(model, batch(0), 1 << 30)
+    model, (ids, mask, _) = model_of(), batch(0)
+    run = mask, partial(model.model, ids, mask)
+    group = readers_of(expert_layers(model), run)
     short = [[name.split(".")[-1][0] for name in readers] for readers in group]
     assert short == [["q", "k"], ["o"], ["g", "u"], ["d"]] * 2
     with Shapes() as shapes:
-        moments_of(model, group, [batch(0)])
+        moments_of(group, [run], True)
     assert shapes.seen.count(("addmm_", (D, D))) == 2 * 2 * 3        # fitting and held-out samples
     assert shapes.seen.count(("addmm_", (24, 24))) == 2 * 2
 
 
-def test_model_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("size", [1, 5])
+def test_layer_by_layer_is_the_whole_model(size: int, monkeypatch: pytest.MonkeyPatch, tmp_path,
+                                           ) -> None:
+    """The fits of an export, which keeps hidden states between layers, and those of one pass."""
+    model = model_of()
+    data = {task: [tuple(t[i:i + size] for t in whole) for whole in batches
+                   for i in range(0, 8, size)] for task, batches in tasks().items()}
+    (tmp_path / "adapter").mkdir()
+    source = Source(tmp_path, tmp_path, "", model, None)
+    found = freeze_mixtures(ExportConfig(), source, data)
+    same({"linear": fit(model, data)["linear"]}, {"linear": found}, rtol=0, atol=1e-12)
+
+
+def test_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of().train()
     before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(module, "solve", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fit(model, tasks(), progress=lambda n: 1 / 0)
+        fit(model, tasks())
     assert model.training and not any(m._forward_hooks for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -361,13 +353,3 @@ def test_experts_that_are_nearly_alike_still_have_gates_of_their_own() -> None:
     for p in (layer.lora_A, layer.lora_B):
         p.data[1] = p.data[0] + 0.01 * p.data[1]
     assert fit(model, tasks())["gates"].together["model.layers.0.self_attn.q_proj"].kind == "gates"
-
-
-def test_groups_hold_four_times_the_sums_within_the_memory() -> None:
-    """To fit and held out, of a task and of all tasks together."""
-    model, one = model_of(), batch(0)
-    (whole,) = module._groups(model, one, 1 << 30)
-    sizes = [4 * 8 * sum(map(module.prod, module._shapes(readers))) for readers in whole]
-    memory = sizes[0] + sizes[1]
-    assert len(module._groups(model, one, memory)[0]) == 2
-    assert len(module._groups(model, one, memory - 1)[0]) == 1

@@ -1,6 +1,7 @@
 """The delta rule against its plain loop, and delta nets on texts of several chunks."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -134,7 +135,8 @@ def test_experts_are_frozen_and_merged(pair: tuple[Any, CausalLM]) -> None:
     merge(joined, fits)
     torch.testing.assert_close(frozen(ids, mask), joined(ids, mask))
     names = [f"model.layers.1.linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")]
-    first, *others = second_moments(joined, names, tasks["a"]).values()
+    first, *others = second_moments({name: joined.get_submodule(name) for name in names}, [
+        (mask, partial(joined.model, ids, mask)) for ids, mask in tasks["a"]]).values()
     assert first.trace() > 0 and all(torch.equal(first, other) for other in others)
 
 

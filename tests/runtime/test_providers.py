@@ -21,7 +21,7 @@ from export import main
 from minismoe import generate, load_model
 from minismoe.export.compare import logits, unrounded
 from minismoe.export.layouts import write_adapter
-from minismoe.export.mixture import AdapterInput
+from minismoe.export.mixture import AdapterLinear
 from minismoe.io import process
 from minismoe.method.experts import ExpertLinear, linear_layers
 from minismoe.method.freeze import Fit
@@ -84,7 +84,8 @@ def test_logits_are_those_of_the_cpu(model, tmp_path, precision, provider) -> No
     exact = unrounded(exact)
     for prompt in PROMPTS:
         text = list(exact.generate(prompt, 12))
-        wanted, found = (logits(g, list(prompt), text) for g in (exact, generator))
+        wanted, found = (logits(g, [list(prompt)], [text])[0]
+                         for g in (exact, generator))
         assert (found - wanted).abs().max() < TOLERANCES[precision] * wanted.abs().max()
 
 
@@ -92,7 +93,7 @@ def test_logits_are_those_of_the_cpu(model, tmp_path, precision, provider) -> No
 def test_a_long_context_in_float16(model, tmp_path) -> None:
     folder = export(model, tmp_path / "f", precision="fp16", context=1100)
     text = random.Random(0).choices(range(32, 127), k=1000)
-    wanted, found = (logits(Generator(folder, name, threads=1), text, [65] * 20)
+    wanted, found = (logits(Generator(folder, name, threads=1), [text], [[65] * 20])[0]
                      for name in (None, "webgpu"))
     assert (found - wanted).abs().max() < TOLERANCES["fp16"] * wanted.abs().max()
 
@@ -108,14 +109,14 @@ def test_experts_beside_matrices(model, tmp_path, kind, provider) -> None:
     folder = export(model, tmp_path / "f", kind, **experts)
     on_cpu, there = (Generator(folder, name, threads=1) for name in (None, provider))
     text = list(on_cpu.generate(PROMPTS[1], 12))
-    wanted, found = (logits(g, list(PROMPTS[1]), text) for g in (on_cpu, there))
+    wanted, found = (logits(g, [list(PROMPTS[1])], [text])[0] for g in (on_cpu, there))
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 @needs("webgpu")
 def test_adapters_are_switched(model, tmp_path) -> None:
     name = "model.layers.0.mlp.up_proj"
-    folder = export(model, tmp_path / "f", **{name: AdapterInput()})
+    folder = export(model, tmp_path / "f", **{name: AdapterLinear(model.get_submodule(name), {})})
     torch.manual_seed(0)
     write_adapter(folder / "0.onnx_adapter", {
         name: Fit(torch.randn(4, 64) * 0.3, torch.randn(48, 4) * 0.3)})

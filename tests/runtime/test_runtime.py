@@ -17,7 +17,7 @@ from exported import KINDS, describe, export, random_model
 
 from minismoe import generate
 from minismoe.export.layouts import write_adapter
-from minismoe.export.mixture import AdapterInput
+from minismoe.export.mixture import AdapterLinear
 from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
@@ -405,7 +405,8 @@ def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monk
 
 
 def test_tasks(model, tmp_path, folders) -> None:
-    folder = export(model, tmp_path / "adapters", **{LORA: AdapterInput()})
+    folder = export(model, tmp_path / "adapters", **{
+        LORA: AdapterLinear(model.get_submodule(LORA), {})})
     pairs, changed = {}, {}
     for task in ("one", "two"):
         pairs[task] = Fit(torch.randn(4, 64), torch.randn(48, 4) * 0.5)

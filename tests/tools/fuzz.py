@@ -165,8 +165,7 @@ class Fuzz:
         model = CausalLM(Config.from_dict(CONFIG)).eval()
         (self.base / "config.json").write_text(json.dumps(CONFIG))
         save_file(dict(model.named_parameters()), self.base / "model.safetensors")
-        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-        graph.write_decoder(self.base / "model.onnx", model.config, weights.__getitem__, {},
+        graph.write_decoder(self.base / "model.onnx", model,
                             GraphFormat("portable", "fp32", context=64))
         steps.write_sampler(self.base / "sampler.onnx", 259)
         (self.base / "export.json").write_text(json.dumps({

@@ -1,0 +1,233 @@
+"""The model as it ships: a tree of modules, made from a run layer by layer.
+
+Each linear layer of the run becomes what the folder stores in its place:
+
+    merge      an nn.Linear of merged weights, or in few bits a BlockLinear
+    freeze     an ExpertLinear of one expert, beside floats or blocks
+    dynamic    the ExpertLinear as it was trained, beside floats or blocks
+    adapters   an AdapterLinear, beside floats or blocks
+
+The writer of graphs, the check and the ranges of NPUs take this tree.
+"""
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..data.tasks import Batch, Example, probe_batches
+from ..io.drawing import terminal_heatmap
+from ..io.files import naming, replacing
+from ..io.progress import progress_bar
+from ..method.experts import ExpertLinear, expert_layers, groups
+from ..method.freeze import (
+    Fit,
+    TaskFits,
+    evaluating,
+    fit_group,
+    freeze,
+    frozen_layer,
+    merged_layer,
+    no_fits,
+)
+from ..method.loss import IGNORE
+from ..model.decoder import CausalLM
+from ..model.quantize import BlockEmbedding, BlockWeight
+from .heal import Healing, heal, sharing_copy
+from .mixture import AdapterLinear
+from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
+from .rounding import round_experts, round_weights
+from .settings import ExportConfig, Source
+from .walk import Walk
+
+SAMPLES, BATCH = 64, 16                      # to calibrate with, of each task, and at once
+Fits = Mapping[str, Fit]                     # module -> its fit
+Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
+Batches = Mapping[str, Sequence[Batch]]      # by task
+
+
+@dataclass
+class Shipped:
+    """What one graph or folder of weights stores."""
+
+    tree: CausalLM                           # in float32, on the CPU
+    fits: TaskFits                           # of the mixtures; none if they go on routing
+    ranges: Ranges                           # of activations, for an NPU
+
+
+def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> list[Shipped]:
+    """Freeze the mixtures of a run, then heal and round them for each graph.
+
+    parts: the settings of each graph, which differ in nothing but how weights are stored.
+    reference: the model of the source in float32.
+    """
+    samples = shuffled_samples(parts[0], source)
+    batches = calibration_batches(samples, source)
+    fits = freeze_mixtures(parts[0], source, batches)
+    if parts[0].merges:                      # towards floats, whatever the graphs store
+        fits = healed(parts[0], source, samples, fits, None)
+    return [ship_part(part, source, reference, samples, batches, fits) for part in parts]
+
+
+def shuffled_samples(config: ExportConfig, source: Source) -> Samples:
+    """What mixtures are frozen and healed with: examples of the run, or lines of --prompts."""
+    samples = source.examples
+    if config.prompts:
+        samples = {"prompts": unlabelled(config.prompts, source)}
+    return {name: random.Random(0).sample(e, len(e)) for name, e in samples.items()}
+
+
+def unlabelled(file: str, source: Source) -> list[Example]:
+    """One example a line of a file, without labels, cut to the model's positions. Raises ValueError
+    for a file that is empty or not UTF-8."""
+    with naming(f"{file} is no UTF-8 text", ValueError):
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt")
+    render, most = source.tokenizer.render, source.model.config.max_position_embeddings
+    ids = [source.tokenizer.encode(render(p, add_generation_prompt=True))[0] for p in prompts]
+    return [Example("prompts", tokens[:most], [IGNORE] * len(tokens[:most])) for tokens in ids]
+
+
+def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batch]]:
+    """Padded batches of the first SAMPLES, by task, on the model's device."""
+    device, pad_id = source.model.lm_head.weight.device, source.tokenizer.pad_id
+    return {name: [*probe_batches(examples, SAMPLES, BATCH, pad_id, device)]
+            for name, examples in samples.items()}
+
+
+@torch.no_grad()
+def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
+    """All mixtures as linear maps, layer by layer; none if they go on routing."""
+    model, mixtures = source.model, expert_layers(source.model)
+    if config.routing == "dynamic" or not mixtures:
+        return TaskFits({}, {})
+    if not os.access(source.run / "adapter", os.W_OK):       # the fits go there, after the work
+        raise ValueError(f"{source.run / 'adapter'} cannot be written: copy the run")
+    names = {layer: name for name, layer in mixtures.items()}
+    fits = no_fits(mixtures, batches)
+    with evaluating(model):
+        bar = progress_bar(Walk(model.model, batches).layers(), "freeze", len(model.model.layers),
+                           unit="layer")
+        for _, layer, runs in bar:
+            routed = [{names[m]: m for m in group if m.router is not None}
+                      for group in groups(layer)]
+            fit_group([readers for readers in routed if readers], runs, fits, packed=True)
+    show_residuals(fits[config.fit].for_task(config.task))
+    return fits[config.fit]
+
+
+def ship_part(config: ExportConfig, source: Source, reference: CausalLM, samples: Samples,
+              batches: Batches, fits: TaskFits) -> Shipped:
+    """The tree of one graph, healed and rounded; the fits are saved beside the run's adapter."""
+    tree = placed(config, reference, fits)
+    if config.graph:
+        round_weights(tree, config.form, source.model, {
+            task: read for task, read in batches.items() if config.task in (None, task)})
+    if not config.merges:                    # beside the weights that ship with them
+        healed_fits = healed(config, source, samples, fits, tree)
+        if healed_fits is not fits:
+            fits = healed_fits
+            replace_fits(tree, config, fits)
+        if config.graph:
+            round_experts(tree, config.form)
+    if fits.together:
+        save_fits(source.run / "adapter", fits)
+    ranges: Ranges = {}
+    if config.target == "npu" and config.form.rounds:
+        few = PROMPTS if config.prompts else TEXTS
+        texts = [e.ids for examples in samples.values() for e in examples[:few]]
+        ranges = activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
+                                   if config.prompts else texts)
+    return Shipped(tree, fits, ranges)
+
+
+def placed(config: ExportConfig, reference: CausalLM, fits: TaskFits) -> CausalLM:
+    """A copy of the reference with what ships in place of each mixture, in floats."""
+    tree = sharing_copy(reference)
+    for name, layer in expert_layers(tree).items():
+        if config.adapters:
+            tree.set_submodule(name, AdapterLinear(plain_layer(layer), {
+                task: found[name] for task, found in fits.by_task.items()}))
+        elif config.routing != "dynamic":
+            make: Any = merged_layer if config.merges and config.graph else frozen_layer
+            tree.set_submodule(name, make(layer, fits.for_task(config.task)[name]))
+    return tree
+
+
+def plain_layer(layer: nn.Linear) -> nn.Linear:
+    """The linear layer that experts were added to."""
+    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain
+
+
+def replace_fits(tree: CausalLM, config: ExportConfig, fits: TaskFits) -> None:
+    """Put healed fits in place of those that the tree holds."""
+    for name, layer in tree.named_modules():
+        if isinstance(layer, AdapterLinear):
+            layer.fits = {task: found[name] for task, found in fits.by_task.items()}
+        elif isinstance(layer, ExpertLinear):
+            tree.set_submodule(name, frozen_layer(layer, fits.for_task(config.task)[name]))
+
+
+def healed(config: ExportConfig, source: Source, samples: Samples, fits: TaskFits,
+           tree: CausalLM | None) -> TaskFits:
+    """The fits that the export holds, healed; beside the weights of a tree in few bits, if given.
+    Without --heal, the same."""
+    if not (config.heal and fits.together):
+        return fits
+    fits = TaskFits(dict(fits.together), {task: dict(f) for task, f in fits.by_task.items()})
+    for task in samples if config.adapters else [config.task]:
+        found = fits.for_task(task)
+        student = sharing_copy(source.model)
+        freeze(student, found)
+        if tree is not None:
+            take_blocks(student, tree)
+        examples = samples[task] if task else [e for part in samples.values() for e in part]
+        for name, fit in heal(student, Healing(
+                source.model, examples, config.heal, source.tokenizer.pad_id,
+                source.micro_batch_size, config.compile)).items():
+            found[name] = replace(fit, residual=found[name].residual)
+    return fits
+
+
+def take_blocks(student: CausalLM, tree: CausalLM) -> None:
+    """Give a model, in place, the weights of the tree that are stored in blocks."""
+    for name, leaf in tree.named_modules():
+        if isinstance(leaf, nn.Linear | BlockEmbedding) and isinstance(leaf.weight, BlockWeight):
+            part = student.get_submodule(name)
+            weight: Any = part.weight
+            part.weight = nn.Parameter(leaf.weight.dense().to(weight), requires_grad=False)
+    if student.config.tie_word_embeddings:
+        student.lm_head.weight = student.model.embed_tokens.weight
+
+
+def show_residuals(fits: Fits) -> None:
+    """Print the share of each mixture's output that the fits miss."""
+    print(terminal_heatmap("share of the mixture's output that one linear map misses",
+                           {name: f.residual for name, f in fits.items()}))
+    kinds = [f.kind for f in fits.values()]
+    missed = median([f.residual for f in fits.values() if f.kind != "exact"] or [0.0])
+    print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median residual on "
+          f"held-out samples {100 * missed:.2f} %")
+
+
+def save_fits(folder: Path, fits: TaskFits) -> None:
+    """Write folder/frozen.safetensors: <module>.lora_A and .lora_B, and <task>/<module>.lora_A."""
+    every = {**fits.together, **{f"{task}/{name}": found for task, by_name in
+                                 fits.by_task.items() for name, found in by_name.items()}}
+    tensors = {f"{name}.{part}": getattr(found, part).contiguous()
+               for name, found in every.items() for part in ("lora_A", "lora_B")}
+    notes = {name: [found.kind, found.residual] for name, found in every.items()}
+    with replacing(folder / "frozen.safetensors") as tmp:
+        save_file(tensors, tmp, metadata={"format": "minismoe.frozen/1", "fits": json.dumps(notes)})
