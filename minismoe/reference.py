@@ -1,9 +1,13 @@
-"""The method on one page, in plain loops. Read this first, then run: python -m minismoe.reference
+"""LoRA-SMoE in one file, from a checkpoint to an ONNX graph, in plain loops. Read this first.
+
+    python -m minismoe.reference                                    the built-in toy
+    python -m minismoe.reference CHECKPOINT FILE.jsonl FILE.jsonl   a Llama (SmolLM2), a task a file
 
 To fine-tune a frozen model on several tasks, measure how sensitive each matrix is to each task (1),
-let each task vote for its most sensitive matrices, where a vote is one LoRA expert (2), train the
-experts (3), and freeze the routing, so that the experts of a matrix become one plain LoRA (4).
-A matrix W with E = 2 experts of rank r; for one token, it reads x and writes y:
+let each task vote for its most sensitive ones, where a vote is one LoRA expert (2), and train the
+experts (3). To ship it, turn the experts of a matrix into one plain LoRA and merge that (4), choose
+4 or 8 bits for it by the same gradients (5), write an ONNX graph (6), and let onnxruntime generate
+(7). A matrix W with E = 2 experts of rank r; for one token, it reads x and writes y:
 
             +--- W  (out, in) ---------------------------------------+
             |                                                        |
@@ -12,19 +16,79 @@ A matrix W with E = 2 experts of rank r; for one token, it reads x and writes y:
             |                                          ^
             +--- router (E, in) --- softmax of the k largest
 
+Letters: N tokens, D hidden size, H query heads, K key and value heads, C head size, V vocabulary,
+k active experts. The rooms beside this file compute the same, fast, and the tests compare them.
 Sources: LoRA-SMoE (Xu and Diao 2025, arXiv 2505.06272), Switch (2101.03961), Mixtral (2401.04088).
-minismoe/method computes the same, fast; tests/method compares both. N tokens; k active experts.
 """
-
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+import ctypes
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from onnxruntime import InferenceSession, OrtValue
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+Sample = tuple[Tensor, int]      # tokens (N,), and how many of them come before the answer
 
-# 1. Probe (LoRA-SMoE). L_i is the mean loss of sample i over its supervised tokens:
+# 0. The decoder of a Llama. It reads one sequence at a time, so there is no padding.
+class Decoder:
+    """config: config.json; weights: {name: tensor}, of which matrices W are (out, in)."""
+    def __init__(self, config: Any, weights: dict[str, Tensor]):
+        self.config, self.weights = config, weights
+        self.mixtures: dict[str, Mixture] = {}           # in place of some matrices (3)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x (N, in) -> (N, out)."""
+        return self.mixtures[name](x) if name in self.mixtures else x @ self.weights[name].T
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """x / sqrt(mean of x^2 + eps) * weight, of each token's x (N, D)."""
+        mean_square = x.square().mean(dim=-1, keepdim=True)
+        return x * (mean_square + self.config.rms_norm_eps).rsqrt() * self.weights[name]
+
+    def __call__(self, ids: Any, read: slice = slice(None)) -> Tensor:
+        """Logits (., V) of the next token, at the positions `read` of tokens ids (N,)."""
+        c, N = self.config, len(ids)
+        later, turn = torch.ones(N, N, dtype=torch.bool).triu(1), angles(c, N)
+        x = self.weights["embed_tokens"][torch.as_tensor(ids)]                   # (N, D)
+        for i in range(c.num_hidden_layers):
+            # Attention: softmax(q k^T / sqrt(C)) v in each head; H / K heads share k and v.
+            name, y = f"layers.{i}.self_attn", self.norm(f"layers.{i}.input_layernorm", x)
+            q, k, v = (self.linear(f"{name}.{part}_proj", y).view(N, -1, c.head_dim)
+                       .transpose(0, 1) for part in "qkv")           # (H, N, C), twice (K, N, C)
+            q, k = rotate(q, turn), rotate(k, turn)
+            k, v = (y.repeat_interleave(len(q) // len(y), dim=0) for y in (k, v))
+            scores = (q @ k.mT / c.head_dim ** 0.5).masked_fill(later, -torch.inf)   # (H, N, N)
+            y = (scores.softmax(dim=-1) @ v).transpose(0, 1).flatten(1)              # (N, H * C)
+            x = x + self.linear(f"{name}.o_proj", y)
+            # MLP: down(silu(gate y) * up y), silu(z) = z * sigmoid(z).
+            name, y = f"layers.{i}.mlp", self.norm(f"layers.{i}.post_attention_layernorm", x)
+            gate, up = self.linear(f"{name}.gate_proj", y), self.linear(f"{name}.up_proj", y)
+            x = x + self.linear(f"{name}.down_proj", gate * gate.sigmoid() * up)
+        return self.norm("norm", x)[read] @ self.weights["lm_head"].T
+
+def angles(c: Any, N: int) -> Tensor:
+    """Rotary positions (N, C / 2): n * theta^(-2 i / C) for token n and pair i."""
+    return torch.arange(N)[:, None] * c.rope_theta ** (torch.arange(0, c.head_dim, 2) / -c.head_dim)
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """The pairs (i, i + C / 2) of x (heads, N, C), turned by angles (N, C / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * turn.cos() - b * turn.sin(), b * turn.cos() + a * turn.sin()], dim=-1)
+
+def answer_losses(model: Decoder, ids: Tensor, prompt: int) -> Tensor:
+    """Cross-entropy of each token of a sample's answer, which follows `prompt` tokens."""
+    return F.cross_entropy(model(ids, slice(prompt - 1, -1)), ids[prompt:], reduction="none")
+
+# 1. Probe (LoRA-SMoE). L_i is the mean loss of sample i over its answer:
 #    s[t, W]  =  sum over the samples i of task t of  || dL_i / dW ||_F^2
 def sensitivity(weights: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dict[str, float]:
     """{module: s} of one task, from the losses L_i of its samples, one after another."""
@@ -34,11 +98,9 @@ def sensitivity(weights: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dict
             s[name] += gradient.square().sum().item()
     return s
 
-
 # 2. Vote (LoRA-SMoE). Matrices compete within a group; of equal scores the first one wins:
 #    E[W]  =  number of tasks t for which s[t, W] is among the keep * size largest of W's group
-def vote(scores: Mapping[str, Mapping[str, float]], groups: Sequence[Sequence[str]],
-         keep: float) -> dict[str, int]:
+def vote(scores: Mapping[str, Any], groups: Sequence[Any], keep: float) -> dict[str, int]:
     """{module: experts} from {task: {module: s}}."""
     experts = {module: 0 for group in groups for module in group}
     for s in scores.values():
@@ -48,13 +110,11 @@ def vote(scores: Mapping[str, Mapping[str, float]], groups: Sequence[Sequence[st
                 experts[module] += 1
     return experts
 
-
 # 3. Train (LoRA-SMoE, Mixtral). Without a router (E = 1) the only gate is 1:
 #    y     =  W x  +  scaling * sum over experts e of  g_e(x) B_e^T A_e x
 #    g(x)  =  softmax over the k largest of the E router logits, 0 elsewhere
 class Mixture(nn.Module):
     """A frozen linear layer with experts: lora_A (E, r, in), lora_B (E, r, out), router (E, in)."""
-
     def __init__(self, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
                  router: Tensor | None, top_k: int, scaling: float):
         super().__init__()
@@ -81,23 +141,52 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""
         added = self.added(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-        return nn.functional.linear(x, self.weight, self.bias) + added
-
+        return F.linear(x, self.weight, self.bias) + added
 
 def chosen(logits: Tensor, k: int) -> Tensor:
     """(N, E) of true and false: the k experts of a token's largest logits; of equal, the first."""
     return logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < k
 
+def add_experts(model: Decoder, experts: Mapping[str, int], r: int = 8, k: int = 2) -> None:
+    """Make {module: E} mixtures. B is 0, so that at first the experts add nothing."""
+    for name, E in experts.items():
+        W = model.weights[name].detach()
+        A = torch.empty(E, r, W.shape[1]).uniform_(-1, 1) / W.shape[1] ** 0.5
+        A, B = nn.Parameter(A), nn.Parameter(torch.zeros(E, r, W.shape[0]))
+        router = nn.Parameter(0.02 * torch.randn(E, W.shape[1])) if E > 1 else None
+        model.mixtures[name] = Mixture(W, None, A, B, router, k, scaling=2.0)
 
 # Balance loss of a matrix (Switch, equations 4 to 6; top-k form of Mixtral); 1 is perfect balance:
 #    E * sum over experts e of f_e P_e,   f_e = share of the k * N choices that went to expert e,
 #                                         P_e = mean of softmax(logits)_e over the tokens
 def balance_loss(logits: Tensor, k: int) -> Tensor:
     """The loss of router logits (N, E)."""
-    E = logits.shape[1]
-    f = chosen(logits, k).to(logits.dtype).mean(dim=0) / min(k, E)
-    return E * (f * logits.softmax(dim=-1).mean(dim=0)).sum()
+    f = chosen(logits, k).to(logits.dtype).mean(dim=0) / min(k, logits.shape[1])
+    return len(f) * (f * logits.softmax(dim=-1).mean(dim=0)).sum()
 
+# A step's loss is the mean over the tokens of its answers, plus 0.01 times the mean balance loss.
+# The rate rises to its peak in a twentieth of the steps, then falls to 0 as half a cosine.
+def train(model: Decoder, batches: Sequence[Sequence[Sample]], peak: float) -> list[float]:
+    """Train all experts; returns the loss of each step, without balance."""
+    trained = [p for m in model.mixtures.values() for p in m.parameters()]
+    routed = [m for m in model.mixtures.values() if m.router is not None]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
+    warm, curve = max(1, round(0.05 * len(batches))), []
+    for step, batch in enumerate(batches):
+        losses, logits = [], []
+        for sample in batch:
+            losses.append(answer_losses(model, *sample))
+            logits.append([m.router_logits for m in routed])
+        balance = [balance_loss(torch.cat(x), m.top_k) for m, x in zip(routed, zip(*logits))]
+        loss = torch.cat(losses).mean()
+        (loss + 0.01 * sum(balance) / max(1, len(routed))).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        cosine = math.cos(math.pi * max(0, step - warm) / max(1, len(batches) - warm))
+        optimizer.param_groups[0]["lr"] = peak * min((step + 1) / warm, (1 + cosine) / 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(loss.item())
+    return curve
 
 # 4. Freeze (ours). A and B are all experts' stacked. Find the A' (E*r, in) of one plain LoRA:
 #    A'  =  argmin  sum over tokens x of  || y - scaling * B^T A' x ||^2,   y = what the experts add
@@ -113,87 +202,249 @@ def fits(layer: Mixture, x: Tensor, ridge: float) -> dict[str, Tensor]:
     left = torch.cat([(g[:, e, None] - c[e]) * (x @ A.T) for e, A in enumerate(layer.lora_A)], 1)
     # The ridge, times the mean diagonal of x^T x, is `in` more equations: pull S = 0.
     pull = (ridge * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
-    S = torch.linalg.lstsq(torch.cat([x, pull]), torch.cat([left, 0 * pull @ A_gates.T])).solution
+    S = torch.linalg.lstsq(torch.cat([x, pull]), torch.cat([left, 0 * pull @ A_gates.T]),
+                           driver="gels").solution
     return {"mean": A_mean, "gates": A_gates, "linear": A_gates + S.T}
-
 
 def frozen(layer: Mixture, A: Tensor) -> Mixture:
     """The layer with one expert A' of rank E*r in place of E experts and a router."""
     B = layer.lora_B.flatten(0, 1)
     return Mixture(layer.weight, layer.bias, A[None], B[None], None, 1, layer.scaling)
 
-
 def residual(layer: Mixture, A: Tensor, x: Tensor) -> float:
     """Share of the experts' output energy that A' misses: || y - y' ||^2 / || y ||^2."""
     y = layer.added(x)
     return ((y - frozen(layer, A).added(x)).square().sum() / y.square().sum()).item()
 
+# Merge: W becomes  W + scaling * B^T A'.  Every fourth sample is held out, to choose the ridge.
+@torch.no_grad()
+def merge(model: Decoder, samples: Sequence[Sample]) -> dict[str, float]:
+    """Merge all mixtures, as they are on some samples; {module: residual} of those with routers."""
+    reads: dict[str, list[Tensor]] = {name: [] for name in model.mixtures}       # x (N, in) each
+    for name, layer in model.mixtures.items():
+        layer.register_forward_pre_hook(lambda _, x, xs=reads[name]: xs.append(x[0]))
+    for ids, _ in samples:
+        model(ids, slice(-1, None))
+    residuals = {}
+    for name, layer in model.mixtures.items():
+        if layer.router is not None:
+            held = torch.cat(reads[name][1::4])
+            fitted = torch.cat([x for i, x in enumerate(reads[name]) if i % 4 != 1])
+            tried = [fits(layer, fitted, 1.0)["gates"], *(
+                fits(layer, fitted, ridge)["linear"] for ridge in (1e-3, 1e-2, 1e-1, 1.0))]
+            best = min(tried, key=lambda A: residual(layer, A, held))
+            residuals[name], layer = residual(layer, best, held), frozen(layer, best)
+        model.weights[name] = layer.weight + layer.scaling * layer.lora_B[0].T @ layer.lora_A[0]
+    model.mixtures.clear()
+    return residuals
 
-class Toy(nn.Module):
-    """Two branches that meet: x (N, 16) -> (N, 4)."""
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.join: Any = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 4)
+# 5. Bits (ours). Blocks of 32 weights of a row share a scale, and become integers q of b bits:
+#    W_b  =  scale * q,   -2^(b-1) <= q < 2^(b-1),   where the largest weight gets q = -2^(b-1)
+def integers(W: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """q (out, in), int8, and scale (out, in / 32) of W (out, in)."""
+    blocks, most = W.unflatten(1, (-1, 32)), 2 ** (b - 1)            # (out, in / 32, 32)
+    scale = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True)) / -most
+    scale = torch.where(scale.abs() < 2 ** -20, 2 ** -20, scale)     # all 32 may be 0
+    q = (blocks / scale).round().clamp(-most, most - 1)
+    return q.flatten(1).to(torch.int8), scale.squeeze(2)
 
-    def branches(self, x: Tensor) -> Tensor:
-        return torch.cat([self.left(x[:, :8]), self.right(x[:, 8:])], dim=1).tanh()
+# What rounding costs, by gradients as the probe's. L_i is the summed loss of next tokens that are
+# drawn from the model itself. By the Fisher matrix, KL(model || model with W_b) a token is about
+#    harm[W, b]  =  1 / tokens * sum over samples i of  1/2 < dL_i / dW, W_b - W >^2
+def drawn_loss(model: Decoder, ids: Tensor) -> Tensor:
+    """L_i of the tokens ids (N,)."""
+    logits = model(ids)
+    drawn = logits.detach().softmax(dim=-1).multinomial(1)[:, 0]
+    return F.cross_entropy(logits, drawn, reduction="sum")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.join(self.branches(x)).tanh())
+def harm(weights: Mapping[str, Tensor], losses: Iterable[Tensor], tokens: int) -> dict[str, Any]:
+    """{module: {4 and 8 bits: harm}} from the losses L_i of samples of so many tokens."""
+    h = {name: {4: 0.0, 8: 0.0} for name in weights}
+    for loss in losses:
+        for (name, W), grad in zip(weights.items(), torch.autograd.grad(loss, [*weights.values()])):
+            for b in h[name]:
+                q, scale = integers(W.detach(), b)
+                change = q * scale.repeat_interleave(32, dim=1) - W.detach()
+                h[name][b] += (grad * change).sum().item() ** 2 / (2 * tokens)
+    return h
 
+def choose_bits(h: Mapping[str, Any], weights: Mapping[str, Tensor], mean: float) -> dict[str, int]:
+    """{module: 4 or 8}, at most `mean` bits a weight: 8 go where they save most harm a weight."""
+    bits, room = dict.fromkeys(h, 4), (mean - 4) * sum(W.numel() for W in weights.values())
+    for name in sorted(h, key=lambda name: (h[name][8] - h[name][4]) / weights[name].numel()):
+        if 4 * weights[name].numel() <= room:
+            bits[name], room = 8, room - 4 * weights[name].numel()
+    return bits
 
+# 6. ONNX, in standard operators of opset 23. Where the decoder computes, the graph writes a node,
+#    which has the name of what it computes. The cache holds P tokens, to which N are added.
+FLOAT, INT4, INT8, INT64 = map(TensorProto.DataType.Value, ("FLOAT", "INT4", "INT8", "INT64"))
+class Graph:
+    """A merged decoder; bits: {module: 4 or 8}. Other weights are float32."""
+    def __init__(self, model: Decoder, bits: Mapping[str, int]):
+        self.weights, self.config, self.bits = model.weights, model.config, bits
+        self.nodes, self.tensors = list[Any](), list[Any]()
+
+    def node(self, op: str, name: str, *reads: str, more: Sequence[str] = (), **how: Any) -> str:
+        """A node whose outputs are `name` and `more`."""
+        self.nodes.append(helper.make_node(op, reads, [name, *more], name, **how))
+        return name
+
+    def tensor(self, name: str, x: Tensor, kind: int = FLOAT) -> str:
+        shape, x = x.shape, x.contiguous()
+        if kind == INT4:                                 # two in a byte, the first in the low half
+            x = x.flatten()[0::2] & 15 | x.flatten()[1::2] << 4
+        data = ctypes.string_at(x.data_ptr(), x.nbytes)
+        self.tensors.append(helper.make_tensor(name, kind, shape, data, raw=True))
+        return name
+
+    def linear(self, name: str, x: str) -> str:
+        """x (1, N, in) -> (1, N, out), by W^T (in, out)."""
+        W, b = self.weights[name], self.bits.get(name)
+        if b is None:
+            return self.node("MatMul", name, x, self.tensor(f"{name}.W", W.T))
+        q, scale = integers(W, b)
+        parts = (self.tensor(f"{name}.q", q.T, INT4 if b == 4 else INT8),
+                 self.tensor(f"{name}.scale", scale.T))
+        return self.node("MatMul", name, x, self.node(
+            "DequantizeLinear", f"{name}.W", *parts, axis=0, block_size=32))
+
+    def norm(self, name: str, x: str) -> str:
+        return self.node("RMSNormalization", name, x, self.tensor(
+            f"{name}.weight", self.weights[name]), epsilon=self.config.rms_norm_eps)
+
+    def decoder(self) -> Any:
+        """input_ids and position_ids (1, N), and the cache -> logits (1, V) of the last token."""
+        c, value = self.config, helper.make_tensor_value_info
+        H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        turn = angles(c, c.max_position_embeddings)
+        rope = self.tensor("cos", turn.cos()), self.tensor("sin", turn.sin()), "position_ids"
+        inputs = [value(name, INT64, [1, "N"]) for name in ("input_ids", "position_ids")]
+        outputs = [value("logits", FLOAT, [1, c.vocab_size])]
+        table = self.tensor("table", self.weights["embed_tokens"])
+        x = self.node("Gather", "embed_tokens", table, "input_ids")              # (1, N, D)
+        for i in range(c.num_hidden_layers):
+            name, y = f"layers.{i}.self_attn", self.norm(f"layers.{i}.input_layernorm", x)
+            q, k, v = (self.linear(f"{name}.{part}_proj", y) for part in "qkv")
+            q = self.node("RotaryEmbedding", f"{name}.q", q, *rope, num_heads=H)
+            k = self.node("RotaryEmbedding", f"{name}.k", k, *rope, num_heads=K)
+            past, present = ([f"{when}.{i}.key", f"{when}.{i}.value"]
+                             for when in ("past_key_values", "present"))
+            inputs += [value(y, FLOAT, [1, K, "P", C]) for y in past]
+            outputs += [value(y, FLOAT, [1, K, "P + N", C]) for y in present]
+            y = self.node("Attention", name, q, k, v, "", *past, more=present, is_causal=1,
+                          q_num_heads=H, kv_num_heads=K)
+            x = self.node("Add", f"{name}.x", x, self.linear(f"{name}.o_proj", y))
+            name, y = f"layers.{i}.mlp", self.norm(f"layers.{i}.post_attention_layernorm", x)
+            gate, up = self.linear(f"{name}.gate_proj", y), self.linear(f"{name}.up_proj", y)
+            y = self.node("Mul", f"{name}.silu", gate, self.node("Sigmoid", f"{name}.act", gate))
+            y = self.linear(f"{name}.down_proj", self.node("Mul", name, y, up))
+            x = self.node("Add", f"{name}.x", x, y)
+        x = self.node("Gather", "x", x, self.tensor("last", torch.tensor(-1), INT64), axis=1)
+        tied = self.weights["lm_head"] is self.weights["embed_tokens"]
+        head = table if tied else self.tensor("head", self.weights["lm_head"])
+        self.node("Gemm", "logits", self.norm("norm", x), head, transB=1)        # (1, D) (V, D)^T
+        graph = helper.make_graph(self.nodes, "llama", inputs, outputs, self.tensors)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+
+# 7. Generate: the likeliest token, again and again, until the one that ends an answer.
+@torch.no_grad()
+def greedy(logits_of: Callable[[list[int]], Tensor], prompt: list[int], end: int) -> list[int]:
+    """At most 24 tokens. logits_of(tokens so far) -> logits (., V); the last row counts."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + 24 and (token := int(logits_of(ids)[-1].argmax())) != end:
+        ids.append(token)
+    return ids[len(prompt):]
+
+def with_cache(session: InferenceSession, c: Any) -> Callable[[list[int]], Tensor]:
+    """logits_of, for one prompt, in onnxruntime. It reads the tokens alone that are new to it."""
+    cache = [torch.zeros(1, c.num_key_value_heads, 0, c.head_dim)] * (2 * c.num_hidden_layers)
+    def logits_of(ids: list[int]) -> Tensor:
+        P = cache[0].shape[2]
+        feeds = [torch.tensor([ids[P:]]), torch.arange(P, len(ids))[None], *cache]
+        values = dict(zip((x.name for x in session.get_inputs()), map(OrtValue.from_dlpack, feeds)))
+        logits, *cache[:] = map(torch.from_dlpack, session.run_with_ort_values(None, values))
+        return logits
+    return logits_of
+
+# 8. Files: the checkpoint of a Llama, its tokenizer, and the lines of a task.
+def load(folder: Path) -> tuple[Decoder, Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """A decoder in float32; text to tokens; tokens to text. Raises ValueError for other models."""
+    raw = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "bos_token_id": None,
+           **json.loads((folder / "config.json").read_text(encoding="utf-8"))}
+    raw |= raw.get("rope_parameters") or {}
+    plain = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+             "mlp_bias": False, "rope_scaling": None, "rope_type": "default"}
+    if other := {key: raw[key] for key in plain if raw.get(key, plain[key]) != plain[key]}:
+        raise ValueError(f"only a plain Llama is implemented, not {other}")
+    c = SimpleNamespace(**{"head_dim": raw["hidden_size"] // raw["num_attention_heads"]} | raw)
+    weights = {name.removeprefix("model.").removesuffix(".weight"): x.float()
+               for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    weights.setdefault("lm_head", weights.get("embed_tokens", torch.empty(0)))       # a tied one
+    if (len(weights), *weights.get("layers.0.self_attn.k_proj", torch.empty(0)).shape) != (
+            9 * c.num_hidden_layers + 3, c.num_key_value_heads * c.head_dim, c.hidden_size):
+        raise ValueError("its *.safetensors do not hold the tensors that its config.json describes")
+    if c.vocab_size == 259:                      # bytes, and three special tokens
+        return (Decoder(c, weights), lambda text: [*text.encode()],
+                lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"))
+    from tokenizers import Tokenizer
+    text = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return Decoder(c, weights), lambda t: text.encode(t, add_special_tokens=False).ids, text.decode
+
+def read_samples(file: Path, encode: Callable[[str], list[int]], c: Any) -> list[Sample]:
+    """A task, from lines {"prompt": "...", "completion": "..."}."""
+    samples, begin = [], [c.bos_token_id] * (c.bos_token_id is not None)
+    for number, text in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), 1):
+        try:
+            line = json.loads(text)
+            prompt, answer = f"User: {line['prompt']}\nAssistant:", " " + line["completion"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{file}, line {number}: no text prompt and completion") from None
+        ids = [*begin, *encode(prompt + answer), c.eos_token_id]
+        samples.append((torch.tensor(ids), len(begin + encode(prompt))))
+    return samples
+
+# 9. The whole. The first sample of each task is asked, and not trained on.
 def main() -> None:
-    """Two made-up tasks: in task 1 the right half of x is small, in task 2 the left half."""
-    torch.manual_seed(5)
-    torch.set_num_threads(1)
-    model, x, y = Toy().requires_grad_(False), 2 * torch.randn(1024, 16), torch.empty(1024, 4)
-    x[0::2, 8:] /= 20
-    x[1::2, :8] /= 20
-    tasks = {"task 1": torch.arange(0, 1024, 2), "task 2": torch.arange(1, 1024, 2)}
-    for rows, branch in zip(tasks.values(), ("left", "right")):
-        teacher = copy.deepcopy(model)             # whose answers are to be learnt
-        for layer in (getattr(teacher, branch), teacher.join):
-            layer.weight += 0.4 * torch.outer(*map(torch.randn, layer.weight.shape))
-        y[rows] = teacher(x[rows])
-
-    def loss(rows: Tensor) -> Tensor:
-        return (model(x[rows]) - y[rows]).square().mean()
-
-    def show(title: str, numbers: Mapping[str, float] | None = None) -> None:
-        numbers = numbers or {task: loss(rows[384:]).item() for task, rows in tasks.items()}
-        print(f"{title:48}", *(f"{name} {number:<7.2g}" for name, number in numbers.items()))
-
-    layers: dict[str, Any] = dict(model.named_children())
-    weights = {name: layer.weight.requires_grad_() for name, layer in layers.items()}
-    scores = {task: sensitivity(weights, (loss(row[None]) for row in rows[:32]))
-              for task, rows in tasks.items()}
-    for task in tasks:
-        show(f"1. sensitivity to {task}", scores[task])
-    experts = vote(scores, [["left", "right"], ["join", "head"]], keep=0.5)
-    show("2. experts: one a vote, each task votes for half", experts)
-    model.requires_grad_(False)
-    show("3. loss on held-out samples, before training")
-    for name, layer in layers.items():
-        E = experts[name]
-        A = nn.Parameter(torch.randn(E, 2, layer.in_features) / 4)
-        B = nn.Parameter(torch.zeros(E, 2, layer.out_features))          # at first they add nothing
-        router = nn.Parameter(torch.randn(E, layer.in_features) / 50) if E > 1 else None
-        new = Mixture(layer.weight, layer.bias, A, B, router, top_k=2, scaling=2.0)
-        setattr(model, name, new if E > 0 else layer)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    for _ in range(400):
-        optimizer.zero_grad()
-        batch_loss = loss(torch.randint(768, (128,)))
-        (batch_loss + 0.001 * balance_loss(model.join.router_logits, k=2)).backward()
-        optimizer.step()
-    show("   after")
-    layer, reads = model.join, model.branches(x)
-    for kind, fit in fits(layer, reads[:768], ridge=1e-4).items():
-        model.join = frozen(layer, fit)
-        show(f"4. frozen by {kind}: join loses {residual(layer, fit, reads[768:]):.1%}; loss")
-
+    torch.manual_seed(0)
+    toy = Path(__file__).parent / "data" / "toy_base"
+    folder, *files = map(Path, sys.argv[1:] or (toy, *sorted(toy.glob("*.jsonl"))))
+    try:
+        model, encode, decode = load(folder)
+        tasks = {file.stem: read_samples(file, encode, model.config) for file in files}
+        if min(map(len, tasks.values()), default=0) < 2:
+            raise ValueError("each task takes a FILE.jsonl of two lines or more")
+        c, prompts = model.config, [ids[:n].tolist() for (ids, n), *_ in tasks.values()]
+        before = [greedy(model, prompt, c.eos_token_id) for prompt in prompts]
+    except Exception as e:
+        sys.exit(f"cannot take {folder}: {type(e).__name__}: {e}")
+    training = {task: samples[1:] for task, samples in tasks.items()}
+    probed = [sample for samples in training.values() for sample in samples[:16]]
+    weights = {name: W.requires_grad_() for name, W in model.weights.items() if "_proj" in name}
+    scores = {task: sensitivity(weights, (answer_losses(model, *s).mean() for s in samples[:16]))
+              for task, samples in training.items()}
+    groups = [[name for name in weights if part in name] for part in ("self_attn", "mlp")]
+    experts = {name: max(1, E) for name, E in vote(scores, groups, keep=0.6).items()}
+    add_experts(model, experts)
+    print(f"1, 2. probe and vote: {sum(experts.values())} experts on {len(experts)} matrices")
+    pool = [sample for samples in training.values() for sample in samples]
+    order = [pool[i] for _ in range(2) for i in torch.randperm(len(pool)).tolist()]
+    curve = train(model, [order[i:i + 8] for i in range(0, len(order), 8)], peak=4e-3)
+    print(f"3. train: {len(curve)} steps, loss {curve[0]:.3f} to {curve[-1]:.3f}")
+    mixture = [greedy(model, prompt, c.eos_token_id) for prompt in prompts]
+    print(f"4. merge: worst residual {max(merge(model, probed).values(), default=0):.2%}")
+    weights = {name: model.weights[name].requires_grad_() for name in weights}
+    h = harm(weights, (drawn_loss(model, ids) for ids, _ in probed),
+             tokens=sum(len(ids) for ids, _ in probed))
+    bits = choose_bits(h, weights, mean=5.0)
+    print(f"5. bits: 8 for {[*bits.values()].count(8)} matrices, 4 for {[*bits.values()].count(4)}")
+    size = Path("reference.onnx").write_bytes(Graph(model, bits).decoder().SerializeToString())
+    shipped = [greedy(with_cache(InferenceSession("reference.onnx"), c), prompt, c.eos_token_id)
+               for prompt in prompts]
+    print(f"6, 7. ONNX: reference.onnx, {size / 1e6:.1f} MB")
+    for texts in zip(prompts, before, mixture, shipped):
+        print("\n{}\n  before training: {}\n  the mixture:     {}\n  onnxruntime:     {}".format(
+            *(decode(ids).strip() for ids in texts)))
 
 if __name__ == "__main__":
     main()

@@ -1,41 +1,301 @@
-"""The reference runs by itself, shows what it says, and imports nothing of ours."""
+"""The reference runs by itself, imports nothing of ours, and computes what the package computes."""
 
 import ast
+import json
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
+from tiny import randomise, save_bytes_model
 
 from minismoe import reference
+from minismoe.data.tasks import Example, collate, encode_all, load_tasks
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.method import freeze
+from minismoe.method.allocate import allocate
+from minismoe.method.experts import add_experts, expert_layers
+from minismoe.method.sensitivity import probe
+from minismoe.model.checkpoint import load_model
+from minismoe.model.decoder import CausalLM
+from minismoe.model.quantize import quantize
+from minismoe.training.evaluate import generate
+from minismoe.training.loop import TrainConfig, schedule, train
 
 FILE = Path(reference.__file__)
+TOY = FILE.parent / "data" / "toy_base"
 
 
-def test_the_reference_is_one_page_that_imports_torch_alone() -> None:
+# --- the file -----------------------------------------------------------------------------------
+
+def test_the_reference_is_one_file_of_few_lines_that_imports_nothing_of_ours() -> None:
     text = FILE.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200
-    imported = {name.name.split(".")[0] for node in ast.walk(ast.parse(text))
-                if isinstance(node, ast.Import) for name in node.names}
-    imported |= {str(node.module).split(".")[0] for node in ast.walk(ast.parse(text))
-                 if isinstance(node, ast.ImportFrom)}
-    assert imported - set(sys.stdlib_module_names) == {"torch"}
+    assert len(text.splitlines()) <= 450
+    tree, imported = ast.parse(text), set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(str(node.module).split(".")[0])
+        elif isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 45, node.name
+    assert imported - set(sys.stdlib_module_names) == {
+        "torch", "safetensors", "onnx", "onnxruntime", "tokenizers"}
+    assert "tokenizers" not in text[:text.index("def ")]          # a model of bytes needs none
 
 
-def test_the_toy_learns_and_freezing_loses_less_by_each_fit() -> None:
-    done = subprocess.run([sys.executable, str(FILE)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert "2. experts" in lines[2] and re.search(r"left 1 +right 1 +join 2 +head 0", lines[2])
-    before, after, *frozen = ([float(x) for x in re.findall(r"task \d (\S+)", line)]
-                              for line in lines[3:8])
-    assert all(b < a / 10 for a, b in zip(before, after))
-    assert all(a < 4 * b for row in frozen for a, b in zip(row, after))
-    lost = [float(x) for x in re.findall(r"loses (\S+)%", done.stdout)]
-    assert len(lost) == 3 and lost[0] > lost[1] > 1.5 * lost[2]
+def test_the_lines_beside_the_toy_are_right() -> None:
+    for task in ("capitals", "smaller"):
+        lines = [json.loads(line) for line in (TOY / f"{task}.jsonl").read_text().splitlines()]
+        assert len({line["prompt"] for line in lines}) == 200
+        for line in lines:
+            words = re.findall(r'"(\w+)"', line["prompt"]) or re.findall(r"\d+", line["prompt"])
+            assert line["completion"] == min(words).upper()
 
+
+@pytest.mark.slow
+def test_the_toy_learns_and_its_graph_answers_as_it_does(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(FILE)], capture_output=True, text=True, timeout=300,
+                          cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    answers = re.findall(r"training: +(.*)\n +the mixture: +(.*)\n +onnxruntime: +(.*)\n",
+                         done.stdout)
+    assert [right for _, *right in answers] == [["KEB", "KEB"], ["29", "29"]]
+    assert {before for before, *_ in answers}.isdisjoint({"KEB", "29"})
+    assert (tmp_path / "reference.onnx").stat().st_size < 1 << 20
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+def refusal(folder: Path, *files: Path) -> str:
+    """What the command says as it ends."""
+    before, sys.argv = sys.argv, ["reference", str(folder), *map(str, files)]
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(FILE), run_name="__main__")
+    finally:
+        sys.argv = before
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    return end.value.code
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_type": "gemma3_text"}, "not {'model_type': 'gemma3_text'}"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"num_hidden_layers": 3}, "config.json"), ({"num_hidden_layers": 1}, "config.json"),
+    ({"hidden_size": 64}, "config.json"), ({"vocab_size": 260}, "tokenizer.json")])
+def test_a_model_that_is_not_implemented_is_refused_in_one_line(
+        tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = save_bytes_model(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    said = refusal(folder, TOY / "smaller.jsonl")
+    assert message in said and str(folder) in said
+
+
+def test_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
+    assert "config.json" in refusal(tmp_path / "absent", TOY / "smaller.jsonl")
+    assert "absent.jsonl" in refusal(TOY, tmp_path / "absent.jsonl")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "x", "completion": "y"}')
+    assert "two lines" in refusal(TOY) and "two lines" in refusal(TOY, tmp_path / "one.jsonl")
+    folder = tmp_path / "base"
+    shutil.copytree(TOY, folder)
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    assert str(folder) in refusal(folder, TOY / "smaller.jsonl")
+    (folder / "model.safetensors").unlink()
+    assert "safetensors" in refusal(folder, TOY / "smaller.jsonl")
+
+
+@pytest.mark.parametrize("line", [
+    "", "[]", "{", "1", '{"prompt": "x"}', '{"prompt": 1, "completion": 2}',
+    '{"prompt": "x", "completion": ["y"]}'])
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"prompt": "x", "completion": "y"}\n' + line + "\n" + '{"a": 1}')
+    assert f"{file}, line 2" in refusal(TOY, file)
+
+
+# --- the same as the package --------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of bytes, and two tasks beside it."""
+    folder = tmp_path_factory.mktemp("reference")
+    save_bytes_model(folder / "base", intermediate_size=64, max_position_embeddings=99,
+                     bos_token_id=256)
+    (folder / "data").mkdir()
+    for task in ("capitals", "smaller"):
+        lines = (TOY / f"{task}.jsonl").read_text().splitlines()[:24]
+        (folder / "data" / f"{task}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def both(base: Path) -> tuple[reference.Decoder, CausalLM, dict[str, list[reference.Sample]]]:
+    model, encode, _ = reference.load(base / "base")
+    return model, load_model(base / "base"), {
+        file.stem: reference.read_samples(file, encode, model.config)
+        for file in sorted((base / "data").iterdir())}
+
+
+def example(task: str, sample: reference.Sample, index: int = 0) -> Example:
+    ids, prompt = sample
+    return Example(task, ids.tolist(), [-100] * prompt + ids.tolist()[prompt:], index)
+
+
+def start_alike(model: reference.Decoder, ours: CausalLM, experts: dict[str, int]) -> None:
+    """Both get the same experts, as training leaves them."""
+    reference.add_experts(model, experts)
+    randomise(add_experts(ours, {f"model.{name}": E for name, E in experts.items()}))
+    for name, layer in model.mixtures.items():
+        theirs = ours.get_submodule(f"model.{name}")
+        for part in ("lora_A", "lora_B", "router"):
+            if getattr(layer, part) is not None:
+                getattr(layer, part).data.copy_(0.1 * getattr(theirs, part).data)
+                getattr(theirs, part).data.mul_(0.1)
+
+
+def some_experts(model: reference.Decoder) -> dict[str, int]:
+    return {name: 1 + i % 3 for i, name in enumerate(n for n in model.weights if "_proj" in n)}
+
+
+def test_tokens_and_logits_equal_the_package(base: Path) -> None:
+    model, ours, tasks = both(base)
+    tokenizer = load_tokenizer(base / "base")
+    for task in load_tasks(base / "data"):
+        encoded = [(e.ids, e.labels) for e in encode_all(task, tokenizer, 64)]
+        plain = [example(task.name, sample) for sample in tasks[task.name]]
+        for e in plain[:8]:          # the package's template writes a line end after an answer
+            if ([*e.ids, 10], [*e.labels, -100]) not in encoded:
+                assert len(encoded) < len(plain)                  # some lines are its test
+    for ids, _ in tasks["capitals"][:4]:
+        torch.testing.assert_close(model(ids), ours(ids[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_and_votes_equal_the_package(base: Path) -> None:
+    model, ours, tasks = both(base)
+    weights = {name: W.requires_grad_() for name, W in model.weights.items() if "_proj" in name}
+    scores = {task: reference.sensitivity(weights, (
+        reference.answer_losses(model, *sample).mean() for sample in samples[:8]))
+        for task, samples in tasks.items()}
+    theirs = probe(ours, {task: [collate([example(task, s) for s in samples[:8]], 258)]
+                          for task, samples in tasks.items()})
+    for task in tasks:
+        assert {f"model.{n}": s for n, s in scores[task].items()} == pytest.approx(
+            theirs[task], rel=1e-3)
+    groups = [[name for name in weights if part in name] for part in ("self_attn", "mlp")]
+    expected = {f"model.{n}": E for n, E in reference.vote(scores, groups, 0.6).items() if E}
+    assert allocate(theirs, keep=0.6).experts == expected
+
+
+@pytest.mark.slow
+def test_training_equals_the_package(base: Path, tmp_path: Path) -> None:
+    model, ours, tasks = both(base)
+    start_alike(model, ours, some_experts(model))
+    samples = {(task, i): s for task in tasks for i, s in enumerate(tasks[task])}
+    cfg = TrainConfig(epochs=2, compile="off")
+    examples = [example(task, s, i) for (task, i), s in samples.items()]
+    batches = [[samples[e.task, e.index] for e in batch] for batch in schedule(examples, cfg)]
+    train(ours, examples, cfg, tmp_path, 258)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    curve = reference.train(model, batches, cfg.lr)
+    assert curve == pytest.approx([json.loads(line)["loss"] for line in lines], abs=1e-4)
+    assert curve[-1] < curve[0] - 0.5
+    for name, layer in expert_layers(ours).items():
+        torch.testing.assert_close(model.mixtures[name.removeprefix("model.")].lora_B.data,
+                                   layer.lora_B.data, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_fits_merged_weights_and_greedy_text_equal_the_package(base: Path, tmp_path: Path) -> None:
+    model, ours, tasks = both(base)
+    start_alike(model, ours, some_experts(model))
+    samples = tasks["capitals"] + tasks["smaller"]
+    prompts = [ids[:length].tolist() for ids, length in samples[::6]]
+    mixed = [reference.greedy(model, prompt, 257) for prompt in prompts]
+    assert mixed == generate(ours, prompts, 24, [257])
+    found = freeze.fit(ours, {"": [collate([example("", s) for s in samples], 258)]})["linear"]
+    residuals = reference.merge(model, samples)
+    for name, residual in residuals.items():
+        assert residual == pytest.approx(
+            found.together[f"model.{name}"].residual, rel=0.02, abs=1e-6)
+    freeze.merge(ours, found.together)
+    for name, W in model.weights.items():
+        if "_proj" in name:
+            torch.testing.assert_close(W, ours.get_submodule(f"model.{name}").weight,
+                                       rtol=1e-3, atol=1e-4)
+    merged = [reference.greedy(model, prompt, 257) for prompt in prompts]
+    assert merged == generate(ours, prompts, 24, [257])
+    session = onnxruntime.InferenceSession(reference.Graph(model, {}).decoder().SerializeToString())
+    assert merged == [reference.greedy(reference.with_cache(session, model.config), prompt, 257)
+                      for prompt in prompts]
+
+
+# --- bits ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("b", [4, 8])
+def test_rounded_weights_equal_the_package(b: int) -> None:
+    W = torch.randn(5, 96)
+    W[0, :32] = 0
+    q, scale = reference.integers(W, b)
+    blocks = quantize(W, b, 32)
+    torch.testing.assert_close(scale.flatten(), blocks.scales.flatten())
+    expected = blocks.data.flatten(1)
+    if b == 4:
+        expected = torch.stack([expected & 15, expected >> 4], 2).flatten(1)
+    assert torch.equal(q, (expected.int() - 2 ** (b - 1)).to(torch.int8))
+
+
+def test_harm_equals_the_formula_of_outputs() -> None:
+    """1/2 (sum over tokens of d . (dW x))^2, from the inputs x and the gradients d of outputs."""
+    torch.manual_seed(0)
+    W, x, targets = torch.randn(3, 64), torch.randn(7, 64), torch.tensor([0, 2, 1, 1, 0, 2, 2])
+    W.requires_grad_()
+    y = x @ W.T
+    y.retain_grad()
+    torch.nn.functional.cross_entropy(y, targets, reduction="sum").backward()
+    loss = torch.nn.functional.cross_entropy(x @ W.T, targets, reduction="sum")
+    h = reference.harm({"W": W}, [loss], tokens=7)["W"]
+    for b in (4, 8):
+        q, scale = reference.integers(W.detach(), b)
+        dW = q * scale.repeat_interleave(32, 1) - W.detach()
+        assert h[b] == pytest.approx(((y.grad * (x @ dW.T)).sum() ** 2 / 2 / 7).item(), rel=1e-3)
+    assert h[8] < h[4]
+
+
+def test_bits_go_where_they_save_most_harm_a_weight() -> None:
+    h = {"a": {4: 1.0, 8: 0.0}, "b": {4: 3.0, 8: 0.0}, "c": {4: 2.5, 8: 2.4}}
+    weights = {"a": torch.zeros(10), "b": torch.zeros(40), "c": torch.zeros(10)}
+    assert reference.choose_bits(h, weights, 4.0) == {"a": 4, "b": 4, "c": 4}
+    assert reference.choose_bits(h, weights, 5.0) == {"a": 8, "b": 4, "c": 4}
+    assert reference.choose_bits(h, weights, 7.4) == {"a": 8, "b": 8, "c": 4}
+    assert reference.choose_bits(h, weights, 8.0) == {"a": 8, "b": 8, "c": 8}
+
+
+def test_a_graph_of_few_bits_computes_the_rounded_weights(base: Path) -> None:
+    model, _, tasks = both(base)
+    names = [name for name in model.weights if "_proj" in name]
+    bits = {name: 4 + 4 * (i % 2) for i, name in enumerate(names)}
+    graph = reference.Graph(model, bits).decoder()
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
+    for name, b in bits.items():
+        q, scale = reference.integers(model.weights[name], b)
+        model.weights[name] = q * scale.repeat_interleave(32, 1)
+    ids = tasks["smaller"][0][0].tolist()
+    logits_of = reference.with_cache(session, model.config)
+    for n in (9, 10, len(ids)):                                   # several tokens, one, several
+        torch.testing.assert_close(logits_of(ids[:n])[-1], model(ids[:n])[-1], rtol=1e-3, atol=1e-4)
+
+
+# --- by hand ------------------------------------------------------------------------------------
 
 def test_top_k_gates_equal_those_by_hand() -> None:
     layer = reference.Mixture(torch.eye(1), None, torch.ones(3, 1, 1), torch.ones(3, 1, 1),
