@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tiny import randomise, save_bytes_model
 from minismoe import reference
 from minismoe.data.tasks import Example, collate, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
-from minismoe.method import freeze
+from minismoe.method import bits, freeze
 from minismoe.method.allocate import allocate
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.sensitivity import probe
@@ -269,6 +270,34 @@ def test_harm_equals_the_formula_of_outputs() -> None:
     assert h[8] < h[4]
 
 
+def test_harm_and_choice_equal_the_package(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same next tokens: here the least likely ones, which both sides can name."""
+    model, ours, tasks = both(base)
+    samples = tasks["capitals"][:3]
+    weights = {name: W.requires_grad_() for name, W in model.weights.items() if "_proj" in name}
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(ids)
+        return torch.nn.functional.cross_entropy(logits, logits.argmin(-1), reduction="sum")
+
+    def change(W: torch.Tensor, b: int) -> torch.Tensor:
+        q, scale = reference.integers(W.detach(), b)
+        return q * scale.repeat_interleave(32, 1) - W.detach()
+
+    h = reference.harm(weights, (loss(ids) for ids, _ in samples), sum(len(i) for i, _ in samples))
+    monkeypatch.setattr(bits, "drawn", lambda logits, generator: logits.argmin(-1))
+    theirs = bits.harms(ours, {f"model.{name}": [partial(change, W, b) for b in (4, 8)]
+                               for name, W in weights.items()},
+                        [collate([example("", sample)], 258)[:2] for sample in samples])
+    for name in weights:
+        assert [*h[name].values()] == pytest.approx(theirs[f"model.{name}"], rel=1e-3)
+    cost = {f"model.{name}": [4 * W.numel(), 8 * W.numel()] for name, W in weights.items()}
+    budget = sum(5 * W.numel() for W in weights.values())
+    expected = bits.spend(theirs, cost, budget)
+    assert reference.choose_bits(h, weights, 5.0) == {
+        name: 8 if expected[f"model.{name}"] else 4 for name in weights}
+
+
 def test_bits_go_where_they_save_most_harm_a_weight() -> None:
     h = {"a": {4: 1.0, 8: 0.0}, "b": {4: 3.0, 8: 0.0}, "c": {4: 2.5, 8: 2.4}}
     weights = {"a": torch.zeros(10), "b": torch.zeros(40), "c": torch.zeros(10)}
@@ -281,12 +310,12 @@ def test_bits_go_where_they_save_most_harm_a_weight() -> None:
 def test_a_graph_of_few_bits_computes_the_rounded_weights(base: Path) -> None:
     model, _, tasks = both(base)
     names = [name for name in model.weights if "_proj" in name]
-    bits = {name: 4 + 4 * (i % 2) for i, name in enumerate(names)}
-    graph = reference.Graph(model, bits).decoder()
+    bits_of = {name: 4 + 4 * (i % 2) for i, name in enumerate(names)}
+    graph = reference.Graph(model, bits_of).decoder()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
-    for name, b in bits.items():
+    for name, b in bits_of.items():
         q, scale = reference.integers(model.weights[name], b)
         model.weights[name] = q * scale.repeat_interleave(32, 1)
     ids = tasks["smaller"][0][0].tolist()
