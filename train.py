@@ -29,7 +29,8 @@ from minismoe.method.experts import add_experts
 from minismoe.model.checkpoint import save_adapter
 from minismoe.training import distributed
 from minismoe.training.distributed import once
-from minismoe.training.evaluate import Accuracy, evaluate, questions
+from minismoe.training.evaluate import questions
+from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
 from minismoe.training.loop import TrainConfig, default_lr, train
 
 
@@ -51,8 +52,9 @@ def main(argv: Sequence[str]) -> None:
 
     # Load.
     inputs = load_inputs(config.inputs)
-    for task in inputs.tasks:            # bad test lines are found before there is a run
-        questions(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
+    if config.inputs.limit_test != 0:    # bad test lines are found before there is a run
+        for task in inputs.tasks:
+            questions(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     scores, seconds = None, dict[str, float]()
@@ -91,7 +93,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.
     if not distributed.gather((run / "before.json").exists())[0]:
         before = score(inputs, "before", config)
-        once(write_json, run / "before.json", {name: vars(a) for name, a in before.items()})
+        once(write_json, run / "before.json", {name: j.to_json() for name, j in before.items()})
     if not distributed.rank():
         known = runs.read_before(run / "before.json", inputs.encoded)
 
@@ -143,14 +145,19 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
                       training=from_flags(TrainConfig, values))
 
 
-def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Accuracy]:
-    """Exact match on every task's test split, with a bar."""
+def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Judgement]:
+    """What the model does with the test lines of each task, with a bar."""
     batch = min(32, 4 * distributed.share(config.training.micro_batch_size))
-    total = sum(len(t.test) for t in inputs.tasks)
-    with progress_bar(total=total, desc=f"evaluate {when}", unit="answer",
-                      disable=distributed.rank() > 0) as bar:
-        return {t.name: evaluate(inputs.model, inputs.tokenizer, t, batch, bar.update)
-                for t in inputs.tasks}
+    judgements, model, tokenizer = {}, inputs.model, inputs.tokenizer
+    with progress_bar(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
+                      unit="line", disable=distributed.rank() > 0) as bar:
+        for i, task in enumerate(inputs.tasks):
+            exact = bool(task.test) and (config.exact_match == "on" or (
+                config.exact_match == "auto" and has_short_answers(
+                    tokenizer, task, model.config.max_position_embeddings)))
+            shown = len(range(i, SHOWN, len(inputs.tasks)))          # of SHOWN among all tasks
+            judgements[task.name] = judge(model, tokenizer, task, exact, shown, batch, bar.update)
+    return judgements
 
 
 if __name__ == "__main__":

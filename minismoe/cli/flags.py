@@ -6,7 +6,7 @@ another.
 
 from dataclasses import dataclass
 
-from ..io.flags import above_zero, flag, option, positive, seed, text
+from ..io.flags import above_zero, flag, natural, option, positive, seed, text
 from ..method.allocate import STRATEGIES, Allocation
 from ..training.loop import TrainConfig
 
@@ -34,7 +34,8 @@ class InputConfig:
         64, "use the first N validation lines of each task (default: %(default)s)", positive,
         metavar="N")
     limit_test: int | None = flag(
-        None, "use the first N test lines of each task; default: all", positive, metavar="N")
+        None, "use the first N test lines of each task; 0 skips the test; default: all", natural,
+        metavar="N")
     max_length: int = flag(1024, "longer training examples are cut (default: %(default)s)",
                            positive, metavar="TOKENS")
     seed: int = flag(0, "starts all random choices (default: %(default)s)", seed)
@@ -95,6 +96,10 @@ class RunConfig:
     training: TrainConfig
     out: str | None = flag(None, "folder of the run (default: a new one in runs)", text,
                            metavar="RUN")
+    exact_match: str = flag(
+        "auto", "whether the model answers all test lines, and answers are compared. auto "
+        "(default): for tasks where half of the right answers have at most 32 tokens",
+        choices=("auto", "on", "off"))
     resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
     plan: bool = flag(False, "print parameters, memory by part and disk of the run, and stop; with "
                       "--data and weights, train 3 steps, and print time and peak memory")

@@ -12,6 +12,7 @@ import torch
 from ..data import toy
 from ..data.tasks import Example, Task, encode, encode_all, load_tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..io.files import naming
 from ..io.hub import resolve
 from ..io.text import clean, in_colour, table
 from ..method.loss import IGNORE
@@ -106,6 +107,8 @@ def load_inputs(config: InputConfig) -> Inputs:
     if empty := [name for name, examples in encoded.items() if not examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")
+    for task in tasks:
+        leave_out_long_tests(task, tokenizer, context)
     model = load_base(config, folder)
     size = sum(p.numel() for p in meta_model(model.config).parameters())
     bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
@@ -113,6 +116,20 @@ def load_inputs(config: InputConfig) -> Inputs:
           f"{config.dtype}{bits}")
     print_data(tokenizer, tasks, encoded)
     return Inputs(folder, model, tokenizer, tasks, encoded, valid)
+
+
+def leave_out_long_tests(task: Task, tokenizer: Tokenizer, context: int) -> None:
+    """Leave out test lines whose prompt fills the model's context, and note how many there are."""
+    fitting = []
+    for number, messages in enumerate(task.test, 1):
+        with naming(f"task {task.name}, test example {number}", ValueError):
+            prompt = tokenizer.encode(tokenizer.render(messages[:-1], True))[0]
+        if len(prompt) < context:
+            fitting.append(messages)
+    if long := len(task.test) - len(fitting):
+        task.notes.append(f"{long} test lines left out: their prompts fill the model's context of "
+                          f"{context:,} tokens")
+        task.test = fitting
 
 
 def read_tasks(config: InputConfig) -> list[Task]:

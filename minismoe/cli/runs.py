@@ -21,7 +21,7 @@ from ..io.text import clean, table
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
 from ..training import distributed
-from ..training.evaluate import Accuracy
+from ..training.judge import Judgement
 from ..training.loop import LATE, TrainConfig
 from .flags import InputConfig, RunConfig
 from .inputs import Inputs
@@ -187,42 +187,67 @@ def other_tasks(run: Path, inputs: Inputs) -> str:
                          for found in (inputs.identity, saved_config(run)["identity"])))
 
 
-def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Accuracy]:
-    """The base's accuracy by task. ValueError if before.json does not say it."""
-    with suppress(KeyError, TypeError, ValueError):
+def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Judgement]:
+    """How well the base did, by task. ValueError if before.json does not say it."""
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
         content = read_json(file)
-        counts = {name: (content[name]["correct"], content[name]["examples"]) for name in tasks}
-        if all(type(c) is type(n) is int and 0 <= c <= n > 0 for c, n in counts.values()):
-            return {name: Accuracy(*pair) for name, pair in counts.items()}
+        return {name: Judgement.from_json(content[name]) for name in tasks}
     raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
 
 
-def results_json(before: Mapping[str, Accuracy], after: Mapping[str, Accuracy],
+def results_json(before: Mapping[str, Judgement], after: Mapping[str, Judgement],
                  facts: Mapping[str, Any]) -> dict[str, Any]:
     """The content of results.json. `facts` are trainable_parameters, experts and seconds."""
-    tasks: dict[str, dict[str, Any]] = {}
-    for name, a in after.items():
-        tasks[name] = {"before": round(before[name].share, 4), "after": round(a.share, 4),
-                       "interval": [round(x, 4) for x in a.interval], "examples": a.examples}
-    mean = {when: round(sum(t[when] for t in tasks.values()) / len(tasks), 4)
-            for when in ("before", "after")}
+    tasks: dict[str, dict[str, Any]] = {name: {} for name in after}
+    for name, trained in after.items():
+        base, task = before[name], tasks[name]
+        if base.exact and trained.exact:
+            task |= {"before": round(base.exact.share, 4), "after": round(trained.exact.share, 4),
+                     "interval": [round(x, 4) for x in trained.exact.interval],
+                     "examples": trained.exact.examples}
+        for measure in ("loss", "token_accuracy"):
+            task[measure] = {"before": getattr(base, measure), "after": getattr(trained, measure)}
+    exact = [task for task in tasks.values() if "after" in task]
+    mean = {when: round(fmean(task[when] for task in exact), 4)
+            for when in ("before", "after") if exact}
     return {"format": "minismoe.results/1", "metric": "exact_match", **facts, "tasks": tasks,
             "mean": mean}
 
 
-def save_results(run: Path, before: Mapping[str, Accuracy], after: Mapping[str, Accuracy],
+def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str, Judgement],
                  facts: Mapping[str, Any]) -> None:
-    """Write after.json and results.json, and print the table of results."""
-    results = results_json(before, after, facts)
-    write_json(run / "after.json", {name: vars(a) for name, a in after.items()})
+    """Write after.json and results.json; print the tables of results, and the sample answers."""
+    results, answers = results_json(before, after, facts), dict[str, Any]()
+    for name, trained in after.items():
+        samples = [{"prompt": old["prompt"], "expected": old["expected"], "before": old["given"],
+                    "after": new["given"]}
+                   for old, new in zip(before[name].samples, trained.samples)]
+        answers[name] = trained.to_json() | {"samples": samples}
+    write_json(run / "after.json", answers)
     write_json(run / "results.json", results)
-    rows = [[clean(name), f"{t['before']:.3f}", f"{t['after']:.3f}",
+    rows = [[name, *(f"{math.exp(min(t['loss'][when], 99)):.2f}" for when in ("before", "after")),
+             f"{t['token_accuracy']['before']:.3f}", f"{t['token_accuracy']['after']:.3f}"]
+            for name, t in results["tasks"].items() if t["loss"]["after"] is not None]
+    if rows:
+        print(table(["test lines", "perplexity before", "after", "token accuracy before", "after"],
+                    rows))
+    rows = [[name, f"{t['before']:.3f}", f"{t['after']:.3f}",
              "{:.3f} to {:.3f}".format(*t["interval"]), t["examples"]]
-            for name, t in results["tasks"].items()]
-    mean = results["mean"]
-    rows.append(["mean", f"{mean['before']:.3f}", f"{mean['after']:.3f}", "", ""])
-    print(table(["exact match", "before", "after", "95 % interval", "answers"], rows))
-    print("after.json says which answers are wrong, and what they are")
+            for name, t in results["tasks"].items() if "after" in t]
+    if mean := results["mean"]:
+        rows.append(["mean", f"{mean['before']:.3f}", f"{mean['after']:.3f}", "", ""])
+        print(table(["exact match", "before", "after", "95 % interval", "answers"], rows))
+    for name, content in answers.items():
+        for sample in content["samples"]:
+            print(f"{clean(name)}: " + "\n  ".join(
+                f"{kind + ':':9} {shortened(sample[kind])}" for kind in sample))
+    print("after.json holds these answers" + ", and which others are wrong" * bool(mean))
+
+
+def shortened(text: str) -> str:
+    """A text in one line of at most 100 characters that is safe to print."""
+    line = clean(" ".join(text.split()))
+    return line if len(line) <= 100 else line[:99] + "…"
 
 
 def room_for_more(metrics: Path) -> str:

@@ -224,14 +224,14 @@ def encode(task: str, messages: Sequence[Message], tokenizer: Tokenizer) -> Exam
 
 def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "train",
                ) -> list[Example]:
-    """The examples of a task's split, "train" or "valid", cut to `max_length` tokens.
+    """The examples of a task's split, "train", "valid" or "test", cut to `max_length` tokens.
 
     An example without a supervised token before the limit is dropped. Raises the ValueErrors of
     `encode` with the task, the split, and the example's number as --show counts it.
     """
     examples = []
     conversations: list[list[Message]] = getattr(task, split)
-    kind = {"train": "training", "valid": "validation"}[split]
+    kind = {"train": "training", "valid": "validation", "test": "test"}[split]
     for index, messages in enumerate(conversations):
         with naming(f"task {task.name}, {kind} example {index + 1}, "
                     f"{messages[0]['content'][:40]!r}", ValueError):

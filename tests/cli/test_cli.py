@@ -390,8 +390,10 @@ def test_what_an_older_run_left_is_not_taken_for_this_ones(inputs, tmp_path, cap
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "sensitivity.json").write_text("{}")
+    scores = {"loss": 1.0, "token_accuracy": 0.5, "samples": []}
     (tmp_path / "before.json").write_text(json.dumps(
-        {"upper": {"correct": 6, "examples": 6}, "sum": {"correct": 3, "examples": 3}}))
+        {"upper": {"correct": 6, "examples": 6} | scores,
+         "sum": {"correct": 3, "examples": 3} | scores}))
     code, _, err = finish(train.main, *known, capsys=capsys)
     assert code == 0, err
     before = json.loads((tmp_path / "before.json").read_text())

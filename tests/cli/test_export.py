@@ -479,7 +479,7 @@ def test_columns_that_not_every_task_has(capsys) -> None:
 
 
 @pytest.mark.parametrize("results", ["[]", "{}", '{"tasks": []}', '{"tasks": {"number": 1}}',
-                                     '{"tasks": {"number": {"examples": 4}}}'])
+                                     '{"tasks": {"number": {"examples": 4, "after": "x"}}}'])
 def test_results_that_are_none_are_refused_before_any_work(run: Path, tmp_path: Path,
                                                            results: str) -> None:
     before = (run / "results.json").read_text()

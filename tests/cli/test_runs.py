@@ -16,15 +16,54 @@ from minismoe.cli.flags import AllocationConfig, InputConfig
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.training.evaluate import Accuracy
+from minismoe.training.judge import Judgement
 
 
 def test_results_hold_shares_intervals_and_their_mean() -> None:
-    before = {"a": Accuracy(1, 4), "b": Accuracy(0, 3)}
-    after = {"a": Accuracy(3, 4), "b": Accuracy(3, 3)}
-    found = runs.results_json(before, after, {"experts": 5})
-    assert found["tasks"]["a"] == {"before": 0.25, "after": 0.75, "examples": 4,
-                                   "interval": [0.3006, 0.9544]}
-    assert found["mean"] == {"before": 0.125, "after": 0.875}
+    def judged(loss, token_accuracy, *exact):
+        return Judgement(loss, token_accuracy, Accuracy(*exact) if exact else None, [])
+
+    before = {"a": judged(2.0, 0.1, 1, 4), "b": judged(3.0, 0.2, 0, 3), "text": judged(2.5, 0.3)}
+    after = {"a": judged(1.0, 0.5, 3, 4), "b": judged(1.5, 0.6, 3, 3), "text": judged(2.0, 0.4)}
+    results = runs.results_json(before, after, {"experts": 5})
+    assert results["tasks"]["a"] == {
+        "before": 0.25, "after": 0.75, "examples": 4, "interval": [0.3006, 0.9544],
+        "loss": {"before": 2.0, "after": 1.0}, "token_accuracy": {"before": 0.1, "after": 0.5}}
+    assert results["tasks"]["text"].keys() == {"loss", "token_accuracy"}
+    assert results["mean"] == {"before": 0.125, "after": 0.875}
+    assert runs.results_json({"text": before["text"]}, {"text": after["text"]}, {})["mean"] == {}
+
+
+def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, capsys) -> None:
+    """Answers are generated for the samples alone; one prompt fills the context."""
+    story, context = "once upon a time " * 4, 2048
+    (tmp_path / "t").mkdir()
+    for name, first in ("train", 0), ("test", 30):
+        (tmp_path / "t" / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": f"tell {i}", "completion": f"{story}{i}"}) + "\n"
+            for i in range(first, first + 8)))
+    with (tmp_path / "t" / "test.jsonl").open("a") as f:
+        f.write(json.dumps({"prompt": "x" * 2 * context, "completion": "y"}) + "\n")
+    run = tmp_path / "run"
+    code, out, err = finish(train.main, *inputs[:2], "--data", str(tmp_path / "t"), "--epochs", "1",
+                            "--out", str(run), capsys=capsys)
+    assert code == 0, err
+    assert "1 test lines left out: their prompts fill the model's context" in out
+    task = json.loads((run / "results.json").read_text())["tasks"]["t"]
+    assert "after" not in task and 0 <= task["token_accuracy"]["after"] <= 1
+    (answers,) = json.loads((run / "after.json").read_text()).values()
+    assert [s.keys() for s in answers["samples"]] == [{"prompt", "expected", "before", "after"}] * 5
+    assert [s["prompt"] for s in answers["samples"]] == [f"tell {i}" for i in range(30, 35)]
+    assert out.count("t: prompt:") == 5 and "exact match" not in out
+
+
+def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path, capsys) -> None:
+    code, out, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--limit-test",
+                            "0", "--out", str(tmp_path), capsys=capsys)
+    assert code == 0, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["mean"] == {} and results["tasks"]["sum"]["loss"]["after"] is None
+    assert out.count(": prompt:") == 5 and "perplexity" not in out
 
 
 @pytest.mark.parametrize("late, end, known, gains", [

@@ -1,0 +1,53 @@
+"""Loss and token accuracy beside a plain loop over tokens, and judgements as JSON."""
+
+import json
+
+import pytest
+import torch
+from tiny import save_bytes_model
+
+from minismoe.data.lines import to_messages
+from minismoe.data.tasks import Example, Task
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.method.loss import IGNORE
+from minismoe.model.checkpoint import load_model
+from minismoe.training.evaluate import Accuracy
+from minismoe.training.judge import Judgement, has_short_answers, token_scores
+
+
+@pytest.mark.parametrize("head_rows", [2, 512])
+def test_token_scores_are_those_of_a_plain_loop(tmp_path, monkeypatch, head_rows) -> None:
+    monkeypatch.setattr("minismoe.training.judge.HEAD_ROWS", head_rows)
+    model = load_model(save_bytes_model(tmp_path / "model"))
+    generator = torch.Generator().manual_seed(0)
+    losses, rights, examples = [], [], []
+    for length in (7, 4, 9, 6):
+        ids = torch.randint(0, 259, (length,), generator=generator).tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0].double()
+        ids[-1] = logits[-2].argmax().item()             # one token of each is the likeliest
+        labels = [IGNORE] * (length - 3) + ids[-3:]
+        examples.append(Example("t", ids, labels))
+        for i in range(length - 3, length):
+            losses.append(-logits[i - 1].log_softmax(-1)[ids[i]].item())
+            rights.append(logits[i - 1].argmax().item() == ids[i])
+    loss, right = token_scores(model, examples, 0, batch_size=3)
+    assert loss == pytest.approx(sum(losses) / 12, abs=1e-5)
+    assert right == sum(rights) / 12 >= 4 / 12
+
+
+def test_answers_are_short_if_half_of_them_are(tmp_path) -> None:
+    tokenizer = load_tokenizer(save_bytes_model(tmp_path / "model"))
+    lines = [to_messages({"prompt": "q", "completion": "a" * n}) for n in (5, 5, 99)]
+    assert has_short_answers(tokenizer, Task("t", [], lines), 1000)
+    assert not has_short_answers(tokenizer, Task("t", [], lines[1:]), 1000)
+
+
+def test_a_judgement_comes_back_from_its_file() -> None:
+    sample = {"prompt": "p", "expected": "e", "given": "g"}
+    for judgement in (Judgement(1.5, 0.25, Accuracy(1, 2, [], [1, 0]), [sample]),
+                      Judgement(None, None, None, [])):
+        back = Judgement.from_json(json.loads(json.dumps(judgement.to_json())))
+        assert (back.loss, back.token_accuracy, back.samples) == (
+            judgement.loss, judgement.token_accuracy, judgement.samples)
+        assert (back.exact and back.exact.share) == (judgement.exact and judgement.exact.share)
