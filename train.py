@@ -32,6 +32,7 @@ from minismoe.training.distributed import once
 from minismoe.training.evaluate import questions
 from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
 from minismoe.training.loop import TrainConfig, default_lr, train
+from minismoe.training.verdict import guessing_loss, remedy
 
 
 def main(argv: Sequence[str]) -> None:
@@ -110,8 +111,10 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
             "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
             "seconds": seconds})
         print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
-        if said := runs.room_for_more(run / "metrics.jsonl"):
-            print(said)
+        if advice := runs.judged(
+                run / "metrics.jsonl", guessing_loss(inputs.examples, inputs.valid_examples),
+                remedy(config.training.lr, default_lr(inputs.model))):
+            print(advice)
 
 
 def parse(argv: Sequence[str]) -> flags.RunConfig:

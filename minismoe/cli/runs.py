@@ -1,7 +1,6 @@
 """A run's folder: config.json, which holds the flags that --resume goes on with, and results."""
 
 import argparse
-import json
 import math
 import platform
 import shlex
@@ -23,6 +22,7 @@ from ..model.checkpoint import versions
 from ..training import distributed
 from ..training.judge import Judgement
 from ..training.loop import LATE, TrainConfig
+from ..training.verdict import read_metrics, trouble
 from .flags import InputConfig, RunConfig
 from .inputs import Inputs
 from .script import working_in
@@ -250,19 +250,28 @@ def shortened(text: str) -> str:
     return line if len(line) <= 100 else line[:99] + "…"
 
 
-def room_for_more(metrics: Path) -> str:
-    """How the loss of validation lines fell at the end of training, and whether more epochs may
-    gain: on SmolLM2 they did where it fell, and training lines had at least half of it."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+def judged(metrics: Path, guess: float, remedy: str) -> str:
+    """How the losses went, and what they advise; "" of a single step, or without validation lines.
+
+    guess: `guessing_loss` of the validation lines; remedy: what to try if the run taught nothing.
+    On SmolLM2 more epochs gained where the loss of validation lines fell at the end, and training
+    lines had at least half of it.
+    """
+    lines = read_metrics(metrics)
     unseen = [line["test_loss"] for line in lines if "test_loss" in line]
-    if len(unseen) < 2:                      # of a single step, or of no line
+    if len(unseen) < 2:
         return ""
     late, end = unseen
     known = fmean(line["loss"] for line in lines[-math.ceil(len(lines) / 10):])
-    said = (f"loss of validation lines: {late:.3f} after {LATE:.0%} of the steps, {end:.3f} at the "
-            f"end; of training lines: {known:.3f}")
+    course = (f"loss of validation lines: {late:.3f} after {LATE:.0%} of the steps, {end:.3f} at "
+              f"the end; of training lines: {known:.3f}")
+    if end > max(0.97 * guess, 0.9 * late):
+        return (f"{course}: the run learnt no more than how often each answer occurs, which alone "
+                f"gives {guess:.3f}: {remedy}, or more lines")
+    if reason := trouble([line["loss"] for line in lines], math.inf):
+        return f"{course}: {reason}: {remedy}"
     falls = end < min(0.95 * late, late - 0.01)
-    return said + (": more --epochs may gain" if falls and known > end / 2 else "")
+    return course + (": more --epochs may gain" if falls and known > end / 2 else "")
 
 
 def next_commands(run: Path, config: RunConfig) -> str:

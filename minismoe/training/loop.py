@@ -27,7 +27,7 @@ from ..method.experts import balance_loss, expert_layers, multiplying, take_logi
 from ..method.loss import head_losses, predicting
 from ..model.decoder import CausalLM
 from ..model.tokens import Tokens, sent
-from . import compiled, distributed
+from . import compiled, distributed, verdict
 from .evaluate import mean_loss
 from .resume import due, load_checkpoint, save_checkpoint
 from .vector import ExpertVector
@@ -225,6 +225,11 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
                     32, 4 * distributed.share(cfg.micro_batch_size))), 5)
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
+            if step + 1 == len(batches) // 2 and (reason := verdict.trouble(
+                    [line["loss"] for line in verdict.read_metrics(run / "metrics.jsonl")],
+                    verdict.guessing_loss(examples, examples))):
+                distributed.once(print_above_bar, f"step {step + 1}: {reason}: "
+                                 + verdict.remedy(peak, default_lr(model)))
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
                       "seconds": now - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}

@@ -1,0 +1,63 @@
+"""Whether a run learns: the course of its losses, beside what one reaches without learning."""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..data.tasks import Example
+from ..method.loss import IGNORE
+
+WINDOWS = 10                   # a run's steps are averaged in so many parts
+
+
+def guessing_loss(known: Sequence[Example], lines: Sequence[Example]) -> float:
+    """Mean loss of the supervised tokens of `lines` for one who knows nothing but how often each
+    answer occurs among the training lines of its task. Infinite if a task's answers are no small
+    set: if more than a tenth of its training lines have an answer of their own."""
+    counts = defaultdict[str, Counter[tuple[int, ...]]](Counter)
+    for example in known:
+        counts[example.task][answer_of(example)] += 1
+    total = 0.0
+    for example in lines:
+        answers = counts[example.task]
+        if 10 * sum(count == 1 for count in answers.values()) >= answers.total():
+            return math.inf
+        total -= math.log((answers[answer_of(example)] + 1) / (answers.total() + len(answers) + 1))
+    return total / max(1, sum(example.supervised for example in lines))
+
+
+def answer_of(example: Example) -> tuple[int, ...]:
+    """The supervised tokens of an example."""
+    return tuple(label for label in example.labels if label != IGNORE)
+
+
+def trouble(losses: Sequence[float], guess: float) -> str:
+    """What the losses of training lines, one a step, say against a run; "" if nothing. `guess` is
+    their `guessing_loss`."""
+    size = max(4, len(losses) // WINDOWS)
+    means = [fmean(losses[i:i + size]) for i in range(len(losses) % size, len(losses), size)]
+    if len(means) < 3:
+        return ""
+    least, last = min(means), means[-1]
+    if last > 1.5 * least + 0.1:
+        return f"the loss of training lines jumped from {least:.3f} to {last:.3f}"
+    if last > max(0.97 * guess, 0.9 * means[-2]):            # and it does not fall either
+        return (f"the loss of training lines, {last:.3f}, is no better than guessing by how often "
+                f"each answer occurs, {guess:.3f}")
+    if last > max(0.1, 0.97 * means[0]):
+        return f"the loss of training lines, {last:.3f}, is no better than at the beginning"
+    return ""
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, a line a step."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def remedy(peak: float | None, default: float) -> str:
+    """The rate to try after one that taught nothing."""
+    return f"try --lr {default if peak != default else default / 4:.1e}"

@@ -1,0 +1,57 @@
+"""A run that does not learn is told from one that does."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny
+
+from minismoe.data.tasks import Example
+from minismoe.training.loop import TrainConfig, default_lr, train
+from minismoe.training.verdict import guessing_loss, trouble
+
+
+def answers(task: str, *given: str) -> list[Example]:
+    """Lines whose prompt is one token, and whose answer is a token a letter and an end."""
+    return [Example(task, [0, *map(ord, word), 1], [-100, *map(ord, word), 1]) for word in given]
+
+
+def test_guessing_knows_how_often_each_answer_occurs() -> None:
+    """The plain sum over two tasks, with one count more for each answer and for a new one."""
+    known = answers("a", *["yes"] * 8, *["no"] * 4) + answers("b", *["x"] * 3, *["y"] * 3)
+    lines = answers("a", "yes", "no", "maybe") + answers("b", "y")
+    shares, tokens = [9 / 15, 5 / 15, 1 / 15, 4 / 9], 4 + 3 + 6 + 2
+    assert guessing_loss(known, lines) == pytest.approx(-sum(map(math.log, shares)) / tokens)
+
+
+def test_answers_that_rarely_occur_twice_cannot_be_guessed() -> None:
+    known = answers("a", *["yes"] * 8, *["no"] * 4) + answers("chat", *map(str, range(10)))
+    assert math.isinf(guessing_loss(known, answers("chat", "1")))
+    assert not math.isinf(guessing_loss(known, answers("a", "no")))
+
+
+@pytest.mark.parametrize("losses, guess, words", [
+    ([3 - 0.025 * i for i in range(100)], 0.6, ""),                    # it falls to 0.64
+    ([3 - 0.025 * i for i in range(90)] + [0.75] * 30, 0.7, "no better than guessing"),
+    ([3 - 0.025 * i for i in range(90)] + [0.75] * 30, 0.8, ""),
+    ([3 - 0.025 * i for i in range(80)] + [3.0] * 20, math.inf, "jumped from 1.137 to 3.000"),
+    ([2.0, 2.1, 1.9] * 20, math.inf, "no better than at the beginning"),
+    ([2.0] * 8, 0.1, ""),                                              # too few steps to tell
+    ([0.02] * 90 + [0.1] * 10, math.inf, "")])                         # too small to matter
+def test_trouble_is_told_from_the_course_of_the_losses(losses: list[float], guess: float,
+                                                      words: str) -> None:
+    assert words in (found := trouble(losses, guess)) and bool(words) == bool(found)
+
+
+@pytest.mark.parametrize("rate, tells", [(1.0, True), (0.03, False)])
+def test_a_run_says_in_its_middle_that_it_learns_nothing(rate: float, tells: bool,
+                                                         tmp_path: Path, capsys) -> None:
+    """The answer repeats the prompt's only token: a rate of 0.03 learns it, 1 does not."""
+    model, lines = tiny(1), [Example("t", [0, i, 2 + i], [-100, -100, 2 + i]) for i in (5, 9)] * 40
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)                # or no logit is large enough
+    train(model, lines, TrainConfig(8, 8, 8, lr=rate), tmp_path, pad_id=0)
+    told = capsys.readouterr()
+    assert ("step 40: the loss of training lines" in told.out + told.err) == tells
+    assert (f"try --lr {default_lr(model):.1e}" in told.out + told.err) == tells
