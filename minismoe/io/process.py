@@ -41,6 +41,12 @@ def bound_memory() -> None:
         libc.mallopt(-1, 1 << 26)                        # M_TRIM_THRESHOLD
 
 
+def give_back_memory() -> None:
+    """Return to the system what this process has freed, as glibc else keeps it."""
+    with suppress(OSError, AttributeError):              # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def processors() -> int:
     """Processors that this process may use: by its affinity, and by the quotas of its cgroups (v2).
 

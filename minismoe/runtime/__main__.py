@@ -26,7 +26,8 @@ from .serve import PORT, serve
 if TYPE_CHECKING:
     from .generator import Generator
 
-SERVING = {"folder", "serve", "host", "api_key", "provider", "threads", "task", "verify"}
+SERVING = {"folder", "serve", "host", "api_key", "provider", "threads", "task", "verify",
+           "low_power"}
 
 
 def _answer(generator: Generator, asked: str | Sequence[Message], sampling: Mapping[str, Any],
@@ -172,6 +173,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
         "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
+    add("--low-power", action="store_true", help="let threads that wait for others sleep: slower, "
+        "but cooler")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
@@ -202,7 +205,8 @@ def _open(args: argparse.Namespace) -> Generator:
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .providers import CPU
 
-    generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
+    generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify,
+                          args.low_power)
     nodes = generator.nodes                  # slow ones on the CPU are shown in any case
     if nodes.keys() != {CPU} and (args.stats or any(
             op in nodes.get(CPU, "") for op in ("Attention", "MatMul", "Gemm"))):

@@ -69,6 +69,8 @@ def grammar_tokens(tokenizer: Tokenizer, vocab_size: int) -> Any:
         raise ModuleNotFoundError("answers by a schema need llguidance: pip install "
                                   "'minismoe[schema]'") from None
     backend, ends = tokenizer.backend, tokenizer.stop_ids
+    if not ends:
+        raise ValueError("the tokenizer has no token that ends an answer")
     if isinstance(backend, FileTokenizer):
         return LLTokenizer(backend.backend.to_str(), vocab_size, ends)
 

@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
 from ..io.files import naming
-from ..io.process import huge_page_ranges, use_huge_pages
+from ..io.process import give_back_memory, huge_page_ranges, use_huge_pages
 from .cache import FixedCache, GrowingCache, Row, SharedCache
 from .folder import plain_file, read_info
 from .npu import NpuSteps, SlotCache
@@ -31,22 +31,24 @@ class CachedModel:
     _begun = 0                   # how often the cache was emptied or cut: what it held is gone
 
     def __init__(self, folder: str | Path, provider: str | None = None,
-                 threads: int | None = None, task: str | None = None, verify: bool = False):
+                 threads: int | None = None, task: str | None = None, verify: bool = False,
+                 low_power: bool = False):
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
-        # First: the graph takes the memory that this frees.
         self.tokenizer = load_tokenizer(self.folder)
+        give_back_memory()                   # a large tokenizer.json takes thrice what it leaves
         self.static: list[int] | None = self.info.get("static")              # B, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
         if provider == "auto":               # of those that gave the CPU's texts to export.py
             provider = preferred(self.info.get("providers", []), self.folder / "sampler.onnx")
         before = huge_page_ranges()
-        self._npu = NpuSteps(self.folder, self.info, provider, threads) if (
+        settings = [("session.intra_op.allow_spinning", "0")] if low_power else []
+        self._npu = NpuSteps(self.folder, self.info, provider, threads, settings) if (
             self.info["target"] == "npu") else None
         device = find_device(None if self._npu else provider)
         self._session = self._npu.one if self._npu else open_session(
-            self.folder / "model.onnx", device, threads)
+            self.folder / "model.onnx", device, threads, settings)
         self.nodes = nodes_by_provider(self._session)
         self._kind: Callable[..., GrowingCache] = (
             partial(SlotCache, self._npu) if self._npu else FixedCache if self.static else

@@ -27,7 +27,7 @@ class NpuSteps:
     """Steps of T tokens and of one, whose keys and values are appended to one cache of P slots."""
 
     def __init__(self, folder: Path, info: Mapping[str, Any], provider: str | None,
-                 threads: int | None):
+                 threads: int | None, settings: Sequence[tuple[str, str]] = ()):
         self.info, chip = info, info.get("soc")
         device = find_device(provider, chip or SOC)
         if chip and device.options.get("soc_model", str(chip)) != str(chip):
@@ -38,7 +38,8 @@ class NpuSteps:
                   file=sys.stderr)
         end = ".qnn.onnx" if chip and device.name == "qnn" else ".onnx"
         self.embed, self.one, self.several = (
-            open_session(folder / name, place, threads, EXACT if place.name == "cpu" else ())
+            open_session(folder / name, place, threads,
+                         (*settings, *EXACT) if place.name == "cpu" else settings)
             for name, place in (("embed.onnx", Device()), (f"model{end}", device),
                                 (f"prompt{end}", device)))
 

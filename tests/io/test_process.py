@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minismoe.io.process import HUGE, huge_page_ranges, use_huge_pages
+from minismoe.io.process import HUGE, give_back_memory, huge_page_ranges, use_huge_pages
 
 SMAPS = Path("/proc/self/smaps")
 ROLLUP = Path("/proc/self/smaps_rollup")
@@ -47,3 +47,22 @@ def test_used_memory_moves_to_huge_pages_unchanged_and_unused_memory_stays_unuse
     assert in_mapping(address + HUGE, "Rss") < before + HUGE
     assert memory[:size] == text
 
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library keeps other memory")
+def test_freed_memory_returns_to_the_system() -> None:
+    """Below what is in use: glibc keeps it until something above it is freed."""
+    def resident() -> int:
+        return int(re.findall(r"Rss: +(\d+)", ROLLUP.read_text())[0]) << 10
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [libc.malloc(65536) for _ in range(500)]
+    for block in blocks:
+        ctypes.memset(block, 1, 65536)
+    before = resident()
+    for block in blocks[:-1]:
+        libc.free(block)
+    assert resident() > before - (4 << 20)
+    give_back_memory()
+    assert resident() < before - (24 << 20)
+    libc.free(blocks[-1])
