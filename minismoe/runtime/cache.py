@@ -29,53 +29,44 @@ Row = Sequence["int | None"]                 # new tokens of a prompt; None is p
 
 
 class GrowingCache:
-    """The cache of B rows with room for P tokens each, or for any number if P is 0.
+    """The cache of B rows with room for P tokens each; P is 0 where new values replace old ones.
 
     info: export.json; memory: kind and number of the device where keys and values stay; adapter:
     {input of the graph: value}.
     """
 
-    pads_left = True                         # where rows that are read together differ in length
+    shares = False                           # whether attention writes into keys and values
 
     def __init__(self, session: ort.InferenceSession, info: Mapping[str, Any],
-                 memory: tuple[str, int], adapter: Mapping[str, Any], rows: int, capacity: int):
-        self.size, self.memory, self.session, self.info = (rows, capacity), memory, session, info
-        self.tokens = [list[Any]() for _ in range(rows)]         # read so far; None is padding
-        inputs = {i.name: i for i in session.get_inputs()}
-        self._positions = "position_ids" in inputs
+                 memory: tuple[str, int], adapter: Mapping[str, Any], B: int, P: int):
+        self.size, self.memory, self.session, self.info = (B, P), memory, session, info
+        self.tokens = [list[Any]() for _ in range(B)]            # read so far; None is padding
+        self._inputs = {i.name: i for i in session.get_inputs()}
         # {input of a past: output of its present}
-        self._presents = {
+        presents = self._presents = {
             name: name.replace("past_key_values.", "present.").replace("past_", "present_")
-            for name in inputs if name.startswith("past_")}
+            for name in self._inputs if name.startswith("past_")}
         # The pasts that a step gives back as new values, for the next step.
-        self._fed_back = [past for past in self._presents if not self._in_place(past)]
+        self._fed_back = [past for past in presents
+                          if not (self.shares and past.startswith("past_key_values."))]
         self._io = io = session.io_binding()
         for name, value in adapter.items():
             io.bind_ortvalue_input(name, value)
-        for name in ("logits", *(self._presents[past] for past in self._fed_back)):
+        for name in ("logits", *(presents[past] for past in self._fed_back)):
             io.bind_output(name)             # every step binds them again; here they become first
-        self.past = {past: self._first(past, inputs[past].shape) for past in self._presents}
-
-    def _in_place(self, past: str) -> bool:
-        """Whether new values are written into this past."""
-        return False
-
-    def _first(self, past: str, shape: Sequence[Any]) -> ort.OrtValue:
-        """The value of a past before the first token: zeros, since 0 * nan is nan."""
-        return self._zeros(past, shape)
-
-    def _zeros(self, past: str, shape: Sequence[Any]) -> ort.OrtValue:
-        """Zeros in the processor's memory, for a past with this shape in the graph."""
-        (B, P), info = self.size, self.info
-        if past.startswith("past_key_values."):
-            shape = [B, info["kv_heads"], P, info["head_dim"]]
-        value = ort.OrtValue.ortvalue_from_shape_and_type(
-            [B, *shape[1:]], self._type(past), "cpu", 0)
-        ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
-        return value
-
-    def _type(self, past: str) -> int:
-        return FLOAT if past.startswith("past_recurrent.") else CACHE_TYPES[self.info["cache_type"]]
+        self.past: dict[str, ort.OrtValue] = {}
+        for past, present in presents.items():
+            keys, fed_back = past.startswith("past_key_values."), past in self._fed_back
+            shape = [info["kv_heads"], P, info["head_dim"]] if keys else (
+                self._inputs[past].shape[1:])
+            value = self.past[past] = ort.OrtValue.ortvalue_from_shape_and_type(
+                [B, *shape], FLOAT if past.startswith("past_recurrent.") else
+                CACHE_TYPES[info["cache_type"]], *(("cpu", 0) if fed_back else memory))
+            if fed_back:                     # old memory: 0 * nan is nan
+                ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+            else:
+                io.bind_ortvalue_input(past, value)
+                io.bind_ortvalue_output(present, value)
 
     def cut(self, n: int) -> bool:
         """Keep the first n tokens of each row alone; False, and no change, if that is impossible.
@@ -106,25 +97,18 @@ class GrowingCache:
         for read, row in zip(self.tokens, rows):
             at = len(read) - read.count(None) - 1
             positions.extend(max(0, at := at + (token is not None)) for token in row)
-            read += self._kept(row)
+            read += [token for token in row if token is not None] if self.shares else row
         inputs = {"input_ids": array("q", [t or 0 for row in rows for t in row]),
-                  "attention_mask": self._mask()}
-        return inputs | {"position_ids": positions} if self._positions else inputs
+                  "attention_mask": self._mask(max(map(len, self.tokens)))}
+        return inputs | {"position_ids": positions} if "position_ids" in self._inputs else inputs
 
-    def _kept(self, row: Row) -> Row:
-        """What of a row takes a place in the cache."""
-        return row
-
-    def _mask(self) -> "array[int]":
-        """1 for the tokens, 0 for padding, which is on the left: (B, S)."""
-        S, mask = self._mask_length(), array("q")
+    def _mask(self, S: int) -> "array[int]":
+        """(B, S): 1 for a token, 0 for padding."""
+        mask = array("q")
         for read in self.tokens:
-            mask += array("q", [0]) * (S - len(read)) + array(
-                "q", [t is not None for t in read[-S:]])
+            mask += array("q", [0]) * (S - len(read))
+            mask += array("q", [token is not None for token in read[-S:]])
         return mask
-
-    def _mask_length(self) -> int:
-        return max(map(len, self.tokens))
 
 
 class FixedCache(GrowingCache):
@@ -133,27 +117,14 @@ class FixedCache(GrowingCache):
     def cut(self, n: int) -> bool:
         return not any(self.tokens)
 
-    def _mask_length(self) -> int:
-        return sum(self.info["static"][1:])
+    def _mask(self, S: int) -> "array[int]":
+        return super()._mask(sum(self.info["static"][1:]))
 
 
 class SharedCache(GrowingCache):
     """A cache that attention writes into, and of which it reads only what the mask says."""
 
-    pads_left = False
-
-    def _in_place(self, past: str) -> bool:
-        return past.startswith("past_key_values.")
-
-    def _first(self, past: str, shape: Sequence[Any]) -> ort.OrtValue:
-        if past in self._fed_back:
-            return self._zeros(past, shape)
-        (B, P), info = self.size, self.info
-        value = ort.OrtValue.ortvalue_from_shape_and_type(
-            [B, info["kv_heads"], P, info["head_dim"]], self._type(past), *self.memory)
-        self._io.bind_ortvalue_input(past, value)
-        self._io.bind_ortvalue_output(self._presents[past], value)
-        return value
+    shares = True                            # and padding, on the right, takes no place
 
     def cut(self, n: int) -> bool:
         if self._fed_back:                   # of convolutions, or of delta nets
@@ -162,11 +133,8 @@ class SharedCache(GrowingCache):
             del read[n:]
         return True
 
-    def _kept(self, row: Row) -> Row:
-        return [token for token in row if token is not None]
-
-    def _mask(self) -> "array[int]":
-        S, zero, one, mask = self._mask_length(), array("q", [0]), array("q", [1]), array("q")
+    def _mask(self, S: int) -> "array[int]":
+        zero, one, mask = array("q", [0]), array("q", [1]), array("q")
         for read in self.tokens:
             mask += one * len(read) + zero * (S - len(read))
         return mask

@@ -134,8 +134,8 @@ class CachedModel:
             T = 1 if self._npu and longest == 1 else T       # an NPU has a graph for one token
             longest = -(-longest // T) * T
         gaps = [[None] * (longest - len(row)) for row in rows]
-        left = self._cache.pads_left
-        padded = [[*gap, *row] if left else [*row, *gap] for row, gap in zip(rows, gaps)]
+        right = self._cache.shares
+        padded = [[*row, *gap] if right else [*gap, *row] for row, gap in zip(rows, gaps)]
         padded += padded[-1:] * (B - len(rows))
         try:
             for start in range(0, longest, T):

@@ -105,31 +105,28 @@ class _Handler(SimpleHTTPRequestHandler):
         """Answer a question, as a whole or as a stream of events."""
         streams = False
         try:
-            try:
-                self._check()
-                question = self._question()
-                if not self.server.api:
-                    raise Refused("the folder's graph is for browsers: export --layout onnx", 404)
-                with self.server.turn():
-                    for part in self.server.api.answer(self.path, question, self._check_client):
-                        if not question.get("stream"):
-                            self._send(part)
-                            return
-                        if not streams:      # not earlier: a question may be refused
-                            self._send(None, kind="text/event-stream")
-                            streams = True
-                        self._event(json.dumps(part))
-                    self._event("[DONE]")
-            except OSError:                  # the client left, or takes nothing
-                raise
-            except Exception as e:           # onnxruntime raises bare Exceptions
-                refused = e if isinstance(e, Refused) else Refused(error_line(e), 500)
-                if streams:
-                    self._event(json.dumps(refused.body))
-                else:
-                    self._send(refused.body, refused.status)
-        except OSError:
-            self.close_connection = True
+            self._check()
+            question = self._question()
+            if not self.server.api:
+                raise Refused("the folder's graph is for browsers: export --layout onnx", 404)
+            with self.server.turn():
+                for part in self.server.api.answer(self.path, question, self._check_client):
+                    if not question.get("stream"):
+                        self._send(part)
+                        return
+                    if not streams:          # not earlier: a question may be refused
+                        self._send(None, kind="text/event-stream")
+                        streams = True
+                    self._event(json.dumps(part))
+                self._event("[DONE]")
+        except OSError:                      # the client left, or takes nothing
+            return
+        except Exception as e:               # onnxruntime raises bare Exceptions
+            refused = e if isinstance(e, Refused) else Refused(error_line(e), 500)
+            if streams:
+                self._event(json.dumps(refused.body))
+            else:
+                self._send(refused.body, refused.status)
 
     def _question(self) -> dict[str, Any]:
         """The JSON object of a request; Refused if there is none, or it is too large."""

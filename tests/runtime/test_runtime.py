@@ -368,12 +368,14 @@ def test_a_hundred_thousand_threads_are_not_started(folders, generator) -> None:
 
 def test_threads_sleep_where_power_is_low(folders) -> None:
     for low_power in False, True:
-        options = Generator(folders["ort"], threads=2, low_power=low_power
-                            )._session.get_session_options()
+        generator = Generator(folders["ort"], threads=2, low_power=low_power)
+        options = generator._session.get_session_options()
         assert options.intra_op_num_threads == 2
-        assert options.has_session_config_entry("session.intra_op.allow_spinning") == low_power
-        if low_power:
-            assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        try:
+            spinning = options.get_session_config_entry("session.intra_op.allow_spinning")
+        except RuntimeError:                     # it was not set
+            spinning = ""
+        assert spinning == ("0" if low_power else "")
 
 
 def test_text_comes_in_whole_characters(generator) -> None:
