@@ -36,9 +36,8 @@ from onnxruntime import InferenceSession, OrtValue
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-Sample = tuple[Tensor, int]      # tokens (N,), and how many of them come before the answer
-
 # 0. The decoder of a Llama. It reads one sequence at a time, so there is no padding.
+Sample = tuple[Tensor, int]      # tokens (N,), and how many of them come before the answer
 class Decoder:
     """config: config.json; weights: {name: tensor}, of which matrices W are (out, in)."""
     def __init__(self, config: Any, weights: dict[str, Tensor]):
@@ -219,7 +218,7 @@ def residual(layer: Mixture, A: Tensor, x: Tensor) -> float:
 # Merge: W becomes  W + scaling * B^T A'.  Every fourth sample is held out, to choose the ridge.
 @torch.no_grad()
 def merge(model: Decoder, samples: Sequence[Sample]) -> dict[str, float]:
-    """Merge all mixtures, as they are on some samples; {module: residual} of those with routers."""
+    """Merge each mixture as it acts on some samples; {module: residual} of those with a router."""
     reads: dict[str, list[Tensor]] = {name: [] for name in model.mixtures}       # x (N, in) each
     for name, layer in model.mixtures.items():
         layer.register_forward_pre_hook(lambda _, x, xs=reads[name]: xs.append(x[0]))
@@ -357,7 +356,7 @@ def greedy(logits_of: Callable[[list[int]], Tensor], prompt: list[int], end: int
     return ids[len(prompt):]
 
 def with_cache(session: InferenceSession, c: Any) -> Callable[[list[int]], Tensor]:
-    """logits_of, for one prompt, in onnxruntime. It reads the tokens alone that are new to it."""
+    """logits_of for one prompt, in onnxruntime: it computes only tokens that the cache lacks."""
     cache = [torch.zeros(1, c.num_key_value_heads, 0, c.head_dim)] * (2 * c.num_hidden_layers)
     def logits_of(ids: list[int]) -> Tensor:
         P = cache[0].shape[2]
@@ -380,10 +379,11 @@ def load(folder: Path) -> tuple[Decoder, Callable[[str], list[int]], Callable[[l
     c = SimpleNamespace(**{"head_dim": raw["hidden_size"] // raw["num_attention_heads"]} | raw)
     weights = {name.removeprefix("model.").removesuffix(".weight"): x.float()
                for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
-    weights.setdefault("lm_head", weights.get("embed_tokens", torch.empty(0)))       # a tied one
-    if (len(weights), *weights.get("layers.0.self_attn.k_proj", torch.empty(0)).shape) != (
+    weights.setdefault("lm_head", weights.get("embed_tokens", torch.empty(0)))       # tied
+    odd = any(W.shape[1] % 32 for name, W in weights.items() if "_proj" in name)
+    if odd or (len(weights), *weights.get("layers.0.self_attn.k_proj", torch.empty(0)).shape) != (
             9 * c.num_hidden_layers + 3, c.num_key_value_heads * c.head_dim, c.hidden_size):
-        raise ValueError("its *.safetensors do not hold the tensors that its config.json describes")
+        raise ValueError("its *.safetensors are not what config.json describes, in rows of 32")
     if c.vocab_size == 259:                      # bytes, and three special tokens
         return (Decoder(c, weights), lambda text: [*text.encode()],
                 lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"))
@@ -404,7 +404,7 @@ def read_samples(file: Path, encode: Callable[[str], list[int]], c: Any) -> list
         samples.append((torch.tensor(ids), len(begin + encode(prompt))))
     return samples
 
-# 9. The whole. The first sample of each task is asked, and not trained on.
+# 9. All of it. The first line of each task is asked, and not trained on.
 def main() -> None:
     torch.manual_seed(0)
     toy = Path(__file__).parent / "data" / "toy_base"

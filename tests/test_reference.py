@@ -91,10 +91,11 @@ def refusal(folder: Path, *files: Path) -> str:
     ({"model_type": "gemma3_text"}, "not {'model_type': 'gemma3_text'}"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"mlp_bias": True}, "mlp_bias"),
     ({"num_hidden_layers": 3}, "config.json"), ({"num_hidden_layers": 1}, "config.json"),
-    ({"hidden_size": 64}, "config.json"), ({"vocab_size": 260}, "tokenizer.json")])
+    ({"hidden_size": 64}, "config.json"), ({}, "rows of 32"),
+    ({"vocab_size": 260}, "tokenizer.json")])
 def test_a_model_that_is_not_implemented_is_refused_in_one_line(
         tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    folder = save_bytes_model(tmp_path / "base")
+    folder = save_bytes_model(tmp_path / "base", intermediate_size=64 if changes else 48)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     said = refusal(folder, TOY / "smaller.jsonl")
