@@ -15,9 +15,9 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NODE_MODULES = os.environ.get("MINISMOE_NODE_MODULES", "")
-VENDORED = ("@huggingface/transformers/dist/transformers.min.js",
-            "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
-            "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm")
+VENDORED = ("@huggingface/transformers/dist/transformers.min.js", *(
+    f"onnxruntime-web/dist/ort-wasm-simd-threaded{build}.{end}"
+    for build in ("", ".asyncify") for end in ("mjs", "wasm")))
 needs_browser = pytest.mark.skipif(
     not (CHROMIUM and Path(NODE_MODULES, VENDORED[0]).is_file()),
     reason="no chromium, or MINISMOE_NODE_MODULES names no node_modules with "

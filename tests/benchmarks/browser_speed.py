@@ -28,10 +28,14 @@ WARM = 5                                 # answers during which the browser stil
 PROMPT = "What is the capital of France, and why is it so well known?"
 
 
-def ask(tab: Browser, text: str, seconds: float) -> tuple[str, str]:
-    """The answer to a message that begins a chat, stopped after some seconds, and the figures below
-    it."""
-    tab.js("document.querySelector('#anew').click()")
+def ask(tab: Browser, text: str, seconds: float, anew: bool = True) -> tuple[str, str]:
+    """The answer to a message, stopped after some seconds, and the figures below it.
+
+    anew: the message begins a chat.
+    """
+    if anew:
+        tab.js("document.querySelector('#anew').click()")
+    tab.js("document.querySelector('#text').focus()")
     tab.type(text)
     tab.press("Enter", 13)
     end = time.monotonic() + seconds
@@ -46,7 +50,9 @@ def loading(tab: Browser, address: str) -> float:
     start = time.perf_counter()
     tab.open(address)
     tab.wait("document.querySelector('#status')?.textContent.startsWith('Loading')"
-             " || document.querySelector('#go')?.click()")           # a large model is asked for
+             " || document.querySelector('#go:not([hidden])')")
+    if tab.js("!!document.querySelector('#go:not([hidden])')"):    # a large model is asked for
+        tab.click("#go")
     print(tab.wait_status("Ready", seconds=300))
     return time.perf_counter() - start
 
@@ -76,6 +82,8 @@ def main() -> None:
             at_once, first, rate = first[0], first[WARM:], rate[WARM:]
             print(f"first token {at_once:.2f} s at once, then {statistics.median(first):.2f} s, "
                   f"{statistics.median(rate):.1f} tokens/s ({min(rate):.1f} to {max(rate):.1f})")
+            chat = [ask(tab, PROMPT, args.seconds, anew=i == 0)[1].split()[3] for i in range(3)]
+            print(f"first token of the messages of a chat: {', '.join(chat)} s")
             for task in load_tasks(args.data, args.tasks.split(",")) if args.data else ():
                 lines = task.test[:args.lines]
                 right = sum(ask(tab, said["content"], 60)[0].strip() == answer["content"].strip()

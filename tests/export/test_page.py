@@ -442,7 +442,7 @@ def test_a_large_model_is_asked_for(web: Path, tmp_path: Path) -> None:
     with Host(web) as host, Browser() as tab:
         tab.open(host.address)
         said = tab.wait_status("2")
-        assert re.fullmatch(r"2\d\d MB to load, and about 3.2 GB of this device's memory", said)
+        assert re.fullmatch(r"2\d\d MB to load, and about 2.6 GB of this device's memory", said)
         assert DATA not in host.requests
         tab.click("#go")
         tab.wait_status("the connection broke")      # the file is shorter

@@ -2,7 +2,7 @@
 
 const $ = Object.fromEntries([...document.querySelectorAll("[id]")].map(e => [e.id, e]));
 const HOME = new URL("./", location.href).href;
-const LARGE = 2e9;                       // bytes of memory: more is asked for
+const LARGE = 1e9;                       // bytes of memory: the page asks before it takes more
 
 let worker, state, tasks = {}, messages = [], question, setting = "";
 

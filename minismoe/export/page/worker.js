@@ -2,7 +2,7 @@
 
 // Bytes of memory that a tab takes for a byte of weights: WASM turns each into a float as it loads,
 // and computes with copies of them.
-const TAKEN = { wasm: 16, webgpu: 3 };
+const TAKEN = { wasm: 13, webgpu: 3 };
 
 let files, reader, tokenizer, streamerOf, context, stops, go, answers = {}, stopped = false;
 
@@ -23,7 +23,8 @@ async function load({ home }) {
   const tasks = files.listed["tasks.json"] ? json(await files.bytes("tasks.json")) : {};
   const { dtype, gpu, lacks } = await device(config["transformers.js_config"]);
   const graph = `onnx/model${{ fp32: "", q8: "_quantized" }[dtype] ?? `_${dtype}`}.onnx`;
-  const names = [...Object.keys(LIBRARY), graph, `${graph}_data`, ...Object.keys(files.listed)
+  const library = [SCRIPT, ...["mjs", "wasm"].map(end => `${RUNTIME}${gpu ? ".asyncify" : ""}.${end}`)];
+  const names = [...library, graph, `${graph}_data`, ...Object.keys(files.listed)
     .filter(name => /^[^/]+\.(json|jinja)$/.test(name))];
   const lacking = await files.lacking(names);
   post("plan", { model: info.model, tasks, lacking, keeps: files.keeps,
@@ -35,9 +36,9 @@ async function load({ home }) {
   for (const name of names) content[name] = await files.bytes(name);
   post("starting");
   const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
-  const library = await start(content, threads);
-  tokenizer = await library.AutoTokenizer.from_pretrained(".");
-  const model = await library.AutoModelForCausalLM.from_pretrained(".", {
+  const parts = await start(library.map(name => content[name]), content, threads);
+  tokenizer = await parts.AutoTokenizer.from_pretrained(".");
+  const model = await parts.AutoModelForCausalLM.from_pretrained(".", {
     device: gpu ? "webgpu" : "wasm", dtype, use_external_data_format: false,
     session_options: { externalData: [
       { path: `${graph}_data`.slice(5), data: content[`${graph}_data`] }] } });
@@ -45,10 +46,10 @@ async function load({ home }) {
   // On Vulkan, as on Android and Linux, WebGPU attends wrongly to 32 and more tokens at once: Dawn's
   // compiler does not set the variables of a shader's loop to zero again.
   const most = gpu && /Linux|CrOS/.test(navigator.userAgent) ? 31 : Infinity;
-  reader = new Reader(model, library, most);
+  reader = new Reader(model, parts, most);
   context = info.context;
   stops = [model.generation_config.eos_token_id].flat();
-  streamerOf = say => new library.TextStreamer(
+  streamerOf = say => new parts.TextStreamer(
     tokenizer, { skip_prompt: true, skip_special_tokens: true, callback_function: say });
   post("ready", { on: gpu ? "WebGPU" : "WASM", threads, lacks, keeps: files.keeps });
 }
@@ -62,9 +63,8 @@ async function device({ dtype, device_config }) {
 }
 
 // transformers.js, which takes all its files from `content`: names in the folder, and their bytes.
-async function start(content, threads) {
-  const [script, factory, wasm] = Object.keys(LIBRARY);
-  const url = name => URL.createObjectURL(new Blob([content[name]], { type: "text/javascript" }));
+async function start([script, factory, wasmBinary], content, threads) {
+  const url = bytes => URL.createObjectURL(new Blob([bytes], { type: "text/javascript" }));
   const library = await import(url(script)), { env } = library;
   Object.assign(env, {
     allowRemoteModels: false, allowLocalModels: true, localModelPath: files.home,
@@ -74,7 +74,7 @@ async function start(content, threads) {
       return name in content ? new Response(content[name]) : new Response(null, { status: 404 });
     } });
   Object.assign(env.backends.onnx.wasm, {
-    numThreads: threads, wasmPaths: { mjs: url(factory) }, wasmBinary: content[wasm] });
+    numThreads: threads, wasmPaths: { mjs: url(factory) }, wasmBinary });
   return library;
 }
 
