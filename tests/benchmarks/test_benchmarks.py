@@ -7,10 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from exported import export, random_model
 from tiny import save_bytes_model
 
 import train
+from minismoe.data.tasks import Task, encode_all, load_tasks
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.method.experts import add_experts, linear_layers
+from minismoe.model.checkpoint import load_model
+from minismoe.training.evaluate import evaluate, mean_loss
+from minismoe.training.loop import default_lr
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
@@ -21,6 +28,7 @@ import healing  # noqa: E402
 import merging  # noqa: E402
 import probe_speed  # noqa: E402
 import providers  # noqa: E402
+import rates  # noqa: E402
 import train_speed  # noqa: E402
 
 
@@ -116,3 +124,42 @@ def test_calibration_is_the_mean_gap_of_bins() -> None:
     """Two answers stated with 0.95, of which one is right; two with 0.5 and 0.55, both right."""
     assert healing.calibration([0.95, 0.95, 0.5, 0.55], [1, 0, 1, 1]) == pytest.approx(
         (0.9 + 0.5 + 0.45) / 4)
+
+
+def test_rates_measures_a_cell_once(inputs, tmp_path, monkeypatch, capsys) -> None:
+    """Loss and exact match are those of the loop's and of the evaluation's own functions."""
+    monkeypatch.setattr(rates, "RECORD", tmp_path / "rates.jsonl")
+    monkeypatch.setattr(sys, "argv", ["rates.py", *inputs, "--name", "tiny", "--times", "1,2",
+                                      "--cell", "tasks=upper,sum lines=8 rank=2 dtype=float32"])
+    rates.main()
+    first = (tmp_path / "rates.jsonl").read_text()
+    assert len(lines := list(map(json.loads, first.splitlines()))) == 2
+    assert lines[1]["rate"] == 2 * lines[0]["rate"] == 2 * lines[0]["default"]
+    rates.main()                                     # nothing is missing
+    assert (tmp_path / "rates.jsonl").read_text() == first
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["rates.py", "--table"])
+    rates.main()
+    assert "| tiny | upper,sum | 8 | lora, rank 2 |" in capsys.readouterr().out
+
+
+def test_rates_measure_as_training_and_evaluation_do(inputs) -> None:
+    model, tokenizer = load_model(inputs[1], torch.float32), load_tokenizer(inputs[1])
+    (task,) = load_tasks(inputs[3], ["upper"])
+    unseen = encode_all(Task("upper", task.test, []), tokenizer, 512)
+    loss, exact = rates.measure(model, unseen, tokenizer.pad_id)
+    assert loss == pytest.approx(mean_loss(model, unseen, tokenizer.pad_id), rel=1e-5)
+    assert exact == evaluate(model, tokenizer, task).share == 0
+
+
+def test_a_rescaled_base_is_the_same_function_with_another_rate(inputs) -> None:
+    found = []
+    for factor in (1.0, 4.0):
+        model = load_model(inputs[1], torch.float32)
+        rates.rescale(model, factor)
+        logits = model(torch.arange(40).view(2, 20))
+        add_experts(model, dict.fromkeys(linear_layers(model), 1))
+        found.append((logits, default_lr(model)))
+    (logits, rate), (same, higher) = found
+    torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
+    assert higher == pytest.approx(2 * rate, rel=0.05)

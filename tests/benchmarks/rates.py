@@ -1,0 +1,202 @@
+"""Which learning rate trains best: five rates a cell, spaced by 2 around the default's.
+
+    python tests/benchmarks/rates.py --model SMOLLM2 --data DATA --name SmolLM2
+    python tests/benchmarks/rates.py                                     the built-in toy
+    python tests/benchmarks/rates.py --table                             what was measured
+
+A cell is a base, tasks, a number of lines, an allocation, a rank and a dtype. --cell changes the
+first of CELLS: --cell "lines=400 rank=32". A run's figures are the mean loss of unseen lines and
+exact match on them. One forward pass gives both: a greedy answer is exact if each of its tokens,
+the end included, is the likeliest. After a kill, the same command runs what is missing. The record
+is tests/benchmarks/results/rates.jsonl, a line a run.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import random
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import torch
+import torch.nn.functional as F
+from compare_report import table
+from tqdm import tqdm
+
+from minismoe.data import toy
+from minismoe.data.tasks import Example, Task, collate, encode_all, load_tasks, probe_batches
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.method.allocate import Allocation, allocate
+from minismoe.method.experts import add_experts, linear_layers
+from minismoe.method.loss import predicting
+from minismoe.method.sensitivity import probe, shapes_of
+from minismoe.model.checkpoint import load_model
+from minismoe.model.decoder import CausalLM
+from minismoe.training.loop import TrainConfig, default_lr, train
+
+RECORD = Path(__file__).parent / "results" / "rates.jsonl"
+TIMES = (1.0, 2.0, 0.5, 4.0, 0.25)       # the default's rate
+UNSEEN, LONGEST, BATCH = 100, 512, 32    # lines of each task; tokens of a line; lines at once
+Examples = Mapping[str, Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is the same for the five rates."""
+
+    base: str = "toy"
+    tasks: str = "trec,clinc"
+    lines: int = 100                     # of each task
+    strategy: str = "lora"               # or votes, with one expert everywhere: train.py's default
+    rank: int = 8
+    dtype: str = "bfloat16"
+    epochs: int = 2
+    rescaled: float = 1.0                # see `rescale`
+
+
+CELLS = [Cell(), Cell(rank=32), Cell(strategy="votes"), Cell(strategy="votes", rank=32),
+         Cell(lines=400), Cell(lines=400, rank=32), Cell(lines=400, strategy="votes"),
+         Cell(tasks="boolq"), Cell(tasks="arc_easy"), Cell(tasks="banking77", lines=400),
+         Cell(rescaled=4.0), Cell(rescaled=0.25), Cell(dtype="float32"),
+         Cell(dtype="float32", rank=32), Cell(dtype="float32", strategy="votes")]
+
+
+def rescale(model: CausalLM, factor: float) -> None:
+    """Multiply the matrices that follow a norm by `factor`, and divide the norm by it: the function
+    stays the same, and the default rate changes."""
+    shift = float(model.config.post_norms)           # Gemma's norms multiply by 1 + w
+    with torch.no_grad():
+        for layer in model.model.layers:
+            before_mlp = (layer.pre_feedforward_layernorm if model.config.post_norms else
+                          layer.post_attention_layernorm)
+            for norm, names in ((layer.input_layernorm, ("q_proj", "k_proj", "v_proj")),
+                                (before_mlp, ("gate_proj", "up_proj"))):
+                norm.weight.add_(shift).div_(factor).sub_(shift)
+                for name, linear in linear_layers(layer).items():
+                    if name.rpartition(".")[2] in names:
+                        linear.weight.mul_(factor)
+
+
+@torch.no_grad()
+def measure(model: CausalLM, examples: Sequence[Example], pad_id: int) -> tuple[float, float]:
+    """Mean loss of the supervised tokens, and the share of lines whose answer is exactly right."""
+    losses, right = list[float](), list[bool]()
+    order = sorted(examples, key=lambda e: e.ids)
+    for i in range(0, len(order), BATCH):
+        ids, mask, labels = collate(order[i:i + BATCH], pad_id)
+        needed = predicting(mask, labels)
+        rows, columns = needed.nonzero(as_tuple=True)
+        hidden = model.model(ids, mask, needed=needed)[rows, columns]            # (S, D)
+        logits, targets = model.lm_head(hidden).float(), labels[rows, columns + 1]
+        losses += F.cross_entropy(logits, targets, reduction="none").tolist()
+        wrong = torch.zeros(len(ids)).index_add(0, rows, (logits.argmax(-1) != targets).float())
+        right += (wrong == 0).tolist()
+    return statistics.fmean(losses), statistics.fmean(right)
+
+
+def examples_of(cell: Cell, data: str | None, tokenizer: Any) -> tuple[Examples, Examples]:
+    """Training and unseen lines of each task."""
+    tasks = load_tasks(data, cell.tasks.split(",")) if data else toy.tasks(0)
+    for task in tasks:
+        random.Random(0).shuffle(task.train)
+    return tuple({task.name: encode_all(Task(task.name, getattr(task, split)[:count], []),
+                                        tokenizer, LONGEST) for task in tasks}
+                 for split, count in (("train", cell.lines), ("test", UNSEEN)))
+
+
+def allocation_of(cell: Cell, model: CausalLM, known: Examples, pad_id: int) -> Allocation:
+    if cell.strategy == "lora":
+        return Allocation(dict.fromkeys(linear_layers(model), 1), cell.rank, 2 * cell.rank, 1)
+    scores = probe(model, {name: probe_batches(lines, 16, 8, pad_id)
+                           for name, lines in known.items()})
+    return allocate(scores, keep=0.6, min_experts=1, rank=cell.rank, shapes=shapes_of(model))
+
+
+def run(cell: Cell, times: float, folder: str | Path, data: str | None) -> dict[str, Any]:
+    """Train a cell at so many times the default's rate; its line of the record."""
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, getattr(torch, cell.dtype))
+    if cell.rescaled != 1:
+        rescale(model, cell.rescaled)
+    known, unseen = examples_of(cell, data, tokenizer)
+    allocation = allocation_of(cell, model, known, tokenizer.pad_id)
+    torch.manual_seed(0)
+    add_experts(model, allocation)
+    default = default_lr(model)
+    cfg = TrainConfig(epochs=cell.epochs, lr=times * default, checkpoint_every=10 ** 6,
+                      compile="off")
+    with tempfile.TemporaryDirectory() as work, contextlib.suppress(ArithmeticError):
+        train(model, sum(known.values(), []), cfg, Path(work), tokenizer.pad_id)
+    after = [measure(model, lines, tokenizer.pad_id) for lines in unseen.values()]
+    loss, exact = (round(statistics.fmean(column), 4) for column in zip(*after))
+    return asdict(cell) | {"default": default, "rate": cfg.lr, "loss": loss, "exact": exact}
+
+
+def recorded() -> dict[Cell, list[dict[str, Any]]]:
+    """The runs of each cell, in the order of their rates."""
+    runs, names = defaultdict[Cell, list](list), [f.name for f in fields(Cell)]
+    for line in RECORD.read_text().splitlines() if RECORD.exists() else []:
+        content = json.loads(line)
+        runs[Cell(**{name: content[name] for name in names})].append(content)
+    return {cell: sorted(lines, key=lambda r: r["rate"]) for cell, lines in runs.items()}
+
+
+def markdown() -> str:
+    """A row for each cell: the default's rate, the runs at the nearest rate and at the best one."""
+    rows = []
+    for cell, runs in recorded().items():
+        default = runs[0]["default"]
+        nearest = min(runs, key=lambda r: abs(math.log(r["rate"] / default)))
+        best = min(runs, key=lambda r: r["loss"])
+        rows.append([
+            cell.base + (f" x {cell.rescaled:g}" if cell.rescaled != 1 else ""), cell.tasks,
+            cell.lines, f"{cell.strategy}, rank {cell.rank}", f"{default:.1e}",
+            *(f"{r['rate']:.1e}: {r['loss']:.3f}, {100 * r['exact']:.0f}" for r in (nearest, best)),
+            f"{runs[0]['rate']:.1e} to {runs[-1]['rate']:.1e}"])
+    return table(["base", "tasks", "lines", "experts", "default", "nearest: loss, exact match in %",
+                  "best: the same", "tried"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint folder; default: the toy")
+    parser.add_argument("--data", help="folder of tasks; default: the toy's")
+    parser.add_argument("--name", default="toy", help="of the base, in the record")
+    parser.add_argument("--cell", help="only this one: what differs from the first, NAME=VALUE ...")
+    parser.add_argument("--times", help="comma list (default: 1,2,0.5,4,0.25)")
+    parser.add_argument("--table", action="store_true", help="print the record, and run nothing")
+    args = parser.parse_args()
+    if args.table:
+        print(markdown())
+        return
+    cells = CELLS
+    if args.cell is not None:
+        changes = dict(change.split("=") for change in args.cell.split())
+        cells = [replace(Cell(), **{name: type(getattr(Cell(), name))(value)
+                                    for name, value in changes.items()})]
+    times = [float(t) for t in args.times.split(",")] if args.times else TIMES
+    for cell in cells:
+        cell = replace(cell, base=args.name, **({} if args.data else {
+            "tasks": "all", "dtype": "float32"}))
+        for factor in times:
+            if any(abs(r["rate"] / r["default"] / factor - 1) < 0.01
+                   for r in recorded().get(cell, [])):
+                continue
+            line = run(cell, factor, args.model or toy.FOLDER, args.data)
+            with RECORD.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            tqdm.write(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
