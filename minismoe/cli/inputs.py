@@ -187,7 +187,8 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
     if dropped := sum(left_out.values()):
         print(f"{dropped} examples were left out: the length limit would remove their whole answer")
     if tokenizer.template is None:
-        print("chat template: the checkpoint brings none, so the default one is used (--show 1)")
+        print('chat template: the checkpoint brings none, so a turn is "User: ...", and an answer '
+              f'"Assistant: ...{clean(tokenizer.eos)}" (--show 1 prints an example)')
 
 
 def print_examples(config: InputConfig, count: int) -> None:

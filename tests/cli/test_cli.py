@@ -72,6 +72,7 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
     config = json.loads((out_dir / "config.json").read_text())
     rate = config["arguments"]["lr"]
     assert f"learning rate: {rate}, by the size of the base's weights" in out
+    assert 'a turn is "User: ...", and an answer "Assistant: ...<|end|>" (--show 1' in out
     assert 1e-4 < rate < 1e-2 and config["arguments"]["dtype"] != "auto"
     assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 6        # 46 examples / 8
     after = json.loads((out_dir / "after.json").read_text())
