@@ -65,8 +65,9 @@ def load_run(config: ExportConfig) -> Source:
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     settings = cli.resolve_auto(replace(saved, device=config.device, dtype=config.dtype,
                                         limit_test=limit))
-    with naming(f"{run / 'config.json'} (python train.py --resume --out {shlex.quote(str(run))} "
-                "--model FOLDER --data FOLDER says where they are now)", FileNotFoundError):
+    resume = f"{script.command('train')} --resume --out {shlex.quote(str(run))}"
+    with naming(f"{run / 'config.json'} ({resume} --model FOLDER --data FOLDER says where they are "
+                "now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
     if limit == saved.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)

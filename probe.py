@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     # Load, probe and allocate.
     inputs = load_inputs(config)
     probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
-    with script.working_in(run, f"python probe.py {shlex.join(argv)}"):
+    with script.working_in(run, f"{script.command('probe')} {shlex.join(argv)}"):
         scores = probing.measure(allocating, inputs, compile=args.compile)
         if distributed.rank():
             return

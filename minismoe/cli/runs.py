@@ -25,7 +25,7 @@ from ..training.loop import LATE, TrainConfig
 from ..training.verdict import read_metrics, trouble
 from .flags import InputConfig, RunConfig
 from .inputs import Inputs
-from .script import working_in
+from .script import command, working_in
 
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
 ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
@@ -66,7 +66,7 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
     Raises FileExistsError as `check_free` does, and BlockingIOError if another process holds it.
     """
     run = folder_of(config)              # again: another run may have taken the name meanwhile
-    with working_in(run, f"python train.py --resume --out {shlex.quote(str(run))}"):
+    with working_in(run, f"{command('train')} --resume --out {shlex.quote(str(run))}"):
         check_free(run, config.resume)       # again: another process may have filled it meanwhile
         distributed.gather(None)             # no process writes before all have looked
         yield run
@@ -281,12 +281,12 @@ def next_commands(run: Path, config: RunConfig) -> str:
     inputs = typed(config.inputs, ("device", "dtype", "show"))
     like = (inputs + typed(config.allocating, ("strategy", "budget_params", "allocation"))
             + typed(config.training))
-    commands = [f"  python export.py {shlex.quote(str(run))}        # freeze, quantise and chat"]
+    commands = [f"  {command('export')} {shlex.quote(str(run))}        # freeze, quantise and chat"]
     if len(results["tasks"]) > 1:
-        commands += [f"  python probe.py{inputs} --out runs/probe        # see the sensitivities",
-                     f"  python train.py --strategy {rival} --budget-params "
+        commands += [f"  {command('probe')}{inputs} --out runs/probe        # see sensitivities",
+                     f"  {command('train')} --strategy {rival} --budget-params "
                      f"{results['trainable_parameters']}{like}        # compare at equal size"]
     if config.inputs.model is None:
         commands.append(
-            "  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER")
+            f"  {command('train')} --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER")
     return "\n".join(["Next:", *commands])

@@ -14,6 +14,11 @@ from ..io.text import clean, open_streams, print_error
 from ..training import distributed
 
 
+def command(name: str) -> str:
+    """How a script is called: by the installed command, if that is how this process was."""
+    return f"minismoe {name}" if sys.argv[0].startswith("minismoe ") else f"python {name}.py"
+
+
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Call a script's main and exit: 0 done, 1 failed with one line on stderr, 128 + the signal's
     number after Ctrl-C (130), SIGTERM (143) and SIGHUP (129)."""

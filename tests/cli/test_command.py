@@ -1,0 +1,45 @@
+"""The installed command, with the clone's scripts in place of the installed ones."""
+
+import subprocess
+import sys
+
+import pytest
+
+import train
+from minismoe.cli import command
+
+
+def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/minismoe", *words])
+    monkeypatch.setitem(sys.modules, "minismoe.scripts.train", train)
+    code = 0
+    try:
+        command.main()
+    except SystemExit as e:
+        code = e.code or 0
+    return (code, *capsys.readouterr())
+
+
+def test_train_is_the_script_and_proposes_the_command(inputs, tmp_path, monkeypatch,
+                                                      capsys) -> None:
+    code, out, err = run(monkeypatch, capsys, "train", *inputs, "--tasks", "sum", "--epochs", "1",
+                         "--out", str(tmp_path))
+    assert code == 0, err
+    assert f"  minismoe export {tmp_path}  " in out and ".py" not in out
+    code, out, _ = run(monkeypatch, capsys, "train", "--help")
+    assert code == 0 and out.startswith("usage: minismoe train ")
+
+
+@pytest.mark.parametrize("word, code", [("", 0), ("--help", 0), ("tune", 2)])
+def test_it_lists_what_there_is(monkeypatch, capsys, word, code) -> None:
+    ended, out, err = run(monkeypatch, capsys, *[word] * bool(word))
+    assert ended == code and all(f"minismoe {name}" in out + err for name in command.SCRIPTS)
+    assert (out == "") == (code == 2)
+
+
+def test_chat_starts_without_torch() -> None:
+    code = ("import sys; sys.argv = ['minismoe', 'chat', '--help']\n"
+            "from minismoe.cli.command import main\n"
+            "try: main()\nfinally: print('torch' in sys.modules, 'tqdm' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: ") and done.stdout.endswith("False False\n")
