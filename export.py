@@ -78,7 +78,7 @@ def load_run(config: ExportConfig) -> Source:
             task.test = task.test[:CHECKED]
     return Source(run, inputs.folder, inputs.model.name, inputs.model,
                   inputs.tokenizer, inputs.tasks, inputs.encoded, measured,
-                  training.micro_batch_size)
+                  training.micro_batch_size, saved.system)
 
 
 def load_base(config: ExportConfig) -> Source:

@@ -6,6 +6,8 @@ holds them as the package minismoe.scripts. chat is python -m minismoe.runtime.
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 SCRIPTS = {"train": "fine-tune a model on your tasks",
            "probe": "measure how sensitive each weight matrix is to each task",
@@ -25,5 +27,8 @@ def main() -> None:
     if name == "chat":
         import_module("minismoe.runtime.__main__").run()
     else:                                # torch is imported here, so that chat does without it
-        script = import_module(f"minismoe.scripts.{name}")
+        installed = find_spec("minismoe.scripts") is not None
+        if not installed:                # pip install -e: the scripts stay in the clone
+            sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+        script = import_module(f"minismoe.scripts.{name}" if installed else name)
         import_module("minismoe.cli.script").run_script(script.main)

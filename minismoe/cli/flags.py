@@ -36,6 +36,8 @@ class InputConfig:
     limit_test: int | None = flag(
         None, "use the first N test lines of each task; 0 skips the test; default: all", natural,
         metavar="N")
+    system: str | None = flag(None, "system prompt of the lines that have none; an export begins "
+                              "its chats with it", text, metavar="TEXT")
     max_length: int = flag(1024, "longer training examples are cut (default: %(default)s)",
                            positive, metavar="TOKENS")
     seed: int = flag(0, "starts all random choices (default: %(default)s)", seed)

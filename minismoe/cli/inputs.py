@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..data import toy
+from ..data.lines import with_system
 from ..data.tasks import Example, Task, encode, encode_all, load_tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..io.files import naming
@@ -151,6 +152,9 @@ def read_tasks(config: InputConfig) -> list[Task]:
     for task in tasks:
         task.train, task.test = task.train[:config.limit_train], task.test[:config.limit_test]
         task.valid = task.valid[:config.limit_valid]
+        if config.system:
+            for lines in (task.train, task.valid, task.test):
+                lines[:] = [with_system(messages, config.system) for messages in lines]
     return tasks
 
 

@@ -32,8 +32,8 @@ ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
 UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
 RESUMABLE = ("out", "resume", "debug", "show", "plan", *UPDATED)
 # Flags that export.py takes over from a run.
-EXPORTED = ("model", "data", "tasks", "limit_train", "limit_valid", "limit_test", "max_length",
-            "seed", "micro_batch_size")
+EXPORTED = ("model", "data", "tasks", "system", "limit_train", "limit_valid", "limit_test",
+            "max_length", "seed", "micro_batch_size")
 
 
 def check_free(run: Path, resume: bool) -> None:

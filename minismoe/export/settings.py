@@ -139,6 +139,7 @@ class Source:
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)      # by task
     trained: Mapping[str, float] = field(default_factory=dict)     # exact match seen in training
     micro_batch_size: int = 16               # examples computed at once, as in training
+    system: str | None = None                # system prompt that training added to lines
 
 
 def refuse(config: Config, target: str, block: int, static: tuple[int, int, int] | None) -> None:

@@ -82,6 +82,8 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
             for name, value in asdict(config).items()},
         "base": source.model.fingerprint, "adapter": sha256(adapter) if adapter else None,
         "versions": versions() | {"onnx": onnx.__version__, "onnxruntime": ort.__version__}}
+    if source.system:
+        info["system"] = source.system
     if other:
         info["other_graph"] = {name: other[name] for name in ("arguments", "checked")}
     if config.graph:

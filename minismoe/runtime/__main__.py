@@ -19,7 +19,7 @@ from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
 from .api import Api
 from .choices import answer_tokens
-from .folder import lines_of, read_choices, read_prefix
+from .folder import lines_of, read_choices, read_prefix, trained_system
 from .grammar import json_grammar
 from .serve import PORT, serve
 
@@ -232,8 +232,8 @@ def main(argv: Sequence[str]) -> None:
     sampling = {name: getattr(args, name) for name in (
         "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
         "stop")}
-    system, before = ([], "") if args.prefix is None else read_prefix(
-        generator.folder, args.prefix, args.raw)
+    system, before = (trained_system(generator.folder), "") if args.prefix is None else (
+        read_prefix(generator.folder, args.prefix, args.raw))
     with naming(args.tools, ValueError):
         schemas = args.tools and Path(args.tools).read_text(encoding="utf-8-sig")
         tools = functions(schemas, "the file")

@@ -120,6 +120,12 @@ def lines_of(text: str, name: str, kind: str) -> list[str]:
     return lines
 
 
+def trained_system(folder: Path) -> list[Message]:
+    """The system prompt that training added to lines (train.py --system), as messages."""
+    system = read_json(folder / "export.json").get("system")
+    return [{"role": "system", "content": system}] if isinstance(system, str) else []
+
+
 def read_prefix(folder: Path, name: str, raw: bool) -> tuple[list[Message], str]:
     """What --prefix puts before a prompt: system messages, and text that the prompt begins with.
 

@@ -10,12 +10,15 @@ import torch
 from tiny import finish
 from torch import nn
 
+import export
 import train
 from minismoe.cli import inputs as cli
 from minismoe.cli import probing, runs
 from minismoe.cli.flags import AllocationConfig, InputConfig
+from minismoe.data.lines import with_system
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
+from minismoe.runtime.folder import trained_system
 from minismoe.training.evaluate import Accuracy
 from minismoe.training.judge import Judgement
 
@@ -213,3 +216,21 @@ def test_the_overlap_is_that_of_the_targets(monkeypatch, capsys) -> None:
     even, odd = (max((0, 1), key=lambda m: sum(row[m] for row in half))
                  for half in (rows[::2], rows[1::2]))
     assert capsys.readouterr().out.split()[-1] == f"{float(even == odd):.2f}"
+
+
+def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path, capsys) -> None:
+    config = InputConfig(model=inputs[1], data=inputs[3], system="Be brief.")
+    for task in cli.read_tasks(config):
+        for lines in (task.train, task.valid, task.test):
+            assert all(line[0] == {"role": "system", "content": "Be brief."} for line in lines)
+            assert all([m["role"] for m in line[1:]] == ["user", "assistant"] for line in lines)
+    own = [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "q"}]
+    assert with_system(own, "Be brief.") == own
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    code, _, err = finish(train.main, *inputs, "--tasks", "sum", "--epochs", "1", "--system",
+                          "Be brief.", "--out", run, capsys=capsys)
+    assert code == 0, err
+    code, _, err = finish(export.main, run, "--precision", "fp32", "--target", "portable",
+                          "--out", str(out), capsys=capsys)
+    assert code == 0, err
+    assert trained_system(out) == [{"role": "system", "content": "Be brief."}]
