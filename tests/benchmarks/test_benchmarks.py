@@ -24,6 +24,7 @@ if sys.platform != "linux":
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_speed  # noqa: E402
 import family_speed  # noqa: E402
+import growth  # noqa: E402
 import healing  # noqa: E402
 import merging  # noqa: E402
 import probe_speed  # noqa: E402
@@ -163,3 +164,15 @@ def test_a_rescaled_base_is_the_same_function_with_another_rate(inputs) -> None:
     (logits, rate), (same, higher) = found
     torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
     assert higher == pytest.approx(2 * rate, rel=0.05)
+
+
+def test_growth_makes_a_checkpoint_of_a_shape_and_measures_commands(inputs, tmp_path) -> None:
+    (folder := tmp_path / "base").mkdir()
+    growth.make_checkpoint(folder, (32, 48, 3, 4, 2), Path(inputs[1]))
+    model = load_model(folder, torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == (
+        259 * 32 + 32 + 3 * (2 * 32 + 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48))
+    result = growth.measured(["-c", "b = bytes(10 ** 8); print('{\"rate\": 7}')"], tmp_path / "log")
+    assert result["rate"] == 7 and result["seconds"] > 0 and 0.1 < result["peak"] < 2
+    with pytest.raises(RuntimeError, match="exit.3.* failed: see .*log"):
+        growth.measured(["-c", "exit(3)"], tmp_path / "log")
