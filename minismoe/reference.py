@@ -428,7 +428,7 @@ def main() -> None:
     add_experts(model, experts)
     print(f"1, 2. probe and vote: {sum(experts.values())} experts on {len(experts)} matrices")
     pool = [sample for samples in training.values() for sample in samples]
-    order = [pool[i] for _ in range(2) for i in torch.randperm(len(pool)).tolist()]
+    order = [pool[i] for _ in range(3) for i in torch.randperm(len(pool)).tolist()]
     curve = train(model, [order[i:i + 8] for i in range(0, len(order), 8)], peak=4e-3)
     print(f"3. train: {len(curve)} steps, loss {curve[0]:.3f} to {curve[-1]:.3f}")
     mixture = [greedy(model, prompt, c.eos_token_id) for prompt in prompts]

@@ -141,7 +141,8 @@ def test_sequences_are_short_and_fit_the_base():
 
 
 def test_base_is_a_loadable_checkpoint():
-    assert sorted(p.name for p in toy.FOLDER.iterdir()) == ["config.json", "model.safetensors"]
+    assert {p.name for p in toy.FOLDER.iterdir()} == {
+        "config.json", "model.safetensors", "capitals.jsonl", "smaller.jsonl"}   # reference.py's
     assert read_json(toy.FOLDER / "config.json") == make_toy.CONFIG
     model, tokenizer = load_model(toy.FOLDER), load_tokenizer(toy.FOLDER)
     assert model.lm_head.weight is model.model.embed_tokens.weight
