@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
-from ..io.files import read_json, replacing, write_json
+from ..io.files import inside, read_json, replacing, write_json
 from ..method.freeze import merged
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
 from ..model.config import CONV, DELTA, FULL, Config, text_part
@@ -30,6 +30,8 @@ from .weights import HALF, NPU_PRECISIONS
 WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
               "int4-8": ("q4", "_q4"), "int4": ("q4", "_q4"), "q8": ("q8", "_quantized"),
               "q4f16": ("q4f16", "_q4f16")}
+
+LEGAL = r"(licen[cs]e|notice|copying|use_policy)[\w.-]*$"        # files that go with the weights
 
 
 def write_graph(config: ExportConfig, shipped: Shipped, folder: Path) -> dict[str, Any]:
@@ -93,6 +95,8 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> None:
     for file in (base / "tokenizer.json", base / "special_tokens_map.json"):
         if file.is_file():
             shutil.copyfile(file, out / file.name)
+    for name in sorted(f.name for f in base.iterdir() if re.match(LEGAL, f.name, re.IGNORECASE)):
+        shutil.copyfile(inside(base, name), out / name)
     if spell_bytes and isinstance(tokenizer.backend, ByteTokenizer):
         write_json(out / "tokenizer.json", _byte_level())
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>",
@@ -205,9 +209,9 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
                    "past_present_share_buffer": share_buffer}})
 
 
-def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
+def write_web(out: Path, precision: str, cache_type: str = "float32") -> Path:
     """Move out/model.onnx to where transformers.js looks for it, name it in out/config.json, and
-    add the page that loads it.
+    add the page that loads it. Returns where it is.
 
     Several precisions can go to the same folder: the last one is the default; q8 is for WASM alone.
     """
@@ -236,6 +240,7 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> None:
     ours.setdefault("use_external_data_format", {})[name] = 1        # how many data files
     ours.setdefault("kv_cache_dtype", {})[dtype] = cache_type        # version 3 asks for it
     write_json(out / "config.json", config)
+    return out / "onnx" / name
 
 
 def write_page(out: Path) -> None:

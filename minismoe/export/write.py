@@ -12,9 +12,10 @@ from ..io.files import must_be_new, new_folder, sha256, sha256_of_parts, write_j
 from ..method.experts import expert_layers
 from ..model.checkpoint import load_adapter, load_model, versions
 from ..model.decoder import CausalLM
-from ..runtime import FORMAT
+from ..runtime import FORMAT, Generator
 from ..runtime.folder import TASKS
 from . import layouts, verify
+from .contract import contract, golden
 from .heal import BATCH
 from .settings import ExportConfig, Source
 from .tree import Shipped, ship
@@ -101,12 +102,18 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     info["providers"] = [name for name in config.provider or () if all(  # that auto may take
         (there := seen["providers"][name])["texts_equal"] == there["texts"]
         for seen in info["checked"].values())]
+    graph, has_contract = folder / "model.onnx", config.graph and config.target != "npu"
+    vector = golden(Generator(folder), verify.BITS8 if config.form.rounds
+                    else verify.activations_explain(config)) if has_contract else {}
     if config.layout == "genai":
         layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":
-        layouts.write_web(folder, config.precision, info["cache_type"])
+        graph = layouts.write_web(folder, config.precision, info["cache_type"])
     if config.layout in ("genai", "web"):                # their programs choose tokens themselves
         (folder / "sampler.onnx").unlink()
+    if has_contract:
+        info["contract"] = {"graph": graph.relative_to(folder).as_posix(), **contract(
+            graph, config.target, source.tokenizer.stop_ids, vector)}
     info["files"] = {f.relative_to(folder).as_posix(): _listed(f, config.layout == "web")
                      for f in sorted(folder.rglob("*"))
                      if f.is_file() and f != folder / "export.json"}

@@ -6,7 +6,7 @@ from pathlib import Path
 def resolve(model: str | Path) -> Path:
     """The folder `model` itself, or else the cached copy of hub name `org/name`, fetched if needed.
 
-    Only weights, configuration and tokenizer are fetched; no code of a repository ever runs.
+    Only weights, configuration, tokenizer and licence are fetched; no code ever runs.
     huggingface_hub honours HF_HUB_OFFLINE. Raises FileNotFoundError if there is no such model, and
     ModuleNotFoundError if huggingface_hub is not installed.
     """
@@ -24,7 +24,7 @@ def resolve(model: str | Path) -> Path:
             # Not *.safetensors: some repositories hold a second copy, consolidated.safetensors.
             "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
             "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-            "special_tokens_map.json", "chat_template.jinja"]))
+            "special_tokens_map.json", "chat_template.jinja", "LICENSE*", "NOTICE*", "*POLICY*"]))
     except Exception as e:       # the hub's client raises many types of error
         reason = " ".join(str(e).split())[:300]
         raise FileNotFoundError(f"{model} is no folder here, and the hub says: {reason}") from None

@@ -1,0 +1,92 @@
+"""What export.json says to a program that runs the graph without our code, as an app in C++ does.
+
+Letters: B prompts, T new tokens, P tokens read before, S = P + T, V vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto
+
+from ..runtime import Generator
+
+ONNXRUNTIME = "1.30"                         # the oldest that has all kernels
+QUESTION, TOKENS, LOGITS = "What is the capital of France?", 16, 8
+BYTES = {"float": 4, "float16": 2}
+DIMENSIONS = {
+    "batch_size": "prompts", "sequence_length": "new tokens of this run",
+    "past_sequence_length": "tokens of the past, 0 at first",
+    "total_sequence_length": "past and new tokens"}
+MASK = "1 for each past and new token, 0 for padding"
+POSITIONS = "if it is an input: the number of each new token from 0, padding not counted"
+STEPS = ("; with a number N in place of the last 1, a run chooses up to N tokens greedily (output "
+         "tokens), and ends at a stop token")
+PAST = ("present.* and present_* of a run are past_key_values.* and past_* of the next; at first, "
+        "keys and values have no tokens, and other states are zeros")
+
+
+def golden(generator: Generator, tolerance: float) -> dict[str, Any]:
+    """A prompt, the tokens that follow it greedily, and the largest logits after the prompt.
+
+    tolerance: how far another device's logits may be from them, as a share of the largest. A prompt
+    that a small context cannot hold is cut.
+    """
+    tokenizer = generator.tokenizer
+    ids = tokenizer.encode(tokenizer.render([{"role": "user", "content": QUESTION}], True))[0]
+    ids = ids[:max(1, generator.room(0) - TOKENS)]
+    logits = torch.from_dlpack(next(generator.forced(ids, []))).flatten()
+    values, largest = logits.topk(LOGITS)
+    return {"input_ids": ids, "tokens": [*generator.generate(ids, TOKENS)],
+            "logits": {"ids": largest.tolist(), "values": values.tolist(),
+                       "tolerance": tolerance}}
+
+
+def contract(file: Path, target: str, stops: Sequence[int], vector: dict[str, Any],
+             ) -> dict[str, Any]:
+    """The entry "contract" of export.json on the graph in `file`, a decoder of target ort or
+    portable.
+
+    stops: ids of the tokens that end an answer; vector: what `golden` returned.
+    """
+    model = onnx.load(str(file), load_external_data=False)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [_described(v) for v in model.graph.input if v.name not in weights]
+    outputs = [_described(v) for v in model.graph.output]
+    keys = [x for x in inputs if x["name"].startswith("past_key_values.")]
+    states = [x for x in inputs if x["name"].startswith("past_") and x not in keys]
+    operators = defaultdict[str, set[str]](set)
+    for node in _nodes(model.graph):
+        operators[node.domain].add(node.op_type)
+    steps = any(x["name"] == "tokens" for x in outputs)
+    return {
+        "onnxruntime": ONNXRUNTIME, "ir_version": model.ir_version,
+        "operators": [                       # lines of a configuration for reduced builds
+            f"{opset.domain or 'ai.onnx'};{opset.version};{','.join(sorted(names))}"
+            for opset in model.opset_import if (names := operators[opset.domain])],
+        "inputs": inputs, "outputs": outputs, "dimensions": DIMENSIONS,
+        "attention_mask": MASK + STEPS * steps, "past": PAST, "position_ids": POSITIONS,
+        "padding": "right" if target == "ort" else "left",
+        "shared_buffer": target == "ort" and not steps,  # past and present of keys may be one
+        "cache_bytes_per_token": sum(        # of one prompt: heads, and numbers of a head
+            BYTES[x["type"]] * x["shape"][1] * x["shape"][3] for x in keys),
+        "state_bytes": sum(BYTES[x["type"]] * prod(x["shape"][1:]) for x in states),
+        "stop_ids": [*stops], "golden": vector}
+
+
+def _described(value: ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    return {"name": value.name, "type": TensorProto.DataType.Name(tensor.elem_type).lower(),
+            "shape": [d.dim_param or d.dim_value for d in tensor.shape.dim]}
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph and of the graphs inside it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g)

@@ -1,0 +1,108 @@
+"""What export.json says to other programs: a graph is run by it alone, without our code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import export
+from minismoe.export.contract import ONNXRUNTIME
+from minismoe.model.decoder import CausalLM, Config
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96,
+         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "tie_word_embeddings": True, "eos_token_id": 257, "max_position_embeddings": 512}
+DELTA = LLAMA | {
+    "model_type": "qwen3_5_text", "head_dim": 64, "layer_types": [
+        "linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+
+
+def exported(root: Path, config: dict[str, Any], *flags: str) -> Path:
+    """The export of a random checkpoint that has a licence."""
+    (root / "base").mkdir()
+    (root / "base" / "config.json").write_text(json.dumps(config))
+    (root / "base" / "LICENSE.txt").write_text("do as you like")
+    (root / "base" / "NOTICE").write_text("made by chance")
+    torch.manual_seed(0)
+    model = CausalLM(Config.from_dict(config))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    save_file(dict(model.named_parameters()), root / "base" / "model.safetensors")
+    export.main(["--model", str(root / "base"), "--out", str(root / "out"), *flags])
+    return root / "out"
+
+
+def replay(folder: Path) -> None:
+    """Run the golden vector by what the contract says."""
+    said = json.loads((folder / "export.json").read_text())["contract"]
+    types = {"int64": np.int64, "float": np.float32, "float16": np.float16}
+    session = ort.InferenceSession(folder / said["graph"])
+    assert [i.name for i in session.get_inputs()] == [i["name"] for i in said["inputs"]]
+    assert [o.name for o in session.get_outputs()] == [o["name"] for o in said["outputs"]]
+    lengths = {"batch_size": 1, "past_sequence_length": 0}
+    past = {i["name"]: np.zeros([lengths.get(d, d) for d in i["shape"]], types[i["type"]])
+            for i in said["inputs"] if i["name"].startswith("past_")}
+    golden = said["golden"]
+    new, tokens, read = golden["input_ids"], [], 0
+    for step in range(len(golden["tokens"])):
+        read += len(new)
+        given = {"input_ids": [new], "attention_mask": [[1] * read],
+                 "position_ids": [[*range(read - len(new), read)]]}
+        outputs = session.run(None, past | {
+            i["name"]: np.array(given[i["name"]]) for i in said["inputs"] if i["name"] in given})
+        found = dict(zip([o["name"] for o in said["outputs"]], outputs))
+        logits = found["logits"][0, -1]
+        if step == 0:
+            wanted = golden["logits"]
+            assert np.abs(logits[wanted["ids"]] - wanted["values"]).max() <= (
+                wanted["tolerance"] * np.abs(logits).max())
+            cache = sum(v.nbytes for name, v in found.items() if name.startswith("present."))
+            assert said["cache_bytes_per_token"] * read == cache
+            assert said["state_bytes"] == sum(
+                v.nbytes for name, v in found.items() if name.startswith("present_"))
+        new = [int(logits.argmax())]
+        tokens += new
+        past = {name: found[name.replace("past_key_values.", "present.").replace(
+            "past_", "present_")] for name in past}
+    assert tokens == golden["tokens"] and not set(tokens) & set(said["stop_ids"])
+
+
+@pytest.mark.parametrize("config, flags", [
+    (LLAMA, ["--precision", "int4-8"]), (LLAMA, ["--precision", "fp32", "--target", "portable"]),
+    (LLAMA, ["--layout", "genai", "--precision", "fp32"]), (LLAMA, ["--layout", "web"]),
+    (DELTA, ["--precision", "fp32"])], ids=["ort", "portable", "genai", "web", "delta"])
+def test_the_golden_vector_by_plain_onnxruntime(config: dict[str, Any], flags: list[str],
+                                                tmp_path: Path) -> None:
+    folder = exported(tmp_path, config, *flags)
+    replay(folder)
+    said = json.loads((folder / "export.json").read_text())["contract"]
+    assert said["shared_buffer"] == ("portable" not in flags and "web" not in flags)
+    domains = {line.split(";")[0]: line.split(";")[2].split(",") for line in said["operators"]}
+    assert ("com.microsoft" in domains) == ("portable" not in flags)
+    assert ("MatMulNBits" in domains.get("com.microsoft", [])) == ("int4-8" in flags)
+    assert ("Loop" in domains["ai.onnx"]) == ("web" in flags)
+    for name in ("LICENSE.txt", "NOTICE"):
+        assert (folder / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+
+
+def test_the_oldest_onnxruntime_is_that_of_the_package() -> None:
+    assert f'"onnxruntime>={ONNXRUNTIME};' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_licence_that_leads_out_of_the_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA))
+    from minismoe.export.layouts import copy_base_files
+    with pytest.raises(ValueError, match="LICENSE is a link that leads out"):
+        copy_base_files(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out" / "LICENSE").exists()
