@@ -498,7 +498,7 @@ def test_one_example_trains_but_no_test_line_is_refused(world: World) -> None:
 
 @pytest.mark.parametrize("tasks, says", [
     ("../model", "has no task ../model; it has t"), ("..", r"has no task \.\.; it has t"),
-    ("a/b", "has no task a/b"), ("t,t", "asked for twice: t, t")])
+    ("a/b", "has no task a/b"), ("t,t", "named twice: t, t")])
 def test_wrong_names_of_tasks_are_refused(world: World, tasks: str, says: str) -> None:
     fails(train.main, *world.inputs, "--tasks", tasks, "--out", world.run.parent / "new",
           says=says, folder=world.model.parent)

@@ -141,7 +141,7 @@ def read_tasks(config: InputConfig) -> list[Task]:
         raise ValueError("--model and --data go together; without both, the built-in toy and its "
                          "tasks are used")
     if len(set(names)) < len(names):
-        raise ValueError(f"a task is asked for twice: {', '.join(names)}")
+        raise ValueError(f"a task is named twice: {', '.join(names)}")
     if config.data is not None:
         tasks = load_tasks(config.data, names, config.seed)
     else:
@@ -207,10 +207,10 @@ def print_examples(config: InputConfig, count: int) -> None:
             print(f"--- {clean(task.name)}: {len(example.ids)} tokens, {supervised} supervised")
             text = tokenizer.render(messages)
             starts = [*tokenizer.encode(text)[1], len(text)]        # of each token in the text
-            parts = ""
+            marked = ""
             for is_answer, tokens in groupby(zip(example.labels, starts, starts[1:]),
                                              lambda token: token[0] != IGNORE):
                 spans = list(tokens)
                 piece = clean(text[spans[0][1]:spans[-1][2]], "\n")
-                parts += f"{mark}{piece}{end}" if is_answer else piece
-            print(parts)
+                marked += f"{mark}{piece}{end}" if is_answer else piece
+            print(marked)

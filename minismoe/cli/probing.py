@@ -122,9 +122,9 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
         compiled.compile_layers(inputs.model, lambda: norms(batches[0]))
     with progress_bar(desc="probe", unit="sample", total=sum(len(batch[0]) for _, batch in batches),
                       disable=distributed.rank() > 0) as bar:
-        for (name, _), found in zip(batches, distributed.spread(norms, batches)):
-            scores.add(name, torch.tensor(found, dtype=torch.float64))
-            bar.update(len(found))
+        for (name, _), rows in zip(batches, distributed.spread(norms, batches)):
+            scores.add(name, torch.tensor(rows, dtype=torch.float64))
+            bar.update(len(rows))
 
     if bad := [task for task, norms in scores.samples.items() if not norms.isfinite().all()]:
         raise ArithmeticError(f"the probe of {', '.join(bad)} found gradients that are not finite: "

@@ -155,13 +155,13 @@ def continued(run: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     """The saved config.json of a run that goes on, with its new flags. What may change the last
     bits is told on stderr; ValueError if its inputs are others."""
     saved = saved_config(run)
-    if said := differences(now["identity"], saved["identity"]):
-        raise ValueError(f"{run} began with other inputs: {said}")
+    if changes := differences(now["identity"], saved["identity"]):
+        raise ValueError(f"{run} began with other inputs: {changes}")
     here, there = ({**config["versions"], **{name: config["arguments"].get(name)
                                              for name in ROUNDING},
                     "processes": config["processes"]} for config in (now, saved))
-    if (said := differences(here, there)) and not distributed.rank():
-        print(f"the last bits may differ: {said}", file=sys.stderr)
+    if (changes := differences(here, there)) and not distributed.rank():
+        print(f"the last bits may differ: {changes}", file=sys.stderr)
     if saved["processes"] == distributed.world():
         same_threads(saved["threads"])
     updated = {name: now["arguments"][name] for name in UPDATED}
@@ -183,8 +183,9 @@ def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 def other_tasks(run: Path, inputs: Inputs) -> str:
     """How the tasks differ from those that a run was trained on; empty if they do not."""
-    return differences(*({name: value for name, value in found.items() if name.startswith("task ")}
-                         for found in (inputs.identity, saved_config(run)["identity"])))
+    return differences(*(
+        {name: value for name, value in identity.items() if name.startswith("task ")}
+        for identity in (inputs.identity, saved_config(run)["identity"])))
 
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Judgement]:

@@ -76,9 +76,9 @@ def case(skill: str, rng: random.Random) -> Case:
         pair = numbers(rng)
         return pair, min(pair)
     low, high = {"capitals": (3, 5), "count": (2, 6), "second": (3, 4)}[skill]
-    found = words(rng, 2 if skill == "second" else 1, low, high)
-    return tuple(found), {"capitals": found[0].upper(), "count": str(len(found[0])),
-                          "second": found[-1]}[skill]
+    drawn = words(rng, 2 if skill == "second" else 1, low, high)
+    return tuple(drawn), {"capitals": drawn[0].upper(), "count": str(len(drawn[0])),
+                          "second": drawn[-1]}[skill]
 
 
 def tasks(seed: int = 0) -> list[Task]:

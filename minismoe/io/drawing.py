@@ -111,8 +111,8 @@ def terminal_heatmap(title: str, values: Mapping[str, float], *, digits: bool = 
         block = layers[start:start + per_block]
         lines += [_clip(name, gutter - 1).ljust(gutter) + "".join(draw((n, name)) for n in block)
                   for name in projections]
-        every, axis = 1 if max(map(len, block)) < cell else 5, ""
-        for n in [n for n in block if n == "-" or int(n) % every == 0] or block[:1]:
+        step, axis = 1 if max(map(len, block)) < cell else 5, ""
+        for n in [n for n in block if n == "-" or int(n) % step == 0] or block[:1]:
             axis = axis.ljust((block.index(n) + 1) * cell - len(n)) + n
         lines.append("layer".ljust(gutter) + axis)
     ramp = "".join(_paint(" ", i / 14) for i in range(14)) + " " if color else (
@@ -143,7 +143,7 @@ def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
     """One heatmap with its title: projection names on the left, layer numbers below."""
     left = x + 6 + 6.2 * min(max(map(len, ["layer", *projections])), 14)
     size = (x + width - left) / max(1, len(layers))
-    every = 1 if size >= 16 else 5       # layer numbers that fit
+    step = 1 if size >= 16 else 5        # layer numbers that fit
     out = [f"<g><title>{escape(clean(title))}</title>",
            _text(left, y + 10, _clip(title, int((x + width - left) / 6.8)), "start", BOLD)]
     for row, label in enumerate([*projections, "layer"]):
@@ -152,7 +152,7 @@ def _panel(x: float, y: float, width: float, title: str, layers: Sequence[str],
         out += [_square(left + i * size, top, size, *cells[n, label])
                 for i, n in enumerate(layers) if (n, label) in cells]
     out += [_text(left + (i + 0.5) * size, top + 9, layer) for i, layer in enumerate(layers)
-            if layer == "-" or int(layer) % every == 0]
+            if layer == "-" or int(layer) % step == 0]
     return [*out, "</g>"]
 
 
@@ -168,8 +168,8 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
     for task, values in scores.items():
         top = _scaled(values.values(), "log")[1] or 1.0
         shares[task] = {name: v / top for name, v in values.items() if math.isfinite(v)}
-    every_share = [v for of_task in shares.values() for v in of_task.values()]
-    low, _, place = _scaled([0.1, 1.0, *every_share], "log")
+    all_shares = [v for of_task in shares.values() for v in of_task.values()]
+    low, _, place = _scaled([0.1, 1.0, *all_shares], "log")
     panels = [(task, dict.fromkeys(names, (ABSENT, "")) | {
         name: (_color(VIRIDIS, place(v)), "") for name, v in of_task.items()})
         for task, of_task in shares.items()]

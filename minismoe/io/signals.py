@@ -21,8 +21,8 @@ LEFTOVERS = (".*.json.*.tmp", ".*.svg.*.tmp", "adapter/.*.tmp", "checkpoints/.*.
 class Interrupted(KeyboardInterrupt):
     """The signal `number` asked the process to end; the text says how far the process came."""
 
-    def __init__(self, said: str = "", number: int = signal.SIGINT):
-        super().__init__(said)
+    def __init__(self, progress: str = "", number: int = signal.SIGINT):
+        super().__init__(progress)
         self.number = number
 
 

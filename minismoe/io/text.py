@@ -55,16 +55,16 @@ def _width(text: str) -> int:
 
 def error_line(e: BaseException) -> str:
     """One line without control characters: what went wrong and, where known, what helps."""
-    said = str(e) or type(e).__name__
+    line = str(e) or type(e).__name__
     if out_of_memory(e):
-        said = f"out of memory ({said.split('. ')[0][:150]}): {MEMORY_ADVICE}"
+        line = f"out of memory ({line.split('. ')[0][:150]}): {MEMORY_ADVICE}"
     elif isinstance(e, BrokenPipeError):
-        said = "nobody reads the output any more: it was closed before the end"
+        line = "nobody reads the output any more: it was closed before the end"
     elif isinstance(e, OSError) and e.strerror:
-        said = ": ".join(str(part) for part in (e.filename, e.strerror, ADVICE.get(e.errno or 0))
+        line = ": ".join(str(part) for part in (e.filename, e.strerror, ADVICE.get(e.errno or 0))
                          if part)
-    said = clean(" ".join(said.split()))
-    return said if len(said) <= LONGEST else f"{said[:LONGEST]}… ({len(said):,} characters)"
+    line = clean(" ".join(line.split()))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}… ({len(line):,} characters)"
 
 
 def out_of_memory(e: BaseException) -> bool:

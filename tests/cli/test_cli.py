@@ -473,10 +473,10 @@ def test_another_device_and_other_processes_are_said(inputs, tmp_path, capsys) -
 
 
 def test_tasks_by_name(inputs, capsys) -> None:
-    for names, says in (("sum, upper,", ""), ("sum,sum", "asked for twice"), ("no", "no task no")):
+    for names, says in (("sum, upper,", ""), ("sum,sum", "named twice"), ("no", "no task no")):
         code, _, err = finish(train.main, *inputs, "--tasks", names, "--show", "1", capsys=capsys)
         assert code == (1 if says else 0) and says in err
-    for names, says in (("count,count", "asked for twice"), ("no", "no task no; it has capitals")):
+    for names, says in (("count,count", "named twice"), ("no", "no task no; it has capitals")):
         code, _, err = finish(train.main, "--tasks", names, "--show", "1", capsys=capsys)
         assert code == 1 and says in err
     for more in ([], ["--plan"]):

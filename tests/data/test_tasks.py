@@ -229,6 +229,15 @@ def test_a_folder_of_three_files_or_a_file_is_one_task(tmp_path: Path) -> None:
         load_tasks(root)
 
 
+def test_the_samples_of_the_clone_are_two_tasks() -> None:
+    orders, support = load_tasks(Path(__file__).parents[2] / "samples")
+    for task in (orders, support):
+        assert (len(task.train), len(task.valid), len(task.test)) == (200, 40, 60)
+    assert support.choices == ["card", "fees", "loan", "login", "transfer"]
+    assert all(json.loads(line[-1]["content"]).keys() == {"item", "colour", "count", "city"}
+               for line in orders.train + orders.test)
+
+
 def test_no_line_is_in_two_splits(tmp_path: Path) -> None:
     copies = numbered(3)
     put(tmp_path, a__train=lines(*numbered(9), *numbered(9)[:2], *numbered(9)[4:6]),
