@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 NUMBERS = {"max_tokens": int, "max_completion_tokens": int, "temperature": float, "top_p": float,
            "top_k": int, "min_p": float, "repetition_penalty": float, "seed": int}
-# What cannot be asked for, but by these values, which change nothing.
+# What cannot be asked for, but by these values, which change nothing. The log-probability of one
+# token takes as long as the token: a sum over the vocabulary.
 FIXED: Json = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {},
-               "frequency_penalty": 0, "presence_penalty": 0}
+               "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False}
 REASONS = {"stop": "stop", "max_tokens": "length", "context": "length"}
 
 
-class Refused(Exception):
-    """A question that is not answered, with the status and the body that say so."""
+class Unanswered(Exception):
+    """A request that is not answered, with the status and the body that say so."""
 
     def __init__(self, message: str, status: int = 400, code: str | None = None):
         super().__init__(message)
@@ -42,77 +43,63 @@ class Api:
         """The list of the one model, or this model."""
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "minismoe"}
         if path not in ("/v1/models", f"/v1/models/{self.name}"):
-            raise Refused(f"there is no {path}", 404)
+            raise Unanswered(f"there is no {path}", 404)
         return {"object": "list", "data": [model]} if path == "/v1/models" else model
 
     def answer(self, path: str, question: Json, check: Callable[[], None]) -> Iterator[Json]:
         """Yield the answer as one object or, with "stream", as chunks.
 
-        check: is called at each token, and raises what ends the answer. Raises Refused.
+        check: is called before the prompt and at each token, and raises what ends the answer.
+        Raises Unanswered.
         """
         if path not in ("/v1/chat/completions", "/v1/completions"):
-            raise Refused(f"there is no {path}", 404)
+            raise Unanswered(f"there is no {path}", 404)
+        check()
         try:
             for name, value in FIXED.items():
                 if question.get(name) not in (value, None):
                     raise ValueError(f"{name} {question[name]!r} is not supported")
-            yield from self._parts(question, check, "chat" in path)
+            if "chat" in path:
+                yield from self._chat(question, check)
+            else:
+                yield from self._text(question, check)
         except ModuleNotFoundError as e:     # llguidance is not installed
-            raise Refused(error_line(e), 501) from None
+            raise Unanswered(error_line(e), 501) from None
         except (AttributeError, LookupError, TypeError, ValueError) as e:
             code = "context_length_exceeded" if "leaves no room" in str(e) else None
             line = error_line(e) if type(e) is ValueError else f"it is not understood: {e!r}"
-            raise Refused(line, 400, code) from None
+            raise Unanswered(line, 400, code) from None
 
-    def _parts(self, question: Json, check: Callable[[], None], chat: bool) -> Iterator[Json]:
-        """Yield the answer in parts, in a chat or, if not, as text that follows a prompt."""
-        check()                              # it may have left while it waited
-        generator, stream = self.generator, bool(question.get("stream"))
-        tools, must = _tools(question) if chat else ([], False)
-        asked = with_tools(_messages(question["messages"]), tools) if chat else []
-        prompt = generator.tokenizer.render(asked, True) if chat else question["prompt"]
-        best = (question.get("top_logprobs") or 0) if question.get("logprobs") else None
-        if best is not None and not (chat and best in range(21)):
-            raise ValueError("logprobs are given in chats, with top_logprobs from 0 to 20")
-        count, log = 0, list[Json]()
+    def _chat(self, question: Json, check: Callable[[], None]) -> Iterator[Json]:
+        """Yield the next message of a chat; calls come as a whole, in one part."""
+        tools, must = _tools(question)
+        chat, stream = with_tools(_messages(question["messages"]), tools), question.get("stream")
+        run = _Run(self, question, check, "chat.completion" + ".chunk" * bool(stream))
+        pieces = run.pieces(self.generator.tokenizer.render(chat, True), None,
+                            self._grammar(question, tools, must), strip=True)
+        piece = next(pieces, "")             # before anything is sent, as it may raise
+        while stream and not tools and piece:
+            yield run.part({"delta": {"role": "assistant", "content": piece}})
+            piece = next(pieces, "")
+        message = {**self.generator.tokenizer.parse(chat, piece + "".join(pieces))}
+        for number, call in enumerate(message.get("tool_calls", ())):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+            call |= {"index": number, "id": f"call_{uuid.uuid4().hex}"}
+        reason = "tool_calls" if "tool_calls" in message else None
+        yield from run.end({"delta" if stream else "message": message}, reason)
 
-        def watched(tokens: Iterator[int]) -> Iterator[int]:
-            nonlocal count
-            for token in tokens:
-                check()
-                count += 1
-                if best is not None:
-                    log.append(self._logprobs(token, best))
-                yield token
-
-        def part(content: Json, ended: bool = False) -> Json:
-            key = "text" if not chat else "delta" if stream else "message"
-            kind = f"chat.completion{'.chunk' * stream}" if chat else "text_completion"
-            choice = {"index": 0, key: content if chat else content["content"],
-                      "logprobs": None if best is None else {"content": log[:]},
-                      "finish_reason": reason if ended else None}
-            del log[:]
-            return {**head, "object": kind, "choices": [choice]}
-
-        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": self.name}
-        pieces = generator.text(watched(generator.generate(
-            prompt, grammar=self._grammar(question, tools, must), **_options(question, chat))),
-            _texts(question.get("stop")), strip=chat)
-        text = next(pieces, "")
-        while stream and not tools and text:
-            yield part({"role": "assistant", "content": text})
-            text = next(pieces, "")
-        text += "".join(pieces)
-        message = generator.tokenizer.parse(asked, text) if chat else {"content": text}
-        calls = [{"index": n, "id": f"call_{uuid.uuid4().hex}", **call, "function": {
-            **call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-            for n, call in enumerate(message.get("tool_calls", ()))]
-        reason = "tool_calls" if calls else REASONS[generator.ended]
-        usage = {"usage": self._usage(count)}
-        last = part({**message, "tool_calls": calls} if calls else {**message}, ended=True)
-        yield last if stream else last | usage
-        if stream and (question.get("stream_options") or {}).get("include_usage"):
-            yield {**last, "choices": [], **usage}
+    def _text(self, question: Json, check: Callable[[], None]) -> Iterator[Json]:
+        """Yield the text that follows a prompt: 16 tokens unless more are asked for."""
+        prompt, stream = question["prompt"], question.get("stream")
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt, = prompt                 # a list of one prompt
+        run = _Run(self, question, check, "text_completion")
+        pieces = run.pieces(prompt, 16, self._grammar(question, [], False))
+        piece = next(pieces, "")
+        while stream and piece:
+            yield run.part({"text": piece})
+            piece = next(pieces, "")
+        yield from run.end({"text": piece + "".join(pieces)})
 
     def _grammar(self, question: Json, tools: Sequence[Function], must: bool) -> str:
         """The grammar of the answer; "" if any text may be."""
@@ -125,19 +112,56 @@ class Api:
         return json_grammar({"type": "object"} if form["type"] == "json_object" else
                             form["json_schema"]["schema"])
 
-    def _usage(self, count: int) -> Json:
-        cached = self.generator.cached_tokens
-        prompt = self.generator.prompt_tokens + cached
-        return {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count,
-                "prompt_tokens_details": {"cached_tokens": cached}}
 
-    def _logprobs(self, token: int, best: int) -> Json:
-        """A token's log-probability, and those of the `best` likeliest at its place."""
-        entries = []
-        for other, logprob in self.generator.logprobs(token, best):
-            text = self.generator.tokenizer.decode([other])
-            entries.append({"token": text, "logprob": logprob, "bytes": [*text.encode()]})
-        return {**entries[0], "top_logprobs": entries[1:]}
+class _Run:
+    """One answer: its pieces as they come, and the parts that carry them."""
+
+    def __init__(self, api: Api, question: Json, check: Callable[[], None], kind: str):
+        self.generator, self.question, self.check, self.count = api.generator, question, check, 0
+        self.head = {"id": uuid.uuid4().hex, "object": kind, "created": int(time.time()),
+                     "model": api.name}
+
+    def pieces(self, prompt: Any, limit: int | None, grammar: str, strip: bool = False,
+               ) -> Iterator[str]:
+        """The answer's text; limit: how many tokens, unless the question says so."""
+        question, stop = self.question, self.question.get("stop") or []
+        options = {name: question[name] for name in NUMBERS if question.get(name) is not None}
+        for name, value in options.items():
+            if type(value) not in (int, NUMBERS[name]):
+                raise ValueError(f"{name} {value!r} is no {NUMBERS[name].__name__}")
+        limit = options.pop("max_tokens", limit)
+        limit = options.pop("max_completion_tokens", limit)
+        stop = [stop] if isinstance(stop, str) else stop
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop {stop!r}: expected texts")
+        tokens = self.generator.generate(prompt, limit, grammar, **options)
+        return self.generator.text(self._counted(tokens), stop, strip)
+
+    def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
+        for token in tokens:
+            self.check()
+            self.count += 1
+            yield token
+
+    def part(self, content: Json, reason: str | None = None) -> Json:
+        """An object with this content; the last one has a reason."""
+        return {**self.head, "choices": [
+            {"index": 0, **content, "logprobs": None, "finish_reason": reason}]}
+
+    def end(self, content: Json, reason: str | None = None) -> Iterator[Json]:
+        """The last part, and how many tokens were read and written."""
+        cached, last = self.generator.cached_tokens, self.part(
+            content, reason or REASONS[self.generator.ended])
+        read = self.generator.prompt_tokens + cached
+        usage = {"usage": {"prompt_tokens": read, "completion_tokens": self.count,
+                           "total_tokens": read + self.count,
+                           "prompt_tokens_details": {"cached_tokens": cached}}}
+        if not self.question.get("stream"):
+            yield last | usage
+            return
+        yield last
+        if (self.question.get("stream_options") or {}).get("include_usage"):
+            yield {**last, "choices": [], **usage}
 
 
 def _tools(question: Json) -> tuple[list[Function], bool]:
@@ -169,20 +193,3 @@ def _messages(items: Any) -> list[Message]:
     if not messages:
         raise ValueError("messages is empty: give at least one")
     return messages
-
-
-def _texts(stop: Any) -> list[str]:
-    texts = [stop] if isinstance(stop, str) else [*(stop or [])]
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"stop {stop!r}: expected texts")
-    return texts
-
-
-def _options(question: Json, chat: bool) -> Json:
-    """Arguments of `generate`; 16 tokens follow a prompt by default, as with OpenAI."""
-    found = {name: question[name] for name in NUMBERS if question.get(name) is not None}
-    for name, value in found.items():
-        if type(value) not in (int, NUMBERS[name]):
-            raise ValueError(f"{name} {value!r} is no {NUMBERS[name].__name__}")
-    limit = found.pop("max_tokens", None if chat else 16)
-    return {"max_tokens": found.pop("max_completion_tokens", limit), **found}

@@ -18,7 +18,7 @@ from .choices import Answer, Tokens, answer_tokens, likeliest
 from .folder import CACHE_TYPES, FLOAT, FLOAT16, INT64
 from .grammar import call_grammar, grammar_tokens, new_matcher
 from .model import CachedModel
-from .sampling import Sampling, logprobs, penalize, permitted
+from .sampling import Sampling, penalize, permitted
 
 BATCH = 2 << 30                              # bytes of the caches of prompts that are read at once
 
@@ -68,7 +68,7 @@ class Generator(CachedModel):
         self._sampler.run_with_iobinding(io)
         if math.isnan(sum(best)):
             raise ArithmeticError("the model's logits are not numbers")
-        self._last, chosen = (logits, ids[:size]), list[int]()
+        chosen = list[int]()
         for start in range(0, B * size, size):
             values, tokens = best[start:start + size], ids[start:start + size]
             if mask is not None:
@@ -131,13 +131,6 @@ class Generator(CachedModel):
     @cached_property
     def _grammar_tokens(self) -> Any:
         return grammar_tokens(self.tokenizer, self.info["vocab_size"])
-
-    def logprobs(self, token: int, best: int = 0) -> list[tuple[int, float]]:
-        """A token that `generate` has just yielded and the `best` likeliest tokens at its place,
-        each with its log-probability; it takes some milliseconds."""
-        logits, candidates = self._last
-        tokens = [token, *candidates[:best]]
-        return [*zip(tokens, logprobs(logits, tokens))]
 
     def encoded(self, prompts: Sequence[str | Sequence[int]], new: int = 1) -> list[list[int]]:
         """Token ids of prompts; raises ValueError if `new` more do not fit the context."""

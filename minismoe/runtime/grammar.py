@@ -12,6 +12,8 @@ from ..io.text import clean
 # As json.dumps and templates write it. Where small models may write white space, some never stop.
 SPACES = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
                          "key_separator": ": "}}
+COMBINED = {"anyOf", "oneOf", "$ref", "patternProperties"}
+CALLS = 8                                    # of one answer: small models go on calling
 # The opening, the call up to its name, up to its arguments, up to its end, and the closing.
 FORM = re.compile(r'([^{]*)({.*?)"shown"(.*?){"key": *"value"}([^}]*})(.*)', re.DOTALL)
 
@@ -20,7 +22,22 @@ def json_grammar(schema: Any) -> str:
     """The grammar of a JSON value that a schema describes; ValueError if it is no object."""
     if not isinstance(schema, dict):
         raise ValueError("the schema is no JSON object")
-    return f"start: %json {json.dumps({**schema, **SPACES})}"
+    return f"start: {_json(schema)}"
+
+
+def _json(schema: Any) -> str:
+    """A value by a schema, whose objects have no property that it does not name, unless it says so.
+
+    JSON schema allows others, and small models go on adding some.
+    """
+    def close(part: dict[str, Any]) -> dict[str, Any]:
+        if part.get("type") == "object" and "properties" in part and not part.keys() & COMBINED:
+            part.setdefault("additionalProperties", False)
+        return part
+
+    text = json.dumps(schema)                # a part of an allOf may not know the others' names
+    closed = schema if '"allOf"' in text else json.loads(text, object_hook=close)
+    return f"%json {json.dumps({**closed, **SPACES})}"
 
 
 def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool) -> str:
@@ -36,20 +53,20 @@ def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool) ->
                          "holds answers to them")
     before, (opening, first, middle, last, closing) = _text(written[1]), form.groups()
     end = _text(last).replace("123456789", '" /[0-9A-Za-z]{9}/ "')           # an id
-    more = '(", " call)*' if "[" in opening else ""
+    more = f'(", " call){{0,{CALLS - 1}}}' if "[" in opening else ""
     rules = [f"call: {' | '.join(f'call{n}' for n in range(len(tools)))}", "TEXT: /(.|\\n)*/",
              f"body: {_text(opening)} call {more} {_text(closing)}"]
     for number, tool in enumerate(tools):
         name = json.dumps(tool["function"]["name"], ensure_ascii=False)
-        schema = {"type": "object", **(tool["function"].get("parameters") or {}), **SPACES}
-        rules.append(f"call{number}: {_text(first + name + middle)} %json {json.dumps(schema)} "
-                     f"{end}")
+        schema = {"type": "object", **(tool["function"].get("parameters") or {})}
+        rules.append(f"call{number}: {_text(first + name + middle)} {_json(schema)} {end}")
     if ids and ids[0] in tokenizer.special.values():             # as Mistral's [TOOL_CALLS]
         start = f"<[{ids[0]}]> {before} body"
         start = start if must else f"TEXT ({start})?"
     elif before:
         rules.append(f"mark[lazy]: TEXT {before}")
-        start = f'{before} body ("\\n" {before} body)*' if must else "(mark body)* TEXT"
+        more = f'("\\n" {before} body){{0,{CALLS - 1}}}'
+        start = f"{before} body {more}" if must else "(mark body)* TEXT"
     else:
         rules.append("OTHER: /([^\\[{ \\n](.|\\n)*)?/")
         start = "body" if must else "OTHER | body"

@@ -80,11 +80,3 @@ def permitted(logits: Any, values: Sequence[float], tokens: Sequence[int], mask:
         kept = heapq.nlargest(len(tokens), ((floats[token], token) for token in range(len(floats))
                                             if allowed(token)))
     return [value for value, _ in kept], [token for _, token in kept]
-
-
-def logprobs(logits: Any, tokens: Sequence[int]) -> list[float]:
-    """Log-probabilities of tokens, among all, after logits (1, 1, V)."""
-    floats = floats_of(logits)
-    highest = max(floats)
-    total = highest + math.log(sum(math.exp(value - highest) for value in floats))
-    return [floats[token] - total for token in tokens]

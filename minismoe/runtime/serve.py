@@ -16,7 +16,7 @@ from socket import MSG_PEEK
 from typing import Any
 
 from ..io.text import clean, error_line
-from .api import Api, Refused
+from .api import Api, Unanswered
 
 HOST = "127.0.0.1"
 # A browser keeps a page and its model by port, so that a folder is best found at the same one.
@@ -65,17 +65,17 @@ class _Handler(SimpleHTTPRequestHandler):
     server: _Server
 
     def _check(self) -> None:
-        """Raise Refused for a request of another site, or without the key."""
+        """Raise Unanswered for a request of another site, or without the key."""
         key, host = self.server.key, self.headers.get("Host", "")
         if key is not None:
             given = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if not compare_digest(given.encode(), key.encode()):
-                raise Refused("the API key is missing or wrong", 401, "invalid_api_key")
+                raise Unanswered("the API key is missing or wrong", 401, "invalid_api_key")
         # Another site may have its name lead to 127.0.0.1, but the browser still sends that name.
         elif host.partition(":")[0].lower() not in (HOST, "localhost"):
-            raise Refused("the request is for another host", 403)
+            raise Unanswered("the request is for another host", 403)
         if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            raise Refused("the request comes from another site", 403)
+            raise Unanswered("the request comes from another site", 403)
 
     def _check_client(self) -> None:
         """Raise ConnectionError if the client has left."""
@@ -93,11 +93,11 @@ class _Handler(SimpleHTTPRequestHandler):
             if self.path.startswith("/v1/") and self.server.api:
                 return self._send(self.server.api.models(self.path))
             if "\0" in str(file) or not file.resolve().is_relative_to(folder):
-                raise Refused("the file is not in the folder", 403)
+                raise Unanswered("the file is not in the folder", 403)
             if not (folder / "index.html").is_file() or (    # no lists of files, either
                     file.is_dir() and file != Path(self.directory)):
-                raise Refused("there is no such page", 404)
-        except Refused as e:
+                raise Unanswered("there is no such page", 404)
+        except Unanswered as e:
             return self._send(e.body, e.status)
         return super().send_head()
 
@@ -108,7 +108,7 @@ class _Handler(SimpleHTTPRequestHandler):
             self._check()
             question = self._question()
             if not self.server.api:
-                raise Refused("the folder's graph is for browsers: export --layout onnx", 404)
+                raise Unanswered("the folder's graph is for browsers: export --layout onnx", 404)
             with self.server.turn():
                 for part in self.server.api.answer(self.path, question, self._check_client):
                     if not question.get("stream"):
@@ -122,30 +122,30 @@ class _Handler(SimpleHTTPRequestHandler):
         except OSError:                      # the client left, or takes nothing
             return
         except Exception as e:               # onnxruntime raises bare Exceptions
-            refused = e if isinstance(e, Refused) else Refused(error_line(e), 500)
+            failed = e if isinstance(e, Unanswered) else Unanswered(error_line(e), 500)
             if streams:
-                self._event(json.dumps(refused.body))
+                self._event(json.dumps(failed.body))
             else:
-                self._send(refused.body, refused.status)
+                self._send(failed.body, failed.status)
 
     def _question(self) -> dict[str, Any]:
-        """The JSON object of a request; Refused if there is none, or it is too large."""
+        """The JSON object of a request; Unanswered if there is none, or it is too large."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
-            raise Refused("the request has no Content-Length", 411)
+            raise Unanswered("the request has no Content-Length", 411)
         if int(length) > LARGEST:
             for _ in range(min(int(length), 1 << 30) >> 16):     # else it would not see the answer
                 self.rfile.read(1 << 16)
-            raise Refused(f"the request has {length} bytes: at most {LARGEST} are read", 413)
+            raise Unanswered(f"the request has {length} bytes: at most {LARGEST} are read", 413)
         # A page of another site may post text, but not this type.
         if self.headers.get_content_type() != "application/json":
-            raise Refused("the request's Content-Type is not application/json", 415)
+            raise Unanswered("the request's Content-Type is not application/json", 415)
         try:
             question = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as e:
-            raise Refused(f"the request is no JSON: {e}") from None
+            raise Unanswered(f"the request is no JSON: {e}") from None
         if not isinstance(question, dict):
-            raise Refused("the request is no JSON object")
+            raise Unanswered("the request is no JSON object")
         return question
 
     def _send(self, value: Any, status: int = 200, kind: str = "application/json") -> None:
@@ -160,11 +160,6 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def _event(self, text: str) -> None:
         self.wfile.write(f"data: {text}\n\n".encode())
-
-    def copyfile(self, source, outputfile):                  # type: ignore[no-untyped-def]
-        """Send a file; a page that was closed meanwhile is no error."""
-        with suppress(ConnectionError):
-            super().copyfile(source, outputfile)
 
     def end_headers(self) -> None:
         for name, value in HEADERS.items():

@@ -89,6 +89,21 @@ def test_a_schema_that_cannot_be_compiled_is_one_line_before_anything_is_read(
     assert "\n" not in str(refused.value) and generator._cache.tokens == [[]]
 
 
+def test_objects_have_no_property_that_the_schema_does_not_name() -> None:
+    """Unless it says so, or its parts do not know each other's names."""
+    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
+    inner = {"type": "object", "properties": {"a": {"type": "null"}}}
+    nested = '{"a": {"a": null, "b": 1}}'
+    for schema, text, accepted in (
+            (inner, '{"a": null}', True), (inner, '{"a": null, "b": 1}', False),
+            (inner | {"additionalProperties": True}, '{"a": null, "b": 1}', True),
+            ({"type": "object"}, '{"b": 1}', True),
+            ({"type": "object", "properties": {"a": inner}}, nested, False),
+            ({"allOf": [inner, {"type": "object", "properties": {"b": {"type": "integer"}}}]},
+             '{"a": null, "b": 1}', True)):
+        assert accepts(tokenizer, json_grammar(schema), text) == accepted, (schema, text)
+
+
 def test_the_tokens_of_a_file_are_masked_as_they_are(bpe) -> None:
     """Special tokens are no text of a JSON value, and each stop token may end it."""
     tokenizer = Tokenizer(FileTokenizer(bpe), None, "", "<|im_end|>", stop_ids=[0])

@@ -108,7 +108,8 @@ def test_a_chat_a_stream_and_a_text(generator, client) -> None:
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == length - 1
     text = client.completions.create(model="tiny", prompt="once", max_tokens=9).choices[0].text
     assert text == "".join(generator.text(generator.generate("once", 9)))
-    assert len([*client.completions.create(model="tiny", prompt="once", stream=True)]) > 1
+    several = client.completions.create(model="tiny", prompt=["once"], max_tokens=9, stream=True)
+    assert "".join(part.choices[0].text for part in several) == text
 
 
 def test_settings_reach_the_generator(generator, client) -> None:
@@ -127,19 +128,6 @@ def test_settings_reach_the_generator(generator, client) -> None:
     given = client.chat.completions.create(model="x", messages=ASK, extra_body=extra, max_tokens=20)
     assert given.choices[0].message.content == "".join(generator.text(
         generator.generate(prompt, 20, **extra))).strip()
-
-
-def test_logprobs_are_those_of_all_tokens(generator, client) -> None:
-    answer = client.chat.completions.create(model="x", messages=ASK, max_tokens=3, logprobs=True,
-                                            top_logprobs=20)
-    first = answer.choices[0].logprobs.content[0]
-    assert len(answer.choices[0].logprobs.content) == 3
-    assert first.logprob == first.top_logprobs[0].logprob < 0 and len(first.top_logprobs) == 20
-    import torch
-    tokens = generator.tokenizer.encode(generator.tokenizer.render(ASK, True))[0]
-    logits = torch.from_dlpack(next(generator.forced(tokens, [])))[0, 0].log_softmax(-1)
-    assert [p.logprob for p in first.top_logprobs] == pytest.approx(
-        logits.topk(20).values.tolist(), abs=1e-4)
 
 
 def test_a_chat_that_goes_on_is_read_from_where_it_differs(generator, client) -> None:
@@ -165,7 +153,7 @@ def test_content_in_parts_and_another_name_of_the_system(generator, client) -> N
     ({"messages": [{"content": "x"}]}, "KeyError"), ({"n": 2}, "n 2 is not supported"),
     ({"logit_bias": {"1": 2}}, "logit_bias"), ({"temperature": -1}, "temperature >= 0"),
     ({"max_tokens": "many"}, "max_tokens 'many' is no int"), ({"stop": [""]}, "stop"),
-    ({"top_logprobs": 50, "logprobs": True}, "from 0 to 20"), ({"seed": True}, "seed True"),
+    ({"logprobs": True}, "logprobs True is not supported"), ({"seed": True}, "seed True"),
     ({"response_format": {"type": "xml"}}, "'xml' is not supported"),
     ({"tools": [{"name": "f"}]}, "tools is no list"),
     ({"tool_choice": "required"}, "does not offer|not offer"),
