@@ -131,8 +131,8 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags; exits with 2 if some contradict others."""
+def _parser() -> argparse.ArgumentParser:
+    """The flags and their help."""
     parser = argparse.ArgumentParser(prog="python -m minismoe.runtime", description=(
         "Generate from a folder that export.py wrote, without PyTorch."))
     add = parser.add_argument
@@ -177,6 +177,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "but cooler")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; exits with 2 if some contradict others."""
+    parser = _parser()
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
     if args.serve is None and (args.host or args.api_key) or args.host and not args.api_key:
         parser.error("--host needs --serve and --api-key")
