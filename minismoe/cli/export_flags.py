@@ -48,7 +48,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     scaled = rounded and (not npu or precision == "w4a16")       # in blocks
     idle = [                     # kinds of exports, and the flags that have no effect on them
         (not config.graph, f"--layout {layout} holds no graph",
-         ["target", "static", "provider", "context", "precision", "block", "adapters",
+         ["target", "static", "provider", "context", "precision", "block", "size", "adapters",
           *["routing"] * (layout == "hf" or config.routing == "dynamic")]),
         (config.model, "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)",
          ["run", "routing", "adapters", "task", "fit", "heal", "limit_test",
@@ -62,6 +62,15 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          ["routing", "task", "prompts", *["layout"] * (layout == "web")]),
         (config.prompts, "--prompts has no tasks", ["task"]),
         (config.static, "--static fixes all sizes of layout onnx", ["layout", *["context"] * npu]),
+        (layout == "web", "transformers.js takes one kind of blocks", ["size"]),
+        (config.model and not config.prompts, "texts show which matrices need bits: give --prompts "
+         "FILE", ["size"]),
+        (config.routing != "merge" or config.adapters, "experts beside the weights take blocks of "
+         "one size", ["size"]),
+        (config.block, "--block stores all matrices alike", ["size"]),
+        (precision not in ("auto", "int4-8", "w4a16") or config.target == "portable",
+         f"--precision {precision} of --target {config.target} stores all matrices alike",
+         ["size"]),
         (not scaled or precision == "q8", f"--precision {precision} of --target {config.target} "
          "has no blocks", ["block"])]
     for applies, kind, names in idle:

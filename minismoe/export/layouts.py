@@ -19,6 +19,7 @@ from ..io.files import inside, read_json, replacing, write_json
 from ..method.freeze import merged
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
 from ..model.config import CONV, DELTA, FULL, Config, text_part
+from ..model.quantize import BlockWeight
 from .graph import write_decoder
 from .npu import compile_npu, write_npu
 from .settings import ExportConfig
@@ -51,7 +52,10 @@ def write_graph(config: ExportConfig, shipped: Shipped, folder: Path) -> dict[st
     return {"target": config.target, "precision": config.precision, "context": config.context,
             "static": config.static, "layers": len(sizes.attention_layers),
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
-            "vocab_size": sizes.vocab_size, "adapters": adapters,
+            "vocab_size": sizes.vocab_size, "adapters": adapters, "bits": {
+                name: [leaf.weight.bits, leaf.weight.size]
+                for name, leaf in shipped.tree.named_modules()
+                if isinstance(getattr(leaf, "weight", None), BlockWeight)},
             "cache_type": "float16" if config.precision in (*HALF, *NPU_PRECISIONS) else "float32",
             **({"soc": config.chip} if config.chip else {})}
 

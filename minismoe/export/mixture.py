@@ -63,9 +63,9 @@ class BlockExperts(ExpertLinear):
 
 
 @torch.no_grad()
-def rounded_experts(layer: ExpertLinear, name: str, form: GraphFormat) -> ExpertLinear:
+def rounded_experts(layer: ExpertLinear, form: GraphFormat) -> ExpertLinear:
     """The layer with its experts as a graph of that form stores them."""
-    bits, block = form.bits_of(name)
+    bits, block = storage(layer)
     if not bits:
         return layer
     new = BlockExperts(layer, layer.experts, layer.rank, layer.scaling * layer.rank, layer.top_k)

@@ -1,6 +1,6 @@
 """Few bits: the weights and the experts of a tree become what a graph stores of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..method.experts import expert_layers
 from ..method.freeze import evaluating
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight, quantize
+from .bits import choose_blocks
 from .gptq import DAMPING, TIED_DAMPING, gptq, second_moments
 from .mixture import rounded_experts
 from .walk import Walk
@@ -23,12 +24,23 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 @torch.no_grad()
 def round_weights(tree: CausalLM, form: GraphFormat, model: CausalLM,
-                  batches: Mapping[str, Sequence[Batch]]) -> None:
-    """Store the weights of the tree as `bits_of` says, in place, layer by layer: 4 bits are rounded
-    for what a model of the same modules, the run's, reads on batches, by task; without any, to the
-    nearest."""
+                  batches: Mapping[str, Sequence[Batch]], size: float | None = None) -> None:
+    """Store the weights of the tree in few bits, in place. model, batches: see `rounded_options`;
+    size: see `choose_blocks`."""
     if not form.rounds:
         return
+    options = rounded_options(tree, form, model, batches)
+    for name, blocks in choose_blocks(dict(options), tree, model, batches, size).items() if (
+            form.chooses) else ((name, only) for name, (only,) in options):
+        store(tree, name, blocks)
+
+
+@torch.no_grad()
+def rounded_options(tree: CausalLM, form: GraphFormat, model: CausalLM,
+                    batches: Mapping[str, Sequence[Batch]]) -> Iterator[tuple[str, list[Blocks]]]:
+    """Each weight of the tree by module, layer by layer, in few bits, in each way that `options_of`
+    allows: 4 bits are rounded for what a model of the same modules, the run's, reads on batches, by
+    task; without any, to the nearest."""
     with evaluating(model):
         walk = Walk(model.model, batches)
         bar = progress_bar(walk.layers(), "round", len(model.model.layers), unit="layer")
@@ -36,32 +48,46 @@ def round_weights(tree: CausalLM, form: GraphFormat, model: CausalLM,
             leaves = {name: leaf for name, leaf in tree.named_modules()
                       if name.startswith(f"{prefix}.") and isinstance(leaf, nn.Linear)}
             moments = second_moments({name: model.get_submodule(name) for name in leaves
-                                      if form.bits_of(name).bits == 4},
+                                      if in_4_bits(form, name)},
                                      [run for of_task in runs.values() for run in of_task])
             for name, leaf in leaves.items():
-                tree.set_submodule(name, in_blocks(leaf, rounded(
-                    leaf, name, form, moments.get(name), DAMPING)))
+                yield name, rounded(leaf, name, form, moments.get(name), DAMPING)
         tied, moment = tree.config.tie_word_embeddings, None
-        if form.bits_of(EMBEDDING if tied else HEAD).bits == 4:
+        if in_4_bits(form, EMBEDDING if tied else HEAD):
             for x in walk.read_by_head():
                 moment = x.float().T @ x.float() + (0 if moment is None else moment)
-    embedding, head = tree.model.embed_tokens, tree.lm_head
-    stored = BlockWeight(rounded(embedding, EMBEDDING, form, moment if tied else None,
-                                 TIED_DAMPING), torch.float32)
-    tree.model.embed_tokens = BlockEmbedding(stored)         # type: ignore[assignment]
-    tree.lm_head = BlockLinear(stored, None) if tied else in_blocks(
-        head, rounded(head, HEAD, form, moment, DAMPING))
+    yield EMBEDDING, rounded(tree.model.embed_tokens, EMBEDDING, form, moment if tied else None,
+                             TIED_DAMPING)
+    if not tied:
+        yield HEAD, rounded(tree.lm_head, HEAD, form, moment, DAMPING)
+
+
+def in_4_bits(form: GraphFormat, name: str) -> bool:
+    """Whether a module may be stored in 4 bits, which are rounded for what the module reads."""
+    return any(storage.bits == 4 for storage in form.options_of(name))
 
 
 def rounded(leaf: Any, name: str, form: GraphFormat, moments: Tensor | None, damping: float,
-            ) -> Blocks:
-    """The weight (out, in) of a module in few bits, for inputs of these second moments; without
-    them, to the nearest. Computed where the moments are."""
-    bits, block = form.bits_of(name)
+            ) -> list[Blocks]:
+    """The weight (out, in) of a module in few bits, for each option: 4 bits for inputs of these
+    second moments, computed where they are; 8 bits, and all without moments, to the nearest."""
     weight = leaf.weight if moments is None else leaf.weight.to(moments.device)
-    blocks = quantize(weight, bits, block, form.target == "npu" and bits == 8) if (
-        moments is None) else gptq(weight, moments, bits, block, damping)
-    return replace(blocks, data=blocks.data.cpu(), scales=blocks.scales.cpu())
+    options = [quantize(weight, bits, block, form.target == "npu" and bits == 8)
+               if moments is None or bits == 8 else gptq(weight, moments, bits, block, damping)
+               for bits, block in form.options_of(name)]
+    return [replace(b, data=b.data.cpu(), scales=b.scales.cpu()) for b in options]
+
+
+def store(tree: CausalLM, name: str, blocks: Blocks) -> None:
+    """Put blocks in place of the weight of a module; a tied head shares those of the embedding."""
+    if name != EMBEDDING:
+        leaf: Any = tree.get_submodule(name)
+        tree.set_submodule(name, in_blocks(leaf, blocks))
+        return
+    weight = BlockWeight(blocks, torch.float32)
+    tree.set_submodule(name, BlockEmbedding(weight))
+    if tree.config.tie_word_embeddings:
+        tree.lm_head = BlockLinear(weight, None)
 
 
 def in_blocks(leaf: nn.Linear, blocks: Blocks) -> nn.Linear:
@@ -77,4 +103,4 @@ def in_blocks(leaf: nn.Linear, blocks: Blocks) -> nn.Linear:
 def round_experts(tree: CausalLM, form: GraphFormat) -> None:
     """Store the experts of the tree, in place, as a graph of that form does."""
     for name, layer in expert_layers(tree).items():
-        tree.set_submodule(name, rounded_experts(layer, name, form))
+        tree.set_submodule(name, rounded_experts(layer, form))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
-from ..io.flags import flag, natural, positive, text
+from ..io.flags import above_zero, flag, natural, positive, text
 from ..method.freeze import KINDS
 from ..model.config import Config
 from ..model.decoder import CausalLM
@@ -55,15 +55,21 @@ class ExportConfig:
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js with "
                        "a page to chat in a browser, peft, or transformers",
                        choices=("onnx", "genai", "web", "peft", "hf"))
-    precision: str = flag("auto", "of the base weights, int4-8 with embedding and head in 8 bits; "
-                          "experts that stay beside few bits take 8 (but 32 lora_A in q4f16, "
+    precision: str = flag("auto", "of the base weights. int4-8: 4 or 8 bits a matrix, by what "
+                          "rounding costs it on the run's texts; without texts, with --block, for "
+                          "web or portable, or beside experts: 4, embedding and head 8. "
+                          "Experts that stay beside few bits take 8 (but 32 lora_A in q4f16, "
                           "lora_B in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: "
                           "int4 in float16, for their WebGPU. auto (default): int4-8; for "
                           "--layout web both q8 and q4f16, of which the browser loads one",
                           choices=("auto", *PRECISIONS))
     block: int | None = flag(
-        None, "weights that share a scale, in 8 or 4 bits (default: 32; 128 decodes faster and "
-        "loses more)", int, choices=BLOCKS)
+        None, "weights that share a scale, in 8 or 4 bits (default: 32, or chosen with the bits; "
+        "128 decodes faster and loses more)", int, choices=BLOCKS)
+    size: float | None = flag(
+        None, "megabytes that weights of int4-8, or of w4a16 and w8a16, may take (default: as many "
+        "as 4 bits in blocks of 32 take; more, if rounding then costs more than with embedding and "
+        "head in 8 bits)", above_zero, metavar="MB")
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))
@@ -91,10 +97,16 @@ class ExportConfig:
         if not self.graph:
             precision = "fp32"
         elif precision == "auto":
-            precision = ("w8a16" if has_examples else "fp16") if npu else (
-                "q8" if self.layout == "web" else "int4-8")
-        block = (self.block or BLOCK) if any(
-            PRECISIONS[precision]) and precision != "w8a16" else None
+            npu_default = "w4a16" if self.size else "w8a16" if has_examples else "fp16"
+            precision = npu_default if npu else "q8" if self.layout == "web" else "int4-8"
+        chooses = has_examples and self.merges and not self.block and (
+            self.size is not None if npu else precision == "int4-8" and self.target == "ort"
+            and self.layout != "web")
+        if self.size and not chooses:
+            raise ValueError("--size chooses bits by what texts show: export a RUN, or give "
+                             "--prompts FILE")
+        block = None if chooses or precision == "w8a16" or not any(PRECISIONS[precision]) else (
+            self.block or BLOCK)
         return replace(self, precision=precision, block=ROW if precision == "q8" else block)
 
     @property
@@ -108,10 +120,15 @@ class ExportConfig:
         return self.routing == "merge" and not self.adapters
 
     @property
+    def chooses(self) -> bool:
+        """Whether each matrix gets bits of its own, after `with_defaults`."""
+        return self.precision in ("int4-8", "w4a16") and self.block is None
+
+    @property
     def form(self) -> GraphFormat:
         """How the graph is written."""
         return GraphFormat(self.target, self.precision, self.context or 0, self.block or BLOCK,
-                           self.static)
+                           self.static, self.chooses)
 
     @property
     def kind(self) -> str:

@@ -132,7 +132,8 @@ def ship_part(config: ExportConfig, source: Source, reference: CausalLM, samples
     tree = placed(config, reference, fits)
     if config.graph:
         round_weights(tree, config.form, source.model, {
-            task: read for task, read in batches.items() if config.task in (None, task)})
+            task: read for task, read in batches.items() if config.task in (None, task)},
+            config.size)
     if not config.merges:                    # beside the weights that ship with them
         healed_fits = healed(config, source, samples, fits, tree)
         if healed_fits is not fits:

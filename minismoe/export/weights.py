@@ -8,8 +8,8 @@ Letters: B batch, T new tokens, D hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ class GraphFormat:
     context: int                             # positions
     block: int = BLOCK                       # weights that share a scale, in few bits
     static: tuple[int, int, int] | None = None           # prompts, tokens a step, past positions
-    chosen: Mapping[str, Storage] = field(default_factory=dict)      # by module; else by precision
+    chooses: bool = False                    # whether each matrix gets bits of its own
 
     @property
     def ort(self) -> bool:
@@ -68,12 +68,18 @@ class GraphFormat:
         return any(PRECISIONS[self.precision])
 
     def bits_of(self, name: str) -> Storage:
-        """How the matrix of a module is stored: the one place that decides it."""
-        if name in self.chosen:
-            return self.chosen[name]
+        """How the matrix of a module is stored where the precision alone decides."""
         bits = PRECISIONS[self.precision][".layers." not in name]
         whole = self.rows or bits == 8 and self.precision in NPU_PRECISIONS
         return Storage(bits, ROW if whole else self.block)
+
+    def options_of(self, name: str) -> list[Storage]:
+        """The ways to store the matrix of a module of which one is chosen."""
+        if not self.chooses:
+            return [self.bits_of(name)]
+        if self.target == "npu":
+            return [*{self.bits_of(name): None, Storage(8, ROW): None}]
+        return [Storage(4, 128), Storage(4, 32), Storage(8, 128)]
 
 
 def concatenated(parts: Sequence[Blocks], dim: int) -> Blocks:

@@ -55,11 +55,12 @@ def export_model(config: ExportConfig, source: Source,
 def plan(config: ExportConfig) -> str:
     """What will be written, and how to have something else, in one line."""
     what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
-    blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else ""
+    blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
+        ", 4 or 8 bits a matrix" if config.chooses else "")
     heal = (f", healed for {config.heal} steps{' a task' * config.adapters}, each about as long as "
             f"training on {BATCH} examples") if config.heal else ""
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
-    return f"writes {what}{blocks}{heal}{floats * bool(config.block)}"
+    return f"writes {what}{blocks}{heal}{floats * bool(config.block or config.chooses)}"
 
 
 def last_part(path: str | None) -> str | None:

@@ -376,13 +376,16 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     export.main([str(run), "--out", str(tmp_path / "out")])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
     wanted = ExportConfig(run="run", out=arguments["out"], context=128,
-                          precision="int4-8", block=32)
+                          precision="int4-8")
     assert arguments == asdict(wanted)
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [
     ("--model base", ("int4-8", 32)), ("--routing dynamic", ("int4-8", 32)),
-    ("--model base --prompts x", ("int4-8", 32)),
+    ("--model base --prompts x", ("int4-8", None)), ("", ("int4-8", None)),
+    ("--layout genai --size 9", ("int4-8", None)), ("--layout web --precision int4-8",
+                                                    ("int4-8", 32)),
+    ("--routing freeze", ("int4-8", 32)), ("--target npu --size 9", ("w4a16", None)),
     ("--precision int4 --block 128", ("int4", 128)), ("--precision int8", ("int8", 32)),
     ("--precision fp32", ("fp32", None)), ("--adapters", ("int4-8", 32)),
     ("--precision fp16 --heal 5", ("fp16", None)), ("--layout hf", ("fp32", None)),
@@ -630,6 +633,15 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--target npu --static 1x8x64 --context 64", "leave out --context"),
     ("--target npu --layout genai", "--layout genai needs --target ort or portable"),
     ("--target npu --routing dynamic", "--target npu holds one merged model"),
+    ("--size 9 --layout web", "transformers.js takes one kind of blocks: leave out --size"),
+    ("--size 9 --layout hf", "holds no graph: leave out --size"),
+    ("--size 9 --routing freeze", "experts beside the weights take blocks of one size"),
+    ("--size 9 --adapters", "experts beside the weights take blocks of one size"),
+    ("--size 9 --block 32", "--block stores all matrices alike: leave out --size"),
+    ("--size 9 --precision int4", "int4 of --target ort stores all matrices alike"),
+    ("--size 9 --target portable", "of --target portable stores all matrices alike"),
+    ("--size 9 --target npu --precision w8a16", "w8a16 of --target npu stores all matrices"),
+    ("--size 0", "0 is not above 0"),
 ])
 def test_wrong_usage(run: Path, flags: str, reason: str,
                      capsys: pytest.CaptureFixture[str]) -> None:

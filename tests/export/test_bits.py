@@ -1,0 +1,167 @@
+"""The bits of an export: sizes, what is listed and stored, and which matrices get them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from exported import CONFIG, random_model, stored
+from safetensors.torch import save_file
+from tiny import padded, save_bytes_model
+from torch import Tensor
+
+import export
+from minismoe.export import bits
+from minismoe.export.bits import choose_blocks, nbytes
+from minismoe.export.heal import sharing_copy
+from minismoe.export.rounding import rounded_options
+from minismoe.export.settings import ExportConfig
+from minismoe.export.weights import GraphFormat
+from minismoe.model.decoder import CausalLM
+from minismoe.model.quantize import Blocks, dequantize, quantize
+
+CHOOSES = GraphFormat("ort", "int4-8", 64, chooses=True)
+Batches = Mapping[str, list[tuple[Tensor, ...]]]
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return random_model(0)
+
+
+@pytest.fixture(scope="module")
+def batches(model: CausalLM) -> Batches:
+    return {task: [padded([24, 20, 16, 22], seed=seed, vocabulary=model.config.vocab_size)]
+            for seed, task in enumerate("ab")}
+
+
+@pytest.fixture(scope="module")
+def options(model: CausalLM, batches: Any) -> dict[str, list[Blocks]]:
+    return dict(rounded_options(model, CHOOSES, model, batches))
+
+
+def size_of(blocks: Mapping[str, Blocks]) -> int:
+    return sum(map(nbytes, blocks.values()))
+
+
+def divergence(model: CausalLM, blocks: Mapping[str, Blocks], batches: Any) -> float:
+    """KL(model || model with these weights) a token."""
+    rounded, total, tokens = sharing_copy(model), 0.0, 0
+    for name, each in blocks.items():
+        weight = torch.nn.Parameter(dequantize(each))
+        rounded.get_submodule(name).weight = weight
+        if name == "model.embed_tokens":
+            rounded.lm_head.weight = weight
+    with torch.no_grad():
+        for ids, mask in (batch for of_task in batches.values() for batch in of_task):
+            p, q = (m(ids, mask)[mask.bool()].log_softmax(-1) for m in (model, rounded))
+            total, tokens = total + (p.exp() * (p - q)).sum().item(), tokens + len(p)
+    return total / tokens
+
+
+def test_each_matrix_is_rounded_in_every_way(model: CausalLM, options: Any) -> None:
+    assert len(options) == 15                        # a tied head is the embedding
+    for ways in options.values():
+        assert [(b.bits, b.size) for b in ways] == [(4, 128), (4, 32), (8, 128)]
+
+
+def test_a_size_is_kept_and_well_spent(model: CausalLM, options: Any, batches: Any,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    """It loses less than as many bytes that the other matrices have."""
+    smallest = {name: min(ways, key=nbytes) for name, ways in options.items()}
+    largest = {name: max(ways, key=nbytes) for name, ways in options.items()}
+    size = (0.7 * size_of(smallest) + 0.3 * size_of(largest)) / 1e6
+    chosen = choose_blocks(options, model, model, batches, size)
+    assert size * 1e6 - 3000 < size_of(chosen) <= size * 1e6
+    assert "bits a weight" in (said := capsys.readouterr().out)
+    assert f"{size_of(chosen) / 1e6:.1f} MB of weights" in said
+    opposite = {name: largest[name] if chosen[name] is smallest[name] else smallest[name]
+                for name in options}
+    assert size_of(opposite) > size_of(chosen)
+    assert divergence(model, chosen, batches) < divergence(model, opposite, batches)
+    with pytest.raises(ValueError, match=f"--size 0.001, in MB: 1000 is too small: the least "
+                                         f"possible is {size_of(smallest)} bytes"):
+        choose_blocks(options, model, model, batches, 0.001)
+
+
+@pytest.mark.parametrize("vocabulary", [0.01, 1000.0])
+def test_the_default_is_no_worse_than_what_is_all_alike(
+        model: CausalLM, monkeypatch: pytest.MonkeyPatch, vocabulary: float) -> None:
+    """The bytes of blocks of 32; more, if 8 bits for the embedding would harm less."""
+    rows = {"model.embed_tokens": 200, **{f"model.layers.{i}.mlp.up_proj": 8 for i in range(40)}}
+    options = {name: [quantize(torch.zeros(n, 256), *way) for way in ((4, 128), (4, 32), (8, 128))]
+               for name, n in rows.items()}
+    harm = {name: [vocabulary * h if "embed" in name else h * (1 + i) for h in (3.0, 2.0, 0.0)]
+            for i, name in enumerate(options)}
+    monkeypatch.setattr(bits, "harm_of", lambda *_: harm)
+    chosen = choose_blocks(options, model, model, {}, None)
+    left = sum(harm[name][[(4, 128), (4, 32), (8, 128)].index((each.bits, each.size))]
+               for name, each in chosen.items())
+    of_32 = sum(harm[name][1] for name in options)
+    assert left < of_32 and left <= of_32 - harm["model.embed_tokens"][1]
+    assert (size_of(chosen) <= size_of({name: ways[1] for name, ways in options.items()})) == (
+        vocabulary < 1)
+
+
+def test_texts_are_taken_in_turn_and_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "LOGITS", 2 * 10 * 50)
+    monkeypatch.setattr(bits, "TOKENS", 95)
+    ones, twos = (torch.full((3, 10), n) for n in (1, 2))
+    several = {"a": [(ones, torch.ones_like(ones))] * 9, "b": [(twos, torch.ones_like(twos))]}
+    parts = [(int(ids[0, 0]), len(ids)) for ids, _ in bits.few(several, 50)]
+    assert parts == [(1, 2), (1, 1), (2, 2), (2, 1), (1, 2), (1, 1), (1, 2)]
+
+
+# --- export.py ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and beside it a file of prompts."""
+    folder = save_bytes_model(tmp_path_factory.mktemp("bits") / "model", **CONFIG)
+    save_file(dict(random_model(0).named_parameters()), folder / "model.safetensors")
+    (folder.parent / "lines").write_text("".join(f"say {i}\n" for i in range(99)))
+    return folder
+
+
+def info_of(base: Path, out: Path, flags: str) -> dict[str, Any]:
+    export.main(["--model", str(base), "--out", str(out), *flags.split()])
+    info: dict[str, Any] = json.loads((out / "export.json").read_text())
+    return info
+
+
+@pytest.mark.parametrize("flags", ["", "--layout genai", "--target npu"])
+def test_export_json_lists_the_bits_that_the_graph_has(base: Path, tmp_path: Path, flags: str,
+                                                       ) -> None:
+    """Each folder passes its check beside PyTorch with the same rounded weights."""
+    size = 0.055 if flags == "--target npu" else 0.09
+    info = info_of(base, tmp_path / "out", f"{flags} --prompts {base.parent / 'lines'} "
+                   f"--size {size}")
+    of_layers = {tuple(each) for name, each in info["bits"].items() if ".layers." in name}
+    assert of_layers <= ({(4, 32), (8, 64), (8, 48)} if "npu" in flags else
+                         {(4, 128), (4, 32), (8, 128)}) and {b for b, _ in of_layers} == {4, 8}
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    of_graph = {(a["bits"].i, a["block_size"].i) for a in (
+        {a.name: a for a in node.attribute} for node in graph.node
+        if node.op_type == "MatMulNBits")}
+    assert "npu" in flags or of_graph == {tuple(each) for each in info["bits"].values()}
+    stored = sum(t.ByteSize() for t in graph.initializer if t.name.endswith((
+        ".weight", ".scales")) and "norm" not in t.name)
+    assert 0.8 * size * 1e6 < stored < size * 1.1e6
+
+
+def test_without_texts_embedding_and_head_get_8_bits(base: Path, tmp_path: Path) -> None:
+    info = info_of(base, tmp_path / "out", "")
+    assert {(".layers." in name, *each) for name, each in info["bits"].items()} == {
+        (True, 4, 32), (False, 8, 32)}
+    with pytest.raises(ValueError, match="--size chooses bits by what texts show"):
+        ExportConfig(model=str(base), size=1.0).with_defaults(False)
+
+
+def test_settings_without_bits_of_their_own_store_as_before(model: CausalLM) -> None:
+    tree = stored(model, GraphFormat("ort", "int4-8", 64))
+    assert tree.lm_head.weight is tree.model.embed_tokens.weight
+    assert {(m.weight.bits, m.weight.size) for name, m in tree.named_modules()
+            if name.endswith("_proj")} == {(4, 32)}
