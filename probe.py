@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
                                   "probe and allocation": flags.AllocationConfig})
     parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
-    parser.add_argument("--compile", choices=compiled.ASKED, default="auto", help=compiled.HELP)
+    parser.add_argument("--compile", choices=compiled.CHOICES, default="auto", help=compiled.HELP)
     refuse_old(parser, argv, flags.OLD)
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))

@@ -28,7 +28,7 @@ from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts
 from minismoe.model.checkpoint import save_adapter
 from minismoe.training import distributed
-from minismoe.training.distributed import once
+from minismoe.training.distributed import once, print0
 from minismoe.training.evaluate import questions
 from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
 from minismoe.training.loop import TrainConfig, default_lr, train
@@ -68,10 +68,10 @@ def main(argv: Sequence[str]) -> None:
         seconds["probe"] = round(time.perf_counter() - now, 2)
     torch.manual_seed(config.inputs.seed)    # the same experts whatever was drawn before
     add_experts(inputs.model, allocation)
-    print(probing.allocation_heatmap(inputs.model, allocation))
+    print0(probing.allocation_heatmap(inputs.model, allocation))
     if config.training.lr is None:
         config = replace(config, training=replace(config.training, lr=default_lr(inputs.model)))
-        print(f"learning rate: {config.training.lr}, by the size of the base's weights")
+        print0(f"learning rate: {config.training.lr}, by the size of the base's weights")
 
     # From here on the folder is a run, which --resume continues.
     with runs.run_folder(config) as run:
@@ -89,7 +89,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
                        seconds: dict[str, float]) -> None:
     """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
-    print(f"{allocation}, {trainable:,} trainable parameters")
+    print0(f"{allocation}, {trainable:,} trainable parameters")
 
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.
     if not distributed.gather((run / "before.json").exists())[0]:

@@ -270,9 +270,9 @@ def test_output_to_a_full_device_fails_in_one_line(world: World) -> None:
     MemoryError()], ids=lambda e: str(e)[:4])
 def test_out_of_memory_names_the_flags_that_help(world: World, monkeypatch: pytest.MonkeyPatch,
                                                  raised: Exception) -> None:
-    def train_step(*_: object) -> None:
+    def gradients(*_: object) -> None:
         raise raised
-    monkeypatch.setattr("minismoe.training.loop.train_step", train_step)
+    monkeypatch.setattr("minismoe.training.loop.Trainer.gradients", gradients)
     fails(train.main, *world.inputs, *SHORT, "--out", world.run.parent / "new",
           folder=world.model.parent / "model",
           says="out of memory.*--dtype bfloat16.*--micro-batch-size.*--max-length.*--recompute")

@@ -20,6 +20,7 @@ from ..method.loss import IGNORE
 from ..model.checkpoint import load_model, read_config
 from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
+from ..training.distributed import print0
 from .flags import InputConfig
 
 
@@ -113,8 +114,8 @@ def load_inputs(config: InputConfig) -> Inputs:
     model = load_base(config, folder)
     size = sum(p.numel() for p in meta_model(model.config).parameters())
     bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
-    print(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
-          f"{config.dtype}{bits}")
+    print0(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
+           f"{config.dtype}{bits}")
     print_data(tokenizer, tasks, encoded)
     return Inputs(folder, model, tokenizer, tasks, encoded, valid)
 
@@ -183,16 +184,17 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
                      f"{sum(lengths) / len(lengths):.0f}", max(lengths),
                      f"{answers / len(examples):.1f}", dropped + sum(e.cut for e in examples),
                      dropped])
-    print(table(["task", "train", "valid", "test", "tokens", "longest", "supervised", "cut",
-                 "left out"], rows))
+    print0(table(["task", "train", "valid", "test", "tokens", "longest", "supervised", "cut",
+                  "left out"], rows))
     for task in tasks:
         if task.notes:
-            print(f"{clean(task.name)}: {clean('; '.join(task.notes))}")
+            print0(f"{clean(task.name)}: {clean('; '.join(task.notes))}")
     if dropped := sum(left_out.values()):
-        print(f"{dropped} examples were left out: the length limit would remove their whole answer")
+        print0(f"{dropped} examples were left out: the length limit would remove their whole "
+               "answer")
     if tokenizer.template is None:
-        print('chat template: the checkpoint brings none, so a turn is "User: ...", and an answer '
-              f'"Assistant: ...{clean(tokenizer.eos)}" (--show 1 prints an example)')
+        print0('chat template: the checkpoint brings none, so a turn is "User: ...", and an answer '
+               f'"Assistant: ...{clean(tokenizer.eos)}" (--show 1 prints an example)')
 
 
 def print_examples(config: InputConfig, count: int) -> None:
@@ -204,7 +206,7 @@ def print_examples(config: InputConfig, count: int) -> None:
         for messages in task.train[:count]:
             example = encode(task.name, messages, tokenizer)
             supervised = sum(label != IGNORE for label in example.labels)
-            print(f"--- {clean(task.name)}: {len(example.ids)} tokens, {supervised} supervised")
+            print0(f"--- {clean(task.name)}: {len(example.ids)} tokens, {supervised} supervised")
             text = tokenizer.render(messages)
             starts = [*tokenizer.encode(text)[1], len(text)]        # of each token in the text
             marked = ""
@@ -213,4 +215,4 @@ def print_examples(config: InputConfig, count: int) -> None:
                 spans = list(tokens)
                 piece = clean(text[spans[0][1]:spans[-1][2]], "\n")
                 marked += f"{mark}{piece}{end}" if is_answer else piece
-            print(marked)
+            print0(marked)

@@ -18,6 +18,7 @@ from ..model.config import Config
 from ..model.decoder import meta_model
 from ..model.quantize import BLOCK
 from ..training import distributed
+from ..training.distributed import print0
 from ..training.loop import schedule, train
 from ..training.resume import KEPT
 from . import probing
@@ -41,15 +42,15 @@ def show_plan(config: RunConfig) -> None:
     note = "" if has_data else " (of one task)"
     if probing.needs_probe(config.allocating, len(tasks)):
         note = " (an example: the probe decides)"
-    print(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters; {allocation}, "
-          f"{parts['adapters'] // 4:,} trainable parameters{note}")
-    print(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))
-    print(f"disk: {parts['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.1f} MiB for the adapter and "
-          f"{KEPT + 1} checkpoints (one while it is written)")
+    print0(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters; {allocation}, "
+           f"{parts['adapters'] // 4:,} trainable parameters{note}")
+    print0(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))
+    print0(f"disk: {parts['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.1f} MiB for the adapter and "
+           f"{KEPT + 1} checkpoints (one while it is written)")
     if has_data and any(folder.glob("*.safetensors")):
         time_steps(config, allocation)
     else:
-        print(f"time and peak memory: not measured without --data, and .safetensors in {folder}")
+        print0(f"time and peak memory: not measured without --data, and .safetensors in {folder}")
 
 
 def memory_by_part(config: Config, allocation: Allocation, dtype: torch.dtype,

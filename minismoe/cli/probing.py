@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ..method.allocation import FORMAT, Unfit
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..training import compiled, distributed
+from ..training.distributed import print0
 from .flags import SETTINGS, AllocationConfig
 from .inputs import Inputs
 
@@ -118,10 +119,11 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
     def norms(item: tuple[str, Batch]) -> list[list[float]]:
         return probe(inputs.model, {item[0]: [item[1]]}).samples[item[0]].tolist()
 
-    if compiled.wanted(inputs.model, compile, len(batches) // distributed.world()):
-        compiled.compile_layers(inputs.model, lambda: norms(batches[0]))
-    with progress_bar(desc="probe", unit="sample", total=sum(len(batch[0]) for _, batch in batches),
-                      disable=distributed.rank() > 0) as bar:
+    compiling = compiled.wanted(inputs.model, compile, len(batches) // distributed.world())
+    samples = sum(len(batch[0]) for _, batch in batches)
+    with (compiled.compiled_layers(inputs.model, lambda: norms(batches[0])) if compiling else
+          nullcontext(), progress_bar(desc="probe", unit="sample", total=samples,
+                                      disable=distributed.rank() > 0) as bar):
         for (name, _), rows in zip(batches, distributed.spread(norms, batches)):
             scores.add(name, torch.tensor(rows, dtype=torch.float64))
             bar.update(len(rows))
@@ -146,7 +148,7 @@ def print_overlap(allocating: AllocationConfig, scores: Scores) -> None:
         halves = voted(samples[::2]), voted(samples[1::2])
         share = len(halves[0] & halves[1]) / len(halves[0])
         rows.append([clean(task), len(samples), f"{share:.2f}" if len(samples) > 1 else "-"])
-    print(table(["task", "samples probed", "split-half overlap"], rows))
+    print0(table(["task", "samples probed", "split-half overlap"], rows))
 
 
 def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:

@@ -20,6 +20,7 @@ from ..io.text import clean, table
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
 from ..training import distributed
+from ..training.distributed import print0
 from ..training.judge import Judgement
 from ..training.loop import LATE, TrainConfig
 from ..training.verdict import read_metrics, trouble
@@ -171,7 +172,7 @@ def continued(run: Path, now: Mapping[str, Any]) -> dict[str, Any]:
 def same_threads(count: int) -> None:
     """Compute with as many threads as an earlier process did: the order of sums depends on it."""
     if count != (now := torch.get_num_threads()):
-        print(f"threads: {count} as before, and not {now}: results stay the same to the last bit")
+        print0(f"threads: {count} as before, and not {now}: results stay the same to the last bit")
         torch.set_num_threads(count)
 
 

@@ -34,7 +34,7 @@ class ExportConfig:
                     "gates fits constant gates, mean takes the mean gates", choices=KINDS)
     heal: int = flag(0, "train the maps for so many steps towards the predictions of the mixture "
                      "(default: 0)", natural, metavar="STEPS")
-    compile: str = flag("auto", f"for --heal: {compiled.HELP}", choices=compiled.ASKED)
+    compile: str = flag("auto", f"for --heal: {compiled.HELP}", choices=compiled.CHOICES)
     prompts: str | None = flag(
         None, "calibrate on these prompts, one a line, and not on the run's data", text,
         metavar="FILE")

@@ -5,18 +5,18 @@ the experts are one chain: h = x A^T with A flattened to (E*r, in), each expert'
 times its gate (0 outside the top-k), y += h B with B flattened to (E*r, out). Since r is small,
 computing all experts costs less than gathering the chosen ones.
 
-Matrices that read the same x (q, k, v; gate, up) form a group. Their A's are one matrix, so that x
-meets it once, and their gates are chosen at once: on a GPU, the number of kernels decides how long
-a small model takes. So all matrices of a group have as many slots as the largest has experts; empty
-slots are 0, and no token chooses them.
+Matrices that read the same x (q, k, v; gate, up) form a group. While there are `Copies` of experts
+(training/copies.py), the A's of a group are one matrix, so that x meets it once, and its gates are
+chosen at once: on a GPU, the number of kernels decides how long a small model takes. So all
+matrices of a group have as many slots as the largest has experts; empty slots are 0, and no token
+chooses them.
 Letters: N tokens, E experts of a matrix, or its slots, n matrices of a group, r rank, k experts
 active a token, R = n*E*r.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .allocation import Allocation
+
+PARTS = ("lora_A", "router", "lora_B")
 
 
 def top_k_gates(logits: Tensor, k: int) -> Tensor:
@@ -36,7 +38,7 @@ def top_k_gates(logits: Tensor, k: int) -> Tensor:
 
 
 class Stack(NamedTuple):
-    """The experts of a group as its layers multiply with them."""
+    """The experts of a layer, or of a group of layers, as these multiply with them."""
 
     A: Tensor                    # (R, in), in the dtype of x
     B: Sequence[Tensor]          # (E*r, out) of each layer, times its scaling, in the dtype of x
@@ -107,7 +109,7 @@ class ExpertLinear(nn.Linear):
     """A frozen nn.Linear with LoRA experts: lora_A (E, r, in), lora_B (E, r, out), router (E, in),
     which E = 1 lacks. B starts at 0, so that y = W x at first."""
 
-    stack: Stack | None = None           # of the group that this layer leads, see `multiplying`
+    stack: Stack | None = None           # of the group that this layer leads; None: no copies
     router_logits: Tensor | None = None  # (N, E) of the last forward, for `take_logits`
 
     def __init__(self, linear: nn.Linear, experts: int, rank: int, alpha: float, top_k: int):
@@ -131,7 +133,8 @@ class ExpertLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return _apply(x, [self])[0]
+        leads_itself = self.stack is not None and len(self.stack.B) == 1
+        return _apply(x, [self], self.stack if leads_itself else None)[0]
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy, which cannot copy router logits that have a graph."""
@@ -139,23 +142,27 @@ class ExpertLinear(nn.Linear):
 
 
 def linear_outputs(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
-    """The outputs of several linear layers that read the same x, adapted ones computed as a group,
-    unless a hook needs its own layer's call."""
+    """The outputs of linear layers that read the same x: adapted ones are computed as a group if
+    there are copies of their experts, and if no hook needs its own layer's call."""
     layers = [m for m in linears if isinstance(m, ExpertLinear)]
-    if not layers or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
-                         or m._backward_pre_hooks for m in layers):
+    stack = layers[0].stack if layers else None
+    if stack is None or len(stack.B) != len(layers) or any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+            or m._backward_pre_hooks for m in layers):
         return [m(x) for m in linears]
-    outputs: dict[Any, Tensor] = dict(zip(layers, _apply(x, layers)))
+    outputs: dict[Any, Tensor] = dict(zip(layers, _apply(x, layers, stack)))
     return [outputs[m] if m in outputs else m(x) for m in linears]
 
 
-def _apply(x: Tensor, layers: Sequence[ExpertLinear]) -> list[Tensor]:
+def _apply(x: Tensor, layers: Sequence[ExpertLinear], stack: Stack | None) -> list[Tensor]:
+    """The outputs of a group; or of one layer by its parameters, if there is no stack."""
     if _casts(x):
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x.to(layers[0].weight.dtype), layers)
-    stack = layers[0].stack
-    if stack is None or len(stack.B) != len(layers):
-        stack = stacked(layers, x.dtype)
+            return _apply(x.to(layers[0].weight.dtype), layers, stack)
+    if stack is None:
+        (m,) = layers
+        stack = Stack(m.lora_A.flatten(0, 1).to(x.dtype), [(m.scaling * m.lora_B.flatten(0, 1)).to(
+            x.dtype)], m.router, None, m.top_k)
     y = _Group.apply(layers, x.reshape(-1, x.shape[-1]), stack, stack.A, stack.routers, *stack.B)
     if stack.routers is not None:
         for layer, logits in zip(layers, y[-1].unbind(1)):
@@ -170,64 +177,18 @@ def _casts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def stacked(layers: Sequence[ExpertLinear], dtype: torch.dtype) -> Stack:
-    """The experts of a group, from the layers' own parameters."""
-    E, r, top_k, empty = slots_of(layers, layers)
-
-    def slots(part: Tensor) -> Tensor:                   # (E * r, in or out)
-        return F.pad(part, (0, 0, 0, r - part.shape[1], 0, E - len(part))).flatten(0, 1)
-
-    routers = [F.pad(layer.router, (0, 0, 0, E - layer.experts)) if layer.router is not None else
-               layer.lora_A.new_zeros(E, layer.in_features) for layer in layers]
-    return Stack(torch.cat([slots(layer.lora_A).to(dtype) for layer in layers]),
-                 [(layer.scaling * slots(layer.lora_B)).to(dtype) for layer in layers],
-                 torch.cat(routers) if E > 1 else None, empty, top_k)
-
-
-class Slots(NamedTuple):
-    """What a stack has room for in each layer of its group: E experts of rank r."""
-
-    E: int
-    r: int
-    top_k: int
-    empty: Tensor | None                     # see `Stack`
-
-
-def slots_of(group: Sequence[ExpertLinear], alike: Sequence[ExpertLinear]) -> Slots:
-    """Slots for the largest layer of `alike`, to which those of the group belong."""
-    E, r, k = (max(getattr(m, size) for m in alike) for size in ("experts", "rank", "top_k"))
-    if all(m.experts == E for m in alike):
-        return Slots(E, r, k, None)
-    empty = (torch.arange(E) >= torch.tensor([[m.experts] for m in group])).flatten()
-    logits = torch.zeros(len(empty)).masked_fill_(empty, -math.inf)
-    return Slots(E, r, k, logits.to(group[0].lora_A))
-
-
-@contextmanager
-def multiplying(groups: Sequence[Sequence[ExpertLinear]], stacks: Iterable[Stack],
-                ) -> Iterator[None]:
-    """Meanwhile the layers of each group multiply with its stack, which is made once."""
-    for group, stack in zip(groups, stacks):
-        group[0].stack = stack
-    try:
-        yield
-    finally:
-        for group in groups:
-            group[0].stack = None
-
-
 def groups(model: nn.Module) -> list[list[ExpertLinear]]:
     """The adapted layers that read the same x, in the order of the modules. A module tells which of
     its linear layers do by `same_input`, tuples of their names."""
-    found, seen = list[list[ExpertLinear]](), set[nn.Module]()
+    result, grouped = list[list[ExpertLinear]](), set[nn.Module]()
     for module in model.modules():
-        several: list[Any] = [[getattr(module, name, None) for name in names]
+        readers: list[Any] = [[getattr(module, name, None) for name in names]
                               for names in getattr(module, "same_input", ())]
-        for layers in [*several, [module]]:
-            group = [m for m in layers if isinstance(m, ExpertLinear) and m not in seen]
-            seen.update(group)
-            found += [group] if group else []
-    return found
+        for layers in [*readers, [module]]:
+            group = [m for m in layers if isinstance(m, ExpertLinear) and m not in grouped]
+            grouped.update(group)
+            result += [group] if group else []
+    return result
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -249,8 +210,7 @@ def add_experts(model: nn.Module, experts: Allocation | Mapping[str, int], *, ra
     if problems := experts.problems():
         raise ValueError("; ".join(problems))
     layers = adaptable(model, experts)
-    earlier = {p for layer in expert_layers(model).values()
-               for p in (layer.lora_A, layer.lora_B, layer.router)}
+    earlier = set(expert_parameters(model).values())
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter in earlier)
     for name, count in experts.experts.items():
@@ -275,6 +235,12 @@ def adaptable(model: nn.Module, allocation: Allocation) -> dict[str, nn.Linear]:
 def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
     """The adapted layers of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, ExpertLinear)}
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """lora_A (E, r, in), lora_B (E, r, out) and router (E, in) of all experts, by full name."""
+    return {f"{name}.{part}": parameter for name, layer in expert_layers(model).items()
+            for part in PARTS if (parameter := getattr(layer, part)) is not None}
 
 
 def packs(model: nn.Module) -> bool:

@@ -1,12 +1,10 @@
-"""Cross-entropy of the supervised tokens, without the full logits tensor; and the divergence from
-another model's predictions, likewise.
+"""Cross-entropy of the supervised tokens, without the full logits tensor.
 
 A vocabulary of 50,000 makes logits the largest tensor of a training step, and most tokens are
 prompt, which has no loss. So the head runs on supervised positions only, a chunk at a time, and a
 chunk keeps the gradient of its hidden states in place of its logits.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,38 +21,24 @@ class _HeadLoss(torch.autograd.Function):
 
         logits = hidden @ head.T;  losses = logits.logsumexp(-1) - logits[targets]
 
-    and with the logits of a teacher:
-
-        losses = (p * (p.log() - logits.log_softmax(-1))).sum(-1),  p = teacher.softmax(-1)
-
-    Compared in tests/method/test_loss.py::test_equals_cross_entropy_of_full_logits and
-    ::test_equals_kl_divergence_of_full_logits.
+    Compared in tests/method/test_loss.py::test_equals_cross_entropy_of_full_logits.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor,
-                wanted: Tensor | Callable[[slice], Tensor]) -> Tensor:
-        """wanted: targets (S,), or teacher(slice of S) -> logits (., V). Returns losses (S,); keeps
-        the gradient (S, D) of hidden for the backward."""
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        """Returns losses (S,); keeps the gradient (S, D) of hidden for the backward."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         step = max(1, CHUNK // head.shape[0])
         for i in range(0, len(hidden), step):
-            part = slice(i, i + step)
+            part, target = slice(i, i + step), targets[i:i + step, None]
             log_q = (hidden[part] @ head.T).to(dtype)
             log_q -= log_q.logsumexp(-1, keepdim=True)
-            if hard := isinstance(wanted, Tensor):       # p is 1 at the target
-                target = wanted[part, None]
-                losses[part] = -log_q.gather(1, target).squeeze(1)
-            else:
-                log_p = wanted(part).to(dtype).log_softmax(-1)
-                p = log_p.exp()
-                losses[part] = (p * log_p.sub_(log_q)).sum(-1)
-            if gradient is not None:                     # d loss / d logits = q - p
-                q = log_q.exp_()
-                d_logits = q.scatter_add_(1, target, torch.full_like(
-                    target, -1, dtype=dtype)) if hard else q.sub_(p)
+            losses[part] = -log_q.gather(1, target).squeeze(1)
+            if gradient is not None:         # d loss / d logits = q - 1 at the target, else q
+                d_logits = log_q.exp_().scatter_add_(
+                    1, target, torch.full_like(target, -1, dtype=dtype))
                 gradient[part] = d_logits.to(head.dtype) @ head
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -74,13 +58,6 @@ def head_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, reduction="none")
     return _HeadLoss.apply(hidden, head, targets)
-
-
-def divergences(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
-                ) -> Tensor:
-    """KL(teacher || model) (S,) of the next tokens that hidden states (S, D) predict under a frozen
-    head (V, D), both of the model and of its teacher."""
-    return _HeadLoss.apply(hidden, head, lambda part: teacher_hidden[part] @ teacher_head.T)
 
 
 def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,

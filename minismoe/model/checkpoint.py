@@ -20,7 +20,7 @@ from ..io.files import inside, naming, read_json, replacing, sha256, write_json
 from ..io.hub import resolve
 from ..io.text import clean
 from ..method.allocate import Allocation
-from ..method.experts import adaptable, add_experts, expert_layers, linear_layers
+from ..method.experts import adaptable, add_experts, expert_parameters, linear_layers
 from .config import MODULES, Config, renamed, text_part
 from .decoder import CausalLM, meta_model
 from .quantize import BlockLinear, BlockWeight, quantize
@@ -223,7 +223,7 @@ def save_adapter(model: nn.Module, folder: str | Path, allocation: Allocation,
     """Write the experts of `model`, and all that loading them needs, to `folder`."""
     file = Path(folder) / "adapter.safetensors"
     with replacing(file) as tmp:
-        save_file({name: p.detach().contiguous() for name, p in _expert_parameters(model).items()},
+        save_file({name: p.detach().contiguous() for name, p in expert_parameters(model).items()},
                   tmp, metadata={"format": "pt"})
     write_json(Path(folder) / "adapter.json", {
         "format": ADAPTER_FORMAT, "sha256": sha256(file),
@@ -266,7 +266,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     if meta.get("sha256") != sha256(file):
         raise ValueError(f"{file} is damaged: its hash is not that of adapter.json")
     add_experts(model, allocation)       # after all checks: a refusal leaves the model unchanged
-    for name, parameter in _expert_parameters(model).items():
+    for name, parameter in expert_parameters(model).items():
         parameter.data.copy_(found[name].part[:])
     return allocation
 
@@ -281,13 +281,6 @@ def _check_base(model: nn.Module, meta: Mapping[str, Any]) -> None:
         raise ValueError(f"the adapter was trained on another base: {clean(its)} "
                          f"({clean(meta.get('base_model'))}), and this one is {ours} "
                          f"({getattr(model, 'name', '?')})")
-
-
-def _expert_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """lora_A (E, r, in), lora_B (E, r, out) and router (E, in) of all experts, by full name."""
-    return {f"{name}.{part}": parameter for name, layer in expert_layers(model).items()
-            for part in ("lora_A", "lora_B", "router")
-            if (parameter := getattr(layer, part)) is not None}
 
 
 def versions() -> dict[str, str]:

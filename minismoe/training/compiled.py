@@ -2,66 +2,79 @@
 
 A layer is compiled for any number of tokens, so that a run compiles two graphs forward and two
 backward for each kind of layers: of the first, whose input needs no gradient, and of all others.
-Layers are of one kind if the same matrices have experts, however many: see `ExpertVector`.
+Layers are of one kind if the same matrices have experts, however many: see `Copies`.
 """
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from ..io.text import error_line, out_of_memory
 from ..model.decoder import CausalLM
+from .distributed import print0
 
-ASKED = ("auto", "on", "off")
+CHOICES = ("auto", "on", "off")
 HELP = ("compile the decoder layers, which takes a minute, and saves the time that small models "
         "wait for kernels to start. auto (default): on CUDA, for work long enough to pay")
 SECONDS = 60             # to compile a kind of layers; 48 to 118 were seen on two CPU cores
 SAVED = 1.5e-3           # seconds a layer and step that go without: kernels to start
 
 
-def wanted(model: CausalLM, asked: str, steps: int) -> bool:
+def wanted(model: CausalLM, choice: str, steps: int) -> bool:
     """Whether to compile the decoder layers for so many steps, and a line that says so or why not.
-    `asked` is "on", "off" or "auto": on a CUDA device, if it takes many steps."""
-    if asked == "off" or asked == "auto" and model.lm_head.weight.device.type != "cuda":
+    `choice` is "on", "off" or "auto": on a CUDA device, if it takes many steps."""
+    if choice == "off" or choice == "auto" and model.lm_head.weight.device.type != "cuda":
         return False
     layers = model.model.layers
     kinds = {tuple(type(module).__name__ for module in layer.modules()) for layer in layers}
     seconds = SECONDS * len(kinds)
     enough = round(seconds / SAVED / len(layers))
     hint = f"it takes about {seconds} s, and pays from about {enough:,} steps on"
-    if asked == "auto" and (steps < enough or find_spec("triton") is None):
+    if choice == "auto" and (steps < enough or find_spec("triton") is None):
         lack = "" if find_spec("triton") else "triton is not installed; "
-        print(f"the layers are not compiled ({lack}{hint}): --compile on does it")
+        print0(f"the layers are not compiled ({lack}{hint}): --compile on does it")
         return False
-    print(f"compiling the layers: {hint} (--compile off leaves it out)")
+    print0(f"compiling the layers: {hint} (--compile off leaves it out)")
     return True
 
 
-def compile_layers(model: CausalLM, step: Callable[[], object], backend: str = "inductor") -> None:
-    """Compile the decoder layers by running `step` once, whose gradients are for the caller to
-    drop. If compiling fails, the layers run as they are written."""
+@contextmanager
+def compiled_layers(model: CausalLM, step: Callable[[], object], backend: str = "inductor",
+                    ) -> Iterator[None]:
+    """Meanwhile the decoder layers run compiled. They are compiled by running `step` once, whose
+    gradients are for the caller to drop. If that fails, the layers run as they are written."""
     from torch._dynamo import config  # takes a second
-    from torch.fx.experimental import _config as shapes
+    from torch.fx.experimental import _config
+    shapes: Any = _config                    # its patch() is made at run time
 
-    config.force_nn_module_property_static_shapes = False    # the probe hangs a batch on layers
-    shapes.use_duck_shape = False            # sizes that happen to be equal may differ later
-    config.recompile_limit = 4 * len(model.model.layers)     # else it gives up after 8
-    for layer in model.model.layers:
-        layer.compile(dynamic=True, backend=backend)
-    start = time.perf_counter()
-    try:
-        step()
-        print(f"compiled in {time.perf_counter() - start:.0f} s")
-    except Exception as e:               # a compiler raises all kinds of exceptions
-        if out_of_memory(e):
-            raise
-        torch.compiler.set_stance("force_eager")
-        print(f"the layers cannot be compiled, and run without: {error_line(e)[:300]}",
-              file=sys.stderr)
+    def as_written() -> None:
+        for layer in model.model.layers:
+            layer._compiled_call_impl = None
+
+    with shapes.patch(use_duck_shape=False), config.patch(   # sizes may be equal by chance
+            force_nn_module_property_static_shapes=False,    # the probe hangs a batch on layers
+            recompile_limit=4 * len(model.model.layers)):    # else it gives up after 8
+        for layer in model.model.layers:
+            layer.compile(dynamic=True, backend=backend)
+        start = time.perf_counter()
+        try:
+            try:
+                step()
+                print0(f"compiled in {time.perf_counter() - start:.0f} s")
+            except Exception as e:       # a compiler raises all kinds of exceptions
+                if out_of_memory(e):
+                    raise
+                as_written()
+                print(f"the layers cannot be compiled, and run without: {error_line(e)[:300]}",
+                      file=sys.stderr)
+            yield
+        finally:
+            as_written()
 
 
 def uncompiled() -> AbstractContextManager[object]:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -49,6 +50,11 @@ def once(work: Callable[..., Any], *args: Any) -> None:
         work(*args)
 
 
+def print0(text: str) -> None:
+    """Print in the first process only."""
+    once(print, text)
+
+
 @contextmanager
 def _peers() -> Iterator[None]:
     """Raise a ConnectionError of one line if an exchange fails."""
@@ -65,7 +71,7 @@ def _peers() -> Iterator[None]:
 
 
 def join_others(device: torch.device) -> None:
-    """Join the processes that torchrun started, if it did; only the first prints from then on."""
+    """Join the processes that torchrun started, if it did."""
     global _joined
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined:
         return
@@ -80,8 +86,6 @@ def join_others(device: torch.device) -> None:
     with _peers():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     _joined = True
-    if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def leave(code: int) -> None:
@@ -116,15 +120,28 @@ def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
     return y.to(x.device)
 
 
-def sum_gradient(parameter: Tensor) -> None:
-    """Replace a parameter's gradient by its sum over the processes."""
-    if world() == 1 or parameter.grad is None:
+def exchange(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
+    """Replace tensors of one dtype by what a collective operation makes of them, all at once."""
+    if world() == 1:
         return
-    # MPS has no exchange of its own.
-    gradient = parameter.grad if parameter.grad.device.type == "cuda" else parameter.grad.cpu()
+    together = torch.cat([t.detach().flatten() for t in tensors])
+    if together.device.type != "cuda":       # MPS has no exchange of its own
+        together = together.cpu()
     with _peers():
-        dist.all_reduce(gradient)
-    parameter.grad.copy_(gradient)
+        collective(together)
+    with torch.no_grad():
+        for t, part in zip(tensors, together.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+
+
+def sum_all(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their sums over the processes."""
+    exchange(tensors, dist.all_reduce)
+
+
+def take_first(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by those of the first process."""
+    exchange(tensors, partial(dist.broadcast, src=0))
 
 
 def gather(value: Any) -> list[Any]:
@@ -136,9 +153,9 @@ def gather(value: Any) -> list[Any]:
     with _peers():
         dist.all_reduce(size, dist.ReduceOp.MAX)
         data = data.ljust(int(size))         # JSON may end in spaces
-        found = [torch.empty(len(data), dtype=torch.uint8) for _ in range(world())]
-        dist.all_gather(found, torch.tensor(list(data), dtype=torch.uint8))
-    return [json.loads(bytes(row.tolist())) for row in found]
+        values = [torch.empty(len(data), dtype=torch.uint8) for _ in range(world())]
+        dist.all_gather(values, torch.tensor(list(data), dtype=torch.uint8))
+    return [json.loads(bytes(row.tolist())) for row in values]
 
 
 def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.tasks import Example, Task, collate
 from ..data.tokenizer import Tokenizer
 from ..io.files import naming
-from ..method.experts import groups, multiplying, stacked
 from ..method.loss import head_losses, predicting
 from ..model.decoder import CausalLM
-from ..model.tokens import Cache, Tokens
+from ..model.tokens import Cache, Tokens, sent
 from .compiled import uncompiled
+from .copies import Copies
 from .distributed import spread
 
 
@@ -37,7 +38,7 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
 
 def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                     stop_ids: Sequence[int]) -> list[list[int]]:
-    device, adapted = model.model.norm.weight.device, groups(model)
+    device = model.model.norm.weight.device
     longest = max(map(len, prompts))
     ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])
     lengths, positions = torch.tensor([[len(p)] for p in prompts]), torch.arange(longest)
@@ -45,8 +46,7 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
     cache = Cache(model, len(prompts), longest + max_new_tokens)
     found: list[list[int]] = [[] for _ in prompts]
     running, stops = set(range(len(prompts))), set(stop_ids)
-    stacks = [stacked(group, group[0].weight.dtype) for group in adapted]
-    with uncompiled(), multiplying(adapted, stacks):
+    with uncompiled(), Copies(model).multiplying():
         for _ in range(max_new_tokens):
             tokens = Tokens(ids, mask, model.config, device, needed, cache)
             chosen = model.lm_head(model.model.rows(tokens)).argmax(-1).tolist()     # the one wait
@@ -60,26 +60,35 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
     return found
 
 
+def token_losses(model: CausalLM, examples: Sequence[Example], pad_id: int,
+                 recompute: bool = False) -> tuple[Tensor, Tensor, Tokens]:
+    """The loss (S,) of each supervised token, the number (S,) of its example, and the packed batch.
+
+    What neighbouring examples begin with alike is computed once. Nothing waits for the device.
+    """
+    device = model.lm_head.weight.device
+    ids, mask, labels = collate(examples, pad_id)
+    needed = predicting(mask, labels)
+    rows, columns = needed.nonzero(as_tuple=True)
+    at = sent({"targets": labels[rows, columns + 1], "rows": rows}, device)
+    tokens = Tokens(ids, mask, model.config, device, needed)
+    hidden = model.model.rows(tokens, recompute)                                 # (S, D)
+    return head_losses(hidden, model.lm_head.weight, at["targets"]), at["rows"], tokens
+
+
 @torch.no_grad()
 def mean_loss(model: CausalLM, examples: Sequence[Example], pad_id: int, batch_size: int = 32,
               ) -> float:
-    """Mean cross-entropy of the supervised tokens of some examples."""
-    adapted, order = groups(model), sorted(examples, key=lambda e: e.ids)
-    stacks = [stacked(group, group[0].weight.dtype) for group in adapted]
+    """Mean cross-entropy of the supervised tokens of examples."""
+    order = sorted(examples, key=lambda e: e.ids)
 
     def total(part: Sequence[Example]) -> tuple[float, int]:
-        ids, mask, labels = collate(part, pad_id)
-        needed = predicting(mask, labels)
-        rows, columns = needed.nonzero(as_tuple=True)
-        tokens = Tokens(ids, mask, model.config, model.lm_head.weight.device, needed)
-        with uncompiled(), multiplying(adapted, stacks):
-            hidden = model.model.rows(tokens)
-        losses = head_losses(hidden, model.lm_head.weight,
-                             labels[rows, columns + 1].to(hidden.device))
+        losses, _, _ = token_losses(model, part, pad_id)
         return losses.sum().item(), len(losses)
 
-    totals, counts = zip(*spread(total, [order[i:i + batch_size]
-                                         for i in range(0, len(order), batch_size)]))
+    with uncompiled(), Copies(model).multiplying():
+        totals, counts = zip(*spread(total, [order[i:i + batch_size]
+                                             for i in range(0, len(order), batch_size)]))
     return sum(totals) / sum(counts)
 
 

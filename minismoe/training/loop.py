@@ -1,4 +1,5 @@
-"""The training loop: `train_step` takes a batch to its gradients, `train` steps, logs and saves."""
+"""The training loop: a `Trainer` takes a batch to its gradients and a step; `train` logs and saves.
+"""
 
 import json
 import math
@@ -6,32 +7,33 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..data.tasks import Example, bucket, collate
+from ..data.tasks import Example, bucket
 from ..io import flags
 from ..io.files import sha256_of_json
 from ..io.flags import flag
 from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
 from ..io.text import out_of_memory
-from ..method.experts import balance_loss, expert_layers, multiplying, take_logits
-from ..method.loss import head_losses, predicting
+from ..method.experts import balance_loss, expert_layers, expert_parameters, take_logits
 from ..model.decoder import CausalLM
-from ..model.tokens import Tokens, sent
+from ..model.tokens import sent
 from . import compiled, distributed, verdict
-from .evaluate import mean_loss
+from .copies import Copies
+from .evaluate import mean_loss, token_losses
 from .resume import due, load_checkpoint, save_checkpoint
-from .vector import ExpertVector
 
+Result = TypeVar("Result")
 USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
 LATE = 0.8                    # share of the steps after which, and at the end, "test_loss" is there
 LR = 0.12                     # see `default_lr`
@@ -50,7 +52,7 @@ class TrainConfig:
         "(default: --batch-size)", flags.positive, metavar="N")
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
-    compile: str = flag("auto", compiled.HELP, choices=compiled.ASKED)
+    compile: str = flag("auto", compiled.HELP, choices=compiled.CHOICES)
     lr: float | None = flag(None, "peak learning rate, after a warm-up; a cosine takes it to 0 "
                             "(default: it follows the size of the base's weights)", flags.number)
     checkpoint_every: int | str = flag(200, "optimizer steps, or minutes: 10m (default: "
@@ -93,65 +95,99 @@ def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example
             for batch in bucket(examples, cfg.batch_size, cfg.seed * 1000 + epoch)]
 
 
-def train_step(model: CausalLM, experts: ExpertVector, batch: Sequence[Example], cfg: TrainConfig,
-               pad_id: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add up the gradients of one optimizer step, in micro-batches.
+class Trainer:
+    """The experts of a model, which are trained in place, and their optimizer.
 
-    Returns the sum of losses of each task, in order of name, and then the balance loss; and the
-    share of choices of each expert, by matrix, of the last micro-batch. Nothing waits for the
-    device. The loss is the mean over the step's supervised tokens, whatever the micro-batches. The
-    balance loss is a statistic of each micro-batch, weighted by its tokens. Several processes share
-    each micro-batch: each has the gradients, and the losses, of its part.
+    micro: examples computed at once; half as many each time that memory ran out. Raises ValueError
+    for a model without a parameter to train.
     """
-    device, sums = experts.vector.device, list[Tensor]()
-    tasks, supervised = sorted({e.task for e in batch}), sum(e.supervised for e in batch)
-    for i in range(0, len(batch), cfg.micro_batch_size):
-        part = batch[i:i + cfg.micro_batch_size]
-        mine = part[distributed.rank()::distributed.world()]
-        # A process without an example computes one all the same, and counts it as 0.
-        counts = float(bool(mine))
-        # Sorted rows put shared prefixes side by side, so that the model computes them once.
-        mine = sorted(mine or part[:1], key=lambda e: e.ids)
-        ids, mask, labels = collate(mine, pad_id)
-        needed = predicting(mask, labels)
-        rows, columns = needed.nonzero(as_tuple=True)
-        task = torch.tensor([tasks.index(e.task) for e in mine])[rows]
-        at = sent({"targets": labels[rows, columns + 1], "task": task}, device)
-        tokens = Tokens(ids, mask, model.config, device, needed)
-        with multiplying(experts.groups, experts.stacks()):
-            hidden = model.model.rows(tokens, cfg.recompute)                     # (S, D)
-            losses = head_losses(hidden, model.lm_head.weight, at["targets"])
-            balance, use = balance_loss(take_logits(experts.layers), tokens.repeats,
-                                        partial(distributed.all_sum, times=counts))
-            balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
-            loss = losses.sum() / supervised + cfg.router_aux_loss_coef * balance
-            (counts * loss).backward()
-        by_task = losses.new_zeros(len(tasks)).index_add(0, at["task"], losses.detach())
-        sums.append(counts * torch.cat([by_task, balance.detach()[None]]))
-    return torch.stack(sums).sum(0), use
 
+    def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int, alike: bool = False):
+        self.model, self.cfg, self.pad_id, self.micro = model, cfg, pad_id, min(
+            cfg.micro_batch_size, cfg.batch_size)
+        self.copies, self.device = Copies(model, alike), model.lm_head.weight.device
+        self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("the model has no experts to train: call add_experts first")
+        self.lr = default_lr(model) if cfg.lr is None else cfg.lr
+        distributed.take_first([*self.parameters.values()])
+        # With a smaller eps, an entry whose gradient is only rounding noise would move by the full
+        # rate.
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=self.lr, betas=(0.9, 0.99), eps=1e-6,
+            weight_decay=cfg.weight_decay, fused=True)
 
-def step_that_fits(model: CausalLM, experts: ExpertVector, batch: Sequence[Example],
-                   cfg: TrainConfig, pad_id: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """train_step, begun again with half the micro-batch each time that memory runs out."""
-    while True:
-        try:
-            return train_step(model, experts, batch, cfg, pad_id)
-        except (MemoryError, RuntimeError) as e:
-            micro = min(cfg.micro_batch_size, len(batch)) // 2
-            if not out_of_memory(e) or micro == 0 or distributed.world() > 1:
-                raise                        # other processes wait in the middle of an exchange
-        print_above_bar(f"step {step + 1}: out of memory, so {micro} examples at a time")
-        cfg = replace(cfg, micro_batch_size=micro)
-        experts.vector.grad = None           # of the micro-batches that did fit
-        take_logits(experts.layers)          # they hold the graph of the one that did not
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def gradients(self, batch: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradients of one optimizer step, added up in micro-batches.
+
+        Returns the sum of losses of each task, in order of name, and then the balance loss; and the
+        share of choices of each expert, by matrix, of the last micro-batch. Nothing waits for the
+        device. The loss is the mean over the step's supervised tokens, whatever the micro-batches.
+        The balance loss is a statistic of each micro-batch, weighted by its tokens. Several
+        processes share each micro-batch: each has the gradients, and the losses, of its part.
+        """
+        self.optimizer.zero_grad()
+        sums = list[Tensor]()
+        tasks, supervised = sorted({e.task for e in batch}), sum(e.supervised for e in batch)
+        for i in range(0, len(batch), self.micro):
+            part = batch[i:i + self.micro]
+            mine = part[distributed.rank()::distributed.world()]
+            # A process without an example computes one all the same, and counts it as 0.
+            counts = float(bool(mine))
+            # Sorted rows put shared prefixes side by side.
+            mine = sorted(mine or part[:1], key=lambda e: e.ids)
+            task = sent({"": torch.tensor([tasks.index(e.task) for e in mine])}, self.device)[""]
+            with self.copies.multiplying():
+                losses, numbers, tokens = token_losses(self.model, mine, self.pad_id,
+                                                       self.cfg.recompute)
+                balance, use = balance_loss(take_logits(self.copies.layers), tokens.repeats,
+                                            partial(distributed.all_sum, times=counts))
+                balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
+                loss = losses.sum() / supervised + self.cfg.router_aux_loss_coef * balance
+                (counts * loss).backward()
+            by_task = losses.new_zeros(len(tasks)).index_add(0, task[numbers], losses.detach())
+            sums.append(counts * torch.cat([by_task, balance.detach()[None]]))
+        return torch.stack(sums).sum(0), use
+
+    def fitting(self, work: Callable[[], Result]) -> Result:
+        """work(), begun again with half the micro-batch each time that memory runs out."""
+        while True:
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as e:
+                if not out_of_memory(e) or self.micro == 1 or distributed.world() > 1:
+                    raise                    # other processes wait in the middle of an exchange
+            self.micro //= 2
+            print_above_bar(f"out of memory, so from now on {self.micro} examples at a time")
+            self.optimizer.zero_grad()
+            take_logits(self.copies.layers)  # they hold the graph of the batch that did not fit
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def step(self, number: int, batch: Sequence[Example], lr: float) -> dict[str, Any]:
+        """One step of the optimizer; returns its line of metrics.jsonl."""
+        sums, use = self.fitting(lambda: self.gradients(batch))
+        distributed.sum_all([p.grad for p in self.parameters.values() if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.max_grad_norm)
+        # The one wait for the device: all figures are read at once.
+        *losses, length = torch.cat([distributed.all_sum(sums), norm[None]]).tolist()
+        line = log_line(number, batch, losses, length) | {"lr": lr}
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        if number % USE_EVERY == 0:          # of the last micro-batch
+            line["expert_use"] = {name: [round(share, 3) for share in shares.tolist()]
+                                  for name, shares in use.items()}
+        return line
+
+    def mean_loss(self, examples: Sequence[Example]) -> float:
+        """Mean loss of unseen examples, more of which fit at once than of a step's."""
+        return self.fitting(lambda: mean_loss(self.model, examples, self.pad_id, min(
+            32, 4 * distributed.share(self.micro))))
 
 
 def log_line(step: int, batch: Sequence[Example], sums: Sequence[float], norm: float,
              ) -> dict[str, Any]:
-    """What metrics.jsonl holds of a step, from the sums of `train_step`. ArithmeticError if the
+    """What metrics.jsonl holds of a step, from the sums of its gradients. ArithmeticError if the
     loss or the norm of its gradient is not finite."""
     supervised = Counter[str]()
     for e in batch:
@@ -169,25 +205,6 @@ def log_line(step: int, batch: Sequence[Example], sums: Sequence[float], norm: f
                 for task, loss in zip(sorted(supervised), by_task)}, "grad_norm": round(norm, 5)}
 
 
-def take_step(model: CausalLM, experts: ExpertVector, optimizer: torch.optim.Optimizer,
-              batch: Sequence[Example], cfg: TrainConfig, pad_id: int, step: int, lr: float,
-              ) -> dict[str, Any]:
-    """One step of the optimizer; returns its line of metrics.jsonl."""
-    sums, use = step_that_fits(model, experts, batch, cfg, pad_id, step)
-    distributed.sum_gradient(experts.vector)
-    norm = torch.nn.utils.clip_grad_norm_([experts.vector], cfg.max_grad_norm)
-    # The one wait for the device: all figures are read at once.
-    *losses, length = torch.cat([distributed.all_sum(sums), norm[None]]).tolist()
-    line = log_line(step, batch, losses, length) | {"lr": lr}
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    if step % USE_EVERY == 0:            # of the last micro-batch
-        line["expert_use"] = {name: [round(share, 3) for share in shares.tolist()]
-                              for name, shares in use.items()}
-    return line
-
-
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
           resume: bool = False, unseen: Sequence[Example] = ()) -> dict[str, float]:
     """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
@@ -198,31 +215,25 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     """
     batches = schedule(examples, cfg)
     compiling = compiled.wanted(model, cfg.compile, len(batches))
-    experts = ExpertVector(model, alike=compiling)
-    # With a smaller eps, an entry whose gradient is only rounding noise would move by the full lr.
-    peak = default_lr(model) if cfg.lr is None else cfg.lr
-    optimizer = torch.optim.AdamW([experts.vector], lr=peak, betas=(0.9, 0.99), eps=1e-6,
-                                  weight_decay=cfg.weight_decay, fused=True)
-    state = _first_state(run, experts, optimizer, batches, resume)
-    if compiling:
-        compiled.compile_layers(model, lambda: train_step(model, experts, batches[0], cfg, pad_id))
-        experts.vector.grad = None       # of the step that compiled them
-    begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
+    trainer = Trainer(model, cfg, pad_id, alike=compiling)
+    state = _first_state(run, trainer, batches, resume)
+    first_step = partial(trainer.fitting, lambda: trainer.gradients(batches[0]))
     run.mkdir(parents=True, exist_ok=True)
-    metrics = (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n")
-    bar = progress_bar(range(state["step"], len(batches)), "train", len(batches), unit="step",
-                       initial=state["step"], smoothing=0.1, disable=distributed.rank() > 0)
-    with metrics, bar, waiting() as signals:
+    with (compiled.compiled_layers(model, first_step) if compiling else nullcontext(),
+          (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
+          progress_bar(range(state["step"], len(batches)), "train", len(batches), unit="step",
+                       initial=state["step"], smoothing=0.1, disable=distributed.rank() > 0) as bar,
+          waiting() as signals):
         distributed.once(metrics.truncate, state["metrics"])
+        begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
         for step in bar:
             start = time.perf_counter()
-            line = take_step(model, experts, optimizer, batches[step], cfg, pad_id, step,
-                             learning_rate(step, len(batches), peak, cfg.warmup))
+            line = trainer.step(step, batches[step], learning_rate(
+                step, len(batches), trainer.lr, cfg.warmup))
             now = time.perf_counter()
             line["tokens_per_second"] = speed = round(line["tokens"] / (now - start), 1)
             if unseen and step + 1 in (math.ceil(LATE * len(batches)), len(batches)):
-                line["test_loss"] = round(mean_loss(model, unseen, pad_id, min(
-                    32, 4 * distributed.share(cfg.micro_batch_size))), 5)
+                line["test_loss"] = round(trainer.mean_loss(unseen), 5)
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             if step + 1 == len(batches) // 2 and (reason := verdict.trouble(
@@ -236,29 +247,30 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             stop = _signal_to_any(signals)
             if stop or step + 1 == len(batches) or due(cfg.checkpoint_every, step + 1, saved):
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
-                distributed.once(save_checkpoint, run, experts.vector, optimizer, state)
+                distributed.once(save_checkpoint, run, trainer.parameters, trainer.optimizer, state)
                 saved = time.monotonic()
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tok/s", refresh=False)
             if stop:
                 break
         if stop := _signal_to_any(signals):          # one may come after the last step, too
             raise Interrupted(f"saved after step {state['step']} of {len(batches)}", stop)
+    trainer.optimizer.zero_grad()
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
 
 
-def _first_state(run: Path, experts: ExpertVector, optimizer: torch.optim.Optimizer,
-                 batches: Sequence[Sequence[Example]], resume: bool) -> dict[str, Any]:
+def _first_state(run: Path, trainer: Trainer, batches: Sequence[Sequence[Example]], resume: bool,
+                 ) -> dict[str, Any]:
     """The state to begin with: that of the last checkpoint, or zeros and no checkpoint left."""
     order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
-    layout = sha256_of_json([[name, *p.shape] for name, p in experts.parameters.items()])
+    layout = sha256_of_json([[name, *p.shape] for name, p in trainer.parameters.items()])
     fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0,
              "order": order, "layout": layout}
     if not resume:
         if (run / "checkpoints").exists():
             distributed.once(shutil.rmtree, run / "checkpoints")
         return fresh
-    with distributed.one_first():            # the first may remove a damaged checkpoint
-        state = load_checkpoint(run, experts.vector, optimizer, fresh) or fresh
+    with distributed.one_first():            # the first may rename a damaged checkpoint
+        state = load_checkpoint(run, trainer.parameters, trainer.optimizer, fresh) or fresh
     if len(set(distributed.gather(state["step"]))) > 1:
         raise ValueError(f"the processes do not see the same checkpoints: {run} must be a folder "
                          "that they share")

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ..io.files import new_folder, read_json, replacing, sha256, sha256_of_json
 
 KEPT = 2                                     # checkpoints of a run
-TENSORS = "experts.safetensors"              # the experts' vector, and what AdamW holds for it
+TENSORS = "experts.safetensors"              # the experts, and what AdamW holds for each
+Parameters = Mapping[str, torch.nn.Parameter]
 
 
 def due(every: int | str, step: int, since: float) -> bool:
@@ -36,14 +36,15 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-????????"))
 
 
-def save_checkpoint(run: Path, vector: Tensor, optimizer: torch.optim.Optimizer,
+def save_checkpoint(run: Path, parameters: Parameters, optimizer: torch.optim.Optimizer,
                     state: Mapping[str, Any]) -> None:
-    """Write the experts' vector, its moments and `state`, whole or not at all; remove old ones."""
+    """Write the experts, their moments and `state`, whole or not at all; remove old ones."""
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
     shutil.rmtree(folder, ignore_errors=True)
     with new_folder(folder) as tmp:
         with replacing(tmp / TENSORS) as file:           # it names a file that a full disk refuses
-            save_file({"experts": vector.detach(), **optimizer.state[vector]}, file)
+            save_file({f"{name}/{key}": tensor for name, p in parameters.items() for key, tensor in
+                       {"value": p.detach(), **optimizer.state[p]}.items()}, file)
         state = {**state, "sha256": sha256(tmp / TENSORS)}
         (tmp / "state.json").write_text(json.dumps(
             {"state": state, "sha256": sha256_of_json(state)}))
@@ -53,15 +54,17 @@ def save_checkpoint(run: Path, vector: Tensor, optimizer: torch.optim.Optimizer,
 
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """Folder and state of the newest whole checkpoint, if there is one. Damaged ones are named on
-    stderr and removed: they would count among the two that are kept."""
+    stderr and renamed: they would count among the two that are kept."""
     for folder in reversed(checkpoints(run)):
         try:
             return folder, _checked_state(folder)
         except (AttributeError, FileNotFoundError, KeyError, TypeError, ValueError) as e:
-            shutil.rmtree(folder)
+            damaged = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+            folder.rename(damaged)
             then = ("going on from the one before" if checkpoints(run) else
                     "no whole one is left, so it begins anew")
-            print(f"{folder} is damaged ({e}): {then}", file=sys.stderr)
+            print(f"{folder} is damaged ({e}), and now {damaged.name}: {then}", file=sys.stderr)
     return None
 
 
@@ -76,16 +79,16 @@ def _checked_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(run: Path, vector: Tensor, optimizer: torch.optim.Optimizer,
+def load_checkpoint(run: Path, parameters: Parameters, optimizer: torch.optim.Optimizer,
                     fresh: Mapping[str, Any]) -> dict[str, Any] | None:
     """Load the newest whole checkpoint in place, and give its state; None if there is none.
 
     Raises ValueError if it is of other experts or of other batches than `fresh`, the state that
     training begins with, or if the run's metrics.jsonl is shorter than it was.
     """
-    if (found := newest(run)) is None:
+    if (checkpoint := newest(run)) is None:
         return None
-    folder, state = found
+    folder, state = checkpoint
     if state["layout"] != fresh["layout"]:
         raise ValueError(f"{folder} belongs to another allocation than {run}'s")
     if state["order"] != fresh["order"]:
@@ -95,9 +98,10 @@ def load_checkpoint(run: Path, vector: Tensor, optimizer: torch.optim.Optimizer,
     if (metrics.stat().st_size if metrics.is_file() else 0) < state["metrics"]:
         raise ValueError(f"{metrics} has not all that it held at {folder.name}: put it back, or "
                          f"remove {folder.parent} to train again")
-    tensors = load_file(folder / TENSORS)
-    with torch.no_grad():
-        vector.copy_(tensors.pop("experts"))
-    optimizer.state[vector] = {              # copies: the file may not stay mapped
-        name: tensor.to(vector.device, copy=True) for name, tensor in tensors.items()}
+    for full, tensor in load_file(folder / TENSORS).items():
+        name, _, key = full.rpartition("/")
+        if key == "value":
+            parameters[name].data.copy_(tensor)
+        else:                                # a copy: the file may not stay mapped
+            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
     return state

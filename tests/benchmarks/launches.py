@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,8 @@ from minismoe.method.experts import add_experts, linear_layers
 from minismoe.method.sensitivity import sample_norms
 from minismoe.model import attention
 from minismoe.model.decoder import CausalLM, Config
-from minismoe.training.compiled import compile_layers
-from minismoe.training.loop import TrainConfig, train_step
-from minismoe.training.vector import ExpertVector
+from minismoe.training.compiled import compiled_layers
+from minismoe.training.loop import TrainConfig, Trainer
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
         "detach", "_reshape_alias", "lift_fresh", "alias"}
@@ -128,16 +127,16 @@ def step_of(side: str, layers: int, dtype: torch.dtype, device: str, sizes: dict
     with torch.device(device):
         ours = CausalLM(Config.from_dict(config(layers, sizes))).to(dtype)
     linear = linear_layers(ours.requires_grad_(False))
-    if compiled:
-        compile_layers(ours, lambda: None)
+    if compiled:                                             # until this process ends
+        ExitStack().enter_context(compiled_layers(ours, lambda: None))
     if side == "probe":
         return partial(sample_norms, ours, linear, *collate(batch, 0))
     counts = dict.fromkeys(linear, 8 if side == "mixture" else 1)
     rank = rank if side == "mixture" else 8 * rank
     with torch.device(device):
         add_experts(ours, Allocation(counts, rank=rank, alpha=2 * rank))
-    experts, cfg = ExpertVector(ours, alike=compiled), TrainConfig(micro_batch_size=len(batch))
-    return partial(train_step, ours, experts, batch, cfg, 0)
+    cfg = TrainConfig(batch_size=len(batch), micro_batch_size=len(batch))
+    return partial(Trainer(ours, cfg, 0, alike=compiled).gradients, batch)
 
 
 def counted(side: str, layers: int, dtype: torch.dtype) -> Counter[str]:

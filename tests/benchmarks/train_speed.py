@@ -22,8 +22,7 @@ from minismoe.data.tasks import bucket, collate, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
-from minismoe.training.loop import TrainConfig, train_step
-from minismoe.training.vector import ExpertVector
+from minismoe.training.loop import TrainConfig, Trainer
 
 RANK, WARM = 8, 2
 
@@ -41,8 +40,8 @@ def ours(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     model = load_model(args.model, dtype)
     add_experts(model, dict.fromkeys(linear_layers(model), args.experts), rank=RANK)
     cfg = TrainConfig(batch_size=args.batch_size, micro_batch_size=args.batch_size)
-    experts = ExpertVector(model)
-    return [experts.vector], lambda examples, pad: train_step(model, experts, examples, cfg, pad)
+    trainer = Trainer(model, cfg, pad_id=0)      # pads count nowhere, whatever they are
+    return [*trainer.parameters.values()], lambda examples, pad: trainer.gradients(examples)
 
 
 def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:

@@ -72,13 +72,13 @@ def test_a_plan_needs_nothing_but_config_json_and_writes_nothing(inputs, tmp_pat
 def test_a_plan_trains_three_steps_of_the_largest_batch(inputs, tmp_path, capsys,
                                                         monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    steps, step = [], training.train_step
+    steps, step = [], training.Trainer.gradients
 
-    def watched(model, experts, batch, *rest):
+    def watched(trainer, batch):
         steps.append(sorted(batch, key=lambda e: (e.task, e.index)))
-        return step(model, experts, batch, *rest)
+        return step(trainer, batch)
 
-    monkeypatch.setattr(training, "train_step", watched)
+    monkeypatch.setattr(training.Trainer, "gradients", watched)
     code, out, err = finish(train.main, *inputs, "--plan", "--epochs", "2", "--dtype", "float32",
                             capsys=capsys)
     assert code == 0, err

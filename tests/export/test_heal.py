@@ -15,14 +15,21 @@ from safetensors import safe_open
 from torch._dynamo.utils import counters
 
 from minismoe.data.tasks import Example, collate
-from minismoe.export.heal import Healing, heal, heal_step, own_tokens, sharing_copy
+from minismoe.export.heal import (
+    Healing,
+    divergences,
+    heal,
+    heal_step,
+    own_tokens,
+    sharing_copy,
+)
 from minismoe.export.rounding import round_weights
 from minismoe.export.tree import save_fits, take_blocks
 from minismoe.export.weights import GraphFormat
-from minismoe.method.experts import expert_layers
+from minismoe.method.experts import expert_layers, expert_parameters
 from minismoe.method.freeze import fit, freeze
 from minismoe.training import compiled
-from minismoe.training.vector import ExpertVector
+from minismoe.training.copies import Copies
 
 
 def examples(count: int = 24) -> list[Example]:
@@ -108,8 +115,8 @@ def test_healing_is_deterministic(mixture: Any, fits: Any) -> None:
 def test_compiled_layers_heal_alike(mixture: Any, fits: Any, monkeypatch: pytest.MonkeyPatch,
                                     ) -> None:
     """Beside rounded weights."""
-    monkeypatch.setattr(compiled, "compile_layers", partial(
-        compiled.compile_layers, backend="eager"))
+    monkeypatch.setattr(compiled, "compiled_layers", partial(
+        compiled.compiled_layers, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
     plain, found = (heal(student_of(mixture, fits["gates"].together, 32), Healing(
@@ -119,18 +126,34 @@ def test_compiled_layers_heal_alike(mixture: Any, fits: Any, monkeypatch: pytest
         torch.testing.assert_close(found[name].lora_B, plain[name].lora_B, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 3 * 61 + 1, 1 << 24])
+def test_equals_kl_divergence_of_full_logits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minismoe.export.heal.CHUNK", chunk)
+    hidden, theirs = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(0)).double()
+    head, other = torch.randn(2, 61, 16, generator=torch.Generator().manual_seed(1)).double()
+    hidden.requires_grad_()
+    expected = F.kl_div((hidden @ head.T).log_softmax(-1), (theirs @ other.T).log_softmax(-1),
+                        reduction="none", log_target=True).sum(-1)
+    losses = divergences(hidden, head, theirs, other)
+    torch.testing.assert_close(losses, expected)
+    upstream = torch.randn(10, generator=torch.Generator().manual_seed(2)).double()
+    found, wanted = (torch.autograd.grad((x * upstream).sum(), hidden) for x in (losses, expected))
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("size", [3, 16])
 def test_a_step_and_its_gradient_equal_autograd(mixture: Any, fits: Any, size: int) -> None:
     """No two examples begin alike, so that all tokens are their own."""
     student, data = sharing_copy(mixture), examples()
     freeze(student, fits["mean"].together)
-    maps = ExpertVector(student)
+    maps = Copies(student)
     found = heal_step(student, maps, Healing(mixture, data, 1, 0, size), data)
     wanted = divergence(student, mixture, data).mean()
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
-    gradients = torch.autograd.grad(wanted, [*maps.parameters.values()])
-    for mine, gradient in zip(maps.views(maps.vector.grad), gradients):
-        torch.testing.assert_close(mine, gradient, rtol=1e-3, atol=1e-6)
+    parameters = [*expert_parameters(student).values()]
+    gradients = torch.autograd.grad(wanted, parameters)
+    for parameter, gradient in zip(parameters, gradients):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows, own", [

@@ -18,8 +18,7 @@ from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import BlockLinear
 from minismoe.training.evaluate import generate
-from minismoe.training.loop import TrainConfig, train_step
-from minismoe.training.vector import ExpertVector
+from minismoe.training.loop import TrainConfig, Trainer
 
 Make = Callable[[str], tuple[Any, Path]]
 
@@ -48,9 +47,9 @@ def test_outputs_and_gradients_are_those_of_the_rounded_weights(
     found = []
     for model in models:
         randomise(add_experts(model, dict.fromkeys(names, 3), rank=4))
-        experts = ExpertVector(model)
-        sums, _ = train_step(model, experts, examples(), TrainConfig(), 0)
-        found.append((sums, experts.views(experts.vector.grad)))
+        trainer = Trainer(model, TrainConfig(), 0)
+        sums, _ = trainer.gradients(examples())
+        found.append((sums, [p.grad for p in trainer.parameters.values()]))
     assert torch.equal(found[0][0], found[1][0])
     assert len(found[0][1]) == len(found[1][1]) > 0
     for one, other in zip(found[0][1], found[1][1]):

@@ -13,10 +13,9 @@ from minismoe.method.experts import linear_layers
 from minismoe.method.sensitivity import sample_norms
 from minismoe.model.decoder import CausalLM
 from minismoe.training import compiled
-from minismoe.training.compiled import compile_layers
+from minismoe.training.compiled import compiled_layers
 from minismoe.training.evaluate import generate, mean_loss
-from minismoe.training.loop import TrainConfig, train, train_step
-from minismoe.training.vector import ExpertVector
+from minismoe.training.loop import TrainConfig, Trainer, train
 
 
 @pytest.fixture(autouse=True)
@@ -45,31 +44,34 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
         recompute: bool, count: int) -> None:
     # All layers differ in what they hold, and some groups have layers of one expert and of more.
     models = [tiny(1, 3, 2, 2, 1, layers=2 if recompute else 3) for _ in range(2)]
-    vectors = ExpertVector(models[0]), ExpertVector(models[1], alike=True)
     cfg = TrainConfig(recompute=recompute)
-    compile_layers(models[1], lambda: None, backend="eager")
-    for batch in batches(count):
-        found = []
-        for model, vector in zip(models, vectors):
-            sums, _ = train_step(model, vector, batch, cfg, 0)
-            found.append((sums, vector.vector.grad.clone()))
-            vector.vector.grad = None
-        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
-    # Nor does what runs between and after the steps.
-    losses = [mean_loss(model, batch, 0) for model in models]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    generate(models[1], [[1, 2, 3]], 2, [])
+    trainers = Trainer(models[0], cfg, 0), Trainer(models[1], cfg, 0, alike=True)
+    settings = torch._dynamo.config
+    with compiled_layers(models[1], lambda: None, backend="eager"):
+        for batch in batches(count):
+            results = []
+            for trainer in trainers:
+                sums, _ = trainer.gradients(batch)
+                results.append((sums, [p.grad for p in trainer.parameters.values()]))
+            torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+        # Nor does what runs between and after the steps.
+        losses = [mean_loss(model, batch, 0) for model in models]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        generate(models[1], [[1, 2, 3]], 2, [])
+        assert not settings.force_nn_module_property_static_shapes
+    trainers[1].gradients(batch)                         # the layers are as they were written
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert settings.force_nn_module_property_static_shapes
 
 
 def test_no_batch_of_the_probe_compiles_anew() -> None:
     models = [CausalLM(tiny_config(num_hidden_layers=3)).requires_grad_(False) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    compile_layers(models[1], lambda: None, backend="eager")
-    for batch in batches(50):
-        plain, found = (sample_norms(model, linear_layers(model), *collate(batch, 0))
-                        for model in models)
-        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-8)
+    with compiled_layers(models[1], lambda: None, backend="eager"):
+        for batch in batches(50):
+            plain, found = (sample_norms(model, linear_layers(model), *collate(batch, 0))
+                            for model in models)
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-8)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 

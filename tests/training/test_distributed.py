@@ -31,12 +31,12 @@ import train
 from minismoe.cli import script
 from minismoe.training import loop as training
 
-def step(*args, original=training.step_that_fits):
-    if args[5] == {step} - 1 and os.environ["RANK"] == "{victim}":
+def step(trainer, number, *args, original=training.Trainer.step):
+    if number == {step} - 1 and os.environ["RANK"] == "{victim}":
         os.kill(os.getpid(), {signal})
-    return original(*args)
+    return original(trainer, number, *args)
 
-training.step_that_fits = step
+training.Trainer.step = step
 script.run_script(train.main)
 """
 

@@ -6,6 +6,7 @@ import os
 import signal
 import statistics
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,29 +21,25 @@ from minismoe.method.experts import add_experts, expert_layers, linear_layers
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import save_adapter
 from minismoe.model.decoder import CausalLM
+from minismoe.training import compiled
 from minismoe.training.loop import (
     LR,
     Interrupted,
     TrainConfig,
+    Trainer,
     default_lr,
     learning_rate,
     schedule,
     train,
-    train_step,
 )
-from minismoe.training.vector import ExpertVector
 
 
 def step_of(model: CausalLM, batch: list[Example], cfg: TrainConfig,
             ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The sums of a step, and the gradient of each trained parameter by name."""
-    experts = ExpertVector(model)
-    sums, _ = train_step(model, experts, batch, cfg, pad_id=0)
-    return sums, gradients(experts)
-
-
-def gradients(experts: ExpertVector) -> dict[str, torch.Tensor]:
-    return dict(zip(experts.parameters, experts.views(experts.vector.grad)))
+    trainer = Trainer(model, cfg, pad_id=0)
+    sums, _ = trainer.gradients(batch)
+    return sums, {name: p.grad for name, p in trainer.parameters.items()}
 
 
 @pytest.mark.parametrize("micro", [1, 3, 5])
@@ -74,17 +71,16 @@ def test_recompute_changes_memory_only() -> None:
 def test_frozen_weights_hold_no_gradients() -> None:
     model = tiny()
     step_of(model, examples(4), TrainConfig())
-    assert all(p.grad is None for p in model.parameters())       # the vector alone has one
+    assert all((p.grad is None) != p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_nothing_waits_for_the_device_between_the_batch_and_the_gradient(recompute: bool) -> None:
     """The meta device has shapes alone: whoever reads a value from it raises."""
     model = tiny().to("meta")
-    experts = ExpertVector(model)
     cfg = TrainConfig(batch_size=6, micro_batch_size=4, recompute=recompute)
-    sums, _ = train_step(model, experts, examples(6), cfg, 0)
-    assert sums.is_meta and experts.vector.grad.shape == experts.vector.shape
+    sums, gradients = step_of(model, examples(6), cfg)
+    assert sums.is_meta and all(gradient.is_meta for gradient in gradients.values())
 
 
 def test_learning_rate_warms_up_and_ends_near_zero() -> None:
@@ -174,7 +170,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(tmp_path, dtype, monkeypatc
     train(straight, examples(), cfg, tmp_path / "straight", pad_id=0)
 
     import minismoe.training.loop as training
-    calls, step = [], training.train_step
+    calls, step = [], training.Trainer.gradients
 
     def interrupting(*args):
         calls.append(1)
@@ -182,7 +178,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(tmp_path, dtype, monkeypatc
             os.kill(os.getpid(), signal.SIGINT)
         return step(*args)
 
-    monkeypatch.setattr(training, "train_step", interrupting)
+    monkeypatch.setattr(training.Trainer, "gradients", interrupting)
     with pytest.raises(Interrupted, match="step 7 of 18"):
         train(tiny(dtype=dtype), examples(), cfg, tmp_path / "cut", pad_id=0)
     resumed = tiny(dtype=dtype)
@@ -214,15 +210,15 @@ def test_not_finite_loss_names_step_and_batch(tmp_path) -> None:
 
 def test_not_finite_gradient_is_not_stepped(tmp_path, monkeypatch) -> None:
     import minismoe.training.loop as training
-    model, step = tiny(), training.train_step
+    model, step = tiny(), training.Trainer.gradients
     before = {name: p.clone() for name, p in model.named_parameters()}
 
-    def overflows(model: CausalLM, experts: ExpertVector, *args):
-        found = step(model, experts, *args)
-        experts.vector.grad[0] = math.inf
-        return found
+    def overflows(trainer: Trainer, batch: list[Example]):
+        result = step(trainer, batch)
+        next(iter(trainer.parameters.values())).grad[0] = math.inf
+        return result
 
-    monkeypatch.setattr(training, "train_step", overflows)
+    monkeypatch.setattr(training.Trainer, "gradients", overflows)
     with pytest.raises(ArithmeticError, match=r"the norm of its gradient inf at step 1, on the"):
         train(model, examples(4), TrainConfig(batch_size=4), tmp_path, pad_id=0)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
@@ -250,10 +246,11 @@ def test_adapter_file_holds_the_trained_experts(tmp_path) -> None:
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_batch_that_overflows_is_halved_and_counted_once(tmp_path, monkeypatch, error) -> None:
+def test_a_batch_that_overflows_is_halved_for_good_and_counted_once(tmp_path, monkeypatch, error,
+                                                                    ) -> None:
     """The second of three micro-batches overflows, and so does the first of half the size."""
-    import minismoe.training.loop as training
-    calls, pack = [], training.Tokens
+    import minismoe.training.evaluate as evaluating
+    calls, pack = [], evaluating.Tokens
 
     def tight(ids, *rest):
         calls.append(len(ids))
@@ -261,31 +258,83 @@ def test_a_batch_that_overflows_is_halved_and_counted_once(tmp_path, monkeypatch
             raise error
         return pack(ids, *rest)
 
-    batch = examples(12)
-    wanted, found = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    batch, model = examples(12), tiny(dtype=torch.float64)
     cfg = TrainConfig(batch_size=12, micro_batch_size=4, router_aux_loss_coef=0.0)
-    sums, expected = step_of(wanted, batch, cfg)
-    monkeypatch.setattr(training, "Tokens", tight)
-    experts = ExpertVector(found)
-    sums_again, _ = training.step_that_fits(found, experts, batch, cfg, 0, 0)
+    sums, expected = step_of(tiny(dtype=torch.float64), batch, cfg)
+    monkeypatch.setattr(evaluating, "Tokens", tight)
+    trainer = Trainer(model, cfg, 0)
+    sums_again, _ = trainer.fitting(lambda: trainer.gradients(batch))
     assert calls == [4, 4, 2] + 12 * [1]
     torch.testing.assert_close(sums_again[:-1], sums[:-1])
-    for name, gradient in gradients(experts).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+    for name, p in trainer.parameters.items():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12)
+    trainer.step(1, batch, lr=1e-3)
+    trainer.mean_loss(batch)
+    assert calls[15:] == 12 * [1] + 3 * [4]
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, compile) -> None:
+    """At each step, at the loss of unseen lines, and as layers are compiled: it says so once."""
+    import minismoe.training.evaluate as evaluating
+    pack = evaluating.Tokens
+
+    def tight(ids, *rest):
+        if len(ids) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pack(ids, *rest)
+
+    monkeypatch.setattr(evaluating, "Tokens", tight)
+    monkeypatch.setattr(compiled, "compiled_layers", partial(
+        compiled.compiled_layers, backend="eager"))
+    train(tiny(), examples(), TrainConfig(epochs=1, compile=compile), tmp_path, 0,
+          unseen=examples())
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if "out of memory" in line] == [
+        f"out of memory, so from now on {n} examples at a time" for n in (4, 2, 1)]
 
 
 def test_running_out_of_memory_with_one_example_is_raised(monkeypatch) -> None:
-    import minismoe.training.loop as training
+    import minismoe.training.evaluate as evaluating
 
     def never(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model = tiny()
-    experts = ExpertVector(model)
+    trainer = Trainer(tiny(), TrainConfig(), 0)
     for work, error in ((never, torch.OutOfMemoryError), (lambda *a: 1 / 0, ZeroDivisionError)):
-        monkeypatch.setattr(training, "Tokens", work)
+        monkeypatch.setattr(evaluating, "Tokens", work)
         with pytest.raises(error):
-            training.step_that_fits(model, experts, examples(4), TrainConfig(), 0, 0)
+            trainer.step(0, examples(4), lr=1e-3)
+
+
+def test_every_path_through_a_layer_trains_it(tmp_path) -> None:
+    """A hook on one layer has its group's layers called one by one: the same gradients come out."""
+    plain, hooked = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    calls: list[str] = []
+    for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
+        layer = hooked.model.layers[1].get_submodule(name)
+        layer.register_forward_hook(lambda *args, name=name: calls.append(name))
+    cfg = TrainConfig(batch_size=8, micro_batch_size=4)
+    (_, expected), (_, gradients) = (step_of(m, examples(8), cfg) for m in (plain, hooked))
+    assert len(calls) == 3 * 2
+    for name, gradient in expected.items():
+        assert gradient.any()
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_parameter_that_is_frozen_by_hand_stays(tmp_path) -> None:
+    model = tiny()
+    router = model.model.layers[0].mlp.up_proj.router.requires_grad_(False)
+    before, others = router.clone(), model.model.layers[0].mlp.up_proj.lora_A.detach().clone()
+    train(model, examples(), TrainConfig(epochs=1, lr=1e-2), tmp_path, 0)
+    assert torch.equal(router, before)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.lora_A, others)
+
+
+def test_a_model_without_experts_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no experts to train: call add_experts first"):
+        train(CausalLM(tiny_config()), examples(), TrainConfig(), tmp_path, 0)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_new_run_leaves_no_checkpoint_of_an_old_one(tmp_path) -> None:

@@ -116,8 +116,8 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monke
     monkeypatch.setattr(files, "_sync", lambda p: (said.append(("sync", p.name)), sync(p)))
     monkeypatch.setattr(os, "replace", lambda a, b: (
         said.append(("name", Path(b).name)), replace(a, b)))
-    vector = torch.zeros(1)
-    resume.save_checkpoint(tmp_path, vector, torch.optim.AdamW([vector]), {"step": 1})
+    expert = torch.nn.Parameter(torch.zeros(1))
+    resume.save_checkpoint(tmp_path, {"a": expert}, torch.optim.AdamW([expert]), {"step": 1})
     done = said.index(("name", "step-00000001"))
     before = [name for what, name in said[:done] if what == "sync"]
     assert {"experts.safetensors", "state.json"} < set(before)
@@ -149,13 +149,13 @@ def test_checkpoint_every_takes_steps_or_minutes_above_zero() -> None:
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     """A clock at [0], on which each step of training takes 25 s."""
-    now, step = [0.0], training.train_step
+    now, step = [0.0], training.Trainer.gradients
 
     def slow(*args):
         now[0] += 25.0
         return step(*args)
 
-    monkeypatch.setattr(training, "train_step", slow)
+    monkeypatch.setattr(training.Trainer, "gradients", slow)
     for name in ("monotonic", "perf_counter"):
         monkeypatch.setattr(time, name, lambda: now[0])
     return now
@@ -180,7 +180,7 @@ def test_a_checkpoint_is_saved_at_the_first_step_after_the_minutes(
 
 def test_every_ending_signal_lets_the_step_end_and_saves_it(inputs, tmp_path, capsys,
                                                             monkeypatch, signals) -> None:
-    run, step = tmp_path / "a run", training.train_step
+    run, step = tmp_path / "a run", training.Trainer.gradients
     for saved, number in zip((2, 4, 6), ENDING):
         calls: list[int] = []
 
@@ -190,7 +190,7 @@ def test_every_ending_signal_lets_the_step_end_and_saves_it(inputs, tmp_path, ca
                 os.kill(os.getpid(), number)
             return step(*args)
 
-        monkeypatch.setattr(training, "train_step", interrupting)
+        monkeypatch.setattr(training.Trainer, "gradients", interrupting)
         args = ["--resume"] if run.exists() else [*inputs, *QUICK]
         code, _, err = finish(train.main, *args, "--out", str(run), capsys=capsys)
         assert code == 128 + number

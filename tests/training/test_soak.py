@@ -27,13 +27,13 @@ import minismoe.training.loop as training
 from minismoe.io.process import bound_memory
 from tiny import examples, tiny
 bound_memory()
-seen, step = [], training.step_that_fits
+seen, step = [], training.Trainer.gradients
 
 def watched(*args):
     seen.append(resident())
     return step(*args)
 
-training.step_that_fits = watched
+training.Trainer.gradients = watched
 cfg = training.TrainConfig(epochs=334, batch_size=4, micro_batch_size=2, checkpoint_every=100)
 training.train(tiny(), examples(), cfg, Path(sys.argv[1]), 0)
 print(json.dumps(seen))
