@@ -76,8 +76,8 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation
     if not needs_probe(allocating, len(inputs.encoded)):
         allocation = without_probe(allocating, shapes, inputs.encoded)
         if len(inputs.encoded) == 1 and allocation.strategy == "lora":
-            print(f"one task: a plain LoRA of rank {allocation.rank}, without a probe; several "
-                  "tasks share experts by votes")
+            print0(f"one task: a plain LoRA of rank {allocation.rank}, without a probe; several "
+                   "tasks share experts by votes")
         return allocation
     if allocating.min_experts > 0 and allocating.strategy != "lora":     # each matrix gets experts
         one_each = dict.fromkeys(select(shapes, allocating.targets), 1)

@@ -17,7 +17,7 @@ from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
 from minismoe.model.delta import CHUNK, delta_rule, memories, memories_backward
 from minismoe.model.tokens import Cache, Tokens
-from minismoe.training.compiled import compile_layers
+from minismoe.training.compiled import compiled_layers
 
 LENGTHS = (150, 70, 3)           # of texts: three chunks, two, and a part of one
 
@@ -161,16 +161,16 @@ def test_layers_are_traced_whole_whatever_the_length(pair: tuple[Any, CausalLM])
         torch.manual_seed(1)
         add_experts(model, dict.fromkeys(linear_layers(model), 2), rank=2)
         del model.model.layers[:2]           # the first would be traced apart from the others
-    compile_layers(compiled, lambda: None, backend="eager")
-    for length in (150, 20, 64, 65, 130, 200):
-        ids, found = torch.randint(97, (3, length)), []
-        for model in plain, compiled:
-            model.zero_grad()
-            hidden = model.model(ids)
-            hidden.square().mean().backward()
-            found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters()
-                                             if p.requires_grad)])
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with compiled_layers(compiled, lambda: None, backend="eager"):
+        for length in (150, 20, 64, 65, 130, 200):
+            ids, found = torch.randint(97, (3, length)), []
+            for model in plain, compiled:
+                model.zero_grad()
+                hidden = model.model(ids)
+                hidden.square().mean().backward()
+                found.append([hidden.detach(), *(p.grad.clone() for p in model.parameters()
+                                                 if p.requires_grad)])
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
     torch._dynamo.reset()
