@@ -109,12 +109,11 @@ class Trainer:
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         if not self.parameters:
             raise ValueError("the model has no experts to train: call add_experts first")
-        self.lr = default_lr(model) if cfg.lr is None else cfg.lr
         distributed.take_first([*self.parameters.values()])
         # With a smaller eps, an entry whose gradient is only rounding noise would move by the full
         # rate.
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=self.lr, betas=(0.9, 0.99), eps=1e-6,
+            self.parameters.values(), betas=(0.9, 0.99), eps=1e-6,
             weight_decay=cfg.weight_decay, fused=True)
 
     def gradients(self, batch: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -216,6 +215,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     batches = schedule(examples, cfg)
     compiling = compiled.wanted(model, cfg.compile, len(batches))
     trainer = Trainer(model, cfg, pad_id, alike=compiling)
+    peak = default_lr(model) if cfg.lr is None else cfg.lr
     state = _first_state(run, trainer, batches, resume)
     first_step = partial(trainer.fitting, lambda: trainer.gradients(batches[0]))
     run.mkdir(parents=True, exist_ok=True)
@@ -228,8 +228,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
         begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
         for step in bar:
             start = time.perf_counter()
-            line = trainer.step(step, batches[step], learning_rate(
-                step, len(batches), trainer.lr, cfg.warmup))
+            line = trainer.step(step, batches[step],
+                                learning_rate(step, len(batches), peak, cfg.warmup))
             now = time.perf_counter()
             line["tokens_per_second"] = speed = round(line["tokens"] / (now - start), 1)
             if unseen and step + 1 in (math.ceil(LATE * len(batches)), len(batches)):
