@@ -236,11 +236,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
                 line["test_loss"] = round(trainer.mean_loss(unseen), 5)
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
-            if step + 1 == len(batches) // 2 and (reason := verdict.trouble(
-                    [line["loss"] for line in verdict.read_metrics(run / "metrics.jsonl")],
-                    verdict.guessing_loss(examples, examples))):
-                distributed.once(print_above_bar, f"step {step + 1}: {reason}: "
-                                 + verdict.remedy(peak, default_lr(model)))
+            if step + 1 == len(batches) // 2:
+                distributed.once(_warn, run, examples, peak, default_lr(model))
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
                       "seconds": now - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
@@ -256,6 +253,14 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             raise Interrupted(f"saved after step {state['step']} of {len(batches)}", stop)
     trainer.optimizer.zero_grad()
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
+
+
+def _warn(run: Path, examples: Sequence[Example], peak: float, default: float) -> None:
+    """Say so if the losses of the steps so far show that a run does not learn."""
+    lines = verdict.read_metrics(run / "metrics.jsonl")
+    if reason := verdict.trouble([line["loss"] for line in lines],
+                                 verdict.guessing_loss(examples, examples)):
+        print_above_bar(f"step {len(lines)}: {reason}: {verdict.remedy(peak, default)}")
 
 
 def _first_state(run: Path, trainer: Trainer, batches: Sequence[Sequence[Example]], resume: bool,
