@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,20 +60,25 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
     return found
 
 
-def token_losses(model: CausalLM, examples: Sequence[Example], pad_id: int,
-                 recompute: bool = False) -> tuple[Tensor, Tensor, Tokens]:
-    """The loss (S,) of each supervised token, the number (S,) of its example, and the packed batch.
+class Supervised(NamedTuple):
+    """The S supervised tokens of some examples, as a model predicts them."""
 
-    What neighbouring examples begin with alike is computed once. Nothing waits for the device.
-    """
-    device = model.lm_head.weight.device
+    hidden: Tensor           # (S, D), of the tokens before them
+    targets: Tensor          # (S,)
+    examples: Tensor         # (S,): the number of each one's example
+    tokens: Tokens           # all tokens of the examples, packed
+
+
+def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int,
+               recompute: bool = False) -> Supervised:
+    """Run a model, without its head, on some examples. What neighbouring examples begin with alike
+    is computed once. Nothing waits for the device."""
     ids, mask, labels = collate(examples, pad_id)
-    needed = predicting(mask, labels)
+    needed, device = predicting(mask, labels), model.lm_head.weight.device
     rows, columns = needed.nonzero(as_tuple=True)
     at = sent({"targets": labels[rows, columns + 1], "rows": rows}, device)
     tokens = Tokens(ids, mask, model.config, device, needed)
-    hidden = model.model.rows(tokens, recompute)                                 # (S, D)
-    return head_losses(hidden, model.lm_head.weight, at["targets"]), at["rows"], tokens
+    return Supervised(model.model.rows(tokens, recompute), at["targets"], at["rows"], tokens)
 
 
 @torch.no_grad()
@@ -83,7 +88,8 @@ def mean_loss(model: CausalLM, examples: Sequence[Example], pad_id: int, batch_s
     order = sorted(examples, key=lambda e: e.ids)
 
     def total(part: Sequence[Example]) -> tuple[float, int]:
-        losses, _, _ = token_losses(model, part, pad_id)
+        batch = supervised(model, part, pad_id)
+        losses = head_losses(batch.hidden, model.lm_head.weight, batch.targets)
         return losses.sum().item(), len(losses)
 
     with uncompiled(), Copies(model).multiplying():

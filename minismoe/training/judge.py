@@ -6,18 +6,18 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from ..data.tasks import Example, Task, collate, encode_all
+from ..data.tasks import Example, Task, encode_all
 from ..data.tokenizer import Tokenizer
-from ..method.loss import predicting
+from ..method.loss import CHUNK, head_losses
 from ..model.decoder import CausalLM
+from .compiled import uncompiled
+from .copies import Copies
 from .distributed import spread
-from .evaluate import Accuracy, evaluate, generate, questions
+from .evaluate import Accuracy, evaluate, generate, questions, supervised
 
 SHORT = 32               # tokens: longer answers are hardly ever the same to the last word
 SHOWN, LONGEST_SHOWN = 5, 64         # prompts whose answers are shown, and tokens of such an answer
-HEAD_ROWS = 512          # positions whose logits, one for each token of the vocabulary, are held
 
 
 @dataclass
@@ -82,19 +82,17 @@ def token_scores(model: CausalLM, examples: Sequence[Example], pad_id: int,
                  batch_size: int) -> tuple[float, float]:
     """Mean cross-entropy of the supervised tokens, in nats, and the share of them that the model
     finds likeliest, both given the right tokens before them."""
-    def sums(batch: Sequence[Example]) -> tuple[float, int, int]:
-        ids, mask, labels = collate(batch, pad_id)
-        rows, columns = predicting(mask, labels).nonzero(as_tuple=True)
-        hidden = model.model(input_ids=ids, attention_mask=mask)
-        targets = labels[rows, columns + 1].to(hidden.device)
-        loss = right = 0.0
-        for part, target in zip(hidden[rows, columns].split(HEAD_ROWS), targets.split(HEAD_ROWS)):
-            logits = model.lm_head(part).float()                 # (S, V)
-            loss += F.cross_entropy(logits, target, reduction="sum").item()
-            right += (logits.argmax(-1) == target).sum().item()
-        return loss, int(right), len(targets)
+    step = max(1, CHUNK // model.config.vocab_size)
 
-    order = sorted(examples, key=lambda e: len(e.ids))
-    losses, rights, counts = zip(*spread(sums, [
-        order[i:i + batch_size] for i in range(0, len(order), batch_size)]))
+    def sums(batch: Sequence[Example]) -> tuple[float, int, int]:
+        hidden, targets, _, _ = supervised(model, batch, pad_id)
+        loss = head_losses(hidden, model.lm_head.weight, targets).sum().item()
+        right = sum(int((model.lm_head(part).argmax(-1) == target).sum())
+                    for part, target in zip(hidden.split(step), targets.split(step)))
+        return loss, right, len(targets)
+
+    order = sorted(examples, key=lambda e: e.ids)
+    with uncompiled(), Copies(model).multiplying():
+        losses, rights, counts = zip(*spread(sums, [
+            order[i:i + batch_size] for i in range(0, len(order), batch_size)]))
     return sum(losses) / sum(counts), sum(rights) / sum(counts)

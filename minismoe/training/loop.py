@@ -26,11 +26,12 @@ from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
 from ..io.text import out_of_memory
 from ..method.experts import balance_loss, expert_layers, expert_parameters, take_logits
+from ..method.loss import head_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import sent
 from . import compiled, distributed, verdict
 from .copies import Copies
-from .evaluate import mean_loss, token_losses
+from .evaluate import mean_loss, supervised
 from .resume import due, load_checkpoint, save_checkpoint
 
 Result = TypeVar("Result")
@@ -127,7 +128,7 @@ class Trainer:
         """
         self.optimizer.zero_grad()
         sums = list[Tensor]()
-        tasks, supervised = sorted({e.task for e in batch}), sum(e.supervised for e in batch)
+        tasks, answers = sorted({e.task for e in batch}), sum(e.supervised for e in batch)
         for i in range(0, len(batch), self.micro):
             part = batch[i:i + self.micro]
             mine = part[distributed.rank()::distributed.world()]
@@ -137,14 +138,16 @@ class Trainer:
             mine = sorted(mine or part[:1], key=lambda e: e.ids)
             task = sent({"": torch.tensor([tasks.index(e.task) for e in mine])}, self.device)[""]
             with self.copies.multiplying():
-                losses, numbers, tokens = token_losses(self.model, mine, self.pad_id,
-                                                       self.cfg.recompute)
-                balance, use = balance_loss(take_logits(self.copies.layers), tokens.repeats,
+                computed = supervised(self.model, mine, self.pad_id, self.cfg.recompute)
+                losses = head_losses(computed.hidden, self.model.lm_head.weight, computed.targets)
+                balance, use = balance_loss(take_logits(self.copies.layers),
+                                            computed.tokens.repeats,
                                             partial(distributed.all_sum, times=counts))
                 balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
-                loss = losses.sum() / supervised + self.cfg.router_aux_loss_coef * balance
+                loss = losses.sum() / answers + self.cfg.router_aux_loss_coef * balance
                 (counts * loss).backward()
-            by_task = losses.new_zeros(len(tasks)).index_add(0, task[numbers], losses.detach())
+            by_task = losses.new_zeros(len(tasks)).index_add(
+                0, task[computed.examples], losses.detach())
             sums.append(counts * torch.cat([by_task, balance.detach()[None]]))
         return torch.stack(sums).sum(0), use
 

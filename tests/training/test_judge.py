@@ -17,7 +17,7 @@ from minismoe.training.judge import Judgement, has_short_answers, token_scores
 
 @pytest.mark.parametrize("head_rows", [2, 512])
 def test_token_scores_are_those_of_a_plain_loop(tmp_path, monkeypatch, head_rows) -> None:
-    monkeypatch.setattr("minismoe.training.judge.HEAD_ROWS", head_rows)
+    monkeypatch.setattr("minismoe.training.judge.CHUNK", 259 * head_rows)
     model = load_model(save_bytes_model(tmp_path / "model"))
     generator = torch.Generator().manual_seed(0)
     losses, rights, examples = [], [], []
