@@ -114,14 +114,16 @@ class Graph:
     def __init__(self, folder: Path, name: str = "model_quantized.onnx"):
         self.session = ort.InferenceSession(str(folder / "onnx" / name))
         self.tokenizer = load_tokenizer(folder)
+        self.system = json.loads((folder / "export.json").read_text()).get("system")
         self.empty = {x.name: torch.zeros([d if isinstance(d, int) else 0 for d in x.shape]).numpy()
                       for x in self.session.get_inputs()[2:]}
 
     def prompt(self, *texts: str) -> list[int]:
         """Tokens of a chat: what the user and the model said in turn."""
         roles = ("user", "assistant") * len(texts)
-        return self.tokenizer.encode(self.tokenizer.render([
-            {"role": role, "content": text} for role, text in zip(roles, texts)], True))[0]
+        chat = [{"role": "system", "content": self.system}] if self.system else []
+        chat += [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        return self.tokenizer.encode(self.tokenizer.render(chat, True))[0]
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """The logits (V,) after these tokens."""
@@ -408,11 +410,16 @@ def test_a_new_export_replaces_the_old(web: Path, tmp_path: Path) -> None:
 
 @needs_browser
 def test_a_load_that_broke_off_goes_on(web: Path, tmp_path: Path) -> None:
-    """From the part that broke off, with a server that knows ranges and with one that does not."""
+    """From the part that broke off, with a server that knows ranges and with one that does not.
+
+    Chats begin with the system prompt of the training.
+    """
     web = shutil.copytree(web, tmp_path / "web")
     vendor(web)
     shard = (web / DATA).stat().st_size // 4
     relist(web, DATA, shard)
+    info = json.loads((web / "export.json").read_text())
+    (web / "export.json").write_text(json.dumps(info | {"system": "Be brief."}))
     with Host(web) as host, Browser() as tab:
         for host.ranges in (True, False):
             host.cut = (DATA, 2 * shard + 1)

@@ -4,7 +4,7 @@
 // and computes with copies of them.
 const TAKEN = { wasm: 13, webgpu: 3 };
 
-let files, reader, tokenizer, streamerOf, context, stops, go, answers = {}, stopped = false;
+let files, reader, tokenizer, streamerOf, context, system, stops, go, answers = {}, stopped = false;
 
 const post = (is, data) => self.postMessage({ is, ...data });
 const does = {
@@ -48,6 +48,7 @@ async function load({ home }) {
   const most = gpu && /Linux|CrOS/.test(navigator.userAgent) ? 31 : Infinity;
   reader = new Reader(model, parts, most);
   context = info.context;
+  system = info.system ? [{ role: "system", content: info.system }] : [];    // as in training
   stops = [model.generation_config.eos_token_id].flat();
   streamerOf = say => new parts.TextStreamer(
     tokenizer, { skip_prompt: true, skip_special_tokens: true, callback_function: say });
@@ -118,8 +119,8 @@ async function choose({ messages, task, choices }) {
 
 // The tokens of a chat; throws if they leave no room for `more`.
 function prompt(messages, more) {
-  const ids = tokenizer.apply_chat_template(
-    messages, { add_generation_prompt: true, return_tensor: false, return_dict: false });
+  const ids = tokenizer.apply_chat_template([...system, ...messages], {
+    add_generation_prompt: true, return_tensor: false, return_dict: false });
   const over = ids.length + more - context;
   if (over > 0) throw new Error(`the text is ${over} tokens too long: begin a new chat`);
   return ids;
