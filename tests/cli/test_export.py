@@ -179,10 +179,10 @@ def test_a_provider_that_computes_something_else_is_refused() -> None:
                 compared(factor)
 
 
-def keep_one_too_many(cache: SharedCache, n: int) -> bool:
+def cut_one_too_many(cache: SharedCache, n: int) -> bool:
     """As `SharedCache.cut`, but for a token."""
     for read in cache.tokens:
-        del read[n + (n > 0):]
+        del read[max(0, n - 1):]
     return True
 
 
@@ -196,7 +196,7 @@ def with_config(model: CausalLM, **changes: Any) -> CausalLM:
 @pytest.mark.parametrize("broken", ["window", "reuse"])
 def test_what_only_a_long_prompt_shows_is_refused(tmp_path: Path, broken: str, monkeypatch,
                                                   ) -> None:
-    """A window that is a few tokens too long, and a cache that keeps tokens too many."""
+    """A window that is a few tokens too long, and a cache that loses a token where it is cut."""
     save_bytes_model(tmp_path / "model", model_type="mistral", sliding_window=96, head_dim=16,
                      max_position_embeddings=256)
     flags = ["--model", str(tmp_path / "model"), "--precision", "fp32", "--out"]
@@ -207,7 +207,7 @@ def test_what_only_a_long_prompt_shows_is_refused(tmp_path: Path, broken: str, m
         monkeypatch.setattr(layouts, "write_decoder", lambda file, model, form: write(
             file, with_config(model, **wrong), form))
     else:
-        monkeypatch.setattr(SharedCache, "cut", keep_one_too_many)
+        monkeypatch.setattr(SharedCache, "cut", cut_one_too_many)
     with pytest.raises(ValueError, match="not what PyTorch computes"):
         export.main([*flags, str(tmp_path / "out")])
 
