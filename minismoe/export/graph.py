@@ -24,10 +24,11 @@ from torch import Tensor
 from ..model.decoder import CausalLM
 from ..model.delta import EPS as DELTA_EPS
 from ..model.quantize import Blocks
+from .leaves import matrix
 from .mixture import LinearLayers
 from .nodes import Graph
 from .positions import END, Positions
-from .weights import GraphFormat, WeightStore, matrix
+from .weights import GraphFormat, WeightStore
 
 
 class DecoderBuilder:

@@ -43,8 +43,8 @@ class Healing:
 
 
 def sharing_copy(model: Any) -> Any:
-    """A copy of the modules of a model that shares its parameters."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    """A copy of the modules of a model that shares its parameters and buffers."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def heal(student: CausalLM, healing: Healing, lr: float = LR) -> dict[str, Fit]:

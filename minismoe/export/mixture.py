@@ -15,9 +15,8 @@ R all ranks of a matrix or a group.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,40 +25,12 @@ from onnx.helper import make_tensor, make_tensor_value_info
 from torch import Tensor, nn
 
 from ..method.experts import ExpertLinear
-from ..method.freeze import Fit
 from ..model.quantize import TINY, Blocks, dequantize, quantize
+from .leaves import AdapterLinear, BlockExperts, flat, matrix
 from .nodes import Graph
-from .weights import HALF, GraphFormat, WeightStore, concatenated, matrix
+from .weights import HALF, GraphFormat, WeightStore, concatenated
 
 A_BITS = 8                      # of lora_A beside a base in blocks
-
-
-class AdapterLinear(nn.Linear):
-    """A linear layer, in floats or blocks, with a LoRA of each task, of which a graph takes one at
-    run time: inputs `<module>.lora_A` (in, R) and `<module>.lora_B` (R, out)."""
-
-    task: str | None = None                  # whose LoRA is added; None: none
-
-    def __init__(self, linear: nn.Linear, fits: Mapping[str, Fit]):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias, self.fits = linear.weight, linear.bias, dict(fits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        weight: Any = self.weight
-        y = F.linear(x, weight if isinstance(weight, Tensor) else weight.dense(), self.bias)
-        fit = self.fits[self.task] if self.task is not None else None
-        return y if fit is None else y + x @ fit.lora_A.to(x).T @ fit.lora_B.to(x).T
-
-
-class BlockExperts(ExpertLinear):
-    """Experts as a graph beside few bits stores them: A (R, in) in blocks, or None for floats; and
-    B (out, R), times the scaling, as the sum of no, one or two matrices in blocks. The parameters
-    hold what these stand for."""
-
-    A_blocks: Blocks | None
-    B_blocks: list[Blocks]
 
 
 @torch.no_grad()
@@ -207,17 +178,6 @@ def storage(leaf: nn.Linear) -> tuple[int, int]:
     """Bits and block of what a layer stores; 0 for floats."""
     w = matrix(leaf)
     return (0, 0) if isinstance(w, Tensor) else (w.bits, w.size)
-
-
-def flat(layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-    """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) without one; R
-    is 0 without experts."""
-    if not isinstance(layer, ExpertLinear):
-        A = torch.zeros(0, layer.in_features)
-        return A, torch.zeros(layer.out_features, 0), A
-    A, B = (p.detach().float().cpu().flatten(0, 1) for p in (layer.lora_A, layer.lora_B))
-    router = A[:0] if layer.router is None else layer.router.detach().float().cpu()
-    return A, (B * layer.scaling).T, router
 
 
 def pad(layer: nn.Linear) -> int:

@@ -28,10 +28,11 @@ from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, Blocks, columns
 from ..runtime.providers import find_device, open_session
 from .graph import DecoderBuilder, cached
+from .leaves import matrix
 from .nodes import Graph
 from .positions import causal
 from .ranges import Range, Ranges
-from .weights import GraphFormat, WeightStore, concatenated, matrix
+from .weights import GraphFormat, WeightStore, concatenated
 
 
 class NpuWeights(WeightStore):

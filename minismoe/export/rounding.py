@@ -15,6 +15,7 @@ from ..model.decoder import CausalLM
 from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight, quantize
 from .bits import choose_blocks
 from .gptq import DAMPING, TIED_DAMPING, gptq, second_moments
+from .leaves import matrix, with_weight
 from .mixture import rounded_experts
 from .walk import Walk
 from .weights import GraphFormat
@@ -71,7 +72,7 @@ def rounded(leaf: Any, name: str, form: GraphFormat, moments: Tensor | None, dam
             ) -> list[Blocks]:
     """The weight (out, in) of a module in few bits, for each option: 4 bits for inputs of these
     second moments, computed where they are; 8 bits, and all without moments, to the nearest."""
-    weight = leaf.weight if moments is None else leaf.weight.to(moments.device)
+    weight = matrix(leaf) if moments is None else matrix(leaf).to(moments.device)
     options = [quantize(weight, bits, block, form.target == "npu" and bits == 8)
                if moments is None or bits == 8 else gptq(weight, moments, bits, block, damping)
                for bits, block in form.options_of(name)]
@@ -92,12 +93,7 @@ def store(tree: CausalLM, name: str, blocks: Blocks) -> None:
 
 def in_blocks(leaf: nn.Linear, blocks: Blocks) -> nn.Linear:
     """The layer with its weight in blocks; adapters stay beside it."""
-    weight = BlockWeight(blocks, torch.float32)
-    if type(leaf) is nn.Linear:
-        return BlockLinear(weight, leaf.bias)
-    del leaf.weight
-    leaf.add_module("weight", weight)        # not a parameter any more
-    return leaf
+    return with_weight(leaf, BlockWeight(blocks, torch.float32))
 
 
 def round_experts(tree: CausalLM, form: GraphFormat) -> None:

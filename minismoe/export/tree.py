@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
@@ -35,14 +35,14 @@ from ..method.freeze import (
     fit_group,
     freeze,
     frozen_layer,
-    merged_layer,
     no_fits,
 )
 from ..method.loss import IGNORE
+from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
-from ..model.quantize import BlockEmbedding, BlockWeight
+from ..model.quantize import BlockEmbedding, BlockLinear, BlockWeight, WideWeight
 from .heal import Healing, heal, sharing_copy
-from .mixture import AdapterLinear
+from .leaves import AdapterLinear, MergedWeight, plain_layer, with_weight
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
 from .rounding import round_experts, round_weights
 from .settings import ExportConfig, Source
@@ -61,6 +61,33 @@ class Shipped:
     tree: CausalLM                           # in float32, on the CPU
     fits: TaskFits                           # of the mixtures; none if they go on routing
     ranges: Ranges                           # of activations, for an NPU
+
+
+def in_float32(source: Source) -> CausalLM:
+    """The source's model in float32, on the CPU. What is stored in 16 bits stays in its file, which
+    is mapped into memory, and is converted where it is needed."""
+    model, run = load_model(source.base, None), source.model
+    for name, weight in model.named_parameters():        # the same pages as in the run's model
+        theirs = run.get_submodule(name.rpartition(".")[0]).weight if name.endswith("weight") else 0
+        if isinstance(theirs, Tensor) and (theirs.dtype, theirs.device) == (
+                weight.dtype, weight.device):
+            weight.data = theirs.data
+    if expert_layers(run):
+        load_adapter(model, source.run / "adapter")
+    tied, table = model.config.tie_word_embeddings, model.model.embed_tokens.weight
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, nn.Linear) and layer.weight.dtype != torch.float32 and not (
+                tied and name == "lm_head"):
+            model.set_submodule(name, with_weight(layer, WideWeight(layer.weight)))
+    if table.dtype != torch.float32:
+        wide = WideWeight(table)
+        model.model.embed_tokens = BlockEmbedding(wide)      # type: ignore[assignment]
+        if tied:
+            model.lm_head = BlockLinear(wide, None)
+    for name, weight in model.named_parameters():
+        if not name.endswith(".stored"):
+            weight.data = weight.data.float()
+    return model
 
 
 def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> list[Shipped]:
@@ -113,14 +140,13 @@ def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> T
         return TaskFits({}, {})
     if not os.access(source.run / "adapter", os.W_OK):       # the fits go there, after the work
         raise ValueError(f"{source.run / 'adapter'} cannot be written: copy the run")
-    names = {layer: name for name, layer in mixtures.items()}
+    names = {layer: name for name, layer in mixtures.items() if layer.router is not None}
     fits = no_fits(mixtures, batches)
+    walk = Walk(model.model, batches if names else {})
     with evaluating(model):
-        bar = progress_bar(Walk(model.model, batches).layers(), "freeze", len(model.model.layers),
-                           unit="layer")
+        bar = progress_bar(walk.layers(), "freeze", len(model.model.layers), unit="layer")
         for _, layer, runs in bar:
-            routed = [{names[m]: m for m in group if m.router is not None}
-                      for group in groups(layer)]
+            routed = [{names[m]: m for m in group if m in names} for group in groups(layer)]
             fit_group([readers for readers in routed if readers], runs, fits, packed=True)
     show_residuals(fits[config.fit].for_task(config.task))
     return fits[config.fit]
@@ -160,16 +186,11 @@ def placed(config: ExportConfig, reference: CausalLM, fits: TaskFits) -> CausalL
             tree.set_submodule(name, AdapterLinear(plain_layer(layer), {
                 task: found[name] for task, found in fits.by_task.items()}))
         elif config.routing != "dynamic":
-            make: Any = merged_layer if config.merges and config.graph else frozen_layer
-            tree.set_submodule(name, make(layer, fits.for_task(config.task)[name]))
+            fit = fits.for_task(config.task)[name]
+            merges = config.merges and config.graph
+            tree.set_submodule(name, frozen_layer(layer, fit) if not merges else BlockLinear(
+                MergedWeight(layer.weight, fit), layer.bias))
     return tree
-
-
-def plain_layer(layer: nn.Linear) -> nn.Linear:
-    """The linear layer that experts were added to."""
-    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
-    plain.weight, plain.bias = layer.weight, layer.bias
-    return plain
 
 
 def replace_fits(tree: CausalLM, config: ExportConfig, fits: TaskFits) -> None:

@@ -35,9 +35,9 @@ from .compare import (
     with_long,
 )
 from .heal import sharing_copy
-from .mixture import AdapterLinear
+from .leaves import AdapterLinear, plain_layer
 from .settings import ExportConfig, Source, refuse
-from .tree import Fits, Shipped, plain_layer
+from .tree import Fits, Shipped
 from .weights import HALF
 
 # How far logits may be from PyTorch's on the same weights, as a share of the largest: what rounding
@@ -67,7 +67,7 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     tolerance, prompts = activations_explain(config), some_prompts(source)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
-        model = in_float32(config, reference, shipped.fits.for_task(task) if adapted else None)
+        model = without_routing(config, reference, shipped.fits.for_task(task) if adapted else None)
         generator.use(adapter)
         seen, texts = compare_graph(model, generator, prompts, math.inf if rounds else tolerance,
                                     config.precision == "fp32")
@@ -85,7 +85,8 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
                 BITS8 if rounds and not npu else tolerance)
             show_logits(name, seen["providers"][name], "the CPU")
         if adapted:
-            seen["exact_match"] = accuracies(config, source, generator, model, [
+            floats = without_routing(config, source.model, shipped.fits.for_task(task))
+            seen["exact_match"] = accuracies(config, source, generator, floats, [
                 t for t in source.tasks if task in (None, t.name)])
         found[task or ""] = seen
     show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
@@ -115,10 +116,10 @@ def activations_explain(config: ExportConfig) -> float:
     return BITS16 if config.target == "npu" else FLOAT32
 
 
-def in_float32(config: ExportConfig, reference: CausalLM, fits: Fits | None) -> CausalLM:
-    """The run with its mixtures as the export holds them, in floats; without any if fits is None.
-    """
-    model = sharing_copy(reference)
+def without_routing(config: ExportConfig, model: CausalLM, fits: Fits | None) -> CausalLM:
+    """A copy of a run's model with its mixtures as the export holds them, in floats; without any if
+    fits is None."""
+    model = sharing_copy(model)
     if fits is None:
         for name, layer in expert_layers(model).items():
             model.set_submodule(name, plain_layer(layer))
@@ -143,7 +144,7 @@ def check_weights(config: ExportConfig, source: Source, reference: CausalLM, shi
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(
         stored(f"{n}.weight").dtype == torch.float32 for n in fits)
-    model, prompts = in_float32(config, reference, fits), some_prompts(source)
+    model, prompts = without_routing(config, reference, fits), some_prompts(source)
     texts = generate(model, prompts, TOKENS, source.tokenizer.stop_ids)
     seen = compare_logits(model, exported, prompts, texts, FLOAT32 if exact else BFLOAT16)
     show_logits(source.name, seen)
@@ -152,7 +153,7 @@ def check_weights(config: ExportConfig, source: Source, reference: CausalLM, shi
 
 def accuracies(config: ExportConfig, source: Source, generator: Generator, model: CausalLM,
                tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
-    """Exact match by task: of the export, in training and, if rounded, of `model` in float32.
+    """Exact match by task: of the export, in training and, if rounded, of `model`, in floats.
 
     Tasks whose answers the context, or the past of a static graph, cannot hold are left out.
     """
@@ -162,7 +163,8 @@ def accuracies(config: ExportConfig, source: Source, generator: Generator, model
         share = accuracy(generator, task)
         if share is not None:
             if config.precision != "fp32":
-                row["float32"] = evaluate(model, source.tokenizer, task).share
+                row[str(model.model.norm.weight.dtype)[6:]] = evaluate(
+                    model, source.tokenizer, task).share
             found[task.name] = row | {config.precision: share}
     return found
 

@@ -17,7 +17,8 @@ from onnx import TensorProto
 from torch import Tensor
 
 from ..model.decoder import CausalLM
-from ..model.quantize import BLOCK, ROW, Blocks, BlockWeight, columns
+from ..model.quantize import BLOCK, ROW, Blocks, columns
+from .leaves import matrix
 from .nodes import Graph
 
 # Bits of linear layers, and of embedding and head, which lose most in few bits.
@@ -88,12 +89,6 @@ def concatenated(parts: Sequence[Blocks], dim: int) -> Blocks:
     shape[dim] = sum(p.shape[dim] for p in parts)
     return replace(parts[0], shape=torch.Size(shape), data=torch.cat([p.data for p in parts], dim),
                    scales=torch.cat([p.scales for p in parts], dim))
-
-
-def matrix(leaf: Any) -> Any:
-    """The weight of a linear layer or an embedding: a Tensor, or the Blocks that it is stored in.
-    """
-    return leaf.weight.blocks if isinstance(leaf.weight, BlockWeight) else leaf.weight.detach()
 
 
 class WeightStore:

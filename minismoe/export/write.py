@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from ..io.files import must_be_new, new_folder, sha256, sha256_of_parts, write_json
 from ..method.experts import expert_layers
-from ..model.checkpoint import load_adapter, load_model, versions
+from ..model.checkpoint import versions
 from ..model.decoder import CausalLM
 from ..runtime import FORMAT, Generator
 from ..runtime.folder import TASKS
@@ -18,7 +18,7 @@ from . import layouts, verify
 from .contract import contract, golden
 from .heal import BATCH
 from .settings import ExportConfig, Source
-from .tree import Shipped, ship
+from .tree import Shipped, in_float32, ship
 
 SHARD = 64_000_000                           # bytes
 
@@ -40,9 +40,7 @@ def export_model(config: ExportConfig, source: Source,
     out = Path(out or config.out or source.run / "export" / name)
     must_be_new(out)
     print(*map(plan, parts), sep="\n")
-    reference = load_model(source.base)              # in float32
-    if expert_layers(source.model):
-        load_adapter(reference, source.run / "adapter")
+    reference = in_float32(source)
     several = ship(parts, source, reference)
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx")

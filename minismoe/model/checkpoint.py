@@ -51,9 +51,10 @@ class Stored(NamedTuple):
         return _open(self.file).get_tensor(self.name).to(device=device, dtype=dtype)
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32,
+def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32,
                device: str | torch.device = "cpu", base_bits: int | None = None) -> CausalLM:
-    """A frozen decoder from a folder or hub name, its weights as `dtype` on `device`.
+    """A frozen decoder from a folder or hub name, its weights as `dtype` (None: each as it is
+    stored) on `device`.
 
     With base_bits, 8 or 4, all linear layers but the head are quantised. Weights are memory-mapped,
     or converted one at a time, so peak memory is one copy of the weights in their final form.
@@ -97,7 +98,7 @@ def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[s
     return {name: found[stored] for name, stored in names.items()}
 
 
-def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype,
+def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype | None,
           device: str | torch.device) -> None:
     """Give a model on the meta device its weights, one at a time; quantise them for base_bits."""
     linear = linear_layers(model)
@@ -106,10 +107,11 @@ def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype,
         if model.base_bits and module in linear and kind == "weight":
             blocks = quantize(tensor.read(None, device), model.base_bits)
             blocks = replace(blocks, scales=blocks.scales.half())
-            layer = BlockLinear(BlockWeight(blocks, dtype), linear[module].bias)
+            layer = BlockLinear(BlockWeight(blocks, dtype or torch.float32), linear[module].bias)
             model.set_submodule(module, layer)
         else:
-            weight = nn.Parameter(tensor.read(dtype, device), requires_grad=False)
+            stored = DTYPES[tensor.part.get_dtype()]
+            weight = nn.Parameter(tensor.read(dtype or stored, device), requires_grad=False)
             setattr(model.get_submodule(module), kind, weight)
 
 

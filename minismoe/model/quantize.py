@@ -129,13 +129,43 @@ class BlockWeight(nn.Module):
         """The weight (N, K)."""
         return dequantize(self.blocks, self.dtype)
 
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Some of its rows (n, K)."""
+        shape = torch.Size((len(numbers), self.shape[1]))
+        return dequantize(Blocks(self.bits, self.size, shape, self.data[numbers],
+                                 self.scales[numbers]), self.dtype)
+
+
+class WideWeight(nn.Module):
+    """A frozen weight (N, K) that is stored in 16 bits, perhaps in a mapped file; each call of
+    `dense` converts it to float32."""
+
+    dtype = torch.float32
+
+    def __init__(self, stored: Tensor):
+        super().__init__()
+        self.stored, self.shape = nn.Parameter(stored, requires_grad=False), stored.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The weight (N, K)."""
+        return self.stored.float()
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Some of its rows (n, K)."""
+        return self.stored[numbers].float()
+
 
 class _Multiply(torch.autograd.Function):
     """y = x W^T + b;   dx = dy W. The backward computes W again instead of keeping it. Compared
     with autograd in tests/model/test_quantized_base.py."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         return F.linear(x, weight.dense(), bias)
 
@@ -146,11 +176,11 @@ class _Multiply(torch.autograd.Function):
 
 
 class BlockLinear(nn.Linear):
-    """An nn.Linear of a BlockWeight."""
+    """An nn.Linear of a weight that is computed when it is needed, as a BlockWeight is."""
 
     weight: Any
 
-    def __init__(self, weight: BlockWeight, bias: Tensor | None):
+    def __init__(self, weight: Any, bias: Tensor | None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight, self.bias = weight, bias                # type: ignore[assignment]
@@ -161,15 +191,12 @@ class BlockLinear(nn.Linear):
 
 
 class BlockEmbedding(nn.Module):
-    """An embedding of a BlockWeight, of which only the rows of given tokens are computed."""
+    """An embedding of such a weight, of which the rows of given tokens alone are computed."""
 
-    def __init__(self, weight: BlockWeight):
+    def __init__(self, weight: Any):
         super().__init__()
         self.weight = weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...,) -> (..., K)."""
-        w, rows = self.weight, ids.flatten()
-        blocks = Blocks(w.bits, w.size, torch.Size((len(rows), w.shape[1])), w.data[rows],
-                        w.scales[rows])
-        return dequantize(blocks, w.dtype).unflatten(0, ids.shape)
+        return self.weight.rows(ids.flatten()).unflatten(0, ids.shape)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minismoe.export import graph as graphs
 from minismoe.export.graph import DecoderBuilder, write_decoder
-from minismoe.export.mixture import AdapterLinear
+from minismoe.export.leaves import AdapterLinear
 from minismoe.export.settings import refuse
 from minismoe.export.steps import write_in_steps, write_sampler
 from minismoe.export.weights import PRECISIONS, GraphFormat

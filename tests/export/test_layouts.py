@@ -27,7 +27,7 @@ from minismoe.export.layouts import (
     write_peft,
     write_web,
 )
-from minismoe.export.mixture import AdapterLinear
+from minismoe.export.leaves import AdapterLinear
 from minismoe.export.weights import GraphFormat
 from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_model

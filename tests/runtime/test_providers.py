@@ -21,7 +21,7 @@ from export import main
 from minismoe import generate, load_model
 from minismoe.export.compare import logits, unrounded
 from minismoe.export.layouts import write_adapter
-from minismoe.export.mixture import AdapterLinear
+from minismoe.export.leaves import AdapterLinear
 from minismoe.io import process
 from minismoe.method.experts import ExpertLinear, linear_layers
 from minismoe.method.freeze import Fit

@@ -17,7 +17,7 @@ from exported import KINDS, describe, export, random_model
 
 from minismoe import generate
 from minismoe.export.layouts import write_adapter
-from minismoe.export.mixture import AdapterLinear
+from minismoe.export.leaves import AdapterLinear
 from minismoe.method.freeze import Fit
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator

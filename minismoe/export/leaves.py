@@ -1,0 +1,102 @@
+"""The linear layers of a tree that ships, beside nn.Linear, BlockLinear and ExpertLinear.
+
+Letters: E experts of a layer, R all their ranks.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..method.experts import ExpertLinear
+from ..method.freeze import Fit, merged
+from ..model.quantize import BlockLinear, Blocks, BlockWeight
+
+
+class MergedWeight(nn.Module):
+    """A weight (out, in), and a LoRA that each call of `dense` merges into it, in float32."""
+
+    dtype = torch.float32
+
+    def __init__(self, base: Any, fit: Fit):
+        """base: a Tensor, or a WideWeight."""
+        super().__init__()
+        self.base, self.fit, self.shape = base, fit, base.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.fit.lora_A.device
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The weight (out, in)."""
+        base = self.base if isinstance(self.base, Tensor) else self.base.dense()
+        return merged(base.float(), self.fit)
+
+
+class AdapterLinear(nn.Linear):
+    """A linear layer, in floats or blocks, with a LoRA of each task, of which a graph takes one at
+    run time: inputs `<module>.lora_A` (in, R) and `<module>.lora_B` (R, out)."""
+
+    task: str | None = None                  # whose LoRA is added; None: none
+
+    def __init__(self, linear: nn.Linear, fits: Mapping[str, Fit]):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self.fits = linear.weight, linear.bias, dict(fits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        weight: Any = self.weight
+        y = F.linear(x, weight if isinstance(weight, Tensor) else weight.dense(), self.bias)
+        fit = self.fits[self.task] if self.task is not None else None
+        return y if fit is None else y + x @ fit.lora_A.to(x).T @ fit.lora_B.to(x).T
+
+
+class BlockExperts(ExpertLinear):
+    """Experts as a graph beside few bits stores them: A (R, in) in blocks, or None for floats; and
+    B (out, R), times the scaling, as the sum of no, one or two matrices in blocks. The parameters
+    hold what these stand for."""
+
+    A_blocks: Blocks | None
+    B_blocks: list[Blocks]
+
+
+def matrix(leaf: Any) -> Any:
+    """The weight of a linear layer or an embedding: a Tensor, or the Blocks that it is stored in.
+    """
+    if isinstance(leaf.weight, BlockWeight):
+        return leaf.weight.blocks
+    return leaf.weight.detach() if isinstance(leaf.weight, Tensor) else leaf.weight.dense()
+
+
+def with_weight(leaf: nn.Linear, weight: nn.Module) -> nn.Linear:
+    """The layer with a weight that is computed when it is needed; what is beside it stays."""
+    if type(leaf) in (nn.Linear, BlockLinear):
+        return BlockLinear(weight, leaf.bias)
+    del leaf.weight
+    leaf.add_module("weight", weight)        # no parameter any more
+    return leaf
+
+
+def plain_layer(layer: nn.Linear) -> nn.Linear:
+    """The linear layer that experts were added to."""
+    weight: Any = layer.weight
+    if not isinstance(weight, Tensor):
+        return BlockLinear(weight, layer.bias)
+    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain
+
+
+def flat(layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """lora_A (R, in), lora_B (out, R) with the scaling, router (E, in), or (0, in) without one; R
+    is 0 without experts."""
+    if not isinstance(layer, ExpertLinear):
+        A = torch.zeros(0, layer.in_features)
+        return A, torch.zeros(layer.out_features, 0), A
+    A, B = (p.detach().float().cpu().flatten(0, 1) for p in (layer.lora_A, layer.lora_B))
+    router = A[:0] if layer.router is None else layer.router.detach().float().cpu()
+    return A, (B * layer.scaling).T, router
