@@ -3,7 +3,6 @@
 Letters: B prompts, T new, P past tokens, V vocabulary.
 """
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -114,7 +113,8 @@ class CachedModel:
         """
         self._begun += 1
         tokens, *others = self._cache.tokens
-        same = 0 if others else len(os.path.commonprefix([tokens, list(prompt[:-1])]))
+        equal = [read == new for read, new in zip(tokens, prompt[:-1])]      # pads are None
+        same = 0 if others else [*equal, False].index(False)
         if same and self._cache.cut(same):
             return same
         self.reset()
