@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.freeze import Run, hooked
+from ..method.freeze import Run
+from ..method.hooks import hooked
 from ..model.quantize import Blocks, block_scales, integers, pack
 
 # Of H, whose diagonal is scaled to a mean of 1. A few thousand tokens show H only roughly, so more

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..method.freeze import hooked
+from ..method.hooks import hooked
 from ..model.decoder import CausalLM
 from ..training.evaluate import generate
 

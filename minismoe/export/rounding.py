@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..data.tasks import Batch
 from ..io.progress import progress_bar
 from ..method.experts import expert_layers
-from ..method.freeze import evaluating
+from ..method.hooks import evaluating
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight, quantize
 from .bits import choose_blocks

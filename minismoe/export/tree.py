@@ -31,12 +31,12 @@ from ..method.experts import ExpertLinear, expert_layers, groups
 from ..method.freeze import (
     Fit,
     TaskFits,
-    evaluating,
     fit_group,
     freeze,
     frozen_layer,
     no_fits,
 )
+from ..method.hooks import evaluating
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM

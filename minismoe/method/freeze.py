@@ -17,8 +17,7 @@ for each.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import ExpertLinear, expert_layers, packs, top_k_gates
+from .hooks import evaluating, hooked
 
 KINDS = ("mean", "gates", "linear")
 HOLD = 4                                     # one sample of so many is held out
@@ -123,24 +123,6 @@ def readers_of(layers: Readers, first: Run) -> list[Readers]:
         first[1]()
     return [{names[layer]: layer for _, layer in of_one}
             for _, of_one in groupby(reads, key=lambda read: id(read[0]))]
-
-
-@contextmanager
-def hooked(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Meanwhile each of the layers calls hook(layer, inputs, output)."""
-    with ExitStack() as afterwards:
-        for layer in layers:
-            afterwards.enter_context(layer.register_forward_hook(hook))
-        yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Meanwhile the model is in evaluation mode, without gradients."""
-    with ExitStack() as afterwards, torch.no_grad():
-        afterwards.callback(model.train, model.training)
-        model.eval()
-        yield
 
 
 def _shapes(readers: Readers) -> list[tuple[int, ...]]:
