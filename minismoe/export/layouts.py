@@ -68,8 +68,6 @@ def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) 
     own = read_config(base)[0].name
     fits = {own(n): f for n, f in fits.items()}          # by the names that other programs know
     if layout == "peft":
-        for file in ("config.json", "generation_config.json"):       # they are of a whole model
-            (folder / file).unlink()
         whole = read_json(base / "config.json")
         # How transformers names the text part of a model of text and images.
         root = "model." if text_part(whole) == whole else "model.language_model."
@@ -83,13 +81,13 @@ def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) 
         write_json(folder / "config.json", {**settings, MERGED: name})
 
 
-def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> None:
+def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool = True) -> None:
     """Copy configuration and tokenizer of the checkpoint `base`, completed for every reader.
 
     All stop ids of the chat template go to generation_config.json. The template goes to both of
     its places, since transformers.js reads tokenizer_config.json only. What the base says of its
     own ONNX files is left out. spell_bytes: write the tokenizer.json that a model of bytes does
-    without.
+    without. whole: the folder holds a whole model, and not an adapter alone.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(base)
@@ -110,11 +108,12 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True) -> None:
     bos = tokenizer.backend.special.get(tokenizer.bos)
     defaults = {"pad_token_id": tokenizer.pad_id} | ({} if bos is None else {"bos_token_id": bos})
     generation = {key: value for key, value in generation.items() if value is not None}
-    config.pop("transformers.js_config", None)
-    write_json(out / "config.json", text_part(config))
     write_json(out / "tokenizer_config.json", settings | {"chat_template": template})
-    write_json(out / "generation_config.json",
-               defaults | generation | {"eos_token_id": tokenizer.stop_ids})
+    if whole:
+        config.pop("transformers.js_config", None)
+        write_json(out / "config.json", text_part(config))
+        write_json(out / "generation_config.json",
+                   defaults | generation | {"eos_token_id": tokenizer.stop_ids})
 
 
 def _byte_level() -> dict[str, Any]:

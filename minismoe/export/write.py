@@ -43,7 +43,8 @@ def export_model(config: ExportConfig, source: Source,
     reference = in_float32(source)
     several = ship(parts, source, reference)
     with new_folder(out) as folder:
-        layouts.copy_base_files(source.base, folder, config.layout != "onnx")
+        layouts.copy_base_files(source.base, folder, config.layout != "onnx",
+                                whole=config.layout != "peft")
         info: dict[str, Any] = {}
         for part, shipped in zip(parts, several):
             info = write(part, source, reference, shipped, folder, info)
@@ -91,9 +92,7 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
         if config.layout in ("onnx", "web") and source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
-        write_json(folder / "export.json", info | {"files": {
-            f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()
-            if f.is_file() and f.name != "export.json"}})
+        record(info, folder)                 # which the runtime reads
     else:
         layouts.write_weights(config.layout, source.base, source.name,
                               shipped.fits.for_task(config.task), folder)
@@ -113,11 +112,15 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     if has_contract:
         info["contract"] = {"graph": graph.relative_to(folder).as_posix(), **contract(
             graph, config.target, source.tokenizer.stop_ids, vector)}
-    info["files"] = {f.relative_to(folder).as_posix(): _listed(f, config.layout == "web")
-                     for f in sorted(folder.rglob("*"))
-                     if f.is_file() and f != folder / "export.json"}
-    write_json(folder / "export.json", info)
-    return info
+    return record(info, folder)
+
+
+def record(info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write export.json: `info` and all files of the folder; returns its content."""
+    files = {f.relative_to(folder).as_posix(): _listed(f, info["layout"] == "web")
+             for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / "export.json"}
+    write_json(folder / "export.json", {**info, "files": files})
+    return {**info, "files": files}
 
 
 def _listed(file: Path, web: bool) -> dict[str, Any]:
