@@ -51,9 +51,9 @@ def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, pr
     complaint if a difference is larger, or no finite number.
     """
     errors, same = [], []
-    for wanted, found in zip(logits(model, prompts, texts), logits(export, prompts, texts)):
-        errors.append((found - wanted).abs().max() / wanted.abs().max())
-        same.append(found.argmax(-1) == wanted.argmax(-1))
+    for wanted, given in zip(logits(model, prompts, texts), logits(export, prompts, texts)):
+        errors.append((given - wanted).abs().max() / wanted.abs().max())
+        same.append(given.argmax(-1) == wanted.argmax(-1))
     error = torch.stack(errors).max().item()             # nan if any is: Python's max may drop it
     if not (error <= tolerance and math.isfinite(error)):
         raise ValueError(f"{complaint}: its logits are off by {error:.2g} of the largest, and "
@@ -64,8 +64,8 @@ def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, pr
 
 def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
                   same_texts: bool) -> tuple[dict[str, Any], list[list[int]]]:
-    """Compare a graph with `model`: logits, and texts, one by one and in a batch. Returns what was
-    found, and the model's texts.
+    """Compare a graph with `model`: logits, and texts, one by one and in a batch. Returns figures,
+    and the model's texts.
 
     Raises ValueError as `compare_logits` does, and with same_texts if a text differs.
     """
@@ -73,14 +73,15 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, toler
     wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
     read = (prompts, wanted) if tolerance == math.inf else with_long(
         generator, model, prompts, wanted)
-    found = compare_logits(model, generator, *read, tolerance)
+    figures = compare_logits(model, generator, *read, tolerance)
     batched, single = (sum(a == b for a, b in zip(wanted, texts)) for texts in (
         generator.batch(prompts, count, rows=len(prompts)),
         [[*generator.generate(p, count)] for p in prompts]))
     if same_texts and (batched, single) != (len(prompts),) * 2:
         raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
                          f"are equal, and {batched} in a batch")
-    return found | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}, wanted
+    figures |= {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
+    return figures, wanted
 
 
 def compare_rounded(tree: CausalLM, generator: Generator, prompts: Prompts, texts: Prompts,
@@ -89,9 +90,9 @@ def compare_rounded(tree: CausalLM, generator: Generator, prompts: Prompts, text
     of texts. Raises ValueError as `compare_logits` does, with a hint."""
     count = min(FEW, generator.room(max(map(len, prompts))))
     read = with_long(generator, tree, prompts, [text[:count] for text in texts])
-    found = compare_logits(tree, generator, *read, tolerance, "the export is not what PyTorch "
+    figures = compare_logits(tree, generator, *read, tolerance, "the export is not what PyTorch "
                            f"computes with the same rounded weights{hint}")
-    return {"rounded_error": found["logits_error"]}
+    return {"rounded_error": figures["logits_error"]}
 
 
 def with_long(generator: Generator, model: CausalLM, prompts: Prompts, texts: Prompts,

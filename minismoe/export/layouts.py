@@ -170,8 +170,8 @@ def write_hf(out: Path, base: Path, fits: Fits) -> None:
             for stored in f.keys():                          # noqa: SIM118
                 if not LEFT_OUT.match(stored):
                     name, tensor = text_name(stored), f.get_tensor(stored)
-                    found = fits.get(name.removesuffix(".weight"))
-                    tensors[name] = merged(tensor, found) if found else tensor
+                    fit = fits.get(name.removesuffix(".weight"))
+                    tensors[name] = merged(tensor, fit) if fit else tensor
         with replacing(out / file.name) as tmp:
             save_file(tensors, tmp, metadata)
 

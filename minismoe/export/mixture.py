@@ -65,10 +65,10 @@ class LinearLayers:
         """x (B, T, in) -> (B, T, sum of out), by the modules `names`. label: the name of the nodes,
         by default that of the first module. Neighbours of the same bits are one product."""
         leaves = {name: self.weights.leaf(name) for name in names}
-        alike = [[*part] for _, part in groupby(names, lambda n: storage(leaves[n]))]
+        products = [[*part] for _, part in groupby(names, lambda n: storage(leaves[n]))]
         label = label or names[0]
-        if len(alike) > 1:
-            parts = [self.linear(part, x) for part in alike]
+        if len(products) > 1:
+            parts = [self.linear(part, x) for part in products]
             return self.node("Concat", label, *parts, axis=-1)
         matrices, delta = [matrix(leaf) for leaf in leaves.values()], ""
         experts = [leaf for leaf in leaves.values() if isinstance(leaf, ExpertLinear)]
@@ -200,7 +200,7 @@ def joined_B(layers: Sequence[nn.Linear], base: Blocks) -> list[Blocks]:
     """The B's of layers that read the same x as block-diagonal matrices (sum of out, R), R in whole
     blocks; `base` is any of their weights."""
     Bs = [layer.B_blocks if isinstance(layer, BlockExperts) else [] for layer in layers]
-    found = []
+    joined = []
     for number in range(max(map(len, Bs))):
         width = sum(B[number].scales.shape[1] for B in Bs if B) * base.size
         rows, start = [], 0
@@ -212,8 +212,8 @@ def joined_B(layers: Sequence[nn.Linear], base: Blocks) -> list[Blocks]:
                     B[number].data, B[number].scales)
                 start = end
             rows.append(whole)
-        found.append(concatenated(rows, 0))
-    return found
+        joined.append(concatenated(rows, 0))
+    return joined
 
 
 def zero_blocks(like: Blocks, N: int, K: int) -> Blocks:

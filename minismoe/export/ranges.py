@@ -81,12 +81,12 @@ def watched(model: CausalLM, texts: Sequence[Sequence[int]],
     each linear layer, key (name, 0), and for its outputs, (name, 1)."""
     names: dict[nn.Module, str] = {
         m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = defaultdict[tuple[str, int], list[Tensor]](list)
+    measures = defaultdict[tuple[str, int], list[Tensor]](list)
 
     def hook(layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
         for side, x in enumerate((inputs[0], y)):
             key = names[layer], side
-            found[key].append(measure(key, x.flatten(0, -2).float()))
+            measures[key].append(measure(key, x.flatten(0, -2).float()))
 
     with hooked(names, hook), torch.no_grad():
         for start in range(0, len(texts), BATCH):
@@ -95,4 +95,4 @@ def watched(model: CausalLM, texts: Sequence[Sequence[int]],
             ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in part])
             mask = torch.arange(longest) < torch.tensor([[len(text)] for text in part])
             model.lm_head(model.model(ids, mask)[mask])
-    return {key: torch.cat(parts, 1) for key, parts in found.items()}
+    return {key: torch.cat(parts, 1) for key, parts in measures.items()}

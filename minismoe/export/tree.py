@@ -184,7 +184,7 @@ def placed(config: ExportConfig, reference: CausalLM, fits: TaskFits) -> CausalL
     for name, layer in expert_layers(tree).items():
         if config.adapters:
             tree.set_submodule(name, AdapterLinear(plain_layer(layer), {
-                task: found[name] for task, found in fits.by_task.items()}))
+                task: by_name[name] for task, by_name in fits.by_task.items()}))
         elif config.routing != "dynamic":
             fit = fits.for_task(config.task)[name]
             merges = config.merges and config.graph
@@ -197,7 +197,7 @@ def replace_fits(tree: CausalLM, config: ExportConfig, fits: TaskFits) -> None:
     """Put healed fits in place of those that the tree holds."""
     for name, layer in tree.named_modules():
         if isinstance(layer, AdapterLinear):
-            layer.fits = {task: found[name] for task, found in fits.by_task.items()}
+            layer.fits = {task: by_name[name] for task, by_name in fits.by_task.items()}
         elif isinstance(layer, ExpertLinear):
             tree.set_submodule(name, frozen_layer(layer, fits.for_task(config.task)[name]))
 
@@ -210,16 +210,16 @@ def healed(config: ExportConfig, source: Source, samples: Samples, fits: TaskFit
         return fits
     fits = TaskFits(dict(fits.together), {task: dict(f) for task, f in fits.by_task.items()})
     for task in samples if config.adapters else [config.task]:
-        found = fits.for_task(task)
+        task_fits = fits.for_task(task)
         student = sharing_copy(source.model)
-        freeze(student, found)
+        freeze(student, task_fits)
         if tree is not None:
             take_blocks(student, tree)
         examples = samples[task] if task else [e for part in samples.values() for e in part]
         for name, fit in heal(student, Healing(
                 source.model, examples, config.heal, source.tokenizer.pad_id,
                 source.micro_batch_size, config.compile)).items():
-            found[name] = replace(fit, residual=found[name].residual)
+            task_fits[name] = replace(fit, residual=task_fits[name].residual)
     return fits
 
 
@@ -246,10 +246,10 @@ def show_residuals(fits: Fits) -> None:
 
 def save_fits(folder: Path, fits: TaskFits) -> None:
     """Write folder/frozen.safetensors: <module>.lora_A and .lora_B, and <task>/<module>.lora_A."""
-    every = {**fits.together, **{f"{task}/{name}": found for task, by_name in
-                                 fits.by_task.items() for name, found in by_name.items()}}
-    tensors = {f"{name}.{part}": getattr(found, part).contiguous()
-               for name, found in every.items() for part in ("lora_A", "lora_B")}
-    notes = {name: [found.kind, found.residual] for name, found in every.items()}
+    by_path = {**fits.together, **{f"{task}/{name}": fit for task, by_name in
+                                   fits.by_task.items() for name, fit in by_name.items()}}
+    tensors = {f"{name}.{part}": getattr(fit, part).contiguous()
+               for name, fit in by_path.items() for part in ("lora_A", "lora_B")}
+    notes = {name: [fit.kind, fit.residual] for name, fit in by_path.items()}
     with replacing(folder / "frozen.safetensors") as tmp:
         save_file(tensors, tmp, metadata={"format": "minismoe.frozen/1", "fits": json.dumps(notes)})

@@ -61,36 +61,36 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     """
     if not config.graph:
         return check_weights(config, source, reference, shipped, folder)
-    generator, found = Generator(folder), {}
+    generator, by_adapter = Generator(folder), {}
     npu, rounds = config.target == "npu", config.form.rounds
     exact = unrounded(generator) if rounds and not npu else generator
-    tolerance, prompts = activations_explain(config), some_prompts(source)
+    tolerance, prompts = activations_explain(config), check_prompts(source)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
         model = without_routing(config, reference, shipped.fits.for_task(task) if adapted else None)
         generator.use(adapter)
-        seen, texts = compare_graph(model, generator, prompts, math.inf if rounds else tolerance,
+        figures, texts = compare_graph(model, generator, prompts, math.inf if rounds else tolerance,
                                     config.precision == "fp32")
         if rounds:
             exact.use(adapter)
             for layer in shipped.tree.modules():
                 if isinstance(layer, AdapterLinear):
                     layer.task = adapter
-            seen |= compare_rounded(shipped.tree, exact, prompts, texts, tolerance, npu * (
+            figures |= compare_rounded(shipped.tree, exact, prompts, texts, tolerance, npu * (
                 ", or too few texts showed its activations: give more --prompts"))
-        show_logits(task or source.name, seen)
+        show_logits(task or source.name, figures)
         for name in config.provider or ():
-            seen.setdefault("providers", {})[name] = compare_provider(
+            figures.setdefault("providers", {})[name] = compare_provider(
                 generator, Generator(folder, name, task=adapter), name, model, prompts,
                 BITS8 if rounds and not npu else tolerance)
-            show_logits(name, seen["providers"][name], "the CPU")
+            show_logits(name, figures["providers"][name], "the CPU")
         if adapted:
             floats = without_routing(config, source.model, shipped.fits.for_task(task))
-            seen["exact_match"] = accuracies(config, source, generator, floats, [
+            figures["exact_match"] = accuracies(config, source, generator, floats, [
                 t for t in source.tasks if task in (None, t.name)])
-        found[task or ""] = seen
-    show_accuracy([seen.get("exact_match", {}) for seen in found.values()])
-    return found
+        by_adapter[task or ""] = figures
+    show_accuracy([figures.get("exact_match", {}) for figures in by_adapter.values()])
+    return by_adapter
 
 
 def compare_provider(generator: Generator, other: Generator, name: str, model: CausalLM,
@@ -103,10 +103,10 @@ def compare_provider(generator: Generator, other: Generator, name: str, model: C
     prompts, count = (prompts[:1], FEW - 1) if npu else (prompts, TOKENS)
     texts = [[*generator.generate(prompt, count)] for prompt in prompts]
     read = (prompts, texts) if npu else with_long(generator, model, prompts, texts)
-    found = compare_logits(generator, other, *read, tolerance, f"{name} does not compute "
+    figures = compare_logits(generator, other, *read, tolerance, f"{name} does not compute "
                            "what the CPU does" + " (try another T in --static 1xTxP)" * npu)
     same = sum([*other.generate(p, count)] == text for p, text in zip(prompts, texts))
-    return found | {"texts": len(prompts), "texts_equal": same}
+    return figures | {"texts": len(prompts), "texts_equal": same}
 
 
 def activations_explain(config: ExportConfig) -> float:
@@ -144,11 +144,11 @@ def check_weights(config: ExportConfig, source: Source, reference: CausalLM, shi
     stored = weights(source.base)                          # merged weights have its dtypes
     exact = config.layout == "peft" or all(
         stored(f"{n}.weight").dtype == torch.float32 for n in fits)
-    model, prompts = without_routing(config, reference, fits), some_prompts(source)
+    model, prompts = without_routing(config, reference, fits), check_prompts(source)
     texts = generate(model, prompts, TOKENS, source.tokenizer.stop_ids)
-    seen = compare_logits(model, exported, prompts, texts, FLOAT32 if exact else BFLOAT16)
-    show_logits(source.name, seen)
-    return seen
+    figures = compare_logits(model, exported, prompts, texts, FLOAT32 if exact else BFLOAT16)
+    show_logits(source.name, figures)
+    return figures
 
 
 def accuracies(config: ExportConfig, source: Source, generator: Generator, model: CausalLM,
@@ -157,7 +157,7 @@ def accuracies(config: ExportConfig, source: Source, generator: Generator, model
 
     Tasks whose answers the context, or the past of a static graph, cannot hold are left out.
     """
-    found = {}
+    by_task = {}
     for task in tasks:
         row = {"trained": source.trained[task.name]} if task.name in source.trained else {}
         share = accuracy(generator, task)
@@ -165,8 +165,8 @@ def accuracies(config: ExportConfig, source: Source, generator: Generator, model
             if config.precision != "fp32":
                 row[str(model.model.norm.weight.dtype)[6:]] = evaluate(
                     model, source.tokenizer, task).share
-            found[task.name] = row | {config.precision: share}
-    return found
+            by_task[task.name] = row | {config.precision: share}
+    return by_task
 
 
 def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float | None:
@@ -182,22 +182,24 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float | 
         return [answer for start in starts
                 for answer in generator.batch(prompts[start:start + batch_size], limit)]
 
-    found = exact_match(generator.tokenizer, task, generator.context, complete)
-    return found.share if found.examples else None
+    right = exact_match(generator.tokenizer, task, generator.context, complete)
+    return right.share if right.examples else None
 
 
-def show_logits(name: str, seen: Mapping[str, Any], beside: str = "PyTorch") -> None:
+def show_logits(name: str, figures: Mapping[str, Any], beside: str = "PyTorch") -> None:
     """Print how far an export is from PyTorch, or another provider from the CPU."""
-    same = f"{seen['texts_equal']} of {seen['texts']} texts the same, " if "texts" in seen else ""
-    rounded = (f" ({seen['rounded_error']:.1e} with rounded weights)"
-               if "rounded_error" in seen else "")
-    print(f"{clean(name)}: logits within {seen['logits_error']:.1e} of {beside}'s largest"
-          f"{rounded}, {same}{100 * seen['tokens_agreed']:.1f} % of tokens")
+    same = ""
+    if "texts" in figures:
+        same = f"{figures['texts_equal']} of {figures['texts']} texts the same, "
+    rounded = (f" ({figures['rounded_error']:.1e} with rounded weights)"
+               if "rounded_error" in figures else "")
+    print(f"{clean(name)}: logits within {figures['logits_error']:.1e} of {beside}'s largest"
+          f"{rounded}, {same}{100 * figures['tokens_agreed']:.1f} % of tokens")
 
 
-def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
+def show_accuracy(checks: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
     """Print exact match by task."""
-    by_task = {clean(name): row for part in found for name, row in part.items()}
+    by_task = {clean(name): row for part in checks for name, row in part.items()}
     if not by_task:
         return
     columns = list(dict.fromkeys(c for row in by_task.values() for c in row))
@@ -208,10 +210,10 @@ def show_accuracy(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
         for name, row in (*rows.items(), ("mean", means))]))
 
 
-def some_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
+def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
     """Token prompts from the test lines of the tasks in turn; without data, a few of our own."""
-    chats = [list(m[:-1]) for several in zip_longest(*(t.test for t in source.tasks))
-             for m in several if m]
+    chats = [list(m[:-1]) for lines in zip_longest(*(t.test for t in source.tasks))
+             for m in lines if m]
     chats = chats or [[{"role": "user", "content": text}] for text in HELLO]
     render, encode = source.tokenizer.render, source.tokenizer.encode
     return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]
@@ -224,7 +226,7 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     and as `refuse` does.
     """
     longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
-    prompts, answers, npu = some_prompts(source), [0], config.target == "npu"
+    prompts, answers, npu = check_prompts(source), [0], config.target == "npu"
     for task in source.tasks:
         asked, _, limit = questions(tokenizer, task, longest)
         answers.append(max(map(len, asked)) + limit)

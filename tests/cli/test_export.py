@@ -720,4 +720,4 @@ def test_every_task_is_checked_until_there_are_enough_prompts() -> None:
         return SimpleNamespace(test=[[{"content": f"{name}{i}"}, {}] for i in range(count)])
     source = SimpleNamespace(tasks=[task("a", 1), task("b", 5)], tokenizer=SimpleNamespace(
         render=lambda chat, **_: chat[0]["content"], encode=lambda text: [text]))
-    assert verify.some_prompts(source, 4) == ["a0", "b0", "b1", "b2"]
+    assert verify.check_prompts(source, 4) == ["a0", "b0", "b1", "b2"]
