@@ -8,7 +8,6 @@ from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
 from ..io.flags import above_zero, flag, natural, positive, text
 from ..method.freeze import KINDS
-from ..model.config import Config
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
 from ..training import compiled
@@ -157,30 +156,3 @@ class Source:
     trained: Mapping[str, float] = field(default_factory=dict)     # exact match seen in training
     micro_batch_size: int = 16               # examples computed at once, as in training
     system: str | None = None                # system prompt that training added to lines
-
-
-def refuse(config: Config, target: str, block: int, static: tuple[int, int, int] | None) -> None:
-    """Raise ValueError for what a target (ort, portable or npu) cannot do with a model."""
-    rows = (config.hidden_size, config.intermediate_size,
-            config.num_attention_heads * config.head_dim)
-    odd = min((k for k in rows if k % block), default=0)
-    window, (_, T, P) = min(filter(None, config.windows), default=0), static or (0, 0, 0)
-    for wrong, said in (
-            (target == "portable" and block > BLOCK and odd,
-             f"--block {block}: rows of {odd} weights are no whole blocks, which OpenVINO refuses "
-             "in the portable target; use a smaller --block"),
-            (target == "ort" and config.head_dim % 16,
-             f"head size {config.head_dim}: onnxruntime's attention takes multiples of 16 only; "
-             "use the portable target"),
-            (target == "ort" and config.rotary_size % 16,
-             f"{config.rotary_size} numbers of a head turn: onnxruntime's attention turns "
-             "multiples of 16 only"),
-            (config.delta_layers and target != "ort", f"--target {target} has no gated delta nets: "
-             "only onnxruntime's own operators do, --target ort"),
-            (target == "npu" and config.conv_layers,
-             "--target npu has no convolutions: take --target portable --static"),
-            (target == "npu" and 0 < window < T + P,
-             f"an attention window of {window} tokens is shorter than the cache: --static 1x{T}xP "
-             "with a smaller P, or --target portable --static")):
-        if wrong:
-            raise ValueError(said)

@@ -6,8 +6,6 @@ Letters: n tokens compared, V vocabulary.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,8 @@ from ..method.experts import expert_layers
 from ..method.freeze import Fit, freeze, merge
 from ..model.checkpoint import load_model, text_name, weights
 from ..model.decoder import CausalLM
-from ..model.quantize import BLOCK
 from ..runtime import Generator
-from ..training.evaluate import evaluate, exact_match, generate, questions
+from ..training.evaluate import evaluate, exact_match, generate
 from .compare import (
     FEW,
     TOKENS,
@@ -36,7 +33,8 @@ from .compare import (
 )
 from .heal import sharing_copy
 from .leaves import AdapterLinear, plain_layer
-from .settings import ExportConfig, Source, refuse
+from .plan import check_prompts
+from .settings import ExportConfig, Source
 from .tree import Fits, Shipped
 from .weights import HALF
 
@@ -45,9 +43,6 @@ from .weights import HALF
 # another expert where two are almost equal.
 FLOAT32, FLOAT16, ROUTED_FLOAT16, BITS16, BFLOAT16 = 1e-4, 3e-2, 6e-2, 2e-2, 5e-2
 BITS8 = 0.1              # of activations that one provider rounds to 8 bits, and another does not
-NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
-CHECKED = 8                              # prompts on which an export must agree with PyTorch
-HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
 
 
 def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Shipped,
@@ -208,44 +203,3 @@ def show_accuracy(checks: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
     print(table(["exact match", *columns], [
         [name, *("-" if math.isnan(x) else f"{x:.3f}" for x in row)]
         for name, row in (*rows.items(), ("mean", means))]))
-
-
-def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
-    """Token prompts from the test lines of the tasks in turn; without data, a few of our own."""
-    chats = [list(m[:-1]) for lines in zip_longest(*(t.test for t in source.tasks))
-             for m in lines if m]
-    chats = chats or [[{"role": "user", "content": text}] for text in HELLO]
-    render, encode = source.tokenizer.render, source.tokenizer.encode
-    return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]
-
-
-def with_context(config: ExportConfig, source: Source) -> ExportConfig:
-    """The settings with a context that holds all texts of the check.
-
-    Raises ValueError if the context asked for, the model, or a static past is too short for them,
-    and as `refuse` does.
-    """
-    longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
-    prompts, answers, npu = check_prompts(source), [0], config.target == "npu"
-    for task in source.tasks:
-        asked, _, limit = questions(tokenizer, task, longest)
-        answers.append(max(map(len, asked)) + limit)
-        prompts += asked
-    prompt = max(map(len, prompts))
-    needed = min(longest, max(prompt + TOKENS, *answers))
-    context, static = config.context or min(longest, max(2048, needed)), config.static
-    if npu:                                  # all tokens are in the cache, whose size is fixed
-        windows = [w - NPU_TOKENS for w in source.model.config.windows if w]
-        static = static or (
-            1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS, *windows)))
-        context = static[2]
-    if not needed <= context <= longest:
-        flag = f"--static with {context} past positions" if npu else f"--context {context}"
-        raise ValueError(f"{flag}: the texts that the export is checked with need {needed}, and "
-                         f"the model ends at {longest}")
-    if static and not npu and (past := min(context, static[2])) < (least := prompt + static[1]):
-        raise ValueError(f"--static with {past} past positions (at most the context): the texts "
-                         f"that the export is checked with need {least}")
-    if config.graph:                         # before anything is frozen or healed
-        refuse(source.model.config, config.target, config.block or BLOCK, static)
-    return replace(config, context=context, static=static)

@@ -1,7 +1,7 @@
 """Make the folder that ships: freeze the routing, round, write, and compare with PyTorch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..runtime import FORMAT, Generator
 from ..runtime.folder import TASKS
 from . import layouts, verify
 from .contract import contract, golden
-from .heal import BATCH
+from .plan import in_words, resolve
 from .settings import ExportConfig, Source
 from .tree import Shipped, in_float32, ship
 
@@ -31,15 +31,12 @@ def export_model(config: ExportConfig, source: Source,
     do not fit the model, or if the folder does not compute what PyTorch does; FileExistsError if
     the folder is there.
     """
-    both = config.layout == "web" and config.precision == "auto"         # for WebGPU and for WASM
-    has_examples = bool(config.prompts or source.examples)
-    parts = [verify.with_context(part.with_defaults(has_examples), source)
-             for part in [replace(config, precision="q4f16")] * both + [config]]
+    parts = resolve(config, source)
     config = parts[-1]
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(out or config.out or source.run / "export" / name)
     must_be_new(out)
-    print(*map(plan, parts), sep="\n")
+    print(*map(in_words, parts), sep="\n")
     reference = in_float32(source)
     several = ship(parts, source, reference)
     with new_folder(out) as folder:
@@ -49,17 +46,6 @@ def export_model(config: ExportConfig, source: Source,
         for part, shipped in zip(parts, several):
             info = write(part, source, reference, shipped, folder, info)
     return out, info
-
-
-def plan(config: ExportConfig) -> str:
-    """What will be written, and how to have something else, in one line."""
-    what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
-    blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
-        ", 4 or 8 bits a matrix" if config.chooses else "")
-    heal = (f", healed for {config.heal} steps{' a task' * config.adapters}, each about as long as "
-            f"training on {BATCH} examples") if config.heal else ""
-    floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
-    return f"writes {what}{blocks}{heal}{floats * bool(config.block or config.chooses)}"
 
 
 def last_part(path: str | None) -> str | None:

@@ -33,8 +33,9 @@ from minismoe.cli import script
 from minismoe.cli.export_flags import parse
 from minismoe.cli.flags import positive
 from minismoe.data.tasks import Task
-from minismoe.export import layouts, verify
+from minismoe.export import layouts
 from minismoe.export.compare import logits
+from minismoe.export.plan import resolve
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.tree import Shipped, ship
 from minismoe.io.files import read_json, write_json
@@ -63,8 +64,7 @@ def shipped_ways(run: Path, ways: Sequence[str], limit: int | None,
     """
     found: dict[str, tuple[ExportConfig, Shipped]] = {}
     source = export.load_run(ExportConfig(run=str(run), limit_test=limit or 10 ** 6))
-    configs = {way: verify.with_context(parse([str(run), *WAYS[way].split()], "").with_defaults(
-        True), source) for way in ways}
+    configs = {way: resolve(parse([str(run), *WAYS[way].split()], ""), source)[-1] for way in ways}
     for heal in dict.fromkeys(config.heal for config in configs.values()):
         several = {way: config for way, config in configs.items() if config.heal == heal}
         found |= {way: (config, ready) for (way, config), ready in zip(

@@ -25,7 +25,7 @@ from tiny import save_bytes_model
 import export
 import train
 from minismoe.cli.export_flags import parse
-from minismoe.export import compare, layouts, ranges, tree, verify, write
+from minismoe.export import compare, layouts, plan, ranges, tree, verify, write
 from minismoe.export.heal import sharing_copy
 from minismoe.export.settings import ExportConfig
 from minismoe.method.allocation import Allocation
@@ -446,7 +446,7 @@ def test_an_npu_cache_ends_within_a_window(run: Path) -> None:
     config = ExportConfig(run=str(run), target="npu", precision="fp16")
     source = export.load_run(config)
     source.model.config = replace(source.model.config, windows=(127, None))
-    assert verify.with_context(config, source).static == (1, 64, 63)
+    assert plan.with_context(config, source).static == (1, 64, 63)
 
 
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
@@ -720,4 +720,4 @@ def test_every_task_is_checked_until_there_are_enough_prompts() -> None:
         return SimpleNamespace(test=[[{"content": f"{name}{i}"}, {}] for i in range(count)])
     source = SimpleNamespace(tasks=[task("a", 1), task("b", 5)], tokenizer=SimpleNamespace(
         render=lambda chat, **_: chat[0]["content"], encode=lambda text: [text]))
-    assert verify.check_prompts(source, 4) == ["a0", "b0", "b1", "b2"]
+    assert plan.check_prompts(source, 4) == ["a0", "b0", "b1", "b2"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minismoe.export import graph as graphs
 from minismoe.export.graph import DecoderBuilder, write_decoder
 from minismoe.export.leaves import AdapterLinear
-from minismoe.export.settings import refuse
+from minismoe.export.plan import refuse
 from minismoe.export.steps import write_in_steps, write_sampler
 from minismoe.export.weights import PRECISIONS, GraphFormat
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from minismoe.export.npu import compile_npu, write_npu
+from minismoe.export.plan import refuse
 from minismoe.export.ranges import Range, activation_ranges
-from minismoe.export.settings import refuse
 from minismoe.export.steps import write_sampler
 from minismoe.export.weights import GraphFormat
 from minismoe.model.checkpoint import load_model

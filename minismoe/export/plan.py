@@ -1,0 +1,104 @@
+"""What an export will hold: its settings, made whole by the source, before any work is done."""
+
+from dataclasses import replace
+from itertools import zip_longest
+
+from ..model.config import Config
+from ..model.quantize import BLOCK
+from ..training.evaluate import questions
+from .compare import TOKENS
+from .heal import BATCH
+from .settings import ExportConfig, Source
+
+NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
+CHECKED = 8                              # prompts on which an export must agree with PyTorch
+HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
+
+
+def resolve(config: ExportConfig, source: Source) -> list[ExportConfig]:
+    """The settings of each graph or folder of weights: those asked for, with values in place of
+    defaults. Layout web holds two graphs by default, the second of them for WASM. Raises ValueError
+    for what does not fit the model or its texts."""
+    both = config.layout == "web" and config.precision == "auto"
+    graphs = [replace(config, precision="q4f16")] * both + [config]
+    has_examples = bool(config.prompts or source.examples)
+    return [with_context(graph.with_defaults(has_examples), source) for graph in graphs]
+
+
+def in_words(config: ExportConfig) -> str:
+    """What will be written, and how to have something else, in one line."""
+    what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
+    blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
+        ", 4 or 8 bits a matrix" if config.chooses else "")
+    heal = (f", healed for {config.heal} steps{' a task' * config.adapters}, each about as long as "
+            f"training on {BATCH} examples") if config.heal else ""
+    floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
+    return f"writes {what}{blocks}{heal}{floats * bool(config.block or config.chooses)}"
+
+
+def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
+    """Token prompts from the test lines of the tasks in turn; without data, a few of our own."""
+    chats = [list(m[:-1]) for lines in zip_longest(*(t.test for t in source.tasks))
+             for m in lines if m]
+    chats = chats or [[{"role": "user", "content": text}] for text in HELLO]
+    render, encode = source.tokenizer.render, source.tokenizer.encode
+    return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]
+
+
+def with_context(config: ExportConfig, source: Source) -> ExportConfig:
+    """The settings with a context that holds all texts of the check.
+
+    Raises ValueError if the context asked for, the model, or a static past is too short for them,
+    and as `refuse` does.
+    """
+    longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
+    prompts, answers, npu = check_prompts(source), [0], config.target == "npu"
+    for task in source.tasks:
+        asked, _, limit = questions(tokenizer, task, longest)
+        answers.append(max(map(len, asked)) + limit)
+        prompts += asked
+    prompt = max(map(len, prompts))
+    needed = min(longest, max(prompt + TOKENS, *answers))
+    context, static = config.context or min(longest, max(2048, needed)), config.static
+    if npu:                                  # all tokens are in the cache, whose size is fixed
+        windows = [w - NPU_TOKENS for w in source.model.config.windows if w]
+        static = static or (
+            1, NPU_TOKENS, config.context or max(needed, min(longest, NPU_SLOTS, *windows)))
+        context = static[2]
+    if not needed <= context <= longest:
+        flag = f"--static with {context} past positions" if npu else f"--context {context}"
+        raise ValueError(f"{flag}: the texts that the export is checked with need {needed}, and "
+                         f"the model ends at {longest}")
+    if static and not npu and (past := min(context, static[2])) < (least := prompt + static[1]):
+        raise ValueError(f"--static with {past} past positions (at most the context): the texts "
+                         f"that the export is checked with need {least}")
+    if config.graph:                         # before anything is frozen or healed
+        refuse(source.model.config, config.target, config.block or BLOCK, static)
+    return replace(config, context=context, static=static)
+
+
+def refuse(config: Config, target: str, block: int, static: tuple[int, int, int] | None) -> None:
+    """Raise ValueError for what a target (ort, portable or npu) cannot do with a model."""
+    rows = (config.hidden_size, config.intermediate_size,
+            config.num_attention_heads * config.head_dim)
+    odd = min((k for k in rows if k % block), default=0)
+    window, (_, T, P) = min(filter(None, config.windows), default=0), static or (0, 0, 0)
+    for wrong, said in (
+            (target == "portable" and block > BLOCK and odd,
+             f"--block {block}: rows of {odd} weights are no whole blocks, which OpenVINO refuses "
+             "in the portable target; use a smaller --block"),
+            (target == "ort" and config.head_dim % 16,
+             f"head size {config.head_dim}: onnxruntime's attention takes multiples of 16 only; "
+             "use the portable target"),
+            (target == "ort" and config.rotary_size % 16,
+             f"{config.rotary_size} numbers of a head turn: onnxruntime's attention turns "
+             "multiples of 16 only"),
+            (config.delta_layers and target != "ort", f"--target {target} has no gated delta nets: "
+             "only onnxruntime's own operators do, --target ort"),
+            (target == "npu" and config.conv_layers,
+             "--target npu has no convolutions: take --target portable --static"),
+            (target == "npu" and 0 < window < T + P,
+             f"an attention window of {window} tokens is shorter than the cache: --static 1x{T}xP "
+             "with a smaller P, or --target portable --static")):
+        if wrong:
+            raise ValueError(said)
