@@ -13,6 +13,7 @@ from ..io.progress import progress_bar
 from ..method.bits import harms, spend, total
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks, dequantize
+from .leaves import matrix
 
 TOKENS = 4096                    # of the texts, on which harm is measured
 LOGITS = 1 << 27                 # computed at a time: 512 MiB of float32
@@ -61,8 +62,7 @@ def harm_of(options: Options, tree: CausalLM, model: CausalLM, batches: Batches,
 
 def change(leaf: nn.Module, blocks: Blocks) -> Tensor:
     """dW (out, in)."""
-    weight: Tensor = leaf.weight                                     # type: ignore[assignment]
-    return dequantize(blocks).sub_(weight.detach())
+    return dequantize(blocks).sub_(matrix(leaf))
 
 
 def nbytes(blocks: Blocks) -> int:

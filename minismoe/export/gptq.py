@@ -3,7 +3,8 @@
 Columns of W are rounded one after another. Those that follow make up for the error of each, as far
 as their inputs x correlate with its input, which H = E[x x^T] tells:
 
-    U^T U = (H + damping)^-1        upper triangular
+    U^T U = (H + damping)^-1        U is upper triangular: the inverse of the Cholesky factor of
+                                    H + damping, both with rows and columns in reverse order
     e_k = (w_k - rounded w_k) / U_kk
     w_j <- w_j - e_k U_kj           for all columns j > k, before they are rounded
 
@@ -34,8 +35,8 @@ def gptq(weight: Tensor, H: Tensor, bits: int, size: int, damping: float = DAMPI
     """Blocks of `size` of a weight (N, K) whose inputs have E[x x^T] proportional to H (K, K)."""
     H = H.cpu() / H.diagonal().mean().clamp(min=1e-30).cpu()         # MPS lacks some of these
     H.diagonal().add_(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    U = torch.linalg.cholesky(inverse, upper=True).to(weight.device)
+    L, one = torch.linalg.cholesky(H.flip(0, 1)), torch.eye(len(H), dtype=H.dtype)
+    U = torch.linalg.solve_triangular(L, one, upper=False).flip(0, 1).to(weight.device)
     parts = [_rounded(rows, U, bits, size) for rows in weight.split(ROWS)]
     return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
 
@@ -69,8 +70,7 @@ def second_moments(layers: Mapping[str, nn.Module], runs: Iterable[Run]) -> dict
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         if inputs[0] is not last[0]:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            last[:] = inputs[0], x.T @ x
+            last[:] = inputs[0], gram(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
         name = names[layer]
         sums[name] = sums[name] + last[1] if name in sums else last[1]
 
@@ -78,3 +78,14 @@ def second_moments(layers: Mapping[str, nn.Module], runs: Iterable[Run]) -> dict
         for _, run in runs:
             run()
     return sums
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x (K, K) of x (T, K); what lies below the diagonal is copied from above it."""
+    K = x.shape[1]
+    product = x.new_empty(K, K)
+    for start in range(0, K, step := max(256, -(-K // 4))):
+        end = min(start + step, K)
+        torch.mm(x[:, start:end].T, x[:, start:], out=product[start:end, start:])
+        product[end:, start:end] = product[start:end, end:].T
+    return product

@@ -14,7 +14,7 @@ from ..method.hooks import evaluating
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight, quantize
 from .bits import choose_blocks
-from .gptq import DAMPING, TIED_DAMPING, gptq, second_moments
+from .gptq import DAMPING, TIED_DAMPING, gptq, gram, second_moments
 from .leaves import matrix, with_weight
 from .mixture import rounded_experts
 from .walk import Walk
@@ -56,7 +56,7 @@ def rounded_options(tree: CausalLM, form: GraphFormat, model: CausalLM,
         tied, moment = tree.config.tie_word_embeddings, None
         if in_4_bits(form, EMBEDDING if tied else HEAD):
             for x in walk.read_by_head():
-                moment = x.float().T @ x.float() + (0 if moment is None else moment)
+                moment = gram(x.float()) + (0 if moment is None else moment)
     yield EMBEDDING, rounded(tree.model.embed_tokens, EMBEDDING, form, moment if tied else None,
                              TIED_DAMPING)
     if not tied:

@@ -15,7 +15,7 @@ from mixture import COUNTS, D, V, model_of, tasks
 from torch import Tensor
 
 from minismoe.export import rounding
-from minismoe.export.gptq import DAMPING, TIED_DAMPING, gptq, second_moments
+from minismoe.export.gptq import DAMPING, TIED_DAMPING, gptq, gram, second_moments
 from minismoe.export.graph import write_decoder
 from minismoe.export.heal import sharing_copy
 from minismoe.export.rounding import round_weights
@@ -73,6 +73,12 @@ def test_outputs_stay_closer_than_by_plain_rounding(size: int) -> None:
         return float((x @ (rounded - W).T).square().mean())
     found, plain = gptq(W, x.T @ x, 4, size), quantize(W, 4, size)
     assert error(dequantize(found)) < 0.1 * error(dequantize(plain))
+
+
+@pytest.mark.parametrize("K", [1, 256, 700, 1025])
+def test_a_gram_matrix_is_the_whole_product(K: int) -> None:
+    x = torch.randn(50, K, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gram(x), x.T @ x)
 
 
 def test_inputs_that_are_always_zero_are_rounded_plainly() -> None:
