@@ -1,0 +1,168 @@
+"""What it is worth that each matrix gets bits of its own: plain ways, the probe's, and controls.
+
+    python tests/benchmarks/bits.py RUN [--size MB] [--lines 24]
+
+Merges the mixture of a run once, and rounds each matrix to 4 bits in blocks of 128 and of 32 (by
+GPTQ), and to 8 in blocks of 128. Prints, for each way to choose among them, the megabytes of
+weights, KL(merged float32 model || rounded) a token on test lines with their right answers, the
+same on the answers' tokens alone, and what the harm of method/bits.py predicts. Tokens that all
+lines of a task begin with are left out. The controls spend as many bytes as --size: at random, by
+the error of the weights alone, by the first-order score <gradient, dW>, and by llama.cpp's rule.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from compare_report import table
+from torch import Tensor
+from tqdm import tqdm
+
+import export
+from minismoe.cli import script
+from minismoe.data.tasks import collate, encode
+from minismoe.export import tree as trees
+from minismoe.export.bits import change, harm_of, nbytes
+from minismoe.export.heal import own_tokens, sharing_copy
+from minismoe.export.rounding import EMBEDDING, rounded_options, store
+from minismoe.export.settings import ExportConfig, Source
+from minismoe.io.flags import above_zero, positive
+from minismoe.method.bits import spend, total
+from minismoe.method.loss import predicting, supervised_losses
+from minismoe.model.checkpoint import load_adapter, load_model
+from minismoe.model.decoder import CausalLM
+from minismoe.model.quantize import Blocks
+from minismoe.model.tokens import Tokens
+
+Chosen = dict[str, int]                      # module -> number of its option
+Values = Mapping[str, Sequence[float]]       # module -> a value of each of its options
+SMALL, MIDDLE, LARGE = range(3)              # 4 bits in blocks of 128, of 32, and 8 bits
+DRAWS, GRADIENT = 3, 64                      # random choices; lines whose gradient is taken
+
+
+def plain(names: Sequence[str], layers: int, vocabulary: int) -> Chosen:
+    """One option for all layers, and one for embedding and head."""
+    return {name: layers if ".layers." in name else vocabulary for name in names}
+
+
+def at_random(cost: Values, budget: float, seed: int) -> Chosen:
+    """Steps to larger options in a random order, as far as the budget pays them."""
+    steps = [(name, option) for name in cost for option in (MIDDLE, LARGE)]
+    random.Random(seed).shuffle(steps)
+    chosen = dict.fromkeys(cost, SMALL)
+    for name, option in steps:
+        more = cost[name][option] - cost[name][chosen[name]]
+        if 0 < more <= budget - total(cost, chosen):
+            chosen[name] = option
+    return chosen
+
+
+def q4_k_m(names: Sequence[str], layers: int) -> Chosen:
+    """llama.cpp's rule: more bits for v and down in the first and last eighth of the layers, and in
+    each third one between, and for the head."""
+    def more(layer: int) -> bool:
+        eighth = layers // 8
+        return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+    return {name: LARGE if ".layers." not in name or name.endswith(("v_proj", "down_proj"))
+            and more(int(name.split(".")[2])) else MIDDLE for name in names}
+
+
+def errors(options: Mapping[str, Sequence[Blocks]], tree: CausalLM) -> Values:
+    """|| dW ||^2."""
+    return {name: [change(tree.get_submodule(name), blocks).square().sum().item()
+                   for blocks in ways] for name, ways in options.items()}
+
+
+def first_order(options: Mapping[str, Sequence[Blocks]], tree: CausalLM, source: Source) -> Values:
+    """| <gradient of the labels' loss, dW> |, mlx-lm's score without its division by the size."""
+    lines = [e for examples in source.examples.values() for e in examples[:GRADIENT]]
+    weights = [tree.get_submodule(name).weight.requires_grad_() for name in options]
+    with torch.enable_grad():
+        losses, _ = supervised_losses(tree, *collate(lines, source.tokenizer.pad_id))
+        gradients = torch.autograd.grad(losses.mean(), weights)
+    tree.requires_grad_(False)
+    return {name: [(gradient * change(tree.get_submodule(name), blocks)).sum().abs().item()
+                   for blocks in options[name]] for name, gradient in zip(options, gradients)}
+
+
+class Lines:
+    """Test lines, and what the float model predicts after each of their tokens."""
+
+    def __init__(self, source: Source, lines: int, model: CausalLM):
+        self.batches = []
+        for task in source.tasks:
+            examples = sorted((encode(task.name, messages, source.tokenizer)
+                               for messages in task.test[:lines]), key=lambda e: e.ids)
+            ids, mask, labels = collate(examples, source.tokenizer.pad_id)
+            own = own_tokens(ids, mask)
+            self.batches.append((ids, mask, own))
+            self.answers = torch.cat([getattr(self, "answers", own[:0, 0]),
+                                      predicting(mask, labels)[own]])
+        self.hidden, self.head = self.read(model), model.lm_head.weight.clone()
+
+    def read(self, model: CausalLM) -> Tensor:
+        """Hidden states (N, D) of all tokens."""
+        device = model.lm_head.weight.device
+        return torch.cat([model.model.rows(Tokens(ids, mask, model.config, device, own))
+                          for ids, mask, own in self.batches])
+
+    def divergence(self, model: CausalLM) -> tuple[float, float]:
+        """KL a token: of all, and of those that predict an answer."""
+        parts = [torch.sum((p := (h @ self.head.T).log_softmax(-1)).exp()
+                           * (p - model.lm_head(g).log_softmax(-1)), -1)
+                 for h, g in zip(self.hidden.split(64), self.read(model).split(64))]
+        each = torch.cat(parts)
+        return each.mean().item(), each[self.answers].mean().item()
+
+
+@torch.no_grad()
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="folder of train.py")
+    parser.add_argument("--size", type=above_zero, help="MB of the controls (default: those of 4 "
+                        "bits in blocks of 32)")
+    parser.add_argument("--lines", type=positive, default=24, help="test lines of each task")
+    args = parser.parse_args(argv)
+    config = ExportConfig(run=args.run).with_defaults(True)
+    source = export.load_run(config)
+    load_adapter(reference := load_model(source.base), source.run / "adapter")
+    batches = trees.calibration_batches(trees.shuffled_samples(config, source), source)
+    tree = trees.placed(config, reference, trees.freeze_mixtures(config, source, batches))
+    tree.eval().requires_grad_(False)
+    options = dict(rounded_options(tree, config.form, source.model, batches))
+    harm = harm_of(options, tree, source.model, batches)
+    cost = {name: [*map(nbytes, ways)] for name, ways in options.items()}
+    names, lines = [*options], Lines(source, args.lines, tree)
+    of_32 = total(cost, plain(names, MIDDLE, MIDDLE))
+    budget = args.size * 1e6 if args.size else of_32
+    ways = {"4 bits, blocks of 128": plain(names, SMALL, SMALL),
+            "4 bits, blocks of 32": plain(names, MIDDLE, MIDDLE),
+            "4 bits, blocks of 32; embedding and head 8": plain(names, MIDDLE, LARGE),
+            **{f"by the probe, {share:.2f} of blocks of 32": spend(harm, cost, share * of_32)
+               for share in (0.96, 1.0, 1.04, 1.08)},
+            "by the probe": spend(harm, cost, budget),
+            **{f"at random, {seed}": at_random(cost, budget, seed) for seed in range(DRAWS)},
+            "by the weights' error": spend(errors(options, tree), cost, budget),
+            "by <gradient, dW>": spend(first_order(options, tree, source), cost, budget),
+            "llama.cpp's rule": q4_k_m(names, source.model.config.num_hidden_layers)}
+    rows = []
+    for way, chosen in tqdm(ways.items(), "ways"):
+        rounded = sharing_copy(tree)
+        for name in (n for n in names if n != EMBEDDING):
+            store(rounded, name, options[name][chosen[name]])
+        store(rounded, EMBEDDING, options[EMBEDDING][chosen[EMBEDDING]])
+        every, answers = lines.divergence(rounded)
+        rows.append([way, f"{total(cost, chosen) / 1e6:.1f}", f"{every:.3f}", f"{answers:.4f}",
+                     f"{total(harm, chosen):.3f}"])
+    print(table(["", "MB", "KL", "of answers", "predicted"], rows))
+
+
+if __name__ == "__main__":
+    script.run_script(main)
