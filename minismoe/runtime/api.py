@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, calls_of, functions, with_tools
 from ..io.text import error_line
-from .grammar import json_grammar
+from .grammar import CALLS, json_grammar
 
 if TYPE_CHECKING:
     from .generator import Generator
@@ -105,7 +105,8 @@ class Api:
         """The grammar of the answer; "" if any text may be."""
         form = question.get("response_format") or {"type": "text"}
         if form["type"] == "text":
-            return self.generator.call_grammar(tools, must) if tools else ""
+            most = 1 if question.get("parallel_tool_calls") is False else CALLS
+            return self.generator.call_grammar(tools, must, most) if tools else ""
         if tools or form["type"] not in ("json_object", "json_schema"):
             raise ValueError(f"response_format {form['type']!r} is not supported"
                              f"{' beside tools' * bool(tools)}")

@@ -16,7 +16,7 @@ from ..data.tools import Function, Message, with_tools
 from ..io.text import clean
 from .choices import Answer, Tokens, answer_tokens, likeliest
 from .folder import CACHE_TYPES, FLOAT, FLOAT16, INT64
-from .grammar import call_grammar, grammar_tokens, new_matcher
+from .grammar import CALLS, call_grammar, grammar_tokens, new_matcher
 from .model import CachedModel
 from .sampling import Sampling, penalize, permitted
 
@@ -114,15 +114,16 @@ class Generator(CachedModel):
                 logits = self.read([[token] for token in chosen])
         self.ended = "max_tokens" if steps == max_tokens else "context"
 
-    def call_grammar(self, tools: Sequence[Function], must: bool = False) -> str:
-        """The grammar of answers that may call, or `must` call, some of `tools`.
+    def call_grammar(self, tools: Sequence[Function], must: bool = False,
+                     most: int = CALLS) -> str:
+        """The grammar of answers that may call, or `must` call, `tools`, up to `most` times.
 
         Without llguidance, or where the template writes calls otherwise than as JSON, "", which is
         any text, unless they must: ValueError.
         """
         try:
             self._grammar_tokens             # noqa: B018
-            return call_grammar(self.tokenizer, tools, must)
+            return call_grammar(self.tokenizer, tools, must, most)
         except (ModuleNotFoundError, ValueError):
             if must:
                 raise

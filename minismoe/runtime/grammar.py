@@ -40,8 +40,10 @@ def _json(schema: Any) -> str:
     return f"%json {json.dumps({**closed, **SPACES})}"
 
 
-def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool) -> str:
-    """The grammar of calls of `tools` as the template writes them and, unless `must`, of text.
+def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
+                 most: int = CALLS) -> str:
+    """The grammar of up to `most` calls of `tools` as the template writes them or, unless `must`,
+    of text, which may stand around several calls.
 
     Raises ValueError if the template writes calls otherwise than as JSON.
     """
@@ -53,7 +55,7 @@ def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool) ->
                          "holds answers to them")
     before, (opening, first, middle, last, closing) = _text(written[1]), form.groups()
     end = _text(last).replace("123456789", '" /[0-9A-Za-z]{9}/ "')           # an id
-    more = f'(", " call){{0,{CALLS - 1}}}' if "[" in opening else ""
+    more = f'(", " call){{0,{most - 1}}}' if "[" in opening and most > 1 else ""
     rules = [f"call: {' | '.join(f'call{n}' for n in range(len(tools)))}", "TEXT: /(.|\\n)*/",
              f"body: {_text(opening)} call {more} {_text(closing)}"]
     for number, tool in enumerate(tools):
@@ -65,8 +67,9 @@ def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool) ->
         start = start if must else f"TEXT ({start})?"
     elif before:
         rules.append(f"mark[lazy]: TEXT {before}")
-        more = f'("\\n" {before} body){{0,{CALLS - 1}}}'
-        start = f"{before} body {more}" if must else "(mark body)* TEXT"
+        more = f'("\\n" {before} body){{0,{most - 1}}}' if most > 1 else ""
+        start = f"{before} body {more}" if must else (
+            "(mark body)* TEXT" if most > 1 else "mark body | TEXT")
     else:
         rules.append("OTHER: /([^\\[{ \\n](.|\\n)*)?/")
         start = "body" if must else "OTHER | body"

@@ -177,6 +177,17 @@ def test_calls_are_held_to_the_offered_functions(form) -> None:
         assert not accepts(tokenizer, free, f"Sure. {call.replace('wait', 'open')}")
 
 
+@pytest.mark.parametrize("form", ["marked", "list"])
+@pytest.mark.parametrize("must", [False, True])
+def test_the_number_of_calls_is_bounded(form, must) -> None:
+    """Small models go on calling."""
+    tokenizer, call = writing(form), FORMS["marked"][1]
+    two = f"{call}\n{call}" if form == "marked" else FORMS["list"][1]
+    one = call if form == "marked" else FORMS["list"][1].split(", {")[0] + "]"
+    for most, text, accepted in ((1, one, True), (1, two, False), (2, one, True), (2, two, True)):
+        assert accepts(tokenizer, call_grammar(tokenizer, TOOLS, must, most), text) == accepted
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_random_model_that_must_call_does(generator, monkeypatch, form) -> None:
     monkeypatch.setattr(generator, "tokenizer", writing(form))
