@@ -267,7 +267,7 @@ def judged(metrics: Path, guess: float, remedy: str) -> str:
     known = fmean(line["loss"] for line in lines[-math.ceil(len(lines) / 10):])
     course = (f"loss of validation lines: {late:.3f} after {LATE:.0%} of the steps, {end:.3f} at "
               f"the end; of training lines: {known:.3f}")
-    if end > max(0.97 * guess, 0.9 * late):
+    if end > 0.97 * guess:
         return (f"{course}: the run learnt no more than how often each answer occurs, which alone "
                 f"gives {guess:.3f}: {remedy}, or more lines")
     if reason := trouble([line["loss"] for line in lines], math.inf):

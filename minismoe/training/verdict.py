@@ -11,7 +11,7 @@ from typing import Any
 from ..data.tasks import Example
 from ..method.loss import IGNORE
 
-WINDOWS = 10                   # a run's steps are averaged in so many parts
+WINDOWS = 5                    # a run's steps are averaged in so many parts
 
 
 def guessing_loss(known: Sequence[Example], lines: Sequence[Example]) -> float:
@@ -45,7 +45,7 @@ def trouble(losses: Sequence[float], guess: float) -> str:
     least, last = min(means), means[-1]
     if last > 1.5 * least + 0.1:
         return f"the loss of training lines jumped from {least:.3f} to {last:.3f}"
-    if last > max(0.97 * guess, 0.9 * means[-2]):            # and it does not fall either
+    if last > max(0.97 * guess, 0.9 * means[-2]):            # a good run passes the guess falling
         return (f"the loss of training lines, {last:.3f}, is no better than guessing by how often "
                 f"each answer occurs, {guess:.3f}")
     if last > max(0.1, 0.97 * means[0]):

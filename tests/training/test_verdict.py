@@ -32,16 +32,20 @@ def test_answers_that_rarely_occur_twice_cannot_be_guessed() -> None:
 
 
 @pytest.mark.parametrize("losses, guess, words", [
-    ([3 - 0.025 * i for i in range(100)], 0.6, ""),                    # it falls to 0.64
-    ([3 - 0.025 * i for i in range(90)] + [0.75] * 30, 0.7, "no better than guessing"),
-    ([3 - 0.025 * i for i in range(90)] + [0.75] * 30, 0.8, ""),
-    ([3 - 0.025 * i for i in range(80)] + [3.0] * 20, math.inf, "jumped from 1.137 to 3.000"),
+    ([3 - 0.025 * i for i in range(100)], 0.6, ""),                    # it still falls
+    ([3 - 0.025 * i for i in range(90)] + [0.75] * 60, 0.7, "no better than guessing"),
+    ([3 - 0.025 * i for i in range(90)] + [0.75] * 60, 0.8, ""),
+    ([3 - 0.025 * i for i in range(80)] + [3.0] * 20, math.inf, "jumped from 1.262 to 3.000"),
+    # Five steps each of Gemma 3 270M on trec and clinc, at 1.2e-3 (70 % right at last) and 4e-3.
+    ([4.52, 2.99, 1.66, 2.03, 1.57, 1.12, 0.83, 1.36, 0.8, 0.85], 0.79, ""),
+    ([4.19, 3.05, 2.61, 3.36, 3.25, 2.76, 2.55, 3.41, 3.24, 2.49], 0.79, "no better than guessing"),
     ([2.0, 2.1, 1.9] * 20, math.inf, "no better than at the beginning"),
-    ([2.0] * 8, 0.1, ""),                                              # too few steps to tell
+    ([2.0], 0.1, ""),                                              # too few steps to tell
     ([0.02] * 90 + [0.1] * 10, math.inf, "")])                         # too small to matter
 def test_trouble_is_told_from_the_course_of_the_losses(losses: list[float], guess: float,
                                                       words: str) -> None:
-    assert words in (found := trouble(losses, guess)) and bool(words) == bool(found)
+    found = trouble([loss for loss in losses for _ in range(5)], guess)
+    assert words in found and bool(words) == bool(found)
 
 
 @pytest.mark.parametrize("rate, tells", [(1.0, True), (0.03, False)])
