@@ -335,15 +335,8 @@ def shard(place: str) -> Callable[[World], object]:
 CHECKPOINTS: dict[str, tuple[Callable[[World], object], str]] = {
     "a text": (config(hidden_size="64"), "hidden_size = '64'"),
     "a trillion layers": (config(num_hidden_layers=10 ** 12), "num_hidden_layers = 1000000000000"),
-    "layers that are not there": (config(num_hidden_layers=20), "model.layers.2.* is missing"),
-    "a wider model": (config(hidden_size=1 << 19), r"instead of \[259, 524288\]"),
     "cut": (lambda w: cut(w.model / "model.safetensors"), "no valid safetensors file"),
-    "a bit of a name": (lambda w: flip(f := w.model / "model.safetensors",
-                                       f.read_bytes().index(b"model.")), "is surplus"),
-    "type": (lambda w: edit_tensors(w.model / "model.safetensors", lambda t: t.update(
-        {"model.norm.weight": t["model.norm.weight"].int()})), "norm.weight is I32, not one of"),
     "a shard elsewhere": (shard("../data/x.safetensors"), "index.json points out of its folder"),
-    "a shard's address": (shard("https://example.org/x"), "index.json points out of its folder"),
 }
 
 
@@ -378,12 +371,6 @@ ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {        # more in t
     "cut": (lambda f: cut(f / "adapter.safetensors"), "no valid safetensors file"),
     "a bit": (lambda f: flip(f / "adapter.safetensors", -5), "is damaged: its hash"),
     "no hash": (lambda f: edit(f / "adapter.json", lambda a: a.pop("sha256")), "its hash is not"),
-    "more experts": (lambda f: edit(f / "adapter.json", lambda a: a["allocation"]["experts"].update(
-        {Q: 1000})), "does not fit: .*lora_A"),
-    "a rank of 2^40": (lambda f: edit(f / "adapter.json", lambda a: a["allocation"].update(
-        rank=1 << 40)), "rank 1099511627776 is more than"),
-    "a wide type": (lambda f: edit_tensors(f / "adapter.safetensors", lambda t: t.update(
-        {n: x.int() for n, x in t.items()})), "is I32, not one of"),
     "out of the folder": (lambda f: link_out(f / "adapter.safetensors"), "leads out of"),
 }
 
@@ -432,9 +419,7 @@ def test_top_k_over_the_experts_takes_them_all(world: World) -> None:
 
 
 @pytest.mark.parametrize("change", [
-    lambda c: c.pop("arguments"), lambda c: c.update(arguments=[1]),
-    lambda c: c["arguments"].update(model=3), lambda c: c["arguments"].update(max_length="9"),
-    lambda c: c["arguments"].update(seed=None), lambda c: c["arguments"].update(tasks=["t"])])
+    lambda c: c.pop("arguments"), lambda c: c["arguments"].update(max_length="9")])
 def test_exporting_a_run_with_a_hostile_config_is_refused(world: World,
                                                           change: Callable[[Any], object]) -> None:
     edit(world.run / "config.json", change)
@@ -444,10 +429,8 @@ def test_exporting_a_run_with_a_hostile_config_is_refused(world: World,
 
 @pytest.mark.parametrize("change, says", [
     (lambda c: c["arguments"].update(epochs="x"), "config.json: argument --epochs: .*'x'"),
-    (lambda c: c["arguments"].update(lr=[1]), r"config.json: argument --lr: .*'\[1\]'"),
     (lambda c: c["arguments"].update(recompute="y"), "config.json: argument --recompute: .*'y'"),
     (lambda c: c["arguments"].update(model=5), "no such model folder: 5"),
-    (lambda c: c["arguments"].update(spam=1), "config.json: there is no flag spam"),
     (lambda c: c["arguments"].update(help=True), "config.json: there is no flag help")])
 def test_resuming_a_run_with_a_hostile_config_is_refused(world: World,
                                                          change: Callable[[Any], object],
@@ -460,12 +443,10 @@ def test_resuming_a_run_with_a_hostile_config_is_refused(world: World,
 # Data
 
 DATA: dict[str, tuple[bytes, str]] = {                                # more in tests/data
-    "blank": (b"\n \n", "train.jsonl: it holds no example"),
     "all masked": (json.dumps({"prompt": "x" * 500, "completion": "y"}).encode(),
                    "no example of t keeps a supervised token within 128 tokens "),
     "10 MB": (json.dumps({"prompt": "x " * 5_000_000, "completion": "y"}).encode(),
               "train.jsonl:1: the line has 10,000,033 bytes; at most 1,048,576"),
-    "not UTF-8": (b'{"prompt": "\xff", "completion": "y"}', "train.jsonl:1: .*utf-8.* 0xff"),
     "control": (b'{"\\u001b[31m": 1}', "train.jsonl:1: .* it has \ufffd.31m"),
 }
 
