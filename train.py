@@ -6,8 +6,9 @@
 
 Probes each weight matrix, gives it experts, evaluates, trains, and evaluates again. RUN then holds
 config.json, sensitivity.json, allocation.json, before.json and after.json (each answer 1 or 0, and
-the wrong ones in words), metrics.jsonl, results.json, adapter/, checkpoints/. If a run stops after
-the probe, --resume completes it, and its files equal those of an undisturbed run, except for times.
+the wrong ones in words), metrics.jsonl and loss.svg, results.json, adapter/, checkpoints/. If a run
+stops after the probe, --resume completes it, and its files equal those of an undisturbed run,
+except for times.
 """
 
 import time
@@ -26,7 +27,8 @@ from minismoe.io.progress import progress_bar
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts
-from minismoe.model.checkpoint import save_adapter
+from minismoe.method.sensitivity import Scores
+from minismoe.model.checkpoint import load_adapter, save_adapter
 from minismoe.training import distributed
 from minismoe.training.distributed import once, print0
 from minismoe.training.evaluate import questions
@@ -58,16 +60,8 @@ def main(argv: Sequence[str]) -> None:
             questions(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
-    scores, seconds = None, dict[str, float]()
-    allocation = probing.known_allocation(config.allocating, inputs)
-    if allocation is None:
-        now = time.perf_counter()
-        scores = probing.measure(config.allocating, inputs, min(
-            probing.PROBE_BATCH, distributed.share(config.training.micro_batch_size)))
-        allocation = probing.choose(config.allocating, scores)
-        seconds["probe"] = round(time.perf_counter() - now, 2)
-    torch.manual_seed(config.inputs.seed)    # the same experts whatever was drawn before
-    add_experts(inputs.model, allocation)
+    seconds = dict[str, float]()
+    allocation, scores = give_experts(config, inputs, seconds)
     print0(probing.allocation_heatmap(inputs.model, allocation))
     if config.training.lr is None:
         config = replace(config, training=replace(config.training, lr=default_lr(inputs.model)))
@@ -85,6 +79,24 @@ def main(argv: Sequence[str]) -> None:
               + runs.next_commands(run, config))
 
 
+def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, float],
+                 ) -> tuple[Allocation, Scores | None]:
+    """Put experts on the model: those of --init, those that the flags name, or as a probe says,
+    whose scores are returned, too, and whose time goes into `seconds`."""
+    if config.init:
+        return load_adapter(inputs.model, Path(config.init) / "adapter"), None
+    allocation, scores = probing.known_allocation(config.allocating, inputs), None
+    if allocation is None:
+        now = time.perf_counter()
+        scores = probing.measure(config.allocating, inputs, min(
+            probing.PROBE_BATCH, distributed.share(config.training.micro_batch_size)))
+        allocation = probing.choose(config.allocating, scores)
+        seconds["probe"] = round(time.perf_counter() - now, 2)
+    torch.manual_seed(config.inputs.seed)    # the same experts whatever was drawn before
+    add_experts(inputs.model, allocation)
+    return allocation, scores
+
+
 def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, allocation: Allocation,
                        seconds: dict[str, float]) -> None:
     """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
@@ -92,6 +104,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     print0(f"{allocation}, {trainable:,} trainable parameters")
 
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.
+    before = None
     if not distributed.gather((run / "before.json").exists())[0]:
         before = score(inputs, "before", config)
         once(write_json, run / "before.json", {name: j.to_json() for name, j in before.items()})
@@ -102,15 +115,19 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     summary = train(inputs.model, inputs.examples, config.training, run, inputs.tokenizer.pad_id,
                     config.resume, inputs.valid_examples)
     seconds["train"] = round(summary["seconds"], 2)
+    if summary["step"]:
+        once(runs.draw_losses, run, config.training.keep)
     once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
 
     # Evaluate again, and save what came out.
-    after = score(inputs, "after", config)
+    after = score(inputs, "after", config) if summary["step"] or before is None else before
     if not distributed.rank():
         runs.save_results(run, known, after, {
             "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
             "seconds": seconds})
-        print(f"{summary['step']} steps, {summary['tokens'] / summary['seconds']:.0f} tokens/s")
+        if summary["step"]:
+            print(f"{summary['step']} steps, "
+                  f"{summary['tokens'] / summary['seconds']:.0f} tokens/s")
         if advice := runs.judged(
                 run / "metrics.jsonl", guessing_loss(inputs.examples, inputs.valid_examples),
                 remedy(config.training.lr, default_lr(inputs.model))):
@@ -131,10 +148,18 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
         args = runs.resumed(parser, argv, Path(args.out))
     if args.plan and args.show:
         parser.error("--plan and --show both print something and stop: leave out one of them")
+    if args.init and not args.resume:
+        if given := [option(name) for name in (*flags.CHOOSING, "allocation", "rank", "alpha")
+                     if getattr(args, name) != parser.get_default(name)]:
+            parser.error(f"--init takes the experts of RUN as they are: leave out "
+                         f"{', '.join(given)}")
+        runs.take_inputs(args)
+    if args.epochs == 0 and not args.init:
+        parser.error("--epochs 0 trains nothing: name a run to judge by --init RUN")
     if args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
     values = vars(args)
-    allocating = from_flags(flags.AllocationConfig, values)
+    allocating = from_flags(flags.AllocationConfig, values, keep=None)   # --keep is of training
     if args.resume and (kept := Path(args.out) / "allocation.json").exists():
         allocating = probing.with_file(allocating, kept)             # the probe does not run again
     elif args.allocation:

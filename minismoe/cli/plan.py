@@ -45,7 +45,7 @@ def show_plan(config: RunConfig) -> None:
     print0(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters; {allocation}, "
            f"{parts['adapters'] // 4:,} trainable parameters{note}")
     print0(table(["memory", "MiB"], [[part, f"{size / MIB:,.1f}"] for part, size in parts.items()]))
-    print0(f"disk: {parts['adapters'] * (1 + 3 * (KEPT + 1)) / MIB:,.1f} MiB for the adapter and "
+    print0(f"disk: {parts['adapters'] * (1 + 4 * (KEPT + 1)) / MIB:,.1f} MiB for the adapter and "
            f"{KEPT + 1} checkpoints (one while it is written)")
     if has_data and any(folder.glob("*.safetensors")):
         time_steps(config, allocation)

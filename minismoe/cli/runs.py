@@ -14,7 +14,16 @@ from typing import Any, get_type_hints
 
 import torch
 
-from ..io.files import inside, must_be_writable, naming, read_json, sha256_of_json, write_json
+from ..io.drawing import loss_svg
+from ..io.files import (
+    inside,
+    must_be_writable,
+    naming,
+    read_json,
+    replacing,
+    sha256_of_json,
+    write_json,
+)
 from ..io.flags import as_flags, from_flags, option, typed
 from ..io.text import clean, table
 from ..method.allocate import Allocation
@@ -22,12 +31,13 @@ from ..model.checkpoint import versions
 from ..training import distributed
 from ..training.distributed import print0
 from ..training.judge import Judgement
-from ..training.loop import LATE, TrainConfig
+from ..training.loop import TrainConfig
 from ..training.verdict import read_metrics, trouble
 from .flags import InputConfig, RunConfig
 from .inputs import Inputs
 from .script import command, working_in
 
+LATE = 0.8     # share of the steps after which the loss of validation lines falls if epochs lack
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
 ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
 UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
@@ -83,6 +93,17 @@ def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> 
                    if name not in RESUMABLE and kept[name] != now]:
         raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
     return args
+
+
+def take_inputs(args: argparse.Namespace) -> None:
+    """Let a run that begins with the experts of --init have that run's model and data, where the
+    flags name none."""
+    kept = saved_config(Path(args.init))["arguments"]
+    if args.data is None:
+        args.tasks = args.tasks or kept.get("tasks")
+    for name in ("model", "data"):
+        if getattr(args, name) is None:
+            setattr(args, name, kept.get(name))
 
 
 def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse.Namespace:
@@ -252,6 +273,16 @@ def shortened(text: str) -> str:
     return line if len(line) <= 100 else line[:99] + "…"
 
 
+def draw_losses(run: Path, keep: str) -> None:
+    """Write loss.svg, the picture of metrics.jsonl. keep: --keep."""
+    lines = read_metrics(run / "metrics.jsonl")
+    valid = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
+    kept = min(valid, key=valid.__getitem__) if valid and keep == "best" else len(lines)
+    with replacing(run / "loss.svg") as tmp:
+        tmp.write_text(loss_svg({line["step"]: line["loss"] for line in lines}, valid, kept),
+                       encoding="utf-8")
+
+
 def judged(metrics: Path, guess: float, remedy: str) -> str:
     """How the losses went, and what they advise; "" of a single step, or without validation lines.
 
@@ -260,13 +291,15 @@ def judged(metrics: Path, guess: float, remedy: str) -> str:
     lines had at least half of it.
     """
     lines = read_metrics(metrics)
-    unseen = [line["test_loss"] for line in lines if "test_loss" in line]
-    if len(unseen) < 2:
+    measures = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+    if len(measures) < 2:
         return ""
-    late, end = unseen
+    (_, end), (best_step, best) = measures[-1], min(measures, key=lambda measure: measure[1])
+    before = [measure for measure in measures if measure[0] <= LATE * len(lines)]
+    late_step, late = (before or measures)[-1 if before else 0]
     known = fmean(line["loss"] for line in lines[-math.ceil(len(lines) / 10):])
-    course = (f"loss of validation lines: {late:.3f} after {LATE:.0%} of the steps, {end:.3f} at "
-              f"the end; of training lines: {known:.3f}")
+    course = (f"loss of validation lines: {late:.3f} after step {late_step}, {end:.3f} at the end, "
+              f"at best {best:.3f}, after step {best_step}; of training lines: {known:.3f}")
     if end > 0.97 * guess:
         return (f"{course}: the run learnt no more than how often each answer occurs, which alone "
                 f"gives {guess:.3f}: {remedy}, or more lines")

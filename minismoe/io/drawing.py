@@ -187,6 +187,31 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
     return _svg(width, y + 38, "sensitivity and experts", out + _legend(y, low))
 
 
+def loss_svg(training: Mapping[int, float], validation: Mapping[int, float], kept: int) -> str:
+    """A figure of the losses by step, as wide as a paper's column: of training lines in grey, of
+    validation lines in blue, and a mark at the step whose experts were kept."""
+    values = [v for v in (*training.values(), *validation.values()) if math.isfinite(v)]
+    top, last, height = max(values, default=1.0) or 1.0, max(training, default=1), 160.0
+
+    def at(step: int, value: float) -> str:
+        y = height * (1 - min(value, top) / top) if math.isfinite(value) else 0
+        return f"{30 + (WIDTH - 30) * step / last:.1f},{y:.1f}"
+
+    parts = [f'<path d="M30,0V{height}H{WIDTH}" fill="none" stroke="#000"/>']
+    for losses, color, width in (training, "#999", 0.7), (validation, "#105ba4", 1.5):
+        points = " ".join(at(step, value) for step, value in losses.items())
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" '
+                     f'stroke-width="{width}"/>')
+    if kept in validation:
+        x, y = at(kept, validation[kept]).split(",")
+        parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="#105ba4"/>')
+    parts += [_text(26, 8, f"{top:.3g}", "end"), _text(26, height, "0", "end"),
+              _text(30, height + 12, "loss of training lines (grey) and of validation lines (blue) "
+                    f"by step; dot: step {kept}, kept", "start", ' font-size="8"'),
+              _text(WIDTH, height + 12, f"{last}", "end")]
+    return _svg(WIDTH, height + 16, "loss", parts)
+
+
 def _legend(y: float, low: float) -> list[str]:
     """The Viridis colours as a bar, with a log scale from `low` to 1."""
     stops = (f'<stop offset="{i / 8}" stop-color="#{hue}"/>' for i, hue in enumerate(VIRIDIS))

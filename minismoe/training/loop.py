@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ from .resume import due, load_checkpoint, save_checkpoint
 
 Result = TypeVar("Result")
 USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
-LATE = 0.8                    # share of the steps after which, and at the end, "test_loss" is there
+MEASURES = 10                 # of the loss of validation lines in a run, if no flag says otherwise
 LR = 0.12                     # see `default_lr`
 REMEDY = "try a lower --lr, or --dtype float32"
 
@@ -45,7 +45,7 @@ REMEDY = "try a lower --lr, or --dtype float32"
 class TrainConfig:
     """How experts are trained; with data, model and allocation it determines the result."""
 
-    epochs: int = flag(3, "passes over the training lines (default: %(default)s)", flags.positive)
+    epochs: int = flag(3, "passes over the training lines (default: %(default)s)", flags.natural)
     batch_size: int = flag(
         8, "examples per optimizer step (default: %(default)s)", flags.positive, metavar="N")
     micro_batch_size: int = flag(
@@ -58,10 +58,19 @@ class TrainConfig:
                             "(default: it follows the size of the base's weights)", flags.number)
     checkpoint_every: int | str = flag(200, "optimizer steps, or minutes: 10m (default: "
                                        "%(default)s)", flags.interval, metavar="N|Nm")
+    eval_every: int | None = flag(
+        None, "steps between two measures of the loss of validation lines (default: a tenth of "
+        "the run)", flags.positive, metavar="N")
+    keep: str = flag("best", "the experts of the step with the least loss of validation lines "
+                     "(default), or of the last step", choices=("best", "last"))
+    patience: int | None = flag(
+        None, "end after N measures of the loss of validation lines without a better one "
+        "(default: never)", flags.positive, metavar="N")
+    warmup: float = flag(0.05, "share of the steps in which the learning rate rises (default: "
+                         "%(default)s)", flags.part, metavar="F")
+    weight_decay: float = flag(0.0, "of AdamW (default: %(default)s)", flags.part, metavar="F")
     seed: int = 0
     # Without a flag:
-    warmup: float = 0.05                 # share of the steps
-    weight_decay: float = 0.0            # of AdamW
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     router_aux_loss_coef: float = 0.01   # weight of the balance loss
 
@@ -99,8 +108,9 @@ def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example
 class Trainer:
     """The experts of a model, which are trained in place, and their optimizer.
 
-    micro: examples computed at once; half as many each time that memory ran out. Raises ValueError
-    for a model without a parameter to train.
+    micro: examples computed at once; half as many each time that memory ran out. best: the experts
+    with the least loss of validation examples, by name. Raises ValueError for a model without a
+    parameter to train.
     """
 
     def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int, alike: bool = False):
@@ -110,6 +120,7 @@ class Trainer:
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         if not self.parameters:
             raise ValueError("the model has no experts to train: call add_experts first")
+        self.best: dict[str, Tensor] = {}
         distributed.take_first([*self.parameters.values()])
         # With a smaller eps, an entry whose gradient is only rounding noise would move by the full
         # rate.
@@ -168,6 +179,7 @@ class Trainer:
 
     def step(self, number: int, batch: Sequence[Example], lr: float) -> dict[str, Any]:
         """One step of the optimizer; returns its line of metrics.jsonl."""
+        start = time.perf_counter()
         sums, use = self.fitting(lambda: self.gradients(batch))
         distributed.sum_all([p.grad for p in self.parameters.values() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.max_grad_norm)
@@ -179,12 +191,43 @@ class Trainer:
         if number % USE_EVERY == 0:          # of the last micro-batch
             line["expert_use"] = {name: [round(share, 3) for share in shares.tolist()]
                                   for name, shares in use.items()}
-        return line
+        speed = line["tokens"] / (time.perf_counter() - start)
+        return line | {"tokens_per_second": round(speed, 1)}
 
-    def mean_loss(self, examples: Sequence[Example]) -> float:
-        """Mean loss of unseen examples, more of which fit at once than of a step's."""
-        return self.fitting(lambda: mean_loss(self.model, examples, self.pad_id, min(
-            32, 4 * distributed.share(self.micro))))
+    def validate(self, examples: Sequence[Example], state: dict[str, Any]) -> float:
+        """Mean loss of validation examples, more of which fit at once than of a step's. `state`
+        notes the least, and how often it was not reached since; `best` holds its experts."""
+        loss = round(self.fitting(lambda: mean_loss(self.model, examples, self.pad_id, min(
+            32, 4 * distributed.share(self.micro)))), 5)
+        state["since_best"] += 1
+        if loss < state["best_loss"]:
+            state |= {"best_loss": loss, "since_best": 0}
+            if self.cfg.keep == "best":
+                self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        return loss
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the experts, the best ones, and what AdamW holds for each."""
+        return {f"{name}/{key}": tensor for name, p in self.parameters.items() for key, tensor in
+                {"value": p.detach(), **self.optimizer.state[p]}.items()} | {
+                    f"{name}/best": tensor for name, tensor in self.best.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave."""
+        for full, tensor in tensors.items():
+            name, _, key = full.rpartition("/")
+            p = self.parameters[name]
+            if key == "value":
+                p.data.copy_(tensor)
+            else:                            # a copy: the file may not stay mapped
+                place = self.best if key == "best" else self.optimizer.state[p]
+                place[name if key == "best" else key] = tensor.to(p.device, copy=True)
+
+    def finish(self) -> None:
+        """Put the best experts in place, if they are kept, and drop gradients."""
+        self.optimizer.zero_grad()
+        for name, tensor in self.best.items():
+            self.parameters[name].data.copy_(tensor)
 
 
 def log_line(step: int, batch: Sequence[Example], sums: Sequence[float], norm: float,
@@ -208,53 +251,54 @@ def log_line(step: int, batch: Sequence[Example], sums: Sequence[float], norm: f
 
 
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
-          resume: bool = False, unseen: Sequence[Example] = ()) -> dict[str, float]:
+          resume: bool = False, valid: Sequence[Example] = ()) -> dict[str, float]:
     """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
 
-    Writes run/checkpoints and run/metrics.jsonl, which twice holds the loss of the `unseen`
-    examples, too. Raises Interrupted after a signal, once the step is saved; ValueError for another
-    run's checkpoint; ArithmeticError if the loss is not finite.
+    Writes run/checkpoints and run/metrics.jsonl. Raises Interrupted after a signal, once the step
+    is saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite.
     """
     batches = schedule(examples, cfg)
     compiling = compiled.wanted(model, cfg.compile, len(batches))
     trainer = Trainer(model, cfg, pad_id, alike=compiling)
     peak = default_lr(model) if cfg.lr is None else cfg.lr
     state = _first_state(run, trainer, batches, resume)
+    every = cfg.eval_every or math.ceil(len(batches) / MEASURES)
     first_step = partial(trainer.fitting, lambda: trainer.gradients(batches[0]))
-    run.mkdir(parents=True, exist_ok=True)
     with (compiled.compiled_layers(model, first_step) if compiling else nullcontext(),
           (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
           progress_bar(range(state["step"], len(batches)), "train", len(batches), unit="step",
                        initial=state["step"], smoothing=0.1, disable=distributed.rank() > 0) as bar,
           waiting() as signals):
         distributed.once(metrics.truncate, state["metrics"])
-        begun, saved = time.perf_counter() - state["seconds"], time.monotonic()
+        begun, saved, note = time.perf_counter() - state["seconds"], time.monotonic(), ""
         for step in bar:
-            start = time.perf_counter()
+            if cfg.patience and state["since_best"] >= cfg.patience:
+                distributed.once(print_above_bar, f"ended after step {step} by --patience")
+                break
             line = trainer.step(step, batches[step],
                                 learning_rate(step, len(batches), peak, cfg.warmup))
-            now = time.perf_counter()
-            line["tokens_per_second"] = speed = round(line["tokens"] / (now - start), 1)
-            if unseen and step + 1 in (math.ceil(LATE * len(batches)), len(batches)):
-                line["test_loss"] = round(trainer.mean_loss(unseen), 5)
+            if valid and ((step + 1) % every == 0 or step + 1 == len(batches)):
+                line["valid_loss"] = measured = trainer.validate(valid, state)
+                note = f", validation {measured:.3f}"
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             if step + 1 == len(batches) // 2:
                 distributed.once(_warn, run, examples, peak, default_lr(model))
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
-                      "seconds": now - begun, "loss": line["loss"],
+                      "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
             stop = _signal_to_any(signals)
             if stop or step + 1 == len(batches) or due(cfg.checkpoint_every, step + 1, saved):
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
-                distributed.once(save_checkpoint, run, trainer.parameters, trainer.optimizer, state)
+                distributed.once(save_checkpoint, run, trainer.tensors(), state)
                 saved = time.monotonic()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {line['loss']:.3f}{note}, {line['tokens_per_second']:.0f} "
+                                "tok/s", refresh=False)
             if stop:
                 break
         if stop := _signal_to_any(signals):          # one may come after the last step, too
             raise Interrupted(f"saved after step {state['step']} of {len(batches)}", stop)
-    trainer.optimizer.zero_grad()
+    trainer.finish()
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
 
 
@@ -272,13 +316,15 @@ def _first_state(run: Path, trainer: Trainer, batches: Sequence[Sequence[Example
     order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
     layout = sha256_of_json([[name, *p.shape] for name, p in trainer.parameters.items()])
     fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0,
-             "order": order, "layout": layout}
+             "best_loss": math.inf, "since_best": 0, "order": order, "layout": layout}
+    run.mkdir(parents=True, exist_ok=True)
     if not resume:
         if (run / "checkpoints").exists():
             distributed.once(shutil.rmtree, run / "checkpoints")
         return fresh
     with distributed.one_first():            # the first may rename a damaged checkpoint
-        state = load_checkpoint(run, trainer.parameters, trainer.optimizer, fresh) or fresh
+        state, tensors = load_checkpoint(run, fresh) or (fresh, {})
+    trainer.load(tensors)
     if len(set(distributed.gather(state["step"]))) > 1:
         raise ValueError(f"the processes do not see the same checkpoints: {run} must be a folder "
                          "that they share")

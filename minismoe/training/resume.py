@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..io.files import new_folder, read_json, replacing, sha256, sha256_of_json
 
 KEPT = 2                                     # checkpoints of a run
-TENSORS = "experts.safetensors"              # the experts, and what AdamW holds for each
-Parameters = Mapping[str, torch.nn.Parameter]
+TENSORS = "experts.safetensors"              # see `Trainer.tensors`
 
 
 def due(every: int | str, step: int, since: float) -> bool:
@@ -36,15 +35,13 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-????????"))
 
 
-def save_checkpoint(run: Path, parameters: Parameters, optimizer: torch.optim.Optimizer,
-                    state: Mapping[str, Any]) -> None:
-    """Write the experts, their moments and `state`, whole or not at all; remove old ones."""
+def save_checkpoint(run: Path, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write tensors and `state`, whole or not at all; remove old checkpoints."""
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
     shutil.rmtree(folder, ignore_errors=True)
     with new_folder(folder) as tmp:
         with replacing(tmp / TENSORS) as file:           # it names a file that a full disk refuses
-            save_file({f"{name}/{key}": tensor for name, p in parameters.items() for key, tensor in
-                       {"value": p.detach(), **optimizer.state[p]}.items()}, file)
+            save_file(tensors, file)
         state = {**state, "sha256": sha256(tmp / TENSORS)}
         (tmp / "state.json").write_text(json.dumps(
             {"state": state, "sha256": sha256_of_json(state)}))
@@ -79,9 +76,9 @@ def _checked_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(run: Path, parameters: Parameters, optimizer: torch.optim.Optimizer,
-                    fresh: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Load the newest whole checkpoint in place, and give its state; None if there is none.
+def load_checkpoint(run: Path, fresh: Mapping[str, Any],
+                    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The state and tensors of the newest whole checkpoint; None if there is none.
 
     Raises ValueError if it is of other experts or of other batches than `fresh`, the state that
     training begins with, or if the run's metrics.jsonl is shorter than it was.
@@ -98,10 +95,4 @@ def load_checkpoint(run: Path, parameters: Parameters, optimizer: torch.optim.Op
     if (metrics.stat().st_size if metrics.is_file() else 0) < state["metrics"]:
         raise ValueError(f"{metrics} has not all that it held at {folder.name}: put it back, or "
                          f"remove {folder.parent} to train again")
-    for full, tensor in load_file(folder / TENSORS).items():
-        name, _, key = full.rpartition("/")
-        if key == "value":
-            parameters[name].data.copy_(tensor)
-        else:                                # a copy: the file may not stay mapped
-            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
-    return state
+    return state, load_file(folder / TENSORS)

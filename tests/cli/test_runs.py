@@ -79,16 +79,17 @@ def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path
     (9.0, 8.9, 9.0, math.inf, "is no better than at the beginning: try --lr 1")])
 def test_the_advice_follows_the_course_of_the_losses(tmp_path, late, end, known, guess,
                                                      advice) -> None:
-    lines = [{"loss": 9.0}] * 18 + [{"loss": known - 0.01, "test_loss": late},
-                                    {"loss": known + 0.01, "test_loss": end}]
+    lines: list[dict[str, float]] = [{"step": i, "loss": 9.0} for i in range(1, 19)]
+    lines += [{"step": 19, "loss": known - 0.01}, {"step": 20, "loss": known + 0.01}]
+    lines[15]["valid_loss"], lines[19]["valid_loss"] = late, end
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = runs.judged(file, guess, "try --lr 1")
-    course = (f"loss of validation lines: {late:.3f} after 80% of the steps, {end:.3f} at the end; "
-              f"of training lines: {known:.3f}")
+    course = (f"loss of validation lines: {late:.3f} after step 16, {end:.3f} at the end, at best "
+              f"{end:.3f}, after step 20; of training lines: {known:.3f}")
     assert found.startswith(course) and found.endswith(advice)
     assert advice or found == course
-    file.write_text('{"loss": 1.0}\n' + json.dumps(lines[-1]) + "\n")      # of a single step
+    file.write_text('{"step": 19, "loss": 1.0}\n' + json.dumps(lines[-1]) + "\n")   # one measure
     assert runs.judged(file, guess, "try --lr 1") == ""
 
 
@@ -235,3 +236,33 @@ def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path,
                           "--out", str(out), capsys=capsys)
     assert code == 0, err
     assert trained_system(out) == [{"role": "system", "content": "Be brief."}]
+
+
+def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_path, capsys) -> None:
+    quick = ("--samples", "2", "--rank", "2", "--dtype", "float32", "--exact-match", "off")
+    first, judged, more = (tmp_path / name for name in ("first", "judged", "more"))
+    assert finish(train.main, *inputs, *quick, "--epochs", "4", "--lr", "0.02", "--out", str(first),
+                  capsys=capsys)[0] == 0
+    for flags, out in ((("--epochs", "0"), judged), (("--epochs", "1", "--lr", "1e-3"), more)):
+        code, _, err = finish(train.main, "--init", str(first), *flags, *quick[4:], "--out",
+                              str(out), capsys=capsys)
+        assert code == 0, err
+    tasks = [json.loads((run / "results.json").read_text())["tasks"]
+             for run in (first, judged, more)]
+    for name, task in tasks[0].items():
+        assert task["loss"]["after"] < task["loss"]["before"] - 0.1
+        for later in tasks[1:]:
+            assert later[name]["loss"]["before"] == pytest.approx(task["loss"]["after"], abs=2e-5)
+        assert tasks[1][name]["loss"]["after"] == tasks[1][name]["loss"]["before"]
+        assert tasks[2][name]["loss"]["after"] != tasks[2][name]["loss"]["before"]
+    assert (first / "loss.svg").is_file() and not (judged / "loss.svg").exists()
+    adapters = [(run / "adapter" / "adapter.safetensors").read_bytes() for run in (first, judged)]
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--epochs", "0"], "--epochs 0 trains nothing: name a run to judge by --init RUN"),
+    (["--init", "x", "--rank", "4", "--targets", "q_proj"], "leave out --targets, --rank")])
+def test_flags_that_init_contradicts_are_refused(flags, words, capsys) -> None:
+    code, _, err = finish(train.main, *flags, capsys=capsys)
+    assert code == 2 and words in err

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minismoe.io.drawing import allocation_svg, grid, terminal_heatmap
+from minismoe.io.drawing import allocation_svg, grid, loss_svg, terminal_heatmap
 from minismoe.io.text import clean, table
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -194,3 +194,17 @@ def test_constant_values_are_drawn(value):
 def test_nothing_is_drawn_as_nothing():
     assert terminal_heatmap("none", {}, color=False).startswith("none\n")
     assert cells(allocation_svg({}, {})) == [] and cells(allocation_svg({"t": {}}, {})) == []
+
+
+def test_losses_are_drawn_by_step_with_a_dot_at_the_step_that_was_kept() -> None:
+    svg = loss_svg({1: 4.0, 2: 2.0, 3: math.inf, 4: 1.0}, {2: 3.0, 4: 3.5}, 2)
+    root = ET.fromstring(svg)
+    training, validation = (
+        [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
+        for line in root.iter(f"{SVG}polyline"))
+    assert [x for x, _ in training] == pytest.approx([107.5, 185, 262.5, 340])
+    assert [y for _, y in training] == pytest.approx([0, 80, 0, 120])        # 160 is a loss of 0
+    assert validation == [pytest.approx((185, 40)), pytest.approx((340, 20))]
+    (dot,) = root.iter(f"{SVG}circle")
+    assert (dot.get("cx"), dot.get("cy")) == ("185.0", "40.0")
+    assert ET.fromstring(loss_svg({1: 1.0}, {}, 1)) is not None              # no validation line

@@ -6,8 +6,10 @@ import os
 import signal
 import statistics
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.training import compiled
+from minismoe.training.evaluate import mean_loss
 from minismoe.training.loop import (
     LR,
     Interrupted,
@@ -105,7 +108,7 @@ def test_training_equals_a_plain_loop(tmp_path) -> None:
                       weight_decay=0.1, max_grad_norm=0.21, router_aux_loss_coef=0.3)
     ours, plain = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
     unseen = examples()[5:12]
-    train(ours, examples(), cfg, tmp_path, pad_id=0, unseen=unseen)
+    train(ours, examples(), replace(cfg, keep="last", eval_every=3), tmp_path, 0, valid=unseen)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     trained = [p for p in plain.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
@@ -138,12 +141,12 @@ def test_training_equals_a_plain_loop(tmp_path) -> None:
         assert (line["loss"], line["balance"], line["grad_norm"], line["lr"]) == pytest.approx(
             (each.mean().item(), balance.item(), norm.item(), rate), abs=2e-5)
         assert line["tokens"] == tokens
-        if step in (6, 7):               # after 80 % of the steps, and at the end
+        if step in (2, 5, 7):            # every third step, and at the end
             ids, mask, labels = collate(unseen, 0)
             logits = plain.lm_head(plain.model(ids, mask))[:, :-1].flatten(0, 1)
             loss = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE)
-            assert line.pop("test_loss") == pytest.approx(loss.item(), abs=2e-5)
-        assert "test_loss" not in line
+            assert line.pop("valid_loss") == pytest.approx(loss.item(), abs=2e-5)
+        assert "valid_loss" not in line
     assert len(lines) == 8 and clipped == {True, False}
     for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
@@ -198,6 +201,57 @@ def test_another_thread_can_train(tmp_path) -> None:
     thread.start()
     thread.join()
     assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
+
+
+def measured(run: Path) -> dict[int, float]:
+    """The loss of validation lines by step."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
+
+
+def overfitting(run: Path, resume: bool = False, **settings: Any) -> tuple[CausalLM, float]:
+    """A model that is trained on lines that contradict the validation lines, and its loss there."""
+    model, valid = tiny(), examples(6)
+    lines = [replace(e, ids=[49 - i for i in e.ids], labels=[
+        i if i == IGNORE else 49 - i for i in e.labels]) for e in examples(8)]
+    cfg = TrainConfig(**{"epochs": 8, "batch_size": 4, "lr": 0.03} | settings)
+    train(model, lines, cfg, run, 0, resume, valid)
+    return model, mean_loss(model, valid, 0)
+
+
+def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path) -> None:
+    _, last = overfitting(tmp_path / "last", keep="last")
+    _, best = overfitting(tmp_path / "best")
+    assert [*measured(tmp_path / "best")] == [2, 4, 6, 8, 10, 12, 14, 16]     # a tenth, rounded up
+    assert measured(tmp_path / "best") == measured(tmp_path / "last")
+    losses = [*measured(tmp_path / "best").values()]
+    assert (best, last) == pytest.approx((min(losses), losses[-1]), abs=1e-5)
+    assert best < last - 0.01
+    place = losses.index(min(losses))
+    overfitting(tmp_path / "patient", patience=2)
+    assert [*measured(tmp_path / "patient").values()] == losses[:place + 3] != losses
+
+
+@pytest.mark.parametrize("settings", [{}, {"patience": 2}])
+def test_a_resumed_run_keeps_the_same_best_step_to_the_bit(tmp_path, monkeypatch, settings) -> None:
+    straight, _ = overfitting(tmp_path / "straight", **settings)
+    steps, calls = len(measured(tmp_path / "straight")), []
+    validate = Trainer.validate
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == steps - 1:                      # after the best one
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate(*args)
+
+    monkeypatch.setattr(Trainer, "validate", interrupting)
+    with pytest.raises(Interrupted):
+        overfitting(tmp_path / "cut", **settings)
+    for _ in range(2):                                   # a run that has ended stays as it is
+        resumed, _ = overfitting(tmp_path / "cut", resume=True, **settings)
+        for (name, a), b in zip(straight.named_parameters(), resumed.parameters()):
+            assert torch.equal(a, b), name
+    assert measured(tmp_path / "cut") == measured(tmp_path / "straight")
 
 
 def test_not_finite_loss_names_step_and_batch(tmp_path) -> None:
@@ -269,7 +323,7 @@ def test_a_batch_that_overflows_is_halved_for_good_and_counted_once(tmp_path, mo
     for name, p in trainer.parameters.items():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12)
     trainer.step(1, batch, lr=1e-3)
-    trainer.mean_loss(batch)
+    trainer.validate(batch, {"best_loss": 0, "since_best": 0})
     assert calls[15:] == 12 * [1] + 3 * [4]
 
 
@@ -288,7 +342,7 @@ def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, c
     monkeypatch.setattr(compiled, "compiled_layers", partial(
         compiled.compiled_layers, backend="eager"))
     train(tiny(), examples(), TrainConfig(epochs=1, compile=compile), tmp_path, 0,
-          unseen=examples())
+          valid=examples())
     said = capsys.readouterr().out
     assert [line for line in said.splitlines() if "out of memory" in line] == [
         f"out of memory, so from now on {n} examples at a time" for n in (4, 2, 1)]
