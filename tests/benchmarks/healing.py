@@ -52,6 +52,7 @@ WAYS = {                                     # flags of export.py
     "int4, blocks of 128": "--precision int4 --block 128",
     "int4, blocks of 32": "--precision int4 --block 32",
     "int4-8, blocks of 32": "--precision int4-8 --block 32",
+    "int4-8, bits chosen": "--precision int4-8",
     "healed for 40 steps, int4, blocks of 128": "--precision int4 --block 128 --heal 40"}
 DIVERGE = 60                                 # lines of each task on which KL is measured
 BINS = 10
