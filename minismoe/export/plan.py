@@ -15,7 +15,7 @@ CHECKED = 8                              # prompts on which an export must agree
 HELLO = ("Hello!", "What is the capital of France?", "Count from one to five.")   # without data
 
 
-def resolve(config: ExportConfig, source: Source) -> list[ExportConfig]:
+def resolved(config: ExportConfig, source: Source) -> list[ExportConfig]:
     """The settings of each graph or folder of weights: those asked for, with values in place of
     defaults. Layout web holds two graphs by default, the second of them for WASM. Raises ValueError
     for what does not fit the model or its texts."""

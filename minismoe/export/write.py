@@ -16,7 +16,7 @@ from ..runtime import FORMAT, Generator
 from ..runtime.folder import TASKS
 from . import layouts, verify
 from .contract import contract, golden
-from .plan import in_words, resolve
+from .plan import in_words, resolved
 from .settings import ExportConfig, Source
 from .tree import Shipped, in_float32, ship
 
@@ -31,7 +31,7 @@ def export_model(config: ExportConfig, source: Source,
     do not fit the model, or if the folder does not compute what PyTorch does; FileExistsError if
     the folder is there.
     """
-    parts = resolve(config, source)
+    parts = resolved(config, source)
     config = parts[-1]
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(out or config.out or source.run / "export" / name)

@@ -35,7 +35,7 @@ from minismoe.cli.flags import positive
 from minismoe.data.tasks import Task
 from minismoe.export import layouts
 from minismoe.export.compare import logits
-from minismoe.export.plan import resolve
+from minismoe.export.plan import resolved
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.tree import Shipped, ship
 from minismoe.io.files import read_json, write_json
@@ -65,7 +65,7 @@ def shipped_ways(run: Path, ways: Sequence[str], limit: int | None,
     """
     found: dict[str, tuple[ExportConfig, Shipped]] = {}
     source = export.load_run(ExportConfig(run=str(run), limit_test=limit or 10 ** 6))
-    configs = {way: resolve(parse([str(run), *WAYS[way].split()], ""), source)[-1] for way in ways}
+    configs = {way: resolved(parse([str(run), *WAYS[way].split()], ""), source)[-1] for way in ways}
     for heal in dict.fromkeys(config.heal for config in configs.values()):
         several = {way: config for way, config in configs.items() if config.heal == heal}
         found |= {way: (config, ready) for (way, config), ready in zip(

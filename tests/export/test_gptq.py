@@ -19,7 +19,7 @@ from minismoe.export.gptq import DAMPING, TIED_DAMPING, gptq, gram, second_momen
 from minismoe.export.graph import write_decoder
 from minismoe.export.heal import sharing_copy
 from minismoe.export.rounding import round_weights
-from minismoe.export.weights import GraphFormat, Storage
+from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact, merged_layer
 from minismoe.model.quantize import BlockEmbedding, Blocks, dequantize, quantize, unpack
@@ -168,12 +168,11 @@ def test_the_tied_table_is_damped_more(model: Any, monkeypatch: pytest.MonkeyPat
 def test_matrices_of_a_group_may_have_bits_of_their_own(model: Any, tmp_path: Path) -> None:
     """The chosen ones: q is a product of its own, and the rest of the group another."""
     name = "model.layers.0.self_attn.q_proj"
-    form = GraphFormat("ort", "int4", 64, chosen={name: Storage(8, 64)})
-    tree = sharing_copy(model)
+    form, tree = GraphFormat("ort", "int4", 64), sharing_copy(model)
     for other, layer in expert_layers(tree).items():
         tree.set_submodule(other, merged_layer(layer, exact(layer)))
     round_weights(tree, form, model, {})
-    assert tree.get_submodule(name).weight.bits == 8
+    rounding.store(tree, name, quantize(model.get_submodule(name).weight, 8, 64))
     write_decoder(tmp_path / "m.onnx", tree, replace(form, target="portable"))
     nodes = [n.name for n in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.node]
     assert {"/model/layers.0/self_attn/q_proj/MatMul", "/model/layers.0/self_attn/k_proj/MatMul",

@@ -38,7 +38,7 @@ def test_a_task_is_healed_and_rounded_on_its_own_samples(task, routing, monkeypa
     monkeypatch.setattr(tree, "heal", heal)
     monkeypatch.setattr(tree, "calibration_batches", lambda *_: tasks())
     monkeypatch.setattr(tree, "shuffled_samples", lambda *_: {"a": ["x"], "b": ["y"]})
-    monkeypatch.setattr(tree, "round_weights", lambda tree, form, model, batches: read.append(
+    monkeypatch.setattr(tree, "round_weights", lambda tree, form, model, batches, size: read.append(
         [*batches]) or round_weights(tree, form, model, batches))
     (tmp_path / "adapter").mkdir()
     source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0))
