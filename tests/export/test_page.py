@@ -498,6 +498,8 @@ def test_a_graph_that_writes_one_token_a_run(web: Path, tmp_path: Path, precisio
             name = "model.onnx" if precision == "fp32" else "model_q4.onnx"
             graph = Graph(tmp_path / "web", name)
             assert len(answer) > 20 and answer == graph.says(len(answer), text)
+            tab.js("document.querySelector('#anew').click()")    # what the GPU has read is cut
+            assert ask(tab, text, seconds=120) == answer
         tab.open(address)                    # the server is gone
         tab.wait_status("Ready", seconds=120)
         tab.type(text)
