@@ -78,7 +78,7 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
         if config.layout in ("onnx", "web") and source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
-        record(info, folder)                 # which the runtime reads
+        record(info, folder, "*")            # the runtime reads it: no graph that was moved away
     else:
         layouts.write_weights(config.layout, source.base, source.name,
                               shipped.fits.for_task(config.task), folder)
@@ -101,10 +101,10 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     return record(info, folder)
 
 
-def record(info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write export.json: `info` and all files of the folder; returns its content."""
+def record(info: Mapping[str, Any], folder: Path, names: str = "**/*") -> dict[str, Any]:
+    """Write export.json: `info` and the files of the folder by a pattern; returns its content."""
     files = {f.relative_to(folder).as_posix(): _listed(f, info["layout"] == "web")
-             for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / "export.json"}
+             for f in sorted(folder.glob(names)) if f.is_file() and f != folder / "export.json"}
     write_json(folder / "export.json", {**info, "files": files})
     return {**info, "files": files}
 
