@@ -300,7 +300,7 @@ def judged(metrics: Path, guess: float, remedy: str) -> str:
     known = fmean(line["loss"] for line in lines[-math.ceil(len(lines) / 10):])
     course = (f"loss of validation lines: {late:.3f} after step {late_step}, {end:.3f} at the end, "
               f"at best {best:.3f}, after step {best_step}; of training lines: {known:.3f}")
-    if end > 0.97 * guess:
+    if best > 0.97 * guess:
         return (f"{course}: the run learnt no more than how often each answer occurs, which alone "
                 f"gives {guess:.3f}: {remedy}, or more lines")
     if reason := trouble([line["loss"] for line in lines], math.inf):

@@ -76,6 +76,7 @@ def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path
     (0.38, 0.37, 0.35, 0.37, "which alone gives 0.370: try --lr 1, or more lines"),
     (0.5, 0.4, 0.35, 0.42, "more --epochs may gain"),
     (0.5, 0.4, 0.35, 0.40, "which alone gives 0.400: try --lr 1, or more lines"),
+    (0.3, 0.5, 0.01, 0.40, ""),                                  # the best step is kept
     (9.0, 8.9, 9.0, math.inf, "is no better than at the beginning: try --lr 1")])
 def test_the_advice_follows_the_course_of_the_losses(tmp_path, late, end, known, guess,
                                                      advice) -> None:
