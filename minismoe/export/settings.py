@@ -66,8 +66,8 @@ class ExportConfig:
         None, "weights that share a scale, in 8 or 4 bits (default: 32, or chosen with the bits; "
         "128 decodes faster and loses more)", int, choices=BLOCKS)
     size: float | None = flag(
-        None, "megabytes that weights of int4-8, or of w4a16 and w8a16, may take (default: as many "
-        "as 4 bits in blocks of 32 take; more, if rounding then costs more than with embedding and "
+        None, "megabytes that weights of int4-8, or of w4a16 and w8a16, may take (default: 2 %% "
+        "above 4 bits in blocks of 32; more, if rounding then costs more than with embedding and "
         "head in 8 bits)", above_zero, metavar="MB")
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
