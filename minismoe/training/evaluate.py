@@ -157,7 +157,8 @@ def questions(tokenizer: Tokenizer, task: Task,
     """
     if not task.test:
         raise ValueError(f"task {task.name} has no test line: add a test.jsonl, or "
-                         "write at least two lines into its only file")
+                         "write at least two lines into its only file; --limit-test 0 skips the "
+                         "test")
     prompts, answers = [], []
     for number, messages in enumerate(task.test, 1):
         place = f"task {task.name}, test example {number}, {messages[0]['content'][:40]!r}"
