@@ -33,7 +33,8 @@ from minismoe.training import distributed
 from minismoe.training.distributed import once, print0
 from minismoe.training.evaluate import questions
 from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
-from minismoe.training.loop import TrainConfig, default_lr, train
+from minismoe.training.loop import TrainConfig, train
+from minismoe.training.rate import default_lr
 from minismoe.training.verdict import guessing_loss, remedy
 
 

@@ -24,7 +24,8 @@ from ..model.decoder import CausalLM
 from ..model.tokens import Tokens
 from ..training import compiled
 from ..training.copies import Copies
-from ..training.loop import TrainConfig, learning_rate, schedule
+from ..training.loop import TrainConfig, schedule
+from ..training.rate import learning_rate
 
 LR = 2e-4                                    # low: the maps start near their optimum
 BATCH = 16                                   # examples a step

@@ -12,11 +12,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.tasks import Example, bucket
 from ..io import flags
@@ -25,19 +24,19 @@ from ..io.flags import flag
 from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
 from ..io.text import out_of_memory
-from ..method.experts import balance_loss, expert_layers, expert_parameters, take_logits
+from ..method.experts import balance_loss, expert_parameters, take_logits
 from ..method.loss import head_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import sent
 from . import compiled, distributed, verdict
 from .copies import Copies
 from .evaluate import mean_loss, supervised
+from .rate import default_lr, learning_rate
 from .resume import due, load_checkpoint, save_checkpoint
 
 Result = TypeVar("Result")
 USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
 MEASURES = 10                 # of the loss of validation lines in a run, if no flag says otherwise
-LR = 0.12                     # see `default_lr`
 REMEDY = "try a lower --lr, or --dtype float32"
 
 
@@ -73,30 +72,6 @@ class TrainConfig:
     # Without a flag:
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     router_aux_loss_coef: float = 0.01   # weight of the balance loss
-
-
-def default_lr(model: nn.Module) -> float:
-    """The peak learning rate for the experts of `model`: LR * sqrt(w / alpha), in two digits.
-
-    w is the median over adapted matrices W (out, in) of |W| / (sqrt(out) * in), the Frobenius norm.
-    A step of AdamW moves each entry of A and B by the rate, whatever W is. Where these moves go
-    along with x, A x grows as rate * in * |x|, and the experts' output as rate^2 * alpha * in, in
-    units of the size of x; W x has |W| / sqrt(out). The rate keeps the ratio of both the same on
-    any base. tests/benchmarks/rates.py measured LR.
-    """
-    layers = expert_layers(model).values()
-    w = median(layer.dense().float().norm().item() / math.sqrt(layer.out_features)
-               / layer.in_features for layer in layers)
-    alpha = median(layer.scaling * layer.rank for layer in layers)
-    return float(f"{LR * math.sqrt(w / alpha):.1e}")
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up to the peak over a share of the steps, then half a cosine to 0."""
-    warm = max(1, round(warmup * steps))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example]]:

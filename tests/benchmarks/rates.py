@@ -41,7 +41,8 @@ from minismoe.method.loss import predicting
 from minismoe.method.sensitivity import probe, shapes_of
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
-from minismoe.training.loop import TrainConfig, default_lr, train
+from minismoe.training.loop import TrainConfig, train
+from minismoe.training.rate import default_lr
 
 RECORD = Path(__file__).parent / "results" / "rates.jsonl"
 TIMES = (1.0, 2.0, 0.5, 4.0, 0.25)       # the default's rate

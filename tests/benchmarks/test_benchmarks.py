@@ -17,7 +17,7 @@ from minismoe.data.tokenizer import load_tokenizer
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.training.evaluate import evaluate, mean_loss
-from minismoe.training.loop import default_lr
+from minismoe.training.rate import default_lr
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)

@@ -26,15 +26,13 @@ from minismoe.model.decoder import CausalLM
 from minismoe.training import compiled
 from minismoe.training.evaluate import mean_loss
 from minismoe.training.loop import (
-    LR,
     Interrupted,
     TrainConfig,
     Trainer,
-    default_lr,
-    learning_rate,
     schedule,
     train,
 )
+from minismoe.training.rate import LR, default_lr, learning_rate
 
 
 def step_of(model: CausalLM, batch: list[Example], cfg: TrainConfig,

@@ -8,7 +8,8 @@ import torch
 from tiny import tiny
 
 from minismoe.data.tasks import Example
-from minismoe.training.loop import TrainConfig, default_lr, train
+from minismoe.training.loop import TrainConfig, train
+from minismoe.training.rate import default_lr
 from minismoe.training.verdict import guessing_loss, trouble
 
 
