@@ -230,7 +230,7 @@ def test_a_folder_of_three_files_or_a_file_is_one_task(tmp_path: Path) -> None:
 
 
 def test_the_samples_of_the_clone_are_two_tasks() -> None:
-    orders, support = load_tasks(Path(__file__).parents[2] / "samples")
+    orders, support = load_tasks(Path(__file__).parents[2] / "minismoe/data/samples")
     for task in (orders, support):
         assert (len(task.train), len(task.valid), len(task.test)) == (200, 40, 60)
     assert support.choices == ["card", "fees", "loan", "login", "transfer"]
