@@ -100,4 +100,4 @@ def test_a_plan_of_a_run_that_goes_on_needs_no_probe(inputs, tmp_path, capsys) -
     assert finish(train.main, *known, capsys=capsys)[0] == 0
     (tmp_path / "results.json").unlink()
     code, out, err = finish(train.main, "--resume", "--out", str(tmp_path), "--plan", capsys=capsys)
-    assert code == 0 and "an example" not in out and "probe" not in out, err
+    assert code == 0 and "an example:" not in out and "probe" not in out, err

@@ -332,7 +332,7 @@ def test_a_missing_library_is_named_with_its_command(generator, client, monkeypa
 
 # The command line
 
-def test_a_folder_is_served_with_a_key_to_other_machines(folder) -> None:
+def test_a_folder_is_served_with_a_key_to_other_machines(folder, signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "minismoe.runtime", str(folder), "--serve", "0", "--host", "0.0.0.0",
          "--api-key", "secret"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -172,7 +172,7 @@ def test_seconds_add_up_over_resumes(tmp_path, clock) -> None:
 def test_a_checkpoint_is_saved_at_the_first_step_after_the_minutes(
         tmp_path, monkeypatch, clock) -> None:
     saved = []
-    monkeypatch.setattr(training, "save_checkpoint", lambda *args: saved.append(args[3]["step"]))
+    monkeypatch.setattr(training, "save_checkpoint", lambda *args: saved.append(args[-1]["step"]))
     cfg = TrainConfig(epochs=2, batch_size=4, micro_batch_size=4, checkpoint_every="1.5m")
     training.train(tiny(), examples(), cfg, tmp_path, pad_id=0)
     assert saved == [4, 8, 12]                    # 100 s each: the first step after 90 s
