@@ -205,11 +205,12 @@ def loss_svg(training: Mapping[int, float], validation: Mapping[int, float], kep
     if kept in validation:
         x, y = at(kept, validation[kept]).split(",")
         parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="#105ba4"/>')
+    caption = "loss of training lines (grey), of validation lines (blue)", f"dot: step {kept}, kept"
     parts += [_text(26, 8, f"{top:.3g}", "end"), _text(26, height, "0", "end"),
-              _text(30, height + 12, "loss of training lines (grey) and of validation lines (blue) "
-                    f"by step; dot: step {kept}, kept", "start", ' font-size="8"'),
-              _text(WIDTH, height + 12, f"{last}", "end")]
-    return _svg(WIDTH, height + 16, "loss", parts)
+              _text(WIDTH, height + 12, f"step {last}", "end"),
+              *(_text(30, height + 12 * line, text, "start", ' font-size="8"')
+                for line, text in enumerate(caption, 1))]
+    return _svg(WIDTH, height + 28, "loss", parts)
 
 
 def _legend(y: float, low: float) -> list[str]:
