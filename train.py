@@ -35,7 +35,7 @@ from minismoe.training.evaluate import questions
 from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
 from minismoe.training.loop import TrainConfig, train
 from minismoe.training.rate import default_lr
-from minismoe.training.verdict import guessing_loss, remedy
+from minismoe.training.verdict import advice, guessing_loss, remedy
 
 
 def main(argv: Sequence[str]) -> None:
@@ -129,10 +129,10 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         if summary["step"]:
             print(f"{summary['step']} steps, "
                   f"{summary['tokens'] / summary['seconds']:.0f} tokens/s")
-        if advice := runs.judged(
+        if words := advice(
                 run / "metrics.jsonl", guessing_loss(inputs.examples, inputs.valid_examples),
                 remedy(config.training.lr, default_lr(inputs.model))):
-            print(advice)
+            print(words)
 
 
 def parse(argv: Sequence[str]) -> flags.RunConfig:

@@ -32,12 +32,11 @@ from ..training import distributed
 from ..training.distributed import print0
 from ..training.judge import Judgement
 from ..training.loop import TrainConfig
-from ..training.verdict import read_metrics, trouble
+from ..training.verdict import read_metrics
 from .flags import InputConfig, RunConfig
 from .inputs import Inputs
 from .script import command, working_in
 
-LATE = 0.8     # share of the steps after which the loss of validation lines falls if epochs lack
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
 ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
 UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
@@ -281,32 +280,6 @@ def draw_losses(run: Path, keep: str) -> None:
     with replacing(run / "loss.svg") as tmp:
         tmp.write_text(loss_svg({line["step"]: line["loss"] for line in lines}, valid, kept),
                        encoding="utf-8")
-
-
-def judged(metrics: Path, guess: float, remedy: str) -> str:
-    """How the losses went, and what they advise; "" of a single step, or without validation lines.
-
-    guess: `guessing_loss` of the validation lines; remedy: what to try if the run taught nothing.
-    On SmolLM2 more epochs gained where the loss of validation lines fell at the end, and training
-    lines had at least half of it.
-    """
-    lines = read_metrics(metrics)
-    measures = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
-    if len(measures) < 2:
-        return ""
-    (_, end), (best_step, best) = measures[-1], min(measures, key=lambda measure: measure[1])
-    before = [measure for measure in measures if measure[0] <= LATE * len(lines)]
-    late_step, late = (before or measures)[-1 if before else 0]
-    known = fmean(line["loss"] for line in lines[-math.ceil(len(lines) / 10):])
-    course = (f"loss of validation lines: {late:.3f} after step {late_step}, {end:.3f} at the end, "
-              f"at best {best:.3f}, after step {best_step}; of training lines: {known:.3f}")
-    if best > 0.97 * guess:
-        return (f"{course}: the run learnt no more than how often each answer occurs, which alone "
-                f"gives {guess:.3f}: {remedy}, or more lines")
-    if reason := trouble([line["loss"] for line in lines], math.inf):
-        return f"{course}: {reason}: {remedy}"
-    falls = end < min(0.95 * late, late - 0.01)
-    return course + (": more --epochs may gain" if falls and known > end / 2 else "")
 
 
 def next_commands(run: Path, config: RunConfig) -> str:

@@ -71,8 +71,7 @@ class Config:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()             # of each layer: tokens it sees, None = all;
-                                                     # none given: all layers see all
+    windows: tuple[int | None, ...] = ()             # of each layer: tokens seen; None or (): all
     # What other families have; Llama has these defaults.
     activation: str = "silu"                         # or gelu_pytorch_tanh
     local_rope_theta: float = 0.0                    # of layers with a window; 0: as the others

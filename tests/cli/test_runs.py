@@ -19,6 +19,7 @@ from minismoe.data.lines import with_system
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.runtime.folder import trained_system
+from minismoe.training import verdict
 from minismoe.training.evaluate import Accuracy
 from minismoe.training.judge import Judgement
 
@@ -85,14 +86,14 @@ def test_the_advice_follows_the_course_of_the_losses(tmp_path, late, end, known,
     lines[15]["valid_loss"], lines[19]["valid_loss"] = late, end
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = runs.judged(file, guess, "try --lr 1")
+    found = verdict.advice(file, guess, "try --lr 1")
     course = (f"loss of validation lines: {late:.3f} after step 16, {end:.3f} at the end, at best "
               f"{min(late, end):.3f}, after step {16 if late < end else 20}; of training lines: "
               f"{known:.3f}")
     assert found.startswith(course) and found.endswith(advice)
     assert advice or found == course
     file.write_text('{"step": 19, "loss": 1.0}\n' + json.dumps(lines[-1]) + "\n")   # one measure
-    assert runs.judged(file, guess, "try --lr 1") == ""
+    assert verdict.advice(file, guess, "try --lr 1") == ""
 
 
 def test_validation_examples_are_those_of_the_validation_lines(inputs) -> None:
