@@ -46,6 +46,7 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
         "detach", "_reshape_alias", "lift_fresh", "alias"}
 # What reads a value, or a number of values, from the device.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2"}
+COMPILED = ExitStack()             # holds the compiled layers open until `main` ends
 WIDE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
         "num_key_value_heads": 3, "head_dim": 64}
 NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
@@ -127,8 +128,8 @@ def step_of(side: str, layers: int, dtype: torch.dtype, device: str, sizes: dict
     with torch.device(device):
         ours = CausalLM(Config.from_dict(config(layers, sizes))).to(dtype)
     linear = linear_layers(ours.requires_grad_(False))
-    if compiled:                                             # until this process ends
-        ExitStack().enter_context(compiled_layers(ours, lambda: None))
+    if compiled:
+        COMPILED.enter_context(compiled_layers(ours, lambda: None))
     if side == "probe":
         return partial(sample_norms, ours, linear, *collate(batch, 0))
     counts = dict.fromkeys(linear, 8 if side == "mixture" else 1)
@@ -219,4 +220,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with COMPILED:
+        main()
