@@ -4,6 +4,7 @@ The `tokenizers` library reads a checkpoint's tokenizer.json, and templates.py r
 template. Without a tokenizer.json, tokens are bytes; without a template, DEFAULT_TEMPLATE is used.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -75,11 +76,16 @@ class FileTokenizer:
         if not isinstance(self.vocab_size, int) or size > self.vocab_size:
             raise ValueError(f"{file} has {size} tokens, and the model only {vocab_size!r}")
 
-    @property
-    def special(self) -> dict[str, int]:
-        """The ids of all special tokens."""
+        self.special: dict[str, int] = {}        # text -> id
+        self.mark_special([])
+
+    def mark_special(self, tokens: Sequence[str]) -> None:
+        """Make tokens special, if the vocabulary has them."""
+        self.backend.add_special_tokens([         # adding one again would reset its spaces
+            t for t in tokens
+            if t not in self.special and self.backend.token_to_id(t) is not None])
         added = self.backend.get_added_tokens_decoder()
-        return {t.content: i for i, t in added.items() if t.special}
+        self.special = {t.content: i for i, t in added.items() if t.special}
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         # Lone surrogates (half an emoji, invalid UTF-8 in argv) become "?", as in ByteTokenizer.
@@ -190,11 +196,23 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     bos, eos, pad = (_content(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
     if not eos and stops and stops[0] < backend.vocab_size:      # only its number is given
         eos = backend.backend.id_to_token(stops[0]) or ""
-    # They are special, if the vocabulary has them; adding one again would reset its spaces.
-    backend.backend.add_special_tokens([t for t in (bos, eos, pad) if t not in backend.special
-                                        and backend.backend.token_to_id(t) is not None])
+    backend.mark_special([bos, eos, pad])
     template = chat_template(folder, settings)
     return Tokenizer(backend, template, bos, eos, backend.special.get(pad), stops)
+
+
+def copy_tokenizer(file: Path, out: Path) -> None:
+    """Copy a tokenizer.json without white space, and each pair of a merge as one text.
+
+    Both forms mean the same. The file is a third as large, and `tokenizers` reads Gemma's in three
+    quarters of the time and less than half of the memory.
+    """
+    content = read_json(file)
+    merges = content["model"].get("merges") or []
+    if all(isinstance(pair, list) and " " not in "".join(pair)
+           and not pair[0].startswith("#version") for pair in merges):   # which begins a comment
+        content["model"]["merges"] = [" ".join(pair) for pair in merges]
+    out.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), "utf-8")
 
 
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:

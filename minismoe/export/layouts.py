@@ -14,7 +14,13 @@ from onnxruntime import AdapterFormat, OrtValue
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
+from ..data.tokenizer import (
+    DEFAULT_TEMPLATE,
+    ByteTokenizer,
+    chat_template,
+    copy_tokenizer,
+    load_tokenizer,
+)
 from ..io.files import inside, read_json, replacing, write_json
 from ..method.freeze import merged
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
@@ -94,9 +100,10 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool
     config, settings, generation = (
         read_json(base / name) if (base / name).is_file() else {} for name in (
             "config.json", "tokenizer_config.json", "generation_config.json"))
-    for file in (base / "tokenizer.json", base / "special_tokens_map.json"):
-        if file.is_file():
-            shutil.copyfile(file, out / file.name)
+    if (base / "tokenizer.json").is_file():
+        copy_tokenizer(base / "tokenizer.json", out / "tokenizer.json")
+    if (base / "special_tokens_map.json").is_file():
+        shutil.copyfile(base / "special_tokens_map.json", out / "special_tokens_map.json")
     for name in sorted(f.name for f in base.iterdir() if re.match(LEGAL, f.name, re.IGNORECASE)):
         shutil.copyfile(inside(base, name), out / name)
     if spell_bytes and isinstance(tokenizer.backend, ByteTokenizer):

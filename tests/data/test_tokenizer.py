@@ -18,6 +18,7 @@ from minismoe.data.tokenizer import (
     FileTokenizer,
     Message,
     Tokenizer,
+    copy_tokenizer,
     load_tokenizer,
 )
 
@@ -45,11 +46,31 @@ LLAMA3 = """{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
-GEMMA = """{{ bos_token }}{% for message in messages %}
-{%- if message.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
-{{- '<turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}
-{{- message.content | trim + '<end_of_turn>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"""
+GEMMA = """{{- bos_token -}}
+{%- set start = namespace(text='', turns=messages) -%}
+{%- if messages[0].role == 'system' -%}
+    {%- set start.text = messages[0].content + '\n\n' -%}
+    {%- set start.turns = messages[1:] -%}
+{%- endif -%}
+{%- for message in start.turns -%}
+    {%- if message.role != ['user', 'assistant'][loop.index0 % 2] -%}
+        {{- raise_exception('turns must alternate') -}}
+    {%- endif -%}
+    {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' -}}
+    {{- start.text if loop.first -}}
+    {%- if message.content is string -%}
+        {{- message.content | trim -}}
+    {%- else -%}
+        {%- for part in message.content -%}
+            {{- '<start_of_image>' if part.type == 'image' else part.text | trim -}}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<end_of_turn>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<start_of_turn>model\n' -}}
+{%- endif -%}
+"""
 MISTRAL = """{%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}
     {%- set loop_messages = messages[1:] %}
@@ -191,27 +212,97 @@ def test_a_tokenizer_larger_than_the_vocabulary(bpe: Path, tmp_path: Path) -> No
         load_tokenizer(write(tmp_path, bpe, config={"vocab_size": size - 1}))
 
 
-def test_gemma_has_no_system_role_and_a_token_beyond_its_model(bpe: Path, tmp_path: Path) -> None:
-    """Turns are of user and model, and end with a token that no configuration calls an end."""
-    content, size = json.loads(bpe.read_text()), FileTokenizer(bpe).vocab_size
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content["added_tokens"] += [{"id": size + n, "content": t, "special": True, **plain}
-                                for n, t in enumerate(("<end_of_turn>", "<image_soft_token>"))]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size + 1}))
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
-    (tmp_path / "chat_template.jinja").write_text(GEMMA)
-    tokenizer = load_tokenizer(tmp_path)
-    user, answer = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "yes"}
-    assert tokenizer.render([user, answer, user], True) == (
-        "<s><turn>user\nthe cat<end_of_turn>\n<turn>model\nyes<end_of_turn>\n"
-        "<turn>user\nthe cat<end_of_turn>\n<turn>model\n")
-    assert tokenizer.stop_ids == [size] == [tokenizer.end_id]
-    assert tokenizer.decode(tokenizer.turn([user, answer])) == "yes"
-    with pytest.raises(ValueError, match="no system role"):
-        tokenizer.render([{"role": "system", "content": "be"}, user])
-    with pytest.raises(ValueError, match=f"token {size + 1}, and the model has only {size + 1}"):
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint's tokenizer files as Gemma 3's instruction models have them: SentencePiece's BPE
+    with bytes for the rest, turns of user and model, and one token that the model does not have."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>",
+              *(f"<0x{n:02X}>" for n in range(256)), "\n", "\n\n", *"▁Bemodlubriefsath!.",
+              "us", "er", "user", "mo", "de", "mode", "model", "▁c", "at", "▁cat"]
+    merges = [("\n", "\n"), ("u", "s"), ("e", "r"), ("us", "er"), ("m", "o"), ("d", "e"),
+              ("mo", "de"), ("mode", "l"), ("a", "t")]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    made = Backend(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", 2)])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                      decoders.Fuse()])
+    made.add_special_tokens([*pieces[:6], "<image_soft_token>"])
+    folder = tmp_path_factory.mktemp("gemma")
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(GEMMA)
+    for name, content in (("config", {"vocab_size": len(vocab), "eos_token_id": [1, 5]}),
+                          ("tokenizer_config", {"bos_token": "<bos>", "eos_token": "<eos>",
+                                                "pad_token": "<pad>", "unk_token": "<unk>"})):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_gemmas_chats_are_those_of_transformers(gemma: Path) -> None:
+    """A system prompt goes into the first turn, and texts are trimmed."""
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(gemma), AutoTokenizer.from_pretrained(gemma)
+    assert theirs.chat_template == GEMMA
+    user, answer = {"role": "user", "content": " the cat "}, {"role": "assistant", "content": "a\n"}
+    for messages in ([user], [SYSTEM, user], [user, answer, user], [SYSTEM, user, answer]):
+        for prompt in (False, True):
+            text = ours.render(messages, prompt)
+            assert text == theirs.apply_chat_template(messages, tokenize=False,
+                                                      add_generation_prompt=prompt)
+            ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+            assert ours.encode(text)[0] == ids
+    assert ours.render([SYSTEM, user, answer], True) == (
+        "<bos><start_of_turn>user\nBe brief.\n\nthe cat<end_of_turn>\n"
+        "<start_of_turn>model\na<end_of_turn>\n<start_of_turn>model\n")
+    for wrong in ([user, user], [answer, user]):
+        with pytest.raises(ValueError, match="turns must alternate"):
+            ours.render(wrong)
+
+
+def test_gemma_stops_at_the_end_of_a_turn_whatever_files_say(gemma: Path, tmp_path: Path) -> None:
+    """Its configuration names both ends; a base whose template was added names <eos> alone."""
+    declared = load_tokenizer(gemma)
+    assert declared.stop_ids == [1, 5] and declared.end_id == 5 and declared.pad_id == 0
+    base = shutil.copytree(gemma, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps({"vocab_size": 400, "eos_token_id": 1}))
+    assert load_tokenizer(base).stop_ids == [1, 5]
+    answer = {"role": "assistant", "content": "the cat"}
+    assert declared.decode(declared.turn([{"role": "user", "content": "a"}, answer])) == "the cat"
+
+
+def test_a_token_beyond_the_model_is_refused_in_a_text_alone(gemma: Path) -> None:
+    size = json.loads((gemma / "config.json").read_text())["vocab_size"]
+    tokenizer = load_tokenizer(gemma)
+    assert tokenizer.special["<image_soft_token>"] == size
+    with pytest.raises(ValueError, match=f"token {size}, and the model has only {size}"):
         tokenizer.encode("the <image_soft_token>")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gemma"])
+def test_a_lean_copy_is_the_same_tokenizer(request: pytest.FixtureRequest, tmp_path: Path,
+                                           kind: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    file = request.getfixturevalue(kind)
+    file, lean = file / "tokenizer.json" if kind == "gemma" else file, tmp_path / "tokenizer.json"
+    copy_tokenizer(file, lean)
+    whole, content = json.loads(file.read_text()), json.loads(lean.read_text())
+    assert len(whole["model"]["merges"]) == len(content["model"]["merges"]) > 3
+    assert {type(m) for m in whole["model"]["merges"]} == {list}
+    assert {type(m) for m in content["model"]["merges"]} == {str}
+    backends = [PreTrainedTokenizerFast(tokenizer_file=str(f)).backend_tokenizer
+                for f in (file, lean)]
+    assert backends[0].to_str() == backends[1].to_str()
+    content["model"]["merges"] = [["a", "b c"], ["d", "e"]]      # a text would be ambiguous
+    file = tmp_path / "spaces.json"
+    file.write_text(json.dumps(content))
+    copy_tokenizer(file, lean)
+    assert json.loads(lean.read_text()) == content
 
 
 def test_a_text_that_cannot_be_encoded_is_refused(bpe: Path, tmp_path: Path) -> None:
