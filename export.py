@@ -60,7 +60,7 @@ def load_run(config: ExportConfig) -> Source:
     run = Path(config.run or "")
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
-    saved, training = runs.read_run(run)
+    saved, _ = runs.read_run(run)
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     settings = cli.resolve_auto(replace(saved, device=config.device, dtype=config.dtype,
@@ -77,8 +77,7 @@ def load_run(config: ExportConfig) -> Source:
         if task.name not in measured and not config.limit_test:
             task.test = task.test[:CHECKED]
     return Source(run, inputs.folder, inputs.model.name, inputs.model,
-                  inputs.tokenizer, inputs.tasks, inputs.encoded, measured,
-                  training.micro_batch_size, saved.system)
+                  inputs.tokenizer, inputs.tasks, inputs.encoded, measured, saved.system)
 
 
 def load_base(config: ExportConfig) -> Source:

@@ -12,8 +12,8 @@ from tiny import BYTES
 from torch import nn
 
 from minismoe.export import graph, steps
-from minismoe.export.heal import sharing_copy
 from minismoe.export.rounding import round_experts, round_weights
+from minismoe.export.tree import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM, Config
 

@@ -1,4 +1,4 @@
-"""A tiny mixture of experts and its calibration batches, for the tests of freeze and heal."""
+"""A tiny mixture of experts and its calibration batches, for the tests of freezing and rounding."""
 
 import torch
 from tiny import SMALL, randomise

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"hidden_size": 64, "max_position_embeddings": 128}
 SHORT = ("--samples", "2", "--epochs", "1", "--batch-size", "8", "--dtype", "float32")
 Q = "model.layers.0.self_attn.q_proj"
-BAR = re.compile(r"^\s*$|^(evaluate|probe|train|freeze|round|heal)[^:]*: "
+BAR = re.compile(r"^\s*$|^(evaluate|probe|train|freeze|round)[^:]*: "
                  r".*(\d+/\d+|\d+%|/s|sample)")
 
 

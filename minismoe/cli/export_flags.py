@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..export.settings import ExportConfig
-from ..io.flags import from_flags, new_parser, option, text
+from ..io.flags import from_flags, new_parser, option, refuse_old, text
 
 NO_RUN = "runs holds no run yet (python train.py makes one)"
 # The targets that take a value of --precision or --layout, if not all do.
@@ -24,6 +24,7 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
     parser = new_parser(description, {"export": ExportConfig})
     parser.add_argument("run", nargs="?", metavar="RUN", type=text,
                         help="folder of train.py (default: newest in runs)")
+    refuse_old(parser, argv, {"--heal": "withdrawn, as it gained next to nothing: leave it out"})
     # None is "not given": a flag without effect is refused even if it repeats the default.
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items()
@@ -51,13 +52,12 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
          ["target", "static", "provider", "context", "precision", "block", "size", "adapters",
           *["routing"] * (layout == "hf" or config.routing == "dynamic")]),
         (config.model, "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)",
-         ["run", "routing", "adapters", "task", "fit", "heal", "limit_test",
+         ["run", "routing", "adapters", "task", "fit", "limit_test",
           *["layout"] * (layout == "peft"),
           *["prompts"] * (not rounded or precision in ("int8", "q8"))]),
-        (not config.heal, "nothing is healed without --heal STEPS", ["compile"]),
         (npu, "--target npu holds one merged model", ["routing", "adapters"]),
         (config.routing == "dynamic", "--routing dynamic freezes nothing",
-         ["fit", "heal", "prompts", "task", "adapters"]),
+         ["fit", "prompts", "task", "adapters"]),
         (config.adapters, "--adapters freezes for each task, beside a base of layout onnx or genai",
          ["routing", "task", "prompts", *["layout"] * (layout == "web")]),
         (config.prompts, "--prompts has no tasks", ["task"]),

@@ -7,7 +7,6 @@ from ..model.config import Config
 from ..model.quantize import BLOCK
 from ..training.evaluate import questions
 from .compare import TOKENS
-from .heal import BATCH
 from .settings import ExportConfig, Source
 
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
@@ -30,10 +29,8 @@ def in_words(config: ExportConfig) -> str:
     what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
         ", 4 or 8 bits a matrix" if config.chooses else "")
-    heal = (f", healed for {config.heal} steps{' a task' * config.adapters}, each about as long as "
-            f"training on {BATCH} examples") if config.heal else ""
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
-    return f"writes {what}{blocks}{heal}{floats * bool(config.block or config.chooses)}"
+    return f"writes {what}{blocks}{floats * bool(config.block or config.chooses)}"
 
 
 def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
@@ -72,7 +69,7 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     if static and not npu and (past := min(context, static[2])) < (least := prompt + static[1]):
         raise ValueError(f"--static with {past} past positions (at most the context): the texts "
                          f"that the export is checked with need {least}")
-    if config.graph:                         # before anything is frozen or healed
+    if config.graph:                         # before anything is frozen
         refuse(source.model.config, config.target, config.block or BLOCK, static)
     return replace(config, context=context, static=static)
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
-from ..io.flags import above_zero, flag, natural, positive, text
+from ..io.flags import above_zero, flag, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS, ROW
-from ..training import compiled
 from .weights import PRECISIONS, GraphFormat
 
 
@@ -31,9 +30,6 @@ class ExportConfig:
     run: str | None = None                   # folder of train.py
     fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) fits it, "
                     "gates fits constant gates, mean takes the mean gates", choices=KINDS)
-    heal: int = flag(0, "train the maps for so many steps towards the predictions of the mixture "
-                     "(default: 0)", natural, metavar="STEPS")
-    compile: str = flag("auto", f"for --heal: {compiled.HELP}", choices=compiled.CHOICES)
     prompts: str | None = flag(
         None, "calibrate on these prompts, one a line, and not on the run's data", text,
         metavar="FILE")
@@ -154,5 +150,4 @@ class Source:
     tasks: Sequence[Task] = ()
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)      # by task
     trained: Mapping[str, float] = field(default_factory=dict)     # exact match seen in training
-    micro_batch_size: int = 16               # examples computed at once, as in training
     system: str | None = None                # system prompt that training added to lines

@@ -10,11 +10,12 @@ Each linear layer of the run becomes what the folder stores in its place:
 The writer of graphs, the check and the ranges of NPUs take this tree.
 """
 
+import copy
 import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,21 +28,13 @@ from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, replacing
 from ..io.progress import progress_bar
-from ..method.experts import ExpertLinear, expert_layers, groups
-from ..method.freeze import (
-    Fit,
-    TaskFits,
-    fit_group,
-    freeze,
-    frozen_layer,
-    no_fits,
-)
+from ..method.experts import expert_layers, groups
+from ..method.freeze import Fit, TaskFits, fit_group, frozen_layer, no_fits
 from ..method.hooks import evaluating
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
-from ..model.quantize import BlockEmbedding, BlockLinear, BlockWeight, WideWeight
-from .heal import Healing, heal, sharing_copy
+from ..model.quantize import BlockEmbedding, BlockLinear, WideWeight
 from .leaves import AdapterLinear, MergedWeight, plain_layer, with_weight
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
 from .rounding import round_experts, round_weights
@@ -91,7 +84,7 @@ def in_float32(source: Source) -> CausalLM:
 
 
 def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> list[Shipped]:
-    """Freeze the mixtures of a run, then heal and round them for each graph.
+    """Freeze the mixtures of a run, and round the weights for each graph.
 
     parts: the settings of each graph, which differ in nothing but how weights are stored.
     reference: the model of the source in float32.
@@ -99,13 +92,11 @@ def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> 
     samples = shuffled_samples(parts[0], source)
     batches = calibration_batches(samples, source)
     fits = freeze_mixtures(parts[0], source, batches)
-    if parts[0].merges:                      # towards floats, whatever the graphs store
-        fits = healed(parts[0], source, samples, fits, None)
     return [ship_part(part, source, reference, samples, batches, fits) for part in parts]
 
 
 def shuffled_samples(config: ExportConfig, source: Source) -> Samples:
-    """What mixtures are frozen and healed with: examples of the run, or lines of --prompts."""
+    """What an export is calibrated on: examples of the run, or lines of --prompts."""
     samples = source.examples
     if config.prompts:
         samples = {"prompts": unlabelled(config.prompts, source)}
@@ -134,7 +125,8 @@ def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batc
 
 @torch.no_grad()
 def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
-    """All mixtures as linear maps, layer by layer; none if they go on routing."""
+    """All mixtures as linear maps, fitted layer by layer and saved beside the run's adapter; none
+    if they go on routing."""
     model, mixtures = source.model, expert_layers(source.model)
     if config.routing == "dynamic" or not mixtures:
         return TaskFits({}, {})
@@ -149,26 +141,19 @@ def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> T
             routed = [{names[m]: m for m in group if m in names} for group in groups(layer)]
             fit_group([readers for readers in routed if readers], runs, fits, packed=True)
     show_residuals(fits[config.fit].for_task(config.task))
+    save_fits(source.run / "adapter", fits[config.fit])
     return fits[config.fit]
 
 
 def ship_part(config: ExportConfig, source: Source, reference: CausalLM, samples: Samples,
               batches: Batches, fits: TaskFits) -> Shipped:
-    """The tree of one graph, healed and rounded; the fits are saved beside the run's adapter."""
+    """What one graph or folder of weights stores, rounded."""
     tree = placed(config, reference, fits)
     if config.graph:
         round_weights(tree, config.form, source.model, {
             task: read for task, read in batches.items() if config.task in (None, task)},
             config.size)
-    if not config.merges:                    # beside the weights that ship with them
-        healed_fits = healed(config, source, samples, fits, tree)
-        if healed_fits is not fits:
-            fits = healed_fits
-            replace_fits(tree, config, fits)
-        if config.graph:
-            round_experts(tree, config.form)
-    if fits.together:
-        save_fits(source.run / "adapter", fits)
+        round_experts(tree, config.form)
     ranges: Ranges = {}
     if config.target == "npu" and config.form.rounds:
         few = PROMPTS if config.prompts else TEXTS
@@ -176,6 +161,11 @@ def ship_part(config: ExportConfig, source: Source, reference: CausalLM, samples
         ranges = activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
                                    if config.prompts else texts)
     return Shipped(tree, fits, ranges)
+
+
+def sharing_copy(model: Any) -> Any:
+    """A copy of the modules of a model that shares its parameters and buffers."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def placed(config: ExportConfig, reference: CausalLM, fits: TaskFits) -> CausalLM:
@@ -191,47 +181,6 @@ def placed(config: ExportConfig, reference: CausalLM, fits: TaskFits) -> CausalL
             tree.set_submodule(name, frozen_layer(layer, fit) if not merges else BlockLinear(
                 MergedWeight(layer.weight, fit), layer.bias))
     return tree
-
-
-def replace_fits(tree: CausalLM, config: ExportConfig, fits: TaskFits) -> None:
-    """Put healed fits in place of those that the tree holds."""
-    for name, layer in tree.named_modules():
-        if isinstance(layer, AdapterLinear):
-            layer.fits = {task: by_name[name] for task, by_name in fits.by_task.items()}
-        elif isinstance(layer, ExpertLinear):
-            tree.set_submodule(name, frozen_layer(layer, fits.for_task(config.task)[name]))
-
-
-def healed(config: ExportConfig, source: Source, samples: Samples, fits: TaskFits,
-           tree: CausalLM | None) -> TaskFits:
-    """The fits that the export holds, healed; beside the weights of a tree in few bits, if given.
-    Without --heal, the same."""
-    if not (config.heal and fits.together):
-        return fits
-    fits = TaskFits(dict(fits.together), {task: dict(f) for task, f in fits.by_task.items()})
-    for task in samples if config.adapters else [config.task]:
-        task_fits = fits.for_task(task)
-        student = sharing_copy(source.model)
-        freeze(student, task_fits)
-        if tree is not None:
-            take_blocks(student, tree)
-        examples = samples[task] if task else [e for part in samples.values() for e in part]
-        for name, fit in heal(student, Healing(
-                source.model, examples, config.heal, source.tokenizer.pad_id,
-                source.micro_batch_size, config.compile)).items():
-            task_fits[name] = replace(fit, residual=task_fits[name].residual)
-    return fits
-
-
-def take_blocks(student: CausalLM, tree: CausalLM) -> None:
-    """Give a model, in place, the weights of the tree that are stored in blocks."""
-    for name, leaf in tree.named_modules():
-        if isinstance(leaf, nn.Linear | BlockEmbedding) and isinstance(leaf.weight, BlockWeight):
-            part = student.get_submodule(name)
-            weight: Any = part.weight
-            part.weight = nn.Parameter(leaf.weight.dense().to(weight), requires_grad=False)
-    if student.config.tie_word_embeddings:
-        student.lm_head.weight = student.model.embed_tokens.weight
 
 
 def show_residuals(fits: Fits) -> None:

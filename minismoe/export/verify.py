@@ -31,11 +31,10 @@ from .compare import (
     unrounded,
     with_long,
 )
-from .heal import sharing_copy
 from .leaves import AdapterLinear, plain_layer
 from .plan import check_prompts
 from .settings import ExportConfig, Source
-from .tree import Fits, Shipped
+from .tree import Fits, Shipped, sharing_copy
 from .weights import HALF
 
 # How far logits may be from PyTorch's on the same weights, as a share of the largest: what rounding

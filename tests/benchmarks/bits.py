@@ -29,7 +29,6 @@ from minismoe.cli import script
 from minismoe.data.tasks import collate, encode
 from minismoe.export import tree as trees
 from minismoe.export.bits import change, harm_of, nbytes
-from minismoe.export.heal import own_tokens, sharing_copy
 from minismoe.export.rounding import EMBEDDING, rounded_options, store
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.flags import above_zero, positive
@@ -89,6 +88,16 @@ def first_order(options: Mapping[str, Sequence[Blocks]], tree: CausalLM, source:
     tree.requires_grad_(False)
     return {name: [(gradient * change(tree.get_submodule(name), blocks)).sum().abs().item()
                    for blocks in options[name]] for name, gradient in zip(options, gradients)}
+
+
+def own_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The tokens (B, T) after those that all right-padded rows begin with, such as an instruction.
+    The last token of each row is its own."""
+    real = attention_mask.bool()
+    shared = int(((input_ids == input_ids[:1]) & real).all(0).cumprod(0).sum())
+    own = real.clone()
+    own[:, :min(shared, int(real.sum(1).min()) - 1)] = False
+    return own
 
 
 class Lines:
@@ -154,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
             "llama.cpp's rule": q4_k_m(names, source.model.config.num_hidden_layers)}
     rows = []
     for way, chosen in tqdm(ways.items(), "ways"):
-        rounded = sharing_copy(tree)
+        rounded = trees.sharing_copy(tree)
         for name in (n for n in names if n != EMBEDDING):
             store(rounded, name, options[name][chosen[name]])
         store(rounded, EMBEDDING, options[EMBEDDING][chosen[EMBEDDING]])

@@ -3,7 +3,7 @@
     python tests/benchmarks/merging.py RUN
 
 "missed" is the median share of the mixture's output energy that a fit lacks on held-out samples.
-healing.py says what rounding costs.
+export_loss.py says what rounding costs.
 """
 
 import argparse
@@ -16,9 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import export
-from minismoe.export.heal import sharing_copy
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.tree import calibration_batches, shuffled_samples
+from minismoe.export.tree import calibration_batches, sharing_copy, shuffled_samples
 from minismoe.io.text import clean, table
 from minismoe.method.freeze import Fit, fit, merge
 from minismoe.training.evaluate import evaluate

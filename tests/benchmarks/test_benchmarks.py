@@ -23,9 +23,9 @@ if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_speed  # noqa: E402
+import export_loss  # noqa: E402
 import family_speed  # noqa: E402
 import growth  # noqa: E402
-import healing  # noqa: E402
 import merging  # noqa: E402
 import probe_speed  # noqa: E402
 import providers  # noqa: E402
@@ -95,7 +95,7 @@ def test_providers_are_measured_beside_the_cpu(tmp_path, monkeypatch, capsys) ->
     assert "openvino" in other
 
 
-def test_healing_scores_ways_against_the_mixture(tmp_path, monkeypatch, capsys) -> None:
+def test_export_loss_scores_ways_against_the_mixture(tmp_path, monkeypatch, capsys) -> None:
     """It goes on where it was."""
     model = save_bytes_model(tmp_path / "model", hidden_size=64, intermediate_size=64,
                              num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -109,21 +109,21 @@ def test_healing_scores_ways_against_the_mixture(tmp_path, monkeypatch, capsys) 
                 "--out", str(tmp_path / "run")])
     args = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--ways", "int4, blocks of 32"]
     capsys.readouterr()
-    healing.main(args)
+    export_loss.main(args)
     said = capsys.readouterr().out
     records = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
     assert [*sorted(records)] == ["run, int4, blocks of 32.json", "run, merged, float32.json"]
     rounded, merged = (record["tasks"]["odd"] for _, record in sorted(records.items()))
     assert 0 <= merged["KL"] < rounded["KL"] and merged["log p"] < 0
     assert 0 <= merged["calibration"] <= 1 and 6 * merged["exact"] in range(7)
-    monkeypatch.setattr(healing, "record_run", lambda *_: pytest.fail("it was measured already"))
-    healing.main(args)
+    monkeypatch.setattr(export_loss, "record_run", lambda *_: pytest.fail("it was measured"))
+    export_loss.main(args)
     assert said.endswith(again := capsys.readouterr().out) and "merged, float32" in again
 
 
 def test_calibration_is_the_mean_gap_of_bins() -> None:
     """Two answers stated with 0.95, of which one is right; two with 0.5 and 0.55, both right."""
-    assert healing.calibration([0.95, 0.95, 0.5, 0.55], [1, 0, 1, 1]) == pytest.approx(
+    assert export_loss.calibration([0.95, 0.95, 0.5, 0.55], [1, 0, 1, 1]) == pytest.approx(
         (0.9 + 0.5 + 0.45) / 4)
 
 

@@ -10,17 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import launches  # noqa: E402
 
 from minismoe.data.tasks import collate  # noqa: E402
-from minismoe.export.heal import Healing, heal_step, sharing_copy  # noqa: E402
-from minismoe.method.experts import (  # noqa: E402
-    add_experts,
-    expert_layers,
-    expert_parameters,
-    linear_layers,
-)
-from minismoe.method.freeze import exact, freeze  # noqa: E402
+from minismoe.method.experts import linear_layers  # noqa: E402
 from minismoe.method.sensitivity import sample_norms  # noqa: E402
 from minismoe.model.decoder import CausalLM, Config  # noqa: E402
-from minismoe.training.copies import Copies  # noqa: E402
 
 
 @pytest.mark.parametrize("side, dtype, most", [
@@ -53,17 +45,6 @@ def test_a_batch_of_the_probe_waits_for_nothing() -> None:
     assert not batch[0].is_meta
     norms = sample_norms(model.requires_grad_(False), linear_layers(model), *batch)
     assert norms.is_meta and norms.shape == (4, 14)
-
-
-def test_a_step_of_healing_waits_for_nothing() -> None:
-    with torch.device("meta"):
-        mixture = CausalLM(Config.from_dict(launches.config(2, launches.NARROW)))
-        add_experts(mixture, dict.fromkeys(linear_layers(mixture), 2), rank=2)
-        student = sharing_copy(mixture)
-        freeze(student, {name: exact(layer) for name, layer in expert_layers(student).items()})
-        maps, data = Copies(student), launches.examples(4)
-    assert heal_step(student, maps, Healing(mixture, data, 1, 0, 2), data).is_meta
-    assert all(p.grad.is_meta for p in expert_parameters(student).values())
 
 
 def test_peft_is_counted_in_the_same_way() -> None:

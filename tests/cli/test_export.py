@@ -26,8 +26,8 @@ import export
 import train
 from minismoe.cli.export_flags import parse
 from minismoe.export import compare, layouts, plan, ranges, tree, verify, write
-from minismoe.export.heal import sharing_copy
 from minismoe.export.settings import ExportConfig
+from minismoe.export.tree import sharing_copy
 from minismoe.method.allocation import Allocation
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit, merge
@@ -82,22 +82,20 @@ def frozen_of(run: Path) -> dict[str, dict[str, Fit]]:
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--routing dynamic", "--routing dynamic --precision int4", "--routing freeze --heal 3",
+    "", "--routing dynamic", "--routing dynamic --precision int4", "--routing freeze",
     "--fit gates", "--task twice", "--adapters", "--target portable", "--precision int4",
     "--precision int8 --target portable", "--precision fp16", "--static 1x1x64 --target portable",
     "--layout genai", "--layout genai --adapters", "--layout genai --target portable",
     "--layout web --precision int4", "--layout peft", "--layout peft --routing freeze",
-    "--layout hf --heal 2", "--prompts",
-    "--precision int4 --heal 2 --block 128",
-    "--precision int4 --heal 2 --routing freeze", "--precision int8 --heal 2 --adapters",
+    "--layout hf", "--prompts", "--precision int4 --block 128",
+    "--precision int4 --routing freeze", "--precision int8 --adapters",
 ])
 def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
     """Each passes its own check against PyTorch, and says what it holds."""
     out, args = tmp_path / "out", flags.split()
     if "--prompts" in args:
         (tmp_path / "lines").write_text("say 5\nsay 77\nsing\n\nwhat?\nsay 6\nsay 1\n")
-        args += [str(tmp_path / "lines"), "--heal", "2"]
-    healed = "--heal" in args
+        args += [str(tmp_path / "lines")]
     if flags and not {"--precision", "peft", "hf"} & set(args):
         args += ["--precision", "fp32"]
     export.main([str(run), "--out", str(out), *args])
@@ -106,7 +104,6 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         frozen = frozen_of(run)["number" if "--adapters" in args else
                                 info["arguments"]["task"] or ""]
         kinds = {f.kind for f in frozen.values()}
-        assert ("healed" in kinds) == healed
         assert not ("--fit" in args and "linear" in kinds)
     for file in out.rglob("model*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph
@@ -123,7 +120,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         assert opened[args[1]] in files and "sampler.onnx" not in files
         return
     read_info(out, verify=True)
-    if info["precision"] == "fp32" and not healed and not {"--adapters", "--prompts"} & set(args):
+    if info["precision"] == "fp32" and not {"--adapters", "--prompts"} & set(args):
         model = load_model(run.parent / "model")
         load_adapter(model, run / "adapter")
         if args[:2] != ["--routing", "dynamic"]:
@@ -348,7 +345,7 @@ def test_the_run_that_is_taken_is_named(run: Path, tmp_path: Path, monkeypatch, 
     assert capsys.readouterr().out.startswith("exports runs/mine\n")
 
 
-@pytest.mark.parametrize("flags", ["--task number", "--heal 3", "--routing freeze",
+@pytest.mark.parametrize("flags", ["--task number", "--routing freeze",
                                    "--layout peft", "--adapters", "--fit linear",
                                    "--limit-test 5"])
 def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, flags: str,
@@ -388,7 +385,7 @@ def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path)
     ("--routing freeze", ("int4-8", 32)), ("--target npu --size 9", ("w4a16", None)),
     ("--precision int4 --block 128", ("int4", 128)), ("--precision int8", ("int8", 32)),
     ("--precision fp32", ("fp32", None)), ("--adapters", ("int4-8", 32)),
-    ("--precision fp16 --heal 5", ("fp16", None)), ("--layout hf", ("fp32", None)),
+    ("--precision fp16", ("fp16", None)), ("--layout hf", ("fp32", None)),
     ("--target portable", ("int4-8", 32)), ("--block 64", ("int4-8", 64)),
     ("--target npu", ("w8a16", None)), ("--target npu --model base", ("fp16", None)),
     ("--target npu --precision w4a16", ("w4a16", 32))])
@@ -498,10 +495,9 @@ def test_results_that_are_none_are_refused_before_any_work(run: Path, tmp_path: 
 
 def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
         run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export.main([str(run), "--out", str(tmp_path / "web"), "--layout", "web", "--heal", "2"])
+    export.main([str(run), "--out", str(tmp_path / "web"), "--layout", "web"])
     said = capsys.readouterr().out
-    for part in ("writes q4f16 in blocks of 32, healed for 2 steps", "writes q8, healed for"):
-        assert part in said
+    assert "writes q4f16 in blocks of 32; --precision" in said and "writes q8; --precision" in said
     assert said.count("median residual") == 1                # both graphs share one freezing
     assert f"python -m minismoe.runtime {tmp_path / 'web'} --serve" in said
     info = json.loads((tmp_path / "web" / "export.json").read_text())
@@ -596,9 +592,8 @@ def test_what_is_no_number_is_refused(run: Path, tolerance: float, wrong: float)
 def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    for flags in ("--routing dynamic", "--heal 100000"):           # before any work
-        with pytest.raises(FileExistsError, match="exists already"):
-            export.main([str(run), "--out", str(tmp_path / "out"), *flags.split()])
+    with pytest.raises(FileExistsError, match="exists already"):
+        export.main([str(run), "--out", str(tmp_path / "out"), "--routing", "dynamic"])
     assert (tmp_path / "out" / "mine").read_text() == "x"
 
 
@@ -608,8 +603,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--layout hf --routing dynamic", "holds no graph: leave out --routing dynamic"),
     ("--layout hf --precision int4", "holds no graph"),
     ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
-    ("--compile on", "nothing is healed without --heal STEPS: leave out --compile"),
-    ("--routing dynamic --heal 3", "--routing dynamic freezes nothing"),
+    ("--heal 40", "--heal is now withdrawn, as it gained next to nothing: leave it out"),
     ("--adapters --routing freeze", "--adapters freezes for each task, beside a base"),
     ("--layout web --target portable", "--layout web needs --target ort"),
     ("--precision q8 --target portable", "--precision q8 needs --target ort"),

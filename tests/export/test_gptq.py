@@ -17,8 +17,8 @@ from torch import Tensor
 from minismoe.export import rounding
 from minismoe.export.gptq import DAMPING, TIED_DAMPING, gptq, gram, second_moments
 from minismoe.export.graph import write_decoder
-from minismoe.export.heal import sharing_copy
 from minismoe.export.rounding import round_weights
+from minismoe.export.tree import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact, merged_layer

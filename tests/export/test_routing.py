@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from mixture import ROUTED, model_of, tasks
+from mixture import COUNTS, ROUTED, model_of, tasks
+from safetensors import safe_open
 
 import export
 import train
@@ -20,50 +20,65 @@ from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.rounding import round_weights
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import TaskFits, exact
+from minismoe.method.freeze import TaskFits, exact, fit
 
 
 @pytest.mark.parametrize("task", [None, "a"])
 @pytest.mark.parametrize("routing", ["merge", "freeze"])
-def test_a_task_is_healed_and_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_path,
-                                                         ) -> None:
-    """Merged maps are rounded after they were healed, others stay floats beside rounded weights.
-    Two graphs of merged weights share one healing; none is healed that is not asked for."""
-    model, healed, read = model_of(dtype=torch.float32), [], []
-
-    def heal(student: Any, healing: Any) -> Any:
-        healed.append((healing.examples, student.get_submodule(ROUTED[0]).weight))
-        return {}
-
-    monkeypatch.setattr(tree, "heal", heal)
+def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_path) -> None:
+    """Two graphs share one freezing."""
+    model, frozen, read = model_of(dtype=torch.float32), [], []
+    monkeypatch.setattr(tree, "save_fits", lambda folder, fits: frozen.append(fits))
     monkeypatch.setattr(tree, "calibration_batches", lambda *_: tasks())
-    monkeypatch.setattr(tree, "shuffled_samples", lambda *_: {"a": ["x"], "b": ["y"]})
     monkeypatch.setattr(tree, "round_weights", lambda tree, form, model, batches, size: read.append(
         [*batches]) or round_weights(tree, form, model, batches))
     (tmp_path / "adapter").mkdir()
     source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0))
-    config = ExportConfig(heal=40, precision="int4", block=32, task=task, routing=routing)
+    config = ExportConfig(precision="int4", block=32, task=task, routing=routing)
     trees = tree.ship([config] * 2, source, model)
-    assert [e for e, _ in healed] == [["x"] if task else ["x", "y"]] * (1 if routing == "merge"
-                                                                         else 2)
-    assert read == [["a"] if task else ["a", "b"]] * 2
-    weight = model.get_submodule(ROUTED[0]).weight
-    assert all((w is weight) == (routing == "merge") for _, w in healed)
+    assert read == [["a"] if task else ["a", "b"]] * 2 and len(frozen) == 1
     leaf = trees[0].tree.get_submodule(ROUTED[0])
     assert type(leaf).__name__ == ("BlockLinear" if routing == "merge" else "BlockExperts")
-    healed.clear()
-    tree.ship([replace(config, heal=0)], source, model)
-    assert not healed
+
+
+def test_a_copy_shares_every_weight() -> None:
+    model = model_of()
+    copied = tree.sharing_copy(model)
+    assert copied.state_dict().keys() == model.state_dict().keys()
+    for (name, ours), (_, theirs) in zip(copied.named_parameters(), model.named_parameters()):
+        assert ours is theirs, name
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    assert copied.model.layers[0] is not model.model.layers[0]
+
+
+def test_frozen_maps_are_kept_beside_the_adapter(tmp_path: Path) -> None:
+    fits = fit(model_of(dtype=torch.float32), tasks())["linear"]
+    tree.save_fits(tmp_path, fits)
+    assert [p.name for p in tmp_path.iterdir()] == ["frozen.safetensors"]
+    with safe_open(tmp_path / "frozen.safetensors", "pt") as f:
+        assert f.metadata()["format"] == "minismoe.frozen/1"
+        notes = json.loads(f.metadata()["fits"])
+        assert len(notes) == 3 * len(COUNTS)
+        for prefix, by_name in (("", fits.together), *(
+                (f"{task}/", by_name) for task, by_name in fits.by_task.items())):
+            for name, wanted in by_name.items():
+                path = prefix + name
+                assert torch.equal(f.get_tensor(f"{path}.lora_A"), wanted.lora_A)
+                assert torch.equal(f.get_tensor(f"{path}.lora_B"), wanted.lora_B)
+                assert notes[path] == [wanted.kind, wanted.residual]
+        name = ROUTED[0]
+        assert f.get_slice(f"a/{name}.lora_A").get_shape() == [2 * COUNTS[name], 16]
+        assert f.get_slice(f"{name}.lora_B").get_shape() == [16, 2 * COUNTS[name]]
 
 
 def test_a_base_in_16_bits_is_merged_in_float32() -> None:
     model = model_of(dtype=torch.bfloat16).to(torch.float32)
     fits = {name: exact(layer) for name, layer in expert_layers(model).items()}
     placed = tree.placed(ExportConfig(precision="fp32"), model, TaskFits(fits, {}))
-    for name, fit in fits.items():
-        found, layer = placed.get_submodule(name), model.get_submodule(name)
-        assert found.weight.dense().dtype == torch.float32
-        torch.testing.assert_close(found.weight.dense(), layer.weight + fit.lora_B @ fit.lora_A)
+    for name, linear in fits.items():
+        merged, layer = placed.get_submodule(name).weight.dense(), model.get_submodule(name)
+        assert merged.dtype == torch.float32
+        torch.testing.assert_close(merged, layer.weight + linear.lora_B @ linear.lora_A)
 
 
 class Says:
@@ -107,13 +122,12 @@ def test_another_text_in_float32_is_refused(same_texts, monkeypatch) -> None:
 def run(inputs, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("new") / "run"
     train.main([*inputs, "--samples", "2", "--epochs", "1", "--rank", "2",
-                "--micro-batch-size", "3", "--dtype", "float32", "--out", str(run)])
+                "--dtype", "float32", "--out", str(run)])
     return run
 
 
-def test_what_a_run_was_trained_with_is_what_its_export_heals_with(run: Path) -> None:
+def test_an_export_is_calibrated_on_what_its_run_was_trained_on(run: Path) -> None:
     source = export.load_run(ExportConfig(run=str(run), limit_test=2))
-    assert source.micro_batch_size == 3
     assert [len(t.test) for t in source.tasks] == [2, 2]
     samples = tree.shuffled_samples(ExportConfig(run=str(run)), source)
     assert {n: sorted(e.index for e in examples) for n, examples in samples.items()} == {

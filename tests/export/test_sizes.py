@@ -16,9 +16,9 @@ from torch import Tensor
 import export
 from minismoe.export import bits
 from minismoe.export.bits import choose_blocks, nbytes
-from minismoe.export.heal import sharing_copy
 from minismoe.export.rounding import rounded_options
 from minismoe.export.settings import ExportConfig
+from minismoe.export.tree import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import Blocks, dequantize, quantize

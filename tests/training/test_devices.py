@@ -120,10 +120,10 @@ def test_a_run_on_another_device_equals_that_on_the_cpu(trained: Callable[[str],
 @pytest.mark.parametrize("flags", ["--precision fp32 --target portable",
                                    "--precision int4 --target portable",
                                    "--routing freeze --precision int8 --target portable"])
-def test_freezing_and_healing_stay_on_the_device(trained: Callable[[str], Path], tmp_path: Path,
-                                                 flags: str) -> None:
+def test_freezing_and_rounding_stay_on_the_device(trained: Callable[[str], Path], tmp_path: Path,
+                                                  flags: str) -> None:
     run = shutil.copytree(trained(PLAIN) / "other", tmp_path / "run")
-    said = script("export.py", run, "--device", "other", "--heal", 2, "--limit-test", 2,
+    said = script("export.py", run, "--device", "other", "--limit-test", 2,
                   *flags.split(), "--out", tmp_path / "export")
     assert (tmp_path / "export" / "model.onnx").is_file(), said
 

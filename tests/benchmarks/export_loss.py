@@ -1,6 +1,6 @@
 """What an export loses of its run: exact match, log-probability, calibration, divergence.
 
-    python tests/benchmarks/healing.py RUN RUN RUN --out FOLDER
+    python tests/benchmarks/export_loss.py RUN RUN RUN --out FOLDER
 
 Each run is frozen once, merged, and stored in each of the ways below. Every folder answers the test
 lines in onnxruntime. A task needs a closed set of answers. Prints, for each run and way:
@@ -52,25 +52,18 @@ WAYS = {                                     # flags of export.py
     "int4, blocks of 128": "--precision int4 --block 128",
     "int4, blocks of 32": "--precision int4 --block 32",
     "int4-8, blocks of 32": "--precision int4-8 --block 32",
-    "int4-8, bits chosen": "--precision int4-8",
-    "healed for 40 steps, int4, blocks of 128": "--precision int4 --block 128 --heal 40"}
+    "int4-8, bits chosen": "--precision int4-8"}
 DIVERGE = 60                                 # lines of each task on which KL is measured
 BINS = 10
 COLUMNS = {"exact": (100, 1), "log p": (1, 3), "calibration": (100, 1), "KL": (1, 4), "MB": (1, 0)}
 
 
 def shipped_ways(run: Path, ways: Sequence[str], limit: int | None,
-             ) -> tuple[Source, list[tuple[ExportConfig, Shipped]]]:
-    """A run with its test lines, and what each way stores of it; ways that heal alike freeze once.
-    """
-    found: dict[str, tuple[ExportConfig, Shipped]] = {}
+                 ) -> tuple[Source, list[ExportConfig], list[Shipped]]:
+    """A run with its test lines, and what each way stores of it."""
     source = export.load_run(ExportConfig(run=str(run), limit_test=limit or 10 ** 6))
-    configs = {way: resolved(parse([str(run), *WAYS[way].split()], ""), source)[-1] for way in ways}
-    for heal in dict.fromkeys(config.heal for config in configs.values()):
-        several = {way: config for way, config in configs.items() if config.heal == heal}
-        found |= {way: (config, ready) for (way, config), ready in zip(
-            several.items(), ship([*several.values()], source, mixture_of(source)))}
-    return source, [found[way] for way in ways]
+    configs = [resolved(parse([str(run), *WAYS[way].split()], ""), source)[-1] for way in ways]
+    return source, configs, ship(configs, source, mixture_of(source))
 
 
 def mixture_of(source: Source) -> CausalLM:
@@ -109,12 +102,12 @@ def predictions(model: CausalLM | Generator, source: Source, task: Task) -> Tens
     return torch.cat(logits(model, prompts[:DIVERGE], rights[:DIVERGE])).log_softmax(-1)
 
 
-def measure(source: Source, config: ExportConfig, ready: Shipped, folder: Path,
+def measure(source: Source, config: ExportConfig, shipped: Shipped, folder: Path,
             mixture: dict[str, Tensor]) -> dict[str, Any]:
     """Write a graph, and score what it answers. mixture: its `predictions` by task."""
     shutil.rmtree(folder, ignore_errors=True)
     layouts.copy_base_files(source.base, folder, False)
-    info = {"format": FORMAT, **layouts.write_graph(config, ready, folder)}
+    info = {"format": FORMAT, **layouts.write_graph(config, shipped, folder)}
     write_json(folder / "export.json", info | {"files": {
         f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()}})
     generator, by_task = Generator(folder, threads=torch.get_num_threads()), {}
@@ -129,13 +122,13 @@ def measure(source: Source, config: ExportConfig, ready: Shipped, folder: Path,
 
 def record_run(run: Path, ways: Sequence[str], limit: int | None, out: Path) -> None:
     """Measure a run in the ways that have no record yet."""
-    source, several = shipped_ways(run, ways, limit)
+    source, *stored = shipped_ways(run, ways, limit)
     model = mixture_of(source)
     with torch.no_grad():
         mixture = {t.name: predictions(model, source, t) for t in source.tasks}
-    for way, (config, ready) in zip(ways, several):
+    for way, config, shipped in zip(ways, *stored):
         write_json(out / f"{run.name}, {way}.json", measure(
-            source, config, ready, out / "folder", mixture) | {"way": way})
+            source, config, shipped, out / "folder", mixture) | {"way": way})
 
 
 def report(records: Iterable[dict[str, Any]]) -> str:
