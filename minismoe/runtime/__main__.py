@@ -14,65 +14,66 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, functions, with_tools
 from ..io.files import naming, read_json
-from ..io.flags import above_zero, natural, number, positive, share, text
+from ..io.flags import as_flags, from_flags, natural, new_parser, positive, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
 from .api import Api
 from .choices import answer_tokens
 from .folder import lines_of, read_choices, read_prefix, trained_system
 from .grammar import json_grammar
+from .sampling import Sampling
 from .serve import PORT, serve
 
 if TYPE_CHECKING:
     from .generator import Generator
 
+# The flags that --serve takes; the others are a request's.
 SERVING = {"folder", "serve", "host", "api_key", "provider", "threads", "task", "verify",
-           "low_power"}
+           "low_power", "debug"}
 
 
-def _answer(generator: Generator, asked: str | Sequence[Message], sampling: Mapping[str, Any],
-            stats: bool) -> Message:
+def _answer(generator: Generator, asked: str | Sequence[Message], options: Mapping[str, Any],
+            stop: Sequence[str], stats: bool) -> Message:
     """Print the answer to a prompt or a chat as it comes, and return it; Ctrl-C ends the answer.
 
-    Where the chat offers tools, the answer is printed at its end: as calls, one a line, or as text.
+    options: of `Generator.generate`; stop: as of `Generator.text`. Where the chat offers tools, the
+    answer is printed at its end: as calls, one a line, or as text.
     """
-    raw, options = isinstance(asked, str), {**sampling}
-    stop = options.pop("stop", ())
+    is_raw = isinstance(asked, str)
     chat: Sequence[Message] = [{}] if isinstance(asked, str) else asked
     prompt = asked if isinstance(asked, str) else generator.tokenizer.render(asked, True)
-    times, answer, terminal = [time.perf_counter()], "", sys.stdout.isatty()
+    times, answer, offers_tools = [time.perf_counter()], "", "tools" in chat[0]
 
     def show(text: str) -> None:             # a model can write control characters
-        print(clean(text, "\n\t") if terminal else text, end="", flush=True)
+        print(clean(text, "\n\t") if sys.stdout.isatty() else text, end="", flush=True)
 
     def timed(token: int) -> int:
         times.append(time.perf_counter())
         return token
 
     try:
-        for piece in generator.text(map(timed, generator.generate(prompt, **options)), stop,
-                                    strip=not raw):
+        tokens = map(timed, generator.generate(prompt, **options))
+        for piece in generator.text(tokens, stop, strip=not is_raw):
             answer += piece
-            if "tools" not in chat[0]:
-                show(piece)
+            show("" if offers_tools else piece)
     except KeyboardInterrupt:
         generator.ended = "interrupted"
-    said = generator.tokenizer.parse(chat, answer)
-    if "tools" in chat[0]:
+    message = generator.tokenizer.parse(chat, answer)
+    if offers_tools:
         show("\n".join(json.dumps(call["function"], ensure_ascii=False)
-                       for call in said.get("tool_calls", ())) or said["content"])
+                       for call in message.get("tool_calls", ())) or message["content"])
     print(flush=True)
     if generator.ended == "context":
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
-    if generator.ended == "max_tokens" and sampling.get("grammar"):
-        print(f"[the answer was cut at {sampling['max_tokens']} tokens]", file=sys.stderr)
+    if generator.ended == "max_tokens" and options.get("grammar"):
+        print(f"[the answer was cut at {options['max_tokens']} tokens]", file=sys.stderr)
     if stats and len(times) > 1:
         first, rest, count = times[1] - times[0], times[-1] - times[1], len(times) - 2
         print(f"[first token {first:.3f} s, prompt {generator.prompt_tokens / first:.0f} tokens/s "
               f"and {generator.cached_tokens} from the cache, {count + 1} tokens at "
               f"{count / rest if rest else 0:.0f} tokens/s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
-    return said
+    return message
 
 
 def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int | None,
@@ -90,10 +91,10 @@ def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int |
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
 
 
-def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
+def _chat(generator: Generator, options: Mapping[str, Any], stop: Sequence[str], stats: bool,
           system: Sequence[Message] = (), tools: Sequence[Function] = ()) -> None:
     """Answer line by line until the input ends; Ctrl-C ends an answer, not the chat."""
-    history, missing = [*system], 0          # results of calls that are still to be typed
+    history, results = [*system], 0          # results of calls that are still to be typed
     ask = "> " if sys.stdin.isatty() else ""
     if ask:
         with suppress(ImportError):          # lines can be edited, and exceed 4,095 bytes
@@ -106,15 +107,15 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
             if command == "/exit":
                 return
             if command in ("", "/clear"):
-                history, missing = ([*system], 0) if command else (history, missing)
+                history, results = ([*system], 0) if command else (history, results)
                 continue
-            turn = {"role": "tool" if missing else "user", "content": line}
-            if missing > 1:
-                history, missing = [*history, turn], missing - 1
+            turn = {"role": "tool" if results else "user", "content": line}
+            if results > 1:
+                history, results = [*history, turn], results - 1
                 continue
-            asked = with_tools([*history, turn], tools)
-            answer = _answer(generator, asked, sampling, stats)
-            history, missing = [*asked, answer], len(answer.get("tool_calls", ()))
+            chat = with_tools([*history, turn], tools)
+            answer = _answer(generator, chat, options, stop, stats)
+            history, results = [*chat, answer], len(answer.get("tool_calls", ()))
         except EOFError:
             return
         except KeyboardInterrupt:            # of a line, or while the template was rendered
@@ -124,23 +125,17 @@ def _chat(generator: Generator, sampling: Mapping[str, Any], stats: bool,
             print(f"error: {error_line(e)}{anew}", file=sys.stderr)
 
 
-def _port(text: str) -> int:
-    """An argparse type: the number of a port."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no port; write the folder before --serve")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     """The flags and their help."""
-    parser = argparse.ArgumentParser(prog="python -m minismoe.runtime", description=(
-        "Generate from a folder that export.py wrote, without PyTorch."))
+    parser = new_parser("Generate from a folder that export.py wrote, without PyTorch.",
+                        {"how answers are chosen": Sampling})
+    parser.prog = "python -m minismoe.runtime"
     add = parser.add_argument
-    add("folder", help="an exported folder of layout onnx, or web to serve")
+    add("folder", help="an exported folder of layout onnx or web")
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
-    add("--serve", nargs="?", type=_port, const=-1, metavar="PORT", help="answer OpenAI's protocol "
-        "at http://127.0.0.1:PORT/v1, or show the page of layout web to browsers, until Ctrl-C "
+    add("--serve", nargs="?", type=natural, const=-1, metavar="PORT", help="answer OpenAI's "
+        "protocol at http://127.0.0.1:PORT/v1, and show the page of layout web, until Ctrl-C "
         f"(default: {PORT}, or the next that is free; 0: any free one)")
     add("--host", help="with --serve: another address of this machine, for whoever has --api-key")
     add("--api-key", type=text, metavar="KEY", help="with --serve: what requests must show")
@@ -157,19 +152,8 @@ def _parser() -> argparse.ArgumentParser:
         "after its probability")
     add("--lines", action="store_true", help="each line is a prompt of its own")
     add("--task", help="use the adapter of this task, if the folder has adapters")
-    add("--max-tokens", type=positive, metavar="N", help="default: until the context is full")
-    add("--temperature", type=number, default=0.0, help="0 (default) takes the likeliest token")
-    add("--top-p", type=share, default=1.0, metavar="P", help="draw among the likeliest tokens "
-        "that together reach P (default: 1)")
-    add("--top-k", type=natural, default=0, metavar="K", help="draw among the K likeliest tokens "
-        "(default: as many as the folder's sampler gives, 64)")
-    add("--min-p", type=share, default=0.0, metavar="P", help="draw among tokens at least P times "
-        "as likely as the likeliest (default: 0)")
-    add("--repetition-penalty", type=above_zero, default=1.0, metavar="F", help="make tokens of "
-        "the prompt and the answer less likely: above 1, such as 1.1 (default: 1)")
     add("--stop", type=text, action="append", default=[], metavar="TEXT", help="end the answer "
         "before this text; may be given again")
-    add("--seed", type=int, help="of the draws; default: another one each time")
     add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
         "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
     add("--threads", type=positive, metavar="N", help="default: physical cores")
@@ -184,25 +168,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; exits with 2 if some contradict others."""
     parser = _parser()
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
-    if args.serve is None and (args.host or args.api_key) or args.host and not args.api_key:
-        parser.error("--host needs --serve and --api-key")
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.serve is not None and (other := given - SERVING):
-        parser.error(f"a request says what --serve answers: leave out {', '.join(sorted(other))}")
-    if args.chat and (args.prompt is not None or args.raw or args.lines):
-        parser.error("--chat asks for prompts itself: leave out PROMPT, --raw and --lines")
-    if not args.temperature and (0 < args.top_p < 1 or args.top_k > 0 or args.seed is not None):
-        parser.error("--top-p, --top-k and --seed draw nothing without a --temperature above 0")
-    if args.choices is not None and any((args.chat, args.raw, args.max_tokens, args.temperature)):
-        parser.error("--choices gives one whole answer, through the template: leave out --chat, "
-                     "--raw, --max-tokens and --temperature")
-    if args.tools is not None and (args.raw or args.choices is not None or args.schema):
-        parser.error("--tools is for free answers through the template: leave out --raw, --choices "
-                     "and --schema")
-    if args.schema and args.choices is not None:
-        parser.error("--schema and --choices say both what the answer may be: give one of them")
-    if args.choices is None and args.best:
-        parser.error("--best needs --choices")
+    not_served, draws = given - SERVING, args.temperature > 0
+    for wrong, message in (
+            (args.serve is None and (args.host or args.api_key) or args.host and not args.api_key,
+             "--host needs --serve and --api-key"),
+            (args.serve is not None and not_served, "a request says what --serve answers: leave "
+             f"out {', '.join(sorted(not_served))}"),
+            (args.chat and given & {"prompt", "raw", "lines"},
+             "--chat asks for prompts itself: leave out PROMPT, --raw and --lines"),
+            (not draws and given & {"top_p", "top_k", "seed"},
+             "--top-p, --top-k and --seed draw nothing without a --temperature above 0"),
+            (args.choices and given & {"chat", "raw", "max_tokens", "temperature"},
+             "--choices gives one whole answer, through the template: leave out --chat, --raw, "
+             "--max-tokens and --temperature"),
+            (args.tools and given & {"raw", "choices", "schema"}, "--tools is for free answers "
+             "through the template: leave out --raw, --choices and --schema"),
+            (args.schema and args.choices,
+             "--schema and --choices say both what the answer may be: give one of them"),
+            (args.best and not args.choices, "--best needs --choices")):
+        if wrong:
+            parser.error(message)
     return args
 
 
@@ -220,42 +206,32 @@ def _open(args: argparse.Namespace) -> Generator:
     return generator
 
 
-def _serve(args: argparse.Namespace) -> None:
-    """Serve the folder: its page, if it has one, or else its generator."""
-    folder, api = Path(args.folder), None
-    if not (folder / "index.html").is_file():
-        api = Api(_open(args))
-    serve(folder, api, args.host, None if args.serve < 0 else args.serve, args.api_key)
-
-
 def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
-    if args.serve is not None:
-        _serve(args)
-        return
     generator = _open(args)
-    sampling = {name: getattr(args, name) for name in (
-        "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
-        "stop")}
+    if args.serve is not None:
+        serve(Api(generator), args.host, None if args.serve < 0 else args.serve, args.api_key)
+        return
+    options = as_flags(from_flags(Sampling, vars(args)))
     system, before = (trained_system(generator.folder), "") if args.prefix is None else (
         read_prefix(generator.folder, args.prefix, args.raw))
     with naming(args.tools, ValueError):
         schemas = args.tools and Path(args.tools).read_text(encoding="utf-8-sig")
         tools = functions(schemas, "the file")
     if tools:
-        sampling["grammar"] = generator.call_grammar(tools)
+        options["grammar"] = generator.call_grammar(tools)
     if args.schema:
-        sampling["grammar"] = json_grammar(read_json(args.schema))
+        options["grammar"] = json_grammar(read_json(args.schema))
 
-    def chat(said: str) -> list[Message]:
-        return with_tools([*system, {"role": "user", "content": before + said}], tools)
+    def chat(prompt: str) -> list[Message]:
+        return with_tools([*system, {"role": "user", "content": before + prompt}], tools)
 
     if args.chat or (sys.stdin.isatty() and args.prompt is args.choices is None and not args.raw):
         if before:
             raise ValueError("--prefix TASK is text before one prompt: give PROMPT; a chat takes "
                              "--prefix FILE, as its system prompt")
-        _chat(generator, sampling, args.stats, system, tools)
+        _chat(generator, options, args.stop, args.stats, system, tools)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     if not prompt:
@@ -268,7 +244,8 @@ def main(argv: Sequence[str]) -> None:
                 args.choices, args.best, args.stats)
         return
     for prompt in prompts:
-        _answer(generator, before + prompt if args.raw else chat(prompt), sampling, args.stats)
+        _answer(generator, before + prompt if args.raw else chat(prompt), options, args.stop,
+                args.stats)
         if generator.ended == "interrupted":
             raise KeyboardInterrupt
 
@@ -288,7 +265,7 @@ def run() -> None:
             e = ValueError("out of memory: export again, with a smaller --context")
         if not isinstance(e, expected) and "onnxruntime" not in type(e).__module__:
             raise
-        print_error(e)
+        print_error(e, "--debug" in sys.argv)
         sys.exit(1)
 
 

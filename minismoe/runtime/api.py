@@ -1,29 +1,32 @@
-"""OpenAI's protocol: a question, as JSON, to a generator's arguments, and its answer to JSON."""
+"""OpenAI's protocol: a request's JSON to a generator's arguments, and its answer to JSON."""
 
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, calls_of, functions, with_tools
 from ..io.text import error_line
+from .folder import trained_system
 from .grammar import CALLS, json_grammar
+from .sampling import Sampling
 
 if TYPE_CHECKING:
     from .generator import Generator
 
 Json = dict[str, Any]
-NUMBERS = {"max_tokens": int, "max_completion_tokens": int, "temperature": float, "top_p": float,
-           "top_k": int, "min_p": float, "repetition_penalty": float, "seed": int}
-# What cannot be asked for, but by these values, which change nothing. The log-probability of one
-# token takes as long as the token: a sum over the vocabulary.
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+# What a request may name with these values alone, which change nothing.
 FIXED: Json = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {},
-               "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False}
+               "frequency_penalty": 0, "presence_penalty": 0}
 REASONS = {"stop": "stop", "max_tokens": "length", "context": "length"}
+TEXT_TOKENS = 16                             # of TEXT, unless the request says so: OpenAI's default
+MOST_LIKELIEST = 20                          # whose log-probabilities a request may want
 
 
-class Unanswered(Exception):
+class RequestError(Exception):
     """A request that is not answered, with the status and the body that say so."""
 
     def __init__(self, message: str, status: int = 400, code: str | None = None):
@@ -34,78 +37,118 @@ class Unanswered(Exception):
 
 
 class Api:
-    """A generator that answers questions, one at a time."""
+    """A generator that answers requests, one at a time."""
 
     def __init__(self, generator: "Generator"):
         self.generator, self.name = generator, generator.folder.resolve().name
+        self.system = trained_system(generator.folder)
 
     def models(self, path: str) -> Json:
         """The list of the one model, or this model."""
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "minismoe"}
         if path not in ("/v1/models", f"/v1/models/{self.name}"):
-            raise Unanswered(f"there is no {path}", 404)
+            raise RequestError(f"there is no {path}", 404)
         return {"object": "list", "data": [model]} if path == "/v1/models" else model
 
-    def answer(self, path: str, question: Json, check: Callable[[], None]) -> Iterator[Json]:
+    def answer(self, path: str, request: Json, check: Callable[[], None]) -> Iterator[Json]:
         """Yield the answer as one object or, with "stream", as chunks.
 
         check: is called before the prompt and at each token, and raises what ends the answer.
-        Raises Unanswered.
+        Raises RequestError.
         """
-        if path not in ("/v1/chat/completions", "/v1/completions"):
-            raise Unanswered(f"there is no {path}", 404)
+        if path not in (CHAT, TEXT):
+            raise RequestError(f"there is no {path}", 404)
         check()
         try:
             for name, value in FIXED.items():
-                if question.get(name) not in (value, None):
-                    raise ValueError(f"{name} {question[name]!r} is not supported")
-            if "chat" in path:
-                yield from self._chat(question, check)
-            else:
-                yield from self._text(question, check)
+                if request.get(name) not in (value, None):
+                    raise ValueError(f"{name} {request[name]!r} is not supported")
+            yield from self._answer(path == CHAT, request, check)
         except ModuleNotFoundError as e:     # llguidance is not installed
-            raise Unanswered(error_line(e), 501) from None
+            raise RequestError(error_line(e), 501) from None
         except (AttributeError, LookupError, TypeError, ValueError) as e:
             code = "context_length_exceeded" if "leaves no room" in str(e) else None
             line = error_line(e) if type(e) is ValueError else f"it is not understood: {e!r}"
-            raise Unanswered(line, 400, code) from None
+            raise RequestError(line, 400, code) from None
 
-    def _chat(self, question: Json, check: Callable[[], None]) -> Iterator[Json]:
-        """Yield the next message of a chat; calls come as a whole, in one part."""
-        tools, must = _tools(question)
-        chat, stream = with_tools(_messages(question["messages"]), tools), question.get("stream")
-        run = _Run(self, question, check, "chat.completion" + ".chunk" * bool(stream))
-        pieces = run.pieces(self.generator.tokenizer.render(chat, True), None,
-                            self._grammar(question, tools, must), strip=True)
+    def _answer(self, is_chat: bool, request: Json, check: Callable[[], None]) -> Iterator[Json]:
+        """Yield the parts of an answer; calls come as a whole, in one part."""
+        generator, stream, count = self.generator, request.get("stream"), 0
+        (tools, must), (sampling, stop) = _tools(request), _options(request)
+        chat = with_tools(self._messages(request["messages"]), tools) if is_chat else []
+        prompt = generator.tokenizer.render(chat, True) if is_chat else _prompt(request)
+        options = {"max_tokens": None if is_chat else TEXT_TOKENS, **sampling,
+                   "grammar": self._grammar(request, tools, must)}
+        likeliest, probabilities = _likeliest(is_chat, request), list[Json]()
+
+        def read() -> Iterator[int]:
+            nonlocal count
+            for token in generator.generate(prompt, **options):
+                check()
+                count += 1
+                if likeliest is not None:
+                    probabilities.append(self._probability(token, likeliest))
+                yield token
+
+        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": self.name, "object": (
+            "chat.completion" + ".chunk" * bool(stream) if is_chat else "text_completion")}
+
+        def part(content: Json, reason: str | None = None) -> Json:
+            logprobs = None if likeliest is None else _logprobs(is_chat, probabilities)
+            probabilities.clear()            # the next part has those of its own tokens
+            return {**head, "choices": [
+                {"index": 0, **content, "logprobs": logprobs, "finish_reason": reason}]}
+
+        pieces = generator.text(read(), stop, strip=is_chat)
         piece = next(pieces, "")             # before anything is sent, as it may raise
         while stream and not tools and piece:
-            yield run.part({"delta": {"role": "assistant", "content": piece}})
+            yield part({"delta": {"role": "assistant", "content": piece}} if is_chat else
+                       {"text": piece})
             piece = next(pieces, "")
-        message = {**self.generator.tokenizer.parse(chat, piece + "".join(pieces))}
-        for number, call in enumerate(message.get("tool_calls", ())):
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-            call |= {"index": number, "id": f"call_{uuid.uuid4().hex}"}
-        reason = "tool_calls" if "tool_calls" in message else None
-        yield from run.end({"delta" if stream else "message": message}, reason)
+        text, reason = piece + "".join(pieces), REASONS[generator.ended]
+        content: Json = {"text": text}
+        if is_chat:
+            message = {**generator.tokenizer.parse(chat, text)}
+            for number, call in enumerate(message.get("tool_calls", ())):
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+                call |= {"index": number, "id": f"call_{uuid.uuid4().hex}"}
+            content = {"delta" if stream else "message": message}
+            reason = "tool_calls" if "tool_calls" in message else reason
+        yield part(content, reason) | ({} if stream else self._usage(count))
+        if stream and (request.get("stream_options") or {}).get("include_usage"):
+            yield {**head, "choices": [], **self._usage(count)}
 
-    def _text(self, question: Json, check: Callable[[], None]) -> Iterator[Json]:
-        """Yield the text that follows a prompt: 16 tokens unless more are asked for."""
-        prompt, stream = question["prompt"], question.get("stream")
-        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-            prompt, = prompt                 # a list of one prompt
-        run = _Run(self, question, check, "text_completion")
-        pieces = run.pieces(prompt, 16, self._grammar(question, [], False))
-        piece = next(pieces, "")
-        while stream and piece:
-            yield run.part({"text": piece})
-            piece = next(pieces, "")
-        yield from run.end({"text": piece + "".join(pieces)})
+    def _usage(self, written: int) -> Json:
+        """How many tokens the last answer read and wrote."""
+        cached = self.generator.cached_tokens
+        length = self.generator.prompt_tokens + cached
+        return {"usage": {"prompt_tokens": length, "completion_tokens": written,
+                          "total_tokens": length + written,
+                          "prompt_tokens_details": {"cached_tokens": cached}}}
 
-    def _grammar(self, question: Json, tools: Sequence[Function], must: bool) -> str:
+    def _messages(self, items: Any) -> list[Message]:
+        """A chat as templates take it: contents as text, arguments of calls as objects. Without a
+        system prompt, it begins with that of the training."""
+        messages = list[Message]()
+        for item in items:
+            content = item.get("content") or ""
+            if not isinstance(content, str):
+                content = "".join(part["text"] for part in content)
+            role = "system" if item["role"] == "developer" else item["role"]
+            message: Json = {"role": role, "content": content} | {
+                key: item[key] for key in ("name", "tool_call_id") if key in item}
+            if calls := functions(item.get("tool_calls"), "tool_calls"):
+                message["tool_calls"] = calls_of(calls, calls)
+            messages.append(message)
+        if not messages:
+            raise ValueError("messages is empty: give at least one")
+        return messages if messages[0]["role"] == "system" else [*self.system, *messages]
+
+    def _grammar(self, request: Json, tools: Sequence[Function], must: bool) -> str:
         """The grammar of the answer; "" if any text may be."""
-        form = question.get("response_format") or {"type": "text"}
+        form = request.get("response_format") or {"type": "text"}
         if form["type"] == "text":
-            most = 1 if question.get("parallel_tool_calls") is False else CALLS
+            most = 1 if request.get("parallel_tool_calls") is False else CALLS
             return self.generator.call_grammar(tools, must, most) if tools else ""
         if tools or form["type"] not in ("json_object", "json_schema"):
             raise ValueError(f"response_format {form['type']!r} is not supported"
@@ -113,61 +156,16 @@ class Api:
         return json_grammar({"type": "object"} if form["type"] == "json_object" else
                             form["json_schema"]["schema"])
 
-
-class _Run:
-    """One answer: its pieces as they come, and the parts that carry them."""
-
-    def __init__(self, api: Api, question: Json, check: Callable[[], None], kind: str):
-        self.generator, self.question, self.check, self.count = api.generator, question, check, 0
-        self.head = {"id": uuid.uuid4().hex, "object": kind, "created": int(time.time()),
-                     "model": api.name}
-
-    def pieces(self, prompt: Any, limit: int | None, grammar: str, strip: bool = False,
-               ) -> Iterator[str]:
-        """The answer's text; limit: how many tokens, unless the question says so."""
-        question, stop = self.question, self.question.get("stop") or []
-        options = {name: question[name] for name in NUMBERS if question.get(name) is not None}
-        for name, value in options.items():
-            if type(value) not in (int, NUMBERS[name]):
-                raise ValueError(f"{name} {value!r} is no {NUMBERS[name].__name__}")
-        limit = options.pop("max_tokens", limit)
-        limit = options.pop("max_completion_tokens", limit)
-        stop = [stop] if isinstance(stop, str) else stop
-        if not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop {stop!r}: expected texts")
-        tokens = self.generator.generate(prompt, limit, grammar, **options)
-        return self.generator.text(self._counted(tokens), stop, strip)
-
-    def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
-        for token in tokens:
-            self.check()
-            self.count += 1
-            yield token
-
-    def part(self, content: Json, reason: str | None = None) -> Json:
-        """An object with this content; the last one has a reason."""
-        return {**self.head, "choices": [
-            {"index": 0, **content, "logprobs": None, "finish_reason": reason}]}
-
-    def end(self, content: Json, reason: str | None = None) -> Iterator[Json]:
-        """The last part, and how many tokens were read and written."""
-        cached, last = self.generator.cached_tokens, self.part(
-            content, reason or REASONS[self.generator.ended])
-        read = self.generator.prompt_tokens + cached
-        usage = {"usage": {"prompt_tokens": read, "completion_tokens": self.count,
-                           "total_tokens": read + self.count,
-                           "prompt_tokens_details": {"cached_tokens": cached}}}
-        if not self.question.get("stream"):
-            yield last | usage
-            return
-        yield last
-        if (self.question.get("stream_options") or {}).get("include_usage"):
-            yield {**last, "choices": [], **usage}
+    def _probability(self, token: int, likeliest: int) -> Json:
+        """The log-probability of the last token, and those of the likeliest in its place."""
+        own, *others = ({"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+                        for text, logprob in self.generator.logprobs(token, likeliest))
+        return {**own, "top_logprobs": others}
 
 
-def _tools(question: Json) -> tuple[list[Function], bool]:
+def _tools(request: Json) -> tuple[list[Function], bool]:
     """The functions that may be called, and whether one must be."""
-    tools, choice = functions(question.get("tools"), "tools"), question.get("tool_choice", "auto")
+    tools, choice = functions(request.get("tools"), "tools"), request.get("tool_choice", "auto")
     if isinstance(choice, dict):
         name = choice["function"]["name"]
         tools = [tool for tool in tools if tool["function"]["name"] == name]
@@ -178,19 +176,40 @@ def _tools(question: Json) -> tuple[list[Function], bool]:
     return [] if choice == "none" else tools, choice != "auto"
 
 
-def _messages(items: Any) -> list[Message]:
-    """A chat as templates take it: contents as text, arguments of calls as objects."""
-    messages = list[Message]()
-    for item in items:
-        content = item.get("content") or ""
-        if not isinstance(content, str):
-            content = "".join(part["text"] for part in content)
-        message: Json = {"content": content, "role": (
-            "system" if item["role"] == "developer" else item["role"])}
-        if calls := functions(item.get("tool_calls"), "tool_calls"):
-            message["tool_calls"] = calls_of(calls, calls)
-        messages.append(message | {key: item[key] for key in ("name", "tool_call_id")
-                                   if key in item})
-    if not messages:
-        raise ValueError("messages is empty: give at least one")
-    return messages
+def _prompt(request: Json) -> Any:
+    """Text, or token ids; a list of one prompt is that prompt."""
+    prompt = request["prompt"]
+    is_list = isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int)
+    return prompt[0] if is_list else prompt
+
+
+def _options(request: Json) -> tuple[Json, list[str]]:
+    """The fields of Sampling that a request has, and the texts before which the answer ends."""
+    limit, stop = request.get("max_completion_tokens"), request.get("stop") or []
+    given = {**request, "max_tokens": request.get("max_tokens") if limit is None else limit}
+    stop = [stop] if isinstance(stop, str) else stop
+    if not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop {stop!r}: expected texts")
+    return {f.name: value for f in fields(Sampling)
+            if (value := given.get(f.name)) is not None}, stop
+
+
+def _likeliest(is_chat: bool, request: Json) -> int | None:
+    """How many of the likeliest tokens get log-probabilities; None: not even the chosen one."""
+    wanted = request.get("logprobs")         # of a chat: true or false; else a number
+    if wanted is None or wanted is False:
+        return None
+    count = (request.get("top_logprobs") or 0) if is_chat else wanted
+    if type(count) is not int or not 0 <= count <= MOST_LIKELIEST:
+        raise ValueError(f"{'top_' * is_chat}logprobs {count!r}: expected 0 to {MOST_LIKELIEST}")
+    return count
+
+
+def _logprobs(is_chat: bool, probabilities: Sequence[Json]) -> Json:
+    """Log-probabilities of some tokens, in the form of a chat or of a text."""
+    if is_chat:
+        return {"content": [*probabilities], "refusal": None}
+    return {"tokens": [p["token"] for p in probabilities],
+            "token_logprobs": [p["logprob"] for p in probabilities],
+            "top_logprobs": [{other["token"]: other["logprob"] for other in p["top_logprobs"]}
+                             for p in probabilities]}

@@ -12,15 +12,14 @@ so one answer may begin another.
 
 from __future__ import annotations
 
-import ctypes
 import heapq
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..data.tokenizer import Tokenizer
 from ..io.text import clean
+from .sampling import floats_of, log_of_sum
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -45,7 +44,7 @@ def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> dict[Tokens
         raise ValueError("the set of answers is empty: give at least one answer")
     if tokenizer.end_id is None:
         raise ValueError("the tokenizer has no token that ends an answer")
-    found: dict[Tokens, str] = {}
+    answers: dict[Tokens, str] = {}
     for text in choices:
         if not text.strip():
             raise ValueError("an answer of the set is empty")
@@ -55,10 +54,10 @@ def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> dict[Tokens
             raise ValueError(f"the tokenizer cannot write the answer {clean(text[:80])!r}: it "
                              f"would read {clean(tokenizer.decode(tokens)[:80])!r}")
         ended = (*tokens, tokenizer.end_id)
-        if ended in found:
+        if ended in answers:
             raise ValueError(f"the answer {clean(text[:80])!r} is in the set twice")
-        found[ended] = text
-    return dict(sorted(found.items()))
+        answers[ended] = text
+    return dict(sorted(answers.items()))
 
 
 def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: dict[Tokens, str],
@@ -68,12 +67,12 @@ def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: dict[Token
     read: gives the logits (1, 1, V) after a prompt and these tokens. A longer beginning is never
     likelier, so the answers come in order.
     """
-    found: list[Answer] = []
+    likely: list[Answer] = []
     heap = [(0.0, [*answers])]               # groups of answers, and the loss of what they share
-    while heap and len(found) < best:
+    while heap and len(likely) < best:
         loss, group = heapq.heappop(heap)    # equals come in the order of their tokens
         if len(group) == 1:
-            found.append(Answer(answers[group[0]], -loss))
+            likely.append(Answer(answers[group[0]], -loss))
             continue
         # What the first and the last share, all do: they are sorted.
         shared = os.path.commonprefix([group[0], group[-1]])
@@ -82,15 +81,12 @@ def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: dict[Token
             parts.setdefault(tokens[len(shared)], []).append(tokens)
         for part, more in zip(parts.values(), _losses(read(shared), [*parts])):
             heapq.heappush(heap, (loss + more, part))
-    return found
+    return likely
 
 
 def _losses(logits: ort.OrtValue, following: Sequence[int]) -> list[float]:
     """-log-probability of each token that may follow, among these alone; logits (1, 1, V)."""
-    floats = ctypes.cast(logits.data_ptr(), ctypes.POINTER(ctypes.c_float))
+    floats = floats_of(logits)
     values = [floats[token] for token in following]
-    highest = max(values)
-    total = highest + math.log(sum(math.exp(value - highest) for value in values))
-    if math.isnan(total):
-        raise ArithmeticError("the model's logits are not numbers")
+    total = log_of_sum(values)
     return [total - value for value in values]

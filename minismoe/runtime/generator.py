@@ -15,10 +15,10 @@ import onnxruntime as ort
 from ..data.tools import Function, Message, with_tools
 from ..io.text import clean
 from .choices import Answer, Tokens, answer_tokens, likeliest
-from .folder import CACHE_TYPES, FLOAT, FLOAT16, INT64
+from .folder import FLOAT, INT64
 from .grammar import CALLS, call_grammar, grammar_tokens, new_matcher
 from .model import CachedModel
-from .sampling import Sampling, penalize, permitted
+from .sampling import Sampling, floats_of, log_of_sum, penalize, permitted
 
 BATCH = 2 << 30                              # bytes of the caches of prompts that are read at once
 
@@ -28,13 +28,13 @@ class Generator(CachedModel):
 
     provider: as `find_device` takes it, or "auto": the best of those that the export was checked
     on; threads: default, the physical cores; task: an adapter of the folder; verify: compare hashes
-    as well as sizes; low_power: threads that wait sleep, which is cooler and slower. `ended` says
-    why the last generation ended: "stop" (a stop token or text), "max_tokens" or "context"; it is
-    "" before that, and if the caller took no more tokens. There is one cache: give each thread a
-    generator of its own.
+    as well as sizes; low_power: threads that wait sleep, which is cooler and slower. There is one
+    cache: give each thread a generator of its own.
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
+    # Why the last generation ended: "stop" (a stop token or text), "max_tokens" or "context"; ""
+    # while it goes on, and if the caller took no more tokens.
     ended = ""
     prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
     cached_tokens = 0                        # those that were in the cache
@@ -48,7 +48,7 @@ class Generator(CachedModel):
         """Read prompts; returns their last logits (B, 1, V).
 
         A single prompt that begins like the last one, as in a chat, is read from the first token
-        that differs. Several get room for `new` tokens more, as a GPU takes memory at once.
+        that differs. More of them get room for `new` tokens each, as a GPU takes memory at once.
         """
         cached = self.reuse(prompts[0]) if len(prompts) == 1 else 0
         if len(prompts) > 1:
@@ -68,7 +68,7 @@ class Generator(CachedModel):
         self._sampler.run_with_iobinding(io)
         if math.isnan(sum(best)):
             raise ArithmeticError("the model's logits are not numbers")
-        chosen = list[int]()
+        self._last, chosen = (logits, ids[:size]), list[int]()
         for start in range(0, B * size, size):
             values, tokens = best[start:start + size], ids[start:start + size]
             if mask is not None:
@@ -76,30 +76,39 @@ class Generator(CachedModel):
             chosen.append(tokens[sampling.draw(values, rng)])
         return chosen
 
-    def _tokens(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None,
-                grammar: str = "", **options: Any) -> Iterator[list[Any]]:
+    def logprobs(self, token: int, count: int) -> list[tuple[str, float]]:
+        """Text and log-probability of the token that was given last and, after it, of the `count`
+        likeliest tokens: among all, whatever the temperature and the grammar.
+
+        It takes about as long as a step of a small model: Python sums over the vocabulary.
+        """
+        floats = floats_of(self._last[0])
+        total = log_of_sum(floats.tolist())
+        return [(self.tokenizer.decode([i]), floats[i] - total)
+                for i in (token, *self._last[1][:count])]
+
+    def _tokens(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling, grammar: str = "",
+                ) -> Iterator[list[Any]]:
         """Yield the next token of each prompt, step by step; None for a prompt that has stopped."""
-        sampling = Sampling(**options)
-        sampling.check(self.candidates)
-        if (max_tokens or 0) < 0:
-            raise ValueError(f"max_tokens {max_tokens}: needed is max_tokens >= 0")
+        if sampling.top_k > self.candidates:
+            raise ValueError(f"top_k {sampling.top_k}: the sampler gives {self.candidates} tokens")
         rows = self.encoded(prompts)
         matcher = new_matcher(self._grammar_tokens, grammar) if grammar else None
-        room = self.room(max(map(len, rows)))
-        steps = room if max_tokens is None else min(room, max_tokens)
+        room, limit = self.room(max(map(len, rows))), sampling.max_tokens
+        steps = room if limit is None else min(room, limit)
         rng, stops = random.Random(sampling.seed), set(self.tokenizer.stop_ids)
         running, self.ended = [True] * len(rows), ""
-        logits, seen = self._begin(rows, steps), [set(row) for row in rows]
-        mine = self._begun
+        logits, to_penalize = self._begin(rows, steps), [set(row) for row in rows]
+        begun = self._begun
         for step in range(1, steps + 1):
             if sampling.repetition_penalty != 1:
-                penalize(logits, seen, sampling.repetition_penalty)
+                penalize(logits, to_penalize, sampling.repetition_penalty)
             chosen = self._sample(logits, rng, sampling, matcher and matcher.compute_bitmask())
             running = [r and token not in stops for r, token in zip(running, chosen)]
             if not any(running):
                 self.ended = "stop"
                 return
-            for row, token in zip(seen, chosen):
+            for row, token in zip(to_penalize, chosen):
                 row.add(token)
             if matcher and not matcher.consume_token(chosen[0]):
                 raise ValueError(f"the schema is too complex: {clean(matcher.get_error())}")
@@ -107,12 +116,12 @@ class Generator(CachedModel):
             if matcher and matcher.is_stopped():
                 self.ended = "stop"
                 return
-            if self._begun != mine:
+            if self._begun != begun:
                 raise RuntimeError("another generation or adapter began, or the cache was emptied, "
                                    "before this one ended")
             if step < steps:
                 logits = self.read([[token] for token in chosen])
-        self.ended = "max_tokens" if steps == max_tokens else "context"
+        self.ended = "max_tokens" if steps == limit else "context"
 
     def call_grammar(self, tools: Sequence[Function], must: bool = False,
                      most: int = CALLS) -> str:
@@ -168,7 +177,7 @@ class Generator(CachedModel):
         Raises ValueError for a wrong prompt or argument at the first next(), ArithmeticError for
         NaN logits, and RuntimeError once another generation or adapter has begun.
         """
-        for token, in self._tokens([prompt], max_tokens, grammar, **sampling):
+        for token, in self._tokens([prompt], Sampling(max_tokens, **sampling), grammar):
             yield token
 
     def reply(self, messages: Sequence[Message], tools: Sequence[Function] = (),
@@ -179,11 +188,11 @@ class Generator(CachedModel):
         """
         if not messages:
             raise ValueError("the chat is empty: give at least one message")
-        asked = with_tools(messages, tools)
+        chat = with_tools(messages, tools)
         if tools:
             options.setdefault("grammar", self.call_grammar(tools))
-        tokens = self.generate(self.tokenizer.render(asked, True), **options)
-        return self.tokenizer.parse(asked, "".join(self.text(tokens, stop)))
+        tokens = self.generate(self.tokenizer.render(chat, True), **options)
+        return self.tokenizer.parse(chat, "".join(self.text(tokens, stop)))
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
               rows: int | None = None, **sampling: Any) -> list[list[int]]:
@@ -195,37 +204,31 @@ class Generator(CachedModel):
         """
         if rows is not None and rows < 1:
             raise ValueError(f"{rows} rows: expected at least 1")
-        encoded, found = self.encoded(prompts), list[list[int]]()
+        encoded, answers = self.encoded(prompts), list[list[int]]()
         if self.static or self._vulkan:
             rows = self.static[0] if self.static else 1
+        elif rows is None and self._memory[0] == "cpu":
+            rows = 1
         elif rows is None:
             longest = max(map(len, encoded), default=0)
             room = self.room(longest) if max_tokens is None else max_tokens
-            rows = 1 if self._memory[0] == "cpu" else self._rows(min(longest + room, self.context))
+            cache = self._bytes_per_token * min(longest + room, self.context)
+            rows = max(1, BATCH // cache)
         for start in range(0, len(encoded), rows):
-            part = encoded[start:start + rows]
+            group = encoded[start:start + rows]
             if start and sampling.get("seed") is not None:
-                sampling["seed"] += rows                       # other draws than the part before
-            steps = list(self._tokens(part, max_tokens, **sampling))
-            found += [[s[i] for s in steps if s[i] is not None] for i in range(len(part))]
-        return found
-
-    def _rows(self, tokens: int) -> int:
-        """How many caches of this many tokens take BATCH bytes, at least one."""
-        info = self.info
-        size = 2 if CACHE_TYPES[info["cache_type"]] == FLOAT16 else 4
-        row = 2 * info["layers"] * info["kv_heads"] * info["head_dim"] * size * tokens
-        return max(1, BATCH // row)
+                sampling["seed"] += rows                       # other draws than the rows before
+            steps = list(self._tokens(group, Sampling(max_tokens, **sampling)))
+            answers += [[s[i] for s in steps if s[i] is not None] for i in range(len(group))]
+        return answers
 
     def choose(self, prompt: str | Sequence[int], choices: Sequence[str], best: int = 1,
                ) -> list[Answer]:
         """The `best` likeliest of the answers `choices` to a prompt, with log-probabilities.
 
-        Raises ValueError for answers that `answer_tokens` refuses, for `best` below 1, and for a
-        prompt too long for the longest answer.
+        Raises ValueError for answers that `answer_tokens` refuses, and for a prompt too long for
+        the longest answer.
         """
-        if best < 1:
-            raise ValueError(f"the {best} best answers: expected at least 1")
         if isinstance(choices, str):
             raise ValueError(f"the answers are the text {choices!r}: give a list of texts")
         answers = self._answer_tokens(tuple(choices))
@@ -257,16 +260,16 @@ class Generator(CachedModel):
 
     def _pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens in whole characters."""
-        # The previous piece, with the text `told`, is decoded again before what is new, since some
-        # tokenizers decode a token differently without its neighbours.
+        # The previous piece is decoded again before what is new, since some tokenizers decode a
+        # token differently without its neighbours.
         piece: list[int] = []
-        new, told = [], ""
+        new, length = [], 0                  # tokens after the piece, and characters of the piece
         for token in tokens:
             new.append(token)
             text = self.tokenizer.decode(piece + new)
-            if len(text) > len(told) and not text.endswith("\ufffd"):
-                yield text[len(told):]
+            if len(text) > length and not text.endswith("\ufffd"):
+                yield text[length:]
                 piece, new = new, []
-                told = self.tokenizer.decode(piece)
-        if rest := self.tokenizer.decode(piece + new)[len(told):]:
+                length = len(self.tokenizer.decode(piece))
+        if rest := self.tokenizer.decode(piece + new)[length:]:
             yield rest

@@ -63,6 +63,8 @@ class CachedModel:
         self._sampler = open_session(self.folder / "sampler.onnx", Device(), 1)
         best = self._sampler.get_outputs()[0].shape
         self.candidates: int = best[1] if len(best) == 2 else 0              # tokens to draw from
+        self._bytes_per_token = 2 * self.info["layers"] * self.info["kv_heads"] * (
+            self.info["head_dim"] * (2 if self.info["cache_type"] == "float16" else 4))
         self._fits()
         self.use(task)
 

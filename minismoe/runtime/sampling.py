@@ -7,38 +7,47 @@ import ctypes
 import heapq
 import math
 import random
+from argparse import ArgumentTypeError
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate, takewhile
 from typing import Any
+
+from ..io.flags import above_zero, flag, natural, number, part, share
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen among the likeliest, the candidates.
+    """How many tokens an answer has at most, and how each is chosen among the likeliest.
 
-    temperature: 0 takes the likeliest; else tokens are drawn by softmax, among the `top_k`
-    likeliest (0: all candidates), those that together reach `top_p`, and those that are at least
-    `min_p` times as likely as the likeliest. repetition_penalty: what divides a positive logit of a
-    token that is in the prompt or the answer, and multiplies a negative one (Keskar et al. 2019).
+    Each field is a flag of the command line. Raises ValueError for a value that its flag refuses.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    max_tokens: int | None = flag(None, "default: until the context is full", natural, metavar="N")
+    temperature: float = flag(0.0, "0 (default) takes the likeliest token, others draw", number)
+    top_p: float = flag(1.0, "draw among the likeliest tokens that together reach P (default: 1)",
+                        share, metavar="P")
+    top_k: int = flag(0, "draw among the K likeliest tokens (default: as many as the folder's "
+                      "sampler gives, 64)", natural, metavar="K")
+    min_p: float = flag(0.0, "draw among tokens at least P times as likely as the likeliest "
+                        "(default: 0)", part, metavar="P")
+    # It divides a positive logit, and multiplies a negative one (Keskar et al. 2019).
+    repetition_penalty: float = flag(
+        1.0, "make tokens of the prompt and the answer less likely: above 1, such as 1.1 "
+        "(default: 1)", above_zero, metavar="F")
+    seed: int | None = flag(None, "of the draws; default: another one each time", int)
 
-    def check(self, candidates: int) -> None:
-        """Raise ValueError for a value out of range."""
-        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1
-                and isinstance(self.top_k, int) and 0 <= self.top_k <= candidates
-                and 0 <= self.min_p <= 1 and 0 < self.repetition_penalty < math.inf):
-            values = ", ".join(f"{name} {value}" for name, value in vars(self).items())
-            raise ValueError(f"{values}: needed are temperature >= 0, 0 < top_p <= 1, 0 <= top_k "
-                             f"<= {candidates}, 0 <= min_p <= 1 and repetition_penalty > 0")
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, kind = getattr(self, f.name), f.metadata["type"]
+            try:
+                if value != f.default or isinstance(value, bool):
+                    kind(repr(value))
+            except ArgumentTypeError as e:
+                raise ValueError(f"{f.name} {e}") from None
+            except ValueError:
+                raise ValueError(f"{f.name} {value!r} is no {kind.__name__}") from None
 
     def draw(self, logits: Sequence[float], rng: random.Random) -> int:
         """Choose an index of `logits`, which are sorted from the largest."""
@@ -51,16 +60,25 @@ class Sampling:
         return rng.choices(range(len(masses)), cum_weights=masses)[0]
 
 
-def floats_of(logits: Any) -> Any:
+def floats_of(logits: Any) -> "memoryview[float]":
     """The values of an OrtValue of floats (B, 1, V) in one row, in its own memory."""
-    size = math.prod(logits.shape())
-    return ctypes.cast(logits.data_ptr(), ctypes.POINTER(ctypes.c_float * size))[0]
+    kind = ctypes.c_float * math.prod(logits.shape())
+    return memoryview(kind.from_address(logits.data_ptr())).cast("B").cast("f")
 
 
-def penalize(logits: Any, seen: Sequence[Iterable[int]], penalty: float) -> None:
+def log_of_sum(logits: Sequence[float]) -> float:
+    """log(sum(exp(logits))); ArithmeticError if one is no number."""
+    highest = max(logits)
+    total = highest + math.log(sum([math.exp(x - highest) for x in logits]))
+    if math.isnan(total):
+        raise ArithmeticError("the model's logits are not numbers")
+    return total
+
+
+def penalize(logits: Any, rows: Sequence[Iterable[int]], penalty: float) -> None:
     """Change logits (B, 1, V) in place: by a repetition penalty, of the tokens that a row has."""
     floats, V = floats_of(logits), logits.shape()[-1]
-    for row, tokens in enumerate(seen):
+    for row, tokens in enumerate(rows):
         for place in (row * V + token for token in tokens):
             floats[place] *= penalty if floats[place] < 0 else 1 / penalty
 

@@ -6,8 +6,7 @@ It answers programs and pages of this machine; on another host, whoever has the 
 import json
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from hmac import compare_digest
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +15,7 @@ from socket import MSG_PEEK
 from typing import Any
 
 from ..io.text import clean, error_line
-from .api import Api, Unanswered
+from .api import Api, Json, RequestError
 
 HOST = "127.0.0.1"
 # A browser keeps a page and its model by port, so that a folder is best found at the same one.
@@ -29,35 +28,22 @@ HEADERS = {                  # the first two let a page share memory, which thre
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread for each request; api is None if the folder's graph is for browsers alone."""
+    """A thread for each request. `turn` is held by the one that the generator answers."""
 
     allow_reuse_address = os.name != "nt"    # there, it would take a port that is in use
     request_queue_size = 128
-    waiting, served = 0, 0                   # numbers of the next question, and of that in turn
 
-    def __init__(self, host: str, port: int, folder: Path, api: Api | None, key: str | None):
-        super().__init__((host, port), partial(_Handler, directory=str(folder)))
-        self.folder, self.api, self.key, self.changed = folder, api, key, threading.Condition()
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait until all questions that came earlier are answered."""
-        with self.changed:
-            mine, self.waiting = self.waiting, self.waiting + 1
-            self.changed.wait_for(lambda: self.served == mine)
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.served += 1
-                self.changed.notify_all()
+    def __init__(self, address: tuple[str, int], api: Api, key: str | None):
+        self.folder = api.generator.folder.resolve()
+        super().__init__(address, partial(_Handler, directory=str(self.folder)))
+        self.api, self.key, self.turn = api, key, threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Nothing: a client left."""
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """One request: GET of a file or of the model's name, or POST of a question."""
+    """One request: GET of a file or of the model's name, or POST of what is to be answered."""
 
     extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript",
                       ".mjs": "text/javascript", ".wasm": "application/wasm"}
@@ -65,17 +51,16 @@ class _Handler(SimpleHTTPRequestHandler):
     server: _Server
 
     def _check(self) -> None:
-        """Raise Unanswered for a request of another site, or without the key."""
+        """Raise RequestError for a request of another site, or without the key."""
         key, host = self.server.key, self.headers.get("Host", "")
-        if key is not None:
-            given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            if not compare_digest(given.encode(), key.encode()):
-                raise Unanswered("the API key is missing or wrong", 401, "invalid_api_key")
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if key and not compare_digest(given.encode(), key.encode()):
+            raise RequestError("the API key is missing or wrong", 401, "invalid_api_key")
         # Another site may have its name lead to 127.0.0.1, but the browser still sends that name.
-        elif host.partition(":")[0].lower() not in (HOST, "localhost"):
-            raise Unanswered("the request is for another host", 403)
+        if not key and host.partition(":")[0].lower() not in (HOST, "localhost"):
+            raise RequestError("the request is for another host", 403)
         if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            raise Unanswered("the request comes from another site", 403)
+            raise RequestError("the request comes from another site", 403)
 
     def _check_client(self) -> None:
         """Raise ConnectionError if the client has left."""
@@ -87,34 +72,32 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_head(self):                                     # type: ignore[no-untyped-def]
         """Answer with headers; returns the open file, or None if there is none to send."""
-        folder, file = self.server.folder.resolve(), Path(self.translate_path(self.path))
+        folder, file = self.server.folder, Path(self.translate_path(self.path))
         try:
             self._check()
-            if self.path.startswith("/v1/") and self.server.api:
+            if self.path.startswith("/v1/"):
                 return self._send(self.server.api.models(self.path))
             if "\0" in str(file) or not file.resolve().is_relative_to(folder):
-                raise Unanswered("the file is not in the folder", 403)
+                raise RequestError("the file is not in the folder", 403)
             if not (folder / "index.html").is_file() or (    # no lists of files, either
-                    file.is_dir() and file != Path(self.directory)):
-                raise Unanswered("there is no such page", 404)
-        except Unanswered as e:
+                    file.is_dir() and file != folder):
+                raise RequestError("there is no such page", 404)
+        except RequestError as e:
             return self._send(e.body, e.status)
         return super().send_head()
 
     def do_POST(self) -> None:
-        """Answer a question, as a whole or as a stream of events."""
+        """Answer as a whole or as a stream of events."""
         streams = False
         try:
             self._check()
-            question = self._question()
-            if not self.server.api:
-                raise Unanswered("the folder's graph is for browsers: export --layout onnx", 404)
-            with self.server.turn():
-                for part in self.server.api.answer(self.path, question, self._check_client):
-                    if not question.get("stream"):
+            request = self._request()
+            with self.server.turn:
+                for part in self.server.api.answer(self.path, request, self._check_client):
+                    if not request.get("stream"):
                         self._send(part)
                         return
-                    if not streams:          # not earlier: a question may be refused
+                    if not streams:          # not earlier: a request may be refused
                         self._send(None, kind="text/event-stream")
                         streams = True
                     self._event(json.dumps(part))
@@ -122,31 +105,31 @@ class _Handler(SimpleHTTPRequestHandler):
         except OSError:                      # the client left, or takes nothing
             return
         except Exception as e:               # onnxruntime raises bare Exceptions
-            failed = e if isinstance(e, Unanswered) else Unanswered(error_line(e), 500)
+            failed = e if isinstance(e, RequestError) else RequestError(error_line(e), 500)
             if streams:
                 self._event(json.dumps(failed.body))
             else:
                 self._send(failed.body, failed.status)
 
-    def _question(self) -> dict[str, Any]:
-        """The JSON object of a request; Unanswered if there is none, or it is too large."""
+    def _request(self) -> Json:
+        """The JSON object of a request; RequestError if there is none, or it is too large."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
-            raise Unanswered("the request has no Content-Length", 411)
+            raise RequestError("the request has no Content-Length", 411)
         if int(length) > LARGEST:
             for _ in range(min(int(length), 1 << 30) >> 16):     # else it would not see the answer
                 self.rfile.read(1 << 16)
-            raise Unanswered(f"the request has {length} bytes: at most {LARGEST} are read", 413)
+            raise RequestError(f"the request has {length} bytes: at most {LARGEST} are read", 413)
         # A page of another site may post text, but not this type.
         if self.headers.get_content_type() != "application/json":
-            raise Unanswered("the request's Content-Type is not application/json", 415)
+            raise RequestError("the request's Content-Type is not application/json", 415)
         try:
-            question = json.loads(self.rfile.read(int(length)))
+            request = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as e:
-            raise Unanswered(f"the request is no JSON: {e}") from None
-        if not isinstance(question, dict):
-            raise Unanswered("the request is no JSON object")
-        return question
+            raise RequestError(f"the request is no JSON: {e}") from None
+        if not isinstance(request, dict):
+            raise RequestError("the request is no JSON object")
+        return request
 
     def _send(self, value: Any, status: int = 200, kind: str = "application/json") -> None:
         """Send headers and, unless it is None, a value as JSON."""
@@ -170,14 +153,15 @@ class _Handler(SimpleHTTPRequestHandler):
         """Nothing: a page asks for many files."""
 
 
-def serve(folder: Path, api: Api | None, host: str | None = None, port: int | None = None,
-          key: str | None = None) -> None:
-    """Serve the folder until Ctrl-C: at the port, at a free one if it is 0; default: PORT, or the
-    next that is free. With a host, requests need the key. Raises OSError if the port is taken."""
+def serve(api: Api, host: str | None = None, port: int | None = None, key: str | None = None,
+          ) -> None:
+    """Serve the generator and its folder's page until Ctrl-C: at the port, at a free one if it is
+    0; default: PORT, or the next that is free. With a host, requests need the key. Raises OSError
+    if the port is taken."""
     reason: Exception = OSError()
     for number in range(PORT, PORT + PORTS) if port is None else [port]:
         try:
-            server = _Server(host or HOST, number, folder, api, key)
+            server = _Server((host or HOST, number), api, key)
             break
         except (OSError, OverflowError) as e:
             reason = e
@@ -185,6 +169,7 @@ def serve(folder: Path, api: Api | None, host: str | None = None, port: int | No
         raise OSError(f"port {number} cannot be opened: {reason}; give --serve another one")
     with server:
         address = f"http://{host or HOST}:{server.server_port}/"
-        what = f"{address}v1 answers as OpenAI's API" if api else f"{address} shows a page"
-        print(f"{what} from {clean(folder)}; Ctrl-C ends it", flush=True)
+        page = f"{address} shows a page, and " * (server.folder / "index.html").is_file()
+        print(f"{page}{address}v1 answers as OpenAI's API from {clean(api.generator.folder)}; "
+              "Ctrl-C ends it", flush=True)
         server.serve_forever()

@@ -102,7 +102,7 @@ def test_each_call_of_an_answer_gets_its_result(generator, monkeypatch) -> None:
             {"tool_calls": [call, call]} if len(chats) == 1 else {})
     monkeypatch.setattr(terminal, "_answer", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("ask\n1\n2\nmore\n"))
-    terminal._chat(generator, {}, False)
+    terminal._chat(generator, {}, (), False)
     assert [[m["role"] for m in chat] for chat in chats] == [
         ["user"], ["user", "assistant", "tool", "tool"],
         ["user", "assistant", "tool", "tool", "assistant", "user"]]
@@ -114,7 +114,7 @@ def test_a_chat_is_rendered_as_it_was_trained(generator, monkeypatch) -> None:
     prompts: list[str] = []
     monkeypatch.setattr(generator, "generate", lambda prompt: prompts.append(prompt) or b" yes")
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    terminal._chat(generator, {}, False)
+    terminal._chat(generator, {}, (), False)
     assert prompts[1] == generator.tokenizer.render(
         [{"role": r, "content": c} for r, c in (
             ("user", "one"), ("assistant", "yes"), ("user", "two"))], True)
@@ -183,8 +183,7 @@ def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> 
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--serve", "web"], "web is no port; write the folder before --serve"),
-    (["--serve=-1"], "-1 is no port"),
+    (["--serve", "web"], "--serve: invalid int value: 'web'"), (["--serve=-1"], "-1 is below 0"),
     (["x", "--best", "2"], "--best needs --choices"),
     (["--chat", "--lines"], "leave out PROMPT, --raw and --lines"),
     (["--serve", "--stats"], "leave out stats"), (["--serve", "--stop", "t"], "leave out stop"),

@@ -275,10 +275,14 @@ def test_logits_that_are_not_numbers_end_a_text(model, tmp_path) -> None:
 @pytest.mark.parametrize("prompt, options, message", [
     ([], {}, "empty"), ("", {}, "empty"),
     (b"x" * 96, {}, "96 tokens, which leaves no room .* of 96"),
-    ([259], {}, "outside of the model's 259"), ("a", {"temperature": -1}, "temperature >= 0"),
-    ("a", {"top_p": 0}, "0 < top_p <= 1"), ("a", {"top_k": 65}, "top_k <= 64"),
-    ("a", {"min_p": 2}, "min_p <= 1"), ("a", {"repetition_penalty": 0}, "repetition_penalty > 0"),
-    ("a", {"max_tokens": -1}, "max_tokens -1"),
+    ([259], {}, "outside of the model's 259"),
+    ("a", {"temperature": -1}, "temperature -1 is no number of at least 0"),
+    ("a", {"temperature": "1"}, "temperature '1' is no float"),
+    ("a", {"top_p": 0}, r"top_p 0 is not in \(0, 1\]"),
+    ("a", {"top_k": 65}, "top_k 65: the sampler gives 64"), ("a", {"top_k": 1.0}, "top_k 1.0 is no"),
+    ("a", {"min_p": 2}, r"min_p 2 is not in \[0, 1\]"), ("a", {"seed": True}, "seed True is no int"),
+    ("a", {"repetition_penalty": 0}, "repetition_penalty 0 is not above 0"),
+    ("a", {"max_tokens": -1}, "max_tokens -1 is below 0"),
 ])
 def test_refusals(generator, prompt, options, message) -> None:
     with pytest.raises(ValueError, match=message):

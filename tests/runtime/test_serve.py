@@ -50,7 +50,7 @@ def folder(model, tmp_path_factory) -> Path:
 @contextmanager
 def serving(generator: Generator, **client: object) -> Iterator["openai.OpenAI"]:
     """A client of a server of this generator, which another thread runs."""
-    running = server._Server(server.HOST, 0, generator.folder, Api(generator), None)
+    running = server._Server((server.HOST, 0), Api(generator), None)
     thread = threading.Thread(target=running.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -151,9 +151,10 @@ def test_content_in_parts_and_another_name_of_the_system(generator, client) -> N
     ({"messages": []}, "messages is empty"),
     ({"messages": [{"role": "user", "content": 7}]}, "not iterable"),
     ({"messages": [{"content": "x"}]}, "KeyError"), ({"n": 2}, "n 2 is not supported"),
-    ({"logit_bias": {"1": 2}}, "logit_bias"), ({"temperature": -1}, "temperature >= 0"),
+    ({"logit_bias": {"1": 2}}, "logit_bias"), ({"temperature": -1}, "temperature -1 is no number"),
     ({"max_tokens": "many"}, "max_tokens 'many' is no int"), ({"stop": [""]}, "stop"),
-    ({"logprobs": True}, "logprobs True is not supported"), ({"seed": True}, "seed True"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs 21: expected 0 to 20"),
+    ({"seed": True}, "seed True"),
     ({"response_format": {"type": "xml"}}, "'xml' is not supported"),
     ({"tools": [{"name": "f"}]}, "tools is no list"),
     ({"tool_choice": "required"}, "does not offer|not offer"),
@@ -350,19 +351,20 @@ def test_a_folder_is_served_with_a_key_to_other_machines(folder, signals) -> Non
     assert (process.returncode, err) == (130, "interrupted\n")
 
 
-def test_the_port_is_the_same_unless_it_is_taken(monkeypatch, tmp_path, capsys) -> None:
+def test_the_port_is_the_same_unless_it_is_taken(generator, monkeypatch, capsys) -> None:
     monkeypatch.setattr(server._Server, "serve_forever", lambda _: None)
     with socket.socket() as free:
         free.bind((server.HOST, 0))
         monkeypatch.setattr(server, "PORT", free.getsockname()[1])
+    api = Api(generator)
     for _ in range(2):
-        server.serve(tmp_path, None)
-        assert f":{server.PORT}/ " in capsys.readouterr().out
+        server.serve(api)
+        assert f":{server.PORT}/v1 " in capsys.readouterr().out
     with socket.create_server((server.HOST, server.PORT)):
-        server.serve(tmp_path, None)
-        assert f":{server.PORT}/ " not in capsys.readouterr().out
+        server.serve(api)
+        assert f":{server.PORT}/v1 " not in capsys.readouterr().out
         with pytest.raises(OSError, match=f"port {server.PORT} cannot be opened"):
-            server.serve(tmp_path, None, port=server.PORT)
+            server.serve(api, port=server.PORT)
 
 
 @pytest.mark.parametrize("flags", [["--serve", "--host", "0.0.0.0"], ["x", "--api-key", "k"]])
