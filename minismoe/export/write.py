@@ -71,8 +71,6 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
         "versions": versions() | {"onnx": onnx.__version__, "onnxruntime": ort.__version__}}
     if source.system:
         info["system"] = source.system
-    if other:
-        info["other_graph"] = {name: other[name] for name in ("arguments", "checked")}
     if config.graph:
         info |= layouts.write_graph(config, shipped, folder)
         if config.layout in ("onnx", "web") and source.tasks:
@@ -93,11 +91,14 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
         layouts.write_genai(folder, info["context"], config.target == "ort")
     if config.layout == "web":
         graph = layouts.write_web(folder, config.precision, info["cache_type"])
-    if config.layout in ("genai", "web"):                # their programs choose tokens themselves
+    if config.layout == "genai":             # its program chooses tokens itself
         (folder / "sampler.onnx").unlink()
     if has_contract:
         info["contract"] = {"graph": graph.relative_to(folder).as_posix(), **contract(
             graph, config.target, source.tokenizer.stop_ids, vector)}
+    if other:
+        info["other_graph"] = {name: other[name] for name in (
+            "arguments", "checked", "cache_type", "contract")}
     return record(info, folder)
 
 

@@ -211,5 +211,5 @@ def _logprobs(is_chat: bool, probabilities: Sequence[Json]) -> Json:
         return {"content": [*probabilities], "refusal": None}
     return {"tokens": [p["token"] for p in probabilities],
             "token_logprobs": [p["logprob"] for p in probabilities],
-            "top_logprobs": [{other["token"]: other["logprob"] for other in p["top_logprobs"]}
-                             for p in probabilities]}
+            "top_logprobs": [{other["token"]: other["logprob"]       # of equal texts the likeliest
+                              for other in reversed(p["top_logprobs"])} for p in probabilities]}

@@ -1,7 +1,7 @@
 """What an exported folder says: export.json, checked before anything is opened, and its tasks."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,24 +27,25 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no export.json; export.py --layout onnx writes one")
     info = read_json(file)
     try:
-        _check(info)
+        info |= info.get("other_graph", {})  # that of layout web for GPUs is the faster one on CPUs
+        for name, good in _checks(info):
+            if not good:
+                raise ValueError(f"{name} {info.get(name)!r}")
         for name in os.listdir(folder):      # files that export.json does not list are read too
             inside(folder, name)
         files = {plain_file(folder, name): (entry["bytes"], entry["sha256"])
                  for name, entry in info["files"].items()}
-        if odd := [e for e in files.values() if (type(e[0]), type(e[1])) != (int, str)]:
-            raise ValueError(f"size and hash {odd[0]}")
-        needed = {"model.onnx", "sampler.onnx"}
+        needed = {graph_of(info), "sampler.onnx"}
         if info["target"] == "npu":
             needed |= {"embed.onnx", "prompt.onnx"} | (
                 {"model.qnn.onnx", "prompt.qnn.onnx"} if info.get("soc") else set())
         if lacking := needed - info["files"].keys():
             raise ValueError(f"it names no {' and no '.join(sorted(lacking))}")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        layout = info.get("layout", "onnx")
-        hint = "" if layout == "onnx" else (
-            f"; its layout is {clean(layout)}, and the runtime reads --layout onnx")
-        raise ValueError(f"{file} is not understood: {type(e).__name__} {e}{hint}") from None
+        layout = clean(info.get("layout", "onnx"))
+        hint = "export again" if layout in ("onnx", "web") else (
+            f"its layout is {layout}, and the runtime reads --layout onnx and web")
+        raise ValueError(f"{file} is not understood: {type(e).__name__} {e}; {hint}") from None
     for path, (size, digest) in files.items():
         if path.stat().st_size != size:
             raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}: it was "
@@ -54,24 +55,29 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
     return info
 
 
-def _check(info: Any) -> None:
-    """Raise ValueError, KeyError or TypeError if a value is missing or out of range."""
-    sizes = [*(info[key] for key in SIZES), *(info.get("static") or [])]
-    if info["format"] != FORMAT or info["cache_type"] not in CACHE_TYPES or (
-            info["target"] not in ("ort", "portable", "npu")):
-        raise ValueError(f"format {info['format']!r}, cache type {info['cache_type']!r}, "
-                         f"target {info['target']!r}")
-    if info["target"] == "npu" and (info["static"][0], type(info.get("soc", 0))) != (1, int):
-        raise ValueError(f"static {info['static']}, chip {info.get('soc')!r}")
-    if not all(type(size) is int and 0 < size <= 1 << 24 for size in sizes) or len(
-            sizes) not in (5, 8) or not isinstance(info.get("adapters") or {}, dict) or {
-            type(name) for name in info.get("providers", [])} - {str}:
-        raise ValueError(f"sizes {sizes}, adapters, or providers")
+def _checks(info: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Names of values in export.json, and whether each is of the right type and in range."""
+    yield "format", info["format"] == FORMAT
+    yield "target", info["target"] in ("ort", "portable", "npu")
+    yield "cache_type", info["cache_type"] in CACHE_TYPES
+    yield "adapters", isinstance(info.get("adapters") or {}, dict)
+    yield "providers", all(isinstance(name, str) for name in info.get("providers", []))
+    yield "soc", type(info.get("soc", 0)) is int
+    static = info.get("static") or []
+    yield "static", len(static) in (0, 3) and (info["target"] != "npu" or static[0] == 1)
+    for name, sizes in [("static", static), *((name, [info[name]]) for name in SIZES)]:
+        yield name, all(type(size) is int and 0 < size <= 1 << 24 for size in sizes)
+
+
+def graph_of(info: dict[str, Any]) -> str:
+    """The file of the decoder: that of layout web lies where transformers.js looks for it."""
+    return str(info.get("contract", {}).get("graph", "model.onnx"))
 
 
 def plain_file(folder: Path, name: object) -> Path:
     """folder / name; raises ValueError for a name or a link that leads out of the folder."""
-    if not isinstance(name, str) or Path(name).name != name or set(name) & set("/\\:\0"):
+    if not isinstance(name, str) or ".." in name.split("/") or name.startswith("/") or (
+            set(name) & set("\\:\0")):
         raise ValueError(f"{folder / 'export.json'} names {name!r}, which is no plain file name")
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} lacks {name}, which its export.json names: export again")
@@ -85,10 +91,10 @@ def known_tasks(folder: Path) -> dict[str, tuple[list[str], str]]:
     """
     known = read_json(folder / TASKS) if (folder / TASKS).is_file() else {}
     with suppress(AttributeError, KeyError, TypeError):
-        found = {name: ([*task["choices"]], task["instruction"]) for name, task in known.items()}
-        if all(isinstance(text, str) for choices, last in found.values()
-               for text in [*choices, last]):
-            return found
+        tasks = {name: ([*task["choices"]], task["instruction"]) for name, task in known.items()}
+        if all(isinstance(text, str) for choices, instruction in tasks.values()
+               for text in [*choices, instruction]):
+            return tasks
     raise ValueError(f"{folder / TASKS} does not hold what export.py writes: export again")
 
 

@@ -205,8 +205,8 @@ class Generator(CachedModel):
         if rows is not None and rows < 1:
             raise ValueError(f"{rows} rows: expected at least 1")
         encoded, answers = self.encoded(prompts), list[list[int]]()
-        if self.static or self._vulkan:
-            rows = self.static[0] if self.static else 1
+        if self._batch:
+            rows = self._batch
         elif rows is None and self._memory[0] == "cpu":
             rows = 1
         elif rows is None:

@@ -15,7 +15,7 @@ from ..data.tokenizer import load_tokenizer
 from ..io.files import naming
 from ..io.process import give_back_memory, huge_page_ranges, use_huge_pages
 from .cache import FixedCache, GrowingCache, Row, SharedCache
-from .folder import plain_file, read_info
+from .folder import graph_of, plain_file, read_info
 from .npu import NpuSteps, SlotCache
 from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
 
@@ -47,16 +47,19 @@ class CachedModel:
             self.info["target"] == "npu") else None
         device = find_device(None if self._npu else provider)
         self._session = self._npu.one if self._npu else open_session(
-            self.folder / "model.onnx", device, threads, settings)
+            self.folder / graph_of(self.info), device, threads, settings)
         self.nodes = nodes_by_provider(self._session)
+        shares = self.info.get("contract", {}).get("shared_buffer", self.info["target"] == "ort")
         self._kind: Callable[..., GrowingCache] = (
             partial(SlotCache, self._npu) if self._npu else FixedCache if self.static else
-            SharedCache if self.info["target"] == "ort" else GrowingCache)
+            SharedCache if shares else GrowingCache)
         # The cache is where attention is: CUDA's takes 16 bits only, and leaves others to the CPU.
         on_cpu = self._kind is SharedCache and "GroupQueryAttention" in self.nodes.get(CPU, "")
         self._memory = ("cpu", 0) if on_cpu else device.memory
         # WebGPU on Vulkan attends wrongly to 32 new tokens: Dawn does not zero a loop's variables.
         self._vulkan = device.name == "webgpu" and sys.platform not in ("win32", "darwin")
+        batch = self._session.get_inputs()[0].shape[0]
+        self._batch = batch if isinstance(batch, int) else 1 if self._vulkan else None
         large = sum(entry["bytes"] for entry in self.info["files"].values()) > LARGE
         self._huge_pages = threading.Thread(target=use_huge_pages, daemon=True, args=(
             huge_page_ranges() - before,)) if large else None

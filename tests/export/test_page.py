@@ -115,7 +115,9 @@ class Graph:
         self.session = ort.InferenceSession(str(folder / "onnx" / name))
         self.tokenizer = load_tokenizer(folder)
         self.system = json.loads((folder / "export.json").read_text()).get("system")
-        self.empty = {x.name: torch.zeros([d if isinstance(d, int) else 0 for d in x.shape]).numpy()
+        kinds = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+        self.empty = {x.name: torch.zeros([d if isinstance(d, int) else 0 for d in x.shape],
+                                          dtype=kinds[x.type]).numpy()
                       for x in self.session.get_inputs()[2:]}
 
     def prompt(self, *texts: str) -> list[int]:
@@ -160,8 +162,9 @@ def test_a_web_folder_holds_what_a_browser_loads(web: Path) -> None:
 
 def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
     (web.parent / "secret").write_text("secret")
-    (web / "link").symlink_to(web.parent / "secret")
     with served(web, "0") as address:
+        (web / "link").symlink_to(web.parent / "secret")
+
         def get(path: str, host: str = "localhost") -> tuple[int, http.client.HTTPMessage, bytes]:
             connection = http.client.HTTPConnection(address.split("/")[2], timeout=30)
             connection.request("GET", path, headers={"Host": host})
@@ -179,6 +182,7 @@ def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
             assert status in (403, 404) and b"secret" not in content.replace(b"/secret", b"")
         assert get("/", "evil.example")[0] == get("/", "[")[0] == 403
         assert get("/", address.split("/")[2])[0] == get("/", "LocalHost")[0] == 200
+        (web / "link").unlink()              # no folder is opened that has one
         port = address.rsplit(":")[-1].strip("/")
         taken = subprocess.run([sys.executable, "-m", "minismoe.runtime", str(web), "--serve",
                                 port], cwd=ROOT, capture_output=True, text=True)
@@ -189,8 +193,23 @@ def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
             assert tab.recv(100).startswith(b"HTTP/1.0 200 OK")
             tab.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         assert get("/")[0] == 200
-    (web / "link").unlink()
     (web / "large").unlink()
+
+
+def test_a_web_folder_answers_programs_too(web: Path) -> None:
+    """By its graph for WebGPU, which is the faster one on a CPU; a chat that goes on is not read
+    anew."""
+    openai = pytest.importorskip("openai")
+    graph = Graph(web, "model_q4f16.onnx")
+    with served(web, "0") as address:
+        client, chat = openai.OpenAI(base_url=f"{address}v1", api_key="none"), []
+        for text in ("Hello", "And now?"):
+            chat.append({"role": "user", "content": text})
+            answer = client.chat.completions.create(model="web", messages=chat, max_tokens=12)
+            chat.append({"role": "assistant", "content": answer.choices[0].message.content})
+            assert chat[-1]["content"] == graph.says(12, *(m["content"] for m in chat[:-1])).strip()
+    first = len(graph.prompt("Hello"))
+    assert answer.usage.prompt_tokens_details.cached_tokens > first
 
 
 @contextmanager

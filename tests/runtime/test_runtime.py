@@ -279,8 +279,8 @@ def test_logits_that_are_not_numbers_end_a_text(model, tmp_path) -> None:
     ("a", {"temperature": -1}, "temperature -1 is no number of at least 0"),
     ("a", {"temperature": "1"}, "temperature '1' is no float"),
     ("a", {"top_p": 0}, r"top_p 0 is not in \(0, 1\]"),
-    ("a", {"top_k": 65}, "top_k 65: the sampler gives 64"), ("a", {"top_k": 1.0}, "top_k 1.0 is no"),
-    ("a", {"min_p": 2}, r"min_p 2 is not in \[0, 1\]"), ("a", {"seed": True}, "seed True is no int"),
+    ("a", {"top_k": 65}, "top_k 65: the sampler gives 64"), ("a", {"top_k": 1.0}, "1.0 is no int"),
+    ("a", {"min_p": 2}, r"min_p 2 is not in \[0, 1\]"), ("a", {"seed": True}, "True is no int"),
     ("a", {"repetition_penalty": 0}, "repetition_penalty 0 is not above 0"),
     ("a", {"max_tokens": -1}, "max_tokens -1 is below 0"),
 ])

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from exported import command, export, random_model
+import torch
+from exported import command, describe, export, random_model
 
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.model.decoder import CausalLM
@@ -136,6 +137,49 @@ def test_a_chat_that_goes_on_is_read_from_where_it_differs(generator, client) ->
     usage = client.chat.completions.create(model="x", messages=more, max_tokens=1).usage
     before = len(generator.tokenizer.encode(generator.tokenizer.render(ASK, True))[0])
     assert usage.prompt_tokens_details.cached_tokens >= before
+
+
+def test_log_probabilities_are_those_of_torch(generator, model, client) -> None:
+    """Of each token and of the likeliest in its place, in both protocols, and in a stream."""
+    ids = generator.tokenizer.encode(generator.tokenizer.render(ASK, True))[0]
+
+    def check(prompt: list[int], tokens: list, likeliest: list[list[float]]) -> None:
+        answer = list(generator.generate(prompt, 8))
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1:-1]
+        wanted = logits.log_softmax(-1)
+        assert [text for text, _ in tokens] == [generator.tokenizer.decode([t]) for t in answer]
+        assert [x for _, x in tokens] == pytest.approx(
+            [float(row[t]) for row, t in zip(wanted, answer)], abs=1e-4)
+        for row, given in zip(wanted, likeliest, strict=True):
+            assert given == pytest.approx(row.topk(len(given)).values.tolist(), abs=1e-4)
+    settings = {"model": "x", "messages": ASK, "max_tokens": 8, "logprobs": True, "top_logprobs": 3}
+    whole = client.chat.completions.create(**settings).choices[0].logprobs.content
+    check(ids, [(p.token, p.logprob) for p in whole],
+          [[other.logprob for other in p.top_logprobs] for p in whole])
+    assert {len(p.top_logprobs) for p in whole} == {3}
+    assert [bytes(p.bytes).decode() for p in whole] == [p.token for p in whole]
+    parts = [*client.chat.completions.create(**settings, stream=True)]
+    assert [p for part in parts for p in part.choices[0].logprobs.content] == whole
+    text = client.completions.create(model="x", prompt="once", max_tokens=8, logprobs=3)
+    given = text.choices[0].logprobs
+    check([*b"once"], [*zip(given.tokens, given.token_logprobs)],
+          [[max(others.values())] for others in given.top_logprobs])
+    plain = client.completions.create(model="x", prompt="once", max_tokens=8)
+    assert plain.choices[0].logprobs is None
+
+
+def test_a_chat_begins_with_the_system_prompt_of_the_training(model, tmp_path) -> None:
+    folder = export(model, tmp_path / "trained", context=2048)
+    describe(folder, system="be brief")
+    generator, brief = Generator(folder, threads=1), {"role": "system", "content": "be brief"}
+    with serving(generator) as client:
+        for messages in ASK, [{"role": "system", "content": "talk"}, *ASK]:
+            answer = client.chat.completions.create(model="x", messages=messages, max_tokens=9)
+            chat = [brief, *messages] if messages == ASK else messages
+            prompt = generator.tokenizer.render(chat, True)
+            assert answer.choices[0].message.content == "".join(
+                generator.text(generator.generate(prompt, 9))).strip()
 
 
 def test_content_in_parts_and_another_name_of_the_system(generator, client) -> None:
