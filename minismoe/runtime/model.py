@@ -34,8 +34,6 @@ class CachedModel:
                  low_power: bool = False):
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
-        self.tokenizer = load_tokenizer(self.folder)
-        give_back_memory()                   # a large tokenizer.json takes thrice what it leaves
         self.static: list[int] | None = self.info.get("static")              # B, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
@@ -69,6 +67,9 @@ class CachedModel:
         self._bytes_per_token = 2 * self.info["layers"] * self.info["kv_heads"] * (
             self.info["head_dim"] * (2 if self.info["cache_type"] == "float16" else 4))
         self._fits()
+        # After the session, which gives back much of the memory that it takes as it opens.
+        self.tokenizer = load_tokenizer(self.folder)
+        give_back_memory()
         self.use(task)
 
     def _fits(self) -> None:
