@@ -11,7 +11,7 @@ Beside "messages" may stand "tools", which they call (tools.py), and in each for
 
 import codecs
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ WEIGHTS = ("weight", "train")    # keys of messages that say whether an answer i
 # Form -> its keys; a line of the form has at least the first and the last.
 FORMS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"),
          "instruction and output": ("instruction", "input", "output")}
+BadLines = defaultdict[tuple[Path, str], list[int]]      # (file, reason) -> numbers of lines
 
 
 @dataclass
@@ -49,37 +50,21 @@ class Contents:
             (f"roles beside {', '.join(ROLES)}", roles)) if listing]
 
 
-class BadLines:
-    """Lines that cannot be read, of all files."""
+def refuse_lines(bad: BadLines) -> None:
+    """Raise ValueError if there are bad lines: how many, the first ten reasons, and their places.
 
-    def __init__(self) -> None:
-        self.numbers: dict[tuple[Path, str], list[int]] = {}     # (file, reason) -> lines
-
-    @property
-    def files(self) -> set[Path]:
-        """The files that have any."""
-        return {file for file, _ in self.numbers}
-
-    def add(self, file: Path, reason: str, number: int = 0) -> None:
-        """Note a line of a file; number 0 stands for the file as a whole."""
-        self.numbers.setdefault((file, reason), []).append(number)
-
-    def refuse(self) -> None:
-        """Raise ValueError if there are any: how many, and the first ten reasons with places."""
-        if not self.numbers:
-            return
-        count = sum(map(len, self.numbers.values()))
-        reasons = [f"{file}{listed(lines)}: {reason}"
-                   for (file, reason), lines in self.numbers.items()]
+    A file is followed by its first three lines; number 0 stands for the file as a whole.
+    """
+    reasons = []
+    for (file, reason), numbers in bad.items():
+        first = f":{', '.join(map(str, numbers[:3]))}" if any(numbers) else ""
+        more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+        reasons.append(f"{file}{first}{more}: {reason}")
+    if bad:
+        count = sum(map(len, bad.values()))
         more = f"; and {len(reasons) - 10} more reasons" if len(reasons) > 10 else ""
         raise ValueError(f"{count} bad line{'s' if count > 1 else ''}: "
                          + "; ".join(reasons[:10]) + more)
-
-
-def listed(numbers: Sequence[int]) -> str:
-    """Line numbers after a file's name, the first three of them; "" for the file as a whole."""
-    more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
-    return f":{', '.join(map(str, numbers[:3]))}{more}" if any(numbers) else ""
 
 
 def read_lines(file: Path, bad: BadLines, contents: Contents) -> list[list[Message]]:
@@ -99,7 +84,7 @@ def read_lines(file: Path, bad: BadLines, contents: Contents) -> list[list[Messa
             json.dumps(messages, ensure_ascii=False).encode()        # fails on half an emoji
             conversations.append(messages)
         except (ValueError, RecursionError) as e:
-            bad.add(file, str(e), number)
+            bad[file, str(e)].append(number)
     return conversations
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..io.files import naming
 from ..method.loss import IGNORE
-from .lines import BadLines, Contents, read_lines
+from .lines import BadLines, Contents, read_lines, refuse_lines
 from .tokenizer import Message, Tokenizer
 
 MOST_CHOICES = 300               # answers of a task that are still a small set
@@ -77,9 +77,9 @@ def load_tasks(data: str | Path, names: Sequence[str] = (), seed: int = 0) -> li
         entries = [path.name for path in sorted(Path(data).iterdir())]
         raise FileNotFoundError(f"{data} holds no task: no .jsonl file, and no folder with a "
                                 f"train.jsonl. It holds {', '.join(entries[:10]) or 'nothing'}")
-    bad = BadLines()
+    bad = BadLines(list)
     tasks = [_load_task(name, places[name], seed, bad) for name in sorted(names or places)]
-    bad.refuse()
+    refuse_lines(bad)
     return tasks
 
 
@@ -122,8 +122,8 @@ def _load_task(name: str, path: Path, seed: int, bad: BadLines) -> Task:
     line is in two splits."""
     file, contents = path / "train.jsonl" if path.is_dir() else path, Contents()
     train = read_lines(file, bad, contents) if _exists(file) else []
-    if not train and file not in bad.files:
-        bad.add(file, "it holds no example")
+    if not train and not any(file == place for place, _ in bad):
+        bad[file, "it holds no example"].append(0)
     splits, notes, left_out = dict[str, list[list[Message]]](), [], 0
     for split, least, most in ("test", 1, len(train)), ("valid", 0, MOST_HELD_OUT):
         own, count, held_out = path / f"{split}.jsonl", len(train), 0
@@ -138,8 +138,8 @@ def _load_task(name: str, path: Path, seed: int, bad: BadLines) -> Task:
         left_out += count - held_out - len(train)
     if left_out:
         notes.append(f"{left_out} training lines left out, as they are in the test or validation")
-        if not train and file not in bad.files:
-            bad.add(file, "all its lines are test or validation lines, too")
+        if not train:
+            bad[file, "all its lines are test or validation lines, too"].append(0)
     if twice := len(train) - len({json.dumps(messages) for messages in train}):
         notes.append(f"{twice} training lines are copies of others")
     return Task(name, train, splits["test"], splits["valid"], [*contents.summary(), *notes])

@@ -5,6 +5,7 @@ that a template takes; only the length of what it writes is limited.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache, partial
@@ -41,30 +42,22 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 def _compiled(template: str) -> Any:
     """The template, ready for `generate`; ValueError if jinja2 cannot read it."""
     try:
-        from jinja2 import TemplateError, nodes
-        from jinja2.ext import Extension
+        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as e:
         raise ModuleNotFoundError(
             f"the chat template needs jinja2: pip install jinja2 ({_one_line(e)})") from None
 
-    class Generation(Extension):
-        """{% generation %} marks supervised text in some templates; its tags are ignored here."""
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     # White space is trimmed as in transformers, for which templates are written.
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[
-        Generation, "jinja2.ext.loopcontrols"])
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=["jinja2.ext.loopcontrols"])
     env.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    # {% generation %} marks supervised text in some templates; here it is a block without effect.
+    template = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
     try:
         return env.from_string(template)
     except Exception as e:                       # a template can be too deep for Python, too
