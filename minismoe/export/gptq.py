@@ -11,7 +11,7 @@ as their inputs x correlate with its input, which H = E[x x^T] tells:
 Letters: N outputs, K inputs, T tokens.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,53 +31,69 @@ ROWS = 8192                      # rounded at a time
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, H: Tensor, bits: int, size: int, damping: float = DAMPING) -> Blocks:
-    """Blocks of `size` of a weight (N, K) whose inputs have E[x x^T] proportional to H (K, K)."""
-    H = H.cpu() / H.diagonal().mean().clamp(min=1e-30).cpu()         # MPS lacks some of these
+def inverse_factor(H: Tensor, damping: float = DAMPING) -> Tensor:
+    """U (K, K), for inputs whose E[x x^T] is proportional to H (K, K)."""
+    device, H = H.device, H.cpu() / H.diagonal().mean().clamp(min=1e-30).cpu()  # MPS lacks Cholesky
     H.diagonal().add_(damping)
     L, one = torch.linalg.cholesky(H.flip(0, 1)), torch.eye(len(H), dtype=H.dtype)
-    U = torch.linalg.solve_triangular(L, one, upper=False).flip(0, 1).to(weight.device)
-    parts = [_rounded(rows, U, bits, size) for rows in weight.split(ROWS)]
-    return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
+    return torch.linalg.solve_triangular(L, one, upper=False).flip(0, 1).to(device)
 
 
-def _rounded(weight: Tensor, U: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
-    """data (N, G, size * bits / 8) and scales (N, G) of a weight."""
-    (N, K), G, zero = weight.shape, -(-weight.shape[1] // size), 1 << (bits - 1)
-    w = weight.T.float().clone(memory_format=torch.contiguous_format)    # what a step reads is near
-    q = torch.full((G * size, N), zero, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(G, N, device=w.device)
-    for g, start in enumerate(range(0, K, size)):
-        end = min(start + size, K)
+@torch.no_grad()
+def gptq(weight: Tensor, U: Tensor, bits: int, sizes: Sequence[int]) -> list[Blocks]:
+    """A weight (N, K) in blocks of each of these sizes, which are multiples of the smallest, for
+    inputs of this `inverse_factor`."""
+    parts = [_rounded(rows, U, bits, sizes) for rows in weight.split(ROWS)]
+    return [Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*of_size)))
+            for size, of_size in zip(sizes, zip(*parts))]
+
+
+def _rounded(weight: Tensor, U: Tensor, bits: int, sizes: Sequence[int],
+             ) -> list[tuple[Tensor, Tensor]]:
+    """data (N, G, size * bits / 8) and scales (N, G) for each size. The columns of all sizes are
+    rounded side by side, so that each step is one operation."""
+    (N, K), S, zero, step = weight.shape, len(sizes), 1 << (bits - 1), min(sizes)
+    w = weight.T.float()[:, None].repeat(1, S, 1)        # (K, S, N): what a step reads is near
+    longest = max(-(-K // size) * size for size in sizes)
+    q = torch.full((longest, S, N), zero, dtype=torch.uint8, device=w.device)
+    scale, scales = torch.empty(S, N, device=w.device), [list[Tensor]() for _ in sizes]
+    for start in range(0, K, step):
+        end = min(start + step, K)
+        for s, size in enumerate(sizes):
+            if start % size == 0:
+                scale[s] = block_scales(w[start:start + size, s].T, zero)[:, 0]
+                scales[s].append(scale[s].clone())
         block, within = w[start:end], U[start:end, start:end]
-        scales[g] = scale = block_scales(block.T, zero)[:, 0].contiguous()
         errors = torch.empty_like(block)
         for k in range(end - start):
             q[start + k] = rounded = integers(block[k], scale, zero)
             errors[k] = (block[k] - (rounded - float(zero)) * scale) / within[k, k]
-            block[k + 1:].addr_(within[k, k + 1:], errors[k], alpha=-1)
-        w[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
-    return pack(q.T.reshape(N, G, size), bits), scales.T.contiguous()
+            block[k + 1:].flatten(1).addr_(within[k, k + 1:], errors[k].flatten(), alpha=-1)
+        w[end:].flatten(1).addmm_(U[start:end, end:].T, errors.flatten(1), alpha=-1)
+    return [(pack(q[:len(of_size) * size, s].T.reshape(N, -1, size), bits), torch.stack(of_size, 1))
+            for s, (size, of_size) in enumerate(zip(sizes, scales))]
 
 
 @torch.no_grad()
 def second_moments(layers: Mapping[str, nn.Module], runs: Iterable[Run]) -> dict[str, Tensor]:
     """Sums of x x^T (K, K), in float32, over the tokens x that each of these linear layers reads
-    in some runs, which give them rows of real tokens alone."""
-    names = {layer: name for name, layer in layers.items()}
-    sums: dict[str, Tensor] = {}
-    last: list[Any] = [None, None]           # q, k and v read the same x, and so do gate and up
+    in the runs, which give them rows of real tokens alone. Layers that read the same x, such as q,
+    k and v, have one tensor."""
+    sums: dict[nn.Module, Tensor] = {}
+    first_of: dict[nn.Module, nn.Module] = {}            # of those that read the same x
+    last: list[Any] = [None, None]                       # x, and the first layer that read it
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         if inputs[0] is not last[0]:
-            last[:] = inputs[0], gram(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
-        name = names[layer]
-        sums[name] = sums[name] + last[1] if name in sums else last[1]
+            last[:] = inputs[0], layer
+            moment = gram(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
+            sums[layer] = sums[layer].add_(moment) if layer in sums else moment
+        first_of[layer] = last[1]
 
     with hooked(layers.values(), hook):
         for _, run in runs:
             run()
-    return sums
+    return {name: sums[first_of[layer]] for name, layer in layers.items() if layer in first_of}
 
 
 def gram(x: Tensor) -> Tensor:

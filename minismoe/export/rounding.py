@@ -14,7 +14,7 @@ from ..method.hooks import evaluating
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight, quantize
 from .bits import choose_blocks
-from .gptq import DAMPING, TIED_DAMPING, gptq, gram, second_moments
+from .gptq import DAMPING, TIED_DAMPING, gptq, gram, inverse_factor, second_moments
 from .leaves import matrix, with_weight
 from .mixture import rounded_experts
 from .walk import Walk
@@ -51,16 +51,18 @@ def rounded_options(tree: CausalLM, form: GraphFormat, model: CausalLM,
             moments = second_moments({name: model.get_submodule(name) for name in leaves
                                       if in_4_bits(form, name)},
                                      [run for of_task in runs.values() for run in of_task])
+            factors = {H: inverse_factor(H) for H in {*moments.values()}}
             for name, leaf in leaves.items():
-                yield name, rounded(leaf, name, form, moments.get(name), DAMPING)
+                factor = factors[moments[name]] if name in moments else None
+                yield name, rounded(leaf, name, form, factor)
         tied, moment = tree.config.tie_word_embeddings, None
         if in_4_bits(form, EMBEDDING if tied else HEAD):
             for x in walk.read_by_head():
                 moment = gram(x.float()) + (0 if moment is None else moment)
-    yield EMBEDDING, rounded(tree.model.embed_tokens, EMBEDDING, form, moment if tied else None,
-                             TIED_DAMPING)
+    factor = None if moment is None else inverse_factor(moment, TIED_DAMPING if tied else DAMPING)
+    yield EMBEDDING, rounded(tree.model.embed_tokens, EMBEDDING, form, factor if tied else None)
     if not tied:
-        yield HEAD, rounded(tree.lm_head, HEAD, form, moment, DAMPING)
+        yield HEAD, rounded(tree.lm_head, HEAD, form, factor)
 
 
 def in_4_bits(form: GraphFormat, name: str) -> bool:
@@ -68,15 +70,18 @@ def in_4_bits(form: GraphFormat, name: str) -> bool:
     return any(storage.bits == 4 for storage in form.options_of(name))
 
 
-def rounded(leaf: Any, name: str, form: GraphFormat, moments: Tensor | None, damping: float,
-            ) -> list[Blocks]:
-    """The weight (out, in) of a module in few bits, for each option: 4 bits for inputs of these
-    second moments, computed where they are; 8 bits, and all without moments, to the nearest."""
-    weight = matrix(leaf) if moments is None else matrix(leaf).to(moments.device)
-    options = [quantize(weight, bits, block, form.target == "npu" and bits == 8)
-               if moments is None or bits == 8 else gptq(weight, moments, bits, block, damping)
-               for bits, block in form.options_of(name)]
-    return [replace(b, data=b.data.cpu(), scales=b.scales.cpu()) for b in options]
+def rounded(leaf: Any, name: str, form: GraphFormat, factor: Tensor | None) -> list[Blocks]:
+    """The weight (out, in) of a module in few bits, for each option: 4 bits for inputs of this
+    `inverse_factor`, computed where it is; 8 bits, and all without a factor, to the nearest."""
+    weight, options = matrix(leaf), form.options_of(name)
+    in_4: list[Blocks] = []
+    if factor is not None:
+        weight = weight.to(factor.device)
+        in_4 = gptq(weight, factor, 4, [block for bits, block in options if bits == 4])
+    blocks = [in_4.pop(0) if bits == 4 and in_4 else
+              quantize(weight, bits, block, form.target == "npu" and bits == 8)
+              for bits, block in options]
+    return [replace(b, data=b.data.cpu(), scales=b.scales.cpu()) for b in blocks]
 
 
 def store(tree: CausalLM, name: str, blocks: Blocks) -> None:

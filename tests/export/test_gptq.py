@@ -11,18 +11,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mixture import COUNTS, D, V, model_of, tasks
+from mixture import COUNTS, V, model_of, tasks
 from torch import Tensor
 
 from minismoe.export import rounding
-from minismoe.export.gptq import DAMPING, TIED_DAMPING, gptq, gram, second_moments
+from minismoe.export.gptq import (
+    DAMPING,
+    TIED_DAMPING,
+    gptq,
+    gram,
+    inverse_factor,
+    second_moments,
+)
 from minismoe.export.graph import write_decoder
 from minismoe.export.rounding import round_weights
 from minismoe.export.tree import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact, merged_layer
-from minismoe.model.quantize import BlockEmbedding, Blocks, dequantize, quantize, unpack
+from minismoe.model.quantize import BlockEmbedding, dequantize, quantize, unpack
 
 
 def by_definition(W: Tensor, H: Tensor, size: int, damping: float) -> Tensor:
@@ -53,16 +60,17 @@ def correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
     return x + 0.3 * torch.randn(tokens, inputs, generator=random)
 
 
-@given(N=st.integers(1, 6), K=st.integers(1, 80), size=st.sampled_from([32, 64]),
+@given(N=st.integers(1, 6), K=st.integers(1, 80), sizes=st.permutations([32, 64, 128]),
        seed=st.integers(0, 99))
-def test_integers_are_those_of_the_definition(N: int, K: int, size: int, seed: int) -> None:
+def test_integers_are_those_of_the_definition(N: int, K: int, sizes: list[int], seed: int) -> None:
     x = correlated(2 * K, K, seed)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
-    blocks = gptq(W, x.T @ x, 4, size, 0.02)
-    q = unpack(blocks.data, 4).flatten(1)
-    far = (q[:, :K].float() - by_definition(W, x.T @ x, size, 0.02)).abs()
-    assert far.max() <= 1 and (far > 0).float().mean() < 0.02      # halves round either way
-    assert (q[:, K:] == 8).all(), "padding must stay 0"
+    for blocks, size in zip(gptq(W, inverse_factor(x.T @ x, 0.02), 4, sizes[:2]), sizes):
+        q = unpack(blocks.data, 4).flatten(1)
+        far = (q[:, :K].float() - by_definition(W, x.T @ x, size, 0.02)).abs()
+        assert far.max() <= 1 and (far > 0).float().mean() < 0.02      # halves round either way
+        assert (q[:, K:] == 8).all(), "padding must stay 0"
+        assert blocks.scales.shape == (N, -(-K // size)) and blocks.size == size
 
 
 @pytest.mark.parametrize("size", [32, 128])
@@ -71,7 +79,7 @@ def test_outputs_stay_closer_than_by_plain_rounding(size: int) -> None:
 
     def error(rounded: Tensor) -> float:
         return float((x @ (rounded - W).T).square().mean())
-    found, plain = gptq(W, x.T @ x, 4, size), quantize(W, 4, size)
+    (found,), plain = gptq(W, inverse_factor(x.T @ x), 4, [size]), quantize(W, 4, size)
     assert error(dequantize(found)) < 0.1 * error(dequantize(plain))
 
 
@@ -83,7 +91,8 @@ def test_a_gram_matrix_is_the_whole_product(K: int) -> None:
 
 def test_inputs_that_are_always_zero_are_rounded_plainly() -> None:
     W = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
-    found, plain = gptq(W, torch.zeros(64, 64), 4, 32), quantize(W, 4, 32)
+    (found,) = gptq(W, inverse_factor(torch.zeros(64, 64)), 4, [32])
+    plain = quantize(W, 4, 32)
     torch.testing.assert_close(found.data, plain.data)
     torch.testing.assert_close(found.scales, plain.scales)
 
@@ -154,15 +163,16 @@ def test_weights_in_8_bits_are_rounded_to_the_nearest(model: Any) -> None:
 
 
 def test_the_tied_table_is_damped_more(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    damped: dict[float, list[Any]] = {}
+    damped: list[float] = []
 
-    def watched(weight: Tensor, H: Tensor, bits: int, size: int, damping: float) -> Blocks:
-        damped.setdefault(damping, []).append(tuple(weight.shape))
-        return gptq(weight, H, bits, size, damping)
+    def watched(H: Tensor, damping: float = DAMPING) -> Tensor:
+        damped.append(damping)
+        return inverse_factor(H, damping)
 
-    monkeypatch.setattr(rounding, "gptq", watched)
+    monkeypatch.setattr(rounding, "inverse_factor", watched)
     round_weights(sharing_copy(model), GraphFormat("ort", "int4", 64), model, {"a": BATCHES[:1]})
-    assert damped[TIED_DAMPING] == [(V, D)] and len(damped[DAMPING]) == len(COUNTS)
+    inputs = 4 * len(model.model.layers)     # q, k and v; o; gate and up; down
+    assert damped == [*[DAMPING] * inputs, TIED_DAMPING]
 
 
 def test_matrices_of_a_group_may_have_bits_of_their_own(model: Any, tmp_path: Path) -> None:
