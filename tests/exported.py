@@ -3,12 +3,11 @@
 import hashlib
 import json
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from tiny import BYTES
+from tiny import BYTES, python
 from torch import nn
 
 from minismoe.export import graph, steps
@@ -18,7 +17,6 @@ from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM, Config
 
 CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"ort": ("ort", None), "portable": ("portable", None),
          "static": ("portable", (1, 1, 96)), "chunks": ("portable", (2, 4, 96))}
 
@@ -87,7 +85,6 @@ finally:
 """
 
 
-def command(*args: object, **options: str) -> subprocess.CompletedProcess[str]:
+def command(*args: object, input: str = "") -> subprocess.CompletedProcess[str]:
     """`python -m minismoe.runtime` without the libraries that it must do without."""
-    return subprocess.run([sys.executable, "-c", BARE, *map(str, args)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=60, **options)
+    return python("-c", BARE, *args, input=input)

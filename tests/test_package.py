@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from tiny import python
 
 import minismoe
 
@@ -69,7 +69,7 @@ def imports(file: Path) -> Iterator[str]:
 def modules_after(code: str) -> set[str]:
     """Names in sys.modules of a fresh process that has run `code`."""
     code += "\nimport sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split())
 

@@ -5,7 +5,6 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from tiny import randomise, save_bytes_model
+from tiny import python, randomise, save_bytes_model
 
 from minismoe import reference
 from minismoe.data.tasks import Example, collate, encode_all, load_tasks
@@ -63,8 +62,7 @@ def test_the_lines_beside_the_toy_are_right() -> None:
 
 @pytest.mark.slow
 def test_the_toy_learns_and_its_graph_answers_as_it_does(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(FILE)], capture_output=True, text=True, timeout=300,
-                          cwd=tmp_path)
+    done = python(FILE, folder=tmp_path, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stderr
     answers = re.findall(r"training: +(.*)\n +the mixture: +(.*)\n +onnxruntime: +(.*)\n",
                          done.stdout)

@@ -1,6 +1,8 @@
 """What tests share: tiny configurations, random weights, experts, examples, and a script's end."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from itertools import cycle
@@ -19,6 +21,7 @@ from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 
+ROOT = Path(__file__).resolve().parents[1]
 # A config.json of a model of bytes, which needs no tokenizer.json.
 BYTES = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -243,20 +246,33 @@ def examples(count: int = 24) -> list[Example]:
     return result
 
 
+def exit_code(command: Callable[[], object], *args: object) -> int:
+    """The exit code of a command that reads these arguments, in this process."""
+    before, sys.argv = sys.argv, ["script", *map(str, args)]
+    try:
+        command()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
 def finish(main: Callable[[Sequence[str]], None], *args: str,
            capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a script's main as the command line calls it."""
     from minismoe.cli.script import run_script
 
-    before, sys.argv = sys.argv, ["script", *args]
-    try:
-        with pytest.raises(SystemExit) as end:
-            run_script(main)
-            raise SystemExit(0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return end.value.code, out, err     # type: ignore[return-value]
+    return (exit_code(lambda: run_script(main), *args), *capsys.readouterr())
+
+
+def python(*words: object, input: str = "", timeout: float = 120, folder: Path = ROOT,
+           **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python WORDS` in a process of its own, which finds the package and the tests' modules."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, text=True, input=input,
+                          capture_output=True, timeout=timeout,
+                          env={**os.environ, "PYTHONPATH": paths, **environment})
 
 
 class Shapes(TorchDispatchMode):

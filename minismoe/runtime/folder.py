@@ -48,7 +48,7 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
         raise ValueError(f"{file} is not understood: {type(e).__name__} {e}; {hint}") from None
     for path, (size, digest) in files.items():
         if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}: it was "
+            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size!r}: it was "
                              "cut or changed; export again")
         if verify and sha256(path) != digest:
             raise ValueError(f"{path} is not what was exported: its hash differs")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import finish
+from tiny import finish, python
 
 import export
 import probe
@@ -25,11 +24,6 @@ from minismoe.cli import probing
 from minismoe.cli.inputs import resolve_auto
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(ROOT / name), *args], text=True, timeout=120,
-                          capture_output=True)
 
 
 def allocation_file(folder: Path, value: dict) -> str:
@@ -272,14 +266,14 @@ def test_closed_streams_end_nothing(inputs) -> None:
 
 def test_debug_shows_the_traceback(inputs, tmp_path) -> None:
     for more, shown in ((), False), (("--debug",), True):     # as a user starts it
-        done = script("train.py", *inputs, "--model", str(tmp_path / "x"), *more)
+        done = python("train.py", *inputs, "--model", str(tmp_path / "x"), *more)
         assert done.returncode == 1 and ("Traceback" in done.stderr) == shown
         assert "no such model folder" in done.stderr.splitlines()[-1]
 
 
 def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path, capsys) -> None:
     flags = [*inputs, "--samples", "4", "--epochs", "15", "--batch-size", "4", "--dtype", "float32"]
-    assert script("train.py", *flags, "--out", str(tmp_path / "straight")).returncode == 0
+    assert python("train.py", *flags, "--out", str(tmp_path / "straight")).returncode == 0
 
     cut = tmp_path / "cut"
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags, "--out", str(cut)],
@@ -295,7 +289,7 @@ def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path, capsys) -> 
 
     code, _, err = finish(train.main, "--resume", "--out", str(cut), "--lr", "0.5", capsys=capsys)
     assert code == 1 and "--lr 0.5 (was 0.0" in err
-    assert script("train.py", "--resume", "--out", str(cut)).returncode == 0
+    assert python("train.py", "--resume", "--out", str(cut)).returncode == 0
     first, second = (load_file(tmp_path / r / "adapter" / "adapter.safetensors")
                      for r in ("straight", "cut"))
     assert first.keys() == second.keys()
@@ -307,8 +301,7 @@ def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path, capsys) -> 
 @pytest.mark.slow
 def test_the_built_in_toy(tmp_path) -> None:
     """The README's promise: the whole method with no argument, and what it is worth."""
-    done = subprocess.run([sys.executable, str(ROOT / "train.py")], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=600, env={**os.environ, "NO_COLOR": "1"})
+    done = python(ROOT / "train.py", folder=tmp_path, timeout=600, NO_COLOR="1")
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stderr                       # bars are lines in a file
     (folder,) = (tmp_path / "runs").iterdir()

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ import torch
 from onnxruntime import OrtValue
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import save_bytes_model
+from tiny import python, save_bytes_model
 
 import export
 import train
@@ -693,8 +692,7 @@ def test_a_base_in_this_folder_keeps_its_name(run: Path, tmp_path: Path,
 
 
 def test_a_folder_that_is_no_run_is_one_line() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "export.py"), str(ROOT / "tests")], text=True,
-                          capture_output=True, timeout=60)
+    done = python("export.py", ROOT / "tests")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "is no run of train.py" in done.stderr
 

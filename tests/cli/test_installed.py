@@ -1,9 +1,9 @@
 """The installed command, as an editable installation runs it."""
 
-import subprocess
 import sys
 
 import pytest
+from tiny import python
 
 from minismoe.cli import command
 
@@ -39,5 +39,5 @@ def test_chat_starts_without_torch() -> None:
     code = ("import sys; sys.argv = ['minismoe', 'chat', '--help']\n"
             "from minismoe.cli.command import main\n"
             "try: main()\nfinally: print('torch' in sys.modules, 'tqdm' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert done.stdout.startswith("usage: ") and done.stdout.endswith("False False\n")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CHATML
+from tiny import CHATML, python
 
 from minismoe.data.tokenizer import (
     DEFAULT_TEMPLATE,
@@ -22,7 +21,6 @@ from minismoe.data.tokenizer import (
     load_tokenizer,
 )
 
-REPOSITORY = Path(__file__).parents[2]
 TEXT = "the naïve café 日本 🙂\u2028\u0085 <|im_end|> end"
 
 # In the style of published templates, written for these tests.
@@ -334,8 +332,7 @@ def test_importing_and_loading_import_no_torch(bpe: Path) -> None:
     code = ("import sys, minismoe.runtime; from minismoe.data.tokenizer import load_tokenizer; "
             "t = load_tokenizer(sys.argv[1]); t.render([{'role': 'user', 'content': 'x'}]); "
             "print(t.encode('a?b')[1]); assert 'torch' not in sys.modules")
-    run = subprocess.run([sys.executable, "-c", code, str(bpe.parent)], cwd=REPOSITORY, timeout=60,
-                         capture_output=True, text=True)
+    run = python("-c", code, bpe.parent)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "[0, 1, 2]\n"
 

@@ -1,15 +1,13 @@
 """The built-in toy: right and separate tasks, and a base that knows what they build on."""
 
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import make_toy
 import pytest
 import torch
+from tiny import python
 
 from minismoe import load_model, load_tokenizer
 from minismoe.data import toy
@@ -129,8 +127,7 @@ def test_tasks_are_deterministic_and_depend_on_the_seed():
     assert [vars(t) for t in toy.tasks(3)] == [vars(t) for t in toy.tasks(3)]
     assert [vars(t) for t in toy.tasks(3)] != [vars(t) for t in toy.tasks(4)]
     code = "from minismoe.data import toy; print([vars(t) for t in toy.tasks(3)])"
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                           env={**os.environ, "PYTHONHASHSEED": "1"}, check=True)
+    other = python("-c", code, PYTHONHASHSEED="1")
     assert other.stdout.strip() == str([vars(t) for t in toy.tasks(3)])
 
 
@@ -174,8 +171,9 @@ def test_a_base_made_anew_is_as_good(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("seed", range(10))
 def test_training_teaches_every_task(tmp_path, seed, dtype):
-    subprocess.run([sys.executable, "train.py", "--seed", str(seed), "--dtype", dtype,
-                    "--out", str(tmp_path / "run")], cwd=ROOT, check=True)
+    done = python("train.py", "--seed", seed, "--dtype", dtype, "--out", tmp_path / "run",
+                  timeout=600)
+    assert done.returncode == 0, done.stderr
     for task in read_json(tmp_path / "run" / "results.json")["tasks"].values():
         assert task["before"] < 0.5 and task["after"] > 0.9, task
     experts = read_json(tmp_path / "run" / "allocation.json")["experts"]

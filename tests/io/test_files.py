@@ -2,17 +2,16 @@
 
 import errno
 import os
+import signal
 import stat
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny import python
 
 from minismoe.io.files import new_folder, read_json, replacing, write_json
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
             "from minismoe.io.files import new_folder\n"
             "with new_folder(Path(sys.argv[1])) as tmp:\n"
             "    (tmp / 'x').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)")
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "first")], cwd=ROOT, check=False)
+    assert python("-c", code, tmp_path / "first").returncode == -signal.SIGKILL
     assert len(left := [*tmp_path.iterdir()]) == 1 and (left[0] / "x").exists()
     (tmp_path / ".notes.tmp").mkdir()                    # not ours
     with new_folder(tmp_path / "alive") as alive, new_folder(tmp_path / "second"):

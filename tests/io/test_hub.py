@@ -4,8 +4,6 @@ import fnmatch
 import hashlib
 import http.server
 import json
-import os
-import subprocess
 import sys
 import threading
 import types
@@ -13,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import save_bytes_model
+from tiny import python, save_bytes_model
 
 from minismoe.io.hub import resolve
 from minismoe.model.checkpoint import load_model
 
-REPOSITORY = Path(__file__).parents[2]
 FETCHED = ["config.json", "generation_config.json", "model.safetensors",
            "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
            "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
@@ -31,13 +28,6 @@ LEFT = ["modeling_custom.py", "pytorch_model.bin", "model.pkl", "consolidated.sa
 def folder(tmp_path: Path) -> Path:
     """A checkpoint that a test may add files to."""
     return save_bytes_model(tmp_path / "model")
-
-
-def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment})
 
 
 def test_the_hub_is_asked_for_weights_and_text_only(monkeypatch: pytest.MonkeyPatch,
@@ -108,11 +98,11 @@ def test_the_hubs_own_client_fetches_no_code(hub: tuple[str, list[str]], folder:
     address, asked = hub
     load = "from minismoe.model.checkpoint import load_model\nprint(load_model('org/name').name)"
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "NO_PROXY": "*"}
-    fetched = python(load, HF_HUB_OFFLINE="0", **environment)
+    fetched = python("-c", load, HF_HUB_OFFLINE="0", **environment)
     assert fetched.stdout == "org/name\n", fetched.stderr
     assert {"config.json", "model.safetensors"} <= set(asked) and not set(asked) & set(LEFT)
     count = len(asked)
-    cached = python(load, HF_HUB_OFFLINE="1", **environment)
+    cached = python("-c", load, HF_HUB_OFFLINE="1", **environment)
     assert cached.stdout == "org/name\n" and len(asked) == count, cached.stderr
 
 
@@ -134,7 +124,7 @@ def test_a_missing_huggingface_hub_names_the_command(monkeypatch: pytest.MonkeyP
 
 
 def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
-    run = python("from minismoe.model.checkpoint import load_model\n"
+    run = python("-c", "from minismoe.model.checkpoint import load_model\n"
                  "try: load_model('no-such-org/no-such-model')\n"
                  "except FileNotFoundError as e: print(e)",
                  HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))

@@ -1,10 +1,8 @@
 """Checkpoints in, adapters out and in again, and what happens to broken ones."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import make_dataclass, replace
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import cut, edit_tensors, randomise
+from tiny import cut, edit_tensors, python, randomise
 from torch import Tensor
 
 from minismoe.io.files import read_json, write_json
@@ -31,7 +29,6 @@ from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 
 Checkpoint = Callable[[str], tuple[Any, Path]]
-REPOSITORY = Path(__file__).parents[2]
 IDS = torch.arange(24).view(2, 12)
 Q, V, DOWN = (f"model.layers.{name}" for name in (
     "0.self_attn.q_proj", "1.self_attn.v_proj", "1.mlp.down_proj"))
@@ -52,13 +49,6 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     edit_tensors(folder / "model.safetensors", change)
-
-
-def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment})
 
 
 # Reading
@@ -303,7 +293,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 0), ("float32", 0), ("bfloat16", 8)])
 def test_peak_memory_is_one_copy_of_the_weights(large: Path, dtype: str, bits: int) -> None:
-    run = python(PEAK, str(large), dtype, str(bits))
+    run = python("-c", PEAK, large, dtype, bits)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["weights"] > (100e6 if bits else 180e6)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from exported import command, describe, export, random_model
+from tiny import python
 
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
@@ -28,7 +29,7 @@ def model() -> CausalLM:
 def test_a_missing_onnxruntime_is_one_line(folders) -> None:
     code = "import sys; sys.modules['onnxruntime'] = None; sys.argv = ['x', 'y', 'z']; " + (
         "import runpy; runpy.run_module('minismoe.runtime', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    done = python("-c", code)
     assert done.returncode == 1 and re.fullmatch("error: .*onnxruntime.*\n", done.stderr)
 
 

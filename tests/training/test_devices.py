@@ -4,10 +4,7 @@ What that device is asked for, CUDA and MPS have kernels of, by torch's own list
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,7 +13,7 @@ import pytest
 import torch
 import torchgen
 from safetensors.torch import load_file
-from tiny import needs_other_device
+from tiny import needs_other_device, python
 from torchgen.gen import parse_native_yaml
 from torchgen.model import DispatchKey, NativeFunction
 
@@ -52,10 +49,8 @@ def everywhere(name: str) -> bool:
 
 def script(name: str, *args: object) -> str:
     """What a script prints on the other device, which is asked only for what all devices have."""
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "tools" / "other_device.py"), str(ROOT / name),
-         *map(str, args)], text=True, capture_output=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = python(ROOT / "tests" / "tools" / "other_device.py", ROOT / name, *args, timeout=300,
+                 OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr[-2000:]
     asked = run.stderr.splitlines()[-1].split()
     assert len(asked) > 5, "it ran on the CPU"
@@ -134,9 +129,10 @@ def test_freezing_and_rounding_stay_on_the_device(trained: Callable[[str], Path]
 def test_a_real_device_learns(inputs: list[str], tmp_path: Path, flags: str, near: float) -> None:
     """It draws other numbers than a CPU, so what both measure of the base is compared."""
     for device in (REAL[0], "cpu"):
-        subprocess.run([sys.executable, str(ROOT / "train.py"), *inputs, *flags.split(),
-                        "--samples", "8", "--epochs", "6", "--batch-size", "4", "--device", device,
-                        "--out", str(tmp_path / device)], check=True, timeout=300)
+        done = python("train.py", *inputs, *flags.split(), "--samples", 8, "--epochs", 6,
+                      "--batch-size", 4, "--device", device, "--out", tmp_path / device,
+                      timeout=300)
+        assert done.returncode == 0, done.stderr
     ours, cpu = (read_json(tmp_path / d / "sensitivity.json")["tasks"] for d in (REAL[0], "cpu"))
     for task, found in cpu.items():
         assert ours[task]["scores"] == pytest.approx(found["scores"], rel=near)

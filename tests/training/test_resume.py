@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import tqdm.std
-from tiny import examples, finish, tiny
+from tiny import examples, finish, python, tiny
 
 import minismoe.training.loop as training
 import probe
@@ -322,9 +322,8 @@ def test_a_killed_export_leaves_nothing_under_its_name(tmp_path, number) -> None
 
 def kill_resume(inputs: Sequence[str], *flags: str) -> str:
     """What the tool prints. It forks, and in a process with threads, as this one, that may hang."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "tools" / "kill_resume.py"), *flags, "--",
-         *inputs, *QUICK], capture_output=True, text=True, timeout=200)
+    done = python(ROOT / "tests" / "tools" / "kill_resume.py", *flags, "--", *inputs, *QUICK,
+                  timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,14 +1,12 @@
 """Two thousand steps and two thousand generations: memory stays flat, and no file is left."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny import python
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")]
 
@@ -25,7 +23,7 @@ import json, sys
 from pathlib import Path
 import minismoe.training.loop as training
 from minismoe.io.process import bound_memory
-from tiny import examples, tiny
+from tiny import examples, python, tiny
 bound_memory()
 seen, step = [], training.Trainer.gradients
 
@@ -59,9 +57,7 @@ print(json.dumps(seen))
 
 def watch(code: str, folder: Path) -> list[int]:
     """Resident bytes, step by step, of a process that works in `folder`."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": paths})
+    run = python("-c", code, folder, timeout=3600)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
