@@ -14,6 +14,7 @@ import torch
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto
 
 from ..runtime import Generator
+from ..runtime.npu import EXACT
 
 ONNXRUNTIME = "1.30"                         # the oldest that has all kernels
 QUESTION, TOKENS, LOGITS = "What is the capital of France?", 16, 8
@@ -26,6 +27,10 @@ MASK = "1 for each past and new token, 0 for padding"
 POSITIONS = "if it is an input: the number of each new token from 0, padding not counted"
 STEPS = ("; with a number N in place of the last 1, a run chooses up to N tokens greedily (output "
          "tokens), and ends at a stop token")
+NPU_MASK = ("1 for each slot of the past that is filled and, behind the slots, for each new token; "
+            "0 for free slots and padding")
+NPU_PAST = ("present.* are keys and values of the new tokens alone: copy those of tokens, not of "
+            "padding, to the next free slots of past_key_values.*, which are zeros at first")
 PAST = ("present.* and present_* of a run are past_key_values.* and past_* of the next; at first, "
         "keys and values have no tokens, and other states are zeros")
 
@@ -48,34 +53,42 @@ def golden(generator: Generator, tolerance: float) -> dict[str, Any]:
 
 def contract(file: Path, target: str, stops: Sequence[int], vector: dict[str, Any],
              ) -> dict[str, Any]:
-    """The entry "contract" of export.json on the graph in `file`, a decoder of target ort or
-    portable.
+    """The entry "contract" of export.json on the decoder in `file`.
 
-    stops: ids of the tokens that end an answer; vector: what `golden` returned.
+    stops: ids of the tokens that end an answer; vector: what `golden` returned. For an NPU, it
+    holds the two graphs beside the decoder, and what a CPU needs to run them as exactly.
     """
-    model = onnx.load(str(file), load_external_data=False)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [_described(v) for v in model.graph.input if v.name not in weights]
-    outputs = [_described(v) for v in model.graph.output]
-    keys = [x for x in inputs if x["name"].startswith("past_key_values.")]
-    states = [x for x in inputs if x["name"].startswith("past_") and x not in keys]
-    operators = defaultdict[str, set[str]](set)
-    for node in _nodes(model.graph):
-        operators[node.domain].add(node.op_type)
-    steps = any(x["name"] == "tokens" for x in outputs)
+    graph, npu = _graph(file), target == "npu"
+    keys = [x for x in graph["inputs"] if x["name"].startswith("past_key_values.")]
+    states = [x for x in graph["inputs"] if x["name"].startswith("past_") and x not in keys]
+    steps = any(x["name"] == "tokens" for x in graph["outputs"])
     return {
-        "onnxruntime": ONNXRUNTIME, "ir_version": model.ir_version,
-        "operators": [                       # lines of a configuration for reduced builds
-            f"{opset.domain or 'ai.onnx'};{opset.version};{','.join(sorted(names))}"
-            for opset in model.opset_import if (names := operators[opset.domain])],
-        "inputs": inputs, "outputs": outputs, "dimensions": DIMENSIONS,
-        "attention_mask": MASK + STEPS * steps, "past": PAST, "position_ids": POSITIONS,
+        "onnxruntime": ONNXRUNTIME, **graph, "dimensions": DIMENSIONS,
+        "attention_mask": NPU_MASK if npu else MASK + STEPS * steps,
+        "past": NPU_PAST if npu else PAST, "position_ids": POSITIONS,
         "padding": "right" if target == "ort" else "left",
         "shared_buffer": target == "ort" and not steps,  # past and present of keys may be one
         "cache_bytes_per_token": sum(        # of one prompt: heads, and numbers of a head
             BYTES[x["type"]] * x["shape"][1] * x["shape"][3] for x in keys),
         "state_bytes": sum(BYTES[x["type"]] * prod(x["shape"][1:]) for x in states),
-        "stop_ids": [*stops], "golden": vector}
+        "stop_ids": [*stops], "golden": vector,
+        **({"embed": _graph(file.with_name("embed.onnx")), "cpu_session": dict(EXACT),
+            "prompt": _graph(file.with_name("prompt.onnx"))} if npu else {})}
+
+
+def _graph(file: Path) -> dict[str, Any]:
+    """The name of a graph, its operators as lines for reduced builds, inputs and outputs."""
+    model = onnx.load(str(file), load_external_data=False)
+    operators = defaultdict[str, set[str]](set)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for node in _nodes(model.graph):
+        operators[node.domain].add(node.op_type)
+    return {
+        "graph": file.name, "ir_version": model.ir_version,
+        "operators": [f"{opset.domain or 'ai.onnx'};{opset.version};{','.join(sorted(names))}"
+                      for opset in model.opset_import if (names := operators[opset.domain])],
+        "inputs": [_described(v) for v in model.graph.input if v.name not in weights],
+        "outputs": [_described(v) for v in model.graph.output]}
 
 
 def _described(value: ValueInfoProto) -> dict[str, Any]:

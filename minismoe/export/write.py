@@ -84,18 +84,18 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     info["providers"] = [name for name in config.provider or () if all(  # that auto may take
         (there := seen["providers"][name])["texts_equal"] == there["texts"]
         for seen in info["checked"].values())]
-    graph, has_contract = folder / "model.onnx", config.graph and config.target != "npu"
-    vector = golden(Generator(folder), verify.BITS8 if config.form.rounds
-                    else verify.activations_explain(config)) if has_contract else {}
-    if config.layout == "genai":
-        layouts.write_genai(folder, info["context"], config.target == "ort")
-    if config.layout == "web":
-        graph = layouts.write_web(folder, config.precision, info["cache_type"])
-    if config.layout == "genai":             # its program chooses tokens itself
-        (folder / "sampler.onnx").unlink()
-    if has_contract:
-        info["contract"] = {"graph": graph.relative_to(folder).as_posix(), **contract(
-            graph, config.target, source.tokenizer.stop_ids, vector)}
+    if config.graph:
+        graph, vector = folder / "model.onnx", golden(
+            Generator(folder), verify.BITS8 if config.form.rounds
+            else verify.activations_explain(config))
+        if config.layout == "genai":
+            layouts.write_genai(folder, info["context"], config.target == "ort")
+            (folder / "sampler.onnx").unlink()           # its program chooses tokens itself
+        if config.layout == "web":
+            graph = layouts.write_web(folder, config.precision, info["cache_type"])
+        info["contract"] = {
+            **contract(graph, config.target, source.tokenizer.stop_ids, vector),
+            "graph": graph.relative_to(folder).as_posix()}
     if other:
         info["other_graph"] = {name: other[name] for name in (
             "arguments", "checked", "cache_type", "contract")}

@@ -36,6 +36,16 @@ class RequestError(Exception):
             "message": message, "type": kind, "param": None, "code": code}}
 
 
+def request_error(e: Exception) -> RequestError:
+    """What to answer after an exception: of these kinds, the request is to blame."""
+    if isinstance(e, ModuleNotFoundError):   # llguidance is not installed
+        return RequestError(error_line(e), 501)
+    if not isinstance(e, (AttributeError, LookupError, TypeError, ValueError)):
+        return e if isinstance(e, RequestError) else RequestError(error_line(e), 500)
+    line = error_line(e) if type(e) is ValueError else f"it is not understood: {e!r}"
+    return RequestError(line, 400, "context_length_exceeded" * ("leaves no room" in line) or None)
+
+
 class Api:
     """A generator that answers requests, one at a time."""
 
@@ -53,28 +63,14 @@ class Api:
     def answer(self, path: str, request: Json, check: Callable[[], None]) -> Iterator[Json]:
         """Yield the answer as one object or, with "stream", as chunks.
 
-        check: is called before the prompt and at each token, and raises what ends the answer.
-        Raises RequestError.
+        Calls come as a whole, in one part. check: is called before the prompt and at each token,
+        and raises what ends the answer. What is raised, `request_error` turns into an answer.
         """
         if path not in (CHAT, TEXT):
             raise RequestError(f"there is no {path}", 404)
         check()
-        try:
-            for name, value in FIXED.items():
-                if request.get(name) not in (value, None):
-                    raise ValueError(f"{name} {request[name]!r} is not supported")
-            yield from self._answer(path == CHAT, request, check)
-        except ModuleNotFoundError as e:     # llguidance is not installed
-            raise RequestError(error_line(e), 501) from None
-        except (AttributeError, LookupError, TypeError, ValueError) as e:
-            code = "context_length_exceeded" if "leaves no room" in str(e) else None
-            line = error_line(e) if type(e) is ValueError else f"it is not understood: {e!r}"
-            raise RequestError(line, 400, code) from None
-
-    def _answer(self, is_chat: bool, request: Json, check: Callable[[], None]) -> Iterator[Json]:
-        """Yield the parts of an answer; calls come as a whole, in one part."""
         generator, stream, count = self.generator, request.get("stream"), 0
-        (tools, must), (sampling, stop) = _tools(request), _options(request)
+        (tools, must), (sampling, stop), is_chat = _tools(request), _options(request), path == CHAT
         chat = with_tools(self._messages(request["messages"]), tools) if is_chat else []
         prompt = generator.tokenizer.render(chat, True) if is_chat else _prompt(request)
         options = {"max_tokens": None if is_chat else TEXT_TOKENS, **sampling,
@@ -108,10 +104,7 @@ class Api:
         text, reason = piece + "".join(pieces), REASONS[generator.ended]
         content: Json = {"text": text}
         if is_chat:
-            message = {**generator.tokenizer.parse(chat, text)}
-            for number, call in enumerate(message.get("tool_calls", ())):
-                call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-                call |= {"index": number, "id": f"call_{uuid.uuid4().hex}"}
+            message = _with_ids(generator.tokenizer.parse(chat, text))
             content = {"delta" if stream else "message": message}
             reason = "tool_calls" if "tool_calls" in message else reason
         yield part(content, reason) | ({} if stream else self._usage(count))
@@ -185,6 +178,9 @@ def _prompt(request: Json) -> Any:
 
 def _options(request: Json) -> tuple[Json, list[str]]:
     """The fields of Sampling that a request has, and the texts before which the answer ends."""
+    for name, value in FIXED.items():
+        if request.get(name) not in (value, None):
+            raise ValueError(f"{name} {request[name]!r} is not supported")
     limit, stop = request.get("max_completion_tokens"), request.get("stop") or []
     given = {**request, "max_tokens": request.get("max_tokens") if limit is None else limit}
     stop = [stop] if isinstance(stop, str) else stop
@@ -192,6 +188,14 @@ def _options(request: Json) -> tuple[Json, list[str]]:
         raise ValueError(f"stop {stop!r}: expected texts")
     return {f.name: value for f in fields(Sampling)
             if (value := given.get(f.name)) is not None}, stop
+
+
+def _with_ids(message: Message) -> Message:
+    """A message whose calls have what clients want: numbers, ids, and arguments as text."""
+    for number, call in enumerate(message.get("tool_calls", ())):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        call |= {"index": number, "id": f"call_{uuid.uuid4().hex}"}
+    return message
 
 
 def _likeliest(is_chat: bool, request: Json) -> int | None:

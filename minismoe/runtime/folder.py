@@ -1,7 +1,7 @@
 """What an exported folder says: export.json, checked before anything is opened, and its tasks."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,38 +84,39 @@ def plain_file(folder: Path, name: object) -> Path:
     return inside(folder, name)
 
 
-def known_tasks(folder: Path) -> dict[str, tuple[list[str], str]]:
-    """Answers and instruction of each task of the run; [] and "" where a task has none.
+def known_tasks(folder: Path) -> dict[str, dict[str, Any]]:
+    """What tasks.json says of each task of the run: "choices", or [], and "instruction", or "".
 
     Raises ValueError if tasks.json is broken.
     """
-    known = read_json(folder / TASKS) if (folder / TASKS).is_file() else {}
+    tasks = read_json(folder / TASKS) if (folder / TASKS).is_file() else {}
     with suppress(AttributeError, KeyError, TypeError):
-        tasks = {name: ([*task["choices"]], task["instruction"]) for name, task in known.items()}
-        if all(isinstance(text, str) for choices, instruction in tasks.values()
-               for text in [*choices, instruction]):
+        if all(isinstance(text, str) for task in tasks.values()
+               for text in [*task["choices"], task["instruction"]]):
             return tasks
     raise ValueError(f"{folder / TASKS} does not hold what export.py writes: export again")
 
 
-def read_text(name: str, folder: Path, tasks: Iterable[str]) -> str:
-    """The text of a file that is not one of `tasks`; ValueError if it is not there, or no UTF-8."""
+def task_or_file(folder: Path, name: str, key: str) -> tuple[Any, str]:
+    """What the folder says under `key` of the task `name`; or None, and the text of the file
+    `name`. Raises ValueError if `name` is neither, or for a file that is not UTF-8."""
+    known = {task: entry[key] for task, entry in known_tasks(folder).items() if entry[key]}
+    if name in known:                        # a task's name may be no file name
+        return known[name], ""
     if not Path(name).is_file():
         raise ValueError(f"{name} is no file, and none of the tasks of which {folder} knows this: "
-                         f"{', '.join(tasks) or 'none'}")
+                         f"{', '.join(known) or 'none'}")
     with naming(f"{name} is not UTF-8 text", ValueError):
-        return Path(name).read_text(encoding="utf-8-sig")
+        return None, Path(name).read_text(encoding="utf-8-sig")
 
 
 def read_choices(folder: Path, name: str) -> list[str]:
     """The answers that an exported folder knows of a task, or those of a file, one a line.
 
-    Raises ValueError if `name` is neither, or for a file that is not UTF-8 or has an empty line.
+    Raises ValueError as `task_or_file` and `lines_of` do.
     """
-    known = {task: choices for task, (choices, _) in known_tasks(folder).items() if choices}
-    if name in known:
-        return known[name]
-    return lines_of(read_text(name, folder, known), name, "answer")
+    choices, text = task_or_file(folder, name, "choices")
+    return choices or lines_of(text, name, "answer")
 
 
 def lines_of(text: str, name: str, kind: str) -> list[str]:
@@ -136,13 +137,11 @@ def read_prefix(folder: Path, name: str, raw: bool) -> tuple[list[Message], str]
     """What --prefix puts before a prompt: system messages, and text that the prompt begins with.
 
     A file is a system message, or with `raw` such text; a task's instruction is such text. Raises
-    ValueError if `name` is neither, and for an empty file.
+    ValueError as `task_or_file` does, and for an empty file.
     """
-    known = {task: instruction for task, (_, instruction) in known_tasks(folder).items()
-             if instruction}
-    if name in known:                        # a task's name may be no file name
-        return [], known[name]
-    text = read_text(name, folder, known)
+    instruction, text = task_or_file(folder, name, "instruction")
+    if instruction or raw and text.strip():
+        return [], instruction or text
     if not text.strip():
         raise ValueError(f"{name} is empty: write the prefix into it")
-    return ([], text) if raw else ([{"role": "system", "content": text}], "")
+    return [{"role": "system", "content": text}], ""

@@ -14,8 +14,8 @@ from pathlib import Path
 from socket import MSG_PEEK
 from typing import Any
 
-from ..io.text import clean, error_line
-from .api import Api, Json, RequestError
+from ..io.text import clean
+from .api import Api, Json, RequestError, request_error
 
 HOST = "127.0.0.1"
 # A browser keeps a page and its model by port, so that a folder is best found at the same one.
@@ -105,7 +105,7 @@ class _Handler(SimpleHTTPRequestHandler):
         except OSError:                      # the client left, or takes nothing
             return
         except Exception as e:               # onnxruntime raises bare Exceptions
-            failed = e if isinstance(e, RequestError) else RequestError(error_line(e), 500)
+            failed = request_error(e)
             if streams:
                 self._event(json.dumps(failed.body))
             else:

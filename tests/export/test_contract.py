@@ -40,9 +40,8 @@ def exported(root: Path, config: dict[str, Any], *flags: str) -> Path:
     return root / "out"
 
 
-def replay(folder: Path) -> None:
+def replay(folder: Path, said: dict[str, Any]) -> None:
     """Run the golden vector by what the contract says."""
-    said = json.loads((folder / "export.json").read_text())["contract"]
     types = {"int64": np.int64, "float": np.float32, "float16": np.float16}
     session = ort.InferenceSession(folder / said["graph"])
     assert [i.name for i in session.get_inputs()] == [i["name"] for i in said["inputs"]]
@@ -75,6 +74,69 @@ def replay(folder: Path) -> None:
     assert tokens == golden["tokens"] and not set(tokens) & set(said["stop_ids"])
 
 
+def in_one_buffer(folder: Path) -> None:
+    """The golden tokens, with one buffer of the whole context as past and present."""
+    info = json.loads((folder / "export.json").read_text())
+    said, session = info["contract"], ort.InferenceSession(folder / "model.onnx")
+    io, new, tokens, read = session.io_binding(), said["golden"]["input_ids"], [], 0
+    for given in said["inputs"]:
+        if given["name"].startswith("past_key_values."):
+            _, heads, _, size = given["shape"]
+            buffer = ort.OrtValue.ortvalue_from_numpy(
+                np.zeros((1, heads, info["context"], size), np.float32))
+            io.bind_ortvalue_input(given["name"], buffer)
+            io.bind_ortvalue_output(given["name"].replace("past_key_values", "present"), buffer)
+    for _ in said["golden"]["tokens"]:
+        read += len(new)
+        io.bind_cpu_input("input_ids", np.array([new]))
+        io.bind_cpu_input("attention_mask", np.ones((1, read), np.int64))
+        io.bind_output("logits")
+        session.run_with_iobinding(io)
+        new = [int(io.get_outputs()[-1].numpy().argmax())]
+        tokens += new
+    assert tokens == said["golden"]["tokens"]
+
+
+def replay_on_slots(folder: Path) -> None:
+    """Run the golden vector of an NPU's graphs by what the contract says."""
+    said = json.loads((folder / "export.json").read_text())["contract"]
+    options = ort.SessionOptions()
+    for name, setting in said["cpu_session"].items():
+        options.add_session_config_entry(name, setting)
+    embed, prompt, one = (ort.InferenceSession(folder / name, options) for name in (
+        said["embed"]["graph"], said["prompt"]["graph"], said["graph"]))
+    past = {i["name"]: np.zeros(i["shape"], np.float16) for i in said["inputs"]
+            if i["name"].startswith("past_key_values.")}
+    slots, filled = next(iter(past.values())).shape[2], 0
+
+    def run(new: list[int]) -> Any:
+        """The logits (V,) after new tokens, at most T of them."""
+        nonlocal filled
+        session = one if len(new) == 1 else prompt
+        pad = session.get_inputs()[0].shape[1] - len(new)
+        hidden, = embed.run(None, {"input_ids": np.array([[0] * pad + new])})
+        mask = [1] * filled + [0] * (slots - filled + pad) + [1] * len(new)
+        outputs = dict(zip((o.name for o in session.get_outputs()), session.run(None, past | {
+            "hidden": hidden, "attention_mask": np.array([mask]),
+            "position_ids": np.array([[0] * pad + [*range(filled, filled + len(new))]])})))
+        for name, cache in past.items():
+            present = outputs[name.replace("past_key_values", "present")]
+            cache[:, :, filled:filled + len(new)] = present[:, :, pad:]
+        filled += len(new)
+        return outputs["logits"][0, -1]
+
+    golden, most = said["golden"], said["prompt"]["inputs"][0]["shape"][1]
+    ids, tokens, wanted = golden["input_ids"], [], golden["logits"]
+    for start in range(0, len(ids), most):
+        logits = run(ids[start:start + most])
+    assert np.abs(logits[wanted["ids"]] - wanted["values"]).max() <= (
+        wanted["tolerance"] * np.abs(logits).max())
+    while len(tokens) < len(golden["tokens"]):
+        tokens.append(int(logits.argmax()))
+        logits = run(tokens[-1:])
+    assert tokens == golden["tokens"]
+
+
 @pytest.mark.parametrize("config, flags", [
     (LLAMA, ["--precision", "int4-8"]), (LLAMA, ["--precision", "fp32", "--target", "portable"]),
     (LLAMA, ["--layout", "genai", "--precision", "fp32"]), (LLAMA, ["--layout", "web"]),
@@ -82,8 +144,12 @@ def replay(folder: Path) -> None:
 def test_the_golden_vector_by_plain_onnxruntime(config: dict[str, Any], flags: list[str],
                                                 tmp_path: Path) -> None:
     folder = exported(tmp_path, config, *flags)
-    replay(folder)
-    said = json.loads((folder / "export.json").read_text())["contract"]
+    info = json.loads((folder / "export.json").read_text())
+    for said in (info, *([info["other_graph"]] if "web" in flags else [])):
+        replay(folder, said["contract"])
+    if "int4-8" in flags:
+        in_one_buffer(folder)
+    said = info["contract"]
     assert said["shared_buffer"] == ("portable" not in flags and "web" not in flags)
     domains = {line.split(";")[0]: line.split(";")[2].split(",") for line in said["operators"]}
     assert ("com.microsoft" in domains) == ("portable" not in flags)
@@ -91,6 +157,10 @@ def test_the_golden_vector_by_plain_onnxruntime(config: dict[str, Any], flags: l
     assert ("Loop" in domains["ai.onnx"]) == ("web" in flags)
     for name in ("LICENSE.txt", "NOTICE"):
         assert (folder / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+
+
+def test_the_golden_vector_of_an_npu_by_plain_onnxruntime(tmp_path: Path) -> None:
+    replay_on_slots(exported(tmp_path, LLAMA, "--target", "npu", "--precision", "fp16"))
 
 
 def test_the_oldest_onnxruntime_is_that_of_the_package() -> None:
