@@ -32,16 +32,16 @@ SERVING = {"folder", "serve", "host", "api_key", "provider", "threads", "task", 
            "low_power", "debug"}
 
 
-def _answer(generator: Generator, asked: str | Sequence[Message], options: Mapping[str, Any],
+def _answer(generator: Generator, question: str | Sequence[Message], options: Mapping[str, Any],
             stop: Sequence[str], stats: bool) -> Message:
     """Print the answer to a prompt or a chat as it comes, and return it; Ctrl-C ends the answer.
 
     options: of `Generator.generate`; stop: as of `Generator.text`. Where the chat offers tools, the
     answer is printed at its end: as calls, one a line, or as text.
     """
-    is_raw = isinstance(asked, str)
-    chat: Sequence[Message] = [{}] if isinstance(asked, str) else asked
-    prompt = asked if isinstance(asked, str) else generator.tokenizer.render(asked, True)
+    is_raw = isinstance(question, str)
+    chat: Sequence[Message] = [{}] if isinstance(question, str) else question
+    prompt = question if isinstance(question, str) else generator.tokenizer.render(question, True)
     times, answer, offers_tools = [time.perf_counter()], "", "tools" in chat[0]
 
     def show(text: str) -> None:             # a model can write control characters
@@ -78,7 +78,7 @@ def _answer(generator: Generator, asked: str | Sequence[Message], options: Mappi
 
 def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int | None,
             stats: bool) -> None:
-    """Print the likeliest of --choices to each prompt; with --best several, and probabilities."""
+    """Print the likeliest of --choices to each prompt; with --best N of them, and probabilities."""
     choices, start = read_choices(generator.folder, name), time.perf_counter()
     longest = max(map(len, answer_tokens(generator.tokenizer, tuple(choices))))
     for tokens in generator.encoded(prompts, longest):       # before the first answer: it may fail

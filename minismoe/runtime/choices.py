@@ -76,10 +76,10 @@ def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: dict[Token
             continue
         # What the first and the last share, all do: they are sorted.
         shared = os.path.commonprefix([group[0], group[-1]])
-        parts: dict[int, list[Tokens]] = {}
+        by_token: dict[int, list[Tokens]] = {}
         for tokens in group:
-            parts.setdefault(tokens[len(shared)], []).append(tokens)
-        for part, more in zip(parts.values(), _losses(read(shared), [*parts])):
+            by_token.setdefault(tokens[len(shared)], []).append(tokens)
+        for part, more in zip(by_token.values(), _losses(read(shared), [*by_token])):
             heapq.heappush(heap, (loss + more, part))
     return likely
 

@@ -239,19 +239,16 @@ class Generator(CachedModel):
              ) -> Iterator[str]:
         """Yield the text of tokens in whole characters, up to and without any of the texts `stop`.
 
-        What may begin one of these is kept back until more is known. strip: leave out the white
-        space before the text, which some templates write before an answer.
+        As many characters are kept back as may begin one of these. strip: leave out the white space
+        before the text, which some templates write before an answer.
         """
-        kept = ""
+        kept, back = "", max(map(len, stop), default=1) - 1
         for piece in self._pieces(tokens):
             kept += piece.lstrip() if strip else piece
             strip = strip and not kept
             if ends := [at for end in stop if (at := kept.find(end)) >= 0]:
                 kept, self.ended = kept[:min(ends)], "stop"
                 break
-            # The longest beginning of a stop text that what is kept ends with.
-            back = max((n for end in stop for n in range(1, len(end))
-                        if kept.endswith(end[:n])), default=0)
             if len(kept) > back:
                 yield kept[:len(kept) - back]
                 kept = kept[len(kept) - back:]

@@ -37,23 +37,23 @@ class NpuSteps:
             print("the NPU is emulated here: its answers are a device's, its speed is not",
                   file=sys.stderr)
         end = ".qnn.onnx" if chip and device.name == "qnn" else ".onnx"
-        self.embed, self.one, self.several = (
-            open_session(folder / name, place, threads,
-                         (*settings, *EXACT) if place.name == "cpu" else settings)
-            for name, place in (("embed.onnx", Device()), (f"model{end}", device),
+        self.embed, self.one, self.prompt = (
+            open_session(folder / name, where, threads,
+                         (*settings, *EXACT) if where.name == "cpu" else settings)
+            for name, where in (("embed.onnx", Device()), (f"model{end}", device),
                                 (f"prompt{end}", device)))
 
-    def step(self, tokens: Sequence[int | None], seen: int, cache: Mapping[str, Any]) -> Any:
-        """Logits (1, 1, V) after T tokens, None on the left for padding, that follow `seen` others.
+    def step(self, tokens: Sequence[int | None], filled: int, cache: Mapping[str, Any]) -> Any:
+        """Logits (1, 1, V) after T tokens that follow `filled` others; None, on the left, is padding.
 
         cache: {input of the graph: keys or values (1, K, P, C)}; the new ones are appended to them.
         """
         T, new, P = len(tokens), sum(t is not None for t in tokens), self.info["static"][2]
-        session = self.one if T == 1 else self.several
+        session = self.one if T == 1 else self.prompt
         look, run = self.embed.io_binding(), session.io_binding()
         ids = array("q", [t or 0 for t in tokens])
-        mask = array("q", [1] * seen + [0] * (P + T - seen - new) + [1] * new)
-        positions = array("q", [max(0, seen + new - T + n) for n in range(T)])
+        mask = array("q", [1] * filled + [0] * (P + T - filled - new) + [1] * new)
+        positions = array("q", [max(0, filled + new - T + n) for n in range(T)])
         for io, name, values in ((look, "input_ids", ids), (run, "attention_mask", mask),
                                  (run, "position_ids", positions)):
             io.bind_input(name, "cpu", 0, INT64, [1, len(values)], values.buffer_info()[0])
@@ -67,17 +67,17 @@ class NpuSteps:
         session.run_with_iobinding(run)
         logits, *presents = run.get_outputs()                    # in the order of binding
         for value, present in zip(cache.values(), presents):
-            self._append(value, present, seen, new)
+            self._append(value, present, filled, new)
         return logits
 
-    def _append(self, cache: Any, present: Any, seen: int, new: int) -> None:
-        """Copy the last `new` of (1, K, T, C) to slot `seen` of (1, K, P, C), head by head."""
+    def _append(self, cache: Any, present: Any, filled: int, new: int) -> None:
+        """Copy the last `new` of (1, K, T, C) to slot `filled` of (1, K, P, C), head by head."""
         (_, K, T, C), P = present.shape(), cache.shape()[2]
         if cache.shape() != [1, K, P, C] or not new <= T <= self.info["static"][1] or (
-                seen + new > P or present.data_type() != "tensor(float16)"):
+                filled + new > P or present.data_type() != "tensor(float16)"):
             raise ValueError("prompt.onnx or model.onnx is not what export.json says: export again")
         for head in range(K):
-            ctypes.memmove(cache.data_ptr() + HALF * C * (head * P + seen),
+            ctypes.memmove(cache.data_ptr() + HALF * C * (head * P + filled),
                            present.data_ptr() + HALF * C * (head * T + T - new), HALF * C * new)
 
 

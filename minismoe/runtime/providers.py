@@ -54,7 +54,7 @@ class Device(NamedTuple):
     options: Mapping[str, str] = {}          # of the provider
 
 
-def find_device(asked: str | None, chip: int = SOC) -> Device:
+def find_device(wanted: str | None, chip: int = SOC) -> Device:
     """The device that NAME[:KIND][:NUMBER] means, as webgpu:1 or openvino:GPU; None: the CPU.
 
     qnn's number is that of a chip, or else `chip`. Raises ImportError if onnxruntime is too old to
@@ -64,8 +64,8 @@ def find_device(asked: str | None, chip: int = SOC) -> Device:
         raise ImportError(f"onnxruntime {ort.__version__} is too old: install 1.30 or later, which "
                           "needs Python 3.11 or later")
     parts = re.fullmatch(r"([a-z]+?)(?:executionprovider)?(?::([a-z]+))?(?::(\d+))?",
-                         (asked or "cpu").lower())
-    name, kind, number = parts.groups("") if parts else (asked or "", "", "")
+                         (wanted or "cpu").lower())
+    name, kind, number = parts.groups("") if parts else (wanted or "", "", "")
     plugins = {name for name, (module, *_) in PLUGINS.items() if find_spec(module)}
     if name not in OWN.keys() | PLUGINS:
         raise ValueError(f"no provider {name}; here are {', '.join(sorted({*OWN, *plugins}))}; pip "
@@ -81,12 +81,12 @@ def find_device(asked: str | None, chip: int = SOC) -> Device:
     elif not kind and (where == "cuda" or not number):      # onnxruntime lists few of its own
         return Device(name, OWN[name], None, (where, index), {"device_id": number} if index else {})
     listed = [d for d in ort.get_ep_devices() if d.ep_name == ep]
-    found = sorted((d for d in listed if kind.upper() in ("", d.device.type.name)),
+    devices = sorted((d for d in listed if kind.upper() in ("", d.device.type.name)),
                    key=lambda d: KINDS.index(d.device.type.name))
-    if index >= len(found):
-        raise ValueError(f"there is no device {asked}, or its driver is missing: {package} finds "
+    if index >= len(devices):
+        raise ValueError(f"there is no device {wanted}, or its driver is missing: {package} finds "
                          f"{', '.join(d.device.type.name for d in listed) or 'none'}")
-    return Device(name, ep, found[index], (where, 0 if name == "webgpu" else index), options)
+    return Device(name, ep, devices[index], (where, 0 if name == "webgpu" else index), options)
 
 
 def _load(module: str, package: str, ep: str) -> Any:
@@ -103,14 +103,14 @@ def _load(module: str, package: str, ep: str) -> Any:
 
 def preferred(names: Sequence[str], graph: Path) -> str:
     """That one of the providers `names` which onnxruntime prefers here; "cpu" if none is here."""
-    found, options = dict[str, str](), ort.SessionOptions()
+    names_by_ep, options = dict[str, str](), ort.SessionOptions()
     for name in names:
         with suppress(ImportError, ValueError):
-            found[find_device(name).ep] = name
+            names_by_ep[find_device(name).ep] = name
     options.set_provider_selection_policy(ort.OrtExecutionProviderDevicePolicy.PREFER_GPU)
     with suppress(Exception), captured([]):  # an emulated NPU is not chosen, but raises
         chosen = ort.InferenceSession(str(graph), options).get_providers()
-        return next(found[ep] for ep in chosen if ep in found)
+        return next(names_by_ep[ep] for ep in chosen if ep in names_by_ep)
     return "cpu"
 
 
@@ -121,7 +121,7 @@ def open_session(file: Path, device: Device, threads: int | None,
     threads: default, the physical cores; entries: settings of the session. Raises ValueError if the
     provider cannot open the graph, or takes none of its nodes.
     """
-    options, said = ort.SessionOptions(), [""]
+    options, output = ort.SessionOptions(), [""]
     if threads is None:                      # 0: physical cores; a number if we may use fewer
         allowed = processors()
         threads = allowed if allowed < (os.cpu_count() or 1) else 0
@@ -136,11 +136,11 @@ def open_session(file: Path, device: Device, threads: int | None,
     if device.name == "cuda":
         ort.preload_dlls()                   # those of pip's packages
     try:
-        with captured(said) if device.ep != CPU else nullcontext():
+        with captured(output) if device.ep != CPU else nullcontext():
             # Without enable_fallback=0, a failure would print, and the CPU run the graph.
             session = ort.InferenceSession(str(file), options, providers, enable_fallback=0)
     except Exception as e:                   # onnxruntime raises bare Exceptions
-        text = f"{e}\n{said[-1]}"            # names nodes that qnn refuses, or openvino's operators
+        text = f"{e}\n{output[-1]}"          # names nodes that qnn refuses, or openvino's operators
         reason = re.sub(r".*(?:FAIL : |was false\. )", "", text.splitlines()[0])
         if refused := [*dict.fromkeys(re.findall(r"(?:name: |failed for: )([\w./]+)", text))]:
             reason = (f"it refuses {', '.join(refused[:3])}{' and others' * (len(refused) > 3)}: "
@@ -155,16 +155,16 @@ def open_session(file: Path, device: Device, threads: int | None,
 
 def nodes_by_provider(session: ort.InferenceSession) -> dict[str, str]:
     """{onnxruntime's name of a provider: how many nodes run there, and of which operators}."""
-    found: dict[str, Counter[str]] = {}
+    operators: dict[str, Counter[str]] = {}
     for part in session.get_provider_graph_assignment_info():
-        found.setdefault(part.ep_name, Counter()).update(n.op_type for n in part.get_nodes())
+        operators.setdefault(part.ep_name, Counter()).update(n.op_type for n in part.get_nodes())
     return {ep: f"{ops.total()} nodes ({', '.join(f'{n} {op}' for op, n in ops.most_common())})"
-            for ep, ops in found.items()}
+            for ep, ops in operators.items()}
 
 
 @contextmanager
-def captured(said: list[str]) -> Iterator[None]:
-    """Add what native code writes to standard output and error to `said`, instead of showing it."""
+def captured(output: list[str]) -> Iterator[None]:
+    """Add what native code writes to standard output and error to `output`: it is not shown."""
     with capturing, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -178,4 +178,4 @@ def captured(said: list[str]) -> Iterator[None]:
                 os.dup2(before, number)
                 os.close(before)
             file.seek(0)
-            said.append(file.read())
+            output.append(file.read())

@@ -79,8 +79,8 @@ def penalize(logits: Any, rows: Sequence[Iterable[int]], penalty: float) -> None
     """Change logits (B, 1, V) in place: by a repetition penalty, of the tokens that a row has."""
     floats, V = floats_of(logits), logits.shape()[-1]
     for row, tokens in enumerate(rows):
-        for place in (row * V + token for token in tokens):
-            floats[place] *= penalty if floats[place] < 0 else 1 / penalty
+        for index in (row * V + token for token in tokens):
+            floats[index] *= penalty if floats[index] < 0 else 1 / penalty
 
 
 def permitted(logits: Any, values: Sequence[float], tokens: Sequence[int], mask: bytes,
