@@ -44,7 +44,7 @@ class NpuSteps:
                                 (f"prompt{end}", device)))
 
     def step(self, tokens: Sequence[int | None], filled: int, cache: Mapping[str, Any]) -> Any:
-        """Logits (1, 1, V) after T tokens that follow `filled` others; None, on the left, is padding.
+        """Logits (1, 1, V) after T tokens that follow `filled` others; None on the left is padding.
 
         cache: {input of the graph: keys or values (1, K, P, C)}; the new ones are appended to them.
         """

@@ -14,6 +14,7 @@ from pathlib import Path
 from socket import MSG_PEEK
 from typing import Any
 
+from ..io.files import naming
 from ..io.text import clean
 from .api import Api, Json, RequestError, request_error
 
@@ -112,7 +113,7 @@ class _Handler(SimpleHTTPRequestHandler):
                 self._send(failed.body, failed.status)
 
     def _request(self) -> Json:
-        """The JSON object of a request; RequestError if there is none, or it is too large."""
+        """The JSON object of a request. Raises what `request_error` takes."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise RequestError("the request has no Content-Length", 411)
@@ -123,12 +124,10 @@ class _Handler(SimpleHTTPRequestHandler):
         # A page of another site may post text, but not this type.
         if self.headers.get_content_type() != "application/json":
             raise RequestError("the request's Content-Type is not application/json", 415)
-        try:
+        with naming("the request is no JSON", ValueError, RecursionError):
             request = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as e:
-            raise RequestError(f"the request is no JSON: {e}") from None
         if not isinstance(request, dict):
-            raise RequestError("the request is no JSON object")
+            raise ValueError("the request is no JSON object")
         return request
 
     def _send(self, value: Any, status: int = 200, kind: str = "application/json") -> None:
@@ -158,15 +157,15 @@ def serve(api: Api, host: str | None = None, port: int | None = None, key: str |
     """Serve the generator and its folder's page until Ctrl-C: at the port, at a free one if it is
     0; default: PORT, or the next that is free. With a host, requests need the key. Raises OSError
     if the port is taken."""
-    reason: Exception = OSError()
-    for number in range(PORT, PORT + PORTS) if port is None else [port]:
+    ports = range(PORT, PORT + PORTS) if port is None else [port]
+    for number in ports:
         try:
             server = _Server((host or HOST, number), api, key)
             break
         except (OSError, OverflowError) as e:
-            reason = e
-    else:
-        raise OSError(f"port {number} cannot be opened: {reason}; give --serve another one")
+            if number == ports[-1]:
+                raise OSError(f"port {number} cannot be opened: {e}; give --serve another one"
+                              ) from None
     with server:
         address = f"http://{host or HOST}:{server.server_port}/"
         page = f"{address} shows a page, and " * (server.folder / "index.html").is_file()
