@@ -209,10 +209,13 @@ def _open(args: argparse.Namespace) -> Generator:
 def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
-    generator = _open(args)
     if args.serve is not None:
-        serve(Api(generator), args.host, None if args.serve < 0 else args.serve, args.api_key)
+        folder = Path(args.folder)
+        generator = None if (folder / "index.html").is_file() else _open(args)
+        serve(Api(folder, lambda: generator or _open(args)), args.host,
+              None if args.serve < 0 else args.serve, args.api_key)
         return
+    generator = _open(args)
     options = as_flags(from_flags(Sampling, vars(args)))
     system, before = (trained_system(generator.folder), "") if args.prefix is None else (
         read_prefix(generator.folder, args.prefix, args.raw))

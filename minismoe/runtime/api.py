@@ -5,6 +5,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, calls_of, functions, with_tools
@@ -47,11 +49,16 @@ def request_error(e: Exception) -> RequestError:
 
 
 class Api:
-    """A generator that answers requests, one at a time."""
+    """A folder's generator, which answers requests, one at a time. `open_generator` is called once
+    it is needed: a page may be all that is wanted of the folder."""
 
-    def __init__(self, generator: "Generator"):
-        self.generator, self.name = generator, generator.folder.resolve().name
-        self.system = trained_system(generator.folder)
+    def __init__(self, folder: Path, open_generator: Callable[[], "Generator"]):
+        self.folder, self.name, self.open_generator = folder, folder.resolve().name, open_generator
+        self.system = trained_system(folder)
+
+    @cached_property
+    def generator(self) -> "Generator":
+        return self.open_generator()
 
     def models(self, path: str) -> Json:
         """The list of the one model, or this model."""

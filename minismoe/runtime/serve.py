@@ -35,7 +35,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], api: Api, key: str | None):
-        self.folder = api.generator.folder.resolve()
+        self.folder = api.folder.resolve()
         super().__init__(address, partial(_Handler, directory=str(self.folder)))
         self.api, self.key, self.turn = api, key, threading.Lock()
 
@@ -169,6 +169,6 @@ def serve(api: Api, host: str | None = None, port: int | None = None, key: str |
     with server:
         address = f"http://{host or HOST}:{server.server_port}/"
         page = f"{address} shows a page, and " * (server.folder / "index.html").is_file()
-        print(f"{page}{address}v1 answers as OpenAI's API from {clean(api.generator.folder)}; "
+        print(f"{page}{address}v1 answers as OpenAI's API from {clean(api.folder)}; "
               "Ctrl-C ends it", flush=True)
         server.serve_forever()

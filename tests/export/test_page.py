@@ -210,6 +210,17 @@ def test_a_web_folder_answers_programs_too(web: Path) -> None:
             assert chat[-1]["content"] == graph.says(12, *(m["content"] for m in chat[:-1])).strip()
     first = len(graph.prompt("Hello"))
     assert answer.usage.prompt_tokens_details.cached_tokens > first
+    info = json.loads((web / "export.json").read_text())
+    older = {name: file for name, file in info["files"].items() if name != "sampler.onnx"}
+    try:
+        (web / "export.json").write_text(json.dumps(info | {"files": older}))
+        with served(web, "0") as address:        # its page is shown all the same
+            client = openai.OpenAI(base_url=f"{address}v1", api_key="none")
+            assert [model.id for model in client.models.list()] == ["web"]
+            with pytest.raises(openai.BadRequestError, match="no sampler.onnx; export again"):
+                client.completions.create(model="web", prompt="Hello")
+    finally:
+        (web / "export.json").write_text(json.dumps(info))
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def folder(model, tmp_path_factory) -> Path:
 @contextmanager
 def serving(generator: Generator, **client: object) -> Iterator["openai.OpenAI"]:
     """A client of a server of this generator, which another thread runs."""
-    running = server._Server((server.HOST, 0), Api(generator), None)
+    running = server._Server((server.HOST, 0), Api(generator.folder, lambda: generator), None)
     thread = threading.Thread(target=running.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -400,7 +400,7 @@ def test_the_port_is_the_same_unless_it_is_taken(generator, monkeypatch, capsys)
     with socket.socket() as free:
         free.bind((server.HOST, 0))
         monkeypatch.setattr(server, "PORT", free.getsockname()[1])
-    api = Api(generator)
+    api = Api(generator.folder, lambda: generator)
     for _ in range(2):
         server.serve(api)
         assert f":{server.PORT}/v1 " in capsys.readouterr().out
