@@ -90,7 +90,7 @@ def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, flo
     if allocation is None:
         now = time.perf_counter()
         scores = probing.measure(config.allocating, inputs, min(
-            probing.PROBE_BATCH, distributed.share(config.training.micro_batch_size)))
+            probing.PROBE_BATCH, distributed.per_process(config.training.micro_batch_size)))
         allocation = probing.choose(config.allocating, scores)
         seconds["probe"] = round(time.perf_counter() - now, 2)
     torch.manual_seed(config.inputs.seed)    # the same experts whatever was drawn before
@@ -108,7 +108,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     before = None
     if not distributed.gather((run / "before.json").exists())[0]:
         before = score(inputs, "before", config)
-        once(write_json, run / "before.json", {name: j.to_json() for name, j in before.items()})
+        once(write_json, run / "before.json", before)
     if not distributed.rank():
         known = runs.read_before(run / "before.json", inputs.encoded)
 
@@ -176,7 +176,7 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
 
 def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Judgement]:
     """What the model does with the test lines of each task, with a bar."""
-    batch = min(32, 4 * distributed.share(config.training.micro_batch_size))
+    batch = min(32, 4 * distributed.per_process(config.training.micro_batch_size))
     judgements, model, tokenizer = {}, inputs.model, inputs.tokenizer
     with progress_bar(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
                       unit="line", disable=distributed.rank() > 0) as bar:

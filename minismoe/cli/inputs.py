@@ -90,8 +90,8 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and any(
-        getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)()
-        for unit in ("amx_tile", "avx512_bf16"))
+        getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
+        for feature in ("amx_tile", "avx512_bf16"))
 
 
 def load_inputs(config: InputConfig) -> Inputs:

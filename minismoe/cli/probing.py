@@ -146,8 +146,8 @@ def print_overlap(allocating: AllocationConfig, scores: Scores) -> None:
     rows = []
     for task, samples in scores.samples.items():
         halves = voted(samples[::2]), voted(samples[1::2])
-        share = len(halves[0] & halves[1]) / len(halves[0])
-        rows.append([clean(task), len(samples), f"{share:.2f}" if len(samples) > 1 else "-"])
+        overlap = len(halves[0] & halves[1]) / len(halves[0])
+        rows.append([clean(task), len(samples), f"{overlap:.2f}" if len(samples) > 1 else "-"])
     print0(table(["task", "samples probed", "split-half overlap"], rows))
 
 

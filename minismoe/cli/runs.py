@@ -30,6 +30,7 @@ from ..method.allocate import Allocation
 from ..model.checkpoint import versions
 from ..training import distributed
 from ..training.distributed import print0
+from ..training.evaluate import Accuracy
 from ..training.judge import Judgement
 from ..training.loop import TrainConfig
 from ..training.verdict import read_metrics
@@ -211,9 +212,19 @@ def other_tasks(run: Path, inputs: Inputs) -> str:
 
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Judgement]:
     """How well the base did, by task. ValueError if before.json does not say it."""
-    with suppress(AttributeError, KeyError, TypeError, ValueError):
+    with suppress(AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         content = read_json(file)
-        return {name: Judgement.from_json(content[name]) for name in tasks}
+        before = {name: content[name] for name in tasks}
+        for judgement in before.values():
+            for name in ("correct", "examples"):
+                if type(judgement.get(name, 1)) is not int:
+                    raise TypeError("a count of answers that is no whole number")
+            for name in ("loss", "token_accuracy"):
+                if not isinstance(judgement[name], float | int | None):
+                    raise TypeError("a loss that is no number")
+            [dict(sample) for sample in judgement["samples"]]
+        results_json(before, before, {})     # divides by the number of answers
+        return before
     raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
 
 
@@ -223,15 +234,15 @@ def results_json(before: Mapping[str, Judgement], after: Mapping[str, Judgement]
     tasks: dict[str, dict[str, Any]] = {name: {} for name in after}
     for name, trained in after.items():
         base, task = before[name], tasks[name]
-        if base.exact and trained.exact:
-            task |= {"before": round(base.exact.share, 4), "after": round(trained.exact.share, 4),
-                     "interval": [round(x, 4) for x in trained.exact.interval],
-                     "examples": trained.exact.examples}
+        if "correct" in base and "correct" in trained:
+            old, new = (Accuracy(j["correct"], j["examples"]) for j in (base, trained))
+            task |= {"before": round(old.share, 4), "after": round(new.share, 4),
+                     "interval": [round(x, 4) for x in new.interval], "examples": new.examples}
         for measure in ("loss", "token_accuracy"):
-            task[measure] = {"before": getattr(base, measure), "after": getattr(trained, measure)}
-    exact = [task for task in tasks.values() if "after" in task]
-    mean = {when: round(fmean(task[when] for task in exact), 4)
-            for when in ("before", "after") if exact}
+            task[measure] = {"before": base[measure], "after": trained[measure]}
+    compared = [task for task in tasks.values() if "after" in task]
+    mean = {when: round(fmean(task[when] for task in compared), 4)
+            for when in ("before", "after") if compared}
     return {"format": "minismoe.results/1", "metric": "exact_match", **facts, "tasks": tasks,
             "mean": mean}
 
@@ -243,8 +254,8 @@ def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str,
     for name, trained in after.items():
         samples = [{"prompt": old["prompt"], "expected": old["expected"], "before": old["given"],
                     "after": new["given"]}
-                   for old, new in zip(before[name].samples, trained.samples)]
-        answers[name] = trained.to_json() | {"samples": samples}
+                   for old, new in zip(before[name]["samples"], trained["samples"])]
+        answers[name] = trained | {"samples": samples}
     write_json(run / "after.json", answers)
     write_json(run / "results.json", results)
     rows = [[name, *(f"{math.exp(min(t['loss'][when], 99)):.2f}" for when in ("before", "after")),
@@ -263,7 +274,8 @@ def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str,
         for sample in content["samples"]:
             print(f"{clean(name)}: " + "\n  ".join(
                 f"{kind + ':':9} {shortened(sample[kind])}" for kind in sample))
-    print("after.json holds these answers" + ", and which others are wrong" * bool(mean))
+    others = ", and which others are wrong" if mean else ""
+    print(f"after.json holds these answers{others}")
 
 
 def shortened(text: str) -> str:

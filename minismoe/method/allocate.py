@@ -69,20 +69,21 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = "at
     if budget_params is not None and unknown:
         raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
     in_params = budget_params is not None or (strategy == "lora" and not budgets and not unknown)
-    unit = 1 if in_params else rank  # else an expert counts by its rank, which lora chooses itself
+    scale = 1 if in_params else rank  # else an expert costs its rank, which lora chooses itself
 
-    def cost(found: Allocation) -> int:
-        return found.trainable(sizes) if in_params else found.rank * sum(found.experts.values())
+    def cost(option: Allocation) -> int:
+        return option.trainable(sizes) if in_params else option.rank * sum(option.experts.values())
 
-    asked = scores, grouped(modules, group), min_experts, max_experts
-    options, by_votes = _options(draft, *asked), replace(draft, strategy="votes")
-    budget = budgets[0] * unit if budgets else cost(_options(by_votes, *asked)[0])
-    if (least := cost(options[0])) > budget:
-        never = cost(replace(draft, experts=dict.fromkeys(modules, min_experts))) > budget
-        raise (ValueError if never else Unfit)(
-            f"{budget // unit} {'parameters' if in_params else 'experts'} "
+    limits = scores, grouped(modules, group), min_experts, max_experts
+    options, by_votes = _options(draft, *limits), replace(draft, strategy="votes")
+    budget = budgets[0] * scale if budgets else cost(_options(by_votes, *limits)[0])
+    least = cost(options[0])
+    if least > budget:
+        floor = cost(replace(draft, experts=dict.fromkeys(modules, min_experts)))
+        raise (ValueError if floor > budget else Unfit)(
+            f"{budget // scale} {'parameters' if in_params else 'experts'} "
             f"({'the budget' if budgets else 'what votes spend'}) are too few for {strategy!r} "
-            f"with min_experts {min_experts}: the nearest possible is {-(-least // unit)}")
+            f"with min_experts {min_experts}: the nearest possible is {-(-least // scale)}")
     best = [option for option in options if cost(option) <= budget][-1]
     if strategy == "lora":  # one rank costs as much as another
         best = replace(best, rank=budget // least, alpha=alpha * (budget // least) / rank)
@@ -142,7 +143,7 @@ def select(modules: Iterable[str], targets: Iterable[str] | str | None) -> list[
     if not hits or not all(hits.values()):
         raise ValueError(f"no module matches targets {[word for word in hits if not hits[word]]}; "
                          f"projections present: {sorted(set(kinds.values()))}")
-    return [module for module in kinds if any(module in found for found in hits.values())]
+    return [module for module in kinds if any(module in matched for matched in hits.values())]
 
 
 def natural(module: str) -> tuple[list[Any], str]:

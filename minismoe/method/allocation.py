@@ -84,9 +84,9 @@ class Allocation:
         if not isinstance(value, Mapping):
             raise ValueError(f"an allocation is a JSON object, got {value!r}")
         settings: dict[str, Any] = dict(value) if "format" in value else {"experts": value}
-        found, experts = settings.pop("format", FORMAT), settings.pop("experts", None)
+        form, experts = settings.pop("format", FORMAT), settings.pop("experts", None)
         known = {f.name: settings.pop(f.name) for f in fields(cls) if f.name in settings}
-        problems = [f"format must be {FORMAT!r}, got {found!r}"] if found != FORMAT else []
+        problems = [f"format must be {FORMAT!r}, got {form!r}"] if form != FORMAT else []
         problems += [f"unknown field {name!r}" for name in settings]
         if not isinstance(experts, Mapping) or not any(experts.values()):
             problems.append(f"experts must give some module an expert, got {experts!r}")

@@ -34,7 +34,7 @@ def harms(model: nn.Module, options: Mapping[str, Options], batches: Iterable[Se
     (B, T). Raises ValueError if there is none.
     """
     generator, tokens = torch.Generator().manual_seed(seed), 0
-    squares = {name: torch.zeros(len(each)).double() for name, each in options.items()}
+    squares = {name: torch.zeros(len(ways)).double() for name, ways in options.items()}
     with measuring(model):
         for ids, mask, *_ in batches:
             for name, sums in sample_sums(model, options, ids, mask, generator).items():
@@ -42,7 +42,7 @@ def harms(model: nn.Module, options: Mapping[str, Options], batches: Iterable[Se
             tokens += int(mask.sum())
     if not tokens:
         raise ValueError("there is no batch to measure on (a generator can be read only once)")
-    return {name: (each / tokens / 2).tolist() for name, each in squares.items()}
+    return {name: (sums / tokens / 2).tolist() for name, sums in squares.items()}
 
 
 def sample_sums(model: nn.Module, options: Mapping[str, Options], input_ids: Tensor,
@@ -51,18 +51,18 @@ def sample_sums(model: nn.Module, options: Mapping[str, Options], input_ids: Ten
     like, sums = next(model.parameters()), dict[str, Tensor]()
     mask, wide = attention_mask.to(like.device).bool(), torch.promote_types(like.dtype, torch.float)
     with ExitStack() as afterwards, torch.enable_grad():
-        for name, each in options.items():
+        for name, ways in options.items():
             weight = model.get_submodule(name).weight
-            sums[name] = mask.new_zeros(len(mask), len(each), dtype=wide, requires_grad=True)
+            sums[name] = mask.new_zeros(len(mask), len(ways), dtype=wide, requires_grad=True)
             for module in model.modules():
                 if getattr(module, "weight", None) is weight:
                     afterwards.enter_context(module.register_forward_hook(
-                        lambda module, inputs, y, shared=(sums[name], mask, each): _Sums.apply(
+                        lambda module, inputs, y, shared=(sums[name], mask, ways): _Sums.apply(
                             y, *shared, inputs[0], getattr(module, "embed_scale", 1.0))))
         output = model(input_ids=input_ids.to(like.device), attention_mask=mask.long())
         logits = getattr(output, "logits", output)[mask].to(wide)                      # (N, V)
         F.cross_entropy(logits, drawn(logits.detach(), generator), reduction="sum").backward()
-    return {name: each.grad for name, each in sums.items() if each.grad is not None}
+    return {name: of_each.grad for name, of_each in sums.items() if of_each.grad is not None}
 
 
 def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -84,8 +84,8 @@ class _Group(torch.autograd.Function):
                 return _Group.backward(ctx, *gradients)
         layers, (x, h, gates, A, routers, *B) = ctx.layers, ctx.saved_tensors
         dys, d_logits, d_routers = gradients[:len(layers)], None, None
-        parts = [dy @ b.T for dy, b in zip(dys, B)]
-        dh = parts[0] if len(parts) == 1 else torch.cat(parts, 1)                # (N, R)
+        dhs = [dy @ b.T for dy, b in zip(dys, B)]
+        dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1)                      # (N, R)
         if routers is not None:
             # Of the softmax: d_logits = g * dg - g * sum of g * dg. (h holds g * h.)
             by_expert = dh.unflatten(1, (*gates.shape[1:], -1))                  # (N, n, E, r)
@@ -251,11 +251,11 @@ def packs(model: nn.Module) -> bool:
 def take_logits(layers: Mapping[str, ExpertLinear]) -> dict[str, tuple[Tensor, int]]:
     """Router logits (N, E) of the last forward of each routed layer, and its k; the layers forget
     them, as they may hold a graph."""
-    found = {name: (m.router_logits[:, :m.experts], m.top_k) for name, m in layers.items()
+    taken = {name: (m.router_logits[:, :m.experts], m.top_k) for name, m in layers.items()
              if m.router_logits is not None and m.router is not None}
     for layer in layers.values():
         layer.router_logits = None
-    return found
+    return taken
 
 
 def balance_loss(routing: Mapping[str, tuple[Tensor, int]], weights: Tensor,
@@ -268,11 +268,11 @@ def balance_loss(routing: Mapping[str, tuple[Tensor, int]], weights: Tensor,
     it occurs, 0 for padding. If processes hold parts of a batch, `total` sums counts over them;
     then the losses and gradients of processes add up to the batch's.
     """
-    alike = defaultdict[Any, list[str]](list)        # matrices of equal E together: few kernels
+    same_sizes = defaultdict[Any, list[str]](list)   # matrices of equal E together: few kernels
     for name, (logits, k) in routing.items():
-        alike[logits.shape[1], k].append(name)
+        same_sizes[logits.shape[1], k].append(name)
     losses, use = list[Tensor](), dict[str, Tensor]()
-    for (E, k), names in alike.items():
+    for (E, k), names in same_sizes.items():
         logits = torch.stack([routing[name][0] for name in names])       # (matrices, N, E)
         p, times = logits.softmax(-1), weights.to(logits.dtype)
         chosen = torch.zeros_like(p).scatter_(-1, logits.topk(k, -1).indices, 1 / k)

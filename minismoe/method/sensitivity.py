@@ -92,9 +92,9 @@ def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor
             afterwards.callback(delattr, module, "probed")
             afterwards.enter_context(module.register_forward_hook(_watch))
         losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
-        shares = 1 / torch.bincount(rows)[rows].to(losses.dtype)
+        weights = 1 / torch.bincount(rows)[rows].to(losses.dtype)
         # The sum over samples of their means.
-        (losses * shares.to(losses.device, non_blocking=True)).sum().backward()
+        (losses * weights.to(losses.device, non_blocking=True)).sum().backward()
     assert norms.grad is not None
     return norms.grad.mT
 
@@ -105,8 +105,8 @@ class _Ghost:
     def __init__(self, attention_mask: Tensor, dtype: torch.dtype, packed: bool):
         self.mask, self.dtype = attention_mask.bool()[..., None], dtype    # (B, T, 1)
         self.pairs = (self.mask & self.mask.mT).to(dtype)                  # (B, T, T)
-        self.packed = packed                               # each position's row, if rows are packed
-        self.places = (self.mask.flatten().cumsum(0) - 1).clamp_(min=0)
+        self.packed = packed                               # row_of: each position's packed row
+        self.row_of = (self.mask.flatten().cumsum(0) - 1).clamp_(min=0)
         self.read: tuple[Tensor, Tensor] | None = None    # last input and its X X^T: q, k, v share
 
     def gram(self, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class _Ghost:
         if x.dtype == torch.float16:          # squares of gradients underflow
             x = x.float()
         if self.packed:
-            x = x.index_select(0, self.places)
+            x = x.index_select(0, self.row_of)
         return x.view(*self.mask.shape[:2], -1)
 
 

@@ -8,7 +8,7 @@ Layers are of one kind if the same matrices have experts, however many: see `Cop
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,12 +35,12 @@ def wanted(model: CausalLM, choice: str, steps: int) -> bool:
     seconds = SECONDS * len(kinds)
     enough = round(seconds / SAVED / len(layers))
     hint = f"it takes about {seconds} s, and pays from about {enough:,} steps on"
-    if choice == "auto" and (steps < enough or find_spec("triton") is None):
-        lack = "" if find_spec("triton") else "triton is not installed; "
-        print0(f"the layers are not compiled ({lack}{hint}): --compile on does it")
-        return False
-    print0(f"compiling the layers: {hint} (--compile off leaves it out)")
-    return True
+    if choice == "on" or steps >= enough and find_spec("triton"):
+        print0(f"compiling the layers: {hint} (--compile off leaves it out)")
+        return True
+    lack = "" if find_spec("triton") else "triton is not installed; "
+    print0(f"the layers are not compiled ({lack}{hint}): --compile on does it")
+    return False
 
 
 @contextmanager
@@ -56,25 +56,25 @@ def compiled_layers(model: CausalLM, step: Callable[[], object], backend: str = 
         for layer in model.model.layers:
             layer._compiled_call_impl = None
 
-    with shapes.patch(use_duck_shape=False), config.patch(   # sizes may be equal by chance
-            force_nn_module_property_static_shapes=False,    # the probe hangs a batch on layers
-            recompile_limit=4 * len(model.model.layers)):    # else it gives up after 8
+    with (shapes.patch(use_duck_shape=False),                # sizes may be equal by chance
+          config.patch(force_nn_module_property_static_shapes=False,  # the probe hangs a batch on
+                       # layers; and dynamo gives up after 8 graphs of a function
+                       recompile_limit=4 * len(model.model.layers)),
+          ExitStack() as afterwards):
+        afterwards.callback(as_written)
         for layer in model.model.layers:
             layer.compile(dynamic=True, backend=backend)
         start = time.perf_counter()
         try:
-            try:
-                step()
-                print0(f"compiled in {time.perf_counter() - start:.0f} s")
-            except Exception as e:       # a compiler raises all kinds of exceptions
-                if out_of_memory(e):
-                    raise
-                as_written()
-                print(f"the layers cannot be compiled, and run without: {error_line(e)[:300]}",
-                      file=sys.stderr)
-            yield
-        finally:
+            step()
+            print0(f"compiled in {time.perf_counter() - start:.0f} s")
+        except Exception as e:           # a compiler raises all kinds of exceptions
+            if out_of_memory(e):
+                raise
             as_written()
+            print(f"the layers cannot be compiled, and run without: {error_line(e)[:300]}",
+                  file=sys.stderr)
+        yield
 
 
 def uncompiled() -> AbstractContextManager[object]:

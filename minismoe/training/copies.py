@@ -11,111 +11,57 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ..method.experts import PARTS, ExpertLinear, Stack, expert_layers, groups
+from ..method.experts import ExpertLinear, Stack, expert_layers, groups
 
-
-class _Part:
-    """One of PARTS of all layers, and the memory of its copies."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.parameters: list[nn.Parameter] = []
-        self.scalings: list[float] = []      # of each lora_B; none of other parts
-        self.shapes: list[list[int]] = []    # of each copy: layers, slots of a layer, in or out
-        self.at: list[tuple[int, ...]] = []  # the copy, and the layer in it, of each parameter
-
-    def add(self, layers: Sequence[ExpertLinear], slots: Sequence[int], width: int) -> None:
-        """Let a copy hold the parameters of some layers, with `slots` for each: (E, r) or (E,)."""
-        for i, layer in enumerate(layers):
-            if (parameter := getattr(layer, self.name)) is not None:     # one expert: no router
-                self.parameters.append(parameter)
-                self.at.append((len(self.shapes), i))
-                self.scalings += [layer.scaling] if self.name == "lora_B" else []
-        self.shapes.append([len(layers), *slots, width])
-
-    def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the memory of the copies; what no parameter fills stays 0."""
-        self.memory = torch.zeros(sum(map(math.prod, self.shapes)), dtype=dtype, device=device)
-        self.places = self.of_parameters(self.memory)
-
-    def of_copies(self, memory: Tensor) -> list[Tensor]:
-        """The parts of `memory`, or of its gradient, that each copy has."""
-        parts = memory.split([*map(math.prod, self.shapes)])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes)]
-
-    def of_parameters(self, memory: Tensor) -> list[Tensor]:
-        """The parts of `memory`, or of its gradient, that each parameter has."""
-        copies = self.of_copies(memory)
-        return [copies[number][i][tuple(map(slice, p.shape))]
-                for p, (number, i) in zip(self.parameters, self.at)]
-
-
-class _Copy(torch.autograd.Function):
-    """The parameters of a part -> its copies, (slots of all their layers, in or out)."""
-
-    @staticmethod
-    def forward(ctx: Any, part: _Part, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.part = part
-        torch._foreach_copy_(part.places, torch._foreach_mul(parameters, part.scalings)
-                             if part.scalings else parameters)
-        return *(copy.flatten(0, -2) for copy in part.of_copies(part.memory)),
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        part, together = ctx.part, torch.cat([g.flatten() for g in gradients])
-        views = part.of_parameters(together.to(part.parameters[0].dtype))
-        if part.scalings:
-            torch._foreach_mul_(views, part.scalings)
-        return None, *views
+# The layers whose parameters one copy holds, and the slots E and the rank r that each has in it.
+Block = tuple[Sequence[ExpertLinear], int, int]
 
 
 class Copies:
     """Copies of the experts of `model`.
 
-    alike: they have the same shapes in all decoder layers, so that these are one to a compiler.
+    same_shapes: they have the same shapes in all decoder layers, which a compiler then takes for
+    one.
     """
 
-    def __init__(self, model: nn.Module, alike: bool = False):
+    def __init__(self, model: nn.Module, same_shapes: bool = False):
         self.groups, self.layers = groups(model), expert_layers(model)
-        self.parts = {name: _Part(name) for name in PARTS}
-        names, alikes = {m: n for n, m in self.layers.items()}, defaultdict[str, list](list)
-        kinds = [re.sub(r"\d+", "*", names[g[0]]) if alike else names[g[0]] for g in self.groups]
-        for kind, group in zip(kinds, self.groups):
-            alikes[kind] += group
-        self.slots = [self._slots(group, alikes[kind]) for kind, group in zip(kinds, self.groups)]
-        for layer in [*self.layers.values()][:1]:
-            for name, part in self.parts.items():
-                part.allocate(layer.lora_A.dtype if name == "router" else layer.weight.dtype,
-                              layer.lora_A.device)
-
-    def _slots(self, group: Sequence[ExpertLinear], alikes: Sequence[ExpertLinear],
-               ) -> tuple[int, int, Tensor | None]:
-        """Have copies made for a group, with slots for the largest layer of `alikes`. Returns the
-        slots E, top_k and what is added to router logits."""
-        E, r, k = (max(getattr(m, size) for m in alikes) for size in ("experts", "rank", "top_k"))
-        self.parts["lora_A"].add(group, (E, r), group[0].in_features)
-        if E > 1:
-            self.parts["router"].add(group, (E,), group[0].in_features)
-        for m in group:
-            self.parts["lora_B"].add([m], (E, r), m.out_features)
-        if all(m.experts == E for m in alikes):
-            return E, k, None
-        empty = (torch.arange(E) >= torch.tensor([[m.experts] for m in group])).flatten()
-        return E, k, torch.zeros(len(empty)).masked_fill_(empty, -math.inf).to(group[0].lora_A)
+        names = {layer: name for name, layer in self.layers.items()}
+        keys = [names[group[0]] for group in self.groups]
+        if same_shapes:
+            keys = [re.sub(r"\d+", "*", key) for key in keys]
+        sharing = defaultdict[str, list[ExpertLinear]](list)     # layers that get as many slots
+        for key, group in zip(keys, self.groups):
+            sharing[key] += group
+        scalings = {layer.scaling for layer in self.layers.values()}
+        self.scaling = scalings.pop() if len(scalings) == 1 else None    # several: one by one
+        self.zeros = torch.zeros(0)                              # to fill the widest empty slots
+        self.sizes: list[tuple[int, int, int]] = []              # of each group: E, r, top_k
+        self.empty: list[Tensor | None] = []                     # of each group, as Stack has it
+        for key, group in zip(keys, self.groups):
+            E, r, k = (max(getattr(layer, size) for layer in sharing[key])
+                       for size in ("experts", "rank", "top_k"))
+            self.sizes.append((E, r, k))
+            lacking = torch.arange(E) >= torch.tensor([[layer.experts] for layer in group])
+            self.empty.append(None if all(layer.experts == E for layer in sharing[key]) else
+                              torch.zeros(lacking.shape).masked_fill_(lacking, -math.inf).flatten()
+                              .to(group[0].lora_A))
+            self.zeros = group[0].lora_A.new_zeros(max(self.zeros.numel(), E * r * max(
+                max(layer.in_features, layer.out_features) for layer in group)))
 
     @contextmanager
     def multiplying(self) -> Iterator[None]:
         """Meanwhile the layers multiply with copies of what their parameters are now."""
-        A, routers, B = (iter(_Copy.apply(part, *part.parameters) if part.parameters else ())
-                         for part in self.parts.values())
-        for group, (E, top_k, empty) in zip(self.groups, self.slots):
+        sized = [(group, E, r) for group, (E, r, _) in zip(self.groups, self.sizes)]
+        A = self._copied("lora_A", sized)
+        B = self._copied("lora_B", [([layer], E, r) for group, E, r in sized for layer in group])
+        routers = self._copied("router", [(group, E, 1) for group, E, _ in sized if E > 1])
+        for group, (E, _, top_k), empty in zip(self.groups, self.sizes, self.empty):
             group[0].stack = Stack(next(A), [next(B) for _ in group],
                                    next(routers) if E > 1 else None, empty, top_k)
         try:
@@ -123,3 +69,31 @@ class Copies:
         finally:
             for group in self.groups:
                 group[0].stack = None
+
+    def _copied(self, part: str, blocks: Sequence[Block]) -> Iterator[Tensor]:
+        """The copy (layers * E * r, in or out) of each block's lora_A, lora_B or router; 0 in slots
+        that hold no expert. In the dtype of the weights, but of routers; lora_B times scaling."""
+        pieces, shapes = list[Tensor](), list[tuple[int, int]]()
+        for layers, E, r in blocks:
+            width = layers[0].out_features if part == "lora_B" else layers[0].in_features
+            shapes.append((len(layers) * E * r, width))
+            for layer in layers:
+                if (tensor := getattr(layer, part)) is None:     # one expert: no router
+                    pieces.append(self.zeros[:E * width])
+                    continue
+                if part != "router" and layer.rank < r:
+                    tensor = F.pad(tensor, (0, 0, 0, r - layer.rank))
+                if part == "lora_B" and self.scaling is None:
+                    tensor = layer.scaling * tensor
+                pieces.append(tensor.flatten())
+                if layer.experts < E:
+                    pieces.append(self.zeros[:(E - layer.experts) * r * width])
+        if not blocks:
+            return
+        together = torch.cat(pieces)
+        if part == "lora_B" and self.scaling is not None:
+            together = together * self.scaling
+        if part != "router":
+            together = together.to(layer.weight.dtype)
+        for copy, shape in zip(together.split([*map(math.prod, shapes)]), shapes):
+            yield copy.view(shape)

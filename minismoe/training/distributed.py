@@ -39,7 +39,7 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
-def share(count: int) -> int:
+def per_process(count: int) -> int:
     """The most that one process gets of `count` things."""
     return -(-count // world())
 

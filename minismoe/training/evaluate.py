@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.tasks import Example, Task, collate
 from ..data.tokenizer import Tokenizer
 from ..io.files import naming
-from ..method.loss import head_losses, predicting
+from ..method.loss import CHUNK, head_losses, predicting
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens, sent
 from .compiled import uncompiled
@@ -29,11 +29,11 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     batches = [[prompts[n] for n in order[i:i + batch_size]]
                for i in range(0, len(order), batch_size)]
-    found: list[list[int]] = []
-    for answers in spread(lambda b: _generate_batch(model, b, max_new_tokens, stop_ids), batches):
-        found += answers
-        progress(len(answers))
-    return [answer for _, answer in sorted(zip(order, found))]
+    answers: list[list[int]] = []
+    for batch in spread(lambda b: _generate_batch(model, b, max_new_tokens, stop_ids), batches):
+        answers += batch
+        progress(len(batch))
+    return [answer for _, answer in sorted(zip(order, answers))]
 
 
 def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
@@ -44,7 +44,7 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
     lengths, positions = torch.tensor([[len(p)] for p in prompts]), torch.arange(longest)
     mask, needed = positions < lengths, positions == lengths - 1       # (B, T), right-padded
     cache = Cache(model, len(prompts), longest + max_new_tokens)
-    found: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     running, stops = set(range(len(prompts))), set(stop_ids)
     with uncompiled(), Copies(model).multiplying():
         for _ in range(max_new_tokens):
@@ -54,10 +54,10 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_t
             if not running:
                 break
             for n in running:
-                found[n].append(chosen[n])
+                answers[n].append(chosen[n])
             ids = torch.tensor(chosen)[:, None]
             mask = needed = torch.ones_like(ids, dtype=torch.bool)
-    return found
+    return answers
 
 
 class Supervised(NamedTuple):
@@ -71,8 +71,8 @@ class Supervised(NamedTuple):
 
 def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int,
                recompute: bool = False) -> Supervised:
-    """Run a model, without its head, on some examples. What neighbouring examples begin with alike
-    is computed once. Nothing waits for the device."""
+    """Run a model, without its head, on some examples. A prefix that neighbouring examples share is
+    computed once. Nothing waits for the device."""
     ids, mask, labels = collate(examples, pad_id)
     needed, device = predicting(mask, labels), model.lm_head.weight.device
     rows, columns = needed.nonzero(as_tuple=True)
@@ -82,20 +82,23 @@ def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int,
 
 
 @torch.no_grad()
-def mean_loss(model: CausalLM, examples: Sequence[Example], pad_id: int, batch_size: int = 32,
-              ) -> float:
-    """Mean cross-entropy of the supervised tokens of examples."""
-    order = sorted(examples, key=lambda e: e.ids)
+def token_scores(model: CausalLM, examples: Sequence[Example], pad_id: int, batch_size: int = 32,
+                 ) -> tuple[float, float]:
+    """Mean cross-entropy of the supervised tokens, in nats, and the share of them that the model
+    finds likeliest, both given the right tokens before them."""
+    order, step = sorted(examples, key=lambda e: e.ids), max(1, CHUNK // model.config.vocab_size)
 
-    def total(part: Sequence[Example]) -> tuple[float, int]:
-        batch = supervised(model, part, pad_id)
-        losses = head_losses(batch.hidden, model.lm_head.weight, batch.targets)
-        return losses.sum().item(), len(losses)
+    def sums(batch: Sequence[Example]) -> tuple[float, int, int]:
+        hidden, targets, _, _ = supervised(model, batch, pad_id)
+        loss = head_losses(hidden, model.lm_head.weight, targets).sum().item()
+        right = sum(int((model.lm_head(h).argmax(-1) == target).sum())
+                    for h, target in zip(hidden.split(step), targets.split(step)))
+        return loss, right, len(targets)
 
     with uncompiled(), Copies(model).multiplying():
-        totals, counts = zip(*spread(total, [order[i:i + batch_size]
-                                             for i in range(0, len(order), batch_size)]))
-    return sum(totals) / sum(counts)
+        losses, rights, counts = zip(*spread(sums, [order[i:i + batch_size]
+                                                    for i in range(0, len(order), batch_size)]))
+    return sum(losses) / sum(counts), sum(rights) / sum(counts)
 
 
 @dataclass
@@ -140,10 +143,10 @@ def exact_match(tokenizer: Tokenizer, task: Task, context: int,
     wrong, right = [], []
     for messages, reference, answer in zip(task.test, expected, complete(prompts, limit)):
         wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
-        said = {json.dumps(tokenizer.parse(messages, text), sort_keys=True)
-                for text in (wanted, given)}
-        right.append(int(len(said) == 1))
-        if len(said) > 1:
+        contents = [json.dumps(tokenizer.parse(messages, text), sort_keys=True)
+                    for text in (wanted, given)]
+        right.append(int(contents[0] == contents[1]))
+        if not right[-1]:
             wrong.append({"prompt": messages[-2].get("content", ""), "expected": wanted,
                           "given": given})
     return Accuracy(sum(right), len(right), wrong, right)

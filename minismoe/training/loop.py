@@ -30,7 +30,7 @@ from ..model.decoder import CausalLM
 from ..model.tokens import sent
 from . import compiled, distributed, verdict
 from .copies import Copies
-from .evaluate import mean_loss, supervised
+from .evaluate import supervised, token_scores
 from .rate import default_lr, learning_rate
 from .resume import due, load_checkpoint, save_checkpoint
 
@@ -88,10 +88,10 @@ class Trainer:
     parameter to train.
     """
 
-    def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int, alike: bool = False):
+    def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int, same_shapes: bool = False):
         self.model, self.cfg, self.pad_id, self.micro = model, cfg, pad_id, min(
             cfg.micro_batch_size, cfg.batch_size)
-        self.copies, self.device = Copies(model, alike), model.lm_head.weight.device
+        self.copies, self.device = Copies(model, same_shapes), model.lm_head.weight.device
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         if not self.parameters:
             raise ValueError("the model has no experts to train: call add_experts first")
@@ -153,27 +153,40 @@ class Trainer:
                 torch.cuda.empty_cache()
 
     def step(self, number: int, batch: Sequence[Example], lr: float) -> dict[str, Any]:
-        """One step of the optimizer; returns its line of metrics.jsonl."""
+        """One step of the optimizer; returns its line of metrics.jsonl. Raises ArithmeticError, and
+        changes nothing, if the loss or the norm of its gradient is not finite."""
         start = time.perf_counter()
         sums, use = self.fitting(lambda: self.gradients(batch))
         distributed.sum_all([p.grad for p in self.parameters.values() if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.max_grad_norm)
+        clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.max_grad_norm)
         # The one wait for the device: all figures are read at once.
-        *losses, length = torch.cat([distributed.all_sum(sums), norm[None]]).tolist()
-        line = log_line(number, batch, losses, length) | {"lr": lr}
+        *by_task, balance, norm = torch.cat([distributed.all_sum(sums), clipped[None]]).tolist()
+        answers = Counter[str]()
+        for e in batch:
+            answers[e.task] += e.supervised
+        loss, tokens = sum(by_task) / answers.total(), sum(len(e.ids) for e in batch)
+        if not math.isfinite(loss + norm):
+            lines = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
+            raise ArithmeticError(
+                f"the loss is {loss} and the norm of its gradient {norm} at step {number + 1}, on "
+                f"the training lines {lines} (counted as --show prints them): {REMEDY}")
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
+        line = {"step": number + 1, "loss": round(loss, 5), "balance": round(balance, 5),
+                "tokens": tokens, "loss_by_task": {
+                    task: round(total / answers[task], 5)
+                    for task, total in zip(sorted(answers), by_task)},
+                "grad_norm": round(norm, 5), "lr": lr}
         if number % USE_EVERY == 0:          # of the last micro-batch
             line["expert_use"] = {name: [round(share, 3) for share in shares.tolist()]
                                   for name, shares in use.items()}
-        speed = line["tokens"] / (time.perf_counter() - start)
-        return line | {"tokens_per_second": round(speed, 1)}
+        return line | {"tokens_per_second": round(tokens / (time.perf_counter() - start), 1)}
 
     def validate(self, examples: Sequence[Example], state: dict[str, Any]) -> float:
         """Mean loss of validation examples, more of which fit at once than of a step's. `state`
         notes the least, and how often it was not reached since; `best` holds its experts."""
-        loss = round(self.fitting(lambda: mean_loss(self.model, examples, self.pad_id, min(
-            32, 4 * distributed.share(self.micro)))), 5)
+        loss = round(self.fitting(lambda: token_scores(self.model, examples, self.pad_id, min(
+            32, 4 * distributed.per_process(self.micro)))[0]), 5)
         state["since_best"] += 1
         if loss < state["best_loss"]:
             state |= {"best_loss": loss, "since_best": 0}
@@ -191,38 +204,20 @@ class Trainer:
         """Take over what `tensors` gave."""
         for full, tensor in tensors.items():
             name, _, key = full.rpartition("/")
-            p = self.parameters[name]
+            parameter = self.parameters[name]
+            tensor = tensor.to(parameter.device, copy=True)      # the file may not stay mapped
             if key == "value":
-                p.data.copy_(tensor)
-            else:                            # a copy: the file may not stay mapped
-                place = self.best if key == "best" else self.optimizer.state[p]
-                place[name if key == "best" else key] = tensor.to(p.device, copy=True)
+                parameter.data.copy_(tensor)
+            elif key == "best":
+                self.best[name] = tensor
+            else:
+                self.optimizer.state[parameter][key] = tensor
 
     def finish(self) -> None:
         """Put the best experts in place, if they are kept, and drop gradients."""
         self.optimizer.zero_grad()
         for name, tensor in self.best.items():
             self.parameters[name].data.copy_(tensor)
-
-
-def log_line(step: int, batch: Sequence[Example], sums: Sequence[float], norm: float,
-             ) -> dict[str, Any]:
-    """What metrics.jsonl holds of a step, from the sums of its gradients. ArithmeticError if the
-    loss or the norm of its gradient is not finite."""
-    supervised = Counter[str]()
-    for e in batch:
-        supervised[e.task] += e.supervised
-    *by_task, balance = sums
-    mean = sum(by_task) / supervised.total()
-    if not math.isfinite(mean + norm):
-        lines = ", ".join(f"{e.task} {e.index + 1}" for e in batch)
-        raise ArithmeticError(
-            f"the loss is {mean} and the norm of its gradient {norm} at step {step + 1}, on the "
-            f"training lines {lines} (counted as --show prints them): {REMEDY}")
-    return {"step": step + 1, "loss": round(mean, 5), "balance": round(balance, 5),
-            "tokens": sum(len(e.ids) for e in batch), "loss_by_task": {
-                task: round(loss / supervised[task], 5)
-                for task, loss in zip(sorted(supervised), by_task)}, "grad_norm": round(norm, 5)}
 
 
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
@@ -234,7 +229,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     """
     batches = schedule(examples, cfg)
     compiling = compiled.wanted(model, cfg.compile, len(batches))
-    trainer = Trainer(model, cfg, pad_id, alike=compiling)
+    trainer = Trainer(model, cfg, pad_id, same_shapes=compiling)
     peak = default_lr(model) if cfg.lr is None else cfg.lr
     state = _first_state(run, trainer, batches, resume)
     every = cfg.eval_every or math.ceil(len(batches) / MEASURES)
@@ -258,7 +253,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             if step + 1 == len(batches) // 2:
-                distributed.once(_warn, run, examples, peak, default_lr(model))
+                distributed.once(verdict.warn, run / "metrics.jsonl", examples, peak,
+                                 default_lr(model))
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
@@ -275,14 +271,6 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             raise Interrupted(f"saved after step {state['step']} of {len(batches)}", stop)
     trainer.finish()
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
-
-
-def _warn(run: Path, examples: Sequence[Example], peak: float, default: float) -> None:
-    """Say so if the losses of the steps so far show that a run does not learn."""
-    lines = verdict.read_metrics(run / "metrics.jsonl")
-    if reason := verdict.trouble([line["loss"] for line in lines],
-                                 verdict.guessing_loss(examples, examples)):
-        print_above_bar(f"step {len(lines)}: {reason}: {verdict.remedy(peak, default)}")
 
 
 def _first_state(run: Path, trainer: Trainer, batches: Sequence[Sequence[Example]], resume: bool,

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ..data.tasks import Example
+from ..io.progress import print_above_bar
 from ..method.loss import IGNORE
 
 WINDOWS = 5                    # a run's steps are averaged in so many parts
@@ -62,6 +63,13 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def remedy(peak: float | None, default: float) -> str:
     """The rate to try after one that taught nothing."""
     return f"try --lr {default if peak != default else default / 4:.1e}"
+
+
+def warn(metrics: Path, examples: Sequence[Example], peak: float, default: float) -> None:
+    """Say so if the losses of the steps so far show that a run does not learn."""
+    lines = read_metrics(metrics)
+    if reason := trouble([line["loss"] for line in lines], guessing_loss(examples, examples)):
+        print_above_bar(f"step {len(lines)}: {reason}: {remedy(peak, default)}")
 
 
 def advice(metrics: Path, guess: float, remedy: str) -> str:

@@ -23,14 +23,10 @@ from minismoe.method.allocate import Allocation
 
 STRATEGIES: dict[str, dict[str, Any]] = {             # arguments of controls.allocate
     "lora": {"strategy": "lora"}, "uniform": {"strategy": "uniform"},
-    "random": {"strategy": "random"}, "mola": {"strategy": "mola"},
+    "random": {"strategy": "random"},
     "votes": {"strategy": "votes"}, "votes-kind": {"strategy": "votes", "group": "kind"},
     "votes-all": {"strategy": "votes", "group": "all"},
     "votes-floor": {"strategy": "votes", "min_experts": 1},
-    "proportional": {"strategy": "proportional"},
-    "proportional-floor": {"strategy": "proportional", "min_experts": 1},
-    "floor-gain": {"strategy": "proportional", "min_experts": 1},       # scores times entries
-    "inverse": {"strategy": "votes"},                 # from inverted scores: the least sensitive
 }
 PAPER = ("lora", "uniform", "votes", "votes-kind", "votes-all", "votes-floor")
 SEARCH = 1000                         # first seed of the search; final seeds are below
@@ -201,14 +197,6 @@ def allocation_of(args: argparse.Namespace, cell: Cell) -> Allocation:
     """A cell's allocation, from the probe of its seed."""
     scores = probed(args, cell.seed)
     shapes = shapes_of(args, list(next(iter(scores.values()))))
-    if cell.strategy == "inverse":
-        scores = {task: {m: 1 / max(s, 1e-100) for m, s in values.items()}
-                  for task, values in scores.items()}
-    if cell.strategy == "floor-gain":
-        # A step of Adam moves every entry by the same amount, so its gain is the sum of |g|, which
-        # is about sqrt(entries * s).
-        scores = {task: {m: s * math.prod(shapes[m]) for m, s in values.items()}
-                  for task, values in scores.items()}
     settings = {**STRATEGIES[cell.strategy], "rank": args.rank, "top_k": args.top_k,
                 "shapes": shapes, "seed": 100 * cell.seed + cell.draw}
     if cell.budget != "paper" or cell.strategy == "lora":     # LoRA is as large as the control

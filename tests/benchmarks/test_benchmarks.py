@@ -16,7 +16,7 @@ from minismoe.data.tasks import Task, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
-from minismoe.training.evaluate import evaluate, mean_loss
+from minismoe.training.evaluate import evaluate, token_scores
 from minismoe.training.rate import default_lr
 
 if sys.platform != "linux":
@@ -149,7 +149,7 @@ def test_rates_measure_as_training_and_evaluation_do(inputs) -> None:
     (task,) = load_tasks(inputs[3], ["upper"])
     unseen = encode_all(Task("upper", task.test, []), tokenizer, 512)
     loss, exact = rates.measure(model, unseen, tokenizer.pad_id)
-    assert loss == pytest.approx(mean_loss(model, unseen, tokenizer.pad_id), rel=1e-5)
+    assert loss == pytest.approx(token_scores(model, unseen, tokenizer.pad_id)[0], rel=1e-5)
     assert exact == evaluate(model, tokenizer, task).share == 0
 
 

@@ -20,13 +20,12 @@ from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.runtime.folder import trained_system
 from minismoe.training import verdict
-from minismoe.training.evaluate import Accuracy
-from minismoe.training.judge import Judgement
 
 
 def test_results_hold_shares_intervals_and_their_mean() -> None:
     def judged(loss, token_accuracy, *exact):
-        return Judgement(loss, token_accuracy, Accuracy(*exact) if exact else None, [])
+        return {"loss": loss, "token_accuracy": token_accuracy, "samples": [],
+                **dict(zip(("correct", "examples"), exact))}
 
     before = {"a": judged(2.0, 0.1, 1, 4), "b": judged(3.0, 0.2, 0, 3), "text": judged(2.5, 0.3)}
     after = {"a": judged(1.0, 0.5, 3, 4), "b": judged(1.5, 0.6, 3, 3), "text": judged(2.0, 0.4)}

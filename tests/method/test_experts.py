@@ -179,7 +179,7 @@ def test_copies_give_every_parameter_its_gradient(dtype: torch.dtype) -> None:
     counts = COUNTS | {"model.layers.0.self_attn.k_proj": 2, "model.layers.1.mlp.up_proj": 1}
     model, (ids, mask), results = ours(llama()).to(dtype), batch(), []
     randomise(add_experts(model, counts, rank=2))
-    for make in (None, Copies, partial(Copies, alike=True)):
+    for make in (None, Copies, partial(Copies, same_shapes=True)):
         model.zero_grad()
         with make(model).multiplying() if make else nullcontext():
             loss = model(ids, mask)[mask.bool()].float().logsumexp(-1).square().sum()

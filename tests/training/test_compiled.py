@@ -14,7 +14,7 @@ from minismoe.method.sensitivity import sample_norms
 from minismoe.model.decoder import CausalLM
 from minismoe.training import compiled
 from minismoe.training.compiled import compiled_layers
-from minismoe.training.evaluate import generate, mean_loss
+from minismoe.training.evaluate import generate, token_scores
 from minismoe.training.loop import TrainConfig, Trainer, train
 
 
@@ -45,7 +45,7 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
     # All layers differ in what they hold, and some groups have layers of one expert and of more.
     models = [tiny(1, 3, 2, 2, 1, layers=2 if recompute else 3) for _ in range(2)]
     cfg = TrainConfig(recompute=recompute)
-    trainers = Trainer(models[0], cfg, 0), Trainer(models[1], cfg, 0, alike=True)
+    trainers = Trainer(models[0], cfg, 0), Trainer(models[1], cfg, 0, same_shapes=True)
     settings = torch._dynamo.config
     with compiled_layers(models[1], lambda: None, backend="eager"):
         for batch in batches(count):
@@ -55,7 +55,7 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
                 results.append((sums, [p.grad for p in trainer.parameters.values()]))
             torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
         # Nor does what runs between and after the steps.
-        losses = [mean_loss(model, batch, 0) for model in models]
+        losses = [token_scores(model, batch, 0)[0] for model in models]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
         generate(models[1], [[1, 2, 3]], 2, [])
         assert not settings.force_nn_module_property_static_shapes

@@ -1,6 +1,4 @@
-"""Loss and token accuracy beside a plain loop over tokens, and judgements as JSON."""
-
-import json
+"""Loss and token accuracy beside a plain loop over tokens, and which answers are short."""
 
 import pytest
 import torch
@@ -11,13 +9,13 @@ from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import load_model
-from minismoe.training.evaluate import Accuracy
-from minismoe.training.judge import Judgement, has_short_answers, token_scores
+from minismoe.training.evaluate import token_scores
+from minismoe.training.judge import has_short_answers
 
 
 @pytest.mark.parametrize("head_rows", [2, 512])
 def test_token_scores_are_those_of_a_plain_loop(tmp_path, monkeypatch, head_rows) -> None:
-    monkeypatch.setattr("minismoe.training.judge.CHUNK", 259 * head_rows)
+    monkeypatch.setattr("minismoe.training.evaluate.CHUNK", 259 * head_rows)
     model = load_model(save_bytes_model(tmp_path / "model"))
     generator = torch.Generator().manual_seed(0)
     losses, rights, examples = [], [], []
@@ -41,13 +39,3 @@ def test_answers_are_short_if_half_of_them_are(tmp_path) -> None:
     lines = [to_messages({"prompt": "q", "completion": "a" * n}) for n in (5, 5, 99)]
     assert has_short_answers(tokenizer, Task("t", [], lines), 1000)
     assert not has_short_answers(tokenizer, Task("t", [], lines[1:]), 1000)
-
-
-def test_a_judgement_comes_back_from_its_file() -> None:
-    sample = {"prompt": "p", "expected": "e", "given": "g"}
-    for judgement in (Judgement(1.5, 0.25, Accuracy(1, 2, [], [1, 0]), [sample]),
-                      Judgement(None, None, None, [])):
-        back = Judgement.from_json(json.loads(json.dumps(judgement.to_json())))
-        assert (back.loss, back.token_accuracy, back.samples) == (
-            judgement.loss, judgement.token_accuracy, judgement.samples)
-        assert (back.exact and back.exact.share) == (judgement.exact and judgement.exact.share)

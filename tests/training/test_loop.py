@@ -24,7 +24,7 @@ from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import save_adapter
 from minismoe.model.decoder import CausalLM
 from minismoe.training import compiled
-from minismoe.training.evaluate import mean_loss
+from minismoe.training.evaluate import token_scores
 from minismoe.training.loop import (
     Interrupted,
     TrainConfig,
@@ -214,7 +214,7 @@ def overfitting(run: Path, resume: bool = False, **settings: Any) -> tuple[Causa
         i if i == IGNORE else 49 - i for i in e.labels]) for e in examples(8)]
     cfg = TrainConfig(**{"epochs": 8, "batch_size": 4, "lr": 0.03} | settings)
     train(model, lines, cfg, run, 0, resume, valid)
-    return model, mean_loss(model, valid, 0)
+    return model, token_scores(model, valid, 0)[0]
 
 
 def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path) -> None:
