@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shutil
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -233,10 +234,15 @@ def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[s
     def gap(counts: Mapping[str, int]) -> int:
         return abs(size(counts) - target)
 
-    under = allocate(scores, budget_params=target, **settings)
-    larger = (allocate(scores, budget_params=round(target * (1 + i / 200)), **settings)
-              for i in range(1, 200))
-    over = next((a for a in larger if a.experts != under.experts or a.rank != under.rank), under)
+    def of_budget(i: int) -> Allocation:
+        return allocate(scores, budget_params=round(target * (1 + i / 200)), **settings)
+
+    def larger(i: int) -> bool:
+        found = of_budget(i)
+        return (found.experts, found.rank) != (under.experts, under.rank)
+
+    under = of_budget(0)
+    over = of_budget(bisect_left(range(200), True, key=larger))
     if settings["strategy"] in ("lora", "uniform"):
         return min(under, over, key=lambda a: abs((a.trainable_parameters or 0) - target))
     counts = {m: under.experts.get(m, 0) for m in shapes}
