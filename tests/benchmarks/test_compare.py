@@ -144,18 +144,18 @@ def test_grid_searches_then_compares_and_never_repeats(args, monkeypatch, capsys
     calls: list[Cell] = []
     monkeypatch.setattr(compare, "run_cell", fake(calls))
     compare.plan(args)
-    assert "55 of 55 cells to run" in (planned := capsys.readouterr().out) and "lr?" in planned
+    assert "49 of 49 cells to run" in (planned := capsys.readouterr().out) and "lr?" in planned
     compare.run_grid(args)
-    assert len(calls) == len(set(calls)) == 55          # 1 + 8 * 3 of the search, 3 * (1 + 9)
+    assert len(calls) == len(set(calls)) == 49          # 1 + 7 * 3 of the search, 3 * (1 + 8)
     phases = [cell.phase == "final" for cell in calls]
     assert all(cell.seed == SEARCH for cell in calls[:phases.index(True) - 1])
     assert {cell.lr for cell in calls if cell.phase == "final"} == {0.002}
     args.seeds = 4
     compare.run_grid(args)
-    added = calls[55:]
-    assert {cell.seed for cell in added} == {3} and len(added) == 10
+    added = calls[49:]
+    assert {cell.seed for cell in added} == {3} and len(added) == 9
     compare.plan(args)
-    assert "0 of 65 cells to run" in capsys.readouterr().out
+    assert "0 of 58 cells to run" in capsys.readouterr().out
 
 
 def test_final_seeds_may_begin_where_no_choice_was_made_by_them(args, capsys) -> None:
