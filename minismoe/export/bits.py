@@ -17,7 +17,6 @@ from .leaves import matrix
 
 TOKENS = 6144                    # of the texts, on which harm is measured: 1460 chose worse
 MORE = 1.02                      # times the bytes of 4 bits in blocks of 32: 1 lost more on answers
-LOGITS = 1 << 27                 # computed at a time: 512 MiB of float32
 Batches = Mapping[str, Sequence[Batch]]                  # by task
 Options = Mapping[str, Sequence[Blocks]]                 # by module
 
@@ -56,7 +55,7 @@ def harm_of(options: Options, tree: CausalLM, model: CausalLM, batches: Batches,
     four = {name: [blocks for blocks in ways if blocks.bits == 4] for name, ways in options.items()}
     harm = harms(model, {name: [partial(change, tree.get_submodule(name), blocks)
                                 for blocks in ways] for name, ways in four.items() if ways},
-                 progress_bar([*few(batches, model.config.vocab_size)], "harm", unit="batch"))
+                 progress_bar([*few(batches)], "harm", unit="batch"))
     return {name: [*harm.get(name, []), *[0.0] * (len(ways) - len(four[name]))]
             for name, ways in options.items()}
 
@@ -70,13 +69,10 @@ def nbytes(blocks: Blocks) -> int:
     return blocks.data.nbytes + blocks.scales.nbytes
 
 
-def few(batches: Batches, vocabulary: int) -> Iterator[Sequence[Tensor]]:
-    """Batches of all tasks in turn, in parts of at most LOGITS if possible, until they have TOKENS.
-    """
+def few(batches: Batches) -> Iterator[Batch]:
+    """Batches of all tasks in turn, until they have TOKENS."""
     left = TOKENS
     for batch in (b for in_turn in zip_longest(*batches.values()) for b in in_turn if b):
-        rows = max(1, LOGITS // (batch[1].shape[1] * vocabulary))
-        for part in zip(*(tensor.split(rows) for tensor in batch)):
-            if left > 0:
-                left -= int(part[1].sum())
-                yield part
+        if left > 0:
+            left -= int(batch[1].sum())
+            yield batch

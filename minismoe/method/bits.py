@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .loss import CHUNK
 from .sensitivity import measuring
 
 # Of a module: for each of its options, a function that computes dW (out, in), or (V, D).
 Options = Sequence[Callable[[], Tensor]]
 
 
-def harms(model: nn.Module, options: Mapping[str, Options], batches: Iterable[Sequence[Tensor]],
+def harms(model: Any, options: Mapping[str, Options], batches: Iterable[Sequence[Tensor]],
           seed: int = 0) -> dict[str, list[float]]:
     """{module: the harm of each of its options}, in nats a token. The model is left as it was.
 
@@ -45,31 +46,58 @@ def harms(model: nn.Module, options: Mapping[str, Options], batches: Iterable[Se
     return {name: (sums / tokens / 2).tolist() for name, sums in squares.items()}
 
 
-def sample_sums(model: nn.Module, options: Mapping[str, Options], input_ids: Tensor,
+def sample_sums(model: Any, options: Mapping[str, Options], input_ids: Tensor,
                 attention_mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """sum_t d_t . (dW x_t), (B, O), of each sample of one batch, for each of the modules."""
-    like, sums = next(model.parameters()), dict[str, Tensor]()
-    mask, wide = attention_mask.to(like.device).bool(), torch.promote_types(like.dtype, torch.float)
+    """sum_t d_t . (dW x_t), (B, O), of each sample of one batch, for each of the modules. `model`
+    has a decoder `.model` under a linear `.lm_head` without a bias."""
+    head, sums = model.lm_head.weight, dict[str, Any]()
+    mask, wide = attention_mask.to(head.device).bool(), torch.promote_types(head.dtype, torch.float)
+    owner = mask.nonzero()[:, 0]             # the sample of each of N real tokens
     with ExitStack() as afterwards, torch.enable_grad():
         for name, ways in options.items():
             weight = model.get_submodule(name).weight
             sums[name] = mask.new_zeros(len(mask), len(ways), dtype=wide, requires_grad=True)
-            for module in model.modules():
+            sums[name].grad = torch.zeros_like(sums[name])           # each end adds to it
+            for module in model.model.modules():
                 if getattr(module, "weight", None) is weight:
                     afterwards.enter_context(module.register_forward_hook(
                         lambda module, inputs, y, shared=(sums[name], mask, ways): _Sums.apply(
                             y, *shared, inputs[0], getattr(module, "embed_scale", 1.0))))
-        output = model(input_ids=input_ids.to(like.device), attention_mask=mask.long())
-        logits = getattr(output, "logits", output)[mask].to(wide)                      # (N, V)
-        F.cross_entropy(logits, drawn(logits.detach(), generator), reduction="sum").backward()
-    return {name: of_each.grad for name, of_each in sums.items() if of_each.grad is not None}
+        output = model.model(input_ids=input_ids.to(head.device), attention_mask=mask.long())
+        hidden = getattr(output, "last_hidden_state", output)[mask]                    # (N, D)
+        of_head = [name for name in options if model.get_submodule(name).weight is head]
+        d_hidden, rows = through_head(hidden.detach(), head, [
+            change() for name in of_head for change in options[name]], generator)
+        for name in of_head:
+            sums[name].grad.index_add_(0, owner, rows)
+        hidden.backward(d_hidden)
+    return {name: each.grad for name, each in sums.items()}
 
 
-def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token (N,) of each row's softmax (N, V). The generator is of the CPU, for any device."""
-    below = logits.softmax(-1).cumsum_(-1)
-    u = torch.rand(len(logits), 1, generator=generator).to(below) * below[:, -1:]
-    return torch.searchsorted(below, u)[:, 0].clamp_(max=logits.shape[1] - 1)
+def through_head(hidden: Tensor, head: Tensor, changes: Sequence[Tensor],
+                 generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """After each row of hidden (N, D) a token is drawn, CHUNK logits at a time: the gradient (N, D)
+    of its negative log-likelihood, and d_t . (dW x_t), (N, O), for each dW (V, D) of the head."""
+    wide, gradient = torch.promote_types(head.dtype, torch.float), torch.empty_like(hidden)
+    rows = hidden.new_zeros(len(hidden), len(changes), dtype=wide)
+    step = max(1, CHUNK // len(head))
+    for part in (slice(n, n + step) for n in range(0, len(hidden), step)):
+        x = hidden[part]
+        d = F.linear(x, head).to(wide).softmax(-1)
+        tokens = drawn(d, generator)[:, None]
+        d.scatter_add_(1, tokens, torch.full_like(tokens, -1, dtype=wide))     # softmax - one-hot
+        gradient[part] = d.to(head.dtype) @ head
+        for o, dW in enumerate(changes):
+            rows[part, o] = torch.linalg.vecdot(F.linear(x, dW.to(x)).to(wide), d)
+    return gradient, rows
+
+
+def drawn(p: Tensor, generator: torch.Generator) -> Tensor:
+    """A token (N,) by each row of probabilities (N, V). The generator is the CPU's, for any device.
+    """
+    below = p.cumsum(-1)
+    u = torch.rand(len(p), 1, generator=generator).to(below) * below[:, -1:]
+    return torch.searchsorted(below, u)[:, 0].clamp_(max=p.shape[1] - 1)
 
 
 class _Sums(torch.autograd.Function):

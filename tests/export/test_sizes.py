@@ -106,13 +106,11 @@ def test_the_default_is_no_worse_than_what_is_all_alike(
     assert (size_of(chosen) <= size) == (vocabulary < 1)
 
 
-def test_texts_are_taken_in_turn_and_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bits, "LOGITS", 2 * 10 * 50)
+def test_texts_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bits, "TOKENS", 95)
     ones, twos = (torch.full((3, 10), n) for n in (1, 2))
-    several = {"a": [(ones, torch.ones_like(ones))] * 9, "b": [(twos, torch.ones_like(twos))]}
-    parts = [(int(ids[0, 0]), len(ids)) for ids, _ in bits.few(several, 50)]
-    assert parts == [(1, 2), (1, 1), (2, 2), (2, 1), (1, 2), (1, 1), (1, 2)]
+    batches = {"a": [(ones, torch.ones_like(ones))] * 9, "b": [(twos, torch.ones_like(twos))]}
+    assert [int(ids[0, 0]) for ids, _ in bits.few(batches)] == [1, 2, 1, 1]
 
 
 # --- export.py ----------------------------------------------------------------------------------
