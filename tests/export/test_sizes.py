@@ -106,11 +106,13 @@ def test_the_default_is_no_worse_than_what_is_all_alike(
     assert (size_of(chosen) <= size) == (vocabulary < 1)
 
 
-def test_texts_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_taken_in_turn_and_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "AT_ONCE", 29)
     monkeypatch.setattr(bits, "TOKENS", 95)
     ones, twos = (torch.full((3, 10), n) for n in (1, 2))
     batches = {"a": [(ones, torch.ones_like(ones))] * 9, "b": [(twos, torch.ones_like(twos))]}
-    assert [int(ids[0, 0]) for ids, _ in bits.few(batches)] == [1, 2, 1, 1]
+    parts = [(int(ids[0, 0]), len(ids)) for ids, _ in bits.few(batches)]
+    assert parts == [(1, 2), (1, 1), (2, 2), (2, 1), (1, 2), (1, 1), (1, 2)]
 
 
 # --- export.py ----------------------------------------------------------------------------------
