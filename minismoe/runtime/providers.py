@@ -122,10 +122,10 @@ def open_session(file: Path, device: Device, threads: int | None,
     provider cannot open the graph, or takes none of its nodes.
     """
     options, output = ort.SessionOptions(), [""]
-    if threads is None:                      # 0: physical cores; a number if we may use fewer
-        allowed = processors()
-        threads = allowed if allowed < (os.cpu_count() or 1) else 0
-    options.intra_op_num_threads = min(threads, 8 * (os.cpu_count() or 1))     # 100,000 hang
+    cores, allowed = os.cpu_count() or 1, processors()
+    default = allowed if allowed < cores else 0              # 0: all physical cores
+    # 100,000 threads hang.
+    options.intra_op_num_threads = min(default if threads is None else threads, 8 * cores)
     options.log_severity_level = 3           # errors only
     for key, text in (*entries, ("session.record_ep_graph_assignment_info", "1"),
                       ("session.disable_cpu_ep_fallback", str(int(device.name == "qnn")))):

@@ -103,7 +103,7 @@ class _Handler(SimpleHTTPRequestHandler):
                         streams = True
                     self._event(json.dumps(part))
                 self._event("[DONE]")
-        except OSError:                      # the client left, or takes nothing
+        except (ConnectionError, TimeoutError):          # the client left, or takes nothing
             return
         except Exception as e:               # onnxruntime raises bare Exceptions
             failed = request_error(e)
