@@ -229,7 +229,7 @@ def test_an_error_in_the_middle_of_a_stream_reaches_the_client(generator, client
         [*client.chat.completions.create(model="x", messages=ASK, stream=True)]
     with pytest.raises(openai.InternalServerError, match="not numbers"):
         client.chat.completions.create(model="x", messages=ASK)
-    monkeypatch.setattr(generator, "generate", lambda *a, **k: open("nowhere"))
+    monkeypatch.setattr(generator, "generate", lambda *a, **k: Path("nowhere").read_bytes())
     with pytest.raises(openai.InternalServerError, match="nowhere: No such file"):
         client.chat.completions.create(model="x", messages=ASK)
 
