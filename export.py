@@ -60,7 +60,7 @@ def load_run(config: ExportConfig) -> Source:
     run = Path(config.run or "")
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
-    saved, _ = runs.read_run(run)
+    saved = runs.read_run(run)
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     settings = cli.resolve_auto(replace(saved, device=config.device, dtype=config.dtype,

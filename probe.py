@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
     parser.add_argument("--compile", choices=compiled.CHOICES, default="auto", help=compiled.HELP)
+    parser.add_argument("--bits", action="store_true", help="print what storing each matrix in 4 "
+                        "bits costs, and stop")
     refuse_old(parser, argv, flags.OLD)
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
@@ -41,6 +43,9 @@ def main(argv: Sequence[str]) -> None:
     distributed.join_others(torch.device(config.device))
     if config.show:
         print_examples(config, config.show)
+        return
+    if args.bits:
+        probing.print_bits(allocating, load_inputs(config))
         return
     if (run / "config.json").exists():
         raise FileExistsError(f"{run} is a run of train.py: its allocation would be lost. Choose "

@@ -412,20 +412,24 @@ def test_top_k_over_the_experts_takes_them_all(world: World) -> None:
     assert experts.expert_layers(model)[Q].top_k == 2
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: c.pop("arguments"), lambda c: c["arguments"].update(max_length="9")])
-def test_exporting_a_run_with_a_hostile_config_is_refused(world: World,
-                                                          change: Callable[[Any], object]) -> None:
+@pytest.mark.parametrize("change, says", [
+    (lambda c: c.pop("arguments"), "config.json is not of a run: "),
+    (lambda c: c["arguments"].update(max_length=[9]), r"config.json: argument --max-length: .*9"),
+    (lambda c: c["arguments"].pop("limit_valid"), "lacks limit_valid: another version of minismoe "
+     "made this run, so train again with this one"),
+    (lambda c: c["arguments"].update(tasks="sum"), "has tasks, which is no flag: another version")])
+def test_exporting_a_run_with_a_wrong_or_older_config_is_refused(
+        world: World, change: Callable[[Any], object], says: str) -> None:
     edit(world.run / "config.json", change)
     fails(export.main, world.run, "--out", world.run.parent / "new", folder=world.model.parent,
-          says="config.json is not of a run: ")
+          says=says)
 
 
 @pytest.mark.parametrize("change, says", [
     (lambda c: c["arguments"].update(epochs="x"), "config.json: argument --epochs: .*'x'"),
     (lambda c: c["arguments"].update(recompute="y"), "config.json: argument --recompute: .*'y'"),
     (lambda c: c["arguments"].update(model=5), "no such model folder: 5"),
-    (lambda c: c["arguments"].update(help=True), "config.json: there is no flag help")])
+    (lambda c: c["arguments"].update(help=True), "config.json has help, which is no flag")])
 def test_resuming_a_run_with_a_hostile_config_is_refused(world: World,
                                                          change: Callable[[Any], object],
                                                          says: str) -> None:
@@ -475,7 +479,7 @@ def test_one_example_trains_but_no_test_line_is_refused(world: World) -> None:
     ("../model", "has no task ../model; it has t"), ("..", r"has no task \.\.; it has t"),
     ("a/b", "has no task a/b"), ("t,t", "named twice: t, t")])
 def test_wrong_names_of_tasks_are_refused(world: World, tasks: str, says: str) -> None:
-    fails(train.main, *world.inputs, "--tasks", tasks, "--out", world.run.parent / "new",
+    fails(train.main, *world.inputs, "--only-tasks", tasks, "--out", world.run.parent / "new",
           says=says, folder=world.model.parent)
 
 

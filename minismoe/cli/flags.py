@@ -13,9 +13,10 @@ from ..training.loop import TrainConfig
 # Settings of the allocation that have no flag: a file for --allocation may hold them.
 SETTINGS = ("keep", "group", "budget_experts", "min_experts", "max_experts", "top_k")
 # Flags that choose an allocation, and so mean nothing where --allocation names one.
-CHOOSING = ("strategy", "budget_params", "targets")
-OLD = {option(name): f"a setting: write \"{name}\" into a file for --allocation"
-       for name in SETTINGS if name != "keep"}
+CHOOSING = ("strategy", "budget_params", "target_modules")
+OLD = {"--tasks": "--only-tasks", "--targets": "--target-modules"} | {
+    option(name): f"a setting: write \"{name}\" into a file for --allocation"
+    for name in SETTINGS if name != "keep"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class InputConfig:
     data: str | None = flag(
         None, "folder with a sub-folder (train.jsonl, valid.jsonl, test.jsonl) or one .jsonl file "
         "a task, or one such sub-folder or file; default: the tasks of the toy model", text)
-    tasks: str | None = flag(None, "comma list of task names; default: all of --data", text)
+    only_tasks: str | None = flag(
+        None, "comma list of task names; default: all of --data", text, metavar="NAMES")
     limit_train: int | None = flag(
         None, "use the first N training lines of each task; default: all", positive, metavar="N")
     limit_valid: int = flag(
@@ -54,8 +56,8 @@ class InputConfig:
 
     @property
     def names(self) -> list[str]:
-        """The tasks of --tasks; none for all."""
-        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+        """The tasks of --only-tasks; none for all."""
+        return [name.strip() for name in (self.only_tasks or "").split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class AllocationConfig:
     budget_params: int | None = flag(
         None, "at most N trainable parameters (default: what votes of each task for 60 %% of the "
         "matrices cost)", positive, metavar="N")
-    targets: str | None = flag(
+    target_modules: str | None = flag(
         None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
         "may get experts; default: all linear layers")
     rank: int = flag(8, "of each expert (default: %(default)s)", positive)

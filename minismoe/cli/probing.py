@@ -4,13 +4,15 @@ import random
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..data.tasks import Batch, probe_batches
+from ..export.bits import harm_of
+from ..export.leaves import matrix
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
 from ..io.progress import progress_bar
@@ -19,6 +21,7 @@ from ..method.allocate import Allocation, allocate, select
 from ..method.allocation import FORMAT, Unfit
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
+from ..model.quantize import quantize
 from ..training import compiled, distributed
 from ..training.distributed import print0
 from .flags import SETTINGS, AllocationConfig
@@ -26,6 +29,7 @@ from .inputs import Inputs
 
 PROBE_BATCH = 16                                     # samples at once
 BLIND = ("uniform", "lora")                          # given a budget, these read no score
+BLOCK_SIZES = (128, 32)                              # weights that share a scale, for --bits
 
 
 def needs_probe(allocating: AllocationConfig, tasks: int) -> bool:
@@ -38,13 +42,12 @@ def needs_probe(allocating: AllocationConfig, tasks: int) -> bool:
 
 def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
     """The allocation that the flags ask for; Unfit if the scores choose one that does not fit."""
-    settings = asdict(allocating)
-    for name in ("samples", "seed", "allocation", "fixed"):
-        del settings[name]
-    allocation = allocate(scores, **settings)
+    settings = {name: getattr(allocating, name) for name in (
+        "strategy", "budget_params", "rank", "alpha", *SETTINGS)}
+    allocation = allocate(scores, targets=allocating.target_modules, **settings)
     allocation.check_rank(scores.shapes)
     if {*allocation.experts.values()} == {1} and len(allocation.experts) == len(
-            select(scores.shapes, allocating.targets)):
+            select(scores.shapes, allocating.target_modules)):
         return replace(allocation, strategy="lora")
     return allocation
 
@@ -80,7 +83,7 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation
                    "tasks share experts by votes")
         return allocation
     if allocating.min_experts > 0 and allocating.strategy != "lora":     # each matrix gets experts
-        one_each = dict.fromkeys(select(shapes, allocating.targets), 1)
+        one_each = dict.fromkeys(select(shapes, allocating.target_modules), 1)
         Allocation(one_each, allocating.rank).check_rank(shapes)
     with suppress(Unfit):                    # with other scores it may fit
         without_probe(allocating, shapes, inputs.encoded)
@@ -141,7 +144,7 @@ def print_overlap(allocating: AllocationConfig, scores: Scores) -> None:
     def voted(samples: Tensor) -> set[str]:
         one_task = dict(zip(scores.shapes, samples.sum(0).tolist()))
         return set(allocate({"": one_task}, group=allocating.group, keep=allocating.keep,
-                            targets=allocating.targets).experts)
+                            targets=allocating.target_modules).experts)
 
     rows = []
     for task, samples in scores.samples.items():
@@ -155,3 +158,18 @@ def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:
     """Experts of every linear layer but the head."""
     return terminal_heatmap("experts a matrix", {
         name: allocation.experts.get(name, 0) for name in linear_layers(model)}, digits=True)
+
+
+def print_bits(allocating: AllocationConfig, inputs: Inputs) -> None:
+    """Print what storing each linear layer in 4 bits, rounded to nearest, costs in nats a token."""
+    layers = linear_layers(inputs.model)
+    options = {name: [quantize(matrix(layer), 4, size) for size in BLOCK_SIZES]
+               for name, layer in layers.items()}
+    batches = {task: [*probe_batches(examples, allocating.samples, PROBE_BATCH,
+                                     inputs.tokenizer.pad_id)]
+               for task, examples in inputs.encoded.items()}
+    harm = harm_of(options, inputs.model, inputs.model, batches)
+    for i, size in enumerate(BLOCK_SIZES):
+        of_size = {name: values[i] for name, values in harm.items()}
+        title = f"4 bits in blocks of {size}: {sum(of_size.values()):.3g} nats a token in all"
+        print(terminal_heatmap(title, of_size, scale="log"))

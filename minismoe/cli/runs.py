@@ -7,10 +7,11 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 
@@ -21,10 +22,11 @@ from ..io.files import (
     naming,
     read_json,
     replacing,
+    sha256,
     sha256_of_json,
     write_json,
 )
-from ..io.flags import as_flags, from_flags, option, typed
+from ..io.flags import as_flags, from_flags, new_parser, option
 from ..io.text import clean, table
 from ..method.allocate import Allocation
 from ..model.checkpoint import versions
@@ -34,7 +36,7 @@ from ..training.evaluate import Accuracy
 from ..training.judge import Judgement
 from ..training.loop import TrainConfig
 from ..training.verdict import read_metrics
-from .flags import InputConfig, RunConfig
+from .flags import AllocationConfig, InputConfig, RunConfig
 from .inputs import Inputs
 from .script import command, working_in
 
@@ -43,8 +45,8 @@ ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
 UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
 RESUMABLE = ("out", "resume", "debug", "show", "plan", *UPDATED)
 # Flags that export.py takes over from a run.
-EXPORTED = ("model", "data", "tasks", "system", "limit_train", "limit_valid", "limit_test",
-            "max_length", "seed", "micro_batch_size")
+EXPORTED = ("model", "data", "only_tasks", "system", "limit_train", "limit_valid", "limit_test",
+            "max_length", "seed")
 
 
 def check_free(run: Path, resume: bool) -> None:
@@ -85,7 +87,7 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
 
 def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> argparse.Namespace:
     """The flags of a run, changed by those of argv. ValueError lists those that may not change."""
-    kept = vars(as_typed(parser, saved_config(run)["arguments"] | {"out": str(run)}))
+    kept = vars(as_typed(parser, run, saved_config(run)["arguments"] | {"out": str(run)}))
     args = parser.parse_args(argv, argparse.Namespace(**kept))
     if args.dtype == "auto":                 # the run began with what auto was then
         args.dtype = kept["dtype"]
@@ -100,48 +102,55 @@ def take_inputs(args: argparse.Namespace) -> None:
     flags name none."""
     kept = saved_config(Path(args.init))["arguments"]
     if args.data is None:
-        args.tasks = args.tasks or kept.get("tasks")
+        args.only_tasks = args.only_tasks or kept.get("only_tasks")
     for name in ("model", "data"):
         if getattr(args, name) is None:
             setattr(args, name, kept.get(name))
 
 
-def as_typed(parser: argparse.ArgumentParser, saved: dict[str, Any]) -> argparse.Namespace:
-    """The flags of a config.json, read as if typed. ValueError names an unknown or wrong one."""
-    if unknown := saved.keys() - vars(parser.parse_args([])):
-        raise ValueError(f"{saved['out']}/config.json: there is no flag {', '.join(unknown)}")
+def as_typed(parser: argparse.ArgumentParser, run: Path, saved: Mapping[str, Any],
+             ) -> argparse.Namespace:
+    """Flags of a run's config.json, read as if typed. ValueError names a wrong one."""
     parser.exit_on_error = False
-    with naming(f"{saved['out']}/config.json", argparse.ArgumentError):
+    with naming(run / "config.json", argparse.ArgumentError):
         args = parser.parse_args([
-            option(name) + ("" if value is True else f"={value}")
+            option(name) if value is True else f"{option(name)}={value}"
             for name, value in saved.items() if value is not None and value is not False])
     parser.exit_on_error = True
     return args
 
 
 def saved_config(run: Path) -> dict[str, Any]:
-    """The config.json of a run. Raises FileNotFoundError or ValueError if there is none."""
-    if not (run / "config.json").is_file():
+    """The config.json of a run. Raises FileNotFoundError if there is none, and ValueError if it is
+    not that of a run, or if another version of minismoe made it."""
+    file = run / "config.json"
+    if not file.is_file():
         raise FileNotFoundError(f"{run} holds no run to go on with: begin it without --resume")
-    config = read_json(run / "config.json")
+    config = read_json(file)
     form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int, "processes": int}
     if lacks := [name for name, kind in form.items() if not isinstance(config.get(name), kind)]:
-        raise ValueError(f"{run / 'config.json'} is not of a run: it lacks {', '.join(lacks)}")
+        raise ValueError(f"{file} is not of a run: it lacks {', '.join(lacks)}")
+    saved = config["arguments"]
+    flags = [f for kind in (InputConfig, AllocationConfig, TrainConfig, RunConfig)
+             for f in fields(kind) if f.metadata]
+    # A setting that is missing is None, which may be its default.
+    lacks = [f"lacks {f.name}" for f in flags if f.default is not None and f.name not in saved]
+    lacks += [f"has {name}, which is no flag" for name in saved.keys() - {f.name for f in flags}
+              if saved[name] is not None]
+    if lacks:
+        raise ValueError(f"{file} {', '.join(lacks)}: another version of minismoe made this run, "
+                         "so train again with this one")
     return config
 
 
-def read_run(run: Path) -> tuple[InputConfig, TrainConfig]:
-    """The model and data of a run's config.json, and how training saved memory; the rest are
-    defaults. Raises ValueError if the config.json is not that of a run."""
+def read_run(run: Path) -> InputConfig:
+    """The model and data of a run's config.json; device and dtype are the defaults. Raises
+    ValueError as `saved_config` does, and for a value that no flag can have."""
     for name in ("config.json", "adapter", "export"):
         inside(run, name)
-    arguments = saved_config(run)["arguments"]
-    kinds = get_type_hints(InputConfig) | get_type_hints(TrainConfig)
-    saved = {name: arguments.get(name) for name in EXPORTED}
-    if wrong := [f"{name} = {value!r}" for name, value in saved.items()
-                 if not isinstance(value, kinds[name])]:
-        raise ValueError(f"{run / 'config.json'} is not of a run: {', '.join(wrong)}")
-    return from_flags(InputConfig, saved), from_flags(TrainConfig, saved)
+    saved = saved_config(run)["arguments"]
+    return from_flags(InputConfig, vars(as_typed(
+        new_parser(None, {"": InputConfig}), run, {name: saved.get(name) for name in EXPORTED})))
 
 
 def finished(config: RunConfig) -> bool:
@@ -165,6 +174,9 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         "identity": inputs.identity | {"the allocation": sha256_of_json(allocation.to_json())[:16]},
         "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads(),
         "processes": distributed.world()}
+    if config.init:
+        file = Path(config.init) / "adapter" / "adapter.safetensors"
+        content["identity"]["the adapter of --init"] = sha256(file)[:16]
     if config.resume:
         content = continued(run, content)
     else:                                    # of an earlier run whose config.json was removed
@@ -178,7 +190,8 @@ def continued(run: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     bits is told on stderr; ValueError if its inputs are others."""
     saved = saved_config(run)
     if changes := differences(now["identity"], saved["identity"]):
-        raise ValueError(f"{run} began with other inputs: {changes}")
+        raise ValueError(f"{run} began with other inputs: {changes}; if they are the same, another "
+                         "version of minismoe began it: train again without --resume")
     here, there = ({**config["versions"], **{name: config["arguments"].get(name)
                                              for name in ROUNDING},
                     "processes": config["processes"]} for config in (now, saved))
@@ -215,15 +228,11 @@ def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Judgement]:
     with suppress(AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         content = read_json(file)
         before = {name: content[name] for name in tasks}
-        for judgement in before.values():
-            for name in ("correct", "examples"):
-                if type(judgement.get(name, 1)) is not int:
-                    raise TypeError("a count of answers that is no whole number")
-            for name in ("loss", "token_accuracy"):
-                if not isinstance(judgement[name], float | int | None):
-                    raise TypeError("a loss that is no number")
-            [dict(sample) for sample in judgement["samples"]]
-        results_json(before, before, {})     # divides by the number of answers
+        results_json(before, before, {})         # raises for what cannot be compared
+        for judgement in before.values():        # as these do, for what cannot be printed
+            sum(judgement[name] or 0 for name in ("loss", "token_accuracy"))
+            "".join(sample[key] for sample in judgement["samples"]
+                    for key in ("prompt", "expected", "given"))
         return before
     raise ValueError(f"{file} is damaged: remove it, and --resume evaluates the base again")
 
@@ -295,18 +304,9 @@ def draw_losses(run: Path, keep: str) -> None:
 
 
 def next_commands(run: Path, config: RunConfig) -> str:
-    """Commands to type next, with the model, the data and the training of this run."""
-    results = read_json(run / "results.json")
-    rival = "votes" if config.allocating.strategy == "uniform" else "uniform"
-    inputs = typed(config.inputs, ("device", "dtype", "show"))
-    like = (inputs + typed(config.allocating, ("strategy", "budget_params", "allocation"))
-            + typed(config.training))
-    commands = [f"  {command('export')} {shlex.quote(str(run))}        # freeze, quantise and chat"]
-    if len(results["tasks"]) > 1:
-        commands += [f"  {command('probe')}{inputs} --out runs/probe        # see sensitivities",
-                     f"  {command('train')} --strategy {rival} --budget-params "
-                     f"{results['trainable_parameters']}{like}        # compare at equal size"]
+    """Commands to type next."""
+    commands = ["Next:", f"  {command('export')} {shlex.quote(str(run))}"]
     if config.inputs.model is None:
-        commands.append(
-            f"  {command('train')} --model HuggingFaceTB/SmolLM2-135M-Instruct --data FOLDER")
-    return "\n".join(["Next:", *commands])
+        commands.append(f"  {command('train')} --model HuggingFaceTB/SmolLM2-135M-Instruct --data "
+                        "FOLDER")
+    return "\n".join(commands)

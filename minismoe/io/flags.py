@@ -5,8 +5,7 @@ Each field that `flag` makes becomes a command-line flag of the same name.
 
 import argparse
 import math
-import shlex
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
@@ -55,17 +54,6 @@ def as_flags(*configs: Any) -> dict[str, Any]:
     """{name: value} of the flags of configurations."""
     return {f.name: getattr(config, f.name) for config in configs for f in fields(config)
             if f.metadata}
-
-
-def typed(config: Any, leave_out: Container[str] = ()) -> str:
-    """The flags of a configuration that are not the defaults, as typed into a shell, each with a
-    space before it."""
-    words = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.metadata and f.name not in leave_out and value != f.default:
-            words += [option(f.name)] if value is True else [option(f.name), str(value)]
-    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def checked(kind: Callable[[str], Any], good: Callable[[Any], bool], wrong: str,

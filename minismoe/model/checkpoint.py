@@ -282,7 +282,8 @@ def _check_base(model: nn.Module, meta: Mapping[str, Any]) -> None:
     if ours and its and ours != its:
         raise ValueError(f"the adapter was trained on another base: {clean(its)} "
                          f"({clean(meta.get('base_model'))}), and this one is {ours} "
-                         f"({getattr(model, 'name', '?')})")
+                         f"({getattr(model, 'name', '?')}); if it is the same one, another "
+                         "version of minismoe made the adapter: train again")
 
 
 def versions() -> dict[str, str]:

@@ -57,7 +57,7 @@ def make_checkpoint(folder: Path, sizes: Sequence[int], tokenizer: Path) -> None
 def commands(model: Path, work: Path, data: str, tasks: str) -> dict[str, list[str]]:
     """{step: the arguments of python}; steps of ours first, in the order that they need."""
     bench = Path(__file__).parent
-    given = ["--model", str(model), "--data", data, "--tasks", tasks]
+    given = ["--model", str(model), "--data", data, "--only-tasks", tasks]
     decode = [str(bench / "decode_speed.py"), "--model", str(model), "--threads",
               str(torch.get_num_threads()), "--tokens", str(TOKENS)]
     return {

@@ -45,9 +45,9 @@ def test_it_measures_a_run_says_what_it_left_out_and_goes_on(checkpoint, tmp_pat
             json.dumps({"prompt": f"number {i}", "completion": f"N{i % 3}"}) + "\n"
             for i in range(first, first + 8)))
     run = tmp_path / "run"
-    train.main(["--model", str(checkpoint), "--data", str(tmp_path / "data"), "--tasks", "number",
-                "--strategy", "uniform", "--budget-params", "4000", "--rank", "2", "--epochs",
-                "9", "--lr", "0.05", "--out", str(run)])
+    train.main(["--model", str(checkpoint), "--data", str(tmp_path / "data"), "--only-tasks",
+                "number", "--strategy", "uniform", "--budget-params", "4000", "--rank", "2",
+                "--epochs", "9", "--lr", "0.05", "--out", str(run)])
     rows = [r for r in fourbits.ROWS if r.name == "minismoe int4, blocks of 32"]
     broken = fourbits.Row("broken", "ours", "4", "-c 1/0")
     monkeypatch.setattr(fourbits, "ROWS", [*rows, broken])

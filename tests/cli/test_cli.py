@@ -135,9 +135,9 @@ def test_train_takes_an_allocation_as_it_is(inputs, tmp_path, capsys, bare) -> N
 
 def test_an_allocation_leaves_nothing_to_choose_or_to_probe(inputs, tmp_path, capsys) -> None:
     file = allocation_file(tmp_path, {"model.layers.1.mlp.up_proj": 3})
-    code, _, err = finish(train.main, *inputs, "--allocation", file, "--targets", "q_proj",
+    code, _, err = finish(train.main, *inputs, "--allocation", file, "--target-modules", "q_proj",
                           capsys=capsys)
-    assert code == 2 and "says what these would choose: leave out --targets" in err
+    assert code == 2 and "says what these would choose: leave out --target-modules" in err
     code, _, err = finish(probe.main, *inputs, "--allocation", file, capsys=capsys)
     assert code == 2 and "is an allocation already: nothing is left to probe" in err
 
@@ -160,8 +160,8 @@ def test_a_file_steers_the_vote(inputs, tmp_path, capsys) -> None:
 def test_one_task_is_a_plain_lora_without_a_probe(inputs, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",
                         lambda *_: pytest.fail("it probes"))
-    code, out, err = finish(train.main, *inputs, "--tasks", "sum", "--epochs", "1", "--rank", "4",
-                            "--out", str(tmp_path), capsys=capsys)
+    code, out, err = finish(train.main, *inputs, "--only-tasks", "sum", "--epochs", "1", "--rank",
+                            "4", "--out", str(tmp_path), capsys=capsys)
     assert code == 0, err
     assert ("one task: a plain LoRA of rank 4, without a probe; several tasks share experts by "
             "votes\n") in out and "probe.py" not in out
@@ -316,7 +316,7 @@ def test_the_built_in_toy(tmp_path) -> None:
 @pytest.mark.parametrize("flags", [
     "--lr -0.001", "--lr nan", "--lr inf", "--alpha 0", "--batch-size auto", "--batch-size 0",
     "--micro-batch-size 0",
-    "--model=", "--out=", "--seed 18446744073709551616", "--tasks=", "--allocation="])
+    "--model=", "--out=", "--seed 18446744073709551616", "--only-tasks=", "--allocation="])
 def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
     code, _, err = finish(train.main, *inputs, "--out", str(tmp_path / "run"), *flags.split(),
                           capsys=capsys)
@@ -325,7 +325,7 @@ def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
 
 @pytest.mark.parametrize("main", [train.main, probe.main])
 @pytest.mark.parametrize("flags, says", [
-    ("keep 0.5 budget_experts 5", "only one of keep"), ("--targets nothing,", "no module"),
+    ("keep 0.5 budget_experts 5", "only one of keep"), ("--target-modules nothing,", "no module"),
     ("min_experts -1", "min_experts"),
     ("min_experts 1100", "<= 1024, max_experts 1 or more, got min_experts 1100"),
     ("budget_experts 13", "13 experts (the budget) are too few for 'votes' with min_experts 1"),
@@ -467,10 +467,11 @@ def test_another_device_and_other_processes_are_said(inputs, tmp_path, capsys) -
 
 def test_tasks_by_name(inputs, capsys) -> None:
     for names, says in (("sum, upper,", ""), ("sum,sum", "named twice"), ("no", "no task no")):
-        code, _, err = finish(train.main, *inputs, "--tasks", names, "--show", "1", capsys=capsys)
+        code, _, err = finish(train.main, *inputs, "--only-tasks", names, "--show", "1",
+                              capsys=capsys)
         assert code == (1 if says else 0) and says in err
     for names, says in (("count,count", "named twice"), ("no", "no task no; it has capitals")):
-        code, _, err = finish(train.main, "--tasks", names, "--show", "1", capsys=capsys)
+        code, _, err = finish(train.main, "--only-tasks", names, "--show", "1", capsys=capsys)
         assert code == 1 and says in err
     for more in ([], ["--plan"]):
         code, _, err = finish(train.main, *inputs[2:], *more, capsys=capsys)

@@ -20,10 +20,10 @@ def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
 
 def test_train_is_the_script_and_proposes_the_command(inputs, tmp_path, monkeypatch,
                                                       capsys) -> None:
-    code, out, err = run(monkeypatch, capsys, "train", *inputs, "--tasks", "sum", "--epochs", "1",
-                         "--out", str(tmp_path))
+    code, out, err = run(monkeypatch, capsys, "train", *inputs, "--only-tasks", "sum", "--epochs",
+                         "1", "--out", str(tmp_path))
     assert code == 0, err
-    assert f"  minismoe export {tmp_path}  " in out and ".py" not in out
+    assert f"  minismoe export {tmp_path}\n" in out and ".py" not in out
     code, out, _ = run(monkeypatch, capsys, "train", "--help")
     assert code == 0 and out.startswith("usage: minismoe train ")
 

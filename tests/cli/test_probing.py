@@ -1,33 +1,29 @@
-"""How far halves of a probe agree, by hand."""
+"""probe.py --bits, which prints what few bits cost."""
 
-from types import SimpleNamespace
+import re
 
-import pytest
-import torch
-from torch import nn
+from tiny import finish
 
-from minismoe.cli import probing
-from minismoe.cli.flags import AllocationConfig
-from minismoe.data.tasks import Example
+import probe
+from minismoe.cli.flags import InputConfig
+from minismoe.cli.inputs import load_inputs
+from minismoe.data.tasks import collate
+from minismoe.method.bits import harms
+from minismoe.model.quantize import dequantize, quantize
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 8])
-def test_the_overlap_of_halves_is_that_by_hand(monkeypatch, capsys, count: int) -> None:
-    """Token i of a sample stands for row i of the norms; two of four matrices are voted for."""
-    norms = torch.rand(count, 4, generator=torch.Generator().manual_seed(count)).double()
-    model = nn.Module()
-    for name in "abcd":
-        setattr(model, name, nn.Linear(3, 3))
-    model.lm_head = nn.Linear(3, 3)
-    inputs = SimpleNamespace(
-        model=model, tokenizer=SimpleNamespace(pad_id=0),
-        encoded={"t": [Example("t", [i], [i]) for i in range(count)]})
-    monkeypatch.setattr(probing, "probe", lambda _, tasks: SimpleNamespace(
-        samples={"t": norms[tasks["t"][0][0][:, 0]]}))
-    scores = probing.measure(AllocationConfig(keep=0.5, group="all"), inputs, size=3)
-    rows = scores.samples["t"].tolist()
-    assert sorted(rows) == sorted(norms.tolist())
-    even, odd = (set(sorted(range(4), key=lambda m: -sum(row[m] for row in half))[:2])
-                 for half in (rows[::2], rows[1::2]))
-    expected = f"{len(even & odd) / 2:.2f}" if count > 1 else "-"
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["t", str(count), expected]
+def test_bits_prints_the_harm_of_each_matrix_and_makes_no_folder(inputs, tmp_path, capsys) -> None:
+    code, out, err = finish(probe.main, *inputs, "--bits", "--samples", "4", "--dtype", "float32",
+                            "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code == 0, err
+    assert not (tmp_path / "run").exists()
+    printed = dict(re.findall(r"4 bits in blocks of (\d+): (\S+) nats a token in all", out))
+    read = load_inputs(InputConfig(model=inputs[1], data=inputs[3], device="cpu", dtype="float32"))
+    layer = read.model.get_submodule(name := "model.layers.0.mlp.down_proj")
+    batches = [collate(sorted(examples[:4], key=lambda e: len(e.ids)), 0)
+               for examples in read.encoded.values()]
+    (harm,) = harms(read.model, {name: [
+        lambda: dequantize(quantize(layer.weight, 4, 128)) - layer.weight]}, batches)[name]
+    largest = re.search(r"max (\S+), log", out)
+    assert printed.keys() == {"128", "32"} and largest is not None
+    assert 0 < harm <= float(largest[1]) * 1.01 < float(printed["128"])

@@ -1,5 +1,6 @@
 """What a run reads, notes and prints: inputs, configuration, probe and results."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -216,7 +217,7 @@ def test_the_seed_draws_the_samples(monkeypatch) -> None:
 
 def test_the_overlap_is_that_of_the_targets(monkeypatch, capsys) -> None:
     """One of a and b is voted for, whatever c and d are."""
-    rows = measured(monkeypatch, 6, samples=6, keep=0.5, targets="a,b")
+    rows = measured(monkeypatch, 6, samples=6, keep=0.5, target_modules="a,b")
     even, odd = (max((0, 1), key=lambda m: sum(row[m] for row in half))
                  for half in (rows[::2], rows[1::2]))
     assert capsys.readouterr().out.split()[-1] == f"{float(even == odd):.2f}"
@@ -231,7 +232,7 @@ def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path,
     own = [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "q"}]
     assert with_system(own, "Be brief.") == own
     run, out = str(tmp_path / "run"), tmp_path / "out"
-    code, _, err = finish(train.main, *inputs, "--tasks", "sum", "--epochs", "1", "--system",
+    code, _, err = finish(train.main, *inputs, "--only-tasks", "sum", "--epochs", "1", "--system",
                           "Be brief.", "--out", run, capsys=capsys)
     assert code == 0, err
     code, _, err = finish(export.main, run, "--precision", "fp32", "--target", "portable",
@@ -260,11 +261,16 @@ def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_pa
     assert (first / "loss.svg").is_file() and not (judged / "loss.svg").exists()
     adapters = [(run / "adapter" / "adapter.safetensors").read_bytes() for run in (first, judged)]
     assert adapters[0] == adapters[1]
+    for run in (judged, more):
+        identity = json.loads((run / "config.json").read_text())["identity"]
+        assert identity["the adapter of --init"] == hashlib.sha256(adapters[0]).hexdigest()[:16]
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--epochs", "0"], "--epochs 0 trains nothing: name a run to judge by --init RUN"),
-    (["--init", "x", "--rank", "4", "--targets", "q_proj"], "leave out --targets, --rank")])
-def test_flags_that_init_contradicts_are_refused(flags, words, capsys) -> None:
+    (["--init", "x", "--rank", "4", "--target-modules", "q_proj"],
+     "leave out --target-modules, --rank"), (["--tasks", "a"], "--tasks is now --only-tasks"),
+    (["--targets=q_proj"], "--targets=q_proj is now --target-modules")])
+def test_flags_that_contradict_or_are_old_are_refused(flags, words, capsys) -> None:
     code, _, err = finish(train.main, *flags, capsys=capsys)
     assert code == 2 and words in err

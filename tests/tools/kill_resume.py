@@ -1,7 +1,7 @@
 """Kill training at random moments, resume until it is done, and compare with an undisturbed run.
 
     python tests/tools/kill_resume.py --runs 50
-    python tests/tools/kill_resume.py --runs 5 --model SMOLLM2 --data DATA -- --tasks trec,clinc ...
+    python tests/tools/kill_resume.py --runs 5 --model SMOLLM2 --data DATA -- --only-tasks trec ...
 
 Every run is killed (SIGKILL) a few times, at moments drawn at random, half of them as soon as a
 file or folder is being written under its temporary name. What an undisturbed run wrote must come
