@@ -4,34 +4,39 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..data.tasks import Batch
 from ..io.drawing import terminal_heatmap
 from ..io.progress import progress_bar
 from ..method.bits import harms, spend, total
 from ..model.decoder import CausalLM
-from ..model.quantize import Blocks, dequantize
+from ..model.quantize import ROW, Blocks, dequantize
 from .leaves import matrix
+from .walk import Batches
+from .weights import Storage
 
 TOKENS = 6144                    # of the texts, on which harm is measured: 1460 chose worse
 AT_ONCE = 640                    # of them: 1 MB of activations each (SmolLM2-135M)
 MORE = 1.02                      # times the bytes of 4 bits in blocks of 32: 1 lost more on answers
-Batches = Mapping[str, Sequence[Batch]]                  # by task
-Options = Mapping[str, Sequence[Blocks]]                 # by module
+# How a matrix may be stored: 4 bits as blocks; None for 8 bits, which are rounded once chosen.
+Ways = dict[Storage, Blocks | None]
 
 
-def choose_blocks(options: Options, tree: CausalLM, model: CausalLM, batches: Batches,
-                  size: float | None) -> dict[str, Blocks]:
-    """What each module stores, of its options. size: megabytes for all of them. The rest is as for
+def choose(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, batches: Batches,
+           size: float | None) -> dict[str, tuple[Storage, Blocks | None]]:
+    """How each module is stored, of its ways. size: megabytes for all of them. The rest is as for
     `harm_of`. Raises ValueError for a size that is too small.
 
-    By default, MORE times what the second options (4 bits in blocks of 32) take; or more, until the
-    harm is no larger than theirs with the last options (8 bits) for embedding and head.
+    By default, MORE times what the second ways (4 bits in blocks of 32) take; or more, until the
+    harm is no larger than theirs with the last ways (8 bits) for embedding and head.
     """
+    leaves: Any = {name: tree.get_submodule(name) for name in options}
+    shapes: dict[str, torch.Size] = {name: leaf.weight.shape for name, leaf in leaves.items()}
     harm, cost = harm_of(options, tree, model, batches), {
-        name: [nbytes(blocks) for blocks in ways] for name, ways in options.items()}
+        name: [nbytes(shapes[name], storage) for storage in ways] for name, ways in options.items()}
     try:
         chosen = spend(harm, cost, MORE * sum(costs[1] for costs in cost.values()) if size is None
                        else int(size * 1e6))
@@ -40,22 +45,20 @@ def choose_blocks(options: Options, tree: CausalLM, model: CausalLM, batches: Ba
     enough = sum(values[1 if ".layers." in name else -1] for name, values in harm.items())
     if size is None and total(harm, chosen) > enough:
         chosen = spend(harm, cost, math.inf, enough)
-    stored = {name: options[name][n] for name, n in chosen.items()}
     print(terminal_heatmap("bits a weight, with its share of a scale", {
-        name: 8 * nbytes(blocks) / blocks.shape.numel() for name, blocks in stored.items()},
-        digits=True))
+        name: 8 * cost[name][n] / shapes[name].numel() for name, n in chosen.items()}, digits=True))
     print(f"{total(cost, chosen) / 1e6:.1f} MB of weights; rounding is expected to cost "
           f"{total(harm, chosen):.3f} nats a token")
-    return stored
+    return {name: [*options[name].items()][n] for name, n in chosen.items()}
 
 
-def harm_of(options: Options, tree: CausalLM, model: CausalLM, batches: Batches,
+def harm_of(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, batches: Batches,
             ) -> dict[str, list[float]]:
-    """{module: the harm of each of its options}. tree: holds the weights in floats. model: has the
+    """{module: the harm of each of its ways}. tree: holds the weights in floats. model: has the
     same modules, and reads the batches. 8 bits do a fiftieth of the harm of 4: none is counted."""
-    four = {name: [blocks for blocks in ways if blocks.bits == 4] for name, ways in options.items()}
-    harm = harms(model, {name: [partial(change, tree.get_submodule(name), blocks)
-                                for blocks in ways] for name, ways in four.items() if ways},
+    four = {name: [partial(change, tree.get_submodule(name), blocks) for blocks in ways.values()
+                   if blocks] for name, ways in options.items()}
+    harm = harms(model, {name: changes for name, changes in four.items() if changes},
                  progress_bar([*few(batches)], "harm", unit="batch"))
     return {name: [*harm.get(name, []), *[0.0] * (len(ways) - len(four[name]))]
             for name, ways in options.items()}
@@ -66,8 +69,11 @@ def change(leaf: nn.Module, blocks: Blocks) -> Tensor:
     return dequantize(blocks).sub_(matrix(leaf))
 
 
-def nbytes(blocks: Blocks) -> int:
-    return blocks.data.nbytes + blocks.scales.nbytes
+def nbytes(shape: torch.Size, storage: Storage) -> int:
+    """Bytes of a matrix (N, K) in blocks, each with a scale in float32."""
+    (N, K), size = shape, storage.block
+    size = K if size == ROW else size
+    return N * -(-K // size) * (-(-size * storage.bits // 8) + 4)
 
 
 def few(batches: Batches) -> Iterator[Sequence[Tensor]]:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..model.decoder import CausalLM
 from ..model.delta import EPS as DELTA_EPS
-from ..model.quantize import Blocks
 from .leaves import matrix
 from .mixture import LinearLayers
 from .nodes import Graph
@@ -239,7 +238,7 @@ class DecoderBuilder:
         named = ["logits"] if self.dtype == torch.float32 else []
         table = "model.embed_tokens" if self.config.tie_word_embeddings else name
         stored, w = self.weights.vocabulary(table), matrix(self.weights.leaf(table))
-        if isinstance(w, Blocks) and not self.weights.form.rows:
+        if not self.weights.is_float(w):
             last = self.node("Unsqueeze", f"{name}.last", last, [1])
             y = self.weights.multiply(name, last, stored, w, named)
         else:

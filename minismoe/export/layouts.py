@@ -107,7 +107,7 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool
     for name in sorted(f.name for f in base.iterdir() if re.match(LEGAL, f.name, re.IGNORECASE)):
         shutil.copyfile(inside(base, name), out / name)
     if spell_bytes and isinstance(tokenizer.backend, ByteTokenizer):
-        write_json(out / "tokenizer.json", _byte_level())
+        write_json(out / "tokenizer.json", byte_level())
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>",
                     "bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     template = chat_template(base, settings) or DEFAULT_TEMPLATE
@@ -123,7 +123,7 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool
                    defaults | generation | {"eos_token_id": tokenizer.stop_ids})
 
 
-def _byte_level() -> dict[str, Any]:
+def byte_level() -> dict[str, Any]:
     """ByteTokenizer as a tokenizer.json: BPE over bytes as in GPT-2, without merges."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
@@ -256,7 +256,7 @@ def write_web(out: Path, precision: str, cache_type: str = "float32") -> Path:
 def write_page(out: Path) -> None:
     """Write index.html, with its scripts inside, and the service worker that opens it offline."""
     page = Path(__file__).with_name("page")
-    html = re.sub(r' src="(\w+\.js)">', lambda found: f">\n{(page / found[1]).read_text('utf-8')}",
+    html = re.sub(r' src="(\w+\.js)">', lambda name: f">\n{(page / name[1]).read_text('utf-8')}",
                   (page / "index.html").read_text("utf-8"))
     (out / "index.html").write_text(html, encoding="utf-8")
     (out / "offline.js").write_text((page / "offline.js").read_text("utf-8"), encoding="utf-8")

@@ -56,12 +56,12 @@ class AdapterLinear(nn.Linear):
 
 
 class BlockExperts(ExpertLinear):
-    """Experts as a graph beside few bits stores them: A (R, in) in blocks, or None for floats; and
-    B (out, R), times the scaling, as the sum of no, one or two matrices in blocks. The parameters
-    hold what these stand for."""
+    """Experts as a graph beside few bits stores them: A (R, in), in blocks or floats; and B (out,
+    R), times the scaling, as the sum of no, one or two matrices in blocks, of which A's last rows,
+    zeros, fill the last one. The parameters hold what these stand for."""
 
-    A_blocks: Blocks | None
-    B_blocks: list[Blocks]
+    stored_A: Blocks | Tensor
+    stored_B: list[Blocks]
 
 
 def matrix(leaf: Any) -> Any:

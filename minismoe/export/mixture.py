@@ -16,7 +16,9 @@ R all ranks of a matrix or a group.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,13 +43,16 @@ def rounded_experts(layer: ExpertLinear, form: GraphFormat) -> ExpertLinear:
         return layer
     new = BlockExperts(layer, layer.experts, layer.rank, layer.scaling * layer.rank, layer.top_k)
     A, B, _ = flat(layer)
-    new.A_blocks = None if form.precision in HALF else quantize(A, A_BITS, block)
-    new.B_blocks = [] if form.rows else in_8_bits(B, bits, block)
-    if new.A_blocks:
-        A = dequantize(new.A_blocks)
-    if new.B_blocks:
-        B = torch.stack([*map(dequantize, new.B_blocks)]).sum(0)
-    new.lora_A.copy_(A.view_as(layer.lora_A))
+    R = len(A)
+    new.stored_B = [] if form.rows else in_8_bits(B, bits, block)
+    if new.stored_B:
+        A, B = F.pad(A, (0, 0, 0, -R % block)), torch.stack(
+            [*map(dequantize, new.stored_B)]).sum(0)
+    new.stored_A = A
+    if form.precision not in HALF:
+        new.stored_A = quantize(A, A_BITS, block)
+        A = dequantize(new.stored_A)
+    new.lora_A.copy_(A[:R].view_as(layer.lora_A))
     new.lora_B.copy_((B / layer.scaling).T.reshape(layer.lora_B.shape))
     new.router = layer.router
     return new
@@ -79,8 +84,8 @@ class LinearLayers:
             delta = self.node("Concat", f"{label}.lora_B", *parts, axis=-1)
         elif experts:
             h = self.experts([*leaves.values()], label, wide)
-            if any(isinstance(leaf, BlockExperts) and leaf.B_blocks for leaf in experts):
-                Bs = joined_B([*leaves.values()], matrices[0])
+            if any(isinstance(leaf, BlockExperts) and leaf.stored_B for leaf in experts):
+                Bs = joined_B([*leaves.values()])
                 matrices = [concatenated([*Bs, concatenated(matrices, 0)], 1)]
                 h = self.cast(f"{label}.narrow", h, self.graph.real)
                 x = self.node("Concat", label, *[h] * len(Bs), x, axis=-1)
@@ -108,27 +113,22 @@ class LinearLayers:
         h = self.node("MatMul", f"{name}.lora_A", x, A)
         return self.node("MatMul", f"{name}.lora_B", h, B)
 
-    def experts(self, leaves: Sequence[nn.Linear], label: str, x: str) -> str:
-        """h (B, T, R), gated, of the experts of layers that read the same x.
-
-        Beside a base in blocks, the ranks of each layer are padded to whole blocks.
-        """
-        padded = [(*flat(leaf)[::2], pad(leaf)) for leaf in leaves]              # A, router, pads
-        name, blocks = f"{label}.lora_A", [
-            leaf.A_blocks for leaf in leaves if isinstance(leaf, BlockExperts)]
-        if any(blocks):
-            h = self.weights.product([], name, x, [concatenated([p for leaf in leaves for p in (
-                padded_A(leaf))], 0)])
-        else:
-            A = torch.cat([F.pad(A, (0, 0, 0, more)) for A, _, more in padded])
-            h = self.node("MatMul", name, x, self.tensor(name, A.T))
-        routers = [router for _, router, _ in padded if len(router)]
+    def experts(self, leaves: Sequence[Any], label: str, x: str) -> str:
+        """h (B, T, R), gated, of the experts of layers that read the same x."""
+        stored: list[Any] = [leaf.stored_A if isinstance(leaf, BlockExperts) else flat(leaf)[0]
+                             for leaf in leaves]
+        name, blocks = f"{label}.lora_A", [A for A in stored if isinstance(A, Blocks)]
+        h = self.weights.product([], name, x, [concatenated(blocks, 0)]) if blocks else self.node(
+            "MatMul", name, x, self.tensor(name, torch.cat(stored).T))
+        of_leaves = [flat(leaf)[2] for leaf in leaves]
+        routers = [router for router in of_leaves if len(router)]
         if routers:
             E, first, gate_of_rank = max(map(len, routers)), 0, []      # each (G * E, R)
-            for A, router, more in padded:
-                gate = torch.zeros(len(routers) * E, len(A) + more)
+            for leaf, A, router in zip(leaves, stored, of_leaves):
+                gate = torch.zeros(len(routers) * E, A.shape[0])
                 if n := len(router):
-                    gate[first:first + n, :len(A)] = torch.eye(n).repeat_interleave(len(A) // n, 1)
+                    ranks = torch.eye(n).repeat_interleave(leaf.rank, 1)
+                    gate[first:first + n, :ranks.shape[1]] = ranks
                     first += E
                 else:
                     gate[:E] = 1                 # always 1: the gates of any matrix sum to 1
@@ -180,48 +180,21 @@ def storage(leaf: nn.Linear) -> tuple[int, int]:
     return (0, 0) if isinstance(w, Tensor) else (w.bits, w.size)
 
 
-def pad(layer: nn.Linear) -> int:
-    """The ranks that fill the last block of B."""
-    if not (isinstance(layer, BlockExperts) and layer.B_blocks):
-        return 0
-    B = layer.B_blocks[0]
-    return -B.shape[1] % B.size
-
-
-def padded_A(layer: nn.Linear) -> list[Blocks]:
-    """A in blocks, with rows of zeros for the ranks that fill the last block of B."""
-    if not isinstance(layer, BlockExperts) or layer.A_blocks is None:
-        return []
-    A, more = layer.A_blocks, pad(layer)
-    return [A, zero_blocks(A, more, A.shape[1])] if more else [A]
-
-
-def joined_B(layers: Sequence[nn.Linear], base: Blocks) -> list[Blocks]:
-    """The B's of layers that read the same x as block-diagonal matrices (sum of out, R), R in whole
-    blocks; `base` is any of their weights."""
-    Bs = [layer.B_blocks if isinstance(layer, BlockExperts) else [] for layer in layers]
+def joined_B(layers: Sequence[nn.Linear]) -> list[Blocks]:
+    """The B's of layers that read the same x as block-diagonal matrices (sum of out, R)."""
+    by_layer = [layer.stored_B if isinstance(layer, BlockExperts) else [] for layer in layers]
+    first = next(Bs[0] for Bs in by_layer if Bs)
+    zero, width = 0x88 if first.bits == 4 else 0x80, first.data.shape[2]     # bytes of a block
     joined = []
-    for number in range(max(map(len, Bs))):
-        width = sum(B[number].scales.shape[1] for B in Bs if B) * base.size
-        rows, start = [], 0
-        for layer, B in zip(layers, Bs):
-            whole = zero_blocks(base, layer.out_features, width)
-            if B:
-                end = start + B[number].scales.shape[1]
-                whole.data[:, start:end], whole.scales[:, start:end] = (
-                    B[number].data, B[number].scales)
-                start = end
-            rows.append(whole)
-        joined.append(concatenated(rows, 0))
+    for number in range(max(map(len, by_layer))):
+        data, scales = zip(*((Bs[number].data.flatten(1) ^ zero, Bs[number].scales) if Bs else (
+            first.data.new_zeros(layer.out_features, 0), first.scales.new_zeros(
+                layer.out_features, 0)) for layer, Bs in zip(layers, by_layer)))
+        blocks = (torch.block_diag(*data) ^ zero).unflatten(1, (-1, width))
+        wide = torch.block_diag(*scales)
+        shape = torch.Size((len(wide), wide.shape[1] * first.size))
+        joined.append(replace(first, shape=shape, data=blocks, scales=wide.where(wide != 0, TINY)))
     return joined
-
-
-def zero_blocks(like: Blocks, N: int, K: int) -> Blocks:
-    """Zeros (N, K) in blocks as those of another matrix."""
-    G, zero = -(-K // like.size), 0x88 if like.bits == 4 else 0x80
-    return Blocks(like.bits, like.size, torch.Size((N, K)),
-                  torch.full((N, G, like.size * like.bits // 8), zero, dtype=torch.uint8),
-                  torch.full((N, G), TINY))
 
 
 def in_8_bits(B: Tensor, bits: int, block: int) -> list[Blocks]:

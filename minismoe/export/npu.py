@@ -44,9 +44,9 @@ class NpuWeights(WeightStore):
 
     def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any]) -> str:
         """x (1, T, in) -> (1, T, sum of out), in integers if all outputs have ranges."""
-        if isinstance(weights[0], Tensor):
-            return super().product(names, label, x, weights)
         w = concatenated(weights, 0)
+        if isinstance(w, Tensor):
+            return super().product(names, label, x, [w])
         if not self.ranges.keys() >= set(names):
             return self.float_product(label, x, w)
         ins, outs = zip(*(self.ranges[name] for name in names))

@@ -1,13 +1,14 @@
-"""What an export will hold: its settings, made whole by the source, before any work is done."""
+"""What an export will hold: the flags, made whole by the source, before any work is done."""
 
 from dataclasses import replace
 from itertools import zip_longest
 
 from ..model.config import Config
-from ..model.quantize import BLOCK
+from ..model.quantize import BLOCK, ROW
 from ..training.evaluate import questions
 from .compare import TOKENS
 from .settings import ExportConfig, Source
+from .weights import PRECISIONS
 
 NPU_TOKENS, NPU_SLOTS = 64, 512          # of a step, and of the cache, if nothing else is asked for
 CHECKED = 8                              # prompts on which an export must agree with PyTorch
@@ -19,9 +20,37 @@ def resolved(config: ExportConfig, source: Source) -> list[ExportConfig]:
     defaults. Layout web holds two graphs by default, the second of them for WASM. Raises ValueError
     for what does not fit the model or its texts."""
     both = config.layout == "web" and config.precision == "auto"
-    graphs = [replace(config, precision="q4f16")] * both + [config]
-    has_examples = bool(config.prompts or source.examples)
-    return [with_context(graph.with_defaults(has_examples), source) for graph in graphs]
+    has_texts = bool(config.prompts or source.examples)
+    graphs = [with_precision(graph, has_texts)
+              for graph in [replace(config, precision="q4f16")] * both + [config]]
+    context, static = sizes_of(config, source)
+    for graph in graphs:
+        if graph.graph:                      # before anything is frozen
+            refuse(source.model.config, graph.target, graph.block or BLOCK, static)
+    return [replace(graph, context=context, static=static) for graph in graphs]
+
+
+def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
+    """The settings with a precision and blocks. has_texts: there are some to calibrate on. Raises
+    ValueError for what needs texts where there are none."""
+    npu, precision = config.target == "npu", config.precision
+    if npu and not has_texts and precision not in ("auto", "fp16"):
+        raise ValueError(f"--precision {precision} rounds activations by ranges that texts "
+                         "show: export a RUN, give --prompts FILE, or take --precision fp16")
+    if not config.graph:
+        precision = "fp32"
+    elif precision == "auto":
+        npu_default = "w4a16" if config.size else "w8a16" if has_texts else "fp16"
+        precision = npu_default if npu else "q8" if config.layout == "web" else "int4-8"
+    chooses = has_texts and config.merges and not config.block and (
+        config.size is not None if npu else precision == "int4-8" and config.target == "ort"
+        and config.layout != "web")
+    if config.size and not chooses:
+        raise ValueError("--size chooses bits by what texts show: export a RUN, or give "
+                         "--prompts FILE")
+    block = None if chooses or precision == "w8a16" or not any(PRECISIONS[precision]) else (
+        config.block or BLOCK)
+    return replace(config, precision=precision, block=ROW if precision == "q8" else block)
 
 
 def in_words(config: ExportConfig) -> str:
@@ -42,18 +71,15 @@ def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:
     return [encode(render(chat, add_generation_prompt=True))[0] for chat in chats[:count]]
 
 
-def with_context(config: ExportConfig, source: Source) -> ExportConfig:
-    """The settings with a context that holds all texts of the check.
-
-    Raises ValueError if the context asked for, the model, or a static past is too short for them,
-    and as `refuse` does.
-    """
+def sizes_of(config: ExportConfig, source: Source) -> tuple[int, tuple[int, int, int] | None]:
+    """The context, which holds all texts of the check, and the static sizes. Raises ValueError if
+    the context asked for, the model, or a static past is too short for the texts."""
     longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
     prompts, answers, npu = check_prompts(source), [0], config.target == "npu"
     for task in source.tasks:
-        asked, _, limit = questions(tokenizer, task, longest)
-        answers.append(max(map(len, asked)) + limit)
-        prompts += asked
+        of_task, _, limit = questions(tokenizer, task, longest)
+        answers.append(max(map(len, of_task)) + limit)
+        prompts += of_task
     prompt = max(map(len, prompts))
     needed = min(longest, max(prompt + TOKENS, *answers))
     context, static = config.context or min(longest, max(2048, needed)), config.static
@@ -69,9 +95,7 @@ def with_context(config: ExportConfig, source: Source) -> ExportConfig:
     if static and not npu and (past := min(context, static[2])) < (least := prompt + static[1]):
         raise ValueError(f"--static with {past} past positions (at most the context): the texts "
                          f"that the export is checked with need {least}")
-    if config.graph:                         # before anything is frozen
-        refuse(source.model.config, config.target, config.block or BLOCK, static)
-    return replace(config, context=context, static=static)
+    return context, static
 
 
 def refuse(config: Config, target: str, block: int, static: tuple[int, int, int] | None) -> None:
@@ -80,7 +104,7 @@ def refuse(config: Config, target: str, block: int, static: tuple[int, int, int]
             config.num_attention_heads * config.head_dim)
     odd = min((k for k in rows if k % block), default=0)
     window, (_, T, P) = min(filter(None, config.windows), default=0), static or (0, 0, 0)
-    for wrong, said in (
+    for wrong, reason in (
             (target == "portable" and block > BLOCK and odd,
              f"--block {block}: rows of {odd} weights are no whole blocks, which OpenVINO refuses "
              "in the portable target; use a smaller --block"),
@@ -98,4 +122,4 @@ def refuse(config: Config, target: str, block: int, static: tuple[int, int, int]
              f"an attention window of {window} tokens is shorter than the cache: --static 1x{T}xP "
              "with a smaller P, or --target portable --static")):
         if wrong:
-            raise ValueError(said)
+            raise ValueError(reason)

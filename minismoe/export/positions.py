@@ -73,17 +73,17 @@ class Positions:
         if window in self.masks:
             return self.masks[window]
         name = f"mask.{window or 'full'}"
-        seen = self.seen(name, window)
+        visible = self.visible(name, window)
         real = self.node("Unsqueeze", name, self.node(
             "Cast", name, "attention_mask", to=TensorProto.BOOL), [1, 2])
         none = -1e4 if npu or dtype == torch.float16 else -1e9       # NPUs compute in float16
-        y = self.node("Where", name, self.node("And", name, seen, real),
+        y = self.node("Where", name, self.node("And", name, visible, real),
                       self.graph.constant(0.0, dtype), self.graph.constant(none, dtype))
         heads = c.num_attention_heads // c.num_key_value_heads
         self.masks[window] = self.node("Tile", name, y, [1, 1, heads, 1])
         return self.masks[window]
 
-    def seen(self, name: str, window: int | None) -> str:
+    def visible(self, name: str, window: int | None) -> str:
         """Whether query t sees key j, apart from pads: (T, S), with a window (B, 1, T, S).
 
         Chunks may be padded, so the distance counts real tokens, not positions of the cache.
@@ -91,7 +91,7 @@ class Positions:
         if self.static:
             _, T, P = self.static
             past: Any = [P]
-            seen = self.tensor(f"{name}.past", causal(T, P))
+            visible = self.tensor(f"{name}.past", causal(T, P))
         else:
             total, new = (self.node("Shape", f"{name}.{n}", n, start=1, end=2)
                           for n in ("attention_mask", "input_ids"))
@@ -100,17 +100,17 @@ class Positions:
                           for n, x in (("past", past), ("total", total)))
             key = self.node("Range", f"{name}.key", 0, end, 1)
             query = self.node("Range", f"{name}.query", first, end, 1)
-            seen = self.node("LessOrEqual", name, key, self.node(
+            visible = self.node("LessOrEqual", name, key, self.node(
                 "Unsqueeze", f"{name}.query", query, [1]))
         if window is None:
-            return seen
+            return visible
         count = self.node("CumSum", name, "attention_mask", 1)                           # (B, S)
         first = self.node("Slice", f"{name}.first", count, past, [END], [1])             # (B, T)
         first = self.node("Sub", f"{name}.first", first, window)
         near = self.node("Greater", f"{name}.recent",
                          self.node("Unsqueeze", f"{name}.keys", count, [1, 2]),
                          self.node("Unsqueeze", f"{name}.first", first, [1, 3]))
-        return self.node("And", f"{name}.near", seen, near)
+        return self.node("And", f"{name}.near", visible, near)
 
     def gathered(self) -> str:
         """Which of its L - 1 past and T new inputs a convolution gathers, (B, ., 1): for `ort` the

@@ -1,7 +1,7 @@
 """What is exported and how: the settings of export.py, and the model that they are applied to."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.tasks import Example, Task
@@ -9,7 +9,7 @@ from ..data.tokenizer import Tokenizer
 from ..io.flags import above_zero, flag, positive, text
 from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
-from ..model.quantize import BLOCK, BLOCKS, ROW
+from ..model.quantize import BLOCK, BLOCKS
 from .weights import PRECISIONS, GraphFormat
 
 
@@ -79,31 +79,6 @@ class ExportConfig:
         None, "positions of the graph (default: what the model was made for, at most 2048, or "
         "what the test lines need)", positive, metavar="TOKENS")
 
-    def with_defaults(self, has_examples: bool) -> "ExportConfig":
-        """The same with values in place of "auto" and of the default of --block.
-
-        has_examples: whether there are texts to calibrate on. Raises ValueError for an NPU
-        precision that needs texts where there are none.
-        """
-        npu, precision = self.target == "npu", self.precision
-        if npu and not has_examples and precision not in ("auto", "fp16"):
-            raise ValueError(f"--precision {precision} rounds activations by ranges that texts "
-                             "show: export a RUN, give --prompts FILE, or take --precision fp16")
-        if not self.graph:
-            precision = "fp32"
-        elif precision == "auto":
-            npu_default = "w4a16" if self.size else "w8a16" if has_examples else "fp16"
-            precision = npu_default if npu else "q8" if self.layout == "web" else "int4-8"
-        chooses = has_examples and self.merges and not self.block and (
-            self.size is not None if npu else precision == "int4-8" and self.target == "ort"
-            and self.layout != "web")
-        if self.size and not chooses:
-            raise ValueError("--size chooses bits by what texts show: export a RUN, or give "
-                             "--prompts FILE")
-        block = None if chooses or precision == "w8a16" or not any(PRECISIONS[precision]) else (
-            self.block or BLOCK)
-        return replace(self, precision=precision, block=ROW if precision == "q8" else block)
-
     @property
     def graph(self) -> bool:
         """Whether the folder holds an ONNX graph, not safetensors."""
@@ -116,7 +91,7 @@ class ExportConfig:
 
     @property
     def chooses(self) -> bool:
-        """Whether each matrix gets bits of its own, after `with_defaults`."""
+        """Whether each matrix gets bits of its own, after `plan.resolved`."""
         return self.precision in ("int4-8", "w4a16") and self.block is None
 
     @property

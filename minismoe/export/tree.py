@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
@@ -39,12 +39,11 @@ from .leaves import AdapterLinear, MergedWeight, plain_layer, with_weight
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
 from .rounding import round_experts, round_weights
 from .settings import ExportConfig, Source
-from .walk import Walk
+from .walk import Batches, Walk
 
 SAMPLES, BATCH = 64, 16                      # to calibrate with, of each task, and at once
 Fits = Mapping[str, Fit]                     # module -> its fit
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
-Batches = Mapping[str, Sequence[Batch]]      # by task
 
 
 @dataclass
@@ -59,13 +58,11 @@ class Shipped:
 def in_float32(source: Source) -> CausalLM:
     """The source's model in float32, on the CPU. What is stored in 16 bits stays in its file, which
     is mapped into memory, and is converted where it is needed."""
-    model, run = load_model(source.base, None), source.model
+    model, loaded = load_model(source.base, None), dict(source.model.named_parameters())
     for name, weight in model.named_parameters():        # the same pages as in the run's model
-        theirs = run.get_submodule(name.rpartition(".")[0]).weight if name.endswith("weight") else 0
-        if isinstance(theirs, Tensor) and (theirs.dtype, theirs.device) == (
-                weight.dtype, weight.device):
-            weight.data = theirs.data
-    if expert_layers(run):
+        if loaded[name].dtype == weight.dtype and loaded[name].device == weight.device:
+            weight.data = loaded[name].data
+    if expert_layers(source.model):
         load_adapter(model, source.run / "adapter")
     tied, table = model.config.tie_word_embeddings, model.model.embed_tokens.weight
     for name, layer in [*model.named_modules()]:

@@ -14,6 +14,8 @@ from ..method.freeze import Run
 from ..model.decoder import Decoder
 from ..model.tokens import Tokens
 
+Batches = Mapping[str, Sequence[Batch]]      # by task
+
 
 class States:
     """The hidden states of one batch, before one layer after another."""
@@ -31,20 +33,20 @@ class States:
 class Walk:
     """All batches of the tasks, before the first layer of a decoder."""
 
-    def __init__(self, decoder: Decoder, batches: Mapping[str, Sequence[Batch]]):
+    def __init__(self, decoder: Decoder, batches: Batches):
         self.decoder = decoder
-        self.states = {task: [States(decoder, b) for b in several]
-                       for task, several in batches.items()}
+        self.states = {task: [States(decoder, b) for b in of_task]
+                       for task, of_task in batches.items()}
 
     def layers(self) -> Iterator[tuple[str, nn.Module, dict[str, list[Run]]]]:
         """Name and module of each layer, and the runs through it by task: the caller is to run
         each of them once, before it takes the next layer."""
         for i, (layer, rope) in enumerate(zip(self.decoder.layers, self.decoder.config.ropes)):
             yield f"model.layers.{i}", layer, {
-                task: [(state.mask, partial(state.run, layer, rope)) for state in several]
-                for task, several in self.states.items()}
+                task: [(state.mask, partial(state.run, layer, rope)) for state in of_task]
+                for task, of_task in self.states.items()}
 
     def read_by_head(self) -> Iterator[Tensor]:
         """After the last layer: what the head reads, (N, D) of each batch."""
-        for state in (state for several in self.states.values() for state in several):
+        for state in (state for of_task in self.states.values() for state in of_task):
             yield self.decoder.leave(state.x, state.tokens)

@@ -83,8 +83,11 @@ class GraphFormat:
         return [Storage(4, 128), Storage(4, 32), Storage(8, 128)]
 
 
-def concatenated(parts: Sequence[Blocks], dim: int) -> Blocks:
-    """Blocks of matrices below each other (dim 0) or side by side (1), as those of one matrix."""
+def concatenated(parts: Sequence[Any], dim: int) -> Any:
+    """Weights below each other (dim 0) or side by side (1) as one: Tensors, or Blocks of the same
+    bits and size."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat([*parts], dim)
     shape = [*parts[0].shape]
     shape[dim] = sum(p.shape[dim] for p in parts)
     return replace(parts[0], shape=torch.Size(shape), data=torch.cat([p.data for p in parts], dim),
@@ -100,7 +103,6 @@ class WeightStore:
         self.vocabularies: dict[str, list[str]] = {}     # stored embedding and head, by module
 
     def leaf(self, name: str) -> Any:
-        """The module of that name."""
         return self.model.get_submodule(name)
 
     def parameter(self, name: str) -> Tensor:
@@ -110,13 +112,14 @@ class WeightStore:
     def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any]) -> str:
         """x (B, T, in) -> (B, T, sum of out), by weights (out, in) of the modules `names`, all of
         them floats, or blocks of the same bits and size."""
-        if isinstance(weights[0], Tensor):
-            return self.node("MatMul", label, x, self.tensor(
-                f"{label}.weight", torch.cat([*weights]).to(self.graph.dtype).T))
         w = concatenated(weights, 0)
-        if self.form.rows:
+        if self.is_float(w):
             return self.node("MatMul", label, x, self.floats(label, w, transposed=True))
         return self.multiply(label, x, self.blocks(label, w), w)
+
+    def is_float(self, w: Any) -> bool:
+        """Whether a session multiplies by a weight as floats, however the file stores it."""
+        return isinstance(w, Tensor) or self.form.rows
 
     def blocks(self, label: str, w: Blocks) -> list[str]:
         """Store the data and scales of a quantised weight, for `portable` also its zeros, which
@@ -141,12 +144,15 @@ class WeightStore:
         return self.node("MatMul", label, x, self.node(
             "DequantizeLinear", label, *stored, axis=0, block_size=w.size), named=named)
 
-    def floats(self, label: str, w: Blocks, transposed: bool = False) -> str:
-        """A weight (N, K) in rows of 8 bits: float32 (N, K) or (K, N).
+    def floats(self, label: str, w: Tensor | Blocks, transposed: bool = False) -> str:
+        """The floats (N, K) or (K, N) of a weight (N, K), for which `is_float` holds.
 
-        No operator here depends on an input, so a session computes the floats once, as it loads.
-        onnxruntime's WASM build multiplies these faster than it multiplies 8 bits.
+        For rows of 8 bits, no operator here depends on an input, so a session computes the floats
+        once, as it loads: onnxruntime's WASM build multiplies these faster than 8 bits.
         """
+        if isinstance(w, Tensor):
+            dense = w.to(self.graph.dtype)
+            return self.tensor(f"{label}.weight", dense.T if transposed else dense)
         data, scales = w.data.squeeze(1).bitwise_xor(128).view(torch.int8), w.scales      # (N, 1)
         data, scales = (data.T, scales.T) if transposed else (data, scales)
         wide = self.node("Cast", label, self.tensor(f"{label}.weight", data), to=TensorProto.FLOAT)
@@ -157,14 +163,13 @@ class WeightStore:
         if name not in self.vocabularies:
             w = matrix(self.leaf(name))
             self.vocabularies[name] = (
-                [self.tensor(f"{name}.weight", w.to(self.graph.dtype))] if isinstance(w, Tensor)
-                else [self.floats(name, w)] if self.form.rows else self.blocks(name, w))
+                [self.floats(name, w)] if self.is_float(w) else self.blocks(name, w))
         return self.vocabularies[name]
 
     def embed(self, name: str) -> str:
         """input_ids (B, T) -> (B, T, D)."""
         stored, D, w = self.vocabulary(name), self.config.hidden_size, matrix(self.leaf(name))
-        if isinstance(w, Tensor) or self.form.rows:
+        if self.is_float(w):
             return self.node("Gather", name, *stored, "input_ids")
         if not self.form.ort:
             return self.embed_columns(name, stored[0], stored[1], w)
@@ -203,13 +208,12 @@ class WeightStore:
             q = self.node("Gather", name, data, self.node(
                 "Add", name, token, self.tensor(f"{name}.at", at)))
             return self.node("Cast", name, q, to=TensorProto.FLOAT)
-        two = self.graph.constant(2)
         token = self.node("Add", name, token, self.tensor(f"{name}.odd", at % 2))
-        place = self.node("Add", f"{name}.byte", self.node("Div", name, token, two),
+        place = self.node("Add", f"{name}.byte", self.node("Div", name, token, 2),
                           self.tensor(f"{name}.at", at // 2))
         byte = self.node("Cast", f"{name}.byte", self.node("Gather", name, data, place),
                          to=TensorProto.INT64)
-        divisor = self.node("Gather", f"{name}.nibble", [1, 16], self.node("Mod", name, token, two))
+        divisor = self.node("Gather", f"{name}.nibble", [1, 16], self.node("Mod", name, token, 2))
         q = self.node("Div", f"{name}.nibble", byte, divisor)
         q = self.node("Mod", f"{name}.nibble", q, 16)
         return self.node("Cast", name, q, to=TensorProto.FLOAT)

@@ -38,12 +38,12 @@ def export_model(config: ExportConfig, source: Source,
     must_be_new(out)
     print(*map(in_words, parts), sep="\n")
     reference = in_float32(source)
-    several = ship(parts, source, reference)
+    stored = ship(parts, source, reference)
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx",
                                 whole=config.layout != "peft")
         info: dict[str, Any] = {}
-        for part, shipped in zip(parts, several):
+        for part, shipped in zip(parts, stored):
             info = write(part, source, reference, shipped, folder, info)
     return out, info
 
@@ -82,8 +82,8 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
                               shipped.fits.for_task(config.task), folder)
     info["checked"] = verify.check(config, source, reference, shipped, folder)
     info["providers"] = [name for name in config.provider or () if all(  # that auto may take
-        (there := seen["providers"][name])["texts_equal"] == there["texts"]
-        for seen in info["checked"].values())]
+        (there := figures["providers"][name])["texts_equal"] == there["texts"]
+        for figures in info["checked"].values())]
     if config.graph:
         graph, vector = folder / "model.onnx", golden(
             Generator(folder), verify.BITS8 if config.form.rounds

@@ -29,7 +29,8 @@ from minismoe.cli import script
 from minismoe.data.tasks import collate, encode
 from minismoe.export import tree as trees
 from minismoe.export.bits import change, harm_of, nbytes
-from minismoe.export.rounding import EMBEDDING, rounded_options, store
+from minismoe.export.plan import with_precision
+from minismoe.export.rounding import EMBEDDING, rounded_options, store, to_nearest
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.flags import above_zero, positive
 from minismoe.method.bits import spend, total
@@ -139,15 +140,18 @@ def main(argv: Sequence[str]) -> None:
                         "bits in blocks of 32)")
     parser.add_argument("--lines", type=positive, default=24, help="test lines of each task")
     args = parser.parse_args(argv)
-    config = ExportConfig(run=args.run).with_defaults(True)
+    config = with_precision(ExportConfig(run=args.run), has_texts=True)
     source = export.load_run(config)
     load_adapter(reference := load_model(source.base), source.run / "adapter")
     batches = trees.calibration_batches(trees.shuffled_samples(config, source), source)
     tree = trees.placed(config, reference, trees.freeze_mixtures(config, source, batches))
     tree.eval().requires_grad_(False)
-    options = dict(rounded_options(tree, config.form, source.model, batches))
-    harm = harm_of(options, tree, source.model, batches)
-    cost = {name: [*map(nbytes, ways)] for name, ways in options.items()}
+    rounded_ways = dict(rounded_options(tree, config.form, source.model, batches))
+    harm = harm_of(rounded_ways, tree, source.model, batches)
+    options = {name: [blocks or to_nearest(tree.get_submodule(name), storage, config.form)
+                      for storage, blocks in ways.items()] for name, ways in rounded_ways.items()}
+    cost = {name: [nbytes(options[name][0].shape, storage) for storage in ways]
+            for name, ways in rounded_ways.items()}
     names, lines = [*options], Lines(source, args.lines, tree)
     of_32 = total(cost, plain(names, MIDDLE, MIDDLE))
     budget = args.size * 1e6 if args.size else of_32

@@ -392,8 +392,8 @@ def test_what_auto_becomes(flags: str, wanted: tuple[str, int | None]) -> None:
     args = flags.split() if "--model" in flags else ["run", *flags.split()]
     config = parse(args, "")
     assert isinstance(config, ExportConfig)
-    found = config.with_defaults(bool(config.run or config.prompts))
-    assert (found.precision, found.block) == wanted
+    resolved = plan.with_precision(config, bool(config.run or config.prompts))
+    assert (resolved.precision, resolved.block) == wanted
 
 
 def test_a_base_is_rounded_for_its_prompts(run: Path, tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_an_npu_cache_ends_within_a_window(run: Path) -> None:
     config = ExportConfig(run=str(run), target="npu", precision="fp16")
     source = export.load_run(config)
     source.model.config = replace(source.model.config, windows=(127, None))
-    assert plan.with_context(config, source).static == (1, 64, 63)
+    assert plan.sizes_of(config, source)[1] == (1, 64, 63)
 
 
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:

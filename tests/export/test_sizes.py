@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -15,13 +16,14 @@ from torch import Tensor
 
 import export
 from minismoe.export import bits
-from minismoe.export.bits import choose_blocks, nbytes
-from minismoe.export.rounding import rounded_options
+from minismoe.export.bits import Ways, choose, nbytes
+from minismoe.export.plan import with_precision
+from minismoe.export.rounding import rounded_options, to_nearest
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import sharing_copy
-from minismoe.export.weights import GraphFormat
+from minismoe.export.weights import GraphFormat, Storage
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import Blocks, dequantize, quantize
+from minismoe.model.quantize import dequantize
 
 CHOOSES = GraphFormat("ort", "int4-8", 64, chooses=True)
 Batches = Mapping[str, list[tuple[Tensor, ...]]]
@@ -39,19 +41,22 @@ def batches(model: CausalLM) -> Batches:
 
 
 @pytest.fixture(scope="module")
-def options(model: CausalLM, batches: Any) -> dict[str, list[Blocks]]:
+def options(model: CausalLM, batches: Any) -> dict[str, Ways]:
     return dict(rounded_options(model, CHOOSES, model, batches))
 
 
-def size_of(blocks: Mapping[str, Blocks]) -> int:
-    return sum(map(nbytes, blocks.values()))
+def size_of(chosen: Mapping[str, Any], model: CausalLM) -> int:
+    """Bytes of what is chosen for some modules: {module: (storage, blocks)}."""
+    return sum(nbytes(model.get_submodule(name).weight.shape, storage)
+               for name, (storage, _) in chosen.items())
 
 
-def divergence(model: CausalLM, blocks: Mapping[str, Blocks], batches: Any) -> float:
+def divergence(model: CausalLM, chosen: Mapping[str, Any], batches: Any) -> float:
     """KL(model || model with these weights) a token."""
     rounded, total, tokens = sharing_copy(model), 0.0, 0
-    for name, each in blocks.items():
-        weight = torch.nn.Parameter(dequantize(each))
+    for name, (storage, blocks) in chosen.items():
+        weight = torch.nn.Parameter(dequantize(
+            blocks or to_nearest(model.get_submodule(name), storage, CHOOSES)))
         rounded.get_submodule(name).weight = weight
         if name == "model.embed_tokens":
             rounded.lm_head.weight = weight
@@ -64,46 +69,53 @@ def divergence(model: CausalLM, blocks: Mapping[str, Blocks], batches: Any) -> f
 
 def test_each_matrix_is_rounded_in_every_way(model: CausalLM, options: Any) -> None:
     assert len(options) == 15                        # a tied head is the embedding
-    for ways in options.values():
-        assert [(b.bits, b.size) for b in ways] == [(4, 128), (4, 32), (8, 128)]
+    for name, ways in options.items():
+        assert [*ways] == [(4, 128), (4, 32), (8, 128)]
+        for storage, blocks in ways.items():         # 8 bits are rounded once chosen
+            assert (blocks is None) == (storage.bits == 8)
+            stored = blocks or to_nearest(model.get_submodule(name), storage, CHOOSES)
+            assert (stored.bits, stored.size) == storage
+            assert nbytes(stored.shape, storage) == stored.data.nbytes + stored.scales.nbytes
 
 
 def test_a_size_is_kept_and_well_spent(model: CausalLM, options: Any, batches: Any,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     """It loses less than as many bytes that the other matrices have."""
-    smallest = {name: min(ways, key=nbytes) for name, ways in options.items()}
-    largest = {name: max(ways, key=nbytes) for name, ways in options.items()}
-    size = (0.7 * size_of(smallest) + 0.3 * size_of(largest)) / 1e6
-    chosen = choose_blocks(options, model, model, batches, size)
-    assert size * 1e6 - 3000 < size_of(chosen) <= size * 1e6
+    smallest, largest = ({name: pick(ways.items(), key=lambda way: nbytes(
+        model.get_submodule(name).weight.shape, way[0])) for name, ways in options.items()}
+        for pick in (min, max))
+    size = (0.7 * size_of(smallest, model) + 0.3 * size_of(largest, model)) / 1e6
+    chosen = choose(options, model, model, batches, size)
+    assert size * 1e6 - 3000 < size_of(chosen, model) <= size * 1e6
     assert "bits a weight" in (said := capsys.readouterr().out)
-    assert f"{size_of(chosen) / 1e6:.1f} MB of weights" in said
-    opposite = {name: largest[name] if chosen[name] is smallest[name] else smallest[name]
+    assert f"{size_of(chosen, model) / 1e6:.1f} MB of weights" in said
+    opposite = {name: largest[name] if chosen[name] == smallest[name] else smallest[name]
                 for name in options}
-    assert size_of(opposite) > size_of(chosen)
+    assert size_of(opposite, model) > size_of(chosen, model)
     assert divergence(model, chosen, batches) < divergence(model, opposite, batches)
     with pytest.raises(ValueError, match=f"--size 0.001, in MB: 1000 is too small: the least "
-                                         f"possible is {size_of(smallest)} bytes"):
-        choose_blocks(options, model, model, batches, 0.001)
+                                         f"possible is {size_of(smallest, model)} bytes"):
+        choose(options, model, model, batches, 0.001)
 
 
 @pytest.mark.parametrize("vocabulary", [0.01, 1000.0])
 def test_the_default_is_no_worse_than_what_is_all_alike(
-        model: CausalLM, monkeypatch: pytest.MonkeyPatch, vocabulary: float) -> None:
+        monkeypatch: pytest.MonkeyPatch, vocabulary: float) -> None:
     """About the bytes of blocks of 32; more, if 8 bits for the embedding would harm less."""
     rows = {"model.embed_tokens": 200, **{f"model.layers.{i}.mlp.up_proj": 8 for i in range(40)}}
-    options = {name: [quantize(torch.zeros(n, 256), *way) for way in ((4, 128), (4, 32), (8, 128))]
-               for name, n in rows.items()}
+    options = {name: dict.fromkeys(CHOOSES.options_of(name)) for name in rows}
+    table = SimpleNamespace(get_submodule=lambda name: SimpleNamespace(
+        weight=torch.zeros(rows[name], 256)))
     harm = {name: [vocabulary * h if "embed" in name else h * (1 + i) for h in (3.0, 2.0, 0.0)]
             for i, name in enumerate(options)}
     monkeypatch.setattr(bits, "harm_of", lambda *_: harm)
-    chosen = choose_blocks(options, model, model, {}, None)
-    left = sum(harm[name][[(4, 128), (4, 32), (8, 128)].index((each.bits, each.size))]
-               for name, each in chosen.items())
+    chosen = choose(options, table, table, {}, None)
+    left = sum(harm[name][[*options[name]].index(storage)]
+               for name, (storage, _) in chosen.items())
     of_32 = sum(harm[name][1] for name in options)
     assert left < of_32 and left <= of_32 - harm["model.embed_tokens"][1]
-    size = bits.MORE * size_of({name: ways[1] for name, ways in options.items()})
-    assert (size_of(chosen) <= size) == (vocabulary < 1)
+    size = bits.MORE * size_of(dict.fromkeys(options, (Storage(4, 32), None)), table)
+    assert (size_of(chosen, table) <= size) == (vocabulary < 1)
 
 
 def test_texts_are_taken_in_turn_and_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +169,7 @@ def test_without_texts_embedding_and_head_get_8_bits(base: Path, tmp_path: Path)
     assert {(".layers." in name, *each) for name, each in info["bits"].items()} == {
         (True, 4, 32), (False, 8, 32)}
     with pytest.raises(ValueError, match="--size chooses bits by what texts show"):
-        ExportConfig(model=str(base), size=1.0).with_defaults(False)
+        with_precision(ExportConfig(model=str(base), size=1.0), False)
 
 
 def test_settings_without_bits_of_their_own_store_as_before(model: CausalLM) -> None:

@@ -301,8 +301,8 @@ def load_like(model: CausalLM, folder: Path) -> CausalLM:
 
 def bpe(file: Path) -> Path:
     """A byte-level tokenizer.json without merges."""
-    from minismoe.export.layouts import _byte_level
-    file.write_text(json.dumps(_byte_level()))
+    from minismoe.export.layouts import byte_level
+    file.write_text(json.dumps(byte_level()))
     return file
 
 
