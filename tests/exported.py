@@ -11,7 +11,8 @@ from tiny import BYTES, python
 from torch import nn
 
 from minismoe.export import graph, steps
-from minismoe.export.rounding import round_experts, round_weights
+from minismoe.export.mixture import round_experts
+from minismoe.export.rounding import round_weights
 from minismoe.export.tree import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM, Config

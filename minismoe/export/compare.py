@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
+from ..data.tasks import Example, collate
 from ..model.decoder import CausalLM
 from ..runtime import Generator
 from ..runtime.model import CHUNK
@@ -34,11 +35,10 @@ def logits(model: CausalLM | Generator, prompts: Prompts, texts: Prompts) -> lis
                              for given in model.forced(prompt, text)])
                 for prompt, text in zip(prompts, texts)]
     rows = [[*prompt, *text] for prompt, text in zip(prompts, texts)]
-    lengths, longest = torch.tensor([[len(row)] for row in rows]), max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-    at = torch.arange(longest)
-    needed = (at < lengths) & (at >= torch.tensor([[len(prompt) - 1] for prompt in prompts]))
-    hidden = model.model(ids, at < lengths, needed=needed)
+    ids, mask, _ = collate([Example("", row, row) for row in rows], 0)
+    last = torch.tensor([[len(prompt) - 1] for prompt in prompts])       # of each prompt
+    needed = mask.bool() & (torch.arange(ids.shape[1]) >= last)
+    hidden = model.model(ids, mask, needed=needed)
     return [*model.lm_head(hidden[needed]).split([len(text) + 1 for text in texts])]
 
 
@@ -124,13 +124,13 @@ def unrounded(generator: Generator) -> Generator:
     for attribute in (a for node in graph.graph.node for a in node.attribute):
         if attribute.name == "accuracy_level":
             attribute.i = 0
-    options = generator._session.get_session_options()
+    options = generator.session.get_session_options()
     options.add_session_config_entry(                    # for the nodes fused in target portable
         "session.qdq_matmulnbits_accuracy_level", "0")
     options.add_session_config_entry(                    # the graph comes as bytes, without a path
         "session.model_external_initializers_file_folder_path", str(generator.folder))
     other = copy(generator)
-    other._session = ort.InferenceSession(graph.SerializeToString(), options,
+    other.session = ort.InferenceSession(graph.SerializeToString(), options,
                                           providers=["CPUExecutionProvider"])
     other.use(None)
     return other

@@ -26,7 +26,8 @@ from onnx import TensorProto
 from onnx.helper import make_tensor, make_tensor_value_info
 from torch import Tensor, nn
 
-from ..method.experts import ExpertLinear
+from ..method.experts import ExpertLinear, expert_layers
+from ..model.decoder import CausalLM
 from ..model.quantize import TINY, Blocks, dequantize, quantize
 from .leaves import AdapterLinear, BlockExperts, flat, matrix
 from .nodes import Graph
@@ -36,26 +37,28 @@ A_BITS = 8                      # of lora_A beside a base in blocks
 
 
 @torch.no_grad()
-def rounded_experts(layer: ExpertLinear, form: GraphFormat) -> ExpertLinear:
-    """The layer with its experts as a graph of that form stores them."""
-    bits, block = storage(layer)
-    if not bits:
-        return layer
-    new = BlockExperts(layer, layer.experts, layer.rank, layer.scaling * layer.rank, layer.top_k)
-    A, B, _ = flat(layer)
-    R = len(A)
-    new.stored_B = [] if form.rows else in_8_bits(B, bits, block)
-    if new.stored_B:
-        A, B = F.pad(A, (0, 0, 0, -R % block)), torch.stack(
-            [*map(dequantize, new.stored_B)]).sum(0)
-    new.stored_A = A
-    if form.precision not in HALF:
-        new.stored_A = quantize(A, A_BITS, block)
-        A = dequantize(new.stored_A)
-    new.lora_A.copy_(A[:R].view_as(layer.lora_A))
-    new.lora_B.copy_((B / layer.scaling).T.reshape(layer.lora_B.shape))
-    new.router = layer.router
-    return new
+def round_experts(tree: CausalLM, form: GraphFormat) -> None:
+    """Store the experts of the tree, in place, as a graph of that form does."""
+    for name, layer in expert_layers(tree).items():
+        bits, block = storage(layer)
+        if not bits:
+            continue
+        new = BlockExperts(layer, layer.experts, layer.rank, layer.scaling * layer.rank,
+                           layer.top_k)
+        A, B, _ = flat(layer)
+        R = len(A)
+        new.stored_B = [] if form.rows else in_8_bits(B, bits, block)
+        if new.stored_B:
+            A = F.pad(A, (0, 0, 0, -R % block))
+            B = torch.stack([*map(dequantize, new.stored_B)]).sum(0)
+        new.stored_A = A
+        if form.precision not in HALF:
+            new.stored_A = quantize(A, A_BITS, block)
+            A = dequantize(new.stored_A)
+        new.lora_A.copy_(A[:R].view_as(layer.lora_A))
+        new.lora_B.copy_((B / layer.scaling).T.reshape(layer.lora_B.shape))
+        new.router = layer.router
+        tree.set_submodule(name, new)
 
 
 class LinearLayers:
@@ -187,13 +190,15 @@ def joined_B(layers: Sequence[nn.Linear]) -> list[Blocks]:
     zero, width = 0x88 if first.bits == 4 else 0x80, first.data.shape[2]     # bytes of a block
     joined = []
     for number in range(max(map(len, by_layer))):
-        data, scales = zip(*((Bs[number].data.flatten(1) ^ zero, Bs[number].scales) if Bs else (
-            first.data.new_zeros(layer.out_features, 0), first.scales.new_zeros(
-                layer.out_features, 0)) for layer, Bs in zip(layers, by_layer)))
-        blocks = (torch.block_diag(*data) ^ zero).unflatten(1, (-1, width))
-        wide = torch.block_diag(*scales)
-        shape = torch.Size((len(wide), wide.shape[1] * first.size))
-        joined.append(replace(first, shape=shape, data=blocks, scales=wide.where(wide != 0, TINY)))
+        parts = [Bs[number] if Bs else replace(
+            first, data=first.data.new_zeros(layer.out_features, 0, width),
+            scales=first.scales.new_zeros(layer.out_features, 0))
+            for layer, Bs in zip(layers, by_layer)]
+        data = torch.block_diag(*(B.data.flatten(1) ^ zero for B in parts)) ^ zero
+        scales = torch.block_diag(*(B.scales for B in parts))
+        joined.append(Blocks(
+            first.bits, first.size, torch.Size((len(data), scales.shape[1] * first.size)),
+            data.unflatten(1, (-1, width)), scales.where(scales != 0, TINY)))
     return joined
 
 

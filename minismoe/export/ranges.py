@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..data.tasks import Example, collate
 from ..method.hooks import hooked
 from ..model.decoder import CausalLM
 from ..training.evaluate import generate
@@ -90,9 +91,7 @@ def watched(model: CausalLM, texts: Sequence[Sequence[int]],
 
     with hooked(names, hook), torch.no_grad():
         for start in range(0, len(texts), BATCH):
-            part = texts[start:start + BATCH]
-            longest = max(map(len, part))
-            ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in part])
-            mask = torch.arange(longest) < torch.tensor([[len(text)] for text in part])
-            model.lm_head(model.model(ids, mask)[mask])
+            part = [Example("", [*text], []) for text in texts[start:start + BATCH]]
+            ids, mask, _ = collate(part, 0)
+            model.lm_head(model.model(ids, mask)[mask.bool()])
     return {key: torch.cat(parts, 1) for key, parts in measures.items()}

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..io.progress import progress_bar
-from ..method.experts import expert_layers
 from ..method.hooks import evaluating
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight, quantize
 from .bits import Ways, choose
 from .gptq import DAMPING, TIED_DAMPING, gptq, gram, inverse_factor, second_moments
 from .leaves import matrix, with_weight
-from .mixture import rounded_experts
 from .walk import Batches, Walk
 from .weights import GraphFormat, Storage
 
@@ -98,9 +96,3 @@ def store(tree: CausalLM, name: str, blocks: Blocks) -> None:
     tree.set_submodule(name, BlockEmbedding(weight))
     if tree.config.tie_word_embeddings:
         tree.lm_head = BlockLinear(weight, None)
-
-
-def round_experts(tree: CausalLM, form: GraphFormat) -> None:
-    """Store the experts of the tree, in place, as a graph of that form does."""
-    for name, layer in expert_layers(tree).items():
-        tree.set_submodule(name, rounded_experts(layer, form))

@@ -36,8 +36,9 @@ from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockEmbedding, BlockLinear, WideWeight
 from .leaves import AdapterLinear, MergedWeight, plain_layer, with_weight
+from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
-from .rounding import round_experts, round_weights
+from .rounding import round_weights
 from .settings import ExportConfig, Source
 from .walk import Batches, Walk
 
@@ -130,7 +131,7 @@ def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> T
     if not os.access(source.run / "adapter", os.W_OK):       # the fits go there, after the work
         raise ValueError(f"{source.run / 'adapter'} cannot be written: copy the run")
     names = {layer: name for name, layer in mixtures.items() if layer.router is not None}
-    fits = no_fits(mixtures, batches)
+    fits = no_fits(mixtures, batches, [config.fit])
     walk = Walk(model.model, batches if names else {})
     with evaluating(model):
         bar = progress_bar(walk.layers(), "freeze", len(model.model.layers), unit="layer")

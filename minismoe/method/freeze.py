@@ -87,7 +87,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> di
 
 
 def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Sequence[Tensor]]],
-            ) -> dict[str, TaskFits]:
+            kinds: Sequence[str] = KINDS) -> dict[str, TaskFits]:
     """By kind, the exact maps of single experts; those of mixtures are to be replaced by
     `fit_group`. Raises ValueError for a task of fewer than two samples, if there is a mixture."""
     few = [t for t, batches in tasks.items() if sum(len(b[0]) for b in batches) < 2]
@@ -97,7 +97,7 @@ def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Seq
     def exacts() -> dict[str, Fit]:
         return {name: exact(layer) for name, layer in layers.items()}
 
-    return {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in KINDS}
+    return {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in kinds}
 
 
 def fit_group(group: Sequence[Readers], tasks: Mapping[str, Sequence[Run]],
@@ -110,8 +110,9 @@ def fit_group(group: Sequence[Readers], tasks: Mapping[str, Sequence[Run]],
         for readers, part, whole in zip(group, parts, total):
             if task is not None:
                 whole += part
-            for kind, solved in solve(readers, part).items():
-                fits[kind].for_task(task).update(solved)
+            solved = solve(readers, part)
+            for kind in fits:
+                fits[kind].for_task(task).update(solved[kind])
 
 
 @torch.no_grad()

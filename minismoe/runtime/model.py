@@ -44,9 +44,9 @@ class CachedModel:
         self._npu = NpuSteps(self.folder, self.info, provider, threads, settings) if (
             self.info["target"] == "npu") else None
         device = find_device(None if self._npu else provider)
-        self._session = self._npu.one if self._npu else open_session(
+        self.session = self._npu.one if self._npu else open_session(
             self.folder / graph_of(self.info), device, threads, settings)
-        self.nodes = nodes_by_provider(self._session)
+        self.nodes = nodes_by_provider(self.session)
         shares = self.info.get("contract", {}).get("shared_buffer", self.info["target"] == "ort")
         self._kind: Callable[..., GrowingCache] = (
             partial(SlotCache, self._npu) if self._npu else FixedCache if self.static else
@@ -56,7 +56,7 @@ class CachedModel:
         self._memory = ("cpu", 0) if on_cpu else device.memory
         # WebGPU on Vulkan attends wrongly to 32 new tokens: Dawn does not zero a loop's variables.
         self._vulkan = device.name == "webgpu" and sys.platform not in ("win32", "darwin")
-        batch = self._session.get_inputs()[0].shape[0]
+        batch = self.session.get_inputs()[0].shape[0]
         self._batch = batch if isinstance(batch, int) else 1 if self._vulkan else None
         large = sum(entry["bytes"] for entry in self.info["files"].values()) > LARGE
         self._huge_pages = threading.Thread(target=use_huge_pages, daemon=True, args=(
@@ -74,9 +74,9 @@ class CachedModel:
 
     def _fits(self) -> None:
         """Raise ValueError if export.json disagrees with the graphs."""
-        info, inputs = self.info, self._session.get_inputs()
+        info, inputs = self.info, self.session.get_inputs()
         keys = [(i.type, *i.shape[1::2]) for i in inputs if i.name.endswith(".key")]
-        logits = self._session.get_outputs()[0]
+        logits = self.session.get_outputs()[0]
         kind = {"float32": "tensor(float)", "float16": "tensor(float16)"}[info["cache_type"]]
         if (len(keys) != info["layers"] or logits.shape[-1:] != [info["vocab_size"]]
                 or {*keys} != {(kind, info["kv_heads"], info["head_dim"])}
@@ -109,7 +109,7 @@ class CachedModel:
         if "_cache" not in vars(self) or self._cache.size != (B, P) or not self._cache.cut(0):
             vars(self).pop("_cache", None)   # first, as both may not fit a GPU
             self._cache = self._kind(
-                self._session, self.info, self._memory, self._adapter, B, P)
+                self.session, self.info, self._memory, self._adapter, B, P)
 
     def reuse(self, prompt: Sequence[int]) -> int:
         """Cut the cache to the tokens that a prompt begins with, and return how many these are.

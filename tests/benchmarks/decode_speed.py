@@ -106,7 +106,8 @@ def export(model: Path, folder: Path, side: str) -> None:
 
     from minismoe import load_model
     from minismoe.export import graph, steps
-    from minismoe.export.rounding import round_experts, round_weights
+    from minismoe.export.mixture import round_experts
+    from minismoe.export.rounding import round_weights
     from minismoe.export.weights import GraphFormat
     from minismoe.method.experts import ExpertLinear, linear_layers
     base = load_model(model, torch.float32)

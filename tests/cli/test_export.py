@@ -152,7 +152,7 @@ def test_an_npu_folder(run: Path, tmp_path: Path, flags: str) -> None:
 def test_a_provider_that_computes_something_else_is_refused() -> None:
     """`compare_provider` reads the same text with both, and compares."""
     class Given:
-        _npu, room = True, abs
+        info, room = {"target": "npu"}, abs
 
         def __init__(self, factor: float):
             self.factor = factor

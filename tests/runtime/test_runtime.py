@@ -373,7 +373,7 @@ def test_a_hundred_thousand_threads_are_not_started(folders, generator) -> None:
 def test_threads_sleep_where_power_is_low(folders) -> None:
     for low_power in False, True:
         generator = Generator(folders["ort"], threads=2, low_power=low_power)
-        options = generator._session.get_session_options()
+        options = generator.session.get_session_options()
         assert options.intra_op_num_threads == 2
         try:
             spinning = options.get_session_config_entry("session.intra_op.allow_spinning")
