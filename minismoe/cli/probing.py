@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.tasks import Batch, probe_batches
-from ..export.bits import harm_of
+from ..export.bits import Ways, harm_of
 from ..export.leaves import matrix
+from ..export.weights import Storage
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
 from ..io.progress import progress_bar
@@ -163,8 +164,9 @@ def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:
 def print_bits(allocating: AllocationConfig, inputs: Inputs) -> None:
     """Print what storing each linear layer in 4 bits, rounded to nearest, costs in nats a token."""
     layers = linear_layers(inputs.model)
-    options = {name: [quantize(matrix(layer), 4, size) for size in BLOCK_SIZES]
-               for name, layer in layers.items()}
+    options: dict[str, Ways] = {name: {
+        Storage(4, size): quantize(matrix(layer), 4, size) for size in BLOCK_SIZES}
+        for name, layer in layers.items()}
     batches = {task: [*probe_batches(examples, allocating.samples, PROBE_BATCH,
                                      inputs.tokenizer.pad_id)]
                for task, examples in inputs.encoded.items()}
