@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, functions, with_tools
 from ..io.files import naming, read_json
-from ..io.flags import as_flags, from_flags, natural, new_parser, positive, text
+from ..io.flags import as_flags, from_flags, natural, new_parser, option, positive, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
 from .api import Api
@@ -30,6 +30,17 @@ if TYPE_CHECKING:
 # The flags that --serve takes; the others are a request's.
 SERVING = {"folder", "serve", "host", "api_key", "provider", "threads", "task", "verify",
            "low_power", "debug"}
+NEEDS = {"api_key": "serve", "host": "api_key", "best": "choices",
+         **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "temperature")}    # above 0
+CONFLICTS = {
+    "chat": ({"prompt", "raw", "lines"},
+             "asks for prompts itself: leave out PROMPT, --raw and --lines"),
+    "choices": ({"chat", "raw", "max_tokens", "temperature"}, "gives one whole answer, through the "
+                "template: leave out --chat, --raw, --max-tokens and --temperature"),
+    "tools": ({"raw", "choices"},
+              "is for free answers through the template: leave out --raw and --choices"),
+    "schema": ({"choices", "tools"},
+               "says what the answer may be: leave out --choices and --tools")}
 
 
 def _answer(generator: Generator, question: str | Sequence[Message], options: Mapping[str, Any],
@@ -169,26 +180,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    not_served, draws = given - SERVING, args.temperature > 0
-    for wrong, message in (
-            (args.serve is None and (args.host or args.api_key) or args.host and not args.api_key,
-             "--host needs --serve and --api-key"),
-            (args.serve is not None and not_served, "a request says what --serve answers: leave "
-             f"out {', '.join(sorted(not_served))}"),
-            (args.chat and given & {"prompt", "raw", "lines"},
-             "--chat asks for prompts itself: leave out PROMPT, --raw and --lines"),
-            (not draws and given & {"top_p", "top_k", "seed"},
-             "--top-p, --top-k and --seed draw nothing without a --temperature above 0"),
-            (args.choices and given & {"chat", "raw", "max_tokens", "temperature"},
-             "--choices gives one whole answer, through the template: leave out --chat, --raw, "
-             "--max-tokens and --temperature"),
-            (args.tools and given & {"raw", "choices", "schema"}, "--tools is for free answers "
-             "through the template: leave out --raw, --choices and --schema"),
-            (args.schema and args.choices,
-             "--schema and --choices say both what the answer may be: give one of them"),
-            (args.best and not args.choices, "--best needs --choices")):
-        if wrong:
-            parser.error(message)
+    if args.serve is not None and (wrong := given - SERVING):
+        parser.error(f"a request says what --serve answers: leave out {', '.join(sorted(wrong))}")
+    for name, needed in NEEDS.items():
+        if name in given and needed not in given:
+            parser.error(f"{option(name)} needs {option(needed)}")
+    for name, (others, reason) in CONFLICTS.items():
+        if name in given and given & others:
+            parser.error(f"{option(name)} {reason}")
     return args
 
 

@@ -7,6 +7,7 @@ import ctypes
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -130,13 +131,10 @@ class Generator(CachedModel):
         Without llguidance, or where the template writes calls otherwise than as JSON, "", which is
         any text, unless they must: ValueError.
         """
-        try:
+        with suppress(*() if must else (ModuleNotFoundError, ValueError)):
             self._grammar_tokens             # noqa: B018
             return call_grammar(self.tokenizer, tools, must, most)
-        except (ModuleNotFoundError, ValueError):
-            if must:
-                raise
-            return ""
+        return ""
 
     @cached_property
     def _grammar_tokens(self) -> Any:
