@@ -118,7 +118,7 @@ class Attention(nn.Module):
             if tokens.shared:                        # the cache was empty: all rows start at 0
                 cached[:, :, :tokens.shape[1]] = tokens.sequences(new)
             else:
-                cached[tokens.rows, :, tokens.positions] = new
+                cached[tokens.batch_rows, :, tokens.positions] = new
         return [cached[:, :, :max(tokens.ends)] for cached in held]
 
 

@@ -7,9 +7,6 @@ from typing import Any
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "granitemoehybrid",
                "gemma3", "gemma3_text", "lfm2", "qwen3_5", "qwen3_5_text")
-# Newer ones, and why they are not implemented.
-REASONS = {"qwen3_5_moe": "its MLPs are mixtures of experts", "gemma4": "its layers share keys and "
-           "values, and have embeddings of their own"}
 # Models of text and images -> what transformers calls their text alone.
 IMAGED = {"gemma3": "Gemma3ForCausalLM", "qwen3_5": "Qwen3_5ForCausalLM"}
 # Settings of theirs that stand outside of text_config.
@@ -150,7 +147,7 @@ class Config:
         kind, bias = c["model_type"], bool(c.get("attention_bias"))
         theta, scaling = c.rope()
         layers = c.size("num_hidden_layers", most=1 << 8)
-        found: dict[str, Any] = dict(
+        fields: dict[str, Any] = dict(
             vocab_size=c.size("vocab_size"), hidden_size=D, num_hidden_layers=layers,
             intermediate_size=c.size("intermediate_size"), num_attention_heads=H,
             num_key_value_heads=K, head_dim=C, rope_theta=theta, rope_scaling=scaling,
@@ -162,12 +159,12 @@ class Config:
         own, other, full = _own(c, range(layers))
         types = c.types(range(layers), other, full) if other else [FULL] * layers
         window = c.size("sliding_window", 4096, most=1 << 31) if SLIDING in types else None
-        found |= {**own, "windows": tuple(window if t == SLIDING else None for t in types),
-                  "conv_layers": tuple(i for i, t in enumerate(types) if t == CONV),
-                  "delta_layers": tuple(i for i, t in enumerate(types) if t == DELTA)}
+        fields |= {**own, "windows": tuple(window if t == SLIDING else None for t in types),
+                   "conv_layers": tuple(i for i, t in enumerate(types) if t == CONV),
+                   "delta_layers": tuple(i for i, t in enumerate(types) if t == DELTA)}
         if c.wrong:
             raise ValueError("this model is not implemented: " + "; ".join(dict.fromkeys(c.wrong)))
-        return cls(**found)
+        return cls(**fields)
 
 
 def renamed(module: str, names: Mapping[str, str] | None) -> str:
@@ -250,14 +247,14 @@ class _Settings(dict[str, Any]):
 def _as_llama(config: Mapping[str, Any]) -> _Settings:
     """The settings under Llama's names, with the family's defaults."""
     kind: Any = config.get("model_type")
-    wrong = [] if kind in MODEL_TYPES else [f"model_type {kind!r}: " + REASONS.get(
-        str(kind).removesuffix("_text"), f"only {', '.join(MODEL_TYPES)}")]
+    wrong = [] if kind in MODEL_TYPES else [
+        f"model_type {kind!r}: only {', '.join(MODEL_TYPES)}"]
     kind = "llama" if wrong else kind
-    renamed = {name: config[own] for own, name in SETTINGS.get(kind, {}).items() if own in config}
-    found = {**config, **renamed, "model_type": kind}
+    llamas = {name: config[own] for own, name in SETTINGS.get(kind, {}).items() if own in config}
+    given = {**config, **llamas, "model_type": kind}
     defaults = {name: value for name, value in DEFAULTS.get(kind, {}).items()
-                if found.get(name) is None}
-    return _Settings(found | defaults, wrong)
+                if given.get(name) is None}
+    return _Settings(given | defaults, wrong)
 
 
 def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
@@ -270,11 +267,11 @@ def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
         if isinstance(ropes, Mapping) and SLIDING in ropes:
             local, scaled = _Settings({"rope_parameters": ropes[SLIDING]}, c.wrong).rope()
             c.wrong += [f"{SLIDING} with rope scaling {scaled}"] if scaled else []
-        every = c.size("sliding_window_pattern", 6)
+        period = c.size("sliding_window_pattern", 6)
         own = {"norm_offset": 1.0, "post_norms": True, "qk_norm": True, "local_rope_theta": local,
                "embedding_multiplier": c.size("hidden_size") ** 0.5,
                "attention_multiplier": c.number("query_pre_attn_scalar", 256) ** -0.5}
-        return own, SLIDING, layers[every - 1::every]
+        return own, SLIDING, layers[period - 1::period]
     if kind in ("granite", "granitemoehybrid"):
         hybrid = kind == "granitemoehybrid"
         rotates = not hybrid or c.get("position_embedding_type") == "rope"
@@ -291,14 +288,14 @@ def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
         taps, full = c.size("conv_L_cache", 3, least=2, most=64), c.get("full_attn_idxs") or layers
         return {"intermediate_size": inner, "conv_size": taps, "qk_norm": True}, CONV, full
     if kind == "qwen3_5_text":
-        every = c.size("full_attention_interval", 4)
-        return _gated_delta_nets(c), DELTA, layers[every - 1::every]
+        period = c.size("full_attention_interval", 4)
+        return _gated_delta_nets(c), DELTA, layers[period - 1::period]
     slides = kind != "llama" and c.get("sliding_window", 4096) is not None and (
         kind == "mistral" or c.get("use_sliding_window"))
     other = SLIDING if slides else ""
     if kind == "smollm3":
-        every = c.size("no_rope_layer_interval", 4)
-        rotates = c.get("no_rope_layers") or [(i + 1) % every for i in layers]
+        period = c.size("no_rope_layer_interval", 4)
+        rotates = c.get("no_rope_layers") or [(i + 1) % period for i in layers]
         if isinstance(rotates, list) and len(rotates) >= len(layers):
             still = tuple(i for i in layers if not rotates[i])
             return {"no_rope_layers": still}, other, [i for i in layers if i not in still]
@@ -312,9 +309,9 @@ def _own(c: _Settings, layers: range) -> tuple[dict[str, Any], str, Any]:
 def _gated_delta_nets(c: _Settings) -> dict[str, Any]:
     """Qwen3.5's own fields of Config."""
     sizes = {name: c.size(name) for name in DEFAULTS["qwen3_5_text"] if name.startswith("linear_")}
-    part, C = c.number("partial_rotary_factor"), c.size("head_dim")
-    if (turned := int(part * C)) not in range(2, C + 1, 2):
-        c.wrong.append(f"partial_rotary_factor {part}: of a head, pairs of numbers turn")
+    share, C = c.number("partial_rotary_factor"), c.size("head_dim")
+    if (turned := int(share * C)) not in range(2, C + 1, 2):
+        c.wrong.append(f"partial_rotary_factor {share}: of a head, pairs of numbers turn")
     if sizes["linear_num_value_heads"] % sizes["linear_num_key_heads"]:
         c.wrong.append("linear_num_value_heads is no multiple of linear_num_key_heads")
     return {"norm_offset": 1.0, "qk_norm": True, "output_gate": True, "rotary_size": turned,

@@ -43,21 +43,21 @@ def memories(keys: Tensor, reads: Tensor, values: Tensor, fade: Tensor, start: T
     keys and reads (n, B, H, L, K), values (n, B, H, L, V), fade (n, B, H, 1, 1), start
     (B, H, K, V). One operator for torch.compile, which would trace the loop anew for each n.
     """
-    found = start.new_empty(len(keys) + 1, *start.shape)
-    found[0] = start
-    for i, S in enumerate(found[:-1]):
-        torch.add(fade[i] * S, keys[i].mT @ (values[i] - reads[i] @ S), out=found[i + 1])
-    return found
+    states = start.new_empty(len(keys) + 1, *start.shape)
+    states[0] = start
+    for i, S in enumerate(states[:-1]):
+        torch.add(fade[i] * S, keys[i].mT @ (values[i] - reads[i] @ S), out=states[i + 1])
+    return states
 
 
 @torch.library.custom_op("minismoe::memories_backward", mutates_args=())
 def memories_backward(keys: Tensor, reads: Tensor, fade: Tensor, gradient: Tensor) -> Tensor:
     """The gradients of S before each chunk and after the last, all later chunks included."""
-    found = gradient.clone()
+    total = gradient.clone()
     for i in range(len(keys) - 1, -1, -1):
-        after = found[i + 1]
-        found[i] += fade[i] * after - reads[i].mT @ (keys[i] @ after)
-    return found
+        after = total[i + 1]
+        total[i] += fade[i] * after - reads[i].mT @ (keys[i] @ after)
+    return total
 
 
 @memories.register_fake

@@ -64,24 +64,24 @@ class Tokens:
             mask[first + 1:end, start:stop] = False
             repeats[first, start:stop] = end - first
         rows, columns = mask.nonzero(as_tuple=True)
-        local = order[rows, columns]                                     # (N,)
-        found = {"ids": ids[rows, columns], "positions": local + past[rows],
-                 "repeats": repeats[rows, columns], "past": past, "rows": rows,
-                 "places": rows * T + columns,   # (N,) in the batch (B * T)
-                 "slots": rows * T + local}      # (N,) in right-padded (B * T)
-        sources = torch.zeros_like(order)        # (B, T): the row at each place; any row at a pad
-        sources.view(-1)[found["slots"]] = torch.arange(len(rows))
+        numbers = order[rows, columns]                                   # (N,) in their sequence
+        packed = {"ids": ids[rows, columns], "positions": numbers + past[rows], "batch_rows": rows,
+                  "repeats": repeats[rows, columns], "past": past,
+                  "in_batch": rows * T + columns,            # (N,) index in the batch (B * T)
+                  "in_sequences": rows * T + numbers}        # (N,) the same if padded on the right
+        sources = torch.zeros_like(order)    # (B, T): the token at each place; any token at a pad
+        sources.view(-1)[packed["in_sequences"]] = torch.arange(len(rows))
         for first, end, start, stop in shared:
             sources[first + 1:end, start:stop] = sources[first, start:stop]
-        found["sources"] = sources.flatten()
+        packed |= {"sources": sources.flatten(), "new": torch.tensor(self.ends) - past}
         if needed is not None:
-            found["read"] = needed.cpu()[rows, columns].nonzero()[:, 0]
-        found["new"] = torch.tensor(self.ends) - past
-        on = sent(found, device)
-        self.ids, self.positions, self.repeats = on["ids"], on["positions"], on["repeats"]
-        self.slots, self.sources, self.places = on["slots"], on["sources"], on["places"]
-        self.rows, self.past, self.new = on["rows"], on["past"], on["new"]
-        self.shared, self.read = bool(shared), on.get("read")
+            packed["read"] = needed.cpu()[rows, columns].nonzero()[:, 0]
+        there = sent(packed, device)
+        self.ids, self.positions, self.repeats = there["ids"], there["positions"], there["repeats"]
+        self.in_batch, self.in_sequences = there["in_batch"], there["in_sequences"]
+        self.batch_rows, self.sources = there["batch_rows"], there["sources"]
+        self.past, self.new, self.read = there["past"], there["new"], there.get("read")
+        self.shared = bool(shared)
         self.masks = {window: self._mask(window, device) for window in set(config.windows)}
 
     def sequences(self, x: Tensor) -> Tensor:
@@ -91,13 +91,13 @@ class Tokens:
 
     def flat(self, x: Tensor) -> Tensor:
         """(B, heads, T, C) -> (N, heads * C), the inverse of `sequences`."""
-        return x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self.slots)
+        return x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self.in_sequences)
 
     def unpack(self, x: Tensor) -> Tensor:
         """Rows (N, ...), or (S, ...) of those that are read, -> (B, T, ...), elsewhere zeros."""
-        places = self.places if self.read is None else self.places[self.read]
+        index = self.in_batch if self.read is None else self.in_batch[self.read]
         y = x.new_zeros(self.shape.numel(), *x.shape[1:])
-        return y.index_copy(0, places, x).unflatten(0, self.shape)
+        return y.index_copy(0, index, x).unflatten(0, self.shape)
 
     def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
         """Whether a query may see each key so far, (B, 1, T, keys), or (1, 1, T, T) without a
@@ -108,8 +108,8 @@ class Tokens:
         past = self.past if self.cache else self.past[:1]        # all of them 0
         query = past[:, None, None, None] + torch.arange(T, device=device)[:, None]
         key = torch.arange(keys, device=device)
-        seen = key <= query
-        return seen if window is None else seen & (key > query - window)
+        visible = key <= query
+        return visible if window is None else visible & (key > query - window)
 
 
 def sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -118,8 +118,8 @@ def sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
         return dict(tensors)
     together = torch.cat([t.flatten() for t in tensors.values()])
     together = together.pin_memory() if device.type == "cuda" else together
-    parts = together.to(device, non_blocking=True).split([t.numel() for t in tensors.values()])
-    return {name: part.view(t.shape) for part, (name, t) in zip(parts, tensors.items())}
+    copies = together.to(device, non_blocking=True).split([t.numel() for t in tensors.values()])
+    return {name: copy.view(t.shape) for copy, (name, t) in zip(copies, tensors.items())}
 
 
 def shared_prefixes(input_ids: Tensor, mask: Tensor) -> list[tuple[int, int, int, int]]:
@@ -130,12 +130,12 @@ def shared_prefixes(input_ids: Tensor, mask: Tensor) -> list[tuple[int, int, int
     token, last token + 1).
     """
     same = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
-    alike = same.cumprod(1).sum(1).tolist()                              # (B - 1,) tokens
-    everyone, first = min(alike, default=0), 0
-    found = [(0, len(mask), 0, everyone)] if everyone else []
+    equal = same.cumprod(1).sum(1).tolist()              # (B - 1,) tokens from the first one on
+    common, first = min(equal, default=0), 0
+    prefixes = [(0, len(mask), 0, common)] if common else []
     for end in range(1, len(mask) + 1):
-        if end == len(mask) or alike[end - 1] < everyone + FEW:
+        if end == len(mask) or equal[end - 1] < common + FEW:
             if end - first > 1:
-                found.append((first, end, everyone, min(alike[first:end - 1])))
+                prefixes.append((first, end, common, min(equal[first:end - 1])))
             first = end
-    return found
+    return prefixes
