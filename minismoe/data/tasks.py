@@ -145,8 +145,7 @@ def _load_task(name: str, path: Path, seed: int, bad: BadLines) -> Task:
     return Task(name, train, splits["test"], splits["valid"], [*contents.summary(), *notes])
 
 
-def without(lines: Sequence[list[Message]], others: Sequence[list[Message]],
-            ) -> list[list[Message]]:
+def without(lines: Sequence[list[Message]], others: Iterable[list[Message]]) -> list[list[Message]]:
     """The conversations that are not among `others`, in their order."""
     known = {json.dumps(messages) for messages in others}
     return [messages for messages in lines if json.dumps(messages) not in known]
@@ -229,10 +228,8 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "
     An example without a supervised token before the limit is dropped. Raises the ValueErrors of
     `encode` with the task, the split, and the example's number as --show counts it.
     """
-    examples = []
-    conversations: list[list[Message]] = getattr(task, split)
-    kind = {"train": "training", "valid": "validation", "test": "test"}[split]
-    for index, messages in enumerate(conversations):
+    examples, kind = [], {"train": "training", "valid": "validation"}.get(split, split)
+    for index, messages in enumerate(getattr(task, split)):
         with naming(f"task {task.name}, {kind} example {index + 1}, "
                     f"{messages[0]['content'][:40]!r}", ValueError):
             whole = encode(task.name, messages, tokenizer)

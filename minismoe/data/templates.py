@@ -27,8 +27,8 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     """
     compiled, text = _compiled(template), ""
     try:
-        for part in compiled.generate(values):
-            text += part
+        for piece in compiled.generate(values):
+            text += piece
             if len(text) > LENGTH:
                 break
     except Exception as e:                       # a template can raise anything

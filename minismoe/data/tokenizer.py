@@ -42,11 +42,11 @@ class ByteTokenizer:
         ids: list[int] = []
         starts: list[int] = []
         pattern = "|".join([*map(re.escape, self.special), "(?s:.)"])
-        for found in re.finditer(pattern, text):
-            special = self.special.get(found[0])
-            new = found[0].encode("utf-8", "replace") if special is None else [special]
+        for match in re.finditer(pattern, text):
+            special = self.special.get(match[0])
+            new = match[0].encode("utf-8", "replace") if special is None else [special]
             ids += new
-            starts += [found.start()] * len(new)
+            starts += [match.start()] * len(new)
         return ids, starts
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -123,19 +123,19 @@ class Tokenizer:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it. Raises what `templates.render` raises, and
         ValueError for tools that the template does not know."""
-        said = [{key: value for key, value in m.items() if value is not None} for m in messages]
-        tools = next(iter(said), {}).pop("tools", None)
+        turns = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        tools = next(iter(turns), {}).pop("tools", None)
         if self.template is None:            # what DEFAULT_TEMPLATE renders, without jinja2
-            turns = [f"Assistant: {m.get('content')}{self.eos}\n" if m["role"] == "assistant"
-                     else f"{m['role'].capitalize()}: {m['content']}\n" for m in said]
-            text = self.bos + "".join(turns) + "Assistant:" * add_generation_prompt
+            texts = [f"Assistant: {m.get('content')}{self.eos}\n" if m["role"] == "assistant"
+                     else f"{m['role'].capitalize()}: {m['content']}\n" for m in turns]
+            text = self.bos + "".join(texts) + ("Assistant:" if add_generation_prompt else "")
         else:
             text = templates.render(self.template, {
-                "messages": said, "bos_token": self.bos, "eos_token": self.eos,
+                "messages": turns, "bos_token": self.bos, "eos_token": self.eos,
                 "add_generation_prompt": add_generation_prompt,
                 "tools": tools, "documents": None})              # as transformers passes them
         with suppress(templates.Refused):    # a template may do nothing without tools
-            if tools and text == self.render(said, add_generation_prompt):
+            if tools and text == self.render(turns, add_generation_prompt):
                 raise ValueError("the chat template knows no tools, and the conversation offers "
                                  "some: put one that does into the model's chat_template.jinja")
         return text
@@ -166,8 +166,8 @@ class Tokenizer:
         user = {"role": "user", "content": "question"}
         try:
             whole = self.render([user, {"role": "assistant", "content": "answer"}])
-            _, found, tail = whole.rpartition("answer")
-            if not found:                    # the template changes the message's text
+            _, answer, tail = whole.rpartition("answer")
+            if not answer:                   # the template changes the message's text
                 tail = whole[len(self.render([user], True)):]
         except templates.Refused:            # such as a template that wants a system message first
             return []

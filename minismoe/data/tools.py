@@ -42,7 +42,7 @@ def functions(items: Any, name: str) -> list[Function]:
 
 def calls_of(items: Any, tools: Sequence[Function]) -> list[Function]:
     """The calls in a field, arguments as objects; ValueError for one that `tools` do not offer."""
-    offered, found = [tool["function"]["name"] for tool in tools], list[Function]()
+    offered, calls = [tool["function"]["name"] for tool in tools], list[Function]()
     for call in functions(items, "tool_calls"):
         function = dict(call["function"])
         if function["name"] not in offered:
@@ -52,8 +52,8 @@ def calls_of(items: Any, tools: Sequence[Function]) -> list[Function]:
             function["arguments"] = json.loads(function["arguments"])
         if not isinstance(function.get("arguments"), dict):
             raise ValueError(f"the arguments of {function['name']!r} are no JSON object, as {{}}")
-        found.append({**call, "function": function})
-    return found
+        calls.append({**call, "function": function})
+    return calls
 
 
 def read_answer(answer: str, shown: str, tools: Sequence[Function]) -> Message:
@@ -67,12 +67,12 @@ def read_answer(answer: str, shown: str, tools: Sequence[Function]) -> Message:
     if not (form := WRITTEN.search(shown)):
         return message
     before, name, arguments, after = form.groups()
-    text, *parts = answer.split(before) if before else ("", answer)
+    text, *written = answer.split(before) if before else ("", answer)
     texts, calls = [text.strip()], list[Function]()
     with suppress(LookupError, RecursionError, TypeError, ValueError):   # text that looks like JSON
-        for part in map(str.strip, parts):
-            value, end = json.JSONDecoder().raw_decode(part)
-            rest = part[end:].strip()
+        for call in map(str.strip, written):
+            value, end = json.JSONDecoder().raw_decode(call)
+            rest = call[end:].strip()
             if not rest.startswith(after) or rest and not (before or after):
                 return message
             texts.append(rest.removeprefix(after).strip())

@@ -93,12 +93,12 @@ def tasks(seed: int = 0) -> list[Task]:
         drawn = cases(skill, rng)
         tested, validated = len(drawn) // 6, len(drawn) // 6 + len(drawn) // 12
         splits: list[list[list[Message]]] = []
-        for part, most in ((drawn[validated:], TRAIN), (drawn[:tested], TEST),
-                           (drawn[tested:validated], VALID)):
+        for split, most in ((drawn[validated:], TRAIN), (drawn[:tested], TEST),
+                            (drawn[tested:validated], VALID)):
             lines: list[list[Message]] = [
                 [{"role": "user", "content": question.format(*operands)},
                  {"role": "assistant", "content": answer}]
-                for operands, answer in part for question in questions]
+                for operands, answer in split for question in questions]
             rng.shuffle(lines)
             splits.append(lines[:most])
         train, test, valid = splits

@@ -38,16 +38,16 @@ class Stored(NamedTuple):
 
     file: Path
     name: str                # in that file
-    part: Any                # has get_dtype() and get_shape(); part[:n] is the first n rows
+    content: Any             # has get_dtype() and get_shape(); content[:n] is the first n rows
 
     def read(self, dtype: torch.dtype | None, device: str | torch.device) -> Tensor:
         """The tensor; without a conversion, it shares the mapped file's memory.
 
         One to convert, here or by the caller (dtype None), is read through a mapping of its own,
-        which is closed at once: pages that `part` has read stay in memory.
+        which is closed at once: pages that `content` has read stay in memory.
         """
-        if DTYPES[self.part.get_dtype()] == dtype and torch.device(device).type == "cpu":
-            return self.part[:]
+        if DTYPES[self.content.get_dtype()] == dtype and torch.device(device).type == "cpu":
+            return self.content[:]
         return _open(self.file).get_tensor(self.name).to(device=device, dtype=dtype)
 
 
@@ -80,22 +80,22 @@ def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[s
     Some checkpoints hold more, which is left out: rotary buffers, heads that predict several
     tokens, images' part of a model with images, and a tied head, which must equal the embedding.
     """
-    found, head = stored_tensors(folder), "lm_head.weight"
+    stored, head = stored_tensors(folder), "lm_head.weight"
     names = {name: model.config.name(name) for name, _ in model.named_parameters()}
-    wanted = {names[name]: p.shape for name, p in model.named_parameters()}
-    images, tied = text_part(config) != config, head not in wanted
-    _check_fit(f"{folder} does not fit its config.json", wanted, {
-        name: tensor for name, tensor in found.items()
+    shapes = {names[name]: p.shape for name, p in model.named_parameters()}
+    images, tied = text_part(config) != config, head not in shapes
+    _check_fit(f"{folder} does not fit its config.json", shapes, {
+        name: tensor for name, tensor in stored.items()
         if not (name.endswith("rotary_emb.inv_freq") or tied and name == head
                 or (images or name.startswith("mtp.")) and LEFT_OUT.match(name))})
-    if any(name.startswith("mtp.") for name in found):
+    if any(name.startswith("mtp.") for name in stored):
         print(f"{folder}: mtp.*, heads that predict several tokens, is left out", file=sys.stderr)
-    if tied and head in found:               # one may be rounded to another dtype
-        a, b = (found[name].read(None, "cpu") for name in (head, "model.embed_tokens.weight"))
+    if tied and head in stored:              # one may be rounded to another dtype
+        a, b = (stored[name].read(None, "cpu") for name in (head, "model.embed_tokens.weight"))
         if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):
             raise ValueError(f"{folder} holds a head of its own, and its config.json ties it to "
                              "the embedding: set tie_word_embeddings to false")
-    return {name: found[stored] for name, stored in names.items()}
+    return {ours: stored[its] for ours, its in names.items()}
 
 
 def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype | None,
@@ -110,22 +110,20 @@ def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype | N
             layer = BlockLinear(BlockWeight(blocks, dtype or torch.float32), linear[module].bias)
             model.set_submodule(module, layer)
         else:
-            stored = DTYPES[tensor.part.get_dtype()]
-            weight = nn.Parameter(tensor.read(dtype or stored, device), requires_grad=False)
-            setattr(model.get_submodule(module), kind, weight)
+            content = tensor.read(dtype or DTYPES[tensor.content.get_dtype()], device)
+            setattr(model.get_submodule(module), kind, nn.Parameter(content, requires_grad=False))
 
 
 def fingerprint(cfg: Config, tensors: Mapping[str, Stored]) -> str:
-    """A hash of the configuration and of each tensor's name, dtype, shape and ROWS of its rows from
-    the first to the last, as stored: it tells one base from another, whatever dtype and device they
-    are loaded to."""
+    """A hash of the configuration and of each tensor's name, dtype, shape and ROWS of its rows, as
+    stored: it tells one base from another, whatever dtype and device they are loaded to."""
     # Without defaults: a later version may have more settings.
     settings = [(f.name, value) for f in fields(cfg)
                 if (value := getattr(cfg, f.name)) != f.default]
     content = hashlib.sha256(repr(settings).encode())
     starts = {t.file: _starts(t.file) for t in tensors.values()}
     for name, t in sorted(tensors.items()):
-        dtype, (count, *row) = t.part.get_dtype(), t.part.get_shape()
+        dtype, (count, *row) = t.content.get_dtype(), t.content.get_shape()
         content.update(repr((name, dtype, count, row)).encode())
         size = prod(row) * DTYPES[dtype].itemsize
         with t.file.open("rb") as f:         # a mapping would hold far more pages than are read
@@ -156,13 +154,12 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
 
 def weights(folder: Path) -> Callable[[str], Tensor]:
     """A function that reads one tensor of a checkpoint folder by name, in its stored dtype."""
-    found, config = stored_tensors(folder), read_config(folder)[0]
-    return lambda name: found[config.name(name)].read(None, "cpu")
+    stored, config = stored_tensors(folder), read_config(folder)[0]
+    return lambda name: stored[config.name(name)].read(None, "cpu")
 
 
 def text_name(stored: str) -> str:
-    """The name in a model of text alone of language_model.model.NAME (Gemma 3) or
-    model.language_model.NAME (newer)."""
+    """What a model of text calls language_model.model.NAME (Gemma 3), model.language_model.NAME."""
     return re.sub(r"^language_model\.(?=model\.|lm_head\.)|(?<=^model\.)language_model\.", "",
                   stored)
 
@@ -203,18 +200,18 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file} is no valid safetensors file: {clean(e)}") from None
 
 
-def _check_fit(complaint: str, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Stored],
+def _check_fit(complaint: str, shapes: Mapping[str, Sequence[int]], stored: Mapping[str, Stored],
                ) -> None:
     """Raise ValueError with up to 20 tensors that are surplus, misshapen or missing."""
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    for name, tensor in found.items():
-        dtype, shape = tensor.part.get_dtype(), tensor.part.get_shape()
-        if name not in wanted:
+    problems = [f"{name} is missing" for name in shapes if name not in stored]
+    for name, tensor in stored.items():
+        dtype, shape = tensor.content.get_dtype(), tensor.content.get_shape()
+        if name not in shapes:
             problems.append(f"{name} is surplus")
         elif dtype not in DTYPES:
             problems.append(f"{name} is {dtype}, not one of {', '.join(DTYPES)}")
-        elif shape != list(wanted[name]):
-            problems.append(f"{name} is {shape} instead of {list(wanted[name])}")
+        elif shape != list(shapes[name]):
+            problems.append(f"{name} is {shape} instead of {list(shapes[name])}")
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{complaint}: " + "; ".join(problems[:20]) + more)
@@ -243,9 +240,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
     `transformers` models have none), or if its tensors do not fit the allocation or the model.
     """
     settings, file = (inside(Path(folder), f"adapter.{end}") for end in ("json", "safetensors"))
-    for part in (settings, file):
-        if not part.is_file():
-            raise FileNotFoundError(f"{folder} holds no {part.name}")
+    for path in (settings, file):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no {path.name}")
     meta = read_json(settings)
     if meta.get("format") != ADAPTER_FORMAT:
         raise ValueError(f"{settings} is not of the form {ADAPTER_FORMAT}")
@@ -263,13 +260,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Allocation:
         shapes |= {f"{name}.lora_A": (E, r, in_), f"{name}.lora_B": (E, r, out)}
         if E > 1:
             shapes[f"{name}.router"] = E, in_
-    found = {renamed(tensor.name, own): tensor for tensor in _tensors(file)}
-    _check_fit(f"{file} does not fit", shapes, found)
+    stored = {renamed(tensor.name, own): tensor for tensor in _tensors(file)}
+    _check_fit(f"{file} does not fit", shapes, stored)
     if meta.get("sha256") != sha256(file):
         raise ValueError(f"{file} is damaged: its hash is not that of adapter.json")
     add_experts(model, allocation)       # after all checks: a refusal leaves the model unchanged
     for name, parameter in expert_parameters(model).items():
-        parameter.data.copy_(found[name].part[:])
+        parameter.data.copy_(stored[name].content[:])
     return allocation
 
 

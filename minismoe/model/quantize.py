@@ -40,14 +40,14 @@ class Blocks:
 
 def quantize(weight: Tensor, bits: int, size: int = BLOCK, positive: bool = False) -> Blocks:
     """Blocks of `size` weights (ROW: of whole rows), in 4 or 8 bits, of a weight (N, K)."""
-    parts, zero = [], 1 << (bits - 1)
+    data, scales, zero = [], [], 1 << (bits - 1)
     size = weight.shape[1] if size == ROW else size
     for rows in few_rows(weight):
-        w = F.pad(weight[rows].float(), (0, -weight.shape[1] % size))
-        w = w.unflatten(1, (-1, size))
+        w = F.pad(weight[rows].float(), (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
         scale = block_scales(w, zero, positive)
-        parts.append((pack(integers(w, scale, zero), bits), scale.squeeze(2)))
-    return Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*parts)))
+        data.append(pack(integers(w, scale, zero), bits))
+        scales.append(scale.squeeze(2))
+    return Blocks(bits, size, weight.shape, torch.cat(data), torch.cat(scales))
 
 
 def block_scales(w: Tensor, zero: int, positive: bool = False) -> Tensor:
@@ -97,9 +97,9 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (N, K), computed in float32, a few rows at a time, and rounded to `dtype`."""
     N, K = blocks.shape
     weight = torch.empty(N, K, dtype=dtype, device=blocks.scales.device)
-    for part in few_rows(weight):
-        q = unpack(blocks.data[part], blocks.bits).float().sub_(1 << (blocks.bits - 1))
-        weight[part] = q.mul_(blocks.scales[part, :, None]).flatten(1)[:, :K]
+    for rows in few_rows(weight):
+        q = unpack(blocks.data[rows], blocks.bits).float().sub_(1 << (blocks.bits - 1))
+        weight[rows] = q.mul_(blocks.scales[rows, :, None]).flatten(1)[:, :K]
     return weight
 
 
