@@ -111,6 +111,7 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
     (b'{"prompt": "\xff", "completion": "a"}', "can't decode byte 0xff"),
     (r'{"prompt": "\ud83d", "completion": "a"}', "surrogates not allowed"),
     ("[" * 100_000, "recursion"),
+    (json.dumps({"prompt": "x " * 5_000_000}), "the line has 10,000,014 bytes; at most 1,048,576"),
     ("[1]", "not a JSON object but list"),
     ("{}", "it has nothing"),
     ('{"prompt": "a", "answer": "b"}', "it has prompt, answer"),

@@ -200,8 +200,10 @@ def test_a_long_list_of_problems_ends_in_a_count(folder: Path) -> None:
 
 
 def overwrite(file: Path, place: int, new: bytes) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[:place] + new + content[place + len(new):])
+    content = bytearray(file.read_bytes())
+    place %= len(content)
+    content[place:place + len(new)] = new
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize(("spoil", "error", "named"), [
@@ -405,6 +407,11 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused(folder: Path, adapter: P
         '{"format": "minismoe.adapter/1", "fingerprint": "0123"}'), ValueError, "0123"),
     (lambda f: cut(f / "adapter.safetensors"), ValueError, "no valid safetensors"),
     (lambda f: (f / "adapter.safetensors").unlink(), FileNotFoundError, "adapter.safetensors"),
+    (lambda f: overwrite(f / "adapter.safetensors", -9, b"\1"), ValueError, "is damaged: its hash"),
+    (lambda f: (f / "adapter.json").write_text(re.sub('"sha256": ".*?",', "", (
+        f / "adapter.json").read_text())), ValueError, "its hash is not"),
+    (lambda f: (f / "adapter.json").rename(f.parent / "a.json") and (f / "adapter.json").symlink_to(
+        f.parent / "a.json"), ValueError, "leads out of"),
 ])
 def test_broken_adapters_are_refused(
         folder: Path, adapter: Path, spoil: Callable[[Path], object], error: type[Exception],
