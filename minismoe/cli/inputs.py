@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -175,22 +176,22 @@ def load_base(config: InputConfig, folder: Path) -> CausalLM:
 def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
                encoded: Mapping[str, Sequence[Example]]) -> None:
     """Print how much each task holds, and what the length limit cut or left out."""
-    rows, left_out = [], {t.name: len(t.train) - len(encoded[t.name]) for t in tasks}
+    rows, all_left_out = [], 0
     for task in tasks:
-        examples, dropped = encoded[task.name], left_out[task.name]
-        lengths = [len(e.ids) for e in examples]
-        answers = sum(label != IGNORE for e in examples for label in e.labels)
+        examples = encoded[task.name]
+        lengths, left_out = [len(e.ids) for e in examples], len(task.train) - len(examples)
+        all_left_out += left_out
         rows.append([clean(task.name), len(task.train), len(task.valid), len(task.test),
-                     f"{sum(lengths) / len(lengths):.0f}", max(lengths),
-                     f"{answers / len(examples):.1f}", dropped + sum(e.cut for e in examples),
-                     dropped])
+                     f"{fmean(lengths):.0f}", max(lengths),
+                     f"{fmean(e.supervised for e in examples):.1f}",
+                     left_out + sum(e.cut for e in examples), left_out])
     print0(table(["task", "train", "valid", "test", "tokens", "longest", "supervised", "cut",
                   "left out"], rows))
     for task in tasks:
         if task.notes:
             print0(f"{clean(task.name)}: {clean('; '.join(task.notes))}")
-    if dropped := sum(left_out.values()):
-        print0(f"{dropped} examples were left out: the length limit would remove their whole "
+    if all_left_out:
+        print0(f"{all_left_out} examples were left out: the length limit would remove their whole "
                "answer")
     if tokenizer.template is None:
         print0('chat template: the checkpoint brings none, so a turn is "User: ...", and an answer '

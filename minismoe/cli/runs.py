@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -67,9 +66,10 @@ def check_free(run: Path, resume: bool) -> None:
 
 def folder_of(config: RunConfig) -> Path:
     """--out, or the next free name in runs."""
-    name = Path(config.inputs.model or "default").resolve().name
-    free = (run for n in count(1) if not (run := Path("runs") / f"{name}-{n}").exists())
-    return Path(distributed.gather(config.out or str(next(free)))[0])
+    name, n = Path(config.inputs.model or "default").resolve().name, 1
+    while (free := Path("runs") / f"{name}-{n}").exists():
+        n += 1
+    return Path(distributed.gather(config.out or str(free))[0])
 
 
 @contextmanager

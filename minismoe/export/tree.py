@@ -28,8 +28,8 @@ from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, replacing
 from ..io.progress import progress_bar
-from ..method.experts import expert_layers, groups
-from ..method.freeze import Fit, TaskFits, fit_group, frozen_layer, no_fits
+from ..method.experts import expert_layers
+from ..method.freeze import Fit, TaskFits, fit_group, frozen_layer, no_fits, readers_of
 from ..method.hooks import evaluating
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_adapter, load_model
@@ -136,8 +136,7 @@ def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> T
     with evaluating(model):
         bar = progress_bar(walk.layers(), "freeze", len(model.model.layers), unit="layer")
         for _, layer, runs in bar:
-            routed = [{names[m]: m for m in group if m in names} for group in groups(layer)]
-            fit_group([readers for readers in routed if readers], runs, fits, packed=True)
+            fit_group(readers_of(layer, names), runs, fits, packed=True)
     show_residuals(fits[config.fit].for_task(config.task))
     save_fits(source.run / "adapter", fits[config.fit])
     return fits[config.fit]

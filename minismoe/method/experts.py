@@ -239,8 +239,8 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertLinear]:
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """lora_A (E, r, in), lora_B (E, r, out) and router (E, in) of all experts, by full name."""
-    return {f"{name}.{part}": parameter for name, layer in expert_layers(model).items()
-            for part in PARTS if (parameter := getattr(layer, part)) is not None}
+    return {f"{name}.{part}": getattr(layer, part) for name, layer in expert_layers(model).items()
+            for part in PARTS if getattr(layer, part) is not None}
 
 
 def packs(model: nn.Module) -> bool:

@@ -20,14 +20,13 @@ Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of t
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLinear, expert_layers, packs, top_k_gates
+from .experts import ExpertLinear, expert_layers, groups, packs, top_k_gates
 from .hooks import evaluating, hooked
 
 KINDS = ("mean", "gates", "linear")
@@ -80,9 +79,9 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> di
     decoder = getattr(model, "model", model)
     runs = {task: [(batch[1], partial(decoder, input_ids=batch[0], attention_mask=batch[1]))
                    for batch in batches] for task, batches in tasks.items()}
+    mixtures = {m: name for name, m in expert_layers(model).items() if m.router is not None}
     with evaluating(model):
-        group = readers_of(expert_layers(model), next(iter(runs.values()))[0])
-        fit_group(group, runs, fits, packs(model))
+        fit_group(readers_of(model, mixtures), runs, fits, packs(model))
     return fits
 
 
@@ -115,15 +114,11 @@ def fit_group(group: Sequence[Readers], tasks: Mapping[str, Sequence[Run]],
                 fits[kind].for_task(task).update(solved[kind])
 
 
-@torch.no_grad()
-def readers_of(layers: Readers, first: Run) -> list[Readers]:
-    """The routed ones among `layers` in the order of a run, those that read the same x together."""
-    names = {layer: name for name, layer in layers.items() if layer.router is not None}
-    reads: list[tuple[Tensor, ExpertLinear]] = []
-    with hooked(names, lambda layer, args, y: reads.append((args[0], layer))):
-        first[1]()
-    return [{names[layer]: layer for _, layer in of_one}
-            for _, of_one in groupby(reads, key=lambda read: id(read[0]))]
+def readers_of(module: nn.Module, names: Mapping[ExpertLinear, str]) -> list[Readers]:
+    """The mixtures in `module` that have a name, those that read the same x together."""
+    members = [{names[layer]: layer for layer in group if layer in names}
+               for group in groups(module)]
+    return [readers for readers in members if readers]
 
 
 def _shapes(readers: Readers) -> list[tuple[int, ...]]:

@@ -21,26 +21,22 @@ from .distributed import print0
 CHOICES = ("auto", "on", "off")
 HELP = ("compile the decoder layers, which takes a minute, and saves the time that small models "
         "wait for kernels to start. auto (default): on CUDA, for work long enough to pay")
-SECONDS = 60             # to compile a kind of layers; 48 to 118 were seen on two CPU cores
-SAVED = 1.5e-3           # seconds a layer and step that go without: kernels to start
+# Compiling took 48 to 118 s on two CPU cores, and saves 1.5 ms a layer and step that a small model
+# waits for kernels to start: with 30 layers, so many steps.
+STEPS = 1500
 
 
 def wanted(model: CausalLM, choice: str, steps: int) -> bool:
-    """Whether to compile the decoder layers for so many steps, and a line that says so or why not.
-    `choice` is "on", "off" or "auto": on a CUDA device, if it takes many steps."""
-    if choice == "off" or choice == "auto" and model.lm_head.weight.device.type != "cuda":
+    """Whether to compile the decoder layers for so many steps; prints what it takes. `choice` is
+    "on", "off" or "auto": on a CUDA device, if it takes STEPS or more."""
+    if choice == "off" or choice == "auto" and (
+            model.lm_head.weight.device.type != "cuda" or steps < STEPS):
         return False
-    layers = model.model.layers
-    kinds = {tuple(type(module).__name__ for module in layer.modules()) for layer in layers}
-    seconds = SECONDS * len(kinds)
-    enough = round(seconds / SAVED / len(layers))
-    hint = f"it takes about {seconds} s, and pays from about {enough:,} steps on"
-    if choice == "on" or steps >= enough and find_spec("triton"):
-        print0(f"compiling the layers: {hint} (--compile off leaves it out)")
-        return True
-    lack = "" if find_spec("triton") else "triton is not installed; "
-    print0(f"the layers are not compiled ({lack}{hint}): --compile on does it")
-    return False
+    if choice == "auto" and find_spec("triton") is None:
+        print0("the layers are not compiled, as triton is not installed: --compile on tries it")
+        return False
+    print0("compiling the layers, which takes a minute or two (--compile off leaves it out)")
+    return True
 
 
 @contextmanager

@@ -4,7 +4,6 @@
 import json
 import math
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from ..data.tasks import Example, bucket
 from ..io import flags
-from ..io.files import sha256_of_json
 from ..io.flags import flag
 from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
@@ -32,7 +30,7 @@ from . import compiled, distributed, verdict
 from .copies import Copies
 from .evaluate import supervised, token_scores
 from .rate import default_lr, learning_rate
-from .resume import due, load_checkpoint, save_checkpoint
+from .resume import due, first_state, save_checkpoint
 
 Result = TypeVar("Result")
 USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
@@ -231,7 +229,9 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     compiling = compiled.wanted(model, cfg.compile, len(batches))
     trainer = Trainer(model, cfg, pad_id, same_shapes=compiling)
     peak = default_lr(model) if cfg.lr is None else cfg.lr
-    state = _first_state(run, trainer, batches, resume)
+    state, tensors = first_state(
+        run, batches, {name: [*p.shape] for name, p in trainer.parameters.items()}, resume)
+    trainer.load(tensors)
     every = cfg.eval_every or math.ceil(len(batches) / MEASURES)
     first_step = partial(trainer.fitting, lambda: trainer.gradients(batches[0]))
     with (compiled.compiled_layers(model, first_step) if compiling else nullcontext(),
@@ -271,27 +271,6 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             raise Interrupted(f"saved after step {state['step']} of {len(batches)}", stop)
     trainer.finish()
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
-
-
-def _first_state(run: Path, trainer: Trainer, batches: Sequence[Sequence[Example]], resume: bool,
-                 ) -> dict[str, Any]:
-    """The state to begin with: that of the last checkpoint, or zeros and no checkpoint left."""
-    order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
-    layout = sha256_of_json([[name, *p.shape] for name, p in trainer.parameters.items()])
-    fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0,
-             "best_loss": math.inf, "since_best": 0, "order": order, "layout": layout}
-    run.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        if (run / "checkpoints").exists():
-            distributed.once(shutil.rmtree, run / "checkpoints")
-        return fresh
-    with distributed.one_first():            # the first may rename a damaged checkpoint
-        state, tensors = load_checkpoint(run, fresh) or (fresh, {})
-    trainer.load(tensors)
-    if len(set(distributed.gather(state["step"]))) > 1:
-        raise ValueError(f"the processes do not see the same checkpoints: {run} must be a folder "
-                         "that they share")
-    return state
 
 
 def _signal_to_any(signals: Sequence[int]) -> int:

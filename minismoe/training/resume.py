@@ -6,17 +6,20 @@ the data follows from its seed, and training draws nothing at random, so a check
 """
 
 import json
+import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..data.tasks import Example
 from ..io.files import new_folder, read_json, replacing, sha256, sha256_of_json
+from . import distributed
 
 KEPT = 2                                     # checkpoints of a run
 TENSORS = "experts.safetensors"              # see `Trainer.tensors`
@@ -76,15 +79,29 @@ def _checked_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(run: Path, fresh: Mapping[str, Any],
-                    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """The state and tensors of the newest whole checkpoint; None if there is none.
+def first_state(run: Path, batches: Sequence[Sequence[Example]], shapes: Mapping[str, list[int]],
+                resume: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state and tensors to begin with: those of the newest whole checkpoint if the run is
+    resumed, or zeros and no tensor. A run that begins anew loses its old checkpoints.
 
-    Raises ValueError if it is of other experts or of other batches than `fresh`, the state that
-    training begins with, or if the run's metrics.jsonl is shorter than it was.
+    shapes: of the trained parameters, by name. Raises ValueError if the checkpoint is of other
+    experts or batches, or if the run's metrics.jsonl is shorter than it was.
     """
-    if (checkpoint := newest(run)) is None:
-        return None
+    order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
+    layout = sha256_of_json([[name, *shape] for name, shape in shapes.items()])
+    fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0,
+             "best_loss": math.inf, "since_best": 0, "order": order, "layout": layout}
+    run.mkdir(parents=True, exist_ok=True)
+    if not resume and (run / "checkpoints").exists():
+        distributed.once(shutil.rmtree, run / "checkpoints")
+    with distributed.one_first():            # the first may rename a damaged checkpoint
+        checkpoint = newest(run) if resume else None
+    step = checkpoint[1]["step"] if checkpoint else 0
+    if len(set(distributed.gather(step))) > 1:
+        raise ValueError(f"the processes do not see the same checkpoints: {run} must be a folder "
+                         "that they share")
+    if checkpoint is None:
+        return fresh, {}
     folder, state = checkpoint
     if state["layout"] != fresh["layout"]:
         raise ValueError(f"{folder} belongs to another allocation than {run}'s")
