@@ -96,14 +96,14 @@ def test_the_hubs_own_client_fetches_no_code(hub: tuple[str, list[str]], folder:
         if "/" not in name:
             (folder / name).write_text("raise SystemExit('this was run')")
     address, asked = hub
-    load = "from minismoe.model.checkpoint import load_model\nprint(load_model('org/name').name)"
+    fetch = "from minismoe.io.hub import resolve\nprint(resolve('org/name'))"
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "NO_PROXY": "*"}
-    fetched = python("-c", load, HF_HUB_OFFLINE="0", **environment)
-    assert fetched.stdout == "org/name\n", fetched.stderr
+    fetched = python("-c", fetch, HF_HUB_OFFLINE="0", **environment)
+    assert load_model(fetched.stdout.strip()).config == load_model(folder).config, fetched.stderr
     assert {"config.json", "model.safetensors"} <= set(asked) and not set(asked) & set(LEFT)
     count = len(asked)
-    cached = python("-c", load, HF_HUB_OFFLINE="1", **environment)
-    assert cached.stdout == "org/name\n" and len(asked) == count, cached.stderr
+    cached = python("-c", fetch, HF_HUB_OFFLINE="1", **environment)
+    assert cached.stdout == fetched.stdout and len(asked) == count, cached.stderr
 
 
 def test_a_folder_is_never_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_a_missing_huggingface_hub_names_the_command(monkeypatch: pytest.MonkeyP
 
 
 def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
-    run = python("-c", "from minismoe.model.checkpoint import load_model\n"
-                 "try: load_model('no-such-org/no-such-model')\n"
+    run = python("-c", "from minismoe.io.hub import resolve\n"
+                 "try: resolve('no-such-org/no-such-model')\n"
                  "except FileNotFoundError as e: print(e)",
                  HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert run.returncode == 0, run.stderr
