@@ -230,7 +230,7 @@ def merge(model: Decoder, samples: Sequence[Sample]) -> dict[str, float]:
             held = torch.cat(reads[name][1::4])
             fitted = torch.cat([x for i, x in enumerate(reads[name]) if i % 4 != 1])
             tried = [fits(layer, fitted, 1.0)["gates"], *(
-                fits(layer, fitted, ridge)["linear"] for ridge in (1e-3, 1e-2, 1e-1, 1.0))]
+                fits(layer, fitted, ridge)["linear"] for ridge in (1e-2, 1e-1))]
             best = min(tried, key=lambda A: residual(layer, A, held))
             residuals[name], layer = residual(layer, best, held), frozen(layer, best)
         model.weights[name] = layer.weight + layer.scaling * layer.lora_B[0].T @ layer.lora_A[0]
