@@ -125,7 +125,7 @@ class Tokenizer:
         ValueError for tools that the template does not know."""
         turns = [{key: value for key, value in m.items() if value is not None} for m in messages]
         tools = next(iter(turns), {}).pop("tools", None)
-        if self.template is None:            # what DEFAULT_TEMPLATE renders, without jinja2
+        if self.template in (None, DEFAULT_TEMPLATE):        # what it renders, without jinja2
             texts = [f"Assistant: {m.get('content')}{self.eos}\n" if m["role"] == "assistant"
                      else f"{m['role'].capitalize()}: {m['content']}\n" for m in turns]
             text = self.bos + "".join(texts) + ("Assistant:" if add_generation_prompt else "")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHATML, python
 
+from minismoe.data import templates
 from minismoe.data.tokenizer import (
     DEFAULT_TEMPLATE,
     ByteTokenizer,
@@ -493,16 +494,19 @@ def test_the_pad_token_is_the_declared_one_or_an_end_token(bpe: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("generate", [False, True])
-def test_the_default_template_needs_no_jinja(generate: bool,
+@pytest.mark.parametrize("template", [None, DEFAULT_TEMPLATE])
+def test_the_default_template_needs_no_jinja(template: str | None, generate: bool,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an export has written it down."""
     turns = [("system", "Be {{ brief }}."), ("user", "a\n"), ("assistant", "b"), ("user", "")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    by_jinja = Tokenizer(ByteTokenizer(), DEFAULT_TEMPLATE, "<|bos|>", "<|end|>")
-    expected = by_jinja.render(messages, generate)
+    expected = templates.render(DEFAULT_TEMPLATE, {
+        "messages": messages, "bos_token": "<|bos|>", "eos_token": "<|end|>",
+        "add_generation_prompt": generate})
     monkeypatch.setattr("minismoe.data.templates.render", lambda *_: pytest.fail("asked for jinja"))
-    plain = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
+    plain = Tokenizer(ByteTokenizer(), template, "<|bos|>", "<|end|>")
     assert plain.render(messages, generate) == expected
-    assert plain.stop_ids == by_jinja.stop_ids == [257]
+    assert plain.stop_ids == [257]
 
 
 def test_what_a_post_processor_would_add_is_left_out(bpe: Path, tmp_path: Path) -> None:
