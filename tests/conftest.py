@@ -18,7 +18,8 @@ from hypothesis import settings  # noqa: E402
 from tiny import random_hf, save_bytes_model  # noqa: E402
 
 torch.set_num_threads(1)            # on tensors this small, threads wait for each other
-settings.register_profile("minismoe", deadline=None, database=None, derandomize=True)
+settings.register_profile("minismoe", max_examples=50, deadline=None, database=None,
+                          derandomize=True)
 settings.load_profile("minismoe")
 
 @pytest.fixture

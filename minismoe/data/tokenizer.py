@@ -208,9 +208,9 @@ def copy_tokenizer(file: Path, out: Path) -> None:
     quarters of the time and less than half of the memory.
     """
     content = read_json(file)
-    merges = content["model"].get("merges") or []
-    if all(isinstance(pair, list) and " " not in "".join(pair)
-           and not pair[0].startswith("#version") for pair in merges):   # which begins a comment
+    merges = content["model"].get("merges")  # BPE has them, and no other model
+    if merges and all(isinstance(pair, list) and " " not in "".join(pair)
+                      and not pair[0].startswith("#version") for pair in merges):    # a comment
         content["model"]["merges"] = [" ".join(pair) for pair in merges]
     out.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), "utf-8")
 
