@@ -34,6 +34,7 @@ from minismoe.export.rounding import EMBEDDING, rounded_options, store, to_neare
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.flags import above_zero, positive
 from minismoe.method.bits import spend, total
+from minismoe.method.freeze import merge
 from minismoe.method.loss import predicting, supervised_losses
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM
@@ -142,9 +143,9 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     config = with_precision(ExportConfig(run=args.run), has_texts=True)
     source = export.load_run(config)
-    load_adapter(reference := load_model(source.base), source.run / "adapter")
+    load_adapter(tree := load_model(source.base), source.run / "adapter")
     batches = trees.calibration_batches(trees.shuffled_samples(config, source), source)
-    tree = trees.placed(config, reference, trees.freeze_mixtures(config, source, batches))
+    merge(tree, trees.freeze_mixtures(config, source, batches).together)
     tree.eval().requires_grad_(False)
     rounded_ways = dict(rounded_options(tree, config.form, source.model, batches))
     harm = harm_of(rounded_ways, tree, source.model, batches)

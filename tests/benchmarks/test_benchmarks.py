@@ -22,6 +22,7 @@ from minismoe.training.rate import default_lr
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
+import bits  # noqa: E402
 import decode_speed  # noqa: E402
 import export_loss  # noqa: E402
 import family_speed  # noqa: E402
@@ -95,8 +96,10 @@ def test_providers_are_measured_beside_the_cpu(tmp_path, monkeypatch, capsys) ->
     assert "openvino" in other
 
 
-def test_export_loss_scores_ways_against_the_mixture(tmp_path, monkeypatch, capsys) -> None:
-    """It goes on where it was."""
+@pytest.fixture(scope="module")
+def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one task, which has two answers."""
+    tmp_path = tmp_path_factory.mktemp("odd")
     model = save_bytes_model(tmp_path / "model", hidden_size=64, intermediate_size=64,
                              num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     (tmp_path / "data" / "odd").mkdir(parents=True)
@@ -107,8 +110,22 @@ def test_export_loss_scores_ways_against_the_mixture(tmp_path, monkeypatch, caps
     train.main(["--model", str(model), "--data", str(tmp_path / "data"), "--samples", "2",
                 "--epochs", "3", "--lr", "0.05", "--rank", "2", "--dtype", "float32",
                 "--out", str(tmp_path / "run")])
-    args = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--ways", "int4, blocks of 32"]
-    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def test_bits_compares_ways_to_choose_them(odd_run, capsys) -> None:
+    bits.main([str(odd_run), "--lines", "2"])
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()
+             if line.startswith("|")]
+    KL = {way: float(row[1]) for way, *row in table[2:]}
+    assert len(KL) == 14
+    assert KL["4 bits, blocks of 32; embedding and head 8"] < KL["4 bits, blocks of 32"]
+
+
+def test_export_loss_scores_ways_against_the_mixture(odd_run, tmp_path, monkeypatch, capsys,
+                                                     ) -> None:
+    """It goes on where it was."""
+    args = [str(odd_run), "--out", str(tmp_path / "out"), "--ways", "int4, blocks of 32"]
     export_loss.main(args)
     said = capsys.readouterr().out
     records = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
