@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from ..method.experts import ExpertLinear
 from ..method.freeze import Fit, merged
-from ..model.quantize import BlockLinear, Blocks, BlockWeight
+from ..model.decoder import CausalLM
+from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight
+
+EMBEDDING = "model.embed_tokens"
 
 
 class MergedWeight(nn.Module):
@@ -43,6 +46,7 @@ class AdapterLinear(nn.Linear):
     task: str | None = None                  # whose LoRA is added; None: none
 
     def __init__(self, linear: nn.Linear, fits: Mapping[str, Fit]):
+        """linear: its experts, if it has any, are left out."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.fits = linear.weight, linear.bias, dict(fits)
@@ -72,23 +76,19 @@ def matrix(leaf: Any) -> Any:
     return leaf.weight.detach() if isinstance(leaf.weight, Tensor) else leaf.weight.dense()
 
 
-def with_weight(leaf: nn.Linear, weight: nn.Module) -> nn.Linear:
-    """The layer with a weight that is computed when it is needed; what is beside it stays."""
-    if type(leaf) in (nn.Linear, BlockLinear):
-        return BlockLinear(weight, leaf.bias)
-    del leaf.weight
-    leaf.add_module("weight", weight)        # no parameter any more
-    return leaf
-
-
-def plain_layer(layer: nn.Linear) -> nn.Linear:
-    """The linear layer that experts were added to."""
-    weight: Any = layer.weight
-    if not isinstance(weight, Tensor):
-        return BlockLinear(weight, layer.bias)
-    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
-    plain.weight, plain.bias = layer.weight, layer.bias
-    return plain
+def put_weight(model: CausalLM, name: str, weight: Any) -> None:
+    """Give a linear layer or the embedding, in place, a weight that is computed when it is needed;
+    adapters stay beside it. A tied head shares the embedding's."""
+    leaf: Any = model.get_submodule(name)
+    if name == EMBEDDING:
+        model.set_submodule(name, BlockEmbedding(weight))
+        if model.config.tie_word_embeddings:
+            model.lm_head = BlockLinear(weight, None)
+    elif type(leaf) in (nn.Linear, BlockLinear):
+        model.set_submodule(name, BlockLinear(weight, leaf.bias))
+    else:
+        del leaf.weight
+        leaf.add_module("weight", weight)    # no parameter any more
 
 
 def flat(layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:

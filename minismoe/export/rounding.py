@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +9,14 @@ from torch import Tensor, nn
 from ..io.progress import progress_bar
 from ..method.hooks import evaluating
 from ..model.decoder import CausalLM
-from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight, quantize
+from ..model.quantize import Blocks, BlockWeight, quantize
 from .bits import Ways, choose
 from .gptq import DAMPING, TIED_DAMPING, gptq, gram, inverse_factor, second_moments
-from .leaves import matrix, with_weight
+from .leaves import EMBEDDING, matrix, put_weight
 from .walk import Batches, Walk
 from .weights import GraphFormat, Storage
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+HEAD = "lm_head"
 
 
 @torch.no_grad()
@@ -31,7 +30,8 @@ def round_weights(tree: CausalLM, form: GraphFormat, model: CausalLM, batches: B
     ways = choose(dict(options), tree, model, batches, size).items() if form.chooses else (
         (name, way) for name, ways in options for way in ways.items())
     for name, (storage, blocks) in ways:
-        store(tree, name, blocks or to_nearest(tree.get_submodule(name), storage, form))
+        blocks = blocks or to_nearest(tree.get_submodule(name), storage, form)
+        put_weight(tree, name, BlockWeight(blocks, torch.float32))
 
 
 @torch.no_grad()
@@ -83,16 +83,3 @@ def rounded(tree: CausalLM, name: str, form: GraphFormat, factor: Tensor | None)
 def to_nearest(leaf: nn.Module, storage: Storage, form: GraphFormat) -> Blocks:
     """The weight (out, in) of a module in few bits, each number rounded to the nearest."""
     return quantize(matrix(leaf), *storage, positive=form.target == "npu" and storage.bits == 8)
-
-
-def store(tree: CausalLM, name: str, blocks: Blocks) -> None:
-    """Put blocks in place of the weight of a module; a tied head shares those of the embedding, and
-    adapters stay beside it."""
-    weight: Any = BlockWeight(blocks, torch.float32)
-    if name != EMBEDDING:
-        leaf: Any = tree.get_submodule(name)
-        tree.set_submodule(name, with_weight(leaf, weight))
-        return
-    tree.set_submodule(name, BlockEmbedding(weight))
-    if tree.config.tie_word_embeddings:
-        tree.lm_head = BlockLinear(weight, None)

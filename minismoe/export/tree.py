@@ -34,8 +34,8 @@ from ..method.hooks import evaluating
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
-from ..model.quantize import BlockEmbedding, BlockLinear, WideWeight
-from .leaves import AdapterLinear, MergedWeight, plain_layer, with_weight
+from ..model.quantize import BlockLinear, WideWeight
+from .leaves import AdapterLinear, MergedWeight, put_weight
 from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
 from .rounding import round_weights
@@ -65,16 +65,11 @@ def in_float32(source: Source) -> CausalLM:
             weight.data = loaded[name].data
     if expert_layers(source.model):
         load_adapter(model, source.run / "adapter")
-    tied, table = model.config.tie_word_embeddings, model.model.embed_tokens.weight
+    tied = model.config.tie_word_embeddings
     for name, layer in [*model.named_modules()]:
-        if isinstance(layer, nn.Linear) and layer.weight.dtype != torch.float32 and not (
-                tied and name == "lm_head"):
-            model.set_submodule(name, with_weight(layer, WideWeight(layer.weight)))
-    if table.dtype != torch.float32:
-        wide = WideWeight(table)
-        model.model.embed_tokens = BlockEmbedding(wide)      # type: ignore[assignment]
-        if tied:
-            model.lm_head = BlockLinear(wide, None)
+        if isinstance(layer, nn.Linear | nn.Embedding) and layer.weight.dtype != torch.float32 and (
+                not (tied and name == "lm_head")):
+            put_weight(model, name, WideWeight(layer.weight))
     for name, weight in model.named_parameters():
         if not name.endswith(".stored"):
             weight.data = weight.data.float()
@@ -170,7 +165,7 @@ def placed(config: ExportConfig, reference: CausalLM, fits: TaskFits) -> CausalL
     tree = sharing_copy(reference)
     for name, layer in expert_layers(tree).items():
         if config.adapters:
-            tree.set_submodule(name, AdapterLinear(plain_layer(layer), {
+            tree.set_submodule(name, AdapterLinear(layer, {
                 task: by_name[name] for task, by_name in fits.by_task.items()}))
         elif config.routing != "dynamic":
             fit = fits.for_task(config.task)[name]

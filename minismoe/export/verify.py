@@ -31,7 +31,7 @@ from .compare import (
     unrounded,
     with_long,
 )
-from .leaves import AdapterLinear, plain_layer
+from .leaves import AdapterLinear
 from .plan import check_prompts
 from .settings import ExportConfig, Source
 from .tree import Fits, Shipped, sharing_copy
@@ -116,7 +116,7 @@ def without_routing(config: ExportConfig, model: CausalLM, fits: Fits | None) ->
     model = sharing_copy(model)
     if fits is None:
         for name, layer in expert_layers(model).items():
-            model.set_submodule(name, plain_layer(layer))
+            model.set_submodule(name, AdapterLinear(layer, {}))
     elif config.routing != "dynamic":
         freeze(model, fits)
     return model

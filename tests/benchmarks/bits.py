@@ -29,8 +29,9 @@ from minismoe.cli import script
 from minismoe.data.tasks import collate, encode
 from minismoe.export import tree as trees
 from minismoe.export.bits import change, harm_of, nbytes
+from minismoe.export.leaves import put_weight
 from minismoe.export.plan import with_precision
-from minismoe.export.rounding import EMBEDDING, rounded_options, store, to_nearest
+from minismoe.export.rounding import rounded_options, to_nearest
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.flags import above_zero, positive
 from minismoe.method.bits import spend, total
@@ -38,7 +39,7 @@ from minismoe.method.freeze import merge
 from minismoe.method.loss import predicting, supervised_losses
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import Blocks
+from minismoe.model.quantize import Blocks, BlockWeight
 from minismoe.model.tokens import Tokens
 
 Chosen = dict[str, int]                      # module -> number of its option
@@ -169,9 +170,9 @@ def main(argv: Sequence[str]) -> None:
     rows = []
     for way, chosen in tqdm(ways.items(), "ways"):
         rounded = trees.sharing_copy(tree)
-        for name in (n for n in names if n != EMBEDDING):
-            store(rounded, name, options[name][chosen[name]])
-        store(rounded, EMBEDDING, options[EMBEDDING][chosen[EMBEDDING]])
+        for name in names:
+            blocks = options[name][chosen[name]]
+            put_weight(rounded, name, BlockWeight(blocks, torch.float32))
         every, answers = lines.divergence(rounded)
         rows.append([way, f"{total(cost, chosen) / 1e6:.1f}", f"{every:.3f}", f"{answers:.4f}",
                      f"{total(harm, chosen):.3f}"])

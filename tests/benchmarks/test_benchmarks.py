@@ -100,7 +100,7 @@ def test_providers_are_measured_beside_the_cpu(tmp_path, monkeypatch, capsys) ->
 def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one task, which has two answers."""
     tmp_path = tmp_path_factory.mktemp("odd")
-    model = save_bytes_model(tmp_path / "model", hidden_size=64, intermediate_size=64,
+    model = save_bytes_model(tmp_path / "model", hidden_size=128, intermediate_size=128,
                              num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     (tmp_path / "data" / "odd").mkdir(parents=True)
     for name, first, count in (("train", 0, 40), ("test", 40, 6)):
@@ -131,7 +131,7 @@ def test_export_loss_scores_ways_against_the_mixture(odd_run, tmp_path, monkeypa
     records = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
     assert [*sorted(records)] == ["run, int4, blocks of 32.json", "run, merged, float32.json"]
     rounded, merged = (record["tasks"]["odd"] for _, record in sorted(records.items()))
-    assert 0 <= merged["KL"] < rounded["KL"] and merged["log p"] < 0
+    assert abs(merged["KL"]) < rounded["KL"] and merged["log p"] < 0     # it may be -1e-8
     assert 0 <= merged["calibration"] <= 1 and 6 * merged["exact"] in range(7)
     monkeypatch.setattr(export_loss, "record_run", lambda *_: pytest.fail("it was measured"))
     export_loss.main(args)

@@ -24,12 +24,13 @@ from minismoe.export.gptq import (
     second_moments,
 )
 from minismoe.export.graph import write_decoder
+from minismoe.export.leaves import put_weight
 from minismoe.export.rounding import round_weights
 from minismoe.export.tree import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact, merged_layer
-from minismoe.model.quantize import BlockEmbedding, dequantize, quantize, unpack
+from minismoe.model.quantize import BlockEmbedding, BlockWeight, dequantize, quantize, unpack
 
 
 def by_definition(W: Tensor, H: Tensor, size: int, damping: float) -> Tensor:
@@ -182,7 +183,8 @@ def test_matrices_of_a_group_may_have_bits_of_their_own(model: Any, tmp_path: Pa
     for other, layer in expert_layers(tree).items():
         tree.set_submodule(other, merged_layer(layer, exact(layer)))
     round_weights(tree, form, model, {})
-    rounding.store(tree, name, quantize(model.get_submodule(name).weight, 8, 64))
+    put_weight(tree, name, BlockWeight(quantize(model.get_submodule(name).weight, 8, 64),
+                                       torch.float32))
     write_decoder(tmp_path / "m.onnx", tree, replace(form, target="portable"))
     nodes = [n.name for n in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.node]
     assert {"/model/layers.0/self_attn/q_proj/MatMul", "/model/layers.0/self_attn/k_proj/MatMul",
