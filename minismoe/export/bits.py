@@ -7,13 +7,13 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..io.drawing import terminal_heatmap
 from ..io.progress import progress_bar
 from ..method.bits import harms, spend, total
 from ..model.decoder import CausalLM
-from ..model.quantize import ROW, Blocks, dequantize
+from ..model.quantize import ROW, Blocks, WideWeight, dequantize
 from .leaves import matrix
 from .walk import Batches
 from .weights import Storage
@@ -64,9 +64,10 @@ def harm_of(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, batche
             for name, ways in options.items()}
 
 
-def change(leaf: nn.Module, blocks: Blocks) -> Tensor:
+def change(leaf: Any, blocks: Blocks) -> Tensor:
     """dW (out, in)."""
-    return dequantize(blocks).sub_(matrix(leaf))
+    stored = isinstance(leaf.weight, WideWeight)         # subtracted without a copy in float32
+    return dequantize(blocks).sub_(leaf.weight.stored if stored else matrix(leaf))
 
 
 def nbytes(shape: torch.Size, storage: Storage) -> int:

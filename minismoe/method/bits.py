@@ -67,7 +67,7 @@ def sample_sums(model: Any, options: Mapping[str, Options], input_ids: Tensor,
         hidden = getattr(output, "last_hidden_state", output)[mask]                    # (N, D)
         of_head = [name for name in options if model.get_submodule(name).weight is head]
         d_hidden, rows = through_head(hidden.detach(), head, [
-            change() for name in of_head for change in options[name]], generator)
+            change().to(hidden) for name in of_head for change in options[name]], generator)
         for name in of_head:
             sums[name].grad.index_add_(0, owner, rows)
         hidden.backward(d_hidden)
@@ -77,7 +77,7 @@ def sample_sums(model: Any, options: Mapping[str, Options], input_ids: Tensor,
 def through_head(hidden: Tensor, head: Tensor, changes: Sequence[Tensor],
                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """After each row of hidden (N, D) a token is drawn, CHUNK logits at a time: the gradient (N, D)
-    of its negative log-likelihood, and d_t . (dW x_t), (N, O), for each dW (V, D) of the head."""
+    of its negative log-likelihood, and d_t . (dW x_t), (N, O), for each dW (V, D), in its dtype."""
     wide, gradient = torch.promote_types(head.dtype, torch.float), torch.empty_like(hidden)
     rows = hidden.new_zeros(len(hidden), len(changes), dtype=wide)
     step = max(1, CHUNK // len(head))
@@ -88,7 +88,7 @@ def through_head(hidden: Tensor, head: Tensor, changes: Sequence[Tensor],
         d.scatter_add_(1, tokens, torch.full_like(tokens, -1, dtype=wide))     # softmax - one-hot
         gradient[part] = d.to(head.dtype) @ head
         for o, dW in enumerate(changes):
-            rows[part, o] = torch.linalg.vecdot(F.linear(x, dW.to(x)).to(wide), d)
+            rows[part, o] = torch.linalg.vecdot(F.linear(x, dW).to(wide), d)
     return gradient, rows
 
 
