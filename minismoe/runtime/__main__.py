@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, functions, with_tools
 from ..io.files import naming, read_json
-from ..io.flags import as_flags, from_flags, natural, new_parser, option, positive, text
+from ..io.flags import (
+    as_flags,
+    from_flags,
+    natural,
+    new_parser,
+    option,
+    positive,
+    refuse_old,
+    text,
+)
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
 from .api import Api
@@ -151,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", help="with --serve: another address of this machine, for whoever has --api-key")
     add("--api-key", type=text, metavar="KEY", help="with --serve: what requests must show")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
-    add("--prefix", type=text, metavar="FILE|TASK", help="begin with a file's text as the system "
-        "prompt (with --raw, as text before the prompt), or with a task's instruction")
+    add("--instructions", type=text, metavar="FILE|TASK", help="begin with a file's "
+        "text as the system prompt (with --raw, as text before the prompt), or with a task's own")
     add("--tools", type=text, metavar="FILE", help="offer the functions of a JSON list of schemas; "
         "prints calls as JSON lines; in a chat, the lines after calls are what they returned")
     add("--schema", type=text, metavar="FILE", help="answer with JSON that this JSON schema "
@@ -178,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; exits with 2 if some contradict others."""
     parser = _parser()
+    refuse_old(parser, argv, {"--prefix": "--instructions"})
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.serve is not None and (wrong := given - SERVING):
@@ -216,8 +226,8 @@ def main(argv: Sequence[str]) -> None:
         return
     generator = _open(args)
     options = as_flags(from_flags(Sampling, vars(args)))
-    system, before = (trained_system(generator.folder), "") if args.prefix is None else (
-        read_prefix(generator.folder, args.prefix, args.raw))
+    system, before = (trained_system(generator.folder), "") if args.instructions is None else (
+        read_prefix(generator.folder, args.instructions, args.raw))
     with naming(args.tools, ValueError):
         schemas = args.tools and Path(args.tools).read_text(encoding="utf-8-sig")
         tools = functions(schemas, "the file")
@@ -231,8 +241,8 @@ def main(argv: Sequence[str]) -> None:
 
     if args.chat or (sys.stdin.isatty() and args.prompt is args.choices is None and not args.raw):
         if before:
-            raise ValueError("--prefix TASK is text before one prompt: give PROMPT; a chat takes "
-                             "--prefix FILE, as its system prompt")
+            raise ValueError("--instructions TASK is text before one prompt: give PROMPT; a chat "
+                             "takes --instructions FILE, as its system prompt")
         _chat(generator, options, args.stop, args.stats, system, tools)
         return
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt

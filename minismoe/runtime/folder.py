@@ -134,7 +134,7 @@ def trained_system(folder: Path) -> list[Message]:
 
 
 def read_prefix(folder: Path, name: str, raw: bool) -> tuple[list[Message], str]:
-    """What --prefix puts before a prompt: system messages, and text that the prompt begins with.
+    """What --instructions puts before a prompt: system messages, and text that begins the prompt.
 
     A file is a system message, or with `raw` such text; a task's instruction is such text. Raises
     ValueError as `task_or_file` does, and for an empty file.
@@ -143,5 +143,5 @@ def read_prefix(folder: Path, name: str, raw: bool) -> tuple[list[Message], str]
     if instruction or raw and text.strip():
         return [], instruction or text
     if not text.strip():
-        raise ValueError(f"{name} is empty: write the prefix into it")
+        raise ValueError(f"{name} is empty: write the instructions into it")
     return [{"role": "system", "content": text}], ""

@@ -225,7 +225,7 @@ def test_closed_streams_end_nothing(folders, closed) -> None:
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
-# --prefix
+# --instructions
 
 def test_a_prefix_from_a_file_is_a_system_prompt_or_raw_text(generator, folders, tmp_path) -> None:
     (tmp_path / "rules").write_text("be brief")
@@ -233,7 +233,8 @@ def test_a_prefix_from_a_file_is_a_system_prompt_or_raw_text(generator, folders,
     def answer(*said: tuple[str, str]) -> str:
         prompt = generator.tokenizer.render([{"role": r, "content": c} for r, c in said], True)
         return "".join(generator.text(generator.generate(prompt, 6))).lstrip() + "\n"
-    system, flags = ("system", "be brief"), ["--prefix", tmp_path / "rules", "--max-tokens", 6]
+    system = "system", "be brief"
+    flags = ["--instructions", tmp_path / "rules", "--max-tokens", 6]
     expected = answer(system, ("user", "hello"))
     done = command(folders["ort"], "hello", *flags)
     assert (done.stdout, done.stderr) == (expected, "")
@@ -253,12 +254,14 @@ def test_a_prefix_from_a_task_is_its_instruction(model, tmp_path) -> None:
     generator = Generator(folder, threads=1)
     prompt = generator.tokenizer.render([{"role": "user", "content": "Say yes or no.\nhm"}], True)
     expected = generator.choose(prompt, ["yes", "no"])[0].text + "\n"
-    done = command(folder, "hm", "--prefix", "../t", "--choices", "../t")
+    done = command(folder, "hm", "--instructions", "../t", "--choices", "../t")
     assert (done.stdout, done.stderr) == (expected, "")
-    chat = command(folder, "--chat", "--prefix", "../t", input="x\n")
+    chat = command(folder, "--chat", "--instructions", "../t", input="x\n")
     assert chat.returncode == 1 and "is text before one prompt: give PROMPT" in chat.stderr
-    lacking = command(folder, "x", "--prefix", "u")
+    lacking = command(folder, "x", "--instructions", "u")
     assert lacking.returncode == 1 and "u is no file, and none of the tasks" in lacking.stderr
+    old = command(folder, "x", "--prefix", "u")
+    assert old.returncode == 2 and "--prefix is now --instructions" in old.stderr
 
 
 @pytest.mark.parametrize("content, message", [
@@ -268,5 +271,5 @@ def test_a_prefix_from_a_task_is_its_instruction(model, tmp_path) -> None:
 def test_a_prefix_that_is_wrong_is_one_line(folders, tmp_path, content, message) -> None:
     if content is not None:
         (tmp_path / "rules").write_bytes(content)
-    done = command(folders["ort"], "a", "--prefix", tmp_path / "rules")
+    done = command(folders["ort"], "a", "--instructions", tmp_path / "rules")
     assert done.returncode == 1 and re.fullmatch(f"error: .*{message}.*\n", done.stderr)
