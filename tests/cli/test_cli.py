@@ -271,6 +271,7 @@ def test_debug_shows_the_traceback(inputs, tmp_path) -> None:
         assert "no such model folder" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path, capsys) -> None:
     flags = [*inputs, "--samples", "4", "--epochs", "15", "--batch-size", "4", "--dtype", "float32"]
     assert python("train.py", *flags, "--out", str(tmp_path / "straight")).returncode == 0

@@ -39,7 +39,8 @@ def batches(count: int) -> list[list[Example]]:
     return found
 
 
-@pytest.mark.parametrize("recompute, count", [(False, 50), (True, 3)])
+@pytest.mark.parametrize("recompute, count", [
+    (False, 50), pytest.param(True, 3, marks=pytest.mark.slow)])
 def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
         recompute: bool, count: int) -> None:
     # All layers differ in what they hold, and some groups have layers of one expert and of more.
@@ -64,6 +65,7 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
     assert settings.force_nn_module_property_static_shapes
 
 
+@pytest.mark.slow
 def test_no_batch_of_the_probe_compiles_anew() -> None:
     models = [CausalLM(tiny_config(num_hidden_layers=3)).requires_grad_(False) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())

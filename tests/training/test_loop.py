@@ -324,7 +324,7 @@ def test_a_batch_that_overflows_is_halved_for_good_and_counted_once(tmp_path, mo
     assert calls[15:] == 12 * [1] + 3 * [4]
 
 
-@pytest.mark.parametrize("compile", ["off", "on"])
+@pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, compile) -> None:
     """At each step, at the loss of unseen lines, and as layers are compiled: it says so once."""
     import minismoe.training.evaluate as evaluating
