@@ -86,6 +86,7 @@ finally:
 """
 
 
-def command(*args: object, input: str = "") -> subprocess.CompletedProcess[str]:
+def command(*args: object, input: str = "", **environment: str,
+            ) -> subprocess.CompletedProcess[str]:
     """`python -m minismoe.runtime` without the libraries that it must do without."""
-    return python("-c", BARE, *args, input=input)
+    return python("-c", BARE, *args, input=input, **environment)

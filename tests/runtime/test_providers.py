@@ -260,8 +260,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch) -> None:
 def test_a_library_that_does_not_load_is_one_line(tmp_path, monkeypatch, folders) -> None:
     """As one that lacks a driver's libraries."""
     (tmp_path / "onnxruntime_ep_cuda.py").write_text("def get_library_path(): return __file__")
-    run = command(folders["ort"], "hello", "--provider", "cuda",
-                  env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    run = command(folders["ort"], "hello", "--provider", "cuda", PYTHONPATH=str(tmp_path))
     assert run.returncode == 1 and re.fullmatch(
         "error: onnxruntime cannot load onnxruntime-gpu: .*_ep_cuda.py.*\n", run.stderr), run.stderr
 
