@@ -4,7 +4,7 @@ Letters: N tokens.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ class Range(NamedTuple):
         return scale, round(-self.low / scale)
 
 
-Ranges = Mapping[str, tuple[Range, Range]]         # linear layer -> of its inputs, of its outputs
+Ranges = dict[str, tuple[Range, Range]]    # linear layer -> of its inputs, of its outputs
 
 
 def answered(model: CausalLM, texts: Sequence[Sequence[int]], stop_ids: Sequence[int],

@@ -84,8 +84,21 @@ def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> 
     """
     samples = shuffled_samples(parts[0], source)
     batches = calibration_batches(samples, source)
-    fits = freeze_mixtures(parts[0], source, batches)
-    return [ship_part(part, source, reference, samples, batches, fits) for part in parts]
+    fits, shipped = freeze_mixtures(parts[0], source, batches), []
+    for config in parts:
+        tree, ranges = placed(config, reference, fits), Ranges()
+        if config.graph:
+            round_weights(tree, config.form, source.model, {
+                task: of_task for task, of_task in batches.items() if config.task in (None, task)},
+                config.size)
+            round_experts(tree, config.form)
+        if config.target == "npu" and config.form.rounds:
+            few = PROMPTS if config.prompts else TEXTS
+            texts = [e.ids for examples in samples.values() for e in examples[:few]]
+            ranges = activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
+                                       if config.prompts else texts)
+        shipped.append(Shipped(tree, fits, ranges))
+    return shipped
 
 
 def shuffled_samples(config: ExportConfig, source: Source) -> Samples:
@@ -135,24 +148,6 @@ def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> T
     show_residuals(fits[config.fit].for_task(config.task))
     save_fits(source.run / "adapter", fits[config.fit])
     return fits[config.fit]
-
-
-def ship_part(config: ExportConfig, source: Source, reference: CausalLM, samples: Samples,
-              batches: Batches, fits: TaskFits) -> Shipped:
-    """What one graph or folder of weights stores, rounded."""
-    tree = placed(config, reference, fits)
-    if config.graph:
-        round_weights(tree, config.form, source.model, {
-            task: read for task, read in batches.items() if config.task in (None, task)},
-            config.size)
-        round_experts(tree, config.form)
-    ranges: Ranges = {}
-    if config.target == "npu" and config.form.rounds:
-        few = PROMPTS if config.prompts else TEXTS
-        texts = [e.ids for examples in samples.values() for e in examples[:few]]
-        ranges = activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
-                                   if config.prompts else texts)
-    return Shipped(tree, fits, ranges)
 
 
 def sharing_copy(model: Any) -> Any:
