@@ -27,9 +27,9 @@ def round_weights(tree: CausalLM, form: GraphFormat, model: CausalLM, batches: B
     if not form.rounds:
         return
     options = rounded_options(tree, form, model, batches)
-    ways = choose(dict(options), tree, model, batches, size).items() if form.chooses else (
+    chosen = choose(dict(options), tree, model, batches, size).items() if form.chooses else (
         (name, way) for name, ways in options for way in ways.items())
-    for name, (storage, blocks) in ways:
+    for name, (storage, blocks) in chosen:
         blocks = blocks or to_nearest(tree.get_submodule(name), storage, form)
         put_weight(tree, name, BlockWeight(blocks, torch.float32))
 
@@ -39,7 +39,7 @@ def rounded_options(tree: CausalLM, form: GraphFormat, model: CausalLM, batches:
                     ) -> Iterator[tuple[str, Ways]]:
     """Each weight of the tree by module, layer by layer, in each way that `options_of` allows: in 4
     bits, as blocks rounded for what a model of the same modules, the run's, reads on batches, by
-    task; None for 8 bits, and for all without batches: `to_nearest` is to round them."""
+    task, or without any `to_nearest`; None for 8 bits, which `to_nearest` rounds once chosen."""
     with evaluating(model):
         walk = Walk(model.model, batches)
         bar = progress_bar(walk.layers(), "round", len(model.model.layers), unit="layer")
@@ -72,12 +72,12 @@ def rounded(tree: CausalLM, name: str, form: GraphFormat, factor: Tensor | None)
     """What `rounded_options` says of a module whose inputs have this `inverse_factor`. The blocks
     are computed where the factor is."""
     ways: Ways = dict.fromkeys(form.options_of(name))
-    in_4 = [storage for storage in ways if storage.bits == 4]
-    if factor is not None and in_4:
-        weight = matrix(tree.get_submodule(name)).to(factor.device)
-        rounded = gptq(weight, factor, 4, [storage.block for storage in in_4])
-        ways |= zip(in_4, (replace(b, data=b.data.cpu(), scales=b.scales.cpu()) for b in rounded))
-    return ways
+    in_4, leaf = [storage for storage in ways if storage.bits == 4], tree.get_submodule(name)
+    if factor is None:
+        return ways | {storage: to_nearest(leaf, storage, form) for storage in in_4}
+    of_sizes = gptq(matrix(leaf).to(factor.device), factor, 4, [size for _, size in in_4])
+    return ways | dict(zip(in_4, (replace(
+        blocks, data=blocks.data.cpu(), scales=blocks.scales.cpu()) for blocks in of_sizes)))
 
 
 def to_nearest(leaf: nn.Module, storage: Storage, form: GraphFormat) -> Blocks:

@@ -22,8 +22,9 @@ from minismoe.export.rounding import rounded_options, to_nearest
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import sharing_copy
 from minismoe.export.weights import GraphFormat, Storage
+from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import dequantize
+from minismoe.model.quantize import dequantize, quantize
 
 CHOOSES = GraphFormat("ort", "int4-8", 64, chooses=True)
 Batches = Mapping[str, list[tuple[Tensor, ...]]]
@@ -76,6 +77,18 @@ def test_each_matrix_is_rounded_in_every_way(model: CausalLM, options: Any) -> N
             stored = blocks or to_nearest(model.get_submodule(name), storage, CHOOSES)
             assert (stored.bits, stored.size) == storage
             assert nbytes(stored.shape, storage) == stored.data.nbytes + stored.scales.nbytes
+
+
+def test_an_embedding_beside_a_head_of_its_own_is_rounded_to_the_nearest(batches: Any) -> None:
+    """Its harm in 4 bits is measured as that of the others."""
+    torch.manual_seed(0)
+    model = CausalLM(Config.from_dict(CONFIG | {"tie_word_embeddings": False})).eval()
+    options = dict(rounded_options(model, CHOOSES, model, batches))
+    for storage in (4, 128), (4, 32):
+        blocks = options["model.embed_tokens"][storage]
+        assert torch.equal(blocks.data, quantize(model.model.embed_tokens.weight, *storage).data)
+    assert all(harm > 0 for ways in bits.harm_of(options, model, model, batches).values()
+               for harm in ways[:2])
 
 
 def test_a_size_is_kept_and_well_spent(model: CausalLM, options: Any, batches: Any,
