@@ -25,8 +25,8 @@ MORE = 1.02                      # times the bytes of 4 bits in blocks of 32: 1 
 Ways = dict[Storage, Blocks | None]
 
 
-def choose(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, batches: Batches,
-           size: float | None) -> dict[str, tuple[Storage, Blocks | None]]:
+def choose_ways(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, batches: Batches,
+                size: float | None) -> dict[str, tuple[Storage, Blocks | None]]:
     """How each module is stored, of its ways. size: megabytes for all of them. The rest is as for
     `harm_of`. Raises ValueError for a size that is too small.
 

@@ -10,7 +10,7 @@ from ..io.progress import progress_bar
 from ..method.hooks import evaluating
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks, BlockWeight, quantize
-from .bits import Ways, choose
+from .bits import Ways, choose_ways
 from .gptq import DAMPING, TIED_DAMPING, gptq, gram, inverse_factor, second_moments
 from .leaves import EMBEDDING, matrix, put_weight
 from .walk import Batches, Walk
@@ -23,11 +23,11 @@ HEAD = "lm_head"
 def round_weights(tree: CausalLM, form: GraphFormat, model: CausalLM, batches: Batches,
                   size: float | None = None) -> None:
     """Store the weights of the tree in few bits, in place. model, batches: see `rounded_options`;
-    size: see `choose`."""
+    size: see `choose_ways`."""
     if not form.rounds:
         return
     options = rounded_options(tree, form, model, batches)
-    chosen = choose(dict(options), tree, model, batches, size).items() if form.chooses else (
+    chosen = choose_ways(dict(options), tree, model, batches, size).items() if form.chooses else (
         (name, way) for name, ways in options for way in ways.items())
     for name, (storage, blocks) in chosen:
         blocks = blocks or to_nearest(tree.get_submodule(name), storage, form)

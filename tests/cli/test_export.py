@@ -220,7 +220,8 @@ def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> N
     info = read_info(tmp_path / "out", verify=True)
     assert "tasks.json" in info["files"]
     assert known_tasks(tmp_path / "out") == {
-        "number": (["N0", "N1", "N2", "N3", "N4"], "Say it.\nNow:\n"), "twice": ([], "")}
+        "number": {"choices": ["N0", "N1", "N2", "N3", "N4"], "instruction": "Say it.\nNow:\n"},
+        "twice": {"choices": [], "instruction": ""}}
 
 
 def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import export
 from minismoe.export import bits
-from minismoe.export.bits import Ways, choose, nbytes
+from minismoe.export.bits import Ways, choose_ways, nbytes
 from minismoe.export.plan import with_precision
 from minismoe.export.rounding import rounded_options, to_nearest
 from minismoe.export.settings import ExportConfig
@@ -98,7 +98,7 @@ def test_a_size_is_kept_and_well_spent(model: CausalLM, options: Any, batches: A
         model.get_submodule(name).weight.shape, way[0])) for name, ways in options.items()}
         for pick in (min, max))
     size = (0.7 * size_of(smallest, model) + 0.3 * size_of(largest, model)) / 1e6
-    chosen = choose(options, model, model, batches, size)
+    chosen = choose_ways(options, model, model, batches, size)
     assert size * 1e6 - 3000 < size_of(chosen, model) <= size * 1e6
     assert "bits a weight" in (said := capsys.readouterr().out)
     assert f"{size_of(chosen, model) / 1e6:.1f} MB of weights" in said
@@ -108,7 +108,7 @@ def test_a_size_is_kept_and_well_spent(model: CausalLM, options: Any, batches: A
     assert divergence(model, chosen, batches) < divergence(model, opposite, batches)
     with pytest.raises(ValueError, match=f"--size 0.001, in MB: 1000 is too small: the least "
                                          f"possible is {size_of(smallest, model)} bytes"):
-        choose(options, model, model, batches, 0.001)
+        choose_ways(options, model, model, batches, 0.001)
 
 
 @pytest.mark.parametrize("vocabulary", [0.01, 1000.0])
@@ -122,7 +122,7 @@ def test_the_default_is_no_worse_than_what_is_all_alike(
     harm = {name: [vocabulary * h if "embed" in name else h * (1 + i) for h in (3.0, 2.0, 0.0)]
             for i, name in enumerate(options)}
     monkeypatch.setattr(bits, "harm_of", lambda *_: harm)
-    chosen = choose(options, table, table, {}, None)
+    chosen = choose_ways(options, table, table, {}, None)
     left = sum(harm[name][[*options[name]].index(storage)]
                for name, (storage, _) in chosen.items())
     of_32 = sum(harm[name][1] for name in options)
