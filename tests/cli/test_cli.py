@@ -76,15 +76,7 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
         assert all(w.keys() == {"prompt", "expected", "given"} for w in after[name]["wrong"])
     assert str(out_dir) in out
 
-    # The commands that it proposes name the model and the data, too.
-    assert f"export.py {out_dir}  " in out
-    (flags,) = re.findall(r"  python probe.py (.*?)  ", out)
-    assert flags == f"{shlex.join(inputs)} --out runs/probe"
-    (flags,) = re.findall(r"  python train.py (.*?)  ", out)
-    proposed = train.parse(shlex.split(flags))
-    assert (proposed.inputs.model, proposed.inputs.data) == (inputs[1], inputs[3])
-    assert (proposed.allocating.strategy, proposed.training.epochs) == ("uniform", 1)
-    assert proposed.allocating.budget_params == results["trainable_parameters"]
+    assert out.endswith(f"Next:\n  python export.py {out_dir}\n")
 
     code, _, err = finish(train.main, *inputs, "--out", str(out_dir), capsys=capsys)
     assert code == 1 and "holds a run already" in err
