@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.progress import progress_bar
-from ..method.hooks import evaluating
+from ..method.hooks import measuring
 from ..model.decoder import CausalLM
 from ..model.quantize import Blocks, BlockWeight, quantize
 from .bits import Ways, choose_ways
@@ -40,7 +40,7 @@ def rounded_options(tree: CausalLM, form: GraphFormat, model: CausalLM, batches:
     """Each weight of the tree by module, layer by layer, in each way that `options_of` allows: in 4
     bits, as blocks rounded for what a model of the same modules, the run's, reads on batches, by
     task, or without any `to_nearest`; None for 8 bits, which `to_nearest` rounds once chosen."""
-    with evaluating(model):
+    with measuring(model):
         walk = Walk(model.model, batches)
         bar = progress_bar(walk.layers(), "round", len(model.model.layers), unit="layer")
         for prefix, _, runs in bar:

@@ -30,7 +30,7 @@ from ..io.files import naming, replacing
 from ..io.progress import progress_bar
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, TaskFits, fit_group, frozen_layer, no_fits, readers_of
-from ..method.hooks import evaluating
+from ..method.hooks import measuring
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
@@ -141,7 +141,7 @@ def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> T
     names = {layer: name for name, layer in mixtures.items() if layer.router is not None}
     fits = no_fits(mixtures, batches, [config.fit])
     walk = Walk(model.model, batches if names else {})
-    with evaluating(model):
+    with measuring(model):
         bar = progress_bar(walk.layers(), "freeze", len(model.model.layers), unit="layer")
         for _, layer, runs in bar:
             fit_group(readers_of(layer, names), runs, fits, packed=True)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .hooks import measuring
 from .loss import CHUNK
-from .sensitivity import measuring
 
 # Of a module: for each of its options, a function that computes dW (out, in), or (V, D).
 Options = Sequence[Callable[[], Tensor]]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import ExpertLinear, expert_layers, groups, packs, top_k_gates
-from .hooks import evaluating, hooked
+from .hooks import hooked, measuring
 
 KINDS = ("mean", "gates", "linear")
 HOLD = 4                                     # one sample of so many is held out
@@ -68,6 +68,7 @@ class Sums(NamedTuple):
     gates: Tensor                # (E,) of each expert; all E add up to the number of tokens
 
 
+@torch.no_grad()
 def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> dict[str, TaskFits]:
     """Fits of all mixtures of `model`, by kind.
 
@@ -80,7 +81,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> di
     runs = {task: [(batch[1], partial(decoder, input_ids=batch[0], attention_mask=batch[1]))
                    for batch in batches] for task, batches in tasks.items()}
     mixtures = {m: name for name, m in expert_layers(model).items() if m.router is not None}
-    with evaluating(model):
+    with measuring(model):
         fit_group(readers_of(model, mixtures), runs, fits, packs(model))
     return fits
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import nn
 
 
@@ -17,9 +16,12 @@ def hooked(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[N
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Meanwhile the model is in evaluation mode, without gradients."""
-    with ExitStack() as afterwards, torch.no_grad():
-        afterwards.callback(model.train, model.training)
-        model.eval()
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the model is in evaluation mode, and no parameter asks for a gradient."""
+    with ExitStack() as afterwards:
+        for parameter in model.parameters():
+            afterwards.callback(parameter.requires_grad_, parameter.requires_grad)
+        for module in model.modules():
+            afterwards.callback(setattr, module, "training", module.training)
+        model.eval().requires_grad_(False)
         yield

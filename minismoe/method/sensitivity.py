@@ -10,14 +10,15 @@ taken). So one batched forward and one backward of activations score every matri
 Letters: B samples of a batch, T tokens, M matrices.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .experts import linear_layers, packs
+from .hooks import measuring
 from .loss import supervised_losses
 
 
@@ -63,18 +64,6 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
             if task not in scores:
                 raise ValueError(f"task {task!r} has no batch (a generator can be read only once)")
     return scores
-
-
-@contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """Meanwhile the model is in eval mode, and no parameter asks for a gradient."""
-    with ExitStack() as afterwards:
-        for parameter in model.parameters():
-            afterwards.callback(parameter.requires_grad_, parameter.requires_grad)
-        for module in model.modules():
-            afterwards.callback(setattr, module, "training", module.training)
-        model.eval().requires_grad_(False)
-        yield
 
 
 def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor,
