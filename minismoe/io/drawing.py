@@ -71,9 +71,9 @@ def _scaled(values: Iterable[float], scale: Literal["linear", "log"],
 
 def _color(ramp: Sequence[str], position: float) -> bytes:
     i = min(int(position * (len(ramp) - 1)), len(ramp) - 2)
-    part = position * (len(ramp) - 1) - i
+    weight = position * (len(ramp) - 1) - i
     left, right = bytes.fromhex(ramp[i]), bytes.fromhex(ramp[i + 1])
-    return bytes(round(a + part * (b - a)) for a, b in zip(left, right))
+    return bytes(round(a + weight * (b - a)) for a, b in zip(left, right))
 
 
 def _paint(text: str, position: float) -> str:
@@ -162,7 +162,7 @@ def allocation_svg(scores: Mapping[str, Mapping[str, float]], counts: Mapping[st
     Sensitivities are drawn as shares of their task's maximum, on one log scale for all tasks; grey
     means not measured. Up to 12 layers go in two columns; many layers widen the figure.
     """
-    names = dict.fromkeys(name for part in (*scores.values(), counts) for name in part)
+    names = dict.fromkeys(name for values in (*scores.values(), counts) for name in values)
     layers, projections, _ = grid(names)
     shares = {}
     for task, values in scores.items():
@@ -197,20 +197,20 @@ def loss_svg(training: Mapping[int, float], validation: Mapping[int, float], kep
         y = height * (1 - min(value, top) / top) if math.isfinite(value) else 0
         return f"{30 + (WIDTH - 30) * step / last:.1f},{y:.1f}"
 
-    parts = [f'<path d="M30,0V{height}H{WIDTH}" fill="none" stroke="#000"/>']
+    shapes = [f'<path d="M30,0V{height}H{WIDTH}" fill="none" stroke="#000"/>']
     for losses, color, width in (training, "#999", 0.7), (validation, "#105ba4", 1.5):
         points = " ".join(at(step, value) for step, value in losses.items())
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" '
+        shapes.append(f'<polyline points="{points}" fill="none" stroke="{color}" '
                      f'stroke-width="{width}"/>')
     if kept in validation:
         x, y = at(kept, validation[kept]).split(",")
-        parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="#105ba4"/>')
+        shapes.append(f'<circle cx="{x}" cy="{y}" r="3" fill="#105ba4"/>')
     caption = "loss of training lines (grey), of validation lines (blue)", f"dot: step {kept}, kept"
-    parts += [_text(26, 8, f"{top:.3g}", "end"), _text(26, height, "0", "end"),
-              _text(WIDTH, height + 12, f"step {last}", "end"),
-              *(_text(30, height + 12 * line, text, "start", ' font-size="8"')
-                for line, text in enumerate(caption, 1))]
-    return _svg(WIDTH, height + 28, "loss", parts)
+    shapes += [_text(26, 8, f"{top:.3g}", "end"), _text(26, height, "0", "end"),
+               _text(WIDTH, height + 12, f"step {last}", "end"),
+               *(_text(30, height + 12 * line, text, "start", ' font-size="8"')
+                 for line, text in enumerate(caption, 1))]
+    return _svg(WIDTH, height + 28, "loss", shapes)
 
 
 def _legend(y: float, low: float) -> list[str]:
@@ -223,10 +223,10 @@ def _legend(y: float, low: float) -> list[str]:
                 (37, f"≤{low:.2g}"), (167, f"{low ** 0.5:.2g}"), (297, "1")))]
 
 
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+def _svg(width: float, height: float, title: str, shapes: Sequence[str]) -> str:
     """A figure of this size with a margin of 3 around it, on white."""
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-3 -3 {width + 6:g} {height + 6:g}" '
             f'width="{2 * width + 12:g}" height="{2 * height + 12:g}" font-size="{SIZE}" '
             f'font-family="Helvetica, Arial, sans-serif"><title>{escape(clean(title))}</title>\n'
             '<rect x="-3" y="-3" width="100%" height="100%" fill="#fff"/>\n'
-            + "\n".join(parts) + "\n</svg>\n")
+            + "\n".join(shapes) + "\n</svg>\n")

@@ -87,8 +87,8 @@ def _runs(process: int) -> bool:
 
 def _rename(tmp: Path, path: Path) -> None:
     """Flush `tmp` to disk and rename it to `path`, with the permissions that the umask allows."""
-    for part in (*tmp.rglob("*"), tmp):
-        _sync(part)
+    for written in (*tmp.rglob("*"), tmp):
+        _sync(written)
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(tmp, (0o777 if tmp.is_dir() else 0o666) & ~umask)

@@ -72,8 +72,8 @@ natural = checked(int, lambda n: n >= 0, "is below 0")
 seed = checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
 text = checked(str, bool, "is empty")          # an unset variable of a shell
 number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")
-share = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
-part = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
+fraction = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
+fraction_or_zero = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
 above_zero = checked(float, lambda x: x > 0, "is not above 0")
 
 

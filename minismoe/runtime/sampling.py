@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate, takewhile
 from typing import Any
 
-from ..io.flags import above_zero, flag, natural, number, part, share
+from ..io.flags import above_zero, flag, fraction, fraction_or_zero, natural, number
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Sampling:
     max_tokens: int | None = flag(None, "default: until the context is full", natural, metavar="N")
     temperature: float = flag(0.0, "0 (default) takes the likeliest token, others draw", number)
     top_p: float = flag(1.0, "draw among the likeliest tokens that together reach P (default: 1)",
-                        share, metavar="P")
+                        fraction, metavar="P")
     top_k: int = flag(0, "draw among the K likeliest tokens (default: as many as the folder's "
                       "sampler gives, 64)", natural, metavar="K")
     min_p: float = flag(0.0, "draw among tokens at least P times as likely as the likeliest "
-                        "(default: 0)", part, metavar="P")
+                        "(default: 0)", fraction_or_zero, metavar="P")
     # It divides a positive logit, and multiplies a negative one (Keskar et al. 2019).
     repetition_penalty: float = flag(
         1.0, "make tokens of the prompt and the answer less likely: above 1, such as 1.1 "

@@ -64,8 +64,9 @@ class TrainConfig:
         None, "end after N measures of the loss of validation lines without a better one "
         "(default: never)", flags.positive, metavar="N")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises (default: "
-                         "%(default)s)", flags.part, metavar="F")
-    weight_decay: float = flag(0.0, "of AdamW (default: %(default)s)", flags.part, metavar="F")
+                         "%(default)s)", flags.fraction_or_zero, metavar="F")
+    weight_decay: float = flag(0.0, "of AdamW (default: %(default)s)", flags.fraction_or_zero,
+                               metavar="F")
     seed: int = 0
     # Without a flag:
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
