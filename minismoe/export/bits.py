@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..io.drawing import terminal_heatmap
+from ..io.process import give_back_memory
 from ..io.progress import progress_bar
 from ..method.bits import harms, spend, total
 from ..model.decoder import CausalLM
@@ -33,6 +34,7 @@ def choose_ways(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, ba
     By default, MORE times what the second ways (4 bits in blocks of 32) take; or more, until the
     harm is no larger than theirs with the last ways (8 bits) for embedding and head.
     """
+    give_back_memory()                       # of freezing and rounding: measuring takes the most
     leaves: Any = {name: tree.get_submodule(name) for name in options}
     shapes: dict[str, torch.Size] = {name: leaf.weight.shape for name, leaf in leaves.items()}
     harm, cost = harm_of(options, tree, model, batches), {
