@@ -30,8 +30,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
     parser.add_argument("--compile", choices=compiled.CHOICES, default="auto", help=compiled.HELP)
-    parser.add_argument("--bits", action="store_true", help="print what storing each matrix in 4 "
-                        "bits costs, and stop")
+    parser.add_argument("--bits", action="store_true", help=probing.BITS_HELP)
     refuse_old(parser, argv, flags.OLD)
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))

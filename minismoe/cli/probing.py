@@ -31,6 +31,7 @@ from .inputs import Inputs
 PROBE_BATCH = 16                                     # samples at once
 BLIND = ("uniform", "lora")                          # given a budget, these read no score
 BLOCK_SIZES = (128, 32)                              # weights that share a scale, for --bits
+BITS_HELP = "print what storing each matrix in 4 bits costs, and stop"
 
 
 def needs_probe(allocating: AllocationConfig, tasks: int) -> bool:
@@ -163,6 +164,8 @@ def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:
 
 def print_bits(allocating: AllocationConfig, inputs: Inputs) -> None:
     """Print what storing each linear layer in 4 bits, rounded to nearest, costs in nats a token."""
+    if inputs.model.base_bits:
+        raise ValueError("--bits measures weights that are not rounded yet: leave out --base-bits")
     layers = linear_layers(inputs.model)
     options: dict[str, Ways] = {name: {
         Storage(4, size): quantize(matrix(layer), 4, size) for size in BLOCK_SIZES}

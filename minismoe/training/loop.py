@@ -224,14 +224,12 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
 
     Writes run/checkpoints and run/metrics.jsonl. Raises Interrupted after a signal, once the step
-    is saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite.
-    """
+    is saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite."""
     batches = schedule(examples, cfg)
     compiling = compiled.wanted(model, cfg.compile, len(batches))
     trainer = Trainer(model, cfg, pad_id, same_shapes=compiling)
     peak = default_lr(model) if cfg.lr is None else cfg.lr
-    state, tensors = first_state(
-        run, batches, {name: [*p.shape] for name, p in trainer.parameters.items()}, resume)
+    state, tensors = first_state(run, batches, trainer.parameters, resume)
     trainer.load(tensors)
     every = cfg.eval_every or math.ceil(len(batches) / MEASURES)
     first_step = partial(trainer.fitting, lambda: trainer.gradients(batches[0]))
@@ -254,8 +252,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             if step + 1 == len(batches) // 2:
-                distributed.once(verdict.warn, run / "metrics.jsonl", examples, peak,
-                                 default_lr(model))
+                distributed.once(verdict.warn, run, examples, peak, default_lr(model))
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}

@@ -79,16 +79,16 @@ def _checked_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def first_state(run: Path, batches: Sequence[Sequence[Example]], shapes: Mapping[str, list[int]],
+def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Mapping[str, Tensor],
                 resume: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The state and tensors to begin with: those of the newest whole checkpoint if the run is
     resumed, or zeros and no tensor. A run that begins anew loses its old checkpoints.
 
-    shapes: of the trained parameters, by name. Raises ValueError if the checkpoint is of other
+    parameters: those that are trained, by name. Raises ValueError if the checkpoint is of other
     experts or batches, or if the run's metrics.jsonl is shorter than it was.
     """
     order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
-    layout = sha256_of_json([[name, *shape] for name, shape in shapes.items()])
+    layout = sha256_of_json([[name, *p.shape] for name, p in parameters.items()])
     fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0,
              "best_loss": math.inf, "since_best": 0, "order": order, "layout": layout}
     run.mkdir(parents=True, exist_ok=True)

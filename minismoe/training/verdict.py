@@ -65,9 +65,9 @@ def remedy(peak: float | None, default: float) -> str:
     return f"try --lr {default if peak != default else default / 4:.1e}"
 
 
-def warn(metrics: Path, examples: Sequence[Example], peak: float, default: float) -> None:
+def warn(run: Path, examples: Sequence[Example], peak: float, default: float) -> None:
     """Say so if the losses of the steps so far show that a run does not learn."""
-    lines = read_metrics(metrics)
+    lines = read_metrics(run / "metrics.jsonl")
     if reason := trouble([line["loss"] for line in lines], guessing_loss(examples, examples)):
         print_above_bar(f"step {len(lines)}: {reason}: {remedy(peak, default)}")
 
