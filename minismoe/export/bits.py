@@ -1,6 +1,5 @@
 """The bits of each weight matrix of an export: method/bits.py on the texts that it is made with."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -21,32 +20,23 @@ from .weights import Storage
 
 TOKENS = 6144                    # of the texts, on which harm is measured: 1460 chose worse
 AT_ONCE = 640                    # of them: 1 MB of activations each (SmolLM2-135M)
-MORE = 1.02                      # times the bytes of 4 bits in blocks of 32: 1 lost more on answers
 # How a matrix may be stored: 4 bits as blocks; None for 8 bits, which are rounded once chosen.
 Ways = dict[Storage, Blocks | None]
 
 
 def choose_ways(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, batches: Batches,
-                size: float | None) -> dict[str, tuple[Storage, Blocks | None]]:
+                size: float) -> dict[str, tuple[Storage, Blocks | None]]:
     """How each module is stored, of its ways. size: megabytes for all of them. The rest is as for
-    `harm_of`. Raises ValueError for a size that is too small.
-
-    By default, MORE times what the second ways (4 bits in blocks of 32) take; or more, until the
-    harm is no larger than theirs with the last ways (8 bits) for embedding and head.
-    """
+    `harm_of`. Raises ValueError for a size that is too small."""
     give_back_memory()                       # of freezing and rounding: measuring takes the most
     leaves: Any = {name: tree.get_submodule(name) for name in options}
     shapes: dict[str, torch.Size] = {name: leaf.weight.shape for name, leaf in leaves.items()}
     harm, cost = harm_of(options, tree, model, batches), {
         name: [nbytes(shapes[name], storage) for storage in ways] for name, ways in options.items()}
     try:
-        chosen = spend(harm, cost, MORE * sum(costs[1] for costs in cost.values()) if size is None
-                       else int(size * 1e6))
+        chosen = spend(harm, cost, int(size * 1e6))
     except ValueError as e:
         raise ValueError(f"--size {size}, in MB: {e} bytes") from e
-    enough = sum(values[1 if ".layers." in name else -1] for name, values in harm.items())
-    if size is None and total(harm, chosen) > enough:
-        chosen = spend(harm, cost, math.inf, enough)
     print(terminal_heatmap("bits a weight, with its share of a scale", {
         name: 8 * cost[name][n] / shapes[name].numel() for name, n in chosen.items()}, digits=True))
     print(f"{total(cost, chosen) / 1e6:.1f} MB of weights; rounding is expected to cost "

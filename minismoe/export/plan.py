@@ -42,13 +42,10 @@ def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
     elif precision == "auto":
         npu_default = "w4a16" if config.size else "w8a16" if has_texts else "fp16"
         precision = npu_default if npu else "q8" if config.layout == "web" else "int4-8"
-    chooses = has_texts and config.merges and not config.block and (
-        config.size is not None if npu else precision == "int4-8" and config.target == "ort"
-        and config.layout != "web")
-    if config.size and not chooses:
+    if config.size and not has_texts:
         raise ValueError("--size chooses bits by what texts show: export a RUN, or give "
                          "--prompts FILE")
-    block = None if chooses or precision == "w8a16" or not any(PRECISIONS[precision]) else (
+    block = None if config.size or precision == "w8a16" or not any(PRECISIONS[precision]) else (
         config.block or BLOCK)
     return replace(config, precision=precision, block=ROW if precision == "q8" else block)
 

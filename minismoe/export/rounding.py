@@ -27,7 +27,7 @@ def round_weights(tree: CausalLM, form: GraphFormat, model: CausalLM, batches: B
     if not form.rounds:
         return
     options = rounded_options(tree, form, model, batches)
-    chosen = choose_ways(dict(options), tree, model, batches, size).items() if form.chooses else (
+    chosen = choose_ways(dict(options), tree, model, batches, size).items() if size else (
         (name, way) for name, ways in options for way in ways.items())
     for name, (storage, blocks) in chosen:
         blocks = blocks or to_nearest(tree.get_submodule(name), storage, form)

@@ -50,21 +50,19 @@ class ExportConfig:
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js with "
                        "a page to chat in a browser, peft, or transformers",
                        choices=("onnx", "genai", "web", "peft", "hf"))
-    precision: str = flag("auto", "of the base weights. int4-8: 4 or 8 bits a matrix, by what "
-                          "rounding costs it on the run's texts; without texts, with --block, for "
-                          "web or portable, or beside experts: 4, embedding and head 8. "
+    precision: str = flag("auto", "of the base weights. int4-8: 4 bits, embedding and head 8; with "
+                          "--size 4 or 8 bits a matrix, by what rounding costs it on texts. "
                           "Experts that stay beside few bits take 8 (but 32 lora_A in q4f16, "
                           "lora_B in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: "
                           "int4 in float16, for their WebGPU. auto (default): int4-8; for "
                           "--layout web both q8 and q4f16, of which the browser loads one",
                           choices=("auto", *PRECISIONS))
     block: int | None = flag(
-        None, "weights that share a scale, in 8 or 4 bits (default: 32, or chosen with the bits; "
-        "128 decodes faster and loses more)", int, choices=BLOCKS)
+        None, "weights that share a scale, in 8 or 4 bits (default: 32; 128 decodes "
+        "faster and loses more)", int, choices=BLOCKS)
     size: float | None = flag(
-        None, "megabytes that weights of int4-8, or of w4a16 and w8a16, may take (default: 2 %% "
-        "above 4 bits in blocks of 32; more, if rounding then costs more than with embedding and "
-        "head in 8 bits)", above_zero, metavar="MB")
+        None, "megabytes that weights of int4-8, or of w4a16 and w8a16, may take: each matrix gets "
+        "the bits that its rounding asks for", above_zero, metavar="MB")
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))
@@ -91,8 +89,8 @@ class ExportConfig:
 
     @property
     def chooses(self) -> bool:
-        """Whether each matrix gets bits of its own, after `plan.resolved`."""
-        return self.precision in ("int4-8", "w4a16") and self.block is None
+        """Whether each matrix gets bits of its own."""
+        return self.size is not None
 
     @property
     def form(self) -> GraphFormat:

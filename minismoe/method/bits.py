@@ -126,23 +126,22 @@ class _Sums(torch.autograd.Function):
 
 
 def spend(harm: Mapping[str, Sequence[float]], cost: Mapping[str, Sequence[int]], budget: float,
-          enough: float = 0.0) -> dict[str, int]:
-    """The number of each module's option: at first the cheapest; then, while all harm together is
-    above `enough`, the step that takes away most harm for its cost, of those that the budget pays.
-    cost: in bytes, or any unit. Raises ValueError, with the least possible, for less than that."""
+          ) -> dict[str, int]:
+    """The number of each module's option: at first the cheapest; then, again and again, the step
+    that takes away most harm for its cost, of those that the budget pays. cost: in bytes, or any
+    unit. Raises ValueError, with the least possible, for less than that."""
     chosen = {name: costs.index(min(costs)) for name, costs in cost.items()}
     if (least := total(cost, chosen)) > budget:
         raise ValueError(f"{budget} is too small: the least possible is {least}")
-    while total(harm, chosen) > enough:
+    while True:
         left = budget - total(cost, chosen)
         steps = [((harm[name][now] - harm[name][new]) / more, name, new)
                  for name, now in chosen.items() for new in range(len(cost[name]))
                  if 0 < (more := cost[name][new] - cost[name][now]) <= left
                  and harm[name][new] < harm[name][now]]
         if not steps:
-            break
+            return chosen
         _, name, chosen[name] = max(steps, key=lambda step: step[0])
-    return chosen
 
 
 def total(values: Mapping[str, Sequence[float]], chosen: Mapping[str, int]) -> float:

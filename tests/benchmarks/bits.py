@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
                         "bits in blocks of 32)")
     parser.add_argument("--lines", type=positive, default=24, help="test lines of each task")
     args = parser.parse_args(argv)
-    config = with_precision(ExportConfig(run=args.run), has_texts=True)
+    config = with_precision(ExportConfig(run=args.run, size=1.0), has_texts=True)
     source = export.load_run(config)
     load_adapter(tree := load_model(source.base), source.run / "adapter")
     batches = trees.calibration_batches(trees.shuffled_samples(config, source), source)

@@ -4,6 +4,7 @@
 
 method.svg    probe, vote, experts, merge: the toy's sensitivity.json (toy.json) and its vote
 rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json)
+bits.svg      the bits of each matrix (bits.json: `bits` of the export.json of two default exports)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
 holds no script and no font: GitHub shows an SVG as an image. layer.svg shows no figure: edit it.
@@ -166,12 +167,35 @@ def rules(compared: Mapping[str, Any]) -> str:
     return card(bottom + 46, "Exact match by allocation rule, against plain LoRA", parts)
 
 
+def bits(exports: Mapping[str, Mapping[str, Any]]) -> str:
+    """How each matrix of two exports is stored, beside each other."""
+    top, wide, shades = 92.0, 11.0, {(4, 128): 0.1, (4, 32): 0.5, (8, 128): 1.0}
+    parts: Parts = []
+    for x, (name, export) in zip((56.0, 520.0), exports.items()):
+        layers = {module: way for module, way in export["bits"].items() if ".layers." in module}
+        table, block = export["bits"]["model.embed_tokens"]
+        parts += [text(x, 30, f"{name}, {export['MB']:.0f} MB", size=15, bold=True),
+                  text(x, 50, f"embedding and head: {table} bits, blocks of {block}", color=GREY),
+                  *cells(x, top, wide, {place(module): shade(shades[bits, size])
+                                        for module, (bits, size) in layers.items()})]
+        parts += [text(x - 7, top + 12 + 16 * i, kind, anchor="end", size=12, color=GREY)
+                  for i, kind in enumerate(KINDS)]
+        parts += [text(x + wide * (layer + 0.5), top - 7, str(layer), anchor="middle", size=11)
+                  for layer in {place(module)[0] for module in layers} if layer % 5 == 0]
+    bottom = top + 7 * 16 + 24
+    for n, ((number, size), share) in enumerate(shades.items()):
+        parts += [box(56 + 180.0 * n, bottom - 11, 12, 12, shade(share)),
+                  text(74 + 180.0 * n, bottom, f"{number} bits, blocks of {size}", size=12)]
+    return card(bottom + 18, "Bits of each matrix, by layer", parts)
+
+
 def record(name: str) -> Any:
     return read_json(RESULTS / f"{name}.json")
 
 
 PICTURES: dict[str, Callable[[], str]] = {
-    "method": lambda: method(record("toy")), "rules": lambda: rules(record("smollm2"))}
+    "method": lambda: method(record("toy")), "rules": lambda: rules(record("smollm2")),
+    "bits": lambda: bits(record("bits"))}
 
 
 def main() -> None:

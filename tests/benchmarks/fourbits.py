@@ -83,6 +83,7 @@ ROWS = [
     Row("merged, float32", "ours", "32", f"{MERGED} --precision fp32"),
     *(Row(f"minismoe int4, blocks of {block}", "ours", "4",
           f"{RUN} --precision int4 --block {block}") for block in (32, 128)),
+    Row("minismoe int4-8, bits chosen", "ours", "as chosen", f"{RUN} --size 88"),
     Row("minismoe int4-8, blocks of 32", "ours", "8", f"{MERGED} --precision int4-8 --block 32"),
     genai("default", 32), genai("rtn", 32), genai("k_quant", 32), genai("rtn_last", 32, "8"),
     genai("k_quant_last", 32, "8"), genai("k_quant_mixed", 32, "8, as some layers"),

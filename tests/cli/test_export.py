@@ -372,14 +372,15 @@ def test_prompts_that_change_nothing_in_the_base_are_refused(
 def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
     export.main([str(run), "--out", str(tmp_path / "out")])
     arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
-    wanted = ExportConfig(run="run", out=arguments["out"], context=128,
-                          precision="int4-8")
+    wanted = ExportConfig(run="run", out=arguments["out"], context=128, precision="int4-8",
+                          block=32)
     assert arguments == asdict(wanted)
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [
     ("--model base", ("int4-8", 32)), ("--routing dynamic", ("int4-8", 32)),
-    ("--model base --prompts x", ("int4-8", None)), ("", ("int4-8", None)),
+    ("--model base --prompts x", ("int4-8", 32)), ("", ("int4-8", 32)),
+    ("--size 9", ("int4-8", None)),
     ("--layout genai --size 9", ("int4-8", None)), ("--layout web --precision int4-8",
                                                     ("int4-8", 32)),
     ("--routing freeze", ("int4-8", 32)), ("--target npu --size 9", ("w4a16", None)),

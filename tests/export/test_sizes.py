@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -21,7 +20,7 @@ from minismoe.export.plan import with_precision
 from minismoe.export.rounding import rounded_options, to_nearest
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import sharing_copy
-from minismoe.export.weights import GraphFormat, Storage
+from minismoe.export.weights import GraphFormat
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import dequantize, quantize
@@ -109,26 +108,6 @@ def test_a_size_is_kept_and_well_spent(model: CausalLM, options: Any, batches: A
     with pytest.raises(ValueError, match=f"--size 0.001, in MB: 1000 is too small: the least "
                                          f"possible is {size_of(smallest, model)} bytes"):
         choose_ways(options, model, model, batches, 0.001)
-
-
-@pytest.mark.parametrize("vocabulary", [0.01, 1000.0])
-def test_the_default_is_no_worse_than_what_is_all_alike(
-        monkeypatch: pytest.MonkeyPatch, vocabulary: float) -> None:
-    """About the bytes of blocks of 32; more, if 8 bits for the embedding would harm less."""
-    rows = {"model.embed_tokens": 200, **{f"model.layers.{i}.mlp.up_proj": 8 for i in range(40)}}
-    options = {name: dict.fromkeys(CHOOSES.options_of(name)) for name in rows}
-    table = SimpleNamespace(get_submodule=lambda name: SimpleNamespace(
-        weight=torch.zeros(rows[name], 256)))
-    harm = {name: [vocabulary * h if "embed" in name else h * (1 + i) for h in (3.0, 2.0, 0.0)]
-            for i, name in enumerate(options)}
-    monkeypatch.setattr(bits, "harm_of", lambda *_: harm)
-    chosen = choose_ways(options, table, table, {}, None)
-    left = sum(harm[name][[*options[name]].index(storage)]
-               for name, (storage, _) in chosen.items())
-    of_32 = sum(harm[name][1] for name in options)
-    assert left < of_32 and left <= of_32 - harm["model.embed_tokens"][1]
-    size = bits.MORE * size_of(dict.fromkeys(options, (Storage(4, 32), None)), table)
-    assert (size_of(chosen, table) <= size) == (vocabulary < 1)
 
 
 def test_texts_are_taken_in_turn_and_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
