@@ -28,11 +28,14 @@ WARM = 5                                 # answers during which the browser stil
 PROMPT = "What is the capital of France, and why is it so well known?"
 
 
-def ask(tab: Browser, text: str, seconds: float, anew: bool = True) -> tuple[str, str]:
+def ask(tab: Browser, text: str, seconds: float, anew: bool = True, task: str = "",
+        ) -> tuple[str, str]:
     """The answer to a message, stopped after some seconds, and the figures below it.
 
-    anew: the message begins a chat.
+    anew: the message begins a chat. task: the page answers from its set, or writes on if it has
+    none; "" is a chat.
     """
+    tab.js(f"document.querySelector('#task').value = '{task}'")
     if anew:
         tab.js("document.querySelector('#anew').click()")
     tab.js("document.querySelector('#text').focus()")
@@ -42,16 +45,16 @@ def ask(tab: Browser, text: str, seconds: float, anew: bool = True) -> tuple[str
     while tab.text("#status") == "Answering" and time.monotonic() < end:
         time.sleep(0.5)                      # asking more often would slow the two cores down
     tab.press("Escape", 27)
-    return tab.text(".assistant"), tab.wait_status("First token after", seconds=120)
+    figures = tab.wait_status("First token after", "Answered after", seconds=120)
+    return tab.text(".assistant"), figures
 
 
 def loading(tab: Browser, address: str) -> float:
     """Seconds until the page is ready."""
     start = time.perf_counter()
     tab.open(address)
-    tab.wait("document.querySelector('#status')?.textContent.startsWith('Loading')"
-             " || document.querySelector('#go:not([hidden])')")
-    if tab.js("!!document.querySelector('#go:not([hidden])')"):    # a large model is asked for
+    tab.wait_status("Loading ", "Loading:", "Ready", *"123456789")
+    if tab.js("!document.querySelector('#go').hidden"):    # the page asks before a large model
         tab.click("#go")
     print(tab.wait_status("Ready", seconds=300))
     return time.perf_counter() - start
@@ -86,8 +89,10 @@ def main() -> None:
             print(f"first token of the messages of a chat: {', '.join(chat)} s")
             for task in load_tasks(args.data, args.tasks.split(",")) if args.data else ():
                 lines = task.test[:args.lines]
-                right = sum(ask(tab, said["content"], 60)[0].strip() == answer["content"].strip()
-                            for said, answer in lines)
+                instruction = task.instruction or ""     # the page puts it before the message
+                right = sum(ask(tab, question["content"].removeprefix(instruction), 60,
+                                task=task.name)[0].strip() == answer["content"].strip()
+                            for question, answer in lines)
                 print(f"{task.name}: {right} of {len(lines)} exact", flush=True)
     finally:
         server.terminate()
