@@ -224,8 +224,8 @@ def test_fits_merged_weights_and_greedy_text_equal_the_package(base: Path, tmp_p
     residuals = reference.merge(model, samples)
     for name, residual in residuals.items():
         assert residual == pytest.approx(
-            found.together[f"model.{name}"].residual, rel=0.02, abs=1e-6)
-    freeze.merge(ours, found.together)
+            found[None][f"model.{name}"].residual, rel=0.02, abs=1e-6)
+    freeze.merge(ours, found[None])
     for name, W in model.weights.items():
         if "_proj" in name:
             torch.testing.assert_close(W, ours.get_submodule(f"model.{name}").weight,

@@ -51,8 +51,8 @@ def write_graph(config: ExportConfig, shipped: Shipped, folder: Path) -> dict[st
     else:
         write_decoder(folder / "model.onnx", shipped.tree, config.form)
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
-    adapters, by_task = {}, shipped.fits.by_task if config.adapters else {}
-    for number, (task, fits) in enumerate(by_task.items()):
+    adapters = {}
+    for number, (task, fits) in enumerate(shipped.fits.items() if config.adapters else ()):
         adapters[task] = f"{number}.onnx_adapter"        # the name of a task may be no file name
         write_adapter(folder / adapters[task], fits)
     return {"target": config.target, "precision": config.precision, "context": config.context,

@@ -28,6 +28,7 @@ from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, replacing
 from ..io.progress import progress_bar
+from ..io.text import clean
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, TaskFits, fit_group, frozen_layer, no_fits, readers_of
 from ..method.hooks import measuring
@@ -88,9 +89,7 @@ def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> 
     for config in parts:
         tree, ranges = placed(config, reference, fits), Ranges()
         if config.graph:
-            round_weights(tree, config.form, source.model, {
-                task: of_task for task, of_task in batches.items() if config.task in (None, task)},
-                config.size)
+            round_weights(tree, config.form, source.model, batches, config.size)
             round_experts(tree, config.form)
         if config.target == "npu" and config.form.rounds:
             few = PROMPTS if config.prompts else TEXTS
@@ -102,8 +101,10 @@ def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> 
 
 
 def shuffled_samples(config: ExportConfig, source: Source) -> Samples:
-    """What an export is calibrated on: examples of the run, or lines of --prompts."""
-    samples = source.examples
+    """What an export is calibrated on: examples of the run, or of one task; or lines of --prompts.
+    """
+    samples = {task: examples for task, examples in source.examples.items()
+               if config.task in (None, task)}
     if config.prompts:
         samples = {"prompts": unlabelled(config.prompts, source)}
     return {name: random.Random(0).sample(e, len(e)) for name, e in samples.items()}
@@ -131,23 +132,25 @@ def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batc
 
 @torch.no_grad()
 def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
-    """All mixtures as linear maps, fitted layer by layer and saved beside the run's adapter; none
-    if they go on routing."""
+    """All mixtures as the linear maps that the folder holds, fitted layer by layer and saved beside
+    the run's adapter; none if they go on routing."""
     model, mixtures = source.model, expert_layers(source.model)
     if config.routing == "dynamic" or not mixtures:
-        return TaskFits({}, {})
+        return {config.task: {}}
     if not os.access(source.run / "adapter", os.W_OK):       # the fits go there, after the work
         raise ValueError(f"{source.run / 'adapter'} cannot be written: copy the run")
     names = {layer: name for name, layer in mixtures.items() if layer.router is not None}
-    fits = no_fits(mixtures, batches, [config.fit])
+    wanted = [*batches] if config.adapters else [config.task]
+    fits = no_fits(mixtures, batches, wanted, [config.fit])[config.fit]
     walk = Walk(model.model, batches if names else {})
     with measuring(model):
         bar = progress_bar(walk.layers(), "freeze", len(model.model.layers), unit="layer")
         for _, layer, runs in bar:
-            fit_group(readers_of(layer, names), runs, fits, packed=True)
-    show_residuals(fits[config.fit].for_task(config.task))
-    save_fits(source.run / "adapter", fits[config.fit])
-    return fits[config.fit]
+            fit_group(readers_of(layer, names), runs, {config.fit: fits}, packed=True)
+    for task, by_name in fits.items():
+        show_residuals(task, by_name)
+    save_fits(source.run / "adapter", fits)
+    return fits
 
 
 def sharing_copy(model: Any) -> Any:
@@ -161,18 +164,19 @@ def placed(config: ExportConfig, reference: CausalLM, fits: TaskFits) -> CausalL
     for name, layer in expert_layers(tree).items():
         if config.adapters:
             tree.set_submodule(name, AdapterLinear(layer, {
-                task: by_name[name] for task, by_name in fits.by_task.items()}))
+                task: by_name[name] for task, by_name in fits.items() if task}))
         elif config.routing != "dynamic":
-            fit = fits.for_task(config.task)[name]
+            fit = fits[config.task][name]
             merges = config.merges and config.graph
             tree.set_submodule(name, frozen_layer(layer, fit) if not merges else BlockLinear(
                 MergedWeight(layer.weight, fit), layer.bias))
     return tree
 
 
-def show_residuals(fits: Fits) -> None:
-    """Print the share of each mixture's output that the fits miss."""
-    print(terminal_heatmap("share of the mixture's output that one linear map misses",
+def show_residuals(task: str | None, fits: Fits) -> None:
+    """Print the share of each mixture's output that the fits miss, of one task or of all."""
+    of = f"{clean(task)}: " if task else ""
+    print(terminal_heatmap(f"{of}share of the mixture's output that one linear map misses",
                            {name: f.residual for name, f in fits.items()}))
     kinds = [f.kind for f in fits.values()]
     missed = median([f.residual for f in fits.values() if f.kind != "exact"] or [0.0])
@@ -181,9 +185,10 @@ def show_residuals(fits: Fits) -> None:
 
 
 def save_fits(folder: Path, fits: TaskFits) -> None:
-    """Write folder/frozen.safetensors: <module>.lora_A and .lora_B, and <task>/<module>.lora_A."""
-    by_path = {**fits.together, **{f"{task}/{name}": fit for task, by_name in
-                                   fits.by_task.items() for name, fit in by_name.items()}}
+    """Write folder/frozen.safetensors: <module>.lora_A and .lora_B of all tasks together, and
+    <task>/<module>.lora_A and .lora_B of one."""
+    by_path = {f"{task}/{name}" if task else name: fit
+               for task, by_name in fits.items() for name, fit in by_name.items()}
     tensors = {f"{name}.{part}": getattr(fit, part).contiguous()
                for name, fit in by_path.items() for part in ("lora_A", "lora_B")}
     notes = {name: [fit.kind, fit.residual] for name, fit in by_path.items()}

@@ -61,7 +61,7 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     tolerance, prompts = activations_explain(config), check_prompts(source)
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
-        model = without_routing(config, reference, shipped.fits.for_task(task) if adapted else None)
+        model = without_routing(config, reference, shipped.fits[task] if adapted else None)
         generator.use(adapter)
         figures, texts = compare_graph(model, generator, prompts, math.inf if rounds else tolerance,
                                     config.precision == "fp32")
@@ -79,7 +79,7 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
                 BITS8 if rounds and not npu else tolerance)
             show_logits(name, figures["providers"][name], "the CPU")
         if adapted:
-            floats = without_routing(config, source.model, shipped.fits.for_task(task))
+            floats = without_routing(config, source.model, shipped.fits[task])
             figures["exact_match"] = accuracies(config, source, generator, floats, [
                 t for t in source.tasks if task in (None, t.name)])
         by_adapter[task or ""] = figures
@@ -125,7 +125,7 @@ def without_routing(config: ExportConfig, model: CausalLM, fits: Fits | None) ->
 def check_weights(config: ExportConfig, source: Source, reference: CausalLM, shipped: Shipped,
                   folder: Path) -> dict[str, Any]:
     """Compare the logits of a folder of layout hf or peft with those of PyTorch."""
-    fits = shipped.fits.for_task(config.task)
+    fits = shipped.fits[config.task]
     if config.layout == "hf":
         exported = load_model(folder)
     else:

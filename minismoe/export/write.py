@@ -79,7 +79,7 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
         record(info, folder, "*")            # the runtime reads it: no graph that was moved away
     else:
         layouts.write_weights(config.layout, source.base, source.name,
-                              shipped.fits.for_task(config.task), folder)
+                              shipped.fits[config.task], folder)
     info["checked"] = verify.check(config, source, reference, shipped, folder)
     info["providers"] = [name for name in config.provider or () if all(  # that auto may take
         (there := figures["providers"][name])["texts_equal"] == there["texts"]

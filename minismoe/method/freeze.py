@@ -9,11 +9,10 @@ stacked experts, and g*h each expert's r entries of h times its gate:
 Every HOLD-th sample is held out: it chooses the ridge (or `gates`, if no ridge does better), and
 gives the residual, the share of the mixture's output energy that the fit misses.
 
-The memory of sums does not grow with samples or tasks. M is the largest; all matrices that read the
-same x (q, k, v; gate, up) share it. With D = 11,008, four M of 485 MB are held in float32 (to fit
-and held out, of one task and of all), and four of 970 MB while solving. `fit` holds the sums of a
-whole model, of any kind; an export goes through our decoder layer by layer, and calls `fit_group`
-for each.
+The memory of sums does not grow with samples. M is the largest; all matrices that read the same x
+(q, k, v; gate, up) share it. With D = 11,008, two M of 485 MB are held in float32 (to fit and held
+out), and four of 970 MB while solving. `fit` holds the sums of a whole model, of any kind; an
+export goes through our decoder layer by layer, and calls `fit_group` for each.
 Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
@@ -47,16 +46,8 @@ class Fit:
     residual: float = 0.0        # share of the mixture's output energy that it misses, held out
 
 
-@dataclass
-class TaskFits:
-    """{module: Fit} of all tasks together, and of each task by itself."""
-
-    together: dict[str, Fit]
-    by_task: dict[str, dict[str, Fit]]
-
-    def for_task(self, task: str | None) -> dict[str, Fit]:
-        """The fits of a task; of all together for None."""
-        return self.together if task is None else self.by_task[task]
+# {task: {module: Fit}}; under None those of all tasks together.
+TaskFits = dict[str | None, dict[str, Fit]]
 
 
 class Sums(NamedTuple):
@@ -76,7 +67,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> di
     the held-out samples say so, and "gates" the mean if its system is singular; Fit.kind tells.
     Raises ValueError as `no_fits` and `solve` do.
     """
-    fits = no_fits(expert_layers(model), tasks)
+    fits = no_fits(expert_layers(model), tasks, (None, *tasks))
     decoder = getattr(model, "model", model)
     runs = {task: [(batch[1], partial(decoder, input_ids=batch[0], attention_mask=batch[1]))
                    for batch in batches] for task, batches in tasks.items()}
@@ -87,32 +78,40 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> di
 
 
 def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Sequence[Tensor]]],
-            kinds: Sequence[str] = KINDS) -> dict[str, TaskFits]:
-    """By kind, the exact maps of single experts; those of mixtures are to be replaced by
-    `fit_group`. Raises ValueError for a task of fewer than two samples, if there is a mixture."""
+            wanted: Sequence[str | None], kinds: Sequence[str] = KINDS) -> dict[str, TaskFits]:
+    """By kind, the exact maps of single experts for each task that is wanted (None: for all of them
+    together); those of mixtures are to be replaced by `fit_group`. Raises ValueError for a task of
+    fewer than two samples, if there is a mixture."""
     few = [t for t, batches in tasks.items() if sum(len(b[0]) for b in batches) < 2]
     if few and any(layer.router is not None for layer in layers.values()):
         raise ValueError(f"{', '.join(few)}: two calibration samples or more are needed, give more")
-
-    def exacts() -> dict[str, Fit]:
-        return {name: exact(layer) for name, layer in layers.items()}
-
-    return {kind: TaskFits(exacts(), {task: exacts() for task in tasks}) for kind in kinds}
+    return {kind: {task: {name: exact(layer) for name, layer in layers.items()} for task in wanted}
+            for kind in kinds}
 
 
 def fit_group(group: Sequence[Readers], tasks: Mapping[str, Sequence[Run]],
               fits: Mapping[str, TaskFits], packed: bool) -> None:
-    """Fit the mixtures of a group, in `fits`, by kind, from one run of each batch. packed: whether
-    the layers see rows of real tokens alone."""
-    total = [zeros(readers) for readers in group]
-    for task in (*tasks, None):
-        parts = total if task is None else moments_of(group, tasks[task], packed)
-        for readers, part, whole in zip(group, parts, total):
-            if task is not None:
-                whole += part
-            solved = solve(readers, part)
-            for kind in fits:
-                fits[kind].for_task(task).update(solved[kind])
+    """Fit the mixtures of a group, in `fits`, by kind, for the tasks that are in it, from one run
+    of each batch. packed: whether the layers see rows of real tokens alone."""
+    wanted = {task for of_kind in fits.values() for task in of_kind}
+
+    def put(task: str | None, sums: Sequence[Tensor]) -> None:
+        for readers, rows in zip(group, sums):
+            for kind, solved in solve(readers, rows).items():
+                if kind in fits:
+                    fits[kind][task].update(solved)
+
+    together = [zeros(readers) for readers in group]
+    for task, runs in tasks.items():
+        if task not in wanted:
+            add_moments(together, group, runs, packed)
+            continue
+        add_moments(alone := [zeros(readers) for readers in group], group, runs, packed)
+        put(task, alone)
+        for whole, part in zip(together, alone):
+            whole += part
+    if None in wanted:
+        put(None, together)
 
 
 def readers_of(module: nn.Module, names: Mapping[ExpertLinear, str]) -> list[Readers]:
@@ -131,7 +130,7 @@ def _shapes(readers: Readers) -> list[tuple[int, ...]]:
 
 
 def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
-    """The sums of each mixture, as views of one row of `moments_of`."""
+    """The sums of each mixture, as views of one row of `zeros`."""
     shapes = _shapes(readers)
     M, *others = (x.view(shape) for x, shape in zip(row.split([*map(prod, shapes)]), shapes))
     return {name: Sums(M, *others[i::len(readers)]) for i, name in enumerate(readers)}
@@ -144,9 +143,10 @@ def zeros(readers: Readers) -> Tensor:
 
 
 @torch.no_grad()
-def moments_of(group: Sequence[Readers], runs: Iterable[Run], packed: bool) -> list[Tensor]:
-    """The sums of `zeros`, for each input of a group, over the real tokens of the batches."""
-    sums = [zeros(readers) for readers in group]
+def add_moments(sums: Sequence[Tensor], group: Sequence[Readers], runs: Iterable[Run],
+                packed: bool) -> None:
+    """Add the real tokens of the batches of a task to the sums of each input of a group, see
+    `zeros`."""
     sums_of = {layer: [views(readers, row)[name] for row in rows]
                for readers, rows in zip(group, sums) for name, layer in readers.items()}
     adds_M = {next(iter(readers.values())) for readers in group}         # one of each input
@@ -176,12 +176,11 @@ def moments_of(group: Sequence[Readers], runs: Iterable[Run], packed: bool) -> l
                                 for part in (mask & ~held, mask & held)]
             run()
             samples += len(mask)
-    return sums
 
 
 @torch.no_grad()
 def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the mixtures that read one x, from its `moments_of` (2, .).
+    """{kind: {module: Fit}} of the mixtures that read one x, from its sums (2, .).
 
     Raises ValueError with the modules whose sums or experts are not finite.
     """

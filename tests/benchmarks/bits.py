@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
     source = export.load_run(config)
     load_adapter(tree := load_model(source.base), source.run / "adapter")
     batches = trees.calibration_batches(trees.shuffled_samples(config, source), source)
-    merge(tree, trees.freeze_mixtures(config, source, batches).together)
+    merge(tree, trees.freeze_mixtures(config, source, batches)[None])
     tree.eval().requires_grad_(False)
     rounded_ways = dict(rounded_options(tree, config.form, source.model, batches))
     harm = harm_of(rounded_ways, tree, source.model, batches)

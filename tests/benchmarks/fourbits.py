@@ -201,7 +201,7 @@ def write_merged(source: Source, folder: Path) -> None:
     """Write the mixture, merged by the linear fit, as a checkpoint in float32."""
     load_adapter(model := load_model(source.base), source.run / "adapter")
     (shipped,) = ship([ExportConfig(precision="fp32")], source, model)
-    merge(model, shipped.fits.together)
+    merge(model, shipped.fits[None])
     copy_base_files(source.base, folder)
     settings = read_json(folder / "config.json")
     write_json(folder / "config.json", settings | {"torch_dtype": "float32"})

@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
     batches = calibration_batches(shuffled_samples(config, source), source)
     names, kinds = [task.name for task in source.tasks], fit(source.model, batches)
     rows = [row("mixture", source, {})]
-    rows += [row(f"merged, {kind}", source, dict.fromkeys(names, found.together))
+    rows += [row(f"merged, {kind}", source, dict.fromkeys(names, found[None]))
              for kind, found in kinds.items()]
-    rows.append(row("merged, linear for each task", source, kinds["linear"].by_task))
+    rows.append(row("merged, linear for each task", source, kinds["linear"]))
     print(table(["exact match", *map(clean, names), "mean", "missed"], rows))
 
 

@@ -224,12 +224,15 @@ def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> N
         "twice": {"choices": [], "instruction": ""}}
 
 
-def test_fits_are_kept_beside_the_adapter(run: Path, tmp_path: Path) -> None:
-    export.main([str(run), "--out", str(tmp_path / "out")])
+@pytest.mark.parametrize(("flags", "fitted"), [
+    ("", {""}), ("--task number", {"number"}), ("--adapters", {"number", "twice"})])
+def test_fits_are_kept_beside_the_adapter(flags: str, fitted: set[str], run: Path, tmp_path: Path,
+                                          ) -> None:
+    export.main([str(run), "--out", str(tmp_path / "out"), *flags.split()])
     fits = frozen_of(run)
-    assert set(fits) == {"", "number", "twice"}
+    assert set(fits) == fitted
     with safe_open(run / "adapter" / "adapter.safetensors", "pt") as f:
-        assert set(fits[""]) == {key.rpartition(".")[0] for key in f.keys()}    # noqa: SIM118
+        assert set(fits[min(fitted)]) == {key.rpartition(".")[0] for key in f.keys()}    # noqa: SIM118
 
 
 def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:

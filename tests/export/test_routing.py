@@ -20,7 +20,7 @@ from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.rounding import round_weights
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import TaskFits, exact, fit
+from minismoe.method.freeze import exact, fit
 
 
 @pytest.mark.parametrize("task", [None, "a"])
@@ -29,11 +29,13 @@ def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_pa
     """Two graphs share one freezing."""
     model, frozen, read = model_of(dtype=torch.float32), [], []
     monkeypatch.setattr(tree, "save_fits", lambda folder, fits: frozen.append(fits))
-    monkeypatch.setattr(tree, "calibration_batches", lambda *_: tasks())
+    monkeypatch.setattr(tree, "calibration_batches", lambda samples, source: {
+        name: tasks()[name] for name in samples})
     monkeypatch.setattr(tree, "round_weights", lambda tree, form, model, batches, size: read.append(
         [*batches]) or round_weights(tree, form, model, batches))
     (tmp_path / "adapter").mkdir()
-    source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0))
+    source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0),
+                    examples={"a": [], "b": []})
     config = ExportConfig(precision="int4", block=32, task=task, routing=routing)
     trees = tree.ship([config] * 2, source, model)
     assert read == [["a"] if task else ["a", "b"]] * 2 and len(frozen) == 1
@@ -59,10 +61,9 @@ def test_frozen_maps_are_kept_beside_the_adapter(tmp_path: Path) -> None:
         assert f.metadata()["format"] == "minismoe.frozen/1"
         notes = json.loads(f.metadata()["fits"])
         assert len(notes) == 3 * len(COUNTS)
-        for prefix, by_name in (("", fits.together), *(
-                (f"{task}/", by_name) for task, by_name in fits.by_task.items())):
+        for task, by_name in fits.items():
             for name, wanted in by_name.items():
-                path = prefix + name
+                path = f"{task}/{name}" if task else name
                 assert torch.equal(f.get_tensor(f"{path}.lora_A"), wanted.lora_A)
                 assert torch.equal(f.get_tensor(f"{path}.lora_B"), wanted.lora_B)
                 assert notes[path] == [wanted.kind, wanted.residual]
@@ -74,7 +75,7 @@ def test_frozen_maps_are_kept_beside_the_adapter(tmp_path: Path) -> None:
 def test_a_base_in_16_bits_is_merged_in_float32() -> None:
     model = model_of(dtype=torch.bfloat16).to(torch.float32)
     fits = {name: exact(layer) for name, layer in expert_layers(model).items()}
-    placed = tree.placed(ExportConfig(precision="fp32"), model, TaskFits(fits, {}))
+    placed = tree.placed(ExportConfig(precision="fp32"), model, {None: fits})
     for name, linear in fits.items():
         merged, layer = placed.get_submodule(name).weight.dense(), model.get_submodule(name)
         assert merged.dtype == torch.float32

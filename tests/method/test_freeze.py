@@ -20,6 +20,7 @@ from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.method.freeze import (
     Fit,
     TaskFits,
+    add_moments,
     exact,
     fit,
     freeze,
@@ -27,9 +28,9 @@ from minismoe.method.freeze import (
     measured,
     merge,
     merged,
-    moments_of,
     readers_of,
     views,
+    zeros,
 )
 
 
@@ -75,13 +76,13 @@ def test_fits_and_residuals_equal_the_reference(kind: str, pad: str, ridge: floa
     for task in (None, "a", "b"):
         xs, hs = ({name: torch.cat([part[t][name] for t in data if task in (None, t)])
                    for name in COUNTS} for part in seen)
-        assert list(fits["linear"].for_task(task)) == list(COUNTS)
+        assert list(fits["linear"][task]) == list(COUNTS)
         for name in ROUTED:
             layer, x = plain(expert_layers(model)[name]), xs[name]
             wanted = reference.fits(layer, x, ridge)
-            assert fits["linear"].for_task(task)[name].kind == "linear"
+            assert fits["linear"][task][name].kind == "linear"
             for what in fits:
-                found = fits[what].for_task(task)[name]
+                found = fits[what][task][name]
                 torch.testing.assert_close(found.lora_A, wanted[what], rtol=1e-5, atol=1e-5)
                 assert found.residual == pytest.approx(
                     reference.residual(layer, wanted[what], hs[name]), rel=1e-6)
@@ -99,7 +100,7 @@ def test_the_ridge_is_the_best_one_on_held_out_samples() -> None:
     for task in "ab":
         xs, hs = (reads(model, held_out(data[task], held)) for held in (False, True))
         for name in ROUTED:
-            layer, found = plain(expert_layers(model)[name]), fits.for_task(task)[name]
+            layer, found = plain(expert_layers(model)[name]), fits[task][name]
             losses = [reference.residual(layer, reference.fits(layer, xs[name], ridge)["linear"],
                                          hs[name]) for ridge in module.RIDGES]
             losses.append(reference.residual(layer, reference.fits(layer, xs[name], 1.0)["gates"],
@@ -120,9 +121,9 @@ def test_equal_gates_are_frozen_without_loss(k: int) -> None:
     fits = fit(model, tasks())
     for kind, found in fits.items():
         assert all(f.residual < 1e-12 for task in (None, "a", "b")
-                   for f in found.for_task(task).values())
+                   for f in found[task].values())
         frozen = copy.deepcopy(model)
-        freeze(frozen, found.together)
+        freeze(frozen, found[None])
         torch.testing.assert_close(frozen(*x[:2]), before(*x[:2]), msg=kind)
 
 
@@ -135,7 +136,8 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     randomise(layer, seed)
     tokens = torch.randn(1, N, D, dtype=torch.float64)
     readers = {"layer": layer}
-    (rows,) = moments_of([readers], [(torch.ones(1, N), partial(layer, tokens))], False)
+    rows = zeros(readers)
+    add_moments([rows], [readers], [(torch.ones(1, N), partial(layer, tokens))], False)
     sums = views(readers, rows[0])["layer"]
     mean, gates = sums.gates / N, module.constant_gates(layer, sums)
     best = mean if gates is None else gates
@@ -159,11 +161,11 @@ def test_singular_gates_fall_back_to_their_mean() -> None:
     dead = expert_layers(model)["model.layers.1.mlp.up_proj"]
     dead.lora_B.data[2] = 0                        # one that adds nothing
     fits = fit(model, tasks())
-    assert fits["gates"].together[name].kind == "mean"
-    assert torch.equal(fits["gates"].together[name].lora_A, fits["mean"].together[name].lora_A)
-    assert fits["linear"].together[name].residual <= fits["gates"].together[name].residual
-    assert fits["gates"].together["model.layers.1.mlp.up_proj"].kind == "mean"
-    assert fits["gates"].together["model.layers.1.self_attn.q_proj"].kind == "gates"
+    assert fits["gates"][None][name].kind == "mean"
+    assert torch.equal(fits["gates"][None][name].lora_A, fits["mean"][None][name].lora_A)
+    assert fits["linear"][None][name].residual <= fits["gates"][None][name].residual
+    assert fits["gates"][None]["model.layers.1.mlp.up_proj"].kind == "mean"
+    assert fits["gates"][None]["model.layers.1.self_attn.q_proj"].kind == "gates"
 
 
 def test_untrained_experts_lose_nothing() -> None:
@@ -171,16 +173,16 @@ def test_untrained_experts_lose_nothing() -> None:
     for layer in expert_layers(model).values():
         layer.lora_B.data.zero_()
     for found in fit(model, tasks()).values():
-        assert {f.residual for f in found.together.values()} == {0.0}
+        assert {f.residual for f in found[None].values()} == {0.0}
 
 
 def test_gates_are_taken_where_held_out_samples_say_that_linear_is_worse() -> None:
     few = {"a": [tuple(t[:, :3] for t in batch(1, 3))]}   # 6 tokens to fit 16 or 24 inputs
     fits = fit(model_of(), few)
-    kinds = {name: fits["linear"].by_task["a"][name].kind for name in ROUTED}
+    kinds = {name: fits["linear"]["a"][name].kind for name in ROUTED}
     assert "gates" in kinds.values()
     for name, kind in kinds.items():
-        found, gates = fits["linear"].by_task["a"][name], fits["gates"].by_task["a"][name]
+        found, gates = fits["linear"]["a"][name], fits["gates"]["a"][name]
         assert found.residual <= gates.residual
         if kind == "gates":
             assert torch.equal(found.lora_A, gates.lora_A)
@@ -195,8 +197,8 @@ def test_tasks_of_one_sample_are_refused() -> None:
 
 def same(a: dict[str, TaskFits], b: dict[str, TaskFits], **tolerance: float) -> None:
     for kind in a:
-        for task in (None, "a", "b"):
-            ours, theirs = a[kind].for_task(task), b[kind].for_task(task)
+        for task, ours in a[kind].items():
+            theirs = b[kind][task]
             assert list(ours) == list(theirs)
             for name, found in ours.items():
                 torch.testing.assert_close(found.lora_A, theirs[name].lora_A, **tolerance)
@@ -219,7 +221,7 @@ def test_inputs_that_are_shared_are_multiplied_once() -> None:
     short = [[name.split(".")[-1][0] for name in readers] for readers in group]
     assert short == [["q", "k"], ["o"], ["g", "u"], ["d"]] * 2
     with Shapes() as shapes:
-        moments_of(group, [run], True)
+        add_moments([zeros(readers) for readers in group], group, [run], True)
     assert shapes.seen.count(("addmm_", (D, D))) == 2 * 2 * 3        # fitting and held-out samples
     assert shapes.seen.count(("addmm_", (24, 24))) == 2 * 2
 
@@ -233,8 +235,11 @@ def test_layer_by_layer_is_the_whole_model(size: int, monkeypatch: pytest.Monkey
                    for i in range(0, 8, size)] for task, batches in tasks().items()}
     (tmp_path / "adapter").mkdir()
     source = Source(tmp_path, tmp_path, "", model, None)
-    found = freeze_mixtures(ExportConfig(), source, data)
+    found = freeze_mixtures(ExportConfig(), source, data) | freeze_mixtures(
+        ExportConfig(adapters=True), source, data)
     same({"linear": fit(model, data)["linear"]}, {"linear": found}, rtol=0, atol=1e-12)
+    alone = freeze_mixtures(ExportConfig(task="a"), source, {"a": data["a"]})
+    same({"linear": {"a": found["a"]}}, {"linear": alone}, rtol=0, atol=0)
 
 
 def test_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +257,7 @@ def test_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["ours", "hf"])
 def test_frozen_and_merged_compute_the_same(kind: str) -> None:
     model, (ids, mask, _) = model_of(kind), batch(3)
-    fits = fit(model, tasks())["linear"].together
+    fits = fit(model, tasks())["linear"][None]
     frozen, joined = copy.deepcopy(model), copy.deepcopy(model)
     freeze(frozen, fits)
     merge(joined, fits)
@@ -273,13 +278,13 @@ def test_one_expert_is_exact() -> None:
     found = exact(layer)
     assert (found.kind, found.residual) == ("exact", 0.0)
     torch.testing.assert_close(x @ merged(layer.weight, found).T, layer(x))
-    freeze(model, fit(model, tasks())["gates"].by_task["a"])
+    freeze(model, fit(model, tasks())["gates"]["a"])
     torch.testing.assert_close(expert_layers(model)["model.layers.0.self_attn.v_proj"](x), layer(x))
 
 
 def test_merging_three_times_equals_once() -> None:
     model = model_of(dtype=torch.float32)
-    fits, before = fit(model, tasks())["linear"].together, model_of(dtype=torch.float32)
+    fits, before = fit(model, tasks())["linear"][None], model_of(dtype=torch.float32)
     merge(model, fits)
     once = copy.deepcopy(model.state_dict())
     merge(model, fits)
@@ -295,7 +300,7 @@ def test_merging_three_times_equals_once() -> None:
 
 def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
     model = model_of(dtype=torch.bfloat16)
-    fits = fit(model, tasks())["linear"].together
+    fits = fit(model, tasks())["linear"][None]
     for name, found in fits.items():
         weight = model.get_submodule(name).weight
         assert found.lora_A.dtype == found.lora_B.dtype == torch.float32
@@ -308,7 +313,7 @@ def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
 
 def test_bfloat16_gathers_in_float32() -> None:
     model, data = model_of(dtype=torch.bfloat16), tasks(40)
-    fits = fit(model, data)["gates"].together
+    fits = fit(model, data)["gates"][None]
     xs = reads(model, [b for t in data for b in held_out(data[t], True)])
     for name in ROUTED:
         # Batched, bfloat16 rounds elsewhere than sample by sample, and top-k may flip.
@@ -329,7 +334,7 @@ def test_what_is_not_finite_is_refused_by_name() -> None:
 
 def test_missing_fits_are_named_before_anything_changes() -> None:
     model = model_of()
-    fits = fit(model, tasks())["linear"].together
+    fits = fit(model, tasks())["linear"][None]
     lost = "model.layers.1.mlp.down_proj"
     del fits[lost]
     for function in (freeze, merge):
@@ -353,4 +358,4 @@ def test_experts_that_are_nearly_alike_still_have_gates_of_their_own() -> None:
     layer = expert_layers(model)["model.layers.0.self_attn.q_proj"]
     for p in (layer.lora_A, layer.lora_B):
         p.data[1] = p.data[0] + 0.01 * p.data[1]
-    assert fit(model, tasks())["gates"].together["model.layers.0.self_attn.q_proj"].kind == "gates"
+    assert fit(model, tasks())["gates"][None]["model.layers.0.self_attn.q_proj"].kind == "gates"

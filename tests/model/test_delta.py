@@ -128,7 +128,7 @@ def test_experts_are_frozen_and_merged(pair: tuple[Any, CausalLM]) -> None:
     g = torch.Generator().manual_seed(0)
     tasks = {task: [(torch.randint(97, (8, 20), generator=g), torch.ones(8, 20).long())]
              for task in "ab"}
-    fits = fit(model, tasks)["linear"].together
+    fits = fit(model, tasks)["linear"][None]
     assert fits.keys() == layers.keys() and {f.kind for f in fits.values()} <= {*KINDS}
     frozen, joined, (ids, mask) = copy.deepcopy(model), copy.deepcopy(model), tasks["a"][0]
     freeze(frozen, fits)
