@@ -12,8 +12,9 @@ from torch import nn
 
 from minismoe.export import graph, steps
 from minismoe.export.mixture import round_experts
-from minismoe.export.rounding import round_weights
+from minismoe.export.rounding import rounded, store
 from minismoe.export.tree import sharing_copy
+from minismoe.export.walk import Batches, layer_by_layer
 from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM, Config
 
@@ -38,9 +39,19 @@ def stored(model: CausalLM, form: GraphFormat, beside: Mapping[str, nn.Linear] =
     for name, layer in beside.items():
         tree.set_submodule(name, layer)
     tree = sharing_copy(tree)                # rounding changes the modules
-    round_weights(tree, form, tree, {})
+    round_weights(tree, form)
     round_experts(tree, form)
     return tree
+
+
+def round_weights(tree: CausalLM, form: GraphFormat, model: CausalLM | None = None,
+                  batches: Batches | None = None) -> None:
+    """Store the weights of a tree in few bits, in place, for what a model reads on batches."""
+    if form.rounds:
+        for names, factors in layer_by_layer(model or tree, batches or {}, {}, [form]):
+            for name in names:
+                ways = rounded(tree.get_submodule(name), name, form, factors.get(name))
+                store(tree, form, ((name, way) for way in ways.items()))
 
 
 def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,

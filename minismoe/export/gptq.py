@@ -8,17 +8,14 @@ as their inputs x correlate with its input, which H = E[x x^T] tells:
     e_k = (w_k - rounded w_k) / U_kk
     w_j <- w_j - e_k U_kj           for all columns j > k, before they are rounded
 
-Letters: N outputs, K inputs, T tokens.
+Letters: N outputs, K inputs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..method.freeze import Run
-from ..method.hooks import hooked
 from ..model.quantize import Blocks, block_scales, integers, pack
 
 # Of H, whose diagonal is scaled to a mean of 1. A few thousand tokens show H only roughly, so more
@@ -72,36 +69,3 @@ def _rounded(weight: Tensor, U: Tensor, bits: int, sizes: Sequence[int],
         w[end:].flatten(1).addmm_(U[start:end, end:].T, errors.flatten(1), alpha=-1)
     return [(pack(q[:len(of_size) * size, s].T.reshape(N, -1, size), bits), torch.stack(of_size, 1))
             for s, (size, of_size) in enumerate(zip(sizes, scales))]
-
-
-@torch.no_grad()
-def second_moments(layers: Mapping[str, nn.Module], runs: Iterable[Run]) -> dict[str, Tensor]:
-    """Sums of x x^T (K, K), in float32, over the tokens x that each of these linear layers reads
-    in the runs, which give them rows of real tokens alone. Layers that read the same x, such as q,
-    k and v, have one tensor."""
-    sums: dict[nn.Module, Tensor] = {}
-    first_of: dict[nn.Module, nn.Module] = {}            # of those that read the same x
-    last: list[Any] = [None, None]                       # x, and the first layer that read it
-
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        if inputs[0] is not last[0]:
-            last[:] = inputs[0], layer
-            moment = gram(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
-            sums[layer] = sums[layer].add_(moment) if layer in sums else moment
-        first_of[layer] = last[1]
-
-    with hooked(layers.values(), hook):
-        for _, run in runs:
-            run()
-    return {name: sums[first_of[layer]] for name, layer in layers.items() if layer in first_of}
-
-
-def gram(x: Tensor) -> Tensor:
-    """x^T x (K, K) of x (T, K); what lies below the diagonal is copied from above it."""
-    K = x.shape[1]
-    product = x.new_empty(K, K)
-    for start in range(0, K, step := max(256, -(-K // 4))):
-        end = min(start + step, K)
-        torch.mm(x[:, start:end].T, x[:, start:], out=product[start:end, start:])
-        product[end:, start:end] = product[start:end, end:].T
-    return product

@@ -15,7 +15,7 @@ from ..method.freeze import Fit, merged
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight
 
-EMBEDDING = "model.embed_tokens"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 class MergedWeight(nn.Module):

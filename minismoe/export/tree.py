@@ -27,21 +27,20 @@ from torch import nn
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, replacing
-from ..io.progress import progress_bar
 from ..io.text import clean
-from ..method.experts import expert_layers
-from ..method.freeze import Fit, TaskFits, fit_group, frozen_layer, no_fits, readers_of
-from ..method.hooks import measuring
+from ..method.experts import ExpertLinear, expert_layers
+from ..method.freeze import Fit, TaskFits, frozen_layer, no_fits
 from ..method.loss import IGNORE
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockLinear, WideWeight
+from .bits import Ways, choose_ways
 from .leaves import AdapterLinear, MergedWeight, put_weight
 from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
-from .rounding import round_weights
+from .rounding import rounded, store
 from .settings import ExportConfig, Source
-from .walk import Batches, Walk
+from .walk import Batches, layer_by_layer
 
 SAMPLES, BATCH = 64, 16                      # to calibrate with, of each task, and at once
 Fits = Mapping[str, Fit]                     # module -> its fit
@@ -78,26 +77,48 @@ def in_float32(source: Source) -> CausalLM:
 
 
 def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> list[Shipped]:
-    """Freeze the mixtures of a run, and round the weights for each graph.
+    """Freeze the mixtures of a run, and round the weights for each graph, layer by layer.
 
     parts: the settings of each graph, which differ in nothing but how weights are stored.
     reference: the model of the source in float32.
     """
     samples = shuffled_samples(parts[0], source)
     batches = calibration_batches(samples, source)
-    fits, shipped = freeze_mixtures(parts[0], source, batches), []
-    for config in parts:
-        tree, ranges = placed(config, reference, fits), Ranges()
+    fits = fits_to_make(parts[0], source, batches)
+    trees = [sharing_copy(reference) for _ in parts]
+    ways = [dict[str, Ways]() for _ in parts]
+    for names, factors in layer_by_layer(source.model, batches, {parts[0].fit: fits},
+                                         [part.form for part in parts if part.graph]):
+        for config, tree, of_tree in zip(parts, trees, ways):
+            place(tree, names, config, fits)
+            if config.graph and config.form.rounds:
+                of_tree |= {name: rounded(tree.get_submodule(name), name, config.form,
+                                          factors.get(name)) for name in names}
+                if not config.size:          # then each weight has one way
+                    store(tree, config.form, ((name, way) for name, of_name in of_tree.items()
+                                              for way in of_name.items()))
+                    of_tree.clear()
+    if any(fits.values()):
+        show_fits(fits)
+        save_fits(source.run / "adapter", fits)
+    for config, tree, of_tree in zip(parts, trees, ways):
+        if config.size:
+            store(tree, config.form, choose_ways(of_tree, tree, source.model, batches,
+                                                 config.size).items())
         if config.graph:
-            round_weights(tree, config.form, source.model, batches, config.size)
             round_experts(tree, config.form)
-        if config.target == "npu" and config.form.rounds:
-            few = PROMPTS if config.prompts else TEXTS
-            texts = [e.ids for examples in samples.values() for e in examples[:few]]
-            ranges = activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
-                                       if config.prompts else texts)
-        shipped.append(Shipped(tree, fits, ranges))
-    return shipped
+    return [Shipped(tree, fits, ranges_of(config, tree, samples, source))
+            for config, tree in zip(parts, trees)]
+
+
+def ranges_of(config: ExportConfig, tree: CausalLM, samples: Samples, source: Source) -> Ranges:
+    """The ranges of activations on the samples, if an NPU stores them in few bits."""
+    if config.target != "npu" or not config.form.rounds:
+        return Ranges()
+    few = PROMPTS if config.prompts else TEXTS
+    texts = [e.ids for examples in samples.values() for e in examples[:few]]
+    return activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
+                             if config.prompts else texts)
 
 
 def shuffled_samples(config: ExportConfig, source: Source) -> Samples:
@@ -130,27 +151,16 @@ def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batc
             for name, examples in samples.items()}
 
 
-@torch.no_grad()
-def freeze_mixtures(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
-    """All mixtures as the linear maps that the folder holds, fitted layer by layer and saved beside
-    the run's adapter; none if they go on routing."""
-    model, mixtures = source.model, expert_layers(source.model)
-    if config.routing == "dynamic" or not mixtures:
+def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
+    """The linear maps of mixtures that the folder holds, of which those of single experts are made;
+    none if mixtures go on routing. Raises ValueError where they could not be saved."""
+    layers = expert_layers(source.model)
+    if config.routing == "dynamic" or not layers:
         return {config.task: {}}
     if not os.access(source.run / "adapter", os.W_OK):       # the fits go there, after the work
         raise ValueError(f"{source.run / 'adapter'} cannot be written: copy the run")
-    names = {layer: name for name, layer in mixtures.items() if layer.router is not None}
     wanted = [*batches] if config.adapters else [config.task]
-    fits = no_fits(mixtures, batches, wanted, [config.fit])[config.fit]
-    walk = Walk(model.model, batches if names else {})
-    with measuring(model):
-        bar = progress_bar(walk.layers(), "freeze", len(model.model.layers), unit="layer")
-        for _, layer, runs in bar:
-            fit_group(readers_of(layer, names), runs, {config.fit: fits}, packed=True)
-    for task, by_name in fits.items():
-        show_residuals(task, by_name)
-    save_fits(source.run / "adapter", fits)
-    return fits
+    return no_fits(layers, batches, wanted, [config.fit])[config.fit]
 
 
 def sharing_copy(model: Any) -> Any:
@@ -158,30 +168,32 @@ def sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def placed(config: ExportConfig, reference: CausalLM, fits: TaskFits) -> CausalLM:
-    """A copy of the reference with what ships in place of each mixture, in floats."""
-    tree = sharing_copy(reference)
-    for name, layer in expert_layers(tree).items():
+def place(tree: CausalLM, names: Sequence[str], config: ExportConfig, fits: TaskFits) -> None:
+    """Put into a tree, in place of some modules, what ships of their experts, beside floats."""
+    for name in names:
+        layer: Any = tree.get_submodule(name)
+        if not isinstance(layer, ExpertLinear) or config.routing == "dynamic":
+            continue
         if config.adapters:
             tree.set_submodule(name, AdapterLinear(layer, {
-                task: by_name[name] for task, by_name in fits.items() if task}))
-        elif config.routing != "dynamic":
-            fit = fits[config.task][name]
-            merges = config.merges and config.graph
-            tree.set_submodule(name, frozen_layer(layer, fit) if not merges else BlockLinear(
-                MergedWeight(layer.weight, fit), layer.bias))
-    return tree
+                task: of_task[name] for task, of_task in fits.items() if task}))
+        elif config.merges and config.graph:
+            tree.set_submodule(name, BlockLinear(
+                MergedWeight(layer.weight, fits[config.task][name]), layer.bias))
+        else:
+            tree.set_submodule(name, frozen_layer(layer, fits[config.task][name]))
 
 
-def show_residuals(task: str | None, fits: Fits) -> None:
-    """Print the share of each mixture's output that the fits miss, of one task or of all."""
-    of = f"{clean(task)}: " if task else ""
-    print(terminal_heatmap(f"{of}share of the mixture's output that one linear map misses",
-                           {name: f.residual for name, f in fits.items()}))
-    kinds = [f.kind for f in fits.values()]
-    missed = median([f.residual for f in fits.values() if f.kind != "exact"] or [0.0])
-    print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median residual on "
-          f"held-out samples {100 * missed:.2f} %")
+def show_fits(by_task: TaskFits) -> None:
+    """Print the share of each mixture's output that the fits miss, for each task."""
+    for task, fits in by_task.items():
+        of = f"{clean(task)}: " if task else ""
+        print(terminal_heatmap(f"{of}share of the mixture's output that one linear map misses",
+                               {name: f.residual for name, f in fits.items()}))
+        kinds = [f.kind for f in fits.values()]
+        missed = median([f.residual for f in fits.values() if f.kind != "exact"] or [0.0])
+        print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median "
+              f"residual on held-out samples {100 * missed:.2f} %")
 
 
 def save_fits(folder: Path, fits: TaskFits) -> None:

@@ -7,14 +7,23 @@ each batch, however much its sums take: those of one layer alone are in memory.
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ..data.tasks import Batch
-from ..method.freeze import Run
-from ..model.decoder import Decoder
+from ..io.progress import progress_bar
+from ..method.experts import ExpertLinear, linear_layers
+from ..method.freeze import TaskFits, fit_group
+from ..method.hooks import measuring
+from ..method.moments import gram
+from ..model.decoder import CausalLM, Decoder
 from ..model.tokens import Tokens
+from .gptq import DAMPING, TIED_DAMPING, inverse_factor
+from .leaves import EMBEDDING, HEAD
+from .weights import GraphFormat
 
 Batches = Mapping[str, Sequence[Batch]]      # by task
+Factors = Mapping[str, Tensor]               # module -> `inverse_factor` (K, K) of what it reads
 
 
 class States:
@@ -30,23 +39,39 @@ class States:
         self.x = layer(self.x, self.tokens, self.ropes[rope])
 
 
-class Walk:
-    """All batches of the tasks, before the first layer of a decoder."""
+@torch.no_grad()
+def layer_by_layer(model: CausalLM, batches: Batches, fits: Mapping[str, TaskFits],
+                   forms: Sequence[GraphFormat]) -> Iterator[tuple[list[str], Factors]]:
+    """Names of the linear layers of one decoder layer after another, once their mixtures are in
+    `fits`, see `fit_group`; and the factors of those that a graph stores in 4 bits, of one of these
+    forms. Last come the embedding and, if it is not tied, the head.
 
-    def __init__(self, decoder: Decoder, batches: Batches):
-        self.decoder = decoder
-        self.states = {task: [States(decoder, b) for b in of_task]
-                       for task, of_task in batches.items()}
+    model: the run's, with the experts as they were trained. Without batches there is no factor.
+    """
+    def in_4_bits(name: str) -> bool:
+        return any(storage.bits == 4 for form in forms for storage in form.options_of(name))
 
-    def layers(self) -> Iterator[tuple[str, nn.Module, dict[str, list[Run]]]]:
-        """Name and module of each layer, and the runs through it by task: the caller is to run
-        each of them once, before it takes the next layer."""
-        for i, (layer, rope) in enumerate(zip(self.decoder.layers, self.decoder.config.ropes)):
-            yield f"model.layers.{i}", layer, {
+    def measured(name: str, layer: nn.Linear) -> bool:
+        return in_4_bits(name) or isinstance(layer, ExpertLinear) and layer.router is not None
+
+    if not any(measured(name, layer) for name, layer in linear_layers(model).items()):
+        batches = {}
+    decoder, tied = model.model, model.config.tie_word_embeddings
+    with measuring(model):
+        states = {task: [States(decoder, b) for b in of_task] for task, of_task in batches.items()}
+        bar = progress_bar(decoder.layers, "freeze and round", unit="layer")
+        for i, (layer, rope) in enumerate(zip(bar, decoder.config.ropes)):
+            linears = {f"model.layers.{i}.{name}": m for name, m in linear_layers(layer).items()}
+            moments = fit_group({name: m for name, m in linears.items() if measured(name, m)}, {
                 task: [(state.mask, partial(state.run, layer, rope)) for state in of_task]
-                for task, of_task in self.states.items()}
-
-    def read_by_head(self) -> Iterator[Tensor]:
-        """After the last layer: what the head reads, (N, D) of each batch."""
-        for state in (state for of_task in self.states.values() for state in of_task):
-            yield self.decoder.leave(state.x, state.tokens)
+                for task, of_task in states.items()}, fits, packed=True)
+            to_round = {name: M for name, M in moments.items() if in_4_bits(name)}
+            factors = {M: inverse_factor(M) for M in {*to_round.values()}}
+            yield [*linears], {name: factors[M] for name, M in to_round.items()}
+        name, damping = (EMBEDDING, TIED_DAMPING) if tied else (HEAD, DAMPING)
+        of_head = dict[str, Tensor]()
+        if in_4_bits(name) and states:
+            read = [decoder.leave(state.x, state.tokens).float()
+                    for of_task in states.values() for state in of_task]
+            of_head = {name: inverse_factor(gram(torch.cat(read)), damping)}
+    yield [EMBEDDING, *[HEAD] * (not tied)], of_head

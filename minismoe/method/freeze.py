@@ -1,39 +1,29 @@
 """Freeze: the mixture of one matrix as one linear map of rank R = E*r, which is a plain LoRA.
 
-The fits are those of `reference.fits`. Here they come from sums over tokens, with h = A x of the
-stacked experts, and g*h each expert's r entries of h times its gate:
+The fits are those of `reference.fits`. Here they come from the sums M, P and G of moments.py:
 
-    M = sum x x^T     P = sum (g*h) x^T     G = sum (g*h) (g*h)^T
     linear = A_g + (P - A_g M) (M + ridge I)^-1,  whatever B is; A_g is the fit "gates"
 
-Every HOLD-th sample is held out: it chooses the ridge (or `gates`, if no ridge does better), and
-gives the residual, the share of the mixture's output energy that the fit misses.
-
-The memory of sums does not grow with samples. M is the largest; all matrices that read the same x
-(q, k, v; gate, up) share it. With D = 11,008, two M of 485 MB are held in float32 (to fit and held
-out), and four of 970 MB while solving. `fit` holds the sums of a whole model, of any kind; an
-export goes through our decoder layer by layer, and calls `fit_group` for each.
-Letters: N tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
+Samples that are held out choose the ridge (or `gates`, if no ridge does better), and give the
+residual, the share of the mixture's output energy that the fit misses. `fit` holds the sums of a
+whole model, of any kind; an export goes through our decoder layer by layer, and calls `fit_group`
+for each.
+Letters: E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLinear, expert_layers, groups, packs, top_k_gates
-from .hooks import hooked, measuring
+from .experts import ExpertLinear, expert_layers, packs
+from .hooks import measuring
+from .moments import HELD_OUT, TO_FIT, Input, Run, Sums, add_moments, wide
 
 KINDS = ("mean", "gates", "linear")
-HOLD = 4                                     # one sample of so many is held out
 RIDGES = (1e-2, 1e-1)        # times the mean diagonal of M; 1e-3 or 1 won 3 of 54 fits on SmolLM2
-Readers = Mapping[str, ExpertLinear]         # the mixtures that read the same x, by module
-# A batch: its attention mask (B, T), and a function that runs the layers on it.
-Run = tuple[Tensor, Callable[[], Any]]
 
 
 @dataclass
@@ -50,15 +40,6 @@ class Fit:
 TaskFits = dict[str | None, dict[str, Fit]]
 
 
-class Sums(NamedTuple):
-    """Sums over tokens for one mixture; those that read the same x share M."""
-
-    M: Tensor                    # (D, D)
-    P: Tensor                    # (R, D)
-    G: Tensor                    # (R, R)
-    gates: Tensor                # (E,) of each expert; all E add up to the number of tokens
-
-
 @torch.no_grad()
 def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> dict[str, TaskFits]:
     """Fits of all mixtures of `model`, by kind.
@@ -71,9 +52,9 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> di
     decoder = getattr(model, "model", model)
     runs = {task: [(batch[1], partial(decoder, input_ids=batch[0], attention_mask=batch[1]))
                    for batch in batches] for task, batches in tasks.items()}
-    mixtures = {m: name for name, m in expert_layers(model).items() if m.router is not None}
+    mixtures = {name: m for name, m in expert_layers(model).items() if m.router is not None}
     with measuring(model):
-        fit_group(readers_of(model, mixtures), runs, fits, packs(model))
+        fit_group(mixtures, runs, fits, packs(model))
     return fits
 
 
@@ -89,102 +70,53 @@ def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Seq
             for kind in kinds}
 
 
-def fit_group(group: Sequence[Readers], tasks: Mapping[str, Sequence[Run]],
-              fits: Mapping[str, TaskFits], packed: bool) -> None:
-    """Fit the mixtures of a group, in `fits`, by kind, for the tasks that are in it, from one run
-    of each batch. packed: whether the layers see rows of real tokens alone."""
-    wanted = {task for of_kind in fits.values() for task in of_kind}
+def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]],
+              fits: Mapping[str, TaskFits], packed: bool) -> dict[str, Tensor]:
+    """Fit the mixtures among linear layers, in `fits`, by kind, for the tasks that it has, from one
+    run of each batch. packed: whether the layers see rows of real tokens alone.
 
-    def put(task: str | None, sums: Sequence[Tensor]) -> None:
-        for readers, rows in zip(group, sums):
-            for kind, solved in solve(readers, rows).items():
+    Returns M (D, D) over all tokens by module; layers that read the same x have one tensor.
+    """
+    wanted = {task for of_kind in fits.values() for task in of_kind}
+    mixtures: dict[str, ExpertLinear] = {
+        name: layer for name, layer in layers.items()
+        if wanted and isinstance(layer, ExpertLinear) and layer.router is not None}
+
+    def put(task: str | None, inputs: Mapping[str, Input]) -> None:
+        for each in (x for x in inputs.values() if x.mixtures):
+            for kind, solved in solve(mixtures, each).items():
                 if kind in fits:
                     fits[kind][task].update(solved)
 
-    together = [zeros(readers) for readers in group]
+    together: dict[str, Input] = {}
     for task, runs in tasks.items():
         if task not in wanted:
-            add_moments(together, group, runs, packed)
+            add_moments(together, layers, mixtures, runs, packed)
             continue
-        add_moments(alone := [zeros(readers) for readers in group], group, runs, packed)
+        alone: dict[str, Input] = {}
+        add_moments(alone, layers, mixtures, runs, packed)
         put(task, alone)
-        for whole, part in zip(together, alone):
-            whole += part
+        for name, each in alone.items():
+            if name in together:
+                together[name].add(each)
+            else:
+                together[name] = each
     if None in wanted:
         put(None, together)
-
-
-def readers_of(module: nn.Module, names: Mapping[ExpertLinear, str]) -> list[Readers]:
-    """The mixtures in `module` that have a name, those that read the same x together."""
-    members = [{names[layer]: layer for layer in group if layer in names}
-               for group in groups(module)]
-    return [readers for readers in members if readers]
-
-
-def _shapes(readers: Readers) -> list[tuple[int, ...]]:
-    """Shapes of M, of each reader's P and G, and (last, so that these are aligned) of the rest."""
-    sizes = [layer.lora_A.shape for layer in readers.values()]
-    D = sizes[0][2]
-    return [(D, D), *((E * r, D) for E, r, _ in sizes), *((E * r, E * r) for E, r, _ in sizes),
-            *((E,) for E, _, _ in sizes)]
-
-
-def views(readers: Readers, row: Tensor) -> dict[str, Sums]:
-    """The sums of each mixture, as views of one row of `zeros`."""
-    shapes = _shapes(readers)
-    M, *others = (x.view(shape) for x, shape in zip(row.split([*map(prod, shapes)]), shapes))
-    return {name: Sums(M, *others[i::len(readers)]) for i, name in enumerate(readers)}
-
-
-def zeros(readers: Readers) -> Tensor:
-    """Room for all sums of one input over the tokens to fit, and over those held out: two rows
-    (2, .), in float32 or better."""
-    return next(iter(readers.values())).lora_A.new_zeros(2, sum(map(prod, _shapes(readers))))
+    moments: dict[str, Tensor] = {}
+    for each in together.values():
+        moments |= dict.fromkeys(each.layers, each.M.sum(0))
+    return moments
 
 
 @torch.no_grad()
-def add_moments(sums: Sequence[Tensor], group: Sequence[Readers], runs: Iterable[Run],
-                packed: bool) -> None:
-    """Add the real tokens of the batches of a task to the sums of each input of a group, see
-    `zeros`."""
-    sums_of = {layer: [views(readers, row)[name] for row in rows]
-               for readers, rows in zip(group, sums) for name, layer in readers.items()}
-    adds_M = {next(iter(readers.values())) for readers in group}         # one of each input
-    token_numbers: list[Tensor] = []         # rows of the batch to fit, and those held out
-
-    def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
-        """Add the tokens of one batch, x (..., D)."""
-        x, logits = (t.reshape(-1, t.shape[-1]).to(layer.lora_A.dtype)
-                     for t in (args[0], layer.router_logits))
-        gates = top_k_gates(logits, layer.top_k)                         # (N, E)
-        h = (x @ layer.lora_A.flatten(0, 1).T).unflatten(1, (gates.shape[1], -1))
-        gh = (h * gates[..., None]).flatten(1)                           # (N, R)
-        for part, rows in zip(sums_of[layer], token_numbers):
-            x_part, gh_part = x[rows], gh[rows]
-            if layer in adds_M:
-                part.M.addmm_(x_part.T, x_part)
-            part.P.addmm_(gh_part.T, x_part)
-            part.G.addmm_(gh_part.T, gh_part)
-            part.gates.add_(gates[rows].sum(0))
-
-    samples = 0
-    with hooked(sums_of, hook):
-        for attention_mask, run in runs:
-            mask = attention_mask.bool()
-            held = (samples + torch.arange(len(mask), device=mask.device)[:, None]) % HOLD == 1
-            token_numbers[:] = [(part[mask] if packed else part.flatten()).nonzero()[:, 0]
-                                for part in (mask & ~held, mask & held)]
-            run()
-            samples += len(mask)
-
-
-@torch.no_grad()
-def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the mixtures that read one x, from its sums (2, .).
+def solve(mixtures: Mapping[str, ExpertLinear], x: Input) -> dict[str, dict[str, Fit]]:
+    """{kind: {module: Fit}} of the mixtures that read x.
 
     Raises ValueError with the modules whose sums or experts are not finite.
     """
-    to_fit, held_out = (views(readers, row) for row in _wide(rows))
+    readers = {name: mixtures[name] for name in x.mixtures}
+    to_fit, held_out = x.sums(TO_FIT), x.sums(HELD_OUT)
     wrong = [name for name, layer in readers.items() if not all(t.isfinite().all() for t in (
         *to_fit[name], *held_out[name], layer.lora_A, layer.lora_B))]
     if wrong:
@@ -212,13 +144,13 @@ def solve(readers: Readers, rows: Tensor) -> dict[str, dict[str, Fit]]:
 
 def _times(layer: ExpertLinear, gates: Tensor) -> Tensor:
     """The stacked A (R, D) of a mixture, that of each expert times its constant gate."""
-    return (_wide(layer.lora_A) * gates[:, None, None]).flatten(0, 1)
+    return (wide(layer.lora_A) * gates[:, None, None]).flatten(0, 1)
 
 
 def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:
     """The gates (E,) of least squares; None if their system is singular."""
     E, r, _ = layer.lora_A.shape
-    A, K = _wide(layer.lora_A.flatten(0, 1)), _gram(layer)
+    A, K = wide(layer.lora_A.flatten(0, 1)), _gram(layer)
     # sum h h^T = A M A^T, sum (g*h) h^T = P A^T; the r x r block of two experts sums to one entry
     Q, b = ((K * x).view(E, r, E, r).sum((1, 3))                         # (E, E)
             for x in (A @ sums.M @ A.T, sums.P @ A.T))
@@ -250,13 +182,8 @@ def measured(layer: ExpertLinear, A: Tensor, kind: str, sums: Sums) -> Fit:
 
 def _gram(layer: ExpertLinear) -> Tensor:
     """B B^T (R, R), which gives inner products of outputs: <B^T u, B^T v> = u^T (B B^T) v."""
-    B = _wide(layer.lora_B.flatten(0, 1))
+    B = wide(layer.lora_B.flatten(0, 1))
     return B @ B.T
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float64: on CUDA, or else on the CPU, since other devices may lack float64."""
-    return x.double() if x.device.type == "cuda" else x.cpu().double()
 
 
 @torch.no_grad()

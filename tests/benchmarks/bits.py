@@ -28,14 +28,16 @@ import export
 from minismoe.cli import script
 from minismoe.data.tasks import collate, encode
 from minismoe.export import tree as trees
-from minismoe.export.bits import change, harm_of, nbytes
+from minismoe.export.bits import Ways, change, harm_of, nbytes
 from minismoe.export.leaves import put_weight
 from minismoe.export.plan import with_precision
-from minismoe.export.rounding import rounded_options, to_nearest
+from minismoe.export.rounding import rounded, to_nearest
 from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.walk import layer_by_layer
 from minismoe.io.flags import above_zero, positive
 from minismoe.method.bits import spend, total
-from minismoe.method.freeze import merge
+from minismoe.method.experts import ExpertLinear
+from minismoe.method.freeze import merged_layer
 from minismoe.method.loss import predicting, supervised_losses
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM
@@ -146,9 +148,14 @@ def main(argv: Sequence[str]) -> None:
     source = export.load_run(config)
     load_adapter(tree := load_model(source.base), source.run / "adapter")
     batches = trees.calibration_batches(trees.shuffled_samples(config, source), source)
-    merge(tree, trees.freeze_mixtures(config, source, batches)[None])
+    fits, rounded_ways = trees.fits_to_make(config, source, batches), dict[str, Ways]()
+    for names, factors in layer_by_layer(source.model, batches, {config.fit: fits}, [config.form]):
+        for name in names:
+            if isinstance(layer := tree.get_submodule(name), ExpertLinear):
+                tree.set_submodule(name, merged_layer(layer, fits[None][name]))
+            rounded_ways[name] = rounded(tree.get_submodule(name), name, config.form,
+                                         factors.get(name))
     tree.eval().requires_grad_(False)
-    rounded_ways = dict(rounded_options(tree, config.form, source.model, batches))
     harm = harm_of(rounded_ways, tree, source.model, batches)
     options = {name: [blocks or to_nearest(tree.get_submodule(name), storage, config.form)
                       for storage, blocks in ways.items()] for name, ways in rounded_ways.items()}
@@ -169,11 +176,11 @@ def main(argv: Sequence[str]) -> None:
             "llama.cpp's rule": q4_k_m(names, source.model.config.num_hidden_layers)}
     rows = []
     for way, chosen in tqdm(ways.items(), "ways"):
-        rounded = trees.sharing_copy(tree)
+        stored = trees.sharing_copy(tree)
         for name in names:
             blocks = options[name][chosen[name]]
-            put_weight(rounded, name, BlockWeight(blocks, torch.float32))
-        every, answers = lines.divergence(rounded)
+            put_weight(stored, name, BlockWeight(blocks, torch.float32))
+        every, answers = lines.divergence(stored)
         rows.append([way, f"{total(cost, chosen) / 1e6:.1f}", f"{every:.3f}", f"{answers:.4f}",
                      f"{total(harm, chosen):.3f}"])
     print(table(["", "MB", "KL", "of answers", "predicted"], rows))

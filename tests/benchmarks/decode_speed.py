@@ -106,8 +106,9 @@ def export(model: Path, folder: Path, side: str) -> None:
 
     from minismoe import load_model
     from minismoe.export import graph, steps
+    from minismoe.export.leaves import EMBEDDING
     from minismoe.export.mixture import round_experts
-    from minismoe.export.rounding import round_weights
+    from minismoe.export.rounding import store
     from minismoe.export.weights import GraphFormat
     from minismoe.method.experts import ExpertLinear, linear_layers
     base = load_model(model, torch.float32)
@@ -120,7 +121,8 @@ def export(model: Path, folder: Path, side: str) -> None:
             base.set_submodule(name, layer)
     folder.mkdir()
     form = GraphFormat("ort", "int4", CONTEXT, 128 if side == "merged128" else 32)
-    round_weights(base, form, base, {})
+    store(base, form, ((name, (form.bits_of(name), None))
+                       for name in [*linear_layers(base), EMBEDDING]))
     round_experts(base, form)
     graph.write_decoder(folder / "model.onnx", base, form)
     steps.write_sampler(folder / "sampler.onnx", config.vocab_size)

@@ -661,7 +661,7 @@ def test_prompts_that_change_nothing_in_a_base_are_refused(
 def test_a_run_that_cannot_be_written_is_refused_before_the_work(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: path != run / "adapter")
-    monkeypatch.setattr(tree, "fit_group", lambda *_, **__: pytest.fail("it was frozen"))
+    monkeypatch.setattr(tree, "layer_by_layer", lambda *_, **__: pytest.fail("it was frozen"))
     with pytest.raises(ValueError, match="adapter cannot be written: copy the run"):
         export.main([str(run), "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())

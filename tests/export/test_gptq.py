@@ -9,27 +9,21 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from exported import round_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from mixture import COUNTS, V, model_of, tasks
 from torch import Tensor
 
-from minismoe.export import rounding
-from minismoe.export.gptq import (
-    DAMPING,
-    TIED_DAMPING,
-    gptq,
-    gram,
-    inverse_factor,
-    second_moments,
-)
+from minismoe.export import walk
+from minismoe.export.gptq import DAMPING, TIED_DAMPING, gptq, inverse_factor
 from minismoe.export.graph import write_decoder
 from minismoe.export.leaves import put_weight
-from minismoe.export.rounding import round_weights
 from minismoe.export.tree import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import exact, merged_layer
+from minismoe.method.freeze import exact, fit_group, merged_layer
+from minismoe.method.moments import gram
 from minismoe.model.quantize import BlockEmbedding, BlockWeight, dequantize, quantize, unpack
 
 
@@ -122,8 +116,8 @@ def test_second_moments_are_those_of_single_texts(model: Any) -> None:
     for handle in handles:
         handle.remove()
     layers = {name: model.get_submodule(name) for name in names}
-    sums = second_moments(layers, [(mask, partial(model.model, ids, mask))
-                                   for ids, mask, _ in BATCHES])
+    sums = fit_group(layers, {"": [(mask, partial(model.model, ids, mask))
+                                   for ids, mask, _ in BATCHES]}, {}, packed=True)
     for name, found in sums.items():
         torch.testing.assert_close(found.double(), wanted[name], rtol=1e-4, atol=1e-4)
 
@@ -137,7 +131,7 @@ def test_matrices_rounded_on_samples_write_nearly_what_they_did(model: Any) -> N
     for handle in handles:
         handle.remove()
     plain, on_samples = sharing_copy(model), sharing_copy(model)
-    round_weights(plain, form, model, {})
+    round_weights(plain, form)
     round_weights(on_samples, form, model, {"a": BATCHES[:3], "b": BATCHES[3:]})
 
     def far(tree: Any, name: str) -> float:
@@ -170,7 +164,7 @@ def test_the_tied_table_is_damped_more(model: Any, monkeypatch: pytest.MonkeyPat
         damped.append(damping)
         return inverse_factor(H, damping)
 
-    monkeypatch.setattr(rounding, "inverse_factor", watched)
+    monkeypatch.setattr(walk, "inverse_factor", watched)
     round_weights(sharing_copy(model), GraphFormat("ort", "int4", 64), model, {"a": BATCHES[:1]})
     inputs = 4 * len(model.model.layers)     # q, k and v; o; gate and up; down
     assert damped == [*[DAMPING] * inputs, TIED_DAMPING]
@@ -182,7 +176,7 @@ def test_matrices_of_a_group_may_have_bits_of_their_own(model: Any, tmp_path: Pa
     form, tree = GraphFormat("ort", "int4", 64), sharing_copy(model)
     for other, layer in expert_layers(tree).items():
         tree.set_submodule(other, merged_layer(layer, exact(layer)))
-    round_weights(tree, form, model, {})
+    round_weights(tree, form)
     put_weight(tree, name, BlockWeight(quantize(model.get_submodule(name).weight, 8, 64),
                                        torch.float32))
     write_decoder(tmp_path / "m.onnx", tree, replace(form, target="portable"))

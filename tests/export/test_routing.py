@@ -17,8 +17,8 @@ from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.export import compare, tree, verify
 from minismoe.export.layouts import copy_base_files, write_genai
-from minismoe.export.rounding import round_weights
 from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.walk import layer_by_layer
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact, fit
 
@@ -26,19 +26,19 @@ from minismoe.method.freeze import exact, fit
 @pytest.mark.parametrize("task", [None, "a"])
 @pytest.mark.parametrize("routing", ["merge", "freeze"])
 def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_path) -> None:
-    """Two graphs share one freezing."""
+    """Two graphs share one pass through the layers."""
     model, frozen, read = model_of(dtype=torch.float32), [], []
     monkeypatch.setattr(tree, "save_fits", lambda folder, fits: frozen.append(fits))
     monkeypatch.setattr(tree, "calibration_batches", lambda samples, source: {
         name: tasks()[name] for name in samples})
-    monkeypatch.setattr(tree, "round_weights", lambda tree, form, model, batches, size: read.append(
-        [*batches]) or round_weights(tree, form, model, batches))
+    monkeypatch.setattr(tree, "layer_by_layer", lambda model, batches, *rest: read.append(
+        [*batches]) or layer_by_layer(model, batches, *rest))
     (tmp_path / "adapter").mkdir()
     source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0),
                     examples={"a": [], "b": []})
     config = ExportConfig(precision="int4", block=32, task=task, routing=routing)
     trees = tree.ship([config] * 2, source, model)
-    assert read == [["a"] if task else ["a", "b"]] * 2 and len(frozen) == 1
+    assert read == [["a"] if task else ["a", "b"]] and len(frozen) == 1
     leaf = trees[0].tree.get_submodule(ROUTED[0])
     assert type(leaf).__name__ == ("BlockLinear" if routing == "merge" else "BlockExperts")
 
@@ -75,11 +75,11 @@ def test_frozen_maps_are_kept_beside_the_adapter(tmp_path: Path) -> None:
 def test_a_base_in_16_bits_is_merged_in_float32() -> None:
     model = model_of(dtype=torch.bfloat16).to(torch.float32)
     fits = {name: exact(layer) for name, layer in expert_layers(model).items()}
-    placed = tree.placed(ExportConfig(precision="fp32"), model, {None: fits})
+    tree.place(model, [*fits], ExportConfig(precision="fp32"), {None: fits})
     for name, linear in fits.items():
-        merged, layer = placed.get_submodule(name).weight.dense(), model.get_submodule(name)
-        assert merged.dtype == torch.float32
-        torch.testing.assert_close(merged, layer.weight + linear.lora_B @ linear.lora_A)
+        merged = model.get_submodule(name).weight
+        assert merged.dense().dtype == torch.float32
+        torch.testing.assert_close(merged.dense(), merged.base + linear.lora_B @ linear.lora_A)
 
 
 class Says:

@@ -17,9 +17,10 @@ import export
 from minismoe.export import bits
 from minismoe.export.bits import Ways, choose_ways, nbytes
 from minismoe.export.plan import with_precision
-from minismoe.export.rounding import rounded_options, to_nearest
+from minismoe.export.rounding import rounded, to_nearest
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import sharing_copy
+from minismoe.export.walk import layer_by_layer
 from minismoe.export.weights import GraphFormat
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
@@ -42,7 +43,12 @@ def batches(model: CausalLM) -> Batches:
 
 @pytest.fixture(scope="module")
 def options(model: CausalLM, batches: Any) -> dict[str, Ways]:
-    return dict(rounded_options(model, CHOOSES, model, batches))
+    return rounded_options(model, batches)
+
+
+def rounded_options(model: CausalLM, batches: Batches) -> dict[str, Ways]:
+    return {name: rounded(model.get_submodule(name), name, CHOOSES, factors.get(name))
+            for names, factors in layer_by_layer(model, batches, {}, [CHOOSES]) for name in names}
 
 
 def size_of(chosen: Mapping[str, Any], model: CausalLM) -> int:
@@ -82,7 +88,7 @@ def test_an_embedding_beside_a_head_of_its_own_is_rounded_to_the_nearest(batches
     """Its harm in 4 bits is measured as that of the others."""
     torch.manual_seed(0)
     model = CausalLM(Config.from_dict(CONFIG | {"tie_word_embeddings": False})).eval()
-    options = dict(rounded_options(model, CHOOSES, model, batches))
+    options = rounded_options(model, batches)
     for storage in (4, 128), (4, 32):
         blocks = options["model.embed_tokens"][storage]
         assert torch.equal(blocks.data, quantize(model.model.embed_tokens.weight, *storage).data)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from minismoe import reference
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.tree import freeze_mixtures
+from minismoe.export.tree import fits_to_make
+from minismoe.export.walk import layer_by_layer
 from minismoe.method import freeze as module
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.method.freeze import (
     Fit,
     TaskFits,
-    add_moments,
     exact,
     fit,
     freeze,
@@ -28,10 +28,8 @@ from minismoe.method.freeze import (
     measured,
     merge,
     merged,
-    readers_of,
-    views,
-    zeros,
 )
+from minismoe.method.moments import TO_FIT, Input, add_moments
 
 
 def reads(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
@@ -135,10 +133,10 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     layer = ExpertLinear(nn.Linear(D, out, dtype=torch.float64), E, r, 2.0 * r, k)
     randomise(layer, seed)
     tokens = torch.randn(1, N, D, dtype=torch.float64)
-    readers = {"layer": layer}
-    rows = zeros(readers)
-    add_moments([rows], [readers], [(torch.ones(1, N), partial(layer, tokens))], False)
-    sums = views(readers, rows[0])["layer"]
+    inputs: dict[str, Input] = {}
+    run = torch.ones(1, N), partial(layer, tokens)
+    add_moments(inputs, {"layer": layer}, ["layer"], [run], False)
+    sums = inputs["layer"].sums(TO_FIT)["layer"]
     mean, gates = sums.gates / N, module.constant_gates(layer, sums)
     best = mean if gates is None else gates
     A_mean, A = ((layer.lora_A * c[:, None, None]).flatten(0, 1).detach() for c in (mean, best))
@@ -216,14 +214,16 @@ def test_pads_are_left_out(kind: str) -> None:
 def test_inputs_that_are_shared_are_multiplied_once() -> None:
     model, (ids, mask, _) = model_of(), batch(0)
     run = mask, partial(model.model, ids, mask)
-    mixtures = {m: name for name, m in expert_layers(model).items() if m.router is not None}
-    group = readers_of(model, mixtures)
-    short = [[name.split(".")[-1][0] for name in readers] for readers in group]
-    assert short == [["q", "k"], ["o"], ["g", "u"], ["d"]] * 2
+    mixtures = {name: m for name, m in expert_layers(model).items() if m.router is not None}
+    inputs: dict[str, Input] = {}
     with Shapes() as shapes:
-        add_moments([zeros(readers) for readers in group], group, [run], True)
-    assert shapes.seen.count(("addmm_", (D, D))) == 2 * 2 * 3        # fitting and held-out samples
-    assert shapes.seen.count(("addmm_", (24, 24))) == 2 * 2
+        add_moments(inputs, expert_layers(model), mixtures, [run], True)
+    short = [[name.split(".")[-1][0] for name in each.layers] for each in inputs.values()]
+    assert short == [["q", "k", "v"], ["o"], ["g", "u"], ["d"]] * 2
+    assert all([*each.mixtures] == [n for n in each.layers if n in mixtures]
+               for each in inputs.values())
+    assert shapes.seen.count(("mm", (D, D))) == 2 * 2 * 3            # fitting and held-out samples
+    assert shapes.seen.count(("mm", (24, 24))) == 2 * 2
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -235,10 +235,16 @@ def test_layer_by_layer_is_the_whole_model(size: int, monkeypatch: pytest.Monkey
                    for i in range(0, 8, size)] for task, batches in tasks().items()}
     (tmp_path / "adapter").mkdir()
     source = Source(tmp_path, tmp_path, "", model, None)
-    found = freeze_mixtures(ExportConfig(), source, data) | freeze_mixtures(
-        ExportConfig(adapters=True), source, data)
+
+    def fits(data: dict[str, list[Data]], **settings: Any) -> TaskFits:
+        made = fits_to_make(ExportConfig(**settings), source, data)
+        for _ in layer_by_layer(model, data, {"linear": made}, []):
+            pass
+        return made
+
+    found = fits(data) | fits(data, adapters=True)
     same({"linear": fit(model, data)["linear"]}, {"linear": found}, rtol=0, atol=1e-12)
-    alone = freeze_mixtures(ExportConfig(task="a"), source, {"a": data["a"]})
+    alone = fits({"a": data["a"]}, task="a")
     same({"linear": {"a": found["a"]}}, {"linear": alone}, rtol=0, atol=0)
 
 

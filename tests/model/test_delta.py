@@ -10,9 +10,8 @@ from tiny import random_hf, randomise
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from minismoe.export.gptq import second_moments
 from minismoe.method.experts import add_experts, linear_layers
-from minismoe.method.freeze import KINDS, fit, freeze, merge
+from minismoe.method.freeze import KINDS, fit, fit_group, freeze, merge
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
 from minismoe.model.delta import CHUNK, delta_rule, memories, memories_backward
@@ -135,8 +134,8 @@ def test_experts_are_frozen_and_merged(pair: tuple[Any, CausalLM]) -> None:
     merge(joined, fits)
     torch.testing.assert_close(frozen(ids, mask), joined(ids, mask))
     names = [f"model.layers.1.linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")]
-    first, *others = second_moments({name: joined.get_submodule(name) for name in names}, [
-        (mask, partial(joined.model, ids, mask)) for ids, mask in tasks["a"]]).values()
+    first, *others = fit_group({name: joined.get_submodule(name) for name in names}, {"a": [
+        (mask, partial(joined.model, ids, mask)) for ids, mask in tasks["a"]]}, {}, True).values()
     assert first.trace() > 0 and all(torch.equal(first, other) for other in others)
 
 
