@@ -21,7 +21,7 @@ def rounded(leaf: nn.Module, name: str, form: GraphFormat, factor: Tensor | None
     which `to_nearest` rounds once chosen. The blocks are computed where the factor is."""
     ways: Ways = dict.fromkeys(form.options_of(name))
     in_4 = [storage for storage in ways if storage.bits == 4]
-    if factor is None:
+    if factor is None or not in_4:
         return ways | {storage: to_nearest(leaf, storage, form) for storage in in_4}
     of_sizes = gptq(matrix(leaf).to(factor.device), factor, 4, [size for _, size in in_4])
     return ways | dict(zip(in_4, (replace(

@@ -187,13 +187,15 @@ def place(tree: CausalLM, names: Sequence[str], config: ExportConfig, fits: Task
 def show_fits(by_task: TaskFits) -> None:
     """Print the share of each mixture's output that the fits miss, for each task."""
     for task, fits in by_task.items():
+        missed = {name: f.residual for name, f in fits.items() if f.kind != "exact"}
+        if not missed:                       # a single expert is a linear map
+            continue
         of = f"{clean(task)}: " if task else ""
-        print(terminal_heatmap(f"{of}share of the mixture's output that one linear map misses",
-                               {name: f.residual for name, f in fits.items()}))
+        print(terminal_heatmap(
+            f"{of}share of the mixture's output that one linear map misses", missed))
         kinds = [f.kind for f in fits.values()]
-        missed = median([f.residual for f in fits.values() if f.kind != "exact"] or [0.0])
         print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median "
-              f"residual on held-out samples {100 * missed:.2f} %")
+              f"residual on held-out samples {100 * median(missed.values()):.2f} %")
 
 
 def save_fits(folder: Path, fits: TaskFits) -> None:
