@@ -143,11 +143,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--size", type=above_zero, help="MB of the controls (default: those of 4 "
                         "bits in blocks of 32)")
     parser.add_argument("--lines", type=positive, default=24, help="test lines of each task")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples that calibrate")
     args = parser.parse_args(argv)
     config = with_precision(ExportConfig(run=args.run, size=1.0), has_texts=True)
     source = export.load_run(config)
     load_adapter(tree := load_model(source.base), source.run / "adapter")
-    batches = trees.calibration_batches(trees.shuffled_samples(config, source), source)
+    batches = trees.calibration_batches({
+        task: random.Random(args.seed).sample(examples, len(examples))
+        for task, examples in source.examples.items()}, source)
     fits, rounded_ways = trees.fits_to_make(config, source, batches), dict[str, Ways]()
     for names, factors in layer_by_layer(source.model, batches, {config.fit: fits}, [config.form]):
         for name in names:
