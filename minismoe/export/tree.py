@@ -87,8 +87,8 @@ def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> 
     fits = fits_to_make(parts[0], source, batches)
     trees = [sharing_copy(reference) for _ in parts]
     ways = [dict[str, Ways]() for _ in parts]
-    for names, factors in layer_by_layer(source.model, batches, {parts[0].fit: fits},
-                                         [part.form for part in parts if part.graph]):
+    for names, factors in layer_by_layer(source.model, batches, fits, parts[0].fit, [
+            part.form for part in parts if part.graph]):
         for config, tree, of_tree in zip(parts, trees, ways):
             place(tree, names, config, fits)
             if config.graph and config.form.rounds:
@@ -160,7 +160,7 @@ def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> Task
     if not os.access(source.run / "adapter", os.W_OK):       # the fits go there, after the work
         raise ValueError(f"{source.run / 'adapter'} cannot be written: copy the run")
     wanted = [*batches] if config.adapters else [config.task]
-    return no_fits(layers, batches, wanted, [config.fit])[config.fit]
+    return no_fits(layers, batches, wanted)
 
 
 def sharing_copy(model: Any) -> Any:

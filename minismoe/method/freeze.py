@@ -41,8 +41,9 @@ TaskFits = dict[str | None, dict[str, Fit]]
 
 
 @torch.no_grad()
-def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> dict[str, TaskFits]:
-    """Fits of all mixtures of `model`, by kind.
+def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], kind: str = "linear",
+        ) -> TaskFits:
+    """Fits of all mixtures of `model`, one of KINDS.
 
     tasks: batches of (input_ids, attention_mask, ...), each (B, T). Kind "linear" holds gates if
     the held-out samples say so, and "gates" the mean if its system is singular; Fit.kind tells.
@@ -54,43 +55,39 @@ def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]]) -> di
                    for batch in batches] for task, batches in tasks.items()}
     mixtures = {name: m for name, m in expert_layers(model).items() if m.router is not None}
     with measuring(model):
-        fit_group(mixtures, runs, fits, packs(model))
+        fit_group(mixtures, runs, fits, kind, packs(model))
     return fits
 
 
 def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Sequence[Tensor]]],
-            wanted: Sequence[str | None], kinds: Sequence[str] = KINDS) -> dict[str, TaskFits]:
-    """By kind, the exact maps of single experts for each task that is wanted (None: for all of them
+            wanted: Sequence[str | None]) -> TaskFits:
+    """The exact maps of single experts for each task that is wanted (None: for all of them
     together); those of mixtures are to be replaced by `fit_group`. Raises ValueError for a task of
     fewer than two samples, if there is a mixture."""
     few = [t for t, batches in tasks.items() if sum(len(b[0]) for b in batches) < 2]
     if few and any(layer.router is not None for layer in layers.values()):
         raise ValueError(f"{', '.join(few)}: two calibration samples or more are needed, give more")
-    return {kind: {task: {name: exact(layer) for name, layer in layers.items()} for task in wanted}
-            for kind in kinds}
+    return {task: {name: exact(layer) for name, layer in layers.items()} for task in wanted}
 
 
-def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]],
-              fits: Mapping[str, TaskFits], packed: bool) -> dict[str, Tensor]:
-    """Fit the mixtures among linear layers, in `fits`, by kind, for the tasks that it has, from one
-    run of each batch. packed: whether the layers see rows of real tokens alone.
+def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]], fits: TaskFits,
+              kind: str, packed: bool) -> dict[str, Tensor]:
+    """Fit the mixtures among linear layers, in `fits`, for the tasks that it has, from one run of
+    each batch. packed: whether the layers see rows of real tokens alone.
 
     Returns M (D, D) over all tokens by module; layers that read the same x have one tensor.
     """
-    wanted = {task for of_kind in fits.values() for task in of_kind}
     mixtures: dict[str, ExpertLinear] = {
         name: layer for name, layer in layers.items()
-        if wanted and isinstance(layer, ExpertLinear) and layer.router is not None}
+        if fits and isinstance(layer, ExpertLinear) and layer.router is not None}
 
     def put(task: str | None, inputs: Mapping[str, Input]) -> None:
         for each in (x for x in inputs.values() if x.mixtures):
-            for kind, solved in solve(mixtures, each).items():
-                if kind in fits:
-                    fits[kind][task].update(solved)
+            fits[task].update(solve(mixtures, each, kind))
 
     together: dict[str, Input] = {}
     for task, runs in tasks.items():
-        if task not in wanted:
+        if task not in fits:
             add_moments(together, layers, mixtures, runs, packed)
             continue
         alone: dict[str, Input] = {}
@@ -101,7 +98,7 @@ def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]
                 together[name].add(each)
             else:
                 together[name] = each
-    if None in wanted:
+    if None in fits:
         put(None, together)
     moments: dict[str, Tensor] = {}
     for each in together.values():
@@ -110,8 +107,8 @@ def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]
 
 
 @torch.no_grad()
-def solve(mixtures: Mapping[str, ExpertLinear], x: Input) -> dict[str, dict[str, Fit]]:
-    """{kind: {module: Fit}} of the mixtures that read x.
+def solve(mixtures: Mapping[str, ExpertLinear], x: Input, kind: str) -> dict[str, Fit]:
+    """{module: fit} of the mixtures that read x.
 
     Raises ValueError with the modules whose sums or experts are not finite.
     """
@@ -123,23 +120,19 @@ def solve(mixtures: Mapping[str, ExpertLinear], x: Input) -> dict[str, dict[str,
         raise ValueError(f"{', '.join(wrong)}: what the mixture reads or writes on the calibration "
                          "samples is not finite: freeze with --dtype float32, or train again with "
                          "a lower --lr")
-    means: dict[str, Fit] = {}
-    gates: dict[str, Fit] = {}
+    best: dict[str, Fit] = {}
     starts: list[Tensor] = []
     for name, layer in readers.items():
+        c = None if kind == "mean" else constant_gates(layer, to_fit[name])
         mean = to_fit[name].gates / to_fit[name].gates.sum()
-        c = constant_gates(layer, to_fit[name])
         starts.append(_times(layer, mean if c is None else c))
-        means[name] = measured(layer, _times(layer, mean), "mean", held_out[name])
-        gates[name] = means[name] if c is None else measured(layer, starts[-1], "gates",
-                                                             held_out[name])
-    best = dict(gates)
-    for ridge in RIDGES:
+        best[name] = measured(layer, starts[-1], "mean" if c is None else "gates", held_out[name])
+    for ridge in RIDGES if kind == "linear" else ():
         for (name, layer), A in zip(readers.items(), linear(starts, [*to_fit.values()], ridge)):
             fitted = measured(layer, A, "linear", held_out[name])
             if fitted.residual < best[name].residual:
                 best[name] = fitted
-    return {"mean": means, "gates": gates, "linear": best}
+    return best
 
 
 def _times(layer: ExpertLinear, gates: Tensor) -> Tensor:

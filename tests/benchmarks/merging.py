@@ -19,7 +19,7 @@ import export
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.tree import calibration_batches, sharing_copy, shuffled_samples
 from minismoe.io.text import clean, table
-from minismoe.method.freeze import Fit, fit, merge
+from minismoe.method.freeze import KINDS, Fit, fit, merge
 from minismoe.training.evaluate import evaluate
 
 
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     config = ExportConfig(run=parser.parse_args(argv).run)
     source = export.load_run(config)
     batches = calibration_batches(shuffled_samples(config, source), source)
-    names, kinds = [task.name for task in source.tasks], fit(source.model, batches)
+    names = [task.name for task in source.tasks]
+    kinds = {kind: fit(source.model, batches, kind) for kind in KINDS}
     rows = [row("mixture", source, {})]
     rows += [row(f"merged, {kind}", source, dict.fromkeys(names, found[None]))
              for kind, found in kinds.items()]

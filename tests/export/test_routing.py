@@ -54,7 +54,7 @@ def test_a_copy_shares_every_weight() -> None:
 
 
 def test_frozen_maps_are_kept_beside_the_adapter(tmp_path: Path) -> None:
-    fits = fit(model_of(dtype=torch.float32), tasks())["linear"]
+    fits = fit(model_of(dtype=torch.float32), tasks())
     tree.save_fits(tmp_path, fits)
     assert [p.name for p in tmp_path.iterdir()] == ["frozen.safetensors"]
     with safe_open(tmp_path / "frozen.safetensors", "pt") as f:

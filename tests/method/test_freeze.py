@@ -19,6 +19,7 @@ from minismoe.export.walk import layer_by_layer
 from minismoe.method import freeze as module
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.method.freeze import (
+    KINDS,
     Fit,
     TaskFits,
     exact,
@@ -54,6 +55,10 @@ def held_out(batches: list[Data], held: bool) -> list[Data]:
     return [(whole[0][rows], whole[1][rows], whole[2][rows])]
 
 
+def fits_by_kind(model: Any, data: dict[str, list[Data]]) -> dict[str, TaskFits]:
+    return {kind: fit(model, data, kind) for kind in KINDS}
+
+
 def loss(fit_: Fit, layer: ExpertLinear, x: Tensor) -> float:
     """Share of the mixture's output energy that a fit misses on x."""
     y = plain(layer).added(x)
@@ -68,7 +73,7 @@ def test_fits_and_residuals_equal_the_reference(kind: str, pad: str, ridge: floa
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RIDGES", (ridge,))
     model, data = model_of(kind).requires_grad_(False), tasks(40, pad)
-    fits = fit(model, data)
+    fits = fits_by_kind(model, data)
     assert list(fits) == ["mean", "gates", "linear"]
     seen = [{t: reads(model, held_out(data[t], held)) for t in data} for held in (False, True)]
     for task in (None, "a", "b"):
@@ -94,7 +99,7 @@ def test_fits_and_residuals_equal_the_reference(kind: str, pad: str, ridge: floa
 def test_the_ridge_is_the_best_one_on_held_out_samples() -> None:
     model, data = model_of().requires_grad_(False), tasks(40)
     data["b"] = data["b"][:1]                            # few samples: there large ridges are best
-    fits, chosen = fit(model, data)["linear"], []
+    fits, chosen = fit(model, data), []
     for task in "ab":
         xs, hs = (reads(model, held_out(data[task], held)) for held in (False, True))
         for name in ROUTED:
@@ -116,7 +121,7 @@ def test_equal_gates_are_frozen_without_loss(k: int) -> None:
             layer.router.data.zero_()              # every gate 1/k, and topk breaks all ties alike
             layer.top_k = min(k, len(layer.router))
     x, before = batch(99), copy.deepcopy(model)
-    fits = fit(model, tasks())
+    fits = fits_by_kind(model, tasks())
     for kind, found in fits.items():
         assert all(f.residual < 1e-12 for task in (None, "a", "b")
                    for f in found[task].values())
@@ -158,7 +163,7 @@ def test_singular_gates_fall_back_to_their_mean() -> None:
         p.data[1] = p.data[0]                      # two experts that cannot be told apart
     dead = expert_layers(model)["model.layers.1.mlp.up_proj"]
     dead.lora_B.data[2] = 0                        # one that adds nothing
-    fits = fit(model, tasks())
+    fits = fits_by_kind(model, tasks())
     assert fits["gates"][None][name].kind == "mean"
     assert torch.equal(fits["gates"][None][name].lora_A, fits["mean"][None][name].lora_A)
     assert fits["linear"][None][name].residual <= fits["gates"][None][name].residual
@@ -170,13 +175,13 @@ def test_untrained_experts_lose_nothing() -> None:
     model = model_of()
     for layer in expert_layers(model).values():
         layer.lora_B.data.zero_()
-    for found in fit(model, tasks()).values():
+    for found in fits_by_kind(model, tasks()).values():
         assert {f.residual for f in found[None].values()} == {0.0}
 
 
 def test_gates_are_taken_where_held_out_samples_say_that_linear_is_worse() -> None:
     few = {"a": [tuple(t[:, :3] for t in batch(1, 3))]}   # 6 tokens to fit 16 or 24 inputs
-    fits = fit(model_of(), few)
+    fits = fits_by_kind(model_of(), few)
     kinds = {name: fits["linear"]["a"][name].kind for name in ROUTED}
     assert "gates" in kinds.values()
     for name, kind in kinds.items():
@@ -193,14 +198,12 @@ def test_tasks_of_one_sample_are_refused() -> None:
 
 # --- gathering ----------------------------------------------------------------------------------
 
-def same(a: dict[str, TaskFits], b: dict[str, TaskFits], **tolerance: float) -> None:
-    for kind in a:
-        for task, ours in a[kind].items():
-            theirs = b[kind][task]
-            assert list(ours) == list(theirs)
-            for name, found in ours.items():
-                torch.testing.assert_close(found.lora_A, theirs[name].lora_A, **tolerance)
-                assert found.kind == theirs[name].kind
+def same(a: TaskFits, b: TaskFits, **tolerance: float) -> None:
+    for task, ours in a.items():
+        assert list(ours) == list(b[task])
+        for name, found in ours.items():
+            torch.testing.assert_close(found.lora_A, b[task][name].lora_A, **tolerance)
+            assert found.kind == b[task][name].kind
 
 
 @pytest.mark.parametrize("kind", ["ours", "hf"])
@@ -208,7 +211,8 @@ def test_pads_are_left_out(kind: str) -> None:
     model = model_of(kind)
     alone = {t: [tuple(x[i:i + 1, :n] for x in b) for b in batches
                  for i, n in enumerate(b[1].sum(1).tolist())] for t, batches in tasks().items()}
-    same(fit(model, tasks()), fit(model, alone), rtol=1e-6, atol=1e-9)
+    for method in KINDS:
+        same(fit(model, tasks(), method), fit(model, alone, method), rtol=1e-6, atol=1e-9)
 
 
 def test_inputs_that_are_shared_are_multiplied_once() -> None:
@@ -238,14 +242,14 @@ def test_layer_by_layer_is_the_whole_model(size: int, monkeypatch: pytest.Monkey
 
     def fits(data: dict[str, list[Data]], **settings: Any) -> TaskFits:
         made = fits_to_make(ExportConfig(**settings), source, data)
-        for _ in layer_by_layer(model, data, {"linear": made}, []):
+        for _ in layer_by_layer(model, data, made, "linear", []):
             pass
         return made
 
     found = fits(data) | fits(data, adapters=True)
-    same({"linear": fit(model, data)["linear"]}, {"linear": found}, rtol=0, atol=1e-12)
+    same(fit(model, data), found, rtol=0, atol=1e-12)
     alone = fits({"a": data["a"]}, task="a")
-    same({"linear": {"a": found["a"]}}, {"linear": alone}, rtol=0, atol=0)
+    same({"a": found["a"]}, alone, rtol=0, atol=0)
 
 
 def test_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +267,7 @@ def test_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["ours", "hf"])
 def test_frozen_and_merged_compute_the_same(kind: str) -> None:
     model, (ids, mask, _) = model_of(kind), batch(3)
-    fits = fit(model, tasks())["linear"][None]
+    fits = fit(model, tasks())[None]
     frozen, joined = copy.deepcopy(model), copy.deepcopy(model)
     freeze(frozen, fits)
     merge(joined, fits)
@@ -284,13 +288,13 @@ def test_one_expert_is_exact() -> None:
     found = exact(layer)
     assert (found.kind, found.residual) == ("exact", 0.0)
     torch.testing.assert_close(x @ merged(layer.weight, found).T, layer(x))
-    freeze(model, fit(model, tasks())["gates"]["a"])
+    freeze(model, fit(model, tasks(), "gates")["a"])
     torch.testing.assert_close(expert_layers(model)["model.layers.0.self_attn.v_proj"](x), layer(x))
 
 
 def test_merging_three_times_equals_once() -> None:
     model = model_of(dtype=torch.float32)
-    fits, before = fit(model, tasks())["linear"][None], model_of(dtype=torch.float32)
+    fits, before = fit(model, tasks())[None], model_of(dtype=torch.float32)
     merge(model, fits)
     once = copy.deepcopy(model.state_dict())
     merge(model, fits)
@@ -306,7 +310,7 @@ def test_merging_three_times_equals_once() -> None:
 
 def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
     model = model_of(dtype=torch.bfloat16)
-    fits = fit(model, tasks())["linear"][None]
+    fits = fit(model, tasks())[None]
     for name, found in fits.items():
         weight = model.get_submodule(name).weight
         assert found.lora_A.dtype == found.lora_B.dtype == torch.float32
@@ -319,7 +323,7 @@ def test_bfloat16_is_merged_in_float32_and_rounded_once() -> None:
 
 def test_bfloat16_gathers_in_float32() -> None:
     model, data = model_of(dtype=torch.bfloat16), tasks(40)
-    fits = fit(model, data)["gates"][None]
+    fits = fit(model, data, "gates")[None]
     xs = reads(model, [b for t in data for b in held_out(data[t], True)])
     for name in ROUTED:
         # Batched, bfloat16 rounds elsewhere than sample by sample, and top-k may flip.
@@ -340,7 +344,7 @@ def test_what_is_not_finite_is_refused_by_name() -> None:
 
 def test_missing_fits_are_named_before_anything_changes() -> None:
     model = model_of()
-    fits = fit(model, tasks())["linear"][None]
+    fits = fit(model, tasks())[None]
     lost = "model.layers.1.mlp.down_proj"
     del fits[lost]
     for function in (freeze, merge):
@@ -364,4 +368,4 @@ def test_experts_that_are_nearly_alike_still_have_gates_of_their_own() -> None:
     layer = expert_layers(model)["model.layers.0.self_attn.q_proj"]
     for p in (layer.lora_A, layer.lora_B):
         p.data[1] = p.data[0] + 0.01 * p.data[1]
-    assert fit(model, tasks())["gates"][None]["model.layers.0.self_attn.q_proj"].kind == "gates"
+    assert fit(model, tasks(), "gates")[None]["model.layers.0.self_attn.q_proj"].kind == "gates"

@@ -127,15 +127,16 @@ def test_experts_are_frozen_and_merged(pair: tuple[Any, CausalLM]) -> None:
     g = torch.Generator().manual_seed(0)
     tasks = {task: [(torch.randint(97, (8, 20), generator=g), torch.ones(8, 20).long())]
              for task in "ab"}
-    fits = fit(model, tasks)["linear"][None]
+    fits = fit(model, tasks)[None]
     assert fits.keys() == layers.keys() and {f.kind for f in fits.values()} <= {*KINDS}
     frozen, joined, (ids, mask) = copy.deepcopy(model), copy.deepcopy(model), tasks["a"][0]
     freeze(frozen, fits)
     merge(joined, fits)
     torch.testing.assert_close(frozen(ids, mask), joined(ids, mask))
     names = [f"model.layers.1.linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")]
-    first, *others = fit_group({name: joined.get_submodule(name) for name in names}, {"a": [
-        (mask, partial(joined.model, ids, mask)) for ids, mask in tasks["a"]]}, {}, True).values()
+    runs = {"a": [(mask, partial(joined.model, ids, mask)) for ids, mask in tasks["a"]]}
+    first, *others = fit_group({name: joined.get_submodule(name) for name in names}, runs, {}, "",
+                               packed=True).values()
     assert first.trace() > 0 and all(torch.equal(first, other) for other in others)
 
 
