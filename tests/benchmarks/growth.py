@@ -1,4 +1,5 @@
-"""How time and memory grow with the model: SmolLM2's shapes of 135M, 360M and 1.7B parameters.
+"""How time and memory grow with the model: SmolLM2's shapes of 135M, 360M and 1.7B parameters, and
+four layers of Llama's 7B ("7B/4").
 
     python tests/benchmarks/growth.py --tokenizer SMOLLM2 --data DATA [--sizes 135M,360M]
 
@@ -32,7 +33,8 @@ from minismoe.model.decoder import meta_model
 LINES = 64                               # of each task: as many as the export calibrates with
 TOKENS = 64                              # decoded
 SIZES = {                                # hidden, intermediate, layers, heads, key and value heads
-    "135M": (576, 1536, 30, 9, 3), "360M": (960, 2560, 32, 15, 5), "1.7B": (2048, 8192, 24, 32, 32)}
+    "135M": (576, 1536, 30, 9, 3), "360M": (960, 2560, 32, 15, 5), "1.7B": (2048, 8192, 24, 32, 32),
+    "7B/4": (4096, 11008, 4, 32, 32)}
 
 
 def make_checkpoint(folder: Path, sizes: Sequence[int], tokenizer: Path) -> None:
@@ -93,7 +95,7 @@ def measured(command: Sequence[str], log: Path) -> dict[str, float]:
 
 def measure(size: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The steps of one size; a step that fails is left out, and so is what follows from it."""
-    work = args.work / size
+    work = args.work / size.replace("/", "-")
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "base").exists():
         with new_folder(work / "base") as folder:
