@@ -89,4 +89,6 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
 
 def shown(name: str, given: Mapping[str, Any]) -> str:
     """A flag as it was given, with its value if that is a word."""
-    return "RUN" if name == "run" else option(name) + f" {given[name]}" * (name in USUAL)
+    if name == "run":
+        return "RUN"
+    return f"{option(name)} {given[name]}" if name in USUAL else option(name)

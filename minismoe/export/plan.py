@@ -56,7 +56,7 @@ def in_words(config: ExportConfig) -> str:
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
         ", 4 or 8 bits a matrix" if config.chooses else "")
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
-    return f"writes {what}{blocks}{floats * bool(config.block or config.chooses)}"
+    return f"writes {what}{blocks}{floats if config.block or config.chooses else ''}"
 
 
 def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:

@@ -70,8 +70,9 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
             for layer in shipped.tree.modules():
                 if isinstance(layer, AdapterLinear):
                     layer.task = adapter
-            figures |= compare_rounded(shipped.tree, exact, prompts, texts, tolerance, npu * (
-                ", or too few texts showed its activations: give more --prompts"))
+            figures |= compare_rounded(
+                shipped.tree, exact, prompts, texts, tolerance,
+                ", or too few texts showed its activations: give more --prompts" if npu else "")
         show_logits(task or source.name, figures)
         for name in config.provider or ():
             figures.setdefault("providers", {})[name] = compare_provider(
@@ -97,8 +98,9 @@ def compare_provider(generator: Generator, other: Generator, name: str, model: C
     prompts, count = (prompts[:1], FEW - 1) if npu else (prompts, TOKENS)
     texts = [[*generator.generate(prompt, count)] for prompt in prompts]
     read = (prompts, texts) if npu else with_long(generator, model, prompts, texts)
-    figures = compare_logits(generator, other, *read, tolerance, f"{name} does not compute "
-                           "what the CPU does" + " (try another T in --static 1xTxP)" * npu)
+    wrong = f"{name} does not compute what the CPU does"
+    figures = compare_logits(generator, other, *read, tolerance, f"{wrong} (try another T in "
+                             "--static 1xTxP)" if npu else wrong)
     same = sum([*other.generate(p, count)] == text for p, text in zip(prompts, texts))
     return figures | {"texts": len(prompts), "texts_equal": same}
 

@@ -82,8 +82,9 @@ def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]
         if fits and isinstance(layer, ExpertLinear) and layer.router is not None}
 
     def put(task: str | None, inputs: Mapping[str, Input]) -> None:
-        for each in (x for x in inputs.values() if x.mixtures):
-            fits[task].update(solve(mixtures, each, kind))
+        for each in inputs.values():
+            if any(each.readers.values()):
+                fits[task].update(solve(mixtures, each, kind))
 
     together: dict[str, Input] = {}
     for task, runs in tasks.items():
@@ -102,7 +103,7 @@ def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]
         put(None, together)
     moments: dict[str, Tensor] = {}
     for each in together.values():
-        moments |= dict.fromkeys(each.layers, each.M.sum(0))
+        moments |= dict.fromkeys(each.readers, each.M.sum(0))
     return moments
 
 
@@ -112,8 +113,8 @@ def solve(mixtures: Mapping[str, ExpertLinear], x: Input, kind: str) -> dict[str
 
     Raises ValueError with the modules whose sums or experts are not finite.
     """
-    readers = {name: mixtures[name] for name in x.mixtures}
     to_fit, held_out = x.sums(TO_FIT), x.sums(HELD_OUT)
+    readers = {name: mixtures[name] for name in to_fit}
     wrong = [name for name, layer in readers.items() if not all(t.isfinite().all() for t in (
         *to_fit[name], *held_out[name], layer.lora_A, layer.lora_B))]
     if wrong:

@@ -39,20 +39,20 @@ class Input:
     """Sums over one x that some linear layers read. Each tensor holds two: TO_FIT, HELD_OUT."""
 
     M: Tensor                                # (2, D, D), in float32 or better
-    layers: list[str]                        # that read x, by module
-    mixtures: dict[str, tuple[Tensor, ...]]  # of these: P (2, R, D), G (2, R, R), gates (2, E)
+    # By module, of a mixture: P (2, R, D), G (2, R, R), gates (2, E); nothing of another layer.
+    readers: dict[str, tuple[Tensor, ...]]
 
     def sums(self, part: int) -> dict[str, Sums]:
         """Those of each mixture, in float64."""
         M = wide(self.M[part])
-        return {name: Sums(M, *(wide(both[part]) for both in of_mixture))
-                for name, of_mixture in self.mixtures.items()}
+        return {name: Sums(M, *(wide(both[part]) for both in own))
+                for name, own in self.readers.items() if own}
 
     def add(self, other: "Input") -> None:
         """Add the sums of other tokens."""
         self.M += other.M
-        for name, of_mixture in self.mixtures.items():
-            for ours, theirs in zip(of_mixture, other.mixtures[name]):
+        for name, own in self.readers.items():
+            for ours, theirs in zip(own, other.readers[name]):
                 ours += theirs
 
 
@@ -68,35 +68,31 @@ def add_moments(inputs: dict[str, Input], layers: Mapping[str, nn.Module],
     names = {layer: name for name, layer in layers.items()}
     token_numbers: list[Tensor] = []         # rows of the batch to fit, and those held out
     x: Any = None
-    parts: list[Tensor] = []                 # the rows of x, by part
-    now: Any = None                          # the Input of x
+    parts: list[Tensor] = []                 # these rows of x
+    sums: Any = None                         # the Input of x
 
     def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
-        nonlocal x, parts, now
+        nonlocal x, parts, sums
         name = names[layer]
         if args[0] is not x:
-            x = args[0]
-            rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
-            parts, D = [rows[numbers] for numbers in token_numbers], x.shape[-1]
-            now = inputs.setdefault(name, Input(rows.new_zeros(2, D, D), [], {}))
-            for M, part in zip(now.M, parts):
+            x, D = args[0], args[0].shape[-1]
+            rows = x.reshape(-1, D).to(torch.promote_types(x.dtype, torch.float32))
+            parts = [rows[numbers] for numbers in token_numbers]
+            sums = inputs.setdefault(name, Input(rows.new_zeros(2, D, D), {}))
+            for M, part in zip(sums.M, parts):
                 M += gram(part)
-        if name not in now.layers:
-            now.layers.append(name)
-        if name in mixtures:
-            add_mixture(layer, now, name)
-
-    def add_mixture(layer: Any, now: Input, name: str) -> None:
-        logits = layer.router_logits.flatten(0, -2).to(parts[0].dtype)
-        gates = top_k_gates(logits, layer.top_k)                         # (N, E)
-        (E, r, D), A = layer.lora_A.shape, layer.lora_A.flatten(0, 1).to(parts[0].dtype)
-        P, G, of_gates = now.mixtures.setdefault(name, tuple(
+        if name not in mixtures:
+            sums.readers[name] = ()
+            return
+        (E, r, D), A = layer.lora_A.shape, layer.lora_A.flatten(0, 1).to(parts[0])
+        gates = top_k_gates(layer.router_logits.flatten(0, -2).to(A), layer.top_k)       # (N, E)
+        own = sums.readers.setdefault(name, tuple(
             A.new_zeros(2, *shape) for shape in ((E * r, D), (E * r, E * r), (E,))))
-        for i, (part, numbers) in enumerate(zip(parts, token_numbers)):
+        for part, numbers, P, G, of_gates in zip(parts, token_numbers, *own):
             gh = ((part @ A.T).unflatten(1, (E, r)) * gates[numbers, :, None]).flatten(1)   # (N, R)
-            P[i].addmm_(gh.T, part)
-            G[i].addmm_(gh.T, gh)
-            of_gates[i] += gates[numbers].sum(0)
+            P.addmm_(gh.T, part)
+            G.addmm_(gh.T, gh)
+            of_gates += gates[numbers].sum(0)
 
     samples = 0
     with hooked(names, hook):

@@ -45,7 +45,7 @@ def request_error(e: Exception) -> RequestError:
     if not isinstance(e, (AttributeError, LookupError, TypeError, ValueError)):
         return e if isinstance(e, RequestError) else RequestError(error_line(e), 500)
     line = error_line(e) if type(e) is ValueError else f"it is not understood: {e!r}"
-    return RequestError(line, 400, "context_length_exceeded" * ("leaves no room" in line) or None)
+    return RequestError(line, 400, "context_length_exceeded" if "leaves no room" in line else None)
 
 
 class Api:
@@ -93,8 +93,10 @@ class Api:
                     probabilities.append(self._probability(token, likeliest))
                 yield token
 
-        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": self.name, "object": (
-            "chat.completion" + ".chunk" * bool(stream) if is_chat else "text_completion")}
+        kind = "text_completion" if not is_chat else (
+            "chat.completion.chunk" if stream else "chat.completion")
+        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": self.name,
+                "object": kind}
 
         def part(content: Json, reason: str | None = None) -> Json:
             logprobs = None if likeliest is None else _logprobs(is_chat, probabilities)
@@ -152,7 +154,7 @@ class Api:
             return self.generator.call_grammar(tools, must, most) if tools else ""
         if tools or form["type"] not in ("json_object", "json_schema"):
             raise ValueError(f"response_format {form['type']!r} is not supported"
-                             f"{' beside tools' * bool(tools)}")
+                             f"{' beside tools' if tools else ''}")
         return json_grammar({"type": "object"} if form["type"] == "json_object" else
                             form["json_schema"]["schema"])
 
@@ -212,7 +214,8 @@ def _likeliest(is_chat: bool, request: Json) -> int | None:
         return None
     count = (request.get("top_logprobs") or 0) if is_chat else wanted
     if type(count) is not int or not 0 <= count <= MOST_LIKELIEST:
-        raise ValueError(f"{'top_' * is_chat}logprobs {count!r}: expected 0 to {MOST_LIKELIEST}")
+        name = "top_logprobs" if is_chat else "logprobs"
+        raise ValueError(f"{name} {count!r}: expected 0 to {MOST_LIKELIEST}")
     return count
 
 

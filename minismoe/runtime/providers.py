@@ -77,7 +77,7 @@ def find_device(wanted: str | None, chip: int = SOC) -> Device:
         if name == "qnn":
             chosen = {"soc_model": number or str(chip)} if EMULATED else {}
             options = {"backend_path": plugin.get_qnn_htp_path()} | chosen
-            kind, index = kind or "npu" * (not EMULATED), 0
+            kind, index = kind or ("" if EMULATED else "npu"), 0
     elif not kind and (where == "cuda" or not number):      # onnxruntime lists few of its own
         return Device(name, OWN[name], None, (where, index), {"device_id": number} if index else {})
     listed = [d for d in ort.get_ep_devices() if d.ep_name == ep]
@@ -143,7 +143,8 @@ def open_session(file: Path, device: Device, threads: int | None,
         text = f"{e}\n{output[-1]}"          # names nodes that qnn refuses, or openvino's operators
         reason = re.sub(r".*(?:FAIL : |was false\. )", "", text.splitlines()[0])
         if refused := [*dict.fromkeys(re.findall(r"(?:name: |failed for: )([\w./]+)", text))]:
-            reason = (f"it refuses {', '.join(refused[:3])}{' and others' * (len(refused) > 3)}: "
+            others = " and others" if len(refused) > 3 else ""
+            reason = (f"it refuses {', '.join(refused[:3])}{others}: "
                       "export with another --precision or --target (for qnn: npu)")
         raise ValueError(f"onnxruntime cannot open {file} on {device.name}: {clean(reason)}"
                          ) from None

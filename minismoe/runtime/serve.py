@@ -168,7 +168,8 @@ def serve(api: Api, host: str | None = None, port: int | None = None, key: str |
                               ) from None
     with server:
         address = f"http://{host or HOST}:{server.server_port}/"
-        page = f"{address} shows a page, and " * (server.folder / "index.html").is_file()
+        has_page = (server.folder / "index.html").is_file()
+        page = f"{address} shows a page, and " if has_page else ""
         print(f"{page}{address}v1 answers as OpenAI's API from {clean(api.folder)}; "
               "Ctrl-C ends it", flush=True)
         server.serve_forever()

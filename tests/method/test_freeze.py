@@ -222,10 +222,10 @@ def test_inputs_that_are_shared_are_multiplied_once() -> None:
     inputs: dict[str, Input] = {}
     with Shapes() as shapes:
         add_moments(inputs, expert_layers(model), mixtures, [run], True)
-    short = [[name.split(".")[-1][0] for name in each.layers] for each in inputs.values()]
+    short = [[name.split(".")[-1][0] for name in each.readers] for each in inputs.values()]
     assert short == [["q", "k", "v"], ["o"], ["g", "u"], ["d"]] * 2
-    assert all([*each.mixtures] == [n for n in each.layers if n in mixtures]
-               for each in inputs.values())
+    assert all(bool(own) == (name in mixtures)
+               for each in inputs.values() for name, own in each.readers.items())
     assert shapes.seen.count(("mm", (D, D))) == 2 * 2 * 3            # fitting and held-out samples
     assert shapes.seen.count(("mm", (24, 24))) == 2 * 2
 
