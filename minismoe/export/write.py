@@ -90,7 +90,6 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
             else verify.activations_explain(config))
         if config.layout == "genai":
             layouts.write_genai(folder, info["context"], config.target == "ort")
-            (folder / "sampler.onnx").unlink()          # the check drew tokens by it
         if config.layout == "web":
             graph = layouts.write_web(folder, config.precision, info["cache_type"])
         info["contract"] = {

@@ -43,8 +43,8 @@ def read_info(folder: Path, verify: bool = False) -> dict[str, Any]:
             raise ValueError(f"it names no {' and no '.join(sorted(lacking))}")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         layout = clean(info.get("layout", "onnx"))
-        hint = "export again" if layout in ("onnx", "web") else (
-            f"its layout is {layout}, and the runtime reads --layout onnx and web")
+        hint = "export again" if layout in ("onnx", "genai", "web") else (
+            f"its layout is {layout}, and the runtime reads --layout onnx, genai and web")
         raise ValueError(f"{file} is not understood: {type(e).__name__} {e}; {hint}") from None
     for path, (size, digest) in files.items():
         if path.stat().st_size != size:
