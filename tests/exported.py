@@ -11,10 +11,10 @@ from tiny import BYTES, python
 from torch import nn
 
 from minismoe.export import graph, steps
+from minismoe.export.calibration import Batches, layer_by_layer
 from minismoe.export.mixture import round_experts
 from minismoe.export.rounding import rounded, store
 from minismoe.export.tree import sharing_copy
-from minismoe.export.walk import Batches, layer_by_layer
 from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM, Config
 

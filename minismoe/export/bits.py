@@ -14,8 +14,8 @@ from ..io.progress import progress_bar
 from ..method.bits import harms, spend, total
 from ..model.decoder import CausalLM
 from ..model.quantize import ROW, Blocks, WideWeight, dequantize
+from .calibration import Batches
 from .leaves import matrix
-from .walk import Batches
 from .weights import Storage
 
 TOKENS = 6144                    # of the texts, on which harm is measured: 1460 chose worse

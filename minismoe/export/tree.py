@@ -13,7 +13,6 @@ The writer of graphs, the check and the ranges of NPUs take this tree.
 import copy
 import json
 import os
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,27 +23,29 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..data.tasks import Batch, Example, probe_batches
 from ..io.drawing import terminal_heatmap
-from ..io.files import naming, replacing
+from ..io.files import replacing
 from ..io.text import clean
 from ..method.experts import ExpertLinear, expert_layers
 from ..method.freeze import Fit, TaskFits, frozen_layer, no_fits
-from ..method.loss import IGNORE
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockLinear, WideWeight
 from .bits import Ways, choose_ways
+from .calibration import (
+    Batches,
+    Samples,
+    calibration_batches,
+    layer_by_layer,
+    shuffled_samples,
+)
 from .leaves import AdapterLinear, MergedWeight, put_weight
 from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
 from .rounding import rounded, store
 from .settings import ExportConfig, Source
-from .walk import Batches, layer_by_layer
 
-SAMPLES, BATCH = 64, 16                      # to calibrate with, of each task, and at once
 Fits = Mapping[str, Fit]                     # module -> its fit
-Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 
 
 @dataclass
@@ -119,36 +120,6 @@ def ranges_of(config: ExportConfig, tree: CausalLM, samples: Samples, source: So
     texts = [e.ids for examples in samples.values() for e in examples[:few]]
     return activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
                              if config.prompts else texts)
-
-
-def shuffled_samples(config: ExportConfig, source: Source) -> Samples:
-    """What an export is calibrated on: examples of the run, or of one task; or lines of --prompts.
-    """
-    samples = {task: examples for task, examples in source.examples.items()
-               if config.task in (None, task)}
-    if config.prompts:
-        samples = {"prompts": unlabelled(config.prompts, source)}
-    return {name: random.Random(0).sample(e, len(e)) for name, e in samples.items()}
-
-
-def unlabelled(file: str, source: Source) -> list[Example]:
-    """One example a line of a file, without labels, cut to the model's positions. Raises ValueError
-    for a file that is empty or not UTF-8."""
-    with naming(f"{file} is no UTF-8 text", ValueError):
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{file} holds no prompt")
-    render, most = source.tokenizer.render, source.model.config.max_position_embeddings
-    ids = [source.tokenizer.encode(render(p, add_generation_prompt=True))[0] for p in prompts]
-    return [Example("prompts", tokens[:most], [IGNORE] * len(tokens[:most])) for tokens in ids]
-
-
-def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batch]]:
-    """Padded batches of the first SAMPLES, by task, on the model's device."""
-    device, pad_id = source.model.lm_head.weight.device, source.tokenizer.pad_id
-    return {name: [*probe_batches(examples, SAMPLES, BATCH, pad_id, device)]
-            for name, examples in samples.items()}
 
 
 def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:

@@ -93,10 +93,8 @@ class Api:
                     probabilities.append(self._probability(token, likeliest))
                 yield token
 
-        kind = "text_completion" if not is_chat else (
-            "chat.completion.chunk" if stream else "chat.completion")
-        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": self.name,
-                "object": kind}
+        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": self.name, "object": (
+            f"chat.completion{'.chunk' if stream else ''}" if is_chat else "text_completion")}
 
         def part(content: Json, reason: str | None = None) -> Json:
             logprobs = None if likeliest is None else _logprobs(is_chat, probabilities)

@@ -29,11 +29,11 @@ from minismoe.cli import script
 from minismoe.data.tasks import collate, encode
 from minismoe.export import tree as trees
 from minismoe.export.bits import Ways, change, harm_of, nbytes
+from minismoe.export.calibration import calibration_batches, layer_by_layer
 from minismoe.export.leaves import put_weight
 from minismoe.export.plan import with_precision
 from minismoe.export.rounding import rounded, to_nearest
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.walk import layer_by_layer
 from minismoe.io.flags import above_zero, positive
 from minismoe.method.bits import spend, total
 from minismoe.method.experts import ExpertLinear
@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
     config = with_precision(ExportConfig(run=args.run, size=1.0), has_texts=True)
     source = export.load_run(config)
     load_adapter(tree := load_model(source.base), source.run / "adapter")
-    batches = trees.calibration_batches({
+    batches = calibration_batches({
         task: random.Random(args.seed).sample(examples, len(examples))
         for task, examples in source.examples.items()}, source)
     fits, rounded_ways = trees.fits_to_make(config, source, batches), dict[str, Ways]()

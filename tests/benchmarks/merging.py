@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import export
+from minismoe.export.calibration import calibration_batches, shuffled_samples
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.tree import calibration_batches, sharing_copy, shuffled_samples
+from minismoe.export.tree import sharing_copy
 from minismoe.io.text import clean, table
 from minismoe.method.freeze import KINDS, Fit, fit, merge
 from minismoe.training.evaluate import evaluate

@@ -25,6 +25,7 @@ import export
 import train
 from minismoe.cli.export_flags import parse
 from minismoe.export import compare, layouts, plan, ranges, tree, verify, write
+from minismoe.export.calibration import shuffled_samples
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import sharing_copy
 from minismoe.method.allocation import Allocation
@@ -421,7 +422,7 @@ def test_prompts_come_from_the_whole_file_and_end_where_the_model_does(run: Path
     """A file may be sorted, and calibration reads its first lines only."""
     (tmp_path / "lines").write_text("".join(f"say {i:03}\n" for i in range(99)) + "x" * 999)
     config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"))
-    (lines,) = tree.shuffled_samples(config, source := export.load_run(config)).values()
+    (lines,) = shuffled_samples(config, source := export.load_run(config)).values()
     texts = [source.tokenizer.decode(e.ids) for e in lines]
     numbers = [int(text.split("say ")[1][:3]) for text in texts if "say" in text]
     assert sorted(numbers) == [*range(99)] and max(numbers[:20]) > 80
@@ -437,7 +438,7 @@ def test_activations_of_prompts_are_those_of_their_answers_too(
     config = ExportConfig(run=str(run), prompts=str(tmp_path / "lines"), precision="w8a16",
                           target="npu", dtype="float32")
     source = export.load_run(config)
-    samples = tree.shuffled_samples(config, source)
+    samples = shuffled_samples(config, source)
     tree.ship([config], source, source.model)
     ((model, found),) = seen
     prompts = [e.ids[:128 - ranges.ANSWER] for e in samples["prompts"]]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mixture import COUNTS, V, model_of, tasks
 from torch import Tensor
 
-from minismoe.export import walk
+from minismoe.export import calibration
 from minismoe.export.gptq import DAMPING, TIED_DAMPING, gptq, inverse_factor
 from minismoe.export.graph import write_decoder
 from minismoe.export.leaves import put_weight
@@ -164,7 +164,7 @@ def test_the_tied_table_is_damped_more(model: Any, monkeypatch: pytest.MonkeyPat
         damped.append(damping)
         return inverse_factor(H, damping)
 
-    monkeypatch.setattr(walk, "inverse_factor", watched)
+    monkeypatch.setattr(calibration, "inverse_factor", watched)
     round_weights(sharing_copy(model), GraphFormat("ort", "int4", 64), model, {"a": BATCHES[:1]})
     inputs = 4 * len(model.model.layers)     # q, k and v; o; gate and up; down
     assert damped == [*[DAMPING] * inputs, TIED_DAMPING]

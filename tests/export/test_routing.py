@@ -16,9 +16,9 @@ import train
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.export import compare, tree, verify
+from minismoe.export.calibration import layer_by_layer, shuffled_samples
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.walk import layer_by_layer
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact, fit
 
@@ -130,7 +130,7 @@ def run(inputs, tmp_path_factory) -> Path:
 def test_an_export_is_calibrated_on_what_its_run_was_trained_on(run: Path) -> None:
     source = export.load_run(ExportConfig(run=str(run), limit_test=2))
     assert [len(t.test) for t in source.tasks] == [2, 2]
-    samples = tree.shuffled_samples(ExportConfig(run=str(run)), source)
+    samples = shuffled_samples(ExportConfig(run=str(run)), source)
     assert {n: sorted(e.index for e in examples) for n, examples in samples.items()} == {
         n: sorted(e.index for e in examples) for n, examples in source.examples.items()}
 

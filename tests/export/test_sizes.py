@@ -16,11 +16,11 @@ from torch import Tensor
 import export
 from minismoe.export import bits
 from minismoe.export.bits import Ways, choose_ways, nbytes
+from minismoe.export.calibration import layer_by_layer
 from minismoe.export.plan import with_precision
 from minismoe.export.rounding import rounded, to_nearest
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import sharing_copy
-from minismoe.export.walk import layer_by_layer
 from minismoe.export.weights import GraphFormat
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM

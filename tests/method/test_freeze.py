@@ -13,9 +13,9 @@ from tiny import Shapes, plain, randomise
 from torch import Tensor, nn
 
 from minismoe import reference
+from minismoe.export.calibration import layer_by_layer
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.tree import fits_to_make
-from minismoe.export.walk import layer_by_layer
 from minismoe.method import freeze as module
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.method.freeze import (

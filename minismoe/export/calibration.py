@@ -1,29 +1,66 @@
-"""Calibration samples on their way through a decoder, layer by layer.
+"""Calibration samples, and their way through a decoder, layer by layer.
 
-Their hidden states are kept (8,000 tokens of 2,048 floats: 64 MB), so that each layer runs once on
-each batch, however much its sums take: those of one layer alone are in memory.
+The hidden states of the samples are kept (8,000 tokens of 2,048 floats: 64 MB), so that each layer
+runs once on each batch, however much its sums take: those of one layer alone are in memory.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..data.tasks import Batch
+from ..data.tasks import Batch, Example, probe_batches
+from ..io.files import naming
 from ..io.progress import progress_bar
 from ..method.experts import ExpertLinear, linear_layers
 from ..method.freeze import TaskFits, fit_group
 from ..method.hooks import measuring
+from ..method.loss import IGNORE
 from ..method.moments import gram
 from ..model.decoder import CausalLM, Decoder
 from ..model.tokens import Tokens
 from .gptq import DAMPING, TIED_DAMPING, inverse_factor
 from .leaves import EMBEDDING, HEAD
+from .settings import ExportConfig, Source
 from .weights import GraphFormat
 
+SAMPLES, BATCH = 64, 16                      # of each task, and at once
+Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 Batches = Mapping[str, Sequence[Batch]]      # by task
 Factors = Mapping[str, Tensor]               # module -> `inverse_factor` (K, K) of what it reads
+
+
+def shuffled_samples(config: ExportConfig, source: Source) -> Samples:
+    """What an export is calibrated on: examples of the run, or of one task; or lines of --prompts.
+    """
+    samples = {task: examples for task, examples in source.examples.items()
+               if config.task in (None, task)}
+    if config.prompts:
+        samples = {"prompts": unlabelled(config.prompts, source)}
+    return {name: random.Random(0).sample(e, len(e)) for name, e in samples.items()}
+
+
+def unlabelled(file: str, source: Source) -> list[Example]:
+    """One example a line of a file, without labels, cut to the model's positions. Raises ValueError
+    for a file that is empty or not UTF-8."""
+    with naming(f"{file} is no UTF-8 text", ValueError):
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    prompts = [[{"role": "user", "content": line}] for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt")
+    render, most = source.tokenizer.render, source.model.config.max_position_embeddings
+    ids = [source.tokenizer.encode(render(p, add_generation_prompt=True))[0] for p in prompts]
+    return [Example("prompts", tokens[:most], [IGNORE] * len(tokens[:most])) for tokens in ids]
+
+
+def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batch]]:
+    """Padded batches of the first SAMPLES, by task, on the model's device."""
+    device, pad_id = source.model.lm_head.weight.device, source.tokenizer.pad_id
+    return {name: [*probe_batches(examples, SAMPLES, BATCH, pad_id, device)]
+            for name, examples in samples.items()}
 
 
 class States:
