@@ -76,8 +76,8 @@ def load_run(config: ExportConfig) -> Source:
     for task in inputs.tasks:                # answers that the run did not compare are long
         if task.name not in measured and not config.limit_test:
             task.test = task.test[:CHECKED]
-    return Source(run, inputs.folder, inputs.model.name, inputs.model,
-                  inputs.tokenizer, inputs.tasks, inputs.encoded, measured, saved.system)
+    return Source(run, inputs.folder, inputs.model.name, inputs.model, inputs.tokenizer,
+                  inputs.tasks, inputs.encoded, inputs.valid, measured, saved.system)
 
 
 def load_base(config: ExportConfig) -> Source:

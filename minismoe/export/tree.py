@@ -103,8 +103,9 @@ def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> 
         show_fits(fits)
         save_fits(source.run / "adapter", fits)
     for config, tree, of_tree in zip(parts, trees, ways):
-        if config.size:
-            store(tree, config.form, choose_ways(of_tree, tree, source.model, batches,
+        if config.size:                      # harm shows on lines that the run is not certain of
+            unseen = calibration_batches(shuffled_samples(config, source, unseen=True), source)
+            store(tree, config.form, choose_ways(of_tree, tree, source.model, unseen,
                                                  config.size).items())
         if config.graph:
             round_experts(tree, config.form)
