@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 # Import neither torch nor numpy here: this file is also the child that measures start and memory.
+from minismoe.io.process import peak_resident
 
 EXPERTS, RANK, TOP_K = 3, 8, 2
 CONTEXT = 2048
@@ -87,8 +87,7 @@ def child(side: str, folder: Path, threads: int, tokens: int) -> None:
     for _, _ in zip(range(tokens), read(ids[:28])):
         times.append(time.time())
     gaps = [b - a for a, b in zip(times, times[1:])]
-    result = {"first": times[0] - float(os.environ["STARTED"]), "peak":
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+    result = {"first": times[0] - float(os.environ["STARTED"]), "peak": peak_resident() / 1e6,
               "rate": 1 / statistics.median(gaps), "tokens": len(times)}
     for length, repeats in ((28, 7), (512, 3)):
         seconds = []
