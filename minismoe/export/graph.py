@@ -40,18 +40,22 @@ class DecoderBuilder:
         self.node, self.tensor, self.constant = graph.node, graph.tensor, graph.constant
         self.parameter, self.linear = weights.parameter, LinearLayers(graph, weights).linear
         self.positions = Positions(graph, self.config, form)
+        # The scale of the residual stream. Gemma 3's reaches 100,000, more than float16 holds; what
+        # it adds up comes from norms, and what reads it are norms.
+        self.stream = 2.0 ** -6 if self.config.post_norms and form.dtype == torch.float16 else 1.0
 
     def norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
-        """Two outputs: x + added normalised, and x + added."""
+        """Two outputs: the residual stream x + added normalised, and x + added."""
         weight = self.tensor(f"{name}.weight", self.norm_weight(name))
+        eps = self.config.rms_norm_eps * self.stream ** 2
         if self.ort and added is not None:
             y, _, _, x = self.node(
                 "SkipSimplifiedLayerNormalization", name, x, added, weight, domain="com.microsoft",
-                epsilon=self.config.rms_norm_eps, named=[f"{name}.y", "", "", f"{name}.x"])
+                epsilon=eps, named=[f"{name}.y", "", "", f"{name}.x"])
             return y, x
         if added is not None:
             x = self.node("Add", name, x, added)
-        return self.rms(name, x, weight), x
+        return self.rms(name, x, weight, eps), x
 
     def norm_weight(self, name: str) -> Tensor:
         """What a norm multiplies by, in the graph's dtype."""
@@ -61,9 +65,9 @@ class DecoderBuilder:
         return x if factor == 1 else self.node(
             "Mul", f"{name}.times", x, self.constant(factor, self.dtype))
 
-    def rms(self, name: str, x: str, weight: str) -> str:
+    def rms(self, name: str, x: str, weight: str, eps: float | None = None) -> str:
         """x, normalised by its root mean square over the last axis, times weight."""
-        eps = self.config.rms_norm_eps
+        eps = eps or self.config.rms_norm_eps
         if self.ort:
             return self.node("SimplifiedLayerNormalization", name, x, weight, axis=-1, epsilon=eps,
                              stash_type=1)
@@ -258,8 +262,8 @@ class DecoderBuilder:
 
     def build(self) -> None:
         """Write every node between the inputs and the outputs."""
-        c = self.config
-        x, added = self.times("model.embed_tokens", self.embed(), c.embedding_multiplier), None
+        c, added = self.config, None
+        x = self.times("model.embed_tokens", self.embed(), c.embedding_multiplier * self.stream)
         for i in range(c.num_hidden_layers):
             name, mixer = f"model.layers.{i}", (
                 self.short_conv if i in c.conv_layers else
@@ -270,7 +274,9 @@ class DecoderBuilder:
                 y, x = self.norm(f"{name}.{before}", x, added)
                 added = part(i, y)
                 if c.post_norms:
-                    added, _ = self.norm(f"{name}.{after}", added, None)
+                    weight = self.norm_weight(f"{name}.{after}") * self.stream
+                    added = self.rms(f"{name}.{after}", added, self.tensor(
+                        f"{name}.{after}.weight", weight))
                 added = self.times(f"{name}.{before}", added, c.residual_multiplier)
         y, _ = self.norm("model.norm", x, added)
         self.head(self.times("model.norm", y, c.output_multiplier))

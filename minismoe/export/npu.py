@@ -101,13 +101,13 @@ class NpuBuilder(DecoderBuilder):
 
     weights: NpuWeights
 
-    def rms(self, name: str, x: str, weight: str) -> str:
+    def rms(self, name: str, x: str, weight: str, eps: float | None = None) -> str:
         """As in the base class, in one operator: HTP sums the squares in float32."""
         ones, shape = weight, self.graph.tensors[weight].dims
         if len(shape) > 1:                             # one weight a head
             ones = self.tensor(f"{name}.ones", torch.ones(shape[-1], dtype=self.dtype))
         y = self.node("RMSNormalization", name, x, ones, axis=-1, stash_type=1,
-                      epsilon=self.config.rms_norm_eps)
+                      epsilon=eps or self.config.rms_norm_eps)
         return y if ones == weight else self.node("Mul", name, y, weight)
 
     def embed(self) -> str:

@@ -379,6 +379,21 @@ def test_float16(model: Callable[..., CausalLM], tmp_path: Path, target: str, fa
     compare(file, m, target, 0.02)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["ort", "portable"])
+def test_a_residual_stream_beyond_float16(model: Callable[..., CausalLM], tmp_path: Path,
+                                          target: str) -> None:
+    """As that of Gemma 3 270M, which reaches 104,000."""
+    m, largest = copy.deepcopy(model("gemma3")), list[float]()
+    for layer in m.model.layers:
+        layer.post_feedforward_layernorm.weight.fill_(60_000)
+        layer.register_forward_hook(lambda _, args, y: largest.append(float(y.abs().max())))
+    m(random_ids(8))
+    assert max(largest) > 70_000
+    compare(write(tmp_path / "m.onnx", m, target=target, precision="fp16", all_logits=True), m,
+            target, 0.02)
+
+
 # Form
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4-8", "int4"])
