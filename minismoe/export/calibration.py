@@ -91,7 +91,8 @@ def layer_by_layer(model: CausalLM, batches: Batches, fits: TaskFits, kind: str,
         return any(storage.bits == 4 for form in forms for storage in form.options_of(name))
 
     def measured(name: str, layer: nn.Linear) -> bool:
-        return in_4_bits(name) or isinstance(layer, ExpertLinear) and layer.router is not None
+        return in_4_bits(name) or isinstance(layer, ExpertLinear) and (
+            layer.router is not None and any(name in of_task for of_task in fits.values()))
 
     if not any(measured(name, layer) for name, layer in linear_layers(model).items()):
         batches = {}

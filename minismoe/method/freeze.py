@@ -72,14 +72,14 @@ def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Seq
 
 def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]], fits: TaskFits,
               kind: str, packed: bool) -> dict[str, Tensor]:
-    """Fit the mixtures among linear layers, in `fits`, for the tasks that it has, from one run of
-    each batch. packed: whether the layers see rows of real tokens alone.
+    """Fit the mixtures among linear layers that `fits` has, for the tasks that it has, from one run
+    of each batch. packed: whether the layers see rows of real tokens alone.
 
     Returns M (D, D) over all tokens by module; layers that read the same x have one tensor.
     """
     mixtures: dict[str, ExpertLinear] = {
-        name: layer for name, layer in layers.items()
-        if fits and isinstance(layer, ExpertLinear) and layer.router is not None}
+        name: layer for name, layer in layers.items() if isinstance(layer, ExpertLinear)
+        and layer.router is not None and any(name in of_task for of_task in fits.values())}
 
     def put(task: str | None, inputs: Mapping[str, Input]) -> None:
         for each in inputs.values():

@@ -90,7 +90,8 @@ def frozen_of(run: Path) -> dict[str, dict[str, Fit]]:
     "--layout hf", "--prompts", "--precision int4 --block 128",
     "--precision int4 --routing freeze", "--precision int8 --adapters",
 ])
-def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
+def test_every_way_out(run: Path, tmp_path: Path, flags: str,
+                       capsys: pytest.CaptureFixture[str]) -> None:
     """Each passes its own check against PyTorch, and says what it holds."""
     out, args = tmp_path / "out", flags.split()
     if "--prompts" in args:
@@ -100,7 +101,9 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
         args += ["--precision", "fp32"]
     export.main([str(run), "--out", str(out), *args])
     info = json.loads((out / "export.json").read_text())
-    if args[:2] != ["--routing", "dynamic"]:
+    freezes = args[:2] != ["--routing", "dynamic"]
+    assert ("median residual" in capsys.readouterr().out) == freezes
+    if freezes:
         frozen = frozen_of(run)["number" if "--adapters" in args else
                                 info["arguments"]["task"] or ""]
         kinds = {f.kind for f in frozen.values()}
@@ -125,7 +128,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str) -> None:
     if info["precision"] == "fp32" and not {"--adapters", "--prompts"} & set(args):
         model = load_model(run.parent / "model")
         load_adapter(model, run / "adapter")
-        if args[:2] != ["--routing", "dynamic"]:
+        if freezes:
             merge(model, frozen_of(run)[info["arguments"]["task"] or ""])
         (expected,) = generate(model, [PROMPT], 20, [257])
         assert len(expected) > 3
