@@ -433,6 +433,26 @@ def test_prompts_come_from_the_whole_file_and_end_where_the_model_does(run: Path
     assert all(len(e.ids) == len(e.labels) for e in lines)
 
 
+def test_harm_is_measured_on_lines_that_the_run_was_not_trained_on(
+        run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the task that is exported: its validation lines, or training lines if it has none."""
+    seen: list[Any] = []
+    monkeypatch.setattr(tree, "choose_ways", lambda options, tree, model, batches, size: (
+        seen.append(batches) or {name: next(iter(ways.items()))
+                                 for name, ways in options.items()}))
+    config = ExportConfig(run=str(run), precision="int4-8", size=1.0, task="twice")
+    source = export.load_run(config)
+    lines = {name: {tuple(e.ids) for e in of_task["twice"]} for name, of_task in (
+        ("unseen", source.unseen), ("trained on", source.examples))}
+    assert len(lines["unseen"]) > 1 and not lines["unseen"] & lines["trained on"]
+    for given in (source, replace(source, unseen={})):
+        tree.ship([config], given, source.model)
+    for batches, name in zip(seen, ("unseen", "trained on"), strict=True):
+        assert [*batches] == ["twice"]
+        assert {tuple(row[real.bool()].tolist()) for ids, mask, *_ in batches["twice"]
+                for row, real in zip(ids, mask)} == lines[name]
+
+
 def test_activations_of_prompts_are_those_of_their_answers_too(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lines").write_text("say 5\nsay 77\n" + "x" * 999)
