@@ -148,9 +148,9 @@ def main(argv: Sequence[str]) -> None:
     config = with_precision(ExportConfig(run=args.run, size=1.0), has_texts=True)
     source = export.load_run(config)
     load_adapter(tree := load_model(source.base), source.run / "adapter")
-    batches = calibration_batches({
+    batches, unseen = (calibration_batches({
         task: random.Random(args.seed).sample(examples, len(examples))
-        for task, examples in source.examples.items()}, source)
+        for task, examples in lines.items()}, source) for lines in (source.examples, source.unseen))
     fits, rounded_ways = trees.fits_to_make(config, source, batches), dict[str, Ways]()
     for names, factors in layer_by_layer(source.model, batches, fits, config.fit, [config.form]):
         for name in names:
@@ -159,7 +159,7 @@ def main(argv: Sequence[str]) -> None:
             rounded_ways[name] = rounded(tree.get_submodule(name), name, config.form,
                                          factors.get(name))
     tree.eval().requires_grad_(False)
-    harm = harm_of(rounded_ways, tree, source.model, batches)
+    harm = harm_of(rounded_ways, tree, source.model, unseen)
     options = {name: [blocks or to_nearest(tree.get_submodule(name), storage, config.form)
                       for storage, blocks in ways.items()] for name, ways in rounded_ways.items()}
     cost = {name: [nbytes(options[name][0].shape, storage) for storage in ways]
