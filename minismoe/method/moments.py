@@ -72,6 +72,7 @@ def add_moments(inputs: dict[str, Input], layers: Mapping[str, nn.Module],
     sums: Any = None                         # the Input of x
 
     def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+        """Add what a layer reads of one batch: M once for all that read the same x."""
         nonlocal x, parts, sums
         name = names[layer]
         if args[0] is not x:
