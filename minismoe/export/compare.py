@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..data.tasks import Example, collate
 from ..model.decoder import CausalLM
 from ..runtime import Generator
+from ..runtime.folder import graph_of
 from ..runtime.model import CHUNK
 from ..training.evaluate import generate
+from .nodes import all_nodes
 
 TOKENS = 24                              # of each greedy text
 FEW = 4                                  # of each text read without rounding, which is slow
@@ -120,15 +122,16 @@ def with_long(generator: Generator, model: CausalLM, prompts: Prompts, texts: Pr
 
 def unrounded(generator: Generator) -> Generator:
     """A generator of the same graph that rounds no activations, to test only its blocks."""
-    graph = onnx.load(str(generator.folder / "model.onnx"), load_external_data=False)
-    for attribute in (a for node in graph.graph.node for a in node.attribute):
+    file = generator.folder / graph_of(generator.info)
+    graph = onnx.load(str(file), load_external_data=False)
+    for attribute in (a for node in all_nodes(graph.graph.node) for a in node.attribute):
         if attribute.name == "accuracy_level":
             attribute.i = 0
     options = generator.session.get_session_options()
     options.add_session_config_entry(                    # for the nodes fused in target portable
         "session.qdq_matmulnbits_accuracy_level", "0")
     options.add_session_config_entry(                    # the graph comes as bytes, without a path
-        "session.model_external_initializers_file_folder_path", str(generator.folder))
+        "session.model_external_initializers_file_folder_path", str(file.parent))
     other = copy(generator)
     other.session = ort.InferenceSession(graph.SerializeToString(), options,
                                           providers=["CPUExecutionProvider"])

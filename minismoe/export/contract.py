@@ -4,17 +4,18 @@ Letters: B prompts, T new tokens, P tokens read before, S = P + T, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import TensorProto, ValueInfoProto
 
 from ..runtime import Generator
 from ..runtime.npu import EXACT
+from .nodes import all_nodes
 
 ONNXRUNTIME = "1.30"                         # the oldest that has all kernels
 QUESTION, TOKENS, LOGITS = "What is the capital of France?", 16, 8
@@ -51,14 +52,14 @@ def golden(generator: Generator, tolerance: float) -> dict[str, Any]:
                        "tolerance": tolerance}}
 
 
-def contract(file: Path, target: str, stops: Sequence[int], vector: dict[str, Any],
-             ) -> dict[str, Any]:
-    """The entry "contract" of export.json on the decoder in `file`.
+def contract(folder: Path, name: str, target: str, stops: Sequence[int]) -> dict[str, Any]:
+    """The entry "contract" of export.json on the decoder, the file `name` of the folder; `golden`
+    comes later.
 
-    stops: ids of the tokens that end an answer; vector: what `golden` returned. For an NPU, it
-    holds the two graphs beside the decoder, and what a CPU needs to run them as exactly.
+    stops: ids of the tokens that end an answer. For an NPU, it holds the two graphs beside the
+    decoder, and what a CPU needs to run them as exactly.
     """
-    graph, npu = _graph(file), target == "npu"
+    graph, npu = _graph(folder, name), target == "npu"
     keys = [x for x in graph["inputs"] if x["name"].startswith("past_key_values.")]
     states = [x for x in graph["inputs"] if x["name"].startswith("past_") and x not in keys]
     steps = any(x["name"] == "tokens" for x in graph["outputs"])
@@ -71,20 +72,20 @@ def contract(file: Path, target: str, stops: Sequence[int], vector: dict[str, An
         "cache_bytes_per_token": sum(        # of one prompt: heads, and numbers of a head
             BYTES[x["type"]] * x["shape"][1] * x["shape"][3] for x in keys),
         "state_bytes": sum(BYTES[x["type"]] * prod(x["shape"][1:]) for x in states),
-        "stop_ids": [*stops], "golden": vector,
-        **({"embed": _graph(file.with_name("embed.onnx")), "cpu_session": dict(EXACT),
-            "prompt": _graph(file.with_name("prompt.onnx"))} if npu else {})}
+        "stop_ids": [*stops],
+        **({"embed": _graph(folder, "embed.onnx"), "cpu_session": dict(EXACT),
+            "prompt": _graph(folder, "prompt.onnx")} if npu else {})}
 
 
-def _graph(file: Path) -> dict[str, Any]:
+def _graph(folder: Path, name: str) -> dict[str, Any]:
     """The name of a graph, its operators as lines for reduced builds, inputs and outputs."""
-    model = onnx.load(str(file), load_external_data=False)
+    model = onnx.load(str(folder / name), load_external_data=False)
     operators = defaultdict[str, set[str]](set)
     weights = {tensor.name for tensor in model.graph.initializer}
-    for node in _nodes(model.graph):
+    for node in all_nodes(model.graph.node):
         operators[node.domain].add(node.op_type)
     return {
-        "graph": file.name, "ir_version": model.ir_version,
+        "graph": name, "ir_version": model.ir_version,
         "operators": [f"{opset.domain or 'ai.onnx'};{opset.version};{','.join(sorted(names))}"
                       for opset in model.opset_import if (names := operators[opset.domain])],
         "inputs": [_described(v) for v in model.graph.input if v.name not in weights],
@@ -95,11 +96,3 @@ def _described(value: ValueInfoProto) -> dict[str, Any]:
     tensor = value.type.tensor_type
     return {"name": value.name, "type": TensorProto.DataType.Name(tensor.elem_type).lower(),
             "shape": [d.dim_param or d.dim_value for d in tensor.shape.dim]}
-
-
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """The nodes of a graph and of the graphs inside it."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            yield from _nodes(attribute.g)

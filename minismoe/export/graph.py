@@ -13,6 +13,7 @@ Letters: B batch, T new tokens, P past tokens, S = P + T, D hidden, H query head
 heads, C head size, L taps of a convolution, I its channels, V vocabulary.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .leaves import matrix
 from .mixture import LinearLayers
 from .nodes import Graph
 from .positions import END, Positions
+from .steps import put_in_steps
 from .weights import GraphFormat, WeightStore
 
 
@@ -309,18 +311,27 @@ def cached(kind: str, layer: int) -> tuple[str, str]:
     return f"{kind}.{layer}.key", f"{kind}.{layer}.value"
 
 
-def write_decoder(file: Path, model: CausalLM, form: GraphFormat) -> None:
+def write_decoder(file: Path, model: CausalLM, form: GraphFormat,
+                  stops: Sequence[int] | None = None) -> None:
     """Write the graph of a model to `file`, and its tensors to `file`.data.
 
     The modules decide what each matrix is: floats (nn.Linear), blocks (BlockLinear), or either with
     experts (ExpertLinear) or with LoRAs that are inputs of the graph (AdapterLinear) beside it.
     A static form (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is
-    read in chunks of T, the first of which is padded on the left. settings.py's `refuse` says what
+    read in chunks of T, the first of which is padded on the left. plan.py's `refuse` says what
     cannot be written.
+
+    stops: ids of the tokens that end an answer, for a graph that transformers.js opens. It fetches
+    `file`_data, and pads prompts on the left, so that a run takes one; see `put_in_steps` for q8.
     """
-    with open(f"{file}.data", "wb") as data:
+    with open(f"{file}.data" if stops is None else f"{file}_data", "wb") as data:
         graph = Graph(data, form.dtype)
         decoder = DecoderBuilder(graph, WeightStore(graph, model, form))
         decoder.declare()
         decoder.build()
+    if stops is not None:
+        for given in graph.inputs:
+            given.type.tensor_type.shape.dim[0].dim_value = 1
+        if form.rows:                        # what a browser runs on the CPU
+            put_in_steps(graph, stops)
     graph.save(file)

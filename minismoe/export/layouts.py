@@ -5,10 +5,10 @@ Letters: R rank of a fit.
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch.nn.functional as F
 from onnxruntime import AdapterFormat, OrtValue
 from safetensors import safe_open
@@ -25,13 +25,15 @@ from ..io.files import inside, read_json, replacing, write_json
 from ..method.freeze import merged
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
 from ..model.config import CONV, DELTA, FULL, Config, text_part
+from ..model.decoder import CausalLM
 from ..model.quantize import BlockWeight
+from .contract import contract
 from .graph import write_decoder
 from .npu import compile_npu, write_npu
 from .settings import ExportConfig
-from .steps import write_in_steps, write_sampler
+from .steps import write_sampler
 from .tree import Fits, Shipped
-from .weights import HALF, NPU_PRECISIONS
+from .weights import HALF, NPU_PRECISIONS, GraphFormat
 
 # How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
 WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", "_int8"),
@@ -42,14 +44,20 @@ LEGAL = r"(licen[cs]e|notice|copying|use_policy)[\w.-]*$"        # files that go
 
 
 def write_graph(config: ExportConfig, shipped: Shipped, folder: Path) -> dict[str, Any]:
-    """Write model.onnx, sampler.onnx and adapters; returns the entries of export.json on them."""
-    sizes = shipped.tree.config
+    """Write the decoder, sampler.onnx, adapters and what the layout's own program needs beside the
+    files of `copy_base_files`; returns the entries of export.json on them."""
+    sizes, name = shipped.tree.config, "model.onnx"
+    stops = read_json(folder / "generation_config.json")["eos_token_id"]
     if config.target == "npu":
         write_npu(folder, shipped.tree, config.form, shipped.ranges)
         if config.chip:
             compile_npu(folder, config.chip)
+    elif config.layout == "web":
+        name = write_web(folder, shipped.tree, config.form, stops)
     else:
-        write_decoder(folder / "model.onnx", shipped.tree, config.form)
+        write_decoder(folder / name, shipped.tree, config.form)
+    if config.layout == "genai":
+        write_genai(folder, config.context or 0, config.target == "ort")
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
     adapters = {}
     for number, (task, fits) in enumerate(shipped.fits.items() if config.adapters else ()):
@@ -63,6 +71,7 @@ def write_graph(config: ExportConfig, shipped: Shipped, folder: Path) -> dict[st
                 for name, leaf in shipped.tree.named_modules()
                 if isinstance(getattr(leaf, "weight", None), BlockWeight)},
             "cache_type": "float16" if config.precision in (*HALF, *NPU_PRECISIONS) else "float32",
+            "contract": contract(folder, name, config.target, stops),
             **({"soc": config.chip} if config.chip else {})}
 
 
@@ -219,38 +228,26 @@ def write_genai(out: Path, context: int, share_buffer: bool = True) -> None:
                    "past_present_share_buffer": share_buffer}})
 
 
-def write_web(out: Path, precision: str, cache_type: str = "float32") -> Path:
-    """Move out/model.onnx to where transformers.js looks for it, name it in out/config.json, and
-    add the page that loads it. Returns where it is.
+def write_web(out: Path, model: CausalLM, form: GraphFormat, stops: Sequence[int]) -> str:
+    """Write the decoder where transformers.js looks for it, name it in out/config.json, and add the
+    page that loads it. Returns its place in the folder.
 
     Several precisions can go to the same folder: the last one is the default; q8 is for WASM alone.
     """
     write_page(out)
-    dtype, suffix = WEB_DTYPES[precision]
-    name, data = f"model{suffix}.onnx", f"model{suffix}.onnx_data"      # transformers.js fetches it
+    dtype, suffix = WEB_DTYPES[form.precision]
+    name = f"model{suffix}.onnx"
     (out / "onnx").mkdir(exist_ok=True)
-    graph = onnx.load(str(out / "model.onnx"), load_external_data=False)
-    for tensor in graph.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = data
-    for value in graph.graph.input:          # one prompt: transformers.js pads others on the left
-        value.type.tensor_type.shape.dim[0].dim_value = 1
-    if dtype == "q8":                        # what a browser runs on the CPU
-        write_in_steps(graph.graph, read_json(out / "generation_config.json")["eos_token_id"])
-    with replacing(out / "onnx" / name) as tmp:
-        tmp.write_bytes(graph.SerializeToString())
-    (out / "model.onnx.data").replace(out / "onnx" / data)
-    (out / "model.onnx").unlink()
+    write_decoder(out / "onnx" / name, model, form, stops)
     config = read_json(out / "config.json")
     ours = config.setdefault("transformers.js_config", {})
     ours["dtype"] = dtype
     if dtype != "q8":
         ours["device_config"] = {"webgpu": {"dtype": dtype}}
     ours.setdefault("use_external_data_format", {})[name] = 1        # how many data files
-    ours.setdefault("kv_cache_dtype", {})[dtype] = cache_type        # version 3 asks for it
+    ours.setdefault("kv_cache_dtype", {})[dtype] = str(form.dtype)[6:]       # version 3 asks for it
     write_json(out / "config.json", config)
-    return out / "onnx" / name
+    return f"onnx/{name}"
 
 
 def write_page(out: Path) -> None:

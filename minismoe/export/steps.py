@@ -6,7 +6,6 @@ A browser copies all keys and values to JavaScript and back around each run. In 
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnx
 import torch
 from onnx import TensorProto, ValueInfoProto
 from onnx.helper import make_graph
@@ -15,7 +14,7 @@ from onnx.helper import make_tensor_value_info as value
 from .nodes import Graph
 
 
-def write_in_steps(graph: onnx.GraphProto, stops: Sequence[int]) -> None:
+def put_in_steps(graph: Graph, stops: Sequence[int]) -> None:
     """Put a decoder of `write_decoder` into a Loop that chooses tokens greedily.
 
     The largest number N of attention_mask says how many tokens a run writes; a mask of 0 and 1 asks
@@ -23,15 +22,15 @@ def write_in_steps(graph: onnx.GraphProto, stops: Sequence[int]) -> None:
     of the token ids `stops` in the same step. logits and the cache are those of the last step. The
     new output `tokens` (n, B, 1), n <= N, holds what was chosen.
     """
-    constant, step, outer = {"", *(t.name for t in graph.initializer)}, Graph(), Graph()
-    for node in graph.node:
+    constant, step, outer = {"", *graph.tensors}, Graph(), Graph()
+    for node in graph.nodes:
         if constant.issuperset(node.input):      # made of weights alone: once a session
             outer.nodes.append(node)
             constant.update(node.output)
         else:
             step.nodes.append(node)
-    ids, mask, *past = (v.name for v in graph.input)
-    logits, *present = (v.name for v in graph.output)
+    ids, mask, *past = (v.name for v in graph.inputs)
+    logits, *present = (v.name for v in graph.outputs)
     for node in step.nodes:
         for names in (node.input, node.output):
             names[:] = [n if n in constant else f"step.{n}" for n in names]
@@ -46,19 +45,17 @@ def write_in_steps(graph: onnx.GraphProto, stops: Sequence[int]) -> None:
     chosen = step.node("Identity", "step.chosen", token)
     body = make_graph(step.nodes, "step", [
         value("step.number", TensorProto.INT64, []), value("step.running", TensorProto.BOOL, []),
-        *_inner(*graph.input), value("step.before", TensorProto.FLOAT, None)], [
+        *_inner(*graph.inputs), value("step.before", TensorProto.FLOAT, None)], [
         value(more, TensorProto.BOOL, []), value(token, TensorProto.INT64, None),
-        value(longer, TensorProto.INT64, None), *_inner(*graph.output[1:], graph.output[0]),
+        value(longer, TensorProto.INT64, None), *_inner(*graph.outputs[1:], graph.outputs[0]),
         value(chosen, TensorProto.INT64, None)])
     outer.node("Loop", "steps", outer.node("ReduceMax", "steps", mask, keepdims=0), "",
                ids, outer.node("Min", "steps.mask", mask, 1), *past,
                outer.constant([[[0.0]]], torch.float32), body=body,
                named=["steps.ids", "steps.mask", *present, logits, "tokens"])
-    del graph.node[:]
-    graph.node.extend(outer.nodes)
-    graph.initializer.extend(t for name, t in {**step.tensors, **outer.tensors}.items()
-                             if name not in constant)
-    graph.output.append(value("tokens", TensorProto.INT64, ["steps", "batch_size", 1]))
+    graph.nodes = outer.nodes
+    graph.tensors |= step.tensors | outer.tensors
+    graph.outputs.append(value("tokens", TensorProto.INT64, ["steps", "batch_size", 1]))
 
 
 def _inner(*values: ValueInfoProto) -> list[ValueInfoProto]:

@@ -15,7 +15,7 @@ from ..model.decoder import CausalLM
 from ..runtime import FORMAT, Generator
 from ..runtime.folder import TASKS
 from . import layouts, verify
-from .contract import contract, golden
+from .contract import golden
 from .plan import in_words, resolved
 from .settings import ExportConfig, Source
 from .tree import Shipped, in_float32, ship
@@ -76,7 +76,7 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
         if config.layout in ("onnx", "web") and source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
-        record(info, folder, "*")            # the runtime reads it: no graph that was moved away
+        record(info, folder)                 # the runtime reads it
     else:
         layouts.write_weights(config.layout, source.base, source.name,
                               shipped.fits[config.task], folder)
@@ -85,26 +85,18 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
         (there := figures["providers"][name])["texts_equal"] == there["texts"]
         for figures in info["checked"].values())]
     if config.graph:
-        graph, vector = folder / "model.onnx", golden(
-            Generator(folder), verify.BITS8 if config.form.rounds
-            else verify.activations_explain(config))
-        if config.layout == "genai":
-            layouts.write_genai(folder, info["context"], config.target == "ort")
-        if config.layout == "web":
-            graph = layouts.write_web(folder, config.precision, info["cache_type"])
-        info["contract"] = {
-            **contract(graph, config.target, source.tokenizer.stop_ids, vector),
-            "graph": graph.relative_to(folder).as_posix()}
+        info["contract"]["golden"] = golden(Generator(folder), verify.BITS8 if config.form.rounds
+                                            else verify.activations_explain(config))
     if other:
         info["other_graph"] = {name: other[name] for name in (
             "arguments", "checked", "cache_type", "contract")}
     return record(info, folder)
 
 
-def record(info: Mapping[str, Any], folder: Path, names: str = "**/*") -> dict[str, Any]:
-    """Write export.json: `info` and the files of the folder by a pattern; returns its content."""
+def record(info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write export.json: `info` and the files of the folder; returns its content."""
     files = {f.relative_to(folder).as_posix(): _listed(f, info["layout"] == "web")
-             for f in sorted(folder.glob(names)) if f.is_file() and f != folder / "export.json"}
+             for f in sorted(folder.glob("**/*")) if f.is_file() and f != folder / "export.json"}
     write_json(folder / "export.json", {**info, "files": files})
     return {**info, "files": files}
 

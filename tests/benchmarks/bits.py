@@ -13,20 +13,21 @@ the error of the weights alone, by the first-order score <gradient, dW>, and by 
 import argparse
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch
+import torch.nn.functional as F
 from compare_report import table
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import export
 from minismoe.cli import script
-from minismoe.data.tasks import collate, encode
+from minismoe.data.tasks import Example, collate, encode
 from minismoe.export import tree as trees
 from minismoe.export.bits import Ways, change, harm_of, nbytes
 from minismoe.export.calibration import calibration_batches, layer_by_layer
@@ -41,7 +42,7 @@ from minismoe.method.freeze import merged_layer
 from minismoe.method.loss import predicting, supervised_losses
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import Blocks, BlockWeight
+from minismoe.model.quantize import Blocks, BlockWeight, dequantize
 from minismoe.model.tokens import Tokens
 
 Chosen = dict[str, int]                      # module -> number of its option
@@ -65,6 +66,11 @@ def at_random(cost: Values, budget: float, seed: int) -> Chosen:
         if 0 < more <= budget - total(cost, chosen):
             chosen[name] = option
     return chosen
+
+
+def down_in_8(names: Sequence[str]) -> Chosen:
+    """A rule of thumb: all down_proj in 8 bits, the rest in 4 in blocks of 128."""
+    return {name: LARGE if name.endswith("down_proj") else SMALL for name in names}
 
 
 def q4_k_m(names: Sequence[str], layers: int) -> Chosen:
@@ -106,33 +112,75 @@ def own_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 class Lines:
-    """Test lines, and what the float model predicts after each of their tokens."""
+    """Batches of lines, and what the float model predicts after each of their tokens."""
 
-    def __init__(self, source: Source, lines: int, model: CausalLM):
-        self.batches = []
-        for task in source.tasks:
-            examples = sorted((encode(task.name, messages, source.tokenizer)
-                               for messages in task.test[:lines]), key=lambda e: e.ids)
-            ids, mask, labels = collate(examples, source.tokenizer.pad_id)
+    def __init__(self, batches: Sequence[Sequence[Example]], pad_id: int, model: CausalLM):
+        self.batches, answers = [], []
+        for examples in batches:
+            ids, mask, labels = collate(sorted(examples, key=lambda e: e.ids), pad_id)
             own = own_tokens(ids, mask)
             self.batches.append((ids, mask, own))
-            self.answers = torch.cat([getattr(self, "answers", own[:0, 0]),
-                                      predicting(mask, labels)[own]])
-        self.hidden, self.head = self.read(model), model.lm_head.weight.clone()
+            answers.append(predicting(mask, labels)[own])
+        self.answers, self.head = torch.cat(answers), model.lm_head.weight.clone()
+        self.hidden = [self.read(model, i) for i in range(len(batches))]
 
-    def read(self, model: CausalLM) -> Tensor:
-        """Hidden states (N, D) of all tokens."""
-        device = model.lm_head.weight.device
-        return torch.cat([model.model.rows(Tokens(ids, mask, model.config, device, own))
-                          for ids, mask, own in self.batches])
+    def read(self, model: CausalLM, number: int) -> Tensor:
+        """Hidden states (N, D) of the tokens of a batch."""
+        ids, mask, own = self.batches[number]
+        return model.model.rows(Tokens(ids, mask, model.config, self.head.device, own))
+
+    def kl(self, model: CausalLM, number: int) -> Tensor:
+        """KL (N,) of each token of a batch."""
+        parts = []
+        for h, g in zip(self.hidden[number].split(64), self.read(model, number).split(64)):
+            p = (h @ self.head.T).log_softmax(-1)
+            parts.append((p.exp() * (p - model.lm_head(g).log_softmax(-1))).sum(-1))
+        return torch.cat(parts)
 
     def divergence(self, model: CausalLM) -> tuple[float, float]:
         """KL a token: of all, and of those that predict an answer."""
-        parts = [torch.sum((p := (h @ self.head.T).log_softmax(-1)).exp()
-                           * (p - model.lm_head(g).log_softmax(-1)), -1)
-                 for h, g in zip(self.hidden.split(64), self.read(model).split(64))]
-        each = torch.cat(parts)
+        each = torch.cat([self.kl(model, number) for number in range(len(self.batches))])
         return each.mean().item(), each[self.answers].mean().item()
+
+
+def test_lines(source: Source, count: int, model: CausalLM) -> Lines:
+    """So many test lines of each task, with their right answers."""
+    return Lines([[encode(task.name, messages, source.tokenizer) for messages in task.test[:count]]
+                  for task in source.tasks], source.tokenizer.pad_id, model)
+
+
+class Scaled(nn.Module):
+    """Blocks whose scales are trained, as a linear layer and as an embedding."""
+
+    def __init__(self, blocks: Blocks):
+        super().__init__()
+        self.columns, self.values = blocks.shape[1], F.pad(
+            dequantize(blocks), (0, -blocks.shape[1] % blocks.size)).unflatten(1, (-1, blocks.size))
+        self.change = nn.Parameter(torch.zeros(self.values.shape[:2]))           # relative
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = slice(None) if x.is_floating_point() else x.flatten()
+        weight = (self.values[rows] * (1 + self.change[rows, :, None])).flatten(1)[:, :self.columns]
+        return x @ weight.T if x.is_floating_point() else weight.unflatten(0, x.shape)
+
+
+def train_scales(model: CausalLM, options: Mapping[str, Blocks], lines: Lines,
+                 steps: int) -> Iterator[int]:
+    """Put blocks in place, and train all their scales towards the float model on a batch a step, as
+    mlx-lm's DWQ does; yields after a half of the steps, and after all of them."""
+    for name, blocks in options.items():
+        model.set_submodule(name, Scaled(blocks))
+    if model.config.tie_word_embeddings:
+        model.lm_head = model.model.embed_tokens
+    changes = [module.change for module in model.modules() if isinstance(module, Scaled)]
+    optimizer = torch.optim.Adam(changes, lr=1e-3)
+    for step in tqdm(range(1, steps + 1), "train scales", unit="step"):
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            lines.kl(model, step % len(lines.batches)).mean().backward()
+        optimizer.step()
+        if step in (steps // 2, steps):
+            yield step
 
 
 @torch.no_grad()
@@ -144,6 +192,8 @@ def main(argv: Sequence[str]) -> None:
                         "bits in blocks of 32)")
     parser.add_argument("--lines", type=positive, default=24, help="test lines of each task")
     parser.add_argument("--seed", type=int, default=0, help="of the samples that calibrate")
+    parser.add_argument("--train-scales", type=positive, default=0, metavar="STEPS",
+                        help="train the block scales of the probe's choice, 16 lines a step")
     args = parser.parse_args(argv)
     config = with_precision(ExportConfig(run=args.run, size=1.0), has_texts=True)
     source = export.load_run(config)
@@ -164,8 +214,8 @@ def main(argv: Sequence[str]) -> None:
                       for storage, blocks in ways.items()] for name, ways in rounded_ways.items()}
     cost = {name: [nbytes(options[name][0].shape, storage) for storage in ways]
             for name, ways in rounded_ways.items()}
-    names, lines = [*options], Lines(source, args.lines, tree)
-    of_32 = total(cost, plain(names, MIDDLE, MIDDLE))
+    names, lines = [*options], test_lines(source, args.lines, tree)
+    of_32, of_rule = total(cost, plain(names, MIDDLE, MIDDLE)), total(cost, down_in_8(names))
     budget = args.size * 1e6 if args.size else of_32
     ways = {"4 bits, blocks of 128": plain(names, SMALL, SMALL),
             "4 bits, blocks of 32": plain(names, MIDDLE, MIDDLE),
@@ -176,6 +226,8 @@ def main(argv: Sequence[str]) -> None:
             **{f"at random, {seed}": at_random(cost, budget, seed) for seed in range(DRAWS)},
             "by the weights' error": spend(errors(options, tree), cost, budget),
             "by <gradient, dW>": spend(first_order(options, tree, source), cost, budget),
+            "down_proj in 8 bits, the rest blocks of 128": down_in_8(names),
+            "by the probe, as many bytes": spend(harm, cost, of_rule),
             "llama.cpp's rule": q4_k_m(names, source.model.config.num_hidden_layers)}
     rows = []
     for way, chosen in tqdm(ways.items(), "ways"):
@@ -186,6 +238,18 @@ def main(argv: Sequence[str]) -> None:
         every, answers = lines.divergence(stored)
         rows.append([way, f"{total(cost, chosen) / 1e6:.1f}", f"{every:.3f}", f"{answers:.4f}",
                      f"{total(harm, chosen):.3f}"])
+    if args.train_scales:
+        samples = [e for examples in source.examples.values() for e in examples]
+        random.Random(args.seed).shuffle(samples)
+        trained = Lines([samples[i:i + 16] for i in range(0, len(samples) - 15, 16)],
+                        source.tokenizer.pad_id, tree)
+        chosen = ways["by the probe"]
+        stored = trees.sharing_copy(tree)
+        for step in train_scales(stored, {n: options[n][chosen[n]] for n in names}, trained,
+                                 args.train_scales):
+            every, answers = lines.divergence(stored)
+            rows.append([f"by the probe, scales trained for {step} steps",
+                         f"{total(cost, chosen) / 1e6:.1f}", f"{every:.3f}", f"{answers:.4f}", ""])
     print(table(["", "MB", "KL", "of answers", "predicted"], rows))
 
 

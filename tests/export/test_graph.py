@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from minismoe.export import graph as graphs
 from minismoe.export.graph import DecoderBuilder, write_decoder
 from minismoe.export.leaves import AdapterLinear
+from minismoe.export.nodes import Graph
 from minismoe.export.plan import refuse
-from minismoe.export.steps import write_in_steps, write_sampler
-from minismoe.export.weights import PRECISIONS, GraphFormat
+from minismoe.export.steps import put_in_steps, write_sampler
+from minismoe.export.weights import PRECISIONS, GraphFormat, WeightStore
 from minismoe.method.experts import ExpertLinear, expert_layers, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
@@ -553,8 +554,21 @@ def test_a_graph_in_steps_writes_what_single_steps_write(
         model: Callable[..., CausalLM], family: str, tmp_path: Path) -> None:
     """Tokens, last logits and cache, for two rows; the loop ends where both rows stop."""
     m = model(family)
-    file = write(tmp_path / "m.onnx", m, precision="q8")
-    graph = onnx.load(str(file))
+    form = GraphFormat("ort", "q8", 64)
+
+    def written(name: str, stops: list[int] | None) -> Path:
+        with (tmp_path / f"{name}.data").open("wb") as data:
+            graph = Graph(data)
+            decoder = DecoderBuilder(graph, WeightStore(graph, stored(m, form), form))
+            decoder.declare()
+            decoder.build()
+        if stops is not None:
+            put_in_steps(graph, stops)
+        graph.save(tmp_path / name)
+        return tmp_path / name
+
+    file = written("single.onnx", None)
+    graph = onnx.load(str(file), load_external_data=False)
     ids = torch.randint(0, m.config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
     sizes = {"batch_size": 2, "past_sequence_length": 0}
     empty = {v.name: torch.zeros([sizes.get(d.dim_param, d.dim_value)
@@ -572,9 +586,7 @@ def test_a_graph_in_steps_writes_what_single_steps_write(
                 for v in empty}
     never = next(i for i in range(m.config.vocab_size) if not (torch.stack(tokens) == i).any())
     for stops in ([], [never], tokens[2].flatten().tolist()):
-        steps = copy.deepcopy(graph)
-        write_in_steps(steps.graph, stops)
-        together = ort.InferenceSession(steps.SerializeToString())
+        together = ort.InferenceSession(str(written("steps.onnx", stops)))
         for count in (1, 6):
             mask = torch.ones(2, 5, dtype=torch.int64)
             mask[1, 4] = count

@@ -484,11 +484,9 @@ def web_says(folder: Path, dtype: str = "") -> dict[str, Any]:
 def web_folder(run: Run, web: Path, block: int = 32) -> Path:
     """The layout of transformers.js, of a merged run in four precisions."""
     copy_base_files(run.base, web)
-    for precision, cache_type in (("fp32", "float32"), ("fp16", "float16"), ("q8", "float32"),
-                                  ("int4", "float32")):
+    for precision in ("fp32", "fp16", "q8", "int4"):
         form = GraphFormat("ort", precision, CONTEXT, block)
-        write_decoder(web / "model.onnx", stored(run.merged, form), form)
-        write_web(web, precision, cache_type)
+        write_web(web, stored(run.merged, form), form, load_tokenizer(run.base).stop_ids)
     return web
 
 
@@ -512,8 +510,8 @@ def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: 
     base = shutil.copytree(run.base, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"transformers.js_config": theirs}))
-    decoder(run._replace(base=base), tmp_path / "out")
-    write_web(tmp_path / "out", "fp32")
+    copy_base_files(base, tmp_path / "out")
+    write_web(tmp_path / "out", run.merged, GraphFormat("ort", "fp32", CONTEXT), [])
     found = json.loads((tmp_path / "out/config.json").read_text())["transformers.js_config"]
     assert found == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1},
                      "kv_cache_dtype": {"fp32": "float32"},

@@ -84,7 +84,9 @@ def test_genai_says_the_same(run: Run, tmp_path: Path) -> None:
 
 @needs_node
 def test_transformers_js_says_the_same(run: Run, tmp_path: Path) -> None:
-    write_web(graph(run, tmp_path / "web"), "fp32")
+    copy_base_files(run.base, tmp_path / "web")
+    write_web(tmp_path / "web", run.merged, GraphFormat("ort", "fp32", CONTEXT),
+              load_tokenizer(run.base).stop_ids)
     said = web_says(tmp_path / "web")
     assert (said["prompt"], said["tokens"][:len(run.tokens)]) == (run.prompt, run.tokens)
 
