@@ -5,7 +5,6 @@ Letters: n tokens compared, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from copy import copy
 from typing import Any
 
 import onnx
@@ -65,13 +64,12 @@ def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, pr
 
 
 def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
-                  same_texts: bool) -> tuple[dict[str, Any], list[list[int]]]:
-    """Compare a graph with `model`: logits, and texts, one by one and in a batch. Returns figures,
-    and the model's texts.
+                  same_texts: bool) -> dict[str, Any]:
+    """Compare a graph with `model`: logits, and texts, one by one and in a batch.
 
     Raises ValueError as `compare_logits` does, and with same_texts if a text differs.
     """
-    count = min(TOKENS, generator.room(max(map(len, prompts))))  # a static past may hold few
+    count = min(TOKENS, generator.room(max(map(len, prompts))))
     wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
     read = (prompts, wanted) if tolerance == math.inf else with_long(
         generator, model, prompts, wanted)
@@ -82,17 +80,18 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, toler
     if same_texts and (batched, single) != (len(prompts),) * 2:
         raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
                          f"are equal, and {batched} in a batch")
-    figures |= {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
-    return figures, wanted
+    return figures | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
 
 
-def compare_rounded(tree: CausalLM, generator: Generator, prompts: Prompts, texts: Prompts,
-                    tolerance: float, hint: str = "") -> dict[str, float]:
+def compare_rounded(tree: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
+                    hint: str = "") -> dict[str, float]:
     """Compare an `unrounded` graph, which is slow, with the tree that it was written from, along
-    the first tokens of texts; two prompts suffice beside long ones. Raises ValueError as
+    the last tokens of prompts; two prompts suffice beside long ones. Raises ValueError as
     `compare_logits` does, with a hint."""
-    count = min(FEW, generator.room(max(map(len, prompts))))
-    read, texts = with_long(generator, tree, prompts, [text[:count] for text in texts])
+    count = min(FEW, generator.room(max(map(len, prompts))))     # a static past may hold few
+    ends = [max(1, len(prompt) - count) for prompt in prompts]
+    read, texts = with_long(generator, tree, [p[:end] for p, end in zip(prompts, ends)],
+                            [p[end:] for p, end in zip(prompts, ends)])
     last = slice(-4, None) if len(read) > len(prompts) else slice(None)
     figures = compare_logits(tree, generator, read[last], texts[last], tolerance, "the export is "
                              f"not what PyTorch computes with the same rounded weights{hint}")
@@ -121,7 +120,7 @@ def with_long(generator: Generator, model: CausalLM, prompts: Prompts, texts: Pr
 
 
 def unrounded(generator: Generator) -> Generator:
-    """A generator of the same graph that rounds no activations, to test only its blocks."""
+    """The generator itself, which from now on rounds no activations, to test only its blocks."""
     file = generator.folder / graph_of(generator.info)
     graph = onnx.load(str(file), load_external_data=False)
     for attribute in (a for node in all_nodes(graph.graph.node) for a in node.attribute):
@@ -132,8 +131,8 @@ def unrounded(generator: Generator) -> Generator:
         "session.qdq_matmulnbits_accuracy_level", "0")
     options.add_session_config_entry(                    # the graph comes as bytes, without a path
         "session.model_external_initializers_file_folder_path", str(file.parent))
-    other = copy(generator)
-    other.session = ort.InferenceSession(graph.SerializeToString(), options,
-                                          providers=["CPUExecutionProvider"])
-    other.use(None)
-    return other
+    del generator._cache, generator.session  # first, as a large model may not fit twice
+    generator.session = ort.InferenceSession(graph.SerializeToString(), options,
+                                             providers=["CPUExecutionProvider"])
+    generator.use(None)
+    return generator

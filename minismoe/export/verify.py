@@ -55,24 +55,17 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     """
     if not config.graph:
         return check_weights(config, source, reference, shipped, folder)
-    generator, by_adapter = Generator(folder), {}
     npu, rounds = config.target == "npu", config.form.rounds
-    exact = unrounded(generator) if rounds and not npu else generator
     tolerance, prompts = activations_explain(config), check_prompts(source)
+    rounded = check_rounded(config, shipped, folder, prompts, tolerance) if rounds else {}
+    generator, by_adapter = Generator(folder), {}
     for adapter in (None, *generator.tasks):
         task, adapted = adapter or config.task, bool(adapter) or not config.adapters
         model = without_routing(config, reference, shipped.fits[task] if adapted else None)
         generator.use(adapter)
-        figures, texts = compare_graph(model, generator, prompts, math.inf if rounds else tolerance,
-                                    config.precision == "fp32")
-        if rounds:
-            exact.use(adapter)
-            for layer in shipped.tree.modules():
-                if isinstance(layer, AdapterLinear):
-                    layer.task = adapter
-            figures |= compare_rounded(
-                shipped.tree, exact, prompts, texts, tolerance,
-                ", or too few texts showed its activations: give more --prompts" if npu else "")
+        figures = compare_graph(model, generator, prompts, math.inf if rounds else tolerance,
+                                config.precision == "fp32")
+        figures |= rounded.get(adapter, {})
         show_logits(task or source.name, figures)
         for name in config.provider or ():
             figures.setdefault("providers", {})[name] = compare_provider(
@@ -86,6 +79,24 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
         by_adapter[task or ""] = figures
     show_accuracy([figures.get("exact_match", {}) for figures in by_adapter.values()])
     return by_adapter
+
+
+def check_rounded(config: ExportConfig, shipped: Shipped, folder: Path,
+                  prompts: Sequence[Sequence[int]], tolerance: float,
+                  ) -> dict[str | None, dict[str, float]]:
+    """Compare a graph in few bits, whose activations are not rounded, with the tree that it was
+    written from; returns figures by adapter. Its session is closed before another one opens."""
+    generator, npu = Generator(folder), config.target == "npu"
+    exact, figures = generator if npu else unrounded(generator), {}
+    for adapter in (None, *exact.tasks):
+        exact.use(adapter)
+        for layer in shipped.tree.modules():
+            if isinstance(layer, AdapterLinear):
+                layer.task = adapter
+        figures[adapter] = compare_rounded(
+            shipped.tree, exact, prompts, tolerance,
+            ", or too few texts showed its activations: give more --prompts" if npu else "")
+    return figures
 
 
 def compare_provider(generator: Generator, other: Generator, name: str, model: CausalLM,
