@@ -30,9 +30,10 @@ ROWS = 8192                      # rounded at a time
 @torch.no_grad()
 def inverse_factor(H: Tensor, damping: float = DAMPING) -> Tensor:
     """U (K, K), for inputs whose E[x x^T] is proportional to H (K, K)."""
-    device, H = H.device, H.cpu() / H.diagonal().mean().clamp(min=1e-30).cpu()  # MPS lacks Cholesky
+    device, mean = H.device, H.diagonal().mean().clamp(min=1e-30).cpu()
+    H = H.cpu().flip(0, 1).div_(mean)        # MPS lacks Cholesky
     H.diagonal().add_(damping)
-    L, one = torch.linalg.cholesky(H.flip(0, 1)), torch.eye(len(H), dtype=H.dtype)
+    L, one = torch.linalg.cholesky(H), torch.eye(len(H), out=H)      # K^2 floats may be many
     return torch.linalg.solve_triangular(L, one, upper=False).flip(0, 1).to(device)
 
 

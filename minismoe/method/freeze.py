@@ -147,7 +147,7 @@ def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:
     A, K = wide(layer.lora_A.flatten(0, 1)), _gram(layer)
     # sum h h^T = A M A^T, sum (g*h) h^T = P A^T; the r x r block of two experts sums to one entry
     Q, b = ((K * x).view(E, r, E, r).sum((1, 3))                         # (E, E)
-            for x in (A @ sums.M @ A.T, sums.P @ A.T))
+            for x in (_product(A, sums.M) @ A.T, sums.P @ A.T))
     scale = Q.diagonal().rsqrt()                         # experts differ in size, not in meaning
     scaled = Q * scale * scale[:, None]
     if not scaled.isfinite().all() or torch.linalg.eigvalsh(scaled)[0] < 1e-9:
@@ -157,19 +157,23 @@ def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:
 
 def linear(starts: Sequence[Tensor], sums: Sequence[Sums], ridge: float) -> list[Tensor]:
     """A' (R, D) of each start, shrunk towards it; none if M is singular. All share M."""
-    M = sums[0].M
-    damped = M.clone()
-    damped.diagonal().add_(ridge * M.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    return [] if failed else [A + torch.cholesky_solve((s.P - A @ M).T, factor).T
+    M, diagonal = sums[0].M, sums[0].M.diagonal()
+    factor, failed = torch.linalg.cholesky_ex(wide(M.diagonal_scatter(
+        diagonal + ridge * diagonal.mean())))
+    return [] if failed else [A + torch.cholesky_solve((s.P - _product(A, M)).T, factor).T
                               for A, s in zip(starts, sums)]
+
+
+def _product(A: Tensor, M: Tensor) -> Tensor:
+    """A M (R, D) in float64, multiplied in M's dtype: M in float64 would take twice the memory."""
+    return wide(A.to(M) @ M)
 
 
 def measured(layer: ExpertLinear, A: Tensor, kind: str, sums: Sums) -> Fit:
     """The fit A (R, D), with its residual on the tokens of `sums`."""
     K, cross = _gram(layer), A @ sums.P.T
     energy = (K * sums.G).sum()
-    missed = (K * (sums.G - cross - cross.T + A @ sums.M @ A.T)).sum()
+    missed = (K * (sums.G - cross - cross.T + _product(A, sums.M) @ A.T)).sum()
     return Fit(A.to(layer.lora_A), exact(layer).lora_B, kind,
                max(0.0, (missed / energy).item()) if energy > 0 else 0.0)
 

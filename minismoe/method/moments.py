@@ -26,9 +26,9 @@ Run = tuple[Tensor, Callable[[], Any]]
 
 
 class Sums(NamedTuple):
-    """Sums over some of the tokens for one mixture."""
+    """Sums over some of the tokens for one mixture, in float64, but for M."""
 
-    M: Tensor                    # (D, D)
+    M: Tensor                    # (D, D), in float32 or better: the largest by far
     P: Tensor                    # (R, D)
     G: Tensor                    # (R, R)
     gates: Tensor                # (E,) of each expert; all E add up to the number of tokens
@@ -43,9 +43,8 @@ class Input:
     readers: dict[str, tuple[Tensor, ...]]
 
     def sums(self, part: int) -> dict[str, Sums]:
-        """Those of each mixture, in float64."""
-        M = wide(self.M[part])
-        return {name: Sums(M, *(wide(both[part]) for both in own))
+        """Those of each mixture."""
+        return {name: Sums(self.M[part], *(wide(both[part]) for both in own))
                 for name, own in self.readers.items() if own}
 
     def add(self, other: "Input") -> None:
