@@ -62,6 +62,7 @@ class Cell:
     dtype: str = "bfloat16"
     epochs: int = 2
     rescaled: float = 1.0                # see `rescale`
+    seed: int = 0                        # of the experts, and of the order of the lines
 
 
 CELLS = [Cell(), Cell(rank=32), Cell(strategy="votes"), Cell(strategy="votes", rank=32),
@@ -130,11 +131,11 @@ def run(cell: Cell, times: float, folder: str | Path, data: str | None) -> dict[
         rescale(model, cell.rescaled)
     known, unseen = examples_of(cell, data, tokenizer)
     allocation = allocation_of(cell, model, known, tokenizer.pad_id)
-    torch.manual_seed(0)
+    torch.manual_seed(cell.seed)
     add_experts(model, allocation)
     default = default_lr(model)
     cfg = TrainConfig(epochs=cell.epochs, lr=times * default, checkpoint_every=10 ** 6,
-                      compile="off")
+                      compile="off", seed=cell.seed)
     with tempfile.TemporaryDirectory() as work, contextlib.suppress(ArithmeticError):
         train(model, sum(known.values(), []), cfg, Path(work), tokenizer.pad_id)
     after = [measure(model, lines, tokenizer.pad_id) for lines in unseen.values()]
@@ -144,10 +145,10 @@ def run(cell: Cell, times: float, folder: str | Path, data: str | None) -> dict[
 
 def recorded() -> dict[Cell, list[dict[str, Any]]]:
     """The runs of each cell, in the order of their rates."""
-    runs, names = defaultdict[Cell, list](list), [f.name for f in fields(Cell)]
+    runs, names = defaultdict[Cell, list](list), {f.name for f in fields(Cell)}
     for line in RECORD.read_text().splitlines() if RECORD.exists() else []:
         content = json.loads(line)
-        runs[Cell(**{name: content[name] for name in names})].append(content)
+        runs[Cell(**{name: content[name] for name in names & content.keys()})].append(content)
     return {cell: sorted(lines, key=lambda r: r["rate"]) for cell, lines in runs.items()}
 
 

@@ -25,7 +25,9 @@ import export
 import train
 from minismoe.cli.export_flags import parse
 from minismoe.export import compare, layouts, plan, ranges, tree, verify, write
+from minismoe.export import graph as graphs
 from minismoe.export.calibration import shuffled_samples
+from minismoe.export.nodes import Graph
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import sharing_copy
 from minismoe.method.allocation import Allocation
@@ -547,6 +549,20 @@ def test_what_differs_from_pytorch_is_not_kept(run: Path, tmp_path: Path,
         with pytest.raises(ValueError, match="not what PyTorch computes"):
             export.main([str(run), "--out", str(tmp_path / "out"), "--precision", precision])
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_browsers_graph_is_compared_as_it_ships(run: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_logits(graph: Graph, stops: list[int]) -> None:
+        assert graph.nodes[-1].output[:] == ["logits"]
+        graph.nodes[-1].output[0] = "right"
+        graph.node("Mul", "wrong", "right", graph.constant(1.5, torch.float32), named=["logits"])
+
+    monkeypatch.setattr(graphs, "put_in_steps", break_logits)
+    with pytest.raises(ValueError, match="not what PyTorch computes with the same rounded weights"):
+        export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "web", "--precision",
+                     "q8"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("flags", ["--routing dynamic", "--routing freeze --target portable"])
