@@ -61,7 +61,8 @@ def genai(folder: Path, threads: int) -> tuple[list[int], Read]:
 
     def read(ids: list[int]) -> Iterator[int]:
         params = og.GeneratorParams(model)
-        length = min(CONTEXT, len(ids) + 256)                    # a stop token ends nothing
+        # A stop token ends nothing. The cache may not be shorter than an attention window.
+        length = min(CONTEXT, max(512, len(ids) + 256))
         params.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, params)
         generator.append_tokens(ids)

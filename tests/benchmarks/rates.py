@@ -161,7 +161,9 @@ def markdown() -> str:
         best = min(runs, key=lambda r: r["loss"])
         rows.append([
             cell.base + (f" x {cell.rescaled:g}" if cell.rescaled != 1 else ""), cell.tasks,
-            cell.lines, f"{cell.strategy}, rank {cell.rank}", f"{default:.1e}",
+            cell.lines, ", ".join([f"{cell.strategy}, rank {cell.rank}",
+                                   *["float32"] * (cell.dtype == "float32" and cell.base != "toy"),
+                                   *[f"seed {cell.seed}"] * (cell.seed > 0)]), f"{default:.1e}",
             *(f"{r['rate']:.1e}: {r['loss']:.3f}, {100 * r['exact']:.0f}" for r in (nearest, best)),
             f"{runs[0]['rate']:.1e} to {runs[-1]['rate']:.1e}"])
     return table(["base", "tasks", "lines", "experts", "default", "nearest: loss, exact match in %",
