@@ -84,10 +84,12 @@ def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, toler
 
 
 def compare_rounded(tree: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
-                    hint: str = "") -> dict[str, float]:
-    """Compare an `unrounded` graph, which is slow, with the tree that it was written from, along
-    the last tokens of prompts; two prompts suffice beside long ones. Raises ValueError as
-    `compare_logits` does, with a hint."""
+                    ) -> dict[str, float]:
+    """Compare a graph after `stop_rounding`, which is slow, with the tree that it was written from,
+    along the last tokens of prompts; two prompts suffice beside long ones. Raises ValueError as
+    `compare_logits` does."""
+    npu = generator.info["target"] == "npu"
+    hint = ", or too few texts showed its activations: give more --prompts" if npu else ""
     count = min(FEW, generator.room(max(map(len, prompts))))     # a static past may hold few
     ends = [max(1, len(prompt) - count) for prompt in prompts]
     read, texts = with_long(generator, tree, [p[:end] for p, end in zip(prompts, ends)],
@@ -119,8 +121,8 @@ def with_long(generator: Generator, model: CausalLM, prompts: Prompts, texts: Pr
     return [*prompts, long, [*long[:-2 * FEW], *long[:FEW]]], [*texts, long[:FEW], long[:FEW]]
 
 
-def unrounded(generator: Generator) -> Generator:
-    """The generator itself, which from now on rounds no activations, to test only its blocks."""
+def stop_rounding(generator: Generator) -> None:
+    """Let a generator round no activations from now on, to test only its blocks."""
     file = generator.folder / graph_of(generator.info)
     graph = onnx.load(str(file), load_external_data=False)
     for attribute in (a for node in all_nodes(graph.graph.node) for a in node.attribute):
@@ -135,4 +137,3 @@ def unrounded(generator: Generator) -> Generator:
     generator.session = ort.InferenceSession(graph.SerializeToString(), options,
                                              providers=["CPUExecutionProvider"])
     generator.use(None)
-    return generator

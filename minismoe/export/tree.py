@@ -32,13 +32,7 @@ from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockLinear, WideWeight
 from .bits import Ways, choose_ways
-from .calibration import (
-    Batches,
-    Samples,
-    calibration_batches,
-    layer_by_layer,
-    shuffled_samples,
-)
+from .calibration import Batches, Samples, calibration_batches, layer_by_layer, shuffled_samples
 from .leaves import AdapterLinear, MergedWeight, put_weight
 from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered

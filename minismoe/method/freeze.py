@@ -122,11 +122,11 @@ def solve(mixtures: Mapping[str, ExpertLinear], x: Input, kind: str) -> dict[str
                          "samples is not finite: freeze with --dtype float32, or train again with "
                          "a lower --lr")
     best: dict[str, Fit] = {}
-    starts: list[Tensor] = []
+    starts: list[Tensor] = []                # (R, D), the A of each expert times its constant gate
     for name, layer in readers.items():
         c = None if kind == "mean" else constant_gates(layer, to_fit[name])
-        mean = to_fit[name].gates / to_fit[name].gates.sum()
-        starts.append(_times(layer, mean if c is None else c))
+        gates = to_fit[name].gates / to_fit[name].gates.sum() if c is None else c
+        starts.append((wide(layer.lora_A) * gates[:, None, None]).flatten(0, 1))
         best[name] = measured(layer, starts[-1], "mean" if c is None else "gates", held_out[name])
     for ridge in RIDGES if kind == "linear" else ():
         for (name, layer), A in zip(readers.items(), linear(starts, [*to_fit.values()], ridge)):
@@ -134,11 +134,6 @@ def solve(mixtures: Mapping[str, ExpertLinear], x: Input, kind: str) -> dict[str
             if fitted.residual < best[name].residual:
                 best[name] = fitted
     return best
-
-
-def _times(layer: ExpertLinear, gates: Tensor) -> Tensor:
-    """The stacked A (R, D) of a mixture, that of each expert times its constant gate."""
-    return (wide(layer.lora_A) * gates[:, None, None]).flatten(0, 1)
 
 
 def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:

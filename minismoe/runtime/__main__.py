@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, functions, with_tools
 from ..io.files import naming, read_json
-from ..io.flags import (
-    as_flags,
-    from_flags,
-    natural,
-    new_parser,
-    option,
-    positive,
-    refuse_old,
-    text,
-)
+from ..io.flags import as_flags, from_flags, natural, new_parser, option, positive, refuse_old, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
 from .api import Api

@@ -52,8 +52,8 @@ def child(folder: Path, provider: str, prompts: int, long: int) -> None:
     try:
         generator = Generator(folder, None if provider == "exact" else provider)
         if provider == "exact":
-            from minismoe.export.compare import unrounded
-            generator = unrounded(generator)
+            from minismoe.export.compare import stop_rounding
+            stop_rounding(generator)
     except ValueError as e:
         print(json.dumps({"missing": str(e)}))
         return

@@ -19,7 +19,7 @@ from tiny import BYTES, FAMILIES, random_hf
 
 from export import main
 from minismoe import generate, load_model
-from minismoe.export.compare import logits, unrounded
+from minismoe.export.compare import logits, stop_rounding
 from minismoe.export.layouts import write_adapter
 from minismoe.export.leaves import AdapterLinear
 from minismoe.io import process
@@ -81,7 +81,7 @@ def test_logits_are_those_of_the_cpu(model, tmp_path, precision, provider) -> No
             Generator(folder, provider)
         return
     exact, generator = (Generator(folder, name, threads=1) for name in (None, provider))
-    exact = unrounded(exact)
+    stop_rounding(exact)
     for prompt in PROMPTS:
         text = list(exact.generate(prompt, 12))
         wanted, found = (logits(g, [list(prompt)], [text])[0]
