@@ -59,16 +59,17 @@ def make_checkpoint(folder: Path, sizes: Sequence[int], tokenizer: Path) -> None
 def commands(model: Path, work: Path, data: str, tasks: str) -> dict[str, list[str]]:
     """{step: the arguments of python}; steps of ours first, in the order that they need."""
     bench = Path(__file__).parent
-    given = ["--model", str(model), "--data", data, "--only-tasks", tasks]
+    given = ["--model", str(model), "--data", data]
     decode = [str(bench / "decode_speed.py"), "--model", str(model), "--threads",
               str(torch.get_num_threads()), "--tokens", str(TOKENS)]
     return {
-        "train": ["train.py", *given, "--limit-train", str(LINES), "--limit-test", "4", "--epochs",
-                  "1", "--samples", "8", "--dtype", "bfloat16", "--out", str(work / "run")],
+        "train": ["train.py", *given, "--only-tasks", tasks, "--limit-train", str(LINES),
+                  "--limit-test", "4", "--epochs", "1", "--samples", "8", "--dtype", "bfloat16",
+                  "--out", str(work / "run")],
         "export": ["export.py", str(work / "run"), "--out", str(work / "ours")],
         "decode": [*decode, "--side", "merged", "--child", str(work / "ours")],
-        "PEFT": [str(bench / "train_speed.py"), *given, "--batch-size", "8", "--experts", "2",
-                 "--side", "peft", "--dtype", "bfloat16"],
+        "PEFT": [str(bench / "train_speed.py"), *given, "--tasks", tasks, "--batch-size", "8",
+                 "--experts", "2", "--side", "peft", "--dtype", "bfloat16"],
         "builder": ["-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o",
                     str(work / "genai"), "-c", str(work / "cache"), "-p", "int4", "-e", "cpu"],
         "genai": [*decode, "--side", "genai", "--child", str(work / "genai")]}

@@ -4,8 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tiny import examples, tiny
 
 from minismoe.method.bits import total
+from minismoe.method.experts import linear_layers
+from minismoe.model.quantize import dequantize, quantize
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bits  # noqa: E402
@@ -28,6 +32,34 @@ def test_random_choices_spend_the_budget(budget: int) -> None:
     assert all(budget - 10 < total(COST, chosen) <= budget for chosen in several)
 
 
+def test_the_rule_of_thumb_gives_8_bits_to_down_proj_alone() -> None:
+    chosen = bits.down_in_8(NAMES)
+    assert {name for name, option in chosen.items() if option == bits.LARGE} == {
+        name for name in NAMES if name.endswith("down_proj")}
+    assert set(chosen.values()) == {bits.SMALL, bits.LARGE}
+
+
+@pytest.mark.parametrize("size", [32, 128])              # 128: a row ends within a block
+def test_scaled_blocks_are_a_linear_layer_and_an_embedding(size: int) -> None:
+    torch.manual_seed(0)
+    blocks = quantize(torch.randn(7, 96), 4, size)
+    scaled, ids, x = bits.Scaled(blocks), torch.tensor([[3, 0], [6, 3]]), torch.randn(5, 96)
+    with torch.no_grad():
+        scaled.change.fill_(0.5)
+    weight = 1.5 * dequantize(blocks)
+    assert torch.equal(scaled(ids), weight[ids])
+    assert torch.allclose(scaled(x), x @ weight.T, atol=1e-5)
+
+
+def test_trained_scales_come_nearer_to_the_float_model() -> None:
+    model = tiny()
+    lines = bits.Lines([examples(16), examples(24)[16:]], 0, model.eval().requires_grad_(False))
+    names = [*linear_layers(model), "model.embed_tokens"]
+    options = {name: quantize(model.get_submodule(name).weight, 4, 32) for name in names}
+    rounded = [lines.divergence(model)[0] for _ in bits.train_scales(model, options, lines, 60)]
+    assert lines.divergence(tiny().eval())[0] < 1e-6 < rounded[1] < rounded[0]
+
+
 def test_llama_cpps_rule_gives_more_to_v_and_down_of_some_layers() -> None:
     """ggml-org/llama.cpp, use_more_bits: of 24 layers 0 to 2, 21 to 23, and 5, 8, ..., 20."""
     chosen = bits.q4_k_m(NAMES, 24)
@@ -36,3 +68,15 @@ def test_llama_cpps_rule_gives_more_to_v_and_down_of_some_layers() -> None:
         "model.embed_tokens", *(f"model.layers.{i}.{kind}" for i in layers
                                 for kind in ("self_attn.v_proj", "mlp.down_proj"))}
     assert set(chosen.values()) == {bits.MIDDLE, bits.LARGE}
+
+
+def test_importance_is_the_mean_square_of_what_a_matrix_reads() -> None:
+    pytest.importorskip("llama_cpp")
+    import imatrix
+    model = tiny().eval()
+    ids, mask = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]), torch.tensor([[1] * 4, [1, 1, 0, 0]])
+    with torch.no_grad():
+        found = imatrix.importance(model, {"": [(ids, mask)]})
+        read = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids[mask.bool()]))
+    assert torch.allclose(found["blk.0.attn_v.weight"], read.square().mean(0), rtol=1e-4)
+    assert len(found) == 2 * 7 and found["blk.1.ffn_down.weight"].shape == (48,)
