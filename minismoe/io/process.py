@@ -5,12 +5,14 @@ import mmap
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 HUGE = 2 << 20                                           # bytes of a huge page
 MADV_COLLAPSE = 25                                       # of Linux 6.1 and later
+MANY = 256               # ranges, each of which takes 8 ms of a core: two cores decode half as fast
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -80,12 +82,15 @@ def use_huge_pages(ranges: Iterable[int]) -> None:
     """Move those of these ranges that are all in use to huge pages, where Linux can.
 
     The processor translates addresses page by page: a decoder, which reads hundreds of megabytes
-    for each token, is faster with fewer pages.
+    for each token, is faster with fewer pages. Call it in a thread of its own, which waits for idle
+    processors if there is much to move.
     """
-    pages = HUGE // mmap.PAGESIZE
+    ranges, pages = [*ranges], HUGE // mmap.PAGESIZE
     # 8 bytes a page; the last one's highest bit: it is in use.
     with suppress(OSError), open("/proc/self/pagemap", "rb") as pagemap:
         madvise = ctypes.CDLL(None).madvise
+        if len(ranges) > MANY:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         for number in ranges:
             pagemap.seek(8 * pages * number)
             if min(pagemap.read(8 * pages)[7::8], default=0) >= 0x80:    # an error changes nothing
