@@ -43,7 +43,8 @@ def test_used_memory_moves_to_huge_pages_unchanged_and_unused_memory_stays_unuse
     before = in_mapping(address + HUGE, "Rss")
     huge = huge_pages()
     use_huge_pages(huge_page_ranges() - others)
-    assert size - HUGE <= huge_pages() - huge <= size    # none of what was there before
+    # None of what was there before, which is as large; what Python allocated since may move too.
+    assert size - HUGE <= huge_pages() - huge <= size + 2 * HUGE
     assert in_mapping(address + HUGE, "Rss") < before + HUGE
     assert memory[:size] == text
 
