@@ -118,7 +118,7 @@ def test_bits_compares_ways_to_choose_them(odd_run, capsys) -> None:
     table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()
              if line.startswith("|")]
     KL = {way: float(row[1]) for way, *row in table[2:]}
-    assert len(KL) == 14
+    assert len(KL) == 16
     assert KL["4 bits, blocks of 32; embedding and head 8"] < KL["4 bits, blocks of 32"]
 
 
@@ -158,7 +158,7 @@ def test_rates_measures_a_cell_once(inputs, tmp_path, monkeypatch, capsys) -> No
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["rates.py", "--table"])
     rates.main()
-    assert "| tiny | upper,sum | 8 | lora, rank 2 |" in capsys.readouterr().out
+    assert "| tiny | upper,sum | 8 | lora, rank 2, float32 |" in capsys.readouterr().out
 
 
 def test_rates_measure_as_training_and_evaluation_do(inputs) -> None:
