@@ -65,10 +65,8 @@ def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, pr
 
 def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
                   same_texts: bool) -> dict[str, Any]:
-    """Compare a graph with `model`: logits, and texts, one by one and in a batch.
-
-    Raises ValueError as `compare_logits` does, and with same_texts if a text differs.
-    """
+    """Compare a graph with `model`: logits, and texts, one by one and in a batch. Raises ValueError
+    as `compare_logits` does, and with same_texts if a text differs."""
     count = min(TOKENS, generator.room(max(map(len, prompts))))
     wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
     read = (prompts, wanted) if tolerance == math.inf else with_long(
@@ -133,7 +131,7 @@ def stop_rounding(generator: Generator) -> None:
         "session.qdq_matmulnbits_accuracy_level", "0")
     options.add_session_config_entry(                    # the graph comes as bytes, without a path
         "session.model_external_initializers_file_folder_path", str(file.parent))
-    del generator._cache, generator.session  # first, as a large model may not fit twice
+    generator.close()                        # first, as a large model may not fit twice
     generator.session = ort.InferenceSession(graph.SerializeToString(), options,
                                              providers=["CPUExecutionProvider"])
     generator.use(None)

@@ -53,8 +53,7 @@ def golden(generator: Generator, tolerance: float) -> dict[str, Any]:
 
 
 def contract(folder: Path, name: str, target: str, stops: Sequence[int]) -> dict[str, Any]:
-    """The entry "contract" of export.json on the decoder, the file `name` of the folder; `golden`
-    comes later.
+    """The entry "contract" of export.json on the decoder `name` of the folder, without "golden".
 
     stops: ids of the tokens that end an answer. For an NPU, it holds the two graphs beside the
     decoder, and what a CPU needs to run them as exactly.

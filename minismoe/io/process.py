@@ -82,8 +82,7 @@ def use_huge_pages(ranges: Iterable[int]) -> None:
     """Move those of these ranges that are all in use to huge pages, where Linux can.
 
     The processor translates addresses page by page: a decoder, which reads hundreds of megabytes
-    for each token, is faster with fewer pages. Call it in a thread of its own, which waits for idle
-    processors if there is much to move.
+    for each token, is faster with fewer pages. To move many, this thread waits for idle processors.
     """
     ranges, pages = [*ranges], HUGE // mmap.PAGESIZE
     # 8 bytes a page; the last one's highest bit: it is in use.

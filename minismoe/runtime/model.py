@@ -85,6 +85,10 @@ class CachedModel:
             raise ValueError(f"{self.folder / 'export.json'} is not of this model.onnx and "
                              "sampler.onnx: export again")
 
+    def close(self) -> None:
+        """Free the graph and its cache; another `session`, and then `use`, have to follow."""
+        del self.session, self._cache
+
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task; None: the model without an adapter."""
         if task is not None and task not in self.tasks:
