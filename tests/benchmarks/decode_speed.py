@@ -106,6 +106,7 @@ def export(model: Path, folder: Path, side: str) -> None:
 
     from minismoe import load_model
     from minismoe.export import graph, steps
+    from minismoe.export.layouts import copy_base_files
     from minismoe.export.leaves import EMBEDDING
     from minismoe.export.mixture import round_experts
     from minismoe.export.rounding import store
@@ -126,9 +127,7 @@ def export(model: Path, folder: Path, side: str) -> None:
     round_experts(base, form)
     graph.write_decoder(folder / "model.onnx", base, form)
     steps.write_sampler(folder / "sampler.onnx", config.vocab_size)
-    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (model / file).is_file():
-            (folder / file).write_bytes((model / file).read_bytes())
+    copy_base_files(model, folder)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in folder.iterdir()}
     (folder / "export.json").write_text(json.dumps({
         "format": "minismoe.export/1", "target": "ort", "context": CONTEXT, "files": files,
