@@ -180,7 +180,7 @@ def test_a_rescaled_base_is_the_same_function_with_another_rate(inputs) -> None:
         found.append((logits, default_lr(model)))
     (logits, rate), (same, higher) = found
     torch.testing.assert_close(same, logits, rtol=1e-4, atol=1e-5)
-    assert higher == pytest.approx(2 * rate, rel=0.05)
+    assert higher == pytest.approx(4 ** 0.75 * rate, rel=0.05)
 
 
 def test_growth_makes_a_checkpoint_of_a_shape_and_measures_commands(inputs, tmp_path) -> None:

@@ -413,7 +413,7 @@ def test_the_default_rate_follows_the_sizes_of_weights_and_of_adapters(
     sizes = [(sum(x * x for row in layer.weight.tolist() for x in row) / layer.out_features) ** 0.5
              / layer.in_features for layer in linear_layers(model).values()]
     add_experts(model, dict.fromkeys(linear_layers(model), 2), rank=rank)
-    wanted = LR * (statistics.median(sizes) / (2 * rank)) ** 0.5
+    wanted = LR * statistics.median(sizes) ** 0.75 / (2 * rank) ** 0.5
     assert default_lr(model) == pytest.approx(wanted, rel=0.05)
     train(model, examples(8), TrainConfig(epochs=1, warmup=0.0), tmp_path, pad_id=0)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["lr"] == default_lr(model)
