@@ -5,13 +5,17 @@
 method.svg    probe, vote, experts, merge: the toy's sensitivity.json (toy.json) and its vote
 rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json)
 bits.svg      the bits of each matrix (bits.json: `bits` of the export.json of two default exports)
+rates.svg     the loss at other learning rates than the default's (rates.jsonl)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
 holds no script and no font: GitHub shows an SVG as an image. layer.svg shows no figure: edit it.
 """
 
+import json
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -189,13 +193,65 @@ def bits(exports: Mapping[str, Mapping[str, Any]]) -> str:
     return card(bottom + 18, "Bits of each matrix, by layer", parts)
 
 
+def rates(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Over the rate in units of the default: how much more loss a run has than its cell's best.
+
+    A cell is a base, tasks, lines, experts, dtype and seed.
+    """
+    cells = defaultdict[str, list](list)
+    for run in sorted(runs, key=lambda run: run["rate"]):
+        cell = {k: v for k, v in run.items() if k not in ("default", "rate", "loss", "exact")}
+        cells[json.dumps({"seed": 0} | cell, sort_keys=True)].append(run)
+    top, height, parts = 76.0, 190.0, Parts()
+    for left, base in ((60.0, "SmolLM2-135M"), (490.0, "Gemma 3 270M")):
+        parts += [text(left, 30, base, size=15, bold=True),
+                  text(left, 50, "loss of unseen lines above the cell’s best", color=GREY),
+                  *losses(left, top, height, [c for c in cells.values() if c[0]["base"] == base])]
+    bottom = top + height + 44
+    for x, color, words in ((60.0, BLUE, "100 to 800 lines in all"),
+                            (250.0, ORANGE, "1,200 lines or more")):
+        parts += [dot(x + 6, bottom - 4, 4, color), text(x + 18, bottom, words, size=12)]
+    parts.append(text(WIDTH - 40, bottom, "rate, in units of the default", anchor="end", size=12,
+                      color=GREY))
+    return card(bottom + 18, "Loss at other rates than the default, in each cell", parts)
+
+
+def losses(left: float, top: float, height: float, cells: Iterable[Sequence[Any]]) -> Parts:
+    """A line for each cell's runs, from a quarter to four times the default, up to 0.6 above its
+    best loss."""
+    width, most = 330.0, 0.6
+
+    def across(factor: float) -> float:
+        return left + width * (0.5 + math.log2(factor) / 4)
+
+    parts = [line(f"M{across(1):.1f} {top}v{height}", GREY, 1)]
+    parts += [text(across(factor), top + height + 18, f"{factor:g}", anchor="middle", size=12,
+                   color=GREY) for factor in (0.25, 0.5, 1, 2, 4)]
+    for more in (0.0, 0.2, 0.4, 0.6):
+        y = top + height * (1 - more / most)
+        parts += [line(f"M{left} {y:.1f}h{width}", LINE, 1),
+                  text(left - 7, y + 4, f"{more:g}", anchor="end", size=12, color=GREY)]
+    for runs in cells:
+        best = min(run["loss"] for run in runs)
+        lines = runs[0]["lines"] * len(runs[0]["tasks"].split(","))
+        color = ORANGE if lines >= 1200 else BLUE
+        points = [(across(run["rate"] / run["default"]),
+                   top + height * (1 - min(run["loss"] - best, most) / most)) for run in runs
+                  if 0.25 <= run["rate"] / run["default"] <= 4]
+        parts += [line("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points), color, 1),
+                  *(dot(x, y, 2.5, color) for x, y in points)]
+    return parts
+
+
 def record(name: str) -> Any:
     return read_json(RESULTS / f"{name}.json")
 
 
 PICTURES: dict[str, Callable[[], str]] = {
     "method": lambda: method(record("toy")), "rules": lambda: rules(record("smollm2")),
-    "bits": lambda: bits(record("bits"))}
+    "bits": lambda: bits(record("bits")),
+    "rates": lambda: rates(json.loads(line) for line in (
+        RESULTS / "rates.jsonl").read_text().splitlines())}
 
 
 def main() -> None:

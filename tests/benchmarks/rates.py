@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def recorded() -> dict[Cell, list[dict[str, Any]]]:
 def markdown() -> str:
     """A row for each cell: the default's rate, the runs at the nearest rate and at the best one."""
     rows = []
-    for cell, runs in recorded().items():
+    for cell, runs in sorted(recorded().items(), key=lambda item: astuple(item[0])):
         default = runs[0]["default"]
         nearest = min(runs, key=lambda r: abs(math.log(r["rate"] / default)))
         best = min(runs, key=lambda r: r["loss"])
