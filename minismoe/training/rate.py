@@ -14,12 +14,10 @@ def default_lr(model: nn.Module) -> float:
     """The peak learning rate for the experts of `model`: LR * w^(3/4) / alpha^(1/2), in two digits.
 
     w is the median over adapted matrices W (out, in) of |W| / (sqrt(out) * in), the Frobenius norm.
-    A step of AdamW moves each entry of A and B by the rate, whatever W is, and W x has the size
-    |W| / sqrt(out) in units of the size of x. At first only B has moved, and the experts' output
-    has grown as the rate; once A has moved along with x, A x grows as rate * in, and the output as
-    rate^2 * alpha * in. A rate that keeps output / W x the same on any base goes with w in the
-    first case and with sqrt(w / alpha) in the second. Runs lie between the two:
-    tests/benchmarks/rates.py measured LR and the power of w.
+    AdamW moves each entry of A and B by the rate, whatever W is, and W x is |W| / sqrt(out) times
+    as large as x. The experts' output grows as the rate while only B has moved, and later, when A
+    has moved along with x, as rate^2 * alpha * in. To stay in proportion to W x, the rate follows
+    |W| at first, and sqrt(w / alpha) later. rates.py in tests/benchmarks measured LR and the power.
     """
     layers = expert_layers(model).values()
     w = median(layer.dense().float().norm().item() / math.sqrt(layer.out_features)
