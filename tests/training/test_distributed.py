@@ -107,7 +107,7 @@ def test_a_failed_exchange_names_its_reason(monkeypatch) -> None:
 
 @pytest.mark.parametrize("count, flags", [
     (2, ""), pytest.param(4, "", marks=pytest.mark.slow),
-    pytest.param(2, "--device other", marks=needs_other_device)])
+    pytest.param(2, "--device other", marks=[pytest.mark.slow, needs_other_device])])
 def test_several_processes_give_the_result_of_one(inputs, one, tmp_path, count, flags) -> None:
     run = tmp_path / "run"
     command = [str(ROOT / "train.py"), *inputs, *FLAGS, *flags.split(), "--out", str(run)]
@@ -183,7 +183,8 @@ def test_the_built_in_toy_trains_alike_on_1_2_and_4_processes(tmp_path, seed) ->
     script, found = struck(tmp_path, 0, signal.SIGINT, step=20), []
     for count in (1, 2, 4):
         run = tmp_path / str(count)
-        processes = by_hand(count, script, "--seed", seed, "--limit-test", "5", "--out", str(run))
+        processes = by_hand(count, script, "--seed", seed, "--limit-test", "5", "--lr", "3e-3",
+                            "--out", str(run))
         ends = [p.communicate(timeout=300)[1] for p in processes]
         assert {p.returncode for p in processes} == {130}, ends
         found.append(load_file(run / "checkpoints" / "step-00000020" / "experts.safetensors"))
