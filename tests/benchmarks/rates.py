@@ -1,4 +1,4 @@
-"""Which learning rate trains best: five rates a cell, spaced by 2 around the default's.
+"""Which learning rate trains best: five rates a cell, from half to twice the default's.
 
     python tests/benchmarks/rates.py --model SMOLLM2 --data DATA --name SmolLM2
     python tests/benchmarks/rates.py                                     the built-in toy
@@ -45,7 +45,8 @@ from minismoe.training.loop import TrainConfig, train
 from minismoe.training.rate import default_lr
 
 RECORD = Path(__file__).parent / "results" / "rates.jsonl"
-TIMES = (1.0, 2.0, 0.5, 4.0, 0.25)       # the default's rate
+TIMES = (0.5, 0.7, 1.0, 1.4, 2.0)        # the default's rate
+NEAR = 2 ** 0.25                         # a rate that is nearer to one of TIMES than to the next
 UNSEEN, LONGEST, BATCH = 100, 512, 32    # lines of each task; tokens of a line; lines at once
 Examples = Mapping[str, Sequence[Example]]
 
@@ -65,11 +66,22 @@ class Cell:
     seed: int = 0                        # of the experts, and of the order of the lines
 
 
-CELLS = [Cell(), Cell(rank=32), Cell(strategy="votes"), Cell(strategy="votes", rank=32),
-         Cell(lines=400), Cell(lines=400, rank=32), Cell(lines=400, strategy="votes"),
-         Cell(tasks="boolq"), Cell(tasks="arc_easy"), Cell(tasks="banking77", lines=400),
-         Cell(rescaled=4.0), Cell(rescaled=0.25), Cell(dtype="float32"),
-         Cell(dtype="float32", rank=32), Cell(dtype="float32", strategy="votes")]
+FEW = [Cell(strategy=strategy, rank=rank, dtype=dtype)
+       for strategy in ("lora", "votes") for dtype in ("bfloat16", "float32") for rank in (8, 32)]
+LONG = [Cell(tasks=tasks, lines=1200, epochs=1)
+        for tasks in ("trec", "clinc", "banking77", "boolq", "arc_easy")]
+CELLS = [*FEW, *(replace(FEW[0], seed=seed) for seed in (1, 2)),
+         Cell(tasks="boolq"), Cell(tasks="arc_easy"), Cell(tasks="banking77", lines=400), *LONG,
+         *(replace(LONG[0], seed=seed) for seed in (1, 2)), replace(LONG[0], rank=32),
+         replace(LONG[0], dtype="float32"), replace(LONG[0], rank=32, dtype="float32"),
+         Cell(strategy="votes", lines=600, epochs=1)]
+TOY_CELLS = [Cell(lines=200, strategy=strategy, rank=rank, rescaled=rescaled, seed=seed)
+             for strategy, rank, rescaled, seeds in (
+                 ("lora", 8, 1.0, 3), ("lora", 8, 4.0, 3), ("lora", 8, 0.25, 3),
+                 ("lora", 32, 1.0, 1), ("lora", 32, 4.0, 1), ("votes", 8, 1.0, 1))
+             for seed in range(seeds)]
+# No rate teaches more than how often each answer occurs.
+UNLEARNT = ("boolq", "arc_easy")
 
 
 def rescale(model: CausalLM, factor: float) -> None:
@@ -170,6 +182,23 @@ def markdown() -> str:
                   "best: the same", "tried"], rows)
 
 
+def means() -> str:
+    """Mean loss and exact match of the cells that have a run near each of TIMES, and that learn."""
+    sums = defaultdict[tuple[str, bool], list](list)
+    for cell, runs in recorded().items():
+        near = [min(runs, key=lambda r: abs(math.log(r["rate"] / r["default"] / times)))
+                for times in TIMES]
+        if cell.tasks not in UNLEARNT and all(
+                1 / NEAR < r["rate"] / r["default"] / times < NEAR
+                for r, times in zip(near, TIMES)):
+            sums[cell.base, cell.lines * len(cell.tasks.split(",")) >= 1200].append(near)
+    rows = [[base, "1,200 or more" if many else "fewer", len(cells), *(
+        f"{statistics.fmean(r['loss'] for r in runs):.3f}, "
+        f"{100 * statistics.fmean(r['exact'] for r in runs):.0f}" for runs in zip(*cells))]
+        for (base, many), cells in sorted(sums.items())]
+    return table(["base", "lines in all", "cells", *(f"{times:g}" for times in TIMES)], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,13 +206,13 @@ def main() -> None:
     parser.add_argument("--data", help="folder of tasks; default: the toy's")
     parser.add_argument("--name", default="toy", help="of the base, in the record")
     parser.add_argument("--cell", help="only this one: what differs from the first, NAME=VALUE ...")
-    parser.add_argument("--times", help="comma list (default: 1,2,0.5,4,0.25)")
+    parser.add_argument("--times", help="comma list (default: 0.5,0.7,1,1.4,2)")
     parser.add_argument("--table", action="store_true", help="print the record, and run nothing")
     args = parser.parse_args()
     if args.table:
-        print(markdown())
+        print(markdown() + "\n\n" + means())
         return
-    cells = CELLS
+    cells = CELLS if args.data else TOY_CELLS
     if args.cell is not None:
         changes = dict(change.split("=") for change in args.cell.split())
         cells = [replace(Cell(), **{name: type(getattr(Cell(), name))(value)

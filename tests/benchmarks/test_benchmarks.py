@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,19 @@ def test_rates_measures_a_cell_once(inputs, tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(sys, "argv", ["rates.py", "--table"])
     rates.main()
     assert "| tiny | upper,sum | 8 | lora, rank 2, float32 |" in capsys.readouterr().out
+
+
+def test_means_of_rates_are_of_cells_with_all_rates(tmp_path, monkeypatch) -> None:
+    """The first cell's rates lie up to 15 % beside the five; the second cell lacks one; the third's
+    task is learnt at no rate."""
+    monkeypatch.setattr(rates, "RECORD", tmp_path / "rates.jsonl")
+    lines = [asdict(cell) | {"default": 1e-3, "rate": times * 1e-3, "loss": times, "exact": 0.25}
+             for cell, of in ((rates.Cell("a"), (0.57, 0.76, 1, 1.52, 2.13)),
+                              (rates.Cell("b"), (0.5, 0.7, 1, 2)),
+                              (rates.Cell("c", "boolq"), (0.5, 0.7, 1, 1.4, 2))) for times in of]
+    rates.RECORD.write_text("\n".join(map(json.dumps, lines)))
+    (row,) = rates.means().splitlines()[2:]
+    assert row == "| a | fewer | 1 | 0.570, 25 | 0.760, 25 | 1.000, 25 | 1.520, 25 | 2.130, 25 |"
 
 
 def test_rates_measure_as_training_and_evaluation_do(inputs) -> None:
