@@ -11,23 +11,23 @@ Every picture stands on a white card of its own, so that it reads on light and o
 holds no script and no font: GitHub shows an SVG as an image. layer.svg shows no figure: edit it.
 """
 
-import json
-import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from rates import TIMES, complete
+
 from minismoe.io.files import read_json, replacing
 from minismoe.method.allocate import allocate
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WIDTH = 860.0                                # about the width of a README on GitHub
 INK, GREY, LINE, PALE = "#1f2328", "#59636e", "#d0d7de", "#f3f5f7"
-BLUE, LIGHT_BLUE, ORANGE = "#0a5cbf", "#d6e6f7", "#b3500b"
+BLUE, LIGHT_BLUE, ORANGE, LIGHT_ORANGE = "#0a5cbf", "#d6e6f7", "#b3500b", "#f3d9c4"
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 RULES = {"lora": "lora (plain LoRA)", "votes": "votes (the paper)"}
 Parts = list[str]
@@ -193,54 +193,47 @@ def bits(exports: Mapping[str, Mapping[str, Any]]) -> str:
     return card(bottom + 18, "Bits of each matrix, by layer", parts)
 
 
-def rates(runs: Iterable[Mapping[str, Any]]) -> str:
-    """Over the rate in units of the default: how much more loss a run has than its cell's best.
-
-    A cell is a base, tasks, lines, experts, dtype and seed.
+def rates(cells: Mapping[tuple[str, bool], Sequence[Sequence[Mapping[str, Any]]]]) -> str:
+    """Over the rate in units of the default: how much more loss unseen lines have than at the
+    default, in each cell and, as a thick line, in the mean of a base's cells of few or many lines.
     """
-    cells = defaultdict[str, list](list)
-    for run in sorted(runs, key=lambda run: run["rate"]):
-        cell = {k: v for k, v in run.items() if k not in ("default", "rate", "loss", "exact")}
-        cells[json.dumps({"seed": 0} | cell, sort_keys=True)].append(run)
     top, height, parts = 76.0, 190.0, Parts()
     for left, base in ((60.0, "SmolLM2-135M"), (490.0, "Gemma 3 270M")):
         parts += [text(left, 30, base, size=15, bold=True),
-                  text(left, 50, "loss of unseen lines above the cell’s best", color=GREY),
-                  *losses(left, top, height, [c for c in cells.values() if c[0]["base"] == base])]
+                  text(left, 50, "loss of unseen lines, minus that at the default", color=GREY),
+                  *losses(left, top, height, cells[base, False], cells[base, True])]
     bottom = top + height + 44
     for x, color, words in ((60.0, BLUE, "100 to 800 lines in all"),
                             (250.0, ORANGE, "1,200 lines or more")):
-        parts += [dot(x + 6, bottom - 4, 4, color), text(x + 18, bottom, words, size=12)]
+        parts += [line(f"M{x} {bottom - 4}h14", color, 3), text(x + 20, bottom, words, size=12)]
     parts.append(text(WIDTH - 40, bottom, "rate, in units of the default", anchor="end", size=12,
                       color=GREY))
-    return card(bottom + 18, "Loss at other rates than the default, in each cell", parts)
+    return card(bottom + 18, "Loss at other rates than the default", parts)
 
 
-def losses(left: float, top: float, height: float, cells: Iterable[Sequence[Any]]) -> Parts:
-    """A line for each cell's runs, from a quarter to four times the default, up to 0.6 above its
-    best loss."""
-    width, most = 330.0, 0.6
+def losses(left: float, top: float, height: float, *groups: Sequence[Sequence[Mapping[str, Any]]],
+           ) -> Parts:
+    """A pale line for each cell of few and of many lines, then a thick one for the mean of each."""
+    width, least, most, middle = 330.0, -0.2, 0.4, len(TIMES) // 2
 
-    def across(factor: float) -> float:
-        return left + width * (0.5 + math.log2(factor) / 4)
+    def path(values: Iterable[float]) -> str:
+        return "M" + "L".join(
+            f"{left + width * i / (len(TIMES) - 1):.1f} "
+            f"{top + height * (most - min(value, most)) / (most - least):.1f}"
+            for i, value in enumerate(values))
 
-    parts = [line(f"M{across(1):.1f} {top}v{height}", GREY, 1)]
-    parts += [text(across(factor), top + height + 18, f"{factor:g}", anchor="middle", size=12,
-                   color=GREY) for factor in (0.25, 0.5, 1, 2, 4)]
-    for more in (0.0, 0.2, 0.4, 0.6):
-        y = top + height * (1 - more / most)
-        parts += [line(f"M{left} {y:.1f}h{width}", LINE, 1),
+    parts = [text(left + width * i / (len(TIMES) - 1), top + height + 18, f"{times:g}",
+                  anchor="middle", size=12, color=GREY) for i, times in enumerate(TIMES)]
+    for more in (-0.2, 0.0, 0.2, 0.4):
+        y = top + height * (most - more) / (most - least)
+        parts += [line(f"M{left} {y:.1f}h{width}", LINE if more else GREY, 1),
                   text(left - 7, y + 4, f"{more:g}", anchor="end", size=12, color=GREY)]
-    for runs in cells:
-        best = min(run["loss"] for run in runs)
-        lines = runs[0]["lines"] * len(runs[0]["tasks"].split(","))
-        color = ORANGE if lines >= 1200 else BLUE
-        points = [(across(run["rate"] / run["default"]),
-                   top + height * (1 - min(run["loss"] - best, most) / most)) for run in runs
-                  if 0.25 <= run["rate"] / run["default"] <= 4]
-        parts += [line("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points), color, 1),
-                  *(dot(x, y, 2.5, color) for x, y in points)]
-    return parts
+    means = Parts()
+    for cells, pale, color in zip(groups, (LIGHT_BLUE, LIGHT_ORANGE), (BLUE, ORANGE)):
+        above = [[run["loss"] - runs[middle]["loss"] for run in runs] for runs in cells]
+        parts += [line(path(values), pale, 1) for values in above]
+        means.append(line(path(map(fmean, zip(*above))), color, 3))
+    return parts + means
 
 
 def record(name: str) -> Any:
@@ -250,8 +243,7 @@ def record(name: str) -> Any:
 PICTURES: dict[str, Callable[[], str]] = {
     "method": lambda: method(record("toy")), "rules": lambda: rules(record("smollm2")),
     "bits": lambda: bits(record("bits")),
-    "rates": lambda: rates(json.loads(line) for line in (
-        RESULTS / "rates.jsonl").read_text().splitlines())}
+    "rates": lambda: rates(complete())}
 
 
 def main() -> None:

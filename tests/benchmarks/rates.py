@@ -182,20 +182,26 @@ def markdown() -> str:
                   "best: the same", "tried"], rows)
 
 
-def means() -> str:
-    """Mean loss and exact match of the cells that have a run near each of TIMES, and that learn."""
-    sums = defaultdict[tuple[str, bool], list](list)
+def complete() -> dict[tuple[str, bool], list[list[dict[str, Any]]]]:
+    """For each cell that learns, and has a run near each of TIMES, these five runs; by base, and by
+    whether it has 1,200 lines or more in all."""
+    groups = defaultdict[tuple[str, bool], list](list)
     for cell, runs in recorded().items():
         near = [min(runs, key=lambda r: abs(math.log(r["rate"] / r["default"] / times)))
                 for times in TIMES]
         if cell.tasks not in UNLEARNT and all(
                 1 / NEAR < r["rate"] / r["default"] / times < NEAR
                 for r, times in zip(near, TIMES)):
-            sums[cell.base, cell.lines * len(cell.tasks.split(",")) >= 1200].append(near)
+            groups[cell.base, cell.lines * len(cell.tasks.split(",")) >= 1200].append(near)
+    return groups
+
+
+def means() -> str:
+    """A row for each group of complete cells: mean loss and exact match at each of TIMES."""
     rows = [[base, "1,200 or more" if many else "fewer", len(cells), *(
         f"{statistics.fmean(r['loss'] for r in runs):.3f}, "
         f"{100 * statistics.fmean(r['exact'] for r in runs):.0f}" for runs in zip(*cells))]
-        for (base, many), cells in sorted(sums.items())]
+        for (base, many), cells in sorted(complete().items())]
     return table(["base", "lines in all", "cells", *(f"{times:g}" for times in TIMES)], rows)
 
 
