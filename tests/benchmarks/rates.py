@@ -80,7 +80,7 @@ TOY_CELLS = [Cell(lines=200, strategy=strategy, rank=rank, rescaled=rescaled, se
                  ("lora", 8, 1.0, 3), ("lora", 8, 4.0, 3), ("lora", 8, 0.25, 3),
                  ("lora", 32, 1.0, 1), ("lora", 32, 4.0, 1), ("votes", 8, 1.0, 1))
              for seed in range(seeds)]
-# No rate teaches more than how often each answer occurs.
+# No rate that was tried teaches more than how often each answer occurs.
 UNLEARNT = ("boolq", "arc_easy")
 
 
