@@ -90,9 +90,12 @@ def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, flo
     if allocation is None:
         now = time.perf_counter()
         scores = probing.measure(config.allocating, inputs, min(
-            probing.PROBE_BATCH, distributed.per_process(config.training.micro_batch_size)))
+            probing.PROBE_BATCH, distributed.per_process(config.training.micro)))
         allocation = probing.choose(config.allocating, scores)
         seconds["probe"] = round(time.perf_counter() - now, 2)
+    elif len(inputs.encoded) == 1 and allocation.strategy == "lora":
+        print0(f"one task: a plain LoRA of rank {allocation.rank}, without a probe; several tasks "
+               "share experts by votes")
     torch.manual_seed(config.inputs.seed)    # the same experts whatever was drawn before
     add_experts(inputs.model, allocation)
     return allocation, scores
@@ -140,7 +143,6 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
     parser = new_parser(__doc__, {
         "run": flags.RunConfig, "model and data": flags.InputConfig,
         "probe and allocation": flags.AllocationConfig, "training": TrainConfig})
-    parser.set_defaults(micro_batch_size=None)               # as large as the batch
     refuse_old(parser, argv, flags.OLD)
     args = parser.parse_args(argv)
     if args.resume:
@@ -157,8 +159,7 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
         runs.take_inputs(args)
     if args.epochs == 0 and not args.init:
         parser.error("--epochs 0 trains nothing: name a run to judge by --init RUN")
-    if args.micro_batch_size is None:
-        args.micro_batch_size = args.batch_size
+    args.micro_batch_size = args.micro_batch_size or args.batch_size
     values = vars(args)
     allocating = from_flags(flags.AllocationConfig, values, keep=None)   # --keep is of training
     if args.resume and (kept := Path(args.out) / "allocation.json").exists():
@@ -176,7 +177,7 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
 
 def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Judgement]:
     """What the model does with the test lines of each task, with a bar."""
-    batch = min(32, 4 * distributed.per_process(config.training.micro_batch_size))
+    batch = min(32, 4 * distributed.per_process(config.training.micro))
     judgements, model, tokenizer = {}, inputs.model, inputs.tokenizer
     with progress_bar(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
                       unit="line", disable=distributed.rank() > 0) as bar:

@@ -411,7 +411,7 @@ def main() -> None:
     folder, *files = map(Path, sys.argv[1:] or (toy, *sorted(toy.glob("*.jsonl"))))
     try:
         model, encode, decode = load(folder)
-        tasks = {file.stem: read_samples(file, encode, model.config) for file in files}
+        tasks = {str(file): read_samples(file, encode, model.config) for file in files}
         if min(map(len, tasks.values()), default=0) < 2:
             raise ValueError("each task takes a FILE.jsonl of two lines or more")
         c, prompts = model.config, [ids[:n].tolist() for (ids, n), *_ in tasks.values()]

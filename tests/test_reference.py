@@ -105,6 +105,8 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
     assert "absent.jsonl" in refusal(TOY, tmp_path / "absent.jsonl")
     (tmp_path / "one.jsonl").write_text('{"prompt": "x", "completion": "y"}')
     assert "two lines" in refusal(TOY) and "two lines" in refusal(TOY, tmp_path / "one.jsonl")
+    (tmp_path / "smaller.jsonl").write_text((tmp_path / "one.jsonl").read_text())
+    assert "two lines" in refusal(TOY, tmp_path / "smaller.jsonl", TOY / "smaller.jsonl")
     folder = tmp_path / "base"
     shutil.copytree(TOY, folder)
     (folder / "model.safetensors").write_bytes(b"x" * 100)

@@ -105,13 +105,14 @@ def load_inputs(config: InputConfig) -> Inputs:
     tokenizer = load_tokenizer(folder)
     context = read_config(folder)[0].max_position_embeddings
     length = min(config.max_length, context)
+    for task in tasks:
+        leave_out_long_prompts(task, "valid", "validation", tokenizer, context)
+        leave_out_long_prompts(task, "test", "test", tokenizer, context)
     encoded = {t.name: encode_all(t, tokenizer, length) for t in tasks}
     valid = {t.name: encode_all(t, tokenizer, context, "valid") for t in tasks}
     if empty := [name for name, examples in encoded.items() if not examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")
-    for task in tasks:
-        leave_out_long_tests(task, tokenizer, context)
     model = load_base(config, folder)
     size = sum(p.numel() for p in meta_model(model.config).parameters())
     bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
@@ -121,18 +122,20 @@ def load_inputs(config: InputConfig) -> Inputs:
     return Inputs(folder, model, tokenizer, tasks, encoded, valid)
 
 
-def leave_out_long_tests(task: Task, tokenizer: Tokenizer, context: int) -> None:
-    """Leave out test lines whose prompt fills the model's context, and note how many there are."""
-    fitting = []
-    for number, messages in enumerate(task.test, 1):
-        with naming(f"task {task.name}, test example {number}", ValueError):
+def leave_out_long_prompts(task: Task, split: str, word: str, tokenizer: Tokenizer, context: int,
+                           ) -> None:
+    """Leave out lines of a split whose prompt fills the model's context, and note how many there
+    are; `word` names the split."""
+    lines, fitting = getattr(task, split), []
+    for number, messages in enumerate(lines, 1):
+        with naming(f"task {task.name}, {word} example {number}", ValueError):
             prompt = tokenizer.encode(tokenizer.render(messages[:-1], True))[0]
         if len(prompt) < context:
             fitting.append(messages)
-    if long := len(task.test) - len(fitting):
-        task.notes.append(f"{long} test lines left out: their prompts fill the model's context of "
-                          f"{context:,} tokens")
-        task.test = fitting
+    if long := len(lines) - len(fitting):
+        task.notes.append(f"{long} {word} lines left out: their prompts fill the model's context "
+                          f"of {context:,} tokens")
+        setattr(task, split, fitting)
 
 
 def read_tasks(config: InputConfig) -> list[Task]:

@@ -79,11 +79,7 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation
     """
     shapes = shapes_of(inputs.model)
     if not needs_probe(allocating, len(inputs.encoded)):
-        allocation = without_probe(allocating, shapes, inputs.encoded)
-        if len(inputs.encoded) == 1 and allocation.strategy == "lora":
-            print0(f"one task: a plain LoRA of rank {allocation.rank}, without a probe; several "
-                   "tasks share experts by votes")
-        return allocation
+        return without_probe(allocating, shapes, inputs.encoded)
     if allocating.min_experts > 0 and allocating.strategy != "lora":     # each matrix gets experts
         one_each = dict.fromkeys(select(shapes, allocating.target_modules), 1)
         Allocation(one_each, allocating.rank).check_rank(shapes)

@@ -70,7 +70,8 @@ def sample_sums(model: Any, options: Mapping[str, Options], input_ids: Tensor,
             change().to(hidden) for name in of_head for change in options[name]], generator)
         for name in of_head:
             sums[name].grad.index_add_(0, owner, rows)
-        hidden.backward(d_hidden)
+        if hidden.requires_grad:                     # not if the head alone has options
+            hidden.backward(d_hidden)
     return {name: each.grad for name, each in sums.items()}
 
 

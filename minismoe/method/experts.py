@@ -17,6 +17,7 @@ active a token, R = n*E*r.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -199,35 +200,34 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 def add_experts(model: nn.Module, experts: Allocation | Mapping[str, int], *, rank: int = 8,
                 top_k: int = 2) -> nn.Module:
-    """Freeze `model`, but for experts that it has, and put LoRA experts on its linear layers, in
-    place.
+    """Freeze `model`, and put LoRA experts on its linear layers, in place.
 
     experts: an `Allocation`, or {module: number of experts}; `rank` and `top_k` are for the latter,
-    whose alpha is twice the rank. Raises ValueError for wrong values, and as `adaptable` does.
+    whose alpha is twice the rank. A number may be 0, as in the paper's files. Raises ValueError for
+    wrong values, and as `adaptable` does.
     """
     if not isinstance(experts, Allocation):
         experts = Allocation(dict(experts), rank, 2 * rank, top_k)
     if problems := experts.problems():
         raise ValueError("; ".join(problems))
-    layers = adaptable(model, experts)
-    earlier = set(expert_parameters(model).values())
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and parameter in earlier)
-    for name, count in experts.experts.items():
-        if count > 0:                    # the paper's files list matrices without an adapter too
-            model.set_submodule(name, ExpertLinear(
-                layers[name], count, experts.rank, experts.alpha, experts.top_k))
+    counts = {name: count for name, count in experts.experts.items() if count}
+    layers = adaptable(model, replace(experts, experts=counts))
+    model.requires_grad_(False)
+    for name, count in counts.items():
+        model.set_submodule(name, ExpertLinear(
+            layers[name], count, experts.rank, experts.alpha, experts.top_k))
     return model
 
 
 def adaptable(model: nn.Module, allocation: Allocation) -> dict[str, nn.Linear]:
-    """The linear layers of `model`. Raises ValueError with the modules of the allocation that are
-    no linear layer, are the head (it may be tied), have experts already, or are below the rank."""
-    layers, adapted = linear_layers(model), expert_layers(model)
-    if wrong := [name for name in allocation.experts if name not in layers or name in adapted]:
-        raise ValueError("no linear layer that can be adapted" + (
-            " (some have experts already: load the base anew)" if adapted else "")
-            + f": {', '.join(wrong)}")
+    """The linear layers of `model`. Raises ValueError if it has experts already, and with the
+    modules of the allocation that are no linear layer, are the head (it may be tied), or are below
+    the rank."""
+    if expert_layers(model):
+        raise ValueError("the model has experts already: load the base anew")
+    layers = linear_layers(model)
+    if wrong := [name for name in allocation.experts if name not in layers]:
+        raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
     allocation.check_rank({name: m.weight.shape for name, m in layers.items()})
     return layers
 

@@ -41,18 +41,22 @@ TaskFits = dict[str | None, dict[str, Fit]]
 
 
 @torch.no_grad()
-def fit(model: nn.Module, tasks: Mapping[str, Sequence[Sequence[Tensor]]], kind: str = "linear",
+def fit(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]], kind: str = "linear",
         ) -> TaskFits:
     """Fits of all mixtures of `model`, one of KINDS.
 
-    tasks: batches of (input_ids, attention_mask, ...), each (B, T). Kind "linear" holds gates if
-    the held-out samples say so, and "gates" the mean if its system is singular; Fit.kind tells.
-    Raises ValueError as `no_fits` and `solve` do.
+    tasks: batches of (input_ids, attention_mask, ...), each (B, T). With "linear", a matrix keeps
+    its fit "gates" if no ridge does better on held-out samples; with "gates", its fit "mean" if the
+    system of the gates is singular. Fit.kind tells.
+    Raises ValueError as `no_fits` and `solve` do, and without a sample.
     """
-    fits = no_fits(expert_layers(model), tasks, (None, *tasks))
+    batches = {task: [*of_task] for task, of_task in tasks.items()}
+    if not batches:
+        raise ValueError("calibration takes samples of one task or more")
+    fits = no_fits(expert_layers(model), batches, (None, *tasks))
     decoder = getattr(model, "model", model)
     runs = {task: [(batch[1], partial(decoder, input_ids=batch[0], attention_mask=batch[1]))
-                   for batch in batches] for task, batches in tasks.items()}
+                   for batch in of_task] for task, of_task in batches.items()}
     mixtures = {name: m for name, m in expert_layers(model).items() if m.router is not None}
     with measuring(model):
         fit_group(mixtures, runs, fits, kind, packs(model))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .experts import linear_layers, packs
 from .hooks import measuring
-from .loss import supervised_losses
+from .loss import on_device, supervised_losses
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -52,8 +52,8 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
     """Score every linear layer of `model` but its head, for every task.
 
     tasks: batches of (input_ids, attention_mask, labels), each (B, T), labels -100 where
-    unsupervised and aligned with input_ids; on the CPU, one of our models waits for its device once
-    a batch. The model is left as it was, also after an exception.
+    unsupervised and aligned with input_ids. Tensors on the CPU let our models wait for the device
+    only once a batch. The model is left as it was, also after an exception.
     Raises ValueError for a task without a batch.
     """
     scores, layers = Scores(shapes_of(model)), linear_layers(model)
@@ -70,7 +70,7 @@ def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor
                  attention_mask: Tensor, labels: Tensor) -> Tensor:
     """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules."""
     parameter = next(model.parameters())
-    ghost = _Ghost(attention_mask.to(parameter.device, non_blocking=True),
+    ghost = _Ghost(on_device(attention_mask, parameter.device),
                    torch.promote_types(parameter.dtype, torch.float32), packs(model))
     with ExitStack() as afterwards, torch.enable_grad():
         afterwards.callback(setattr, ghost, "read", None)        # its graph holds the ghost
@@ -83,7 +83,7 @@ def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor
         losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
         weights = 1 / torch.bincount(rows)[rows].to(losses.dtype)
         # The sum over samples of their means.
-        (losses * weights.to(losses.device, non_blocking=True)).sum().backward()
+        (losses * on_device(weights, losses.device)).sum().backward()
     assert norms.grad is not None
     return norms.grad.mT
 

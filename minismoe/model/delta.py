@@ -12,8 +12,8 @@ paper): with c the sum of g so far, D_ij = e^(c_i - c_j) for j <= i, else 0, and
     new = M (b v) - M (b e^c k) S                      what each token adds to S, at its own key
     y = e^c q S + (q k^T * D) new;   S <- e^c_end S + (e^(c_end - c) k)^T new
 
-A chunk of one token is the recurrence itself. Sequences that share a prefix are computed whole: it
-is held once by linear layers alone.
+A chunk of one token is the recurrence itself. Linear layers run a shared prefix once; the delta
+rule runs each sequence whole.
 
 Letters: B batch, T time, N packed tokens, n chunks of L tokens, H value heads, K key size, V value
 size.

@@ -64,9 +64,9 @@ def integers(w: Tensor, scale: Tensor, zero: int) -> Tensor:
     return (w / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).byte()
 
 
-def few_rows(weight: Any, most: int | None = None) -> list[slice]:
-    """Slices of the rows of a weight (N, K), of about `most` weights; default, ON_CPU or ON_GPU."""
-    most = most or (ON_CPU if weight.device.type == "cpu" else ON_GPU)
+def few_rows(weight: Any) -> list[slice]:
+    """Slices of the rows of a weight (N, K), of about ON_CPU or ON_GPU weights."""
+    most = ON_CPU if weight.device.type == "cpu" else ON_GPU
     step = max(1, most // weight.shape[1])
     return [slice(n, n + step) for n in range(0, weight.shape[0], step)]
 

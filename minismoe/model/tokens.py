@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..method.loss import on_device
 from .config import Config
 
 FEW = 4                # a shared prefix of fewer tokens is not worth the work
@@ -118,7 +119,7 @@ def sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
         return dict(tensors)
     together = torch.cat([t.flatten() for t in tensors.values()])
     together = together.pin_memory() if device.type == "cuda" else together
-    copies = together.to(device, non_blocking=True).split([t.numel() for t in tensors.values()])
+    copies = on_device(together, device).split([t.numel() for t in tensors.values()])
     return {name: copy.view(t.shape) for copy, (name, t) in zip(copies, tensors.items())}
 
 

@@ -29,7 +29,7 @@ STEPS = 1500
 def wanted(model: CausalLM, choice: str, steps: int) -> bool:
     """Whether to compile the decoder layers for so many steps; prints what it takes. `choice` is
     "on", "off" or "auto": on a CUDA device, if it takes STEPS or more."""
-    if choice == "off" or choice == "auto" and (
+    if choice == "off" or not steps or choice == "auto" and (
             model.lm_head.weight.device.type != "cuda" or steps < STEPS):
         return False
     if choice == "auto" and find_spec("triton") is None:

@@ -25,8 +25,8 @@ Block = tuple[Sequence[ExpertLinear], int, int]
 class Copies:
     """Copies of the experts of `model`.
 
-    same_shapes: they have the same shapes in all decoder layers, which a compiler then takes for
-    one.
+    same_shapes: pad the copies to equal shapes in all decoder layers, so that a compiler makes one
+    graph for all layers.
     """
 
     def __init__(self, model: nn.Module, same_shapes: bool = False):
@@ -38,8 +38,7 @@ class Copies:
         sharing = defaultdict[str, list[ExpertLinear]](list)     # layers that get as many slots
         for key, group in zip(keys, self.groups):
             sharing[key] += group
-        scalings = {layer.scaling for layer in self.layers.values()}
-        self.scaling = scalings.pop() if len(scalings) == 1 else None    # several: one by one
+        self.scaling = next((m.scaling for m in self.layers.values()), 1.0)      # the same in all
         self.zeros = torch.zeros(0)                              # to fill the widest empty slots
         self.sizes: list[tuple[int, int, int]] = []              # of each group: E, r, top_k
         self.empty: list[Tensor | None] = []                     # of each group, as Stack has it
@@ -83,15 +82,13 @@ class Copies:
                     continue
                 if part != "router" and layer.rank < r:
                     tensor = F.pad(tensor, (0, 0, 0, r - layer.rank))
-                if part == "lora_B" and self.scaling is None:
-                    tensor = layer.scaling * tensor
                 pieces.append(tensor.flatten())
                 if layer.experts < E:
                     pieces.append(self.zeros[:(E - layer.experts) * r * width])
         if not blocks:
             return
         together = torch.cat(pieces)
-        if part == "lora_B" and self.scaling is not None:
+        if part == "lora_B":
             together = together * self.scaling
         if part != "router":
             together = together.to(layer.weight.dtype)

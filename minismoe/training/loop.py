@@ -45,8 +45,8 @@ class TrainConfig:
     epochs: int = flag(3, "passes over the training lines (default: %(default)s)", flags.natural)
     batch_size: int = flag(
         8, "examples per optimizer step (default: %(default)s)", flags.positive, metavar="N")
-    micro_batch_size: int = flag(
-        8, "examples computed at once by all processes together; fewer need less memory "
+    micro_batch_size: int | None = flag(
+        None, "examples computed at once by all processes together; fewer need less memory "
         "(default: --batch-size)", flags.positive, metavar="N")
     recompute: bool = flag(
         False, "activation checkpointing: about a third slower, far less memory for long examples")
@@ -72,6 +72,11 @@ class TrainConfig:
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     router_aux_loss_coef: float = 0.01   # weight of the balance loss
 
+    @property
+    def micro(self) -> int:
+        """Examples computed at once."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
 
 def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example]]:
     """The batches of all epochs; a resumed run computes the same ones."""
@@ -88,8 +93,7 @@ class Trainer:
     """
 
     def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int, same_shapes: bool = False):
-        self.model, self.cfg, self.pad_id, self.micro = model, cfg, pad_id, min(
-            cfg.micro_batch_size, cfg.batch_size)
+        self.model, self.cfg, self.pad_id, self.micro = model, cfg, pad_id, cfg.micro
         self.copies, self.device = Copies(model, same_shapes), model.lm_head.weight.device
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         if not self.parameters:
@@ -231,6 +235,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     peak = default_lr(model) if cfg.lr is None else cfg.lr
     state, tensors = first_state(run, batches, trainer.parameters, resume)
     trainer.load(tensors)
+    del tensors                  # the file would stay mapped, and Windows would not replace it
     every = cfg.eval_every or math.ceil(len(batches) / MEASURES)
     first_step = partial(trainer.fitting, lambda: trainer.gradients(batches[0]))
     with (compiled.compiled_layers(model, first_step) if compiling else nullcontext(),

@@ -13,13 +13,13 @@ from ..io.progress import print_above_bar
 from ..method.loss import IGNORE
 
 WINDOWS = 5                    # a run's steps are averaged in so many parts
-LATE = 0.8     # share of the steps after which the loss of validation lines falls if epochs lack
+LATE = 0.8     # more epochs may help if the loss of validation lines falls after so many steps
 
 
 def guessing_loss(known: Sequence[Example], lines: Sequence[Example]) -> float:
     """Mean loss of the supervised tokens of `lines` for one who knows nothing but how often each
     answer occurs among the training lines of its task. Infinite if a task's answers are no small
-    set: if more than a tenth of its training lines have an answer of their own."""
+    set: if a tenth or more of its training lines have an answer of their own."""
     counts = defaultdict[str, Counter[tuple[int, ...]]](Counter)
     for example in known:
         counts[example.task][answer_of(example)] += 1

@@ -150,6 +150,8 @@ def test_a_file_steers_the_vote(inputs, tmp_path, capsys) -> None:
 
 
 def test_one_task_is_a_plain_lora_without_a_probe(inputs, tmp_path, capsys, monkeypatch) -> None:
+    probe.main([*inputs, "--only-tasks", "sum", "--samples", "2", "--out", str(tmp_path / "probe")])
+    assert "without a probe" not in capsys.readouterr().out      # who asks for a probe gets one
     monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",
                         lambda *_: pytest.fail("it probes"))
     code, out, err = finish(train.main, *inputs, "--only-tasks", "sum", "--epochs", "1", "--rank",

@@ -62,6 +62,18 @@ def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, capsys) -> None:
     assert out.count("t: prompt:") == 5 and "exact match" not in out
 
 
+def test_a_long_validation_line_is_left_out(inputs, tmp_path, capsys) -> None:
+    """Without test lines, answers to validation lines are shown, and none fits behind it."""
+    (tmp_path / "t").mkdir()
+    for name, prompts in ("train", "ab"), ("valid", ("x" * 4096, "c")):
+        (tmp_path / "t" / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": prompt, "completion": "y"}) + "\n" for prompt in prompts))
+    code, out, err = finish(train.main, *inputs[:2], "--data", str(tmp_path / "t"), "--epochs", "1",
+                            "--limit-test", "0", "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code == 0 and "1 validation lines left out: their prompts fill" in out, err
+    assert out.count("t: prompt:") == 1
+
+
 def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path, capsys) -> None:
     code, out, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--limit-test",
                             "0", "--out", str(tmp_path), capsys=capsys)

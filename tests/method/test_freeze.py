@@ -194,6 +194,13 @@ def test_gates_are_taken_where_held_out_samples_say_that_linear_is_worse() -> No
 def test_tasks_of_one_sample_are_refused() -> None:
     with pytest.raises(ValueError, match="b: two calibration samples or more are needed"):
         fit(model_of(), {"a": [batch(1)], "b": [batch(1, 1)]})
+    with pytest.raises(ValueError, match="samples of one task or more"):
+        fit(model_of(), {})
+
+
+def test_batches_may_come_from_a_generator() -> None:
+    model, kept = model_of(), [batch(1), batch(2)]
+    same(fit(model, {"a": (b for b in kept)}), fit(model, {"a": kept}))
 
 
 # --- gathering ----------------------------------------------------------------------------------

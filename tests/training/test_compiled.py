@@ -117,6 +117,7 @@ def test_what_cannot_be_compiled_is_trained_without(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("asked, device, steps, said", [
     ("off", "cuda", 10**6, ""), ("auto", "cpu", 10**6, ""), ("auto", "cuda", 10, ""),
+    ("on", "cpu", 0, ""),
     ("on", "cpu", 1, "compiling"), ("auto", "cuda", 10**6, "compiling")])
 def test_auto_compiles_where_it_pays(asked, device, steps, said, capsys, monkeypatch) -> None:
     model = tiny()

@@ -55,6 +55,11 @@ def test_accumulation_equals_the_big_batch(micro: int) -> None:
         torch.testing.assert_close(parts[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_a_batch_is_computed_at_once_unless_the_configuration_says_otherwise() -> None:
+    assert [Trainer(tiny(), TrainConfig(batch_size=12, micro_batch_size=size), 0).micro
+            for size in (None, 4, 16)] == [12, 4, 12]
+
+
 def test_recompute_changes_memory_only() -> None:
     found = []
     for recompute in (False, True):
