@@ -21,7 +21,7 @@ from ..data.tokenizer import (
     copy_tokenizer,
     load_tokenizer,
 )
-from ..io.files import inside, read_json, replacing, write_json
+from ..io.files import inside, last_part, read_json, replacing, write_json
 from ..method.freeze import merged
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
 from ..model.config import CONV, DELTA, FULL, Config, text_part
@@ -93,7 +93,7 @@ def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) 
     write_hf(folder, base, fits)
     if fits:
         settings = read_json(folder / "config.json")
-        write_json(folder / "config.json", {**settings, MERGED: name})
+        write_json(folder / "config.json", {**settings, MERGED: last_part(name)})
 
 
 def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool = True) -> None:

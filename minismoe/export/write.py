@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 
-from ..io.files import must_be_new, new_folder, sha256, sha256_of_parts, write_json
+from ..io.files import last_part, must_be_new, new_folder, sha256, sha256_of_parts, write_json
 from ..method.experts import expert_layers
 from ..model.checkpoint import versions
 from ..model.decoder import CausalLM
@@ -48,13 +48,6 @@ def export_model(config: ExportConfig, source: Source,
     return out, info
 
 
-def last_part(path: str | None) -> str | None:
-    """The last part of a path, since an export may be published; a name of the hub as it is."""
-    if path is None or not (Path(path).exists() or Path(path).is_absolute()):
-        return path
-    return Path(path).resolve().name
-
-
 def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Shipped,
           folder: Path, other: Mapping[str, Any]) -> dict[str, Any]:
     """Write the folder and compare it with the reference; returns the content of its export.json.
@@ -73,7 +66,7 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
         info["system"] = source.system
     if config.graph:
         info |= layouts.write_graph(config, shipped, folder)
-        if config.layout in ("onnx", "web") and source.tasks:
+        if source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
         record(info, folder)                 # the runtime reads it

@@ -35,6 +35,13 @@ def replacing(path: Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)           # it is gone after the renaming
 
 
+def last_part(path: str | None) -> str | None:
+    """The last part of a path, since an export may be published; a name of the hub as it is."""
+    if path is None or not (Path(path).exists() or Path(path).is_absolute()):
+        return path
+    return Path(path).resolve().name
+
+
 def must_be_new(path: Path) -> None:
     """Raise FileExistsError if the path exists, PermissionError if it cannot be made."""
     if os.path.lexists(path):

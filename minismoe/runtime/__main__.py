@@ -19,7 +19,7 @@ from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
 from .api import Api
 from .choices import answer_tokens
-from .folder import lines_of, read_choices, read_prefix, trained_system
+from .folder import lines_of, read_choices, read_info, read_prefix, trained_system
 from .grammar import json_grammar
 from .sampling import Sampling
 from .serve import PORT, serve
@@ -35,8 +35,9 @@ NEEDS = {"api_key": "serve", "host": "api_key", "best": "choices",
 CONFLICTS = {
     "chat": ({"prompt", "raw", "lines"},
              "asks for prompts itself: leave out PROMPT, --raw and --lines"),
-    "choices": ({"chat", "raw", "max_tokens", "temperature"}, "gives one whole answer, through the "
-                "template: leave out --chat, --raw, --max-tokens and --temperature"),
+    "choices": ({"chat", "raw", "max_tokens", "temperature", "stop", "repetition_penalty"},
+                "gives one whole answer, through the template: leave out --chat, --raw, "
+                "--max-tokens, --temperature, --stop and --repetition-penalty"),
     "tools": ({"raw", "choices"},
               "is for free answers through the template: leave out --raw and --choices"),
     "schema": ({"choices", "tools"},
@@ -142,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
                         {"how answers are chosen": Sampling})
     parser.prog = "python -m minismoe.runtime"
     add = parser.add_argument
-    add("folder", help="an exported folder of layout onnx or web")
+    add("folder", help="an exported folder of layout onnx, genai or web")
     add("prompt", nargs="?", help="default: standard input, or --chat at a terminal")
     add("--chat", action="store_true", help="a conversation, line by line")
     add("--serve", nargs="?", type=natural, const=-1, metavar="PORT", help="answer OpenAI's "
@@ -182,6 +183,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.serve is not None and (wrong := given - SERVING):
+        wrong = {"PROMPT" if name == "prompt" else option(name) for name in wrong}
         parser.error(f"a request says what --serve answers: leave out {', '.join(sorted(wrong))}")
     for name, needed in NEEDS.items():
         if name in given and needed not in given:
@@ -210,8 +212,14 @@ def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
     if args.serve is not None:
-        folder = Path(args.folder)
-        generator = None if (folder / "index.html").is_file() else _open(args)
+        folder, generator = Path(args.folder), None
+        if (folder / "index.html").is_file():        # a page alone needs no generator
+            read_info(folder, args.verify)
+            if args.provider not in (None, "auto"):
+                from .providers import find_device
+                find_device(args.provider)
+        else:
+            generator = _open(args)
         serve(Api(folder, lambda: generator or _open(args)), args.host,
               None if args.serve < 0 else args.serve, args.api_key)
         return

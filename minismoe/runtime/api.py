@@ -8,6 +8,7 @@ from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from ..data.tools import Function, Message, calls_of, functions, with_tools
 from ..io.text import error_line
@@ -42,6 +43,8 @@ def request_error(e: Exception) -> RequestError:
     """What to answer after an exception: of these kinds, the request is to blame."""
     if isinstance(e, ModuleNotFoundError):   # llguidance is not installed
         return RequestError(error_line(e), 501)
+    if isinstance(e, MemoryError):
+        return RequestError("out of memory: export again, with a smaller --context", 500)
     if not isinstance(e, (AttributeError, LookupError, TypeError, ValueError)):
         return e if isinstance(e, RequestError) else RequestError(error_line(e), 500)
     line = error_line(e) if type(e) is ValueError else f"it is not understood: {e!r}"
@@ -58,12 +61,15 @@ class Api:
 
     @cached_property
     def generator(self) -> "Generator":
-        return self.open_generator()
+        try:
+            return self.open_generator()
+        except (LookupError, TypeError, ValueError) as e:        # no request is to blame
+            raise RequestError(error_line(e), 500) from None
 
     def models(self, path: str) -> Json:
         """The list of the one model, or this model."""
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "minismoe"}
-        if path not in ("/v1/models", f"/v1/models/{self.name}"):
+        if unquote(path) not in ("/v1/models", f"/v1/models/{self.name}"):
             raise RequestError(f"there is no {path}", 404)
         return {"object": "list", "data": [model]} if path == "/v1/models" else model
 
@@ -133,6 +139,8 @@ class Api:
         for item in items:
             content = item.get("content") or ""
             if not isinstance(content, str):
+                if not all(isinstance(part, dict) and "text" in part for part in content):
+                    raise ValueError("a content may have parts of text only")
                 content = "".join(part["text"] for part in content)
             role = "system" if item["role"] == "developer" else item["role"]
             message: Json = {"role": role, "content": content} | {
@@ -158,14 +166,15 @@ class Api:
 
     def _probability(self, token: int, likeliest: int) -> Json:
         """The log-probability of the last token, and those of the likeliest in its place."""
-        own, *others = ({"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+        own, *others = ({"token": text, "logprob": logprob, "bytes":     # of a part of a character
+                         None if "\ufffd" in text else [*text.encode()]}           # not known
                         for text, logprob in self.generator.logprobs(token, likeliest))
         return {**own, "top_logprobs": others}
 
 
 def _tools(request: Json) -> tuple[list[Function], bool]:
     """The functions that may be called, and whether one must be."""
-    tools, choice = functions(request.get("tools"), "tools"), request.get("tool_choice", "auto")
+    tools, choice = functions(request.get("tools"), "tools"), request.get("tool_choice") or "auto"
     if isinstance(choice, dict):
         name = choice["function"]["name"]
         tools = [tool for tool in tools if tool["function"]["name"] == name]
@@ -180,6 +189,8 @@ def _prompt(request: Json) -> Any:
     """Text, or token ids; a list of one prompt is that prompt."""
     prompt = request["prompt"]
     is_list = isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int)
+    if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+        raise ValueError("a request may have one prompt")
     return prompt[0] if is_list else prompt
 
 

@@ -64,7 +64,7 @@ def _checks(info: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "providers", all(isinstance(name, str) for name in info.get("providers", []))
     yield "soc", type(info.get("soc", 0)) is int
     static = info.get("static") or []
-    yield "static", len(static) in (0, 3) and (info["target"] != "npu" or static[0] == 1)
+    yield "static", len(static) in (0, 3) and (info["target"] != "npu" or static[:1] == [1])
     for name, sizes in [("static", static), *((name, [info[name]]) for name in SIZES)]:
         yield name, all(type(size) is int and 0 < size <= 1 << 24 for size in sizes)
 
@@ -136,12 +136,13 @@ def trained_system(folder: Path) -> list[Message]:
 def read_prefix(folder: Path, name: str, raw: bool) -> tuple[list[Message], str]:
     """What --instructions puts before a prompt: system messages, and text that begins the prompt.
 
-    A file is a system message, or with `raw` such text; a task's instruction is such text. Raises
-    ValueError as `task_or_file` does, and for an empty file.
+    A file is a system message, or with `raw` such text; a task's instruction is such text, behind
+    the system prompt of the training. Raises ValueError as `task_or_file` does, and for an empty
+    file.
     """
     instruction, text = task_or_file(folder, name, "instruction")
-    if instruction or raw and text.strip():
-        return [], instruction or text
+    if instruction:
+        return [] if raw else trained_system(folder), instruction
     if not text.strip():
         raise ValueError(f"{name} is empty: write the instructions into it")
-    return [{"role": "system", "content": text}], ""
+    return ([], text) if raw else ([{"role": "system", "content": text}], "")

@@ -240,6 +240,8 @@ class Generator(CachedModel):
         As many characters are kept back as may begin one of these. strip: leave out the white space
         before the text, which some templates write before an answer.
         """
+        if isinstance(stop, str):
+            raise ValueError(f"stop is the text {stop!r}: give a list of texts")
         kept, back = "", max(map(len, stop), default=1) - 1
         for piece in self._pieces(tokens):
             kept += piece.lstrip() if strip else piece

@@ -10,8 +10,9 @@ from ..data.tools import SHOWN, WRITTEN, Function
 from ..io.text import clean
 
 # As json.dumps and templates write it. Where small models may write white space, some never stop.
-SPACES = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
-                         "key_separator": ": "}}
+# A grammar cannot count how many parts of a oneOf fit, so any of them may.
+FORMAT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
+                         "key_separator": ": ", "coerce_one_of": True}}
 COMBINED = {"anyOf", "oneOf", "$ref", "patternProperties"}
 CALLS = 8                                    # of one answer: small models go on calling
 # The opening, the call up to its name, up to its arguments, up to its end, and the closing.
@@ -30,14 +31,18 @@ def _json(schema: Any) -> str:
 
     JSON schema allows others, and small models go on adding some.
     """
+    text = json.dumps(schema)
+    combines = '"allOf"' in text             # a part may not know the names of the others
+
     def close(part: dict[str, Any]) -> dict[str, Any]:
-        if part.get("type") == "object" and "properties" in part and not part.keys() & COMBINED:
+        nonlocal combines
+        if part.get("type") == "object" and "properties" in part:
+            combines = combines or bool(part.keys() & COMBINED)
             part.setdefault("additionalProperties", False)
         return part
 
-    text = json.dumps(schema)                # a part of an allOf may not know the others' names
-    closed = schema if '"allOf"' in text else json.loads(text, object_hook=close)
-    return f"%json {json.dumps({**closed, **SPACES})}"
+    closed = json.loads(text, object_hook=close)
+    return f"%json {json.dumps({**(schema if combines else closed), **FORMAT})}"
 
 
 def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,

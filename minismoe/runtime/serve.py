@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from contextlib import suppress
+from errno import EACCES, EADDRINUSE
 from functools import partial
 from hmac import compare_digest
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -54,8 +55,8 @@ class _Handler(SimpleHTTPRequestHandler):
     def _check(self) -> None:
         """Raise RequestError for a request of another site, or without the key."""
         key, host = self.server.key, self.headers.get("Host", "")
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if key and not compare_digest(given.encode(), key.encode()):
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        if key and (scheme.lower() != "bearer" or not compare_digest(given.encode(), key.encode())):
             raise RequestError("the API key is missing or wrong", 401, "invalid_api_key")
         # Another site may have its name lead to 127.0.0.1, but the browser still sends that name.
         if not key and host.partition(":")[0].lower() not in (HOST, "localhost"):
@@ -83,6 +84,8 @@ class _Handler(SimpleHTTPRequestHandler):
             if not (folder / "index.html").is_file() or (    # no lists of files, either
                     file.is_dir() and file != folder):
                 raise RequestError("there is no such page", 404)
+        except OSError:                                      # a name that is too long for a file
+            return self._send(RequestError("there is no such page").body, 404)
         except RequestError as e:
             return self._send(e.body, e.status)
         return super().send_head()
@@ -91,8 +94,9 @@ class _Handler(SimpleHTTPRequestHandler):
         """Answer as a whole or as a stream of events."""
         streams = False
         try:
+            body = self._body()              # first, for a client sends it before it reads answers
             self._check()
-            request = self._request()
+            request = self._request(body)
             with self.server.turn:
                 for part in self.server.api.answer(self.path, request, self._check_client):
                     if not request.get("stream"):
@@ -112,20 +116,25 @@ class _Handler(SimpleHTTPRequestHandler):
             else:
                 self._send(failed.body, failed.status)
 
-    def _request(self) -> Json:
-        """The JSON object of a request. Raises what `request_error` takes."""
+    def _body(self) -> bytes:
+        """The body of a request. Raises RequestError if it is too long, or of unknown length."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise RequestError("the request has no Content-Length", 411)
+        body = self.rfile.read(min(int(length), LARGEST))
         if int(length) > LARGEST:
-            for _ in range(min(int(length), 1 << 30) >> 16):     # else it would not see the answer
+            for _ in range(min(int(length), 1 << 30) - LARGEST >> 16):
                 self.rfile.read(1 << 16)
             raise RequestError(f"the request has {length} bytes: at most {LARGEST} are read", 413)
+        return body
+
+    def _request(self, body: bytes) -> Json:
+        """The JSON object of a request. Raises what `request_error` takes."""
         # A page of another site may post text, but not this type.
         if self.headers.get_content_type() != "application/json":
             raise RequestError("the request's Content-Type is not application/json", 415)
         with naming("the request is no JSON", ValueError, RecursionError):
-            request = json.loads(self.rfile.read(int(length)))
+            request = json.loads(body)
         if not isinstance(request, dict):
             raise ValueError("the request is no JSON object")
         return request
@@ -138,7 +147,8 @@ class _Handler(SimpleHTTPRequestHandler):
         if value is not None:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def _event(self, text: str) -> None:
         self.wfile.write(f"data: {text}\n\n".encode())
@@ -155,20 +165,21 @@ class _Handler(SimpleHTTPRequestHandler):
 def serve(api: Api, host: str | None = None, port: int | None = None, key: str | None = None,
           ) -> None:
     """Serve the generator and its folder's page until Ctrl-C: at the port, at a free one if it is
-    0; default: PORT, or the next that is free. With a host, requests need the key. Raises OSError
-    if the port is taken."""
+    0; default: PORT, or the next that is free. With a host, requests need the key, which no browser
+    sends for a page. Raises OSError if the port is taken, or for a host of another machine."""
     ports = range(PORT, PORT + PORTS) if port is None else [port]
     for number in ports:
         try:
             server = _Server((host or HOST, number), api, key)
             break
         except (OSError, OverflowError) as e:
-            if number == ports[-1]:
-                raise OSError(f"port {number} cannot be opened: {e}; give --serve another one"
+            if number == ports[-1] or getattr(e, "errno", None) not in (EADDRINUSE, EACCES):
+                raise OSError(f"port {number} of {host or HOST} cannot be opened: {e}; give "
+                              "--serve another port, or --host an address of this machine"
                               ) from None
     with server:
         address = f"http://{host or HOST}:{server.server_port}/"
-        has_page = (server.folder / "index.html").is_file()
+        has_page = not key and (server.folder / "index.html").is_file()
         page = f"{address} shows a page, and " if has_page else ""
         print(f"{page}{address}v1 answers as OpenAI's API from {clean(api.folder)}; "
               "Ctrl-C ends it", flush=True)

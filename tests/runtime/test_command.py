@@ -17,6 +17,7 @@ from tiny import python
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime import __main__ as terminal
+from minismoe.runtime.folder import read_prefix
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,7 +188,9 @@ def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> 
     (["--serve", "web"], "--serve: invalid int value: 'web'"), (["--serve=-1"], "-1 is below 0"),
     (["x", "--best", "2"], "--best needs --choices"),
     (["--chat", "--lines"], "leave out PROMPT, --raw and --lines"),
-    (["--serve", "--stats"], "leave out stats"), (["--serve", "--stop", "t"], "leave out stop"),
+    (["--serve", "--stats"], "leave out --stats"),
+    (["y", "--serve", "--stop", "t"], "leave out --stop, PROMPT"),
+    (["x", "--choices", "f", "--stop", "t"], "--temperature, --stop and --repe"),
     (["x", "--schema", "f", "--choices", "g"], "leave out --choices and --tools"),
     (["x", "--schema", "f", "--tools", "g"], "leave out --choices and --tools"),
     (["x", "--tools", "f", "--raw"], "leave out --raw and --choices"),
@@ -256,6 +259,11 @@ def test_a_prefix_from_a_task_is_its_instruction(model, tmp_path) -> None:
     expected = generator.choose(prompt, ["yes", "no"])[0].text + "\n"
     done = command(folder, "hm", "--instructions", "../t", "--choices", "../t")
     assert (done.stdout, done.stderr) == (expected, "")
+    assert read_prefix(folder, "../t", raw=False) == ([], "Say yes or no.\n")
+    describe(folder, system="Be brief.")                 # lines had both in training
+    system = [{"role": "system", "content": "Be brief."}]
+    assert read_prefix(folder, "../t", raw=False) == (system, "Say yes or no.\n")
+    assert read_prefix(folder, "../t", raw=True) == ([], "Say yes or no.\n")
     chat = command(folder, "--chat", "--instructions", "../t", input="x\n")
     assert chat.returncode == 1 and "is text before one prompt: give PROMPT" in chat.stderr
     lacking = command(folder, "x", "--instructions", "u")

@@ -100,7 +100,12 @@ def test_objects_have_no_property_that_the_schema_does_not_name() -> None:
             ({"type": "object"}, '{"b": 1}', True),
             ({"type": "object", "properties": {"a": inner}}, nested, False),
             ({"allOf": [inner, {"type": "object", "properties": {"b": {"type": "integer"}}}]},
-             '{"a": null, "b": 1}', True)):
+             '{"a": null, "b": 1}', True),
+            (inner | {"required": ["a"], "anyOf": [{
+                "type": "object", "properties": {"b": {}}, "required": ["b"]}]},
+             '{"a": null, "b": 1}', True),
+            ({"oneOf": [inner, {"type": "integer"}]}, "7", True),
+            (inner | {"oneOf": [{"required": ["a"]}]}, '{"a": null}', True)):
         assert accepts(tokenizer, json_grammar(schema), text) == accepted, (schema, text)
 
 
