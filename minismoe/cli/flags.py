@@ -69,12 +69,12 @@ class AllocationConfig:
     strategy: str = flag("votes", "how experts are given to matrices (default: %(default)s; of one "
                          "task, each matrix gets one expert)", choices=STRATEGIES)
     budget_params: int | None = flag(
-        None, "at most N trainable parameters (default: what votes of each task for 60 %% of the "
-        "matrices cost)", positive, metavar="N")
+        None, "at most N trainable parameters (default: as many as it takes if each task votes for "
+        "60 %% of the matrices)", positive, metavar="N")
     target_modules: str | None = flag(
         None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
         "may get experts; default: all linear layers")
-    rank: int = flag(8, "of each expert (default: %(default)s)", positive)
+    rank: int = flag(8, "rank of each expert (default: %(default)s)", positive)
     alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
                                "twice the rank)", above_zero)
     allocation: str | None = flag(

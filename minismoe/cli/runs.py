@@ -125,7 +125,8 @@ def saved_config(run: Path) -> dict[str, Any]:
     not that of a run, or if another version of minismoe made it."""
     file = run / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{run} holds no run to go on with: begin it without --resume")
+        raise FileNotFoundError(f"{run} holds no run: config.json is missing. Name the folder of a "
+                                "run, or begin one without --resume")
     config = read_json(file)
     form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int, "processes": int}
     if lacks := [name for name, kind in form.items() if not isinstance(config.get(name), kind)]:

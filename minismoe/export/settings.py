@@ -50,12 +50,12 @@ class ExportConfig:
     layout: str = flag("onnx", "for onnxruntime (default), onnxruntime-genai, transformers.js with "
                        "a page to chat in a browser, peft, or transformers",
                        choices=("onnx", "genai", "web", "peft", "hf"))
-    precision: str = flag("auto", "of the base weights. int4-8: 4 bits, embedding and head 8; with "
-                          "--size 4 or 8 bits a matrix, by what rounding costs it on texts. "
-                          "Experts that stay beside few bits take 8 (but 32 lora_A in q4f16, "
-                          "lora_B in q8), routers 32. q8: rows in 8 bits, for browsers; q4f16: "
-                          "int4 in float16, for their WebGPU. auto (default): int4-8; for "
-                          "--layout web both q8 and q4f16, of which the browser loads one",
+    precision: str = flag("auto", "how weights are stored. int4-8: 4 bits, embedding and head 8; "
+                          "with --size, 4 or 8 bits a matrix, as rounding costs it. int4, int8: "
+                          "all weights. q8: 8 bits with a scale a row, for browsers; q4f16: int4 "
+                          "with float16 activations, for WebGPU in browsers. w8a16, w4a16: for "
+                          "NPUs. auto (default): int4-8; for --layout web both q8 and q4f16, of "
+                          "which the browser loads one",
                           choices=("auto", *PRECISIONS))
     block: int | None = flag(
         None, "weights that share a scale, in 8 or 4 bits (default: 32; 128 decodes "

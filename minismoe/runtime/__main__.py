@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tools", type=text, metavar="FILE", help="offer the functions of a JSON list of schemas; "
         "prints calls as JSON lines; in a chat, the lines after calls are what they returned")
     add("--schema", type=text, metavar="FILE", help="answer with JSON that this JSON schema "
-        "describes; needs pip install 'minismoe[schema]'")
+        "describes; needs pip install 'llguidance>=1.5'")
     add("--choices", type=text, metavar="FILE|TASK", help="answer with one of these: the lines of "
         "a file, or the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "before this text; may be given again")
     add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
         "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
-    add("--threads", type=positive, metavar="N", help="default: physical cores")
+    add("--threads", type=positive, metavar="N", help="default: the CPU's physical cores")
     add("--low-power", action="store_true", help="let threads that wait for others sleep: slower, "
         "but cooler")
     add("--stats", action="store_true", help="print speed and memory to standard error")
@@ -208,20 +208,24 @@ def _open(args: argparse.Namespace) -> Generator:
     return generator
 
 
+def _api(args: argparse.Namespace) -> Api:
+    """What --serve answers with. A folder with a page gets a generator once a request needs one."""
+    folder = Path(args.folder)
+    if not (folder / "index.html").is_file():
+        generator = _open(args)
+        return Api(folder, lambda: generator)
+    read_info(folder, args.verify)
+    if args.provider not in (None, "auto"):
+        from .providers import find_device
+        find_device(args.provider)
+    return Api(folder, lambda: _open(args))
+
+
 def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
     if args.serve is not None:
-        folder, generator = Path(args.folder), None
-        if (folder / "index.html").is_file():        # a page alone needs no generator
-            read_info(folder, args.verify)
-            if args.provider not in (None, "auto"):
-                from .providers import find_device
-                find_device(args.provider)
-        else:
-            generator = _open(args)
-        serve(Api(folder, lambda: generator or _open(args)), args.host,
-              None if args.serve < 0 else args.serve, args.api_key)
+        serve(_api(args), args.host, None if args.serve < 0 else args.serve, args.api_key)
         return
     generator = _open(args)
     options = as_flags(from_flags(Sampling, vars(args)))

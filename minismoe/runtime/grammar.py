@@ -92,7 +92,7 @@ def grammar_tokens(tokenizer: Tokenizer, vocab_size: int) -> Any:
         from llguidance import LLTokenizer, TokenizerWrapper
     except ImportError:
         raise ModuleNotFoundError("answers by a schema need llguidance: pip install "
-                                  "'minismoe[schema]'") from None
+                                  "'llguidance>=1.5'") from None
     backend, ends = tokenizer.backend, tokenizer.stop_ids
     if not ends:
         raise ValueError("the tokenizer has no token that ends an answer")

@@ -24,7 +24,8 @@ class Sampling:
     Each field is a flag of the command line. Raises ValueError for a value that its flag refuses.
     """
 
-    max_tokens: int | None = flag(None, "default: until the context is full", natural, metavar="N")
+    max_tokens: int | None = flag(None, "tokens that an answer has at most (default: until the "
+                                  "context is full)", natural, metavar="N")
     temperature: float = flag(0.0, "0 (default) takes the likeliest token, others draw", number)
     top_p: float = flag(1.0, "draw among the likeliest tokens that together reach P (default: 1)",
                         fraction, metavar="P")
@@ -36,7 +37,7 @@ class Sampling:
     repetition_penalty: float = flag(
         1.0, "make tokens of the prompt and the answer less likely: above 1, such as 1.1 "
         "(default: 1)", above_zero, metavar="F")
-    seed: int | None = flag(None, "of the draws; default: another one each time", int)
+    seed: int | None = flag(None, "starts the draws (default: another one each time)", int)
 
     def __post_init__(self) -> None:
         for f in fields(self):

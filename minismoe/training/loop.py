@@ -65,8 +65,8 @@ class TrainConfig:
         "(default: never)", flags.positive, metavar="N")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises (default: "
                          "%(default)s)", flags.fraction_or_zero, metavar="F")
-    weight_decay: float = flag(0.0, "of AdamW (default: %(default)s)", flags.fraction_or_zero,
-                               metavar="F")
+    weight_decay: float = flag(0.0, "weight decay of AdamW (default: %(default)s)",
+                               flags.fraction_or_zero, metavar="F")
     seed: int = 0
     # Without a flag:
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
@@ -203,12 +203,12 @@ class Trainer:
                 {"value": p.detach(), **self.optimizer.state[p]}.items()} | {
                     f"{name}/best": tensor for name, tensor in self.best.items()}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
-        for full, tensor in tensors.items():
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` gave, and empty it: the file may not stay mapped."""
+        for full in [*tensors]:
             name, _, key = full.rpartition("/")
             parameter = self.parameters[name]
-            tensor = tensor.to(parameter.device, copy=True)      # the file may not stay mapped
+            tensor = tensors.pop(full).to(parameter.device, copy=True)
             if key == "value":
                 parameter.data.copy_(tensor)
             elif key == "best":
@@ -235,7 +235,6 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     peak = default_lr(model) if cfg.lr is None else cfg.lr
     state, tensors = first_state(run, batches, trainer.parameters, resume)
     trainer.load(tensors)
-    del tensors                  # the file would stay mapped, and Windows would not replace it
     every = cfg.eval_every or math.ceil(len(batches) / MEASURES)
     first_step = partial(trainer.fitting, lambda: trainer.gradients(batches[0]))
     with (compiled.compiled_layers(model, first_step) if compiling else nullcontext(),

@@ -4,7 +4,7 @@
 
 method.svg    probe, vote, experts, merge: the toy's sensitivity.json (toy.json) and its vote
 rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json)
-bits.svg      the bits of each matrix (bits.json: `bits` of the export.json of two default exports)
+bits.svg      the bits of each matrix (bits.json: `bits` of export.json, two exports with --size)
 rates.svg     the loss at other learning rates than the default's (rates.jsonl)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It

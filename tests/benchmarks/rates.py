@@ -1,6 +1,6 @@
 """Which learning rate trains best: five rates a cell, from half to twice the default's.
 
-    python tests/benchmarks/rates.py --model SMOLLM2 --data DATA --name SmolLM2
+    python tests/benchmarks/rates.py --model SMOLLM2 --data DATA --name SmolLM2-135M
     python tests/benchmarks/rates.py                                     the built-in toy
     python tests/benchmarks/rates.py --table                             what was measured
 
