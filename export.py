@@ -61,11 +61,13 @@ def load_run(config: ExportConfig) -> Source:
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
     saved = runs.read_run(run)
+    resume = f"{script.command('train')} --resume --out {shlex.quote(str(run))}"
+    if not (run / "adapter" / "adapter.json").exists():
+        raise FileNotFoundError(f"{run} has not finished: {resume}")
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     settings = cli.resolve_auto(replace(saved, device=config.device, dtype=config.dtype,
                                         limit_test=limit))
-    resume = f"{script.command('train')} --resume --out {shlex.quote(str(run))}"
     with naming(f"{run / 'config.json'} ({resume} --model FOLDER --data FOLDER says where they are "
                 "now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)

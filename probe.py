@@ -17,7 +17,7 @@ import torch
 from minismoe.cli import flags, probing, script
 from minismoe.cli.inputs import load_inputs, print_examples, resolve_auto
 from minismoe.io.drawing import allocation_svg, terminal_heatmap
-from minismoe.io.files import replacing, write_json
+from minismoe.io.files import must_be_writable, replacing, write_json
 from minismoe.io.flags import from_flags, new_parser, refuse_old, text
 from minismoe.io.text import clean
 from minismoe.training import compiled, distributed
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     if (run / "config.json").exists():
         raise FileExistsError(f"{run} is a run of train.py: its allocation would be lost. Choose "
                               "another --out")
+    must_be_writable(run)
 
     # Load, probe and allocate.
     inputs = load_inputs(config)

@@ -41,7 +41,7 @@ from minismoe.training.verdict import advice, guessing_loss, remedy
 def main(argv: Sequence[str]) -> None:
     # Configure.
     begun, config = time.perf_counter(), parse(argv)
-    if runs.finished(config):
+    if runs.finished(config) and not (config.plan or config.inputs.show):
         print(f"nothing is missing: {config.out} holds its results")
         return
     config = replace(config, inputs=resolve_auto(config.inputs))
@@ -116,6 +116,8 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
         known = runs.read_before(run / "before.json", inputs.encoded)
 
     # Train.
+    if config.training.patience and not inputs.valid_examples:
+        print0("there is no validation line, so --patience ends nothing")
     summary = train(inputs.model, inputs.examples, config.training, run, inputs.tokenizer.pad_id,
                     config.resume, inputs.valid_examples)
     seconds["train"] = round(summary["seconds"], 2)
@@ -156,14 +158,18 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
                      if getattr(args, name) != parser.get_default(name)]:
             parser.error(f"--init takes the experts of RUN as they are: leave out "
                          f"{', '.join(given)}")
-        runs.take_inputs(args)
+        args = runs.with_inputs_of(parser, argv, Path(args.init))
     if args.epochs == 0 and not args.init:
         parser.error("--epochs 0 trains nothing: name a run to judge by --init RUN")
+    if args.epochs == 0 and args.plan:
+        parser.error("--plan is of training, and --epochs 0 trains nothing: leave out one of them")
     args.micro_batch_size = args.micro_batch_size or args.batch_size
     values = vars(args)
     allocating = from_flags(flags.AllocationConfig, values, keep=None)   # --keep is of training
     if args.resume and (kept := Path(args.out) / "allocation.json").exists():
         allocating = probing.with_file(allocating, kept)             # the probe does not run again
+    elif args.init:
+        allocating = probing.with_file(allocating, Path(args.init) / "allocation.json")
     elif args.allocation:
         allocating = probing.with_file(allocating, args.allocation)
         idle = [option(name) for name in flags.CHOOSING

@@ -20,7 +20,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in SCRIPTS:
         listing = "\n".join(f"  minismoe {script:7} {about}" for script, about in SCRIPTS.items())
-        print(f"one of these, each with --help:\n{listing}",
+        wrong = "" if name in ("-h", "--help") else f"no command {name}; "
+        print(f"{wrong}one of these, each with --help:\n{listing}",
               file=sys.stdout if name in ("-h", "--help") else sys.stderr)
         sys.exit(0 if name in ("-h", "--help") else 2)
     sys.argv = [f"minismoe {name}", *sys.argv[2:]]

@@ -1,5 +1,6 @@
 """The command line of export.py: its flags, and which of them contradict each other."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from ..export.settings import ExportConfig
 from ..io.flags import from_flags, new_parser, option, refuse_old, text
+from .script import command
 
 NO_RUN = "runs holds no run yet (python train.py makes one)"
 # The targets that take a value of --precision or --layout, if not all do.
@@ -37,6 +39,9 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
     made = sorted(Path("runs").glob("*/adapter/adapter.json"), key=lambda p: p.stat().st_mtime)
     if made:
         return replace(config, run=str(made[-1].parents[1]))
+    if begun := sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime):
+        raise FileNotFoundError(f"no run in runs has finished: {command('train')} --resume --out "
+                                f"{shlex.quote(str(begun[-1].parent))} goes on with the newest")
     if wrong := contradiction(replace(config, model="the base"), given):
         raise ValueError(f"{NO_RUN}; {wrong}")
     return config

@@ -207,10 +207,11 @@ def print_examples(config: InputConfig, count: int) -> None:
     tasks, tokenizer = read_tasks(config), load_tokenizer(model_folder(config))
     mark, end = ("\033[32m", "\033[0m") if in_colour() else ("[[", "]]")
     for task in tasks:
-        for messages in task.train[:count]:
+        for number, messages in enumerate(task.train[:count], 1):
             example = encode(task.name, messages, tokenizer)
             supervised = sum(label != IGNORE for label in example.labels)
-            print0(f"--- {clean(task.name)}: {len(example.ids)} tokens, {supervised} supervised")
+            print0(f"--- {clean(task.name)} {number}: {len(example.ids)} tokens, {supervised} "
+                   "supervised")
             text = tokenizer.render(messages)
             starts = [*tokenizer.encode(text)[1], len(text)]        # of each token in the text
             marked = ""

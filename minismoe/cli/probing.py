@@ -19,7 +19,7 @@ from ..io.files import naming, read_json
 from ..io.progress import progress_bar
 from ..io.text import clean, table
 from ..method.allocate import Allocation, allocate, select
-from ..method.allocation import FORMAT, Unfit
+from ..method.allocation import FORMAT, Unfit, is_whole
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..model.quantize import quantize
@@ -93,7 +93,12 @@ def with_file(allocating: AllocationConfig, file: str | Path) -> AllocationConfi
     how they are given. A bare mapping of experts takes rank, alpha and top-k from the flags."""
     value = read_json(file)
     if value and value.keys() <= {*SETTINGS}:
+        if not is_whole(least := value.get("min_experts", 0), 0):
+            raise ValueError(f"{file}: min_experts must be a whole number >= 0, got {least!r}")
         return replace(allocating, **value)
+    if "format" not in value and not any("." in name for name in value):
+        raise ValueError(f"{file} holds no module, and {', '.join(value) or 'nothing'} besides "
+                         f"settings: {', '.join(SETTINGS)}")
     if "format" not in value:
         value = {"format": FORMAT, "experts": value, "rank": allocating.rank,
                  "alpha": allocating.alpha or 2 * allocating.rank, "top_k": allocating.top_k}

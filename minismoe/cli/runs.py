@@ -49,8 +49,8 @@ EXPORTED = ("model", "data", "only_tasks", "system", "limit_train", "limit_valid
 
 
 def check_free(run: Path, resume: bool) -> None:
-    """Raise FileExistsError if a new run would lie in that of another, or in what probe.py
-    measured, and PermissionError if no file can be made in it."""
+    """Raise FileExistsError if a new run would lie in a folder that holds anything, and
+    PermissionError if no file can be made in it."""
     if run.exists() and not run.is_dir():
         raise FileExistsError(f"{run} is a file: choose another --out")
     must_be_writable(run)
@@ -59,9 +59,12 @@ def check_free(run: Path, resume: bool) -> None:
     if (run / "config.json").exists():
         raise FileExistsError(f"{run} holds a run already: go on with --resume, or choose "
                               "another --out")
-    if (run / "sensitivity.json").exists() and not (run / "before.json").exists():
+    if (run / "sensitivity.json").exists():
         raise FileExistsError(f"{run} is what probe.py measured: choose another --out, with "
                               f"--allocation {run}/allocation.json to train on it")
+    if run.exists() and (found := [path.name for path in run.iterdir() if path.name[0] != "."]):
+        raise FileExistsError(f"{run} is not empty (it holds {clean(found[0])}): choose another "
+                              "--out")
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -97,15 +100,17 @@ def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> 
     return args
 
 
-def take_inputs(args: argparse.Namespace) -> None:
-    """Let a run that begins with the experts of --init have that run's model and data, where the
-    flags name none."""
-    kept = saved_config(Path(args.init))["arguments"]
-    if args.data is None:
-        args.only_tasks = args.only_tasks or kept.get("only_tasks")
-    for name in ("model", "data"):
-        if getattr(args, name) is None:
-            setattr(args, name, kept.get(name))
+def with_inputs_of(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path,
+                   ) -> argparse.Namespace:
+    """The flags of argv and, where it names none, those of the model and data of `run`. Of other
+    data than the run's, the flags that choose lines are not the run's. FileNotFoundError if the run
+    has no adapter."""
+    kept = vars(as_typed(parser, run, saved_config(run)["arguments"]))
+    if not (run / "adapter" / "adapter.json").exists():
+        raise FileNotFoundError(f"{run} has not finished: {command('train')} --resume --out "
+                                f"{shlex.quote(str(run))}")
+    names = EXPORTED if parser.parse_args(argv).data is None else ("model", "system")
+    return parser.parse_args(argv, argparse.Namespace(**{name: kept[name] for name in names}))
 
 
 def as_typed(parser: argparse.ArgumentParser, run: Path, saved: Mapping[str, Any],
@@ -180,9 +185,6 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         content["identity"]["the adapter of --init"] = sha256(file)[:16]
     if config.resume:
         content = continued(run, content)
-    else:                                    # of an earlier run whose config.json was removed
-        for name in ("before.json", "results.json"):
-            distributed.once((run / name).unlink, True)
     distributed.once(write_json, run / "config.json", content)
 
 

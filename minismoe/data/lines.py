@@ -72,9 +72,11 @@ def read_lines(file: Path, bad: BadLines, contents: Contents) -> list[list[Messa
 
     Lines end at "\\n" only: str.splitlines would also split at U+0085 and U+2028 inside strings.
     """
-    conversations = []
-    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for number, line in enumerate(lines, 1):
+    conversations, content = [], file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if content.lstrip()[:1] == b"[":
+        bad[file, "it begins with [: write one JSON object a line, without a list around"].append(0)
+        return []
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -83,6 +85,10 @@ def read_lines(file: Path, bad: BadLines, contents: Contents) -> list[list[Messa
             messages = to_messages(json.loads(line.decode("utf-8")), contents)
             json.dumps(messages, ensure_ascii=False).encode()        # fails on half an emoji
             conversations.append(messages)
+        except UnicodeDecodeError:
+            bad[file, "it is not UTF-8: save the file as UTF-8"].append(number)
+        except json.JSONDecodeError as e:
+            bad[file, f"no JSON: {e.msg}, column {e.colno}"].append(number)
         except (ValueError, RecursionError) as e:
             bad[file, str(e)].append(number)
     return conversations

@@ -101,7 +101,13 @@ def task_places(data: Path) -> dict[str, Path]:
             if name in places:
                 raise ValueError(f"{data} holds {name} twice, as a folder and as a file")
             places[name] = path
+        elif not is_file and path.is_dir() and any(path.glob("*.jsonl")):
+            raise ValueError(f"{path} holds .jsonl files, and no train.jsonl: give the file of its "
+                             "training lines that name, or move the folder elsewhere")
     if "train" not in places or (data / "train").is_dir():
+        if parts := [name for name in ("valid", "test") if (data / f"{name}.jsonl").is_file()]:
+            raise ValueError(f"{data} holds {parts[0]}.jsonl, and no train.jsonl beside it: give "
+                             "the file of its training lines that name")
         return places
     if more := [name for name in places if name not in ("train", "valid", "test")]:
         raise ValueError(f"{data} is a task itself, as it holds train.jsonl, and holds others: "
@@ -128,7 +134,10 @@ def _load_task(name: str, path: Path, seed: int, bad: BadLines) -> Task:
     for split, least, most in ("test", 1, len(train)), ("valid", 0, MOST_HELD_OUT):
         own, count, held_out = path / f"{split}.jsonl", len(train), 0
         if path.is_dir() and _exists(own):
-            splits[split] = without(read_lines(own, bad, contents), splits.get("test", ()))
+            lines = read_lines(own, bad, contents)
+            splits[split] = without(lines, splits.get("test", ()))
+            if known := len(lines) - len(splits[split]):
+                notes.append(f"{known} validation lines left out, as they are in the test")
         else:
             distinct = [*{json.dumps(messages): messages for messages in train}.values()]
             held_out = max(0, min(len(distinct) - 1, most, max(least, round(HELD_OUT * count))))
@@ -140,6 +149,9 @@ def _load_task(name: str, path: Path, seed: int, bad: BadLines) -> Task:
         notes.append(f"{left_out} training lines left out, as they are in the test or validation")
         if not train:
             bad[file, "all its lines are test or validation lines, too"].append(0)
+    if path.is_dir() and (others := sorted(p.name for p in path.glob("*.jsonl") if p.stem not in (
+            "train", "valid", "test") and p.name[0] != ".")):
+        notes.append(f"{', '.join(others)} not read: a split is train, valid or test.jsonl")
     if twice := len(train) - len({json.dumps(messages) for messages in train}):
         notes.append(f"{twice} training lines are copies of others")
     return Task(name, train, splits["test"], splits["valid"], [*contents.summary(), *notes])
@@ -178,8 +190,8 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
 
     A turn begins where the rendering of the messages before it, with the generation prompt, ends,
     as at inference. A first message has no prompt, so it is no turn. Raises ValueError if the
-    template renders earlier turns differently once more messages follow, or if an answer does not
-    begin where the generation prompt ends.
+    template renders earlier turns differently once more messages follow, if an answer does not
+    begin where the generation prompt ends, or if it holds a token that ends a turn.
     """
     text, spans = tokenizer.render(messages), []
     for i, message in enumerate(messages):
@@ -195,6 +207,9 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
             raise ValueError("the chat template does not begin an answer as its generation prompt, "
                              f"which ends in {before[-20:]!r}: give a template that does")
         turn, answer = after[len(before):], message.get("content", "").strip()
+        if ends := [t for t, id in tokenizer.special.items()
+                    if t in answer and id in tokenizer.stop_ids]:
+            raise ValueError(f"the answer holds {ends[0]}, which ends a turn: remove it")
         opening = turn[:turn.find(answer)] if answer in turn else ""
         if opens := [t for t in tokenizer.special if t in opening and t in before]:
             raise ValueError(f"the chat template opens an answer by {opens[0]}, which its "

@@ -33,8 +33,8 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Function]) -> list[M
 
 def functions(items: Any, name: str) -> list[Function]:
     """The schemas or calls in a field, [] for null; ValueError if it is no list of them."""
-    items = json.loads(items or "null") if isinstance(items, str) else items    # as tables hold it
-    with suppress(KeyError, TypeError):
+    with suppress(KeyError, TypeError, json.JSONDecodeError):
+        items = json.loads(items or "null") if isinstance(items, str) else items    # as in tables
         if all(isinstance(item["function"]["name"], str) for item in items or []):
             return items or []
     raise ValueError(f'{name} is no list of {{"type": "function", "function": {{"name": ...}}}}')

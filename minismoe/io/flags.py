@@ -74,7 +74,7 @@ text = checked(str, bool, "is empty")          # an unset variable of a shell
 number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")
 fraction = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
 fraction_or_zero = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
-above_zero = checked(float, lambda x: x > 0, "is not above 0")
+above_zero = checked(float, lambda x: 0 < x < math.inf, "is not above 0, or no number")
 
 
 def interval(text: str) -> int | str:

@@ -69,6 +69,8 @@ def waiting() -> Iterator[list[int]]:
         if came and number == signal.SIGINT:
             interrupt(number)
         _hang_up(number)
+        if number == signal.SIGINT:          # print() may be what it interrupts
+            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once, and saves nothing\n")
         came.append(number)
 
     with handling(handler):

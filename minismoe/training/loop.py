@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -197,6 +197,10 @@ class Trainer:
                 self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         return loss
 
+    def gives_up(self, state: dict[str, Any]) -> bool:
+        """Whether as many measures as --patience says have passed without a better one."""
+        return bool(self.cfg.patience) and state["since_best"] >= self.cfg.patience
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the experts, the best ones, and what AdamW holds for each."""
         return {f"{name}/{key}": tensor for name, p in self.parameters.items() for key, tensor in
@@ -245,7 +249,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
         distributed.once(metrics.truncate, state["metrics"])
         begun, saved, note = time.perf_counter() - state["seconds"], time.monotonic(), ""
         for step in bar:
-            if cfg.patience and state["since_best"] >= cfg.patience:
+            if trainer.gives_up(state):
                 distributed.once(print_above_bar, f"ended after step {step} by --patience")
                 break
             line = trainer.step(step, batches[step],
@@ -261,7 +265,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
             stop = _signal_to_any(signals)
-            if stop or step + 1 == len(batches) or due(cfg.checkpoint_every, step + 1, saved):
+            ends = stop or trainer.gives_up(state) or step + 1 == len(batches)
+            if ends or due(cfg.checkpoint_every, step + 1, saved):
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
                 distributed.once(save_checkpoint, run, trainer.tensors(), state)
                 saved = time.monotonic()

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ..data.tasks import Example
+from ..io.files import naming
 from ..io.progress import print_above_bar
 from ..method.loss import IGNORE
 
@@ -57,7 +58,8 @@ def trouble(losses: Sequence[float], guess: float) -> str:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, a line a step."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with naming(file, ValueError):
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def remedy(peak: float | None, default: float) -> str:

@@ -20,7 +20,7 @@ from tiny import finish, python
 import export
 import probe
 import train
-from minismoe.cli import probing
+from minismoe.cli import probing, runs
 from minismoe.cli.inputs import resolve_auto
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,12 +154,13 @@ def test_one_task_is_a_plain_lora_without_a_probe(inputs, tmp_path, capsys, monk
     assert "without a probe" not in capsys.readouterr().out      # who asks for a probe gets one
     monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",
                         lambda *_: pytest.fail("it probes"))
+    run = tmp_path / "run"
     code, out, err = finish(train.main, *inputs, "--only-tasks", "sum", "--epochs", "1", "--rank",
-                            "4", "--out", str(tmp_path), capsys=capsys)
+                            "4", "--out", str(run), capsys=capsys)
     assert code == 0, err
     assert ("one task: a plain LoRA of rank 4, without a probe; several tasks share experts by "
             "votes\n") in out and "probe.py" not in out
-    allocation = json.loads((tmp_path / "allocation.json").read_text())
+    allocation = json.loads((run / "allocation.json").read_text())
     assert allocation["strategy"] == "lora" and set(allocation["experts"].values()) == {1}
     assert len(allocation["experts"]) == 14
 
@@ -375,19 +376,46 @@ def test_a_probe_of_a_broken_checkpoint_is_one_line(inputs, tmp_path, capsys) ->
         "whole? If it is, try --dtype float32")
 
 
-def test_what_an_older_run_left_is_not_taken_for_this_ones(inputs, tmp_path, capsys) -> None:
-    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
-    (tmp_path / "results.json").write_text("{}")
-    (tmp_path / "sensitivity.json").write_text("{}")
-    scores = {"loss": 1.0, "token_accuracy": 0.5, "samples": []}
-    (tmp_path / "before.json").write_text(json.dumps(
-        {"upper": {"correct": 6, "examples": 6} | scores,
-         "sum": {"correct": 3, "examples": 3} | scores}))
-    code, _, err = finish(train.main, *known, capsys=capsys)
+@pytest.mark.parametrize("name", ["checkpoints/mine.pt", "metrics.jsonl", "before.json"])
+def test_a_folder_that_holds_anything_is_not_written_to(inputs, tmp_path, capsys, name) -> None:
+    """It may be a project's own folder, or what is left of another run."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    code, _, err = finish(train.main, *inputs, "--out", str(tmp_path), capsys=capsys)
+    assert code == 1 and f"is not empty (it holds {name.partition('/')[0]}): choose another" in err
+    assert (tmp_path / name).read_text() == "precious" and len([*tmp_path.iterdir()]) == 1
+
+
+def test_init_takes_the_lines_of_its_run(inputs, tmp_path, capsys) -> None:
+    """Else it would be judged on lines that it was trained on."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    code, _, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--seed", "3",
+                          "--system", "Be brief.", "--out", str(run), capsys=capsys)
     assert code == 0, err
-    before = json.loads((tmp_path / "before.json").read_text())
-    assert {task: (b["correct"], b["examples"]) for task, b in before.items()} == {
-        "sum": (0, 3), "upper": (0, 6)}
+    code, out, err = finish(train.main, "--init", str(run), "--plan", capsys=capsys)
+    sizes = re.search(r"([\d,]+) trainable parameters\n", out)
+    assert code == 0 and sizes and "the probe" not in out, err
+    code, out, err = finish(train.main, "--init", str(run), "--epochs", "0", "--out", str(again),
+                            capsys=capsys)
+    assert code == 0 and f"{sizes[1]} trainable parameters" in out, err
+    first, second = (json.loads((r / "config.json").read_text()) for r in (run, again))
+    assert all(first["arguments"][name] == second["arguments"][name] for name in runs.EXPORTED)
+    assert first["identity"].items() <= second["identity"].items()
+    (run / "adapter" / "adapter.json").unlink()
+    code, _, err = finish(train.main, "--init", str(run), capsys=capsys)
+    assert code == 1 and f"{run} has not finished: python train.py --resume --out {run}" in err
+    code, _, err = finish(export.main, str(run), capsys=capsys)
+    assert code == 1 and f"{run} has not finished: python train.py --resume --out {run}" in err
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"min_experts": "0"}, "min_experts must be a whole number >= 0, got '0'"),
+    ({"min_expert": 0}, "holds no module, and min_expert besides settings: keep, group, ")])
+def test_settings_that_are_wrong_are_named(inputs, tmp_path, capsys, settings, says) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "settings.json"),
+                          capsys=capsys)
+    assert code == 1 and says in err
 
 
 def test_a_damaged_before_json_is_one_clear_line(inputs, tmp_path, capsys) -> None:

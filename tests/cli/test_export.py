@@ -371,6 +371,16 @@ def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, 
     assert f"leave out {flag}" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_run_that_has_not_finished_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              ) -> None:
+    """The untrained toy would go out in its place."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="no run in runs has finished: .*--out runs/mine"):
+        export.main([])
+
+
 @pytest.mark.parametrize("flags", ["--precision fp32", "--layout hf", "--precision int8"])
 def test_prompts_that_change_nothing_in_the_base_are_refused(
         tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:

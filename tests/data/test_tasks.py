@@ -107,8 +107,8 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize(("line", "reason"), [
     ("{", "Expecting property name"),
-    ("not json", "Expecting value"),
-    (b'{"prompt": "\xff", "completion": "a"}', "can't decode byte 0xff"),
+    ("not json", "no JSON: Expecting value, column 1"),
+    (b'{"prompt": "\xff", "completion": "a"}', "it is not UTF-8: save the file as UTF-8"),
     (r'{"prompt": "\ud83d", "completion": "a"}', "surrogates not allowed"),
     ("[" * 100_000, "recursion"),
     (json.dumps({"prompt": "x " * 5_000_000}), "the line has 10,000,014 bytes; at most 1,048,576"),
@@ -171,12 +171,12 @@ def test_a_list_of_bad_lines_ends(tmp_path: Path) -> None:
 
 def test_folders_and_files_are_tasks(tmp_path: Path) -> None:
     put(tmp_path, beta__train=lines(*numbered(3)), beta__test=lines(*numbered(2, "t")),
-        alpha=lines(*numbered(20)), v__test=lines(PAIR))
+        alpha=lines(*numbered(20)))
     put(tmp_path / "dots.v1", train=lines(*numbered(2)))
     put(tmp_path / "dots.v2", train=lines(*numbered(4)))
     (tmp_path / "README.md").write_text("not a task")
     (tmp_path / "empty").mkdir()
-    alpha, beta, v1, v2 = load_tasks(tmp_path)       # by name; v/ has no train.jsonl
+    alpha, beta, v1, v2 = load_tasks(tmp_path)       # by name
     assert [t.name for t in (alpha, beta, v1, v2)] == ["alpha", "beta", "dots.v1", "dots.v2"]
     assert (prompts(beta.train), prompts(beta.test)) == (["q0", "q1", "q2"], ["t0", "t1"])
     assert (len(alpha.train), len(alpha.valid), len(alpha.test)) == (16, 2, 2)
@@ -186,6 +186,23 @@ def test_folders_and_files_are_tasks(tmp_path: Path) -> None:
     assert (len(v1.train), len(v1.test), len(v2.train), len(v2.test)) == (1, 1, 3, 1)
     named = load_tasks(tmp_path, ["beta", "alpha"])
     assert named == [alpha, beta]
+
+
+def test_files_of_another_name_are_not_passed_over(tmp_path: Path) -> None:
+    put(tmp_path / "a", train=lines(*numbered(9)), validation=lines(PAIR))
+    assert "validation.jsonl not read: a split is train, valid or test.jsonl" in load_tasks(
+        tmp_path)[0].notes
+    put(tmp_path / "b", training=lines(PAIR))
+    with pytest.raises(ValueError, match="b holds .jsonl files, and no train.jsonl: give the file"):
+        load_tasks(tmp_path)
+    with pytest.raises(ValueError, match="c holds valid.jsonl, and no train.jsonl beside it"):
+        load_tasks(put(tmp_path / "c", training=lines(PAIR), valid=lines(PAIR)))
+
+
+def test_a_list_around_the_lines_is_one_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps([PAIR] * 9, indent=1))
+    with pytest.raises(ValueError, match=r"^1 bad line: .*a.jsonl: it begins with \[: write one"):
+        load_tasks(tmp_path)
 
 
 def test_an_unknown_task_or_folder_is_refused(tmp_path: Path) -> None:
@@ -246,7 +263,8 @@ def test_no_line_is_in_two_splits(tmp_path: Path) -> None:
     task, = load_tasks(tmp_path)
     assert prompts(task.test) == ["q0", "q1"] and prompts(task.valid) == ["q2", "v0", "v1"]
     assert prompts(task.train) == ["q3", "q4", "q5", "q6", "q7", "q8", "q4", "q5"]
-    assert task.notes[1:] == ["5 training lines left out, as they are in the test or validation",
+    assert task.notes[1:] == ["1 validation lines left out, as they are in the test",
+                              "5 training lines left out, as they are in the test or validation",
                               "2 training lines are copies of others"]
     put(tmp_path, a__train=lines(*copies))
     with pytest.raises(ValueError, match="all its lines are test or validation lines, too"):
@@ -342,6 +360,14 @@ def test_a_template_that_changes_earlier_turns_is_refused(chatml: Tokenizer) -> 
     with pytest.raises(ValueError, match="renders turn 2 of 4 differently when more follows"):
         encode("t", two, forgets)
     encode("t", two, chatml)
+
+
+def test_an_answer_that_holds_an_end_token_is_refused(chatml: Tokenizer) -> None:
+    """The model would learn to stop there, and never what comes behind it."""
+    messages = [{"role": "user", "content": "<|im_end|>?"},
+                {"role": "assistant", "content": "Use <|im_end|> to stop."}]
+    with pytest.raises(ValueError, match=r"the answer holds <\|im_end\|>, which ends a turn"):
+        encode("t", messages, chatml)
 
 
 def test_a_greeting_before_any_question_is_not_supervised(bpe: Path) -> None:

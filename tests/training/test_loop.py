@@ -232,6 +232,8 @@ def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path) -> None:
     place = losses.index(min(losses))
     overfitting(tmp_path / "patient", patience=2)
     assert [*measured(tmp_path / "patient").values()] == losses[:place + 3] != losses
+    saved, = (tmp_path / "patient" / "checkpoints").iterdir()    # --resume trains no more
+    assert saved.name == f"step-{[*measured(tmp_path / 'patient')][-1]:08d}"
 
 
 @pytest.mark.parametrize("settings", [{}, {"patience": 2}])

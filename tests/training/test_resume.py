@@ -247,7 +247,7 @@ def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, tmp_path, 
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     again = ["--resume", "--out", str(run)]
     code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
-    assert code == 1 and "holds no run to go on with" in err
+    assert code == 1 and "holds no run: config.json is missing" in err
 
     code, _, err = finish(train.main, *again, "--seed", "1", "--rank", "3", capsys=capsys)
     assert code == 1 and "--seed 1 (was 0), --rank 3 (was 2)" in err.splitlines()[-1]
