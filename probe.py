@@ -18,7 +18,7 @@ from minismoe.cli import flags, probing, script
 from minismoe.cli.inputs import load_inputs, print_examples, resolve_auto
 from minismoe.io.drawing import allocation_svg, terminal_heatmap
 from minismoe.io.files import must_be_writable, replacing, write_json
-from minismoe.io.flags import from_flags, new_parser, refuse_old, text
+from minismoe.io.flags import from_flags, new_parser, text
 from minismoe.io.text import clean
 from minismoe.training import compiled, distributed
 
@@ -31,7 +31,6 @@ def main(argv: Sequence[str]) -> None:
                         help="folder to write to (default: %(default)s)")
     parser.add_argument("--compile", choices=compiled.CHOICES, default="auto", help=compiled.HELP)
     parser.add_argument("--bits", action="store_true", help=probing.BITS_HELP)
-    refuse_old(parser, argv, flags.OLD)
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
     if args.allocation:

@@ -22,7 +22,7 @@ from minismoe.cli import flags, probing, runs, script
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
 from minismoe.cli.plan import show_plan
 from minismoe.io.files import write_json
-from minismoe.io.flags import from_flags, new_parser, option, refuse_old
+from minismoe.io.flags import from_flags, new_parser, option
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import clean
 from minismoe.method.allocate import Allocation
@@ -145,12 +145,13 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
     parser = new_parser(__doc__, {
         "run": flags.RunConfig, "model and data": flags.InputConfig,
         "probe and allocation": flags.AllocationConfig, "training": TrainConfig})
-    refuse_old(parser, argv, flags.OLD)
     args = parser.parse_args(argv)
     if args.resume:
         if not args.out:
             parser.error("--resume needs --out RUN")
         args = runs.resumed(parser, argv, Path(args.out))
+    if args.epochs == 0 and args.plan:
+        parser.error("--plan is of training, and --epochs 0 trains nothing: leave out one of them")
     if args.plan and args.show:
         parser.error("--plan and --show both print something and stop: leave out one of them")
     if args.init and not args.resume:
@@ -161,8 +162,6 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
         args = runs.with_inputs_of(parser, argv, Path(args.init))
     if args.epochs == 0 and not args.init:
         parser.error("--epochs 0 trains nothing: name a run to judge by --init RUN")
-    if args.epochs == 0 and args.plan:
-        parser.error("--plan is of training, and --epochs 0 trains nothing: leave out one of them")
     args.micro_batch_size = args.micro_batch_size or args.batch_size
     values = vars(args)
     allocating = from_flags(flags.AllocationConfig, values, keep=None)   # --keep is of training

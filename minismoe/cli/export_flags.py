@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..export.settings import ExportConfig
-from ..io.flags import from_flags, new_parser, option, refuse_old, text
+from ..io.flags import from_flags, new_parser, option, text
 from .script import command
 
 NO_RUN = "runs holds no run yet (python train.py makes one)"
@@ -26,7 +26,6 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
     parser = new_parser(description, {"export": ExportConfig})
     parser.add_argument("run", nargs="?", metavar="RUN", type=text,
                         help="folder of train.py (default: newest in runs)")
-    refuse_old(parser, argv, {"--heal": "withdrawn, as it gained next to nothing: leave it out"})
     # None is "not given": a flag without effect is refused even if it repeats the default.
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items()

@@ -6,7 +6,7 @@ another.
 
 from dataclasses import dataclass
 
-from ..io.flags import above_zero, flag, natural, option, positive, seed, text
+from ..io.flags import above_zero, flag, natural, positive, seed, text
 from ..method.allocate import STRATEGIES, Allocation
 from ..training.loop import TrainConfig
 
@@ -14,9 +14,6 @@ from ..training.loop import TrainConfig
 SETTINGS = ("keep", "group", "budget_experts", "min_experts", "max_experts", "top_k")
 # Flags that choose an allocation, and so mean nothing where --allocation names one.
 CHOOSING = ("strategy", "budget_params", "target_modules")
-OLD = {"--tasks": "--only-tasks", "--targets": "--target-modules"} | {
-    option(name): f"a setting: write \"{name}\" into a file for --allocation"
-    for name in SETTINGS if name != "keep"}
 
 
 @dataclass(frozen=True)

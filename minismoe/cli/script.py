@@ -53,5 +53,6 @@ def working_in(folder: Path, command: str) -> Iterator[None]:
         except ConnectionError as e:
             raise ConnectionError(f"{e}; go on, with any number of processes: {command}") from None
         except KeyboardInterrupt as e:
-            e.args = ("; ".join([*filter(None, e.args), f"go on with: {command}"]),)
+            if " --resume " not in command or (folder / "config.json").exists():
+                e.args = ("; ".join([*filter(None, e.args), f"go on with: {command}"]),)
             raise

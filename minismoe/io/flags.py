@@ -5,7 +5,7 @@ Each field that `flag` makes becomes a command-line flag of the same name.
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
@@ -34,14 +34,6 @@ def new_parser(description: str | None, groups: Mapping[str, type]) -> argparse.
             if f.metadata:                   # `flag` made the field
                 group.add_argument(option(f.name), default=f.default, **f.metadata)
     return parser
-
-
-def refuse_old(parser: argparse.ArgumentParser, argv: Sequence[str],
-               old: Mapping[str, str]) -> None:
-    """Exit with 2 at a flag of earlier versions. `old` is {flag: what took its place}."""
-    for word in argv:
-        if now := old.get(word.partition("=")[0]):
-            parser.error(f"{word} is now {now}")
 
 
 def from_flags(config: Callable[..., Config], values: Mapping[str, Any], **changes: Any) -> Config:

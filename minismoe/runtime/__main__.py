@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tools import Function, Message, functions, with_tools
 from ..io.files import naming, read_json
-from ..io.flags import as_flags, from_flags, natural, new_parser, option, positive, refuse_old, text
+from ..io.flags import as_flags, from_flags, natural, new_parser, option, positive, text
 from ..io.process import peak_resident
 from ..io.text import clean, error_line, open_streams, print_error
 from .api import Api
@@ -179,7 +179,6 @@ def _parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; exits with 2 if some contradict others."""
     parser = _parser()
-    refuse_old(parser, argv, {"--prefix": "--instructions"})
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.serve is not None and (wrong := given - SERVING):

@@ -264,9 +264,8 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
-            stop = _signal_to_any(signals)
-            ends = stop or trainer.gives_up(state) or step + 1 == len(batches)
-            if ends or due(cfg.checkpoint_every, step + 1, saved):
+            if ((stop := _signal_to_any(signals)) or trainer.gives_up(state)
+                    or step + 1 == len(batches) or due(cfg.checkpoint_every, step + 1, saved)):
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
                 distributed.once(save_checkpoint, run, trainer.tensors(), state)
                 saved = time.monotonic()

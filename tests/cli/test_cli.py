@@ -234,8 +234,6 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
 
 
 @pytest.mark.parametrize("args, code, says", [
-    (["--min-experts", "0"], 2, '--min-experts is now a setting: write "min_experts" into a file'),
-    (["--top-k=1"], 2, '--top-k=1 is now a setting: write "top_k" into a file for --allocation'),
     (["--no-such-flag"], 2, "unrecognized arguments"),
     (["--resume"], 2, "--resume needs --out"),
     (["--plan", "--show", "1"], 2, "leave out one of them"),

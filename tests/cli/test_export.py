@@ -659,7 +659,6 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--layout hf --routing dynamic", "holds no graph: leave out --routing dynamic"),
     ("--layout hf --precision int4", "holds no graph"),
     ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
-    ("--heal 40", "--heal is now withdrawn, as it gained next to nothing: leave it out"),
     ("--adapters --routing freeze", "--adapters freezes for each task, beside a base"),
     ("--layout web --target portable", "--layout web needs --target ort"),
     ("--precision q8 --target portable", "--precision q8 needs --target ort"),

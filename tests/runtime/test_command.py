@@ -268,8 +268,6 @@ def test_a_prefix_from_a_task_is_its_instruction(model, tmp_path) -> None:
     assert chat.returncode == 1 and "is text before one prompt: give PROMPT" in chat.stderr
     lacking = command(folder, "x", "--instructions", "u")
     assert lacking.returncode == 1 and "u is no file, and none of the tasks" in lacking.stderr
-    old = command(folder, "x", "--prefix", "u")
-    assert old.returncode == 2 and "--prefix is now --instructions" in old.stderr
 
 
 @pytest.mark.parametrize("content, message", [
