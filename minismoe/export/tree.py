@@ -165,8 +165,8 @@ def show_fits(by_task: TaskFits) -> None:
 
 
 def save_fits(folder: Path, fits: TaskFits) -> None:
-    """Write folder/frozen.safetensors: <module>.lora_A and .lora_B of all tasks together, and
-    <task>/<module>.lora_A and .lora_B of one."""
+    """Write folder/frozen.safetensors, the fits of the last export: <module>.lora_A and .lora_B of
+    all tasks together, and <task>/<module>.lora_A and .lora_B of one."""
     by_path = {f"{task}/{name}" if task else name: fit
                for task, by_name in fits.items() for name, fit in by_name.items()}
     tensors = {f"{name}.{part}": getattr(fit, part).contiguous()

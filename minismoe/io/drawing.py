@@ -202,10 +202,11 @@ def loss_svg(training: Mapping[int, float], validation: Mapping[int, float], kep
         points = " ".join(at(step, value) for step, value in losses.items())
         shapes.append(f'<polyline points="{points}" fill="none" stroke="{color}" '
                      f'stroke-width="{width}"/>')
+    caption = ["loss of training lines (grey), of validation lines (blue)"]
     if kept in validation:
+        caption.append(f"dot: step {kept}, kept")
         x, y = at(kept, validation[kept]).split(",")
         shapes.append(f'<circle cx="{x}" cy="{y}" r="3" fill="#105ba4"/>')
-    caption = "loss of training lines (grey), of validation lines (blue)", f"dot: step {kept}, kept"
     shapes += [_text(26, 8, f"{top:.3g}", "end"), _text(26, height, "0", "end"),
                _text(WIDTH, height + 12, f"step {last}", "end"),
                *(_text(30, height + 12 * line, text, "start", ' font-size="8"')
