@@ -63,7 +63,7 @@ def load_run(config: ExportConfig) -> Source:
     saved = runs.read_run(run)
     resume = f"{script.command('train')} --resume --out {shlex.quote(str(run))}"
     if not (run / "adapter" / "adapter.json").exists():
-        raise FileNotFoundError(f"{run} has not finished: {resume}")
+        raise FileNotFoundError(f"{run} has not finished; go on with: {resume}")
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     settings = cli.resolve_auto(replace(saved, device=config.device, dtype=config.dtype,

@@ -39,8 +39,9 @@ def parse(argv: Sequence[str], description: str) -> ExportConfig:
     if made:
         return replace(config, run=str(made[-1].parents[1]))
     if begun := sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime):
-        raise FileNotFoundError(f"no run in runs has finished: {command('train')} --resume --out "
-                                f"{shlex.quote(str(begun[-1].parent))} goes on with the newest")
+        raise FileNotFoundError("no run in runs has finished; go on with the newest: "
+                                f"{command('train')} --resume --out "
+                                f"{shlex.quote(str(begun[-1].parent))}")
     if wrong := contradiction(replace(config, model="the base"), given):
         raise ValueError(f"{NO_RUN}; {wrong}")
     return config

@@ -107,8 +107,8 @@ def with_inputs_of(parser: argparse.ArgumentParser, argv: Sequence[str], run: Pa
     has no adapter."""
     kept = vars(as_typed(parser, run, saved_config(run)["arguments"]))
     if not (run / "adapter" / "adapter.json").exists():
-        raise FileNotFoundError(f"{run} has not finished: {command('train')} --resume --out "
-                                f"{shlex.quote(str(run))}")
+        raise FileNotFoundError(f"{run} has not finished; go on with: {command('train')} --resume "
+                                f"--out {shlex.quote(str(run))}")
     names = EXPORTED if parser.parse_args(argv).data is None else ("model", "system")
     return parser.parse_args(argv, argparse.Namespace(**{name: kept[name] for name in names}))
 

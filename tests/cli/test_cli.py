@@ -401,9 +401,10 @@ def test_init_takes_the_lines_of_its_run(inputs, tmp_path, capsys) -> None:
     assert first["identity"].items() <= second["identity"].items()
     (run / "adapter" / "adapter.json").unlink()
     code, _, err = finish(train.main, "--init", str(run), capsys=capsys)
-    assert code == 1 and f"{run} has not finished: python train.py --resume --out {run}" in err
+    says = f"{run} has not finished; go on with: python train.py --resume --out {run}"
+    assert code == 1 and says in err
     code, _, err = finish(export.main, str(run), capsys=capsys)
-    assert code == 1 and f"{run} has not finished: python train.py --resume --out {run}" in err
+    assert code == 1 and says in err
 
 
 @pytest.mark.parametrize("settings, says", [

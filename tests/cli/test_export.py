@@ -377,7 +377,7 @@ def test_a_run_that_has_not_finished_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="no run in runs has finished: .*--out runs/mine"):
+    with pytest.raises(FileNotFoundError, match="no run in runs has finished; .*--out runs/mine"):
         export.main([])
 
 
