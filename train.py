@@ -21,6 +21,7 @@ import torch
 from minismoe.cli import flags, probing, runs, script
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
 from minismoe.cli.plan import show_plan
+from minismoe.data.tasks import encode_all
 from minismoe.io.files import write_json
 from minismoe.io.flags import from_flags, new_parser, option
 from minismoe.io.progress import progress_bar
@@ -58,7 +59,9 @@ def main(argv: Sequence[str]) -> None:
     inputs = load_inputs(config.inputs)
     if config.inputs.limit_test != 0:    # bad test lines are found before there is a run
         for task in inputs.tasks:
-            questions(inputs.tokenizer, task, inputs.model.config.max_position_embeddings)
+            context = inputs.model.config.max_position_embeddings
+            questions(inputs.tokenizer, task, context)
+            encode_all(task, inputs.tokenizer, context, "test")
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     seconds = dict[str, float]()

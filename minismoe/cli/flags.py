@@ -102,8 +102,8 @@ class RunConfig:
         "(default): for tasks where half of the right answers have at most 32 tokens",
         choices=("auto", "on", "off"))
     init: str | None = flag(
-        None, "begin with the experts of RUN and, if no --data is given, with its model, data and "
-        "choice of lines; with --epochs 0 they are only judged", text, metavar="RUN")
+        None, "begin with the experts of RUN, its model and system prompt and, unless --data names "
+        "others, its lines; with --epochs 0 they are only judged", text, metavar="RUN")
     resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
     plan: bool = flag(False, "print parameters, memory by part and disk of the run, and stop; with "
                       "--data and weights, train 3 steps, and print time and peak memory")

@@ -102,14 +102,15 @@ def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> 
 
 def with_inputs_of(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path,
                    ) -> argparse.Namespace:
-    """The flags of argv and, where it names none, those of the model and data of `run`. Of other
-    data than the run's, the flags that choose lines are not the run's. FileNotFoundError if the run
-    has no adapter."""
+    """The flags of argv and, where it names none, the model, the system prompt and, unless it names
+    other data, the data of `run` and the flags that choose lines. FileNotFoundError if the run has
+    no adapter."""
     kept = vars(as_typed(parser, run, saved_config(run)["arguments"]))
     if not (run / "adapter" / "adapter.json").exists():
         raise FileNotFoundError(f"{run} has not finished; go on with: {command('train')} --resume "
                                 f"--out {shlex.quote(str(run))}")
-    names = EXPORTED if parser.parse_args(argv).data is None else ("model", "system")
+    same = parser.parse_args(argv).data in (None, kept["data"])
+    names = EXPORTED if same else ("model", "system")
     return parser.parse_args(argv, argparse.Namespace(**{name: kept[name] for name in names}))
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ..io.files import naming
+
 Message = Mapping[str, Any]      # role, content, tool_calls; the first of a chat also has its tools
 Function = Mapping[str, Any]     # a schema, or a call
 # A chat that every template can write: some want a description, or an id of nine characters.
@@ -33,8 +35,9 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Function]) -> list[M
 
 def functions(items: Any, name: str) -> list[Function]:
     """The schemas or calls in a field, [] for null; ValueError if it is no list of them."""
-    with suppress(KeyError, TypeError, json.JSONDecodeError):
+    with naming(name, ValueError):
         items = json.loads(items or "null") if isinstance(items, str) else items    # as in tables
+    with suppress(KeyError, TypeError):
         if all(isinstance(item["function"]["name"], str) for item in items or []):
             return items or []
     raise ValueError(f'{name} is no list of {{"type": "function", "function": {{"name": ...}}}}')

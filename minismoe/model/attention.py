@@ -136,10 +136,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     half, cpu = q.dtype.itemsize < 4, q.device.type == "cpu"
     if half and cpu:     # a CPU's kernel for half precision takes up to three times as long
         return attend(q.float(), k.float(), v.float(), mask, scale).to(q.dtype)
-    fused = half and mask is None and q.device.type != "mps"
-    if (sharing := q.shape[1] // k.shape[1]) > 1 and not (cpu or fused):
-        # CUDA's fused kernels share key/value heads only without a mask and in half precision. With
-        # enable_gqa on MPS, PyTorch 2.6 aborts the process (its issue 149132).
+    if (sharing := q.shape[1] // k.shape[1]) > 1 and not cpu and (mask is not None or not half):
+        # CUDA's fused kernels share key/value heads only without a mask and in half precision.
         k, v, sharing = k.repeat_interleave(sharing, 1), v.repeat_interleave(sharing, 1), 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           scale=scale, enable_gqa=sharing > 1)

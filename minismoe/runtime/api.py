@@ -69,7 +69,7 @@ class Api:
     def models(self, path: str) -> Json:
         """The list of the one model, or this model."""
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "minismoe"}
-        if unquote(path) not in ("/v1/models", f"/v1/models/{self.name}"):
+        if (path := unquote(path)) not in ("/v1/models", f"/v1/models/{self.name}"):
             raise RequestError(f"there is no {path}", 404)
         return {"object": "list", "data": [model]} if path == "/v1/models" else model
 

@@ -13,7 +13,7 @@ from ..io.text import clean
 # A grammar cannot count how many parts of a oneOf fit, so any of them may.
 FORMAT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
                          "key_separator": ": ", "coerce_one_of": True}}
-COMBINED = {"anyOf", "oneOf", "$ref", "patternProperties"}
+COMBINED, NAMING = {"anyOf", "oneOf", "$ref", "patternProperties"}, {"properties", "required"}
 CALLS = 8                                    # of one answer: small models go on calling
 # The opening, the call up to its name, up to its arguments, up to its end, and the closing.
 FORM = re.compile(r'([^{]*)({.*?)"shown"(.*?){"key": *"value"}([^}]*})(.*)', re.DOTALL)
@@ -29,15 +29,16 @@ def json_grammar(schema: Any) -> str:
 def _json(schema: Any) -> str:
     """A value by a schema, whose objects have no property that it does not name, unless it says so.
 
-    JSON schema allows others, and small models go on adding some.
+    JSON schema allows others, and small models go on adding some. Where a part combines schemas,
+    which may not know each other's names, all objects of the schema may have others.
     """
     text = json.dumps(schema)
-    combines = '"allOf"' in text             # a part may not know the names of the others
+    combines = '"allOf"' in text
 
     def close(part: dict[str, Any]) -> dict[str, Any]:
         nonlocal combines
+        combines = combines or bool(part.keys() & COMBINED and part.keys() & NAMING)
         if part.get("type") == "object" and "properties" in part:
-            combines = combines or bool(part.keys() & COMBINED)
             part.setdefault("additionalProperties", False)
         return part
 

@@ -245,7 +245,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
           (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
           progress_bar(range(state["step"], len(batches)), "train", len(batches), unit="step",
                        initial=state["step"], smoothing=0.1, disable=distributed.rank() > 0) as bar,
-          waiting() as signals):
+          waiting(distributed.rank() == 0) as signals):
         distributed.once(metrics.truncate, state["metrics"])
         begun, saved, note = time.perf_counter() - state["seconds"], time.monotonic(), ""
         for step in bar:

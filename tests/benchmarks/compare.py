@@ -124,26 +124,21 @@ def command(args: argparse.Namespace, cell: Cell, folder: Path) -> list[str]:
 
 def run_cell(args: argparse.Namespace, cell: Cell) -> None:
     """Run or resume a cell. RuntimeError if it fails for another reason than divergence."""
-    folder = args.out / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
-    # Cells of the same data share the base's answers: only the first cell computes them.
-    base = data_folder(args, cell.seed).with_suffix(".before.json")
-    if cell.strategy and base.exists() and not (folder / "before.json").exists():
-        shutil.copy(base, folder / "before.json")
+    folder, file = args.out / cell.name, args.out / f"{cell.name}.txt"
+    args.out.mkdir(parents=True, exist_ok=True)
     spent, begun = seconds_of(folder) or 0.0, time.monotonic()
-    with (folder / "output.txt").open("a+") as log:
+    with file.open("a+") as log:             # beside the folder, which must be new
         start = log.tell()
         failed = subprocess.run(command(args, cell, folder), stdout=log,
                                 stderr=subprocess.STDOUT).returncode
         log.seek(start)
         said = (re.findall("error: .*", log.read()) or ["it does not say why"])[-1]
-    write_json(folder / "cell.json", {"seconds": round(spent + time.monotonic() - begun, 1)})
+    if folder.exists():
+        write_json(folder / "cell.json", {"seconds": round(spent + time.monotonic() - begun, 1)})
     if failed and not said.startswith("error: the loss is "):
-        raise RuntimeError(f"{cell.name} ended with {failed}: {said} ({folder / 'output.txt'})")
+        raise RuntimeError(f"{cell.name} ended with {failed}: {said} ({file})")
     if failed:
         write_json(folder / "diverged.json", said)
-    if not base.exists() and (folder / "before.json").exists():
-        write_json(base, read_json(folder / "before.json"))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from safetensors.torch import save_file
 
 from minismoe.data import toy
 from minismoe.data.tasks import Task
-from minismoe.io.files import read_json
 from minismoe.method.allocate import allocate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -229,16 +227,10 @@ def test_a_cell_goes_on_diverges_or_fails(args, monkeypatch, tmp_path) -> None:
     script("import sys; sys.exit('error: no space left')")
     with pytest.raises(RuntimeError, match="no space left"):
         compare.run_cell(args, cell)
-    assert not compare.finished(folder)
-    (folder / "before.json").write_text("{}")          # as train.py leaves it
+    assert not folder.exists()                         # the next try finds it free
     script("import sys; print('in a buffer'); sys.exit('error: the loss is nan at step 3')")
     compare.run_cell(args, cell)
     assert compare.finished(folder) and (folder / "diverged.json").exists()
-    other = replace(cell, strategy="lora")
-    with pytest.raises(RuntimeError):                  # its base has answered already
-        script("import sys; sys.exit('error: no space left')")
-        compare.run_cell(args, other)
-    assert read_json(args.out / other.name / "before.json") == {}
     monkeypatch.undo()
     (folder / "config.json").write_text("{}")
     assert compare.command(args, cell, folder)[2:] == ["--resume", "--out", str(folder)]

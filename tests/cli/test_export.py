@@ -118,6 +118,9 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str,
         assert bool(stored) == bool({"freeze", "dynamic", "--adapters"} & set(args))
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {*info["files"], "export.json"}
+    assert ("tasks.json" in files) == bool([*out.rglob("model*.onnx")])
+    if "hf" in args:                     # no path of this machine goes out
+        assert json.loads((out / "config.json").read_text())["minismoe_merged"] == "model"
     assert info["checked"] and not list(tmp_path.glob(".*.tmp"))
     if "--layout" in args:
         opened = {"genai": "genai_config.json", "web": "onnx/model_q4.onnx",

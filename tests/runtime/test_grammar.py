@@ -104,6 +104,8 @@ def test_objects_have_no_property_that_the_schema_does_not_name() -> None:
             (inner | {"required": ["a"], "anyOf": [{
                 "type": "object", "properties": {"b": {}}, "required": ["b"]}]},
              '{"a": null, "b": 1}', True),
+            ({"properties": {"b": {}}, "required": ["b"], "anyOf": [inner]},
+             '{"b": 1, "a": null}', True),
             ({"oneOf": [inner, {"type": "integer"}]}, "7", True),
             (inner | {"oneOf": [{"required": ["a"]}]}, '{"a": null}', True)):
         assert accepts(tokenizer, json_grammar(schema), text) == accepted, (schema, text)

@@ -215,6 +215,15 @@ def test_wrong_questions_are_refused_in_one_line(client, wrong, message) -> None
     assert "\n" not in refused.value.body["message"]
 
 
+def test_null_is_no_choice_of_tools_and_names_may_be_quoted(client, folder) -> None:
+    asked = json.dumps({"messages": ASK, "max_tokens": 2, "tool_choice": None}).encode()
+    assert post(client, asked, "/v1/chat/completions")[0] == 200
+    api = Api(folder, lambda: None)
+    api.name = "my folder"
+    assert api.models("/v1/models/my%20folder")["id"] == "my folder"
+    assert api.models("/v1/%6dodels")["object"] == "list"
+
+
 def test_a_prompt_beyond_the_context(client) -> None:
     long = [{"role": "user", "content": "x" * 2048}]
     for stream in False, True:
@@ -318,6 +327,9 @@ def test_other_sites_are_refused(client) -> None:
     assert post(client, good, Origin=f"http://{host}:{port}")[0] == 200
     assert post(client, b"", "/v1/models", "GET", Origin="https://evil.example")[0] == 403
     assert post(client, b"", "/v1/completions", "OPTIONS")[0] == 501
+    with socket.create_connection((host, port)) as raw:
+        raw.sendall(b"HEAD /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert b"".join(iter(lambda: raw.recv(999), b"")).endswith(b"\r\n\r\n")       # no body
     assert post(client, b"", "/export.json", "GET")[0] == 404        # a folder without a page
 
 
@@ -380,7 +392,7 @@ def test_calls_are_of_offered_functions(client, with_tools) -> None:
 def test_a_missing_library_is_named_with_its_command(generator, client, monkeypatch) -> None:
     vars(generator).pop("_grammar_tokens", None)
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(openai.APIStatusError, match=r"pip install 'minismoe\[schema\]'") as refused:
+    with pytest.raises(openai.APIStatusError, match="pip install 'llguidance") as refused:
         client.chat.completions.create(model="x", messages=ASK,
                                        response_format={"type": "json_object"})
     assert refused.value.status_code == 501
