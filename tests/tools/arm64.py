@@ -117,10 +117,12 @@ def compare(root: Path, folders: Sequence[Path]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    if argv[0] == "--answers":               # within the emulator
+    if argv[:1] == ["--answers"]:            # within the emulator
         for folder in argv[1:]:
             print(json.dumps(answers(Path(folder))), flush=True)
         return
+    if len(argv) != 1 or argv[0].startswith("-"):
+        sys.exit(__doc__)
     root = Path(argv[0])
     if not root.exists():
         prepare(root)
