@@ -72,9 +72,12 @@ LONG = [Cell(tasks=tasks, lines=1200, epochs=1)
         for tasks in ("trec", "clinc", "banking77", "boolq", "arc_easy")]
 CELLS = [*FEW, *(replace(FEW[0], seed=seed) for seed in (1, 2)),
          Cell(tasks="boolq"), Cell(tasks="arc_easy"), Cell(tasks="banking77", lines=400), *LONG,
-         *(replace(LONG[0], seed=seed) for seed in (1, 2)), replace(LONG[0], rank=32),
-         replace(LONG[0], dtype="float32"), replace(LONG[0], rank=32, dtype="float32"),
-         Cell(strategy="votes", lines=600, epochs=1)]
+         *(replace(LONG[0], seed=seed) for seed in (1, 2)),
+         *(replace(cell, rank=32) for cell in LONG[:3]),
+         *(replace(cell, dtype="float32") for cell in LONG[:3]),
+         replace(LONG[0], rank=32, dtype="float32"),
+         *(Cell(strategy="votes", lines=600, epochs=1, rank=rank, dtype=dtype)
+           for dtype in ("bfloat16", "float32") for rank in (8, 32))]
 TOY_CELLS = [Cell(lines=200, strategy=strategy, rank=rank, rescaled=rescaled, seed=seed)
              for strategy, rank, rescaled, seeds in (
                  ("lora", 8, 1.0, 3), ("lora", 8, 4.0, 3), ("lora", 8, 0.25, 3),
