@@ -94,14 +94,14 @@ def task_places(data: Path) -> dict[str, Path]:
     places, alone = dict[str, Path](), (data / "train.jsonl").exists()
     for path in sorted(data.iterdir()):
         is_file = path.suffix == ".jsonl" and not path.is_dir()
-        if path.name[0] == ".":      # macOS writes files ._*, Emacs links .#*, notebooks folders
+        if path.name.startswith(("._", ".#")):   # macOS writes files ._*, Emacs links .#*
             continue
         if is_file or _exists(path) and _exists(path / "train.jsonl"):
             name = path.stem if is_file else path.name
             if name in places:
                 raise ValueError(f"{data} holds {name} twice, as a folder and as a file")
             places[name] = path
-        elif path.is_dir() and not alone and any(path.glob("*.jsonl")):
+        elif path.is_dir() and not (alone or path.name[0] == ".") and any(path.glob("*.jsonl")):
             raise ValueError(f"{path} holds .jsonl files, and no train.jsonl: give the file of its "
                              "training lines that name, or move the folder elsewhere")
     if "train" not in places or (data / "train").is_dir():

@@ -192,6 +192,8 @@ def test_files_of_another_name_are_not_passed_over(tmp_path: Path) -> None:
     put(tmp_path / "a", train=lines(*numbered(9)), validation=lines(PAIR))
     assert "validation.jsonl not read: a split is train, valid or test.jsonl" in load_tasks(
         tmp_path)[0].notes
+    put(tmp_path / ".ipynb_checkpoints", train_checkpoint=lines(PAIR))
+    assert [task.name for task in load_tasks(tmp_path)] == ["a"]
     put(tmp_path / "b", training=lines(PAIR))
     with pytest.raises(ValueError, match="b holds .jsonl files, and no train.jsonl: give the file"):
         load_tasks(tmp_path)
