@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from ..data.tokenizer import FileTokenizer, Tokenizer
+from ..data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from ..data.tools import SHOWN, WRITTEN, Function
 from ..io.text import clean
 
@@ -59,20 +60,22 @@ def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
     if not written or not form:
         raise ValueError("the chat template writes calls otherwise than as JSON: leave out what "
                          "holds answers to them")
-    before, (opening, first, middle, last, closing) = _text(written[1]), form.groups()
-    end = _text(last).replace("123456789", '" /[0-9A-Za-z]{9}/ "')           # an id
+    text = partial(_literal, tags=_tags(tokenizer.backend))
+    before, (opening, first, middle, last, closing) = text(written[1]), form.groups()
+    end = text(last).replace("123456789", '" /[0-9A-Za-z]{9}/ "')           # an id
     more = f'(", " call){{0,{most - 1}}}' if "[" in opening and most > 1 else ""
     rules = [f"call: {' | '.join(f'call{n}' for n in range(len(tools)))}", "TEXT: /(.|\\n)*/",
-             f"body: {_text(opening)} call {more} {_text(closing)}"]
+             f"body: {text(opening)} call {more} {text(closing)}"]
     for number, tool in enumerate(tools):
         name = json.dumps(tool["function"]["name"], ensure_ascii=False)
         schema = {"type": "object", **(tool["function"].get("parameters") or {})}
-        rules.append(f"call{number}: {_text(first + name + middle)} {_json(schema)} {end}")
+        rules.append(f"call{number}: {text(first + name + middle)} {_json(schema)} {end}")
     if ids and ids[0] in tokenizer.special.values():             # as Mistral's [TOOL_CALLS]
         start = f"<[{ids[0]}]> {before} body"
         start = start if must else f"TEXT ({start})?"
     elif before:
-        rules.append(f"mark[lazy]: TEXT {before}")
+        lazy = "" if before.startswith("<") else "[lazy]"        # text ends at a tag in any case
+        rules.append(f"mark{lazy}: TEXT {before}")
         more = f'("\\n" {before} body){{0,{most - 1}}}' if most > 1 else ""
         start = f"{before} body {more}" if must else (
             "(mark body)* TEXT" if most > 1 else "mark body | TEXT")
@@ -82,9 +85,20 @@ def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
     return "\n".join([f"start: {start}", *rules])
 
 
-def _text(text: str) -> str:
-    """A literal of the grammar's language."""
-    return json.dumps(text, ensure_ascii=False) if text else ""
+def _tags(backend: ByteTokenizer | FileTokenizer) -> dict[str, int]:
+    """Added tokens such as Qwen's <tool_call>: llguidance keeps all of the form <...> apart from
+    text, also those that are not special."""
+    if isinstance(backend, ByteTokenizer):
+        return {}
+    added = backend.backend.get_added_tokens_decoder().items()
+    return {token.content: i for i, token in added if re.fullmatch("<.+>", token.content)}
+
+
+def _literal(text: str, tags: Mapping[str, int]) -> str:
+    """A literal of the grammar's language, with tags by their ids."""
+    parts = re.split(f"({'|'.join(map(re.escape, tags))})", text) if tags else [text]
+    return " ".join(f"<[{tags[part]}]>" if part in tags else json.dumps(part, ensure_ascii=False)
+                    for part in parts if part)
 
 
 def grammar_tokens(tokenizer: Tokenizer, vocab_size: int) -> Any:

@@ -151,23 +151,34 @@ FORMS = {                                    # how a template writes calls, and 
                 '<|pad|>[{"name": "wait", "arguments": {"minutes": 3}}]')}
 
 
-def writing(form: str) -> Tokenizer:
-    """A tokenizer of bytes, whose template writes calls in this form."""
-    return Tokenizer(ByteTokenizer(), (
+def writing(form: str, backend: Any = None) -> Tokenizer:
+    """A tokenizer, of bytes by default, whose template writes calls in this form."""
+    return Tokenizer(backend or ByteTokenizer(), (
         "{{ tools | tojson if tools }}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
         + FORMS[form][0] + "{{ '<|end|>' if m.role == 'assistant' }}\n{% endfor %}"
         "{{ 'assistant: ' if add_generation_prompt }}"), "", "<|end|>")
 
 
+@pytest.fixture
+def tags(bpe, tmp_path) -> Tokenizer:
+    """As Qwen's: <tool_call> and </tool_call> are one token each, which are not special."""
+    backend = FileTokenizer(bpe).backend
+    backend.add_tokens(["<tool_call>", "</tool_call>", "<think>"])
+    backend.add_special_tokens(["<|end|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return writing("marked", FileTokenizer(tmp_path / "tokenizer.json"))
+
+
 def accepts(tokenizer: Tokenizer, grammar: str, text: str) -> bool:
     """Whether an answer may be this text."""
-    matcher = new_matcher(grammar_tokens(tokenizer, 259), grammar)
+    matcher = new_matcher(grammar_tokens(tokenizer, tokenizer.backend.vocab_size), grammar)
     return matcher.consume_tokens(tokenizer.encode(text)[0]) and matcher.is_accepting()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_calls_are_held_to_the_offered_functions(form) -> None:
-    tokenizer, call = writing(form), FORMS[form][1]
+@pytest.mark.parametrize("form", [*FORMS, "tags"])
+def test_calls_are_held_to_the_offered_functions(form, tags) -> None:
+    form, tokenizer = ("marked", tags) if form == "tags" else (form, writing(form))
+    call = FORMS[form][1]
     free, held = (call_grammar(tokenizer, TOOLS, must) for must in (False, True))
     chat = [{"role": "user", "content": "x", "tools": TOOLS}]
     parsed = tokenizer.parse(chat, tokenizer.decode(tokenizer.encode(call)[0]))
@@ -184,11 +195,12 @@ def test_calls_are_held_to_the_offered_functions(form) -> None:
         assert not accepts(tokenizer, free, f"Sure. {call.replace('wait', 'open')}")
 
 
-@pytest.mark.parametrize("form", ["marked", "list"])
+@pytest.mark.parametrize("form", ["marked", "list", "tags"])
 @pytest.mark.parametrize("must", [False, True])
-def test_the_number_of_calls_is_bounded(form, must) -> None:
+def test_the_number_of_calls_is_bounded(form, must, tags) -> None:
     """Small models go on calling."""
-    tokenizer, call = writing(form), FORMS["marked"][1]
+    form, tokenizer = ("marked", tags) if form == "tags" else (form, writing(form))
+    call = FORMS["marked"][1]
     two = f"{call}\n{call}" if form == "marked" else FORMS["list"][1]
     one = call if form == "marked" else FORMS["list"][1].split(", {")[0] + "]"
     for most, text, accepted in ((1, one, True), (1, two, False), (2, one, True), (2, two, True)):
