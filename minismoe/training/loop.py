@@ -63,8 +63,9 @@ class TrainConfig:
     patience: int | None = flag(
         None, "end after N measures of the loss of validation lines without a better one "
         "(default: never)", flags.positive, metavar="N")
-    warmup: float = flag(0.05, "share of the steps in which the learning rate rises (default: "
-                         "%(default)s)", flags.fraction_or_zero, metavar="F")
+    warmup: float | None = flag(
+        None, "share of the steps in which the learning rate rises (default: a twentieth, but at "
+        "least 10 steps)", flags.fraction_or_zero, metavar="F")
     weight_decay: float = flag(0.0, "weight decay of AdamW (default: %(default)s)",
                                flags.fraction_or_zero, metavar="F")
     seed: int = 0

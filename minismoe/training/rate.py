@@ -8,6 +8,7 @@ from torch import nn
 from ..method.experts import expert_layers
 
 LR = 0.4                      # see `default_lr`
+WARMUP, LEAST = 0.05, 10      # share of the steps, and steps: see `learning_rate`
 
 
 def default_lr(model: nn.Module) -> float:
@@ -26,9 +27,15 @@ def default_lr(model: nn.Module) -> float:
     return float(f"{LR * w ** 0.75 / math.sqrt(alpha):.1e}")
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up to the peak over a share of the steps, then half a cosine to 0."""
-    warm = max(1, round(warmup * steps))
+def learning_rate(step: int, steps: int, peak: float, warmup: float | None = None) -> float:
+    """Linear warm-up to the peak over a share of the steps, then half a cosine to 0.
+
+    Default: WARMUP, but at least LEAST steps, or half of all. The first steps of AdamW move each
+    entry by the rate, however noisy its gradient is, and a run of few steps has no time to mend
+    what they break: one of 26 steps that began at the peak ended at guessing.
+    """
+    least, share = (1, warmup) if warmup is not None else (min(LEAST, steps // 2), WARMUP)
+    warm = max(1, least, round(share * steps))
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

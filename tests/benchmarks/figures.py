@@ -193,15 +193,16 @@ def bits(exports: Mapping[str, Mapping[str, Any]]) -> str:
     return card(bottom + 18, "Bits of each matrix, by layer", parts)
 
 
-def rates(cells: Mapping[tuple[str, bool], Sequence[Sequence[Mapping[str, Any]]]]) -> str:
+def rates(cells: Mapping[tuple[str, str], Sequence[Sequence[Mapping[str, Any]]]]) -> str:
     """Over the rate in units of the default: how much more loss unseen lines have than at the
     default, in each cell and, as a thick line, in the mean of a base's cells of few or many lines.
     """
     top, height, parts = 76.0, 190.0, Parts()
-    for left, base in ((60.0, "SmolLM2-135M"), (490.0, "Gemma 3 270M")):
+    for left, base in ((60.0, "SmolLM2-135M"), (335.0, "Gemma 3 270M"),
+                       (610.0, "Qwen2.5-Coder-0.5B")):
         parts += [text(left, 30, base, size=15, bold=True),
-                  text(left, 50, "loss of unseen lines, minus that at the default", color=GREY),
-                  *losses(left, top, height, cells[base, False], cells[base, True])]
+                  *losses(left, top, height, cells[base, "fewer"], cells[base, "1,200 or more"])]
+    parts.append(text(60, 50, "loss of unseen lines, minus that at the default", color=GREY))
     bottom = top + height + 44
     for x, color, words in ((60.0, BLUE, "100 to 800 lines in all"),
                             (250.0, ORANGE, "1,200 lines or more")):
@@ -214,7 +215,7 @@ def rates(cells: Mapping[tuple[str, bool], Sequence[Sequence[Mapping[str, Any]]]
 def losses(left: float, top: float, height: float, *groups: Sequence[Sequence[Mapping[str, Any]]],
            ) -> Parts:
     """A pale line for each cell of few and of many lines, then a thick one for the mean of each."""
-    width, least, most, middle = 330.0, -0.2, 0.4, len(TIMES) // 2
+    width, least, most, middle = 215.0, -0.2, 0.4, len(TIMES) // 2
 
     def path(values: Iterable[float]) -> str:
         return "M" + "L".join(

@@ -64,6 +64,7 @@ class Cell:
     epochs: int = 2
     rescaled: float = 1.0                # see `rescale`
     seed: int = 0                        # of the experts, and of the order of the lines
+    warmup: str = ""                     # a share of the steps; "": train.py's default
 
 
 FEW = [Cell(strategy=strategy, rank=rank, dtype=dtype)
@@ -150,7 +151,8 @@ def run(cell: Cell, times: float, folder: str | Path, data: str | None) -> dict[
     add_experts(model, allocation)
     default = default_lr(model)
     cfg = TrainConfig(epochs=cell.epochs, lr=times * default, checkpoint_every=10 ** 6,
-                      compile="off", seed=cell.seed)
+                      compile="off", seed=cell.seed,
+                      warmup=float(cell.warmup) if cell.warmup else None)
     with tempfile.TemporaryDirectory() as work, contextlib.suppress(ArithmeticError):
         train(model, sum(known.values(), []), cfg, Path(work), tokenizer.pad_id)
     after = [measure(model, lines, tokenizer.pad_id) for lines in unseen.values()]
@@ -178,6 +180,7 @@ def markdown() -> str:
             cell.base + (f" x {cell.rescaled:g}" if cell.rescaled != 1 else ""), cell.tasks,
             cell.lines, ", ".join([f"{cell.strategy}, rank {cell.rank}",
                                    *["float32"] * (cell.dtype == "float32" and cell.base != "toy"),
+                       *[f"warm-up {cell.warmup}"] * (cell.warmup > ""),
                                    *[f"seed {cell.seed}"] * (cell.seed > 0)]), f"{default:.1e}",
             *(f"{r['rate']:.1e}: {r['loss']:.3f}, {100 * r['exact']:.0f}" for r in (nearest, best)),
             f"{runs[0]['rate']:.1e} to {runs[-1]['rate']:.1e}"])
@@ -185,26 +188,28 @@ def markdown() -> str:
                   "best: the same", "tried"], rows)
 
 
-def complete() -> dict[tuple[str, bool], list[list[dict[str, Any]]]]:
+def complete() -> dict[tuple[str, str], list[list[dict[str, Any]]]]:
     """For each cell that learns, and has a run near each of TIMES, these five runs; by base, and by
-    whether it has 1,200 lines or more in all."""
-    groups = defaultdict[tuple[str, bool], list](list)
+    whether it has 1,200 lines or more in all. With so many, either warm-up has 7 to 15 steps."""
+    groups = defaultdict[tuple[str, str], list](list)
     for cell, runs in recorded().items():
         near = [min(runs, key=lambda r: abs(math.log(r["rate"] / r["default"] / times)))
                 for times in TIMES]
         if cell.tasks not in UNLEARNT and all(
                 1 / NEAR < r["rate"] / r["default"] / times < NEAR
                 for r, times in zip(near, TIMES)):
-            groups[cell.base, cell.lines * len(cell.tasks.split(",")) >= 1200].append(near)
+            many = cell.lines * len(cell.tasks.split(",")) >= 1200
+            groups[cell.base, "1,200 or more" if many else
+                   f"fewer, warm-up of {cell.warmup}" if cell.warmup else "fewer"].append(near)
     return groups
 
 
 def means() -> str:
     """A row for each group of complete cells: mean loss and exact match at each of TIMES."""
-    rows = [[base, "1,200 or more" if many else "fewer", len(cells), *(
+    rows = [[base, group, len(cells), *(
         f"{statistics.fmean(r['loss'] for r in runs):.3f}, "
         f"{100 * statistics.fmean(r['exact'] for r in runs):.0f}" for runs in zip(*cells))]
-        for (base, many), cells in sorted(complete().items())]
+        for (base, group), cells in sorted(complete().items())]
     return table(["base", "lines in all", "cells", *(f"{times:g}" for times in TIMES)], rows)
 
 

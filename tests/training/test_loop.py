@@ -97,6 +97,16 @@ def test_learning_rate_warms_up_and_ends_near_zero() -> None:
     assert rates[55] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("steps", "warm"), [
+    (1, 1), (2, 1), (7, 3), (26, 10), (200, 10), (600, 30)])
+def test_the_default_warm_up_has_ten_steps_and_a_share(steps, warm) -> None:
+    """Half of a short run; a share that is given is taken as it is."""
+    rates = [learning_rate(i, steps, 1.0) for i in range(steps)]
+    assert rates[:warm] == pytest.approx([(i + 1) / warm for i in range(warm)])
+    assert all(a >= b > 0 for a, b in zip(rates[warm - 1:], rates[warm:]))
+    assert learning_rate(0, steps, 1.0, 0.0) == 1.0
+
+
 def test_schedule_visits_every_example_each_epoch() -> None:
     cfg = TrainConfig(epochs=3, batch_size=5)
     seen = [e.index for batch in schedule(examples(), cfg) for e in batch]
