@@ -32,7 +32,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float | None = Non
 
     Default: WARMUP, but at least LEAST steps, or half of all. The first steps of AdamW move each
     entry by the rate, however noisy its gradient is, and a run of few steps has no time to mend
-    what they break: one of 26 steps that began at the peak ended at guessing.
+    what they break: rates.py in tests/benchmarks saw runs of 26 steps end at guessing.
     """
     least, share = (1, warmup) if warmup is not None else (min(LEAST, steps // 2), WARMUP)
     warm = max(1, least, round(share * steps))

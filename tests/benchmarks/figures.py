@@ -201,7 +201,8 @@ def rates(cells: Mapping[tuple[str, str], Sequence[Sequence[Mapping[str, Any]]]]
     for left, base in ((60.0, "SmolLM2-135M"), (335.0, "Gemma 3 270M"),
                        (610.0, "Qwen2.5-Coder-0.5B")):
         parts += [text(left, 30, base, size=15, bold=True),
-                  *losses(left, top, height, cells[base, "fewer"], cells[base, "1,200 or more"])]
+                  *losses(left, top, height, *(
+                      cells.get((base, group), ()) for group in ("fewer", "1,200 or more")))]
     parts.append(text(60, 50, "loss of unseen lines, minus that at the default", color=GREY))
     bottom = top + height + 44
     for x, color, words in ((60.0, BLUE, "100 to 800 lines in all"),
@@ -233,7 +234,8 @@ def losses(left: float, top: float, height: float, *groups: Sequence[Sequence[Ma
     for cells, pale, color in zip(groups, (LIGHT_BLUE, LIGHT_ORANGE), (BLUE, ORANGE)):
         above = [[run["loss"] - runs[middle]["loss"] for run in runs] for runs in cells]
         parts += [line(path(values), pale, 1) for values in above]
-        means.append(line(path(map(fmean, zip(*above))), color, 3))
+        if above:
+            means.append(line(path(map(fmean, zip(*above))), color, 3))
     return parts + means
 
 

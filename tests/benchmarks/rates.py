@@ -190,7 +190,7 @@ def markdown() -> str:
 
 def complete() -> dict[tuple[str, str], list[list[dict[str, Any]]]]:
     """For each cell that learns, and has a run near each of TIMES, these five runs; by base, and by
-    whether it has 1,200 lines or more in all. With so many, either warm-up has 7 to 15 steps."""
+    whether it has 1,200 lines or more in all. With so many, either warm-up has 7 to 10 steps."""
     groups = defaultdict[tuple[str, str], list](list)
     for cell, runs in recorded().items():
         near = [min(runs, key=lambda r: abs(math.log(r["rate"] / r["default"] / times)))

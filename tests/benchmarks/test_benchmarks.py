@@ -109,8 +109,8 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             json.dumps({"prompt": f"odd {i}", "completion": ("no", "yes")[i % 2]}) + "\n"
             for i in range(first, first + count)))
     train.main(["--model", str(model), "--data", str(tmp_path / "data"), "--samples", "2",
-                "--epochs", "3", "--lr", "0.05", "--rank", "2", "--dtype", "float32",
-                "--out", str(tmp_path / "run")])
+                "--epochs", "3", "--lr", "0.05", "--warmup", "0.05", "--rank", "2",
+                "--dtype", "float32", "--out", str(tmp_path / "run")])
     return tmp_path / "run"
 
 
