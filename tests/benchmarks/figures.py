@@ -221,7 +221,7 @@ def losses(left: float, top: float, height: float, *groups: Sequence[Sequence[Ma
     def path(values: Iterable[float]) -> str:
         return "M" + "L".join(
             f"{left + width * i / (len(TIMES) - 1):.1f} "
-            f"{top + height * (most - min(value, most)) / (most - least):.1f}"
+            f"{top + height * (most - max(least, min(value, most))) / (most - least):.1f}"
             for i, value in enumerate(values))
 
     parts = [text(left + width * i / (len(TIMES) - 1), top + height + 18, f"{times:g}",

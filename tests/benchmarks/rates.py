@@ -72,8 +72,10 @@ FEW = [Cell(strategy=strategy, rank=rank, dtype=dtype)
 LONG = [Cell(tasks=tasks, lines=1200, epochs=1)
         for tasks in ("trec", "clinc", "banking77", "boolq", "arc_easy")]
 CELLS = [*FEW, *(replace(FEW[0], seed=seed) for seed in (1, 2)),
-         Cell(tasks="boolq"), Cell(tasks="arc_easy"), Cell(tasks="banking77", lines=400), *LONG,
-         *(replace(LONG[0], seed=seed) for seed in (1, 2)),
+         *(replace(FEW[-1], tasks=tasks) for tasks in ("trec", "clinc", "banking77")),
+         *(Cell(tasks=tasks) for tasks in ("trec", "boolq", "arc_easy")),
+         Cell(tasks="banking77", lines=400),
+         *LONG, *(replace(LONG[0], seed=seed) for seed in (1, 2)),
          *(replace(cell, rank=32) for cell in LONG[:3]),
          *(replace(cell, dtype="float32") for cell in LONG[:3]),
          replace(LONG[0], rank=32, dtype="float32"),
