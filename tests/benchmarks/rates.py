@@ -46,7 +46,8 @@ from minismoe.training.rate import default_lr
 
 RECORD = Path(__file__).parent / "results" / "rates.jsonl"
 TIMES = (0.5, 0.7, 1.0, 1.4, 2.0)        # the default's rate
-NEAR = 2 ** 0.25                         # a rate that is nearer to one of TIMES than to the next
+NEAR = 1.18                              # a rate that is nearer to one of TIMES than to the next
+AIM = 0.03                               # how far the default's loss may be above the best one
 UNSEEN, LONGEST, BATCH = 100, 512, 32    # lines of each task; tokens of a line; lines at once
 Examples = Mapping[str, Sequence[Example]]
 
@@ -171,48 +172,90 @@ def recorded() -> dict[Cell, list[dict[str, Any]]]:
     return {cell: sorted(lines, key=lambda r: r["rate"]) for cell, lines in runs.items()}
 
 
+def near(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """For each of TIMES the run whose rate is nearest to it, or None if none is near."""
+    def off(run: dict[str, Any], times: float) -> float:
+        return abs(math.log(run["rate"] / run["default"] / times))
+    nearest = ((times, min(runs, key=lambda run: off(run, times))) for times in TIMES)
+    return [run if off(run, times) < math.log(NEAR) else None for times, run in nearest]
+
+
+def group(cell: Cell) -> str:
+    """With 1,200 lines or more in all, either warm-up has 7 to 10 steps."""
+    if cell.lines * len(cell.tasks.split(",")) >= 1200:
+        return "1,200 or more"
+    return f"fewer, warm-up of {cell.warmup}" if cell.warmup else "fewer"
+
+
+def figures(run: dict[str, Any] | None) -> str:
+    return f"{run['loss']:.3f}, {100 * run['exact']:.0f}" if run else ""
+
+
 def markdown() -> str:
-    """A row for each cell: the default's rate, the runs at the nearest rate and at the best one."""
+    """A row for each cell that has runs near three of TIMES or more, with the present warm-up."""
     rows = []
     for cell, runs in sorted(recorded().items(), key=lambda item: astuple(item[0])):
-        default = runs[0]["default"]
-        nearest = min(runs, key=lambda r: abs(math.log(r["rate"] / default)))
-        best = min(runs, key=lambda r: r["loss"])
-        rows.append([
-            cell.base + (f" x {cell.rescaled:g}" if cell.rescaled != 1 else ""), cell.tasks,
-            cell.lines, ", ".join([f"{cell.strategy}, rank {cell.rank}",
-                                   *["float32"] * (cell.dtype == "float32" and cell.base != "toy"),
-                       *[f"warm-up {cell.warmup}"] * (cell.warmup > ""),
-                                   *[f"seed {cell.seed}"] * (cell.seed > 0)]), f"{default:.1e}",
-            *(f"{r['rate']:.1e}: {r['loss']:.3f}, {100 * r['exact']:.0f}" for r in (nearest, best)),
-            f"{runs[0]['rate']:.1e} to {runs[-1]['rate']:.1e}"])
-    return table(["base", "tasks", "lines", "experts", "default", "nearest: loss, exact match in %",
-                  "best: the same", "tried"], rows)
+        five = near(runs)
+        if five.count(None) <= 2 and "warm-up" not in group(cell):
+            rows.append([
+                cell.base + (f" x {cell.rescaled:g}" if cell.rescaled != 1 else ""), cell.tasks,
+                cell.lines, ", ".join([
+                    f"{cell.strategy}, rank {cell.rank}",
+                    *["float32"] * (cell.dtype == "float32" and cell.base != "toy"),
+                    *[f"seed {cell.seed}"] * (cell.seed > 0)]),
+                f"{runs[0]['default']:.1e}", *map(figures, five)])
+    return table(["base", "tasks", "lines", "experts", "default", *(f"{t:g}" for t in TIMES)], rows)
 
 
 def complete() -> dict[tuple[str, str], list[list[dict[str, Any]]]]:
-    """For each cell that learns, and has a run near each of TIMES, these five runs; by base, and by
-    whether it has 1,200 lines or more in all. With so many, either warm-up has 7 to 10 steps."""
+    """The five runs of each cell that learns and has one near each of TIMES, by base and group."""
     groups = defaultdict[tuple[str, str], list](list)
     for cell, runs in recorded().items():
-        near = [min(runs, key=lambda r: abs(math.log(r["rate"] / r["default"] / times)))
-                for times in TIMES]
-        if cell.tasks not in UNLEARNT and all(
-                1 / NEAR < r["rate"] / r["default"] / times < NEAR
-                for r, times in zip(near, TIMES)):
-            many = cell.lines * len(cell.tasks.split(",")) >= 1200
-            groups[cell.base, "1,200 or more" if many else
-                   f"fewer, warm-up of {cell.warmup}" if cell.warmup else "fewer"].append(near)
+        five = near(runs)
+        if cell.tasks not in UNLEARNT and None not in five:
+            groups[cell.base, group(cell)].append(five)
     return groups
 
 
+def apart(base: str, of: str) -> float | None:
+    """The standard deviation of the loss between seeds, pooled over cells and over TIMES but the
+    last, with which runs may fail; None without several seeds."""
+    losses = defaultdict[tuple[Cell, float], list[float]](list)
+    for cell, runs in recorded().items():
+        if cell.base == base and group(cell) == of and cell.tasks not in UNLEARNT:
+            for times, run in zip(TIMES[:-1], near(runs)):
+                if run:
+                    losses[replace(cell, seed=0), times].append(run["loss"])
+    several = [seeds for seeds in losses.values() if len(seeds) > 1]
+    if not several:
+        return None
+    return math.sqrt(sum(statistics.variance(seeds) * (len(seeds) - 1) for seeds in several)
+                     / sum(len(seeds) - 1 for seeds in several))
+
+
+def by_chance(deviation: float, draws: int = 100_000) -> float:
+    """How often the first of five runs that differ by noise alone is within AIM of the best one."""
+    losses = torch.randn(draws, len(TIMES), generator=torch.Generator().manual_seed(0)) * deviation
+    return (losses[:, 0] - losses.amin(1) <= AIM).double().mean().item()
+
+
 def means() -> str:
-    """A row for each group of complete cells: mean loss and exact match at each of TIMES."""
-    rows = [[base, group, len(cells), *(
-        f"{statistics.fmean(r['loss'] for r in runs):.3f}, "
-        f"{100 * statistics.fmean(r['exact'] for r in runs):.0f}" for runs in zip(*cells))]
-        for (base, group), cells in sorted(complete().items())]
-    return table(["base", "lines in all", "cells", *(f"{times:g}" for times in TIMES)], rows)
+    """A row for each group of complete cells: mean loss and exact match at each of TIMES, in how
+    many cells the default's loss is within AIM of the best of TIMES, and in how many it would be if
+    all five rates were equally good."""
+    rows = []
+    for (base, of), cells in sorted(complete().items()):
+        within = sum(five[TIMES.index(1)]["loss"] - min(run["loss"] for run in five) <= AIM
+                     for five in cells)
+        deviation = apart(base, of)
+        rows.append([base, of, len(cells), *(
+            f"{statistics.fmean(r['loss'] for r in runs):.3f}, "
+            f"{100 * statistics.fmean(r['exact'] for r in runs):.0f}" for runs in zip(*cells)),
+            f"{100 * within / len(cells):.0f} %",
+            f"{deviation:.3f}" if deviation else "",
+            f"{100 * by_chance(deviation):.0f} %" if deviation else ""])
+    return table(["base", "lines in all", "cells", *(f"{times:g}" for times in TIMES),
+                  f"within {AIM}", "seeds", "by chance"], rows)
 
 
 def main() -> None:

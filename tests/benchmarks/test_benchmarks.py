@@ -148,31 +148,53 @@ def test_calibration_is_the_mean_gap_of_bins() -> None:
 def test_rates_measures_a_cell_once(inputs, tmp_path, monkeypatch, capsys) -> None:
     """Loss and exact match are those of the loop's and of the evaluation's own functions."""
     monkeypatch.setattr(rates, "RECORD", tmp_path / "rates.jsonl")
-    monkeypatch.setattr(sys, "argv", ["rates.py", *inputs, "--name", "tiny", "--times", "1,2",
+    monkeypatch.setattr(sys, "argv", ["rates.py", *inputs, "--name", "tiny", "--times", "0.5,1,2",
                                       "--cell", "tasks=upper,sum lines=8 rank=2 dtype=float32"])
     rates.main()
     first = (tmp_path / "rates.jsonl").read_text()
-    assert len(lines := list(map(json.loads, first.splitlines()))) == 2
-    assert lines[1]["rate"] == 2 * lines[0]["rate"] == 2 * lines[0]["default"]
+    assert len(lines := list(map(json.loads, first.splitlines()))) == 3
+    assert lines[2]["rate"] == 2 * lines[1]["rate"] == 2 * lines[1]["default"]
     rates.main()                                     # nothing is missing
     assert (tmp_path / "rates.jsonl").read_text() == first
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["rates.py", "--table"])
     rates.main()
-    assert "| tiny | upper,sum | 8 | lora, rank 2, float32 |" in capsys.readouterr().out
+    half, same, twice = (f"{line['loss']:.3f}, {100 * line['exact']:.0f}" for line in lines)
+    assert (f"rank 2, float32 | {lines[0]['default']:.1e} | {half} |  | {same} |  | {twice} |"
+            in capsys.readouterr().out)
 
 
 def test_means_of_rates_are_of_cells_with_all_rates(tmp_path, monkeypatch) -> None:
     """The first cell's rates lie up to 15 % beside the five; the second cell lacks one; the third's
-    task is learnt at no rate."""
+    task is learnt at no rate; the last has another warm-up, and no row of its own in the table."""
     monkeypatch.setattr(rates, "RECORD", tmp_path / "rates.jsonl")
     lines = [asdict(cell) | {"default": 1e-3, "rate": times * 1e-3, "loss": times, "exact": 0.25}
              for cell, of in ((rates.Cell("a"), (0.57, 0.76, 1, 1.52, 2.13)),
                               (rates.Cell("b"), (0.5, 0.7, 1, 2)),
-                              (rates.Cell("c", "boolq"), (0.5, 0.7, 1, 1.4, 2))) for times in of]
+                              (rates.Cell("c", "boolq"), (0.5, 0.7, 1, 1.4, 2)),
+                              (rates.Cell("d", warmup="0.05"), (0.5, 0.7, 1, 1.4, 2)))
+             for times in of]
     rates.RECORD.write_text("\n".join(map(json.dumps, lines)))
-    (row,) = rates.means().splitlines()[2:]
-    assert row == "| a | fewer | 1 | 0.570, 25 | 0.760, 25 | 1.000, 25 | 1.520, 25 | 2.130, 25 |"
+    row, other = rates.means().splitlines()[2:]
+    assert row.startswith(
+        "| a | fewer | 1 | 0.570, 25 | 0.760, 25 | 1.000, 25 | 1.520, 25 | 2.130, 25 | 0 % |")
+    assert other.startswith("| d | fewer, warm-up of 0.05 | 1 | 0.500, 25 |")
+    assert [line[2] for line in rates.markdown().splitlines()[2:]] == ["a", "b", "c"]
+
+
+def test_noise_of_rates_is_that_between_seeds(tmp_path, monkeypatch) -> None:
+    """Two seeds have 1 and 1.2 at the default's rate, three 1, 2 and 3 at half of it; twice the
+    rate does not count. Without noise the default is always the best; with much, in one of five."""
+    monkeypatch.setattr(rates, "RECORD", tmp_path / "rates.jsonl")
+    lines = [asdict(rates.Cell("a", seed=seed)) | {
+        "default": 1e-3, "rate": times * 1e-3, "loss": loss, "exact": 0}
+        for times, losses in ((1, (1, 1.2)), (0.5, (1, 2, 3)), (2, (1, 9)), (1.4, (5,)))
+        for seed, loss in enumerate(losses)]
+    rates.RECORD.write_text("\n".join(map(json.dumps, lines)))
+    assert rates.apart("a", "fewer") == pytest.approx(((0.02 + 2) / 3) ** 0.5)
+    assert rates.apart("b", "fewer") is None
+    assert rates.by_chance(1e-4) == 1
+    assert rates.by_chance(1e4) == pytest.approx(1 / 5, abs=0.005)
 
 
 def test_rates_measure_as_training_and_evaluation_do(inputs) -> None:
