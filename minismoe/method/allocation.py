@@ -8,6 +8,7 @@ from typing import Any
 Counts = dict[str, int]  # {module: experts}
 Sensitivities = Mapping[str, Mapping[str, float]]  # {task: {module: sensitivity}}
 FORMAT = "minismoe.allocation/1"
+GROUP = "attention_mlp"  # what is ranked together: matrices of attention, and those of MLPs
 MOST = 1 << 10  # experts of one matrix: bounds the memory that a file can ask for
 
 

@@ -8,7 +8,6 @@ import json
 import math
 import random
 import re
-from fractions import Fraction
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minismoe import reference
-from minismoe.method.allocate import GROUPS, STRATEGIES, Allocation, allocate, grouped
+from minismoe.method.allocate import STRATEGIES, Allocation, allocate, grouped
 
 KINDS = ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")  # by name
 Model = tuple[dict[str, dict[str, float]], dict[str, tuple[int, int]]]
@@ -36,7 +35,6 @@ def models(draw: Any) -> Model:
 
 
 keeps = st.integers(1, 100).map(lambda percent: percent / 100)
-groups = st.sampled_from(GROUPS)
 
 
 def shuffled(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[str, float]]:
@@ -46,10 +44,6 @@ def shuffled(scores: dict[str, dict[str, float]], seed: int) -> dict[str, dict[s
     mix.shuffle(tasks)
     mix.shuffle(modules)
     return {task: {module: scores[task][module] for module in modules} for task in tasks}
-
-
-def group_name(module: str, group: str) -> str:
-    return {"attention_mlp": module.split(".")[-2], "kind": module.split(".")[-1], "all": ""}[group]
 
 
 def size(allocation: Allocation, shapes: dict[str, tuple[int, int]]) -> int:
@@ -70,20 +64,21 @@ def size(allocation: Allocation, shapes: dict[str, tuple[int, int]]) -> int:
 def test_the_example_of_the_file() -> None:
     scores = {"1": {"q": 9.0, "k": 1.0, "v": 5.0, "o": 2.0},
               "2": {"q": 0.1, "k": 0.2, "v": 0.9, "o": 0.3}}
-    found = allocate(scores, keep=0.5, group="all")
+    found = allocate(scores, keep=0.5)
     assert list(found.experts.items()) == [("q", 1), ("v", 2), ("o", 1)]
     assert (found.rank, found.alpha, found.top_k, found.keep) == (8, 16, 2, 0.5)
-    assert (found.strategy, found.group, found.trainable_parameters) == ("votes", "all", None)
+    assert (found.strategy, found.group, found.trainable_parameters) == (
+        "votes", "attention_mlp", None)
 
 
-@given(models(), keeps, groups)
-def test_votes_equal_the_reference(model: Model, keep: float, group: str) -> None:
+@given(models(), keeps)
+def test_votes_equal_the_reference(model: Model, keep: float) -> None:
     scores, shapes = model
     groups_: dict[str, list[str]] = {}
     for module in shapes:
-        groups_.setdefault(group_name(module, group), []).append(module)
+        groups_.setdefault(module.split(".")[-2], []).append(module)
     expected = reference.vote(scores, list(groups_.values()), keep)
-    found = allocate(scores, keep=keep, group=group, shapes=shapes)
+    found = allocate(scores, keep=keep, shapes=shapes)
     assert found.experts == {module: count for module, count in expected.items() if count}
     assert max(found.experts.values()) <= len(scores)
     assert found.trainable_parameters == size(found, shapes)
@@ -93,7 +88,7 @@ def test_votes_equal_the_reference(model: Model, keep: float, group: str) -> Non
     (0.145, 100, 15), (0.144, 100, 14), (0.25, 2, 1), (0.01, 10, 1), (0.15, 10, 2), (1, 7, 7)])
 def test_halves_round_up_as_written(keep: float, modules: int, kept: int) -> None:
     scores = {"t": {f"h.{i}.c": 1.0 for i in reversed(range(modules))}}
-    found = allocate(scores, keep=keep, group="all")
+    found = allocate(scores, keep=keep)
     assert set(found.experts) == {f"h.{i}.c" for i in range(kept)}  # ties go by name: 9 before 10
 
 
@@ -103,21 +98,21 @@ def test_keep_is_three_fifths_unless_a_size_is_given() -> None:
     assert allocate(scores).keep == 0.6
 
 
-@given(models(), keeps, groups, st.integers(-40, 40))
-def test_scaling_a_task_changes_no_vote(model: Model, keep: float, group: str, power: int) -> None:
+@given(models(), keeps, st.integers(-40, 40))
+def test_scaling_a_task_changes_no_vote(model: Model, keep: float, power: int) -> None:
     scores, _ = model  # powers of two, so that the scaled scores are exact
     scaled = {task: {module: math.ldexp(score, power * i) for module, score in values.items()}
               for i, (task, values) in enumerate(scores.items(), 1)}
-    assert allocate(scores, keep=keep, group=group) == allocate(scaled, keep=keep, group=group)
+    assert allocate(scores, keep=keep) == allocate(scaled, keep=keep)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=30)
-@given(models(), keeps, groups, st.integers(0, 99), st.booleans())
+@given(models(), keeps, st.integers(0, 99), st.booleans())
 def test_order_of_tasks_and_modules_is_no_matter(
-        strategy: str, model: Model, keep: float, group: str, seed: int, by_budget: bool) -> None:
+        strategy: str, model: Model, keep: float, seed: int, by_budget: bool) -> None:
     scores, shapes = model
-    how: dict[str, Any] = {"strategy": strategy, "group": group, "shapes": shapes}
+    how: dict[str, Any] = {"strategy": strategy, "shapes": shapes}
     how |= {"budget_params": 6000} if by_budget else {"keep": keep}
     try:
         found = allocate(scores, **how)
@@ -144,29 +139,22 @@ def steps(scores: Any, shapes: dict[str, tuple[int, int]], strategy: str, found:
         return [each for each in every if sum(each.experts.values()) > total]
     if strategy == "lora":
         return [Allocation(found.experts, found.rank + 1)]
-    more = {module: count + 1 for module, count in found.experts.items()}
-    return [Allocation(more)] if max(more.values()) <= (how["max_experts"] or math.inf) else []
+    return [Allocation({module: count + 1 for module, count in found.experts.items()})]
 
 
-@pytest.mark.parametrize("unit", ["budget_experts", "budget_params"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=40, deadline=None)
-@given(models(), groups, st.integers(0, 60), st.integers(0, 2), st.none() | st.integers(2, 5))
-def test_a_budget_is_met_to_within_one_step(
-        strategy: str, unit: str, model: Model, group: str, amount: int, low: int,
-        high: int | None) -> None:
+@given(models(), st.integers(0, 60), st.integers(0, 2))
+def test_a_budget_is_met_to_within_one_step(strategy: str, model: Model, amount: int, low: int,
+                                            ) -> None:
     scores, shapes = model
     low = min(low, 1) if strategy == "lora" else low
-    how: dict[str, Any] = {"group": group, "min_experts": low, "max_experts": high}
-    budget = amount * 397 - 1 if unit == "budget_params" else amount
+    how: dict[str, Any] = {"min_experts": low}
 
     def spend(budget: int) -> Allocation:
-        return allocate(scores, strategy=strategy, shapes=shapes, **{**how, unit: budget})
+        return allocate(scores, strategy=strategy, shapes=shapes, budget_params=budget, **how)
 
-    def cost(allocation: Allocation) -> int:
-        return size(allocation, shapes) if unit == "budget_params" else math.ceil(
-            Fraction(sum(n * allocation.rank for n in allocation.experts.values()), 8))
-
+    budget = amount * 397 - 1
     try:
         found = spend(budget)
     except ValueError as error:
@@ -177,13 +165,13 @@ def test_a_budget_is_met_to_within_one_step(
         with pytest.raises(ValueError, match=f"is {nearest}$"):
             spend(nearest - 1)
         budget, found = nearest, spend(nearest)
-        assert cost(found) == nearest
-    assert cost(found) <= budget
-    assert all(cost(above) > budget for above in steps(scores, shapes, strategy, found, how))
+        assert size(found, shapes) == nearest
+    assert size(found, shapes) <= budget
+    assert all(size(above, shapes) > budget
+               for above in steps(scores, shapes, strategy, found, how))
     counts = [found.experts.get(module, 0) for module in shapes]
     assert any(counts)
     assert min(counts) >= low
-    assert high is None or max(counts) <= high
     assert found.trainable_parameters == size(found, shapes)
     assert (found.keep is not None) == (strategy == "votes")
 
@@ -192,30 +180,32 @@ def test_a_budget_of_votes_finds_every_step_of_unequal_groups() -> None:
     names = [f"h.{i}.{kind}" for i in range(3) for kind in ("attn.q", "attn.k", "mlp.up")]
     scores = {task: {name: (i * step) % 13 + 1.0 for i, name in enumerate(names)}
               for task, step in (("a", 5), ("b", 7))}
-    sums = {sum(allocate(scores, keep=i / 720).experts.values()) for i in range(1, 721)}
-    assert len(sums) == 8  # 1 + 1 modules at first, then 5 + 2 more, never two at once
-    for budget in range(min(sums), 20):
-        found = sum(allocate(scores, budget_experts=budget).experts.values())
-        assert found == max(each for each in sums if each <= budget)
+    shapes = dict.fromkeys(names, (8, 8))
+    sizes = {size(allocate(scores, keep=i / 720), shapes) for i in range(1, 721)}
+    assert len(sizes) == 8  # 1 + 1 modules at first, then 5 + 2 more, never two at once
+    for budget in range(min(sizes), 2600, 8):
+        found = size(allocate(scores, budget_params=budget, shapes=shapes), shapes)
+        assert found == max(each for each in sizes if each <= budget)
 
 
-@given(models(), groups, st.integers(1, 48))
-def test_a_found_keep_can_be_given_again(model: Model, group: str, budget: int) -> None:
-    scores, _ = model
-    assume(budget >= sum(allocate(scores, keep=1e-6, group=group).experts.values()))
-    found = allocate(scores, budget_experts=budget, group=group)
-    assert allocate(scores, keep=found.keep, group=group) == found
-
-
-@given(models(), groups, keeps)
-def test_uniform_spends_what_votes_spend(model: Model, group: str, keep: float) -> None:
+@given(models(), st.integers(1, 48))
+def test_a_found_keep_can_be_given_again(model: Model, amount: int) -> None:
     scores, shapes = model
-    total = sum(allocate(scores, keep=keep, group=group).experts.values())
+    budget = 300 * amount
+    assume(budget >= size(allocate(scores, keep=1e-6), shapes))
+    found = allocate(scores, budget_params=budget, shapes=shapes)
+    assert allocate(scores, keep=found.keep, shapes=shapes) == found
+
+
+@given(models(), keeps)
+def test_uniform_spends_what_votes_spend(model: Model, keep: float) -> None:
+    scores, shapes = model
+    total = sum(allocate(scores, keep=keep).experts.values())
     if total < len(shapes):
         with pytest.raises(ValueError, match=rf"^{total} .*votes.* is {len(shapes)}$"):
-            allocate(scores, strategy="uniform", keep=keep, group=group)
+            allocate(scores, strategy="uniform", keep=keep)
         return
-    found = allocate(scores, strategy="uniform", keep=keep, group=group).experts
+    found = allocate(scores, strategy="uniform", keep=keep).experts
     assert found == dict.fromkeys(shapes, total // len(shapes))
 
 
@@ -237,10 +227,10 @@ def test_lora_has_the_largest_rank_that_fits(
     assert found.alpha / found.rank == pytest.approx(24 / rank)
 
 
-def test_clamps_bound_the_votes() -> None:
+def test_votes_that_fall_short_are_raised_to_min_experts() -> None:
     scores = {task: {"h.0.a": 3.0, "h.0.b": 2.0, "h.0.c": 1.0} for task in "xyz"}
-    found = allocate(scores, keep=0.3, min_experts=1, max_experts=2)
-    assert found.experts == {"h.0.a": 2, "h.0.b": 1, "h.0.c": 1}
+    found = allocate(scores, keep=0.3, min_experts=1)
+    assert found.experts == {"h.0.a": 3, "h.0.b": 1, "h.0.c": 1}
 
 
 # Names
@@ -305,12 +295,10 @@ GOOD = {"t": {"h.0.a": 2.0, "h.0.b": 1.0}}
     ({"strategy": "vote", "group": "mlp", "rank": 0, "top_k": 1.5, "alpha": -1},
      ["vote", "mlp", "rank", "top_k", "alpha"]),
     ({"keep": 0.0}, ["keep"]), ({"keep": 1.01}, ["keep"]), ({"keep": math.nan}, ["keep"]),
-    ({"keep": 0.5, "budget_experts": 3}, ["only one", "keep"]),
-    ({"budget_params": 9, "budget_experts": 3, "shapes": Probed.shapes}, ["only one", "budgets"]),
-    ({"budget_experts": 2.5}, ["budget", "2.5"]), ({"budget_experts": True}, ["budget", "True"]),
-    ({"budget_experts": 2**60}, ["budget", "2**50"]),
-    ({"min_experts": -1, "max_experts": 0}, ["min_experts", "max_experts"]),
-    ({"min_experts": 3, "max_experts": 2}, ["min_experts 3", "max_experts 2"]),
+    ({"keep": 0.5, "budget_params": 3}, ["only one", "keep"]),
+    ({"budget_params": 2.5}, ["budget", "2.5"]), ({"budget_params": True}, ["budget", "True"]),
+    ({"budget_params": 2**60}, ["budget", "2**50"]),
+    ({"min_experts": -1}, ["min_experts", "-1"]), ({"min_experts": 1025}, ["min_experts", "1025"]),
     ({"strategy": "lora", "min_experts": 2}, ["lora", "min_experts 2"])])
 def test_wrong_arguments_are_all_named(arguments: dict[str, Any], names: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
@@ -334,10 +322,10 @@ def test_wrong_scores_are_all_named(scores: Any, names: list[str]) -> None:
 # allocation.json
 
 
-@given(models(), st.sampled_from(STRATEGIES), groups)
-def test_json_round_trip(model: Model, strategy: str, group: str) -> None:
+@given(models(), st.sampled_from(STRATEGIES))
+def test_json_round_trip(model: Model, strategy: str) -> None:
     scores, shapes = model
-    found = allocate(scores, strategy=strategy, group=group, keep=1, shapes=shapes, alpha=2.5)
+    found = allocate(scores, strategy=strategy, keep=1, shapes=shapes, alpha=2.5)
     text = json.dumps(found.to_json())
     again = Allocation.from_json(json.loads(text))
     assert again == found
@@ -382,7 +370,7 @@ def test_a_convolution_is_ranked_with_attention() -> None:
     """As LFM2's: both mix tokens."""
     names = ["model.layers.0.conv.in_proj", "model.layers.0.feed_forward.w1",
              "model.layers.1.self_attn.q_proj", "model.layers.1.feed_forward.w1"]
-    assert grouped(names, "attention_mlp") == [names[::2], names[1::2]]
+    assert grouped(names) == [names[::2], names[1::2]]
 
 
 def test_a_rank_of_the_smaller_side_is_allowed() -> None:
