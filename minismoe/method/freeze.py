@@ -46,8 +46,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]], kind:
     """Fits of all mixtures of `model`, one of KINDS.
 
     tasks: batches of (input_ids, attention_mask, ...), each (B, T). With "linear", a matrix keeps
-    its fit "gates" if no ridge does better on held-out samples; with "gates", its fit "mean" if the
-    system of the gates is singular. Fit.kind tells.
+    its fit "gates" if no ridge does better on held-out samples. Fit.kind tells.
     Raises ValueError as `no_fits` and `solve` do, and without a sample.
     """
     batches = {task: [*of_task] for task, of_task in tasks.items()}
@@ -59,7 +58,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]], kind:
                    for batch in of_task] for task, of_task in batches.items()}
     mixtures = {name: m for name, m in expert_layers(model).items() if m.router is not None}
     with measuring(model):
-        fit_group(mixtures, runs, fits, kind, packs(model))
+        fit_group(mixtures, runs, fits, packs(model), kind)
     return fits
 
 
@@ -75,7 +74,7 @@ def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Seq
 
 
 def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]], fits: TaskFits,
-              kind: str, packed: bool) -> dict[str, Tensor]:
+              packed: bool, kind: str = "linear") -> dict[str, Tensor]:
     """Fit the mixtures among linear layers that `fits` has, for the tasks that it has, from one run
     of each batch. packed: whether the layers see rows of real tokens alone.
 
@@ -128,10 +127,10 @@ def solve(mixtures: Mapping[str, ExpertLinear], x: Input, kind: str) -> dict[str
     best: dict[str, Fit] = {}
     starts: list[Tensor] = []                # (R, D), the A of each expert times its constant gate
     for name, layer in readers.items():
-        c = None if kind == "mean" else constant_gates(layer, to_fit[name])
-        gates = to_fit[name].gates / to_fit[name].gates.sum() if c is None else c
-        starts.append((wide(layer.lora_A) * gates[:, None, None]).flatten(0, 1))
-        best[name] = measured(layer, starts[-1], "mean" if c is None else "gates", held_out[name])
+        sums, start = to_fit[name], "mean" if kind == "mean" else "gates"
+        c = sums.gates / sums.gates.sum() if kind == "mean" else constant_gates(layer, sums)
+        starts.append((wide(layer.lora_A) * c[:, None, None]).flatten(0, 1))
+        best[name] = measured(layer, starts[-1], start, held_out[name])
     for ridge in RIDGES if kind == "linear" else ():
         for (name, layer), A in zip(readers.items(), linear(starts, [*to_fit.values()], ridge)):
             fitted = measured(layer, A, "linear", held_out[name])
@@ -140,18 +139,20 @@ def solve(mixtures: Mapping[str, ExpertLinear], x: Input, kind: str) -> dict[str
     return best
 
 
-def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor | None:
-    """The gates (E,) of least squares; None if their system is singular."""
+def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor:
+    """The gates (E,) of least squares; of all that are as good, as with two equal experts, the
+    smallest. A dead expert, whose output is 0, gets 0."""
     E, r, _ = layer.lora_A.shape
     A, K = wide(layer.lora_A.flatten(0, 1)), _gram(layer)
     # sum h h^T = A M A^T, sum (g*h) h^T = P A^T; the r x r block of two experts sums to one entry
     Q, b = ((K * x).view(E, r, E, r).sum((1, 3))                         # (E, E)
             for x in (_product(A, sums.M) @ A.T, sums.P @ A.T))
-    scale = Q.diagonal().rsqrt()                         # experts differ in size, not in meaning
-    scaled = Q * scale * scale[:, None]
-    if not scaled.isfinite().all() or torch.linalg.eigvalsh(scaled)[0] < 1e-9:
-        return None
-    return scale * torch.linalg.solve(scaled, scale * b.sum(0))
+    energy = Q.diagonal()                # experts differ in size, not in meaning: each is scaled
+    scale = torch.where(energy > 0, energy, torch.inf).rsqrt()
+    scaled = (Q * scale * scale[:, None]).cpu()          # CUDA has no driver for a singular system
+    gates = torch.linalg.lstsq(scaled, (scale * b.sum(0)).cpu()[:, None], rcond=1e-9,
+                               driver="gelsd").solution[:, 0]
+    return scale * gates.to(scale)
 
 
 def linear(starts: Sequence[Tensor], sums: Sequence[Sums], ridge: float) -> list[Tensor]:

@@ -117,7 +117,7 @@ def test_second_moments_are_those_of_single_texts(model: Any) -> None:
         handle.remove()
     layers = {name: model.get_submodule(name) for name in names}
     sums = fit_group(layers, {"": [(mask, partial(model.model, ids, mask))
-                                   for ids, mask, _ in BATCHES]}, {}, "", packed=True)
+                                   for ids, mask, _ in BATCHES]}, {}, packed=True)
     for name, found in sums.items():
         torch.testing.assert_close(found.double(), wanted[name], rtol=1e-4, atol=1e-4)
 

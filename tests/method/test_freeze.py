@@ -143,19 +143,18 @@ def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k:
     add_moments(inputs, {"layer": layer}, ["layer"], [run], False)
     sums = inputs["layer"].sums(TO_FIT)["layer"]
     mean, gates = sums.gates / N, module.constant_gates(layer, sums)
-    best = mean if gates is None else gates
-    A_mean, A = ((layer.lora_A * c[:, None, None]).flatten(0, 1).detach() for c in (mean, best))
+    A_mean, A = ((layer.lora_A * c[:, None, None]).flatten(0, 1).detach() for c in (mean, gates))
     losses = [measured(layer, a, "", sums).residual
               for a in (A_mean, A, *linear([A], [sums], 1e-10))]
     assert losses == sorted(losses, reverse=True) or max(
         b - a for a, b in zip(losses, losses[1:])) < 1e-7
     x, same = tokens[0], plain(layer.requires_grad_(False))
-    if gates is not None and same.added(x).any():
+    if same.added(x).any():
         least = reference.residual(same, reference.fits(same, x, 1.0)["gates"], x)
         assert reference.residual(same, A, x) <= least + 1e-7
 
 
-def test_singular_gates_fall_back_to_their_mean() -> None:
+def test_gates_of_equal_and_of_dead_experts_are_those_of_least_squares() -> None:
     model = model_of()
     name = "model.layers.0.self_attn.q_proj"
     layer = expert_layers(model)[name]
@@ -163,12 +162,20 @@ def test_singular_gates_fall_back_to_their_mean() -> None:
         p.data[1] = p.data[0]                      # two experts that cannot be told apart
     dead = expert_layers(model)["model.layers.1.mlp.up_proj"]
     dead.lora_B.data[2] = 0                        # one that adds nothing
-    fits = fits_by_kind(model, tasks())
-    assert fits["gates"][None][name].kind == "mean"
-    assert torch.equal(fits["gates"][None][name].lora_A, fits["mean"][None][name].lora_A)
-    assert fits["linear"][None][name].residual <= fits["gates"][None][name].residual
-    assert fits["gates"][None]["model.layers.1.mlp.up_proj"].kind == "mean"
-    assert fits["gates"][None]["model.layers.1.self_attn.q_proj"].kind == "gates"
+    data = tasks()
+    fits = fits_by_kind(model, data)
+    seen = [reads(model, held_out([b for t in data for b in data[t]], held))
+            for held in (False, True)]
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"):
+        found, (x, unseen) = fits["gates"][None][name], (part[name] for part in seen)
+        each = torch.stack(plain(expert_layers(model)[name]).outputs(x), 2).flatten(0, 1)
+        added = plain(expert_layers(model)[name]).added(x).reshape(-1, 1)
+        c = torch.linalg.lstsq(each, added, driver="gelsd").solution           # it may be singular
+        A = (expert_layers(model)[name].lora_A * c[:, :, None]).flatten(0, 1)
+        assert found.kind == "gates"
+        assert found.residual == pytest.approx(reference.residual(
+            plain(expert_layers(model)[name]), A, unseen), rel=1e-6)
+        assert fits["linear"][None][name].residual <= found.residual
 
 
 def test_untrained_experts_lose_nothing() -> None:
@@ -244,12 +251,11 @@ def test_layer_by_layer_is_the_whole_model(size: int, monkeypatch: pytest.Monkey
     model = model_of()
     data = {task: [tuple(t[i:i + size] for t in whole) for whole in batches
                    for i in range(0, 8, size)] for task, batches in tasks().items()}
-    (tmp_path / "adapter").mkdir()
     source = Source(tmp_path, tmp_path, "", model, None)
 
     def fits(data: dict[str, list[Data]], **settings: Any) -> TaskFits:
         made = fits_to_make(ExportConfig(**settings), source, data)
-        for _ in layer_by_layer(model, data, made, "linear", []):
+        for _ in layer_by_layer(model, data, made, []):
             pass
         return made
 

@@ -135,7 +135,7 @@ def test_experts_are_frozen_and_merged(pair: tuple[Any, CausalLM]) -> None:
     torch.testing.assert_close(frozen(ids, mask), joined(ids, mask))
     names = [f"model.layers.1.linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")]
     runs = {"a": [(mask, partial(joined.model, ids, mask)) for ids, mask in tasks["a"]]}
-    first, *others = fit_group({name: joined.get_submodule(name) for name in names}, runs, {}, "",
+    first, *others = fit_group({name: joined.get_submodule(name) for name in names}, runs, {},
                                packed=True).values()
     assert first.trace() > 0 and all(torch.equal(first, other) for other in others)
 
