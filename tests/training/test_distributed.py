@@ -120,7 +120,12 @@ def test_several_processes_give_the_result_of_one(inputs, one, tmp_path, count, 
     assert out.count("exact match") == out.count("experts a matrix") == 1    # one of them prints
     assert far(one, run) < 1e-5
     assert (one / "allocation.json").read_text() == (run / "allocation.json").read_text()
-    assert (one / "after.json").read_text() == (run / "after.json").read_text()
+    after = [json.loads((r / "after.json").read_text()) for r in (one, run)]
+    for task, judged in after[0].items():
+        theirs = after[1][task]
+        # Sums in another order round the last digit of a loss otherwise.
+        assert judged.pop("loss") == pytest.approx(theirs.pop("loss"), abs=2e-5)
+        assert judged == theirs
     scores = [json.loads((r / "sensitivity.json").read_text())["tasks"] for r in (one, run)]
     for task, values in scores[0].items():
         assert values["samples"] == scores[1][task]["samples"] == 20
