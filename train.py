@@ -20,7 +20,6 @@ import torch
 
 from minismoe.cli import flags, probing, runs, script
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
-from minismoe.cli.plan import show_plan
 from minismoe.data.tasks import encode_all
 from minismoe.io.files import write_json
 from minismoe.io.flags import from_flags, new_parser, option
@@ -42,16 +41,13 @@ from minismoe.training.verdict import advice, guessing_loss, remedy
 def main(argv: Sequence[str]) -> None:
     # Configure.
     begun, config = time.perf_counter(), parse(argv)
-    if runs.finished(config) and not (config.plan or config.inputs.show):
+    if runs.finished(config) and not config.inputs.show:
         print(f"nothing is missing: {config.out} holds its results")
         return
     config = replace(config, inputs=resolve_auto(config.inputs))
     distributed.join_others(torch.device(config.inputs.device))
     if config.inputs.show:
         print_examples(config.inputs, config.inputs.show)
-        return
-    if config.plan:
-        show_plan(config)
         return
     runs.check_free(runs.folder_of(config), config.resume)       # before hours of work
 
@@ -153,10 +149,6 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
         if not args.out:
             parser.error("--resume needs --out RUN")
         args = runs.resumed(parser, argv, Path(args.out))
-    if args.epochs == 0 and args.plan:
-        parser.error("--plan is of training, and --epochs 0 trains nothing: leave out one of them")
-    if args.plan and args.show:
-        parser.error("--plan and --show both print something and stop: leave out one of them")
     if args.init and not args.resume:
         if given := [option(name) for name in (*flags.CHOOSING, "allocation", "rank", "alpha")
                      if getattr(args, name) != parser.get_default(name)]:

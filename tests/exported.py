@@ -48,7 +48,7 @@ def round_weights(tree: CausalLM, form: GraphFormat, model: CausalLM | None = No
                   batches: Batches | None = None) -> None:
     """Store the weights of a tree in few bits, in place, for what a model reads on batches."""
     if form.rounds:
-        for names, factors in layer_by_layer(model or tree, batches or {}, {}, "", [form]):
+        for names, factors in layer_by_layer(model or tree, batches or {}, {}, [form]):
             for name in names:
                 ways = rounded(tree.get_submodule(name), name, form, factors.get(name))
                 store(tree, form, ((name, way) for way in ways.items()))

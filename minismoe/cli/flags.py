@@ -11,7 +11,7 @@ from ..method.allocate import STRATEGIES, Allocation
 from ..training.loop import TrainConfig
 
 # Settings of the allocation that have no flag: a file for --allocation may hold them.
-SETTINGS = ("keep", "group", "budget_experts", "min_experts", "max_experts", "top_k")
+SETTINGS = ("keep", "min_experts", "top_k")
 # Flags that choose an allocation, and so mean nothing where --allocation names one.
 CHOOSING = ("strategy", "budget_params", "target_modules")
 
@@ -79,10 +79,7 @@ class AllocationConfig:
         + ", ".join(SETTINGS), text, metavar="FILE")
     # Without a flag, but of SETTINGS; see method/allocate.py:
     keep: float | None = None
-    group: str = "attention_mlp"
-    budget_experts: int | None = None
     min_experts: int = 1                # 0: the paper's vote, which leaves some matrices bare
-    max_experts: int | None = None
     top_k: int = 2                      # experts active a token
     fixed: Allocation | None = None     # what the file of --allocation holds, unless it is settings
     seed: int = 0                       # --seed, a flag of InputConfig
@@ -105,5 +102,3 @@ class RunConfig:
         None, "begin with the experts of RUN, its model and system prompt and, unless --data names "
         "others, its lines; with --epochs 0 they are only judged", text, metavar="RUN")
     resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
-    plan: bool = flag(False, "print parameters, memory by part and disk of the run, and stop; with "
-                      "--data and weights, train 3 steps, and print time and peak memory")

@@ -37,8 +37,7 @@ BITS_HELP = "print what storing each matrix in 4 bits costs, and stop"
 def needs_probe(allocating: AllocationConfig, tasks: int) -> bool:
     """Whether the flags, and the number of tasks, leave anything for the probe to decide. One task
     gives no matrix more than one expert, so where each has at least one, all have the same."""
-    budget = allocating.budget_experts or allocating.budget_params
-    return not (allocating.fixed or budget and allocating.strategy in BLIND
+    return not (allocating.fixed or allocating.budget_params and allocating.strategy in BLIND
                 or tasks == 1 and allocating.min_experts > 0)
 
 
@@ -146,7 +145,7 @@ def print_overlap(allocating: AllocationConfig, scores: Scores) -> None:
     votes for, too, as a share."""
     def voted(samples: Tensor) -> set[str]:
         one_task = dict(zip(scores.shapes, samples.sum(0).tolist()))
-        return set(allocate({"": one_task}, group=allocating.group, keep=allocating.keep,
+        return set(allocate({"": one_task}, keep=allocating.keep,
                             targets=allocating.target_modules).experts)
 
     rows = []

@@ -42,7 +42,7 @@ from .script import command, working_in
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
 ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
 UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
-RESUMABLE = ("out", "resume", "debug", "show", "plan", *UPDATED)
+RESUMABLE = ("out", "resume", "debug", "show", *UPDATED)
 # Flags that export.py takes over from a run.
 EXPORTED = ("model", "data", "only_tasks", "system", "limit_train", "limit_valid", "limit_test",
             "max_length", "seed")

@@ -79,7 +79,7 @@ class States:
 
 
 @torch.no_grad()
-def layer_by_layer(model: CausalLM, batches: Batches, fits: TaskFits, kind: str,
+def layer_by_layer(model: CausalLM, batches: Batches, fits: TaskFits,
                    forms: Sequence[GraphFormat]) -> Iterator[tuple[list[str], Factors]]:
     """Names of the linear layers of one decoder layer after another, once their mixtures are in
     `fits`, see `fit_group`; and the factors of those that a graph stores in 4 bits, of one of these
@@ -104,7 +104,7 @@ def layer_by_layer(model: CausalLM, batches: Batches, fits: TaskFits, kind: str,
             linears = {f"model.layers.{i}.{name}": m for name, m in linear_layers(layer).items()}
             moments = fit_group({name: m for name, m in linears.items() if measured(name, m)}, {
                 task: [(state.mask, partial(state.run, layer, rope)) for state in of_task]
-                for task, of_task in states.items()}, fits, kind, packed=True)
+                for task, of_task in states.items()}, fits, packed=True)
             to_round = {name: M for name, M in moments.items() if in_4_bits(name)}
             factors = {M: inverse_factor(M) for M in {*to_round.values()}}
             yield [*linears], {name: factors[M] for name, M in to_round.items()}

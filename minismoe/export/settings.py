@@ -7,7 +7,6 @@ from pathlib import Path
 from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
 from ..io.flags import above_zero, flag, positive, text
-from ..method.freeze import KINDS
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS
 from .weights import PRECISIONS, GraphFormat
@@ -28,8 +27,6 @@ class ExportConfig:
     toy."""
 
     run: str | None = None                   # folder of train.py
-    fit: str = flag("linear", "how a mixture becomes one linear map: linear (default) fits it, "
-                    "gates fits constant gates, mean takes the mean gates", choices=KINDS)
     prompts: str | None = flag(
         None, "calibrate on these prompts, one a line, and not on the run's data", text,
         metavar="FILE")

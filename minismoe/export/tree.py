@@ -11,20 +11,15 @@ The writer of graphs, the check and the ranges of NPUs take this tree.
 """
 
 import copy
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..io.drawing import terminal_heatmap
-from ..io.files import replacing
 from ..io.text import clean
 from ..method.experts import ExpertLinear, expert_layers
 from ..method.freeze import Fit, TaskFits, frozen_layer, no_fits
@@ -82,7 +77,7 @@ def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> 
     fits = fits_to_make(parts[0], source, batches)
     trees = [sharing_copy(reference) for _ in parts]
     ways = [dict[str, Ways]() for _ in parts]
-    for names, factors in layer_by_layer(source.model, batches, fits, parts[0].fit, [
+    for names, factors in layer_by_layer(source.model, batches, fits, [
             part.form for part in parts if part.graph]):
         for config, tree, of_tree in zip(parts, trees, ways):
             place(tree, names, config, fits)
@@ -95,7 +90,6 @@ def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> 
                     of_tree.clear()
     if any(fits.values()):
         show_fits(fits)
-        save_fits(source.run / "adapter", fits)
     for config, tree, of_tree in zip(parts, trees, ways):
         if config.size:                      # harm shows on lines that the run is not certain of
             unseen = calibration_batches(shuffled_samples(config, source, unseen=True), source)
@@ -119,12 +113,10 @@ def ranges_of(config: ExportConfig, tree: CausalLM, samples: Samples, source: So
 
 def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
     """The linear maps of mixtures that the folder holds, of which those of single experts are made;
-    none if mixtures go on routing. Raises ValueError where they could not be saved."""
+    none if mixtures go on routing."""
     layers = expert_layers(source.model)
     if config.routing == "dynamic" or not layers:
         return {config.task: {}}
-    if not os.access(source.run / "adapter", os.W_OK):       # the fits go there, after the work
-        raise ValueError(f"{source.run / 'adapter'} cannot be written: copy the run")
     wanted = [*batches] if config.adapters else [config.task]
     return no_fits(layers, batches, wanted)
 
@@ -162,15 +154,3 @@ def show_fits(by_task: TaskFits) -> None:
         kinds = [f.kind for f in fits.values()]
         print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median "
               f"residual on held-out samples {100 * median(missed.values()):.2f} %")
-
-
-def save_fits(folder: Path, fits: TaskFits) -> None:
-    """Write folder/frozen.safetensors, the fits of the last export: <module>.lora_A and .lora_B of
-    all tasks together, and <task>/<module>.lora_A and .lora_B of one."""
-    by_path = {f"{task}/{name}" if task else name: fit
-               for task, by_name in fits.items() for name, fit in by_name.items()}
-    tensors = {f"{name}.{part}": getattr(fit, part).contiguous()
-               for name, fit in by_path.items() for part in ("lora_A", "lora_B")}
-    notes = {name: [fit.kind, fit.residual] for name, fit in by_path.items()}
-    with replacing(folder / "frozen.safetensors") as tmp:
-        save_file(tensors, tmp, metadata={"format": "minismoe.frozen/1", "fits": json.dumps(notes)})

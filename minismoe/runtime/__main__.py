@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from .generator import Generator
 
 # The flags that --serve takes; the others are a request's.
-SERVING = {"folder", "serve", "host", "api_key", "provider", "threads", "task", "verify",
-           "low_power", "debug"}
+SERVING = {"folder", "serve", "host", "api_key", "provider", "threads", "task", "verify", "debug"}
 NEEDS = {"api_key": "serve", "host": "api_key", "best": "choices",
          **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "temperature")}    # above 0
 CONFLICTS = {
@@ -169,8 +168,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--provider", help="cpu (default), cuda, webgpu, tensorrt, mlx, openvino[:GPU|NPU|CPU] or, "
         "for target npu, qnn[:SOC]; NAME:N is device N; auto: the best of those export.py checked")
     add("--threads", type=positive, metavar="N", help="default: the CPU's physical cores")
-    add("--low-power", action="store_true", help="let threads that wait for others sleep: slower, "
-        "but cooler")
     add("--stats", action="store_true", help="print speed and memory to standard error")
     add("--verify", action="store_true", help="compare the files' hashes with export.json")
     return parser
@@ -198,8 +195,7 @@ def _open(args: argparse.Namespace) -> Generator:
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .providers import CPU
 
-    generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify,
-                          args.low_power)
+    generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
     nodes = generator.nodes                  # slow ones on the CPU are shown in any case
     if nodes.keys() != {CPU} and (args.stats or any(
             op in nodes.get(CPU, "") for op in ("Attention", "MatMul", "Gemm"))):

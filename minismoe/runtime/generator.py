@@ -29,8 +29,7 @@ class Generator(CachedModel):
 
     provider: as `find_device` takes it, or "auto": the best of those that the export was checked
     on; threads: default, the physical cores; task: an adapter of the folder; verify: compare hashes
-    as well as sizes; low_power: threads that wait sleep, which is cooler and slower. There is one
-    cache: give each thread a generator of its own.
+    as well as sizes. There is one cache: give each thread a generator of its own.
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 

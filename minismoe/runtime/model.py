@@ -30,8 +30,7 @@ class CachedModel:
     _begun = 0                   # how often the cache was emptied or cut: what it held is gone
 
     def __init__(self, folder: str | Path, provider: str | None = None,
-                 threads: int | None = None, task: str | None = None, verify: bool = False,
-                 low_power: bool = False):
+                 threads: int | None = None, task: str | None = None, verify: bool = False):
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
         self.static: list[int] | None = self.info.get("static")              # B, T, P
@@ -40,12 +39,11 @@ class CachedModel:
         if provider == "auto":               # of those that gave the CPU's texts to export.py
             provider = preferred(self.info.get("providers", []), self.folder / "sampler.onnx")
         before = huge_page_ranges()
-        settings = [("session.intra_op.allow_spinning", "0")] if low_power else []
-        self._npu = NpuSteps(self.folder, self.info, provider, threads, settings) if (
+        self._npu = NpuSteps(self.folder, self.info, provider, threads) if (
             self.info["target"] == "npu") else None
         device = find_device(None if self._npu else provider)
         self.session = self._npu.one if self._npu else open_session(
-            self.folder / graph_of(self.info), device, threads, settings)
+            self.folder / graph_of(self.info), device, threads)
         self.nodes = nodes_by_provider(self.session)
         shares = self.info.get("contract", {}).get("shared_buffer", self.info["target"] == "ort")
         self._kind: Callable[..., GrowingCache] = (

@@ -27,7 +27,7 @@ class NpuSteps:
     """Steps of T tokens and of one, whose keys and values are appended to one cache of P slots."""
 
     def __init__(self, folder: Path, info: Mapping[str, Any], provider: str | None,
-                 threads: int | None, settings: Sequence[tuple[str, str]] = ()):
+                 threads: int | None):
         self.info, chip = info, info.get("soc")
         device = find_device(provider, chip or SOC)
         if chip and device.options.get("soc_model", str(chip)) != str(chip):
@@ -38,8 +38,7 @@ class NpuSteps:
                   file=sys.stderr)
         end = ".qnn.onnx" if chip and device.name == "qnn" else ".onnx"
         self.embed, self.one, self.prompt = (
-            open_session(folder / name, where, threads,
-                         (*settings, *EXACT) if where.name == "cpu" else settings)
+            open_session(folder / name, where, threads, EXACT if where.name == "cpu" else ())
             for name, where in (("embed.onnx", Device()), (f"model{end}", device),
                                 (f"prompt{end}", device)))
 

@@ -202,7 +202,7 @@ def main(argv: Sequence[str]) -> None:
         task: random.Random(args.seed).sample(examples, len(examples))
         for task, examples in lines.items()}, source) for lines in (source.examples, source.unseen))
     fits, rounded_ways = trees.fits_to_make(config, source, batches), dict[str, Ways]()
-    for names, factors in layer_by_layer(source.model, batches, fits, config.fit, [config.form]):
+    for names, factors in layer_by_layer(source.model, batches, fits, [config.form]):
         for name in names:
             if isinstance(layer := tree.get_submodule(name), ExpertLinear):
                 tree.set_submodule(name, merged_layer(layer, fits[None][name]))

@@ -136,13 +136,14 @@ def test_an_allocation_leaves_nothing_to_choose_or_to_probe(inputs, tmp_path, ca
 
 def test_a_file_steers_the_vote(inputs, tmp_path, capsys) -> None:
     """The paper's: a matrix without a vote has no expert."""
-    file = allocation_file(tmp_path, {"keep": 0.25, "group": "all", "min_experts": 0, "top_k": 1})
+    file = allocation_file(tmp_path, {"keep": 0.25, "min_experts": 0, "top_k": 1})
     code, _, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--allocation",
                           file, "--out", str(tmp_path / "run"), capsys=capsys)
     assert code == 0, err
     allocation = json.loads((tmp_path / "run" / "allocation.json").read_text())
-    assert sum(allocation["experts"].values()) == 8 and allocation["top_k"] == 1   # 2 x 4 of 14
-    assert (allocation["keep"], allocation["group"]) == (0.25, "all")
+    # Two tasks vote for 2 of 8 matrices of attention and 2 of 6 of MLPs.
+    assert sum(allocation["experts"].values()) == 8 and allocation["top_k"] == 1
+    assert allocation["keep"] == 0.25
     Path(file).unlink()                                  # a run goes on without its file
     (tmp_path / "run" / "results.json").unlink()
     code, _, err = finish(train.main, "--resume", "--out", str(tmp_path / "run"), capsys=capsys)
@@ -236,7 +237,6 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
 @pytest.mark.parametrize("args, code, says", [
     (["--no-such-flag"], 2, "unrecognized arguments"),
     (["--resume"], 2, "--resume needs --out"),
-    (["--plan", "--show", "1"], 2, "leave out one of them"),
     (["--model", "nowhere-at-all"], 1, "no such model folder"),
     (["--model", "."], 1, "--model and --data go together"),
 ])
@@ -319,10 +319,9 @@ def test_flags_that_cannot_be_meant(inputs, tmp_path, capsys, flags) -> None:
 
 @pytest.mark.parametrize("main", [train.main, probe.main])
 @pytest.mark.parametrize("flags, says", [
-    ("keep 0.5 budget_experts 5", "only one of keep"), ("--target-modules nothing,", "no module"),
-    ("min_experts -1", "min_experts"),
-    ("min_experts 1100", "<= 1024, max_experts 1 or more, got min_experts 1100"),
-    ("budget_experts 13", "13 experts (the budget) are too few for 'votes' with min_experts 1"),
+    ("--target-modules nothing,", "no module"), ("min_experts -1", "min_experts"),
+    ("min_experts 1100", "min_experts must be a whole number from 0 to 1024, got 1100"),
+    ("--budget-params 13", "13 parameters (the budget) are too few for 'votes' with min_experts 1"),
     ("--rank 40", "more than the matrix itself has: model.layers.0.")])
 def test_allocation_flags_are_checked_before_the_probe(inputs, tmp_path, capsys, monkeypatch, main,
                                                        flags, says) -> None:
@@ -352,11 +351,10 @@ def test_what_was_probed_is_kept_if_the_scores_do_not_fit(inputs, tmp_path, caps
     finish(probe.main, *inputs, "--samples", "2", "--out", str(tmp_path), capsys=capsys)
     assert len([*tmp_path.glob("allocation.*")]) == 2
     code, _, err = finish(probe.main, *inputs, "--samples", "2", "--out", str(tmp_path),
-                          "--allocation", allocation_file(
-                              tmp_path.parent, {"min_experts": 0, "budget_experts": 1}),
-                          capsys=capsys)
+                          "--budget-params", "1", "--allocation", allocation_file(
+                              tmp_path.parent, {"min_experts": 0}), capsys=capsys)
     assert code == 1
-    assert "1 experts (the budget) are too few for 'votes' with min_experts 0: the nearest" in err
+    assert "1 parameters (the budget) are too few for 'votes' with min_experts 0: the" in err
     assert json.loads((tmp_path / "sensitivity.json").read_text())["tasks"].keys() == {
         "sum", "upper"}
     assert not [*tmp_path.glob("allocation.*")]          # those of an earlier probe are gone
@@ -390,12 +388,10 @@ def test_init_takes_the_lines_of_its_run(inputs, tmp_path, capsys) -> None:
     code, _, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--seed", "3",
                           "--system", "Be brief.", "--out", str(run), capsys=capsys)
     assert code == 0, err
-    code, out, err = finish(train.main, "--init", str(run), "--plan", capsys=capsys)
-    sizes = re.search(r"([\d,]+) trainable parameters\n", out)
-    assert code == 0 and sizes and "the probe" not in out, err
+    size = json.loads((run / "results.json").read_text())["trainable_parameters"]
     code, out, err = finish(train.main, "--init", str(run), "--epochs", "0", "--out", str(again),
                             capsys=capsys)
-    assert code == 0 and f"{sizes[1]} trainable parameters" in out, err
+    assert code == 0 and f"{size:,} trainable parameters" in out and "probed" not in out, err
     first, second = (json.loads((r / "config.json").read_text()) for r in (run, again))
     assert all(first["arguments"][name] == second["arguments"][name] for name in runs.EXPORTED)
     assert first["identity"].items() <= second["identity"].items()
@@ -409,7 +405,7 @@ def test_init_takes_the_lines_of_its_run(inputs, tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("settings, says", [
     ({"min_experts": "0"}, "min_experts must be a whole number >= 0, got '0'"),
-    ({"min_expert": 0}, "holds no module, and min_expert besides settings: keep, group, ")])
+    ({"min_expert": 0}, "holds no module, and min_expert besides settings: keep, min_experts")])
 def test_settings_that_are_wrong_are_named(inputs, tmp_path, capsys, settings, says) -> None:
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "settings.json"),
@@ -449,8 +445,8 @@ def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> 
         (tmp_path / "results.json").unlink()
 
 
-def test_a_plan_needs_an_example_and_a_run_needs_a_folder(inputs, tmp_path, capsys) -> None:
-    code, _, err = finish(train.main, *inputs, "--max-length", "3", "--plan", capsys=capsys)
+def test_a_run_needs_an_example(inputs, tmp_path, capsys) -> None:
+    code, _, err = finish(train.main, *inputs, "--max-length", "3", capsys=capsys)
     assert code == 1 and "within 3 tokens (--max-length, or what the model was made for)" in err
 
 
@@ -495,9 +491,8 @@ def test_tasks_by_name(inputs, capsys) -> None:
     for names, says in (("count,count", "named twice"), ("no", "no task no; it has capitals")):
         code, _, err = finish(train.main, "--only-tasks", names, "--show", "1", capsys=capsys)
         assert code == 1 and says in err
-    for more in ([], ["--plan"]):
-        code, _, err = finish(train.main, *inputs[2:], *more, capsys=capsys)
-        assert code == 1 and "--model and --data go together" in err
+    code, _, err = finish(train.main, *inputs[2:], capsys=capsys)
+    assert code == 1 and "--model and --data go together" in err
 
 
 def test_a_model_in_this_folder_names_the_run(inputs, tmp_path, capsys, monkeypatch) -> None:

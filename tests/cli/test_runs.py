@@ -212,14 +212,14 @@ def measured(monkeypatch, count: int, **flags: object) -> list[list[float]]:
     """Rows of the probe; token i of a sample stands for row i of the norms."""
     norms = torch.rand(count, 4, generator=torch.Generator().manual_seed(count)).double()
     model = nn.Module()
-    for name in "abcd":
+    for name in "abcd":                      # all in one group
         setattr(model, name, nn.Linear(3, 3))
     model.lm_head = nn.Linear(3, 3)
     data = SimpleNamespace(model=model, tokenizer=SimpleNamespace(pad_id=0), encoded={
         "t": [Example("t", [i], [i]) for i in range(count)]})
     monkeypatch.setattr(probing, "probe", lambda _, tasks: SimpleNamespace(
         samples={"t": norms[tasks["t"][0][0][:, 0]]}))
-    return probing.measure(AllocationConfig(group="all", **flags), data).samples["t"].tolist()
+    return probing.measure(AllocationConfig(**flags), data).samples["t"].tolist()
 
 
 def test_the_seed_draws_the_samples(monkeypatch) -> None:
@@ -280,7 +280,6 @@ def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_pa
 
 @pytest.mark.parametrize("flags, words", [
     (["--epochs", "0"], "--epochs 0 trains nothing: name a run to judge by --init RUN"),
-    (["--init", "x", "--epochs", "0", "--plan"], "--plan is of training, and --epochs 0 trains"),
     (["--init", "x", "--rank", "4", "--target-modules", "q_proj"],
      "leave out --target-modules, --rank")])
 def test_flags_that_contradict_each_other_are_refused(flags, words, capsys) -> None:

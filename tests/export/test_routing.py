@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixture import COUNTS, ROUTED, model_of, tasks
-from safetensors import safe_open
+from mixture import ROUTED, model_of, tasks
 
 import export
 import train
@@ -20,25 +19,23 @@ from minismoe.export.calibration import layer_by_layer, shuffled_samples
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import exact, fit
+from minismoe.method.freeze import exact
 
 
 @pytest.mark.parametrize("task", [None, "a"])
 @pytest.mark.parametrize("routing", ["merge", "freeze"])
 def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_path) -> None:
     """Two graphs share one pass through the layers."""
-    model, frozen, read = model_of(dtype=torch.float32), [], []
-    monkeypatch.setattr(tree, "save_fits", lambda folder, fits: frozen.append(fits))
+    model, read = model_of(dtype=torch.float32), []
     monkeypatch.setattr(tree, "calibration_batches", lambda samples, source: {
         name: tasks()[name] for name in samples})
     monkeypatch.setattr(tree, "layer_by_layer", lambda model, batches, *rest: read.append(
         [*batches]) or layer_by_layer(model, batches, *rest))
-    (tmp_path / "adapter").mkdir()
     source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0),
                     examples={"a": [], "b": []})
     config = ExportConfig(precision="int4", block=32, task=task, routing=routing)
     trees = tree.ship([config] * 2, source, model)
-    assert read == [["a"] if task else ["a", "b"]] and len(frozen) == 1
+    assert read == [["a"] if task else ["a", "b"]]
     leaf = trees[0].tree.get_submodule(ROUTED[0])
     assert type(leaf).__name__ == ("BlockLinear" if routing == "merge" else "BlockExperts")
 
@@ -51,25 +48,6 @@ def test_a_copy_shares_every_weight() -> None:
         assert ours is theirs, name
     assert copied.lm_head.weight is copied.model.embed_tokens.weight
     assert copied.model.layers[0] is not model.model.layers[0]
-
-
-def test_frozen_maps_are_kept_beside_the_adapter(tmp_path: Path) -> None:
-    fits = fit(model_of(dtype=torch.float32), tasks())
-    tree.save_fits(tmp_path, fits)
-    assert [p.name for p in tmp_path.iterdir()] == ["frozen.safetensors"]
-    with safe_open(tmp_path / "frozen.safetensors", "pt") as f:
-        assert f.metadata()["format"] == "minismoe.frozen/1"
-        notes = json.loads(f.metadata()["fits"])
-        assert len(notes) == 3 * len(COUNTS)
-        for task, by_name in fits.items():
-            for name, wanted in by_name.items():
-                path = f"{task}/{name}" if task else name
-                assert torch.equal(f.get_tensor(f"{path}.lora_A"), wanted.lora_A)
-                assert torch.equal(f.get_tensor(f"{path}.lora_B"), wanted.lora_B)
-                assert notes[path] == [wanted.kind, wanted.residual]
-        name = ROUTED[0]
-        assert f.get_slice(f"a/{name}.lora_A").get_shape() == [2 * COUNTS[name], 16]
-        assert f.get_slice(f"{name}.lora_B").get_shape() == [16, 2 * COUNTS[name]]
 
 
 def test_a_base_in_16_bits_is_merged_in_float32() -> None:

@@ -48,7 +48,7 @@ def options(model: CausalLM, batches: Any) -> dict[str, Ways]:
 
 def rounded_options(model: CausalLM, batches: Batches) -> dict[str, Ways]:
     return {name: rounded(model.get_submodule(name), name, CHOOSES, factors.get(name))
-            for names, factors in layer_by_layer(model, batches, {}, "", [CHOOSES])
+            for names, factors in layer_by_layer(model, batches, {}, [CHOOSES])
             for name in names}
 
 

@@ -370,18 +370,6 @@ def test_a_hundred_thousand_threads_are_not_started(folders, generator) -> None:
     assert list(many.generate(PROMPTS[1], 4)) == list(generator.generate(PROMPTS[1], 4))
 
 
-def test_threads_sleep_where_power_is_low(folders) -> None:
-    for low_power in False, True:
-        generator = Generator(folders["ort"], threads=2, low_power=low_power)
-        options = generator.session.get_session_options()
-        assert options.intra_op_num_threads == 2
-        try:
-            spinning = options.get_session_config_entry("session.intra_op.allow_spinning")
-        except RuntimeError:                     # it was not set
-            spinning = ""
-        assert spinning == ("0" if low_power else "")
-
-
 def test_text_comes_in_whole_characters(generator) -> None:
     ids = [*"häß € 🙂 z".encode(), 0xFF, 257, *"é".encode(), 0xE2]
     pieces = list(generator.text(ids))
