@@ -164,13 +164,13 @@ def balance_loss(logits: Tensor, k: int) -> Tensor:
     return len(f) * (f * logits.softmax(dim=-1).mean(dim=0)).sum()
 
 # A step's loss is the mean over the tokens of its answers, plus 0.01 times the mean balance loss.
-# The rate rises to its peak in a twentieth of the steps, then falls to 0 as half a cosine.
+# The rate rises in a twentieth of the steps (or ten, or half of all), then falls as half a cosine.
 def train(model: Decoder, batches: Sequence[Sequence[Sample]], peak: float) -> list[float]:
     """Train all experts; returns the loss of each step, without balance."""
     trained = [p for m in model.mixtures.values() for p in m.parameters()]
     routed = [m for m in model.mixtures.values() if m.router is not None]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
-    warm, curve = max(1, round(0.05 * len(batches))), []
+    warm, curve = max(1, min(10, len(batches) // 2), round(0.05 * len(batches))), []
     for step, batch in enumerate(batches):
         losses, logits = [], []
         for sample in batch:
