@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shlex
 import shutil
 import signal
@@ -303,8 +302,6 @@ def test_the_built_in_toy(tmp_path) -> None:
     assert len(results["tasks"]) >= 4
     assert all(t["before"] < 0.5 and t["after"] > 0.9 for t in results["tasks"].values())
     assert "experts a matrix" in done.stdout and "Next:" in done.stdout
-    for command in re.findall(r"  python train.py (--strategy .*?)  ", done.stdout):
-        assert train.parse(command.split()).allocating.budget_params > 0
 
 
 @pytest.mark.parametrize("flags", [

@@ -114,13 +114,20 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
 
 def disturbed(run: Path, undisturbed: Path, flags: Sequence[str], duration: float,
               rng: random.Random, kills: int) -> Counter[str]:
-    """Kill `run` a few times, finish it, and compare; what it was doing when it was killed.
+    """Kill `run` a few times, at least once, finish it, and compare; what it was doing when it was
+    killed.
 
     Raises RuntimeError where a resumed run fails, or comes out different.
     """
     when: Counter[str] = Counter()
-    while sum(when.values()) < kills and not when["was faster"]:
-        when[kill(run, flags, rng.uniform(0, 0.6) * duration, rng.random() < 0.5)] += 1
+    latest = 0.6 * duration
+    while when.total() < kills and not when["was faster"]:
+        doing = kill(run, flags, rng.uniform(0, latest), rng.random() < 0.5)
+        if doing == "was faster" and not when:           # it was never killed: begin anew, earlier
+            shutil.rmtree(run)
+            latest /= 2
+        else:
+            when[doing] += 1
     finish(run, flags)
     if bad := differences(run, undisturbed):
         raise RuntimeError(f"{run} differs in {', '.join(bad)}; killed {dict(when)}")

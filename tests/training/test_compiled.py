@@ -126,4 +126,4 @@ def test_auto_compiles_where_it_pays(asked, device, steps, said, capsys, monkeyp
         "Weight", (), {"device": torch.device(device)})}), raising=False)
     monkeypatch.delitem(model._modules, "lm_head")
     assert compiled.wanted(model, asked, steps) == (said == "compiling")
-    assert said in capsys.readouterr().out
+    assert capsys.readouterr().out.count("compiling") == (said == "compiling")
