@@ -5,7 +5,7 @@ Letters: R rank of a fit.
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from onnxruntime import AdapterFormat, OrtValue
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..data.tokenizer import (
     DEFAULT_TEMPLATE,
@@ -171,7 +172,16 @@ def write_peft(out: Path, fits: Fits, base_model: str) -> None:
 
 
 def write_hf(out: Path, base: Path, fits: Fits) -> None:
-    """Write the weights of `base` with the fits merged into them.
+    """Write the weights of `base` with the fits merged into them."""
+    def change(name: str, tensor: Tensor) -> Tensor:
+        fit = fits.get(name.removesuffix(".weight"))
+        return merged(tensor, fit) if fit else tensor
+
+    rewrite_weights(base, out, change)
+
+
+def rewrite_weights(base: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Write the weights of `base`, each as change(its name in a model of text, it) gives it.
 
     Dtypes and shards stay; `LEFT_OUT` is left out.
     """
@@ -185,9 +195,8 @@ def write_hf(out: Path, base: Path, fits: Fits) -> None:
             metadata = f.metadata()
             for stored in f.keys():                          # noqa: SIM118
                 if not LEFT_OUT.match(stored):
-                    name, tensor = text_name(stored), f.get_tensor(stored)
-                    fit = fits.get(name.removesuffix(".weight"))
-                    tensors[name] = merged(tensor, fit) if fit else tensor
+                    name = text_name(stored)
+                    tensors[name] = change(name, f.get_tensor(stored))
         with replacing(out / file.name) as tmp:
             save_file(tensors, tmp, metadata)
 

@@ -52,7 +52,8 @@ class BPE:
         self.vocab: dict[str, int] = model["vocab"]
         self.ranks = {tuple(pair.split(" ") if isinstance(pair, str) else pair): rank
                       for rank, pair in enumerate(model["merges"])}
-        every = map(BYTE, range(256)) if model.get("byte_fallback") else BYTES
+        # Bytes of ▁, which stands for a space, would be decoded as ▁.
+        every = [*map(BYTE, range(256)), "▁"] if model.get("byte_fallback") else BYTES
         self.bytes = [text for text in every if text in self.vocab]      # no text has 0xFF
         if len(self.bytes) < 128:
             raise ValueError("the tokenizer has no tokens of bytes, into which texts of other "

@@ -30,7 +30,9 @@ ROWS = 8                                 # of each tensor, that the fingerprint 
 ADAPTER_FORMAT = "minismoe.adapter/1"
 # Tensors of images, and of heads that predict several tokens.
 LEFT_OUT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.|mtp\.")
-MERGED = "minismoe_merged"               # in config.json: the base that adapters were merged into
+# In config.json: the base that adapters were merged into; the fingerprints of the bases that this
+# one was trimmed from, to fewer tokens.
+MERGED, TRIMMED = "minismoe_merged", "minismoe_trimmed"
 
 
 class Stored(NamedTuple):

@@ -1,0 +1,139 @@
+"""The rule of vocabulary.py: which tokens stay, and that texts made of them stay as they are."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import padded, random_hf
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from minismoe.export.trim import trimmed_tokenizer
+from minismoe.method.vocabulary import BPE, BYTE, BYTES, expected, tokens_to_keep
+
+CORPUS = ["the cat sat on the mat and the hats of the cats are flat", "a man ran and ran again",
+          "naïve café, größer als Straße", "3.14 + 2.72 = 5.86 and 1,000,000 more", "猫 🐈 cat"] * 3
+WORDS = [word for line in CORPUS for word in line.split(" ")]
+
+
+def byte_level(ignore_merges: bool = False) -> Tokenizer:
+    """A BPE of bytes as GPT-2's."""
+    made = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<s>", "</s>", "<unused0>"]))
+    return made
+
+
+def byte_fallback() -> Tokenizer:
+    """A BPE of characters as Gemma's, where a whole text is one word, with several merges for one
+    token, and an added token that is not special inside its vocabulary."""
+    made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                      decoders.Fuse()])
+    made.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=440, show_progress=False, special_tokens=[
+            "<unk>", "<bos>", "<unused0>", *map(BYTE, range(256))]))
+    content = json.loads(made.to_str())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"][:3] != "<0x"]
+    vocab = content["model"]["vocab"]
+    content["model"]["merges"] += [
+        [text[:i], text[i:]] for text in vocab for i in range(1, len(text))
+        if text[:i] in vocab and text[i:] in vocab
+        and [text[:i], text[i:]] not in content["model"]["merges"]]
+    made = Tokenizer.from_str(json.dumps(content))
+    made.add_tokens(["the▁cat"])
+    return made
+
+
+MADE = {"bytes": byte_level(), "whole words": byte_level(ignore_merges=True),
+        "fallback": byte_fallback()}
+
+
+def trimmed(old: Tokenizer, kept: list[int]) -> tuple[Tokenizer, dict[int, int]]:
+    new = {i: number for number, i in enumerate(kept)}
+    return Tokenizer.from_str(json.dumps(trimmed_tokenizer(json.loads(old.to_str()), new))), new
+
+
+@pytest.mark.parametrize("kind", MADE)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_texts_whose_tokens_stay_are_encoded_as_before(kind: str, data: Any) -> None:
+    old = MADE[kind]
+    size, bpe = old.get_vocab_size(), BPE(json.loads(old.to_str()))
+    words = st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=5).map(" ".join)
+    lines = data.draw(st.lists(words, max_size=3))
+    needed = {i for line in lines for i in old.encode(line).ids}
+    order = [*range(size)]
+    random.Random(data.draw(st.integers(0, 999))).shuffle(order)
+    count = data.draw(st.integers(size // 2, size))
+    try:
+        kept = tokens_to_keep(bpe, needed, order, count)
+    except ValueError as e:
+        least = int(str(e).split()[-1])
+        assert count < least <= size
+        kept = tokens_to_keep(bpe, needed, order, least)
+    assert kept == sorted({*kept}) and needed <= {*kept}
+    assert {old.token_to_id(text) for text in (*bpe.special, *bpe.bytes)} <= {*kept}
+    new, ids = trimmed(old, kept)
+    assert new.get_vocab_size() == len(kept)
+    assert all(new.id_to_token(ids[i]) == old.id_to_token(i) for i in kept)
+    for text in (*lines, data.draw(words), data.draw(words)):
+        before, after = old.encode(text), new.encode(text)
+        assert new.decode(after.ids) == old.decode(before.ids)
+        if {*before.ids} <= {*kept}:
+            assert after.ids == [ids[i] for i in before.ids]
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_with_all_tokens_nothing_changes(kind: str) -> None:
+    old = MADE[kind]
+    new, _ = trimmed(old, [*range(old.get_vocab_size())])
+    for text in CORPUS:
+        assert new.encode(text).ids == old.encode(text).ids
+
+
+def test_a_likely_token_brings_those_on_its_way_and_one_without_a_way_stays_out() -> None:
+    bpe = BPE({"added_tokens": [], "model": {
+        "vocab": {text: i for i, text in enumerate([*BYTES, "ab", "abc", "bc", "bcd"])},
+        "merges": ["b c", ["a", "b"], "ab c", "a bc"]}})
+    assert bpe.way("abc") == ["a", "b", "c", "bc", "abc"]
+    assert bpe.way("bcd")[-1] != "bcd"                   # no merge makes it: no text holds it
+    abc, bc, bcd = (bpe.vocab[text] for text in ("abc", "bc", "bcd"))
+    assert tokens_to_keep(bpe, [], [bcd, abc], 258) == [*range(256), abc, bc]
+    assert tokens_to_keep(bpe, [], [abc, bpe.vocab["ab"]], 257) == [*range(256), bpe.vocab["ab"]]
+    with pytest.raises(ValueError, match="257 tokens are too few: .* take 258"):
+        tokens_to_keep(bpe, [abc], [], 257)
+
+
+def test_placeholders_are_no_special_tokens() -> None:
+    bpe = BPE(json.loads(MADE["fallback"].to_str()))
+    assert bpe.special == {"<unk>", "<bos>"} and "<unused0>" in bpe.added
+
+
+@pytest.mark.parametrize("model, says", [
+    ({"type": "Unigram"}, "is Unigram, and only BPE"), ({"type": "WordPiece"}, "is WordPiece"),
+    ({"type": "BPE", "end_of_word_suffix": "</w>"}, "marks the ends of words"),
+    ({"type": "BPE", "vocab": {"a": 0}, "merges": []}, "no tokens of bytes")])
+def test_other_tokenizers_are_refused_by_name(model: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        BPE({"model": model, "added_tokens": []})
+
+
+def test_what_a_model_expects_is_the_mean_of_its_probabilities(monkeypatch) -> None:
+    monkeypatch.setattr("minismoe.method.vocabulary.CHUNK", 300)         # three rows of logits
+    model = random_hf("llama").train()
+    batches = [padded([5, 3, 1], vocabulary=97), padded([4], vocabulary=97)]
+    with torch.no_grad():
+        rows = [F.softmax(model.eval()(row[None, :int(n)]).logits[0], -1)
+                for ids, mask in batches for row, n in zip(ids, mask.sum(1))]
+    found = expected(model.train(), batches)
+    torch.testing.assert_close(found, torch.cat(rows).mean(0))
+    assert model.training and found.sum().item() == pytest.approx(1, abs=1e-5)
