@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minismoe.cli import flags, probing, runs, script
+from minismoe.cli import flags, probing, runs, script, trimming
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
 from minismoe.data.tasks import encode_all
 from minismoe.io.files import write_json
@@ -49,10 +49,18 @@ def main(argv: Sequence[str]) -> None:
     if config.inputs.show:
         print_examples(config.inputs, config.inputs.show)
         return
-    runs.check_free(runs.folder_of(config), config.resume)       # before hours of work
+    run = runs.folder_of(config)
+    runs.check_free(run, config.resume)          # before hours of work
 
-    # Load.
-    inputs = load_inputs(config.inputs)
+    # Load; with --vocab, a copy of the model that has fewer tokens.
+    base = run / runs.BASE
+    if config.vocab and config.resume:
+        inputs = load_inputs(replace(config.inputs, model=str(base)))
+    else:
+        inputs = load_inputs(config.inputs)
+        if config.vocab:
+            config = replace(config, out=str(run))           # the name is taken from now on
+            inputs = trimming.trimmed(inputs, config.inputs, config.vocab, base)
     if config.inputs.limit_test != 0:    # bad test lines are found before there is a run
         for task in inputs.tasks:
             context = inputs.model.config.max_position_embeddings

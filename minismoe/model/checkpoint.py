@@ -70,6 +70,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32,
     tensors = _fitting(folder, config, model)
     model.name, model.fingerprint = str(path), fingerprint(cfg, tensors)
     model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
+    model.trimmed = config.get(TRIMMED, ())
     _fill(model, tensors, dtype, device)
     if cfg.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -278,7 +279,7 @@ def _check_base(model: nn.Module, meta: Mapping[str, Any]) -> None:
     if getattr(model, "merged", "") and ours != its:
         raise ValueError(f"{model.name} has adapters merged into it, which can't be taken out "
                          f"again: load this adapter onto {model.merged}")
-    if ours and its and ours != its:
+    if ours and its and its not in (ours, *getattr(model, "trimmed", ())):
         raise ValueError(f"the adapter was trained on another base: {clean(its)} "
                          f"({clean(meta.get('base_model'))}), and this one is {ours} "
                          f"({getattr(model, 'name', '?')}); if it is the same one, another "

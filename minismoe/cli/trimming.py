@@ -1,0 +1,84 @@
+"""--vocab: a base with the tokens that its task needs, in place of all."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..data.tasks import Example, Task, probe_batches
+from ..data.tokenizer import FileTokenizer, Tokenizer
+from ..export.trim import write_trimmed
+from ..io.files import naming, new_folder, read_json
+from ..io.text import clean, table
+from ..method.vocabulary import BPE, expected, tokens_to_keep
+from ..model.decoder import CausalLM
+from ..training import distributed
+from ..training.distributed import print0
+from .flags import InputConfig
+from .inputs import Inputs, load_inputs
+
+ROWS = 64                # the number of tokens is a multiple of it, for the sake of kernels
+TEXTS, BATCH = 100, 8    # of each task, for what the model expects
+
+
+def trimmed(inputs: Inputs, config: InputConfig, count: int, out: Path) -> Inputs:
+    """The same inputs with a base of about `count` tokens, which is written to the folder `out`.
+
+    Raises ValueError for a count that is too small or too large, and for a tokenizer that is no
+    BPE.
+    """
+    texts = {name: [*inputs.encoded[name], *inputs.valid[name]] for name in inputs.encoded}
+    with distributed.one_first():
+        if not out.exists():
+            trim(inputs.folder, inputs.model, inputs.tokenizer, texts, inputs.tasks, count, out)
+    found = load_inputs(replace(config, model=str(out)))
+    print_lost(inputs.tasks, inputs.tokenizer, found.tokenizer)
+    return found
+
+
+def trim(base: Path, model: CausalLM, tokenizer: Tokenizer, texts: dict[str, list[Example]],
+         tasks: Sequence[Task], count: int, out: Path) -> None:
+    """Write the base `base`, which is `model`, with about `count` tokens: those of the texts, and
+    what the model expects in them."""
+    if not isinstance(tokenizer.backend, FileTokenizer):
+        raise ValueError("--vocab: the model reads bytes, and has no token to leave out")
+    count, total = -(-count // ROWS) * ROWS, tokenizer.backend.backend.get_vocab_size()
+    if count >= total:
+        raise ValueError(f"--vocab {count}: the base has {total} tokens, so none would be left out")
+    with naming("--vocab", ValueError):
+        bpe = BPE(read_json(base / "tokenizer.json"))
+        needed = {i for examples in texts.values() for e in examples for i in e.ids}
+        needed |= {*always(tokenizer, tasks)}
+        tokens_to_keep(bpe, needed, (), count)           # before the work: it raises for too few
+        batches = (batch for examples in texts.values() for batch in probe_batches(
+            examples, TEXTS, BATCH, tokenizer.pad_id))
+        likely = expected(model, batches).argsort(descending=True).tolist()
+        kept = tokens_to_keep(bpe, needed, likely, count)
+    with new_folder(out) as folder:
+        write_trimmed(base, folder, kept, [*model.trimmed, model.fingerprint])
+    print0(f"vocabulary: {len(kept):,} of {total:,} tokens; {len(needed):,} are those of the texts")
+
+
+def always(tokenizer: Tokenizer, tasks: Sequence[Task]) -> Iterable[int]:
+    """Tokens that end answers, fill up batches, or begin texts, those of the answers of a set, and
+    those that the chat template writes."""
+    yield from (*tokenizer.stop_ids, tokenizer.pad_id)
+    yield from (i for text in (tokenizer.bos, tokenizer.eos) for i in tokenizer.encode(text)[0])
+    question = {"role": "user", "content": "question"}
+    yield from tokenizer.encode(tokenizer.render([question], True))[0]
+    for answer in (answer for task in tasks for answer in task.choices):
+        yield from tokenizer.turn([question, {"role": "assistant", "content": answer}])
+
+
+def print_lost(tasks: Sequence[Task], before: Tokenizer, after: Tokenizer) -> None:
+    """Print, of the test lines of each task, how many have a token that was left out, and how many
+    tokens all take before and after."""
+    rows = []
+    for task in tasks:
+        texts = [before.render(messages) for messages in task.test]
+        old, new = ([t.encode(text)[1] for text in texts] for t in (before, after))
+        changed = sum(a != b for a, b in zip(old, new))          # where tokens begin
+        sizes = [sum(map(len, side)) for side in (old, new)]
+        rows.append([clean(task.name), len(texts), changed, *map("{:,}".format, sizes),
+                     f"{100 * (sizes[1] / max(1, sizes[0]) - 1):+.1f} %"])
+    print0(table(["test lines", "all", "with a token that is gone", "tokens before", "after", ""],
+                 rows))
