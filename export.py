@@ -11,16 +11,19 @@ Freezes the routing, writes the folder, compares it with PyTorch, and keeps it i
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from minismoe.cli import inputs as cli
-from minismoe.cli import runs, script
+from minismoe.cli import runs, script, trimming
 from minismoe.cli.export_flags import NO_RUN, parse
 from minismoe.cli.flags import InputConfig
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import load_tokenizer
+from minismoe.export.calibration import unlabelled
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.write import export_model
 from minismoe.io.files import naming, read_json
@@ -39,13 +42,14 @@ def main(argv: Sequence[str]) -> None:
     if config.graph:
         for name in config.provider or ["cpu"]:
             find_device(name)                # raises before the work if it is not here
-    source = load_run(config) if config.run else load_base(config)
-    if config.task and config.task not in source.examples:
-        raise ValueError(f"{source.run} has no task {config.task!r}; it has "
-                         f"{', '.join(source.examples)}")
+    with scratch_folder(config) as scratch:
+        source = load_run(config, scratch) if config.run else load_base(config, scratch)
+        if config.task and config.task not in source.examples:
+            raise ValueError(f"{source.run} has no task {config.task!r}; it has "
+                             f"{', '.join(source.examples)}")
 
-    # Freeze the routing, round, write, compare with PyTorch
-    out, info = export_model(config, source)
+        # Freeze the routing, round, write, compare with PyTorch
+        out, info = export_model(config, source)
 
     # Say how to open it
     size = sum(entry["bytes"] for entry in info["files"].values())
@@ -55,8 +59,18 @@ def main(argv: Sequence[str]) -> None:
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
 
 
-def load_run(config: ExportConfig) -> Source:
-    """The model of a run with its experts, and the data that it was trained on."""
+@contextmanager
+def scratch_folder(config: ExportConfig) -> Iterator[Path]:
+    """A folder for a base with fewer tokens, beside what is written; it is removed at the end."""
+    beside = Path(config.out).absolute().parent if config.out else Path(config.run or "runs")
+    beside.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".vocab-", suffix=".tmp", dir=beside) as folder:
+        yield Path(folder)
+
+
+def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
+    """The model of a run with its experts, and the data that it was trained on. scratch: a folder
+    for a copy of the base with fewer tokens."""
     run = Path(config.run or "")
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} is no run of train.py: it holds no config.json")
@@ -74,24 +88,37 @@ def load_run(config: ExportConfig) -> Source:
     if limit == saved.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
+    name = inputs.model.name
+    if config.vocab:
+        before = trimming.logprobs(inputs)
+        inputs = trimming.trimmed(inputs, settings, config.vocab, scratch / "base")
+        load_adapter(inputs.model, run / "adapter")
+        trimming.print_logprobs(before, trimming.logprobs(inputs))
     measured = results(run, inputs.tasks)
     for task in inputs.tasks:                # answers that the run did not compare are long
         if task.name not in measured and not config.limit_test:
             task.test = task.test[:CHECKED]
-    return Source(run, inputs.folder, inputs.model.name, inputs.model, inputs.tokenizer,
+    return Source(run, inputs.folder, name, inputs.model, inputs.tokenizer,
                   inputs.tasks, inputs.encoded, inputs.valid, measured, saved.system)
 
 
-def load_base(config: ExportConfig) -> Source:
-    """A base without adapters: that of --model, or the built-in toy."""
+def load_base(config: ExportConfig, scratch: Path = Path()) -> Source:
+    """A base without adapters: that of --model, or the built-in toy. scratch: as for `load_run`."""
     if not config.model:
         print(f"{NO_RUN}: the built-in toy, untrained")
     settings = cli.resolve_auto(InputConfig(model=config.model, device=config.device,
                                             dtype=config.dtype))
     base = cli.model_folder(settings)
-    model = cli.load_base(settings, base)
+    model, tokenizer = cli.load_base(settings, base), load_tokenizer(base)
     run = Path("runs") / (Path(config.model).resolve().name if config.model else "base")
-    return Source(run, base, model.name, model, load_tokenizer(base))
+    source = Source(run, base, model.name, model, tokenizer)
+    if not (config.vocab and config.prompts):
+        return source
+    trimmed = scratch / "base"
+    trimming.trim(source.base, model, tokenizer, {"": unlabelled(config.prompts, source)}, (),
+                  config.vocab, trimmed)
+    return replace(source, base=trimmed, model=cli.load_base(settings, trimmed),
+                   tokenizer=load_tokenizer(trimmed))
 
 
 def results(run: Path, tasks: Sequence[Task]) -> dict[str, float]:

@@ -58,9 +58,9 @@ def main(argv: Sequence[str]) -> None:
         inputs = load_inputs(replace(config.inputs, model=str(base)))
     else:
         inputs = load_inputs(config.inputs)
-        if config.vocab:
+        if count := config.vocab:
             config = replace(config, out=str(run))           # the name is taken from now on
-            inputs = trimming.trimmed(inputs, config.inputs, config.vocab, base)
+            inputs = trimming.trimmed(inputs, config.inputs, count, base)
     if config.inputs.limit_test != 0:    # bad test lines are found before there is a run
         for task in inputs.tasks:
             context = inputs.model.config.max_position_embeddings

@@ -1,10 +1,10 @@
 """--vocab: a base with the tokens that its task needs, in place of all."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..data.tasks import Example, Task, probe_batches
+from ..data.tasks import Example, Task, encode_all, probe_batches
 from ..data.tokenizer import FileTokenizer, Tokenizer
 from ..export.trim import write_trimmed
 from ..io.files import naming, new_folder, read_json
@@ -13,6 +13,7 @@ from ..method.vocabulary import BPE, expected, tokens_to_keep
 from ..model.decoder import CausalLM
 from ..training import distributed
 from ..training.distributed import print0
+from ..training.evaluate import token_scores
 from .flags import InputConfig
 from .inputs import Inputs, load_inputs
 
@@ -35,7 +36,7 @@ def trimmed(inputs: Inputs, config: InputConfig, count: int, out: Path) -> Input
     return found
 
 
-def trim(base: Path, model: CausalLM, tokenizer: Tokenizer, texts: dict[str, list[Example]],
+def trim(base: Path, model: CausalLM, tokenizer: Tokenizer, texts: Mapping[str, Sequence[Example]],
          tasks: Sequence[Task], count: int, out: Path) -> None:
     """Write the base `base`, which is `model`, with about `count` tokens: those of the texts, and
     what the model expects in them."""
@@ -82,3 +83,20 @@ def print_lost(tasks: Sequence[Task], before: Tokenizer, after: Tokenizer) -> No
                      f"{100 * (sizes[1] / max(1, sizes[0]) - 1):+.1f} %"])
     print0(table(["test lines", "all", "with a token that is gone", "tokens before", "after", ""],
                  rows))
+
+
+def logprobs(inputs: Inputs) -> dict[str, float]:
+    """By task, the mean log-probability of the right answers to the test lines, whole answers, in
+    nats; whatever the tokens."""
+    found, context = {}, inputs.model.config.max_position_embeddings
+    for task in inputs.tasks:
+        if examples := encode_all(task, inputs.tokenizer, context, "test"):
+            loss, _ = token_scores(inputs.model, examples, inputs.tokenizer.pad_id)
+            found[task.name] = -loss * sum(e.supervised for e in examples) / len(examples)
+    return found
+
+
+def print_logprobs(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """Print what fewer tokens cost the right answers, by task."""
+    print(table(["log-probability of right answers", "all tokens", "fewer"], [
+        [clean(name), f"{value:.4f}", f"{after[name]:.4f}"] for name, value in before.items()]))

@@ -60,6 +60,10 @@ class ExportConfig:
     size: float | None = flag(
         None, "megabytes that weights of int4-8, or of w4a16 and w8a16, may take: each matrix gets "
         "the bits that its rounding asks for", above_zero, metavar="MB")
+    vocab: int | None = flag(
+        None, "keep N tokens alone: those of the run's lines or of --prompts, and those that the "
+        "model expects in such texts; a smaller, faster file for a narrow task (default: all)",
+        positive, metavar="N")
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))
