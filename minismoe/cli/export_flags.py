@@ -59,7 +59,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (config.model, "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)",
          ["run", "routing", "adapters", "task", "limit_test",
           *["layout"] * (layout == "peft"),
-          *["prompts"] * (not rounded or precision in ("int8", "q8"))]),
+          *["prompts"] * (not config.vocab and (not rounded or precision in ("int8", "q8")))]),
         (npu, "--target npu holds one merged model", ["routing", "adapters"]),
         (config.routing == "dynamic", "--routing dynamic freezes nothing",
          ["prompts", "task", "adapters"]),

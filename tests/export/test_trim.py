@@ -1,0 +1,197 @@
+"""A base with fewer tokens: its logits, its files, the adapters that fit it, and --vocab."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bpes import byte_level
+from tiny import finish, random_hf, randomise
+from torch import Tensor
+
+import export
+import train
+from minismoe.data.tokenizer import load_tokenizer
+from minismoe.export.trim import trimmed_tokenizer, write_trimmed
+from minismoe.io.files import read_json
+from minismoe.method.allocation import Allocation
+from minismoe.method.experts import add_experts
+from minismoe.method.vocabulary import BPE, tokens_to_keep
+from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
+from minismoe.runtime import Generator
+
+TEXTS = ["the cat sat on the mat", "a man ran again"]
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Writes a random model of 334 tokens, and some rows more."""
+    def written(family: str, name: str = "base") -> Path:
+        model = random_hf(family, vocab_size=340, bos_token_id=0, eos_token_id=1, head_dim=16)
+        model.save_pretrained(tmp_path / name)
+        byte_level().save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({
+            "eos_token": "</s>", "bos_token": "<s>", "added_tokens_decoder": {
+                "1": {"content": "</s>"}, "2": {"content": "<unused0>"}}}))
+        generation = {"eos_token_id": [1, 7], "suppress_tokens": [333, 1]}
+        (tmp_path / name / "generation_config.json").write_text(json.dumps(generation))
+        return tmp_path / name
+    return written
+
+
+def some_tokens(base: Path) -> list[int]:
+    """Special tokens, bytes, those of TEXTS, and those on their way."""
+    tokenizer = load_tokenizer(base)
+    needed = {i for text in TEXTS for i in tokenizer.encode(text)[0]}
+    return tokens_to_keep(BPE(read_json(base / "tokenizer.json")), needed, (), 334)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
+@torch.no_grad()
+def test_logits_of_tokens_that_stay_are_those_of_the_whole_model(
+        make: Make, tmp_path: Path, family: str) -> None:
+    """Ours, and of transformers, which opens the folder as any other."""
+    transformers = pytest.importorskip("transformers")
+    base, out = make(family), tmp_path / "out"
+    kept = some_tokens(base)
+    write_trimmed(base, out, kept, ["full"])
+    whole, ours = load_model(base), load_model(out)
+    assert (ours.config.vocab_size, ours.trimmed) == (len(kept), ["full"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    their_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(out)
+    for text in TEXTS:
+        ids, new = (load_tokenizer(folder).encode(text)[0] for folder in (base, out))
+        assert [kept[i] for i in new] == ids
+        assert their_tokenizer(text, add_special_tokens=False).input_ids == new
+        wanted = whole(torch.tensor([ids]))[..., kept]
+        for model in ours, lambda x: theirs(x).logits:
+            torch.testing.assert_close(model(torch.tensor([new])), wanted, rtol=1e-6, atol=2e-5)
+
+
+def test_ids_in_all_files_are_the_new_ones(make: Make, tmp_path: Path) -> None:
+    base = make("llama")
+    kept = [i for i in some_tokens(base) if i not in (0, 2, 333)]
+    write_trimmed(base, tmp_path / "out", kept, [])
+    config, settings, generation, tokenizer = (
+        json.loads((tmp_path / "out" / name).read_text()) for name in (
+            "config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"))
+    assert (config["vocab_size"], config["eos_token_id"]) == (len(kept), 0)
+    assert "bos_token_id" not in config and [*settings["added_tokens_decoder"]] == ["0"]
+    assert generation["eos_token_id"] == [0, kept.index(7)]
+    assert generation["suppress_tokens"] == [0]
+    assert [t["id"] for t in tokenizer["added_tokens"]] == [0]
+
+
+def test_a_post_processor_has_the_new_ids() -> None:
+    vocab = {"a": 0, "<s>": 1, "b": 2, "</s>": 3}
+    for before, after in (
+            ({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+              "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+             {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}),
+            ({"type": "Sequence", "processors": [
+                {"type": "RobertaProcessing", "sep": ["</s>", 3], "cls": ["<s>", 1]}]}, None)):
+        found = trimmed_tokenizer({"model": {"vocab": vocab, "merges": []}, "added_tokens": [],
+                                   "post_processor": before}, {1: 0, 3: 1})["post_processor"]
+        if after:
+            assert found["special_tokens"] == after and found["single"] == before["single"]
+        else:
+            (inner,) = found["processors"]
+            assert (inner["sep"], inner["cls"]) == (["</s>", 1], ["<s>", 0])
+
+
+def test_an_adapter_of_the_whole_base_fits_and_that_of_another_does_not(
+        make: Make, tmp_path: Path) -> None:
+    base, out, again = make("llama"), tmp_path / "out", tmp_path / "again"
+    whole, kept = load_model(base), some_tokens(base)
+    allocation = Allocation({"model.layers.0.mlp.up_proj": 2}, rank=2)
+    save_adapter(randomise(add_experts(whole, allocation)), tmp_path / "adapter", allocation)
+    write_trimmed(base, out, kept, [whole.fingerprint])
+    once = load_model(out)
+    write_trimmed(out, again, [*range(len(kept) - 5)], [*once.trimmed, once.fingerprint])
+    for folder in out, again:
+        load_adapter(model := load_model(folder), tmp_path / "adapter")
+        x = torch.randn(3, 32)
+        assert torch.equal(model.model.layers[0].mlp.up_proj(x),
+                           whole.model.layers[0].mlp.up_proj(x))
+    write_trimmed(make("llama3", "other"), tmp_path / "foreign", kept, ["another"])
+    with pytest.raises(ValueError, match="was trained on another base"):
+        load_adapter(load_model(tmp_path / "foreign"), tmp_path / "adapter")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """--data of one task, whose test has a token that no training line has."""
+    (tmp_path / "data").mkdir()
+    for name, words in (("train", "cat mat hat"), ("valid", "sat"), ("test", "answer")):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": f"say {word} {i}", "completion": word}) + "\n"
+            for i in range(4) for word in words.split()))
+    return ["--data", str(tmp_path / "data")]
+
+
+def logits_of(run: Path, text: str) -> Tensor:
+    model = load_model(run / "base")
+    load_adapter(model, run / "adapter")
+    with torch.no_grad():
+        return model(torch.tensor([load_tokenizer(run / "base").encode(text)[0]]))
+
+
+def test_a_run_trains_resumes_and_ships_its_own_base(make: Make, data: list[str], tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    base, run = make("llama"), tmp_path / "run"
+    flags = ["--model", str(base), *data, "--epochs", "2", "--batch-size", "6"]
+    code, out, err = finish(train.main, *flags, "--vocab", "300", "--out", str(run), capsys=capsys)
+    assert code == 0, err
+    assert "vocabulary: 320 of 334 tokens" in out                        # a multiple of 64
+    assert load_model(run / "base").config.vocab_size == 320
+    assert json.loads((run / "config.json").read_text())["arguments"]["model"] == str(base)
+    (run / "results.json").unlink()
+    code, _, err = finish(train.main, "--resume", "--out", str(run), capsys=capsys)
+    assert code == 0 and (run / "results.json").exists(), err
+    more = tmp_path / "more"
+    code, _, err = finish(train.main, "--init", str(run), "--epochs", "1", "--out", str(more),
+                          capsys=capsys)
+    assert code == 0 and not (more / "base").exists(), err               # it names that of run
+    export.main([str(run), "--precision", "fp32", "--out", str(tmp_path / "onnx")])
+    generator, ids = Generator(tmp_path / "onnx"), load_tokenizer(run / "base").encode("say cat")[0]
+    (given,) = generator.forced(ids, [])
+    wanted = logits_of(run, "say cat")[0, -1]
+    torch.testing.assert_close(torch.from_dlpack(given).flatten(), wanted, rtol=1e-4, atol=1e-4)
+    export.main([str(more), "--layout", "peft", "--out", str(tmp_path / "peft")])
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(run / "base")
+
+
+def test_an_export_leaves_tokens_out_of_a_whole_run(make: Make, data: list[str], tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train.main(["--model", str(make("llama")), *data, "--epochs", "1", "--out", str(run)])
+    export.main([str(run), "--vocab", "320", "--precision", "fp32", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "log-probability of right answers" in said and "test lines" in said
+    info = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert (info["vocab_size"], info["model"]) == (320, "base")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "data", "out", "run"]
+    export.main(["--model", str(tmp_path / "base"), "--vocab", "320", "--layout", "hf", "--prompts",
+                 str(tmp_path / "data" / "train.jsonl"), "--out", str(tmp_path / "hf")])
+    assert load_model(tmp_path / "hf").config.vocab_size == 320
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--vocab", "64"], "--vocab: 64 tokens are too few: special tokens, bytes and the texts take"),
+    (["--vocab", "330"], "--vocab 384: the base has 334 tokens, so none would be left out")])
+def test_sizes_that_cannot_be_meant_are_refused(make: Make, data: list[str], tmp_path: Path,
+                                                flags: list[str], says: str,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = finish(train.main, "--model", str(make("llama")), *data, *flags, "--out",
+                          str(tmp_path / "run"), capsys=capsys)
+    assert code == 1 and says in err and not (tmp_path / "run" / "base").exists()
+
+
+def test_bytes_have_nothing_to_leave_out(inputs: Any, tmp_path: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = finish(train.main, *inputs, "--vocab", "200", capsys=capsys)
+    assert code == 1 and "--vocab: the model reads bytes" in err
