@@ -1,6 +1,6 @@
 """--vocab: a base with the tokens that its task needs, in place of all."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,8 +47,7 @@ def trim(base: Path, model: CausalLM, tokenizer: Tokenizer, texts: Mapping[str, 
         raise ValueError(f"--vocab {count}: the base has {total} tokens, so none would be left out")
     with naming("--vocab", ValueError):
         bpe = BPE(read_json(base / "tokenizer.json"))
-        needed = {i for examples in texts.values() for e in examples for i in e.ids}
-        needed |= {*always(tokenizer, tasks)}
+        needed = needed_tokens(tokenizer, tasks, texts)
         tokens_to_keep(bpe, needed, (), count)           # before the work: it raises for too few
         batches = (batch for examples in texts.values() for batch in probe_batches(
             examples, TEXTS, BATCH, tokenizer.pad_id))
@@ -59,15 +58,18 @@ def trim(base: Path, model: CausalLM, tokenizer: Tokenizer, texts: Mapping[str, 
     print0(f"vocabulary: {len(kept):,} of {total:,} tokens; {len(needed):,} are those of the texts")
 
 
-def always(tokenizer: Tokenizer, tasks: Sequence[Task]) -> Iterable[int]:
-    """Tokens that end answers, fill up batches, or begin texts, those of the answers of a set, and
-    those that the chat template writes."""
-    yield from (*tokenizer.stop_ids, tokenizer.pad_id)
-    yield from (i for text in (tokenizer.bos, tokenizer.eos) for i in tokenizer.encode(text)[0])
+def needed_tokens(tokenizer: Tokenizer, tasks: Sequence[Task],
+                  texts: Mapping[str, Sequence[Example]]) -> set[int]:
+    """Tokens of the texts, of the answers of sets, and of what the chat template writes; and those
+    that end answers and fill up batches."""
     question = {"role": "user", "content": "question"}
-    yield from tokenizer.encode(tokenizer.render([question], True))[0]
+    needed = {*tokenizer.stop_ids, tokenizer.pad_id,
+              *tokenizer.encode(tokenizer.render([question], True))[0]}
+    for text in tokenizer.bos, tokenizer.eos:
+        needed.update(tokenizer.encode(text)[0])
     for answer in (answer for task in tasks for answer in task.choices):
-        yield from tokenizer.turn([question, {"role": "assistant", "content": answer}])
+        needed.update(tokenizer.turn([question, {"role": "assistant", "content": answer}]))
+    return needed.union(*(e.ids for examples in texts.values() for e in examples))
 
 
 def print_lost(tasks: Sequence[Task], before: Tokenizer, after: Tokenizer) -> None:
