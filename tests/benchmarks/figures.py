@@ -3,7 +3,7 @@
     python tests/benchmarks/figures.py
 
 method.svg    probe, vote, experts, merge: the toy's sensitivity.json (toy.json) and its vote
-rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json)
+rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json, floor.json)
 bits.svg      the bits of each matrix (bits.json: `bits` of export.json, two exports with --size)
 rates.svg     the loss at other learning rates than the default's (rates.jsonl)
 
@@ -29,7 +29,8 @@ WIDTH = 860.0                                # about the width of a README on Gi
 INK, GREY, LINE, PALE = "#1f2328", "#59636e", "#d0d7de", "#f3f5f7"
 BLUE, LIGHT_BLUE, ORANGE, LIGHT_ORANGE = "#0a5cbf", "#d6e6f7", "#b3500b", "#f3d9c4"
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
-RULES = {"lora": "lora (plain LoRA)", "votes": "votes (the paper)"}
+RULES = {"lora": "a plain LoRA", "uniform": "as many everywhere", "random": "at random",
+         "votes-floor": "votes, at least one", "votes": "votes (the paper)"}
 Parts = list[str]
 
 
@@ -89,13 +90,13 @@ def place(module: str) -> tuple[int, str]:
 def method(probed: Mapping[str, Any]) -> str:
     """The four steps side by side, on the 28 matrices and five tasks of the toy."""
     scores = {task: found["scores"] for task, found in probed["tasks"].items()}
-    experts = allocate(scores, keep=0.6).experts
+    experts = allocate(scores, keep=0.6, min_experts=1).experts
     top, wide, step = 92.0, 9.0, 48.0
     left, vote, count, merge = 56.0, 330.0, 588.0, 722.0
     parts: Parts = []
     for x, name, says in ((left, "1  Probe", "squared gradient norm of each matrix"),
                           (vote, "2  Vote", "each task: its top 60 %"),
-                          (count, "3  Experts", "a vote is an expert"),
+                          (count, "3  Experts", "votes, at least one"),
                           (merge, "4  Merge", "one matrix ships")):
         parts += [text(x, 30, name, size=15, bold=True), text(x, 50, says, color=GREY)]
     parts += [text(left - 7, top + 12 + 16 * i, kind, anchor="end", size=12, color=GREY)
@@ -116,7 +117,7 @@ def method(probed: Mapping[str, Any]) -> str:
         layer, kind = place(module)
         number = experts.get(module, 0)
         parts.append(text(count + 22 * layer + 10.5, top + 12 + 16 * KINDS.index(kind),
-                          str(number or "·"), anchor="middle", size=12,
+                          str(number), anchor="middle", size=12,
                           color="#fff" if number > most / 2 else INK))
     parts += [text(count + 22 * n + 10.5, top - 9, str(n), anchor="middle", size=11)
               for n in range(4)]
@@ -137,38 +138,42 @@ def method(probed: Mapping[str, Any]) -> str:
     return card(bottom + 18, "Probe, vote, experts, merge", parts)
 
 
-def rules(compared: Mapping[str, Any]) -> str:
-    """Exact match of each rule, and its difference to LoRA with a paired 95 % interval."""
-    low, high, left, row_height = -8, 4, 24.0, 26
-    rows = sorted(compared["rows"], key=lambda row: -row["accuracy"]["intervals"]["mean"][0])
-    bottom = 92.0 + row_height * len(rows)
+def rules(trials: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of each trial, the exact match of each rule, and its difference to LoRA with a paired 95 %
+    interval."""
+    low, high, left, row_height = -8, 6, 24.0, 26
 
     def across(points: float) -> float:
         return left + 292 + (points - low) / (high - low) * 480
 
-    seeds = max(row["accuracy"]["seeds"] for row in rows)
-    parts = [text(left, 30, f"SmolLM2-135M, {seeds} seeds", size=15, bold=True),
-             text(left, 58, "rule", size=12, color=GREY),
-             text(left + 232, 58, "exact match", size=12, color=GREY, anchor="end"),
-             text(across(-2), 58, "minus LoRA, in points", size=12, color=GREY, anchor="middle")]
-    for points, label in ((-8, "−8"), (-4, "−4"), (0, "0"), (4, "+4")):
-        parts += [line(f"M{across(points):.1f} 70V{bottom - 18}", LINE if points else GREY, 1),
-                  text(across(points), bottom, label, size=12, color=GREY, anchor="middle")]
-    for i, row in enumerate(rows):
-        y, mean = 86.0 + row_height * i, 100 * row["accuracy"]["intervals"]["mean"][0]
-        parts += [text(left, y + 4, RULES.get(row["strategy"], row["strategy"])),
-                  text(left + 232, y + 4, f"{mean:.1f}", anchor="end")]
-        if found := row["against"].get("lora"):
-            gap, start, end = (100 * v for v in found["intervals"]["mean"])
-            color = ORANGE if end < 0 or start > 0 else BLUE
-            parts += [line(f"M{across(start):.1f} {y}H{across(end):.1f}", color, 2),
-                      dot(across(gap), y, 4, color)]
-        else:
-            parts.append(dot(across(0), y, 4, "#fff", GREY))
-    parts += [text(left, bottom + 30, "Equal parameters within 1 %. Lines are paired 95 % "
-                   "intervals over seeds and test lines; orange leaves out zero.", size=12,
-                   color=GREY)]
-    return card(bottom + 46, "Exact match by allocation rule, against plain LoRA", parts)
+    parts, y = Parts(), 26.0
+    for title, compared in trials.items():
+        parts += [text(left, y + 4, title, size=15, bold=True),
+                  text(left + 232, y + 30, "exact match", size=12, color=GREY, anchor="end"),
+                  text(across(-1), y + 30, "minus LoRA, in points", size=12, color=GREY,
+                       anchor="middle")]
+        rows = sorted((row for row in compared["rows"] if row["strategy"] in RULES),
+                      key=lambda row: -row["accuracy"]["intervals"]["mean"][0])
+        bottom = y + 40 + row_height * len(rows)
+        for points in range(low, high + 1, 4):
+            parts += [line(f"M{across(points):.1f} {y + 42}V{bottom}", LINE if points else GREY, 1),
+                      text(across(points), bottom + 16, f"{points:+d}".replace("-", "−")
+                           if points else "0", size=12, color=GREY, anchor="middle")]
+        for i, row in enumerate(rows):
+            at, mean = y + 56 + row_height * i, 100 * row["accuracy"]["intervals"]["mean"][0]
+            parts += [text(left, at + 4, RULES[row["strategy"]]),
+                      text(left + 232, at + 4, f"{mean:.1f}", anchor="end")]
+            if found := row["against"].get("lora"):
+                gap, start, end = (100 * v for v in found["intervals"]["mean"])
+                color = ORANGE if end < 0 or start > 0 else BLUE
+                parts += [line(f"M{across(start):.1f} {at}H{across(end):.1f}", color, 2),
+                          dot(across(gap), at, 4, color)]
+            else:
+                parts.append(dot(across(0), at, 4, "#fff", GREY))
+        y = bottom + 50
+    parts.append(text(left, y - 6, "Equal parameters within 1 %. Lines are paired 95 % intervals "
+                      "over seeds and test lines; orange leaves out zero.", size=12, color=GREY))
+    return card(y + 12, "Exact match by allocation rule, against plain LoRA", parts)
 
 
 def bits(exports: Mapping[str, Mapping[str, Any]]) -> str:
@@ -244,7 +249,9 @@ def record(name: str) -> Any:
 
 
 PICTURES: dict[str, Callable[[], str]] = {
-    "method": lambda: method(record("toy")), "rules": lambda: rules(record("smollm2")),
+    "method": lambda: method(record("toy")), "rules": lambda: rules({
+        "SmolLM2-135M, five tasks, three seeds": record("smollm2"),
+        "SmolLM2-135M, three tasks, three other seeds": record("floor")}),
     "bits": lambda: bits(record("bits")),
     "rates": lambda: rates(complete())}
 
