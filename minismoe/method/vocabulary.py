@@ -7,7 +7,7 @@ tokens of a byte-pair encoding (BPE), these stay:
     (b) bytes, into which any text falls apart at worst
     (c) the tokens of the task's own texts
     (d) until there are N, those that the model itself expects in such texts: the largest
-            p(v)  =  mean over the positions t of the texts of  softmax(logits_t)_v
+            p(v)  =  the largest, over the positions t of the texts, of  softmax(logits_t)_v
 
 and with each of them all tokens that the encoding makes on the way from its characters. Merges
 stay where both parts and the result do, in their order.
@@ -105,18 +105,20 @@ def tokens_to_keep(bpe: BPE, needed: Iterable[int], order: Iterable[int], count:
 
 @torch.no_grad()
 def expected(model: Any, batches: Iterable[Sequence[Tensor]]) -> Tensor:
-    """p (V,): the mean of the model's probabilities of the next token, over the positions of texts.
+    """p (V,): the largest probability of the next token that the model gives it anywhere in texts.
 
-    batches: tuples that begin with input_ids and attention_mask, each (B, T). `model` has a decoder
-    `.model` under a linear `.lm_head`, and is left as it was.
+    The mean over positions would rank the tokens of a likely place above those of many places: on
+    unseen lines it let up to a third more tokens fall apart. batches: tuples that begin with
+    input_ids and attention_mask, each (B, T). `model` has a decoder `.model` under a linear
+    `.lm_head`, and is left as it was.
     """
-    head, positions = model.lm_head.weight, 0
-    sums = torch.zeros(len(head), device=head.device)
+    head = model.lm_head.weight
+    highest = torch.zeros(len(head), device=head.device)
     with measuring(model):
         for ids, mask, *_ in batches:
             output = model.model(input_ids=ids.to(head.device), attention_mask=mask)
             hidden = getattr(output, "last_hidden_state", output)[mask.to(head.device).bool()]
             for rows in hidden.split(max(1, CHUNK // len(head))):
-                sums += F.linear(rows, head).float().softmax(-1).sum(0)
-            positions += len(hidden)
-    return sums / max(1, positions)
+                p = F.linear(rows, head).float().softmax(-1)
+                highest = torch.maximum(highest, p.amax(0))
+    return highest
