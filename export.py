@@ -62,6 +62,9 @@ def main(argv: Sequence[str]) -> None:
 @contextmanager
 def scratch_folder(config: ExportConfig) -> Iterator[Path]:
     """A folder for a base with fewer tokens, beside what is written; it is removed at the end."""
+    if not config.vocab:
+        yield Path()
+        return
     beside = Path(config.out).absolute().parent if config.out else Path(config.run or "runs")
     beside.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".vocab-", suffix=".tmp", dir=beside) as folder:
