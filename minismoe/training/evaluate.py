@@ -12,12 +12,23 @@ from torch import Tensor
 from ..data.tasks import Example, Task, collate
 from ..data.tokenizer import Tokenizer
 from ..io.files import naming
-from ..method.loss import CHUNK, head_losses, predicting
+from ..method.loss import head_scores, predicting
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens, sent
 from .compiled import uncompiled
 from .copies import Copies
 from .distributed import spread
+
+
+def alike(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Batches of at most `size` texts of these lengths, by number: the longest first, so that what
+    does not fit in memory fails at once, and none below half the length of its batch's longest."""
+    batches: list[list[int]] = []
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if not batches or len(batches[-1]) == size or 2 * lengths[n] < lengths[batches[-1][0]]:
+            batches.append([])
+        batches[-1].append(n)
+    return batches
 
 
 @torch.no_grad()
@@ -26,14 +37,12 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
              progress: Callable[[int], Any] = lambda prompts: None) -> list[list[int]]:
     """Greedy continuations of token prompts: up to a stop id, which is left out, or the limit.
     Prompts of similar length share a batch, which ends when all of its rows have stopped."""
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    batches = [[prompts[n] for n in order[i:i + batch_size]]
-               for i in range(0, len(order), batch_size)]
-    answers: list[list[int]] = []
-    for batch in spread(lambda b: _generate_batch(model, b, max_new_tokens, stop_ids), batches):
-        answers += batch
+    batches, answers = alike([*map(len, prompts)], batch_size), dict[int, list[int]]()
+    for batch, found in zip(batches, spread(lambda batch: _generate_batch(
+            model, [prompts[n] for n in batch], max_new_tokens, stop_ids), batches)):
+        answers |= zip(batch, found)
         progress(len(batch))
-    return [answer for _, answer in sorted(zip(order, answers))]
+    return [answers[n] for n in range(len(prompts))]
 
 
 def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
@@ -86,18 +95,16 @@ def token_scores(model: CausalLM, examples: Sequence[Example], pad_id: int, batc
                  ) -> tuple[float, float]:
     """Mean cross-entropy of the supervised tokens, in nats, and the share of them that the model
     finds likeliest, both given the right tokens before them."""
-    order, step = sorted(examples, key=lambda e: e.ids), max(1, CHUNK // model.config.vocab_size)
+    def sums(batch: Sequence[int]) -> tuple[float, int, int]:
+        # Sorted rows put shared prefixes side by side.
+        lines = sorted((examples[n] for n in batch), key=lambda e: e.ids)
+        hidden, targets, _, _ = supervised(model, lines, pad_id)
+        losses, right = head_scores(hidden, model.lm_head.weight, targets)
+        return losses.sum().item(), int(right.sum()), len(targets)
 
-    def sums(batch: Sequence[Example]) -> tuple[float, int, int]:
-        hidden, targets, _, _ = supervised(model, batch, pad_id)
-        loss = head_losses(hidden, model.lm_head.weight, targets).sum().item()
-        right = sum(int((model.lm_head(h).argmax(-1) == target).sum())
-                    for h, target in zip(hidden.split(step), targets.split(step)))
-        return loss, right, len(targets)
-
+    batches = alike([len(e.ids) for e in examples], batch_size)
     with uncompiled(), Copies(model).multiplying():
-        losses, rights, counts = zip(*spread(sums, [order[i:i + batch_size]
-                                                    for i in range(0, len(order), batch_size)]))
+        losses, rights, counts = zip(*spread(sums, batches))
     return sum(losses) / sum(counts), sum(rights) / sum(counts)
 
 

@@ -9,13 +9,14 @@ from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import load_model
-from minismoe.training.evaluate import token_scores
+from minismoe.training import evaluate
+from minismoe.training.evaluate import alike, token_scores
 from minismoe.training.judge import has_short_answers
 
 
 @pytest.mark.parametrize("head_rows", [2, 512])
 def test_token_scores_are_those_of_a_plain_loop(tmp_path, monkeypatch, head_rows) -> None:
-    monkeypatch.setattr("minismoe.training.evaluate.CHUNK", 259 * head_rows)
+    monkeypatch.setattr("minismoe.method.loss.CHUNK", 259 * head_rows)
     model = load_model(save_bytes_model(tmp_path / "model"))
     generator = torch.Generator().manual_seed(0)
     losses, rights, examples = [], [], []
@@ -32,6 +33,20 @@ def test_token_scores_are_those_of_a_plain_loop(tmp_path, monkeypatch, head_rows
     loss, right = token_scores(model, examples, 0, batch_size=3)
     assert loss == pytest.approx(sum(losses) / 12, abs=1e-5)
     assert right == sum(rights) / 12 >= 4 / 12
+
+
+def test_batches_hold_texts_of_similar_length(monkeypatch, tmp_path) -> None:
+    """One long line among short ones is computed by itself, and the head runs once on each."""
+    model, seen = load_model(save_bytes_model(tmp_path / "model")), []
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: pytest.fail("the head runs again"))
+    pack = evaluate.Tokens
+    monkeypatch.setattr(evaluate, "Tokens", lambda ids, *more: seen.append(tuple(ids.shape))
+                        or pack(ids, *more))
+    lengths = [9, 5, 300, *range(10, 39)]
+    token_scores(model, [Example("t", [i] * n, [IGNORE] * (n - 1) + [i])
+                         for i, n in enumerate(lengths)], 0)
+    assert seen == [(1, 300), (20, 38), (10, 18), (1, 5)]
+    assert alike([3, 4, 4, 4, 2], 2) == [[1, 2], [3, 0], [4]]
 
 
 def test_answers_are_short_if_half_of_them_are(tmp_path) -> None:
