@@ -281,7 +281,8 @@ def test_the_out_of_memory_error_of_torch_on_a_cpu_is_recognised() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     for text in (str(said.value), "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
                  "Invalid buffer size: 24.00 GiB"):              # of cuBLAS and MPS
-        assert "--micro-batch-size" in error_line(RuntimeError(text))
+        line = error_line(RuntimeError(text))
+        assert "--micro-batch-size" in line and "bfloat16" not in line   # slow on many CPUs
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

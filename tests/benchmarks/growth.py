@@ -7,7 +7,8 @@ Makes checkpoints with random weights in bfloat16, which cost what real ones do.
 command that a user types, in a process of its own, whose time and peak memory the table holds:
 training on two tasks, the default export, answering; beside them PEFT's LoRA of equal size and
 onnxruntime-genai's model builder, if they are installed. The steps that --work holds already are
-not run again, and the table is printed anew.
+not run again, and the table is printed anew. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 in
+the environment has torch compute as on a laptop whose CPU has no AVX-512.
 """
 
 import argparse
@@ -26,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 from safetensors.torch import save_file
 
+from minismoe.cli.flags import InputConfig
+from minismoe.cli.inputs import resolve_auto
 from minismoe.io.files import new_folder, read_json, write_json
 from minismoe.model.config import Config
 from minismoe.model.decoder import meta_model
@@ -57,19 +60,21 @@ def make_checkpoint(folder: Path, sizes: Sequence[int], tokenizer: Path) -> None
 
 
 def commands(model: Path, work: Path, data: str, tasks: str) -> dict[str, list[str]]:
-    """{step: the arguments of python}; steps of ours first, in the order that they need."""
+    """{step: the arguments of python}; steps of ours first, in the order that they need. Both sides
+    train in the dtype that train.py chooses for this machine."""
+    dtype = resolve_auto(InputConfig(model=str(model))).dtype
     bench = Path(__file__).parent
     given = ["--model", str(model), "--data", data]
     decode = [str(bench / "decode_speed.py"), "--model", str(model), "--threads",
               str(torch.get_num_threads()), "--tokens", str(TOKENS)]
     return {
         "train": ["train.py", *given, "--only-tasks", tasks, "--limit-train", str(LINES),
-                  "--limit-test", "4", "--epochs", "1", "--samples", "8", "--dtype", "bfloat16",
+                  "--limit-test", "4", "--epochs", "1", "--samples", "8", "--dtype", dtype,
                   "--out", str(work / "run")],
         "export": ["export.py", str(work / "run"), "--out", str(work / "ours")],
         "decode": [*decode, "--side", "merged", "--child", str(work / "ours")],
         "PEFT": [str(bench / "train_speed.py"), *given, "--tasks", tasks, "--batch-size", "8",
-                 "--experts", "2", "--side", "peft", "--dtype", "bfloat16"],
+                 "--experts", "2", "--side", "peft", "--dtype", dtype],
         "builder": ["-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o",
                     str(work / "genai"), "-c", str(work / "cache"), "-p", "int4", "-e", "cpu"],
         "genai": [*decode, "--side", "genai", "--child", str(work / "genai")]}

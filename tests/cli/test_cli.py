@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import export
 import probe
 import train
 from minismoe.cli import probing, runs
-from minismoe.cli.inputs import resolve_auto
+from minismoe.cli.inputs import load_base, resolve_auto
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,13 +86,16 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("units", [(), ("amx_tile",), ("avx512_bf16",), ("vnni",)])
-def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, units) -> None:
+def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, capsys, units) -> None:
+    """And where it is told to compute in bfloat16 all the same, it says what that costs."""
     for unit in ("amx_tile", "avx512_bf16", "vnni"):
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda u=unit: u in units,
                             raising=False)
     config = resolve_auto(train.parse([*inputs, "--device", "cpu"]).inputs)
-    assert config.dtype == (
-        "bfloat16" if {"amx_tile", "avx512_bf16"} & set(units) else "float32")
+    multiplies = bool({"amx_tile", "avx512_bf16"} & set(units))
+    assert config.dtype == ("bfloat16" if multiplies else "float32")
+    load_base(replace(config, dtype="bfloat16"), Path(inputs[1]))
+    assert ("--dtype bfloat16: this CPU has no instr" in capsys.readouterr().out) != multiplies
 
 
 @pytest.mark.parametrize("main", [train.main, probe.main])
