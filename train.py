@@ -12,7 +12,7 @@ except for times.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,6 @@ import torch
 
 from minismoe.cli import flags, probing, runs, script, trimming
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
-from minismoe.data.tasks import encode_all
 from minismoe.io.files import write_json
 from minismoe.io.flags import from_flags, new_parser, option
 from minismoe.io.progress import progress_bar
@@ -31,7 +30,7 @@ from minismoe.method.sensitivity import Scores
 from minismoe.model.checkpoint import load_adapter, save_adapter
 from minismoe.training import distributed
 from minismoe.training.distributed import once, print0
-from minismoe.training.evaluate import questions
+from minismoe.training.evaluate import Questions
 from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
 from minismoe.training.loop import TrainConfig, train
 from minismoe.training.rate import default_lr
@@ -61,11 +60,7 @@ def main(argv: Sequence[str]) -> None:
         if count := config.vocab:
             config = replace(config, out=str(run))           # the name is taken from now on
             inputs = trimming.trimmed(inputs, config.inputs, count, base)
-    if config.inputs.limit_test != 0:    # bad test lines are found before there is a run
-        for task in inputs.tasks:
-            context = inputs.model.config.max_position_embeddings
-            questions(inputs.tokenizer, task, context)
-            encode_all(task, inputs.tokenizer, context, "test")
+    asked = inputs.asked(tested=config.inputs.limit_test != 0)   # wrong lines are found here
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     seconds = dict[str, float]()
@@ -81,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         if scores is not None:
             once(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
         once(write_json, run / "allocation.json", allocation.to_json())
-        train_and_evaluate(run, config, inputs, allocation, seconds)
+        train_and_evaluate(run, config, inputs, asked, allocation, seconds)
     if not distributed.rank():
         print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
               + runs.next_commands(run, config))
@@ -108,7 +103,8 @@ def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, flo
     return allocation, scores
 
 
-def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, allocation: Allocation,
+def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs,
+                       asked: Mapping[str, Questions], allocation: Allocation,
                        seconds: dict[str, float]) -> None:
     """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
@@ -117,7 +113,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.
     before = None
     if not distributed.gather((run / "before.json").exists())[0]:
-        before = score(inputs, "before", config)
+        before = score(inputs, asked, "before", config)
         once(write_json, run / "before.json", before)
     if not distributed.rank():
         known = runs.read_before(run / "before.json", inputs.encoded)
@@ -133,7 +129,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
 
     # Evaluate again, and save what came out.
-    after = score(inputs, "after", config) if summary["step"] or before is None else before
+    after = score(inputs, asked, "after", config) if summary["step"] or before is None else before
     if not distributed.rank():
         runs.save_results(run, known, after, {
             "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
@@ -183,18 +179,20 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
                       training=from_flags(TrainConfig, values))
 
 
-def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Judgement]:
+def score(inputs: Inputs, asked: Mapping[str, Questions], when: str, config: flags.RunConfig,
+          ) -> dict[str, Judgement]:
     """What the model does with the test lines of each task, with a bar."""
     batch = min(32, 4 * distributed.per_process(config.training.micro))
-    judgements, model, tokenizer = {}, inputs.model, inputs.tokenizer
-    with progress_bar(total=sum(len(t.test) for t in inputs.tasks), desc=f"evaluate {when}",
-                      unit="line", disable=distributed.rank() > 0) as bar:
-        for i, task in enumerate(inputs.tasks):
-            exact = bool(task.test) and (config.exact_match == "on" or (
-                config.exact_match == "auto" and has_short_answers(
-                    tokenizer, task, model.config.max_position_embeddings)))
-            shown = len(range(i, SHOWN, len(inputs.tasks)))          # of SHOWN among all tasks
-            judgements[task.name] = judge(model, tokenizer, task, exact, shown, batch, bar.update)
+    judgements = {}
+    with progress_bar(total=sum(len(of_task.lines) for of_task in asked.values()), unit="line",
+                      desc=f"evaluate {when}", disable=distributed.rank() > 0) as bar:
+        for i, (name, of_task) in enumerate(asked.items()):
+            exact = config.inputs.limit_test != 0 and (
+                config.exact_match == "on" or config.exact_match == "auto"
+                and has_short_answers(of_task))
+            shown = len(range(i, SHOWN, len(asked)))                 # of SHOWN among all tasks
+            judgements[name] = judge(inputs.model, inputs.tokenizer, of_task, inputs.test[name],
+                                     exact, shown, batch, bar.update)
     return judgements
 
 

@@ -37,8 +37,8 @@ class InputConfig:
         metavar="N")
     system: str | None = flag(None, "system prompt of the lines that have none; an export begins "
                               "its chats with it", text, metavar="TEXT")
-    max_length: int = flag(1024, "longer training examples are cut (default: %(default)s)",
-                           positive, metavar="TOKENS")
+    max_length: int = flag(1024, "longer lines are cut, in training and where their loss is "
+                           "measured (default: %(default)s)", positive, metavar="TOKENS")
     seed: int = flag(0, "starts all random choices (default: %(default)s)", seed)
     show: int | None = flag(
         None, "print N examples a task as the model sees them before --max-length, supervised "
@@ -96,7 +96,7 @@ class RunConfig:
                            metavar="RUN")
     exact_match: str = flag(
         "auto", "whether the model answers all test lines, and answers are compared. auto "
-        "(default): for tasks where half of the right answers have at most 32 tokens",
+        "(default): for tasks where nine of ten right answers have at most 32 tokens",
         choices=("auto", "on", "off"))
     init: str | None = flag(
         None, "begin with the experts of RUN, its model and system prompt and, unless --data names "

@@ -22,20 +22,22 @@ from ..model.checkpoint import load_model, read_config
 from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
 from ..training.distributed import print0
+from ..training.evaluate import Questions, questions
+from ..training.judge import SHOWN
 from .flags import InputConfig
 
 
 @dataclass
 class Inputs:
-    """The model, its folder and tokenizer, the tasks, and by task their training and validation
-    examples."""
+    """The model, its folder and tokenizer, the tasks, and by task their examples of each split."""
 
     folder: Path
     model: CausalLM
     tokenizer: Tokenizer
     tasks: list[Task]
-    encoded: dict[str, list[Example]]
+    encoded: dict[str, list[Example]]    # of training lines
     valid: dict[str, list[Example]]
+    test: dict[str, list[Example]]
 
     @property
     def examples(self) -> list[Example]:
@@ -46,6 +48,14 @@ class Inputs:
     def valid_examples(self) -> list[Example]:
         """The validation examples of all tasks."""
         return [e for examples in self.valid.values() for e in examples]
+
+    def asked(self, tested: bool) -> dict[str, Questions]:
+        """By task, its test lines as questions; those of a run that is not tested are a few
+        validation lines. Raises ValueError as `questions` does."""
+        context = self.model.config.max_position_embeddings
+        lines = {t.name: t.test if tested else t.valid[:SHOWN] for t in self.tasks}
+        return {name: questions(self.tokenizer, Task(name, [], lines[name]), context)
+                if tested or lines[name] else Questions([], [], []) for name in lines}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -105,11 +115,9 @@ def load_inputs(config: InputConfig) -> Inputs:
     tokenizer = load_tokenizer(folder)
     context = read_config(folder)[0].max_position_embeddings
     length = min(config.max_length, context)
-    for task in tasks:
-        leave_out_long_prompts(task, "valid", "validation", tokenizer, context)
-        leave_out_long_prompts(task, "test", "test", tokenizer, context)
     encoded = {t.name: encode_all(t, tokenizer, length) for t in tasks}
-    valid = {t.name: encode_all(t, tokenizer, context, "valid") for t in tasks}
+    valid, test = ({t.name: unseen_examples(t, split, word, tokenizer, length, context)
+                    for t in tasks} for split, word in (("valid", "validation"), ("test", "test")))
     if empty := [name for name, examples in encoded.items() if not examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")
@@ -119,23 +127,27 @@ def load_inputs(config: InputConfig) -> Inputs:
     print0(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
            f"{config.dtype}{bits}")
     print_data(tokenizer, tasks, encoded)
-    return Inputs(folder, model, tokenizer, tasks, encoded, valid)
+    return Inputs(folder, model, tokenizer, tasks, encoded, valid, test)
 
 
-def leave_out_long_prompts(task: Task, split: str, word: str, tokenizer: Tokenizer, context: int,
-                           ) -> None:
-    """Leave out lines of a split whose prompt fills the model's context, and note how many there
-    are; `word` names the split."""
+def unseen_examples(task: Task, split: str, word: str, tokenizer: Tokenizer, length: int,
+                    context: int) -> list[Example]:
+    """The examples of the valid or test split, cut to `length` tokens. Lines whose prompt fills the
+    model's context leave the split. `task` notes how many do, and how many have no loss."""
     lines, fitting = getattr(task, split), []
     for number, messages in enumerate(lines, 1):
         with naming(f"task {task.name}, {word} example {number}", ValueError):
             prompt = tokenizer.encode(tokenizer.render(messages[:-1], True))[0]
         if len(prompt) < context:
             fitting.append(messages)
-    if long := len(lines) - len(fitting):
-        task.notes.append(f"{long} {word} lines left out: their prompts fill the model's context "
-                          f"of {context:,} tokens")
-        setattr(task, split, fitting)
+    setattr(task, split, fitting)
+    examples = encode_all(task, tokenizer, length, split)
+    task.notes += [f"{count} {word} lines {what}" for count, what in (
+        (len(lines) - len(fitting), "left out: their prompts fill the model's context of "
+                                    f"{context:,} tokens"),
+        (len(fitting) - len(examples), "have no loss: the length limit would remove their whole "
+                                       "answer")) if count]
+    return examples
 
 
 def read_tasks(config: InputConfig) -> list[Task]:

@@ -74,9 +74,9 @@ def sizes_of(config: ExportConfig, source: Source) -> tuple[int, tuple[int, int,
     longest, tokenizer = source.model.config.max_position_embeddings, source.tokenizer
     prompts, answers, npu = check_prompts(source), [0], config.target == "npu"
     for task in source.tasks:
-        of_task, _, limit = questions(tokenizer, task, longest)
-        answers.append(max(map(len, of_task)) + limit)
-        prompts += of_task
+        asked = questions(tokenizer, task, longest)
+        answers.append(max(map(len, asked.prompts)) + max(asked.limits))
+        prompts += asked.prompts
     prompt = max(map(len, prompts))
     needed = min(longest, max(prompt + TOKENS, *answers))
     context, static = config.context or min(longest, max(2048, needed)), config.static

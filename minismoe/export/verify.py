@@ -21,7 +21,7 @@ from ..method.freeze import Fit, freeze, merge
 from ..model.checkpoint import load_model, text_name, weights
 from ..model.decoder import CausalLM
 from ..runtime import Generator
-from ..training.evaluate import evaluate, exact_match, generate
+from ..training.evaluate import evaluate, exact_match, generate, questions
 from .compare import (
     FEW,
     TOKENS,
@@ -169,8 +169,9 @@ def accuracies(config: ExportConfig, source: Source, generator: Generator, model
         share = accuracy(generator, task)
         if share is not None:
             if config.precision != "fp32":
+                asked = questions(source.tokenizer, task, model.config.max_position_embeddings)
                 row[str(model.model.norm.weight.dtype)[6:]] = evaluate(
-                    model, source.tokenizer, task).share
+                    model, source.tokenizer, asked).share
             by_task[task.name] = row | {config.precision: share}
     return by_task
 
@@ -178,8 +179,8 @@ def accuracies(config: ExportConfig, source: Source, generator: Generator, model
 def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float | None:
     """Exact match of an exported folder on the test split of a task, 0 to 1; None if it has no room
     for the answers."""
-    def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
-        if (room := generator.room(max(map(len, prompts)))) < limit:
+    def complete(prompts: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
+        if (room := generator.room(max(map(len, prompts)))) < (limit := max(limits)):
             print(f"{clean(task.name)}: no exact match, as an answer may have {limit} tokens, and "
                   f"there is room for {room}")
             return []
@@ -188,7 +189,8 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float | 
         return [answer for start in starts
                 for answer in generator.batch(prompts[start:start + batch_size], limit)]
 
-    right = exact_match(generator.tokenizer, task, generator.context, complete)
+    asked = questions(generator.tokenizer, task, generator.context)
+    right = exact_match(generator.tokenizer, asked, complete)
     return right.share if right.examples else None
 
 

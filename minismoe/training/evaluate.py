@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.tasks import Example, Task, collate
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import Message, Tokenizer
 from ..io.files import naming
 from ..method.loss import head_scores, predicting
 from ..model.decoder import CausalLM
@@ -32,38 +32,40 @@ def alike(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int],
              stop_ids: Sequence[int], batch_size: int = 32,
              progress: Callable[[int], Any] = lambda prompts: None) -> list[list[int]]:
-    """Greedy continuations of token prompts: up to a stop id, which is left out, or the limit.
-    Prompts of similar length share a batch, which ends when all of its rows have stopped."""
+    """Greedy continuations of token prompts: up to a stop id, which is left out, or the limit, one
+    for all or one each. Prompts of similar length share a batch, which ends when all of its rows
+    have stopped."""
+    limits = ([max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int)
+              else max_new_tokens)
     batches, answers = alike([*map(len, prompts)], batch_size), dict[int, list[int]]()
     for batch, found in zip(batches, spread(lambda batch: _generate_batch(
-            model, [prompts[n] for n in batch], max_new_tokens, stop_ids), batches)):
+            model, [prompts[n] for n in batch], [limits[n] for n in batch], stop_ids), batches)):
         answers |= zip(batch, found)
         progress(len(batch))
     return [answers[n] for n in range(len(prompts))]
 
 
-def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], limits: Sequence[int],
                     stop_ids: Sequence[int]) -> list[list[int]]:
     device = model.model.norm.weight.device
     longest = max(map(len, prompts))
     ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])
     lengths, positions = torch.tensor([[len(p)] for p in prompts]), torch.arange(longest)
     mask, needed = positions < lengths, positions == lengths - 1       # (B, T), right-padded
-    cache = Cache(model, len(prompts), longest + max_new_tokens)
+    cache = Cache(model, len(prompts), longest + max(limits))
     answers: list[list[int]] = [[] for _ in prompts]
-    running, stops = set(range(len(prompts))), set(stop_ids)
+    running, stops = {n for n, limit in enumerate(limits) if limit}, set(stop_ids)
     with uncompiled(), Copies(model).multiplying():
-        for _ in range(max_new_tokens):
+        while running:
             tokens = Tokens(ids, mask, model.config, device, needed, cache)
             chosen = model.lm_head(model.model.rows(tokens)).argmax(-1).tolist()     # the one wait
             running -= {n for n in running if chosen[n] in stops}
-            if not running:
-                break
             for n in running:
                 answers[n].append(chosen[n])
+            running -= {n for n in running if len(answers[n]) == limits[n]}
             ids = torch.tensor(chosen)[:, None]
             mask = needed = torch.ones_like(ids, dtype=torch.bool)
     return answers
@@ -131,40 +133,23 @@ class Accuracy:
         return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, batch_size: int = 32,
-             progress: Callable[[int], Any] = lambda prompts: None) -> Accuracy:
-    """Exact match of `model` on the test split of a task."""
-    return exact_match(
-        tokenizer, task, model.config.max_position_embeddings, lambda prompts, limit: generate(
-            model, prompts, limit, tokenizer.stop_ids, batch_size, progress))
+class Questions(NamedTuple):
+    """Lines, each a conversation, as questions to a model."""
+
+    lines: Sequence[Sequence[Message]]
+    prompts: list[list[int]]         # tokens before the last answer
+    answers: list[list[int]]         # tokens of that answer, without stop ids
+
+    @property
+    def limits(self) -> list[int]:
+        """The most tokens of each completion: 4 above the right one's, so that an answer that runs
+        on is wrong."""
+        return [len(answer) + 4 for answer in self.answers]
 
 
-def exact_match(tokenizer: Tokenizer, task: Task, context: int,
-                complete: Callable[[list[list[int]], int], list[list[int]]]) -> Accuracy:
-    """Exact match on the test split; complete(prompts, limit) answers, tokens in and out.
-
-    An answer is right if it equals the last turn as the chat template writes it, apart from white
-    space around both and the order of keys in calls. Raises ValueError as `questions` does.
-    """
-    prompts, expected, limit = questions(tokenizer, task, context)
-    wrong, right = [], []
-    for messages, reference, answer in zip(task.test, expected, complete(prompts, limit)):
-        wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
-        contents = [json.dumps(tokenizer.parse(messages, text), sort_keys=True)
-                    for text in (wanted, given)]
-        right.append(int(contents[0] == contents[1]))
-        if not right[-1]:
-            wrong.append({"prompt": messages[-2].get("content", ""), "expected": wanted,
-                          "given": given})
-    return Accuracy(sum(right), len(right), wrong, right)
-
-
-def questions(tokenizer: Tokenizer, task: Task,
-              context: int) -> tuple[list[list[int]], list[list[int]], int]:
-    """Tokens of each test line before its last answer, tokens of these answers without stop ids,
-    and the limit for a completion: 4 tokens above the longest, so that an answer that runs on is
-    wrong. Raises ValueError if there is no test line, or if a prompt has `context` tokens or more.
-    """
+def questions(tokenizer: Tokenizer, task: Task, context: int) -> Questions:
+    """The test lines of a task. Raises ValueError if there is none, or if a prompt has `context`
+    tokens or more."""
     if not task.test:
         raise ValueError(f"task {task.name} has no test line: add a test.jsonl, or "
                          "write at least two lines into its only file; --limit-test 0 skips the "
@@ -178,4 +163,31 @@ def questions(tokenizer: Tokenizer, task: Task,
         if len(prompts[-1]) >= context:
             raise ValueError(f"{place}: the prompt has {len(prompts[-1])} tokens, and the model's "
                              f"context {context}: shorten it, or leave it out")
-    return prompts, answers, max(map(len, answers)) + 4
+    return Questions(task.test, prompts, answers)
+
+
+def evaluate(model: CausalLM, tokenizer: Tokenizer, asked: Questions, batch_size: int = 32,
+             progress: Callable[[int], Any] = lambda prompts: None) -> Accuracy:
+    """Exact match of `model` on questions."""
+    return exact_match(tokenizer, asked, lambda prompts, limits: generate(
+        model, prompts, limits, tokenizer.stop_ids, batch_size, progress))
+
+
+def exact_match(tokenizer: Tokenizer, asked: Questions, complete: Callable[
+        [list[list[int]], list[int]], list[list[int]]]) -> Accuracy:
+    """Exact match on questions; complete(prompts, limits) answers, tokens in and out.
+
+    An answer is right if it equals the last turn as the chat template writes it, apart from white
+    space around both and the order of keys in calls.
+    """
+    wrong, right = [], []
+    for messages, reference, answer in zip(asked.lines, asked.answers,
+                                           complete(asked.prompts, asked.limits)):
+        wanted, given = (tokenizer.decode(ids).strip() for ids in (reference, answer))
+        contents = [json.dumps(tokenizer.parse(messages, text), sort_keys=True)
+                    for text in (wanted, given)]
+        right.append(int(contents[0] == contents[1]))
+        if not right[-1]:
+            wrong.append({"prompt": messages[-2].get("content", ""), "expected": wanted,
+                          "given": given})
+    return Accuracy(sum(right), len(right), wrong, right)

@@ -108,13 +108,18 @@ def test_the_advice_follows_the_course_of_the_losses(tmp_path, late, end, known,
     assert verdict.advice(file, guess, "try --lr 1") == ""
 
 
-def test_validation_examples_are_those_of_the_validation_lines(inputs) -> None:
-    config = cli.resolve_auto(InputConfig(model=inputs[1], data=inputs[3], max_length=40))
-    loaded = cli.load_inputs(config)
-    wanted = [cli.encode(task.name, messages, loaded.tokenizer)
-              for task in cli.read_tasks(config) for messages in task.valid]
-    assert [(e.task, e.ids, e.labels) for e in loaded.valid_examples] == [
-        (e.task, e.ids, e.labels) for e in wanted] and wanted        # --max-length cuts none
+@pytest.mark.parametrize("length", [40, 27, 26])
+def test_the_length_limit_bounds_every_loss(inputs, capsys, length: int) -> None:
+    """40 tokens cut nothing, 27 some answers, and 26 remove some."""
+    config = cli.resolve_auto(InputConfig(model=inputs[1], data=inputs[3], max_length=length))
+    loaded, tasks = cli.load_inputs(config), cli.read_tasks(config)
+    for split, found in ("valid", loaded.valid), ("test", loaded.test):
+        for task in tasks:
+            whole = [cli.encode(task.name, line, loaded.tokenizer) for line in getattr(task, split)]
+            cut = [(e.ids[:length], e.labels[:length]) for e in whole]
+            assert [(e.ids, e.labels) for e in found[task.name]] == [
+                (ids, labels) for ids, labels in cut if any(x >= 0 for x in labels)]
+    assert ("test lines have no loss" in capsys.readouterr().out) == (length == 26)
 
 
 def test_limits_leave_the_first_lines_of_each_split(inputs) -> None:
@@ -139,7 +144,7 @@ def test_a_test_line_is_part_of_a_runs_identity() -> None:
     def identity(answer: str) -> dict[str, str]:
         line = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
         return cli.Inputs(None, SimpleNamespace(fingerprint="f"), None, [Task("t", [], [line])],
-                          {"t": [Example("t", [1, 2], [-100, 2])]}, {"t": []}).identity
+                          {"t": [Example("t", [1, 2], [-100, 2])]}, {"t": []}, {}).identity
     assert identity("a") == identity("a") != identity("b")
 
 

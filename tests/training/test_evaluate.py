@@ -46,6 +46,23 @@ def test_generate_equals_a_plain_loop(model: CausalLM, batch_size: int, shared: 
     assert generate(model, prompts, 12, stops, batch_size) == expected
 
 
+def test_each_prompt_has_its_own_limit(model: CausalLM) -> None:
+    free = [greedy(model, p, 12, []) for p in PROMPTS]
+    limits = [3, 12, 0, 1, 7]
+    assert generate(model, PROMPTS, limits, []) == [a[:n] for a, n in zip(free, limits)]
+
+
+def test_one_long_answer_lets_no_other_batch_run_on(model: CausalLM, monkeypatch) -> None:
+    """Without a stop, each batch takes as many steps as its longest right answer, and 4."""
+    steps, lm_head = [], model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: steps.append(len(x)) or lm_head(x))
+    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, [])
+    task = Task("t", [], [[{"role": "user", "content": "q"}, {
+        "role": "assistant", "content": "a" * n}] for n in (1, 1, 1, 1, 30, 1)])
+    evaluate(model, tokenizer, questions(tokenizer, task, 99), batch_size=2)
+    assert sorted(steps) == [2] * (2 * 6 + 35)           # a space and an end are written, too
+
+
 def test_every_stop_id_stops(model: CausalLM) -> None:
     free = greedy(model, PROMPTS[2], 12, [])
     for stop in set(free):
@@ -58,14 +75,14 @@ def test_exact_match_needs_the_whole_answer(model: CausalLM, monkeypatch) -> Non
     task = Task("t", [], [[{"role": "user", "content": q},
                            {"role": "assistant", "content": "yes"}] for q in answers])
 
-    def fake(model, prompts, limit, stops, batch_size, progress):
+    def fake(model, prompts, limits, stops, batch_size, progress):
         texts = [tokenizer.decode(p) for p in prompts]
         assert all(t.endswith("Assistant:") for t in texts)
-        return [list(a.encode())[:limit] for q, a in answers.items()
+        return [list(a.encode())[:limits[0]] for q, a in answers.items()
                 for t in texts if f": {q}\n" in t]
 
     monkeypatch.setattr("minismoe.training.evaluate.generate", fake)
-    result = evaluate(model, tokenizer, task)
+    result = evaluate(model, tokenizer, questions(tokenizer, task, 99))
     assert (result.correct, result.examples) == (2, 4)
     assert result.wrong == [{"prompt": "three", "expected": "yes", "given": "yes it i"},
                             {"prompt": "four", "expected": "yes", "given": ""}]
@@ -80,9 +97,9 @@ def test_the_expected_answer_is_the_turn_as_the_template_writes_it(
     task = Task("t", [], [[{"role": "user", "content": "two"},
                            {"role": "assistant", "content": answer}] for answer in ("2", "yes")])
     given = [list(b"<think>\n\n</think>\n2"), list(b"yes")]
-    monkeypatch.setattr("minismoe.training.evaluate.generate", lambda model, prompts, limit, *_: [
-        g[:limit] for g in given])
-    assert evaluate(model, tokenizer, task).right == [1, 0]
+    monkeypatch.setattr("minismoe.training.evaluate.generate", lambda model, prompts, limits, *_: [
+        g[:limit] for g, limit in zip(given, limits)])
+    assert evaluate(model, tokenizer, questions(tokenizer, task, 99)).right == [1, 0]
 
 
 def test_the_interval_equals_the_published_one() -> None:
@@ -96,8 +113,9 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
     tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>")
     task = Task("t", [], [[{"role": "user", "content": "hm"},
                            {"role": "assistant", "content": "a"}]])
-    (prompt,), answers, limit = questions(tokenizer, task, 99)
-    assert (answers, limit) == ([[*b" a"]], 6)
-    assert questions(tokenizer, task, len(prompt) + 1)[0] == [prompt]
+    asked = questions(tokenizer, task, 99)
+    (prompt,) = asked.prompts
+    assert (asked.answers, asked.limits) == ([[*b" a"]], [6])
+    assert questions(tokenizer, task, len(prompt) + 1).prompts == [prompt]
     with pytest.raises(ValueError, match="test example 1, 'hm': .* context"):
         questions(tokenizer, task, len(prompt))

@@ -4,13 +4,11 @@ import pytest
 import torch
 from tiny import save_bytes_model
 
-from minismoe.data.lines import to_messages
-from minismoe.data.tasks import Example, Task
-from minismoe.data.tokenizer import load_tokenizer
+from minismoe.data.tasks import Example
 from minismoe.method.loss import IGNORE
 from minismoe.model.checkpoint import load_model
 from minismoe.training import evaluate
-from minismoe.training.evaluate import alike, token_scores
+from minismoe.training.evaluate import Questions, alike, token_scores
 from minismoe.training.judge import has_short_answers
 
 
@@ -49,8 +47,8 @@ def test_batches_hold_texts_of_similar_length(monkeypatch, tmp_path) -> None:
     assert alike([3, 4, 4, 4, 2], 2) == [[1, 2], [3, 0], [4]]
 
 
-def test_answers_are_short_if_half_of_them_are(tmp_path) -> None:
-    tokenizer = load_tokenizer(save_bytes_model(tmp_path / "model"))
-    lines = [to_messages({"prompt": "q", "completion": "a" * n}) for n in (5, 5, 99)]
-    assert has_short_answers(tokenizer, Task("t", [], lines), 1000)
-    assert not has_short_answers(tokenizer, Task("t", [], lines[1:]), 1000)
+@pytest.mark.parametrize("lengths, short", [
+    ([5, 5, 60], False), ([5] * 99 + [60], True), ([5] * 9 + [60], True), ([5] * 8 + [60], False)])
+def test_answers_are_short_if_nine_of_ten_are(lengths: list[int], short: bool) -> None:
+    asked = Questions([], [], [[0] * n for n in lengths])
+    assert has_short_answers(asked) == short
