@@ -1,32 +1,24 @@
-"""The lines of a task file as chat messages.
+"""Task lines as chat messages that are checked. forms.py says which forms lines may have.
 
-A line is a JSON object in one of three forms:
-
-    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
-    {"prompt": ..., "completion": ...}
-    {"instruction": ..., "input": ..., "output": ...}          ("input" may be absent or empty)
-
-Beside "messages" may stand "tools", which they call (tools.py), and in each form "system", a text.
+In each form may stand "tools", which messages call (tools.py), and "system", a text.
 """
 
-import codecs
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .files import raw_lines
+from .forms import FORMS, form_of, messages_of, text_of, tools_of
 from .tokenizer import Message
 from .tools import Function, calls_of, functions, with_tools
 
 LONGEST_LINE = 1 << 20           # bytes: about 250,000 tokens, more than any model reads
 ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_KEYS = ("role", "content", "name", "tool_call_id", "tool_calls")
-WEIGHTS = ("weight", "train")    # keys of messages that say whether an answer is trained on
-# Form -> its keys; a line of the form has at least the first and the last.
-FORMS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"),
-         "instruction and output": ("instruction", "input", "output")}
+MESSAGE_KEYS = ("role", "content", "name", "tool_call_id", "tool_calls", "weight")
+WEIGHTS = ("weight", "train")    # 0 or false: an answer that is not trained on
 BadLines = defaultdict[tuple[Path, str], list[int]]      # (file, reason) -> numbers of lines
 
 
@@ -68,15 +60,13 @@ def refuse_lines(bad: BadLines) -> None:
 
 
 def read_lines(file: Path, bad: BadLines, contents: Contents) -> list[list[Message]]:
-    """The conversations of a .jsonl file; lines that are none are added to `bad`.
-
-    Lines end at "\\n" only: str.splitlines would also split at U+0085 and U+2028 inside strings.
-    """
-    conversations, content = [], file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if content.lstrip()[:1] == b"[":
-        bad[file, "it begins with [: write one JSON object a line, without a list around"].append(0)
-        return []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    """The conversations of a file; lines that are none are added to `bad`."""
+    conversations, lines = [], list[bytes]()
+    try:
+        lines = raw_lines(file)
+    except ValueError as e:
+        bad[file, str(e)].append(0)
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -99,36 +89,15 @@ def to_messages(line: Any, contents: Contents | None = None) -> list[Message]:
     contents = contents or Contents()
     if not isinstance(line, dict):
         raise ValueError(f"not a JSON object but {type(line).__name__}")
-    form = next((form for form, keys in FORMS.items() if {keys[0], keys[-1]} <= line.keys()), "")
-    if not form:
-        raise ValueError("needs messages, or prompt and completion, or instruction and output; "
-                         f"it has {', '.join(map(str, line)) or 'nothing'}")
+    form = form_of(line)
     refuse_reasoning(line, "the line")
-    tools: Sequence[Function] = []
-    if form == "messages":
-        tools = functions(line.get("tools"), "tools")
-        messages = checked_messages(line["messages"], tools, contents)
-    else:
-        *questions, answer = (text_of(line, key) for key in FORMS[form])
-        prompt = "\n".join(text for text in questions if text)
-        if not prompt.strip() or not answer.strip():
-            raise ValueError("the prompt or the answer is empty")
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    tools = functions(tools_of(line), "tools")
+    messages = checked_messages(messages_of(line, form), tools, contents)
     contents.forms[form] += 1
     contents.systems += messages[0]["role"] == "system" or bool(line.get("system"))
-    taken = (*FORMS[form], "system", *["tools"] * (form == "messages"))
+    taken = (*FORMS[form], "system", "tools", "functions")
     contents.ignored.update(key for key in line if key not in taken)
     return with_tools(with_system(messages, text_of(line, "system")), tools)
-
-
-def text_of(line: dict[str, Any], key: str) -> str:
-    """The text of a key; "" if the key is one that may be absent, and is. ValueError for others."""
-    text = line.get(key)
-    if text is None and key in ("input", "system"):
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(f"{key} must be a string, and is {type(text).__name__}")
-    return text
 
 
 def with_system(messages: Sequence[Message], system: str) -> list[Message]:
@@ -141,40 +110,25 @@ def with_system(messages: Sequence[Message], system: str) -> list[Message]:
                       first.get("tools", ()))
 
 
-def refuse_reasoning(fields: dict[str, Any], place: str) -> None:
+def refuse_reasoning(fields: Mapping[str, Any], place: str) -> None:
     """Raise ValueError if a line or a message holds reasoning apart from its text."""
     if refused := [key for key in ("reasoning_content", "thinking") if fields.get(key)]:
         raise ValueError(f"{place} has {refused[0]}, which is not supported: write it into the "
                          "answer, or remove it")
 
 
-def checked_messages(messages: Any, tools: Sequence[Function],
+def checked_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Function],
                      contents: Contents) -> list[Message]:
     """Messages with the keys that templates read. ValueError says what is wrong with them."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages is no list, or empty")
     checked: list[Message] = []
     for m in messages:
-        calls = calls_of(m.get("tool_calls"), tools) if isinstance(m, dict) else []
-        if not (isinstance(m, dict) and isinstance(m.get("role"), str)
-                and isinstance(m.get("content"), str | None if calls and checked else str)):
-            raise ValueError("each message needs a string role and a string content")
-        refuse_reasoning(m, "a message")
-        if m.get("tool_calls") and m["role"] != "assistant":
-            raise ValueError("a message has tool_calls, which is not the assistant's")
-        if m["role"] == "assistant" and (left_out := [key for key in WEIGHTS if m.get(key) not in (
-                None, 1)]):
-            raise ValueError(f"a message has {left_out[0]} {m[left_out[0]]!r}: every answer is "
-                             "trained on")
-        if m["role"] == "tool" and not any(
-                "tool_calls" in before or before["role"] == "tool" for before in checked[-1:]):
-            raise ValueError("a tool turn follows no call: put an assistant's tool_calls before it")
-        m = {**m, "tool_calls": calls or None}
-        checked.append({key: m[key] for key in MESSAGE_KEYS if m.get(key) is not None})
-    if checked[-1]["role"] != "assistant":
+        checked.append(checked_message(m, tools, checked[-1] if checked else {}))
+    if (last := checked[-1])["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
-    if not (checked[-1].get("content", "").strip() or "tool_calls" in checked[-1]):
+    if not (last.get("content", "").strip() or "tool_calls" in last):
         raise ValueError("the last answer is empty")
+    if "weight" in last:
+        raise ValueError("the last answer has weight 0: end the line with one that is trained on")
     if len(checked) == 1:
         raise ValueError("nothing comes before the answer")
     contents.ignored.update(dict.fromkeys(
@@ -182,3 +136,20 @@ def checked_messages(messages: Any, tools: Sequence[Function],
         if key not in (*MESSAGE_KEYS, *WEIGHTS) and m[key] is not None).keys())
     contents.roles.update({m["role"] for m in messages} - {*ROLES})
     return checked
+
+
+def checked_message(m: Mapping[str, Any], tools: Sequence[Function], before: Message) -> Message:
+    """A message that follows `before`; an answer that is not trained on has weight 0."""
+    calls, answers = calls_of(m.get("tool_calls"), tools), m["role"] == "assistant"
+    if not isinstance(m.get("content"), str | None if calls and before else str):
+        raise ValueError("each message needs a string role and a string content")
+    refuse_reasoning(m, "a message")
+    if m.get("tool_calls") and not answers:
+        raise ValueError("a message has tool_calls, which is not the assistant's")
+    if m["role"] == "tool" and not ("tool_calls" in before or before.get("role") == "tool"):
+        raise ValueError("a tool turn follows no call: put an assistant's tool_calls before it")
+    weights = [m[key] for key in WEIGHTS if answers and m.get(key) is not None]
+    if not all(weight in (0, 1) for weight in weights):
+        raise ValueError(f"a message has weight {weights[0]!r}: give 0 or 1")
+    m = {**m, "tool_calls": calls or None, "weight": 0 if 0 in weights else None}
+    return {key: m[key] for key in MESSAGE_KEYS if m.get(key) is not None}

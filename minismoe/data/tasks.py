@@ -1,7 +1,7 @@
 """From task files to batches: lines, chat messages, tokens and their labels, padded tensors.
 
 A task is a folder with train.jsonl and, preferably, valid.jsonl and test.jsonl, or one .jsonl file.
-lines.py says what their lines hold.
+files.py says which files are read, and forms.py what their lines hold.
 """
 
 import json
@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..io.files import naming
 from ..method.loss import IGNORE
+from .files import WORDS, scan, task_places
 from .lines import BadLines, Contents, read_lines, refuse_lines
 from .tokenizer import Message, Tokenizer
 
@@ -69,77 +70,50 @@ def load_tasks(data: str | Path, names: Sequence[str] = (), seed: int = 0) -> li
     Raises FileNotFoundError if the folder or a task is missing, and ValueError with file, line and
     reason for the bad lines of all files.
     """
-    places = task_places(Path(data))
+    places, others = task_places(Path(data))
     if missing := [name for name in names if name not in places]:
         raise FileNotFoundError(f"{data} has no task {', '.join(missing)}; "
                                 f"it has {', '.join(places) or 'none'}")
     if not places:
-        entries = [path.name for path in sorted(Path(data).iterdir())]
-        raise FileNotFoundError(f"{data} holds no task: no .jsonl file, and no folder with a "
-                                f"train.jsonl. It holds {', '.join(entries[:10]) or 'nothing'}")
+        entries = [path.name for path in sorted(Path(data).glob("*"))]
+        raise FileNotFoundError("; ".join([
+            f"{data} holds no task: no .jsonl file, and no folder with a train.jsonl. It holds "
+            f"{', '.join(entries[:10]) or 'nothing'}", *others]))
     bad = BadLines(list)
     tasks = [_load_task(name, places[name], seed, bad) for name in sorted(names or places)]
     refuse_lines(bad)
+    tasks[0].notes += others             # beside the tasks
+    trained = {task.name: {comparable(messages) for messages in task.train} for task in tasks}
+    for task in tasks:
+        tested = {comparable(messages) for messages in task.test}
+        task.notes += [f"{count} test lines are training lines of {name}"
+                       for name, lines in trained.items() if (count := len(tested & lines))]
     return tasks
 
 
-def task_places(data: Path) -> dict[str, Path]:
-    """{task: its folder or file}: a sub-folder with a train.jsonl, or a .jsonl file, is a task; so
-    is `data` itself, if it is a file or holds a train.jsonl."""
-    if data.is_file() and data.suffix == ".jsonl":
-        return {data.stem: data}
-    if not data.is_dir():
-        raise FileNotFoundError(f"{data} is no .jsonl file, which has one JSON object a line"
-                                if data.exists() else f"no such data folder: {data}")
-    places, alone = dict[str, Path](), (data / "train.jsonl").exists()
-    for path in sorted(data.iterdir()):
-        is_file = path.suffix == ".jsonl" and not path.is_dir()
-        if path.name.startswith(("._", ".#")):   # macOS writes files ._*, Emacs links .#*
-            continue
-        if is_file or _exists(path) and _exists(path / "train.jsonl"):
-            name = path.stem if is_file else path.name
-            if name in places:
-                raise ValueError(f"{data} holds {name} twice, as a folder and as a file")
-            places[name] = path
-        elif path.is_dir() and not (alone or path.name[0] == ".") and any(path.glob("*.jsonl")):
-            raise ValueError(f"{path} holds .jsonl files, and no train.jsonl: give the file of its "
-                             "training lines that name, or move the folder elsewhere")
-    if "train" not in places or (data / "train").is_dir():
-        if parts := [name for name in ("valid", "test") if (data / f"{name}.jsonl").is_file()]:
-            raise ValueError(f"{data} holds {parts[0]}.jsonl, and no train.jsonl beside it: give "
-                             "the file of its training lines that name")
-        return places
-    if more := [name for name in places if name not in ("train", "valid", "test")]:
-        raise ValueError(f"{data} is a task itself, as it holds train.jsonl, and holds others: "
-                         f"{', '.join(more)}. Move the files of each task into a folder of its own")
-    return {data.resolve().name: data}
-
-
-def _exists(path: Path) -> bool:
-    """Whether a file or folder is there. FileNotFoundError for a link that leads nowhere."""
-    if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist: "
-                                "mend or remove it")
-    return path.exists()
+def comparable(messages: Sequence[Message]) -> str:
+    """What two conversations share that are the same but for white space around their texts."""
+    return json.dumps([{**m, "content": m.get("content", "").strip()} for m in messages])
 
 
 def _load_task(name: str, path: Path, seed: int, bad: BadLines) -> Task:
     """A task with its three splits. Lines for a split without a file are held out from training; no
     line is in two splits."""
-    file, contents = path / "train.jsonl" if path.is_dir() else path, Contents()
-    train = read_lines(file, bad, contents) if _exists(file) else []
-    if not train and not any(file == place for place, _ in bad):
-        bad[file, "it holds no example"].append(0)
+    (files, _, others), contents = scan(path), Contents()
+    files = files if path.is_dir() else {"train": path}
+    train = read_lines(files["train"], bad, contents)
+    if not train and not any(files["train"] == place for place, _ in bad):
+        bad[files["train"], "it holds no example"].append(0)
     splits, notes, left_out = dict[str, list[list[Message]]](), [], 0
     for split, least, most in ("test", 1, len(train)), ("valid", 0, MOST_HELD_OUT):
-        own, count, held_out = path / f"{split}.jsonl", len(train), 0
-        if path.is_dir() and _exists(own):
-            lines = read_lines(own, bad, contents)
+        count, held_out = len(train), 0
+        if split in files:
+            lines = read_lines(files[split], bad, contents)
             splits[split] = without(lines, splits.get("test", ()))
             if known := len(lines) - len(splits[split]):
                 notes.append(f"{known} validation lines left out, as they are in the test")
         else:
-            distinct = [*{json.dumps(messages): messages for messages in train}.values()]
+            distinct = [*{comparable(messages): messages for messages in train}.values()]
             held_out = max(0, min(len(distinct) - 1, most, max(least, round(HELD_OUT * count))))
             splits[split] = random.Random(f"{seed} {name} {split}").sample(distinct, held_out)
             notes.append(f"no {split}.jsonl: {held_out} of {count} training lines held out")
@@ -148,19 +122,19 @@ def _load_task(name: str, path: Path, seed: int, bad: BadLines) -> Task:
     if left_out:
         notes.append(f"{left_out} training lines left out, as they are in the test or validation")
         if not train:
-            bad[file, "all its lines are test or validation lines, too"].append(0)
-    if path.is_dir() and (others := sorted(p.name for p in path.glob("*.jsonl") if p.stem not in (
-            "train", "valid", "test") and p.name[0] != ".")):
-        notes.append(f"{', '.join(others)} not read: a split is train, valid or test.jsonl")
-    if twice := len(train) - len({json.dumps(messages) for messages in train}):
+            bad[files["train"], "all its lines are test or validation lines, too"].append(0)
+    if more := [file.name for name, file in files.items() if name not in WORDS]:
+        notes.append(f"{', '.join(more)} not read: a split is train, valid or test.jsonl")
+    if twice := len(train) - len({comparable(messages) for messages in train}):
         notes.append(f"{twice} training lines are copies of others")
-    return Task(name, train, splits["test"], splits["valid"], [*contents.summary(), *notes])
+    return Task(name, train, splits["test"], splits["valid"],
+                [*contents.summary(), *notes, *others])
 
 
 def without(lines: Sequence[list[Message]], others: Iterable[list[Message]]) -> list[list[Message]]:
     """The conversations that are not among `others`, in their order."""
-    known = {json.dumps(messages) for messages in others}
-    return [messages for messages in lines if json.dumps(messages) not in known]
+    known = {comparable(messages) for messages in others}
+    return [messages for messages in lines if comparable(messages) not in known]
 
 
 def closed_answers(conversations: Sequence[Sequence[Message]]) -> list[str]:
@@ -189,13 +163,14 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
     """The rendered conversation, and the ranges of characters that are the assistant's turns.
 
     A turn begins where the rendering of the messages before it, with the generation prompt, ends,
-    as at inference. A first message has no prompt, so it is no turn. Raises ValueError if the
+    as at inference. A first message has no prompt, so it is no turn, nor is one of weight 0. Raises
+    ValueError if the
     template renders earlier turns differently once more messages follow, if an answer does not
     begin where the generation prompt ends, or if it holds a token that ends a turn.
     """
     text, spans = tokenizer.render(messages), []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i == 0:
+        if message["role"] != "assistant" or i == 0 or message.get("weight") == 0:
             continue
         before = tokenizer.render(messages[:i], add_generation_prompt=True)
         after = text if i + 1 == len(messages) else tokenizer.render(messages[:i + 1])
@@ -243,9 +218,9 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "
     An example without a supervised token before the limit is dropped. Raises the ValueErrors of
     `encode` with the task, the split, and the example's number as --show counts it.
     """
-    examples, kind = [], {"train": "training", "valid": "validation"}.get(split, split)
+    examples = []
     for index, messages in enumerate(getattr(task, split)):
-        with naming(f"task {task.name}, {kind} example {index + 1}, "
+        with naming(f"task {task.name}, {WORDS[split]} example {index + 1}, "
                     f"{messages[0]['content'][:40]!r}", ValueError):
             whole = encode(task.name, messages, tokenizer)
         ids, labels = whole.ids[:max_length], whole.labels[:max_length]

@@ -1,5 +1,6 @@
 """Task files, supervision and batches, against independent readings of the same text."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -78,6 +79,11 @@ def chatml(bpe: Path) -> Tokenizer:
     {"messages": PAIR_MESSAGES},
     {"messages": [m | {"id": "x", "weight": 1, "tool_calls": None} for m in PAIR_MESSAGES]},
     {"messages": [PAIR_MESSAGES[0] | {"weight": 0}, PAIR_MESSAGES[1]], "tools": "[]"},
+    {"messages": [say("user", [{"type": "text", "text": "the "}, {"text": "cat?"}]),
+                  PAIR_MESSAGES[1]]},
+    {"conversations": [{"from": "human", "value": "the cat?"}, {"from": "gpt", "value": "yes"}]},
+    {"conversations": PAIR_MESSAGES},
+    {"prompt": PAIR_MESSAGES[:1], "completion": PAIR_MESSAGES[1:]},
     PAIR,
     {"instruction": "the cat?", "output": "yes"},
     {"instruction": "the cat?", "input": "", "output": "yes"},
@@ -124,7 +130,9 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
     ('{"messages": []}', "no list, or empty"),
     ('{"messages": {"role": "user"}}', "no list, or empty"),
     ('{"messages": [{"role": "assistant"}]}', "a string role and a string content"),
-    ('{"messages": [{"role": "assistant", "content": [{"text": "a"}]}]}', "a string content"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "parts that are no text"),
+    ('{"conversations": [{"from": 1}]}', "a string role"),
+    ('{"prompt": [], "completion": []}', "prompt or completion is no list, or empty"),
     ('{"messages": ["hello"]}', "a string role"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
     ('{"messages": [{"role": "assistant", "content": " "}]}', "the last answer is empty"),
@@ -132,8 +140,9 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
     (json.dumps({"messages": [PAIR_MESSAGES[0], PAIR_MESSAGES[1] | {"reasoning_content": "r"}]}),
      "a message has reasoning_content, which is not supported"),
     (json.dumps(PAIR | {"thinking": "r"}), "the line has thinking, which is not supported"),
-    (json.dumps({"messages": [m | {"weight": 0} for m in PAIR_MESSAGES]}), "weight 0"),
-    (json.dumps({"messages": [m | {"train": False} for m in PAIR_MESSAGES]}), "train False"),
+    (json.dumps({"messages": [m | {"weight": 0} for m in PAIR_MESSAGES]}), "has weight 0: end"),
+    (json.dumps({"messages": [m | {"train": False} for m in PAIR_MESSAGES]}), "has weight 0: end"),
+    (json.dumps({"messages": [m | {"weight": 0.5} for m in PAIR_MESSAGES]}), "0.5: give 0 or 1"),
 ], ids=lambda x: str(x)[:40])
 def test_a_bad_line_is_refused_with_its_place_and_reason(
         tmp_path: Path, line: str | bytes, reason: str) -> None:
@@ -201,10 +210,73 @@ def test_files_of_another_name_are_not_passed_over(tmp_path: Path) -> None:
         load_tasks(put(tmp_path / "c", training=lines(PAIR), valid=lines(PAIR)))
 
 
-def test_a_list_around_the_lines_is_one_reason(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps([PAIR] * 9, indent=1))
-    with pytest.raises(ValueError, match=r"^1 bad line: .*a.jsonl: it begins with \[: write one"):
+def test_each_kind_of_file_holds_the_same_lines(tmp_path: Path) -> None:
+    """And what may hold lines is never passed over in silence."""
+    values, text = numbered(9), lines(*numbered(9))
+    for name, content in {
+            "a.jsonl": text.encode(), "b.json": json.dumps(values, indent=1).encode(),
+            "c.csv": b"prompt,completion\n", "d.JSONL": text.encode("utf-16"),
+            "e.jsonl.gz": gzip.compress(text.encode()), "f.json": text.encode(),
+            "g.jsonl": json.dumps(values).encode(), "settings.json": b'{\n "a": [1]}'}.items():
+        (tmp_path / name).write_bytes(content)
+    tasks = load_tasks(tmp_path)
+    assert [task.name for task in tasks] == [*"abdefg"]
+    for task in tasks:
+        assert sorted(prompts(task.train + task.valid + task.test)) == [f"q{i}" for i in range(9)]
+    convert, settings = [note for note in tasks[0].notes if "not read" in note]
+    assert settings == "settings.json not read: it holds no task lines"
+    assert convert.startswith("c.csv not read: with pandas, python -c \"import pandas; pandas.")
+    assert f"read_csv('{tmp_path}/c.csv', dtype=str).to_json('{tmp_path}/c.jsonl', " in convert
+    assert load_tasks(tmp_path / "b.json")[0].train == tasks[1].train
+    (tmp_path / "b.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="holds b twice: b.json and b.jsonl"):
         load_tasks(tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl.gz", b"no gzip"), ("a.jsonl.gz", gzip.compress(b"{}")[:-6]), ("a.jsonl", b"[{}"),
+    ("a.jsonl", b"\xff\xfea"), ("a.jsonl", b"[" * 100_000)])
+def test_a_file_that_cannot_be_read_is_one_reason(tmp_path: Path, name: str, content: bytes,
+                                                  ) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^1 bad line: {tmp_path}/{name}: it cannot be read: "):
+        load_tasks(tmp_path)
+
+
+def test_a_split_of_another_name_or_form_is_told(tmp_path: Path) -> None:
+    """As in the exports of datasets: train.json beside x.jsonl, validation.jsonl, train.parquet."""
+    root = put(tmp_path / "a", train=lines(*numbered(3)), validation=lines(PAIR))
+    with pytest.raises(ValueError, match="holds others: validation. Rename it to valid.jsonl"):
+        load_tasks(root)
+    root = put(tmp_path / "b", x=lines(*numbered(3)))
+    (root / "train.json").write_text(json.dumps(numbered(3)))
+    with pytest.raises(ValueError, match="as it holds train.json, and holds others: x. Move"):
+        load_tasks(root)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(FileNotFoundError, match="It holds train.parquet; train.parquet not read: .*"
+                                                "read_parquet"):
+        load_tasks(tmp_path / "c")
+    put(root := tmp_path / "d", t__train=lines(*numbered(3)))
+    (root / "t" / "test.tsv").write_text("")
+    (root / "u").mkdir()
+    (root / "u" / "train.csv").write_text("")
+    for name, note in zip(("test.tsv", "train.csv"), load_tasks(root)[0].notes[-2:]):
+        assert note.startswith(f"{name} not read: ")
+
+
+def test_older_calls_of_functions_are_renamed() -> None:
+    function = {"name": "light", "parameters": {"type": "object", "properties": {}}}
+    ask, call = say("user", "light!"), {"name": "light", "arguments": '{"on": true}'}
+    older = {"messages": [ask, {"role": "assistant", "content": None, "function_call": call},
+                          {"role": "function", "name": "light", "content": "ok"},
+                          say("assistant", "It is on.")], "functions": [function]}
+    calls = [{"type": "function", "function": call}]
+    newer = {"messages": [ask, {"role": "assistant", "content": None, "tool_calls": calls},
+                          {"role": "tool", "name": "light", "content": "ok"},
+                          say("assistant", "It is on.")],
+             "tools": [{"type": "function", "function": function}]}
+    assert to_messages(older) == to_messages(newer)
 
 
 def test_an_unknown_task_or_folder_is_refused(tmp_path: Path) -> None:
@@ -221,7 +293,7 @@ def test_an_unknown_task_or_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "void" / "a.json").write_text("[]")
     with pytest.raises(FileNotFoundError, match="It holds a.json"):
         load_tasks(tmp_path / "void")
-    with pytest.raises(FileNotFoundError, match="a.json is no .jsonl file"):
+    with pytest.raises(FileNotFoundError, match="a.json holds no task: no .jsonl file"):
         load_tasks(tmp_path / "void" / "a.json")
 
 
@@ -279,15 +351,26 @@ def test_copies_of_a_line_are_held_out_together(tmp_path: Path) -> None:
     assert sum(map(len, splits)) == len(set.union(*splits)) == 20
 
 
+def test_lines_that_another_task_trains_on_and_white_space_are_noticed(tmp_path: Path) -> None:
+    put(tmp_path, a__train=lines(*numbered(3)), a__test=lines(PAIR, *numbered(2, "t")),
+        b__train=lines(PAIR | {"completion": "yes \n"}, *numbered(9, "t"), PAIR), b__test="")
+    a, b = load_tasks(tmp_path)
+    assert a.notes[-1] == "3 test lines are training lines of b"
+    assert b.notes[-1] == "1 training lines are copies of others"
+    put(tmp_path / "c", c__train=lines(PAIR, *numbered(3)), c__test=lines(
+        {"prompt": " the cat?", "completion": "yes"}))
+    assert prompts(load_tasks(tmp_path / "c")[0].train) == ["q0", "q1", "q2"]
+
+
 def test_what_lines_hold_is_said(tmp_path: Path) -> None:
-    odd = {"messages": [{"role": "human", "content": "a", "id": 7}, say("assistant", "b")]}
+    odd = {"messages": [{"role": "critic", "content": "a", "id": 7}, say("assistant", "b")]}
     put(tmp_path, a__train=lines(PAIR | {"id": 1, "source": "x"}, PAIR | {"system": "Be brief."},
                                  {"messages": MULTI}, odd), a__valid="", a__test=lines(PAIR))
     task, = load_tasks(tmp_path)
     assert task.notes[:4] == [
         "3 lines of prompt and completion, 2 lines of messages", "system prompts: 2",
         "keys that are ignored: id (1), source (1), id of a message (1)",
-        "roles beside system, user, assistant, tool: human (1)"]
+        "roles beside system, user, assistant, tool: critic (1)"]
     assert task.train[0] == [say("system", "Be brief."), *PAIR_MESSAGES]
 
 
@@ -303,7 +386,8 @@ def test_held_out_lines_depend_on_seed_and_task_alone(tmp_path: Path) -> None:
     splits = {tuple(sorted(prompts(t.test))) for t in (*first, *other)}
     assert len(splits) == 4, "seeds and tasks share a split"
     # A task's split does not depend on which others are loaded beside it.
-    assert load_tasks(tmp_path, ["b"], seed=1) == first[1:]
+    (b,), wanted = load_tasks(tmp_path, ["b"], seed=1), first[1]
+    assert (b.train, b.valid, b.test) == (wanted.train, wanted.valid, wanted.test)
 
 
 @pytest.mark.parametrize(("count", "test", "valid"), [
@@ -362,6 +446,17 @@ def test_a_template_that_changes_earlier_turns_is_refused(chatml: Tokenizer) -> 
     with pytest.raises(ValueError, match="renders turn 2 of 4 differently when more follows"):
         encode("t", two, forgets)
     encode("t", two, chatml)
+
+
+def test_answers_of_weight_0_are_not_learnt(chatml: Tokenizer) -> None:
+    """OpenAI's, and those in a prompt of TRL's."""
+    for line in ({"messages": [*MULTI[:4], MULTI[4] | {"weight": 0}, *MULTI[5:]]},
+                 {"messages": [*MULTI[:4], MULTI[4] | {"train": False}, *MULTI[5:]]}):
+        example = encode("t", to_messages(line), chatml)
+        taught = [token for token in example.labels if token != IGNORE]
+        assert chatml.decode(taught) == "yes 🙂yes"
+    example = encode("t", to_messages({"prompt": MULTI[:6], "completion": MULTI[6:]}), chatml)
+    assert chatml.decode([token for token in example.labels if token != IGNORE]) == "yes"
 
 
 def test_an_answer_that_holds_an_end_token_is_refused(chatml: Tokenizer) -> None:
