@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
         return
     config = replace(config, inputs=resolve_auto(config.inputs))
     distributed.join_others(torch.device(config.inputs.device))
+    if config.inputs.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")   # TF32, where products are not in bfloat16
     if config.inputs.show:
         print_examples(config.inputs, config.inputs.show)
         return

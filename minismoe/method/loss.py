@@ -5,7 +5,6 @@ prompt, which has no loss. So the head runs on supervised positions only, a chun
 chunk keeps the gradient of its hidden states in place of its logits.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100                   # the label of an unsupervised token
-CHUNK = 1 << 24                 # logits held at a time: 64 MiB of float32
+CHUNK = 1 << 25                 # logits held at a time: 128 MiB of float32
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -28,16 +27,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         """Returns losses (S,); keeps the gradient (S, D) of hidden for the backward."""
-        losses = torch.empty(len(hidden), dtype=at_least_float32(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for part in chunks(hidden, head):
-            log_q, target = log_shares(hidden[part], head), targets[part, None]
-            losses[part] = -log_q.gather(1, target).squeeze(1)
-            if gradient is not None:         # d loss / d logits = q - 1 at the target, else q
-                minus_one = torch.full_like(target, -1, dtype=log_q.dtype)
-                log_q.exp_().scatter_add_(1, target, minus_one)
-                gradient[part] = log_q.to(head.dtype) @ head
-            del log_q                        # before the next chunk's is computed
+        losses = _by_chunks(hidden, head, targets, gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -49,39 +40,36 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * d_losses[:, None].to(gradient.dtype), None, None
 
 
-def chunks(hidden: Tensor, head: Tensor) -> Iterator[slice]:
-    """Slices of the rows of hidden (S, D) whose logits are held at a time."""
+def _by_chunks(hidden: Tensor, head: Tensor, targets: Tensor, gradient: Tensor | None = None,
+               likeliest: Tensor | None = None) -> Tensor:
+    """Losses (S,), by CHUNK logits; fills the gradient (S, D) of hidden, and whether each target is
+    the likeliest token, (S,)."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
     step = max(1, CHUNK // head.shape[0])
-    return (slice(i, i + step) for i in range(0, len(hidden), step))
-
-
-def at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def log_shares(hidden: Tensor, head: Tensor) -> Tensor:
-    """The log-probabilities (rows, V) of the next tokens of hidden states (rows, D)."""
-    logits = (hidden @ head.T).to(at_least_float32(hidden))
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+    for i in range(0, len(hidden), step):
+        part, target = slice(i, i + step), targets[i:i + step, None]
+        log_q = (hidden[part] @ head.T).to(dtype)
+        log_q -= log_q.logsumexp(-1, keepdim=True)
+        losses[part] = -log_q.gather(1, target).squeeze(1)
+        if likeliest is not None:
+            likeliest[part] = log_q.argmax(-1) == target[:, 0]
+        if gradient is not None:             # d loss / d logits = q - 1 at the target, else q
+            log_q.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
+            gradient[part] = log_q.to(head.dtype) @ head
+        del log_q                            # before the next chunk's is computed
+    return losses
 
 
 def head_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy (S,) of hidden states (S, D) under a head (V, D), whose targets are (S,)."""
-    if head.requires_grad and torch.is_grad_enabled():       # the head itself is being trained
-        logits = F.linear(hidden, head).to(at_least_float32(hidden))
-        return F.cross_entropy(logits, targets, reduction="none")
+    """Cross-entropy (S,) of hidden states (S, D) under a frozen head (V, D); targets are (S,)."""
     return _HeadLoss.apply(hidden, head, targets)
 
 
 def head_scores(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`head_losses` without gradients, and whether each target is the likeliest token, (S,)."""
-    found = []
-    for part in chunks(hidden, head):
-        log_q, target = log_shares(hidden[part], head), targets[part, None]
-        found.append((-log_q.gather(1, target)[:, 0], log_q.argmax(-1) == target[:, 0]))
-        del log_q
-    losses, right = zip(*found)
-    return torch.cat(losses), torch.cat(right)
+    likeliest = torch.empty_like(targets, dtype=torch.bool)
+    return _by_chunks(hidden, head, targets, likeliest=likeliest), likeliest
 
 
 def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
@@ -108,9 +96,9 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device, without a wait on CUDA. MPS may read a source that is freed by then
-    (PyTorch's issue 189690), so there the copy waits."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    """A tensor on the device, without a wait. MPS may read a source that is freed by then
+    (PyTorch's issue 189690), and a CPU what has not arrived, so there the copy waits."""
+    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
 
 
 def predicting(attention_mask: Tensor, labels: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
     recomputing = ExitStack()
     recomputing.callback(detach_logits)
     return checkpoint(layer, *inputs, use_reentrant=False,
-                      context_fn=lambda: (nullcontext(), recomputing))
+                      preserve_rng_state=False, context_fn=lambda: (nullcontext(), recomputing))
 
 
 class Decoder(nn.Module):
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         """What the first layer reads, (N, D), and cos and sin by kind of rotary angles."""
         x = self.embed_tokens(tokens.ids)
         if self.config.embedding_multiplier != 1:
-            x = x * x.new_tensor(self.config.embedding_multiplier)       # rounded to x's dtype
+            x = x * x.new_full((), self.config.embedding_multiplier)     # rounded to x's dtype
         ropes: dict[str, Rope] = {"": None}
         for kind in {*self.config.ropes} - {""}:
             angles = tokens.positions[:, None] * rope_frequencies(self.config, kind, x.device)

@@ -44,8 +44,10 @@ from minismoe.training.loop import TrainConfig, Trainer
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
         "detach", "_reshape_alias", "lift_fresh", "alias"}
-# What reads a value, or a number of values, from the device.
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2"}
+# What reads a value, or a number of values, from the device; and copies to or from it that are not
+# asked to be asynchronous, such as of a Python number by new_tensor.
+COPY = "waiting copy"
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "_unique2", COPY}
 COMPILED = ExitStack()             # holds the compiled layers open until `main` ends
 WIDE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
         "num_key_value_heads": 3, "head_dim": 64}
@@ -63,10 +65,12 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, out = op.overloadpacket.__name__, op(*args, **(kwargs or {}))
-        here = any(isinstance(x, torch.Tensor) and x.device.type == self.device
-                   for x in tree_leaves((args, out)))
-        if here and not op.is_view and name not in FREE:
-            self.seen[name] += 1
+        devices = {x.device.type for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)}
+        waits = name == "lift_fresh" and self.device != "cpu" or name in (
+            "_to_copy", "copy_") and len(devices) > 1 and not (
+                (kwargs or {}).get("non_blocking") or args[2:3] == (True,))
+        if self.device in devices and (waits or not op.is_view and name not in FREE):
+            self.seen[COPY if waits else name] += 1
         return out
 
 

@@ -25,6 +25,21 @@ def test_a_layer_starts_few_kernels_and_a_step_waits_once(side, dtype, most) -> 
     assert waits == 1
 
 
+def test_a_scaled_embedding_waits_for_nothing() -> None:
+    """Granite's, and Gemma's, whose multiplier is rounded to the model's dtype."""
+    granite = launches.config(2, launches.NARROW) | {"model_type": "granite"}
+    with torch.device("meta"):
+        model = CausalLM(Config.from_dict(granite | {"embedding_multiplier": 12.0}))
+    ids, mask, _ = collate(launches.examples(4), 0)
+    with launches.Kernels("meta") as kernels:
+        model.model(ids, mask)
+    assert not launches.WAITS & kernels.seen.keys()
+    with launches.Kernels("meta") as kernels:
+        model.model.norm.weight.new_tensor(12.0)
+        torch.ones(2).to("meta")
+    assert kernels.seen == {launches.COPY: 2}
+
+
 def test_a_layer_on_a_cpu_starts_few_kernels() -> None:
     counts = []
     for layers in (2, 4):

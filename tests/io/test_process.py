@@ -2,9 +2,11 @@ import ctypes
 import mmap
 import platform
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from tiny import python
 
 from minismoe.io.process import HUGE, give_back_memory, huge_page_ranges, use_huge_pages
 
@@ -67,3 +69,15 @@ def test_freed_memory_returns_to_the_system() -> None:
     give_back_memory()
     assert resident() < before - (24 << 20)
     libc.free(blocks[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has segments that grow")
+@pytest.mark.parametrize("given, found", [
+    ({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x:1"}, "None"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, "x:1")])
+def test_cuda_memory_grows_by_segments_unless_it_is_set(given: dict[str, str], found: str) -> None:
+    code = ("import os; from minismoe.io.process import bound_memory; "
+            "os.environ.pop('PYTORCH_CUDA_ALLOC_CONF', None); "
+            f"os.environ.update({given}); bound_memory(); "
+            "print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))")
+    assert python("-c", code).stdout.strip() == found
