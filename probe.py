@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     must_be_writable(run)
 
     # Load, probe and allocate.
-    inputs = load_inputs(config)
+    allocating = probing.without_small(allocating, inputs := load_inputs(config))
     probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
     with script.working_in(run, f"{script.command('probe')} {shlex.join(argv)}"):
         scores = probing.measure(allocating, inputs, compile=args.compile)

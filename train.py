@@ -90,12 +90,13 @@ def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, flo
     whose scores are returned, too, and whose time goes into `seconds`."""
     if config.init:
         return load_adapter(inputs.model, Path(config.init) / "adapter"), None
-    allocation, scores = probing.known_allocation(config.allocating, inputs), None
+    allocating, scores = probing.without_small(config.allocating, inputs), None
+    allocation = probing.known_allocation(allocating, inputs)
     if allocation is None:
         now = time.perf_counter()
-        scores = probing.measure(config.allocating, inputs, min(
+        scores = probing.measure(allocating, inputs, min(
             probing.PROBE_BATCH, distributed.per_process(config.training.micro)))
-        allocation = probing.choose(config.allocating, scores)
+        allocation = probing.choose(allocating, scores)
         seconds["probe"] = round(time.perf_counter() - now, 2)
     elif len(inputs.encoded) == 1 and allocation.strategy == "lora":
         print0(f"one task: a plain LoRA of rank {allocation.rank}, without a probe; several tasks "

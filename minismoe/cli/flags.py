@@ -51,11 +51,6 @@ class InputConfig:
     base_bits: int | None = flag(None, "hold the frozen linear layers in so many bits: less "
                                  "memory, a little slower, less exact", int, choices=(8, 4))
 
-    @property
-    def names(self) -> list[str]:
-        """The tasks of --only-tasks; none for all."""
-        return [name.strip() for name in (self.only_tasks or "").split(",") if name.strip()]
-
 
 @dataclass(frozen=True)
 class AllocationConfig:

@@ -153,7 +153,7 @@ def unseen_examples(task: Task, split: str, word: str, tokenizer: Tokenizer, len
 def read_tasks(config: InputConfig) -> list[Task]:
     """The tasks of --data, or those of the toy. Raises ValueError for --model or --data without the
     other, and for a task that is missing or named twice."""
-    names = config.names
+    names = [name.strip() for name in (config.only_tasks or "").split(",") if name.strip()]
     if (config.model is None) != (config.data is None):
         raise ValueError("--model and --data go together; without both, the built-in toy and its "
                          "tasks are used")

@@ -2,7 +2,6 @@
 
 import random
 import sys
-from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +28,8 @@ from .flags import SETTINGS, AllocationConfig
 from .inputs import Inputs
 
 PROBE_BATCH = 16                                     # samples at once
-BLIND = ("uniform", "lora")                          # given a budget, these read no score
 BLOCK_SIZES = (128, 32)                              # weights that share a scale, for --bits
 BITS_HELP = "print what storing each matrix in 4 bits costs, and stop"
-
-
-def needs_probe(allocating: AllocationConfig, tasks: int) -> bool:
-    """Whether the flags, and the number of tasks, leave anything for the probe to decide. One task
-    gives no matrix more than one expert, so where each has at least one, all have the same."""
-    return not (allocating.fixed or allocating.budget_params and allocating.strategy in BLIND
-                or tasks == 1 and allocating.min_experts > 0)
 
 
 def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
@@ -53,44 +44,53 @@ def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
     return allocation
 
 
-def without_probe(allocating: AllocationConfig, shapes: Mapping[str, tuple[int, int]],
-                  tasks: Iterable[str]) -> Allocation:
-    """The allocation, if no probe is needed; else one that may come of it, from random scores.
+def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation | None:
+    """The allocation that the flags alone, or their file, decide; None if it takes a probe.
 
-    `shapes` is {module: (out, in)}. Raises ValueError for flags that are wrong whatever the probe
-    finds, and Unfit as `choose` does.
+    Raises ValueError for flags that are wrong whatever the probe finds: random scores are tried.
     """
+    shapes, blind = shapes_of(inputs.model), allocating.strategy in ("uniform", "lora")
     if allocating.fixed:
         if wrong := [name for name in allocating.fixed.experts if name not in shapes]:
             raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
         return allocating.fixed
-    rng, scores = random.Random(0), Scores(dict(shapes))
-    common = {name: rng.random() for name in shapes}
-    for task in tasks:                       # tasks mostly agree
-        scores[task] = {name: value + 0.1 * rng.random() for name, value in common.items()}
-    return choose(allocating, scores)
-
-
-def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation | None:
-    """The allocation that the flags alone, or their file, decide; None if it takes a probe.
-
-    Raises ValueError for flags that are wrong whatever the probe finds.
-    """
-    shapes = shapes_of(inputs.model)
-    if not needs_probe(allocating, len(inputs.encoded)):
-        return without_probe(allocating, shapes, inputs.encoded)
     if allocating.min_experts > 0 and allocating.strategy != "lora":     # each matrix gets experts
         one_each = dict.fromkeys(select(shapes, allocating.target_modules), 1)
         Allocation(one_each, allocating.rank).check_rank(shapes)
+    rng, scores = random.Random(0), Scores(dict(shapes))
+    common = {name: rng.random() for name in shapes}
+    for task in inputs.encoded:              # tasks mostly agree
+        scores[task] = {name: value + 0.1 * rng.random() for name, value in common.items()}
+    # Given a budget, the blind read no score. One task gives no matrix more than one expert, so
+    # where each has at least one, all have the same.
+    if (allocating.budget_params and blind
+            or len(inputs.encoded) == 1 and allocating.min_experts > 0):
+        return choose(allocating, scores)
     with suppress(Unfit):                    # with other scores it may fit
-        without_probe(allocating, shapes, inputs.encoded)
+        choose(allocating, scores)
     return None
+
+
+def without_small(allocating: AllocationConfig, inputs: Inputs) -> AllocationConfig:
+    """The configuration without the matrices that have a side below the rank, if --target-modules
+    and --allocation name none and others are left. Prints which they are."""
+    shapes = shapes_of(inputs.model)
+    small = [name for name, shape in shapes.items() if min(shape) < allocating.rank]
+    if allocating.fixed or allocating.target_modules or not 0 < len(small) < len(shapes):
+        return allocating
+    kinds = sorted({name.rpartition(".")[2] for name in small})
+    print0(f"{len(small)} matrices get no experts, as they have a side below --rank "
+           f"{allocating.rank}: {', '.join(kinds)}")
+    return replace(allocating, target_modules=",".join(shapes.keys() - small))
 
 
 def with_file(allocating: AllocationConfig, file: str | Path) -> AllocationConfig:
     """The configuration with what an allocation file holds: the experts themselves, or settings of
     how they are given. A bare mapping of experts takes rank, alpha and top-k from the flags."""
     value = read_json(file)
+    if value.get("top_k") == 1:          # Switch takes the softmax of all; Mixtral, as here, of k
+        raise ValueError(f"{file}: top_k 1 would teach routers nothing but balance, as the softmax "
+                         "of a single logit is 1, whatever it is: give 2 or more")
     if value and value.keys() <= {*SETTINGS}:
         if not is_whole(least := value.get("min_experts", 0), 0):
             raise ValueError(f"{file}: min_experts must be a whole number >= 0, got {least!r}")
