@@ -41,7 +41,7 @@ from .script import command, working_in
 
 # Flags that a resumed run may change; of UPDATED, its config.json then holds the new values.
 ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
-UPDATED = ("model", "data", "checkpoint_every", "recompute", *ROUNDING)
+UPDATED = ("model", "data", "checkpoint_every", "patience", "recompute", *ROUNDING)
 RESUMABLE = ("out", "resume", "debug", "show", *UPDATED)
 BASE = "base"                            # the folder of a run's own base, of --vocab
 # Flags that export.py takes over from a run.
@@ -99,7 +99,9 @@ def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> 
         args.dtype = kept["dtype"]
     if changed := [f"{option(name)} {now} (was {kept[name]})" for name, now in vars(args).items()
                    if name not in RESUMABLE and kept[name] != now]:
-        raise ValueError("a resumed run keeps its flags: " + ", ".join(changed))
+        raise ValueError(f"a resumed run keeps its flags: {', '.join(changed)}. It may change "
+                         f"{', '.join(map(option, UPDATED))}; another run with other flags may "
+                         f"begin with its experts: --init {shlex.quote(str(run))}")
     return args
 
 
@@ -184,9 +186,10 @@ def finished(config: RunConfig) -> bool:
 def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Allocation) -> None:
     """Write config.json, which makes a folder a run; of a resumed run, with its new flags.
 
-    Raises ValueError that lists what differs of the model, the tasks and the allocation.
+    What may change the last bits of a resumed run is told on stderr. Raises ValueError that lists
+    what differs of the model, the tasks and the allocation.
     """
-    content: dict[str, Any] = {
+    now: dict[str, Any] = {
         "format": "minismoe.run/1",
         "arguments": as_flags(config, config.inputs, config.allocating, config.training),
         "identity": inputs.identity | {"the allocation": sha256_of_json(allocation.to_json())[:16]},
@@ -194,28 +197,21 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
         "processes": distributed.world()}
     if config.init:
         file = Path(config.init) / "adapter" / "adapter.safetensors"
-        content["identity"]["the adapter of --init"] = sha256(file)[:16]
+        now["identity"]["the adapter of --init"] = sha256(file)[:16]
     if config.resume:
-        content = continued(run, content)
-    distributed.once(write_json, run / "config.json", content)
-
-
-def continued(run: Path, now: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved config.json of a run that goes on, with its new flags. What may change the last
-    bits is told on stderr; ValueError if its inputs are others."""
-    saved = saved_config(run)
-    if changes := differences(now["identity"], saved["identity"]):
-        raise ValueError(f"{run} began with other inputs: {changes}; if they are the same, another "
-                         "version of minismoe began it: train again without --resume")
-    here, there = ({**config["versions"], **{name: config["arguments"].get(name)
-                                             for name in ROUNDING},
-                    "processes": config["processes"]} for config in (now, saved))
-    if (changes := differences(here, there)) and not distributed.rank():
-        print(f"the last bits may differ: {changes}", file=sys.stderr)
-    if saved["processes"] == distributed.world():
-        same_threads(saved["threads"])
-    updated = {name: now["arguments"][name] for name in UPDATED}
-    return saved | {"arguments": saved["arguments"] | updated}
+        saved = saved_config(run)
+        if changes := differences(now["identity"], saved["identity"]):
+            raise ValueError(f"{run} began with other inputs: {changes}; if they are the same, "
+                             "another version of minismoe began it: train again without --resume")
+        here, there = ({**c["versions"], **{name: c["arguments"].get(name) for name in ROUNDING},
+                        "processes": c["processes"]} for c in (now, saved))
+        if (changes := differences(here, there)) and not distributed.rank():
+            print(f"the last bits may differ: {changes}", file=sys.stderr)
+        if saved["processes"] == distributed.world():
+            same_threads(saved["threads"])
+        saved["arguments"] |= {name: now["arguments"][name] for name in UPDATED}
+        now = saved
+    distributed.once(write_json, run / "config.json", now)
 
 
 def same_threads(count: int) -> None:

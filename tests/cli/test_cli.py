@@ -284,8 +284,6 @@ def test_ctrl_c_then_resume_gives_the_same_adapter(inputs, tmp_path, capsys) -> 
     assert process.returncode == 130 and f"--resume --out {cut}" in err
     assert not (cut / "results.json").exists()
 
-    code, _, err = finish(train.main, "--resume", "--out", str(cut), "--lr", "0.5", capsys=capsys)
-    assert code == 1 and "--lr 0.5 (was 0.0" in err
     assert python("train.py", "--resume", "--out", str(cut)).returncode == 0
     first, second = (load_file(tmp_path / r / "adapter" / "adapter.safetensors")
                      for r in ("straight", "cut"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -168,13 +169,16 @@ def test_a_finished_run_is_left_as_it_is(inputs, tmp_path, capsys, monkeypatch) 
         finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
 
 
-def test_a_resumed_run_may_save_more_often(inputs, tmp_path, capsys) -> None:
+def test_a_resumed_run_may_change_few_flags(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
     assert finish(train.main, *known, capsys=capsys)[0] == 0
     (tmp_path / "results.json").unlink()
-    code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), "--checkpoint-every",
-                          "5", capsys=capsys)
-    assert code == 0, err
+    more = "--resume", "--out", str(tmp_path), "--checkpoint-every", "5", "--patience", "9"
+    code, _, err = finish(train.main, *more, "--lr", "0.5", "--epochs", "2", capsys=capsys)
+    assert code == 1 and re.search(r"flags: --epochs 2 \(was 1\), --lr 0.5 \(was .*\)\. It may "
+                                   "change --model, --data, --checkpoint-every, --patience, "
+                                   f".*; another run .*: --init {tmp_path}$", err)
+    assert finish(train.main, *more, capsys=capsys)[0] == 0
     assert runs.saved_config(tmp_path)["arguments"]["checkpoint_every"] == 5
 
 
