@@ -12,8 +12,9 @@ except for times.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from minismoe.method.sensitivity import Scores
 from minismoe.model.checkpoint import load_adapter, save_adapter
 from minismoe.training import distributed
 from minismoe.training.distributed import once, print0
-from minismoe.training.evaluate import Questions
+from minismoe.training.evaluate import evaluating
 from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
 from minismoe.training.loop import TrainConfig, train
 from minismoe.training.rate import default_lr
@@ -62,7 +63,9 @@ def main(argv: Sequence[str]) -> None:
         if count := config.vocab:
             config = replace(config, out=str(run))           # the name is taken from now on
             inputs = trimming.trimmed(inputs, config.inputs, count, base)
-    asked = inputs.asked(tested=config.inputs.limit_test != 0)   # wrong lines are found here
+    if config.inputs.limit_test != 0 and (bare := [t.name for t in inputs.tasks if not t.test]):
+        raise ValueError(f"task {', '.join(bare)} has no test line: add a test.jsonl, or write at "
+                         "least two lines into its only file; --limit-test 0 skips the test")
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     seconds = dict[str, float]()
@@ -78,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         if scores is not None:
             once(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
         once(write_json, run / "allocation.json", allocation.to_json())
-        train_and_evaluate(run, config, inputs, asked, allocation, seconds)
+        train_and_evaluate(run, config, inputs, allocation, seconds)
     if not distributed.rank():
         print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
               + runs.next_commands(run, config))
@@ -106,33 +109,36 @@ def give_experts(config: flags.RunConfig, inputs: Inputs, seconds: dict[str, flo
     return allocation, scores
 
 
-def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs,
-                       asked: Mapping[str, Questions], allocation: Allocation,
+def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, allocation: Allocation,
                        seconds: dict[str, float]) -> None:
     """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     print0(f"{allocation}, {trainable:,} trainable parameters")
+    if 1 < max(allocation.experts.values()) <= allocation.top_k:
+        print0(f"no matrix has more than {allocation.top_k} experts, and {allocation.top_k} are "
+               "active for each token: so all always are, and routers need no balance loss")
 
     # Evaluate the base. B starts at 0, so that the experts change no answer yet.
     before = None
     if not distributed.gather((run / "before.json").exists())[0]:
-        before = score(inputs, asked, "before", config)
+        before = score(inputs, "before", config)
         once(write_json, run / "before.json", before)
     if not distributed.rank():
         known = runs.read_before(run / "before.json", inputs.encoded)
 
     # Train.
-    if config.training.patience and not inputs.valid_examples:
+    examples, valid = ([*chain(*split.values())] for split in (inputs.encoded, inputs.valid))
+    if config.training.patience and not valid:
         print0("there is no validation line, so --patience ends nothing")
-    summary = train(inputs.model, inputs.examples, config.training, run, inputs.tokenizer.pad_id,
-                    config.resume, inputs.valid_examples)
+    summary = train(inputs.model, examples, config.training, run, inputs.tokenizer.pad_id,
+                    config.resume, valid, bool(config.init))
     seconds["train"] = round(summary["seconds"], 2)
     if summary["step"]:
         once(runs.draw_losses, run, config.training.keep)
     once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
 
     # Evaluate again, and save what came out.
-    after = score(inputs, asked, "after", config) if summary["step"] or before is None else before
+    after = score(inputs, "after", config) if summary["step"] or before is None else before
     if not distributed.rank():
         runs.save_results(run, known, after, {
             "trainable_parameters": trainable, "experts": sum(allocation.experts.values()),
@@ -140,9 +146,8 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs,
         if summary["step"]:
             print(f"{summary['step']} steps, "
                   f"{summary['tokens'] / summary['seconds']:.0f} tokens/s")
-        if words := advice(
-                run / "metrics.jsonl", guessing_loss(inputs.examples, inputs.valid_examples),
-                remedy(config.training.lr, default_lr(inputs.model))):
+        if words := advice(run / "metrics.jsonl", guessing_loss(examples, valid),
+                           remedy(config.training.lr, default_lr(inputs.model))):
             print(words)
 
 
@@ -182,20 +187,18 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
                       training=from_flags(TrainConfig, values))
 
 
-def score(inputs: Inputs, asked: Mapping[str, Questions], when: str, config: flags.RunConfig,
-          ) -> dict[str, Judgement]:
+def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Judgement]:
     """What the model does with the test lines of each task, with a bar."""
-    batch = min(32, 4 * distributed.per_process(config.training.micro))
-    judgements = {}
-    with progress_bar(total=sum(len(of_task.lines) for of_task in asked.values()), unit="line",
+    judgements, fitting = {}, evaluating(config.training.micro)
+    with progress_bar(total=sum(len(asked.lines) for asked in inputs.asked.values()), unit="line",
                       desc=f"evaluate {when}", disable=distributed.rank() > 0) as bar:
-        for i, (name, of_task) in enumerate(asked.items()):
+        for i, (name, asked) in enumerate(inputs.asked.items()):
             exact = config.inputs.limit_test != 0 and (
                 config.exact_match == "on" or config.exact_match == "auto"
-                and has_short_answers(of_task))
-            shown = len(range(i, SHOWN, len(asked)))                 # of SHOWN among all tasks
-            judgements[name] = judge(inputs.model, inputs.tokenizer, of_task, inputs.test[name],
-                                     exact, shown, batch, bar.update)
+                and has_short_answers(asked))
+            shown = len(range(i, SHOWN, len(inputs.asked)))          # of SHOWN among all tasks
+            judgements[name] = judge(inputs.model, inputs.tokenizer, asked, inputs.test[name],
+                                     exact, shown, fitting, bar.update)
     return judgements
 
 

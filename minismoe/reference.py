@@ -168,7 +168,7 @@ def balance_loss(logits: Tensor, k: int) -> Tensor:
 def train(model: Decoder, batches: Sequence[Sequence[Sample]], peak: float) -> list[float]:
     """Train all experts; returns the loss of each step, without balance."""
     trained = [p for m in model.mixtures.values() for p in m.parameters()]
-    routed = [m for m in model.mixtures.values() if m.router is not None]
+    routed = [m for m in model.mixtures.values() if m.top_k < len(m.lora_A)]    # they choose
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
     warm, curve = max(1, min(10, len(batches) // 2), round(0.05 * len(batches))), []
     for step, batch in enumerate(batches):

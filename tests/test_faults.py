@@ -261,7 +261,7 @@ def test_out_of_memory_names_the_flags_that_help(world: World, monkeypatch: pyte
     monkeypatch.setattr("minismoe.training.loop.Trainer.gradients", gradients)
     fails(train.main, *world.inputs, *SHORT, "--out", world.run.parent / "new",
           folder=world.model.parent / "model",
-          says="out of memory.*--dtype bfloat16.*--micro-batch-size.*--max-length.*--recompute")
+          says="out of memory.*--micro-batch-size.*--max-length.*--recompute.*--base-bits")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:9", "xpu", "mps"])

@@ -11,10 +11,10 @@ from statistics import fmean
 import torch
 
 from ..data import toy
+from ..data.files import WORDS
 from ..data.lines import with_system
 from ..data.tasks import Example, Task, encode, encode_all, load_tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..io.files import naming
 from ..io.hub import resolve
 from ..io.text import clean, in_colour, table
 from ..method.loss import IGNORE
@@ -23,7 +23,6 @@ from ..model.decoder import CausalLM, meta_model
 from ..training import distributed
 from ..training.distributed import print0
 from ..training.evaluate import Questions, questions
-from ..training.judge import SHOWN
 from .flags import InputConfig
 
 
@@ -38,24 +37,7 @@ class Inputs:
     encoded: dict[str, list[Example]]    # of training lines
     valid: dict[str, list[Example]]
     test: dict[str, list[Example]]
-
-    @property
-    def examples(self) -> list[Example]:
-        """The training examples of all tasks."""
-        return [e for examples in self.encoded.values() for e in examples]
-
-    @property
-    def valid_examples(self) -> list[Example]:
-        """The validation examples of all tasks."""
-        return [e for examples in self.valid.values() for e in examples]
-
-    def asked(self, tested: bool) -> dict[str, Questions]:
-        """By task, its test lines as questions; those of a run that is not tested are a few
-        validation lines. Raises ValueError as `questions` does."""
-        context = self.model.config.max_position_embeddings
-        lines = {t.name: t.test if tested else t.valid[:SHOWN] for t in self.tasks}
-        return {name: questions(self.tokenizer, Task(name, [], lines[name]), context)
-                if tested or lines[name] else Questions([], [], []) for name in lines}
+    asked: dict[str, Questions]          # test lines; validation lines if the test is left out
 
     @property
     def identity(self) -> dict[str, str]:
@@ -115,10 +97,11 @@ def load_inputs(config: InputConfig) -> Inputs:
     tokenizer = load_tokenizer(folder)
     context = read_config(folder)[0].max_position_embeddings
     length = min(config.max_length, context)
-    encoded = {t.name: encode_all(t, tokenizer, length) for t in tasks}
-    valid, test = ({t.name: unseen_examples(t, split, word, tokenizer, length, context)
-                    for t in tasks} for split, word in (("valid", "validation"), ("test", "test")))
-    if empty := [name for name, examples in encoded.items() if not examples]:
+    asked = {split: {t.name: leave_out_long(t, split, tokenizer, context) for t in tasks}
+             for split in ("valid", "test")}
+    train, valid, test = ({t.name: encode_all(t, tokenizer, length, split) for t in tasks}
+                          for split in WORDS)
+    if empty := [name for name, examples in train.items() if not examples]:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")
     model = load_base(config, folder)
@@ -126,28 +109,20 @@ def load_inputs(config: InputConfig) -> Inputs:
     bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
     print0(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
            f"{config.dtype}{bits}")
-    print_data(tokenizer, tasks, encoded)
-    return Inputs(folder, model, tokenizer, tasks, encoded, valid, test)
+    print_data(tokenizer, tasks, train, valid, test)
+    return Inputs(folder, model, tokenizer, tasks, train, valid, test,
+                  asked["test" if config.limit_test != 0 else "valid"])
 
 
-def unseen_examples(task: Task, split: str, word: str, tokenizer: Tokenizer, length: int,
-                    context: int) -> list[Example]:
-    """The examples of the valid or test split, cut to `length` tokens. Lines whose prompt fills the
-    model's context leave the split. `task` notes how many do, and how many have no loss."""
-    lines, fitting = getattr(task, split), []
-    for number, messages in enumerate(lines, 1):
-        with naming(f"task {task.name}, {word} example {number}", ValueError):
-            prompt = tokenizer.encode(tokenizer.render(messages[:-1], True))[0]
-        if len(prompt) < context:
-            fitting.append(messages)
-    setattr(task, split, fitting)
-    examples = encode_all(task, tokenizer, length, split)
-    task.notes += [f"{count} {word} lines {what}" for count, what in (
-        (len(lines) - len(fitting), "left out: their prompts fill the model's context of "
-                                    f"{context:,} tokens"),
-        (len(fitting) - len(examples), "have no loss: the length limit would remove their whole "
-                                       "answer")) if count]
-    return examples
+def leave_out_long(task: Task, split: str, tokenizer: Tokenizer, context: int) -> Questions:
+    """The questions of a split. Lines whose prompt fills the model's context leave it, and `task`
+    notes how many they are."""
+    lines, asked = getattr(task, split), questions(tokenizer, task, context, split)
+    if long := len(lines) - len(asked.lines):
+        task.notes.append(f"{long} {WORDS[split]} lines left out: their prompts fill the model's "
+                          f"context of {context:,} tokens")
+    setattr(task, split, asked.lines)
+    return asked
 
 
 def read_tasks(config: InputConfig) -> list[Task]:
@@ -193,13 +168,13 @@ def load_base(config: InputConfig, folder: Path) -> CausalLM:
 
 
 def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
-               encoded: Mapping[str, Sequence[Example]]) -> None:
-    """Print how much each task holds, and what the length limit cut or left out."""
-    rows, all_left_out = [], 0
+               *splits: Mapping[str, Sequence[Example]]) -> None:
+    """Print how much each task holds, and what the length limit cut or left out of the `splits`,
+    training, validation and test."""
+    rows = []
     for task in tasks:
-        examples = encoded[task.name]
+        examples = splits[0][task.name]
         lengths, left_out = [len(e.ids) for e in examples], len(task.train) - len(examples)
-        all_left_out += left_out
         rows.append([clean(task.name), len(task.train), len(task.valid), len(task.test),
                      f"{fmean(lengths):.0f}", max(lengths),
                      f"{fmean(e.supervised for e in examples):.1f}",
@@ -207,11 +182,12 @@ def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
     print0(table(["task", "train", "valid", "test", "tokens", "longest", "supervised", "cut",
                   "left out"], rows))
     for task in tasks:
-        if task.notes:
-            print0(f"{clean(task.name)}: {clean('; '.join(task.notes))}")
-    if all_left_out:
-        print0(f"{all_left_out} examples were left out: the length limit would remove their whole "
-               "answer")
+        notes = task.notes + [
+            f"{lost} {word} lines have no loss: the length limit would remove their whole answer"
+            for (split, word), of_task in zip(WORDS.items(), splits)
+            if (lost := len(getattr(task, split)) - len(of_task[task.name]))]
+        if notes:
+            print0(f"{clean(task.name)}: {clean('; '.join(notes))}")
     if tokenizer.template is None:
         print0('chat template: the checkpoint brings none, so a turn is "User: ...", and an answer '
                f'"Assistant: ...{clean(tokenizer.eos)}" (--show 1 prints an example)')

@@ -107,15 +107,15 @@ def resumed(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path) -> 
 
 def with_inputs_of(parser: argparse.ArgumentParser, argv: Sequence[str], run: Path,
                    ) -> argparse.Namespace:
-    """The flags of argv and, where it names none, the model, the system prompt and, unless it names
-    other data, the data of `run` and the flags that choose lines. FileNotFoundError if the run has
-    no adapter."""
+    """The flags of argv and, where it names none, the model, its bits, the system prompt and,
+    unless it names other data, the data of `run` and the flags that choose lines. FileNotFoundError
+    if the run has no adapter."""
     kept = vars(as_typed(parser, run, saved_config(run)["arguments"]))
     if not (run / "adapter" / "adapter.json").exists():
         raise FileNotFoundError(f"{run} has not finished; go on with: {command('train')} --resume "
                                 f"--out {shlex.quote(str(run))}")
     same = parser.parse_args(argv).data in (None, kept["data"])
-    names = EXPORTED if same else ("model", "system")
+    names = ("base_bits", *(EXPORTED if same else ("model", "system")))
     kept["model"] = model_of(run, kept)
     return parser.parse_args(argv, argparse.Namespace(**{name: kept[name] for name in names}))
 
@@ -306,12 +306,10 @@ def shortened(text: str) -> str:
 
 def draw_losses(run: Path, keep: str) -> None:
     """Write loss.svg, the picture of metrics.jsonl. keep: --keep."""
-    lines = read_metrics(run / "metrics.jsonl")
-    valid = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
-    kept = min(valid, key=valid.__getitem__) if valid and keep == "best" else len(lines)
+    losses, valid = read_metrics(run / "metrics.jsonl")
+    kept = min(valid, key=valid.__getitem__) if valid and keep == "best" else len(losses)
     with replacing(run / "loss.svg") as tmp:
-        tmp.write_text(loss_svg({line["step"]: line["loss"] for line in lines}, valid, kept),
-                       encoding="utf-8")
+        tmp.write_text(loss_svg(dict(enumerate(losses, 1)), valid, kept), encoding="utf-8")
 
 
 def next_commands(run: Path, config: RunConfig) -> str:

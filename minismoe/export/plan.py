@@ -75,7 +75,7 @@ def sizes_of(config: ExportConfig, source: Source) -> tuple[int, tuple[int, int,
     prompts, answers, npu = check_prompts(source), [0], config.target == "npu"
     for task in source.tasks:
         asked = questions(tokenizer, task, longest)
-        answers.append(max(map(len, asked.prompts)) + max(asked.limits))
+        answers += [len(prompt) + n for prompt, n in zip(asked.prompts, asked.limits)]
         prompts += asked.prompts
     prompt = max(map(len, prompts))
     needed = min(longest, max(prompt + TOKENS, *answers))

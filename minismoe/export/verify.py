@@ -180,7 +180,8 @@ def accuracy(generator: Generator, task: Task, batch_size: int = 16) -> float | 
     """Exact match of an exported folder on the test split of a task, 0 to 1; None if it has no room
     for the answers."""
     def complete(prompts: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
-        if (room := generator.room(max(map(len, prompts)))) < (limit := max(limits)):
+        limit = max(limits, default=0)
+        if (room := generator.room(max(map(len, prompts), default=0))) < limit:
             print(f"{clean(task.name)}: no exact match, as an answer may have {limit} tokens, and "
                   f"there is room for {room}")
             return []

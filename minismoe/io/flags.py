@@ -67,12 +67,3 @@ number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0
 fraction = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
 fraction_or_zero = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
 above_zero = checked(float, lambda x: 0 < x < math.inf, "is not above 0, or no number")
-
-
-def interval(text: str) -> int | str:
-    """An argparse type: a number of steps, 200, or of minutes, 10m."""
-    if not text.endswith("m"):
-        return positive(text)
-    if not 0 < float(text[:-1]) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 minutes")
-    return text

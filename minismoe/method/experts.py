@@ -249,36 +249,33 @@ def packs(model: nn.Module) -> bool:
 
 
 def take_logits(layers: Mapping[str, ExpertLinear]) -> dict[str, tuple[Tensor, int]]:
-    """Router logits (N, E) of the last forward of each routed layer, and its k; the layers forget
-    them, as they may hold a graph."""
+    """Router logits (N, E) of the last forward of each layer that chooses among its experts, and
+    its k; the layers forget them, as they may hold a graph."""
     taken = {name: (m.router_logits[:, :m.experts], m.top_k) for name, m in layers.items()
-             if m.router_logits is not None and m.router is not None}
+             if m.router_logits is not None and m.top_k < m.experts}
     for layer in layers.values():
         layer.router_logits = None
     return taken
 
 
 def balance_loss(routing: Mapping[str, tuple[Tensor, int]], weights: Tensor,
-                 total: Callable[[Tensor], Tensor] = lambda counts: counts,
-                 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean `reference.balance_loss` over the routed matrices, and the share of choices that each
-    expert got, (E,), by matrix.
+                 total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Tensor:
+    """Mean `reference.balance_loss` over the matrices that choose among their experts: it is always
+    1 where all are active.
 
     routing: as `take_logits` gives it. weights (N,): how often a row counts: in how many sequences
     it occurs, 0 for padding. If processes hold parts of a batch, `total` sums counts over them;
     then the losses and gradients of processes add up to the batch's.
     """
-    same_sizes = defaultdict[Any, list[str]](list)   # matrices of equal E together: few kernels
-    for name, (logits, k) in routing.items():
-        same_sizes[logits.shape[1], k].append(name)
-    losses, use = list[Tensor](), dict[str, Tensor]()
-    for (E, k), names in same_sizes.items():
-        logits = torch.stack([routing[name][0] for name in names])       # (matrices, N, E)
+    same_sizes = defaultdict[tuple[int, int], list[Tensor]](list)    # together: few kernels
+    for logits, k in routing.values():
+        same_sizes[logits.shape[1], k].append(logits)
+    losses = []
+    for (E, k), of_matrices in same_sizes.items():
+        logits = torch.stack(of_matrices)                            # (matrices, N, E)
         p, times = logits.softmax(-1), weights.to(logits.dtype)
         chosen = torch.zeros_like(p).scatter_(-1, logits.topk(k, -1).indices, 1 / k)
         used = total(times @ chosen)     # (matrices, E): how many tokens each expert gets
         tokens = used.sum(-1, keepdim=True)
-        shares = used / tokens
-        losses.append(E * (shares * (times @ p) / tokens).sum(-1))
-        use |= zip(names, shares)
-    return torch.cat(losses).mean() if losses else torch.zeros((), device=weights.device), use
+        losses.append(E * (used / tokens * (times @ p) / tokens).sum(-1))
+    return torch.cat(losses).mean() if losses else torch.zeros((), device=weights.device)

@@ -4,20 +4,52 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..data.files import WORDS
 from ..data.tasks import Example, Task, collate
 from ..data.tokenizer import Message, Tokenizer
 from ..io.files import naming
+from ..io.progress import print_above_bar
+from ..io.text import out_of_memory
 from ..method.loss import head_scores, predicting
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens, sent
 from .compiled import uncompiled
 from .copies import Copies
-from .distributed import spread
+from .distributed import per_process, spread, world
+
+Result = TypeVar("Result")
+
+
+class Fitting:
+    """How many examples are computed at once; `work`, such as "training", says in what."""
+
+    def __init__(self, size: int, work: str):
+        self.size, self.work = size, work
+
+    def __call__(self, run: Callable[[int], Result]) -> Result:
+        """run(size), begun again with half the size each time that memory runs out."""
+        while True:
+            try:
+                return run(self.size)
+            except (MemoryError, RuntimeError) as e:
+                if not out_of_memory(e) or self.size == 1 or world() > 1:
+                    raise                    # other processes wait in the middle of an exchange
+            self.size //= 2
+            print_above_bar(f"out of memory, so from now on {self.work} takes {self.size} examples "
+                            "at a time")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def evaluating(micro: int) -> Fitting:
+    """For evaluation, which keeps nothing for a backward pass: more fit at once than the `micro`
+    that all processes together train on."""
+    return Fitting(min(32, 4 * per_process(micro)), "evaluation")
 
 
 def alike(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -71,25 +103,20 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], limits: S
     return answers
 
 
-class Supervised(NamedTuple):
-    """The S supervised tokens of some examples, as a model predicts them."""
+def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int, recompute: bool = False,
+               ) -> tuple[Tensor, Tensor, Tensor, Tokens]:
+    """Run a model, without its head, on some examples of S supervised tokens in all. A prefix that
+    neighbouring examples share is computed once. Nothing waits for the device.
 
-    hidden: Tensor           # (S, D), of the tokens before them
-    targets: Tensor          # (S,)
-    examples: Tensor         # (S,): the number of each one's example
-    tokens: Tokens           # all tokens of the examples, packed
-
-
-def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int,
-               recompute: bool = False) -> Supervised:
-    """Run a model, without its head, on some examples. A prefix that neighbouring examples share is
-    computed once. Nothing waits for the device."""
+    Returns hidden states (S, D) of the tokens before these, their targets (S,), the number of each
+    one's example (S,), and all tokens of the examples, packed.
+    """
     ids, mask, labels = collate(examples, pad_id)
     needed, device = predicting(mask, labels), model.lm_head.weight.device
     rows, columns = needed.nonzero(as_tuple=True)
     at = sent({"targets": labels[rows, columns + 1], "rows": rows}, device)
     tokens = Tokens(ids, mask, model.config, device, needed)
-    return Supervised(model.model.rows(tokens, recompute), at["targets"], at["rows"], tokens)
+    return model.model.rows(tokens, recompute), at["targets"], at["rows"], tokens
 
 
 @torch.no_grad()
@@ -136,7 +163,7 @@ class Accuracy:
 class Questions(NamedTuple):
     """Lines, each a conversation, as questions to a model."""
 
-    lines: Sequence[Sequence[Message]]
+    lines: list[list[Message]]
     prompts: list[list[int]]         # tokens before the last answer
     answers: list[list[int]]         # tokens of that answer, without stop ids
 
@@ -147,23 +174,19 @@ class Questions(NamedTuple):
         return [len(answer) + 4 for answer in self.answers]
 
 
-def questions(tokenizer: Tokenizer, task: Task, context: int) -> Questions:
-    """The test lines of a task. Raises ValueError if there is none, or if a prompt has `context`
-    tokens or more."""
-    if not task.test:
-        raise ValueError(f"task {task.name} has no test line: add a test.jsonl, or "
-                         "write at least two lines into its only file; --limit-test 0 skips the "
-                         "test")
-    prompts, answers = [], []
-    for number, messages in enumerate(task.test, 1):
-        place = f"task {task.name}, test example {number}, {messages[0]['content'][:40]!r}"
-        with naming(place, ValueError):
-            prompts.append(tokenizer.encode(tokenizer.render(messages[:-1], True))[0])
-            answers.append(tokenizer.turn(messages))
-        if len(prompts[-1]) >= context:
-            raise ValueError(f"{place}: the prompt has {len(prompts[-1])} tokens, and the model's "
-                             f"context {context}: shorten it, or leave it out")
-    return Questions(task.test, prompts, answers)
+def questions(tokenizer: Tokenizer, task: Task, context: int, split: str = "test") -> Questions:
+    """The lines of a split whose prompts have fewer than `context` tokens. Raises the ValueErrors
+    of the template with task, split and number."""
+    asked = Questions([], [], [])
+    for number, messages in enumerate(getattr(task, split), 1):
+        with naming(f"task {task.name}, {WORDS[split]} example {number}, "
+                    f"{messages[0]['content'][:40]!r}", ValueError):
+            prompt = tokenizer.encode(tokenizer.render(messages[:-1], True))[0]
+            if len(prompt) < context:
+                asked.lines.append(messages)
+                asked.prompts.append(prompt)
+                asked.answers.append(tokenizer.turn(messages))
+    return asked
 
 
 def evaluate(model: CausalLM, tokenizer: Tokenizer, asked: Questions, batch_size: int = 32,

@@ -1,12 +1,13 @@
 """How well a model does on the test lines of a task: loss, token accuracy, exact match, answers."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..data.tasks import Example
 from ..data.tokenizer import Tokenizer
 from ..model.decoder import CausalLM
-from .evaluate import Questions, evaluate, generate, token_scores
+from .evaluate import Fitting, Questions, evaluate, generate, token_scores
 
 # As before.json and after.json hold it: "loss" (nats, the mean over the supervised tokens of test
 # lines) and "token_accuracy", None without a test line; "samples", each of prompt, expected and
@@ -23,24 +24,24 @@ def has_short_answers(asked: Questions) -> bool:
 
 
 def judge(model: CausalLM, tokenizer: Tokenizer, asked: Questions, examples: Sequence[Example],
-          exact: bool, shown: int, batch_size: int,
+          exact: bool, shown: int, fitting: Fitting,
           progress: Callable[[int], Any] = lambda lines: None) -> Judgement:
     """Judge `model` by the loss of a task's test lines, as examples; with `exact`, by its answers
     to what is asked, too, of which the first `shown` are kept as samples."""
     samples, loss, right = [], None, None
     if prompts := asked.prompts[:shown]:
         limit = min(LONGEST_SHOWN, model.config.max_position_embeddings - max(map(len, prompts)))
-        for messages, answer, given in zip(asked.lines, asked.answers, generate(
-                model, prompts, limit, tokenizer.stop_ids, batch_size)):
+        for messages, answer, given in zip(asked.lines, asked.answers, fitting(partial(
+                generate, model, prompts, limit, tokenizer.stop_ids))):
             samples.append({"prompt": messages[-2].get("content", ""),
                             "expected": tokenizer.decode(answer).strip(),
                             "given": tokenizer.decode(given).strip()})
     if examples:
-        loss, right = (round(figure, 5) for figure in token_scores(
-            model, examples, tokenizer.pad_id, batch_size))
+        loss, right = (round(figure, 5) for figure in fitting(partial(
+            token_scores, model, examples, tokenizer.pad_id)))
     accuracy = {}
     if exact:
-        accuracy = vars(evaluate(model, tokenizer, asked, batch_size, progress))
+        accuracy = vars(fitting(lambda size: evaluate(model, tokenizer, asked, size, progress)))
     else:
         progress(len(asked.lines))
     return {"loss": loss, "token_accuracy": right, **accuracy, "samples": samples}

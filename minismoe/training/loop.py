@@ -6,12 +6,12 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +21,16 @@ from ..io import flags
 from ..io.flags import flag
 from ..io.progress import print_above_bar, progress_bar
 from ..io.signals import Interrupted, waiting
-from ..io.text import out_of_memory
 from ..method.experts import balance_loss, expert_parameters, take_logits
 from ..method.loss import head_losses
 from ..model.decoder import CausalLM
 from ..model.tokens import sent
 from . import compiled, distributed, verdict
 from .copies import Copies
-from .evaluate import supervised, token_scores
+from .evaluate import Fitting, evaluating, supervised, token_scores
 from .rate import default_lr, learning_rate
-from .resume import due, first_state, save_checkpoint
+from .resume import first_state, save_checkpoint
 
-Result = TypeVar("Result")
-USE_EVERY = 20                # steps between two lines of metrics.jsonl that hold "expert_use"
 MEASURES = 10                 # of the loss of validation lines in a run, if no flag says otherwise
 REMEDY = "try a lower --lr, or --dtype float32"
 
@@ -53,8 +50,8 @@ class TrainConfig:
     compile: str = flag("auto", compiled.HELP, choices=compiled.CHOICES)
     lr: float | None = flag(None, "peak learning rate, after a warm-up; a cosine takes it to 0 "
                             "(default: it follows the size of the base's weights)", flags.number)
-    checkpoint_every: int | str = flag(200, "optimizer steps, or minutes: 10m (default: "
-                                       "%(default)s)", flags.interval, metavar="N|Nm")
+    checkpoint_every: int = flag(
+        200, "optimizer steps (default: %(default)s)", flags.positive, metavar="N")
     eval_every: int | None = flag(
         None, "steps between two measures of the loss of validation lines (default: a tenth of "
         "the run)", flags.positive, metavar="N")
@@ -88,13 +85,14 @@ def schedule(examples: Sequence[Example], cfg: TrainConfig) -> list[list[Example
 class Trainer:
     """The experts of a model, which are trained in place, and their optimizer.
 
-    micro: examples computed at once; half as many each time that memory ran out. best: the experts
-    with the least loss of validation examples, by name. Raises ValueError for a model without a
-    parameter to train.
+    fitting, evaluating: how many examples are computed at once. best: the experts with the
+    least loss of validation examples, by name. Raises ValueError for a model without a parameter to
+    train.
     """
 
     def __init__(self, model: CausalLM, cfg: TrainConfig, pad_id: int, same_shapes: bool = False):
-        self.model, self.cfg, self.pad_id, self.micro = model, cfg, pad_id, cfg.micro
+        self.model, self.cfg, self.pad_id = model, cfg, pad_id
+        self.fitting, self.evaluating = Fitting(cfg.micro, "training"), evaluating(cfg.micro)
         self.copies, self.device = Copies(model, same_shapes), model.lm_head.weight.device
         self.parameters = {n: p for n, p in expert_parameters(model).items() if p.requires_grad}
         if not self.parameters:
@@ -107,20 +105,21 @@ class Trainer:
             self.parameters.values(), betas=(0.9, 0.99), eps=1e-6,
             weight_decay=cfg.weight_decay, fused=True)
 
-    def gradients(self, batch: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradients of one optimizer step, added up in micro-batches.
+    def gradients(self, batch: Sequence[Example], micro: int) -> Tensor:
+        """The gradients of one optimizer step, added up in micro-batches of `micro` examples.
 
-        Returns the sum of losses of each task, in order of name, and then the balance loss; and the
-        share of choices of each expert, by matrix, of the last micro-batch. Nothing waits for the
-        device. The loss is the mean over the step's supervised tokens, whatever the micro-batches.
-        The balance loss is a statistic of each micro-batch, weighted by its tokens. Several
-        processes share each micro-batch: each has the gradients, and the losses, of its part.
+        Returns the sum of losses of each task, in order of name, and then the balance loss. Nothing
+        waits for the device. The loss is the mean over the step's supervised tokens, whatever the
+        micro-batches. The balance loss is a statistic of each micro-batch, weighted by its tokens.
+        Several processes share each micro-batch: each has the gradients, and the losses, of its
+        part.
         """
         self.optimizer.zero_grad()
+        take_logits(self.copies.layers)      # they hold the graph of a batch that did not fit
         sums = list[Tensor]()
         tasks, answers = sorted({e.task for e in batch}), sum(e.supervised for e in batch)
-        for i in range(0, len(batch), self.micro):
-            part = batch[i:i + self.micro]
+        for i in range(0, len(batch), micro):
+            part = batch[i:i + micro]
             mine = part[distributed.rank()::distributed.world()]
             # A process without an example computes one all the same, and counts it as 0.
             counts = float(bool(mine))
@@ -128,39 +127,23 @@ class Trainer:
             mine = sorted(mine or part[:1], key=lambda e: e.ids)
             task = sent({"": torch.tensor([tasks.index(e.task) for e in mine])}, self.device)[""]
             with self.copies.multiplying():
-                computed = supervised(self.model, mine, self.pad_id, self.cfg.recompute)
-                losses = head_losses(computed.hidden, self.model.lm_head.weight, computed.targets)
-                balance, use = balance_loss(take_logits(self.copies.layers),
-                                            computed.tokens.repeats,
-                                            partial(distributed.all_sum, times=counts))
+                hidden, targets, numbers, tokens = supervised(
+                    self.model, mine, self.pad_id, self.cfg.recompute)
+                losses = head_losses(hidden, self.model.lm_head.weight, targets)
+                balance = balance_loss(take_logits(self.copies.layers), tokens.repeats,
+                                       partial(distributed.all_sum, times=counts))
                 balance = balance * (sum(len(e.ids) for e in part) / sum(len(e.ids) for e in batch))
                 loss = losses.sum() / answers + self.cfg.router_aux_loss_coef * balance
                 (counts * loss).backward()
-            by_task = losses.new_zeros(len(tasks)).index_add(
-                0, task[computed.examples], losses.detach())
+            by_task = losses.new_zeros(len(tasks)).index_add(0, task[numbers], losses.detach())
             sums.append(counts * torch.cat([by_task, balance.detach()[None]]))
-        return torch.stack(sums).sum(0), use
-
-    def fitting(self, work: Callable[[], Result]) -> Result:
-        """work(), begun again with half the micro-batch each time that memory runs out."""
-        while True:
-            try:
-                return work()
-            except (MemoryError, RuntimeError) as e:
-                if not out_of_memory(e) or self.micro == 1 or distributed.world() > 1:
-                    raise                    # other processes wait in the middle of an exchange
-            self.micro //= 2
-            print_above_bar(f"out of memory, so from now on {self.micro} examples at a time")
-            self.optimizer.zero_grad()
-            take_logits(self.copies.layers)  # they hold the graph of the batch that did not fit
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        return torch.stack(sums).sum(0)
 
     def step(self, number: int, batch: Sequence[Example], lr: float) -> dict[str, Any]:
         """One step of the optimizer; returns its line of metrics.jsonl. Raises ArithmeticError, and
         changes nothing, if the loss or the norm of its gradient is not finite."""
         start = time.perf_counter()
-        sums, use = self.fitting(lambda: self.gradients(batch))
+        sums = self.fitting(partial(self.gradients, batch))
         distributed.sum_all([p.grad for p in self.parameters.values() if p.grad is not None])
         clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.max_grad_norm)
         # The one wait for the device: all figures are read at once.
@@ -176,21 +159,18 @@ class Trainer:
                 f"the training lines {lines} (counted as --show prints them): {REMEDY}")
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        line = {"step": number + 1, "loss": round(loss, 5), "balance": round(balance, 5),
+        return {"step": number + 1, "loss": round(loss, 5), "balance": round(balance, 5),
                 "tokens": tokens, "loss_by_task": {
                     task: round(total / answers[task], 5)
                     for task, total in zip(sorted(answers), by_task)},
-                "grad_norm": round(norm, 5), "lr": lr}
-        if number % USE_EVERY == 0:          # of the last micro-batch
-            line["expert_use"] = {name: [round(share, 3) for share in shares.tolist()]
-                                  for name, shares in use.items()}
-        return line | {"tokens_per_second": round(tokens / (time.perf_counter() - start), 1)}
+                "grad_norm": round(norm, 5), "lr": lr,
+                "tokens_per_second": round(tokens / (time.perf_counter() - start), 1)}
 
     def validate(self, examples: Sequence[Example], state: dict[str, Any]) -> float:
-        """Mean loss of validation examples, more of which fit at once than of a step's. `state`
-        notes the least, and how often it was not reached since; `best` holds its experts."""
-        loss = round(self.fitting(lambda: token_scores(self.model, examples, self.pad_id, min(
-            32, 4 * distributed.per_process(self.micro)))[0]), 5)
+        """Mean loss of validation examples. `state` notes the least, and how often it was not
+        reached since; `best` holds its experts."""
+        loss = round(self.evaluating(partial(
+            token_scores, self.model, examples, self.pad_id))[0], 5)
         state["since_best"] += 1
         if loss < state["best_loss"]:
             state |= {"best_loss": loss, "since_best": 0}
@@ -208,9 +188,19 @@ class Trainer:
                 {"value": p.detach(), **self.optimizer.state[p]}.items()} | {
                     f"{name}/best": tensor for name, tensor in self.best.items()}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave, and empty it: the file may not stay mapped."""
-        for full in [*tensors]:
+    def begin(self, run: Path, batches: Sequence[Sequence[Example]], resume: bool,
+              valid: Sequence[Example]) -> dict[str, Any]:
+        """The state to begin with, whose tensors are taken over; see `first_state`. metrics.jsonl
+        ends with its step; at step 0 it holds the loss of `valid`, if there is any."""
+        state, tensors = first_state(run, batches, self.parameters, resume)
+        metrics, line = run / "metrics.jsonl", ""
+        if state["step"]:
+            distributed.once(os.truncate, metrics, state["metrics"])
+        else:
+            if valid and batches:
+                line = json.dumps({"step": 0, "valid_loss": self.validate(valid, state)}) + "\n"
+            distributed.once(metrics.write_text, line, "utf-8", None, "\n")
+        for full in [*tensors]:              # it is emptied: the file may not stay mapped
             name, _, key = full.rpartition("/")
             parameter = self.parameters[name]
             tensor = tensors.pop(full).to(parameter.device, copy=True)
@@ -220,6 +210,7 @@ class Trainer:
                 self.best[name] = tensor
             else:
                 self.optimizer.state[parameter][key] = tensor
+        return state
 
     def finish(self) -> None:
         """Put the best experts in place, if they are kept, and drop gradients."""
@@ -229,26 +220,26 @@ class Trainer:
 
 
 def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: Path, pad_id: int,
-          resume: bool = False, valid: Sequence[Example] = ()) -> dict[str, float]:
+          resume: bool = False, valid: Sequence[Example] = (), continued: bool = False,
+          ) -> dict[str, float]:
     """Train the experts of `model` in place; returns steps, tokens, seconds and the last loss.
 
-    Writes run/checkpoints and run/metrics.jsonl. Raises Interrupted after a signal, once the step
-    is saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite."""
+    Writes run/checkpoints and run/metrics.jsonl. Experts that were trained before (continued) are
+    measured first, as they may be the best. Raises Interrupted after a signal, once the step is
+    saved; ValueError for another run's checkpoint; ArithmeticError for a loss not finite."""
     batches = schedule(examples, cfg)
     compiling = compiled.wanted(model, cfg.compile, len(batches))
     trainer = Trainer(model, cfg, pad_id, same_shapes=compiling)
     peak = default_lr(model) if cfg.lr is None else cfg.lr
-    state, tensors = first_state(run, batches, trainer.parameters, resume)
-    trainer.load(tensors)
+    state = trainer.begin(run, batches, resume, valid if continued else ())
     every = cfg.eval_every or math.ceil(len(batches) / MEASURES)
-    first_step = partial(trainer.fitting, lambda: trainer.gradients(batches[0]))
-    with (compiled.compiled_layers(model, first_step) if compiling else nullcontext(),
+    with (compiled.compiled_layers(model, lambda: trainer.fitting(partial(
+            trainer.gradients, batches[0]))) if compiling else nullcontext(),
           (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
           progress_bar(range(state["step"], len(batches)), "train", len(batches), unit="step",
                        initial=state["step"], smoothing=0.1, disable=distributed.rank() > 0) as bar,
           waiting(distributed.rank() == 0) as signals):
-        distributed.once(metrics.truncate, state["metrics"])
-        begun, saved, note = time.perf_counter() - state["seconds"], time.monotonic(), ""
+        begun, note = time.perf_counter() - state["seconds"], ""
         for step in bar:
             if trainer.gives_up(state):
                 distributed.once(print_above_bar, f"ended after step {step} by --patience")
@@ -261,15 +252,14 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             distributed.once(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             if step + 1 == len(batches) // 2:
-                distributed.once(verdict.warn, run, examples, peak, default_lr(model))
+                distributed.once(verdict.warn, run, examples, peak, default_lr(model), continued)
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
             if ((stop := _signal_to_any(signals)) or trainer.gives_up(state)
-                    or step + 1 == len(batches) or due(cfg.checkpoint_every, step + 1, saved)):
+                    or step + 1 == len(batches) or (step + 1) % cfg.checkpoint_every == 0):
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
                 distributed.once(save_checkpoint, run, trainer.tensors(), state)
-                saved = time.monotonic()
             bar.set_postfix_str(f"loss {line['loss']:.3f}{note}, {line['tokens_per_second']:.0f} "
                                 "tok/s", refresh=False)
             if stop:

@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,6 @@ from . import distributed
 
 KEPT = 2                                     # checkpoints of a run
 TENSORS = "experts.safetensors"              # see `Trainer.tensors`
-
-
-def due(every: int | str, step: int, since: float) -> bool:
-    """Whether to save after `step` steps. `every` counts steps, or minutes ("10m") after `since`, a
-    time.monotonic."""
-    if isinstance(every, str):
-        return time.monotonic() - since >= 60 * float(every[:-1])
-    return step % every == 0
 
 
 def checkpoints(run: Path) -> list[Path]:

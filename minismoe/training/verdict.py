@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from ..data.tasks import Example
 from ..io.files import naming
@@ -38,9 +37,9 @@ def answer_of(example: Example) -> tuple[int, ...]:
     return tuple(label for label in example.labels if label != IGNORE)
 
 
-def trouble(losses: Sequence[float], guess: float) -> str:
+def trouble(losses: Sequence[float], guess: float, continued: bool) -> str:
     """What the losses of training lines, one a step, say against a run; "" if nothing. `guess` is
-    their `guessing_loss`."""
+    their `guessing_loss`. One that is continued may begin as low as it ends."""
     size = max(4, len(losses) // WINDOWS)
     means = [fmean(losses[i:i + size]) for i in range(len(losses) % size, len(losses), size)]
     if len(means) < 3:
@@ -51,15 +50,18 @@ def trouble(losses: Sequence[float], guess: float) -> str:
     if last > max(0.97 * guess, 0.9 * means[-2]):            # a good run passes the guess falling
         return (f"the loss of training lines, {last:.3f}, is no better than guessing by how often "
                 f"each answer occurs, {guess:.3f}")
-    if last > max(0.1, 0.97 * means[0]):
+    if last > max(0.1, 0.97 * means[0]) and not continued:
         return f"the loss of training lines, {last:.3f}, is no better than at the beginning"
     return ""
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, a line a step."""
+def read_metrics(file: Path) -> tuple[list[float], dict[int, float]]:
+    """The loss of training lines at each step, from step 1 on, and that of validation lines by step
+    where it was measured: in a run that is continued, at step 0 first."""
     with naming(file, ValueError):
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return ([line["loss"] for line in lines if line["step"]],
+                {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line})
 
 
 def remedy(peak: float | None, default: float) -> str:
@@ -67,11 +69,12 @@ def remedy(peak: float | None, default: float) -> str:
     return f"try --lr {default if peak != default else default / 4:.1e}"
 
 
-def warn(run: Path, examples: Sequence[Example], peak: float, default: float) -> None:
+def warn(run: Path, examples: Sequence[Example], peak: float, default: float,
+         continued: bool) -> None:
     """Say so if the losses of the steps so far show that a run does not learn."""
-    lines = read_metrics(run / "metrics.jsonl")
-    if reason := trouble([line["loss"] for line in lines], guessing_loss(examples, examples)):
-        print_above_bar(f"step {len(lines)}: {reason}: {remedy(peak, default)}")
+    losses, _ = read_metrics(run / "metrics.jsonl")
+    if reason := trouble(losses, guessing_loss(examples, examples), continued):
+        print_above_bar(f"step {len(losses)}: {reason}: {remedy(peak, default)}")
 
 
 def advice(metrics: Path, guess: float, remedy: str) -> str:
@@ -81,20 +84,20 @@ def advice(metrics: Path, guess: float, remedy: str) -> str:
     On SmolLM2 more epochs gained where the loss of validation lines fell at the end, and training
     lines had at least half of it.
     """
-    lines = read_metrics(metrics)
-    measures = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
-    if len(measures) < 2:
+    losses, by_step = read_metrics(metrics)
+    if len(by_step) < 2:
         return ""
+    measures = [*by_step.items()]
     (_, end), (best_step, best) = measures[-1], min(measures, key=lambda measure: measure[1])
-    before = [measure for measure in measures if measure[0] <= LATE * len(lines)]
+    before = [measure for measure in measures if measure[0] <= LATE * len(losses)]
     late_step, late = (before or measures)[-1 if before else 0]
-    known = fmean(line["loss"] for line in lines[-math.ceil(len(lines) / 10):])
+    known = fmean(losses[-math.ceil(len(losses) / 10):])
     course = (f"loss of validation lines: {late:.3f} after step {late_step}, {end:.3f} at the end, "
               f"at best {best:.3f}, after step {best_step}; of training lines: {known:.3f}")
     if best > 0.97 * guess:
         return (f"{course}: the run learnt no more than how often each answer occurs, which alone "
                 f"gives {guess:.3f}: {remedy}, or more lines")
-    if reason := trouble([line["loss"] for line in lines], math.inf):
+    if reason := trouble(losses, math.inf, continued=0 in by_step):
         return f"{course}: {reason}: {remedy}"
     falls = end < min(0.95 * late, late - 0.01)
     return course + (": more --epochs may gain" if falls and known > end / 2 else "")

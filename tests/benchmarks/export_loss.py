@@ -76,9 +76,9 @@ def mixture_of(source: Source) -> CausalLM:
 def answers(generator: Generator, task: Task) -> dict[str, float]:
     """What a folder says of the test lines of a task."""
     found: list[tuple[float, float, float, float]] = []
-    prompts, rights, limit = questions(generator.tokenizer, task, generator.context)
-    bar = progress_bar(zip(task.test, prompts, rights), task.name, len(prompts), unit="answer")
-    for messages, prompt, right in bar:
+    asked = questions(generator.tokenizer, task, generator.context)
+    bar = progress_bar(zip(*asked, asked.limits), task.name, len(asked.lines), unit="answer")
+    for messages, prompt, right, limit in bar:
         every = generator.choose(prompt, task.choices, len(task.choices))
         by_text = {answer.text: answer.logprob for answer in every}
         wanted = messages[-1]["content"].strip()
@@ -98,7 +98,7 @@ def calibration(stated: Sequence[float], hit: Sequence[float]) -> float:
 
 def predictions(model: CausalLM | Generator, source: Source, task: Task) -> Tensor:
     """Log-probabilities (n, V) of the tokens of the right answers, for the first DIVERGE lines."""
-    prompts, rights, _ = questions(source.tokenizer, task, 10 ** 6)
+    _, prompts, rights = questions(source.tokenizer, task, 10 ** 6)
     return torch.cat(logits(model, prompts[:DIVERGE], rights[:DIVERGE])).log_softmax(-1)
 
 

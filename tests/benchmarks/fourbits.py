@@ -46,7 +46,7 @@ from minismoe.method.freeze import merge
 from minismoe.model.checkpoint import load_adapter, load_model, versions
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
-from minismoe.training.evaluate import evaluate, exact_match
+from minismoe.training.evaluate import evaluate, exact_match, questions
 
 MERGED = "export.py --model {merged} --out {out}"
 RUN = "export.py {run} --limit-test 2 --out {out}"                 # they are scored here instead
@@ -124,19 +124,20 @@ class Bench:
     def scored(self, row: Row, task: Task) -> float:
         """Exact match of a row on the test lines of a task, a prompt at a time, 0 to 1."""
         tokenizer = self.source.tokenizer
+        asked = questions(tokenizer, task, decode_speed.CONTEXT)
         with tqdm(total=len(task.test), desc=f"{row.name}: {clean(task.name)}", unit="answer",
                   leave=False) as bar:
             if row.side == "torch":
-                return evaluate(self.mixture(), tokenizer, task, progress=bar.update).share
+                return evaluate(self.mixture(), tokenizer, asked, progress=bar.update).share
             answer = OPEN[row.side](self.made(row), self.threads, tokenizer.stop_ids)
 
-            def complete(prompts: Sequence[list[int]], limit: int) -> list[list[int]]:
+            def complete(prompts: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
                 answers = []
-                for prompt in prompts:
+                for prompt, limit in zip(prompts, limits):
                     answers.append(answer(prompt, limit))
                     bar.update()
                 return answers
-            return exact_match(tokenizer, task, decode_speed.CONTEXT, complete).share
+            return exact_match(tokenizer, asked, complete).share
 
     def rate(self, row: Row) -> float:
         """Tokens/s decoded, in a process of its own."""

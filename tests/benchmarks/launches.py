@@ -141,7 +141,7 @@ def step_of(side: str, layers: int, dtype: torch.dtype, device: str, sizes: dict
     with torch.device(device):
         add_experts(ours, Allocation(counts, rank=rank, alpha=2 * rank))
     cfg = TrainConfig(batch_size=len(batch), micro_batch_size=len(batch))
-    return partial(Trainer(ours, cfg, 0, same_shapes=compiled).gradients, batch)
+    return partial(Trainer(ours, cfg, 0, same_shapes=compiled).gradients, batch, len(batch))
 
 
 def counted(side: str, layers: int, dtype: torch.dtype) -> Counter[str]:

@@ -21,7 +21,7 @@ from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.tree import sharing_copy
 from minismoe.io.text import clean, table
 from minismoe.method.freeze import KINDS, Fit, fit, merge
-from minismoe.training.evaluate import evaluate
+from minismoe.training.evaluate import evaluate, questions
 
 
 def row(name: str, source: Source, fits: Mapping[str, Mapping[str, Fit]]) -> list[str]:
@@ -33,7 +33,8 @@ def row(name: str, source: Source, fits: Mapping[str, Mapping[str, Fit]]) -> lis
         if fits:
             merge(model, fits[task.name])
             missed += [f.residual for f in fits[task.name].values() if f.kind != "exact"]
-        scores.append(evaluate(model, source.tokenizer, task).share)
+        asked = questions(source.tokenizer, task, model.config.max_position_embeddings)
+        scores.append(evaluate(model, source.tokenizer, asked).share)
     return [name, *(f"{x:.3f}" for x in (*scores, mean(scores))),
             f"{100 * median(missed):.2f} %" if missed else ""]
 

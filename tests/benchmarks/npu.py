@@ -50,13 +50,13 @@ def on_htp(folder: Path, data: str, tasks: list[str], lines: int) -> None:
     tokenizer, total = sides[0].tokenizer, [0, 0, 0]
     for n in range(lines):
         for task in load_tasks(data, tasks):
-            prompts, wanted, limit = questions(tokenizer, task, sides[0].context)
-            prompt = prompts[n]
+            asked = questions(tokenizer, task, sides[0].context)
+            prompt, wanted, limit = asked.prompts[n], asked.answers[n], asked.limits[n]
             texts, times = [], [time.perf_counter()]
             for side in sides:
                 texts.append(list(side.generate(prompt, limit)))
                 times.append(time.perf_counter())
-            right = [tokenizer.decode(t).strip() == tokenizer.decode(wanted[n]).strip()
+            right = [tokenizer.decode(t).strip() == tokenizer.decode(wanted).strip()
                      for t in texts]
             total = [a + b for a, b in zip(total, (texts[0] == texts[1], *right))]
             print(f"{clean(task.name)} {n}: {len(prompt)} tokens read, {len(texts[1])} written, "
@@ -110,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     print(on_cpu(args.folder))
     tasks, tokenizer = args.tasks.split(","), load_tokenizer(args.folder)
-    prompt = questions(tokenizer, load_tasks(args.data, tasks)[0], 1 << 20)[0][0]
+    prompt = questions(tokenizer, load_tasks(args.data, tasks)[0], 1 << 20).prompts[0]
     print(in_openvino(args.folder, prompt))
     print(on_phones(args.folder / "model.onnx"))
     if args.lines:

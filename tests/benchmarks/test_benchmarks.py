@@ -17,7 +17,7 @@ from minismoe.data.tasks import Task, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
-from minismoe.training.evaluate import evaluate, token_scores
+from minismoe.training.evaluate import evaluate, questions, token_scores
 from minismoe.training.rate import default_lr
 
 if sys.platform != "linux":
@@ -203,7 +203,8 @@ def test_rates_measure_as_training_and_evaluation_do(inputs) -> None:
     unseen = encode_all(Task("upper", task.test, []), tokenizer, 512)
     loss, exact = rates.measure(model, unseen, tokenizer.pad_id)
     assert loss == pytest.approx(token_scores(model, unseen, tokenizer.pad_id)[0], rel=1e-5)
-    assert exact == evaluate(model, tokenizer, task).share == 0
+    asked = questions(tokenizer, task, 512)
+    assert exact == evaluate(model, tokenizer, asked).share == 0
 
 
 def test_a_rescaled_base_is_the_same_function_with_another_rate(inputs) -> None:

@@ -41,7 +41,8 @@ def ours(args: argparse.Namespace, dtype: torch.dtype) -> tuple:
     add_experts(model, dict.fromkeys(linear_layers(model), args.experts), rank=RANK)
     cfg = TrainConfig(batch_size=args.batch_size, micro_batch_size=args.batch_size)
     trainer = Trainer(model, cfg, pad_id=0)      # pads count nowhere, whatever they are
-    return [*trainer.parameters.values()], lambda examples, pad: trainer.gradients(examples)
+    return [*trainer.parameters.values()], lambda examples, pad: trainer.gradients(
+        examples, cfg.micro)
 
 
 def peft(args: argparse.Namespace, dtype: torch.dtype) -> tuple:

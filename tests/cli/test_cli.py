@@ -75,6 +75,7 @@ def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
         assert len(after[name]["wrong"]) == after[name]["right"].count(0)
         assert all(w.keys() == {"prompt", "expected", "given"} for w in after[name]["wrong"])
     assert str(out_dir) in out
+    assert out.count("no matrix has more than 2 experts, and 2 are active for each token") == 1
 
     assert out.endswith(f"Next:\n  python export.py {out_dir}\n")
 
@@ -125,7 +126,7 @@ def test_train_takes_an_allocation_as_it_is(inputs, tmp_path, capsys, bare) -> N
         "model.layers.0.self_attn.q_proj.lora_B": (1, rank, 32)}
     saved = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())["allocation"]
     assert (saved["alpha"], saved["top_k"], saved["strategy"]) == (
-        (6, 2, "custom") if bare else (5, 1, "mine"))
+        (6, 2, "custom") if bare else (5, 3, "mine"))
 
 
 def test_an_allocation_leaves_nothing_to_choose_or_to_probe(inputs, tmp_path, capsys) -> None:
@@ -531,6 +532,9 @@ def test_a_run_on_few_bits(inputs, tmp_path, capsys, bits) -> None:
     assert f"linear layers in {bits} bits" in out
     meta = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
     assert meta["base_bits"] == int(bits)
+    code, out, err = finish(train.main, "--init", str(tmp_path / "run"), "--epochs", "0", "--out",
+                            str(tmp_path / "judged"), capsys=capsys)
+    assert code == 0 and f"linear layers in {bits} bits" in out, err
     code, out, err = finish(export.main, str(tmp_path / "run"), "--layout", "hf", "--out",
                             str(tmp_path / "hf"), capsys=capsys)
     assert code == 0, err

@@ -21,7 +21,7 @@ from minismoe.data.lines import with_system
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.runtime.folder import trained_system
-from minismoe.training import verdict
+from minismoe.training import evaluate, verdict
 
 
 def test_results_hold_shares_intervals_and_their_mean() -> None:
@@ -61,6 +61,23 @@ def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, capsys) -> None:
     assert [s.keys() for s in answers["samples"]] == [{"prompt", "expected", "before", "after"}] * 5
     assert [s["prompt"] for s in answers["samples"]] == [f"tell {i}" for i in range(30, 35)]
     assert out.count("t: prompt:") == 5 and "exact match" not in out
+
+
+def test_a_test_that_overflows_goes_on_in_halves(inputs, tmp_path, capsys, monkeypatch) -> None:
+    pack = evaluate.Tokens
+
+    def tight(ids, *rest):
+        if len(ids) > 2 and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pack(ids, *rest)
+
+    monkeypatch.setattr(evaluate, "Tokens", tight)
+    code, out, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--out",
+                            str(tmp_path / "run"), capsys=capsys)
+    assert code == 0, err
+    halves = [line for line in out.splitlines() if "out of memory" in line]
+    assert halves == [f"out of memory, so from now on evaluation takes {n} examples at a time"
+                      for n in (16, 8, 4, 2)] * 3        # before, in training, and after
 
 
 def test_a_long_validation_line_is_left_out(inputs, tmp_path, capsys) -> None:
@@ -145,7 +162,7 @@ def test_a_test_line_is_part_of_a_runs_identity() -> None:
     def identity(answer: str) -> dict[str, str]:
         line = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
         return cli.Inputs(None, SimpleNamespace(fingerprint="f"), None, [Task("t", [], [line])],
-                          {"t": [Example("t", [1, 2], [-100, 2])]}, {"t": []}, {}).identity
+                          {"t": [Example("t", [1, 2], [-100, 2])]}, {"t": []}, {}, {}).identity
     assert identity("a") == identity("a") != identity("b")
 
 
@@ -280,6 +297,9 @@ def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_pa
         assert tasks[1][name]["loss"]["after"] == tasks[1][name]["loss"]["before"]
         assert tasks[2][name]["loss"]["after"] != tasks[2][name]["loss"]["before"]
     assert (first / "loss.svg").is_file() and not (judged / "loss.svg").exists()
+    losses, valid = verdict.read_metrics(more / "metrics.jsonl")
+    assert [*valid][0] == 0 and (more / "loss.svg").is_file()
+    assert verdict.read_metrics(judged / "metrics.jsonl") == ([], {})
     adapters = [(run / "adapter" / "adapter.safetensors").read_bytes() for run in (first, judged)]
     assert adapters[0] == adapters[1]
     for run in (judged, more):

@@ -33,7 +33,7 @@ from minismoe.data.tasks import (
 from minismoe.data.tokenizer import Tokenizer, load_tokenizer
 from minismoe.export.layouts import copy_base_files
 from minismoe.method.loss import IGNORE
-from minismoe.training.evaluate import exact_match
+from minismoe.training.evaluate import exact_match, questions
 
 TOOLS = [{"type": "function", "function": {"name": name, "description": f"Does {name}.",
           "parameters": {"type": "object", "properties": properties, "required": [*properties]}}}
@@ -357,7 +357,7 @@ def test_calls_are_compared_as_json(both: Both, name: str) -> None:
         answers |= {"Sure." + other: 0}
     task = Task("t", [], [to_messages(CHATS["call"])] * len(answers))
     given = [ours.encode(answer)[0] for answer in answers]
-    found = exact_match(ours, task, 10_000, lambda prompts, limit: given)
+    found = exact_match(ours, questions(ours, task, 10_000), lambda *_: given)
     assert found.right == list(answers.values())
     assert found.wrong[0] == {"prompt": USER["content"], "given": [*answers][1],
                               "expected": ours.decode(ours.turn(task.test[0])).strip()}
@@ -406,7 +406,8 @@ def test_calls_that_are_no_json_are_compared_as_text(both: Both) -> None:
     task = Task("t", [], [to_messages(CHATS["call"])] * 2)
     answers = [f"<set_light {arguments}>" for arguments in (
         '{"room": "hall", "on": true}', '{"on": true, "room": "hall"}')]
-    found = exact_match(ours, task, 10_000, lambda *_: [ours.encode(a)[0] for a in answers])
+    found = exact_match(ours, questions(ours, task, 10_000),
+                        lambda *_: [ours.encode(a)[0] for a in answers])
     assert found.right == [1, 0]
 
 

@@ -183,7 +183,7 @@ def test_copies_give_every_parameter_its_gradient(dtype: torch.dtype) -> None:
         model.zero_grad()
         with make(model).multiplying() if make else nullcontext():
             loss = model(ids, mask)[mask.bool()].float().logsumexp(-1).square().sum()
-            loss = loss + balance_loss(take_logits(expert_layers(model)), torch.ones(19))[0]
+            loss = loss + balance_loss(take_logits(expert_layers(model)), torch.ones(19))
             loss.backward()
         results.append([loss.detach(), *(p.grad for p in expert_parameters(model).values())])
     for other in results[1:]:
@@ -223,9 +223,7 @@ def test_ties_choose_exactly_k(k: int) -> None:
     layer.router.data.zero_()
     found = gradients(layer, torch.randn(6, 7, dtype=torch.float64), only_y)
     assert all(value.isfinite().all() for value in found.values())
-    loss, use = balance([layer], 6)
-    assert use["0"].sum().item() == pytest.approx(1)
-    assert loss.item() == pytest.approx(1)
+    assert k == 4 or balance([layer], 6).item() == pytest.approx(1)
 
 
 def test_gates_are_the_renormalised_softmax_whatever_the_size_of_the_logits() -> None:
@@ -273,7 +271,7 @@ def test_bfloat16_rounds_no_gradient_of_the_balance_loss() -> None:
     exact, x = copy.deepcopy(layer).double(), torch.randn(40, 64).bfloat16()
     for made, inputs in ((layer, x), (exact, x.double())):
         made(inputs)
-        balance([made], 40)[0].backward()
+        balance([made], 40).backward()
     found, value = layer.router.grad, exact.router.grad
     assert (found - value).norm() / value.norm() < 1e-5
 
@@ -375,11 +373,11 @@ def test_a_model_can_be_copied_between_its_forward_and_backward() -> None:
     logits = model(input_ids=ids, attention_mask=mask).logits
     copied = copy.deepcopy(model)
     torch.testing.assert_close(copied(input_ids=ids, attention_mask=mask).logits, logits)
-    balance_loss(take_logits(expert_layers(model)), mask.flatten())[0].backward()
+    balance_loss(take_logits(expert_layers(model)), mask.flatten()).backward()
     layers = expert_layers(model), expert_layers(copied)
     for name, count in COUNTS.items():
         assert layers[0][name].lora_A is not layers[1][name].lora_A
-        if count > 1:
+        if count > 2:
             assert layers[0][name].router.grad.any()
             assert layers[1][name].router.grad is None
 
@@ -414,14 +412,14 @@ def test_one_expert_trains_as_peft_lora_does(alpha: float) -> None:
 
 # --- balance ------------------------------------------------------------------------------------
 
-def balance(layers: list[ExpertLinear], rows: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The balance loss of the last forward, all of whose rows count, and the use by number."""
+def balance(layers: list[ExpertLinear], rows: int) -> Tensor:
+    """The balance loss of the last forward, all of whose rows count."""
     return balance_loss(take_logits({str(i): m for i, m in enumerate(layers)}), torch.ones(rows))
 
 
 def test_balance_loss_and_its_gradient_equal_the_reference() -> None:
     layers = [adapted(experts=E, k=k, seed=i)
-              for i, (E, k) in enumerate([(4, 2), (1, 1), (4, 2), (3, 3), (4, 1)])]
+              for i, (E, k) in enumerate([(4, 2), (1, 1), (4, 2), (3, 2), (4, 1)])]
     x = torch.randn(6, 7, dtype=torch.float64)
 
     def both(make: Callable[[ExpertLinear], nn.Module],
@@ -435,7 +433,7 @@ def test_balance_loss_and_its_gradient_equal_the_reference() -> None:
         return value.detach(), [inputs.grad,
                                 *(m.router.grad.clone() for m in made if m.router is not None)]
 
-    found = both(lambda layer: layer, lambda made: balance(made, 6)[0])
+    found = both(lambda layer: layer, lambda made: balance(made, 6))
     expected = both(plain, lambda made: torch.stack([
         reference.balance_loss(m.router_logits, m.top_k) for m in made
         if m.router is not None]).mean())
@@ -443,19 +441,14 @@ def test_balance_loss_and_its_gradient_equal_the_reference() -> None:
     assert all(gradient.any() for gradient in found[1])
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, 2, 3])
 def test_balance_loss_at_balance_and_at_collapse(k: int) -> None:
     layer = adapted(4, 5, 4, 2, k)
     layer.router.data.copy_(torch.eye(4))
     layer(60 * (torch.eye(4) + torch.eye(4).roll(1, 1)).double())      # token n: experts n, n + 1
-    loss, use = balance([layer], 4)
-    if k == 2:
-        assert loss.item() == pytest.approx(1)
-        assert use["0"].tolist() == pytest.approx([0.25] * 4)
+    assert k != 2 or balance([layer], 4).item() == pytest.approx(1)
     layer(60 * torch.tensor([[1.0] * k + [0.0] * (4 - k)] * 4).double())   # always the first k
-    loss, use = balance([layer], 4)
-    assert loss.item() == pytest.approx(4 / k)
-    assert use["0"].tolist() == pytest.approx([1 / k] * k + [0] * (4 - k))
+    assert balance([layer], 4).item() == pytest.approx(4 / k)
 
 
 def test_a_choice_whose_probability_is_too_small_for_a_float_counts() -> None:
@@ -463,7 +456,7 @@ def test_a_choice_whose_probability_is_too_small_for_a_float_counts() -> None:
     layer.router.data.copy_(torch.eye(3))
     layer(torch.tensor([[400.0, 0.0, 200.0], [0.0, 400.0, 200.0]]))         # softmax: 1, 0 and 0
     expected = reference.balance_loss(layer.router_logits, 2).item()
-    assert balance([layer], 2)[0].item() == pytest.approx(expected)
+    assert balance([layer], 2).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("pad", ["right", "left"])
@@ -477,17 +470,13 @@ def test_pads_do_not_count(pad: str) -> None:
         layers = expert_layers(model)
         routing = take_logits(layers)
         rows = torch.ones(int(mask.sum())) if model is mine else mask.flatten()
-        loss, use = balance_loss(routing, rows)
+        loss = balance_loss(routing, rows)
         loss.backward()
-        values[model] = loss.item(), use, layers["model.layers.0.mlp.down_proj"].router.grad
+        values[model] = loss.item(), layers["model.layers.0.mlp.down_proj"].router.grad
+        assert routing.keys() == {n for n, E in COUNTS.items() if E > 2}
     assert values[mine][0] == pytest.approx(values[theirs][0], rel=1e-5)
-    torch.testing.assert_close(values[mine][2], values[theirs][2], rtol=1e-4, atol=1e-6)
-    assert values[mine][1].keys() == {n for n, E in COUNTS.items() if E > 1}
-    for name, shares in values[mine][1].items():
-        torch.testing.assert_close(shares, values[theirs][1][name])
-        assert shares.sum().item() == pytest.approx(1)
-        assert len(shares) == COUNTS[name]
-    everything = balance_loss(routing, torch.ones(mask.numel()))[0].item()
+    torch.testing.assert_close(values[mine][1], values[theirs][1], rtol=1e-4, atol=1e-6)
+    everything = balance_loss(routing, torch.ones(mask.numel())).item()
     assert abs(everything - values[theirs][0]) > 1e-4   # the pads would have made a difference
 
 
@@ -498,11 +487,11 @@ def test_logits_are_taken_once() -> None:
     assert take_logits({"a": layer}) == {} and layer.router_logits is None
 
 
-def test_balance_loss_without_a_router_is_0() -> None:
-    layer = adapted(experts=1)
+@pytest.mark.parametrize("experts", [1, 2])
+def test_balance_loss_without_a_choice_is_0(experts: int) -> None:
+    layer = adapted(experts=experts, k=2)
     layer(torch.randn(4, 7, dtype=torch.float64))
-    loss, use = balance([layer], 4)
-    assert loss.item() == 0 and use == {}
+    assert balance([layer], 4).item() == 0
 
 
 def test_a_shared_beginning_counts_for_all_sequences() -> None:
@@ -527,11 +516,12 @@ def test_a_shared_beginning_counts_for_all_sequences() -> None:
             tokens = Tokens(ids[part], mask[part], model.config, torch.device("cpu"), needed)
             model.model.rows(tokens)
             routing = take_logits(expert_layers(model))
-            balance_loss(routing, tokens.repeats, total)[0].backward()
-        return [p.grad.clone() for n, p in model.named_parameters() if n.endswith("router")]
+            balance_loss(routing, tokens.repeats, total).backward()
+        return [p.grad.clone() for n, p in model.named_parameters()
+                if n.endswith("router") and p.grad is not None]
 
     expected = gradients([slice(0, 3)], False)
-    assert len(expected) == 4 and all(g.any() for g in expected)
+    assert len(expected) == 3 and all(g.any() for g in expected)
     torch.testing.assert_close(gradients([slice(0, 3)], True), expected)
     torch.testing.assert_close(gradients([slice(0, 3, 2), slice(1, 3, 2)], True), expected)
 

@@ -52,7 +52,7 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
         for batch in batches(count):
             results = []
             for trainer in trainers:
-                sums, _ = trainer.gradients(batch)
+                sums = trainer.gradients(batch, 8)
                 results.append((sums, [p.grad for p in trainer.parameters.values()]))
             torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
         # Nor does what runs between and after the steps.
@@ -60,7 +60,7 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
         generate(models[1], [[1, 2, 3]], 2, [])
         assert not settings.force_nn_module_property_static_shapes
-    trainers[1].gradients(batch)                         # the layers are as they were written
+    trainers[1].gradients(batch, 8)                         # the layers are as they were written
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     assert settings.force_nn_module_property_static_shapes
 

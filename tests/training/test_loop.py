@@ -39,7 +39,7 @@ def step_of(model: CausalLM, batch: list[Example], cfg: TrainConfig,
             ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The sums of a step, and the gradient of each trained parameter by name."""
     trainer = Trainer(model, cfg, pad_id=0)
-    sums, _ = trainer.gradients(batch)
+    sums = trainer.gradients(batch, cfg.micro)
     return sums, {name: p.grad for name, p in trainer.parameters.items()}
 
 
@@ -56,7 +56,7 @@ def test_accumulation_equals_the_big_batch(micro: int) -> None:
 
 
 def test_a_batch_is_computed_at_once_unless_the_configuration_says_otherwise() -> None:
-    assert [Trainer(tiny(), TrainConfig(batch_size=12, micro_batch_size=size), 0).micro
+    assert [Trainer(tiny(), TrainConfig(batch_size=12, micro_batch_size=size), 0).fitting.size
             for size in (None, 4, 16)] == [12, 4, 12]
 
 
@@ -173,8 +173,6 @@ def test_training_learns_and_writes_metrics(tmp_path) -> None:
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     assert summary["tokens"] == 12 * sum(len(e.ids) for e in examples())
     assert set(lines[0]["loss_by_task"]) == {"a", "b"}
-    use = lines[0]["expert_use"]["model.layers.0.mlp.up_proj"]
-    assert len(use) == 3 and sum(use) == pytest.approx(1, abs=0.01)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000030", "step-00000036"]
 
@@ -221,13 +219,14 @@ def measured(run: Path) -> dict[int, float]:
     return {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line}
 
 
-def overfitting(run: Path, resume: bool = False, **settings: Any) -> tuple[CausalLM, float]:
+def overfitting(run: Path, resume: bool = False, continued: bool = False, **settings: Any,
+                ) -> tuple[CausalLM, float]:
     """A model that is trained on lines that contradict the validation lines, and its loss there."""
     model, valid = tiny(), examples(6)
     lines = [replace(e, ids=[49 - i for i in e.ids], labels=[
         i if i == IGNORE else 49 - i for i in e.labels]) for e in examples(8)]
     cfg = TrainConfig(**{"epochs": 8, "batch_size": 4, "lr": 0.03} | settings)
-    train(model, lines, cfg, run, 0, resume, valid)
+    train(model, lines, cfg, run, 0, resume, valid, continued)
     return model, token_scores(model, valid, 0)[0]
 
 
@@ -244,6 +243,19 @@ def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path) -> None:
     assert [*measured(tmp_path / "patient").values()] == losses[:place + 3] != losses
     saved, = (tmp_path / "patient" / "checkpoints").iterdir()    # --resume trains no more
     assert saved.name == f"step-{[*measured(tmp_path / 'patient')][-1]:08d}"
+
+
+def test_experts_that_were_better_before_are_kept(tmp_path, monkeypatch) -> None:
+    """They are measured before the first step, once, and count for --patience."""
+    before, validate, calls = tiny(), Trainer.validate, []
+    monkeypatch.setattr(Trainer, "validate", lambda *a: calls.append(1) or validate(*a))
+    for resume in False, True:
+        after, loss = overfitting(tmp_path, resume, True, lr=2.0, warmup=0.0, eval_every=1,
+                                  patience=2)
+        assert [*measured(tmp_path)] == [0, 1, 2] and len(calls) == 3
+        assert loss == pytest.approx(measured(tmp_path)[0], abs=1e-5)
+        for (name, a), b in zip(before.named_parameters(), after.parameters()):
+            assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("settings", [{}, {"patience": 2}])
@@ -281,8 +293,8 @@ def test_not_finite_gradient_is_not_stepped(tmp_path, monkeypatch) -> None:
     model, step = tiny(), training.Trainer.gradients
     before = {name: p.clone() for name, p in model.named_parameters()}
 
-    def overflows(trainer: Trainer, batch: list[Example]):
-        result = step(trainer, batch)
+    def overflows(trainer: Trainer, batch: list[Example], micro: int):
+        result = step(trainer, batch, micro)
         next(iter(trainer.parameters.values())).grad[0] = math.inf
         return result
 
@@ -331,35 +343,43 @@ def test_a_batch_that_overflows_is_halved_for_good_and_counted_once(tmp_path, mo
     sums, expected = step_of(tiny(dtype=torch.float64), batch, cfg)
     monkeypatch.setattr(evaluating, "Tokens", tight)
     trainer = Trainer(model, cfg, 0)
-    sums_again, _ = trainer.fitting(lambda: trainer.gradients(batch))
+    sums_again = trainer.fitting(partial(trainer.gradients, batch))
     assert calls == [4, 4, 2] + 12 * [1]
     torch.testing.assert_close(sums_again[:-1], sums[:-1])
     for name, p in trainer.parameters.items():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12)
     trainer.step(1, batch, lr=1e-3)
     trainer.validate(batch, {"best_loss": 0, "since_best": 0})
-    assert calls[15:] == 12 * [1] + 3 * [4]
+    assert calls[15:] == 12 * [1] + [10, 2]              # of similar length
 
 
 @pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=pytest.mark.slow)])
-def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, compile) -> None:
-    """At each step, at the loss of unseen lines, and as layers are compiled: it says so once."""
+@pytest.mark.parametrize("grads, halves", [
+    ((False,), ["evaluation takes 16", "evaluation takes 8", "evaluation takes 4"]),
+    ((True, False), ["training takes 4", "evaluation takes 16", "evaluation takes 8",
+                     "evaluation takes 4"])])
+def test_a_run_that_overflows_goes_on_in_halves(tmp_path, monkeypatch, capsys, compile, grads,
+                                                halves) -> None:
+    """At each step, at the loss of unseen lines, and as layers are compiled: it says so once, and
+    what a validation cannot hold changes no step."""
     import minismoe.training.evaluate as evaluating
-    pack = evaluating.Tokens
+    pack, seen = evaluating.Tokens, set()
 
     def tight(ids, *rest):
-        if len(ids) > 4:
+        if len(ids) > 4 and torch.is_grad_enabled() in grads:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.add((torch.is_grad_enabled(), len(ids)))
         return pack(ids, *rest)
 
     monkeypatch.setattr(evaluating, "Tokens", tight)
     monkeypatch.setattr(compiled, "compiled_layers", partial(
         compiled.compiled_layers, backend="eager"))
-    train(tiny(), examples(), TrainConfig(epochs=1, compile=compile), tmp_path, 0,
+    train(tiny(), examples(), TrainConfig(epochs=1, compile=compile, eval_every=1), tmp_path, 0,
           valid=examples())
     said = capsys.readouterr().out
-    assert [line for line in said.splitlines() if "out of memory" in line] == [
-        f"out of memory, so from now on {n} examples at a time" for n in (4, 2, 1)]
+    assert sorted(line for line in said.splitlines() if "out of memory" in line) == sorted(
+        f"out of memory, so from now on {half} examples at a time" for half in halves)
+    assert max(seen) == (True, 4 if True in grads else 8)
 
 
 def test_running_out_of_memory_with_one_example_is_raised(monkeypatch) -> None:
@@ -409,12 +429,6 @@ def test_a_new_run_leaves_no_checkpoint_of_an_old_one(tmp_path) -> None:
     for epochs, left in ((3, "step-00000009"), (1, "step-00000003")):
         train(tiny(), examples(), TrainConfig(epochs, 8, 8), tmp_path, pad_id=0)
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [left]
-
-
-def test_expert_use_is_noted_every_20_steps(tmp_path) -> None:
-    train(tiny(), examples(), TrainConfig(4, 4, 4), tmp_path, pad_id=0)
-    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines if "expert_use" in x] == [1, 21]
 
 
 @pytest.mark.parametrize("factor, rank", [(1.0, 4), (0.25, 4), (4.0, 4), (1.0, 2)])

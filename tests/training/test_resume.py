@@ -1,6 +1,5 @@
 """Runs that are killed, interrupted, damaged or held by another process, and what comes of them."""
 
-import argparse
 import os
 import random
 import re
@@ -21,7 +20,7 @@ import minismoe.training.loop as training
 import probe
 import train
 from minismoe.cli import runs
-from minismoe.io import files, flags
+from minismoe.io import files
 from minismoe.io.files import new_folder, read_json, write_json
 from minismoe.io.signals import ENDING, Interrupted, handling, interrupt, locked
 from minismoe.training import resume
@@ -139,13 +138,6 @@ def test_a_wall_clock_that_jumps_changes_nothing(trained, tmp_path, monkeypatch)
     goes_on(tmp_path, trained[1])
 
 
-def test_checkpoint_every_takes_steps_or_minutes_above_zero() -> None:
-    assert [flags.interval(text) for text in ("200", "10m", "0.5m")] == [200, "10m", "0.5m"]
-    for text in ("0", "0m", "-1m", "nanm", "infm", "m", "10s"):
-        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
-            flags.interval(text)
-
-
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     """A clock at [0], on which each step of training takes 25 s."""
@@ -167,15 +159,6 @@ def test_seconds_add_up_over_resumes(tmp_path, clock) -> None:
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
     clock[0] += 1000
     assert training.train(tiny(), examples(), cfg, tmp_path, 0, resume=True)["seconds"] == 75
-
-
-def test_a_checkpoint_is_saved_at_the_first_step_after_the_minutes(
-        tmp_path, monkeypatch, clock) -> None:
-    saved = []
-    monkeypatch.setattr(training, "save_checkpoint", lambda *args: saved.append(args[-1]["step"]))
-    cfg = TrainConfig(epochs=2, batch_size=4, micro_batch_size=4, checkpoint_every="1.5m")
-    training.train(tiny(), examples(), cfg, tmp_path, pad_id=0)
-    assert saved == [4, 8, 12]                    # 100 s each: the first step after 90 s
 
 
 def test_every_ending_signal_lets_the_step_end_and_saves_it(inputs, tmp_path, capsys,

@@ -45,8 +45,15 @@ def test_answers_that_rarely_occur_twice_cannot_be_guessed() -> None:
     ([0.02] * 90 + [0.1] * 10, math.inf, "")])                         # too small to matter
 def test_trouble_is_told_from_the_course_of_the_losses(losses: list[float], guess: float,
                                                       words: str) -> None:
-    found = trouble([loss for loss in losses for _ in range(5)], guess)
+    found = trouble([loss for loss in losses for _ in range(5)], guess, False)
     assert words in found and bool(words) == bool(found)
+
+
+def test_a_continued_run_may_begin_as_low_as_it_ends() -> None:
+    flat, up = [0.3, 0.31, 0.29] * 40, [0.3] * 100 + [2.0] * 25
+    assert "no better than at the beginning" in trouble(flat, math.inf, False)
+    assert trouble(flat, math.inf, True) == ""
+    assert "jumped from 0.300 to 2.000" in trouble(up, math.inf, True)
 
 
 @pytest.mark.parametrize("rate, tells", [(3.0, True), (0.03, False)])
