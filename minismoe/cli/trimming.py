@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..data.tasks import Example, Task, encode_all, probe_batches
+from ..data.tasks import Example, Task, probe_batches
 from ..data.tokenizer import FileTokenizer, Tokenizer
 from ..export.trim import write_trimmed
 from ..io.files import naming, new_folder, read_json
@@ -90,11 +90,11 @@ def print_lost(tasks: Sequence[Task], before: Tokenizer, after: Tokenizer) -> No
 def logprobs(inputs: Inputs) -> dict[str, float]:
     """By task, the mean log-probability of the right answers to the test lines, whole answers, in
     nats; whatever the tokens."""
-    found, context = {}, inputs.model.config.max_position_embeddings
-    for task in inputs.tasks:
-        if examples := encode_all(task, inputs.tokenizer, context, "test"):
+    found = {}
+    for name, examples in inputs.test.items():
+        if examples:
             loss, _ = token_scores(inputs.model, examples, inputs.tokenizer.pad_id)
-            found[task.name] = -loss * sum(e.supervised for e in examples) / len(examples)
+            found[name] = -loss * sum(e.supervised for e in examples) / len(examples)
     return found
 
 
