@@ -62,7 +62,11 @@ def _by_chunks(hidden: Tensor, head: Tensor, targets: Tensor, gradient: Tensor |
 
 
 def head_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy (S,) of hidden states (S, D) under a frozen head (V, D); targets are (S,)."""
+    """Cross-entropy (S,) of hidden states (S, D) under a head (V, D); targets are (S,)."""
+    if head.requires_grad and torch.is_grad_enabled():       # the head itself is being trained
+        logits = F.linear(hidden, head)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="none")
     return _HeadLoss.apply(hidden, head, targets)
 
 
