@@ -87,8 +87,9 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         for feature in ("amx_tile", "avx512_bf16"))
 
 
-def load_inputs(config: InputConfig) -> Inputs:
-    """Load the model and the data, and print a table of it. `config` holds no "auto" any more.
+def load_inputs(config: InputConfig, quiet: bool = False) -> Inputs:
+    """Load the model and the data, and print a table of it unless `quiet`. `config` holds no "auto"
+    any more.
 
     Raises ValueError if a task has no example with a supervised token.
     """
@@ -105,11 +106,8 @@ def load_inputs(config: InputConfig) -> Inputs:
         raise ValueError(f"no example of {', '.join(empty)} keeps a supervised token within "
                          f"{length} tokens (--max-length, or what the model was made for)")
     model = load_base(config, folder)
-    size = sum(p.numel() for p in meta_model(model.config).parameters())
-    bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
-    print0(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
-           f"{config.dtype}{bits}")
-    print_data(tokenizer, tasks, train, valid, test)
+    if not quiet:
+        print_data(model, config, tokenizer, tasks, train, valid, test)
     return Inputs(folder, model, tokenizer, tasks, train, valid, test,
                   asked["test" if config.limit_test != 0 else "valid"])
 
@@ -167,10 +165,14 @@ def load_base(config: InputConfig, folder: Path) -> CausalLM:
     return model
 
 
-def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
+def print_data(model: CausalLM, config: InputConfig, tokenizer: Tokenizer, tasks: Sequence[Task],
                *splits: Mapping[str, Sequence[Example]]) -> None:
-    """Print how much each task holds, and what the length limit cut or left out of the `splits`,
-    training, validation and test."""
+    """Print how large the model is, how much each task holds, and what the length limit cut or left
+    out of the `splits`, training, validation and test."""
+    size = sum(p.numel() for p in meta_model(model.config).parameters())
+    bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
+    print0(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
+           f"{config.dtype}{bits}")
     rows = []
     for task in tasks:
         examples = splits[0][task.name]

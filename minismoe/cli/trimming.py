@@ -31,7 +31,8 @@ def trimmed(inputs: Inputs, config: InputConfig, count: int, out: Path) -> Input
     with distributed.one_first():
         if not out.exists():
             trim(inputs.folder, inputs.model, inputs.tokenizer, texts, inputs.tasks, count, out)
-    found = load_inputs(replace(config, model=str(out)))
+    found = load_inputs(replace(config, model=str(out)), quiet=True)
+    found.model.name = inputs.model.name
     print_lost(inputs.tasks, inputs.tokenizer, found.tokenizer)
     return found
 

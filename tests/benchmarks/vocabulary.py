@@ -53,7 +53,8 @@ def orders(inputs: Inputs, total: int, texts: int) -> dict[str, list[int]]:
 
 def measured(inputs: Inputs) -> dict[str, float]:
     """Means over tasks, of test lines: exact match, and the log-probability of right answers."""
-    shares = [evaluate(inputs.model, inputs.tokenizer, task).share for task in inputs.tasks]
+    shares = [evaluate(inputs.model, inputs.tokenizer, asked).share
+              for asked in inputs.asked.values()]
     return {"exact": statistics.mean(shares),
             "logprob": statistics.mean(trimming.logprobs(inputs).values())}
 
@@ -73,10 +74,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS)
     parser.add_argument("--texts", type=int, default=trimming.TEXTS,
                         help="lines a task on which the model's expectation is measured")
+    parser.add_argument("--limit-test", type=int, help="test lines a task (default: the run's)")
     parser.add_argument("--export", action="store_true", help="export and decode, too")
     parser.add_argument("--rounds", type=int, default=3, help="of decoding (default: 3)")
     args = parser.parse_args(argv)
     settings = resolve_auto(runs.read_run(args.run))
+    settings = replace(settings, limit_test=args.limit_test or settings.limit_test)
     whole = load_inputs(settings)
     load_adapter(whole.model, args.run / "adapter")
     bpe = BPE(read_json(whole.folder / "tokenizer.json"))
@@ -91,7 +94,7 @@ def main(argv: list[str]) -> None:
             if not base.exists():
                 write_trimmed(whole.folder, base, tokens_to_keep(bpe, needed, ids, count),
                               [whole.model.fingerprint])
-            inputs = load_inputs(replace(settings, model=str(base)))
+            inputs = load_inputs(replace(settings, model=str(base)), quiet=True)
             load_adapter(inputs.model, args.run / "adapter")
             after = texts_of(whole, inputs.tokenizer)
             records.append({
