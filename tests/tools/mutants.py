@@ -2,8 +2,8 @@
 
     python tests/tools/mutants.py --seed 1 --count 20 [--room export]
 
-The tests of the room, and those that name the module, run in a copy of the tree, quickest first. A
-survivor lacks a test, or means the same: then equivalent_mutants.txt holds it, above the reason.
+The room's tests, and those that name the module, run in a copy of the tree, quickest first.
+A survivor that means the same stands in equivalent_mutants.txt, above the reason.
 """
 
 import argparse
@@ -65,18 +65,17 @@ def mutants(tree: ast.AST) -> Iterator[str]:
 
 
 def room(file: str) -> str:
-    return parts[1] if len(parts := file.split("/")) > 2 else "scripts"
+    return file.split("/")[1] if file.count("/") > 1 else "scripts"
 
 
 def passes(tree: Path, files: list[str], limit: float) -> bool:
     """Whether test files pass in a tree within so many seconds: a hang is seen, too."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-xq", "-n", "0", "-p", "no:cacheprovider", *files],
-        cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        [sys.executable, *"-m pytest -xq -n 0 -p no:cacheprovider".split(), *files], cwd=tree,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     with suppress(subprocess.TimeoutExpired):
         return process.wait(limit) == 0
-    os.killpg(process.pid, signal.SIGKILL)
-    return False
+    return bool(os.killpg(process.pid, signal.SIGKILL))
 
 
 def survives(file: str, source: str, tree: Path, seconds: dict[str, Any]) -> bool:
@@ -97,8 +96,8 @@ def survives(file: str, source: str, tree: Path, seconds: dict[str, Any]) -> boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for flag, default in ("--seed", 0), ("--count", 20):
-        parser.add_argument(flag, type=int, default=default)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--room", help="of minismoe, or scripts (default: all)")
     args = parser.parse_args()
     files = [f.relative_to(ROOT).as_posix() for f in sorted(
@@ -119,10 +118,10 @@ def main() -> None:
             if name not in known:
                 known[name] = survives(file, ast.unparse(parsed), tree, known)
                 kept.write_text(json.dumps(known))
-            end = "equivalent" if name in same else "survived" if known[name] else "killed"
+            end = "equivalent" if name in same else ("killed", "survived")[known[name]]
             ends[room(file), end] += 1
             print(f"{end:10} {name}", flush=True)
-    for own in [*sorted({own for own, _ in ends}), ""]:              # at last, of all rooms
+    for own in [*sorted({own for own, _ in ends}), ""]:  # at last, of all rooms
         of = Counter(end for (r, end) in ends.elements() if r.startswith(own))
         print(f"{own} killed {of['killed']} of {of.total()}, {of['equivalent']} equivalent".strip())
 
