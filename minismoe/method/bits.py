@@ -39,7 +39,7 @@ def harms(model: Any, options: Mapping[str, Options], batches: Iterable[Sequence
     with measuring(model):
         for ids, mask, *_ in batches:
             for name, sums in sample_sums(model, options, ids, mask, generator).items():
-                squares[name] += sums.double().cpu().square().sum(0)
+                squares[name] += sums.cpu().double().square().sum(0)       # MPS has no float64
             tokens += int(mask.sum())
     if not tokens:
         raise ValueError("there is no batch to measure on (a generator can be read only once)")

@@ -114,13 +114,20 @@ def test_a_run_on_another_device_equals_that_on_the_cpu(trained: Callable[[str],
 
 @pytest.mark.parametrize("flags", ["--precision fp32 --target portable",
                                    "--precision int4 --target portable",
-                                   "--routing freeze --precision int8 --target portable"])
+                                   "--routing freeze --precision int8 --target portable",
+                                   "--size 0.1 --target npu"])
 def test_freezing_and_rounding_stay_on_the_device(trained: Callable[[str], Path], tmp_path: Path,
                                                   flags: str) -> None:
     run = shutil.copytree(trained(PLAIN) / "other", tmp_path / "run")
     said = script("export.py", run, "--device", "other", "--limit-test", 2,
                   *flags.split(), "--out", tmp_path / "export")
     assert (tmp_path / "export" / "model.onnx").is_file(), said
+
+
+def test_what_rounding_costs_is_measured_on_the_device(inputs: list[str], tmp_path: Path) -> None:
+    said = script("probe.py", *inputs, "--bits", "--samples", 2, "--device", "other",
+                  "--out", tmp_path / "run")
+    assert "4 bits in blocks of 32: " in said
 
 
 @pytest.mark.skipif(not REAL, reason="there is neither CUDA nor MPS here")
