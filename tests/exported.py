@@ -11,10 +11,10 @@ from tiny import BYTES, python
 from torch import nn
 
 from minismoe.export import graph, steps
-from minismoe.export.calibration import Batches, layer_by_layer
+from minismoe.export.calibration import Batches
 from minismoe.export.mixture import round_experts
-from minismoe.export.rounding import rounded, store
-from minismoe.export.tree import sharing_copy
+from minismoe.export.settings import ExportConfig
+from minismoe.export.tree import Part, freeze_and_round, sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.model.decoder import CausalLM, Config
 
@@ -33,25 +33,28 @@ def random_model(seed: int) -> CausalLM:
     return model.eval()
 
 
+def part_of(model: CausalLM, form: GraphFormat) -> Part:
+    """A graph of that form, which holds the model in floats; routing goes on."""
+    return Part(ExportConfig(routing="dynamic", target=form.target, precision=form.precision,
+                             block=form.block, size=1.0 if form.chooses else None), model, {})
+
+
 def stored(model: CausalLM, form: GraphFormat, beside: Mapping[str, nn.Linear] = {}) -> CausalLM:
     """A copy of a model as a graph stores it, with other modules in place of some."""
     tree = sharing_copy(model)
     for name, layer in beside.items():
         tree.set_submodule(name, layer)
-    tree = sharing_copy(tree)                # rounding changes the modules
-    round_weights(tree, form)
+    tree = rounded(tree, form)
     round_experts(tree, form)
     return tree
 
 
-def round_weights(tree: CausalLM, form: GraphFormat, model: CausalLM | None = None,
-                  batches: Batches | None = None) -> None:
-    """Store the weights of a tree in few bits, in place, for what a model reads on batches."""
-    if form.rounds:
-        for names, factors in layer_by_layer(model or tree, batches or {}, {}, [form]):
-            for name in names:
-                ways = rounded(tree.get_submodule(name), name, form, factors.get(name))
-                store(tree, form, ((name, way) for way in ways.items()))
+def rounded(tree: CausalLM, form: GraphFormat, model: CausalLM | None = None,
+            batches: Batches | None = None) -> CausalLM:
+    """A copy of a tree in few bits, rounded for what a model reads on batches."""
+    part = part_of(tree, form)
+    freeze_and_round([part], model or tree, batches or {}, {})
+    return part.tree
 
 
 def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.tasks import Batch, probe_batches
-from ..export.bits import Ways, harm_of
+from ..export.bits import harm_of
 from ..export.leaves import matrix
-from ..export.weights import Storage
 from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
 from ..io.progress import progress_bar
@@ -167,9 +166,8 @@ def print_bits(allocating: AllocationConfig, inputs: Inputs) -> None:
     if inputs.model.base_bits:
         raise ValueError("--bits measures weights that are not rounded yet: leave out --base-bits")
     layers = linear_layers(inputs.model)
-    options: dict[str, Ways] = {name: {
-        Storage(4, size): quantize(matrix(layer), 4, size) for size in BLOCK_SIZES}
-        for name, layer in layers.items()}
+    options = {name: [quantize(matrix(layer), 4, size) for size in BLOCK_SIZES]
+               for name, layer in layers.items()}
     batches = {task: [*probe_batches(examples, allocating.samples, PROBE_BATCH,
                                      inputs.tokenizer.pad_id)]
                for task, examples in inputs.encoded.items()}

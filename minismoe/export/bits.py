@@ -20,19 +20,22 @@ from .weights import Storage
 
 TOKENS = 6144                    # of the texts, on which harm is measured: 1460 chose worse
 AT_ONCE = 640                    # of them: 1 MB of activations each (SmolLM2-135M)
-# How a matrix may be stored: 4 bits as blocks; None for 8 bits, which are rounded once chosen.
-Ways = dict[Storage, Blocks | None]
 
 
-def choose_ways(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, batches: Batches,
-                size: float) -> dict[str, tuple[Storage, Blocks | None]]:
-    """How each module is stored, of its ways. size: megabytes for all of them. The rest is as for
-    `harm_of`. Raises ValueError for a size that is too small."""
+def choose_bits(storages: Mapping[str, Sequence[Storage]],
+                in_4_bits: Mapping[str, Sequence[Blocks]], tree: CausalLM, model: CausalLM,
+                batches: Batches, size: float) -> dict[str, int]:
+    """The number of the way in which each module is stored, of its `storages`, of which those in 4
+    bits come first. size: megabytes for all of them. The rest is as for `harm_of`. Raises
+    ValueError for a size that is too small."""
     give_back_memory()                       # of freezing and rounding: measuring takes the most
-    leaves: Any = {name: tree.get_submodule(name) for name in options}
+    leaves: Any = {name: tree.get_submodule(name) for name in storages}
     shapes: dict[str, torch.Size] = {name: leaf.weight.shape for name, leaf in leaves.items()}
-    harm, cost = harm_of(options, tree, model, batches), {
-        name: [nbytes(shapes[name], storage) for storage in ways] for name, ways in options.items()}
+    cost = {name: [nbytes(shapes[name], way) for way in ways] for name, ways in storages.items()}
+    harm = harm_of(in_4_bits, tree, model, batches)
+    # 8 bits do a fiftieth of the harm of 4: none is counted.
+    harm = {name: [*harm.get(name, []), *[0.0] * len(ways)][:len(ways)]
+            for name, ways in storages.items()}
     try:
         chosen = spend(harm, cost, int(size * 1e6))
     except ValueError as e:
@@ -41,19 +44,16 @@ def choose_ways(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, ba
         name: 8 * cost[name][n] / shapes[name].numel() for name, n in chosen.items()}, digits=True))
     print(f"{total(cost, chosen) / 1e6:.1f} MB of weights; rounding is expected to cost "
           f"{total(harm, chosen):.3f} nats a token")
-    return {name: [*options[name].items()][n] for name, n in chosen.items()}
+    return chosen
 
 
-def harm_of(options: Mapping[str, Ways], tree: CausalLM, model: CausalLM, batches: Batches,
-            ) -> dict[str, list[float]]:
-    """{module: the harm of each of its ways}. tree: holds the weights in floats. model: has the
-    same modules, and reads the batches. 8 bits do a fiftieth of the harm of 4: none is counted."""
-    four = {name: [partial(change, tree.get_submodule(name), blocks) for blocks in ways.values()
-                   if blocks] for name, ways in options.items()}
-    harm = harms(model, {name: changes for name, changes in four.items() if changes},
-                 progress_bar([*few(batches)], "harm", unit="batch"))
-    return {name: [*harm.get(name, []), *[0.0] * (len(ways) - len(four[name]))]
-            for name, ways in options.items()}
+def harm_of(in_4_bits: Mapping[str, Sequence[Blocks]], tree: CausalLM, model: CausalLM,
+            batches: Batches) -> dict[str, list[float]]:
+    """{module: the harm of each of its ways in 4 bits}. tree: holds the weights in floats. model:
+    has the same modules, and reads the batches."""
+    changes = {name: [partial(change, tree.get_submodule(name), blocks) for blocks in ways]
+               for name, ways in in_4_bits.items()}
+    return harms(model, changes, progress_bar([*few(batches)], "harm", unit="batch"))
 
 
 def change(leaf: Any, blocks: Blocks) -> Tensor:

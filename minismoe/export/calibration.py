@@ -1,36 +1,34 @@
-"""Calibration samples, and their way through a decoder, layer by layer.
+"""Calibration texts, and their way through the layers of a decoder.
 
-The hidden states of the samples are kept (8,000 tokens of 2,048 floats: 64 MB), so that each layer
-runs once on each batch, however much its sums take: those of one layer alone are in memory.
+The hidden states of all texts are kept (4,000 tokens of 2,048 floats: 32 MB), so that each layer
+runs once on each batch. What the matrices of one layer read is in memory, and no other layer's.
 """
 
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.files import naming
-from ..io.progress import progress_bar
 from ..method.experts import ExpertLinear, linear_layers
-from ..method.freeze import TaskFits, fit_group
-from ..method.hooks import measuring
+from ..method.freeze import TaskFits, solve
 from ..method.loss import IGNORE
-from ..method.moments import gram
-from ..model.decoder import CausalLM, Decoder
+from ..method.reads import HOLD, reads
+from ..model.decoder import CausalLM
 from ..model.tokens import Tokens
-from .gptq import DAMPING, TIED_DAMPING, inverse_factor
-from .leaves import EMBEDDING, HEAD
+from .gptq import DAMPING, factor
 from .settings import ExportConfig, Source
-from .weights import GraphFormat
 
-SAMPLES, BATCH = 64, 16                      # of each task, and at once
+SAMPLES, BATCH = 64, 32          # of each task, and at once
+TOKENS, LONGEST = 4096, 512      # of all tasks together, and of a text: its last ones
 Samples = Mapping[str, Sequence[Example]]    # by task; those of --prompts have none
 Batches = Mapping[str, Sequence[Batch]]      # by task
-Factors = Mapping[str, Tensor]               # module -> `inverse_factor` (K, K) of what it reads
 
 
 def shuffled_samples(config: ExportConfig, source: Source, unseen: bool = False) -> Samples:
@@ -59,59 +57,88 @@ def unlabelled(file: str, source: Source) -> list[Example]:
 
 
 def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batch]]:
-    """Padded batches of the first SAMPLES, by task, on the model's device."""
+    """Padded batches of the first examples of each task, on the model's device: at most SAMPLES,
+    and two at least, whose tokens are the task's share of TOKENS. What a text and the one before
+    begin with alike counts once."""
     device, pad_id = source.model.lm_head.weight.device, source.tokenizer.pad_id
-    return {name: [*probe_batches(examples, SAMPLES, BATCH, pad_id, device)]
-            for name, examples in samples.items()}
+    batches = {}
+    for name, examples in samples.items():
+        chosen, left = list[Example](), TOKENS // len(samples)
+        for example in examples[:SAMPLES]:
+            cut = Example(name, example.ids[-LONGEST:], example.labels[-LONGEST:])
+            shared = len(os.path.commonprefix([cut.ids, chosen[-1].ids])) if chosen else 0
+            left -= len(cut.ids) - shared
+            if left < 0 and len(chosen) >= 2:
+                break
+            chosen.append(cut)
+        batches[name] = [*probe_batches(chosen, SAMPLES, BATCH, pad_id, device)]
+    return batches
 
 
-class States:
-    """The hidden states of one batch, before one layer after another."""
+class State:
+    """A batch on its way through a decoder. What its texts begin with alike is there once."""
 
-    def __init__(self, decoder: Decoder, batch: Batch):
-        ids, self.mask, *_ = batch
-        self.tokens = Tokens(ids, self.mask, decoder.config, decoder.norm.weight.device)
-        self.x, self.ropes = decoder.enter(self.tokens)
+    def __init__(self, model: CausalLM, batch: Batch):
+        ids, mask, *_ = batch
+        ends = mask.cumsum(1) == mask.sum(1, keepdim=True)       # what lies before may be shared
+        self.tokens = Tokens(ids, mask, model.config, model.model.norm.weight.device, ends)
+        self.tokens.read = None                                  # all rows are read
+        self.x, self.ropes = model.model.enter(self.tokens)
 
     def run(self, layer: nn.Module, rope: str) -> None:
         """Go through a layer, whose rotary angles are of the kind `rope`."""
         self.x = layer(self.x, self.tokens, self.ropes[rope])
 
 
-@torch.no_grad()
-def layer_by_layer(model: CausalLM, batches: Batches, fits: TaskFits,
-                   forms: Sequence[GraphFormat]) -> Iterator[tuple[list[str], Factors]]:
-    """Names of the linear layers of one decoder layer after another, once their mixtures are in
-    `fits`, see `fit_group`; and the factors of those that a graph stores in 4 bits, of one of these
-    forms. Last come the embedding and, if it is not tied, the head.
+class Calibration:
+    """The T calibration tokens on their way through a decoder. A token that texts of a batch begin
+    with alike is one of them, and counts as often as it is there."""
 
-    model: the run's, with the experts as they were trained. Without batches there is no factor.
-    """
-    def in_4_bits(name: str) -> bool:
-        return any(storage.bits == 4 for form in forms for storage in form.options_of(name))
+    def __init__(self, model: CausalLM, batches: Batches):
+        self.model, self.tasks, self.states = model, [*batches], list[State]()
+        task, held, times = list[Tensor](), list[Tensor](), list[Tensor]()
+        for number, of_task in enumerate(batches.values()):
+            samples = 0
+            for batch in of_task:
+                self.states.append(State(model, batch))
+                tokens = self.states[-1].tokens
+                task.append(torch.full_like(tokens.repeats, number))
+                held.append((samples + tokens.batch_rows) % HOLD == 1)
+                times.append(tokens.repeats)
+                samples += len(batch[0])
+        if self.states:
+            self.task, self.held, self.times = map(torch.cat, (task, held, times))       # (T,)
 
-    def measured(name: str, layer: nn.Linear) -> bool:
-        return in_4_bits(name) or isinstance(layer, ExpertLinear) and (
-            layer.router is not None and any(name in of_task for of_task in fits.values()))
+    def through(self, number: int) -> Iterator[tuple[dict[str, nn.Linear], Tensor | None]]:
+        """Go through a decoder layer: its linear layers by name, those together that read the same,
+        with what they read, x (T, D); None without texts."""
+        layer, rope = self.model.model.layers[number], self.model.config.ropes[number]
+        linears = {f"model.layers.{number}.{name}": m for name, m in linear_layers(layer).items()}
+        if not self.states:
+            yield from (({name: linear}, None) for name, linear in linears.items())
+        for names, x in reads(linears, [(partial(s.run, layer, rope), None) for s in self.states]):
+            yield {name: linears[name] for name in names}, x
 
-    if not any(measured(name, layer) for name, layer in linear_layers(model).items()):
-        batches = {}
-    decoder, tied = model.model, model.config.tie_word_embeddings
-    with measuring(model):
-        states = {task: [States(decoder, b) for b in of_task] for task, of_task in batches.items()}
-        bar = progress_bar(decoder.layers, "freeze and round", unit="layer")
-        for i, (layer, rope) in enumerate(zip(bar, decoder.config.ropes)):
-            linears = {f"model.layers.{i}.{name}": m for name, m in linear_layers(layer).items()}
-            moments = fit_group({name: m for name, m in linears.items() if measured(name, m)}, {
-                task: [(state.mask, partial(state.run, layer, rope)) for state in of_task]
-                for task, of_task in states.items()}, fits, packed=True)
-            to_round = {name: M for name, M in moments.items() if in_4_bits(name)}
-            factors = {M: inverse_factor(M) for M in {*to_round.values()}}
-            yield [*linears], {name: factors[M] for name, M in to_round.items()}
-        name, damping = (EMBEDDING, TIED_DAMPING) if tied else (HEAD, DAMPING)
-        of_head = dict[str, Tensor]()
-        if in_4_bits(name) and states:
-            read = [decoder.leave(state.x, state.tokens).float()
-                    for of_task in states.values() for state in of_task]
-            of_head = {name: inverse_factor(gram(torch.cat(read)), damping)}
-    yield [EMBEDDING, *[HEAD] * (not tied)], of_head
+    def of_head(self) -> Tensor | None:
+        """What the head reads, after all layers, (T, D); None without texts."""
+        decoder = self.model.model
+        read = [decoder.leave(state.x, state.tokens).float() for state in self.states]
+        return torch.cat(read) if read else None
+
+    def fit(self, layers: Mapping[str, nn.Linear], x: Tensor | None, fits: TaskFits) -> None:
+        """Put the fits of mixtures that read x (T, D) into `fits`, for each task that it has."""
+        mixtures: Any = {name: layer for name, layer in layers.items() if routed(layer)}
+        for task, of_task in fits.items():
+            if x is None or not mixtures or not of_task:
+                continue
+            own: Any = slice(None) if task is None else self.task == self.tasks.index(task)
+            of_task |= solve(mixtures, x[own], self.held[own], self.times[own])
+
+    def factor(self, x: Tensor | None, damping: float = DAMPING) -> Tensor | None:
+        """The `factor` of what matrices read, x (T, D)."""
+        return None if x is None else factor(x * self.times.to(x).sqrt()[:, None], damping)
+
+
+def routed(layer: nn.Module) -> bool:
+    """Whether a layer has several experts."""
+    return isinstance(layer, ExpertLinear) and layer.router is not None

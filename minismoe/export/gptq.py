@@ -1,22 +1,27 @@
 """GPTQ (arXiv 2210.17323): round a weight so that the layer's outputs change least.
 
 Columns of W are rounded one after another. Those that follow make up for the error of each, as far
-as their inputs x correlate with its input, which H = E[x x^T] tells:
+as their inputs x correlate with its input, which H = sum x x^T tells:
 
-    U^T U = (H + damping)^-1        U is upper triangular: the inverse of the Cholesky factor of
-                                    H + damping, both with rows and columns in reverse order
+    R R^T = H + damping, R upper triangular;   U = R^-1
     e_k = (w_k - rounded w_k) / U_kk
     w_j <- w_j - e_k U_kj           for all columns j > k, before they are rounded
 
-Letters: N outputs, K inputs.
+What all columns before a block [a, b) add up to needs no inverse of K x K, as e U = W - rounded W:
+
+    w[a:b] = W[a:b] + (W - rounded W)[:a] R[:a, a:b] U[a:b, a:b]
+
+Letters: T tokens, N outputs, K inputs.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.quantize import Blocks, block_scales, integers, pack
+from ..method.reads import gram
+from ..model.quantize import Blocks, block_scales, pack
 
 # Of H, whose diagonal is scaled to a mean of 1. A few thousand tokens show H only roughly, so more
 # than the paper's 0.01, which left up to twice the divergence on two converged runs of SmolLM2.
@@ -28,45 +33,42 @@ ROWS = 8192                      # rounded at a time
 
 
 @torch.no_grad()
-def inverse_factor(H: Tensor, damping: float = DAMPING) -> Tensor:
-    """U (K, K), for inputs whose E[x x^T] is proportional to H (K, K)."""
-    device, mean = H.device, H.diagonal().mean().clamp(min=1e-30).cpu()
-    H = H.cpu().flip(0, 1).div_(mean)        # MPS lacks Cholesky
+def factor(x: Tensor, damping: float = DAMPING) -> Tensor:
+    """R (K, K), upper triangular, for inputs x (T, K)."""
+    H = gram(x.flip(1))                      # R is the lower factor of H, both in reverse order
+    H.div_(H.diagonal().mean().clamp(min=1e-30))
     H.diagonal().add_(damping)
-    L, one = torch.linalg.cholesky(H), torch.eye(len(H), out=H)      # K^2 floats may be many
-    return torch.linalg.solve_triangular(L, one, upper=False).flip(0, 1).to(device)
+    return torch.linalg.cholesky(H).flip(0, 1)
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, U: Tensor, bits: int, sizes: Sequence[int]) -> list[Blocks]:
-    """A weight (N, K) in blocks of each of these sizes, which are multiples of the smallest, for
-    inputs of this `inverse_factor`."""
-    parts = [_rounded(rows, U, bits, sizes) for rows in weight.split(ROWS)]
-    return [Blocks(bits, size, weight.shape, *(torch.cat(part) for part in zip(*of_size)))
-            for size, of_size in zip(sizes, zip(*parts))]
+def gptq(weights: Sequence[Tensor], R: Tensor, bits: int, size: int) -> list[Blocks]:
+    """Weights (N, K) in blocks of this size, on the CPU, for inputs of this `factor`, which they
+    share: their rows are rounded side by side."""
+    parts = (_rounded(rows.to(R.device), R, bits, size)
+             for rows in torch.cat([*weights]).split(ROWS))
+    lengths = [len(weight) for weight in weights]
+    data, scales = (torch.cat(part).cpu().split(lengths) for part in zip(*parts))
+    return [Blocks(bits, size, *own) for own in zip([w.shape for w in weights], data, scales)]
 
 
-def _rounded(weight: Tensor, U: Tensor, bits: int, sizes: Sequence[int],
-             ) -> list[tuple[Tensor, Tensor]]:
-    """data (N, G, size * bits / 8) and scales (N, G) for each size. The columns of all sizes are
-    rounded side by side, so that each step is one operation."""
-    (N, K), S, zero, step = weight.shape, len(sizes), 1 << (bits - 1), min(sizes)
-    w = weight.T.float()[:, None].repeat(1, S, 1)        # (K, S, N): what a step reads is near
-    longest = max(-(-K // size) * size for size in sizes)
-    q = torch.full((longest, S, N), zero, dtype=torch.uint8, device=w.device)
-    scale, scales = torch.empty(S, N, device=w.device), [list[Tensor]() for _ in sizes]
-    for start in range(0, K, step):
-        end = min(start + step, K)
-        for s, size in enumerate(sizes):
-            if start % size == 0:
-                scale[s] = block_scales(w[start:start + size, s].T, zero)[:, 0]
-                scales[s].append(scale[s].clone())
-        block, within = w[start:end], U[start:end, start:end]
-        errors = torch.empty_like(block)
-        for k in range(end - start):
-            q[start + k] = rounded = integers(block[k], scale, zero)
-            errors[k] = (block[k] - (rounded - float(zero)) * scale) / within[k, k]
-            block[k + 1:].flatten(1).addr_(within[k, k + 1:], errors[k].flatten(), alpha=-1)
-        w[end:].flatten(1).addmm_(U[start:end, end:].T, errors.flatten(1), alpha=-1)
-    return [(pack(q[:len(of_size) * size, s].T.reshape(N, -1, size), bits), torch.stack(of_size, 1))
-            for s, (size, of_size) in enumerate(zip(sizes, scales))]
+def _rounded(weight: Tensor, R: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
+    """data (N, G, size * bits / 8) and scales (N, G) of a weight (N, K)."""
+    (N, K), zero = weight.shape, 1 << (bits - 1)
+    W = weight.T.float().contiguous()        # (K, N): each step reads a row
+    error, q, scales = torch.empty_like(W), torch.empty_like(W, dtype=torch.uint8), list[Tensor]()
+    for a in range(0, K, size):
+        b = min(a + size, K)
+        U = torch.linalg.solve_triangular(R[a:b, a:b], torch.eye(b - a).to(W), upper=True)
+        w = torch.addmm(W[a:b], (R[:a, a:b] @ U).T, error[:a])
+        scales.append(block_scales(w.T, zero)[:, 0])
+        w /= scales[-1]
+        spread = U / U.diagonal()[:, None]
+        for k in range(b - a):
+            rounded = w[k].round().clamp_(-zero, zero - 1)
+            w[k + 1:].addr_(spread[k, k + 1:], w[k] - rounded, alpha=-1)
+            w[k] = rounded
+        q[a:b] = w + zero
+        torch.addcmul(W[a:b], w, scales[-1], value=-1, out=error[a:b])
+    padded = F.pad(q.T, (0, -K % size), value=zero)
+    return pack(padded.reshape(N, -1, size), bits), torch.stack(scales, 1)

@@ -31,9 +31,8 @@ from ..model.quantize import BlockWeight
 from .contract import contract
 from .graph import write_decoder
 from .npu import compile_npu, write_npu
-from .settings import ExportConfig
 from .steps import write_sampler
-from .tree import Fits, Shipped
+from .tree import Fits, Part
 from .weights import HALF, NPU_PRECISIONS, GraphFormat
 
 # How transformers.js names a model's file, by our precision: its dtype, and the suffix of that.
@@ -44,24 +43,24 @@ WEB_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("int8", 
 LEGAL = r"(licen[cs]e|notice|copying|use_policy)[\w.-]*$"        # files that go with the weights
 
 
-def write_graph(config: ExportConfig, shipped: Shipped, folder: Path) -> dict[str, Any]:
+def write_graph(part: Part, folder: Path) -> dict[str, Any]:
     """Write the decoder, sampler.onnx, adapters and what the layout's own program needs beside the
     files of `copy_base_files`; returns the entries of export.json on them."""
-    sizes, name = shipped.tree.config, "model.onnx"
+    config, sizes, name = part.config, part.tree.config, "model.onnx"
     stops = read_json(folder / "generation_config.json")["eos_token_id"]
     if config.target == "npu":
-        write_npu(folder, shipped.tree, config.form, shipped.ranges)
+        write_npu(folder, part.tree, config.form, part.ranges)
         if config.chip:
             compile_npu(folder, config.chip)
     elif config.layout == "web":
-        name = write_web(folder, shipped.tree, config.form, stops)
+        name = write_web(folder, part.tree, config.form, stops)
     else:
-        write_decoder(folder / name, shipped.tree, config.form)
+        write_decoder(folder / name, part.tree, config.form)
     if config.layout == "genai":
         write_genai(folder, config.context or 0, config.target == "ort")
     write_sampler(folder / "sampler.onnx", sizes.vocab_size)
     adapters = {}
-    for number, (task, fits) in enumerate(shipped.fits.items() if config.adapters else ()):
+    for number, (task, fits) in enumerate(part.fits.items() if config.adapters else ()):
         adapters[task] = f"{number}.onnx_adapter"        # the name of a task may be no file name
         write_adapter(folder / adapters[task], fits)
     return {"target": config.target, "precision": config.precision, "context": config.context,
@@ -69,7 +68,7 @@ def write_graph(config: ExportConfig, shipped: Shipped, folder: Path) -> dict[st
             "kv_heads": sizes.num_key_value_heads, "head_dim": sizes.head_dim,
             "vocab_size": sizes.vocab_size, "adapters": adapters, "bits": {
                 name: [leaf.weight.bits, leaf.weight.size]
-                for name, leaf in shipped.tree.named_modules()
+                for name, leaf in part.tree.named_modules()
                 if isinstance(getattr(leaf, "weight", None), BlockWeight)},
             "cache_type": "float16" if config.precision in (*HALF, *NPU_PRECISIONS) else "float32",
             "contract": contract(folder, name, config.target, stops),

@@ -11,39 +11,207 @@ The writer of graphs, the check and the ranges of NPUs take this tree.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..io.drawing import terminal_heatmap
+from ..io.progress import progress_bar
 from ..io.text import clean
-from ..method.experts import ExpertLinear, expert_layers
+from ..method.experts import ExpertLinear, expert_layers, linear_layers
 from ..method.freeze import Fit, TaskFits, frozen_layer, no_fits
+from ..method.hooks import measuring
 from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
-from ..model.quantize import BlockLinear, WideWeight
-from .bits import Ways, choose_ways
-from .calibration import Batches, Samples, calibration_batches, layer_by_layer, shuffled_samples
-from .leaves import AdapterLinear, MergedWeight, put_weight
+from ..model.quantize import BlockLinear, Blocks, BlockWeight, WideWeight, quantize
+from .bits import choose_bits
+from .calibration import (
+    Batches,
+    Calibration,
+    Samples,
+    calibration_batches,
+    routed,
+    shuffled_samples,
+)
+from .gptq import DAMPING, TIED_DAMPING, gptq
+from .leaves import EMBEDDING, HEAD, AdapterLinear, MergedWeight, matrix, put_weight
 from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
-from .rounding import rounded, store
 from .settings import ExportConfig, Source
+from .weights import Storage
 
 Fits = Mapping[str, Fit]                     # module -> its fit
 
 
-@dataclass
-class Shipped:
-    """What one graph or folder of weights stores."""
+class Part:
+    """One graph of an export, or its folder of weights: the settings, and the tree that it stores.
 
-    tree: CausalLM                           # in float32, on the CPU
-    fits: TaskFits                           # of the mixtures; none if they go on routing
-    ranges: Ranges                           # of activations, for an NPU
+    tree: in float32, on the CPU. fits: of the mixtures; none if they go on routing. ranges: of
+    activations, for an NPU.
+    """
+
+    def __init__(self, config: ExportConfig, reference: CausalLM, fits: TaskFits):
+        """reference: the model of the source in float32. fits: are there when `place` reads them.
+        """
+        self.config, self.tree, self.fits = config, sharing_copy(reference), fits
+        self.ranges: Ranges = {}
+        self.in_4_bits = defaultdict[str, list[Blocks]](list)        # what --size may choose
+
+    def storages(self, name: str) -> list[Storage]:
+        """The ways to store the matrix of a module in few bits; none if it stays in floats."""
+        form = self.config.form
+        return form.options_of(name) if self.config.graph and form.rounds else []
+
+    def place(self, names: Sequence[str]) -> None:
+        """Put into the tree, in place of some modules, what ships of their experts, beside floats.
+        """
+        config = self.config
+        for name in names:
+            layer, new = self.tree.get_submodule(name), nn.Module()
+            if not isinstance(layer, ExpertLinear) or config.routing == "dynamic":
+                continue
+            of_tasks: Any = {task: of_task[name] for task, of_task in self.fits.items()}
+            if config.adapters:
+                new = AdapterLinear(layer, of_tasks)
+            elif config.merges and config.graph:
+                new = BlockLinear(MergedWeight(layer.weight, of_tasks[config.task]), layer.bias)
+            else:
+                new = frozen_layer(layer, of_tasks[config.task])
+            self.tree.set_submodule(name, new)
+
+    def round(self, names: Sequence[str], R: Tensor | None) -> None:
+        """Store matrices that read the same in few bits, for inputs whose `factor` is R."""
+        for storage in self.storages(names[0]) if names else ():
+            if self.config.size and storage.bits == 8:
+                continue                     # rounded once it is chosen
+            weights = [matrix(self.tree.get_submodule(name)) for name in names]
+            for name, blocks in zip(names, self.rounded(weights, storage, R)):
+                if self.config.size:
+                    self.in_4_bits[name].append(blocks)
+                else:
+                    put_weight(self.tree, name, BlockWeight(blocks, torch.float32))
+
+    def rounded(self, weights: Sequence[Tensor], storage: Storage, R: Tensor | None = None,
+                ) -> list[Blocks]:
+        """Weights (out, in) in few bits: in 4, for what they read; in 8 bits, or where R is not
+        known, each number is rounded to the nearest."""
+        if storage.bits == 4 and R is not None:
+            return gptq(weights, R, *storage)
+        positive = self.config.target == "npu" and storage.bits == 8
+        return [quantize(weight, *storage, positive=positive) for weight in weights]
+
+    def choose(self, source: Source) -> None:
+        """Store each matrix in the bits that --size gives it, by the harm on lines that the run was
+        not trained on, as it is not certain of them."""
+        names = [*linear_layers(self.tree), *vocabularies(self.tree)]
+        storages = {name: self.storages(name) for name in names}
+        texts = calibration_batches(shuffled_samples(self.config, source, unseen=True), source)
+        for name, number in choose_bits(storages, self.in_4_bits, self.tree, source.model, texts,
+                                        self.config.size or 0).items():
+            of_name, weight = self.in_4_bits.pop(name, []), matrix(self.tree.get_submodule(name))
+            (blocks,) = of_name[number:number + 1] or self.rounded(
+                [weight], storages[name][number])
+            put_weight(self.tree, name, BlockWeight(blocks, torch.float32))
+
+
+def ship(configs: Sequence[ExportConfig], source: Source, reference: CausalLM) -> list[Part]:
+    """The parts of an export, frozen and rounded.
+
+    configs: the settings of the parts, which differ in nothing but how weights are stored.
+    reference: the model of the source in float32.
+    """
+    samples = shuffled_samples(configs[0], source)
+    batches = calibration_batches(samples, source)
+    fits = fits_to_make(configs[0], source, batches)
+    parts = [Part(config, reference, fits) for config in configs]
+    freeze_and_round(parts, source.model, batches, fits)
+    show_fits(fits)
+    for part in parts:
+        if part.config.size:
+            part.choose(source)
+        if part.config.graph:
+            round_experts(part.tree, part.config.form)
+        part.ranges = ranges_of(part.config, part.tree, samples, source)
+    return parts
+
+
+@torch.no_grad()
+def freeze_and_round(parts: Sequence[Part], model: CausalLM, batches: Batches, fits: TaskFits,
+                     ) -> None:
+    """Fit the mixtures of a model, and place and round the matrices of each part, layer by layer.
+
+    model: the run's, with the experts as they were trained. fits: of single experts at first.
+    """
+    table, *other = vocabularies(model)
+    linears = linear_layers(model)
+
+    def in_4_bits(name: str) -> bool:
+        return any(storage.bits == 4 for part in parts for storage in part.storages(name))
+
+    to_fit = any(routed(linears[name]) for of_task in fits.values() for name in of_task)
+    texts = Calibration(model, batches if to_fit or any(map(in_4_bits, (*linears, table))) else {})
+    with measuring(model):
+        for number in progress_bar(range(len(model.model.layers)), "freeze and round",
+                                   unit="layer"):
+            for layers, x in texts.through(number):      # what reads the same x (T, D)
+                texts.fit(layers, x, fits)
+                R = texts.factor(x) if in_4_bits([*layers][0]) else None
+                for part in parts:
+                    part.place([*layers])
+                    part.round([*layers], R)
+        R = None
+        if in_4_bits(table):
+            R = texts.factor(texts.of_head(), DAMPING if other else TIED_DAMPING)
+    for part in parts:
+        part.round([table], R)
+        part.round(other, None)
+
+
+def vocabularies(model: CausalLM) -> list[str]:
+    """The modules that hold a table of the vocabulary: that of the head first."""
+    return [EMBEDDING] if model.config.tie_word_embeddings else [HEAD, EMBEDDING]
+
+
+def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
+    """The linear maps of mixtures that the folder holds, of which those of single experts are made;
+    none if mixtures go on routing."""
+    layers = expert_layers(source.model)
+    if config.routing == "dynamic" or not layers:
+        return {config.task: {}}
+    return no_fits(layers, batches, [*batches] if config.adapters else [config.task])
+
+
+def ranges_of(config: ExportConfig, tree: CausalLM, samples: Samples, source: Source) -> Ranges:
+    """The ranges of activations on the samples, if an NPU stores them in few bits."""
+    if config.target != "npu" or not config.form.rounds:
+        return {}
+    few = PROMPTS if config.prompts else TEXTS
+    texts = [e.ids for examples in samples.values() for e in examples[:few]]
+    return activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
+                             if config.prompts else texts)
+
+
+def show_fits(by_task: TaskFits) -> None:
+    """Print the share of each mixture's output that the fits miss, for each task."""
+    for task, fits in by_task.items():
+        missed = {name: f.residual for name, f in fits.items() if f.kind != "exact"}
+        if not missed:                       # a single expert is a linear map
+            continue
+        of = f"{clean(task)}: " if task else ""
+        print(terminal_heatmap(
+            f"{of}share of the mixture's output that one linear map misses", missed))
+        kinds = [f.kind for f in fits.values()]
+        print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median "
+              f"residual on held-out samples {100 * median(missed.values()):.2f} %")
+
+
+def sharing_copy(model: Any) -> Any:
+    """A copy of the modules of a model that shares its parameters and buffers."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def in_float32(source: Source) -> CausalLM:
@@ -64,93 +232,3 @@ def in_float32(source: Source) -> CausalLM:
         if not name.endswith(".stored"):
             weight.data = weight.data.float()
     return model
-
-
-def ship(parts: Sequence[ExportConfig], source: Source, reference: CausalLM) -> list[Shipped]:
-    """Freeze the mixtures of a run, and round the weights for each graph, layer by layer.
-
-    parts: the settings of each graph, which differ in nothing but how weights are stored.
-    reference: the model of the source in float32.
-    """
-    samples = shuffled_samples(parts[0], source)
-    batches = calibration_batches(samples, source)
-    fits = fits_to_make(parts[0], source, batches)
-    trees = [sharing_copy(reference) for _ in parts]
-    ways = [dict[str, Ways]() for _ in parts]
-    for names, factors in layer_by_layer(source.model, batches, fits, [
-            part.form for part in parts if part.graph]):
-        for config, tree, of_tree in zip(parts, trees, ways):
-            place(tree, names, config, fits)
-            if config.graph and config.form.rounds:
-                of_tree |= {name: rounded(tree.get_submodule(name), name, config.form,
-                                          factors.get(name)) for name in names}
-                if not config.size:          # then each weight has one way
-                    store(tree, config.form, ((name, way) for name, of_name in of_tree.items()
-                                              for way in of_name.items()))
-                    of_tree.clear()
-    if any(fits.values()):
-        show_fits(fits)
-    for config, tree, of_tree in zip(parts, trees, ways):
-        if config.size:                      # harm shows on lines that the run is not certain of
-            unseen = calibration_batches(shuffled_samples(config, source, unseen=True), source)
-            store(tree, config.form, choose_ways(of_tree, tree, source.model, unseen,
-                                                 config.size).items())
-        if config.graph:
-            round_experts(tree, config.form)
-    return [Shipped(tree, fits, ranges_of(config, tree, samples, source))
-            for config, tree in zip(parts, trees)]
-
-
-def ranges_of(config: ExportConfig, tree: CausalLM, samples: Samples, source: Source) -> Ranges:
-    """The ranges of activations on the samples, if an NPU stores them in few bits."""
-    if config.target != "npu" or not config.form.rounds:
-        return Ranges()
-    few = PROMPTS if config.prompts else TEXTS
-    texts = [e.ids for examples in samples.values() for e in examples[:few]]
-    return activation_ranges(tree, answered(tree, texts, source.tokenizer.stop_ids)
-                             if config.prompts else texts)
-
-
-def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
-    """The linear maps of mixtures that the folder holds, of which those of single experts are made;
-    none if mixtures go on routing."""
-    layers = expert_layers(source.model)
-    if config.routing == "dynamic" or not layers:
-        return {config.task: {}}
-    wanted = [*batches] if config.adapters else [config.task]
-    return no_fits(layers, batches, wanted)
-
-
-def sharing_copy(model: Any) -> Any:
-    """A copy of the modules of a model that shares its parameters and buffers."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-
-
-def place(tree: CausalLM, names: Sequence[str], config: ExportConfig, fits: TaskFits) -> None:
-    """Put into a tree, in place of some modules, what ships of their experts, beside floats."""
-    for name in names:
-        layer: Any = tree.get_submodule(name)
-        if not isinstance(layer, ExpertLinear) or config.routing == "dynamic":
-            continue
-        if config.adapters:
-            tree.set_submodule(name, AdapterLinear(layer, {
-                task: of_task[name] for task, of_task in fits.items() if task}))
-        elif config.merges and config.graph:
-            tree.set_submodule(name, BlockLinear(
-                MergedWeight(layer.weight, fits[config.task][name]), layer.bias))
-        else:
-            tree.set_submodule(name, frozen_layer(layer, fits[config.task][name]))
-
-
-def show_fits(by_task: TaskFits) -> None:
-    """Print the share of each mixture's output that the fits miss, for each task."""
-    for task, fits in by_task.items():
-        missed = {name: f.residual for name, f in fits.items() if f.kind != "exact"}
-        if not missed:                       # a single expert is a linear map
-            continue
-        of = f"{clean(task)}: " if task else ""
-        print(terminal_heatmap(
-            f"{of}share of the mixture's output that one linear map misses", missed))
-        kinds = [f.kind for f in fits.values()]
-        print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median "
-              f"residual on held-out samples {100 * median(missed.values()):.2f} %")

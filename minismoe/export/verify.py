@@ -34,7 +34,7 @@ from .compare import (
 from .leaves import AdapterLinear
 from .plan import check_prompts
 from .settings import ExportConfig, Source
-from .tree import Fits, Shipped, sharing_copy
+from .tree import Fits, Part, sharing_copy
 from .weights import HALF
 
 # How far logits may be from PyTorch's on the same weights, as a share of the largest: what rounding
@@ -44,7 +44,7 @@ FLOAT32, FLOAT16, ROUTED_FLOAT16, BITS16, BFLOAT16 = 1e-4, 3e-2, 6e-2, 2e-2, 5e-
 BITS8 = 0.1              # of activations that one provider rounds to 8 bits, and another does not
 
 
-def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Shipped,
+def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Part,
           folder: Path) -> dict[str, Any]:
     """Compare the folder with PyTorch; returns figures, of a graph by adapter.
 
@@ -81,7 +81,7 @@ def check(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     return by_adapter
 
 
-def check_rounded(config: ExportConfig, shipped: Shipped, folder: Path,
+def check_rounded(config: ExportConfig, shipped: Part, folder: Path,
                   prompts: Sequence[Sequence[int]], tolerance: float,
                   ) -> dict[str | None, dict[str, float]]:
     """Compare a graph in few bits, whose activations are not rounded, with the tree that it was
@@ -134,7 +134,7 @@ def without_routing(config: ExportConfig, model: CausalLM, fits: Fits | None) ->
     return model
 
 
-def check_weights(config: ExportConfig, source: Source, reference: CausalLM, shipped: Shipped,
+def check_weights(config: ExportConfig, source: Source, reference: CausalLM, shipped: Part,
                   folder: Path) -> dict[str, Any]:
     """Compare the logits of a folder of layout hf or peft with those of PyTorch."""
     fits = shipped.fits[config.task]

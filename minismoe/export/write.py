@@ -18,7 +18,7 @@ from . import layouts, verify
 from .contract import golden
 from .plan import in_words, resolved
 from .settings import ExportConfig, Source
-from .tree import Shipped, in_float32, ship
+from .tree import Part, in_float32, ship
 
 SHARD = 64_000_000                           # bytes
 
@@ -31,29 +31,30 @@ def export_model(config: ExportConfig, source: Source,
     do not fit the model, or if the folder does not compute what PyTorch does; FileExistsError if
     the folder is there.
     """
-    parts = resolved(config, source)
-    config = parts[-1]
+    configs = resolved(config, source)
+    config = configs[-1]
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(out or config.out or source.run / "export" / name)
     must_be_new(out)
-    print(*map(in_words, parts), sep="\n")
+    print(*map(in_words, configs), sep="\n")
     reference = in_float32(source)
-    stored = ship(parts, source, reference)
+    parts = ship(configs, source, reference)
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx",
                                 whole=config.layout != "peft")
         info: dict[str, Any] = {}
-        for part, shipped in zip(parts, stored):
-            info = write(part, source, reference, shipped, folder, info)
+        for part in parts:
+            info = write(part, source, reference, folder, info)
     return out, info
 
 
-def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Shipped,
-          folder: Path, other: Mapping[str, Any]) -> dict[str, Any]:
+def write(part: Part, source: Source, reference: CausalLM, folder: Path,
+          other: Mapping[str, Any]) -> dict[str, Any]:
     """Write the folder and compare it with the reference; returns the content of its export.json.
 
     other: that of a graph which was written into the folder before.
     """
+    config = part.config
     adapter = expert_layers(source.model) and source.run / "adapter" / "adapter.safetensors"
     info: dict[str, Any] = {
         "format": FORMAT, "model": last_part(source.name), "layout": config.layout,
@@ -65,15 +66,15 @@ def write(config: ExportConfig, source: Source, reference: CausalLM, shipped: Sh
     if source.system:
         info["system"] = source.system
     if config.graph:
-        info |= layouts.write_graph(config, shipped, folder)
+        info |= layouts.write_graph(part, folder)
         if source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
         record(info, folder)                 # the runtime reads it
     else:
         layouts.write_weights(config.layout, source.base, source.name,
-                              shipped.fits[config.task], folder)
-    info["checked"] = verify.check(config, source, reference, shipped, folder)
+                              part.fits[config.task], folder)
+    info["checked"] = verify.check(config, source, reference, part, folder)
     info["providers"] = [name for name in config.provider or () if all(  # that auto may take
         (there := figures["providers"][name])["texts_equal"] == there["texts"]
         for figures in info["checked"].values())]

@@ -1,29 +1,31 @@
 """Freeze: the mixture of one matrix as one linear map of rank R = E*r, which is a plain LoRA.
 
-The fits are those of `reference.fits`. Here they come from the sums M, P and G of moments.py:
+The fits are those of `reference.fits`, to calibration tokens x (T, D). With h = x A^T of the
+stacked experts, gh each expert's r entries of h times its gate, and A_g the fit "gates",
 
-    linear = A_g + (P - A_g M) (M + ridge I)^-1,  whatever B is; A_g is the fit "gates"
+    linear = A_g + d^T x (x^T x + ridge I)^-1 = A_g + d^T (x x^T + ridge I)^-1 x
 
-Samples that are held out choose the ridge (or `gates`, if no ridge does better), and give the
-residual, the share of the mixture's output energy that the fit misses. `fit` holds the sums of a
-whole model, of any kind; an export goes through our decoder layer by layer, and calls `fit_group`
-for each.
-Letters: E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
+whatever B is, where d = gh - x A_g^T is what A_g misses. The smaller of the two systems is solved.
+Tokens that are held out choose the ridge (or `gates`, if no ridge does better), and give the
+residual, the share of the mixture's output energy that the fit misses. `fit` holds what all
+mixtures of a model read; an export goes through our decoder layer by layer, and calls `solve` for
+each group of matrices.
+Letters: T tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLinear, expert_layers, packs
+from .experts import ExpertLinear, expert_layers, packs, top_k_gates
 from .hooks import measuring
-from .moments import HELD_OUT, TO_FIT, Input, Run, Sums, add_moments, wide
+from .reads import HOLD, gram, reads
 
 KINDS = ("mean", "gates", "linear")
-RIDGES = (1e-2, 1e-1)        # times the mean diagonal of M; 1e-3 or 1 won 3 of 54 fits on SmolLM2
+RIDGES = (1e-2, 1e-1)    # times the mean square of x's columns; 1e-3 or 1 won 3 of 54 on SmolLM2
 
 
 @dataclass
@@ -52,20 +54,32 @@ def fit(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]], kind:
     batches = {task: [*of_task] for task, of_task in tasks.items()}
     if not batches:
         raise ValueError("calibration takes samples of one task or more")
-    fits = no_fits(expert_layers(model), batches, (None, *tasks))
-    decoder = getattr(model, "model", model)
-    runs = {task: [(batch[1], partial(decoder, input_ids=batch[0], attention_mask=batch[1]))
-                   for batch in of_task] for task, of_task in batches.items()}
-    mixtures = {name: m for name, m in expert_layers(model).items() if m.router is not None}
+    layers, decoder = expert_layers(model), getattr(model, "model", model)
+    fits = no_fits(layers, batches, (None, *batches))
+    runs, task_of, held = [], list[Tensor](), list[Tensor]()             # of real tokens
+    for number, of_task in enumerate(batches.values()):
+        samples = 0
+        for ids, mask, *_ in of_task:
+            rows = None if packs(model) else mask.flatten().nonzero()[:, 0]
+            runs.append((partial(decoder, input_ids=ids, attention_mask=mask), rows))
+            sample = samples + mask.nonzero()[:, 0]
+            held.append(sample % HOLD == 1)
+            task_of.append(torch.full_like(sample, number))
+            samples += len(mask)
     with measuring(model):
-        fit_group(mixtures, runs, fits, packs(model), kind)
+        groups = reads({name: m for name, m in layers.items() if m.router is not None}, runs)
+    for names, x in groups:
+        for number, task in enumerate((*batches, None)):
+            own = slice(None) if task is None else torch.cat(task_of) == number
+            fits[task] |= solve({name: layers[name] for name in names}, x[own],
+                                torch.cat(held)[own], kind=kind)
     return fits
 
 
 def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Sequence[Tensor]]],
             wanted: Sequence[str | None]) -> TaskFits:
     """The exact maps of single experts for each task that is wanted (None: for all of them
-    together); those of mixtures are to be replaced by `fit_group`. Raises ValueError for a task of
+    together); those of mixtures are to be replaced by `solve`. Raises ValueError for a task of
     fewer than two samples, if there is a mixture."""
     few = [t for t, batches in tasks.items() if sum(len(b[0]) for b in batches) < 2]
     if few and any(layer.router is not None for layer in layers.values()):
@@ -73,80 +87,51 @@ def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Seq
     return {task: {name: exact(layer) for name, layer in layers.items()} for task in wanted}
 
 
-def fit_group(layers: Mapping[str, nn.Module], tasks: Mapping[str, Iterable[Run]], fits: TaskFits,
-              packed: bool, kind: str = "linear") -> dict[str, Tensor]:
-    """Fit the mixtures among linear layers that `fits` has, for the tasks that it has, from one run
-    of each batch. packed: whether the layers see rows of real tokens alone.
-
-    Returns M (D, D) over all tokens by module; layers that read the same x have one tensor.
-    """
-    mixtures: dict[str, ExpertLinear] = {
-        name: layer for name, layer in layers.items() if isinstance(layer, ExpertLinear)
-        and layer.router is not None and any(name in of_task for of_task in fits.values())}
-
-    def put(task: str | None, inputs: Mapping[str, Input]) -> None:
-        for each in inputs.values():
-            if any(each.readers.values()):
-                fits[task].update(solve(mixtures, each, kind))
-
-    together: dict[str, Input] = {}
-    for task, runs in tasks.items():
-        if task not in fits:
-            add_moments(together, layers, mixtures, runs, packed)
-            continue
-        alone: dict[str, Input] = {}
-        add_moments(alone, layers, mixtures, runs, packed)
-        put(task, alone)
-        for name, each in alone.items():
-            if name in together:
-                together[name].add(each)
-            else:
-                together[name] = each
-    if None in fits:
-        put(None, together)
-    moments: dict[str, Tensor] = {}
-    for each in together.values():
-        moments |= dict.fromkeys(each.readers, each.M.sum(0))
-    return moments
-
-
 @torch.no_grad()
-def solve(mixtures: Mapping[str, ExpertLinear], x: Input, kind: str) -> dict[str, Fit]:
-    """{module: fit} of the mixtures that read x.
+def solve(layers: Mapping[str, ExpertLinear], x: Tensor, held: Tensor, times: Tensor | None = None,
+          kind: str = "linear") -> dict[str, Fit]:
+    """{module: fit} of mixtures that read x (T, D).
 
-    Raises ValueError with the modules whose sums or experts are not finite.
+    held (T,): tokens that judge, and are not fitted. times (T,): how often each token counts, by
+    default once. Raises ValueError with the modules whose inputs or experts are not finite.
     """
-    to_fit, held_out = x.sums(TO_FIT), x.sums(HELD_OUT)
-    readers = {name: mixtures[name] for name in to_fit}
-    wrong = [name for name, layer in readers.items() if not all(t.isfinite().all() for t in (
-        *to_fit[name], *held_out[name], layer.lora_A, layer.lora_B))]
+    weight = x.new_ones(len(x), 1) if times is None else times.to(x).sqrt()[:, None]
+    weighted = x * weight
+    fitted, unseen = weighted[~held], weighted[held]
+    best, targets, wrong = dict[str, Fit](), dict[str, Tensor](), list[str]()
+    for name, layer in layers.items():
+        (E, r, _), A, router = layer.lora_A.shape, layer.lora_A.flatten(0, 1).to(x), layer.router
+        assert router is not None
+        gates = top_k_gates(x @ router.to(x).T, layer.top_k)                             # (T, E)
+        h = weighted @ A.T
+        gh = targets[name] = (h.unflatten(1, (E, r)) * gates[..., None]).flatten(1)      # (T, R)
+        if not all(t.isfinite().all() for t in (weighted, gh, layer.lora_B)):
+            wrong.append(name)
+            continue
+        c = (gates * weight.square())[~held].mean(0) / weight[~held].square().mean() if (
+            kind == "mean") else constant_gates(layer, h[~held], gh[~held])
+        A = A * c.to(A).repeat_interleave(r)[:, None]
+        best[name] = measured(layer, A, "mean" if kind == "mean" else "gates", unseen, gh[held])
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: what the mixture reads or writes on the calibration "
                          "samples is not finite: freeze with --dtype float32, or train again with "
                          "a lower --lr")
-    best: dict[str, Fit] = {}
-    starts: list[Tensor] = []                # (R, D), the A of each expert times its constant gate
-    for name, layer in readers.items():
-        sums, start = to_fit[name], "mean" if kind == "mean" else "gates"
-        c = sums.gates / sums.gates.sum() if kind == "mean" else constant_gates(layer, sums)
-        starts.append((wide(layer.lora_A) * c[:, None, None]).flatten(0, 1))
-        best[name] = measured(layer, starts[-1], start, held_out[name])
-    for ridge in RIDGES if kind == "linear" else ():
-        for (name, layer), A in zip(readers.items(), linear(starts, [*to_fit.values()], ridge)):
-            fitted = measured(layer, A, "linear", held_out[name])
-            if fitted.residual < best[name].residual:
-                best[name] = fitted
+    starts = [start.lora_A.to(x) for start in best.values()]
+    for As in linear(starts, fitted, [gh[~held] for gh in targets.values()]) if (
+            kind == "linear") else ():
+        for (name, layer), A in zip(layers.items(), As):
+            found = measured(layer, A, "linear", unseen, targets[name][held])
+            if found.residual < best[name].residual:
+                best[name] = found
     return best
 
 
-def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor:
+def constant_gates(layer: ExpertLinear, h: Tensor, gh: Tensor) -> Tensor:
     """The gates (E,) of least squares; of all that are as good, as with two equal experts, the
     smallest. A dead expert, whose output is 0, gets 0."""
     E, r, _ = layer.lora_A.shape
-    A, K = wide(layer.lora_A.flatten(0, 1)), _gram(layer)
-    # sum h h^T = A M A^T, sum (g*h) h^T = P A^T; the r x r block of two experts sums to one entry
-    Q, b = ((K * x).view(E, r, E, r).sum((1, 3))                         # (E, E)
-            for x in (_product(A, sums.M) @ A.T, sums.P @ A.T))
+    # Inner products of outputs, summed over the r x r block of each two experts, (E, E).
+    Q, b = ((_outputs(layer) * (wide(y).T @ wide(h))).view(E, r, E, r).sum((1, 3)) for y in (h, gh))
     energy = Q.diagonal()                # experts differ in size, not in meaning: each is scaled
     scale = torch.where(energy > 0, energy, torch.inf).rsqrt()
     scaled = (Q * scale * scale[:, None]).cpu()          # CUDA has no driver for a singular system
@@ -155,33 +140,40 @@ def constant_gates(layer: ExpertLinear, sums: Sums) -> Tensor:
     return scale * gates.to(scale)
 
 
-def linear(starts: Sequence[Tensor], sums: Sequence[Sums], ridge: float) -> list[Tensor]:
-    """A' (R, D) of each start, shrunk towards it; none if M is singular. All share M."""
-    M, diagonal = sums[0].M, sums[0].M.diagonal()
-    factor, failed = torch.linalg.cholesky_ex(wide(M.diagonal_scatter(
-        diagonal + ridge * diagonal.mean())))
-    return [] if failed else [A + torch.cholesky_solve((s.P - _product(A, M)).T, factor).T
-                              for A, s in zip(starts, sums)]
+def linear(starts: Sequence[Tensor], x: Tensor, targets: Sequence[Tensor]) -> Iterator[
+        list[Tensor]]:
+    """For each ridge, A' (R, D) of each start, shrunk towards it, for targets gh (T, R); none where
+    the system is singular."""
+    missed = torch.cat([gh - x @ A.T for A, gh in zip(starts, targets)], 1)
+    few = len(x) < x.shape[1]                            # fewer tokens than inputs
+    system, right = gram(x.T if few else x), missed if few else x.T @ missed
+    for ridge in RIDGES:
+        shift = ridge * x.square().sum() / x.shape[1]
+        factor, failed = torch.linalg.cholesky_ex(
+            system.diagonal_scatter(system.diagonal() + shift))
+        if not failed:
+            step = torch.cholesky_solve(right, factor)
+            changes = (x.T @ step if few else step).T.split([len(A) for A in starts])
+            yield [A + change for A, change in zip(starts, changes)]
 
 
-def _product(A: Tensor, M: Tensor) -> Tensor:
-    """A M (R, D) in float64, multiplied in M's dtype: M in float64 would take twice the memory."""
-    return wide(A.to(M) @ M)
+def measured(layer: ExpertLinear, A: Tensor, kind: str, x: Tensor, gh: Tensor) -> Fit:
+    """The fit A (R, D), with its residual on tokens x (T, D) whose gated h are gh (T, R)."""
+    K, wanted, missed = _outputs(layer), wide(gh), wide(gh - x @ A.T)
+    energy = (wanted @ K * wanted).sum()
+    lost = (missed @ K * missed).sum() / energy if energy > 0 else energy
+    return Fit(A.to(layer.lora_A), exact(layer).lora_B, kind, lost.item())
 
 
-def measured(layer: ExpertLinear, A: Tensor, kind: str, sums: Sums) -> Fit:
-    """The fit A (R, D), with its residual on the tokens of `sums`."""
-    K, cross = _gram(layer), A @ sums.P.T
-    energy = (K * sums.G).sum()
-    missed = (K * (sums.G - cross - cross.T + _product(A, sums.M) @ A.T)).sum()
-    return Fit(A.to(layer.lora_A), exact(layer).lora_B, kind,
-               max(0.0, (missed / energy).item()) if energy > 0 else 0.0)
-
-
-def _gram(layer: ExpertLinear) -> Tensor:
+def _outputs(layer: ExpertLinear) -> Tensor:
     """B B^T (R, R), which gives inner products of outputs: <B^T u, B^T v> = u^T (B B^T) v."""
     B = wide(layer.lora_B.flatten(0, 1))
     return B @ B.T
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float64: on CUDA, or else on the CPU, since other devices may lack float64."""
+    return x.double() if x.device.type == "cuda" else x.cpu().double()
 
 
 @torch.no_grad()

@@ -29,20 +29,18 @@ import export
 from minismoe.cli import script
 from minismoe.data.tasks import Example, collate, encode
 from minismoe.export import tree as trees
-from minismoe.export.bits import Ways, change, harm_of, nbytes
-from minismoe.export.calibration import calibration_batches, layer_by_layer
-from minismoe.export.leaves import put_weight
+from minismoe.export.bits import change, harm_of, nbytes
+from minismoe.export.calibration import calibration_batches
+from minismoe.export.leaves import matrix, put_weight
 from minismoe.export.plan import with_precision
-from minismoe.export.rounding import rounded, to_nearest
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.flags import above_zero, positive
 from minismoe.method.bits import spend, total
-from minismoe.method.experts import ExpertLinear
-from minismoe.method.freeze import merged_layer
+from minismoe.method.freeze import merge
 from minismoe.method.loss import predicting, supervised_losses
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import Blocks, BlockWeight, dequantize
+from minismoe.model.quantize import Blocks, BlockWeight, dequantize, quantize
 from minismoe.model.tokens import Tokens
 
 Chosen = dict[str, int]                      # module -> number of its option
@@ -197,23 +195,21 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     config = with_precision(ExportConfig(run=args.run, size=1.0), has_texts=True)
     source = export.load_run(config)
-    load_adapter(tree := load_model(source.base), source.run / "adapter")
+    load_adapter(mixture := load_model(source.base), source.run / "adapter")
     batches, unseen = (calibration_batches({
         task: random.Random(args.seed).sample(examples, len(examples))
         for task, examples in lines.items()}, source) for lines in (source.examples, source.unseen))
-    fits, rounded_ways = trees.fits_to_make(config, source, batches), dict[str, Ways]()
-    for names, factors in layer_by_layer(source.model, batches, fits, [config.form]):
-        for name in names:
-            if isinstance(layer := tree.get_submodule(name), ExpertLinear):
-                tree.set_submodule(name, merged_layer(layer, fits[None][name]))
-            rounded_ways[name] = rounded(tree.get_submodule(name), name, config.form,
-                                         factors.get(name))
+    fits = trees.fits_to_make(config, source, batches)
+    part = trees.Part(config, mixture, fits)
+    trees.freeze_and_round([part], source.model, batches, fits)
+    merge(tree := trees.sharing_copy(mixture), fits[None])
     tree.eval().requires_grad_(False)
-    harm = harm_of(rounded_ways, tree, source.model, unseen)
-    options = {name: [blocks or to_nearest(tree.get_submodule(name), storage, config.form)
-                      for storage, blocks in ways.items()] for name, ways in rounded_ways.items()}
-    cost = {name: [nbytes(options[name][0].shape, storage) for storage in ways]
-            for name, ways in rounded_ways.items()}
+    harm = harm_of(part.in_4_bits, tree, source.model, unseen)
+    options = {name: [*ways, quantize(matrix(tree.get_submodule(name)), *part.storages(name)[-1])]
+               for name, ways in part.in_4_bits.items()}
+    harm = {name: [*harms, 0.0] for name, harms in harm.items()}
+    cost = {name: [nbytes(ways[0].shape, storage) for storage in part.storages(name)]
+            for name, ways in options.items()}
     names, lines = [*options], test_lines(source, args.lines, tree)
     of_32, of_rule = total(cost, plain(names, MIDDLE, MIDDLE)), total(cost, down_in_8(names))
     budget = args.size * 1e6 if args.size else of_32

@@ -107,10 +107,9 @@ def export(model: Path, folder: Path, side: str) -> None:
     from minismoe import load_model
     from minismoe.export import graph, steps
     from minismoe.export.layouts import copy_base_files
-    from minismoe.export.leaves import EMBEDDING
     from minismoe.export.mixture import round_experts
-    from minismoe.export.rounding import store
-    from minismoe.export.weights import GraphFormat
+    from minismoe.export.settings import ExportConfig
+    from minismoe.export.tree import Part, freeze_and_round
     from minismoe.method.experts import ExpertLinear, linear_layers
     base = load_model(model, torch.float32)
     config = base.config
@@ -121,11 +120,11 @@ def export(model: Path, folder: Path, side: str) -> None:
             torch.nn.init.normal_(layer.lora_B, std=1e-3)
             base.set_submodule(name, layer)
     folder.mkdir()
-    form = GraphFormat("ort", "int4", CONTEXT, 128 if side == "merged128" else 32)
-    store(base, form, ((name, (form.bits_of(name), None))
-                       for name in [*linear_layers(base), EMBEDDING]))
-    round_experts(base, form)
-    graph.write_decoder(folder / "model.onnx", base, form)
+    part = Part(ExportConfig(precision="int4", routing="dynamic", context=CONTEXT,
+                             block=128 if side == "merged128" else 32), base, {})
+    freeze_and_round([part], base, {}, {})
+    round_experts(part.tree, part.config.form)
+    graph.write_decoder(folder / "model.onnx", part.tree, part.config.form)
     steps.write_sampler(folder / "sampler.onnx", config.vocab_size)
     copy_base_files(model, folder)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in folder.iterdir()}

@@ -37,7 +37,7 @@ from minismoe.export import layouts
 from minismoe.export.compare import logits
 from minismoe.export.plan import resolved
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.tree import Shipped, ship
+from minismoe.export.tree import Part, ship
 from minismoe.io.files import read_json, write_json
 from minismoe.io.progress import progress_bar
 from minismoe.io.text import table
@@ -59,11 +59,11 @@ COLUMNS = {"exact": (100, 1), "log p": (1, 3), "calibration": (100, 1), "KL": (1
 
 
 def shipped_ways(run: Path, ways: Sequence[str], limit: int | None,
-                 ) -> tuple[Source, list[ExportConfig], list[Shipped]]:
+                 ) -> tuple[Source, list[Part]]:
     """A run with its test lines, and what each way stores of it."""
     source = export.load_run(ExportConfig(run=str(run), limit_test=limit or 10 ** 6))
     configs = [resolved(parse([str(run), *WAYS[way].split()], ""), source)[-1] for way in ways]
-    return source, configs, ship(configs, source, mixture_of(source))
+    return source, ship(configs, source, mixture_of(source))
 
 
 def mixture_of(source: Source) -> CausalLM:
@@ -102,12 +102,12 @@ def predictions(model: CausalLM | Generator, source: Source, task: Task) -> Tens
     return torch.cat(logits(model, prompts[:DIVERGE], rights[:DIVERGE])).log_softmax(-1)
 
 
-def measure(source: Source, config: ExportConfig, shipped: Shipped, folder: Path,
-            mixture: dict[str, Tensor]) -> dict[str, Any]:
+def measure(source: Source, part: Part, folder: Path, mixture: dict[str, Tensor],
+            ) -> dict[str, Any]:
     """Write a graph, and score what it answers. mixture: its `predictions` by task."""
     shutil.rmtree(folder, ignore_errors=True)
     layouts.copy_base_files(source.base, folder, False)
-    info = {"format": FORMAT, **layouts.write_graph(config, shipped, folder)}
+    info = {"format": FORMAT, **layouts.write_graph(part, folder)}
     write_json(folder / "export.json", info | {"files": {
         f.name: {"bytes": f.stat().st_size, "sha256": ""} for f in folder.iterdir()}})
     generator, by_task = Generator(folder, threads=torch.get_num_threads()), {}
@@ -122,13 +122,13 @@ def measure(source: Source, config: ExportConfig, shipped: Shipped, folder: Path
 
 def record_run(run: Path, ways: Sequence[str], limit: int | None, out: Path) -> None:
     """Measure a run in the ways that have no record yet."""
-    source, *stored = shipped_ways(run, ways, limit)
+    source, parts = shipped_ways(run, ways, limit)
     model = mixture_of(source)
     with torch.no_grad():
         mixture = {t.name: predictions(model, source, t) for t in source.tasks}
-    for way, config, shipped in zip(ways, *stored):
+    for way, part in zip(ways, parts):
         write_json(out / f"{run.name}, {way}.json", measure(
-            source, config, shipped, out / "folder", mixture) | {"way": way})
+            source, part, out / "folder", mixture) | {"way": way})
 
 
 def report(records: Iterable[dict[str, Any]]) -> str:

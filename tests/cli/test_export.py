@@ -431,9 +431,8 @@ def test_harm_is_measured_on_lines_that_the_run_was_not_trained_on(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the task that is exported: its validation lines, or training lines if it has none."""
     seen: list[Any] = []
-    monkeypatch.setattr(tree, "choose_ways", lambda options, tree, model, batches, size: (
-        seen.append(batches) or {name: next(iter(ways.items()))
-                                 for name, ways in options.items()}))
+    monkeypatch.setattr(tree, "choose_bits", lambda storages, blocks, tree, model, batches, size: (
+        seen.append(batches) or dict.fromkeys(storages, 0)))
     config = ExportConfig(run=str(run), precision="int4-8", size=1.0, task="twice")
     source = export.load_run(config)
     lines = {name: {tuple(e.ids) for e in of_task["twice"]} for name, of_task in (

@@ -1,30 +1,37 @@
 """GPTQ against its definition in float64, and against plain rounding by what a model writes."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
-from exported import round_weights
+from exported import rounded
 from hypothesis import given
 from hypothesis import strategies as st
 from mixture import COUNTS, V, model_of, tasks
 from torch import Tensor
 
 from minismoe.export import calibration
-from minismoe.export.gptq import DAMPING, TIED_DAMPING, gptq, inverse_factor
+from minismoe.export.gptq import DAMPING, TIED_DAMPING, factor, gptq
 from minismoe.export.graph import write_decoder
 from minismoe.export.leaves import put_weight
 from minismoe.export.tree import sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import expert_layers
-from minismoe.method.freeze import exact, fit_group, merged_layer
-from minismoe.method.moments import gram
-from minismoe.model.quantize import BlockEmbedding, BlockWeight, dequantize, quantize, unpack
+from minismoe.method.freeze import exact, merged_layer
+from minismoe.method.reads import gram
+from minismoe.model.quantize import (
+    BlockEmbedding,
+    Blocks,
+    BlockWeight,
+    dequantize,
+    quantize,
+    unpack,
+)
 
 
 def by_definition(W: Tensor, H: Tensor, size: int, damping: float) -> Tensor:
@@ -55,12 +62,20 @@ def correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
     return x + 0.3 * torch.randn(tokens, inputs, generator=random)
 
 
+def together(parts: Sequence[Blocks]) -> Blocks:
+    """Rows that were rounded in several weights."""
+    data, scales = (torch.cat([getattr(b, part) for b in parts]) for part in ("data", "scales"))
+    shape = torch.Size((len(data), parts[0].shape[1]))
+    return replace(parts[0], shape=shape, data=data, scales=scales)
+
+
 @given(N=st.integers(1, 6), K=st.integers(1, 80), sizes=st.permutations([32, 64, 128]),
        seed=st.integers(0, 99))
 def test_integers_are_those_of_the_definition(N: int, K: int, sizes: list[int], seed: int) -> None:
     x = correlated(2 * K, K, seed)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
-    for blocks, size in zip(gptq(W, inverse_factor(x.T @ x, 0.02), 4, sizes[:2]), sizes):
+    for size in sizes[:2]:
+        blocks = together(gptq(W.split(2), factor(x, 0.02), 4, size))
         q = unpack(blocks.data, 4).flatten(1)
         far = (q[:, :K].float() - by_definition(W, x.T @ x, size, 0.02)).abs()
         assert far.max() <= 1 and (far > 0).float().mean() < 0.02      # halves round either way
@@ -72,9 +87,9 @@ def test_integers_are_those_of_the_definition(N: int, K: int, sizes: list[int], 
 def test_outputs_stay_closer_than_by_plain_rounding(size: int) -> None:
     x, W = correlated(600, 200), torch.randn(40, 200, generator=torch.Generator().manual_seed(1))
 
-    def error(rounded: Tensor) -> float:
-        return float((x @ (rounded - W).T).square().mean())
-    (found,), plain = gptq(W, inverse_factor(x.T @ x), 4, [size]), quantize(W, 4, size)
+    def error(stored: Tensor) -> float:
+        return float((x @ (stored - W).T).square().mean())
+    (found,), plain = gptq([W], factor(x), 4, size), quantize(W, 4, size)
     assert error(dequantize(found)) < 0.1 * error(dequantize(plain))
 
 
@@ -86,7 +101,7 @@ def test_a_gram_matrix_is_the_whole_product(K: int) -> None:
 
 def test_inputs_that_are_always_zero_are_rounded_plainly() -> None:
     W = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
-    (found,) = gptq(W, inverse_factor(torch.zeros(64, 64)), 4, [32])
+    (found,) = gptq([W], factor(torch.zeros(9, 64)), 4, 32)
     plain = quantize(W, 4, 32)
     torch.testing.assert_close(found.data, plain.data)
     torch.testing.assert_close(found.scales, plain.scales)
@@ -100,28 +115,6 @@ def model() -> Any:
 BATCHES = [batch for task in tasks().values() for batch in task]
 
 
-def test_second_moments_are_those_of_single_texts(model: Any) -> None:
-    names = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"]
-    wanted: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in names}
-
-    def add(name: str, x: Tensor) -> None:
-        for row in x.reshape(-1, x.shape[-1]).double():
-            wanted[name] = wanted[name] + row.outer(row)
-    handles = [model.get_submodule(name).register_forward_hook(
-        lambda layer, args, y, name=name: add(name, args[0])) for name in names]
-    with torch.no_grad():
-        for ids, mask, _ in BATCHES:
-            for row, real in zip(ids, mask.bool()):
-                model(row[real][None])       # the whole text: the head reads each of its tokens
-    for handle in handles:
-        handle.remove()
-    layers = {name: model.get_submodule(name) for name in names}
-    sums = fit_group(layers, {"": [(mask, partial(model.model, ids, mask))
-                                   for ids, mask, _ in BATCHES]}, {}, packed=True)
-    for name, found in sums.items():
-        torch.testing.assert_close(found.double(), wanted[name], rtol=1e-4, atol=1e-4)
-
-
 def test_matrices_rounded_on_samples_write_nearly_what_they_did(model: Any) -> None:
     form, inputs = GraphFormat("ort", "int4", 64), dict[str, list[Tensor]]()
     handles = [layer.register_forward_hook(lambda layer, args, y, name=name: inputs.setdefault(
@@ -130,9 +123,8 @@ def test_matrices_rounded_on_samples_write_nearly_what_they_did(model: Any) -> N
         model(ids, mask)
     for handle in handles:
         handle.remove()
-    plain, on_samples = sharing_copy(model), sharing_copy(model)
-    round_weights(plain, form)
-    round_weights(on_samples, form, model, {"a": BATCHES[:3], "b": BATCHES[3:]})
+    plain = rounded(model, form)
+    on_samples = rounded(model, form, model, {"a": BATCHES[:3], "b": BATCHES[3:]})
 
     def far(tree: Any, name: str) -> float:
         """How far what the matrix writes is from what it would write unrounded."""
@@ -150,8 +142,7 @@ def test_matrices_rounded_on_samples_write_nearly_what_they_did(model: Any) -> N
 
 
 def test_weights_in_8_bits_are_rounded_to_the_nearest(model: Any) -> None:
-    tree = sharing_copy(model)
-    round_weights(tree, GraphFormat("ort", "int8", 64), model, {"a": BATCHES})
+    tree = rounded(model, GraphFormat("ort", "int8", 64), model, {"a": BATCHES})
     for name, layer in expert_layers(tree).items():
         wanted = quantize(model.get_submodule(name).weight, 8, 32)
         assert torch.equal(layer.weight.blocks.data, wanted.data)
@@ -160,12 +151,12 @@ def test_weights_in_8_bits_are_rounded_to_the_nearest(model: Any) -> None:
 def test_the_tied_table_is_damped_more(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     damped: list[float] = []
 
-    def watched(H: Tensor, damping: float = DAMPING) -> Tensor:
+    def watched(x: Tensor, damping: float) -> Tensor:
         damped.append(damping)
-        return inverse_factor(H, damping)
+        return factor(x, damping)
 
-    monkeypatch.setattr(calibration, "inverse_factor", watched)
-    round_weights(sharing_copy(model), GraphFormat("ort", "int4", 64), model, {"a": BATCHES[:1]})
+    monkeypatch.setattr(calibration, "factor", watched)
+    rounded(model, GraphFormat("ort", "int4", 64), model, {"a": BATCHES[:1]})
     inputs = 4 * len(model.model.layers)     # q, k and v; o; gate and up; down
     assert damped == [*[DAMPING] * inputs, TIED_DAMPING]
 
@@ -176,7 +167,7 @@ def test_matrices_of_a_group_may_have_bits_of_their_own(model: Any, tmp_path: Pa
     form, tree = GraphFormat("ort", "int4", 64), sharing_copy(model)
     for other, layer in expert_layers(tree).items():
         tree.set_submodule(other, merged_layer(layer, exact(layer)))
-    round_weights(tree, form)
+    tree = rounded(tree, form)
     put_weight(tree, name, BlockWeight(quantize(model.get_submodule(name).weight, 8, 64),
                                        torch.float32))
     write_decoder(tmp_path / "m.onnx", tree, replace(form, target="portable"))

@@ -15,7 +15,7 @@ import train
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.export import compare, tree, verify
-from minismoe.export.calibration import layer_by_layer, shuffled_samples
+from minismoe.export.calibration import Calibration, shuffled_samples
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.method.experts import expert_layers
@@ -29,8 +29,8 @@ def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_pa
     model, read = model_of(dtype=torch.float32), []
     monkeypatch.setattr(tree, "calibration_batches", lambda samples, source: {
         name: tasks()[name] for name in samples})
-    monkeypatch.setattr(tree, "layer_by_layer", lambda model, batches, *rest: read.append(
-        [*batches]) or layer_by_layer(model, batches, *rest))
+    monkeypatch.setattr(tree, "Calibration", lambda model, batches: read.append(
+        [*batches]) or Calibration(model, batches))
     source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0),
                     examples={"a": [], "b": []})
     config = ExportConfig(precision="int4", block=32, task=task, routing=routing)
@@ -53,9 +53,10 @@ def test_a_copy_shares_every_weight() -> None:
 def test_a_base_in_16_bits_is_merged_in_float32() -> None:
     model = model_of(dtype=torch.bfloat16).to(torch.float32)
     fits = {name: exact(layer) for name, layer in expert_layers(model).items()}
-    tree.place(model, [*fits], ExportConfig(precision="fp32"), {None: fits})
+    part = tree.Part(ExportConfig(precision="fp32"), model, {None: fits})
+    part.place([*fits])
     for name, linear in fits.items():
-        merged = model.get_submodule(name).weight
+        merged = part.tree.get_submodule(name).weight
         assert merged.dense().dtype == torch.float32
         torch.testing.assert_close(merged.dense(), merged.base + linear.lora_B @ linear.lora_A)
 

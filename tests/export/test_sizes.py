@@ -8,25 +8,24 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from exported import CONFIG, random_model, stored
+from exported import CONFIG, part_of, random_model, stored
 from safetensors.torch import save_file
 from tiny import padded, save_bytes_model
 from torch import Tensor
 
 import export
 from minismoe.export import bits
-from minismoe.export.bits import Ways, choose_ways, nbytes
-from minismoe.export.calibration import layer_by_layer
+from minismoe.export.bits import choose_bits, nbytes
 from minismoe.export.plan import with_precision
-from minismoe.export.rounding import rounded, to_nearest
 from minismoe.export.settings import ExportConfig
-from minismoe.export.tree import sharing_copy
+from minismoe.export.tree import freeze_and_round, sharing_copy
 from minismoe.export.weights import GraphFormat
 from minismoe.model.config import Config
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import dequantize, quantize
+from minismoe.model.quantize import Blocks, dequantize, quantize
 
 CHOOSES = GraphFormat("ort", "int4-8", 64, chooses=True)
+STORAGES = CHOOSES.options_of("")
 Batches = Mapping[str, list[tuple[Tensor, ...]]]
 
 
@@ -42,28 +41,31 @@ def batches(model: CausalLM) -> Batches:
 
 
 @pytest.fixture(scope="module")
-def options(model: CausalLM, batches: Any) -> dict[str, Ways]:
-    return rounded_options(model, batches)
+def options(model: CausalLM, batches: Any) -> dict[str, list[Blocks]]:
+    return options_of(model, batches)
 
 
-def rounded_options(model: CausalLM, batches: Batches) -> dict[str, Ways]:
-    return {name: rounded(model.get_submodule(name), name, CHOOSES, factors.get(name))
-            for names, factors in layer_by_layer(model, batches, {}, [CHOOSES])
-            for name in names}
+def options_of(model: CausalLM, batches: Batches) -> dict[str, list[Blocks]]:
+    """The matrices in 4 bits, in blocks of 128 and of 32."""
+    part = part_of(model, CHOOSES)
+    freeze_and_round([part], model, batches, {})
+    return part.in_4_bits
 
 
-def size_of(chosen: Mapping[str, Any], model: CausalLM) -> int:
-    """Bytes of what is chosen for some modules: {module: (storage, blocks)}."""
-    return sum(nbytes(model.get_submodule(name).weight.shape, storage)
-               for name, (storage, _) in chosen.items())
+def size_of(chosen: Mapping[str, int], model: CausalLM) -> int:
+    """Bytes of what is chosen for some modules: {module: number of its storage}."""
+    return sum(nbytes(model.get_submodule(name).weight.shape, STORAGES[number])
+               for name, number in chosen.items())
 
 
-def divergence(model: CausalLM, chosen: Mapping[str, Any], batches: Any) -> float:
+def divergence(model: CausalLM, options: Mapping[str, list[Blocks]], chosen: Mapping[str, int],
+               batches: Any) -> float:
     """KL(model || model with these weights) a token."""
     rounded, total, tokens = sharing_copy(model), 0.0, 0
-    for name, (storage, blocks) in chosen.items():
+    for name, number in chosen.items():
+        of_name, weight = options[name], model.get_submodule(name).weight
         weight = torch.nn.Parameter(dequantize(
-            blocks or to_nearest(model.get_submodule(name), storage, CHOOSES)))
+            of_name[number] if number < 2 else quantize(weight, *STORAGES[number])))
         rounded.get_submodule(name).weight = weight
         if name == "model.embed_tokens":
             rounded.lm_head.weight = weight
@@ -74,47 +76,43 @@ def divergence(model: CausalLM, chosen: Mapping[str, Any], batches: Any) -> floa
     return total / tokens
 
 
-def test_each_matrix_is_rounded_in_every_way(model: CausalLM, options: Any) -> None:
-    assert len(options) == 15                        # a tied head is the embedding
-    for name, ways in options.items():
-        assert [*ways] == [(4, 128), (4, 32), (8, 128)]
-        for storage, blocks in ways.items():         # 8 bits are rounded once chosen
-            assert (blocks is None) == (storage.bits == 8)
-            stored = blocks or to_nearest(model.get_submodule(name), storage, CHOOSES)
-            assert (stored.bits, stored.size) == storage
-            assert nbytes(stored.shape, storage) == stored.data.nbytes + stored.scales.nbytes
+def test_each_matrix_is_rounded_in_every_way_of_4_bits(options: Any) -> None:
+    assert len(options) == 15 and STORAGES == [(4, 128), (4, 32), (8, 128)]  # the head is tied
+    for ways in options.values():                    # 8 bits are rounded once chosen
+        for storage, blocks in zip(STORAGES, ways, strict=False):
+            assert (blocks.bits, blocks.size) == storage
+            assert nbytes(blocks.shape, storage) == blocks.data.nbytes + blocks.scales.nbytes
 
 
 def test_an_embedding_beside_a_head_of_its_own_is_rounded_to_the_nearest(batches: Any) -> None:
     """Its harm in 4 bits is measured as that of the others."""
     torch.manual_seed(0)
     model = CausalLM(Config.from_dict(CONFIG | {"tie_word_embeddings": False})).eval()
-    options = rounded_options(model, batches)
-    for storage in (4, 128), (4, 32):
-        blocks = options["model.embed_tokens"][storage]
-        assert torch.equal(blocks.data, quantize(model.model.embed_tokens.weight, *storage).data)
+    options = options_of(model, batches)
+    for blocks in options["model.embed_tokens"]:
+        plain = quantize(model.model.embed_tokens.weight, 4, blocks.size)
+        assert torch.equal(blocks.data, plain.data)
     assert all(harm > 0 for ways in bits.harm_of(options, model, model, batches).values()
-               for harm in ways[:2])
+               for harm in ways)
 
 
 def test_a_size_is_kept_and_well_spent(model: CausalLM, options: Any, batches: Any,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     """It loses less than as many bytes that the other matrices have."""
-    smallest, largest = ({name: pick(ways.items(), key=lambda way: nbytes(
-        model.get_submodule(name).weight.shape, way[0])) for name, ways in options.items()}
-        for pick in (min, max))
+    smallest, largest = (dict.fromkeys(options, number) for number in (0, 2))
     size = (0.7 * size_of(smallest, model) + 0.3 * size_of(largest, model)) / 1e6
-    chosen = choose_ways(options, model, model, batches, size)
+    storages = dict.fromkeys(options, STORAGES)
+    chosen = choose_bits(storages, options, model, model, batches, size)
     assert size * 1e6 - 3000 < size_of(chosen, model) <= size * 1e6
     assert "bits a weight" in (said := capsys.readouterr().out)
     assert f"{size_of(chosen, model) / 1e6:.1f} MB of weights" in said
-    opposite = {name: largest[name] if chosen[name] == smallest[name] else smallest[name]
-                for name in options}
+    opposite = {name: 2 - 2 * (chosen[name] > 0) for name in options}
     assert size_of(opposite, model) > size_of(chosen, model)
-    assert divergence(model, chosen, batches) < divergence(model, opposite, batches)
+    assert divergence(model, options, chosen, batches) < divergence(
+        model, options, opposite, batches)
     with pytest.raises(ValueError, match=f"--size 0.001, in MB: 1000 is too small: the least "
                                          f"possible is {size_of(smallest, model)} bytes"):
-        choose_ways(options, model, model, batches, 0.001)
+        choose_bits(storages, options, model, model, batches, 0.001)
 
 
 def test_texts_are_taken_in_turn_and_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mixture import COUNTS, ROUTED, D, Data, batch, model_of, tasks
-from tiny import Shapes, plain, randomise
+from tiny import plain, randomise
 from torch import Tensor, nn
 
 from minismoe import reference
-from minismoe.export.calibration import layer_by_layer
+from minismoe.export.calibration import Calibration
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.tree import fits_to_make
+from minismoe.export.tree import fits_to_make, freeze_and_round
 from minismoe.method import freeze as module
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
 from minismoe.method.freeze import (
@@ -25,12 +26,11 @@ from minismoe.method.freeze import (
     exact,
     fit,
     freeze,
-    linear,
-    measured,
     merge,
     merged,
+    solve,
 )
-from minismoe.method.moments import TO_FIT, Input, add_moments
+from minismoe.method.reads import reads as groups
 
 
 def reads(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
@@ -130,28 +130,39 @@ def test_equal_gates_are_frozen_without_loss(k: int) -> None:
         torch.testing.assert_close(frozen(*x[:2]), before(*x[:2]), msg=kind)
 
 
-@given(E=st.integers(2, 5), r=st.integers(1, 3), k=st.integers(1, 5), N=st.integers(1, 60),
+@given(E=st.integers(2, 5), r=st.integers(1, 3), k=st.integers(1, 5), N=st.integers(2, 60),
        D=st.integers(1, 9), out=st.integers(1, 9), seed=st.integers(0, 999))
 def test_on_the_fitting_samples_linear_beats_gates_beats_mean(E: int, r: int, k: int, N: int,
                                                               D: int, out: int, seed: int) -> None:
+    """Both systems of the ridge: of the tokens where they are fewer, else of the inputs."""
     torch.manual_seed(seed)
     layer = ExpertLinear(nn.Linear(D, out, dtype=torch.float64), E, r, 2.0 * r, k)
-    randomise(layer, seed)
-    tokens = torch.randn(1, N, D, dtype=torch.float64)
-    inputs: dict[str, Input] = {}
-    run = torch.ones(1, N), partial(layer, tokens)
-    add_moments(inputs, {"layer": layer}, ["layer"], [run], False)
-    sums = inputs["layer"].sums(TO_FIT)["layer"]
-    mean, gates = sums.gates / N, module.constant_gates(layer, sums)
-    A_mean, A = ((layer.lora_A * c[:, None, None]).flatten(0, 1).detach() for c in (mean, gates))
-    losses = [measured(layer, a, "", sums).residual
-              for a in (A_mean, A, *linear([A], [sums], 1e-10))]
+    randomise(layer, seed).requires_grad_(False)
+    x, fitted = torch.randn(N, D, dtype=torch.float64), torch.arange(2 * N) % 2 == 1
+    twice = x.repeat_interleave(2, 0)                    # each token is fitted, and judges
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "RIDGES", (1e-10,))
+        fits = [solve({"": layer}, twice, fitted, kind=kind)[""] for kind in KINDS]
+    losses = [fit.residual for fit in fits]
     assert losses == sorted(losses, reverse=True) or max(
         b - a for a, b in zip(losses, losses[1:])) < 1e-7
-    x, same = tokens[0], plain(layer.requires_grad_(False))
+    same = plain(layer)
     if same.added(x).any():
         least = reference.residual(same, reference.fits(same, x, 1.0)["gates"], x)
-        assert reference.residual(same, A, x) <= least + 1e-7
+        assert reference.residual(same, fits[1].lora_A, x) <= least + 1e-7
+
+
+def test_a_token_that_counts_twice_is_there_twice() -> None:
+    model = model_of().requires_grad_(False)
+    layer = expert_layers(model)["model.layers.0.mlp.down_proj"]
+    x = torch.randn(20, layer.in_features, dtype=torch.float64)
+    times, held = torch.arange(20) % 3 + 1, torch.arange(20) % 4 == 1
+    again = torch.arange(20).repeat_interleave(times)
+    for kind in KINDS:
+        found = solve({"": layer}, x, held, times, kind)[""]
+        wanted = solve({"": layer}, x[again], held[again], kind=kind)[""]
+        torch.testing.assert_close(found.lora_A, wanted.lora_A)
+        assert found.residual == pytest.approx(wanted.residual)
 
 
 def test_gates_of_equal_and_of_dead_experts_are_those_of_least_squares() -> None:
@@ -229,24 +240,16 @@ def test_pads_are_left_out(kind: str) -> None:
         same(fit(model, tasks(), method), fit(model, alone, method), rtol=1e-6, atol=1e-9)
 
 
-def test_inputs_that_are_shared_are_multiplied_once() -> None:
+def test_layers_that_read_the_same_are_one_group() -> None:
     model, (ids, mask, _) = model_of(), batch(0)
-    run = mask, partial(model.model, ids, mask)
-    mixtures = {name: m for name, m in expert_layers(model).items() if m.router is not None}
-    inputs: dict[str, Input] = {}
-    with Shapes() as shapes:
-        add_moments(inputs, expert_layers(model), mixtures, [run], True)
-    short = [[name.split(".")[-1][0] for name in each.readers] for each in inputs.values()]
-    assert short == [["q", "k", "v"], ["o"], ["g", "u"], ["d"]] * 2
-    assert all(bool(own) == (name in mixtures)
-               for each in inputs.values() for name, own in each.readers.items())
-    assert shapes.seen.count(("mm", (D, D))) == 2 * 2 * 3            # fitting and held-out samples
-    assert shapes.seen.count(("mm", (24, 24))) == 2 * 2
+    found = {" ".join(name.split(".")[-1][0] for name in names): x for names, x in groups(
+        expert_layers(model), [(partial(model.model, ids, mask), None)] * 2)}
+    assert [*found] == ["q k v", "o", "g u", "d"]        # of the second layer, which comes last
+    assert found["q k v"].shape == (2 * mask.sum(), D)
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_layer_by_layer_is_the_whole_model(size: int, monkeypatch: pytest.MonkeyPatch, tmp_path,
-                                           ) -> None:
+def test_layer_by_layer_is_the_whole_model(size: int, tmp_path: Path) -> None:
     """The fits of an export, which keeps hidden states between layers, and those of one pass."""
     model = model_of()
     data = {task: [tuple(t[i:i + size] for t in whole) for whole in batches
@@ -255,8 +258,7 @@ def test_layer_by_layer_is_the_whole_model(size: int, monkeypatch: pytest.Monkey
 
     def fits(data: dict[str, list[Data]], **settings: Any) -> TaskFits:
         made = fits_to_make(ExportConfig(**settings), source, data)
-        for _ in layer_by_layer(model, data, made, []):
-            pass
+        freeze_and_round([], model, data, made)
         return made
 
     found = fits(data) | fits(data, adapters=True)
@@ -265,10 +267,22 @@ def test_layer_by_layer_is_the_whole_model(size: int, monkeypatch: pytest.Monkey
     same({"a": found["a"]}, alone, rtol=0, atol=0)
 
 
+def test_a_prefix_that_texts_share_counts_as_often_as_it_is_there() -> None:
+    model, (ids, mask, _) = model_of().requires_grad_(False), batch(0)
+    ids[:, :2] = ids[:1, :2].clone()
+    together, apart = (Calibration(model, {"a": batches}) for batches in (
+        [(ids, mask)], [(ids[i:i + 1], mask[i:i + 1]) for i in range(8)]))
+    assert len(together.times) == mask.sum() - 14 and len(apart.times) == mask.sum()
+    for number in range(2):
+        for (names, x), (same_names, y) in zip(together.through(number), apart.through(number)):
+            assert [*names] == [*same_names]
+            torch.testing.assert_close(together.factor(x), apart.factor(y))
+
+
 def test_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of().train()
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(module, "solve", lambda *_: 1 / 0)
+    monkeypatch.setattr(module, "solve", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit(model, tasks())
     assert model.training and not any(m._forward_hooks for m in model.modules())

@@ -1,0 +1,59 @@
+"""What linear layers read of calibration tokens: mixtures are frozen and weights rounded by it.
+
+Layers that read the same x (q, k, v; gate, up) form a group, which shares it. Every HOLD-th sample
+is held out: it judges what was fitted to the others.
+Letters: T tokens, D inputs of a layer.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .hooks import hooked
+
+HOLD = 4                                     # one sample of so many is held out
+# Runs the layers on a batch; and which rows of what they read are wanted, None for all.
+Run = tuple[Callable[[], Any], Tensor | None]
+
+
+@torch.no_grad()
+def reads(layers: Mapping[str, nn.Module], runs: Iterable[Run],
+          ) -> Iterator[tuple[list[str], Tensor]]:
+    """The layers' names, group by group, and x (T, D) in float32 or better that a group reads."""
+    names = {layer: name for name, layer in layers.items()}
+    groups: dict[str, list[str]] = {}        # by the first of its layers that is called
+    parts: dict[str, list[Tensor]] = {}
+    x: Any = None
+    first: str = ""
+    wanted: Any = slice(None)
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        nonlocal x, first
+        if args[0] is not x:
+            x, first = args[0], names[layer]
+            rows = x.reshape(-1, x.shape[-1])
+            parts.setdefault(first, []).append(
+                rows[wanted].to(torch.promote_types(x.dtype, torch.float32)))
+            groups[first] = []
+        groups[first].append(names[layer])
+
+    with hooked(names, hook):
+        for run, rows in runs:
+            wanted = slice(None) if rows is None else rows
+            run()
+    for first, group in groups.items():
+        yield group, torch.cat(parts.pop(first))
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x (K, K) of x (T, K); what lies below the diagonal is copied from above it."""
+    K = x.shape[1]
+    product = x.new_empty(K, K)
+    for start in range(0, K, step := max(256, -(-K // 4))):
+        end = min(start + step, K)
+        torch.mm(x[:, start:end].T, x[:, start:], out=product[start:end, start:])
+        product[end:, start:end] = product[start:end, end:].T
+    return product
+
