@@ -6,7 +6,8 @@
     python export.py RUN --layout web                 a page that runs the model in a browser
     python export.py --model FOLDER --out FOLDER      a base without adapters
 
-Freezes the routing, writes the folder, compares it with PyTorch, and keeps it if both agree.
+Freezes the routing, writes the folder, keeps it if it computes what PyTorch does, and says what the
+export lost of the trained model.
 """
 
 import shlex
@@ -21,17 +22,18 @@ from minismoe.cli import inputs as cli
 from minismoe.cli import runs, script, trimming
 from minismoe.cli.export_flags import NO_RUN, parse
 from minismoe.cli.flags import InputConfig
-from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.calibration import unlabelled
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.write import export_model
-from minismoe.io.files import naming, read_json
+from minismoe.io.files import naming
 from minismoe.io.text import clean
 from minismoe.model.checkpoint import load_adapter
 from minismoe.runtime.providers import find_device
+from minismoe.training.evaluate import questions
+from minismoe.training.judge import has_short_answers
 
-CHECKED = 8              # test lines of a task whose answers the run did not compare
+CHECKED = 8              # test lines of a task whose answers are long
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{source.run} has no task {config.task!r}; it has "
                              f"{', '.join(source.examples)}")
 
-        # Freeze the routing, round, write, compare with PyTorch
+        # Freeze the routing, round, write, check, and measure what was lost
         out, info = export_model(config, source)
 
     # Say how to open it
@@ -97,12 +99,13 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
         inputs = trimming.trimmed(inputs, settings, config.vocab, scratch / "base")
         load_adapter(inputs.model, run / "adapter")
         trimming.print_logprobs(before, trimming.logprobs(inputs))
-    measured = results(run, inputs.tasks)
-    for task in inputs.tasks:                # answers that the run did not compare are long
-        if task.name not in measured and not config.limit_test:
+    context = inputs.model.config.max_position_embeddings
+    for task in inputs.tasks:
+        asked = questions(inputs.tokenizer, task, context)
+        if not config.limit_test and not has_short_answers(asked):
             task.test = task.test[:CHECKED]
     return Source(run, inputs.folder, name, inputs.model, inputs.tokenizer,
-                  inputs.tasks, inputs.encoded, inputs.valid, measured, saved.system)
+                  inputs.tasks, inputs.encoded, inputs.valid, saved.system)
 
 
 def load_base(config: ExportConfig, scratch: Path = Path()) -> Source:
@@ -122,17 +125,6 @@ def load_base(config: ExportConfig, scratch: Path = Path()) -> Source:
                   config.vocab, trimmed)
     return replace(source, base=trimmed, model=cli.load_base(settings, trimmed),
                    tokenizer=load_tokenizer(trimmed))
-
-
-def results(run: Path, tasks: Sequence[Task]) -> dict[str, float]:
-    """Exact match by task from a run's results, if it was measured on the same number of lines."""
-    file = run / "results.json"
-    if not file.is_file():
-        return {}
-    with naming(f"{file} is not understood", AttributeError, KeyError, TypeError, ValueError):
-        rows = read_json(file)["tasks"]
-        return {t.name: float(rows[t.name]["after"]) for t in tasks
-                if "after" in rows.get(t.name, {}) and rows[t.name]["examples"] == len(t.test)}
 
 
 def next_command(layout: str, out: Path, task: str | None) -> str:

@@ -5,7 +5,6 @@ Letters: n tokens compared, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import onnx
 import onnxruntime as ort
@@ -17,7 +16,6 @@ from ..model.decoder import CausalLM
 from ..runtime import Generator
 from ..runtime.folder import graph_of
 from ..runtime.model import CHUNK
-from ..training.evaluate import generate
 from .nodes import all_nodes
 
 TOKENS = 24                              # of each greedy text
@@ -28,9 +26,9 @@ Prompts = Sequence[Sequence[int]]
 
 @torch.no_grad()
 def logits(model: CausalLM | Generator, prompts: Prompts, texts: Prompts) -> list[Tensor]:
-    """Logits (n, V) after each prompt and each token of the text that follows it. PyTorch computes
-    them in one batch; a graph reads texts token by token, and from its cache what a prompt shares
-    with the one before."""
+    """Logits (n, V) after each prompt and each token of the text that follows it, in float32 on the
+    CPU. PyTorch computes them in one batch; a graph reads texts token by token, and from its cache
+    what a prompt shares with the one before."""
     if isinstance(model, Generator):
         return [torch.stack([torch.from_dlpack(given)[0].clone().flatten()
                              for given in model.forced(prompt, text)])
@@ -40,21 +38,19 @@ def logits(model: CausalLM | Generator, prompts: Prompts, texts: Prompts) -> lis
     last = torch.tensor([[len(prompt) - 1] for prompt in prompts])       # of each prompt
     needed = mask.bool() & (torch.arange(ids.shape[1]) >= last)
     hidden = model.model(ids, mask, needed=needed)
-    return [*model.lm_head(hidden[needed]).split([len(text) + 1 for text in texts])]
+    found = model.lm_head(hidden[needed.to(hidden.device)]).float().cpu()
+    return [*found.split([len(text) + 1 for text in texts])]
 
 
-def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, prompts: Prompts,
-                   texts: Prompts, tolerance: float,
+def compare_logits(wanted: Sequence[Tensor], given: Sequence[Tensor], tolerance: float = math.inf,
                    complaint: str = "the export is not what PyTorch computes") -> dict[str, float]:
-    """Compare the logits of an export with those of `model`, along texts that follow the prompts.
+    """Compare the logits of an export with those that are wanted, text by text.
 
     tolerance: the largest difference, as a share of the largest logit. Raises ValueError with the
     complaint if a difference is larger, or no finite number.
     """
-    errors, same = [], []
-    for wanted, given in zip(logits(model, prompts, texts), logits(export, prompts, texts)):
-        errors.append((given - wanted).abs().max() / wanted.abs().max())
-        same.append(given.argmax(-1) == wanted.argmax(-1))
+    errors = [(a - b).abs().max() / a.abs().max() for a, b in zip(wanted, given)]
+    same = [a.argmax(-1) == b.argmax(-1) for a, b in zip(wanted, given)]
     error = torch.stack(errors).max().item()             # nan if any is: Python's max may drop it
     if not (error <= tolerance and math.isfinite(error)):
         raise ValueError(f"{complaint}: its logits are off by {error:.2g} of the largest, and "
@@ -63,22 +59,38 @@ def compare_logits(model: CausalLM | Generator, export: CausalLM | Generator, pr
             "tokens_agreed": round(torch.cat(same).double().mean().item(), 4)}
 
 
-def compare_graph(model: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
-                  same_texts: bool) -> dict[str, Any]:
-    """Compare a graph with `model`: logits, and texts, one by one and in a batch. Raises ValueError
-    as `compare_logits` does, and with same_texts if a text differs."""
+def greedy_texts(generator: Generator, prompts: Prompts) -> list[list[int]]:
+    """What a graph says after each prompt: TOKENS at most, and what its context has room for."""
     count = min(TOKENS, generator.room(max(map(len, prompts))))
-    wanted = generate(model, prompts, count, generator.tokenizer.stop_ids)
-    read = (prompts, wanted) if tolerance == math.inf else with_long(
-        generator, model, prompts, wanted)
-    figures = compare_logits(model, generator, *read, tolerance)
-    batched, single = (sum(a == b for a, b in zip(wanted, texts)) for texts in (
-        generator.batch(prompts, count, rows=len(prompts)),
-        [[*generator.generate(p, count)] for p in prompts]))
-    if same_texts and (batched, single) != (len(prompts),) * 2:
-        raise ValueError(f"the export says other texts than PyTorch: {single} of {len(prompts)} "
-                         f"are equal, and {batched} in a batch")
-    return figures | {"texts": len(prompts), "texts_equal": single, "batched_equal": batched}
+    return [[*generator.generate(prompt, count)] for prompt in prompts]
+
+
+def compare_texts(model: CausalLM, generator: Generator, prompts: Prompts, texts: Prompts,
+                  ) -> dict[str, float]:
+    """Compare a graph with `model` along the graph's greedy texts. A text is the same if the model
+    finds each of its tokens likeliest, and its end too."""
+    wanted, stops = logits(model, prompts, texts), generator.tokenizer.stop_ids
+    said = [of_text.argmax(-1).tolist() for of_text in wanted]
+    same = sum(tokens[:-1] == text and (tokens[-1] in stops or len(text) == max(map(len, texts)))
+               for tokens, text in zip(said, texts))
+    return compare_logits(wanted, logits(generator, prompts, texts)) | {
+        "texts": len(texts), "texts_equal": same}
+
+
+def compare_floats(tree: CausalLM, generator: Generator, prompts: Prompts, texts: Prompts,
+                   tolerance: float) -> dict[str, float]:
+    """Compare a graph in floats with the tree that it was written from, along its greedy texts and
+    long ones. Raises ValueError as `compare_logits` does, and if the graph takes a token that the
+    tree finds less likely than another, by more than both graphs' differences."""
+    read, longer = with_long(generator, tree, prompts, texts)
+    wanted = logits(tree, read, longer)
+    error = compare_logits(wanted, logits(generator, read, longer), tolerance)["logits_error"]
+    for of_text, text in zip(wanted, texts):
+        behind = of_text[:-1].amax(-1) - of_text[range(len(text)), text]
+        if (behind > 2 * tolerance * of_text.abs().max()).any():
+            raise ValueError("the export says other texts than PyTorch: it takes a token whose "
+                             f"logit is {behind.max():.2g} below the largest")
+    return {"graph_error": error}
 
 
 def compare_rounded(tree: CausalLM, generator: Generator, prompts: Prompts, tolerance: float,
@@ -89,13 +101,18 @@ def compare_rounded(tree: CausalLM, generator: Generator, prompts: Prompts, tole
     npu = generator.info["target"] == "npu"
     hint = ", or too few texts showed its activations: give more --prompts" if npu else ""
     count = min(FEW, generator.room(max(map(len, prompts))))     # a static past may hold few
-    ends = [max(1, len(prompt) - count) for prompt in prompts]
-    read, texts = with_long(generator, tree, [p[:end] for p, end in zip(prompts, ends)],
-                            [p[end:] for p, end in zip(prompts, ends)])
+    read, texts = with_long(generator, tree, *last_tokens(prompts, count))
     last = slice(-4, None) if len(read) > len(prompts) else slice(None)
-    figures = compare_logits(tree, generator, read[last], texts[last], tolerance, "the export is "
-                             f"not what PyTorch computes with the same rounded weights{hint}")
-    return {"rounded_error": figures["logits_error"]}
+    figures = compare_logits(
+        logits(tree, read[last], texts[last]), logits(generator, read[last], texts[last]),
+        tolerance, f"the export is not what PyTorch computes with the same rounded weights{hint}")
+    return {"graph_error": figures["logits_error"]}
+
+
+def last_tokens(prompts: Prompts, count: int = FEW) -> tuple[Prompts, Prompts]:
+    """Prompts without their last tokens, and these."""
+    ends = [max(1, len(prompt) - count) for prompt in prompts]
+    return [p[:end] for p, end in zip(prompts, ends)], [p[end:] for p, end in zip(prompts, ends)]
 
 
 def with_long(generator: Generator, model: CausalLM, prompts: Prompts, texts: Prompts,

@@ -76,6 +76,11 @@ def matrix(leaf: Any) -> Any:
     return leaf.weight.detach() if isinstance(leaf.weight, Tensor) else leaf.weight.dense()
 
 
+def vocabularies(model: CausalLM) -> list[str]:
+    """The modules that hold a table of the vocabulary: that of the head first."""
+    return [EMBEDDING] if model.config.tie_word_embeddings else [HEAD, EMBEDDING]
+
+
 def put_weight(model: CausalLM, name: str, weight: Any) -> None:
     """Give a linear layer or the embedding, in place, a weight that is computed when it is needed;
     adapters stay beside it. A tied head shares the embedding's."""

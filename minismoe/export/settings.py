@@ -124,5 +124,4 @@ class Source:
     tasks: Sequence[Task] = ()
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)      # by task
     unseen: Mapping[str, Sequence[Example]] = field(default_factory=dict)        # validation lines
-    trained: Mapping[str, float] = field(default_factory=dict)     # exact match seen in training
     system: str | None = None                # system prompt that training added to lines

@@ -11,6 +11,7 @@ The writer of graphs, the check and the ranges of NPUs take this tree.
 """
 
 import copy
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -38,13 +39,14 @@ from .calibration import (
     shuffled_samples,
 )
 from .gptq import DAMPING, TIED_DAMPING, gptq
-from .leaves import EMBEDDING, HEAD, AdapterLinear, MergedWeight, matrix, put_weight
+from .leaves import AdapterLinear, MergedWeight, matrix, put_weight, vocabularies
 from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
 from .settings import ExportConfig, Source
 from .weights import Storage
 
 Fits = Mapping[str, Fit]                     # module -> its fit
+MUCH = 0.1                                   # a residual that costs exact match
 
 
 class Part:
@@ -118,13 +120,13 @@ class Part:
             put_weight(self.tree, name, BlockWeight(blocks, torch.float32))
 
 
-def ship(configs: Sequence[ExportConfig], source: Source, reference: CausalLM) -> list[Part]:
-    """The parts of an export, frozen and rounded.
+def ship(configs: Sequence[ExportConfig], source: Source, reference: CausalLM, samples: Samples,
+         ) -> list[Part]:
+    """The parts of an export, frozen and rounded for samples.
 
     configs: the settings of the parts, which differ in nothing but how weights are stored.
     reference: the model of the source in float32.
     """
-    samples = shuffled_samples(configs[0], source)
     batches = calibration_batches(samples, source)
     fits = fits_to_make(configs[0], source, batches)
     parts = [Part(config, reference, fits) for config in configs]
@@ -171,11 +173,6 @@ def freeze_and_round(parts: Sequence[Part], model: CausalLM, batches: Batches, f
         part.round(other, None)
 
 
-def vocabularies(model: CausalLM) -> list[str]:
-    """The modules that hold a table of the vocabulary: that of the head first."""
-    return [EMBEDDING] if model.config.tie_word_embeddings else [HEAD, EMBEDDING]
-
-
 def fits_to_make(config: ExportConfig, source: Source, batches: Batches) -> TaskFits:
     """The linear maps of mixtures that the folder holds, of which those of single experts are made;
     none if mixtures go on routing."""
@@ -204,9 +201,13 @@ def show_fits(by_task: TaskFits) -> None:
         of = f"{clean(task)}: " if task else ""
         print(terminal_heatmap(
             f"{of}share of the mixture's output that one linear map misses", missed))
-        kinds = [f.kind for f in fits.values()]
+        kinds, middle = [f.kind for f in fits.values()], median(missed.values())
         print(f"{', '.join(f'{kinds.count(k)} {k}' for k in dict.fromkeys(kinds))}; median "
-              f"residual on held-out samples {100 * median(missed.values()):.2f} %")
+              f"residual on held-out samples {100 * middle:.2f} %")
+        if middle > MUCH:
+            print(f"{of}one linear map misses {100 * middle:.0f} % of what the mixtures write, in "
+                  "the median: calibrate on lines like those of the tasks, or keep the mixtures "
+                  "(--routing dynamic)", file=sys.stderr)
 
 
 def sharing_copy(model: Any) -> Any:

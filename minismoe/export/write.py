@@ -11,10 +11,10 @@ import onnxruntime as ort
 from ..io.files import last_part, must_be_new, new_folder, sha256, sha256_of_parts, write_json
 from ..method.experts import expert_layers
 from ..model.checkpoint import versions
-from ..model.decoder import CausalLM
 from ..runtime import FORMAT, Generator
 from ..runtime.folder import TASKS
 from . import layouts, verify
+from .calibration import shuffled_samples
 from .contract import golden
 from .plan import in_words, resolved
 from .settings import ExportConfig, Source
@@ -36,55 +36,53 @@ def export_model(config: ExportConfig, source: Source,
     name = "-".join([config.kind, config.layout] + [config.precision] * config.graph)
     out = Path(out or config.out or source.run / "export" / name)
     must_be_new(out)
+    samples = shuffled_samples(config, source)
     print(*map(in_words, configs), sep="\n")
-    reference = in_float32(source)
-    parts = ship(configs, source, reference)
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx",
                                 whole=config.layout != "peft")
-        info: dict[str, Any] = {}
-        for part in parts:
-            info = write(part, source, reference, folder, info)
-    return out, info
+        parts = ship(configs, source, in_float32(source), samples)
+        *others, info = [write(part, source, folder) for part in parts]
+        for other in others:                 # of a web folder
+            info["other_graph"] = {name: other[name] for name in (
+                "arguments", "checked", "cache_type", "contract")}
+        return out, record(info, folder)
 
 
-def write(part: Part, source: Source, reference: CausalLM, folder: Path,
-          other: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the folder and compare it with the reference; returns the content of its export.json.
+def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
+    """Write a part into the folder, and check it; returns what export.json says of it."""
+    config, graph = part.config, dict[str, Any]()
+    info = about(config, source)
+    if config.graph:
+        graph = layouts.write_graph(part, folder)
+        if source.tasks:
+            write_json(folder / TASKS, {
+                t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
+        record(info | graph, folder)         # the runtime reads it
+    else:
+        layouts.write_weights(config.layout, source.base, source.name,
+                              part.fits[config.task], folder)
+    checked = verify.check(part, source, folder)
+    if config.graph:
+        graph["contract"]["golden"] = golden(Generator(folder), verify.BITS8 if config.form.rounds
+                                             else verify.activations_explain(config))
+    providers = [name for name in config.provider or () if all(      # that auto may take
+        (there := figures["providers"][name])["texts_equal"] == there["texts"]
+        for figures in checked.values())]
+    return info | graph | {"checked": checked, "providers": providers}
 
-    other: that of a graph which was written into the folder before.
-    """
-    config = part.config
+
+def about(config: ExportConfig, source: Source) -> dict[str, Any]:
+    """What export.json says of the settings, and of what was exported."""
     adapter = expert_layers(source.model) and source.run / "adapter" / "adapter.safetensors"
-    info: dict[str, Any] = {
+    return {
         "format": FORMAT, "model": last_part(source.name), "layout": config.layout,
         "routing": config.kind, "arguments": {
             name: last_part(value) if name in ("run", "model", "prompts", "out") else value
             for name, value in asdict(config).items()},
         "base": source.model.fingerprint, "adapter": sha256(adapter) if adapter else None,
-        "versions": versions() | {"onnx": onnx.__version__, "onnxruntime": ort.__version__}}
-    if source.system:
-        info["system"] = source.system
-    if config.graph:
-        info |= layouts.write_graph(part, folder)
-        if source.tasks:
-            write_json(folder / TASKS, {
-                t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})
-        record(info, folder)                 # the runtime reads it
-    else:
-        layouts.write_weights(config.layout, source.base, source.name,
-                              part.fits[config.task], folder)
-    info["checked"] = verify.check(config, source, reference, part, folder)
-    info["providers"] = [name for name in config.provider or () if all(  # that auto may take
-        (there := figures["providers"][name])["texts_equal"] == there["texts"]
-        for figures in info["checked"].values())]
-    if config.graph:
-        info["contract"]["golden"] = golden(Generator(folder), verify.BITS8 if config.form.rounds
-                                            else verify.activations_explain(config))
-    if other:
-        info["other_graph"] = {name: other[name] for name in (
-            "arguments", "checked", "cache_type", "contract")}
-    return record(info, folder)
+        "versions": versions() | {"onnx": onnx.__version__, "onnxruntime": ort.__version__},
+        **({"system": source.system} if source.system else {})}
 
 
 def record(info: Mapping[str, Any], folder: Path) -> dict[str, Any]:

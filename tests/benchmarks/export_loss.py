@@ -34,6 +34,7 @@ from minismoe.cli.export_flags import parse
 from minismoe.cli.flags import positive
 from minismoe.data.tasks import Task
 from minismoe.export import layouts
+from minismoe.export.calibration import shuffled_samples
 from minismoe.export.compare import logits
 from minismoe.export.plan import resolved
 from minismoe.export.settings import ExportConfig, Source
@@ -63,7 +64,7 @@ def shipped_ways(run: Path, ways: Sequence[str], limit: int | None,
     """A run with its test lines, and what each way stores of it."""
     source = export.load_run(ExportConfig(run=str(run), limit_test=limit or 10 ** 6))
     configs = [resolved(parse([str(run), *WAYS[way].split()], ""), source)[-1] for way in ways]
-    return source, ship(configs, source, mixture_of(source))
+    return source, ship(configs, source, mixture_of(source), shuffled_samples(configs[0], source))
 
 
 def mixture_of(source: Source) -> CausalLM:

@@ -37,6 +37,7 @@ from tqdm import tqdm
 import export
 from minismoe.cli import flags, script
 from minismoe.data.tasks import Task
+from minismoe.export.calibration import shuffled_samples
 from minismoe.export.layouts import copy_base_files
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.tree import ship
@@ -201,7 +202,8 @@ def copy_run(run: Path, folder: Path) -> None:
 def write_merged(source: Source, folder: Path) -> None:
     """Write the mixture, merged by the linear fit, as a checkpoint in float32."""
     load_adapter(model := load_model(source.base), source.run / "adapter")
-    (shipped,) = ship([ExportConfig(precision="fp32")], source, model)
+    config = ExportConfig(precision="fp32")
+    (shipped,) = ship([config], source, model, shuffled_samples(config, source))
     merge(model, shipped.fits[None])
     copy_base_files(source.base, folder)
     settings = read_json(folder / "config.json")

@@ -34,7 +34,7 @@ TYPES = {"tensor(int64)": torch.int64, "tensor(float)": torch.float32,
 
 
 def on_cpu(folder: Path) -> str:
-    """Exact match by task, of float32 and of the folder, as export.json holds it."""
+    """Exact match by task, of the trained model and of the folder, as export.json holds it."""
     found = json.loads((folder / "export.json").read_text())["checked"][""]["exact_match"]
     columns = list(next(iter(found.values())))
     rows = [[name, *(f"{row[c]:.3f}" for c in columns)] for name, row in found.items()]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mixture import ROUTED, model_of, tasks
+from torch import Tensor
 
 import export
 import train
@@ -20,6 +21,7 @@ from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact
+from minismoe.training.evaluate import Accuracy
 
 
 @pytest.mark.parametrize("task", [None, "a"])
@@ -34,7 +36,7 @@ def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_pa
     source = Source(tmp_path, tmp_path, "", model, SimpleNamespace(pad_id=0),
                     examples={"a": [], "b": []})
     config = ExportConfig(precision="int4", block=32, task=task, routing=routing)
-    trees = tree.ship([config] * 2, source, model)
+    trees = tree.ship([config] * 2, source, model, shuffled_samples(config, source))
     assert read == [["a"] if task else ["a", "b"]]
     leaf = trees[0].tree.get_submodule(ROUTED[0])
     assert type(leaf).__name__ == ("BlockLinear" if routing == "merge" else "BlockExperts")
@@ -62,7 +64,8 @@ def test_a_base_in_16_bits_is_merged_in_float32() -> None:
 
 
 class Says:
-    """A generator that answers "yes" to what holds an x, and "no" to all else."""
+    """A generator that answers "yes" to what holds an x, and "no" to all else; its logits say so,
+    and are 3 where they do."""
 
     tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, [257])
     context = 99
@@ -70,32 +73,57 @@ class Says:
     def room(self, length: int) -> int:
         return 9
 
-    def batch(self, prompts: Any, limit: int, rows: int | None = None) -> list[list[int]]:
-        return [list(b"yes" if ord("x") in p else b"no") for p in prompts]
-
     def generate(self, prompt: Any, limit: int) -> Any:
-        return iter(self.batch([prompt], limit)[0])
+        return iter(b"yes" if ord("x") in prompt else b"no")
 
 
 def test_answers_are_scored_in_the_order_of_their_questions() -> None:
     lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
              for q, a in (("long x", "yes"), ("s", "no"), ("longer", "no"), ("x", "no"))]
-    assert verify.accuracy(Says(), Task("t", [], lines), batch_size=2) == 0.75
+    assert verify.accuracy(Says(), Task("t", [], lines)).right == [1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("same_texts", [True, False])
-def test_another_text_in_float32_is_refused(same_texts, monkeypatch) -> None:
-    monkeypatch.setattr(compare, "compare_logits", lambda *_, **__: {})
-    monkeypatch.setattr(compare, "with_long", lambda *_: ((), ()))
-    for texts in ([list(b"yes"), list(b"no")], [list(b"yes"), list(b"yes")]):
-        monkeypatch.setattr(compare, "generate", lambda *_, texts=texts: texts)
-        if same_texts and texts[1] != list(b"no"):
-            with pytest.raises(ValueError, match="says other texts than PyTorch: 1 of 2 are"):
-                compare.compare_graph(None, Says(), [[120], [97]], 1.0, same_texts)
-            continue
-        found = compare.compare_graph(None, Says(), [[120], [97]], 1.0, same_texts)
-        assert found["texts_equal"] == found["batched_equal"] == (2 if texts[1] == [110, 111]
-                                                                  else 1)
+def logits_of(text: bytes, end: int = 257) -> Tensor:
+    """Logits that take a text: 3 for its tokens and its end."""
+    return 3 * torch.eye(259)[[*text, end]]
+
+
+@pytest.mark.parametrize("above, refused", [(0.0, False), (5e-4, False), (2e-3, True)])
+def test_another_text_in_floats_is_refused_unless_it_is_a_near_tie(
+        above: float, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree finds "n" likelier than the graph's "y", by so much of the largest logit."""
+    wanted = logits_of(b"yes")
+    wanted[0, ord("n")] = 3 * (1 + above)
+    monkeypatch.setattr(compare, "logits", lambda *_: [wanted])
+    monkeypatch.setattr(compare, "with_long", lambda generator, tree, *read: read)
+    if refused:
+        with pytest.raises(ValueError, match="other texts than PyTorch: .* 0.006 below"):
+            compare.compare_floats(None, Says(), [[120]], [list(b"yes")], 5e-4)
+    else:
+        compare.compare_floats(None, Says(), [[120]], [list(b"yes")], 5e-4)
+
+
+def test_texts_are_the_same_up_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained model goes on after the second; nothing says where the longest would end."""
+    given = [b"yes", b"no", b"no"]
+    trained = [logits_of(b"yes", 7), logits_of(b"no", 7), logits_of(b"no")]
+    monkeypatch.setattr(compare, "logits", lambda model, prompts, texts: trained if (
+        model is None) else [logits_of(bytes(text)) for text in texts])
+    found = compare.compare_texts(None, Says(), [[1]] * 3, [[*text] for text in given])
+    assert found["texts_equal"] == 2 and found["texts"] == 3
+    assert found["tokens_agreed"] == round(8 / 10, 4)
+
+
+@pytest.mark.parametrize("lost, won, told", [(4, 0, False), (5, 0, True), (9, 4, False),
+                                             (30, 10, True)])
+def test_a_loss_is_told_if_chance_does_not_explain_it(lost: int, won: int, told: bool, capsys,
+                                                      ) -> None:
+    right = [[1] * lost + [0] * won + [1] * 9, [0] * lost + [1] * won + [1] * 9]
+    verify.show_scores({"t": tuple(Accuracy(sum(r), len(r), [], r) for r in right)}, "int4")
+    said, warned = capsys.readouterr()
+    assert "trained" in said and "int4" in said
+    assert (f"t: of {9 + lost + won} test lines, the export answers {lost} wrongly that the trained"
+            f" model answers rightly, and {won} rightly" in warned) == told
 
 
 @pytest.fixture(scope="module")
