@@ -20,7 +20,7 @@ from minismoe.model.decoder import CausalLM, Config
 
 CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
 KINDS = {"ort": ("ort", None), "portable": ("portable", None),
-         "static": ("portable", (1, 1, 96)), "chunks": ("portable", (2, 4, 96))}
+         "static": ("portable", (1, 1, 96)), "chunks": ("portable", (1, 4, 96))}
 
 
 def random_model(seed: int) -> CausalLM:

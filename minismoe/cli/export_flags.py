@@ -88,8 +88,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     needs = {f"--precision {precision}": TARGETS.get(precision),
              f"--layout {layout}": TARGETS.get(layout)}
     if config.static:
-        needs |= {"--static": ("portable", "npu")} if config.static[0] == 1 else {
-            "--static with several prompts": ("portable",)}
+        needs["--static"] = ("portable", "npu")
     if any(name.startswith("qnn") for name in config.provider or ()):
         needs["--provider qnn"] = ("npu",)
     return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs.items()

@@ -1,6 +1,6 @@
 """What export.json says to a program that runs the graph without our code, as an app in C++ does.
 
-Letters: B prompts, T new tokens, P tokens read before, S = P + T, V vocabulary.
+Letters: T new tokens, P tokens read before, S = P + T, V vocabulary.
 """
 
 from collections import defaultdict
@@ -21,10 +21,10 @@ ONNXRUNTIME = "1.30"                         # the oldest that has all kernels
 QUESTION, TOKENS, LOGITS = "What is the capital of France?", 16, 8
 BYTES = {"float": 4, "float16": 2}
 DIMENSIONS = {
-    "batch_size": "prompts", "sequence_length": "new tokens of this run",
+    "sequence_length": "new tokens of this run",
     "past_sequence_length": "tokens of the past, 0 at first",
     "total_sequence_length": "past and new tokens"}
-MASK = "1 for each past and new token, 0 for padding"
+MASK = "1 for each past and new token, 0 for the padding of a graph of fixed sizes"
 POSITIONS = "if it is an input: the number of each new token from 0, padding not counted"
 STEPS = ("; with a number N in place of the last 1, a run chooses up to N tokens greedily (output "
          "tokens), and ends at a stop token")
@@ -66,9 +66,9 @@ def contract(folder: Path, name: str, target: str, stops: Sequence[int]) -> dict
         "onnxruntime": ONNXRUNTIME, **graph, "dimensions": DIMENSIONS,
         "attention_mask": NPU_MASK if npu else MASK + STEPS * steps,
         "past": NPU_PAST if npu else PAST, "position_ids": POSITIONS,
-        "padding": "right" if target == "ort" else "left",
+        "padding": "left" if isinstance(graph["inputs"][0]["shape"][1], int) else "none",
         "shared_buffer": target == "ort" and not steps,  # past and present of keys may be one
-        "cache_bytes_per_token": sum(        # of one prompt: heads, and numbers of a head
+        "cache_bytes_per_token": sum(        # heads, and numbers of a head
             BYTES[x["type"]] * x["shape"][1] * x["shape"][3] for x in keys),
         "state_bytes": sum(BYTES[x["type"]] * prod(x["shape"][1:]) for x in states),
         "stop_ids": [*stops],

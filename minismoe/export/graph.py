@@ -1,15 +1,14 @@
 """The decoder of model/decoder.py as an ONNX graph, module by module.
 
 Two targets. `ort` uses onnxruntime's own operators, which attend, normalise and multiply 4-bit
-blocks in one node each; its batches are padded on the right. `portable` uses the operators of opset
-21 only; its batches are padded on the left. A node is named after its module,
-`/model/layers.0/mlp/Mul`, and a weight as in the checkpoint.
+blocks in one node each. `portable` uses the operators of opset 21 only. A graph reads one prompt. A
+node is named after its module, `/model/layers.0/mlp/Mul`, and a weight as in the checkpoint.
 
 float16 graphs compute norms, routers and adapters in float32 (lora_B beside 4 bits in float16).
 CPUs have few float16 kernels: onnxruntime inserts casts for the others, so that the graph runs on a
 CPU as well as on a GPU.
 
-Letters: B batch, T new tokens, P past tokens, S = P + T, D hidden, H query heads, K key/value
+Letters: T new tokens, P past tokens, S = P + T, D hidden, H query heads, K key/value
 heads, C head size, L taps of a convolution, I its channels, V vocabulary.
 """
 
@@ -81,14 +80,14 @@ class DecoderBuilder:
         return self.node("Mul", name, self.graph.cast(f"{name}.narrow", y, self.graph.real), weight)
 
     def attention(self, i: int, x: str) -> str:
-        """x (B, T, D) -> (B, T, D)."""
+        """x (1, T, D) -> (1, T, D)."""
         name = f"model.layers.{i}.self_attn"
         qkv = self.linear([f"{name}.{p}_proj" for p in "qkv"], x, f"{name}.qkv_proj")
         y = (self.attend_ort if self.ort else self.attend)(i, name, qkv)
         return self.linear([f"{name}.o_proj"], y)
 
     def attend_ort(self, i: int, name: str, qkv: str) -> str:
-        """(B, T, (H + 2K) * C) -> (B, T, H * C) by one operator, which also rotates and caches."""
+        """(1, T, (H + 2K) * C) -> (1, T, H * C) by one operator, which also rotates and caches."""
         c = self.config
         H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q, k, v, gate = qkv, "", "", ""
@@ -114,7 +113,7 @@ class DecoderBuilder:
             "Sigmoid", f"{name}.gate", gate))
 
     def head_norm(self, name: str, x: str, heads: int, weight: Tensor, eps: float) -> str:
-        """(B, T, heads * C) or (B, T, heads, C) -> (B, T, heads * C), normalised head by head."""
+        """(1, T, heads * C) or (1, T, heads, C) -> (1, T, heads * C), normalised head by head."""
         x = self.node("Reshape", f"{name}.split", x, [0, 0, heads, len(weight)])
         y = self.node("SimplifiedLayerNormalization", name, x, self.tensor(
             f"{name}.weight", weight), axis=-1, epsilon=eps, stash_type=1)
@@ -123,7 +122,7 @@ class DecoderBuilder:
     def attend(self, i: int, name: str, qkv: str) -> str:
         """The same by standard operators.
 
-        The queries that share a key/value head are rows of one product, q (B, K, H/K * T, C), so
+        The queries that share a key/value head are rows of one product, q (1, K, H/K * T, C), so
         that the cache is not repeated.
         """
         c = self.config
@@ -158,7 +157,7 @@ class DecoderBuilder:
         return self.node("Reshape", f"{name}.y.join", y, [0, 0, H * C])
 
     def cache(self, name: str, past: str, new: str, present: str) -> str:
-        """Past and new (B, K, S, C). The present is all of it, or the last P in a static graph."""
+        """Past and new (1, K, S, C). The present is all of it, or the last P in a static graph."""
         if not self.static:
             return self.node("Concat", name, past, new, axis=2, named=[present])
         whole = self.node("Concat", name, past, new, axis=2)
@@ -166,7 +165,7 @@ class DecoderBuilder:
         return whole
 
     def short_conv(self, i: int, x: str) -> str:
-        """x (B, T, D) -> (B, T, D) by LFM2's short convolution."""
+        """x (1, T, D) -> (1, T, D) by LFM2's short convolution."""
         name = f"model.layers.{i}.conv"
         x = self.linear([f"{name}.in_proj"], x)
         b, gate, u = self.node("Split", name, x, outputs=3, axis=-1, num_outputs=3)
@@ -174,14 +173,14 @@ class DecoderBuilder:
         return self.linear([f"{name}.out_proj"], self.node("Mul", f"{name}.gate", gate, y))
 
     def conv(self, i: int, name: str, x: str) -> str:
-        """x (B, T, I), each channel a weighted sum over L tokens; the last L - 1 are its cache. A
-        CPU takes half the time of CausalConvWithState, which would also keep a batch's pads."""
+        """x (1, T, I), each channel a weighted sum over L tokens; the last L - 1 are its cache. A
+        CPU takes half the time of CausalConvWithState."""
         L, past = self.config.conv_size, self.node(
             "Transpose", f"{name}.past", f"past_conv.{i}", perm=[0, 2, 1])
         x = self.node("Concat", name, past, x, axis=1)
-        last = self.node("GatherND", name, x, self.positions.conv_inputs, batch_dims=1)
-        if not self.ort:
-            x, last = last, self.node("Slice", name, last, [1 - L], [END], [1])
+        if self.static:
+            x = self.node("GatherND", name, x, self.positions.conv_inputs, batch_dims=1)
+        last = self.node("Slice", name, x, [1 - L], [END], [1])
         self.node("Transpose", f"{name}.present", last, perm=[0, 2, 1], named=[f"present_conv.{i}"])
         taps = self.parameter(f"{name}.weight")[:, 0].T.to(self.dtype)                  # (L, I)
         parts = [self.node("Mul", f"{name}.{j}", self.tensor(f"{name}.{j}", tap), self.node(
@@ -189,7 +188,7 @@ class DecoderBuilder:
         return self.node("Sum", name, *parts)
 
     def delta_net(self, i: int, x: str) -> str:
-        """x (B, T, D) -> (B, T, D) by a gated delta net, whose memory is float32."""
+        """x (1, T, D) -> (1, T, D) by a gated delta net, whose memory is float32."""
         c, name, wide = self.config, f"model.layers.{i}.linear_attn", TensorProto.FLOAT
         H, K = c.linear_num_value_heads, c.linear_key_head_dim
         x = self.linear([f"{name}.in_proj_{p}" for p in ("qkv", "z", "b", "a")], x,
@@ -202,8 +201,7 @@ class DecoderBuilder:
         q, k = (self.head_norm(f"{name}.{part}", y, c.linear_num_key_heads,
                                torch.full((K,), length / K ** 0.5), DELTA_EPS / K)
                 for part, y, length in zip("qk", qk, (K ** -0.5, 1.0)))
-        b, a = (self.node("Add", f"{name}.{part}", self.graph.cast(f"{name}.{part}.wide", y, wide),
-                          self.positions.closed) for part, y in zip("ba", gates))
+        b, a = (self.graph.cast(f"{name}.{part}.wide", y, wide) for part, y in zip("ba", gates))
         dt = self.tensor(f"{name}.dt_bias", self.parameter(f"{name}.dt_bias").float())
         A = self.tensor(f"{name}.A", -self.parameter(f"{name}.A_log").float().exp())
         g, b = self.node("LinearAttentionGate", name, a, dt, A, b, outputs=2,
@@ -223,7 +221,7 @@ class DecoderBuilder:
             self.node("Mul", f"{name}.act", x, self.node("Sigmoid", name, x)))
 
     def mlp(self, i: int, x: str) -> str:
-        """x (B, T, D) -> (B, T, D)."""
+        """x (1, T, D) -> (1, T, D)."""
         c, name = self.config, f"model.layers.{i}.mlp"
         parts = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
         *inner, down = (f"{name}.{part}" for part in (*parts, "down_proj"))
@@ -234,12 +232,12 @@ class DecoderBuilder:
         return self.linear([down], self.node("Mul", name, act, up))
 
     def embed(self) -> str:
-        """input_ids (B, T) -> (B, T, D)."""
+        """input_ids (1, T) -> (1, T, D)."""
         return self.weights.embed("model.embed_tokens")
 
     def head(self, x: str) -> None:
-        """Hidden states (B, T, D) -> logits (B, 1, V) of the last token of each row."""
-        name, last = "lm_head", self.last(x)                                     # (B, D)
+        """Hidden states (1, T, D) -> logits (1, 1, V) of the last token."""
+        name, last = "lm_head", self.last(x)                                     # (1, D)
         # Float32 logits are the output of the product: one more operator would copy them.
         named = ["logits"] if self.dtype == torch.float32 else []
         table = "model.embed_tokens" if self.config.tie_word_embeddings else name
@@ -255,12 +253,8 @@ class DecoderBuilder:
             self.node("Cast", f"{name}.wide", y, to=TensorProto.FLOAT, named=["logits"])
 
     def last(self, x: str) -> str:
-        """(B, T, D) -> (B, D): the last token, or the last before the pads on the right."""
-        name = "lm_head.last"
-        if not self.ort:
-            return self.node("Gather", name, x, -1, axis=1)
-        at = self.node("Max", name, self.node("Sub", name, self.positions.new_tokens[1], 1), 0)
-        return self.node("GatherND", name, x, at, batch_dims=1)
+        """(1, T, D) -> (1, D): the last token."""
+        return self.node("Gather", "lm_head.last", x, -1, axis=1)
 
     def build(self) -> None:
         """Write every node between the inputs and the outputs."""
@@ -286,23 +280,23 @@ class DecoderBuilder:
     def declare(self) -> None:
         """Name the inputs and outputs of the graph, with their types and shapes."""
         c, graph, static = self.config, self.graph, self.static
-        sizes: Any = static or ("batch_size", "sequence_length", "past_sequence_length")
-        B, T, P = sizes
+        sizes: Any = static or (1, "sequence_length", "past_sequence_length")
+        _, T, P = sizes
         S = P + T if static else "total_sequence_length"
         lengths = {"input_ids": T, "attention_mask": S}
         lengths |= {} if self.ort else {"position_ids": T}
-        graph.inputs = [value(name, TensorProto.INT64, [B, n]) for name, n in lengths.items()]
-        graph.outputs = [value("logits", TensorProto.FLOAT, [B, 1, c.vocab_size])]
-        past, present = ([B, c.num_key_value_heads, n, c.head_dim]
+        graph.inputs = [value(name, TensorProto.INT64, [1, n]) for name, n in lengths.items()]
+        graph.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
+        past, present = ([1, c.num_key_value_heads, n, c.head_dim]
                          for n in (P, P if static else S))
         for i in c.attention_layers:
             graph.inputs += [value(n, graph.real, past) for n in cached("past_key_values", i)]
             graph.outputs += [value(n, graph.real, present) for n in cached("present", i)]
         for values, when in (graph.inputs, "past"), (graph.outputs, "present"):
-            values += [value(f"{when}_conv.{i}", graph.real, [B, channels, c.conv_size - 1])
+            values += [value(f"{when}_conv.{i}", graph.real, [1, channels, c.conv_size - 1])
                        for i, channels in c.convolutions.items()]
             values += [value(f"{when}_recurrent.{i}", TensorProto.FLOAT, [
-                B, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim])
+                1, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim])
                 for i in c.delta_layers]
 
 
@@ -317,21 +311,18 @@ def write_decoder(file: Path, model: CausalLM, form: GraphFormat,
 
     The modules decide what each matrix is: floats (nn.Linear), blocks (BlockLinear), or either with
     experts (ExpertLinear) or with LoRAs that are inputs of the graph (AdapterLinear) beside it.
-    A static form (B, T, P) fixes every size: the cache holds the last P positions, and a prompt is
+    A static form (1, T, P) fixes every size: the cache holds the last P positions, and a prompt is
     read in chunks of T, the first of which is padded on the left. plan.py's `refuse` says what
     cannot be written.
 
-    stops: ids of the tokens that end an answer, for a graph that transformers.js opens. It fetches
-    `file`_data, and pads prompts on the left, so that a run takes one; see `put_in_steps` for q8.
+    stops: ids of the tokens that end an answer, for a graph that transformers.js opens, which
+    fetches `file`_data; see `put_in_steps` for q8.
     """
     with open(f"{file}.data" if stops is None else f"{file}_data", "wb") as data:
         graph = Graph(data, form.dtype)
         decoder = DecoderBuilder(graph, WeightStore(graph, model, form))
         decoder.declare()
         decoder.build()
-    if stops is not None:
-        for given in graph.inputs:
-            given.type.tensor_type.shape.dim[0].dim_value = 1
-        if form.rows:                        # what a browser runs on the CPU
-            put_in_steps(graph, stops)
+    if stops is not None and form.rows:      # what a browser runs on the CPU
+        put_in_steps(graph, stops)
     graph.save(file)

@@ -10,7 +10,7 @@ product, y = [B W] [h x]: decoding pays for nodes more than for bytes. Where the
 is the sum of two rounded matrices, the second of what the first misses: y = [B_1 B_2 W] [h h x].
 Beside other bases B is float32, and B h is added to W x.
 
-Letters: B batch, T new tokens, G matrices that read the same x, E experts of a matrix, r rank,
+Letters: T new tokens, G matrices that read the same x, E experts of a matrix, r rank,
 R all ranks of a matrix or a group.
 """
 
@@ -70,7 +70,7 @@ class LinearLayers:
         self.no_choices: dict[tuple[int, int], str] = {}
 
     def linear(self, names: Sequence[str], x: str, label: str = "") -> str:
-        """x (B, T, in) -> (B, T, sum of out), by the modules `names`. label: the name of the nodes,
+        """x (1, T, in) -> (1, T, sum of out), by the modules `names`. label: the name of the nodes,
         by default that of the first module. Neighbours of the same bits are one product."""
         leaves = {name: self.weights.leaf(name) for name in names}
         products = [[*part] for _, part in groupby(names, lambda n: storage(leaves[n]))]
@@ -117,7 +117,7 @@ class LinearLayers:
         return self.node("MatMul", f"{name}.lora_B", h, B)
 
     def experts(self, leaves: Sequence[Any], label: str, x: str) -> str:
-        """h (B, T, R), gated, of the experts of layers that read the same x."""
+        """h (1, T, R), gated, of the experts of layers that read the same x."""
         stored: list[Any] = [leaf.stored_A if isinstance(leaf, BlockExperts) else flat(leaf)[0]
                              for leaf in leaves]
         name, blocks = f"{label}.lora_A", [A for A in stored if isinstance(A, Blocks)]
@@ -145,7 +145,7 @@ class LinearLayers:
         return h
 
     def gates(self, name: str, x: str, routers: Sequence[Tensor], top_k: Sequence[int]) -> str:
-        """Top-k gates of G matrices, zero for experts not chosen, (B, T, G * E)."""
+        """Top-k gates of G matrices, zero for experts not chosen, (1, T, G * E)."""
         G, counts = len(routers), [len(router) for router in routers]
         E, k = max(counts), max(top_k)
         if [*top_k] != [min(k, n) for n in counts]:
@@ -166,7 +166,7 @@ class LinearLayers:
         return y
 
     def no_choice(self, G: int, E: int) -> str:
-        """-inf (B, T, G, E), or (B, T, E) for one matrix: the chosen logits overwrite it."""
+        """-inf (1, T, G, E), or (1, T, E) for one matrix: the chosen logits overwrite it."""
         name, sizes = f"router.none.{G}x{E}", [G, E] if G > 1 else [E]
         if (G, E) not in self.no_choices and (static := self.weights.form.static):
             self.no_choices[G, E] = self.tensor(name, torch.full((*static[:2], *sizes), -math.inf))

@@ -13,12 +13,14 @@ from .weights import PRECISIONS, GraphFormat
 
 
 def static_sizes(text: str) -> tuple[int, int, int]:
-    """An argparse type: BxTxP."""
-    B, T, P = (positive(part) for part in text.lower().split("x"))
-    return B, T, P
+    """An argparse type: 1xTxP."""
+    one, T, P = (positive(part) for part in text.lower().split("x"))
+    if one != 1:
+        raise ValueError("a graph reads one prompt")
+    return one, T, P
 
 
-static_sizes.__name__ = "BxTxP"              # as argparse calls it in a message
+static_sizes.__name__ = "1xTxP"              # as argparse calls it in a message
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class ExportConfig:
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))
     static: tuple[int, int, int] | None = flag(
-        None, "fixed sizes for accelerators: prompts, tokens a step, past positions; needs "
-        "--target portable, or npu (default there: 1x64x512)", static_sizes, metavar="BxTxP")
+        None, "fixed sizes for accelerators: one prompt, tokens a step, past positions; needs "
+        "--target portable, or npu (default there: 1x64x512)", static_sizes, metavar="1xTxP")
     provider: list[str] | None = flag(
         None, "check the folder on this provider of onnxruntime as well, such as webgpu, cuda or "
         "openvino (may be repeated); qnn:SOC compiles --target npu for a chip, by Qualcomm's "

@@ -18,9 +18,9 @@ def put_in_steps(graph: Graph, stops: Sequence[int]) -> None:
     """Put a decoder of `write_decoder` into a Loop that chooses tokens greedily.
 
     The largest number N of attention_mask says how many tokens a run writes; a mask of 0 and 1 asks
-    for one, so that the graph can be used as before. The loop ends earlier once all rows write one
-    of the token ids `stops` in the same step. logits and the cache are those of the last step. The
-    new output `tokens` (n, B, 1), n <= N, holds what was chosen.
+    for one, so that the graph can be used as before. The loop ends earlier once it writes one of
+    the token ids `stops`. logits and the cache are those of the last step. The new output `tokens`
+    (n, 1, 1), n <= N, holds what was chosen.
     """
     constant, step, outer = {"", *graph.tensors}, Graph(), Graph()
     for node in graph.nodes:
@@ -35,13 +35,12 @@ def put_in_steps(graph: Graph, stops: Sequence[int]) -> None:
         for names in (node.input, node.output):
             names[:] = [n if n in constant else f"step.{n}" for n in names]
 
-    token = step.node("ArgMax", "step.token", f"step.{logits}", axis=-1, keepdims=0)       # (B, 1)
-    ends = step.node("Equal", "step.ends", token, step.constant([*stops]))                 # (B, .)
-    ends = step.node("Cast", "step.ends", ends, to=TensorProto.INT64)
-    ends = step.node("ReduceSum", "step.ends", ends, [1], keepdims=0)                      # (B,)
-    more = step.node("Equal", "step.more", step.node("ReduceMin", "step.ends", ends, keepdims=0), 0)
-    one = step.node("Add", "step.one", step.node("Mul", "step.one", token, 0), 1)          # (B, 1)
-    longer = step.node("Concat", "step.mask", f"step.{mask}", one, axis=1)
+    token = step.node("ArgMax", "step.token", f"step.{logits}", axis=-1, keepdims=0)       # (1, 1)
+    ends = step.node("Equal", "step.ends", token, step.constant([*stops]))
+    ends = step.node("ReduceSum", "step.ends", step.node(
+        "Cast", "step.ends", ends, to=TensorProto.INT64), keepdims=0)
+    more = step.node("Equal", "step.more", ends, 0)
+    longer = step.node("Concat", "step.mask", f"step.{mask}", step.constant([[1]]), axis=1)
     chosen = step.node("Identity", "step.chosen", token)
     body = make_graph(step.nodes, "step", [
         value("step.number", TensorProto.INT64, []), value("step.running", TensorProto.BOOL, []),
@@ -55,7 +54,7 @@ def put_in_steps(graph: Graph, stops: Sequence[int]) -> None:
                named=["steps.ids", "steps.mask", *present, logits, "tokens"])
     graph.nodes = outer.nodes
     graph.tensors |= step.tensors | outer.tensors
-    graph.outputs.append(value("tokens", TensorProto.INT64, ["steps", "batch_size", 1]))
+    graph.outputs.append(value("tokens", TensorProto.INT64, ["steps", 1, 1]))
 
 
 def _inner(*values: ValueInfoProto) -> list[ValueInfoProto]:
@@ -64,14 +63,14 @@ def _inner(*values: ValueInfoProto) -> list[ValueInfoProto]:
 
 
 def write_sampler(file: Path, vocab: int) -> None:
-    """Write a graph from logits (B, 1, V) to the 64 largest of each row, sorted.
+    """Write a graph from logits (1, 1, V) to the 64 largest, sorted.
 
-    Its outputs are `values` (B, 64), float32, and `indices` (B, 64), int64; V where V < 64.
+    Its outputs are `values` (1, 64), float32, and `indices` (1, 64), int64; V where V < 64.
     """
     g, k = Graph(), min(64, vocab)
     for name, top in zip(("values", "indices"), g.node("TopK", "top", "logits", [k], outputs=2)):
         g.node("Squeeze", name, top, [1], named=[name])
-    g.inputs = [value("logits", TensorProto.FLOAT, ["batch_size", 1, vocab])]
-    g.outputs = [value("values", TensorProto.FLOAT, ["batch_size", k]),
-                 value("indices", TensorProto.INT64, ["batch_size", k])]
+    g.inputs = [value("logits", TensorProto.FLOAT, [1, 1, vocab])]
+    g.outputs = [value("values", TensorProto.FLOAT, [1, k]),
+                 value("indices", TensorProto.INT64, [1, k])]
     g.save(file)

@@ -4,7 +4,7 @@ Weights stream to the data file tensor by tensor. `ort` graphs multiply quantise
 MatMulNBits, and look rows up by GatherBlockQuantized; `portable` graphs use DequantizeLinear and
 MatMul, and look bytes up. Rows of 8 bits, for browsers, become floats when a session loads.
 
-Letters: B batch, T new tokens, D hidden, V vocabulary.
+Letters: T new tokens, D hidden, V vocabulary.
 """
 
 import math
@@ -45,7 +45,7 @@ class GraphFormat:
     precision: str                           # one of PRECISIONS
     context: int                             # positions
     block: int = BLOCK                       # weights that share a scale, in few bits
-    static: tuple[int, int, int] | None = None           # prompts, tokens a step, past positions
+    static: tuple[int, int, int] | None = None           # 1, tokens a step, past positions
     chooses: bool = False                    # whether each matrix gets bits of its own
 
     @property
@@ -110,7 +110,7 @@ class WeightStore:
         return self.model.get_parameter(name).detach()
 
     def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any]) -> str:
-        """x (B, T, in) -> (B, T, sum of out), by weights (out, in) of the modules `names`, all of
+        """x (1, T, in) -> (1, T, sum of out), by weights (out, in) of the modules `names`, all of
         them floats, or blocks of the same bits and size."""
         w = concatenated(weights, 0)
         if self.is_float(w):
@@ -167,7 +167,7 @@ class WeightStore:
         return self.vocabularies[name]
 
     def embed(self, name: str) -> str:
-        """input_ids (B, T) -> (B, T, D)."""
+        """input_ids (1, T) -> (1, T, D)."""
         stored, D, w = self.vocabulary(name), self.config.hidden_size, matrix(self.leaf(name))
         if self.is_float(w):
             return self.node("Gather", name, *stored, "input_ids")
@@ -181,19 +181,19 @@ class WeightStore:
         return x if row == D else self.node("Slice", name, x, [0], [D], [-1])
 
     def embed_columns(self, name: str, data: str, scales: str, w: Blocks) -> str:
-        """Rows (B, T, D) of a matrix stored as (D, V), as the head's product needs it.
+        """Rows (1, T, D) of a matrix stored as (D, V), as the head's product needs it.
 
         No standard operator gathers 4-bit values, so the bytes that hold them are gathered.
         """
         D, V = self.config.hidden_size, self.config.vocab_size
-        token = self.node("Unsqueeze", name, "input_ids", [2])    # (B, T, 1)
+        token = self.node("Unsqueeze", name, "input_ids", [2])    # (1, T, 1)
         rows, blocks = torch.arange(D) * V, torch.arange(D) // w.size * V
         q = self.gather(f"{name}.weight", data, token, rows, w.bits)
         zero = self.graph.constant(float(1 << (w.bits - 1)), torch.float32)
         flat = self.graph.alias(scales, [-(-D // w.size) * V])
         scale = self.node("Gather", f"{name}.scales", flat, self.node(
             "Add", f"{name}.scales", token, self.tensor(f"{name}.scales.at", blocks)))
-        return self.node("Mul", name, self.node("Sub", name, q, zero), scale)    # (B, T, D)
+        return self.node("Mul", name, self.node("Sub", name, q, zero), scale)    # (1, T, D)
 
     def gather(self, name: str, packed: str, token: str, at: Tensor, bits: int) -> str:
         """Elements token + at of a packed matrix, as floats.

@@ -637,7 +637,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("flags, reason", [
     ("--static 1x1x8", "--static needs --target portable or npu"),
-    ("--static 1xtwo", "invalid BxTxP value"),
+    ("--static 1xtwo", "invalid 1xTxP value"),
     ("--layout hf --routing dynamic", "holds no graph: leave out --routing dynamic"),
     ("--layout hf --precision int4", "holds no graph"),
     ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
@@ -660,7 +660,7 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
     ("--precision w8a16", "--precision w8a16 needs --target npu"),
     ("--provider qnn:60", "--provider qnn needs --target npu"),
     ("--layout hf --provider webgpu", "holds no graph: leave out --provider"),
-    ("--target npu --static 2x8x64", "--static with several prompts needs --target portable"),
+    ("--target npu --static 2x8x64", "invalid 1xTxP value: '2x8x64'"),
     ("--target npu --static 1x8x64 --context 64", "leave out --context"),
     ("--target npu --layout genai", "--layout genai needs --target ort or portable"),
     ("--target npu --routing dynamic", "--target npu holds one merged model"),
