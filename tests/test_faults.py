@@ -351,12 +351,14 @@ def test_a_broken_input_is_refused(world: World, name: str) -> None:
 
 def test_links_as_the_hub_makes_them_are_followed(world: World) -> None:
     """A checkpoint in the hub's cache is links to ../../blobs; they are of our own making."""
-    blobs = world.model.parent / "blobs"
+    snapshot, blobs = (world.model.parent / "models--a" / name for name in ("snapshots/1", "blobs"))
+    snapshot.mkdir(parents=True)
     blobs.mkdir()
     for name in ("config.json", "model.safetensors"):
         (world.model / name).rename(blobs / name)
-        (world.model / name).symlink_to(f"../blobs/{name}")
-    assert script(probe.main, *world.inputs, "--out", world.run.parent / "new") == (0, "")
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert script(probe.main, "--model", snapshot, "--data", world.data, "--out",
+                  world.run.parent / "new") == (0, "")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(world: World, bpe: Path) -> None:

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..io.files import naming, read_json
+from ..io.files import inside, naming, read_json
 from ..io.hub import resolve
 from ..model.config import text_part
 from . import templates
@@ -182,17 +182,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = resolve(folder)
     config, settings, generation, special = (
-        read_json(file) if (file := folder / f"{name}.json").is_file() else {}
+        read_json(file) if (file := inside(folder, f"{name}.json")).is_file() else {}
         for name in ("config", "tokenizer_config", "generation_config", "special_tokens_map"))
     config, settings = text_part(config), special | settings     # older checkpoints have the first
     ends = [config.get("eos_token_id"), generation.get("eos_token_id")]      # a number or a list
     stops = sorted({i for end in ends for i in (end if isinstance(end, list) else [end])
                     if isinstance(i, int) and i >= 0})
-    if not (folder / "tokenizer.json").is_file():
+    if not (file := inside(folder, "tokenizer.json")).is_file():
         if config.get("vocab_size") != ByteTokenizer.vocab_size:
             raise FileNotFoundError(f"{folder} holds no tokenizer.json")
         return Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, stops)
-    backend = FileTokenizer(folder / "tokenizer.json", config.get("vocab_size"))
+    backend = FileTokenizer(file, config.get("vocab_size"))
     bos, eos, pad = (_content(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
     if not eos and stops and stops[0] < backend.vocab_size:      # only its number is given
         eos = backend.backend.id_to_token(stops[0]) or ""
@@ -218,7 +218,7 @@ def copy_tokenizer(file: Path, out: Path) -> None:
 def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The template of a checkpoint folder, or None; ValueError if it is not text. If chats with
     tools have one of their own, both become one. Its switch for thinking is off unless set."""
-    file, template = folder / "chat_template.jinja", settings.get("chat_template")
+    file, template = inside(folder, "chat_template.jinja"), settings.get("chat_template")
     if file.is_file():
         with naming(f"{file} is not UTF-8 text", ValueError):
             template = file.read_text(encoding="utf-8")

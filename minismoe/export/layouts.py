@@ -80,10 +80,9 @@ def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) 
 
     base: the folder of the base. name: of the base, as it was given.
     """
-    own = read_config(base)[0].name
-    fits = {own(n): f for n, f in fits.items()}          # by the names that other programs know
+    sizes, whole = read_config(base)
+    fits = {sizes.name(n): f for n, f in fits.items()}   # by the names that other programs know
     if layout == "peft":
-        whole = read_json(base / "config.json")
         # How transformers names the text part of a model of text and images.
         root = "model." if text_part(whole) == whole else "model.language_model."
         hub = "/" in name and not Path(name).is_dir()
@@ -107,14 +106,15 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(base)
     config, settings, generation = (
-        read_json(base / name) if (base / name).is_file() else {} for name in (
+        read_json(file) if (file := inside(base, name)).is_file() else {} for name in (
             "config.json", "tokenizer_config.json", "generation_config.json"))
-    if (base / "tokenizer.json").is_file():
-        copy_tokenizer(base / "tokenizer.json", out / "tokenizer.json")
-    if (base / "special_tokens_map.json").is_file():
-        shutil.copyfile(base / "special_tokens_map.json", out / "special_tokens_map.json")
-    for name in sorted(f.name for f in base.iterdir() if re.match(LEGAL, f.name, re.IGNORECASE)):
-        shutil.copyfile(inside(base, name), out / name)
+    if (file := inside(base, "tokenizer.json")).is_file():
+        copy_tokenizer(file, out / "tokenizer.json")
+    for name in (str(f.relative_to(base)) for f in sorted((*base.glob("*"), *base.glob("*/*")))
+                 if f.is_file()):
+        if name == "special_tokens_map.json" or re.match(LEGAL, Path(name).parts[0], re.IGNORECASE):
+            (out / name).parent.mkdir(exist_ok=True)     # a folder LICENSES
+            shutil.copyfile(inside(base, name), out / name)
     if spell_bytes and isinstance(tokenizer.backend, ByteTokenizer):
         write_json(out / "tokenizer.json", byte_level())
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>",
@@ -185,7 +185,7 @@ def rewrite_weights(base: Path, out: Path, change: Callable[[str, Tensor], Tenso
     Dtypes and shards stay; `LEFT_OUT` is left out.
     """
     if not (base / "model.safetensors").is_file():
-        index = read_json(base / "model.safetensors.index.json")
+        index = read_json(inside(base, "model.safetensors.index.json"))
         write_json(out / "model.safetensors.index.json", index | {"weight_map": {
             text_name(n): f for n, f in index["weight_map"].items() if not LEFT_OUT.match(n)}})
     for file in weight_files(base):

@@ -147,7 +147,7 @@ def _starts(file: Path) -> dict[str, int]:
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     """config.json of a checkpoint folder: the decoder's Config, and the whole content."""
-    file = folder / "config.json"
+    file = inside(folder, "config.json")
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json")
     config = read_json(file)
@@ -169,7 +169,7 @@ def text_name(stored: str) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = (inside(folder, f"model.safetensors{end}") for end in ("", ".index.json"))
     if single.is_file():
         return [single]
     if not index.is_file():
@@ -182,7 +182,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{index} points out of its folder: {bad}")
     if absent := [n for n in names if not (folder / n).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {index.name}")
-    return [folder / n for n in names]
+    return [inside(folder, n) for n in names]
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

@@ -9,9 +9,12 @@ import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import save_bytes_model
 
 import export
 from minismoe.export.contract import ONNXRUNTIME
+from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.write import export_model
 from minismoe.model.decoder import CausalLM, Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,12 +170,41 @@ def test_the_oldest_onnxruntime_is_that_of_the_package() -> None:
     assert f'"onnxruntime>={ONNXRUNTIME};' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_a_licence_that_leads_out_of_the_base_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "secret")
-    (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA))
-    from minismoe.export.layouts import copy_base_files
-    with pytest.raises(ValueError, match="LICENSE is a link that leads out"):
-        copy_base_files(tmp_path / "base", tmp_path / "out")
-    assert not (tmp_path / "out" / "LICENSE").exists()
+def base_in(folder: Path) -> Path:
+    """A tiny checkpoint, whose files lie in `folder`."""
+    save_bytes_model(folder, **LLAMA)
+    for name, text in (("chat_template.jinja", "hi"), ("LICENSES/MIT.txt", "as you like"),
+                       ("special_tokens_map.json", "{}"), ("tokenizer_config.json", "{}"),
+                       ("generation_config.json", "{}")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["LICENSES/MIT.txt", "chat_template.jinja", "config.json",
+                                  "special_tokens_map.json", "tokenizer_config.json",
+                                  "generation_config.json", "model.safetensors"])
+def test_a_file_of_the_base_that_leads_out_is_refused(tmp_path: Path, name: str) -> None:
+    base = base_in(tmp_path / "base")
+    export_model(ExportConfig(), source_of(base), tmp_path / "whole")
+    (base / name).rename(tmp_path / "secret")
+    (base / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=f"{name} is a link that leads out of its folder"):
+        export_model(ExportConfig(), source_of(base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    """A snapshot's files are links to its blobs; a folder of licences is copied, too."""
+    base, blobs = base_in(tmp_path / "models--a" / "snapshots" / "1"), tmp_path / "models--a/blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(f for f in base.rglob("*") if f.is_file())):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    export_model(ExportConfig(), source_of(base), tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSES" / "MIT.txt").read_text() == "as you like"
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "hi"
+
+
+def source_of(base: Path) -> Source:
+    return export.load_base(ExportConfig(model=str(base)))
