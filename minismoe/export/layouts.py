@@ -87,7 +87,7 @@ def write_weights(layout: str, base: Path, name: str, fits: Fits, folder: Path) 
         root = "model." if text_part(whole) == whole else "model.language_model."
         hub = "/" in name and not Path(name).is_dir()
         write_peft(folder, {n.replace("model.", root, 1): f for n, f in fits.items()},
-                   name if hub else str(base.resolve()))
+                   name if hub else base.resolve().name)
         return
     write_hf(folder, base, fits)
     if fits:
