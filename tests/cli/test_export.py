@@ -24,7 +24,16 @@ from tiny import python, save_bytes_model
 import export
 import train
 from minismoe.cli.export_flags import parse
-from minismoe.export import compare, layouts, plan, ranges, tree, verify, write
+from minismoe.export import (
+    calibration,
+    compare,
+    layouts,
+    plan,
+    ranges,
+    tree,
+    verify,
+    write,
+)
 from minismoe.export import graph as graphs
 from minismoe.export.calibration import shuffled_samples
 from minismoe.export.nodes import Graph
@@ -513,6 +522,26 @@ def test_an_export_is_measured_beside_the_model_as_it_was_trained(
     assert "This is more than chance explains" in warned
     assert re.search(r"exact match +trained +fp32", said)
     assert [*checked["exact_match"].values()] == [{"trained": 1.0, "fp32": 0.0}] * 2
+
+
+def test_calibration_takes_a_share_of_the_tokens(run: Path, monkeypatch) -> None:
+    """Of each task; at least two texts, of which the last tokens count; shared ones count once."""
+    source = export.load_run(ExportConfig(run=str(run)))
+    samples = shuffled_samples(ExportConfig(), source)
+    whole = calibration.calibration_batches(samples, source)
+    assert {task: sum(len(b[0]) for b in batches) for task, batches in whole.items()} == {
+        task: len(examples) for task, examples in samples.items()}
+    shared = len(source.tokenizer.encode(source.tokenizer.render([{"role": "user", "content": (
+        "say ")}]))[0])
+    for tokens, longest in ((400, 512), (1, 512), (400, 5)):
+        monkeypatch.setattr(calibration, "TOKENS", tokens)
+        monkeypatch.setattr(calibration, "LONGEST", longest)
+        for task, batches in calibration.calibration_batches(samples, source).items():
+            rows = [ids[real.bool()].tolist() for b in batches for ids, real in zip(*b[:2])]
+            assert {*map(tuple, rows)} <= {tuple(e.ids[-longest:]) for e in samples[task]}
+            own = sum(map(len, rows)) - (len(rows) - 1) * min(shared, longest) * (longest > 5)
+            assert own <= max(tokens / 2, 99) and len(rows) >= 2
+            assert tokens == 1 or len(rows) > 5
 
 
 def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
