@@ -51,47 +51,43 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     """Which flags contradict each other, and how to mend it; "" if none do."""
     layout, precision, npu = config.layout, config.precision, config.target == "npu"
     rounded = config.graph and not precision.startswith("fp")
-    scaled = rounded and (not npu or precision == "w4a16")       # in blocks
+    scaled = rounded and (not npu or precision == "w4a16") and precision != "q8"     # in blocks
+    beside = config.routing != "merge" or config.adapters
+    alike = f"--precision {precision} of --target {config.target}"
     idle = [                     # kinds of exports, and the flags that have no effect on them
-        (not config.graph, f"--layout {layout} holds no graph",
-         ["target", "static", "provider", "context", "precision", "block", "size", "adapters",
-          *["routing"] * (layout == "hf" or config.routing == "dynamic")]),
+        (not config.graph, f"--layout {layout} holds no graph", "target static provider context "
+         "precision block size adapters" + " routing" * (
+             layout == "hf" or config.routing == "dynamic")),
         (config.model, "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)",
-         ["run", "routing", "adapters", "task", "limit_test",
-          *["layout"] * (layout == "peft"),
-          *["prompts"] * (not config.vocab and (not rounded or precision in ("int8", "q8")))]),
-        (npu, "--target npu holds one merged model", ["routing", "adapters"]),
-        (config.routing == "dynamic", "--routing dynamic freezes nothing",
-         ["prompts", "task", "adapters"]),
+         "run routing adapters task limit_test" + " layout" * (layout == "peft")
+         + " prompts" * (not config.vocab and (not rounded or precision in ("int8", "q8")))),
+        (npu, "--target npu holds one merged model", "routing adapters"),
+        (config.routing == "dynamic", "--routing dynamic freezes nothing", "prompts task adapters"),
         (config.adapters, "--adapters freezes for each task, beside a base of layout onnx or genai",
-         ["routing", "task", "prompts", *["layout"] * (layout == "web")]),
-        (config.prompts, "--prompts has no tasks", ["task"]),
+         "routing task prompts" + " layout" * (layout == "web")),
+        (config.prompts, "--prompts has no tasks", "task"),
         (layout == "peft", "an adapter belongs to the base with all tokens (train.py --vocab "
-         "trains on one with fewer)", ["vocab"]),
-        (config.model and not config.prompts, "texts show which tokens are needed: give --prompts "
-         "FILE", ["vocab"]),
-        (config.static, "--static fixes all sizes of layout onnx", ["layout", *["context"] * npu]),
-        (layout == "web", "transformers.js takes one kind of blocks", ["size"]),
-        (config.model and not config.prompts, "texts show which matrices need bits: give --prompts "
-         "FILE", ["size"]),
-        (config.routing != "merge" or config.adapters, "experts beside the weights take blocks of "
-         "one size", ["size"]),
-        (config.block, "--block stores all matrices alike", ["size"]),
+         "trains on one with fewer)", "vocab"),
+        (config.model and not config.prompts,
+         "texts show which tokens are needed: give --prompts FILE", "vocab"),
+        (config.static, "--static fixes all sizes of layout onnx", "layout" + " context" * npu),
+        (layout == "web", "transformers.js takes one kind of blocks", "size"),
+        (config.model and not config.prompts,
+         "texts show which matrices need bits: give --prompts FILE", "size"),
+        (beside, "experts beside the weights take blocks of one size", "size"),
+        (config.block, "--block stores all matrices alike", "size"),
         (precision not in ("auto", "int4-8", "w4a16") or config.target == "portable",
-         f"--precision {precision} of --target {config.target} stores all matrices alike",
-         ["size"]),
-        (not scaled or precision == "q8", f"--precision {precision} of --target {config.target} "
-         "has no blocks", ["block"])]
+         f"{alike} stores all matrices alike", "size"),
+        (not scaled, f"{alike} has no blocks", "block")]
+    needs = [                    # flags, and the targets that take them
+        (f"--precision {precision}", TARGETS.get(precision)),
+        (f"--layout {layout}", TARGETS.get(layout)),
+        ("--static", config.static and ("portable", "npu")),
+        ("--provider qnn", any(n.startswith("qnn") for n in config.provider or ()) and ("npu",))]
     for applies, kind, names in idle:
-        if applies and (flags := [shown(name, given) for name in names if name in given]):
+        if applies and (flags := [shown(name, given) for name in names.split() if name in given]):
             return f"{kind}: leave out {' and '.join(flags)}"
-    needs = {f"--precision {precision}": TARGETS.get(precision),
-             f"--layout {layout}": TARGETS.get(layout)}
-    if config.static:
-        needs["--static"] = ("portable", "npu")
-    if any(name.startswith("qnn") for name in config.provider or ()):
-        needs["--provider qnn"] = ("npu",)
-    return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs.items()
+    return next((f"{flag} needs --target {' or '.join(targets)}" for flag, targets in needs
                  if targets and config.target not in targets), "")
 
 
