@@ -22,6 +22,9 @@ WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)     # candidates: quantile of extre
 FLOAT_ABOVE = 0.005              # mean error of a tensor above which its layer stays in float16
 
 
+LARGEST = 65504                  # of float16
+
+
 class Range(NamedTuple):
     """The activations that 16 bits hold: low <= 0 <= high."""
 
@@ -74,6 +77,18 @@ def activation_ranges(model: CausalLM, texts: Sequence[Sequence[int]]) -> Ranges
             bad.add(key[0])
     return {name: (best[name, 0], best[name, 1]) for name, side in best
             if side == 0 and name not in bad}
+
+
+def refuse_float16(model: CausalLM, texts: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError with the linear layer that reads or writes more than float16 holds. CPUs
+    compute such graphs with casts, so that only a GPU would show it."""
+    largest = watched(model, texts, lambda key, x: x.abs().amax(-1)[None])
+    name, most = max(((name, x.max().item()) for (name, _), x in largest.items()),
+                     key=lambda found: (not found[1] <= LARGEST, found[1]))
+    if not most <= LARGEST:
+        raise ValueError(f"{name} reads or writes {most:.3g} on the texts of the check, and "
+                         f"float16 ends at {LARGEST}: take a --precision with float32 activations, "
+                         "such as int4-8, or q8 for browsers")
 
 
 def watched(model: CausalLM, texts: Sequence[Sequence[int]],

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 import onnxruntime as ort
+import torch
 
 from ..io.files import last_part, must_be_new, new_folder, sha256, sha256_of_parts, write_json
 from ..method.experts import expert_layers
@@ -16,7 +17,8 @@ from ..runtime.folder import TASKS
 from . import layouts, verify
 from .calibration import shuffled_samples
 from .contract import golden
-from .plan import in_words, resolved
+from .plan import check_prompts, in_words, resolved
+from .ranges import refuse_float16
 from .settings import ExportConfig, Source
 from .tree import Part, in_float32, ship
 
@@ -41,7 +43,10 @@ def export_model(config: ExportConfig, source: Source,
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx",
                                 whole=config.layout != "peft")
-        parts = ship(configs, source, in_float32(source), samples)
+        reference = in_float32(source)
+        if any(c.graph and c.form.dtype == torch.float16 for c in configs):
+            refuse_float16(reference, check_prompts(source))
+        parts = ship(configs, source, reference, samples)
         *others, info = [write(part, source, folder) for part in parts]
         for other in others:                 # of a web folder
             info["other_graph"] = {name: other[name] for name in (

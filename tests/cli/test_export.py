@@ -524,6 +524,26 @@ def test_an_export_is_measured_beside_the_model_as_it_was_trained(
     assert [*checked["exact_match"].values()] == [{"trained": 1.0, "fp32": 0.0}] * 2
 
 
+@pytest.mark.parametrize("precision, layout, ends", [
+    ("fp16", "onnx", True), ("q4f16", "web", True), ("fp32", "onnx", False)])
+def test_what_float16_does_not_hold_is_refused_before_the_work(
+        run: Path, tmp_path: Path, precision: str, layout: str, ends: bool, monkeypatch) -> None:
+    """The same function, whose MLP multiplies larger numbers: a CPU would compute it with casts."""
+    base = Path(shutil.copytree(run.parent / "model", tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    for part, factor in (("gate_proj", 3e3), ("up_proj", 4e2), ("down_proj", 3e-5)):
+        tensors[f"model.layers.1.mlp.{part}.weight"] *= factor
+    save_file(tensors, base / "model.safetensors")
+    args = ["--model", str(base), "--out", str(tmp_path / "out"), "--precision", precision,
+            "--layout", layout]
+    if not ends:
+        export.main(args)
+        return
+    monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj reads or writes .*e\+.*65504"):
+        export.main(args)
+
+
 def test_calibration_takes_a_share_of_the_tokens(run: Path, monkeypatch) -> None:
     """Of each task; at least two texts, of which the last tokens count; shared ones count once."""
     source = export.load_run(ExportConfig(run=str(run)))
