@@ -50,13 +50,15 @@ def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
     return replace(config, precision=precision, block=ROW if precision == "q8" else block)
 
 
-def in_words(config: ExportConfig) -> str:
+def in_words(config: ExportConfig, has_texts: bool) -> str:
     """What will be written, and how to have something else, in one line."""
     what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
         ", 4 or 8 bits a matrix" if config.chooses else "")
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
-    return f"writes {what}{blocks}{floats if config.block or config.chooses else ''}"
+    nearest = "" if has_texts or 4 not in PRECISIONS[config.precision] else (
+        ", each number rounded to the nearest (--prompts FILE rounds for what the model reads)")
+    return f"writes {what}{blocks}{nearest}{floats if config.block or config.chooses else ''}"
 
 
 def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:

@@ -39,7 +39,8 @@ def export_model(config: ExportConfig, source: Source,
     out = Path(out or config.out or source.run / "export" / name)
     must_be_new(out)
     samples = shuffled_samples(config, source)
-    print(*map(in_words, configs), sep="\n")
+    for each in configs:
+        print(in_words(each, bool(samples)))
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx",
                                 whole=config.layout != "peft")

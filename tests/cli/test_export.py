@@ -544,6 +544,16 @@ def test_what_float16_does_not_hold_is_refused_before_the_work(
         export.main(args)
 
 
+def test_a_base_that_no_text_calibrates_is_said_to_be_rounded_to_the_nearest(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lines").write_text("say 5\nsay 6\n")
+    flags = ["--model", str(run.parent / "model"), "--out"]
+    for name, more, said in (("a", [], True), ("b", ["--prompts", str(tmp_path / "lines")], False),
+                             ("c", ["--precision", "int8"], False)):
+        export.main([*flags, str(tmp_path / name), *more])
+        assert ("each number rounded to the nearest (--prompts" in capsys.readouterr().out) == said
+
+
 def test_calibration_takes_a_share_of_the_tokens(run: Path, monkeypatch) -> None:
     """Of each task; at least two texts, of which the last tokens count; shared ones count once."""
     source = export.load_run(ExportConfig(run=str(run)))
