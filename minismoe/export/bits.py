@@ -13,7 +13,7 @@ from ..io.process import give_back_memory
 from ..io.progress import progress_bar
 from ..method.bits import harms, spend, total
 from ..model.decoder import CausalLM
-from ..model.quantize import ROW, Blocks, WideWeight, dequantize
+from ..model.quantize import Blocks, WideWeight, dequantize
 from .calibration import Batches
 from .leaves import matrix
 from .weights import Storage
@@ -26,24 +26,19 @@ def choose_bits(storages: Mapping[str, Sequence[Storage]],
                 in_4_bits: Mapping[str, Sequence[Blocks]], tree: CausalLM, model: CausalLM,
                 batches: Batches, size: float) -> dict[str, int]:
     """The number of the way in which each module is stored, of its `storages`, of which those in 4
-    bits come first. size: megabytes for all of them. The rest is as for `harm_of`. Raises
-    ValueError for a size that is too small."""
+    bits come first. size: megabytes for all of them. The rest is as for `harm_of`."""
     give_back_memory()                       # of freezing and rounding: measuring takes the most
     leaves: Any = {name: tree.get_submodule(name) for name in storages}
     shapes: dict[str, torch.Size] = {name: leaf.weight.shape for name, leaf in leaves.items()}
-    cost = {name: [nbytes(shapes[name], way) for way in ways] for name, ways in storages.items()}
+    cost = {name: [way.nbytes(shapes[name]) for way in ways] for name, ways in storages.items()}
     harm = harm_of(in_4_bits, tree, model, batches)
     # 8 bits do a fiftieth of the harm of 4: none is counted.
     harm = {name: [*harm.get(name, []), *[0.0] * len(ways)][:len(ways)]
             for name, ways in storages.items()}
-    try:
-        chosen = spend(harm, cost, int(size * 1e6))
-    except ValueError as e:
-        raise ValueError(f"--size {size}, in MB: {e} bytes") from e
+    chosen = spend(harm, cost, int(size * 1e6))
     print(terminal_heatmap("bits a weight, with its share of a scale", {
         name: 8 * cost[name][n] / shapes[name].numel() for name, n in chosen.items()}, digits=True))
-    print(f"{total(cost, chosen) / 1e6:.1f} MB of weights; rounding is expected to cost "
-          f"{total(harm, chosen):.3f} nats a token")
+    print(f"{total(cost, chosen) / 1e6:.1f} MB of weights")
     return chosen
 
 
@@ -60,13 +55,6 @@ def change(leaf: Any, blocks: Blocks) -> Tensor:
     """dW (out, in)."""
     stored = isinstance(leaf.weight, WideWeight)         # subtracted without a copy in float32
     return dequantize(blocks).sub_(leaf.weight.stored if stored else matrix(leaf))
-
-
-def nbytes(shape: torch.Size, storage: Storage) -> int:
-    """Bytes of a matrix (N, K) in blocks, each with a scale in float32."""
-    (N, K), size = shape, storage.block
-    size = K if size == ROW else size
-    return N * -(-K // size) * (-(-size * storage.bits // 8) + 4)
 
 
 def few(batches: Batches) -> Iterator[Sequence[Tensor]]:

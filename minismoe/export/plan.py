@@ -2,11 +2,15 @@
 
 from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
+from ..method.experts import linear_layers
+from ..model.checkpoint import weight_files
 from ..model.config import Config
 from ..model.quantize import BLOCK, ROW
 from ..training.evaluate import questions
 from .compare import TOKENS
+from .leaves import vocabularies
 from .settings import ExportConfig, Source
 from .weights import PRECISIONS
 
@@ -25,8 +29,11 @@ def resolved(config: ExportConfig, source: Source) -> list[ExportConfig]:
               for graph in [replace(config, precision="q4f16")] * both + [config]]
     context, static = sizes_of(config, source)
     for graph in graphs:
-        if graph.graph:                      # before anything is frozen
+        if graph.graph:
             refuse(source.model.config, graph.target, graph.block or BLOCK, static)
+            if graph.size and (least := nbytes(graph, source)) > graph.size * 1e6:
+                raise ValueError(f"--size {graph.size}: the matrices take {least / 1e6:.3f} MB at "
+                                 "least")
     return [replace(graph, context=context, static=static) for graph in graphs]
 
 
@@ -48,6 +55,20 @@ def with_precision(config: ExportConfig, has_texts: bool) -> ExportConfig:
     block = None if config.size or precision == "w8a16" or not any(PRECISIONS[precision]) else (
         config.block or BLOCK)
     return replace(config, precision=precision, block=ROW if precision == "q8" else block)
+
+
+def nbytes(config: ExportConfig, source: Source) -> int:
+    """The bytes that weights take in the folder, at least."""
+    if not config.graph:
+        return sum(file.stat().st_size for file in weight_files(source.base)) * (
+            config.layout == "hf")
+    form, total = config.form, 0
+    for name in (*linear_layers(source.model), *vocabularies(source.model)):
+        leaf: Any = source.model.get_submodule(name)
+        shape = leaf.weight.shape
+        total += min(way.nbytes(shape) for way in form.options_of(name)) if form.rounds else (
+            shape.numel() * form.dtype.itemsize)
+    return total
 
 
 def in_words(config: ExportConfig, has_texts: bool) -> str:

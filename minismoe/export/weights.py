@@ -36,6 +36,12 @@ class Storage(NamedTuple):
     bits: int = 0                            # 8 or 4; 0: floats
     block: int = BLOCK                       # weights that share a scale; ROW: those of a row
 
+    def nbytes(self, shape: torch.Size) -> int:
+        """Bytes of a matrix (N, K) in blocks, each with a scale in float32."""
+        (N, K), size = shape, self.block
+        size = K if size == ROW else size
+        return N * -(-K // size) * (-(-size * self.bits // 8) + 4)
+
 
 @dataclass(frozen=True)
 class GraphFormat:

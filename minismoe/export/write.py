@@ -1,5 +1,6 @@
 """Make the folder that ships: freeze the routing, round, write, and compare with PyTorch."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..runtime.folder import TASKS
 from . import layouts, verify
 from .calibration import shuffled_samples
 from .contract import golden
-from .plan import check_prompts, in_words, resolved
+from .plan import check_prompts, in_words, nbytes, resolved
 from .ranges import refuse_float16
 from .settings import ExportConfig, Source
 from .tree import Part, in_float32, ship
@@ -31,7 +32,7 @@ def export_model(config: ExportConfig, source: Source,
 
     It gets its name only if it works: a failure leaves nothing. Raises ValueError for settings that
     do not fit the model, or if the folder does not compute what PyTorch does; FileExistsError if
-    the folder is there.
+    the folder is there; OSError if the disk is too full.
     """
     configs = resolved(config, source)
     config = configs[-1]
@@ -44,6 +45,10 @@ def export_model(config: ExportConfig, source: Source,
     with new_folder(out) as folder:
         layouts.copy_base_files(source.base, folder, config.layout != "onnx",
                                 whole=config.layout != "peft")
+        size, free = sum(nbytes(c, source) for c in configs), shutil.disk_usage(folder).free
+        if free < size:
+            raise OSError(f"{out}: the disk has {free / 1e6:.1f} MB left, and the weights take "
+                          f"{size / 1e6:.1f}")
         reference = in_float32(source)
         if any(c.graph and c.form.dtype == torch.float16 for c in configs):
             refuse_float16(reference, check_prompts(source))

@@ -75,6 +75,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield tmp
         _rename(tmp, path)
+    except OSError as e:                             # a failed write does not name its file
+        if e.errno and not e.filename:
+            e.filename = str(path)
+        raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # it is gone after the renaming
 

@@ -29,7 +29,7 @@ import export
 from minismoe.cli import script
 from minismoe.data.tasks import Example, collate, encode
 from minismoe.export import tree as trees
-from minismoe.export.bits import change, harm_of, nbytes
+from minismoe.export.bits import change, harm_of
 from minismoe.export.calibration import calibration_batches
 from minismoe.export.leaves import matrix, put_weight
 from minismoe.export.plan import with_precision
@@ -208,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
     options = {name: [*ways, quantize(matrix(tree.get_submodule(name)), *part.storages(name)[-1])]
                for name, ways in part.in_4_bits.items()}
     harm = {name: [*harms, 0.0] for name, harms in harm.items()}
-    cost = {name: [nbytes(ways[0].shape, storage) for storage in part.storages(name)]
+    cost = {name: [storage.nbytes(ways[0].shape) for storage in part.storages(name)]
             for name, ways in options.items()}
     names, lines = [*options], test_lines(source, args.lines, tree)
     of_32, of_rule = total(cost, plain(names, MIDDLE, MIDDLE)), total(cost, down_in_8(names))

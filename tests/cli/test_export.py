@@ -760,6 +760,7 @@ def test_an_export_writes_nothing_into_its_run(run: Path, tmp_path: Path) -> Non
     ("--task none", "has no task 'none'; it has number, twice"),
     ("--context 4096", "--context 4096: .* ends at 128$"),
     ("--context 32", "--context 32: .* need 4[0-9], "),
+    ("--size 0.001", "--size 0.001: the matrices take 0.01. MB at least"),
     ("--prompts nowhere.txt", "nowhere.txt"),
     ("--target npu --static 1x8x32", "--static with 32 past positions: .* need 4[0-9]"),
     ("--target portable --block 128", "--block 128: rows of 32 weights are no whole blocks"),
@@ -774,6 +775,16 @@ def test_errors_come_before_the_work(run: Path, flags: str, reason: str,
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)  # as if it were not installed
     with pytest.raises((ValueError, OSError, ImportError), match=reason):
         export.main([str(run), *flags.split()])
+
+
+@pytest.mark.parametrize("flags", ["", "--precision fp32", "--layout hf"])
+def test_a_disk_without_room_is_seen_before_the_work(run: Path, tmp_path: Path, flags: str,
+                                                     monkeypatch) -> None:
+    monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9_000))
+    with pytest.raises(OSError, match=r"out: the disk has 0.0 MB left, and the weights take 0.\d"):
+        export.main([str(run), "--out", str(tmp_path / "out"), *flags.split()])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_base_in_this_folder_keeps_its_name(run: Path, tmp_path: Path,
