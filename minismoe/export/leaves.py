@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..method.experts import ExpertLinear
 from ..method.freeze import Fit, merged
 from ..model.decoder import CausalLM
-from ..model.quantize import BlockEmbedding, BlockLinear, Blocks, BlockWeight
+from ..model.quantize import BlockEmbedding, BlockLinear, BlockWeight
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -57,15 +57,6 @@ class AdapterLinear(nn.Linear):
         y = F.linear(x, weight if isinstance(weight, Tensor) else weight.dense(), self.bias)
         fit = self.fits[self.task] if self.task is not None else None
         return y if fit is None else y + x @ fit.lora_A.to(x).T @ fit.lora_B.to(x).T
-
-
-class BlockExperts(ExpertLinear):
-    """Experts as a graph beside few bits stores them: A (R, in), in blocks or floats; and B (out,
-    R), times the scaling, as the sum of no, one or two matrices in blocks, of which A's last rows,
-    zeros, fill the last one. The parameters hold what these stand for."""
-
-    stored_A: Blocks | Tensor
-    stored_B: list[Blocks]
 
 
 def matrix(leaf: Any) -> Any:

@@ -44,7 +44,7 @@ class NpuWeights(WeightStore):
 
     def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any]) -> str:
         """x (1, T, in) -> (1, T, sum of out), in integers if all outputs have ranges."""
-        w = concatenated(weights, 0)
+        w = concatenated(weights)
         if isinstance(w, Tensor):
             return super().product(names, label, x, [w])
         if not self.ranges.keys() >= set(names):

@@ -89,15 +89,13 @@ class GraphFormat:
         return [Storage(4, 128), Storage(4, 32), Storage(8, 128)]
 
 
-def concatenated(parts: Sequence[Any], dim: int) -> Any:
-    """Weights below each other (dim 0) or side by side (1) as one: Tensors, or Blocks of the same
-    bits and size."""
+def concatenated(parts: Sequence[Any]) -> Any:
+    """The rows of weights as one weight: Tensors, or Blocks of the same bits and size."""
     if isinstance(parts[0], Tensor):
-        return torch.cat([*parts], dim)
-    shape = [*parts[0].shape]
-    shape[dim] = sum(p.shape[dim] for p in parts)
-    return replace(parts[0], shape=torch.Size(shape), data=torch.cat([p.data for p in parts], dim),
-                   scales=torch.cat([p.scales for p in parts], dim))
+        return torch.cat([*parts])
+    data, scales = torch.cat([p.data for p in parts]), torch.cat([p.scales for p in parts])
+    return replace(parts[0], shape=torch.Size((len(data), parts[0].shape[1])), data=data,
+                   scales=scales)
 
 
 class WeightStore:
@@ -118,7 +116,7 @@ class WeightStore:
     def product(self, names: Sequence[str], label: str, x: str, weights: Sequence[Any]) -> str:
         """x (1, T, in) -> (1, T, sum of out), by weights (out, in) of the modules `names`, all of
         them floats, or blocks of the same bits and size."""
-        w = concatenated(weights, 0)
+        w = concatenated(weights)
         if self.is_float(w):
             return self.node("MatMul", label, x, self.floats(label, w, transposed=True))
         return self.multiply(label, x, self.blocks(label, w), w)

@@ -39,7 +39,7 @@ def test_a_task_is_rounded_on_its_own_samples(task, routing, monkeypatch, tmp_pa
     trees = tree.ship([config] * 2, source, model, shuffled_samples(config, source))
     assert read == [["a"] if task else ["a", "b"]]
     leaf = trees[0].tree.get_submodule(ROUTED[0])
-    assert type(leaf).__name__ == ("BlockLinear" if routing == "merge" else "BlockExperts")
+    assert type(leaf).__name__ == ("BlockLinear" if routing == "merge" else "ExpertLinear")
 
 
 def test_a_copy_shares_every_weight() -> None:
