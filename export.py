@@ -25,6 +25,7 @@ from minismoe.cli.flags import InputConfig
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.calibration import unlabelled
 from minismoe.export.settings import ExportConfig, Source
+from minismoe.export.tree import widened
 from minismoe.export.write import export_model
 from minismoe.io.files import naming
 from minismoe.io.text import clean
@@ -34,6 +35,7 @@ from minismoe.training.evaluate import questions
 from minismoe.training.judge import has_short_answers
 
 CHECKED = 8              # test lines of a task whose answers are long
+STORED = "weights as stored"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -85,8 +87,8 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
         raise FileNotFoundError(f"{run} has not finished; go on with: {resume}")
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
-    settings = cli.resolve_auto(replace(saved, device=config.device, dtype=config.dtype,
-                                        limit_test=limit))
+    settings = stored_on_cpus(cli.resolve_auto(replace(
+        saved, device=config.device, dtype=config.dtype, limit_test=limit)), config)
     with naming(f"{run / 'config.json'} ({resume} --model FOLDER --data FOLDER says where they are "
                 "now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
@@ -99,6 +101,8 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
         inputs = trimming.trimmed(inputs, settings, config.vocab, scratch / "base")
         load_adapter(inputs.model, run / "adapter")
         trimming.print_logprobs(before, trimming.logprobs(inputs))
+    if settings.dtype == STORED:
+        widened(inputs.model)
     context = inputs.model.config.max_position_embeddings
     for task in inputs.tasks:
         asked = questions(inputs.tokenizer, task, context)
@@ -108,14 +112,24 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
                   inputs.tasks, inputs.encoded, inputs.valid, saved.system)
 
 
+def stored_on_cpus(settings: InputConfig, config: ExportConfig) -> InputConfig:
+    """The same, with weights as they are stored if a CPU computes in float32: `widened` converts
+    them where they are needed, so that they take no memory. For --vocab, which reads the head's
+    weight itself, they stay in float32."""
+    wide = (settings.device, settings.dtype) == ("cpu", "float32") and not config.vocab
+    return replace(settings, dtype=STORED) if wide else settings
+
+
 def load_base(config: ExportConfig, scratch: Path = Path()) -> Source:
     """A base without adapters: that of --model, or the built-in toy. scratch: as for `load_run`."""
     if not config.model:
         print(f"{NO_RUN}: the built-in toy, untrained")
-    settings = cli.resolve_auto(InputConfig(model=config.model, device=config.device,
-                                            dtype=config.dtype))
+    settings = stored_on_cpus(cli.resolve_auto(InputConfig(
+        model=config.model, device=config.device, dtype=config.dtype)), config)
     base = cli.model_folder(settings)
     model, tokenizer = cli.load_base(settings, base), load_tokenizer(base)
+    if settings.dtype == STORED:
+        widened(model)
     run = Path("runs") / (Path(config.model).resolve().name if config.model else "base")
     source = Source(run, base, model.name, model, tokenizer)
     if not (config.vocab and config.prompts):

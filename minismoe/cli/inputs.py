@@ -155,12 +155,12 @@ def model_folder(config: InputConfig) -> Path:
 
 
 def load_base(config: InputConfig, folder: Path) -> CausalLM:
-    """The model on its device."""
+    """The model on its device; with a dtype that torch has not, its weights are as stored."""
     device = torch.device(config.device)
     if (device.type, config.dtype) == ("cpu", "bfloat16") and not _multiplies_bfloat16(device):
         print0("--dtype bfloat16: this CPU has no instructions that multiply bfloat16, so a step "
                "takes several times as long as with --dtype float32")
-    model = load_model(folder, getattr(torch, config.dtype), config.device, config.base_bits)
+    model = load_model(folder, getattr(torch, config.dtype, None), config.device, config.base_bits)
     model.name = config.model or "the built-in toy"
     return model
 

@@ -216,19 +216,26 @@ def sharing_copy(model: Any) -> Any:
 
 
 def in_float32(source: Source) -> CausalLM:
-    """The source's model in float32, on the CPU. What is stored in 16 bits stays in its file, which
-    is mapped into memory, and is converted where it is needed."""
-    model, loaded = load_model(source.base, None), dict(source.model.named_parameters())
+    """The source's model in float32, on the CPU: itself, if it is."""
+    norm, loaded = source.model.model.norm.weight, dict(source.model.named_parameters())
+    if norm.dtype == torch.float32 and norm.device.type == "cpu":
+        return source.model
+    model = load_model(source.base, None)
     for name, weight in model.named_parameters():        # the same pages as in the run's model
         if loaded[name].dtype == weight.dtype and loaded[name].device == weight.device:
             weight.data = loaded[name].data
     if expert_layers(source.model):
         load_adapter(model, source.run / "adapter")
-    tied = model.config.tie_word_embeddings
-    for name, layer in [*model.named_modules()]:
-        if isinstance(layer, nn.Linear | nn.Embedding) and layer.weight.dtype != torch.float32 and (
-                not (tied and name == "lm_head")):
-            put_weight(model, name, WideWeight(layer.weight))
+    return widened(model)
+
+
+def widened(model: CausalLM) -> CausalLM:
+    """A model, changed in place, that computes in float32. What is stored in 16 bits stays in its
+    file, which is mapped into memory, and is converted where it is needed."""
+    for name in (*linear_layers(model), *vocabularies(model)):
+        leaf: Any = model.get_submodule(name)
+        if leaf.weight.dtype != torch.float32:
+            put_weight(model, name, WideWeight(leaf.weight))
     for name, weight in model.named_parameters():
         if not name.endswith(".stored"):
             weight.data = weight.data.float()

@@ -66,7 +66,8 @@ def sample_sums(model: Any, options: Mapping[str, Options], input_ids: Tensor,
         output = model.model(input_ids=input_ids.to(head.device), attention_mask=mask.long())
         hidden = getattr(output, "last_hidden_state", output)[mask]                    # (N, D)
         of_head = [name for name in options if model.get_submodule(name).weight is head]
-        d_hidden, rows = through_head(hidden.detach(), head, [
+        table = head if isinstance(head, Tensor) else head.dense()       # or quantised
+        d_hidden, rows = through_head(hidden.detach(), table, [
             change().to(hidden) for name in of_head for change in options[name]], generator)
         for name in of_head:
             sums[name].grad.index_add_(0, owner, rows)

@@ -544,6 +544,23 @@ def test_what_float16_does_not_hold_is_refused_before_the_work(
         export.main(args)
 
 
+@pytest.mark.parametrize("flags", ["--precision fp32", "--size 0.05"])
+def test_a_base_of_16_bits_is_exported_without_a_copy_in_float32(run: Path, tmp_path: Path,
+                                                                 flags: str) -> None:
+    base = Path(shutil.copytree(run.parent / "model", tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: w.bfloat16() for name, w in tensors.items()}, base / "model.safetensors")
+    model = export.load_base(ExportConfig(model=str(base), dtype="float32")).model
+    assert sum(w.nbytes for w in model.parameters()) < 1.1 * sum(
+        w.nbytes // 2 for w in tensors.values())
+    (tmp_path / "lines").write_text("say 5\nsay 6\n")
+    export.main(["--model", str(base), "--out", str(tmp_path / "out"), "--dtype", "float32",
+                 *flags.split(), *["--prompts", str(tmp_path / "lines")] * ("--size" in flags)])
+    given = torch.from_dlpack(next(Generator(tmp_path / "out").forced(PROMPT, []))).flatten()
+    wanted = load_model(base)(torch.tensor([PROMPT]))[0, -1]
+    assert (given - wanted).abs().max() < (0.2 if "--size" in flags else 1e-4) * wanted.abs().max()
+
+
 def test_a_base_that_no_text_calibrates_is_said_to_be_rounded_to_the_nearest(
         run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lines").write_text("say 5\nsay 6\n")
