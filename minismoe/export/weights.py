@@ -185,39 +185,36 @@ class WeightStore:
         return x if row == D else self.node("Slice", name, x, [0], [D], [-1])
 
     def embed_columns(self, name: str, data: str, scales: str, w: Blocks) -> str:
-        """Rows (1, T, D) of a matrix stored as (D, V), as the head's product needs it.
-
-        No standard operator gathers 4-bit values, so the bytes that hold them are gathered.
-        """
+        """Rows (1, T, D) of a matrix that is stored as (D, V), as the head's product needs it: the
+        D numbers of a token lie V apart."""
         D, V = self.config.hidden_size, self.config.vocab_size
         token = self.node("Unsqueeze", name, "input_ids", [2])    # (1, T, 1)
-        rows, blocks = torch.arange(D) * V, torch.arange(D) // w.size * V
-        q = self.gather(f"{name}.weight", data, token, rows, w.bits)
+        q = self.integers(f"{name}.weight", data, token, torch.arange(D) * V, w.bits)
         zero = self.graph.constant(float(1 << (w.bits - 1)), torch.float32)
-        flat = self.graph.alias(scales, [-(-D // w.size) * V])
-        scale = self.node("Gather", f"{name}.scales", flat, self.node(
-            "Add", f"{name}.scales", token, self.tensor(f"{name}.scales.at", blocks)))
+        scale = self.at(f"{name}.scales", self.graph.alias(scales, [-(-D // w.size) * V]), token,
+                        torch.arange(D) // w.size * V)
         return self.node("Mul", name, self.node("Sub", name, q, zero), scale)    # (1, T, D)
 
-    def gather(self, name: str, packed: str, token: str, at: Tensor, bits: int) -> str:
-        """Elements token + at of a packed matrix, as floats.
+    def at(self, name: str, flat: str, token: str, first: Tensor) -> str:
+        """Elements token + first of a flat tensor."""
+        return self.node("Gather", name, flat, self.node(
+            "Add", name, token, self.tensor(f"{name}.at", first)))
 
+    def integers(self, name: str, packed: str, token: str, first: Tensor, bits: int) -> str:
+        """Integers token + first of a packed matrix, as floats.
+
+        No standard operator gathers 4-bit values, so the bytes that hold two each are gathered.
         OpenVINO divides integers as floats, which is inexact from 2^24 on, and rounds shifts and
         divisions of uint8. So only small numbers are divided, in int64.
         """
         size = math.prod(self.graph.tensors[packed].dims)
-        data = self.graph.alias(packed, [size * bits // 8 + size * bits % 8 // 4],
-                                TensorProto.UINT8)
+        data = self.graph.alias(packed, [-(-size * bits // 8)], TensorProto.UINT8)
         if bits == 8:
-            q = self.node("Gather", name, data, self.node(
-                "Add", name, token, self.tensor(f"{name}.at", at)))
-            return self.node("Cast", name, q, to=TensorProto.FLOAT)
-        token = self.node("Add", name, token, self.tensor(f"{name}.odd", at % 2))
-        place = self.node("Add", f"{name}.byte", self.node("Div", name, token, 2),
-                          self.tensor(f"{name}.at", at // 2))
-        byte = self.node("Cast", f"{name}.byte", self.node("Gather", name, data, place),
-                         to=TensorProto.INT64)
+            return self.node("Cast", name, self.at(name, data, token, first), to=TensorProto.FLOAT)
+        token = self.node("Add", name, token, self.tensor(f"{name}.odd", first % 2))
+        byte = self.at(f"{name}.byte", data, self.node("Div", name, token, 2), first // 2)
+        byte = self.node("Cast", f"{name}.byte", byte, to=TensorProto.INT64)
         divisor = self.node("Gather", f"{name}.nibble", [1, 16], self.node("Mod", name, token, 2))
-        q = self.node("Div", f"{name}.nibble", byte, divisor)
-        q = self.node("Mod", f"{name}.nibble", q, 16)
-        return self.node("Cast", name, q, to=TensorProto.FLOAT)
+        nibble = self.node("Div", f"{name}.nibble", byte, divisor)
+        return self.node("Cast", name, self.node("Mod", f"{name}.nibble", nibble, 16),
+                         to=TensorProto.FLOAT)
