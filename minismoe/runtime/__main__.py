@@ -44,8 +44,8 @@ CONFLICTS = {
 
 
 def _answer(generator: Generator, question: str | Sequence[Message], options: Mapping[str, Any],
-            stop: Sequence[str], stats: bool) -> Message:
-    """Print the answer to a prompt or a chat as it comes, and return it; Ctrl-C ends the answer.
+            stop: Sequence[str], stats: bool) -> tuple[Message, bool]:
+    """Print the answer to a prompt or a chat as it comes; returns it, and whether Ctrl-C ended it.
 
     options: of `Generator.generate`; stop: as of `Generator.text`. Where the chat offers tools, the
     answer is printed at its end: as calls, one a line, or as text.
@@ -54,6 +54,7 @@ def _answer(generator: Generator, question: str | Sequence[Message], options: Ma
     chat: Sequence[Message] = [{}] if isinstance(question, str) else question
     prompt = question if isinstance(question, str) else generator.tokenizer.render(question, True)
     times, answer, offers_tools = [time.perf_counter()], "", "tools" in chat[0]
+    interrupted = False
 
     def show(text: str) -> None:             # a model can write control characters
         print(clean(text, "\n\t") if sys.stdout.isatty() else text, end="", flush=True)
@@ -68,7 +69,7 @@ def _answer(generator: Generator, question: str | Sequence[Message], options: Ma
             answer += piece
             show("" if offers_tools else piece)
     except KeyboardInterrupt:
-        generator.ended = "interrupted"
+        interrupted = True
     message = generator.tokenizer.parse(chat, answer)
     if offers_tools:
         show("\n".join(json.dumps(call["function"], ensure_ascii=False)
@@ -84,7 +85,7 @@ def _answer(generator: Generator, question: str | Sequence[Message], options: Ma
               f"and {generator.cached_tokens} from the cache, {count + 1} tokens at "
               f"{count / rest if rest else 0:.0f} tokens/s, "
               f"peak memory {peak_resident() / 1e6:.0f} MB]", file=sys.stderr)
-    return message
+    return message, interrupted
 
 
 def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int | None,
@@ -125,7 +126,7 @@ def _chat(generator: Generator, options: Mapping[str, Any], stop: Sequence[str],
                 history, results = [*history, turn], results - 1
                 continue
             chat = with_tools([*history, turn], tools)
-            answer = _answer(generator, chat, options, stop, stats)
+            answer, _ = _answer(generator, chat, options, stop, stats)
             history, results = [*chat, answer], len(answer.get("tool_calls", ()))
         except EOFError:
             return
@@ -254,9 +255,8 @@ def main(argv: Sequence[str]) -> None:
                 args.choices, args.best, args.stats)
         return
     for prompt in prompts:
-        _answer(generator, before + prompt if args.raw else chat(prompt), options, args.stop,
-                args.stats)
-        if generator.ended == "interrupted":
+        question = before + prompt if args.raw else chat(prompt)
+        if _answer(generator, question, options, args.stop, args.stats)[1]:
             raise KeyboardInterrupt
 
 

@@ -24,7 +24,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # What a request may name with these values alone, which change nothing.
 FIXED: Json = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {},
                "frequency_penalty": 0, "presence_penalty": 0}
-REASONS = {"stop": "stop", "max_tokens": "length", "context": "length"}
+REASONS = {"stop": "stop", "max_tokens": "length", "context": "length", "": "stop"}    # at a text
 TEXT_TOKENS = 16                             # of TEXT, unless the request says so: OpenAI's default
 MOST_LIKELIEST = 20                          # whose log-probabilities a request may want
 

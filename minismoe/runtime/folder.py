@@ -64,7 +64,7 @@ def _checks(info: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "providers", all(isinstance(name, str) for name in info.get("providers", []))
     yield "soc", type(info.get("soc", 0)) is int
     static = info.get("static") or []
-    yield "static", len(static) in (0, 3) and (info["target"] != "npu" or static[:1] == [1])
+    yield "static", not static or (len(static) == 3 and static[0] == 1)
     for name, sizes in [("static", static), *((name, [info[name]]) for name in SIZES)]:
         yield name, all(type(size) is int and 0 < size <= 1 << 24 for size in sizes)
 

@@ -1,6 +1,16 @@
-"""The Generator: prompts in, tokens and text out.
+"""The Generator: prompts in, tokens and text out. How an answer comes about:
 
-Letters: B prompts, V vocabulary.
+    tokens = encoded(prompt)                 refused if it is empty, too long or wrong
+    cut the cache to what these begin with, and read the rest of them: `prefill`
+    while there is room:
+        penalize the logits of tokens that the text has; mask them by a grammar, if there is one
+        token = sample(logits)
+        stop if this token ends the answer
+        yield token                          `text` makes whole characters of tokens
+        logits = read(token)
+    ended = why
+
+Letters: V vocabulary.
 """
 
 import ctypes
@@ -21,8 +31,6 @@ from .grammar import CALLS, call_grammar, grammar_tokens, new_matcher
 from .model import CachedModel
 from .sampling import Sampling, floats_of, log_of_sum, penalize, permitted
 
-BATCH = 2 << 30                              # bytes of the caches of prompts that are read at once
-
 
 class Generator(CachedModel):
     """A model that `export.py --layout onnx` wrote, with its tokenizer.
@@ -33,8 +41,9 @@ class Generator(CachedModel):
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
-    # Why the last generation ended: "stop" (a stop token or text), "max_tokens" or "context"; ""
-    # while it goes on, and if the caller took no more tokens.
+    # Why the tokens of the last generation ended: "stop" (a stop token, or the end of a grammar),
+    # "max_tokens" or "context"; "" while they go on, and if the caller, or `text` at a stop text,
+    # took no more of them.
     ended = ""
     prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
     cached_tokens = 0                        # those that were in the cache
@@ -44,37 +53,62 @@ class Generator(CachedModel):
         """`answer_tokens` of this tokenizer, which remembers the last sets of answers."""
         return lru_cache(8)(partial(answer_tokens, self.tokenizer))
 
-    def _begin(self, prompts: Sequence[Sequence[int]], new: int = 0) -> ort.OrtValue:
-        """Read prompts; returns their last logits (B, 1, V).
+    def generate(self, prompt: str | Sequence[int], max_tokens: int | None = None,
+                 grammar: str = "", **sampling: Any) -> Iterator[int]:
+        """Yield the tokens that follow a prompt, up to and without a stop token.
 
-        A single prompt that begins like the last one, as in a chat, is read from the first token
-        that differs. More of them get room for `new` tokens each, as a GPU takes memory at once.
+        prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
+        grammar: of the answer, as grammar.py writes it; sampling: fields of `Sampling`.
+        Raises ValueError for a wrong prompt or argument at the first next(), ArithmeticError for
+        NaN logits, and RuntimeError once another generation or adapter has begun.
         """
-        cached = self.reuse(prompts[0]) if len(prompts) == 1 else 0
-        if len(prompts) > 1:
-            self.reset(len(prompts), max(map(len, prompts)) + new)
-        self.cached_tokens, self.prompt_tokens = cached, sum(map(len, prompts)) - cached
-        return self.read([prompt[cached:] for prompt in prompts])
+        settings = Sampling(max_tokens, **sampling)
+        if settings.top_k > self.candidates:
+            raise ValueError(f"top_k {settings.top_k}: the sampler gives {self.candidates} tokens")
+        tokens, = self.encoded([prompt])
+        matcher = new_matcher(self._grammar_tokens, grammar) if grammar else None
+        room = self.room(len(tokens))
+        steps = room if max_tokens is None else min(room, max_tokens)
+        rng, seen, stops = random.Random(settings.seed), {*tokens}, {*self.tokenizer.stop_ids}
+        self.ended, ended = "", "max_tokens" if steps == max_tokens else "context"
+        logits = self.prefill(tokens)
+        begun = self._begun
+        for left in reversed(range(steps)):
+            penalize(logits, seen, settings.repetition_penalty)
+            token = self._sample(logits, settings, rng, matcher and matcher.compute_bitmask())
+            if token in stops:
+                ended = "stop"
+                break
+            seen.add(token)
+            if matcher and not matcher.consume_token(token):
+                raise ValueError(f"the schema is too complex: {clean(matcher.get_error())}")
+            yield token
+            if matcher and matcher.is_stopped():
+                ended = "stop"
+                break
+            if self._begun != begun:
+                raise RuntimeError("another generation or adapter began, or the cache was emptied, "
+                                   "before this one ended")
+            if left:
+                logits = self.read([token])
+        self.ended = ended
 
-    def _sample(self, logits: ort.OrtValue, rng: random.Random, sampling: Sampling,
-                mask: bytes | None) -> list[int]:
-        """Choose the next token of each row from logits (B, 1, V); a mask is of a single row."""
-        B, size = logits.shape()[0], self.candidates
-        best, ids = (ctypes.c_float * (B * size))(), (ctypes.c_int64 * (B * size))()
+    def _sample(self, logits: ort.OrtValue, sampling: Sampling, rng: random.Random,
+                mask: bytes | None) -> int:
+        """Choose the next token from logits (1, 1, V), among those of the mask, if there is one."""
+        size = self.candidates
+        best, ids = (ctypes.c_float * size)(), (ctypes.c_int64 * size)()
         io = self._sampler.io_binding()
         io.bind_ortvalue_input("logits", logits)
-        io.bind_output("values", "cpu", 0, FLOAT, [B, size], ctypes.addressof(best))
-        io.bind_output("indices", "cpu", 0, INT64, [B, size], ctypes.addressof(ids))
+        io.bind_output("values", "cpu", 0, FLOAT, [1, size], ctypes.addressof(best))
+        io.bind_output("indices", "cpu", 0, INT64, [1, size], ctypes.addressof(ids))
         self._sampler.run_with_iobinding(io)
         if math.isnan(sum(best)):
             raise ArithmeticError("the model's logits are not numbers")
-        self._last, chosen = (logits, ids[:size]), list[int]()
-        for start in range(0, B * size, size):
-            values, tokens = best[start:start + size], ids[start:start + size]
-            if mask is not None:
-                values, tokens = permitted(logits, values, tokens, mask)
-            chosen.append(tokens[sampling.draw(values, rng)])
-        return chosen
+        self._last, values, tokens = (logits, [*ids]), [*best], [*ids]
+        if mask is not None:
+            values, tokens = permitted(logits, values, tokens, mask)
+        return tokens[sampling.draw(values, rng)]
 
     def logprobs(self, token: int, count: int) -> list[tuple[str, float]]:
         """Text and log-probability of the token that was given last and, after it, of the `count`
@@ -86,42 +120,6 @@ class Generator(CachedModel):
         total = log_of_sum(floats.tolist())
         return [(self.tokenizer.decode([i]), floats[i] - total)
                 for i in (token, *self._last[1][:count])]
-
-    def _tokens(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling, grammar: str = "",
-                ) -> Iterator[list[Any]]:
-        """Yield the next token of each prompt, step by step; None for a prompt that has stopped."""
-        if sampling.top_k > self.candidates:
-            raise ValueError(f"top_k {sampling.top_k}: the sampler gives {self.candidates} tokens")
-        rows = self.encoded(prompts)
-        matcher = new_matcher(self._grammar_tokens, grammar) if grammar else None
-        room, limit = self.room(max(map(len, rows))), sampling.max_tokens
-        steps = room if limit is None else min(room, limit)
-        rng, stops = random.Random(sampling.seed), set(self.tokenizer.stop_ids)
-        running, self.ended = [True] * len(rows), ""
-        logits, to_penalize = self._begin(rows, steps), [set(row) for row in rows]
-        begun = self._begun
-        for step in range(1, steps + 1):
-            if sampling.repetition_penalty != 1:
-                penalize(logits, to_penalize, sampling.repetition_penalty)
-            chosen = self._sample(logits, rng, sampling, matcher and matcher.compute_bitmask())
-            running = [r and token not in stops for r, token in zip(running, chosen)]
-            if not any(running):
-                self.ended = "stop"
-                return
-            for row, token in zip(to_penalize, chosen):
-                row.add(token)
-            if matcher and not matcher.consume_token(chosen[0]):
-                raise ValueError(f"the schema is too complex: {clean(matcher.get_error())}")
-            yield [token if r else None for r, token in zip(running, chosen)]
-            if matcher and matcher.is_stopped():
-                self.ended = "stop"
-                return
-            if self._begun != begun:
-                raise RuntimeError("another generation or adapter began, or the cache was emptied, "
-                                   "before this one ended")
-            if step < steps:
-                logits = self.read([[token] for token in chosen])
-        self.ended = "max_tokens" if steps == limit else "context"
 
     def call_grammar(self, tools: Sequence[Function], must: bool = False,
                      most: int = CALLS) -> str:
@@ -157,25 +155,14 @@ class Generator(CachedModel):
 
     def room(self, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens."""
-        return (self.context - length) // (self.static[1] if self.static and not self._npu else 1)
+        padded = self.static and self.info["target"] != "npu"    # T places for each token
+        return (self.context - length) // (self.static[1] if self.static and padded else 1)
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[ort.OrtValue]:
         """Logits (1, 1, V) after a prompt, and after each of the tokens that follow it."""
-        yield self._begin([prompt])
+        yield self.prefill(prompt)
         for token in tokens:
-            yield self.read([[token]])
-
-    def generate(self, prompt: str | Sequence[int], max_tokens: int | None = None,
-                 grammar: str = "", **sampling: Any) -> Iterator[int]:
-        """Yield the tokens that follow a prompt, up to and without a stop token.
-
-        prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
-        grammar: of the answer, as grammar.py writes it; sampling: fields of `Sampling`.
-        Raises ValueError for a wrong prompt or argument at the first next(), ArithmeticError for
-        NaN logits, and RuntimeError once another generation or adapter has begun.
-        """
-        for token, in self._tokens([prompt], Sampling(max_tokens, **sampling), grammar):
-            yield token
+            yield self.read([token])
 
     def reply(self, messages: Sequence[Message], tools: Sequence[Function] = (),
               stop: Sequence[str] = (), **options: Any) -> Message:
@@ -192,32 +179,12 @@ class Generator(CachedModel):
         return self.tokenizer.parse(chat, "".join(self.text(tokens, stop)))
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
-              rows: int | None = None, **sampling: Any) -> list[list[int]]:
-        """The tokens that follow each prompt; arguments as for `generate`.
-
-        rows: how many prompts are padded to one length and read at once, at least 1. Default: on a
-        CPU one, as padding costs more than it saves; on a GPU as many as have caches of BATCH bytes
-        together; a static graph fixes it.
-        """
-        if rows is not None and rows < 1:
-            raise ValueError(f"{rows} rows: expected at least 1")
-        encoded, answers = self.encoded(prompts), list[list[int]]()
-        if self._batch:
-            rows = self._batch
-        elif rows is None and self._memory[0] == "cpu":
-            rows = 1
-        elif rows is None:
-            longest = max(map(len, encoded), default=0)
-            room = self.room(longest) if max_tokens is None else max_tokens
-            cache = self._bytes_per_token * min(longest + room, self.context)
-            rows = max(1, BATCH // cache)
-        for start in range(0, len(encoded), rows):
-            group = encoded[start:start + rows]
-            if start and sampling.get("seed") is not None:
-                sampling["seed"] += rows                       # other draws than the rows before
-            steps = list(self._tokens(group, Sampling(max_tokens, **sampling)))
-            answers += [[s[i] for s in steps if s[i] is not None] for i in range(len(group))]
-        return answers
+              seed: int | None = None, **sampling: Any) -> list[list[int]]:
+        """The tokens that follow each prompt, one prompt after another; arguments as for
+        `generate`. A wrong prompt is named before any is read; a seed draws anew for each."""
+        return [[*self.generate(tokens, max_tokens, **sampling,
+                                seed=None if seed is None else seed + number)]
+                for number, tokens in enumerate(self.encoded(prompts))]
 
     def choose(self, prompt: str | Sequence[int], choices: Sequence[str], best: int = 1,
                ) -> list[Answer]:
@@ -230,7 +197,7 @@ class Generator(CachedModel):
             raise ValueError(f"the answers are the text {choices!r}: give a list of texts")
         answers = self._answer_tokens(tuple(choices))
         tokens, = self.encoded([prompt], max(map(len, answers)))
-        return likeliest(lambda start: self._begin([[*tokens, *start]]), answers, best)
+        return likeliest(lambda start: self.prefill([*tokens, *start]), answers, best)
 
     def text(self, tokens: Iterable[int], stop: Sequence[str] = (), strip: bool = False,
              ) -> Iterator[str]:
@@ -246,7 +213,7 @@ class Generator(CachedModel):
             kept += piece.lstrip() if strip else piece
             strip = strip and not kept
             if ends := [at for end in stop if (at := kept.find(end)) >= 0]:
-                kept, self.ended = kept[:min(ends)], "stop"
+                kept = kept[:min(ends)]
                 break
             if len(kept) > back:
                 yield kept[:len(kept) - back]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cache import GrowingCache, Row
+from .cache import ONE, ZERO, Cache
 from .folder import INT64
 from .providers import EMULATED, SOC, Device, find_device, open_session
 
@@ -42,17 +42,19 @@ class NpuSteps:
             for name, where in (("embed.onnx", Device()), (f"model{end}", device),
                                 (f"prompt{end}", device)))
 
-    def step(self, tokens: Sequence[int | None], filled: int, cache: Mapping[str, Any]) -> Any:
-        """Logits (1, 1, V) after T tokens that follow `filled` others; None on the left is padding.
+    def step(self, tokens: Sequence[int], filled: int, cache: Mapping[str, Any]) -> Any:
+        """Logits (1, 1, V) after one token, or up to T with padding before them, that follow
+        `filled` others.
 
         cache: {input of the graph: keys or values (1, K, P, C)}; the new ones are appended to them.
         """
-        T, new, P = len(tokens), sum(t is not None for t in tokens), self.info["static"][2]
-        session = self.one if T == 1 else self.prompt
+        new, (_, T, P) = len(tokens), self.info["static"]
+        T, session = (1, self.one) if new == 1 else (T, self.prompt)
         look, run = self.embed.io_binding(), session.io_binding()
-        ids = array("q", [t or 0 for t in tokens])
-        mask = array("q", [1] * filled + [0] * (P + T - filled - new) + [1] * new)
-        positions = array("q", [max(0, filled + new - T + n) for n in range(T)])
+        padding = ZERO * (T - new)
+        ids = padding + array("q", tokens)
+        mask = ONE * filled + ZERO * (P - filled) + padding + ONE * new
+        positions = padding + array("q", range(filled, filled + new))
         for io, name, values in ((look, "input_ids", ids), (run, "attention_mask", mask),
                                  (run, "position_ids", positions)):
             io.bind_input(name, "cpu", 0, INT64, [1, len(values)], values.buffer_info()[0])
@@ -80,18 +82,18 @@ class NpuSteps:
                            present.data_ptr() + HALF * C * (head * T + T - new), HALF * C * new)
 
 
-class SlotCache(GrowingCache):
+class SlotCache(Cache):
     """P slots, of which the graphs read only what the mask says; `steps` fills them."""
 
-    def __init__(self, steps: NpuSteps, *sizes: Any):
-        super().__init__(*sizes)
+    def __init__(self, steps: NpuSteps, *others: Any):
+        super().__init__(*others, P=steps.info["static"][2])
         self.steps = steps
 
     def cut(self, n: int) -> bool:
-        del self.tokens[0][n:]
+        del self.tokens[n:]
         return True
 
-    def step(self, rows: Sequence[Row]) -> Any:
-        logits = self.steps.step(rows[0], len(self.tokens[0]), self.past)
-        self.tokens[0] += [token for token in rows[0] if token is not None]
+    def step(self, tokens: Sequence[int]) -> Any:
+        logits = self.steps.step(tokens, len(self.tokens), self.past)
+        self.tokens += tokens
         return logits

@@ -1,6 +1,6 @@
 """How the next token is chosen from logits.
 
-Letters: B prompts, V vocabulary.
+Letters: V vocabulary.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ class Sampling:
 
 
 def floats_of(logits: Any) -> "memoryview[float]":
-    """The values of an OrtValue of floats (B, 1, V) in one row, in its own memory."""
+    """The values of an OrtValue of floats (1, 1, V), in its own memory."""
     kind = ctypes.c_float * math.prod(logits.shape())
     return memoryview(kind.from_address(logits.data_ptr())).cast("B").cast("f")
 
@@ -76,12 +76,12 @@ def log_of_sum(logits: Sequence[float]) -> float:
     return total
 
 
-def penalize(logits: Any, rows: Sequence[Iterable[int]], penalty: float) -> None:
-    """Change logits (B, 1, V) in place: by a repetition penalty, of the tokens that a row has."""
-    floats, V = floats_of(logits), logits.shape()[-1]
-    for row, tokens in enumerate(rows):
-        for index in (row * V + token for token in tokens):
-            floats[index] *= penalty if floats[index] < 0 else 1 / penalty
+def penalize(logits: Any, tokens: Iterable[int], penalty: float) -> None:
+    """Change logits (1, 1, V) in place: by a repetition penalty, of the tokens that a text has."""
+    if penalty != 1:
+        floats = floats_of(logits)
+        for token in tokens:
+            floats[token] *= penalty if floats[token] < 0 else 1 / penalty
 
 
 def permitted(logits: Any, values: Sequence[float], tokens: Sequence[int], mask: bytes,

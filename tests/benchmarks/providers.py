@@ -76,7 +76,7 @@ def child(folder: Path, provider: str, prompts: int, long: int) -> None:
         ids = generator.tokenizer.encode((ROOT / "README.md").read_text())[0][:long]
         generator.reset()
         for at in range(0, len(ids), STEP):
-            logits = generator.read([ids[at:at + STEP]])
+            logits = generator.read(ids[at:at + STEP])
             found["logits"].append(ctypes.cast(
                 logits.data_ptr(), ctypes.POINTER(ctypes.c_float))[:logits.shape()[-1]])
     print(json.dumps(found))

@@ -73,11 +73,10 @@ def logits(folder: Path, text: list[int], provider: str | None = None) -> Tensor
         torch.zeros(shape, dtype=torch.float16))
         for i in range(info["layers"]) for part in ("key", "value")}
     first, found = text[:-3], []
-    rows: list[Any] = [[None] * (-len(first) % T) + first][0]
     seen = 0
-    for start in range(0, len(rows), T):
-        got = steps.step(rows[start:start + T], seen, cache)
-        seen += sum(t is not None for t in rows[start:start + T])
+    for end in range((len(first) - 1) % T + 1, len(first) + 1, T):
+        got = steps.step(first[seen:end], seen, cache)
+        seen = end
     for token in [None, *text[-3:]]:
         if token is not None:
             got = steps.step([token], seen, cache)
@@ -218,7 +217,7 @@ def test_a_prompt_that_begins_as_the_last_one_is_read_from_where_it_differs(tmp_
         assert generator.prompt_tokens == read
         assert found == list(Generator(folder, threads=1).generate(prompt, 6))
     sizes, step = [], generator.step
-    generator.step = lambda rows: sizes.append(len(rows[0])) or step(rows)       # type: ignore
+    generator.step = lambda tokens: sizes.append(len(tokens)) or step(tokens)    # type: ignore
     generator.choose([*text, *b"xyz"], ["a long way", "a long walk", "b"], 3)
     assert len(sizes) < 8                    # each part again from its first token: 9
 
@@ -239,7 +238,8 @@ def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch
 
 
 def test_keys_that_do_not_fit_the_cache_are_refused(tmp_path: Path) -> None:
-    steps = Generator(write(random_model(), tmp_path / "npu", "fp16"), threads=1)._npu
+    folder = write(random_model(), tmp_path / "npu", "fp16")
+    steps = NpuSteps(folder, json.loads((folder / "export.json").read_text()), None, 1)
 
     def value(*shape: int) -> Any:
         return ort.OrtValue.from_dlpack(torch.zeros(shape, dtype=torch.float16))

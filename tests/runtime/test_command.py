@@ -101,7 +101,7 @@ def test_each_call_of_an_answer_gets_its_result(generator, monkeypatch) -> None:
     def answer(_: object, chat: list[dict], *rest: object) -> dict:
         chats.append(chat)
         return {"role": "assistant", "content": ""} | (
-            {"tool_calls": [call, call]} if len(chats) == 1 else {})
+            {"tool_calls": [call, call]} if len(chats) == 1 else {}), False
     monkeypatch.setattr(terminal, "_answer", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("ask\n1\n2\nmore\n"))
     terminal._chat(generator, {}, (), False)

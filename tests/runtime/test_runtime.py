@@ -1,4 +1,4 @@
-"""The runtime: the text that PyTorch gives, streamed, batched and cut off; broken folders."""
+"""The runtime: the text that PyTorch gives, streamed and cut off; broken folders."""
 
 import ctypes
 import gc
@@ -54,27 +54,11 @@ def test_greedy_equals_torch(model, folders, kind) -> None:
     expected = generate(model, PROMPTS, 12, generator.tokenizer.stop_ids)
     assert len(set(map(tuple, expected))) == len(PROMPTS) and min(map(len, expected)) > 2
     assert [list(generator.generate(p, 12)) for p in PROMPTS] == expected
-    for rows in (None, 2, 3, 9):             # 2: another batch for the last prompt
-        assert generator.batch(PROMPTS, 12, rows=rows) == expected
+    assert generator.batch(PROMPTS, 12) == expected
     assert [list(generator.generate(p.decode(), 12)) for p in PROMPTS] == expected
 
 
-@pytest.mark.parametrize("kind, device, rows, sizes", [
-    ("ort", "cpu", None, [1, 1, 1]), ("ort", "cpu", 2, [2, 1]), ("ort", "cuda", None, [3]),
-    ("portable", "cpu", None, [1, 1, 1]), ("chunks", "cpu", None, [2, 2])])
-def test_how_many_prompts_are_read_at_once(folders, monkeypatch, kind, device, rows, sizes) -> None:
-    """All on a GPU, and one on a CPU; a static graph of two rows repeats the last prompt."""
-    generator, read = Generator(folders[kind], threads=1), []
-    step, make = generator.step, ort.OrtValue.ortvalue_from_shape_and_type
-    monkeypatch.setattr(generator, "step", lambda rows: read.append(len(rows)) or step(rows))
-    monkeypatch.setattr(generator, "_memory", (device, 0))
-    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type",
-                        lambda shape, kind, *_: make(shape, kind, "cpu"))
-    generator.batch([b"abc", b"defg", b"h"], 1, rows=rows)
-    assert read == sizes
-
-
-@pytest.mark.parametrize("kind", ["ort", "portable"])
+@pytest.mark.parametrize("kind", ["ort", "portable", "static"])
 def test_goes_on_from_what_was_read(folders, kind) -> None:
     generator = Generator(folders[kind], threads=1)
     first = list(generator.generate(PROMPTS[2], 8))
@@ -109,7 +93,7 @@ def test_an_interruption_empties_the_cache(generator, monkeypatch) -> None:
         patch.setattr(ort.InferenceSession, "run_with_iobinding", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(generator.generate(PROMPTS[1] + b" and more", 6))
-    assert generator._cache.tokens == [[]]
+    assert generator._cache.tokens == []
     assert list(generator.generate(PROMPTS[1], 6)) == expected
 
 
@@ -168,23 +152,6 @@ def test_no_prompt_has_no_text(generator) -> None:
     assert generator.batch([]) == []
 
 
-def test_prompts_of_a_gpu_share_a_bounded_memory(folders, monkeypatch) -> None:
-    """2 layers x keys and values x 2 heads x 16 x 4 bytes: 512 a token, and 4 + 6 tokens."""
-    generator, sizes = Generator(folders["ort"], threads=1), []
-    expected = generator.batch([b"abcd", b"abc"] * 4, 6)
-    reset, make = generator.reset, ort.OrtValue.ortvalue_from_shape_and_type
-    monkeypatch.setattr(generator, "reset", lambda *size: sizes.append(size) or reset(*size))
-    monkeypatch.setattr(generator, "_memory", ("cuda", 0))
-    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type",
-                        lambda shape, kind, *_: make(shape, kind, "cpu"))
-    monkeypatch.setattr("minismoe.runtime.generator.BATCH", 3 * 512 * 10 + 1)
-    assert generator.batch([b"abcd", b"abc"] * 4, 6) == expected
-    assert sizes == [(3, 10), (3, 10), (2, 10)]
-    del sizes[:]
-    generator.batch([b"abcd"] * 2, rows=2)               # a number that was asked for stays
-    assert sizes == [(2, 96)]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_emptied_cache_ends_a_generation(folders, kind) -> None:
     generator = Generator(folders[kind], threads=1)
@@ -216,7 +183,7 @@ def test_a_wrong_prompt_of_a_batch_is_named_before_any_is_read(generator) -> Non
     generator.reset()
     with pytest.raises(ValueError, match="^prompt 2 of 3 is empty"):
         generator.batch(["a", "", "b"])
-    assert generator._cache.tokens == [[]]
+    assert generator._cache.tokens == []
 
 
 def test_long_prompts_go_in_chunks(generator, monkeypatch) -> None:
@@ -224,9 +191,9 @@ def test_long_prompts_go_in_chunks(generator, monkeypatch) -> None:
     generator.reset()
     sizes, step = [], generator.step
     monkeypatch.setattr("minismoe.runtime.model.CHUNK", 7)
-    monkeypatch.setattr(generator, "step", lambda rows: sizes.append(len(rows[0])) or step(rows))
+    monkeypatch.setattr(generator, "step", lambda new: sizes.append(len(new)) or step(new))
     assert list(generator.generate(PROMPTS[2], 8)) == whole
-    assert len(PROMPTS[2]) == 33 and sizes[:6] == [7, 7, 7, 7, 5, 1]
+    assert len(PROMPTS[2]) == 33 and sizes[:6] == [5, 7, 7, 7, 7, 1]
 
 
 def test_stops(generator, monkeypatch) -> None:
@@ -289,10 +256,7 @@ def test_refusals(generator, prompt, options, message) -> None:
         list(generator.generate(prompt, **options))
 
 
-def test_a_batch_of_no_rows_and_an_empty_chat_are_refused(generator) -> None:
-    for rows in 0, -1:
-        with pytest.raises(ValueError, match=f"^{rows} rows: expected at least 1"):
-            generator.batch(["a"], rows=rows)
+def test_an_empty_chat_is_refused(generator) -> None:
     with pytest.raises(ValueError, match="the chat is empty"):
         generator.reply([])
 
@@ -329,7 +293,7 @@ def test_tokens_that_can_be_drawn_are_those_of_transformers(options) -> None:
 
 
 def test_a_repetition_penalty_is_that_of_transformers(model, folders) -> None:
-    """Of tokens in the prompt and in the answer, in each row of a batch."""
+    """Of tokens in the prompt and in the answer."""
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
     generator, expected = Generator(folders["ort"], threads=1), []
     generator.tokenizer.stop_ids = []
@@ -341,7 +305,6 @@ def test_a_repetition_penalty_is_that_of_transformers(model, folders) -> None:
             ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
         expected.append(ids[0, len(prompt):].tolist())
     assert generator.batch(PROMPTS, 12, repetition_penalty=1.7) == expected
-    assert generator.batch(PROMPTS, 12, rows=3, repetition_penalty=1.7) == expected
     assert generator.batch(PROMPTS, 12) != expected
 
 
@@ -351,18 +314,14 @@ def test_a_repetition_penalty_is_that_of_transformers(model, folders) -> None:
     (["threex"], "one, two, three")])
 def test_a_text_ends_before_a_stop_text(generator, stop, text) -> None:
     """Whatever the pieces are, nothing of it is given away before."""
-    generator.ended = ""
     pieces = [*generator.text(b"one, two, three", stop)]
     assert "".join(pieces) == text and "" not in pieces
-    assert generator.ended == ("stop" if text != "one, two, three" else "")
 
 
-@pytest.mark.parametrize("kind, rows", [("static", 1), ("chunks", 2), ("ort", 1)])
-def test_each_batch_draws_anew(folders, kind, rows) -> None:
-    """A CPU reads one prompt at a time."""
-    generator, hot = Generator(folders[kind], threads=1), {"temperature": 5.0, "seed": 1}
-    found = generator.batch([PROMPTS[1]] * (2 * rows), 12, **hot)
-    assert found[:rows] == generator.batch([PROMPTS[1]] * rows, 12, **hot) != found[rows:]
+def test_each_prompt_of_a_batch_draws_anew(generator) -> None:
+    hot = {"temperature": 5.0, "seed": 1}
+    first, second = generator.batch([PROMPTS[1]] * 2, 12, **hot)
+    assert [first] == generator.batch([PROMPTS[1]], 12, **hot) and first != second
 
 
 def test_a_hundred_thousand_threads_are_not_started(folders, generator) -> None:
@@ -454,6 +413,7 @@ def test_tasks(model, tmp_path, folders) -> None:
     (lambda f: describe(f, kv_heads=3), "export.json is not of this model.onnx"),
     (lambda f: describe(f, cache_type="float16"), "export.json is not of this model.onnx"),
     (lambda f: describe(f, target="portable"), "export.json is not of this model.onnx"),
+    (lambda f: describe(f, static=[2, 4, 96]), r"not understood: .* static \[2, 4, 96\]"),
     (lambda f: describe(f, target=None), "not understood: .* target None"),
     (lambda f: describe(f, target=["ort"]), r"not understood: .* target \['ort'\]"),
     (lambda f: spoil_sampler(f, 0), "export.json is not of this model.onnx and sampler.onnx"),

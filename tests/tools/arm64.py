@@ -70,7 +70,7 @@ def answers(folder: Path) -> dict[str, Any]:
     prompts = [generator.tokenizer.render([{"role": "user", "content": text}], True)
                for text in PROMPTS]
     texts = [list(generator.generate(prompt, 12)) for prompt in prompts]
-    batch = generator.batch(prompts, 12, rows=len(prompts))
+    batch = generator.batch(prompts, 12)
     logits = []
     for value in generator.forced(generator.encoded(prompts[-1:])[0], texts[-1]):
         count = value.shape()[-1]
