@@ -22,9 +22,15 @@ SHOWN: list[Message] = [
         "name": "shown", "description": "x", "parameters": {"type": "object", "properties": {}}}}]},
     {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "123456789",
         "function": {"name": "shown", "arguments": {"key": "value"}}}]}]
-# Its call as JSON, alone or in a list: the word before, the two keys, and the word after.
-WRITTEN = re.compile(r'(\S*?)\s*\[?\s*{[^{}]*"(\w+)": *"shown"[^{}]*"(\w+)": *{"key": *"value"}'
-                     r'[^{}]*}\s*]?\s*(\S*)')
+# How a template writes its call: as JSON, alone or in a list, perhaps between two words, as in
+#     <tool_call>\n{"name": "shown", "arguments": {"key": "value"}}\n</tool_call>
+WRITTEN = re.compile(r'''
+    (?P<mark>\S*?)  (?P<opening>\s*\[?\s*)                 # <tool_call>, and \n
+    (?P<head>{[^{}]*"(?P<name>\w+)":\ *)  "shown"          # {"name":_
+    (?P<middle>[^{}]*"(?P<arguments>\w+)":\ *)  {"key":\ *"value"}          # , "arguments":_
+    (?P<tail>[^{}]*})                                      # }, which an id may precede
+    (?P<closing>\s*]?\s*(?P<after>\S*))                    # \n</tool_call>
+    ''', re.VERBOSE)
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Function]) -> list[Message]:
@@ -69,7 +75,7 @@ def read_answer(answer: str, shown: str, tools: Sequence[Function]) -> Message:
     message = {"role": "assistant", "content": answer.strip()}
     if not (form := WRITTEN.search(shown)):
         return message
-    before, name, arguments, after = form.groups()
+    before, name, arguments, after = form.group("mark", "name", "arguments", "after")
     text, *written = answer.split(before) if before else ("", answer)
     texts, calls = [text.strip()], list[Function]()
     with suppress(LookupError, RecursionError, TypeError, ValueError):   # text that looks like JSON

@@ -14,6 +14,7 @@ Letters: V vocabulary.
 """
 
 import ctypes
+import heapq
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from .choices import Answer, Tokens, answer_tokens, likeliest
 from .folder import FLOAT, INT64
 from .grammar import CALLS, call_grammar, grammar_tokens, new_matcher
 from .model import CachedModel
-from .sampling import Sampling, floats_of, log_of_sum, penalize, permitted
+from .sampling import Sampling, floats_of, log_of_sum, penalized, permitted
 
 
 class Generator(CachedModel):
@@ -74,8 +75,8 @@ class Generator(CachedModel):
         logits = self.prefill(tokens)
         begun = self._begun
         for left in reversed(range(steps)):
-            penalize(logits, seen, settings.repetition_penalty)
-            token = self._sample(logits, settings, rng, matcher and matcher.compute_bitmask())
+            with penalized(logits, seen, settings.repetition_penalty):
+                token = self._sample(logits, settings, rng, matcher and matcher.compute_bitmask())
             if token in stops:
                 ended = "stop"
                 break
@@ -103,23 +104,23 @@ class Generator(CachedModel):
         io.bind_output("values", "cpu", 0, FLOAT, [1, size], ctypes.addressof(best))
         io.bind_output("indices", "cpu", 0, INT64, [1, size], ctypes.addressof(ids))
         self._sampler.run_with_iobinding(io)
-        if math.isnan(sum(best)):
+        if not sum(best) < math.inf:         # nan, too
             raise ArithmeticError("the model's logits are not numbers")
-        self._last, values, tokens = (logits, [*ids]), [*best], [*ids]
+        self._last, values, tokens = logits, [*best], [*ids]
         if mask is not None:
             values, tokens = permitted(logits, values, tokens, mask)
         return tokens[sampling.draw(values, rng)]
 
     def logprobs(self, token: int, count: int) -> list[tuple[str, float]]:
         """Text and log-probability of the token that was given last and, after it, of the `count`
-        likeliest tokens: among all, whatever the temperature and the grammar.
+        likeliest tokens: among all, without penalties, temperature and grammar.
 
         It takes about as long as a step of a small model: Python sums over the vocabulary.
         """
-        floats = floats_of(self._last[0])
-        total = log_of_sum(floats.tolist())
-        return [(self.tokenizer.decode([i]), floats[i] - total)
-                for i in (token, *self._last[1][:count])]
+        logits = floats_of(self._last).tolist()
+        total = log_of_sum(logits)
+        likeliest = heapq.nlargest(count, range(len(logits)), logits.__getitem__)
+        return [(self.tokenizer.decode([i]), logits[i] - total) for i in (token, *likeliest)]
 
     def call_grammar(self, tools: Sequence[Function], must: bool = False,
                      most: int = CALLS) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from ..data.tools import SHOWN, WRITTEN, Function
+from ..io.files import naming
 from ..io.text import clean
 
 # As json.dumps and templates write it. Where small models may write white space, some never stop.
@@ -15,9 +16,9 @@ from ..io.text import clean
 FORMAT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
                          "key_separator": ": ", "coerce_one_of": True}}
 COMBINED, NAMING = {"anyOf", "oneOf", "$ref", "patternProperties"}, {"properties", "required"}
+CONSTANTS = {"const", "enum", "default", "examples"}         # keywords whose values are no schemas
+NAMED = {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
 CALLS = 8                                    # of one answer: small models go on calling
-# The opening, the call up to its name, up to its arguments, up to its end, and the closing.
-FORM = re.compile(r'([^{]*)({.*?)"shown"(.*?){"key": *"value"}([^}]*})(.*)', re.DOTALL)
 
 
 def json_grammar(schema: Any) -> str:
@@ -33,18 +34,27 @@ def _json(schema: Any) -> str:
     JSON schema allows others, and small models go on adding some. Where a part combines schemas,
     which may not know each other's names, all objects of the schema may have others.
     """
-    text = json.dumps(schema)
-    combines = '"allOf"' in text
+    combines = False
 
-    def close(part: dict[str, Any]) -> dict[str, Any]:
+    def close(part: Any) -> Any:
         nonlocal combines
-        combines = combines or bool(part.keys() & COMBINED and part.keys() & NAMING)
-        if part.get("type") == "object" and "properties" in part:
-            part.setdefault("additionalProperties", False)
-        return part
+        if isinstance(part, list):
+            return [close(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        keys = part.keys()
+        combines = combines or "allOf" in keys or bool(keys & COMBINED and keys & NAMING)
+        closed: dict[str, Any] = {"additionalProperties": False} if (
+            part.get("type") == "object" and "properties" in keys) else {}
+        for key, value in part.items():
+            named = key in NAMED and isinstance(value, dict)         # {name: schema}
+            closed[key] = value if key in CONSTANTS else (
+                {name: close(inner) for name, inner in value.items()} if named else close(value))
+        return closed
 
-    closed = json.loads(text, object_hook=close)
-    return f"%json {json.dumps({**(schema if combines else closed), **FORMAT})}"
+    with naming("the schema", RecursionError):
+        closed = close(schema)
+        return f"%json {json.dumps({**(schema if combines else closed), **FORMAT})}"
 
 
 def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
@@ -55,21 +65,22 @@ def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
     Raises ValueError if the template writes calls otherwise than as JSON.
     """
     ids = tokenizer.turn(SHOWN)
-    written = WRITTEN.search(tokenizer.decode(ids))
-    form = FORM.fullmatch(written[0].removeprefix(written[1])) if written else None
-    if not written or not form:
+    form = WRITTEN.search(tokenizer.decode(ids))
+    if not form:
         raise ValueError("the chat template writes calls otherwise than as JSON: leave out what "
                          "holds answers to them")
     text = partial(_literal, tags=_tags(tokenizer.backend))
-    before, (opening, first, middle, last, closing) = text(written[1]), form.groups()
-    end = text(last).replace("123456789", '" /[0-9A-Za-z]{9}/ "')           # an id
+    mark, opening, head, middle, tail, closing = form.group(
+        "mark", "opening", "head", "middle", "tail", "closing")
+    before = text(mark)
+    end = text(tail).replace("123456789", '" /[0-9A-Za-z]{9}/ "')           # an id
     more = f'(", " call){{0,{most - 1}}}' if "[" in opening and most > 1 else ""
     rules = [f"call: {' | '.join(f'call{n}' for n in range(len(tools)))}", "TEXT: /(.|\\n)*/",
              f"body: {text(opening)} call {more} {text(closing)}"]
     for number, tool in enumerate(tools):
         name = json.dumps(tool["function"]["name"], ensure_ascii=False)
         schema = {"type": "object", **(tool["function"].get("parameters") or {})}
-        rules.append(f"call{number}: {text(first + name + middle)} {_json(schema)} {end}")
+        rules.append(f"call{number}: {text(head + name + middle)} {_json(schema)} {end}")
     if ids and ids[0] in tokenizer.special.values():             # as Mistral's [TOOL_CALLS]
         start = f"<[{ids[0]}]> {before} body"
         start = start if must else f"TEXT ({start})?"

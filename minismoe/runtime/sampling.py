@@ -9,7 +9,8 @@ import math
 import random
 from argparse import ArgumentTypeError
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import accumulate, takewhile
 from typing import Any
@@ -27,8 +28,10 @@ class Sampling:
     max_tokens: int | None = flag(None, "tokens that an answer has at most (default: until the "
                                   "context is full)", natural, metavar="N")
     temperature: float = flag(0.0, "0 (default) takes the likeliest token, others draw", number)
-    top_p: float = flag(1.0, "draw among the likeliest tokens that together reach P (default: 1)",
-                        fraction, metavar="P")
+    # Sums over the whole vocabulary would take as long as a step of a small model.
+    top_p: float = flag(1.0, "draw among the likeliest tokens that together have the share P of "
+                        "the probability of the sampler's tokens (default: 1)", fraction,
+                        metavar="P")
     top_k: int = flag(0, "draw among the K likeliest tokens (default: as many as the folder's "
                       "sampler gives, 64)", natural, metavar="K")
     min_p: float = flag(0.0, "draw among tokens at least P times as likely as the likeliest "
@@ -76,12 +79,16 @@ def log_of_sum(logits: Sequence[float]) -> float:
     return total
 
 
-def penalize(logits: Any, tokens: Iterable[int], penalty: float) -> None:
-    """Change logits (1, 1, V) in place: by a repetition penalty, of the tokens that a text has."""
-    if penalty != 1:
-        floats = floats_of(logits)
-        for token in tokens:
-            floats[token] *= penalty if floats[token] < 0 else 1 / penalty
+@contextmanager
+def penalized(logits: Any, tokens: Iterable[int], penalty: float) -> Iterator[None]:
+    """Change logits (1, 1, V) meanwhile: by a repetition penalty, of the tokens that a text has."""
+    floats = floats_of(logits)
+    before = {token: floats[token] for token in tokens} if penalty != 1 else {}
+    for token, value in before.items():
+        floats[token] = value * penalty if value < 0 else value / penalty
+    yield
+    for token, value in before.items():      # log-probabilities are those of the model
+        floats[token] = value
 
 
 def permitted(logits: Any, values: Sequence[float], tokens: Sequence[int], mask: bytes,

@@ -107,7 +107,11 @@ def test_objects_have_no_property_that_the_schema_does_not_name() -> None:
             ({"properties": {"b": {}}, "required": ["b"], "anyOf": [inner]},
              '{"b": 1, "a": null}', True),
             ({"oneOf": [inner, {"type": "integer"}]}, "7", True),
-            (inner | {"oneOf": [{"required": ["a"]}]}, '{"a": null}', True)):
+            (inner | {"oneOf": [{"required": ["a"]}]}, '{"a": null}', True),
+            ({"const": inner}, json.dumps(inner), True),
+            ({"enum": [inner]}, json.dumps(inner), True),
+            ({"type": "object", "properties": {"const": inner}},             # a name
+             '{"const": {"a": null, "b": 1}}', False)):
         assert accepts(tokenizer, json_grammar(schema), text) == accepted, (schema, text)
 
 

@@ -239,6 +239,15 @@ def test_logits_that_are_not_numbers_end_a_text(model, tmp_path) -> None:
         list(Generator(export(broken, tmp_path / "f"), threads=1).generate("a", 2))
 
 
+@pytest.mark.parametrize("largest", [math.nan, math.inf])
+def test_infinite_logits_are_no_numbers(generator, largest) -> None:
+    logits = torch.zeros(1, 1, 259)
+    logits[..., 7] = largest
+    with pytest.raises(ArithmeticError, match="logits are not numbers"):
+        generator._sample(ort.OrtValue.from_dlpack(logits), Sampling(temperature=1.0),
+                          random.Random(0), None)
+
+
 @pytest.mark.parametrize("prompt, options, message", [
     ([], {}, "empty"), ("", {}, "empty"),
     (b"x" * 96, {}, "96 tokens, which leaves no room .* of 96"),
@@ -293,18 +302,23 @@ def test_tokens_that_can_be_drawn_are_those_of_transformers(options) -> None:
 
 
 def test_a_repetition_penalty_is_that_of_transformers(model, folders) -> None:
-    """Of tokens in the prompt and in the answer."""
+    """Of tokens in the prompt and in the answer; log-probabilities are those without it."""
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
     generator, expected = Generator(folders["ort"], threads=1), []
-    generator.tokenizer.stop_ids = []
+    generator.tokenizer.stop_ids, wanted = [], []
     for prompt in PROMPTS:
         ids = torch.tensor([[*prompt]])
         for _ in range(12):
             with torch.no_grad():
-                scores = RepetitionPenaltyLogitsProcessor(1.7)(ids, model(ids)[:, -1])
-            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+                logits = model(ids)[:, -1]
+            token = RepetitionPenaltyLogitsProcessor(1.7)(ids, logits).argmax(-1, keepdim=True)
+            ids, plain = torch.cat([ids, token], 1), logits.log_softmax(-1)[0]
+            wanted.append([float(plain[token]), float(plain.max())])
         expected.append(ids[0, len(prompt):].tolist())
     assert generator.batch(PROMPTS, 12, repetition_penalty=1.7) == expected
+    found = [[logprob for _, logprob in generator.logprobs(token, 1)] for prompt in PROMPTS
+             for token in generator.generate(prompt, 12, repetition_penalty=1.7)]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=1e-3)
     assert generator.batch(PROMPTS, 12) != expected
 
 
