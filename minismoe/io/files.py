@@ -4,14 +4,14 @@ import errno
 import hashlib
 import json
 import os
-import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+UNFINISHED = ".minismoe.tmp"                         # the end of a name before the renaming
 
 
 @contextmanager
@@ -61,17 +61,18 @@ def must_be_writable(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder, renamed to `path` at the end; FileExistsError if `path` exists.
 
-    Temporary folders that killed processes of this machine left beside it are removed.
+    A process holds its folder by a lock, which ends with the process: folders beside it that killed
+    processes left are removed.
     """
     must_be_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    machine = re.sub(r"\W", "_", platform.node())
-    for left in path.parent.glob(f".*.{machine}-*.tmp"):
-        made_by = re.search(r"-(\d+)-\w+\.tmp$", left.name)
-        if made_by and not _runs(int(made_by[1])):
+    for left in path.parent.glob(f".*{UNFINISHED}"):
+        if (lock := _lock(left)) is not None:
             shutil.rmtree(left, ignore_errors=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.{machine}-{os.getpid()}-", suffix=".tmp",
-                                dir=path.parent))
+            os.close(lock)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    lock = _lock(new)                                # before it has a name that others look for
+    tmp = new.rename(f"{new}{UNFINISHED}")
     try:
         yield tmp
         _rename(tmp, path)
@@ -81,19 +82,24 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)       # it is gone after the renaming
+        if lock is not None:
+            os.close(lock)
 
 
-def _runs(process: int) -> bool:
-    """Whether a process is alive, or cannot be asked: on Windows, a signal 0 would end it."""
-    if os.name == "nt":
-        return True
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the number that is returned is closed; None if it is locked, or where a
+    folder cannot be, as on Windows."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:                                  # of another user
-        pass
-    return True
+        import fcntl
+        number = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(number)
+        return None
+    return number
 
 
 def _rename(tmp: Path, path: Path) -> None:

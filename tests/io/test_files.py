@@ -46,9 +46,9 @@ def test_what_was_written_replaces(tmp_path: Path) -> None:
     assert [p.name for p in file.parent.iterdir()] == ["x.json"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a process cannot be asked there whether it lives")
-def test_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    """Of any name beside the new one; those of a living process stay."""
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be locked there")
+def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch) -> None:
+    """Of any name beside the new one; those of a living process stay, in another container too."""
     code = ("import os, signal, sys; from pathlib import Path; "
             "from minismoe.io.files import new_folder\n"
             "with new_folder(Path(sys.argv[1])) as tmp:\n"
@@ -56,6 +56,7 @@ def test_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
     assert python("-c", code, tmp_path / "first").returncode == -signal.SIGKILL
     assert len(left := [*tmp_path.iterdir()]) == 1 and (left[0] / "x").exists()
     (tmp_path / ".notes.tmp").mkdir()                    # not ours
+    monkeypatch.setattr(os, "getpid", lambda: 99_999_999)       # no process of this container
     with new_folder(tmp_path / "alive") as alive, new_folder(tmp_path / "second"):
         assert alive.exists() and not left[0].exists()
     assert {p.name for p in tmp_path.iterdir()} == {".notes.tmp", "alive", "second"}
