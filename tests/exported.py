@@ -3,7 +3,7 @@
 import hashlib
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -82,11 +82,26 @@ def describe(folder: Path, **info: object) -> None:
     file.write_text(json.dumps({"files": files, **old, **info}))
 
 
+def log_probabilities(answers: Mapping[str, Sequence[int]],
+                      logits_after: Callable[[Sequence[int]], torch.Tensor]) -> dict[str, float]:
+    """Of each answer if only these may be written, by brute force: at each of its tokens, a softmax
+    over those that may stand there. logits_after: (V,) after the beginning of an answer."""
+    found = {}
+    for text, tokens in answers.items():
+        found[text] = 0.0
+        for n, token in enumerate(tokens):
+            allowed = {other[n] for other in answers.values() if [*other[:n]] == [*tokens[:n]]}
+            logits = logits_after(tokens[:n]).double()
+            found[text] += (logits[token] - logits[sorted(allowed)].logsumexp(0)).item()
+    return found
+
+
 BARE = """
 import re, runpy, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "onnx", "safetensors", "tokenizers", "tqdm", "jinja2"):
+        if name.split(".")[0] in ("torch", "onnx", "safetensors", "tokenizers", "tqdm", "jinja2",
+                                  "starlette", "uvicorn"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
 sys.argv = ["runtime", *sys.argv[1:]]

@@ -1,7 +1,11 @@
-"""Answers from a set: only these can come out, each with its exact log-probability.
+"""Answers from a set: only these can come out, each with its log-probability among them.
 
-The tokens of all answers form a tree. Where answers part, the model's logits are compared over the
-tokens that some answer goes on with; tokens that all of them share are read without a choice,
+The model writes an answer token by token, and may write what some answer of the set goes on with: a
+probability is the product, over tokens, of a softmax over those that may stand there. It is not
+P(answer) / sum of P, for which each token of each likely answer must be read: that takes two to six
+times as many steps, and of models that are trained on the answers it differs by 0.0003 at most.
+
+The tokens of all answers form a tree. Tokens that all answers share are read without a choice,
 together with the token before them. An answer ends with the token that ends the assistant's turn,
 so one answer may begin another.
 
@@ -28,7 +32,7 @@ Tokens = tuple[int, ...]                     # of an answer, with the token that
 
 
 class Answer(NamedTuple):
-    """An answer of the set, and its log-probability among all of the set."""
+    """An answer of the set, and its log-probability if only answers of the set can be written."""
 
     text: str
     logprob: float

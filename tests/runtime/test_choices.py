@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from exported import KINDS, command, describe, export, random_model
+from exported import KINDS, command, describe, export, log_probabilities, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML
@@ -32,19 +32,10 @@ def model() -> CausalLM:
 
 @torch.no_grad()
 def by_hand(model: CausalLM, prompt: str, choices: list[str]) -> dict[str, float]:
-    """Log-probability of each answer: at each of its tokens, a softmax over what may stand there.
-
-    The default template writes a space before an answer, and 257 ends it.
-    """
-    found, whole = {}, {c: [*f" {c}".encode(), 257] for c in choices}
-    for choice, tokens in whole.items():
-        start = list(prompt.encode())
-        logits = model(torch.tensor([start + tokens]))[0, len(start) - 1:].double()
-        found[choice] = 0.0
-        for n, token in enumerate(tokens):
-            allowed = sorted({t[n] for t in whole.values() if t[:n] == tokens[:n]})
-            found[choice] += (logits[n, token] - logits[n, allowed].logsumexp(0)).item()
-    return found
+    """By PyTorch. The default template writes a space before an answer, and 257 ends it."""
+    return log_probabilities(
+        {choice: [*f" {choice}".encode(), 257] for choice in choices},
+        lambda start: model(torch.tensor([[*prompt.encode(), *start]]))[0, -1])
 
 
 def agree(answers: list, expected: dict[str, float]) -> None:
