@@ -1,4 +1,5 @@
-"""Text from an exported folder by onnxruntime alone: torch and numpy are never imported here.
+"""Text from an exported folder by onnxruntime alone. This code uses neither torch nor numpy, which
+onnxruntime itself loads.
 
     python -m minismoe.runtime FOLDER "a prompt"      or --chat, or a prompt on standard input
     from minismoe.runtime import Generator

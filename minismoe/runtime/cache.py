@@ -28,9 +28,10 @@ import onnxruntime as ort
 from .folder import CACHE_TYPES, FLOAT, INT64
 
 ZERO, ONE = array("q", [0]), array("q", [1])
+PAGE = 64                # tokens of a head: memory is taken in pages; on a GPU, as a whole at first
 
 
-class Cache:
+class GraphCache:
     """What all caches share: the tokens that were read, and the values that a step reads and gives.
 
     info: export.json; memory: kind and number of the device where keys and values stay; adapter:
@@ -41,7 +42,7 @@ class Cache:
     def __init__(self, session: ort.InferenceSession, info: Mapping[str, Any],
                  memory: tuple[str, int], adapter: Mapping[str, Any], T: int, *, P: int,
                  in_place: bool = False):
-        self.session, self.memory, self.T, self.P = session, memory, T, P
+        self.session, self.memory, self.adapter, self.T, self.P = session, memory, adapter, T, P
         self.tokens: list[int] = []
         inputs = {i.name: i for i in session.get_inputs()}
         self._has_positions = "position_ids" in inputs
@@ -70,6 +71,11 @@ class Cache:
             else:
                 io.bind_ortvalue_input(past, value)
                 io.bind_ortvalue_output(present, value)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(value.tensor_size_in_bytes() for value in self.past.values())
 
     def cut(self, n: int) -> bool:
         """Keep the first n tokens alone; False, and no change, if that is impossible.
@@ -103,11 +109,18 @@ class Cache:
         return ort.OrtValue(logits)
 
 
-class SharedCache(Cache):
+class SharedCache(GraphCache):
     """A buffer for the whole context, of which attention reads as many tokens as the mask has."""
 
     def __init__(self, session: ort.InferenceSession, info: Mapping[str, Any], *others: Any):
         super().__init__(session, info, *others, P=info["context"], in_place=True)
+        self._longest = 0                    # of the texts that it held
+
+    @property
+    def bytes(self) -> int:
+        self._longest = max(self._longest, len(self.tokens))
+        taken = -(-self._longest // PAGE) * PAGE if self.memory[0] == "cpu" else self.P
+        return super().bytes * min(taken, self.P) // self.P
 
     def cut(self, n: int) -> bool:
         if self._fed_back:                   # of convolutions, or of delta nets
@@ -116,14 +129,14 @@ class SharedCache(Cache):
         return True
 
 
-class GrowingCache(Cache):
+class GrowingCache(GraphCache):
     """Keys and values that grow by those of each step."""
 
     def __init__(self, *others: Any):
         super().__init__(*others, P=0)
 
 
-class FixedCache(Cache):
+class FixedCache(GraphCache):
     """The last P positions, where padding takes places that are never free again."""
 
     def __init__(self, session: ort.InferenceSession, info: Mapping[str, Any], *others: Any):

@@ -6,8 +6,9 @@
         penalize the logits of tokens that the text has; mask them by a grammar, if there is one
         token = sample(logits)
         stop if this token ends the answer
-        yield token                          `text` makes whole characters of tokens
-        logits = read(token)
+        new = token and, by a grammar, those tokens that alone may follow it
+        yield new                            `text` makes whole characters of tokens
+        logits = read(new)
     ended = why
 
 Letters: V vocabulary.
@@ -17,6 +18,7 @@ import ctypes
 import heapq
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial
@@ -25,10 +27,9 @@ from typing import Any
 import onnxruntime as ort
 
 from ..data.tools import Function, Message, with_tools
-from ..io.text import clean
 from .choices import Answer, Tokens, answer_tokens, likeliest
 from .folder import FLOAT, INT64
-from .grammar import CALLS, call_grammar, grammar_tokens, new_matcher
+from .grammar import CALLS, call_grammar, follow, grammar_tokens, new_matcher
 from .model import CachedModel
 from .sampling import Sampling, floats_of, log_of_sum, penalized, permitted
 
@@ -38,7 +39,8 @@ class Generator(CachedModel):
 
     provider: as `find_device` takes it, or "auto": the best of those that the export was checked
     on; threads: default, the physical cores; task: an adapter of the folder; verify: compare hashes
-    as well as sizes. There is one cache: give each thread a generator of its own.
+    as well as sizes; spare_bytes: what the caches of earlier prompts may take beside the one in
+    use, so that a chat goes on after another prompt. Give each thread a generator of its own.
     Raises FileNotFoundError or ValueError for a folder that is incomplete or broken.
     """
 
@@ -47,7 +49,6 @@ class Generator(CachedModel):
     # took no more of them.
     ended = ""
     prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
-    cached_tokens = 0                        # those that were in the cache
 
     @cached_property
     def _answer_tokens(self) -> Callable[[tuple[str, ...]], dict[Tokens, str]]:
@@ -55,11 +56,12 @@ class Generator(CachedModel):
         return lru_cache(8)(partial(answer_tokens, self.tokenizer))
 
     def generate(self, prompt: str | Sequence[int], max_tokens: int | None = None,
-                 grammar: str = "", **sampling: Any) -> Iterator[int]:
+                 grammar: str = "", fast_forward: bool = True, **sampling: Any) -> Iterator[int]:
         """Yield the tokens that follow a prompt, up to and without a stop token.
 
         prompt: token ids, or text as the model reads it (`tokenizer.render` formats a chat);
-        grammar: of the answer, as grammar.py writes it; sampling: fields of `Sampling`.
+        grammar: of the answer, as grammar.py writes it; fast_forward: read tokens that alone may
+        follow together with those before them, without `logprobs`; sampling: fields of `Sampling`.
         Raises ValueError for a wrong prompt or argument at the first next(), ArithmeticError for
         NaN logits, and RuntimeError once another generation or adapter has begun.
         """
@@ -67,31 +69,34 @@ class Generator(CachedModel):
         if settings.top_k > self.candidates:
             raise ValueError(f"top_k {settings.top_k}: the sampler gives {self.candidates} tokens")
         tokens, = self.encoded([prompt])
-        matcher = new_matcher(self._grammar_tokens, grammar) if grammar else None
+        matcher = self.matcher(grammar) if grammar else None
         room = self.room(len(tokens))
         steps = room if max_tokens is None else min(room, max_tokens)
-        rng, seen, stops = random.Random(settings.seed), {*tokens}, {*self.tokenizer.stop_ids}
+        rng, stops = random.Random(settings.seed), {*self.tokenizer.stop_ids}
+        read, written = {*tokens}, Counter[int]()
         self.ended, ended = "", "max_tokens" if steps == max_tokens else "context"
         logits = self.prefill(tokens)
-        begun = self._begun
-        for left in reversed(range(steps)):
-            with penalized(logits, seen, settings.repetition_penalty):
+        begun, self.prompt_tokens = self._begun, len(tokens) - self.cached_tokens
+        while steps:
+            with penalized(logits, read, written, settings):
                 token = self._sample(logits, settings, rng, matcher and matcher.compute_bitmask())
             if token in stops:
                 ended = "stop"
                 break
-            seen.add(token)
-            if matcher and not matcher.consume_token(token):
-                raise ValueError(f"the schema is too complex: {clean(matcher.get_error())}")
-            yield token
+            new = [token, *follow(matcher, token, steps - 1 if fast_forward else 0)] if (
+                matcher) else [token]
+            for token in new:
+                yield token
+                if self._begun != begun:
+                    raise RuntimeError("another generation or adapter began, or the cache was "
+                                       "emptied, before this one ended")
+            written.update(new)
+            steps -= len(new)
             if matcher and matcher.is_stopped():
                 ended = "stop"
                 break
-            if self._begun != begun:
-                raise RuntimeError("another generation or adapter began, or the cache was emptied, "
-                                   "before this one ended")
-            if left:
-                logits = self.read([token])
+            if steps:
+                logits = self.read(new)
         self.ended = ended
 
     def _sample(self, logits: ort.OrtValue, sampling: Sampling, rng: random.Random,
@@ -120,7 +125,7 @@ class Generator(CachedModel):
         logits = floats_of(self._last).tolist()
         total = log_of_sum(logits)
         likeliest = heapq.nlargest(count, range(len(logits)), logits.__getitem__)
-        return [(self.tokenizer.decode([i]), logits[i] - total) for i in (token, *likeliest)]
+        return [("".join(self._pieces([i])), logits[i] - total) for i in (token, *likeliest)]
 
     def call_grammar(self, tools: Sequence[Function], must: bool = False,
                      most: int = CALLS) -> str:
@@ -133,6 +138,10 @@ class Generator(CachedModel):
             self._grammar_tokens             # noqa: B018
             return call_grammar(self.tokenizer, tools, must, most)
         return ""
+
+    def matcher(self, grammar: str) -> Any:
+        """What holds an answer to a grammar; ValueError if it cannot be compiled."""
+        return new_matcher(self._grammar_tokens, grammar)
 
     @cached_property
     def _grammar_tokens(self) -> Any:
@@ -223,11 +232,14 @@ class Generator(CachedModel):
             yield kept
 
     def _pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield the text of tokens in whole characters."""
-        # The previous piece is decoded again before what is new, since some tokenizers decode a
-        # token differently without its neighbours.
-        piece: list[int] = []
-        new, length = [], 0                  # tokens after the piece, and characters of the piece
+        """Yield the text of tokens, which follow others, in whole characters.
+
+        The previous piece is decoded again before what is new, since tokenizers decode a token by
+        its neighbours: those as of Llama 2 leave out the first space of a text. (The library's
+        DecodeStream raises where bytes are no characters.)
+        """
+        piece, new = self._others, list[int]()
+        length = len(self.tokenizer.decode(piece))
         for token in tokens:
             new.append(token)
             text = self.tokenizer.decode(piece + new)
@@ -237,3 +249,8 @@ class Generator(CachedModel):
                 length = len(self.tokenizer.decode(piece))
         if rest := self.tokenizer.decode(piece + new)[length:]:
             yield rest
+
+    @property
+    def _others(self) -> list[int]:
+        """Tokens of a text that stands for what comes before an answer."""
+        return self.tokenizer.encode("a")[0]

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from ..data.tools import SHOWN, WRITTEN, Function
-from ..io.files import naming
 from ..io.text import clean
 
 # As json.dumps and templates write it. Where small models may write white space, some never stop.
@@ -16,8 +15,6 @@ from ..io.text import clean
 FORMAT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
                          "key_separator": ": ", "coerce_one_of": True}}
 COMBINED, NAMING = {"anyOf", "oneOf", "$ref", "patternProperties"}, {"properties", "required"}
-CONSTANTS = {"const", "enum", "default", "examples"}         # keywords whose values are no schemas
-NAMED = {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
 CALLS = 8                                    # of one answer: small models go on calling
 
 
@@ -32,29 +29,23 @@ def _json(schema: Any) -> str:
     """A value by a schema, whose objects have no property that it does not name, unless it says so.
 
     JSON schema allows others, and small models go on adding some. Where a part combines schemas,
-    which may not know each other's names, all objects of the schema may have others.
+    which may not know each other's names, or has constants that look like schemas, all objects of
+    the schema may have others.
     """
-    combines = False
+    text = json.dumps(schema)
+    combines = '"allOf"' in text
 
-    def close(part: Any) -> Any:
+    def close(part: dict[str, Any]) -> dict[str, Any]:
         nonlocal combines
-        if isinstance(part, list):
-            return [close(item) for item in part]
-        if not isinstance(part, dict):
-            return part
-        keys = part.keys()
-        combines = combines or "allOf" in keys or bool(keys & COMBINED and keys & NAMING)
-        closed: dict[str, Any] = {"additionalProperties": False} if (
-            part.get("type") == "object" and "properties" in keys) else {}
-        for key, value in part.items():
-            named = key in NAMED and isinstance(value, dict)         # {name: schema}
-            closed[key] = value if key in CONSTANTS else (
-                {name: close(inner) for name, inner in value.items()} if named else close(value))
-        return closed
+        constants = json.dumps([part.get(key) for key in ("const", "enum", "default", "examples")])
+        combines = combines or bool(part.keys() & COMBINED and part.keys() & NAMING)
+        combines = combines or "properties" in constants             # objects, and no schemas
+        if part.get("type") == "object" and "properties" in part:
+            part.setdefault("additionalProperties", False)
+        return part
 
-    with naming("the schema", RecursionError):
-        closed = close(schema)
-        return f"%json {json.dumps({**(schema if combines else closed), **FORMAT})}"
+    closed = json.loads(text, object_hook=close)
+    return f"%json {json.dumps({**(schema if combines else closed), **FORMAT})}"
 
 
 def call_grammar(tokenizer: Tokenizer, tools: Sequence[Function], must: bool,
@@ -146,3 +137,13 @@ def new_matcher(tokens: Any, grammar: str) -> Any:
     if wrong:
         raise ValueError(f"the schema cannot be compiled: {clean(' '.join(messages[0].split()))}")
     return LLMatcher(tokens, grammar, log_level=0)
+
+
+def follow(matcher: Any, token: int, most: int) -> list[int]:
+    """Let a matcher take a token; returns up to `most` tokens that alone may follow, which it has
+    taken, too. They are canonical: the tokenizer writes their text so."""
+    if not matcher.consume_token(token):
+        raise ValueError(f"the schema is too complex: {clean(matcher.get_error())}")
+    forced: list[int] = matcher.compute_ff_tokens()[:most] if most else []
+    matcher.consume_tokens(forced)
+    return forced

@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 
 from ..data.tokenizer import load_tokenizer
 from ..io.files import naming
 from ..io.process import give_back_memory, huge_page_ranges, use_huge_pages
-from .cache import Cache, FixedCache, GrowingCache, SharedCache
+from .cache import FixedCache, GraphCache, GrowingCache, SharedCache
 from .folder import graph_of, plain_file, read_info
 from .npu import NpuSteps, SlotCache
 from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
@@ -25,18 +26,22 @@ LARGE = 32 << 20                             # bytes of a model: more than most 
 
 
 class CachedModel:
-    """The graphs of a folder, and a cache of what they have read; arguments as of `Generator`."""
+    """The graphs of a folder, and caches of what they have read; arguments as of `Generator`."""
 
-    _cache: Cache
-    _begun = 0                   # how often the cache was emptied or cut: what it held is gone
+    check: Callable[[], None] = staticmethod(lambda: None)   # called before each step; may raise
+    cached_tokens = 0            # how many tokens of the last prompt were in a cache
+    _begun = 0                   # how often the cache was emptied, cut or changed
 
     def __init__(self, folder: str | Path, provider: str | None = None,
-                 threads: int | None = None, task: str | None = None, verify: bool = False):
+                 threads: int | None = None, task: str | None = None, verify: bool = False,
+                 spare_bytes: int = 0):
         self.folder = Path(folder)
         self.info = read_info(self.folder, verify)
         self.static: list[int] | None = self.info.get("static")              # 1, T, P
         self.context: int = min([self.info["context"], *(self.static or [])[2:]])
         self.tasks: dict[str, str] = self.info.get("adapters") or {}
+        self.spare_bytes, self._caches = spare_bytes, list[GraphCache]()     # the last is in use
+        self._adapters: dict[str | None, tuple[Any, dict[str, Any]]] = {None: (None, {})}
         # The decoder comes first: much of the memory that it takes to open is free afterwards, and
         # then the tokenizer takes it.
         self._open_decoder(provider, threads)
@@ -47,6 +52,7 @@ class CachedModel:
         self.tokenizer = load_tokenizer(self.folder)
         give_back_memory()
         self.use(task)
+        self.reset()
 
     def _open_decoder(self, provider: str | None, threads: int | None) -> None:
         """Open the decoder, and decide what its cache is, where, and how much a step reads."""
@@ -60,7 +66,7 @@ class CachedModel:
             self.folder / graph_of(info), device, threads)
         self.nodes = nodes_by_provider(self.session)
         in_place = info.get("contract", {}).get("shared_buffer", info["target"] == "ort")
-        self._kind: Callable[..., Cache] = (
+        self._kind: Callable[..., GraphCache] = (
             partial(SlotCache, steps) if steps else FixedCache if self.static else
             SharedCache if in_place else GrowingCache)
         # The cache is where attention is: CUDA's takes 16 bits only, and leaves others to the CPU.
@@ -87,62 +93,79 @@ class CachedModel:
                              "sampler.onnx: export again")
 
     def close(self) -> None:
-        """Free the graph and its cache; another `session`, and then `use`, have to follow."""
-        del self.session, self._cache
+        """Free the graph and its caches; another `session`, and then `use`, have to follow."""
+        del self.session, self._caches[:]
 
     def use(self, task: str | None) -> None:
         """Switch to the adapter of a task; None: the model without an adapter."""
         if task is not None and task not in self.tasks:
             raise ValueError(f"{self.folder} has no adapter {task!r}; present: "
                              f"{', '.join(self.tasks) or 'none'}")
+        if task is not None and task not in self._adapters:
+            name = str(plain_file(self.folder, self.tasks[task]))
+            with naming(f"onnxruntime cannot open {task}'s adapter in {self.folder}", RuntimeError):
+                file = ort.AdapterFormat.read_adapter(name)
+            self._adapters[task] = file, file.get_parameters()           # in the file's memory
         # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
-        with naming(f"onnxruntime cannot open {task}'s adapter in {self.folder}", RuntimeError):
-            self._file = None if task is None else ort.AdapterFormat.read_adapter(
-                str(plain_file(self.folder, self.tasks[task])))
-        self._adapter = self._file.get_parameters() if self._file else {}      # in its memory
-        vars(self).pop("_cache", None)       # another adapter, or session, is to be bound
-        self.reset()
+        self._adapter = self._adapters[task][1]
+        self._begun += 1
 
     def reset(self) -> None:
-        """Empty the cache. A generation that goes on raises RuntimeError at its next token."""
+        """Empty the cache and free others. A generation that goes on raises RuntimeError at its
+        next token."""
+        self._take_cache([], 0)
+
+    def _take_cache(self, tokens: list[int], spare_bytes: int) -> int:
+        """Put that cache last which gives the longest beginning of `tokens`, cut to it; returns the
+        beginning's length.
+
+        A cache that would lose more tokens than it gives is left as it is, if it fits into
+        `spare_bytes`: the latest of the others stay, as many as fit. Without another it is a new
+        one.
+        """
+        def given(cache: GraphCache) -> int:
+            length = len(os.path.commonprefix([cache.tokens, tokens]))
+            is_for_it = 2 * length >= len(cache.tokens) or cache.bytes > spare_bytes
+            return length if is_for_it and cache.adapter is self._adapter else -1
+
         self._begun += 1
-        if "_cache" not in vars(self) or not self._cache.cut(0):
-            vars(self).pop("_cache", None)   # first, as both may not fit a GPU
-            self._cache = self._kind(
-                self.session, self.info, self._memory, self._adapter, self._step_tokens)
+        taken = max(self._caches, key=given, default=None)
+        length = given(taken) if taken else -1
+        if taken and length >= 0 and taken.cut(length):
+            self._caches.remove(taken)
+        else:
+            taken, length = None, 0
+        while sum(cache.bytes for cache in self._caches) > spare_bytes:
+            del self._caches[0]              # before another is made: a GPU may not hold both
+        self._caches.append(taken or self._kind(
+            self.session, self.info, self._memory, self._adapter, self._step_tokens))
+        return length
 
     def prefill(self, prompt: Sequence[int]) -> ort.OrtValue:
-        """Read a prompt, from the first token that differs from what the cache holds; returns its
-        last logits (1, 1, V). The prompt's last token is read in any case, for its logits.
-
-        A cache that cannot be cut there is emptied.
-        """
-        self._begun += 1
-        self.cached_tokens = len(os.path.commonprefix([self._cache.tokens, [*prompt[:-1]]]))
-        if not self._cache.cut(self.cached_tokens):
-            self.reset()
-            self.cached_tokens = 0
-        self.prompt_tokens = len(prompt) - self.cached_tokens
+        """Read a prompt, from the first token that differs from what a cache holds; returns its
+        last logits (1, 1, V). The prompt's last token is read in any case, for its logits."""
+        self.cached_tokens = self._take_cache([*prompt[:-1]], self.spare_bytes)
         return self.read(prompt[self.cached_tokens:])
 
     def read(self, tokens: Sequence[int]) -> ort.OrtValue:
         """Read more tokens into the cache; returns the logits (1, 1, V) after them.
 
-        A step reads T tokens, and the first one what is left over. An error, or Ctrl-C, empties the
-        cache, as a step that was cut off leaves it half written.
+        A step reads T tokens, and the first one what is left over. An error in a step, or Ctrl-C,
+        empties the cache, as it may be half written.
         """
-        T = self._cache.T
-        try:
-            for end in range((len(tokens) - 1) % T + 1, len(tokens) + 1, T):
+        T = self._caches[-1].T
+        for end in range((len(tokens) - 1) % T + 1, len(tokens) + 1, T):
+            self.check()
+            try:
                 logits = self.step(tokens[max(0, end - T):end])
-        except (Exception, KeyboardInterrupt):
-            self.reset()
-            raise
+            except (Exception, KeyboardInterrupt):
+                self.reset()
+                raise
         return logits
 
     def step(self, tokens: Sequence[int]) -> ort.OrtValue:
         """Run the graph once, on 1 to T tokens; returns its logits (1, 1, V)."""
-        logits = self._cache.step(tokens)
+        logits = self._caches[-1].step(tokens)
         if self._huge_pages and not self._huge_pages.ident:  # not earlier: the first token waits
             self._huge_pages.start()
         return logits

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cache import ONE, ZERO, Cache
+from .cache import ONE, ZERO, GraphCache
 from .folder import INT64
 from .providers import EMULATED, SOC, Device, find_device, open_session
 
@@ -82,7 +82,7 @@ class NpuSteps:
                            present.data_ptr() + HALF * C * (head * T + T - new), HALF * C * new)
 
 
-class SlotCache(Cache):
+class SlotCache(GraphCache):
     """P slots, of which the graphs read only what the mask says; `steps` fills them."""
 
     def __init__(self, steps: NpuSteps, *others: Any):

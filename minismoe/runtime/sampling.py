@@ -9,13 +9,16 @@ import math
 import random
 from argparse import ArgumentTypeError
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import accumulate, takewhile
 from typing import Any
 
-from ..io.flags import above_zero, flag, fraction, fraction_or_zero, natural, number
+from ..io.flags import above_zero, checked, flag, fraction, fraction_or_zero, natural, number
+
+penalty = checked(float, lambda x: -2 <= x <= 2, "is not in [-2, 2]")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Sampling:
     repetition_penalty: float = flag(
         1.0, "make tokens of the prompt and the answer less likely: above 1, such as 1.1 "
         "(default: 1)", above_zero, metavar="F")
+    # OpenAI's: they are subtracted from logits.
+    frequency_penalty: float = flag(0.0, "make a token less likely by F for each time that the "
+                                    "answer has it (default: 0)", penalty, metavar="F")
+    presence_penalty: float = flag(0.0, "make tokens that the answer has less likely by F "
+                                   "(default: 0)", penalty, metavar="F")
     seed: int | None = flag(None, "starts the draws (default: another one each time)", int)
 
     def __post_init__(self) -> None:
@@ -80,12 +88,17 @@ def log_of_sum(logits: Sequence[float]) -> float:
 
 
 @contextmanager
-def penalized(logits: Any, tokens: Iterable[int], penalty: float) -> Iterator[None]:
-    """Change logits (1, 1, V) meanwhile: by a repetition penalty, of the tokens that a text has."""
-    floats = floats_of(logits)
-    before = {token: floats[token] for token in tokens} if penalty != 1 else {}
+def penalized(logits: Any, prompt: Set[int], answer: Counter[int], sampling: Sampling,
+              ) -> Iterator[None]:
+    """Change logits (1, 1, V) meanwhile by the penalties on tokens of a prompt and its answer."""
+    floats, factor = floats_of(logits), sampling.repetition_penalty
+    added = sampling.frequency_penalty or sampling.presence_penalty
+    tokens = prompt | answer.keys() if factor != 1 else answer.keys() if added else ()
+    before = {token: floats[token] for token in tokens}
     for token, value in before.items():
-        floats[token] = value * penalty if value < 0 else value / penalty
+        floats[token] = (value * factor if value < 0 else value / factor) - (
+            answer[token] * sampling.frequency_penalty
+            + (token in answer) * sampling.presence_penalty)
     yield
     for token, value in before.items():      # log-probabilities are those of the model
         floats[token] = value

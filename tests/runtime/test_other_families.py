@@ -1,10 +1,10 @@
-"""Families beside Llama in the runtime: what PyTorch says, singly, in batches and as chats go."""
+"""Families beside Llama in the runtime: what PyTorch says, singly, and as chats go."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from exported import KINDS, export
+from exported import KINDS, export, log_probabilities
 from tiny import BYTES, random_hf
 
 from minismoe import generate, load_model
@@ -43,10 +43,6 @@ def test_greedy_equals_torch(model: CausalLM, tmp_path: Path, kind: str) -> None
             assert generator.prompt_tokens == (fed if cuttable or fed == 4 else len(longer))
     answers = {text: tokens for tokens, text in answer_tokens(
         generator.tokenizer, ("yes", "no", "nobody")).items()}
-    for text, logprob in generator.choose(PROMPTS[1], [*answers], 3):
-        tokens, wanted = answers[text], 0.0
-        logits = model(torch.tensor([[*PROMPTS[1], *tokens]]))[0, len(PROMPTS[1]) - 1:]
-        for n, token in enumerate(tokens):           # among the answers that began alike
-            others = {a[n] for a in answers.values() if a[:n] == tokens[:n]}
-            wanted += float(logits[n, token] - logits[n, sorted(others)].logsumexp(0))
-        assert logprob == pytest.approx(wanted, abs=1e-4)
+    wanted = log_probabilities(
+        answers, lambda start: model(torch.tensor([[*PROMPTS[1], *start]]))[0, -1])
+    assert dict(generator.choose(PROMPTS[1], [*answers], 3)) == pytest.approx(wanted, abs=1e-4)
