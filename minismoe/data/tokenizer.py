@@ -143,11 +143,14 @@ class Tokenizer:
     def parse(self, messages: Sequence[Message], answer: str) -> Message:
         """The assistant's message that answers `messages` with this text. It has tool_calls if they
         offer tools, and the template writes calls as JSON."""
-        shown, tools = "", messages[0].get("tools") or []
-        if tools:
-            with suppress(templates.Refused):            # it wants a system message, for instance
-                shown = self.decode(self.turn(SHOWN))
-        return read_answer(answer, shown, tools)
+        tools = messages[0].get("tools") or []
+        return read_answer(answer, self.shown_call() if tools else "", tools)
+
+    def shown_call(self) -> str:
+        """The answer of SHOWN as the template writes it; "" if the template refuses the chat."""
+        with suppress(templates.Refused):                # it wants a system message, for instance
+            return self.decode(self.turn(SHOWN))
+        return ""
 
     def turn(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the last message as the template writes it, without the token that ends it.

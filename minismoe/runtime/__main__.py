@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,25 +23,20 @@ from .choices import answer_tokens
 from .folder import lines_of, read_choices, read_info, read_prefix, trained_system
 from .grammar import json_grammar
 from .sampling import Sampling
-from .serve import PORT, serve
 
 if TYPE_CHECKING:
     from .generator import Generator
 
-# The flags that --serve takes; the others are a request's.
-SERVING = {"folder", "serve", "host", "api_key", "provider", "threads", "task", "verify", "debug"}
-NEEDS = {"api_key": "serve", "host": "api_key", "best": "choices",
+# A browser keeps a page and its model by port, so that a folder is best found at the same one.
+PORT, PORTS = 8471, 100                      # the first that --serve tries, and how many
+NEEDS = {**dict.fromkeys(("api_key", "cors", "cache", "quiet"), "serve"), "host": "api_key",
+         "best": "choices",
          **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "temperature")}    # above 0
-CONFLICTS = {
-    "chat": ({"prompt", "raw", "lines"},
-             "asks for prompts itself: leave out PROMPT, --raw and --lines"),
-    "choices": ({"chat", "raw", "max_tokens", "temperature", "stop", "repetition_penalty"},
-                "gives one whole answer, through the template: leave out --chat, --raw, "
-                "--max-tokens, --temperature, --stop and --repetition-penalty"),
-    "tools": ({"raw", "choices"},
-              "is for free answers through the template: leave out --raw and --choices"),
-    "schema": ({"choices", "tools"},
-               "says what the answer may be: leave out --choices and --tools")}
+CONFLICTS = {                                # a flag, and what cannot stand beside it
+    "chat": "prompt raw lines", "tools": "raw choices", "schema": "choices tools",
+    "choices": "chat raw max_tokens temperature stop repetition_penalty "        # a whole answer
+               "frequency_penalty presence_penalty",
+    "serve": "prompt chat raw instructions tools schema choices lines stop stats"}   # of a request
 
 
 def _answer(generator: Generator, question: str | Sequence[Message], options: Mapping[str, Any],
@@ -150,7 +146,13 @@ def _parser() -> argparse.ArgumentParser:
         "protocol at http://127.0.0.1:PORT/v1, and show the page of layout web, until Ctrl-C "
         f"(default: {PORT}, or the next that is free; 0: any free one)")
     add("--host", help="with --serve: another address of this machine, for whoever has --api-key")
-    add("--api-key", type=text, metavar="KEY", help="with --serve: what requests must show")
+    add("--api-key", type=text, metavar="KEY", help="with --serve: what requests must show; better "
+        "as MINISMOE_API_KEY in the environment, as others see the flags of a process")
+    add("--cors", type=text, action="append", default=[], metavar="ORIGIN", help="with --serve: a "
+        "site whose pages may ask, as https://example.com; *: all (with a key, the key decides)")
+    add("--cache", type=natural, default=1000, metavar="MB", help="with --serve: memory for chats "
+        "that were read earlier, beside that of the last one (default: 1000)")
+    add("--quiet", action="store_true", help="with --serve: no line for each request")
     add("--raw", action="store_true", help="read the prompt as it is, without a chat template")
     add("--instructions", type=text, metavar="FILE|TASK", help="begin with a file's "
         "text as the system prompt (with --raw, as text before the prompt), or with a task's own")
@@ -178,16 +180,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; exits with 2 if some contradict others."""
     parser = _parser()
     args = parser.parse_intermixed_args(argv)      # a prompt may come last
+    if args.serve is not None and not args.api_key:
+        args.api_key = os.environ.get("MINISMOE_API_KEY")
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.serve is not None and (wrong := given - SERVING):
-        wrong = {"PROMPT" if name == "prompt" else option(name) for name in wrong}
-        parser.error(f"a request says what --serve answers: leave out {', '.join(sorted(wrong))}")
     for name, needed in NEEDS.items():
         if name in given and needed not in given:
             parser.error(f"{option(name)} needs {option(needed)}")
-    for name, (others, reason) in CONFLICTS.items():
-        if name in given and given & others:
-            parser.error(f"{option(name)} {reason}")
+    for name, others in CONFLICTS.items():
+        if name in given and (wrong := sorted(given & {*others.split()})):
+            names = ["PROMPT" if other == "prompt" else option(other) for other in wrong]
+            parser.error(f"{option(name)} cannot be beside {', '.join(names)}")
     return args
 
 
@@ -196,7 +198,8 @@ def _open(args: argparse.Namespace) -> Generator:
     from .generator import Generator  # here, since --help needs no onnxruntime
     from .providers import CPU
 
-    generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify)
+    generator = Generator(args.folder, args.provider, args.threads, args.task, args.verify,
+                          args.cache * 1_000_000 if args.serve is not None else 0)
     nodes = generator.nodes                  # slow ones on the CPU are shown in any case
     if nodes.keys() != {CPU} and (args.stats or any(
             op in nodes.get(CPU, "") for op in ("Attention", "MatMul", "Gemm"))):
@@ -206,22 +209,24 @@ def _open(args: argparse.Namespace) -> Generator:
 
 def _api(args: argparse.Namespace) -> Api:
     """What --serve answers with. A folder with a page gets a generator once a request needs one."""
-    folder = Path(args.folder)
-    if not (folder / "index.html").is_file():
-        generator = _open(args)
-        return Api(folder, lambda: generator)
-    read_info(folder, args.verify)
-    if args.provider not in (None, "auto"):
-        from .providers import find_device
-        find_device(args.provider)
-    return Api(folder, lambda: _open(args))
+    folder, defaults = Path(args.folder), from_flags(Sampling, vars(args))
+    if (folder / "index.html").is_file():
+        read_info(folder, args.verify)
+        if args.provider not in (None, "auto"):
+            from .providers import find_device
+            find_device(args.provider)
+        return Api(folder, lambda: _open(args), defaults, args.task)
+    generator = _open(args)
+    return Api(folder, lambda: generator, defaults, args.task)
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line; errors are raised."""
     args = _parse(argv)
     if args.serve is not None:
-        serve(_api(args), args.host, None if args.serve < 0 else args.serve, args.api_key)
+        api, ports = _api(args), range(PORT, PORT + PORTS) if args.serve < 0 else [args.serve]
+        from .serve import serve  # here, since nothing else needs its libraries
+        serve(api, ports, args.host, args.api_key, args.cors, args.quiet)
         return
     generator = _open(args)
     options = as_flags(from_flags(Sampling, vars(args)))

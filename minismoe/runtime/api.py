@@ -1,18 +1,20 @@
-"""OpenAI's protocol: a request's JSON to a generator's arguments, and its answer to JSON."""
+"""OpenAI's protocol without HTTP: the JSON of a request to a generator's arguments, and back."""
 
 import json
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from collections import abc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
-from ..data.tools import Function, Message, calls_of, functions, with_tools
+from ..data.tools import Function, Message, before_call, functions, message_of, with_tools
+from ..io.flags import as_flags
 from ..io.text import error_line
-from .folder import trained_system
+from .folder import read_info, trained_system
 from .grammar import CALLS, json_grammar
 from .sampling import Sampling
 
@@ -22,8 +24,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # What a request may name with these values alone, which change nothing.
-FIXED: Json = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {},
-               "frequency_penalty": 0, "presence_penalty": 0}
+FIXED: Json = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}}
 REASONS = {"stop": "stop", "max_tokens": "length", "context": "length", "": "stop"}    # at a text
 TEXT_TOKENS = 16                             # of TEXT, unless the request says so: OpenAI's default
 MOST_LIKELIEST = 20                          # whose log-probabilities a request may want
@@ -39,130 +40,198 @@ class RequestError(Exception):
             "message": message, "type": kind, "param": None, "code": code}}
 
 
-def request_error(e: Exception) -> RequestError:
-    """What to answer after an exception: of these kinds, the request is to blame."""
-    if isinstance(e, ModuleNotFoundError):   # llguidance is not installed
-        return RequestError(error_line(e), 501)
-    if isinstance(e, MemoryError):
-        return RequestError("out of memory: export again, with a smaller --context", 500)
-    if not isinstance(e, (AttributeError, LookupError, TypeError, ValueError)):
-        return e if isinstance(e, RequestError) else RequestError(error_line(e), 500)
-    line = error_line(e) if type(e) is ValueError else f"it is not understood: {e!r}"
-    return RequestError(line, 400, "context_length_exceeded" if "leaves no room" in line else None)
+@dataclass
+class Call:
+    """A request that was understood, and how many tokens it took."""
+
+    is_chat: bool
+    task: str | None                         # whose adapter answers
+    chat: list[Message]                      # with its tools; empty for plain prompts
+    prompts: list[list[int]]
+    options: Json                            # of `Generator.generate`
+    stop: list[str]
+    likeliest: int | None    # how many tokens get log-probabilities; None: not even the chosen one
+    stream: bool
+    wants_usage: bool
+    cached: int = 0
+    written: int = 0
+
+    @property
+    def usage(self) -> Json:
+        length = sum(map(len, self.prompts))
+        return {"prompt_tokens": length, "completion_tokens": self.written,
+                "total_tokens": length + self.written,
+                "prompt_tokens_details": {"cached_tokens": self.cached}}
 
 
 class Api:
     """A folder's generator, which answers requests, one at a time. `open_generator` is called once
-    it is needed: a page may be all that is wanted of the folder."""
+    it is needed: a page may be all that is wanted of the folder.
 
-    def __init__(self, folder: Path, open_generator: Callable[[], "Generator"]):
-        self.folder, self.name, self.open_generator = folder, folder.resolve().name, open_generator
-        self.system = trained_system(folder)
+    defaults: of what requests leave out; no answer is longer than their max_tokens; task: whose
+    adapter answers unless a request names another.
+    """
+
+    def __init__(self, folder: Path, open_generator: Callable[[], "Generator"],
+                 defaults: Sampling | None = None, task: str | None = None):
+        self.folder, self.open_generator, self.opening = folder, open_generator, threading.Lock()
+        self.defaults, self.system = defaults or Sampling(), trained_system(folder)
+        self.name = folder.resolve().name
+        adapters = read_info(folder).get("adapters") or {}
+        # {name of a model: task whose adapter it has}
+        self.tasks = {self.name: task} | {f"{self.name}:{name}": name for name in adapters}
+
+    @property
+    def generator(self) -> "Generator":
+        with self.opening:
+            return self._generator
 
     @cached_property
-    def generator(self) -> "Generator":
+    def _generator(self) -> "Generator":
         try:
             return self.open_generator()
         except (LookupError, TypeError, ValueError) as e:        # no request is to blame
             raise RequestError(error_line(e), 500) from None
 
-    def models(self, path: str) -> Json:
-        """The list of the one model, or this model."""
-        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "minismoe"}
-        if (path := unquote(path)) not in ("/v1/models", f"/v1/models/{self.name}"):
-            raise RequestError(f"there is no {path}", 404)
-        return {"object": "list", "data": [model]} if path == "/v1/models" else model
+    def models(self, name: str = "") -> Json:
+        """The list of models, or one: the folder, and NAME:TASK for each of its adapters."""
+        models = {model: {"id": model, "object": "model", "created": 0, "owned_by": "minismoe"}
+                  for model in self.tasks}
+        if name and name not in models:
+            raise RequestError(f"there is no model {name}", 404, "model_not_found")
+        return models[name] if name else {"object": "list", "data": [*models.values()]}
 
-    def answer(self, path: str, request: Json, check: Callable[[], None]) -> Iterator[Json]:
-        """Yield the answer as one object or, with "stream", as chunks.
+    def read(self, path: str, request: Json) -> Call:
+        """Understand a request. Raises RequestError if something is wrong with it."""
+        try:
+            return self._read(path == CHAT, request)
+        except ModuleNotFoundError as e:     # llguidance is not installed
+            raise RequestError(error_line(e), 501) from None
+        except ValueError as e:
+            line = error_line(e)
+            code = "context_length_exceeded" if "leaves no room" in line else None
+            raise RequestError(line, 400, code) from None
 
-        Calls come as a whole, in one part. check: is called before the prompt and at each token,
-        and raises what ends the answer. What is raised, `request_error` turns into an answer.
-        """
-        if path not in (CHAT, TEXT):
-            raise RequestError(f"there is no {path}", 404)
-        check()
-        generator, stream, count = self.generator, request.get("stream"), 0
-        (tools, must), (sampling, stop), is_chat = _tools(request), _options(request), path == CHAT
-        chat = with_tools(self._messages(request["messages"]), tools) if is_chat else []
-        prompt = generator.tokenizer.render(chat, True) if is_chat else _prompt(request)
-        options = {"max_tokens": None if is_chat else TEXT_TOKENS, **sampling,
-                   "grammar": self._grammar(request, tools, must)}
-        likeliest, probabilities = _likeliest(is_chat, request), list[Json]()
+    def _read(self, is_chat: bool, request: Json) -> Call:
+        generator, model = self.generator, _field(request, "model", str, self.name)
+        if model.startswith(f"{self.name}:"):
+            self.models(model)               # raises if there is none
+        for name, value in FIXED.items():
+            if request.get(name) not in (value, None):
+                raise ValueError(f"{name} {request[name]!r} is not supported")
+        (tools, must), likeliest = _tools(request), _likeliest(is_chat, request)
+        chat = with_tools(self._messages(request), tools) if is_chat else []
+        prompts = [generator.tokenizer.render(chat, True)] if is_chat else _prompts(request)
+        options = self._sampling(is_chat, request) | {
+            "grammar": self._grammar(request, tools, must), "fast_forward": likeliest is None}
+        stop = _field(request, "stop", str | list, [])
+        stop = [stop] if isinstance(stop, str) else stop
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop {stop!r}: expected texts")
+        usage = _field(request, "stream_options", dict, {}).get("include_usage")
+        return Call(is_chat, self.tasks.get(model, self.tasks[self.name]), chat,
+                    generator.encoded(prompts), options, stop, likeliest,
+                    _field(request, "stream", bool, False), bool(usage))
 
-        def read() -> Iterator[int]:
-            nonlocal count
-            for token in generator.generate(prompt, **options):
-                check()
-                count += 1
-                if likeliest is not None:
-                    probabilities.append(self._probability(token, likeliest))
-                yield token
-
-        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": self.name, "object": (
-            f"chat.completion{'.chunk' if stream else ''}" if is_chat else "text_completion")}
-
-        def part(content: Json, reason: str | None = None) -> Json:
-            logprobs = None if likeliest is None else _logprobs(is_chat, probabilities)
-            probabilities.clear()            # the next part has those of its own tokens
-            return {**head, "choices": [
-                {"index": 0, **content, "logprobs": logprobs, "finish_reason": reason}]}
-
-        pieces = generator.text(read(), stop, strip=is_chat)
-        piece = next(pieces, "")             # before anything is sent, as it may raise
-        while stream and not tools and piece:
-            yield part({"delta": {"role": "assistant", "content": piece}} if is_chat else
-                       {"text": piece})
-            piece = next(pieces, "")
-        text, reason = piece + "".join(pieces), REASONS[generator.ended]
-        content: Json = {"text": text}
-        if is_chat:
-            message = _with_ids(generator.tokenizer.parse(chat, text))
-            content = {"delta" if stream else "message": message}
-            reason = "tool_calls" if "tool_calls" in message else reason
-        yield part(content, reason) | ({} if stream else self._usage(count))
-        if stream and (request.get("stream_options") or {}).get("include_usage"):
-            yield {**head, "choices": [], **self._usage(count)}
-
-    def _usage(self, written: int) -> Json:
-        """How many tokens the last answer read and wrote."""
-        cached = self.generator.cached_tokens
-        length = self.generator.prompt_tokens + cached
-        return {"usage": {"prompt_tokens": length, "completion_tokens": written,
-                          "total_tokens": length + written,
-                          "prompt_tokens_details": {"cached_tokens": cached}}}
-
-    def _messages(self, items: Any) -> list[Message]:
-        """A chat as templates take it: contents as text, arguments of calls as objects. Without a
-        system prompt, it begins with that of the training."""
-        messages = list[Message]()
-        for item in items:
-            content = item.get("content") or ""
-            if not isinstance(content, str):
-                if not all(isinstance(part, dict) and "text" in part for part in content):
-                    raise ValueError("a content may have parts of text only")
-                content = "".join(part["text"] for part in content)
-            role = "system" if item["role"] == "developer" else item["role"]
-            message: Json = {"role": role, "content": content} | {
-                key: item[key] for key in ("name", "tool_call_id") if key in item}
-            if calls := functions(item.get("tool_calls"), "tool_calls"):
-                message["tool_calls"] = calls_of(calls, calls)
-            messages.append(message)
+    def _messages(self, request: Json) -> list[Message]:
+        """A chat, which begins with the system prompt of the training unless it has another."""
+        messages = [*map(message_of, _field(request, "messages", list, []))]
         if not messages:
             raise ValueError("messages is empty: give at least one")
         return messages if messages[0]["role"] == "system" else [*self.system, *messages]
 
+    def _sampling(self, is_chat: bool, request: Json) -> Json:
+        """Fields of Sampling: the request's, or else the defaults. Clients write "any" as -1, whole
+        numbers as 5.0, and "the likeliest alone" as a top_p of 0."""
+        limit = request.get("max_completion_tokens", request.get("max_tokens"))
+        limit = TEXT_TOKENS if limit is None and not is_chat else limit
+        given = {f.name: request.get(f.name) for f in fields(Sampling)} | {"max_tokens": limit}
+        given = {name: int(value) if isinstance(value, float) and value.is_integer() else value
+                 for name, value in given.items() if value is not None and not (
+                     value == -1 and name in ("max_tokens", "top_k", "seed"))}
+        if given.get("top_p") == 0:
+            given |= {"top_p": 1, "temperature": 0}
+        sampling = as_flags(Sampling(**as_flags(self.defaults) | given))     # refuses wrong ones
+        limits = [n for n in (sampling["max_tokens"], self.defaults.max_tokens) if n is not None]
+        return sampling | {"max_tokens": min(limits, default=None),
+                           "top_k": min(sampling["top_k"], self.generator.candidates)}
+
     def _grammar(self, request: Json, tools: Sequence[Function], must: bool) -> str:
         """The grammar of the answer; "" if any text may be."""
-        form = request.get("response_format") or {"type": "text"}
-        if form["type"] == "text":
+        form: Json = _field(request, "response_format", dict, {"type": "text"})
+        if (kind := form.get("type")) == "text":
             most = 1 if request.get("parallel_tool_calls") is False else CALLS
-            return self.generator.call_grammar(tools, must, most) if tools else ""
-        if tools or form["type"] not in ("json_object", "json_schema"):
-            raise ValueError(f"response_format {form['type']!r} is not supported"
+            grammar = self.generator.call_grammar(tools, must, most) if tools else ""
+        elif tools or kind not in ("json_object", "json_schema"):
+            raise ValueError(f"response_format {kind!r} is not supported"
                              f"{' beside tools' if tools else ''}")
-        return json_grammar({"type": "object"} if form["type"] == "json_object" else
-                            form["json_schema"]["schema"])
+        else:                                # the schema's place is OpenAI's, or llama.cpp's
+            schema = _field(form, "json_schema", dict, form).get("schema")
+            any_object = {"type": "object"} if kind == "json_object" else None
+            grammar = json_grammar(any_object if schema is None else schema)
+        if grammar:
+            self.generator.matcher(grammar)  # raises if it cannot be compiled
+        return grammar
+
+    def answer(self, call: Call, check: Callable[[], None]) -> abc.Generator[Json, None, None]:
+        """Yield the answer as one object or, for a stream, as chunks. check is called before each
+        step of the generator, and raises what ends the answer."""
+        kind = "chat.completion" + ".chunk" * call.stream if call.is_chat else "text_completion"
+        model = next(name for name, task in self.tasks.items() if task == call.task)
+        head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": model, "object": kind}
+        choices = list[Json]()
+        self.generator.use(call.task)
+        self.generator.check = check         # type: ignore[method-assign]
+        try:
+            for index, prompt in enumerate(call.prompts):
+                for part in self._parts(call, prompt):
+                    choices.append({"index": index, **part})
+                    if call.stream:
+                        yield {**head, "choices": [choices.pop()]}
+        finally:
+            del self.generator.check
+        if call.wants_usage or not call.stream:
+            yield {**head, "choices": choices, "usage": call.usage}
+
+    def _parts(self, call: Call, prompt: Sequence[int]) -> Iterator[Json]:
+        """Yield the answer to a prompt; of a stream in parts, the last of which has the calls."""
+        generator, probabilities, text, sent = self.generator, list[Json](), "", 0
+        offers_tools = bool(call.chat) and "tools" in call.chat[0]
+        shown = generator.tokenizer.shown_call() if offers_tools else ""
+
+        def read() -> Iterator[int]:
+            for token in generator.generate(prompt, **call.options):
+                call.written += 1
+                if call.likeliest is not None:
+                    probabilities.append(self._probability(token, call.likeliest))
+                yield token
+
+        def part(content: Any, reason: str | None = None) -> Json:
+            logprobs = None if call.likeliest is None else _logprobs(call.is_chat, probabilities)
+            probabilities.clear()            # the next part has those of its own tokens
+            key = "text" if not call.is_chat else "delta" if call.stream else "message"
+            return {key: content, "logprobs": logprobs, "finish_reason": reason}
+
+        for piece in generator.text(read(), call.stop, strip=call.is_chat):
+            text += piece
+            end = before_call(text, shown)
+            if call.stream and end > sent:
+                new, sent = text[sent:end], end
+                yield part({"role": "assistant", "content": new} if call.is_chat else new)
+        call.cached += generator.cached_tokens
+        content: Any = text[sent:]
+        reason = REASONS[generator.ended]
+        if call.is_chat:
+            message = {**generator.tokenizer.parse(call.chat, text)}
+            calls = message.get("tool_calls", [])
+            for number, made in enumerate(calls):                # with what clients want
+                made["function"]["arguments"] = json.dumps(made["function"]["arguments"])
+                made |= {"index": number, "id": f"call_{uuid.uuid4().hex}"}
+            if call.stream:                  # what was sent is not sent again
+                message["content"] = message["content"][len(text[:sent].strip()):] if (
+                    calls) else content
+            content, reason = message, "tool_calls" if calls else reason
+        yield part(content, reason)
 
     def _probability(self, token: int, likeliest: int) -> Json:
         """The log-probability of the last token, and those of the likeliest in its place."""
@@ -172,11 +241,22 @@ class Api:
         return {**own, "top_logprobs": others}
 
 
+def _field(part: Mapping[str, Any], name: str, kind: Any, default: Any) -> Any:
+    """A field of an object, the default if it is null or missing; ValueError for another type."""
+    value = part.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} {value!r} is not understood")
+    return default if value is None else value
+
+
 def _tools(request: Json) -> tuple[list[Function], bool]:
     """The functions that may be called, and whether one must be."""
-    tools, choice = functions(request.get("tools"), "tools"), request.get("tool_choice") or "auto"
+    tools = functions(request.get("tools"), "tools")
+    for tool in tools:
+        _field(tool["function"], "parameters", dict, {})
+    choice = _field(request, "tool_choice", str | dict, "auto")
     if isinstance(choice, dict):
-        name = choice["function"]["name"]
+        name = _field(choice, "function", dict, {}).get("name")
         tools = [tool for tool in tools if tool["function"]["name"] == name]
     elif choice not in ("none", "auto", "required"):
         raise ValueError(f"tool_choice {choice!r}: expected none, auto, required or a function")
@@ -185,35 +265,17 @@ def _tools(request: Json) -> tuple[list[Function], bool]:
     return [] if choice == "none" else tools, choice != "auto"
 
 
-def _prompt(request: Json) -> Any:
-    """Text, or token ids; a list of one prompt is that prompt."""
-    prompt = request["prompt"]
-    is_list = isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int)
-    if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
-        raise ValueError("a request may have one prompt")
-    return prompt[0] if is_list else prompt
+def _prompts(request: Json) -> list[Any]:
+    """Prompts as texts or token ids: one, or a list of some."""
+    def is_one(prompt: Any) -> bool:
+        return isinstance(prompt, str) or isinstance(prompt, list) and all(
+            type(token) is int for token in prompt)
 
-
-def _options(request: Json) -> tuple[Json, list[str]]:
-    """The fields of Sampling that a request has, and the texts before which the answer ends."""
-    for name, value in FIXED.items():
-        if request.get(name) not in (value, None):
-            raise ValueError(f"{name} {request[name]!r} is not supported")
-    limit, stop = request.get("max_completion_tokens"), request.get("stop") or []
-    given = {**request, "max_tokens": request.get("max_tokens") if limit is None else limit}
-    stop = [stop] if isinstance(stop, str) else stop
-    if not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"stop {stop!r}: expected texts")
-    return {f.name: value for f in fields(Sampling)
-            if (value := given.get(f.name)) is not None}, stop
-
-
-def _with_ids(message: Message) -> Message:
-    """A message whose calls have what clients want: numbers, ids, and arguments as text."""
-    for number, call in enumerate(message.get("tool_calls", ())):
-        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-        call |= {"index": number, "id": f"call_{uuid.uuid4().hex}"}
-    return message
+    prompt = request.get("prompt")
+    prompts = [prompt] if is_one(prompt) else prompt
+    if not isinstance(prompts, list) or not all(map(is_one, prompts)):
+        raise ValueError("prompt is neither text nor token ids, nor a list of these")
+    return prompts
 
 
 def _likeliest(is_chat: bool, request: Json) -> int | None:

@@ -1,186 +1,240 @@
-"""A server of an exported folder: OpenAI's protocol (api.py), and the page of layout web.
+"""A server of an exported folder on starlette and uvicorn: OpenAI's protocol (api.py), and the page
+of layout web.
 
-It answers programs and pages of this machine; on another host, whoever has the key.
+It answers programs and pages of this machine, and those of other sites that are named. If there is
+a key, it answers whoever has it.
 """
 
+import asyncio
 import json
-import os
-import threading
-from contextlib import suppress
+import mimetypes
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, closing
 from errno import EACCES, EADDRINUSE
-from functools import partial
 from hmac import compare_digest
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from socket import MSG_PEEK
 from typing import Any
 
-from ..io.files import naming
-from ..io.text import clean
-from .api import Api, Json, RequestError, request_error
+try:
+    import anyio.from_thread
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+    from starlette.datastructures import Headers, MutableHeaders
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError:
+    raise ModuleNotFoundError(
+        "--serve needs starlette and uvicorn: pip install 'minismoe[serve]'") from None
+
+from ..io.text import clean, error_line, print_error
+from .api import CHAT, TEXT, Api, Call, Json, RequestError
 
 HOST = "127.0.0.1"
-# A browser keeps a page and its model by port, so that a folder is best found at the same one.
-PORT, PORTS = 8471, 100                      # the first that is tried, and how many
-LARGEST = 8 << 20                            # bytes of a request
+LARGEST = 4 << 20                            # bytes of a request
+CLIENTS = 64                                 # connections at once
 PATIENCE = 10                                # seconds that a client may neither send nor take bytes
 HEADERS = {                  # the first two let a page share memory, which threads need
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp",
     "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+for end, kind in (("js", "javascript"), ("mjs", "javascript")):
+    mimetypes.add_type(f"text/{kind}", f".{end}")        # some systems have other types
 
 
-class _Server(ThreadingHTTPServer):
-    """A thread for each request. `turn` is held by the one that the generator answers."""
+class _Guard:
+    """What each request passes: it is checked before its body is read, and noted at its end."""
 
-    allow_reuse_address = os.name != "nt"    # there, it would take a port that is in use
-    request_queue_size = 128
+    def __init__(self, app: Any, key: str | None, origins: Sequence[str], quiet: bool):
+        self.app, self.key, self.origins, self.quiet = app, key, origins, quiet
 
-    def __init__(self, address: tuple[str, int], api: Api, key: str | None):
-        self.folder = api.folder.resolve()
-        super().__init__(address, partial(_Handler, directory=str(self.folder)))
-        self.api, self.key, self.turn = api, key, threading.Lock()
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        start, status = time.perf_counter(), 0
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a client left."""
+        async def sending(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(HEADERS)
+            with anyio.fail_after(PATIENCE):
+                await send(message)
 
-
-class _Handler(SimpleHTTPRequestHandler):
-    """One request: GET of a file or of the model's name, or POST of what is to be answered."""
-
-    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript",
-                      ".mjs": "text/javascript", ".wasm": "application/wasm"}
-    timeout = PATIENCE
-    server: _Server
-
-    def _check(self) -> None:
-        """Raise RequestError for a request of another site, or without the key."""
-        key, host = self.server.key, self.headers.get("Host", "")
-        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
-        if key and (scheme.lower() != "bearer" or not compare_digest(given.encode(), key.encode())):
-            raise RequestError("the API key is missing or wrong", 401, "invalid_api_key")
-        # Another site may have its name lead to 127.0.0.1, but the browser still sends that name.
-        if not key and host.partition(":")[0].lower() not in (HOST, "localhost"):
-            raise RequestError("the request is for another host", 403)
-        if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            raise RequestError("the request comes from another site", 403)
-
-    def _check_client(self) -> None:
-        """Raise ConnectionError if the client has left."""
-        self.connection.settimeout(0)
-        with suppress(BlockingIOError):
-            if not self.connection.recv(1, MSG_PEEK):
-                raise ConnectionError("the client has left")
-        self.connection.settimeout(PATIENCE)
-
-    def send_head(self):                                     # type: ignore[no-untyped-def]
-        """Answer with headers; returns the open file, or None if there is none to send."""
-        folder, file = self.server.folder, Path(self.translate_path(self.path))
         try:
-            self._check()
-            if self.path.startswith("/v1/"):
-                return self._send(self.server.api.models(self.path))
-            if "\0" in str(file) or not file.resolve().is_relative_to(folder):
-                raise RequestError("the file is not in the folder", 403)
-            if not (folder / "index.html").is_file() or (    # no lists of files, either
-                    file.is_dir() and file != folder):
-                raise RequestError("there is no such page", 404)
-        except OSError:                                      # a name that is too long for a file
-            return self._send(RequestError("there is no such page").body, 404)
+            self._check(Headers(scope=scope))
+            await self.app(scope, receive, sending)
         except RequestError as e:
-            return self._send(e.body, e.status)
-        return super().send_head()
+            await _refusal(None, e)(scope, receive, sending)
+        except TimeoutError:                 # the client takes nothing
+            pass
+        if not self.quiet:
+            call: Call | None = scope.get("call")
+            tokens = f" {call.usage['prompt_tokens']} tokens, {call.cached} of them cached, and " \
+                     f"{call.written} written," if call else ""
+            print(f"{scope['method']} {clean(scope['path'])} {status}{tokens} "
+                  f"{time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
 
-    def do_POST(self) -> None:
+    def _check(self, headers: Headers) -> None:
+        """Raise RequestError for a request without the key or, if there is none, of other sites."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.key:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not compare_digest(
+                    given.encode("latin-1"), self.key.encode()):
+                raise RequestError("the API key is missing or wrong", 401, "invalid_api_key")
+        # Another site may have its name lead to 127.0.0.1, but the browser still sends that name.
+        elif host.partition(":")[0].lower() not in (HOST, "localhost"):
+            raise RequestError("the request is for another host", 403)
+        elif not {origin, "*"} & {None, f"http://{host}", *self.origins}:
+            raise RequestError(f"the request comes from another site: --cors {origin} allows it",
+                               403)
+
+
+class _Protocol(H11Protocol):
+    """A connection, which is closed if no whole request comes in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            PATIENCE, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        self.conn.receive_data(data)         # as uvicorn does, but a part of a request ends no wait
+        self.handle_events()
+
+
+class _Endpoints:
+    """What is answered."""
+
+    def __init__(self, api: Api):
+        self.api, self.turn = api, asyncio.Lock()            # of the request that has the generator
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse(self.api.models(request.path_params.get("name", "")))
+
+    async def complete(self, request: Request) -> Response:
         """Answer as a whole or as a stream of events."""
-        streams = False
         try:
-            body = self._body()              # first, for a client sends it before it reads answers
-            self._check()
-            request = self._request(body)
-            with self.server.turn:
-                for part in self.server.api.answer(self.path, request, self._check_client):
-                    if not request.get("stream"):
-                        self._send(part)
-                        return
-                    if not streams:          # not earlier: a request may be refused
-                        self._send(None, kind="text/event-stream")
-                        streams = True
-                    self._event(json.dumps(part))
-                self._event("[DONE]")
-        except (ConnectionError, TimeoutError):          # the client left, or takes nothing
-            return
+            body = await _body(request)
+            call = request.scope["call"] = await run_in_threadpool(
+                self.api.read, request.url.path, body)
+            parts = self._parts(request, call)
+            first = await anext(parts)       # before anything is sent, as it may raise
+            if call.stream:
+                return StreamingResponse(_events(first, parts), media_type="text/event-stream")
+            await parts.aclose()
+            return JSONResponse(first)
+        except ClientDisconnect:
+            return Response(status_code=499)                     # which the log alone sees
         except Exception as e:               # onnxruntime raises bare Exceptions
-            failed = request_error(e)
-            if streams:
-                self._event(json.dumps(failed.body))
-            else:
-                self._send(failed.body, failed.status)
+            return _refusal(request, e)
 
-    def _body(self) -> bytes:
-        """The body of a request. Raises RequestError if it is too long, or of unknown length."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise RequestError("the request has no Content-Length", 411)
-        body = self.rfile.read(min(int(length), LARGEST))
-        if int(length) > LARGEST:
-            for _ in range(min(int(length), 1 << 30) - LARGEST >> 16):
-                self.rfile.read(1 << 16)
-            raise RequestError(f"the request has {length} bytes: at most {LARGEST} are read", 413)
-        return body
+    async def _parts(self, request: Request, call: Call) -> AsyncGenerator[Json, None]:
+        """Yield the parts of an answer, for which requests wait in turn."""
+        def check() -> None:
+            if anyio.from_thread.run(request.is_disconnected):
+                raise ClientDisconnect
 
-    def _request(self, body: bytes) -> Json:
-        """The JSON object of a request. Raises what `request_error` takes."""
-        # A page of another site may post text, but not this type.
-        if self.headers.get_content_type() != "application/json":
-            raise RequestError("the request's Content-Type is not application/json", 415)
-        with naming("the request is no JSON", ValueError, RecursionError):
-            request = json.loads(body)
-        if not isinstance(request, dict):
-            raise ValueError("the request is no JSON object")
-        return request
-
-    def _send(self, value: Any, status: int = 200, kind: str = "application/json") -> None:
-        """Send headers and, unless it is None, a value as JSON."""
-        body = b"" if value is None else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        if value is not None:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _event(self, text: str) -> None:
-        self.wfile.write(f"data: {text}\n\n".encode())
-
-    def end_headers(self) -> None:
-        for name, value in HEADERS.items():
-            self.send_header(name, value)
-        super().end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a page asks for many files."""
+        async with self.turn:
+            with closing(self.api.answer(call, check)) as answer:      # before the next one begins
+                async for part in iterate_in_threadpool(answer):
+                    yield part
 
 
-def serve(api: Api, host: str | None = None, port: int | None = None, key: str | None = None,
-          ) -> None:
-    """Serve the generator and its folder's page until Ctrl-C: at the port, at a free one if it is
-    0; default: PORT, or the next that is free. With a host, requests need the key, which no browser
-    sends for a page. Raises OSError if the port is taken, or for a host of another machine."""
-    ports = range(PORT, PORT + PORTS) if port is None else [port]
+async def _body(request: Request) -> Json:
+    """The JSON object of a request."""
+    # A page of another site may post text, but not this type.
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise RequestError("the request's Content-Type is not application/json", 415)
+    body, size = bytearray(), 0
+    try:
+        with anyio.fail_after(PATIENCE):
+            async for part in request.stream():
+                size += len(part)            # all is read: a client sends it before it listens
+                body += part if size <= LARGEST else b""
+        if size > LARGEST:
+            raise RequestError(f"the request has {size} bytes: at most {LARGEST} are read", 413)
+        found = json.loads(body)
+    except TimeoutError:
+        raise RequestError("the request does not end", 408) from None
+    except (ValueError, RecursionError) as e:
+        raise RequestError(f"the request is no JSON: {error_line(e)}") from None
+    if not isinstance(found, dict):
+        raise RequestError("the request is no JSON object")
+    return found
+
+
+async def _events(first: Json, parts: AsyncGenerator[Json, None]) -> AsyncIterator[str]:
+    """The parts of a stream as server-sent events."""
+    try:
+        async with aclosing(parts):
+            yield f"data: {json.dumps(first)}\n\n"
+            async for part in parts:
+                yield f"data: {json.dumps(part)}\n\n"
+        yield "data: [DONE]\n\n"
+    except ClientDisconnect:
+        pass
+    except Exception as e:
+        yield f"data: {bytes(_refusal(None, e).body).decode()}\n\n"
+
+
+def _refusal(request: Any, e: Exception) -> Response:
+    """The answer that says why there is none; what no request is to blame for goes to the log."""
+    if isinstance(e, HTTPException):
+        e = RequestError(f"there is no {request.method} {request.url.path}", e.status_code)
+    elif not isinstance(e, RequestError):
+        print_error(e, "--debug" in sys.argv, f" ({type(e).__name__})")
+        e = RequestError("out of memory: export again, with a smaller --context" if (
+            isinstance(e, MemoryError)) else error_line(e), 500)
+    # Whoever does not end a request must not go on with it.
+    return JSONResponse(e.body, e.status, {"Connection": "close"} if e.status == 408 else None)
+
+
+def make_server(api: Api, key: str | None = None, origins: Sequence[str] = (), quiet: bool = True,
+                ) -> uvicorn.Server:
+    """The server, which `run` starts. With a key, pages of any site may ask, and there is no page
+    of the folder, for which no browser sends a key. origins: sites, such as https://example.com,
+    whose pages may ask without one."""
+    endpoints = _Endpoints(api)
+    routes: list[Any] = [Route("/v1/models", endpoints.models),
+                         Route("/v1/models/{name:path}", endpoints.models),
+                         *(Route(path, endpoints.complete, methods=["POST"])
+                           for path in (CHAT, TEXT))]
+    if not key and (api.folder / "index.html").is_file():
+        routes.append(Mount("/", StaticFiles(directory=api.folder, html=True)))
+    app = Starlette(routes=routes, exception_handlers={
+        HTTPException: _refusal, RequestError: _refusal})
+    return uvicorn.Server(uvicorn.Config(
+        CORSMiddleware(_Guard(app, key, origins, quiet), ["*"] if key else origins,
+                       ["GET", "POST"], ["*"], allow_private_network=True),
+        http=_Protocol, ws="none", lifespan="off", log_config=None, log_level="critical",
+        access_log=False, server_header=False,
+        limit_concurrency=CLIENTS, timeout_keep_alive=PATIENCE,
+        timeout_graceful_shutdown=1))
+
+
+def serve(api: Api, ports: Sequence[int], host: str | None = None, key: str | None = None,
+          origins: Sequence[str] = (), quiet: bool = False) -> None:
+    """Serve the generator and its folder's page until Ctrl-C, at the first of the ports that is
+    free; 0 is any. Raises OSError if all are taken, or for a host of another machine."""
     for number in ports:
         try:
-            server = _Server((host or HOST, number), api, key)
+            listening = socket.create_server((host or HOST, number), backlog=2 * CLIENTS)
             break
         except (OSError, OverflowError) as e:
             if number == ports[-1] or getattr(e, "errno", None) not in (EADDRINUSE, EACCES):
                 raise OSError(f"port {number} of {host or HOST} cannot be opened: {e}; give "
                               "--serve another port, or --host an address of this machine"
                               ) from None
-    with server:
-        address = f"http://{host or HOST}:{server.server_port}/"
-        has_page = not key and (server.folder / "index.html").is_file()
+    with listening:
+        address = f"http://{host or HOST}:{listening.getsockname()[1]}/"
+        has_page = not key and (api.folder / "index.html").is_file()
         page = f"{address} shows a page, and " if has_page else ""
         print(f"{page}{address}v1 answers as OpenAI's API from {clean(api.folder)}; "
               "Ctrl-C ends it", flush=True)
-        server.serve_forever()
+        make_server(api, key, origins, quiet).run([listening])

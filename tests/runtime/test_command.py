@@ -187,13 +187,13 @@ def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> 
 @pytest.mark.parametrize("flags, says", [
     (["--serve", "web"], "--serve: invalid int value: 'web'"), (["--serve=-1"], "-1 is below 0"),
     (["x", "--best", "2"], "--best needs --choices"),
-    (["--chat", "--lines"], "leave out PROMPT, --raw and --lines"),
-    (["--serve", "--stats"], "leave out --stats"),
-    (["y", "--serve", "--stop", "t"], "leave out --stop, PROMPT"),
-    (["x", "--choices", "f", "--stop", "t"], "--temperature, --stop and --repe"),
-    (["x", "--schema", "f", "--choices", "g"], "leave out --choices and --tools"),
-    (["x", "--schema", "f", "--tools", "g"], "leave out --choices and --tools"),
-    (["x", "--tools", "f", "--raw"], "leave out --raw and --choices"),
+    (["--chat", "--lines"], "--chat cannot be beside --lines"),
+    (["--serve", "--stats"], "--serve cannot be beside --stats"),
+    (["y", "--serve", "--stop", "t"], "--serve cannot be beside PROMPT, --stop"),
+    (["x", "--choices", "f", "--stop", "t"], "--choices cannot be beside --stop"),
+    (["x", "--schema", "f", "--choices", "g"], "--schema cannot be beside --choices"),
+    (["x", "--schema", "f", "--tools", "g"], "--schema cannot be beside --tools"),
+    (["x", "--tools", "f", "--raw"], "--tools cannot be beside --raw"),
     (["x", "--repetition-penalty", "0"], "is not above 0"),
     (["x", "--seed", "1"], "--seed needs --temperature"),
     (["x", "--temperature", "nan"], "nan is no number of at least 0"),
@@ -201,8 +201,8 @@ def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> 
     (["x", "--choices="], "it is empty"),
     (["x", "--top-p", "0.5"], "--top-p needs --temperature"),
     (["x", "--top-k", "4", "--temperature", "0"], "--top-k needs --temperature"),
-    (["--chat", "--raw"], "--chat asks for prompts itself"),
-    (["x", "--chat"], "--chat asks for prompts itself")])
+    (["x", "--chat", "--raw"], "--chat cannot be beside PROMPT, --raw"),
+    (["x", "--presence-penalty", "3"], "3 is not in [-2, 2]")])
 def test_what_is_wrong_with_flags_is_said(folders, flags, says, capsys) -> None:
     """In the last line: the usage above it names every flag."""
     with pytest.raises(SystemExit) as end:

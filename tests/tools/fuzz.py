@@ -45,6 +45,8 @@ from minismoe.method.experts import add_experts  # noqa: E402
 from minismoe.model.checkpoint import load_adapter, load_model, save_adapter  # noqa: E402
 from minismoe.model.decoder import CausalLM, Config  # noqa: E402
 from minismoe.runtime import FORMAT, Generator  # noqa: E402
+from minismoe.runtime.api import CHAT, TEXT, Api, RequestError  # noqa: E402
+from minismoe.runtime.sampling import Sampling  # noqa: E402
 
 SECONDS, MEGABYTES = 2.0, 256
 ALLOWED = (ArithmeticError, OSError, ValueError)
@@ -73,6 +75,15 @@ TEMPLATES = [
     "{{ f(m.role) }}: {{ m | tojson }}{% generation %}{{ ns.x[:40] }}{% endgeneration %}"
     "{% endfor %}{{ strftime_now('%Y') }}"]
 CALLING = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{{ eos_token }}{% endfor %}"
+REQUESTS = {
+    CHAT: {"model": "m", "messages": LINES[3]["messages"], "tools": LINES[3]["tools"],
+           "tool_choice": {"type": "function", "function": {"name": "f"}}, "stop": ["x"],
+           "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.5,
+           "top_p": 0.9, "top_k": 5, "seed": 1, "logprobs": True, "top_logprobs": 2, "n": 1,
+           "response_format": {"type": "text"}, "presence_penalty": 0.5},
+    TEXT: {"prompt": ["a", "b"], "max_tokens": 3, "stop": "x", "logprobs": 2, "min_p": 0.1,
+           "repetition_penalty": 1.1, "frequency_penalty": 0.5, "response_format": {
+               "type": "json_schema", "json_schema": {"schema": {"enum": ["x"]}}}}}
 SNIPPETS = [      # {n} is a small number
     "{{{{ 'ab' * {n} }}}}", "{{{{ [messages] * {n} }}}}", "{{{{ 'x'.ljust({n}) }}}}",
     "{{% for i in range({n}) %}}{{{{ i }}}}{{% endfor %}}", "{{{{ '%{n}d' % 1 }}}}",
@@ -174,6 +185,8 @@ class Fuzz:
             "adapters": {}, "files": {f.name: {"bytes": f.stat().st_size, "sha256": ""}
                                       for f in self.base.iterdir()}}))
         self.generator = Generator(self.base, threads=1)
+        self.generator.tokenizer = Tokenizer(ByteTokenizer(), CALLING, "<|bos|>", "<|end|>")
+        self.api = Api(self.base, lambda: self.generator, Sampling(max_tokens=3))
         add_experts(model, ALLOCATION)
         save_adapter(load_like(model, self.base), self.base / "adapter", ALLOCATION, ["t"])
         self.kinds: list[Callable[[Rng], Any]] = [
@@ -269,16 +282,20 @@ class Fuzz:
         Tokenizer(ByteTokenizer(), text, "<s>", "</s>").render(turns, rng.random() < 0.5)
 
     def request(self, rng: Rng) -> Any:
-        prompt: Any = rng.choice([
-            "".join(map(chr, rng.choices(range(1, 0x11000), k=rng.randint(0, 30)))),
-            rng.randbytes(rng.randint(0, 70)), [rng.choice([*range(259), *NUMBERS])], "x" * 10 ** 6,
-            rng.choices(range(300), k=rng.randint(0, 70)), *(str(x) for x in ODD)])
-        numbers = [*NUMBERS, 0.5, 1e-300, 1e300, math.nan, math.inf]
-        options = {name: rng.choice(numbers) for name in ("temperature", "top_p", "top_k", "seed")
-                   if rng.random() < 0.4}
-        for _ in self.generator.text(self.generator.generate(
-                prompt, rng.choice([1, 3, 5]), **options)):
-            pass
+        path = rng.choice([*REQUESTS])
+        request = json.loads(rng.text(REQUESTS[path]).decode("utf-8", "replace"))
+        if not isinstance(request, dict):
+            return
+        if rng.random() < 0.3 and path == TEXT:
+            text = "".join(map(chr, rng.choices(range(1, 0x11000), k=rng.randint(0, 30))))
+            request["prompt"] = rng.choice([
+                text, "x" * 10 ** 6, [rng.choice([*range(259), *NUMBERS])],
+                rng.choices(range(300), k=rng.randint(0, 70))])
+        try:
+            for _ in self.api.answer(self.api.read(path, request), lambda: None):
+                pass
+        except RequestError as e:            # whose fault it is
+            raise (ValueError if e.status in (400, 404) else RuntimeError)(str(e)) from None
 
     def export(self, rng: Rng) -> Any:
         (self.case / "export.json").write_bytes(
