@@ -94,7 +94,8 @@ function next(logits, { temperature, penalty, minP }, ids) {
   const masses = scores.map(score => Math.exp((score - scores[best]) / temperature))
     .map(mass => mass < minP ? 0 : mass);
   let left = Math.random() * masses.reduce((sum, mass) => sum + mass, 0);
-  return masses.findIndex(mass => (left -= mass) < 0);
+  const drawn = masses.findIndex(mass => (left -= mass) < 0);
+  return drawn < 0 ? best : drawn;                   // the sum was rounded
 }
 
 // The answers of a set as the chat template writes them after a question, sorted by their tokens:

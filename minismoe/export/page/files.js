@@ -166,7 +166,8 @@ class Files {
     if (!crypto.subtle) return;
     const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
     if (Array.from(digest, byte => byte.toString(16).padStart(2, "0")).join("") === hash) return;
-    throw new Error(name in LIBRARY ? `${name} is not what npm has: install vendor/ again`
-      : `${name} is not the file that export.json names: copy the folder whole, or export again`);
+    if (name in LIBRARY) throw new Error(`${name} is not what npm has: install vendor/ again`);
+    throw new Error(`${name} is not the file that export.json names: copy the folder whole, or ${
+      name === "index.html" ? "take a server that adds no scripts to pages" : "export again"}`);
   }
 }

@@ -49,7 +49,8 @@ const hear = {
     document.title = $.name.textContent = model.split("/").filter(Boolean).at(-1);
     $.forget.disabled = !keeps;
     tasks = known;
-    $.task.append(...Object.keys(tasks).map(name => new Option(name)), new Option("Chat", ""));
+    const options = Object.keys(tasks).map(name => new Option(name));
+    $.task.replaceChildren(...options, new Option("Chat", ""));
     $.task.hidden = !Object.keys(tasks).length;
     const go = () => {
       say("Loading");
@@ -72,9 +73,11 @@ const hear = {
     say("Loading: the model starts");
     $.progress.hidden = false;
   },
+  // A GPU that the model does not start on.
+  gpuFailed() { begin("this GPU does not start the model"); },
   ready({ on, threads, lacks, keeps }) {
     setting = on === "WASM" ? `${on}, ${threads} thread${threads > 1 ? "s" : ""}` : on;
-    if (lacks) setting += ", as this GPU has no float16";
+    if (lacks) setting += `, as ${lacks}`;
     if (on === "WASM" && !crossOriginIsolated) {
       setting += "; one only, as the server sends no COOP and COEP headers: use --serve";
     }
@@ -136,19 +139,22 @@ function ask() {
   } else {
     const settings = { stop: $.until.value };
     for (const input of [$.tokens, $.temperature, $.penalty, $.minP]) {
-      settings[input.id] = Number.isFinite(input.valueAsNumber) ? input.valueAsNumber : +input.min;
+      const { valueAsNumber: value, min, max } = input;
+      settings[input.id] = Math.min(max || Infinity, Math.max(min, value || 0));
     }
     worker.postMessage({ does: "ask", messages, settings });
   }
 }
 
-function begin() {
+// lacks: why the GPU is to be left alone.
+function begin(lacks) {
+  worker?.terminate();
   const source = [...document.querySelectorAll("script.worker")].map(part => part.textContent);
   const url = URL.createObjectURL(new Blob(source, { type: "text/javascript" }));
   worker = new Worker(url, { type: "module" });
   worker.onerror = ({ message }) => broken(`${message}: reload the page`);
   worker.onmessage = ({ data }) => hear[data.is](data);
-  worker.postMessage({ does: "load", home: HOME });
+  worker.postMessage({ does: "load", home: HOME, lacks });
   enter("loading");
   navigator.serviceWorker?.register("offline.js").catch(() => {});   // or else: not offline
 }

@@ -17,11 +17,11 @@ self.onmessage = ({ data }) => does[data.does](data)
   ?.catch(error => post("failed", { text: inOneLine(error), fatal: data.does === "load" }));
 self.onunhandledrejection = ({ reason }) => post("failed", { text: inOneLine(reason), fatal: true });
 
-async function load({ home }) {
+async function load({ home, lacks: reason }) {
   files = new Files(home);
   const info = await files.open(), config = json(await files.bytes("config.json"));
   const tasks = files.listed["tasks.json"] ? json(await files.bytes("tasks.json")) : {};
-  const { dtype, gpu, lacks } = await device(config["transformers.js_config"]);
+  const { dtype, gpu, lacks } = await device(config["transformers.js_config"], reason);
   const graph = `onnx/model${{ fp32: "", q8: "_quantized" }[dtype] ?? `_${dtype}`}.onnx`;
   const library = [SCRIPT, ...["mjs", "wasm"].map(end => `${RUNTIME}${gpu ? ".asyncify" : ""}.${end}`)];
   const names = [...library, graph, `${graph}_data`, ...Object.keys(files.listed)
@@ -41,7 +41,10 @@ async function load({ home }) {
   const model = await parts.AutoModelForCausalLM.from_pretrained(".", {
     device: gpu ? "webgpu" : "wasm", dtype, use_external_data_format: false,
     session_options: { externalData: [
-      { path: `${graph}_data`.slice(5), data: content[`${graph}_data`] }] } });
+      { path: `${graph}_data`.slice(5), data: content[`${graph}_data`] }] } })
+    .catch(error => { if (!gpu) throw error; });
+  if (!model) return post("gpuFailed");      // the page begins anew, without it
+  Object.keys(content).forEach(name => delete content[name]);    // the model has its own copy
   await files.remember();
   // On Vulkan, as on Android and Linux, WebGPU attends wrongly to 32 and more tokens at once: Dawn's
   // compiler does not set the variables of a shader's loop to zero again.
@@ -55,17 +58,19 @@ async function load({ home }) {
   post("ready", { on: gpu ? "WebGPU" : "WASM", threads, lacks, keeps: files.keeps });
 }
 
-// The graph that this browser computes with: its dtype, and whether on a GPU.
-async function device({ dtype, device_config }) {
-  const adapter = await navigator.gpu?.requestAdapter();
+// The graph that this browser computes with: its dtype, whether on a GPU, and if not, what the GPU
+// lacks.
+async function device({ dtype, device_config }, reason) {
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   const wanted = adapter && device_config?.webgpu?.dtype;
-  const lacks = /fp?16$/.test(wanted) && !adapter.features.has("shader-f16");
+  const lacks = reason ?? (/fp?16$/.test(wanted) && !adapter.features.has("shader-f16") ?
+    "this GPU has no float16" : "");
   return wanted && !lacks ? { dtype: wanted, gpu: true } : { dtype, gpu: false, lacks };
 }
 
 // transformers.js, which takes all its files from `content`: names in the folder, and their bytes.
-async function start([script, factory, wasmBinary], content, threads) {
-  const url = bytes => URL.createObjectURL(new Blob([bytes], { type: "text/javascript" }));
+async function start([script, factory, wasm], content, threads) {
+  const url = (bytes, type = "text/javascript") => URL.createObjectURL(new Blob([bytes], { type }));
   const library = await import(url(script)), { env } = library;
   Object.assign(env, {
     allowRemoteModels: false, allowLocalModels: true, localModelPath: files.home,
@@ -75,7 +80,7 @@ async function start([script, factory, wasmBinary], content, threads) {
       return name in content ? new Response(content[name]) : new Response(null, { status: 404 });
     } });
   Object.assign(env.backends.onnx.wasm, {
-    numThreads: threads, wasmPaths: { mjs: url(factory) }, wasmBinary });
+    numThreads: threads, wasmPaths: { mjs: url(factory), wasm: url(wasm, "application/wasm") } });
   return library;
 }
 
@@ -130,7 +135,8 @@ function json(bytes) { return JSON.parse(new TextDecoder().decode(bytes)); }
 
 function inOneLine(error) {
   const text = String(error?.message ?? error).split("\n")[0];
-  if (/memory|alloc/i.test(text) || error instanceof RangeError || typeof error === "number") {
+  if (/out of memory|bad_alloc|alloc\w* (failed|size)|failed to alloc/i.test(text)
+      || error instanceof RangeError || typeof error === "number") {
     return "too little memory for this model: close other tabs";
   }
   return text;
