@@ -149,13 +149,13 @@ def test_stats_say_what_ran_where(folders, generator) -> None:
     plain, stats = (command(folders["ort"], "hello", "--max-tokens", "8", "--provider", "webgpu",
                             *more) for more in ((), ("--stats",)))
     assert (plain.stdout, plain.stderr, stats.stdout) == (expected, "", expected)
-    assert re.match(r"\[WebGpuExecutionProvider: 25 nodes \(.*2 GroupQueryAttention.*\); "
-                    r"CPUExecutionProvider: 12 nodes \(2 \w+, .*\)\]\n", stats.stderr)
+    assert re.match(r"\[WebGpuExecutionProvider: \d+ nodes \(.*2 GroupQueryAttention.*\); "
+                    r"CPUExecutionProvider: \d+ nodes \(2 \w+, .*\)\]\n", stats.stderr)
 
 
 @needs("openvino")
 def test_what_takes_long_on_the_cpu_is_said_in_any_case(folders, capsys) -> None:
-    said = r"\[OpenVINO.*: 35 nodes \(.*\); CPU.*: 2 nodes \(2 GroupQueryAttention\)\]\n"
+    said = r"\[OpenVINO.*: \d+ nodes \(.*\); CPU.*: 2 nodes \(2 GroupQueryAttention\)\]\n"
     for kind, expected in ("portable", ""), ("ort", said):
         terminal.main([str(folders[kind]), "hello", "--max-tokens", "2", "--provider", "openvino"])
         assert re.fullmatch(expected, capsys.readouterr().err)
