@@ -107,7 +107,8 @@ def load_inputs(config: InputConfig, quiet: bool = False) -> Inputs:
                          f"{length} tokens (--max-length, or what the model was made for)")
     model = load_base(config, folder)
     if not quiet:
-        print_data(model, config, tokenizer, tasks, train, valid, test)
+        print_model(model, config)
+        print_data(tokenizer, tasks, train, valid, test)
     return Inputs(folder, model, tokenizer, tasks, train, valid, test,
                   asked["test" if config.limit_test != 0 else "valid"])
 
@@ -165,14 +166,17 @@ def load_base(config: InputConfig, folder: Path) -> CausalLM:
     return model
 
 
-def print_data(model: CausalLM, config: InputConfig, tokenizer: Tokenizer, tasks: Sequence[Task],
-               *splits: Mapping[str, Sequence[Example]]) -> None:
-    """Print how large the model is, how much each task holds, and what the length limit cut or left
-    out of the `splits`, training, validation and test."""
+def print_model(model: CausalLM, config: InputConfig) -> None:
     size = sum(p.numel() for p in meta_model(model.config).parameters())
     bits = f", linear layers in {model.base_bits} bits" if model.base_bits else ""
     print0(f"model: {clean(model.name)}, {size / 1e6:.1f} M parameters, {config.device}, "
            f"{config.dtype}{bits}")
+
+
+def print_data(tokenizer: Tokenizer, tasks: Sequence[Task],
+               *splits: Mapping[str, Sequence[Example]]) -> None:
+    """Print how much each task holds, and what the length limit cut or left out of the `splits`,
+    training, validation and test."""
     rows = []
     for task in tasks:
         examples = splits[0][task.name]

@@ -189,8 +189,7 @@ def test_a_provider_that_computes_something_else_is_refused() -> None:
 
 def cut_one_too_many(cache: SharedCache, n: int) -> bool:
     """As `SharedCache.cut`, but for a token."""
-    for read in cache.tokens:
-        del read[max(0, n - 1):]
+    del cache.tokens[max(0, n - 1):]
     return True
 
 

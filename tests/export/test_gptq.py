@@ -119,8 +119,9 @@ def test_matrices_rounded_on_samples_write_nearly_what_they_did(model: Any) -> N
     form, inputs = GraphFormat("ort", "int4", 64), dict[str, list[Tensor]]()
     handles = [layer.register_forward_hook(lambda layer, args, y, name=name: inputs.setdefault(
         name, []).append(args[0].double())) for name, layer in expert_layers(model).items()]
-    for ids, mask, _ in BATCHES:
-        model(ids, mask)
+    with torch.no_grad():
+        for ids, mask, _ in BATCHES:
+            model(ids, mask)
     for handle in handles:
         handle.remove()
     plain = rounded(model, form)
