@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import figures  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-READMES = ("README.md", "minismoe/data/README.md", "minismoe/export/README.md", "tests/README.md",
-           "tests/benchmarks/README.md")
+READMES = sorted(file.relative_to(ROOT).as_posix() for file in (
+    ROOT / "README.md", *ROOT.glob("minismoe/**/README.md"), *ROOT.glob("tests/**/README.md")))
 
 
 @pytest.mark.parametrize("name", figures.PICTURES)

@@ -23,42 +23,8 @@ TRAIN, TEST, OFFERED, UNFIT = 400, 100, 3, 1 / 8
 NONE_FITS = "None of these functions can do that."
 
 # SmolLM2's own, with tools and calls as in the model card of SmolLM2-1.7B.
-TEMPLATE = """{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}
-        {{- messages[0].content + '\\n\\n' }}
-    {%- endif %}
-    {{- 'You are an expert in composing functions. Call those that the question needs.\\n<tools>' }}
-    {{- tools | tojson + '</tools>\\nWrite calls as <tool_call>[{"name": ..., "arguments": ' }}
-    {{- '{...}}]</tool_call>. If no function fits, say so.<|im_end|>\\n' }}
-{%- elif messages[0].role != 'system' %}
-    {{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging ' }}
-    {{- 'Face<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- generation %}
-            {{- message.content or '' }}
-            {%- for call in message.tool_calls or [] %}
-                {{- '<tool_call>[' if loop.first else ', ' }}
-                {{- {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}
-                {{- ']</tool_call>' if loop.last }}
-            {%- endfor %}
-            {{- '<|im_end|>' }}
-        {%- endgeneration %}
-        {{- '\\n' }}
-    {%- elif message.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>' + message.content }}
-        {{- '</tool_response><|im_end|>\\n' }}
-    {%- elif not (tools and loop.first and message.role == 'system') %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+TEMPLATE = (Path(__file__).resolve().parents[2] / "minismoe" / "data" / "smollm2_tools.jinja"
+            ).read_text(encoding="utf-8")
 
 # Values of a parameter: words of a sentence, or words and the JSON value that each stands for.
 ON = {"on": True, "off": False}
