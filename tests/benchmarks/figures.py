@@ -88,7 +88,7 @@ def place(module: str) -> tuple[int, str]:
 
 
 def method(probed: Mapping[str, Any]) -> str:
-    """The four steps side by side, on the 28 matrices and five tasks of the toy."""
+    """The steps side by side, on the 28 matrices and five tasks of the toy."""
     scores = {task: found["scores"] for task, found in probed["tasks"].items()}
     experts = allocate(scores, keep=0.6, min_experts=1).experts
     top, wide, step = 92.0, 9.0, 48.0
@@ -135,7 +135,16 @@ def method(probed: Mapping[str, Any]) -> str:
               text(vote, bottom, "blue: gets this task’s vote", size=12, color=GREY),
               text(count, bottom, "columns: layers", size=12, color=GREY),
               text(merge, bottom, "same shape as W", size=12, color=GREY)]
-    return card(bottom + 18, "Probe, vote, experts, merge", parts)
+    y = bottom + 46
+    parts += [text(left, y, "5  Ship", size=15, bold=True),
+              text(left, y + 20, "few bits, few tokens", color=GREY)]
+    for x, high, kept, words in (
+            (vote, (8, 9, 22, 23), 24, "heights: 4 or 8 bits a weight"),
+            (count, range(24), 6, "blue: rows of tokens that are needed")):
+        parts += [box(x + 9 * n, y + 5 - (18 if n in high else 9), 8, 18 if n in high else 9,
+                      BLUE if n < kept else "#e6eaef", corner=1) for n in range(24)]
+        parts.append(text(x, y + 24, words, size=12, color=GREY))
+    return card(y + 38, "Probe, vote, experts, merge, ship", parts)
 
 
 def rules(trials: Mapping[str, Mapping[str, Any]]) -> str:
