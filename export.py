@@ -88,11 +88,13 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     settings = stored_on_cpus(cli.resolve_auto(replace(
-        saved, device=config.device, dtype=config.dtype, limit_test=limit)), config)
+        saved, device=config.device, dtype=config.dtype, limit_test=limit,
+        limit_valid=sys.maxsize if config.max_error else saved.limit_valid)), config)
     with naming(f"{run / 'config.json'} ({resume} --model FOLDER --data FOLDER says where they are "
                 "now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
-    if limit == saved.limit_test and (other := runs.other_tasks(run, inputs)):
+    same = limit == saved.limit_test and not config.max_error
+    if same and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
     name = inputs.model.name

@@ -107,7 +107,7 @@ class CachedModel:
                 file = ort.AdapterFormat.read_adapter(name)
             self._adapters[task] = file, file.get_parameters()           # in the file's memory
         # Bound as graph inputs: onnxruntime's RunOptions take adapters only without binding.
-        self._adapter = self._adapters[task][1]
+        self._adapter, self.task = self._adapters[task][1], task
         self._begun += 1
 
     def reset(self) -> None:

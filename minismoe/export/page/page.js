@@ -99,7 +99,7 @@ const hear = {
     $.status.title = `The chat has ${length} of ${context} tokens; ${read} of them were new`;
   },
   // The likeliest answers of a task's set, each with its probability.
-  chosen({ best, seconds }) {
+  chosen({ best, seconds, sure }) {
     if (best.length) {
       question.bubbles[1].textContent = best[0].text;
       messages.push({ role: "assistant", content: best[0].text });
@@ -115,7 +115,8 @@ const hear = {
       takeBack();
     }
     enter("ready");
-    say(best.length ? `Answered after ${seconds.toFixed(2)} s on ${setting}` : "Stopped");
+    const word = { true: ": sure", false: ": not sure" }[sure] ?? "";
+    say(best.length ? `Answered after ${seconds.toFixed(2)} s on ${setting}${word}` : "Stopped");
   },
   failed({ text, fatal }) {
     if (fatal) return broken(state === "loading" ? text : `${text}: reload the page`);
