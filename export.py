@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
     if config.provider and config.layout == "onnx":
         command += f" --provider {config.provider[0]}"
     print(clean(f"{out}: {size / 1e6:.1f} MB\n{command}", "\n"))
+    if config.run and not config.vocab and 3 * (rows := info.get("vocabulary_bytes", 0)) > size:
+        print(trimming.hint(source, rows, size), end="")
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """--vocab: a base with the tokens that its task needs, in place of all."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ..data.tasks import Example, Task, probe_batches
 from ..data.tokenizer import FileTokenizer, Tokenizer
+from ..export.settings import Source
 from ..export.trim import write_trimmed
 from ..io.files import naming, new_folder, read_json
 from ..io.text import clean, table
@@ -103,3 +105,16 @@ def print_logprobs(before: Mapping[str, float], after: Mapping[str, float]) -> N
     """Print what fewer tokens cost the right answers, by task."""
     print(table(["log-probability of right answers", "all tokens", "fewer"], [
         [clean(name), f"{value:.4f}", f"{after[name]:.4f}"] for name, value in before.items()]))
+
+
+def hint(source: Source, rows: int, size: int) -> str:
+    """What --vocab would make of an export of `size` bytes, of which embedding and head take
+    `rows`; "" for a tokenizer that it refuses."""
+    total = source.model.config.vocab_size
+    count = 32768 if total > 65536 else 16384
+    with suppress(FileNotFoundError, ValueError):
+        BPE(read_json(source.base / "tokenizer.json"))
+        if total > count:
+            return (f"the vocabulary takes {rows / 1e6:.0f} of {size / 1e6:.0f} MB: --vocab "
+                    f"{count} would leave {rows * count / total / 1e6:.0f}\n")
+    return ""

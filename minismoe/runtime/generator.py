@@ -200,18 +200,18 @@ class Generator(CachedModel):
         """Whether an answer of this log-probability may stand: one that was written, or one of a
         task's set. It may if so few of such answers were wrong as `export.py --max-error` asked.
 
-        The task is that of the adapter in use or of the set, or the only one. None if the folder
-        says nothing of it.
+        Where the adapter in use or the set tells no task, the strictest of all counts. None if the
+        folder says nothing of such answers.
         """
         known: dict[str, Any] = self.info.get("sure", {})
-        task = self.task or (next(iter(known)) if len(known) == 1 else None)
-        if choices:
-            task = next((name for name, entry in known_tasks(self.folder).items()
-                         if {*entry["choices"]} == {*choices}), None)
-        least = known.get(task or "", {}).get("set" if choices else "text", math.nan)
-        if least is None:                    # no answer was likely enough
-            return False
-        return None if math.isnan(least) else bool(logprob >= least)
+        tasks = [name for name, entry in known_tasks(self.folder).items()
+                 if {*entry["choices"]} == {*choices}] if choices else [self.task or ""]
+        ways = [known[name] for name in tasks if name in known] or [
+            {} if choices else way for way in known.values()]
+        least = [way[kind] for way in ways if (kind := "set" if choices else "text") in way]
+        if not least:
+            return None
+        return None not in least and logprob >= max(least)
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
               seed: int | None = None, **sampling: Any) -> list[list[int]]:

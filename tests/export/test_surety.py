@@ -92,7 +92,7 @@ def test_of_a_set_and_of_unknown_tasks(folder: Path, tmp_path: Path) -> None:
     assert (first.text, first.sure, second.sure) == (best.text, True, False)
     assert generator.choose("User: up\nAssistant:", SET[:2])[0].sure is False
     assert generator.choose("User: up\nAssistant:", SET[1:])[0].sure is None       # another set
-    assert "sure" not in generator.reply([{"role": "user", "content": "up"}], max_tokens=2)
+    assert generator.reply([{"role": "user", "content": "up"}], max_tokens=2)["sure"] is False
     done = command(folder, "up", "--choices", "side", "--sure")
     assert done.stdout in (f"{word}\t{text}\n" for word in ("sure", "unsure") for text in SET)
     describe(folder, sure={"side": {"set": "much"}})
