@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import export
 import train
+from minismoe.cli import trimming
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.trim import trimmed_tokenizer, write_trimmed
 from minismoe.io.files import read_json
@@ -178,6 +180,18 @@ def test_an_export_leaves_tokens_out_of_a_whole_run(make: Make, data: list[str],
     export.main(["--model", str(tmp_path / "base"), "--vocab", "320", "--layout", "hf", "--prompts",
                  str(tmp_path / "data" / "train.jsonl"), "--out", str(tmp_path / "hf")])
     assert load_model(tmp_path / "hf").config.vocab_size == 320
+
+
+def test_a_large_vocabulary_is_named_with_what_fewer_tokens_would_take(make: Make) -> None:
+    def hint(total: int) -> str:
+        config = SimpleNamespace(vocab_size=total)
+        source: Any = SimpleNamespace(base=base, model=SimpleNamespace(config=config))
+        return trimming.hint(source, 168_000_000, 257_000_000)
+    base = make("llama")
+    assert hint(262144) == "the vocabulary takes 168 of 257 MB: --vocab 32768 would leave 21\n"
+    assert "--vocab 16384 would leave 84" in hint(32768) and hint(16384) == ""
+    (base / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
+    assert hint(262144) == ""
 
 
 @pytest.mark.parametrize("flags, says", [
