@@ -49,7 +49,8 @@ class InputConfig:
         "computed, in float32 anyway. auto: bfloat16 if the device multiplies it in hardware, "
         "and float32 for the toy model", choices=("auto", "float32", "bfloat16"))
     base_bits: int | None = flag(None, "hold the frozen linear layers in so many bits: less "
-                                 "memory, a little slower, less exact", int, choices=(8, 4))
+                                 "memory, a little slower, and below 16 less exact", int,
+                                 choices=(16, 8, 4))
 
 
 @dataclass(frozen=True)

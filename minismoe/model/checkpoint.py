@@ -23,7 +23,7 @@ from ..method.allocate import Allocation
 from ..method.experts import adaptable, add_experts, expert_parameters, linear_layers
 from .config import MODULES, Config, renamed, text_part
 from .decoder import CausalLM, meta_model
-from .quantize import BlockLinear, BlockWeight, quantize
+from .quantize import BlockLinear, BlockWeight, WideWeight, quantize
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROWS = 8                                 # of each tensor, that the fingerprint of a base reads
@@ -58,12 +58,13 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32,
     """A frozen decoder from a folder or hub name, its weights as `dtype` (None: each as it is
     stored) on `device`.
 
-    With base_bits, 8 or 4, all linear layers but the head are quantised. Weights are memory-mapped,
-    or converted one at a time, so peak memory is one copy of the weights in their final form.
+    With base_bits, 8 or 4, all linear layers but the head are quantised; with 16, they stay as they
+    are stored, and are converted where they are needed. Weights are memory-mapped, or converted one
+    at a time, so peak memory is one copy of the weights in their final form.
     Raises FileNotFoundError; ValueError lists up to 20 wrong tensors, or all unsupported settings.
     """
-    if base_bits not in (None, 4, 8):
-        raise ValueError(f"base_bits is {base_bits!r}: give 8, 4 or None")
+    if base_bits not in (None, 4, 8, 16):
+        raise ValueError(f"base_bits is {base_bits!r}: give 16, 8, 4 or None")
     folder = resolve(path)
     cfg, config = read_config(folder)
     model = meta_model(cfg)
@@ -108,10 +109,14 @@ def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype | N
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if model.base_bits and module in linear and kind == "weight":
-            blocks = quantize(tensor.read(None, device), model.base_bits)
-            blocks = replace(blocks, scales=blocks.scales.half())
-            layer = BlockLinear(BlockWeight(blocks, dtype or torch.float32), linear[module].bias)
-            model.set_submodule(module, layer)
+            stored, wanted = tensor.read(None, device), dtype or torch.float32
+            weight: nn.Module
+            if model.base_bits == 16:
+                weight = WideWeight(stored, wanted)
+            else:
+                blocks = quantize(stored, model.base_bits)
+                weight = BlockWeight(replace(blocks, scales=blocks.scales.half()), wanted)
+            model.set_submodule(module, BlockLinear(weight, linear[module].bias))
         else:
             content = tensor.read(dtype or DTYPES[tensor.content.get_dtype()], device)
             setattr(model.get_submodule(module), kind, nn.Parameter(content, requires_grad=False))

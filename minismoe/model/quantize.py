@@ -137,13 +137,12 @@ class BlockWeight(nn.Module):
 
 
 class WideWeight(nn.Module):
-    """A frozen weight (N, K) that is stored in 16 bits, perhaps in a mapped file; each call of
-    `dense` converts it to float32."""
+    """A frozen weight (N, K) that stays as it is stored, perhaps in a mapped file; each call of
+    `dense` converts it to `dtype`."""
 
-    dtype = torch.float32
-
-    def __init__(self, stored: Tensor):
+    def __init__(self, stored: Tensor, dtype: torch.dtype = torch.float32):
         super().__init__()
+        self.dtype = dtype
         self.stored, self.shape = nn.Parameter(stored, requires_grad=False), stored.shape
 
     @property
@@ -153,11 +152,11 @@ class WideWeight(nn.Module):
     @torch.no_grad()
     def dense(self) -> Tensor:
         """The weight (N, K)."""
-        return self.stored.float()
+        return self.stored.to(self.dtype)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Some of its rows (n, K)."""
-        return self.stored[numbers].float()
+        return self.stored[numbers].to(self.dtype)
 
 
 class _Multiply(torch.autograd.Function):

@@ -524,7 +524,7 @@ def test_a_model_in_this_folder_names_the_run(inputs, tmp_path, capsys, monkeypa
     assert code == 0 and [run.name for run in Path("runs").iterdir()] == ["mine-1"], err
 
 
-@pytest.mark.parametrize("bits", ["8", "4"])
+@pytest.mark.parametrize("bits", ["16", "4"])
 def test_a_run_on_few_bits(inputs, tmp_path, capsys, bits) -> None:
     code, out, err = finish(train.main, *inputs, "--base-bits", bits, "--epochs", "1", "--samples",
                             "4", "--rank", "2", "--out", str(tmp_path / "run"), capsys=capsys)

@@ -1,5 +1,6 @@
 """A base in 8 or 4 bits against a float model that holds the same rounded weights."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def examples() -> list[Example]:
 
 @pytest.mark.parametrize("adapted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 def test_outputs_and_gradients_are_those_of_the_rounded_weights(
         checkpoint: Make, bits: int, dtype: torch.dtype, adapted: bool) -> None:
     models = pair(checkpoint("qwen2")[1], bits, dtype)
@@ -69,8 +70,19 @@ def test_probe_and_generation_are_those_of_the_rounded_weights(checkpoint: Make,
 
 
 def test_other_numbers_of_bits_are_refused(checkpoint: Make) -> None:
-    with pytest.raises(ValueError, match="base_bits is 16: give 8, 4 or None"):
-        load_model(checkpoint("llama")[1], base_bits=16)
+    with pytest.raises(ValueError, match="base_bits is 2: give 16, 8, 4 or None"):
+        load_model(checkpoint("llama")[1], base_bits=2)
+
+
+def test_weights_in_16_bits_stay_in_their_file_and_lose_nothing(
+        checkpoint: Make, tmp_path: Path) -> None:
+    hf, _ = checkpoint("llama")
+    copy.deepcopy(hf).bfloat16().save_pretrained(tmp_path / "bf16")
+    model, plain = (load_model(tmp_path / "bf16", base_bits=bits) for bits in (16, None))
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.stored.dtype == torch.bfloat16 and weight.dense().dtype == torch.float32
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(model(ids), plain(ids))
 
 
 def test_adapter_returns_to_its_base_in_any_form(checkpoint: Make, tmp_path: Path) -> None:
