@@ -6,11 +6,13 @@ method.svg    probe, vote, experts, merge: the toy's sensitivity.json (toy.json)
 rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json, floor.json)
 bits.svg      the bits of each matrix (bits.json: `bits` of export.json, two exports with --size)
 rates.svg     the loss at other learning rates than the default's (rates.jsonl)
+shipped.svg   exact match, size and speed of exports with fewer bits and tokens (shipped.jsonl)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
 holds no script and no font: GitHub shows an SVG as an image. layer.svg shows no figure: edit it.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -253,6 +255,38 @@ def losses(left: float, top: float, height: float, *groups: Sequence[Sequence[Ma
     return parts + means
 
 
+def shipped(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Exact match of exports over their size and, where it was measured, over decoding speed."""
+    top, height, wide, parts = 84.0, 190.0, 165.0, Parts()
+    marks = {"all tokens": (GREY, "#fff"), "fewer tokens": (BLUE, BLUE)}
+    for column, (base, key) in enumerate((b, k) for b in dict.fromkeys(row["base"] for row in rows)
+                                         for k in ("MB", "rate")):
+        left, here = 52 + 206.0 * column, [r for r in rows if r["base"] == base and key in r]
+        most = max(row[key] for row in here) * 1.15
+        if key == "MB":
+            parts.append(text(left, 30, base, size=15, bold=True))
+        parts.append(text(left, 52, "megabytes" if key == "MB" else "tokens/s", color=GREY))
+        for share in (0.75, 0.8, 0.85, 0.9):
+            y = top + height * (0.92 - share) / 0.2
+            parts += [line(f"M{left} {y:.1f}h{wide}", LINE, 1), text(
+                left - 7, y + 4, f"{100 * share:.0f}", anchor="end", size=12, color=GREY)]
+        for row in here:
+            x, y = left + wide * row[key] / most, top + height * (0.92 - row["exact"]) / 0.2
+            edge, fill = marks["all tokens" if row["tokens"] is None else "fewer tokens"]
+            low = here.index(row) % 2
+            parts += [dot(x, y, 4.5, fill, edge), text(
+                x, y + (18 if low else -9), row["name"], anchor="middle", size=11)]
+        for share in (0, 0.5, 1):
+            parts.append(text(left + wide * share, top + height + 18, f"{most * share:.0f}",
+                              anchor="middle", size=12, color=GREY))
+    bottom = top + height + 46
+    for x, (name, (edge, fill)) in zip((60.0, 200.0), marks.items()):
+        parts += [dot(x, bottom - 4, 4.5, fill, edge), text(x + 12, bottom, name, size=12)]
+    parts.append(text(WIDTH - 30, bottom, "up: exact match of two tasks in %", anchor="end",
+                      size=12, color=GREY))
+    return card(bottom + 18, "Exact match over size and speed", parts)
+
+
 def record(name: str) -> Any:
     return read_json(RESULTS / f"{name}.json")
 
@@ -262,7 +296,8 @@ PICTURES: dict[str, Callable[[], str]] = {
         "SmolLM2-135M, five tasks, three seeds": record("smollm2"),
         "SmolLM2-135M, three tasks, three other seeds": record("floor")}),
     "bits": lambda: bits(record("bits")),
-    "rates": lambda: rates(complete())}
+    "rates": lambda: rates(complete()),
+    "shipped": lambda: shipped([*map(json.loads, (RESULTS / "shipped.jsonl").open())])}
 
 
 def main() -> None:
