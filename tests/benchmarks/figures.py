@@ -256,35 +256,24 @@ def losses(left: float, top: float, height: float, *groups: Sequence[Sequence[Ma
 
 
 def shipped(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Exact match of exports over their size and, where it was measured, over decoding speed."""
-    top, height, wide, parts = 84.0, 190.0, 165.0, Parts()
-    marks = {"all tokens": (GREY, "#fff"), "fewer tokens": (BLUE, BLUE)}
-    for column, (base, key) in enumerate((b, k) for b in dict.fromkeys(row["base"] for row in rows)
-                                         for k in ("MB", "rate")):
-        left, here = 52 + 206.0 * column, [r for r in rows if r["base"] == base and key in r]
-        most = max(row[key] for row in here) * 1.15
-        if key == "MB":
-            parts.append(text(left, 30, base, size=15, bold=True))
-        parts.append(text(left, 52, "megabytes" if key == "MB" else "tokens/s", color=GREY))
-        for share in (0.75, 0.8, 0.85, 0.9):
-            y = top + height * (0.92 - share) / 0.2
-            parts += [line(f"M{left} {y:.1f}h{wide}", LINE, 1), text(
-                left - 7, y + 4, f"{100 * share:.0f}", anchor="end", size=12, color=GREY)]
-        for row in here:
-            x, y = left + wide * row[key] / most, top + height * (0.92 - row["exact"]) / 0.2
-            edge, fill = marks["all tokens" if row["tokens"] is None else "fewer tokens"]
-            low = here.index(row) % 2
-            parts += [dot(x, y, 4.5, fill, edge), text(
-                x, y + (18 if low else -9), row["name"], anchor="middle", size=11)]
-        for share in (0, 0.5, 1):
-            parts.append(text(left + wide * share, top + height + 18, f"{most * share:.0f}",
-                              anchor="middle", size=12, color=GREY))
-    bottom = top + height + 46
-    for x, (name, (edge, fill)) in zip((60.0, 200.0), marks.items()):
-        parts += [dot(x, bottom - 4, 4.5, fill, edge), text(x + 12, bottom, name, size=12)]
-    parts.append(text(WIDTH - 30, bottom, "up: exact match of two tasks in %", anchor="end",
-                      size=12, color=GREY))
-    return card(bottom + 18, "Exact match over size and speed", parts)
+    """Exact match, size and decoding speed of exports, as bars."""
+    parts, y, columns = Parts(), 52.0, {"MB": (330.0, "megabytes"), "rate": (610.0, "tokens/s")}
+    parts += [text(260, 30, "exact match", anchor="end", size=12, color=GREY), *(
+        text(x, 30, says, size=12, color=GREY) for x, says in columns.values())]
+    for i, row in enumerate(rows):
+        if i == 0 or row["base"] != rows[i - 1]["base"]:
+            y += 14 * (i > 0)
+            parts.append(text(24, y + 4, row["base"], size=15, bold=True))
+            y += 26
+        fewer = row["tokens"] is not None
+        parts += [text(24, y + 4, f"{row['tokens']:,} tokens" if fewer else "all tokens"),
+                  text(260, y + 4, f"{100 * row['exact']:.1f}", anchor="end")]
+        for key, (x, _) in columns.items():
+            wide = 190 * row[key] / max(other[key] for other in rows)
+            parts += [box(x, y - 7, wide, 14, BLUE if fewer else GREY, corner=2),
+                      text(x + wide + 8, y + 4, f"{row[key]:.0f}", size=12)]
+        y += 24
+    return card(y + 4, "Exact match, size and speed of exports", parts)
 
 
 def record(name: str) -> Any:
