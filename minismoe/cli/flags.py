@@ -7,7 +7,7 @@ another.
 from dataclasses import dataclass
 
 from ..io.flags import above_zero, flag, natural, positive, seed, text
-from ..method.allocate import STRATEGIES, Allocation
+from ..method.allocate import STRATEGIES, Allocation, AllocationSettings
 from ..training.loop import TrainConfig
 
 # Settings of the allocation that have no flag: a file for --allocation may hold them.
@@ -54,7 +54,7 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
-class AllocationConfig:
+class AllocationConfig(AllocationSettings):
     """How much the probe measures, and how experts are given to matrices."""
 
     samples: int = flag(32, "training examples a task to probe (default: %(default)s)", positive,
@@ -73,10 +73,8 @@ class AllocationConfig:
     allocation: str | None = flag(
         None, 'an allocation.json, or {"module": experts}; or settings of the allocation: '
         + ", ".join(SETTINGS), text, metavar="FILE")
-    # Without a flag, but of SETTINGS; see method/allocate.py:
-    keep: float | None = None
+    # Without a flag:
     min_experts: int = 1                # 0: the paper's vote, which leaves some matrices bare
-    top_k: int = 2                      # experts active a token
     fixed: Allocation | None = None     # what the file of --allocation holds, unless it is settings
     seed: int = 0                       # --seed, a flag of InputConfig
 

@@ -17,7 +17,7 @@ from ..io.files import naming, read_json
 from ..io.progress import progress_bar
 from ..io.text import clean, table
 from ..method.allocate import Allocation, allocate, select
-from ..method.allocation import FORMAT, Unfit, is_whole
+from ..method.allocation import FORMAT, Infeasible, is_whole
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..model.quantize import quantize
@@ -32,10 +32,9 @@ BITS_HELP = "print what storing each matrix in 4 bits costs, and stop"
 
 
 def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
-    """The allocation that the flags ask for; Unfit if the scores choose one that does not fit."""
-    settings = {name: getattr(allocating, name) for name in (
-        "strategy", "budget_params", "rank", "alpha", *SETTINGS)}
-    allocation = allocate(scores, targets=allocating.target_modules, **settings)
+    """The allocation that the flags ask for; Infeasible if the scores choose one that
+    does not fit."""
+    allocation = allocate(scores, allocating)
     allocation.check_rank(scores.shapes)
     if {*allocation.experts.values()} == {1} and len(allocation.experts) == len(
             select(scores.shapes, allocating.target_modules)):
@@ -65,7 +64,7 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation
     if (allocating.budget_params and blind
             or len(inputs.encoded) == 1 and allocating.min_experts > 0):
         return choose(allocating, scores)
-    with suppress(Unfit):                    # with other scores it may fit
+    with suppress(Infeasible):                    # with other scores it may fit
         choose(allocating, scores)
     return None
 
@@ -144,8 +143,8 @@ def print_overlap(allocating: AllocationConfig, scores: Scores) -> None:
     votes for, too, as a share."""
     def voted(samples: Tensor) -> set[str]:
         one_task = dict(zip(scores.shapes, samples.sum(0).tolist()))
-        return set(allocate({"": one_task}, keep=allocating.keep,
-                            targets=allocating.target_modules).experts)
+        return {*allocate({"": one_task}, keep=allocating.keep,
+                          target_modules=allocating.target_modules).experts}
 
     rows = []
     for task, samples in scores.samples.items():

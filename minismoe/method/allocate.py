@@ -18,12 +18,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .allocation import GROUP, MOST, Allocation, Counts, Sensitivities, Unfit, is_number, is_whole
+from .allocation import MOST, Allocation, Counts, Infeasible, Sensitivities, is_number, is_whole
 
+GROUP = "attention_mlp"  # what is ranked together: matrices of attention, and those of MLPs
 STRATEGIES = ("votes", "uniform", "lora")
 LAYER = r"(?:^|\.)\d+\."  # what stands before a module's name within its layer
 KEEP = 0.6  # share of its group that a task votes for, unless a size is asked for
@@ -41,30 +42,43 @@ def vote(scores: Sensitivities, groups: Sequence[Sequence[str]], keep: float) ->
     return votes
 
 
-def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = GROUP,
-             keep: float | None = None, budget_params: int | None = None, min_experts: int = 0,
-             targets: Iterable[str] | str | None = None, rank: int = 8, alpha: float | None = None,
-             top_k: int = 2, shapes: Mapping[str, tuple[int, int]] | None = None) -> Allocation:
+@dataclass(frozen=True)
+class AllocationSettings:
+    """How `allocate` gives experts to matrices."""
+
+    strategy: str = "votes"              # "uniform": each module gets as many experts as fit;
+    #                                      "lora": one of the largest rank that fits
+    keep: float | None = None            # share of its group that a task votes for; None: KEEP
+    budget_params: int | None = None     # at most so many trainable parameters, in place of keep
+    min_experts: int = 0                 # votes that fall short of it are raised to it
+    target_modules: Iterable[str] | str | None = None        # see `select`
+    rank: int = 8                        # of each expert
+    alpha: float | None = None           # None: twice the rank
+    top_k: int = 2                       # experts active a token
+
+
+def allocate(scores: Sensitivities, settings: AllocationSettings | None = None, *,
+             shapes: Mapping[str, tuple[int, int]] | None = None, **changes: Any) -> Allocation:
     """Give each module of {task: {module: sensitivity}} its number of experts.
 
-    It spends what votes do at `keep` (a share of each group, 0.6 by default), or at most
-    `budget_params` trainable parameters. Votes that fall short of `min_experts` are raised to it.
-    "uniform" gives each module as many experts as fit, and "lora" one expert of the largest rank
-    that fits, at the same alpha / rank. `group`: only attention and MLP apart. `alpha` is
-    2 * `rank` by default, `shapes`, {module: (out, in)}, is `scores.shapes`. Raises ValueError for
-    wrong arguments and for a budget that is too small, with the nearest possible one; Unfit if it
-    is too small for these scores only.
+    settings: the defaults of `AllocationSettings` if None; `changes` are fields of it. "uniform"
+    and "lora" spend what votes do, or the budget; "lora" keeps alpha / rank. shapes:
+    {module: (out, in)}, by default `scores.shapes`. Raises ValueError for wrong settings and for a
+    budget that is too small, with the nearest possible one; Infeasible if it is too small for these
+    scores only.
     """
-    keep = KEEP if keep is None and budget_params is None else keep
-    alpha = (2 * rank if is_whole(rank, 1) else 1) if alpha is None else alpha
-    draft = Allocation({}, rank, alpha, top_k, strategy, group, keep)
+    given = replace(settings or AllocationSettings(), **changes)
+    rank, budget_params, min_experts = given.rank, given.budget_params, given.min_experts
+    keep = KEEP if given.keep is None and budget_params is None else given.keep
+    alpha = (2 * rank if is_whole(rank, 1) else 1) if given.alpha is None else given.alpha
+    draft = Allocation({}, rank, alpha, given.top_k, given.strategy, GROUP, keep)
     _check(scores, draft, budget_params, min_experts)
-    modules = select(next(iter(scores.values())), targets)
+    modules = select(next(iter(scores.values())), given.target_modules)
     sizes = (getattr(scores, "shapes", None) if shapes is None else shapes) or {}
     unknown = [module for module in modules if module not in sizes]
     if budget_params is not None and unknown:
         raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
-    in_params = budget_params is not None or (strategy == "lora" and not unknown)
+    in_params = budget_params is not None or (given.strategy == "lora" and not unknown)
     unit = 1 if in_params else rank      # else an expert costs its rank, which lora chooses itself
 
     def cost(option: Allocation) -> int:
@@ -76,13 +90,13 @@ def allocate(scores: Sensitivities, *, strategy: str = "votes", group: str = GRO
     options = _options(draft, scores, groups, min_experts)
     if (least := cost(options[0])) > budget:
         floor = cost(replace(draft, experts=dict.fromkeys(modules, min_experts)))
-        raise (ValueError if floor > budget else Unfit)(
+        raise (ValueError if floor > budget else Infeasible)(
             f"{budget // unit} {'parameters' if in_params else 'experts'} "
             f"({'what votes spend' if budget_params is None else 'the budget'}) are too few for "
-            f"{strategy!r} with min_experts {min_experts}: the nearest possible is "
+            f"{given.strategy!r} with min_experts {min_experts}: the nearest possible is "
             f"{-(-least // unit)}")
     best = [option for option in options if cost(option) <= budget][-1]
-    if strategy == "lora":               # one rank costs as much as another
+    if given.strategy == "lora":         # one rank costs as much as another
         best = replace(best, rank=budget // least, alpha=alpha * (budget // least) / rank)
     return replace(best, trainable_parameters=None if unknown else best.trainable(sizes), experts={
         m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})
@@ -109,7 +123,6 @@ def _check(scores: Sensitivities, draft: Allocation, budget: int | None, least: 
     modules: set[str] = set().union(*scores.values())
     checks = [
         (draft.strategy in STRATEGIES, f"strategy {draft.strategy!r} is none of {STRATEGIES}"),
-        (draft.group == GROUP, f"group {draft.group!r} is not {GROUP!r}"),
         (is_whole(least, 0) and least <= MOST,
          f"min_experts must be a whole number from 0 to {MOST}, got {least!r}"),
         (draft.strategy != "lora" or least in (0, 1),

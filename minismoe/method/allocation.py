@@ -8,11 +8,10 @@ from typing import Any
 Counts = dict[str, int]  # {module: experts}
 Sensitivities = Mapping[str, Mapping[str, float]]  # {task: {module: sensitivity}}
 FORMAT = "minismoe.allocation/1"
-GROUP = "attention_mlp"  # what is ranked together: matrices of attention, and those of MLPs
 MOST = 1 << 10  # experts of one matrix: bounds the memory that a file can ask for
 
 
-class Unfit(ValueError):
+class Infeasible(ValueError):
     """The request is valid, but these scores, matrices or this budget cannot meet it."""
 
 
@@ -42,11 +41,11 @@ class Allocation:
                 f"{len(self.experts)} matrices")
 
     def check_rank(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raise Unfit with the modules whose smaller side of (out, in) is below the rank."""
+        """Raise Infeasible with the modules whose smaller side of (out, in) is below the rank."""
         if small := [f"{module} {[*shapes[module]]}" for module in self.experts
                      if self.rank > min(shapes[module])]:
-            raise Unfit(f"rank {self.rank} is more than the matrix itself has: {', '.join(small)}; "
-                        "give a smaller rank, or targets without them")
+            raise Infeasible(f"rank {self.rank} is more than the matrix itself has: "
+                             f"{', '.join(small)}; give a smaller rank, or targets without them")
 
     def trainable(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """Trainable parameters (lora_A, lora_B, router) on weights of these shapes, (out, in)."""

@@ -1,13 +1,12 @@
 """Loading Hugging Face checkpoints; saving and loading adapters."""
 
+import ctypes
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,25 +128,14 @@ def fingerprint(cfg: Config, tensors: Mapping[str, Stored]) -> str:
     settings = [(f.name, value) for f in fields(cfg)
                 if (value := getattr(cfg, f.name)) != f.default]
     content = hashlib.sha256(repr(settings).encode())
-    starts = {t.file: _starts(t.file) for t in tensors.values()}
     for name, t in sorted(tensors.items()):
-        dtype, (count, *row) = t.content.get_dtype(), t.content.get_shape()
-        content.update(repr((name, dtype, count, row)).encode())
-        size = prod(row) * DTYPES[dtype].itemsize
-        with t.file.open("rb") as f:         # a mapping would hold far more pages than are read
-            for number in sorted({(count - 1) * i // (ROWS - 1) for i in range(ROWS)}):
-                f.seek(starts[t.file][t.name] + number * size)
-                content.update(f.read(size))
+        count, *row = t.content.get_shape()
+        content.update(repr((name, t.content.get_dtype(), count, row)).encode())
+        rows = _open(t.file).get_slice(t.name)       # a mapping of its own: see `StoredTensor.read`
+        for number in sorted({(count - 1) * i // (ROWS - 1) for i in range(ROWS)}):
+            read = rows[number:number + 1]
+            content.update(ctypes.string_at(read.data_ptr(), read.nbytes))
     return content.hexdigest()[:16]
-
-
-def _starts(file: Path) -> dict[str, int]:
-    """Where each tensor of a safetensors file begins, in bytes."""
-    with file.open("rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-    header.pop("__metadata__", None)
-    return {name: 8 + size + tensor["data_offsets"][0] for name, tensor in header.items()}
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:

@@ -256,11 +256,11 @@ def test_targets_choose_by_last_component_or_pattern() -> None:
             ("q, up", ["h.0.attn.q", "h.0.mlp.up", "h.1.attn.q", "h.1.mlp.up"]),
             (["h.1.*"], ["h.1.attn.q", "h.1.attn.qk", "h.1.mlp.up"]),
             (("up", "*.0.attn.q"), ["h.0.attn.q", "h.0.mlp.up", "h.1.mlp.up"])]:
-        assert list(allocate(scores, keep=1, targets=targets).experts) == chosen
+        assert list(allocate(scores, keep=1, target_modules=targets).experts) == chosen
     with pytest.raises(ValueError, match=r"\['k', 'Up'\].*\['q', 'qk', 'up'\]"):
-        allocate(scores, targets="q,k,Up")
+        allocate(scores, target_modules="q,k,Up")
     with pytest.raises(ValueError, match="targets"):
-        allocate(scores, targets=[])
+        allocate(scores, target_modules=[])
 
 
 # Arguments
@@ -292,8 +292,8 @@ GOOD = {"t": {"h.0.a": 2.0, "h.0.b": 1.0}}
 
 
 @pytest.mark.parametrize(("arguments", "names"), [
-    ({"strategy": "vote", "group": "mlp", "rank": 0, "top_k": 1.5, "alpha": -1},
-     ["vote", "mlp", "rank", "top_k", "alpha"]),
+    ({"strategy": "vote", "rank": 0, "top_k": 1.5, "alpha": -1},
+     ["vote", "rank", "top_k", "alpha"]),
     ({"keep": 0.0}, ["keep"]), ({"keep": 1.01}, ["keep"]), ({"keep": math.nan}, ["keep"]),
     ({"keep": 0.5, "budget_params": 3}, ["only one", "keep"]),
     ({"budget_params": 2.5}, ["budget", "2.5"]), ({"budget_params": True}, ["budget", "True"]),
