@@ -30,12 +30,12 @@ from minismoe.method.experts import add_experts
 from minismoe.method.sensitivity import Scores
 from minismoe.model.checkpoint import load_adapter, save_adapter
 from minismoe.training import distributed
-from minismoe.training.distributed import once, print0
+from minismoe.training.distributed import print0, rank0_only
 from minismoe.training.evaluate import evaluating
 from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
 from minismoe.training.loop import TrainConfig, train
 from minismoe.training.rate import default_lr
-from minismoe.training.verdict import advice, guessing_loss, remedy
+from minismoe.training.verdict import advice, guessing_loss, rate_to_try
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,8 +79,8 @@ def main(argv: Sequence[str]) -> None:
     with runs.run_folder(config) as run:
         runs.write_config(run, config, inputs, allocation)
         if scores is not None:
-            once(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
-        once(write_json, run / "allocation.json", allocation.to_json())
+            rank0_only(write_json, run / "sensitivity.json", scores.to_json(inputs.model.name))
+        rank0_only(write_json, run / "allocation.json", allocation.to_json())
         train_and_evaluate(run, config, inputs, allocation, seconds)
     if not distributed.rank():
         print(f"{time.perf_counter() - begun:.0f} s in all; everything is in {clean(run)}\n"
@@ -122,7 +122,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
     before = None
     if not distributed.gather((run / "before.json").exists())[0]:
         before = score(inputs, "before", config)
-        once(write_json, run / "before.json", before)
+        rank0_only(write_json, run / "before.json", before)
     if not distributed.rank():
         known = runs.read_before(run / "before.json", inputs.encoded)
 
@@ -134,8 +134,9 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
                     config.resume, valid, bool(config.init))
     seconds["train"] = round(summary["seconds"], 2)
     if summary["step"]:
-        once(runs.draw_losses, run, config.training.keep)
-    once(save_adapter, inputs.model, run / "adapter", allocation, [t.name for t in inputs.tasks])
+        rank0_only(runs.draw_losses, run, config.training.keep)
+    names = [task.name for task in inputs.tasks]
+    rank0_only(save_adapter, inputs.model, run / "adapter", allocation, names)
 
     # Evaluate again, and save what came out.
     after = score(inputs, "after", config) if summary["step"] or before is None else before
@@ -147,7 +148,7 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
             print(f"{summary['step']} steps, "
                   f"{summary['tokens'] / summary['seconds']:.0f} tokens/s")
         if words := advice(run / "metrics.jsonl", guessing_loss(examples, valid),
-                           remedy(config.training.lr, default_lr(inputs.model))):
+                           rate_to_try(config.training.lr, default_lr(inputs.model))):
             print(words)
 
 

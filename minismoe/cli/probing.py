@@ -127,7 +127,7 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
     with (compiled.compiled_layers(inputs.model, lambda: norms(batches[0])) if compiling else
           nullcontext(), progress_bar(desc="probe", unit="sample", total=samples,
                                       disable=distributed.rank() > 0) as bar):
-        for (name, _), rows in zip(batches, distributed.spread(norms, batches)):
+        for (name, _), rows in zip(batches, distributed.map_over_ranks(norms, batches)):
             scores.add(name, torch.tensor(rows, dtype=torch.float64))
             bar.update(len(rows))
 

@@ -211,7 +211,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
             same_threads(saved["threads"])
         saved["arguments"] |= {name: now["arguments"][name] for name in UPDATED}
         now = saved
-    distributed.once(write_json, run / "config.json", now)
+    distributed.rank0_only(write_json, run / "config.json", now)
 
 
 def same_threads(count: int) -> None:

@@ -29,7 +29,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         with handling(interrupt):
             main(argv)
             sys.stdout.flush()           # raises here if the pipe is closed or the disk full
-        distributed.leave(0)
+        distributed.exit_together(0)
         return
     except KeyboardInterrupt as e:
         if distributed.rank() == 0:
@@ -40,7 +40,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         print_error(e, "--debug" in argv, f" (process {distributed.rank()})"
                     if distributed.world() > 1 else "")
         code = 1
-    distributed.leave(code)
+    distributed.exit_together(code)
     sys.exit(code)
 
 

@@ -83,7 +83,7 @@ class State:
         ends = mask.cumsum(1) == mask.sum(1, keepdim=True)       # what lies before may be shared
         self.tokens = Tokens(ids, mask, model.config, model.model.norm.weight.device, ends)
         self.tokens.read = None                                  # all rows are read
-        self.x, self.ropes = model.model.enter(self.tokens)
+        self.x, self.ropes = model.model.embed(self.tokens)
 
     def run(self, layer: nn.Module, rope: str) -> None:
         """Go through a layer, whose rotary angles are of the kind `rope`."""
@@ -122,7 +122,7 @@ class Calibration:
     def of_head(self) -> Tensor | None:
         """What the head reads, after all layers, (T, D); None without texts."""
         decoder = self.model.model
-        read = [decoder.leave(state.x, state.tokens).float() for state in self.states]
+        read = [decoder.head_input(state.x, state.tokens).float() for state in self.states]
         return torch.cat(read) if read else None
 
     def fit(self, layers: Mapping[str, nn.Linear], x: Tensor | None, fits: TaskFits) -> None:

@@ -51,12 +51,13 @@ def sample_sums(model: Any, options: Mapping[str, Options], input_ids: Tensor,
     """sum_t d_t . (dW x_t), (B, O), of each sample of one batch, for each of the modules. `model`
     has a decoder `.model` under a linear `.lm_head` without a bias."""
     head, sums = model.lm_head.weight, dict[str, Any]()
-    mask, wide = attention_mask.to(head.device).bool(), torch.promote_types(head.dtype, torch.float)
+    mask = attention_mask.to(head.device).bool()
+    dtype = torch.promote_types(head.dtype, torch.float32)
     owner = mask.nonzero()[:, 0]             # the sample of each of N real tokens
     with ExitStack() as afterwards, torch.enable_grad():
         for name, ways in options.items():
             weight = model.get_submodule(name).weight
-            sums[name] = mask.new_zeros(len(mask), len(ways), dtype=wide, requires_grad=True)
+            sums[name] = mask.new_zeros(len(mask), len(ways), dtype=dtype, requires_grad=True)
             sums[name].grad = torch.zeros_like(sums[name])           # each end adds to it
             for module in model.model.modules():
                 if getattr(module, "weight", None) is weight:
@@ -80,17 +81,17 @@ def through_head(hidden: Tensor, head: Tensor, changes: Sequence[Tensor],
                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """After each row of hidden (N, D) a token is drawn, CHUNK logits at a time: the gradient (N, D)
     of its negative log-likelihood, and d_t . (dW x_t), (N, O), for each dW (V, D), in its dtype."""
-    wide, gradient = torch.promote_types(head.dtype, torch.float), torch.empty_like(hidden)
-    rows = hidden.new_zeros(len(hidden), len(changes), dtype=wide)
+    dtype, gradient = torch.promote_types(head.dtype, torch.float), torch.empty_like(hidden)
+    rows = hidden.new_zeros(len(hidden), len(changes), dtype=dtype)
     step = max(1, CHUNK // len(head))
     for part in (slice(n, n + step) for n in range(0, len(hidden), step)):
         x = hidden[part]
-        d = F.linear(x, head).to(wide).softmax(-1)
+        d = F.linear(x, head).to(dtype).softmax(-1)
         tokens = drawn(d, generator)[:, None]
-        d.scatter_add_(1, tokens, torch.full_like(tokens, -1, dtype=wide))     # softmax - one-hot
+        d.scatter_add_(1, tokens, torch.full_like(tokens, -1, dtype=dtype))    # softmax - one-hot
         gradient[part] = d.to(head.dtype) @ head
         for o, dW in enumerate(changes):
-            rows[part, o] = torch.linalg.vecdot(F.linear(x, dW).to(wide), d)
+            rows[part, o] = torch.linalg.vecdot(F.linear(x, dW).to(dtype), d)
     return gradient, rows
 
 

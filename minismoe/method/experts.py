@@ -243,9 +243,9 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             for part in PARTS if getattr(layer, part) is not None}
 
 
-def packs(model: nn.Module) -> bool:
+def packs_tokens(model: nn.Module) -> bool:
     """Whether layers of a model see rows of real tokens alone; else rows of all B * T positions."""
-    return getattr(getattr(model, "model", model), "packs", False)
+    return getattr(getattr(model, "model", model), "packs_tokens", False)
 
 
 def take_logits(layers: Mapping[str, ExpertLinear]) -> dict[str, tuple[Tensor, int]]:

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLinear, expert_layers, packs, top_k_gates
+from .experts import ExpertLinear, expert_layers, packs_tokens, top_k_gates
 from .hooks import measuring
 from .reads import HOLD, gram, reads
 
@@ -60,7 +60,7 @@ def fit(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]], kind:
     for number, of_task in enumerate(batches.values()):
         samples = 0
         for ids, mask, *_ in of_task:
-            rows = None if packs(model) else mask.flatten().nonzero()[:, 0]
+            rows = None if packs_tokens(model) else mask.flatten().nonzero()[:, 0]
             runs.append((partial(decoder, input_ids=ids, attention_mask=mask), rows))
             sample = samples + mask.nonzero()[:, 0]
             held.append(sample % HOLD == 1)
@@ -131,7 +131,8 @@ def constant_gates(layer: ExpertLinear, h: Tensor, gh: Tensor) -> Tensor:
     smallest. A dead expert, whose output is 0, gets 0."""
     E, r, _ = layer.lora_A.shape
     # Inner products of outputs, summed over the r x r block of each two experts, (E, E).
-    Q, b = ((_outputs(layer) * (wide(y).T @ wide(h))).view(E, r, E, r).sum((1, 3)) for y in (h, gh))
+    Q, b = ((_outputs(layer) * (to_float64(y).T @ to_float64(h))).view(E, r, E, r).sum((1, 3))
+            for y in (h, gh))
     energy = Q.diagonal()                # experts differ in size, not in meaning: each is scaled
     scale = torch.where(energy > 0, energy, torch.inf).rsqrt()
     scaled = (Q * scale * scale[:, None]).cpu()          # CUDA has no driver for a singular system
@@ -159,7 +160,7 @@ def linear(starts: Sequence[Tensor], x: Tensor, targets: Sequence[Tensor]) -> It
 
 def measured(layer: ExpertLinear, A: Tensor, kind: str, x: Tensor, gh: Tensor) -> Fit:
     """The fit A (R, D), with its residual on tokens x (T, D) whose gated h are gh (T, R)."""
-    K, wanted, missed = _outputs(layer), wide(gh), wide(gh - x @ A.T)
+    K, wanted, missed = _outputs(layer), to_float64(gh), to_float64(gh - x @ A.T)
     energy = (wanted @ K * wanted).sum()
     lost = (missed @ K * missed).sum() / energy if energy > 0 else energy
     return Fit(A.to(layer.lora_A), exact(layer).lora_B, kind, lost.item())
@@ -167,11 +168,11 @@ def measured(layer: ExpertLinear, A: Tensor, kind: str, x: Tensor, gh: Tensor) -
 
 def _outputs(layer: ExpertLinear) -> Tensor:
     """B B^T (R, R), which gives inner products of outputs: <B^T u, B^T v> = u^T (B B^T) v."""
-    B = wide(layer.lora_B.flatten(0, 1))
+    B = to_float64(layer.lora_B.flatten(0, 1))
     return B @ B.T
 
 
-def wide(x: Tensor) -> Tensor:
+def to_float64(x: Tensor) -> Tensor:
     """x in float64: on CUDA, or else on the CPU, since other devices may lack float64."""
     return x.double() if x.device.type == "cuda" else x.cpu().double()
 
@@ -184,9 +185,9 @@ def exact(layer: ExpertLinear) -> Fit:
 
 def merged(weight: Tensor, fit: Fit) -> Tensor:
     """weight + lora_B lora_A, summed in float32 or better and rounded once to weight's dtype."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    A, B = (part.to(weight.device, wide) for part in (fit.lora_A, fit.lora_B))
-    return torch.addmm(weight.to(wide), B, A).to(weight.dtype)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    A, B = (part.to(weight.device, dtype) for part in (fit.lora_A, fit.lora_B))
+    return torch.addmm(weight.to(dtype), B, A).to(weight.dtype)
 
 
 @torch.no_grad()

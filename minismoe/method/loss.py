@@ -94,12 +94,12 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
     rows, columns = predicting(attention_mask, labels).nonzero(as_tuple=True)
     hidden = model.model(input_ids=input_ids, attention_mask=attention_mask)
     hidden = getattr(hidden, "last_hidden_state", hidden).flatten(0, 1)          # (B * T, D)
-    at, targets = (on_device(t, hidden.device) for t in (
+    at, targets = (to_device(t, hidden.device) for t in (
         rows * labels.shape[1] + columns, labels[rows, columns + 1]))
     return head_losses(hidden.index_select(0, at), model.lm_head.weight, targets), rows
 
 
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device, without a wait. MPS may read a source that is freed by then
     (PyTorch's issue 189690), and a CPU what has not arrived, so there the copy waits."""
     return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))

@@ -15,11 +15,11 @@ from .hooks import hooked
 
 HOLD = 4                                     # one sample of so many is held out
 # Runs the layers on a batch; and which rows of what they read are wanted, None for all.
-Run = tuple[Callable[[], Any], Tensor | None]
+ForwardCall = tuple[Callable[[], Any], Tensor | None]
 
 
 @torch.no_grad()
-def reads(layers: Mapping[str, nn.Module], runs: Iterable[Run],
+def reads(layers: Mapping[str, nn.Module], runs: Iterable[ForwardCall],
           ) -> Iterator[tuple[list[str], Tensor]]:
     """The layers' names, group by group, and x (T, D) in float32 or better that a group reads."""
     names = {layer: name for name, layer in layers.items()}

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import linear_layers, packs
+from .experts import linear_layers, packs_tokens
 from .hooks import measuring
-from .loss import on_device, supervised_losses
+from .loss import supervised_losses, to_device
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -70,8 +70,8 @@ def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor
                  attention_mask: Tensor, labels: Tensor) -> Tensor:
     """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules."""
     parameter = next(model.parameters())
-    ghost = _Ghost(on_device(attention_mask, parameter.device),
-                   torch.promote_types(parameter.dtype, torch.float32), packs(model))
+    ghost = _Ghost(to_device(attention_mask, parameter.device),
+                   torch.promote_types(parameter.dtype, torch.float32), packs_tokens(model))
     with ExitStack() as afterwards, torch.enable_grad():
         afterwards.callback(setattr, ghost, "read", None)        # its graph holds the ghost
         norms = ghost.mask.new_zeros(len(modules), len(ghost.mask), dtype=ghost.dtype,
@@ -83,7 +83,7 @@ def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor
         losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
         weights = 1 / torch.bincount(rows)[rows].to(losses.dtype)
         # The sum over samples of their means.
-        (losses * on_device(weights, losses.device)).sum().backward()
+        (losses * to_device(weights, losses.device)).sum().backward()
     assert norms.grad is not None
     return norms.grad.mT
 

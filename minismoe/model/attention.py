@@ -38,8 +38,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (x, weight), n = ctx.saved_tensors, dy.shape[-1]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x32, g = x.to(wide), (dy * weight).to(wide)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x32, g = x.to(dtype), (dy * weight).to(dtype)
         mean_square = torch.linalg.vecdot(x32, x32)[..., None].div_(n)
         inverse = mean_square.add_(ctx.eps).rsqrt_()                     # (..., 1): 1 / rms
         d_weight = None
@@ -58,8 +58,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return rms_norm(x, self.weight.to(wide) + self.offset if self.offset else self.weight,
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return rms_norm(x, self.weight.to(dtype) + self.offset if self.offset else self.weight,
                         self.eps)
 
 

@@ -34,7 +34,7 @@ LEFT_OUT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.|
 MERGED, TRIMMED = "minismoe_merged", "minismoe_trimmed"
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a safetensors file, which is mapped into memory and stays open with it."""
 
     file: Path
@@ -77,7 +77,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32,
     return model.eval()
 
 
-def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[str, Stored]:
+def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint, by the model's names; ValueError if they are not the model's.
 
     Some checkpoints hold more, which is left out: rotary buffers, heads that predict several
@@ -101,7 +101,7 @@ def _fitting(folder: Path, config: Mapping[str, Any], model: CausalLM) -> dict[s
     return {ours: stored[its] for ours, its in names.items()}
 
 
-def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype | None,
+def _fill(model: CausalLM, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None,
           device: str | torch.device) -> None:
     """Give a model on the meta device its weights, one at a time; quantise them for base_bits."""
     linear = linear_layers(model)
@@ -121,7 +121,7 @@ def _fill(model: CausalLM, tensors: Mapping[str, Stored], dtype: torch.dtype | N
             setattr(model.get_submodule(module), kind, nn.Parameter(content, requires_grad=False))
 
 
-def fingerprint(cfg: Config, tensors: Mapping[str, Stored]) -> str:
+def fingerprint(cfg: Config, tensors: Mapping[str, StoredTensor]) -> str:
     """A hash of the configuration and of each tensor's name, dtype, shape and ROWS of its rows, as
     stored: it tells one base from another, whatever dtype and device they are loaded to."""
     # Without defaults: a later version may have more settings.
@@ -178,14 +178,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [inside(folder, n) for n in names]
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint folder, by the names that transformers gives them."""
     return {text_name(t.name): t for file in weight_files(folder) for t in _tensors(file)}
 
 
-def _tensors(file: Path) -> list[Stored]:
+def _tensors(file: Path) -> list[StoredTensor]:
     opened = _open(file)
-    return [Stored(file, name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
+    return [StoredTensor(file, name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
 
 
 def _open(file: Path) -> Any:
@@ -196,8 +196,8 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file} is no valid safetensors file: {clean(e)}") from None
 
 
-def _check_fit(complaint: str, shapes: Mapping[str, Sequence[int]], stored: Mapping[str, Stored],
-               ) -> None:
+def _check_fit(complaint: str, shapes: Mapping[str, Sequence[int]],
+               stored: Mapping[str, StoredTensor]) -> None:
     """Raise ValueError with up to 20 tensors that are surplus, misshapen or missing."""
     problems = [f"{name} is missing" for name in shapes if name not in stored]
     for name, tensor in stored.items():

@@ -91,7 +91,7 @@ def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
 class Decoder(nn.Module):
     """Embedding, layers and the last norm. Its layers see rows (N, D) of real tokens alone."""
 
-    packs = True
+    packs_tokens = True
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -117,15 +117,15 @@ class Decoder(nn.Module):
     def rows(self, tokens: Tokens, recompute: bool = False) -> Tensor:
         """Hidden states (N, D) of packed tokens, or (S, D) of those that are read. recompute:
         activation checkpointing, which is slower and takes far less memory."""
-        x, ropes = self.enter(tokens)
+        x, ropes = self.embed(tokens)
         for layer, kind in zip(self.layers, self.config.ropes, strict=True):
             inputs = x, tokens, ropes[kind]
             x = _checkpointed(layer, *inputs) if recompute else layer(*inputs)
         if tokens.cache is not None:
             tokens.cache.lengths = tokens.ends
-        return self.leave(x, tokens)
+        return self.head_input(x, tokens)
 
-    def enter(self, tokens: Tokens) -> tuple[Tensor, dict[str, Rope]]:
+    def embed(self, tokens: Tokens) -> tuple[Tensor, dict[str, Rope]]:
         """What the first layer reads, (N, D), and cos and sin by kind of rotary angles."""
         x = self.embed_tokens(tokens.ids)
         if self.config.embedding_multiplier != 1:
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
             ropes[kind] = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
         return x, ropes
 
-    def leave(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def head_input(self, x: Tensor, tokens: Tokens) -> Tensor:
         """What the head reads, (N, D) or (S, D), of what the last layer wrote."""
         x = self.norm(x if tokens.read is None else x.index_select(0, tokens.read))
         # A multiplier of the logits; the head is linear.

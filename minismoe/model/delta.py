@@ -130,9 +130,9 @@ class DeltaNet(nn.Module):
                                       self.in_proj_a)
         qkv = after_past(qkv, tokens, self.layer, self.past)             # (B, past + T, channels)
         qkv = F.silu(self.conv1d(qkv.mT)).mT
-        wide = torch.promote_types(x.dtype, torch.float32)
-        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)
-        gates = tokens.sequences(torch.stack((g, b.sigmoid().to(wide)), 1)).transpose(1, 2)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        g = -self.A_log.to(dtype).exp() * F.softplus(a.to(dtype) + self.dt_bias)
+        gates = tokens.sequences(torch.stack((g, b.sigmoid().to(dtype)), 1)).transpose(1, 2)
         y = tokens.flat(self.rule(qkv, gates, tokens).to(x.dtype))
         y = self.norm(y.unflatten(1, (self.heads, -1))).flatten(1)
         return self.out_proj(y * F.silu(z))

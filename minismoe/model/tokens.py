@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.loss import on_device
+from ..method.loss import to_device
 from .config import Config
 
 FEW = 4                # a shared prefix of fewer tokens is not worth the work
@@ -34,8 +34,8 @@ class Cache:
                        for i, channels in cfg.convolutions.items()}
         memory = (batch, cfg.linear_num_value_heads, cfg.linear_key_head_dim,
                   cfg.linear_value_head_dim)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.memories = {i: weight.new_zeros(memory, dtype=wide) for i in cfg.delta_layers}
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.memories = {i: weight.new_zeros(memory, dtype=dtype) for i in cfg.delta_layers}
         self.lengths = [0] * batch
 
 
@@ -77,7 +77,7 @@ class Tokens:
         packed |= {"sources": sources.flatten(), "new": torch.tensor(self.ends) - past}
         if needed is not None:
             packed["read"] = needed.cpu()[rows, columns].nonzero()[:, 0]
-        there = sent(packed, device)
+        there = to_device_together(packed, device)
         self.ids, self.positions, self.repeats = there["ids"], there["positions"], there["repeats"]
         self.in_batch, self.in_sequences = there["in_batch"], there["in_sequences"]
         self.batch_rows, self.sources = there["batch_rows"], there["sources"]
@@ -113,13 +113,13 @@ class Tokens:
         return visible if window is None else visible & (key > query - window)
 
 
-def sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def to_device_together(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Whole numbers on the device, in one copy that nothing waits for."""
     if device.type == "cpu":
         return dict(tensors)
     together = torch.cat([t.flatten() for t in tensors.values()])
     together = together.pin_memory() if device.type == "cuda" else together
-    copies = on_device(together, device).split([t.numel() for t in tensors.values()])
+    copies = to_device(together, device).split([t.numel() for t in tensors.values()])
     return {name: copy.view(t.shape) for copy, (name, t) in zip(copies, tensors.items())}
 
 

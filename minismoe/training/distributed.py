@@ -44,7 +44,7 @@ def per_process(count: int) -> int:
     return -(-count // world())
 
 
-def once(work: Callable[..., Any], *args: Any) -> None:
+def rank0_only(work: Callable[..., Any], *args: Any) -> None:
     """Call work(*args) in the first process only."""
     if rank() == 0:
         work(*args)
@@ -52,7 +52,7 @@ def once(work: Callable[..., Any], *args: Any) -> None:
 
 def print0(text: str) -> None:
     """Print in the first process only."""
-    once(print, text)
+    rank0_only(print, text)
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def join_others(device: torch.device) -> None:
     _joined = True
 
 
-def leave(code: int) -> None:
+def exit_together(code: int) -> None:
     """End this process if it is one of several; with code 0, once all have come here."""
     if world() > 1:
         if code == 0:
@@ -158,7 +158,7 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row.tolist())) for row in values]
 
 
-def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def map_over_ranks(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """work(item), a JSON value, for each item in order; each process works on one at a time."""
     for i in range(0, len(items), world()):
         turn = items[i:i + world()]

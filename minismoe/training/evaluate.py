@@ -17,10 +17,10 @@ from ..io.progress import print_above_bar
 from ..io.text import out_of_memory
 from ..method.loss import head_scores, predicting
 from ..model.decoder import CausalLM
-from ..model.tokens import Cache, Tokens, sent
+from ..model.tokens import Cache, Tokens, to_device_together
 from .compiled import uncompiled
 from .copies import Copies
-from .distributed import per_process, spread, world
+from .distributed import map_over_ranks, per_process, world
 
 Result = TypeVar("Result")
 
@@ -73,7 +73,7 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
     limits = ([max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int)
               else max_new_tokens)
     batches, answers = alike([*map(len, prompts)], batch_size), dict[int, list[int]]()
-    for batch, found in zip(batches, spread(lambda batch: _generate_batch(
+    for batch, found in zip(batches, map_over_ranks(lambda batch: _generate_batch(
             model, [prompts[n] for n in batch], [limits[n] for n in batch], stop_ids), batches)):
         answers |= zip(batch, found)
         progress(len(batch))
@@ -114,7 +114,7 @@ def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int, recomp
     ids, mask, labels = collate(examples, pad_id)
     needed, device = predicting(mask, labels), model.lm_head.weight.device
     rows, columns = needed.nonzero(as_tuple=True)
-    at = sent({"targets": labels[rows, columns + 1], "rows": rows}, device)
+    at = to_device_together({"targets": labels[rows, columns + 1], "rows": rows}, device)
     tokens = Tokens(ids, mask, model.config, device, needed)
     return model.model.rows(tokens, recompute), at["targets"], at["rows"], tokens
 
@@ -133,7 +133,7 @@ def token_scores(model: CausalLM, examples: Sequence[Example], pad_id: int, batc
 
     batches = alike([len(e.ids) for e in examples], batch_size)
     with uncompiled(), Copies(model).multiplying():
-        losses, rights, counts = zip(*spread(sums, batches))
+        losses, rights, counts = zip(*map_over_ranks(sums, batches))
     return sum(losses) / sum(counts), sum(rights) / sum(counts)
 
 

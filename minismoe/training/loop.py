@@ -24,7 +24,7 @@ from ..io.signals import Interrupted, waiting
 from ..method.experts import balance_loss, expert_parameters, take_logits
 from ..method.loss import head_losses
 from ..model.decoder import CausalLM
-from ..model.tokens import sent
+from ..model.tokens import to_device_together
 from . import compiled, distributed, verdict
 from .copies import Copies
 from .evaluate import Fitting, evaluating, supervised, token_scores
@@ -125,7 +125,8 @@ class Trainer:
             counts = float(bool(mine))
             # Sorted rows put shared prefixes side by side.
             mine = sorted(mine or part[:1], key=lambda e: e.ids)
-            task = sent({"": torch.tensor([tasks.index(e.task) for e in mine])}, self.device)[""]
+            task = torch.tensor([tasks.index(e.task) for e in mine])
+            task = to_device_together({"": task}, self.device)[""]
             with self.copies.multiplying():
                 hidden, targets, numbers, tokens = supervised(
                     self.model, mine, self.pad_id, self.cfg.recompute)
@@ -195,11 +196,11 @@ class Trainer:
         state, tensors = first_state(run, batches, self.parameters, resume)
         metrics, line = run / "metrics.jsonl", ""
         if state["step"]:
-            distributed.once(os.truncate, metrics, state["metrics"])
+            distributed.rank0_only(os.truncate, metrics, state["metrics"])
         else:
             if valid and batches:
                 line = json.dumps({"step": 0, "valid_loss": self.validate(valid, state)}) + "\n"
-            distributed.once(metrics.write_text, line, "utf-8", None, "\n")
+            distributed.rank0_only(metrics.write_text, line, "utf-8", None, "\n")
         for full in [*tensors]:              # it is emptied: the file may not stay mapped
             name, _, key = full.rpartition("/")
             parameter = self.parameters[name]
@@ -242,24 +243,25 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
         begun, note = time.perf_counter() - state["seconds"], ""
         for step in bar:
             if trainer.gives_up(state):
-                distributed.once(print_above_bar, f"ended after step {step} by --patience")
+                distributed.rank0_only(print_above_bar, f"ended after step {step} by --patience")
                 break
             line = trainer.step(step, batches[step],
                                 learning_rate(step, len(batches), peak, cfg.warmup))
             if valid and ((step + 1) % every == 0 or step + 1 == len(batches)):
                 line["valid_loss"] = measured = trainer.validate(valid, state)
                 note = f", validation {measured:.3f}"
-            distributed.once(metrics.write, json.dumps(line) + "\n")
+            distributed.rank0_only(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
             if step + 1 == len(batches) // 2:
-                distributed.once(verdict.warn, run, examples, peak, default_lr(model), continued)
+                distributed.rank0_only(
+                    verdict.warn, run, examples, peak, default_lr(model), continued)
             state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
             if ((stop := _signal_to_any(signals)) or trainer.gives_up(state)
                     or step + 1 == len(batches) or (step + 1) % cfg.checkpoint_every == 0):
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
-                distributed.once(save_checkpoint, run, trainer.tensors(), state)
+                distributed.rank0_only(save_checkpoint, run, trainer.tensors(), state)
             bar.set_postfix_str(f"loss {line['loss']:.3f}{note}, {line['tokens_per_second']:.0f} "
                                 "tok/s", refresh=False)
             if stop:

@@ -88,7 +88,7 @@ def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Map
              "best_loss": math.inf, "since_best": 0, "order": order, "layout": layout}
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
-        distributed.once(_remove, checkpoints(run))
+        distributed.rank0_only(_remove, checkpoints(run))
     with distributed.one_first():            # the first may rename a damaged checkpoint
         checkpoint = newest(run) if resume else None
     step = checkpoint[1]["step"] if checkpoint else 0

@@ -64,7 +64,7 @@ def read_metrics(file: Path) -> tuple[list[float], dict[int, float]]:
                 {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line})
 
 
-def remedy(peak: float | None, default: float) -> str:
+def rate_to_try(peak: float | None, default: float) -> str:
     """The rate to try after one that taught nothing."""
     return f"try --lr {default if peak != default else default / 4:.1e}"
 
@@ -74,13 +74,13 @@ def warn(run: Path, examples: Sequence[Example], peak: float, default: float,
     """Say so if the losses of the steps so far show that a run does not learn."""
     losses, _ = read_metrics(run / "metrics.jsonl")
     if reason := trouble(losses, guessing_loss(examples, examples), continued):
-        print_above_bar(f"step {len(losses)}: {reason}: {remedy(peak, default)}")
+        print_above_bar(f"step {len(losses)}: {reason}: {rate_to_try(peak, default)}")
 
 
-def advice(metrics: Path, guess: float, remedy: str) -> str:
+def advice(metrics: Path, guess: float, to_try: str) -> str:
     """How the losses went, and what they advise; "" of a single step, or without validation lines.
 
-    guess: `guessing_loss` of the validation lines; remedy: what to try if the run taught nothing.
+    guess: `guessing_loss` of the validation lines; to_try: what to try if the run taught nothing.
     On SmolLM2 more epochs gained where the loss of validation lines fell at the end, and training
     lines had at least half of it.
     """
@@ -96,8 +96,8 @@ def advice(metrics: Path, guess: float, remedy: str) -> str:
               f"at best {best:.3f}, after step {best_step}; of training lines: {known:.3f}")
     if best > 0.97 * guess:
         return (f"{course}: the run learnt no more than how often each answer occurs, which alone "
-                f"gives {guess:.3f}: {remedy}, or more lines")
+                f"gives {guess:.3f}: {to_try}, or more lines")
     if reason := trouble(losses, math.inf, continued=0 in by_step):
-        return f"{course}: {reason}: {remedy}"
+        return f"{course}: {reason}: {to_try}"
     falls = end < min(0.95 * late, late - 0.01)
     return course + (": more --epochs may gain" if falls and known > end / 2 else "")

@@ -227,7 +227,7 @@ def test_show_without_colours_marks_by_brackets(inputs, capsys, monkeypatch) -> 
 def test_show_ends_each_of_several_processes_as_a_run_does(inputs, capsys, monkeypatch) -> None:
     """A usual end is at times an abort: torch's threads."""
     codes: list[int] = []
-    monkeypatch.setattr("minismoe.training.distributed.leave", codes.append)
+    monkeypatch.setattr("minismoe.training.distributed.exit_together", codes.append)
     assert finish(train.main, *inputs, "--show", "1", capsys=capsys)[0] == 0
     assert codes == [0]
 
