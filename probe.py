@@ -20,7 +20,7 @@ from minismoe.io.drawing import allocation_svg, terminal_heatmap
 from minismoe.io.files import must_be_writable, replacing, write_json
 from minismoe.io.flags import from_flags, new_parser, text
 from minismoe.io.text import clean
-from minismoe.training import compiled, distributed
+from minismoe.training import distributed
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,7 +29,6 @@ def main(argv: Sequence[str]) -> None:
                                   "probe and allocation": flags.AllocationConfig})
     parser.add_argument("--out", type=text, metavar="RUN", default="runs/probe",
                         help="folder to write to (default: %(default)s)")
-    parser.add_argument("--compile", choices=compiled.CHOICES, default="auto", help=compiled.HELP)
     parser.add_argument("--bits", action="store_true", help=probing.BITS_HELP)
     args = parser.parse_args(argv)
     run, allocating = Path(args.out), from_flags(flags.AllocationConfig, vars(args))
@@ -54,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     allocating = probing.without_small(allocating, inputs := load_inputs(config))
     probing.known_allocation(allocating, inputs)                     # finds flags that are wrong
     with script.working_in(run, f"{script.command('probe')} {shlex.join(argv)}"):
-        scores = probing.measure(allocating, inputs, compile=args.compile)
+        scores = probing.measure(allocating, inputs)
         if distributed.rank():
             return
         for name in ("allocation.json", "allocation.svg"):

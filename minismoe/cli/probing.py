@@ -2,7 +2,7 @@
 
 import random
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..method.allocation import FORMAT, Infeasible, is_whole
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..model.quantize import quantize
-from ..training import compiled, distributed
+from ..training import distributed
 from ..training.distributed import print0
 from .flags import SETTINGS, AllocationConfig
 from .inputs import Inputs
@@ -48,9 +48,7 @@ def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation
     Raises ValueError for flags that are wrong whatever the probe finds: random scores are tried.
     """
     shapes, blind = shapes_of(inputs.model), allocating.strategy in ("uniform", "lora")
-    if allocating.fixed:
-        if wrong := [name for name in allocating.fixed.experts if name not in shapes]:
-            raise ValueError(f"no linear layer that can be adapted: {', '.join(wrong)}")
+    if allocating.fixed:                     # `add_experts` checks it
         return allocating.fixed
     if allocating.min_experts > 0 and allocating.strategy != "lora":     # each matrix gets experts
         one_each = dict.fromkeys(select(shapes, allocating.target_modules), 1)
@@ -109,11 +107,9 @@ def with_file(allocating: AllocationConfig, file: str | Path) -> AllocationConfi
         return replace(allocating, fixed=Allocation.from_json(value))
 
 
-def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH,
-            compile: str = "off") -> Scores:
+def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATCH) -> Scores:
     """Probe all tasks, `size` samples at once in each process, with a bar; print how far the result
-    can be trusted. `compile`: see training/compiled.py. Raises ArithmeticError for gradients that
-    are not finite."""
+    can be trusted. Raises ArithmeticError for gradients that are not finite."""
     batches = [(name, batch) for name, e in inputs.encoded.items() for batch in probe_batches(
         random.Random(allocating.seed).sample(e, len(e)), allocating.samples, size,
         inputs.tokenizer.pad_id)]
@@ -122,11 +118,9 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
     def norms(item: tuple[str, Batch]) -> list[list[float]]:
         return probe(inputs.model, {item[0]: [item[1]]}).samples[item[0]].tolist()
 
-    compiling = compiled.wanted(inputs.model, compile, len(batches) // distributed.world())
     samples = sum(len(batch[0]) for _, batch in batches)
-    with (compiled.compiled_layers(inputs.model, lambda: norms(batches[0])) if compiling else
-          nullcontext(), progress_bar(desc="probe", unit="sample", total=samples,
-                                      disable=distributed.rank() > 0) as bar):
+    with progress_bar(desc="probe", unit="sample", total=samples,
+                      disable=distributed.rank() > 0) as bar:
         for (name, _), rows in zip(batches, distributed.map_over_ranks(norms, batches)):
             scores.add(name, torch.tensor(rows, dtype=torch.float64))
             bar.update(len(rows))

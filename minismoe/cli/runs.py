@@ -14,17 +14,8 @@ from typing import Any
 
 import torch
 
+from ..io import files
 from ..io.drawing import loss_svg
-from ..io.files import (
-    inside,
-    must_be_writable,
-    naming,
-    read_json,
-    replacing,
-    sha256,
-    sha256_of_json,
-    write_json,
-)
 from ..io.flags import as_flags, from_flags, new_parser, option
 from ..io.text import clean, table
 from ..method.allocate import Allocation
@@ -54,7 +45,7 @@ def check_free(run: Path, resume: bool, ours: Sequence[str] = ()) -> None:
     PermissionError if no file can be made in it."""
     if run.exists() and not run.is_dir():
         raise FileExistsError(f"{run} is a file: choose another --out")
-    must_be_writable(run)
+    files.must_be_writable(run)
     if resume:
         return
     if (run / "config.json").exists():
@@ -124,7 +115,7 @@ def as_typed(parser: argparse.ArgumentParser, run: Path, saved: Mapping[str, Any
              ) -> argparse.Namespace:
     """Flags of a run's config.json, read as if typed. ValueError names a wrong one."""
     parser.exit_on_error = False
-    with naming(run / "config.json", argparse.ArgumentError):
+    with files.naming(run / "config.json", argparse.ArgumentError):
         args = parser.parse_args([
             option(name) if value is True else f"{option(name)}={value}"
             for name, value in saved.items() if value is not None and value is not False])
@@ -139,7 +130,7 @@ def saved_config(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{run} holds no run: config.json is missing. Name the folder of a "
                                 "run, or begin one without --resume")
-    config = read_json(file)
+    config = files.read_json(file)
     form = {"arguments": dict, "identity": dict, "versions": dict, "threads": int, "processes": int}
     if lacks := [name for name, kind in form.items() if not isinstance(config.get(name), kind)]:
         raise ValueError(f"{file} is not of a run: it lacks {', '.join(lacks)}")
@@ -160,7 +151,7 @@ def read_run(run: Path) -> InputConfig:
     """The model and data of a run's config.json; device and dtype are the defaults. Raises
     ValueError as `saved_config` does, and for a value that no flag can have."""
     for name in ("config.json", "adapter", "export", BASE):
-        inside(run, name)
+        files.inside(run, name)
     saved = saved_config(run)["arguments"]
     saved["model"] = model_of(run, saved)
     return from_flags(InputConfig, vars(as_typed(
@@ -192,12 +183,13 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
     now: dict[str, Any] = {
         "format": "minismoe.run/1",
         "arguments": as_flags(config, config.inputs, config.allocating, config.training),
-        "identity": inputs.identity | {"the allocation": sha256_of_json(allocation.to_json())[:16]},
+        "identity": inputs.identity | {
+            "the allocation": files.sha256_of_json(allocation.to_json())[:16]},
         "versions": versions(), "machine": platform.platform(), "threads": torch.get_num_threads(),
         "processes": distributed.world()}
     if config.init:
         file = Path(config.init) / "adapter" / "adapter.safetensors"
-        now["identity"]["the adapter of --init"] = sha256(file)[:16]
+        now["identity"]["the adapter of --init"] = files.sha256(file)[:16]
     if config.resume:
         saved = saved_config(run)
         if changes := differences(now["identity"], saved["identity"]):
@@ -211,7 +203,7 @@ def write_config(run: Path, config: RunConfig, inputs: Inputs, allocation: Alloc
             same_threads(saved["threads"])
         saved["arguments"] |= {name: now["arguments"][name] for name in UPDATED}
         now = saved
-    distributed.rank0_only(write_json, run / "config.json", now)
+    distributed.rank0_only(files.write_json, run / "config.json", now)
 
 
 def same_threads(count: int) -> None:
@@ -237,7 +229,7 @@ def other_tasks(run: Path, inputs: Inputs) -> str:
 def read_before(file: Path, tasks: Iterable[str]) -> dict[str, Judgement]:
     """How well the base did, by task. ValueError if before.json does not say it."""
     with suppress(AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
-        content = read_json(file)
+        content = files.read_json(file)
         before = {name: content[name] for name in tasks}
         results_json(before, before, {})         # raises for what cannot be compared
         for judgement in before.values():        # as these do, for what cannot be printed
@@ -276,8 +268,8 @@ def save_results(run: Path, before: Mapping[str, Judgement], after: Mapping[str,
                     "after": new["given"]}
                    for old, new in zip(before[name]["samples"], trained["samples"])]
         answers[name] = trained | {"samples": samples}
-    write_json(run / "after.json", answers)
-    write_json(run / "results.json", results)
+    files.write_json(run / "after.json", answers)
+    files.write_json(run / "results.json", results)
     rows = [[name, *(f"{math.exp(min(t['loss'][when], 99)):.2f}" for when in ("before", "after")),
              f"{t['token_accuracy']['before']:.3f}", f"{t['token_accuracy']['after']:.3f}"]
             for name, t in results["tasks"].items() if t["loss"]["after"] is not None]
@@ -308,7 +300,7 @@ def draw_losses(run: Path, keep: str) -> None:
     """Write loss.svg, the picture of metrics.jsonl. keep: --keep."""
     losses, valid = read_metrics(run / "metrics.jsonl")
     kept = min(valid, key=valid.__getitem__) if valid and keep == "best" else len(losses)
-    with replacing(run / "loss.svg") as tmp:
+    with files.replacing(run / "loss.svg") as tmp:
         tmp.write_text(loss_svg(dict(enumerate(losses, 1)), valid, kept), encoding="utf-8")
 
 

@@ -164,9 +164,8 @@ def supervised_spans(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple
 
     A turn begins where the rendering of the messages before it, with the generation prompt, ends,
     as at inference. A first message has no prompt, so it is no turn, nor is one of weight 0. Raises
-    ValueError if the
-    template renders earlier turns differently once more messages follow, if an answer does not
-    begin where the generation prompt ends, or if it holds a token that ends a turn.
+    ValueError if the template renders earlier turns differently once more messages follow, if an
+    answer does not begin where the generation prompt ends, or if it holds a token that ends a turn.
     """
     text, spans = tokenizer.render(messages), []
     for i, message in enumerate(messages):

@@ -40,10 +40,11 @@ class DecoderBuilder:
         self.ort, self.static, self.dtype = form.ort, form.static, graph.dtype
         self.node, self.tensor, self.constant = graph.node, graph.tensor, graph.constant
         self.parameter, self.linear = weights.parameter, LinearLayers(graph, weights).linear
-        self.positions = Positions(graph, self.config, form)
+        self.positions, c = Positions(graph, self.config, form), self.config
+        self.heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         # The scale of the residual stream. Gemma 3's reaches 100,000, more than float16 holds; what
         # it adds up comes from norms, and what reads it are norms.
-        self.stream = 2.0 ** -6 if self.config.post_norms and form.dtype == torch.float16 else 1.0
+        self.stream = 2.0 ** -6 if c.post_norms and form.dtype == torch.float16 else 1.0
 
     def norm(self, name: str, x: str, added: str | None) -> tuple[str, str]:
         """Two outputs: the residual stream x + added normalised, and x + added."""
@@ -83,13 +84,12 @@ class DecoderBuilder:
         """x (1, T, D) -> (1, T, D)."""
         name = f"model.layers.{i}.self_attn"
         qkv = self.linear([f"{name}.{p}_proj" for p in "qkv"], x, f"{name}.qkv_proj")
-        y = (self.attend_ort if self.ort else self.attend)(i, name, qkv)
-        return self.linear([f"{name}.o_proj"], y)
+        attend = self.attend_ort if self.ort else self.attend
+        return self.linear([f"{name}.o_proj"], attend(i, name, qkv))
 
     def attend_ort(self, i: int, name: str, qkv: str) -> str:
         """(1, T, (H + 2K) * C) -> (1, T, H * C) by one operator, which also rotates and caches."""
-        c = self.config
-        H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        c, (H, K, C) = self.config, self.heads
         q, k, v, gate = qkv, "", "", ""
         if c.qk_norm:
             q, k, v = self.node("Split", f"{name}.qkv_proj", qkv, [
@@ -102,12 +102,11 @@ class DecoderBuilder:
             q, k = (self.head_norm(f"{name}.{part}_norm", x, heads, self.norm_weight(
                 f"{name}.{part}_norm"), c.rms_norm_eps) for part, x, heads in (
                     ("q", q, H), ("k", k, K)))
-        rope = c.ropes[i]
         y = self.node(
             "GroupQueryAttention", name, q, k, v, *cached("past_key_values", i),
-            *self.positions.lengths, *self.positions.rotary[rope],
+            *self.positions.lengths, *self.positions.rotary[c.ropes[i]],
             named=[f"{name}.y", *cached("present", i)], domain="com.microsoft", num_heads=H,
-            kv_num_heads=K, do_rotary=int(rope != ""), scale=c.attention_scale,
+            kv_num_heads=K, do_rotary=int(c.ropes[i] != ""), scale=c.attention_scale,
             local_window_size=c.windows[i] or -1)[0]
         return y if not gate else self.node("Mul", f"{name}.gate", y, self.node(
             "Sigmoid", f"{name}.gate", gate))
@@ -115,18 +114,13 @@ class DecoderBuilder:
     def head_norm(self, name: str, x: str, heads: int, weight: Tensor, eps: float) -> str:
         """(1, T, heads * C) or (1, T, heads, C) -> (1, T, heads * C), normalised head by head."""
         x = self.node("Reshape", f"{name}.split", x, [0, 0, heads, len(weight)])
-        y = self.node("SimplifiedLayerNormalization", name, x, self.tensor(
-            f"{name}.weight", weight), axis=-1, epsilon=eps, stash_type=1)
+        y = self.rms(name, x, self.tensor(f"{name}.weight", weight), eps)
         return self.node("Reshape", f"{name}.join", y, [0, 0, heads * len(weight)])
 
     def attend(self, i: int, name: str, qkv: str) -> str:
-        """The same by standard operators.
-
-        The queries that share a key/value head are rows of one product, q (1, K, H/K * T, C), so
-        that the cache is not repeated.
-        """
-        c = self.config
-        H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        """The same by standard operators. The queries that share a key/value head are rows of one
+        product, q (1, K, H/K * T, C), so that the cache is not repeated."""
+        c, (H, K, C) = self.config, self.heads
         x = self.node("Reshape", f"{name}.heads", qkv, [0, 0, H + 2 * K, C])
         x = self.node("Transpose", f"{name}.heads", x, perm=[0, 2, 1, 3])
         qk, v = self.node("Split", f"{name}.heads", x, [H + K, K], outputs=2, axis=1)
@@ -146,10 +140,9 @@ class DecoderBuilder:
         values = self.cache(f"{name}.value", f"past_key_values.{i}.value", v, f"present.{i}.value")
         q = self.node("Reshape", f"{name}.q", q, [0, K, -1, C])
         q = self.node("Mul", f"{name}.q", q, self.constant(c.attention_scale, self.dtype))
-        keys = self.node("Transpose", f"{name}.keys", keys, perm=[0, 1, 3, 2])
-        scores = self.node("MatMul", f"{name}.scores", q, keys)
-        scores = self.node("Add", f"{name}.scores", scores,
-                           self.positions.mask(c.windows[i]))
+        scores = self.node("MatMul", f"{name}.scores", q, self.node(
+            "Transpose", f"{name}.keys", keys, perm=[0, 1, 3, 2]))
+        scores = self.node("Add", f"{name}.scores", scores, self.positions.mask(c.windows[i]))
         weights = self.node("Softmax", name, scores, axis=-1)
         y = self.node("MatMul", f"{name}.values", weights, values)
         y = self.node("Reshape", f"{name}.y", y, [0, H, -1, C])
@@ -158,10 +151,9 @@ class DecoderBuilder:
 
     def cache(self, name: str, past: str, new: str, present: str) -> str:
         """Past and new (1, K, S, C). The present is all of it, or the last P in a static graph."""
-        if not self.static:
-            return self.node("Concat", name, past, new, axis=2, named=[present])
-        whole = self.node("Concat", name, past, new, axis=2)
-        self.node("Slice", name, whole, [self.static[1]], [END], [2], named=[present])
+        whole = self.node("Concat", name, past, new, axis=2, named=() if self.static else [present])
+        if self.static:
+            self.node("Slice", name, whole, [self.static[1]], [END], [2], named=[present])
         return whole
 
     def short_conv(self, i: int, x: str) -> str:
@@ -223,13 +215,12 @@ class DecoderBuilder:
     def mlp(self, i: int, x: str) -> str:
         """x (1, T, D) -> (1, T, D)."""
         c, name = self.config, f"model.layers.{i}.mlp"
-        parts = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
-        *inner, down = (f"{name}.{part}" for part in (*parts, "down_proj"))
-        both = self.linear(inner, x, f"{name}.gate_up_proj")
+        inner = ("input_linear",) if c.fused_mlp else ("gate_proj", "up_proj")
+        both = self.linear([f"{name}.{part}" for part in inner], x, f"{name}.gate_up_proj")
         gate, up = self.node("Split", name, both, outputs=2, axis=-1, num_outputs=2)
         act = self.silu(name, gate) if c.activation == "silu" else self.node(
             "Gelu", name, gate, approximate="tanh")
-        return self.linear([down], self.node("Mul", name, act, up))
+        return self.linear([f"{name}.down_proj"], self.node("Mul", name, act, up))
 
     def embed(self) -> str:
         """input_ids (1, T) -> (1, T, D)."""
@@ -247,8 +238,8 @@ class DecoderBuilder:
             y = self.weights.multiply(name, last, stored, w, named)
         else:
             # Gemm reads (V, D) directly: onnxruntime would fold a Transpose into a second matrix.
-            y = self.node("Unsqueeze", name, self.node("Gemm", name, last, *stored, transB=1), [1],
-                          named=named)
+            y = self.node("Gemm", name, last, *stored, transB=1)
+            y = self.node("Unsqueeze", name, y, [1], named=named)
         if not named:
             self.node("Cast", f"{name}.wide", y, to=TensorProto.FLOAT, named=["logits"])
 
@@ -283,17 +274,20 @@ class DecoderBuilder:
         sizes: Any = static or (1, "sequence_length", "past_sequence_length")
         _, T, P = sizes
         S = P + T if static else "total_sequence_length"
-        lengths = {"input_ids": T, "attention_mask": S}
-        lengths |= {} if self.ort else {"position_ids": T}
+        lengths = {"input_ids": T, "attention_mask": S} | ({} if self.ort else {"position_ids": T})
         graph.inputs = [value(name, TensorProto.INT64, [1, n]) for name, n in lengths.items()]
         graph.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
-        past, present = ([1, c.num_key_value_heads, n, c.head_dim]
-                         for n in (P, P if static else S))
-        for i in c.attention_layers:
-            graph.inputs += [value(n, graph.real, past) for n in cached("past_key_values", i)]
-            graph.outputs += [value(n, graph.real, present) for n in cached("present", i)]
-        for values, when in (graph.inputs, "past"), (graph.outputs, "present"):
-            values += [value(f"{when}_conv.{i}", graph.real, [1, channels, c.conv_size - 1])
+        self.declare_cache(P, P if static else S, graph.real)
+
+    def declare_cache(self, past: Any, present: Any, kind: int) -> None:
+        """Name the cache's inputs and outputs; past, present: tokens of keys and values."""
+        c, (_, K, C) = self.config, self.heads
+        for values, when, keys, n in (
+                (self.graph.inputs, "past", "past_key_values", past),
+                (self.graph.outputs, "present", "present", present)):
+            values += [value(name, kind, [1, K, n, C])
+                       for i in c.attention_layers for name in cached(keys, i)]
+            values += [value(f"{when}_conv.{i}", kind, [1, channels, c.conv_size - 1])
                        for i, channels in c.convolutions.items()]
             values += [value(f"{when}_recurrent.{i}", TensorProto.FLOAT, [
                 1, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim])
@@ -309,11 +303,9 @@ def write_decoder(file: Path, model: CausalLM, form: GraphFormat,
                   stops: Sequence[int] | None = None) -> None:
     """Write the graph of a model to `file`, and its tensors to `file`.data.
 
-    The modules decide what each matrix is: floats (nn.Linear), blocks (BlockLinear), or either with
-    experts (ExpertLinear) or with LoRAs that are inputs of the graph (AdapterLinear) beside it.
-    A static form (1, T, P) fixes every size: the cache holds the last P positions, and a prompt is
-    read in chunks of T, the first of which is padded on the left. plan.py's `refuse` says what
-    cannot be written.
+    The modules decide what each matrix is: see tree.py. A static form (1, T, P) fixes every size:
+    the cache holds the last P positions, and a prompt is read in chunks of T, the first of which is
+    padded on the left. plan.py's `refuse` says what cannot be written.
 
     stops: ids of the tokens that end an answer, for a graph that transformers.js opens, which
     fetches `file`_data; see `put_in_steps` for q8.

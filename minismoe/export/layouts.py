@@ -24,6 +24,7 @@ from ..data.tokenizer import (
 )
 from ..io.files import inside, last_part, read_json, replacing, write_json
 from ..method.freeze import merged
+from ..method.vocabulary import BYTES
 from ..model.checkpoint import LEFT_OUT, MERGED, read_config, text_name, weight_files
 from ..model.config import CONV, DELTA, FULL, Config, text_part
 from ..model.decoder import CausalLM
@@ -134,9 +135,7 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool
 
 def byte_level() -> dict[str, Any]:
     """ByteTokenizer as a tokenizer.json: BPE over bytes as in GPT-2, without merges."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    vocab = {chr(b if b in printable else next(others)): b for b in range(256)}
+    vocab = {character: byte for byte, character in enumerate(BYTES)}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
              "use_regex": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

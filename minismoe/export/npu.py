@@ -27,7 +27,7 @@ from torch import Tensor
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, Blocks, columns
 from ..runtime.providers import find_device, open_session
-from .graph import DecoderBuilder, cached
+from .graph import DecoderBuilder
 from .leaves import matrix
 from .nodes import Graph
 from .positions import causal
@@ -143,11 +143,7 @@ class NpuBuilder(DecoderBuilder):
                         value("attention_mask", TensorProto.INT64, [1, P + T]),
                         value("position_ids", TensorProto.INT64, [1, T])]
         graph.outputs = [value("logits", TensorProto.FLOAT, [1, 1, c.vocab_size])]
-        past, present = ([1, c.num_key_value_heads, n, c.head_dim] for n in (P, T))
-        for i in range(c.num_hidden_layers):
-            graph.inputs += [value(n, TensorProto.FLOAT16, past)
-                             for n in cached("past_key_values", i)]
-            graph.outputs += [value(n, TensorProto.FLOAT16, present) for n in cached("present", i)]
+        self.declare_cache(P, T, TensorProto.FLOAT16)
         self.tensor("mask.full.past", causal(T, P))
 
 

@@ -19,10 +19,8 @@ TOP = 65535                      # the largest activation in 16 bits
 TEXTS, BATCH = 24, 8             # of each task, to measure activations on, and at once
 PROMPTS, ANSWER = 120, 24        # of --prompts instead, and tokens that the model adds to each
 WIDER = (0.999, 1.0), (1.0, 1.0), (1.0, 1.5)     # candidates: quantile of extremes, and factor
-FLOAT_ABOVE = 0.005              # mean error of a tensor above which its layer stays in float16
-
-
 LARGEST = 65504                  # of float16
+FLOAT_ABOVE = 0.005              # mean error of a tensor above which its layer stays in float16
 
 
 class Range(NamedTuple):

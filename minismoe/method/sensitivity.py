@@ -12,6 +12,7 @@ Letters: B samples of a batch, T tokens, M matrices.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,9 +78,7 @@ def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor
         norms = ghost.mask.new_zeros(len(modules), len(ghost.mask), dtype=ghost.dtype,
                                      requires_grad=True)
         for module, column in zip(modules.values(), norms.unbind()):
-            module.probed = ghost, column
-            afterwards.callback(delattr, module, "probed")
-            afterwards.enter_context(module.register_forward_hook(_watch))
+            afterwards.enter_context(module.register_forward_hook(partial(_watch, ghost, column)))
         losses, rows = supervised_losses(model, input_ids, attention_mask, labels)
         weights = 1 / torch.bincount(rows)[rows].to(losses.dtype)
         # The sum over samples of their means.
@@ -104,8 +103,7 @@ class _Ghost:
             return self.read[1]
         rows = self.by_sample(x.detach())
         gram = (rows @ rows.mT).to(self.dtype).mul_(self.pairs)
-        if not torch.compiler.is_compiling():       # a compiler finds equal products by itself
-            self.read = x, gram
+        self.read = x, gram
         return gram
 
     def by_sample(self, x: Tensor) -> Tensor:
@@ -118,11 +116,11 @@ class _Ghost:
         return x.view(*self.mask.shape[:2], -1)
 
 
-def _watch(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _watch(ghost: _Ghost, norms: Tensor, module: Any, inputs: tuple[Tensor, ...], output: Tensor,
+           ) -> Tensor:
     """A forward hook; returns the output, whose backward pass fills the norms."""
-    x, (out, in_), (ghost, norms) = inputs[0], module.weight.shape, module.probed
-    # A compiled layer has one graph, for all lengths.
-    use_gram = torch.compiler.is_compiling() or ghost.mask.shape[1] * (in_ + out) < in_ * out
+    x, (out, in_) = inputs[0], module.weight.shape
+    use_gram = ghost.mask.shape[1] * (in_ + out) < in_ * out
     read = ghost.gram(x) if use_gram else x.detach()
     return _Norms.apply(output, norms, ghost, read, use_gram)
 

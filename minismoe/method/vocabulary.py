@@ -33,9 +33,9 @@ from .loss import CHUNK
 
 PLACEHOLDER = re.compile(r"unused|reserved")
 BYTE = "<0x{:02X}>".format
-# The 256 characters that stand for bytes in encodings as GPT-2's.
-PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTES = [chr(b) for b in PRINTABLE] + [chr(256 + n) for n in range(256 - len(PRINTABLE))]
+# The characters that stand for the 256 bytes, in their order, in encodings as GPT-2's.
+_PRINTABLE, _OTHERS = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+BYTES = [chr(b if b in _PRINTABLE else next(_OTHERS)) for b in range(256)]
 
 
 class BPE:

@@ -42,11 +42,28 @@ class Cache:
 class Tokens:
     """The tokens of a batch (B, T) as rows (N, ...) without padding, and where each of them lies.
 
-    Tokens of a shared prefix are packed once, in the first of the sequences that share it.
-    ids, positions, repeats (N,): token, rotary position, and how many sequences hold it.
-    read: the rows (S,) whose hidden states are wanted; None for all.
-    masks: for each window of the model, what attention may see; None if just causal.
+    A prefix that neighbouring sequences share is packed once, in the first of them. Two sequences
+    that begin with a and b, of which d and e are needed, are N = 5 rows:
+
+        input_ids   a b c d        ids            a b c d e
+                    a b e .        positions      0 1 2 3 2
+                                   batch_rows     0 0 0 0 1
+        sources     0 1 2 3        repeats        2 2 1 1 1
+                    0 1 4 0        in_batch       0 1 2 3 6
+                                   in_sequences   0 1 2 3 6
+                                   read           3 4
     """
+
+    ids: Tensor              # (N,) token
+    positions: Tensor        # (N,) rotary position, after what the cache holds
+    batch_rows: Tensor       # (N,) the sequence that it lies in
+    repeats: Tensor          # (N,) how many sequences hold it
+    in_batch: Tensor         # (N,) its place among the B * T of the batch
+    in_sequences: Tensor     # (N,) the same if the batch is padded on the right
+    sources: Tensor          # (B * T,) the row at each place, if padded on the right; any at a pad
+    past: Tensor             # (B,) tokens of the cache
+    new: Tensor              # (B,) tokens beside them
+    read: Tensor | None = None           # (S,) rows whose hidden states are needed; None: all
 
     def __init__(self, input_ids: Tensor, attention_mask: Tensor, config: Config,
                  device: torch.device, needed: Tensor | None = None, cache: Cache | None = None):
@@ -56,7 +73,7 @@ class Tokens:
         ids, mask = input_ids.cpu(), attention_mask.to("cpu", torch.bool, copy=True)
         self.shape, self.cache, T = mask.shape, cache, mask.shape[1]
         past = torch.tensor(cache.lengths if cache else [0] * len(mask))
-        order = mask.cumsum(1) - 1                                       # (B, T) index in its row
+        order = mask.cumsum(1) - 1                           # (B, T) number of a token in its row
         self.ends = [n + new for n, new in zip(past.tolist(), mask.sum(1).tolist())]
         repeats, shared = torch.ones_like(order), list[tuple[int, int, int, int]]()
         if needed is not None and not past.any():
@@ -68,21 +85,17 @@ class Tokens:
         numbers = order[rows, columns]                                   # (N,) in their sequence
         packed = {"ids": ids[rows, columns], "positions": numbers + past[rows], "batch_rows": rows,
                   "repeats": repeats[rows, columns], "past": past,
-                  "in_batch": rows * T + columns,            # (N,) index in the batch (B * T)
-                  "in_sequences": rows * T + numbers}        # (N,) the same if padded on the right
-        sources = torch.zeros_like(order)    # (B, T): the token at each place; any token at a pad
+                  "in_batch": rows * T + columns, "in_sequences": rows * T + numbers}
+        sources = torch.zeros_like(order)
         sources.view(-1)[packed["in_sequences"]] = torch.arange(len(rows))
         for first, end, start, stop in shared:
             sources[first + 1:end, start:stop] = sources[first, start:stop]
         packed |= {"sources": sources.flatten(), "new": torch.tensor(self.ends) - past}
         if needed is not None:
             packed["read"] = needed.cpu()[rows, columns].nonzero()[:, 0]
-        there = to_device_together(packed, device)
-        self.ids, self.positions, self.repeats = there["ids"], there["positions"], there["repeats"]
-        self.in_batch, self.in_sequences = there["in_batch"], there["in_sequences"]
-        self.batch_rows, self.sources = there["batch_rows"], there["sources"]
-        self.past, self.new, self.read = there["past"], there["new"], there.get("read")
-        self.shared = bool(shared)
+        vars(self).update(to_device_together(packed, device))
+        self.shared = bool(shared)           # whether any prefix is packed once
+        # Of each window of the model, what attention may see; None if just causal.
         self.masks = {window: self._mask(window, device) for window in set(config.windows)}
 
     def sequences(self, x: Tensor) -> Tensor:

@@ -53,9 +53,8 @@ def compiled_layers(model: CausalLM, step: Callable[[], object], backend: str = 
             layer._compiled_call_impl = None
 
     with (shapes.patch(use_duck_shape=False),                # sizes may be equal by chance
-          config.patch(force_nn_module_property_static_shapes=False,  # the probe hangs a batch on
-                       # layers; and dynamo gives up after 8 graphs of a function
-                       recompile_limit=4 * len(model.model.layers)),
+          # Dynamo gives up after 8 graphs of a function.
+          config.patch(recompile_limit=4 * len(model.model.layers)),
           ExitStack() as afterwards):
         afterwards.callback(as_written)
         for layer in model.model.layers:

@@ -21,6 +21,8 @@ from ..io.text import out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+SUM: Callable[[Tensor], Any] = dist.all_reduce                   # over the processes
+BROADCAST: Callable[[Tensor], Any] = partial(dist.broadcast, src=0)      # those of the first one
 _joined = False                              # a group that another program made is not ours
 
 
@@ -121,7 +123,7 @@ def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
 
 
 def exchange(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
-    """Replace tensors of one dtype by what a collective operation makes of them, all at once."""
+    """Replace tensors of one dtype by what SUM or BROADCAST makes of them, all at once."""
     if world() == 1:
         return
     together = torch.cat([t.detach().flatten() for t in tensors])
@@ -132,16 +134,6 @@ def exchange(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> 
     with torch.no_grad():
         for t, part in zip(tensors, together.split([t.numel() for t in tensors])):
             t.copy_(part.view_as(t))
-
-
-def sum_all(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their sums over the processes."""
-    exchange(tensors, dist.all_reduce)
-
-
-def take_first(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by those of the first process."""
-    exchange(tensors, partial(dist.broadcast, src=0))
 
 
 def gather(value: Any) -> list[Any]:

@@ -5,12 +5,10 @@ import sys
 
 import pytest
 import torch
-from tiny import examples, tiny, tiny_config
+from tiny import examples, tiny
 from torch._dynamo.utils import counters
 
-from minismoe.data.tasks import Example, collate
-from minismoe.method.experts import linear_layers
-from minismoe.method.sensitivity import sample_norms
+from minismoe.data.tasks import Example
 from minismoe.model.decoder import CausalLM
 from minismoe.training import compiled
 from minismoe.training.compiled import compiled_layers
@@ -48,6 +46,7 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
     cfg = TrainConfig(recompute=recompute)
     trainers = Trainer(models[0], cfg, 0), Trainer(models[1], cfg, 0, same_shapes=True)
     settings = torch._dynamo.config
+    before = settings.recompile_limit
     with compiled_layers(models[1], lambda: None, backend="eager"):
         for batch in batches(count):
             results = []
@@ -59,22 +58,10 @@ def test_no_batch_compiles_anew_and_the_numbers_are_those_of_plain_layers(
         losses = [token_scores(model, batch, 0)[0] for model in models]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
         generate(models[1], [[1, 2, 3]], 2, [])
-        assert not settings.force_nn_module_property_static_shapes
+        assert settings.recompile_limit > before
     trainers[1].gradients(batch, 8)                         # the layers are as they were written
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-    assert settings.force_nn_module_property_static_shapes
-
-
-@pytest.mark.slow
-def test_no_batch_of_the_probe_compiles_anew() -> None:
-    models = [CausalLM(tiny_config(num_hidden_layers=3)).requires_grad_(False) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    with compiled_layers(models[1], lambda: None, backend="eager"):
-        for batch in batches(50):
-            plain, found = (sample_norms(model, linear_layers(model), *collate(batch, 0))
-                            for model in models)
-            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-8)
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert settings.recompile_limit == before
 
 
 @pytest.mark.slow
