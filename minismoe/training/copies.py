@@ -3,7 +3,12 @@
 The layers' own parameters are what the optimizer has, and whatever path leads through a layer
 reaches them. To copy them one by one would start three small kernels for each matrix, and three for
 their gradients. So all are copied at once, those of matrices that read the same x side by side (see
-`experts.Stack`), and autograd takes the gradients of all copies to the parameters at once.
+`experts.Stack`), and autograd takes the gradients of all copies to the parameters at once. Plainly,
+for a group of layers:
+
+    A = cat([lora_A of each layer, padded to E experts of rank r]).to(dtype)         (n*E*r, in)
+    B = [(scaling * lora_B of each layer, padded alike).to(dtype)]                   (E*r, out) each
+    routers = cat([router of each layer, padded to E experts])                       (n*E, in)
 """
 
 import math
@@ -11,6 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +24,15 @@ from torch import Tensor, nn
 
 from ..method.experts import ExpertLinear, Stack, expert_layers, groups
 
-# The layers whose parameters one copy holds, and the slots E and the rank r that each has in it.
-Block = tuple[Sequence[ExpertLinear], int, int]
+
+class Group(NamedTuple):
+    """Layers that read the same x, and the room that each of them gets in the copies."""
+
+    layers: Sequence[ExpertLinear]
+    experts: int             # E, the slots
+    rank: int
+    top_k: int
+    empty: Tensor | None     # as `Stack` has it
 
 
 class Copies:
@@ -30,52 +43,53 @@ class Copies:
     """
 
     def __init__(self, model: nn.Module, same_shapes: bool = False):
-        self.groups, self.layers = groups(model), expert_layers(model)
-        names = {layer: name for name, layer in self.layers.items()}
-        keys = [names[group[0]] for group in self.groups]
-        if same_shapes:
-            keys = [re.sub(r"\d+", "*", key) for key in keys]
-        sharing = defaultdict[str, list[ExpertLinear]](list)     # layers that get as many slots
-        for key, group in zip(keys, self.groups):
-            sharing[key] += group
+        self.layers, self.groups = expert_layers(model), list[Group]()
         self.scaling = next((m.scaling for m in self.layers.values()), 1.0)      # the same in all
         self.zeros = torch.zeros(0)                              # to fill the widest empty slots
-        self.sizes: list[tuple[int, int, int]] = []              # of each group: E, r, top_k
-        self.empty: list[Tensor | None] = []                     # of each group, as Stack has it
-        for key, group in zip(keys, self.groups):
-            E, r, k = (max(getattr(layer, size) for layer in sharing[key])
+        names = {layer: name for name, layer in self.layers.items()}
+        alike = defaultdict[str, list[list[ExpertLinear]]](list)         # groups of equal shapes
+        for layers in groups(model):
+            name = names[layers[0]]
+            alike[re.sub(r"\d+", "*", name) if same_shapes else name].append(layers)
+        for of_shape in alike.values():
+            every = [layer for layers in of_shape for layer in layers]
+            E, r, k = (max(getattr(layer, size) for layer in every)
                        for size in ("experts", "rank", "top_k"))
-            self.sizes.append((E, r, k))
-            lacking = torch.arange(E) >= torch.tensor([[layer.experts] for layer in group])
-            self.empty.append(None if all(layer.experts == E for layer in sharing[key]) else
-                              torch.zeros(lacking.shape).masked_fill_(lacking, -math.inf).flatten()
-                              .to(group[0].lora_A))
-            self.zeros = group[0].lora_A.new_zeros(max(self.zeros.numel(), E * r * max(
-                max(layer.in_features, layer.out_features) for layer in group)))
+            some_lack = any(layer.experts < E for layer in every)
+            for layers in of_shape:
+                lacking = torch.arange(E) >= torch.tensor([[layer.experts] for layer in layers])
+                empty = torch.zeros(lacking.shape).masked_fill_(lacking, -math.inf).flatten()
+                self.groups.append(Group(layers, E, r, k, empty.to(layers[0].lora_A)
+                                         if some_lack else None))
+            widest = max(max(layer.in_features, layer.out_features) for layer in every)
+            self.zeros = every[0].lora_A.new_zeros(max(len(self.zeros), E * r * widest))
 
     @contextmanager
     def multiplying(self) -> Iterator[None]:
         """Meanwhile the layers multiply with copies of what their parameters are now."""
-        sized = [(group, E, r) for group, (E, r, _) in zip(self.groups, self.sizes)]
-        A = self._copied("lora_A", sized)
-        B = self._copied("lora_B", [([layer], E, r) for group, E, r in sized for layer in group])
-        routers = self._copied("router", [(group, E, 1) for group, E, _ in sized if E > 1])
-        for group, (E, _, top_k), empty in zip(self.groups, self.sizes, self.empty):
-            group[0].stack = Stack(next(A), [next(B) for _ in group],
-                                   next(routers) if E > 1 else None, empty, top_k)
+        A = self._copied("lora_A", self.groups)
+        B = self._copied("lora_B", [group._replace(layers=[layer])
+                                    for group in self.groups for layer in group.layers])
+        routers = self._copied("router", [
+            group._replace(rank=1) for group in self.groups if group.experts > 1])
+        for layers, _, _, top_k, empty in self.groups:
+            first = layers[0]
+            first.stack = Stack(A[first], [B[layer] for layer in layers], routers.get(first), empty,
+                                top_k)
         try:
             yield
         finally:
             for group in self.groups:
-                group[0].stack = None
+                group.layers[0].stack = None
 
-    def _copied(self, part: str, blocks: Sequence[Block]) -> Iterator[Tensor]:
-        """The copy (layers * E * r, in or out) of each block's lora_A, lora_B or router; 0 in slots
-        that hold no expert. In the dtype of the weights, but of routers; lora_B times scaling."""
-        pieces, shapes = list[Tensor](), list[tuple[int, int]]()
-        for layers, E, r in blocks:
+    def _copied(self, part: str, groups: Sequence[Group]) -> dict[ExpertLinear, Tensor]:
+        """By the first layer of each group, the copy (layers * E * r, in or out) of their lora_A,
+        lora_B or router; 0 in slots that hold no expert. In the dtype of the weights, but of
+        routers; lora_B times scaling."""
+        pieces, shapes = list[Tensor](), dict[ExpertLinear, tuple[int, int]]()
+        for layers, E, r, *_ in groups:
             width = layers[0].out_features if part == "lora_B" else layers[0].in_features
-            shapes.append((len(layers) * E * r, width))
+            shapes[layers[0]] = len(layers) * E * r, width
             for layer in layers:
                 if (tensor := getattr(layer, part)) is None:     # one expert: no router
                     pieces.append(self.zeros[:E * width])
@@ -85,12 +99,12 @@ class Copies:
                 pieces.append(tensor.flatten())
                 if layer.experts < E:
                     pieces.append(self.zeros[:(E - layer.experts) * r * width])
-        if not blocks:
-            return
+        if not groups:
+            return {}
         together = torch.cat(pieces)
         if part == "lora_B":
             together = together * self.scaling
         if part != "router":
             together = together.to(layer.weight.dtype)
-        for copy, shape in zip(together.split([*map(math.prod, shapes)]), shapes):
-            yield copy.view(shape)
+        copies = together.split([*map(math.prod, shapes.values())])
+        return {first: copy.view(shape) for (first, shape), copy in zip(shapes.items(), copies)}
