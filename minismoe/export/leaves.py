@@ -60,8 +60,7 @@ class AdapterLinear(nn.Linear):
 
 
 def matrix(leaf: Any) -> Any:
-    """The weight of a linear layer or an embedding: a Tensor, or the Blocks that it is stored in.
-    """
+    """The weight of a linear layer or an embedding: a Tensor, or the Blocks that store it."""
     if isinstance(leaf.weight, BlockWeight):
         return leaf.weight.blocks
     return leaf.weight.detach() if isinstance(leaf.weight, Tensor) else leaf.weight.dense()

@@ -57,8 +57,7 @@ class Part:
     """
 
     def __init__(self, config: ExportConfig, reference: CausalLM, fits: TaskFits):
-        """reference: the model of the source in float32. fits: are there when `place` reads them.
-        """
+        """reference: the source's model in float32. fits: are there when `place` reads them."""
         self.config, self.tree, self.fits = config, sharing_copy(reference), fits
         self.ranges: Ranges = {}
         self.in_4_bits = defaultdict[str, list[Blocks]](list)        # what --size may choose
@@ -69,8 +68,7 @@ class Part:
         return form.options_of(name) if self.config.graph and form.rounds else []
 
     def place(self, names: Sequence[str]) -> None:
-        """Put into the tree, in place of some modules, what ships of their experts, beside floats.
-        """
+        """Put into the tree, in place of some modules, what ships of their experts."""
         config = self.config
         for name in names:
             layer, new = self.tree.get_submodule(name), nn.Module()

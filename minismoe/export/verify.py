@@ -219,8 +219,7 @@ def show_logits(name: str, figures: Mapping[str, Any], beside: str = "the traine
 
 
 def show_scores(scores: Scores, export: str) -> None:
-    """Print exact match by task, and in words where the export has lost more than chance explains.
-    """
+    """Print exact match by task, and where the export has lost more than chance explains."""
     if not scores:
         return
     rows = {clean(task): both for task, both in scores.items()}

@@ -57,6 +57,7 @@ def sample_sums(model: Any, options: Mapping[str, Options], input_ids: Tensor,
     with ExitStack() as afterwards, torch.enable_grad():
         for name, ways in options.items():
             weight = model.get_submodule(name).weight
+            # Zeros that no loss depends on: `_Sums` puts the answers into their gradient.
             sums[name] = mask.new_zeros(len(mask), len(ways), dtype=dtype, requires_grad=True)
             sums[name].grad = torch.zeros_like(sums[name])           # each end adds to it
             for module in model.model.modules():
@@ -96,8 +97,7 @@ def through_head(hidden: Tensor, head: Tensor, changes: Sequence[Tensor],
 
 
 def drawn(p: Tensor, generator: torch.Generator) -> Tensor:
-    """A token (N,) by each row of probabilities (N, V). The generator is the CPU's, for any device.
-    """
+    """A token (N,) by each row of probabilities (N, V). The generator is always the CPU's."""
     below = p.cumsum(-1)
     u = torch.rand(len(p), 1, generator=generator).to(below) * below[:, -1:]
     return torch.searchsorted(below, u)[:, 0].clamp_(max=p.shape[1] - 1)

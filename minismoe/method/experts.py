@@ -55,7 +55,15 @@ class _Group(torch.autograd.Function):
         gates = top_k_gates(x @ router.T + empty, k)         1 without a router
         y = x @ W.T + (h * gates.repeat_interleave(r, 1)) @ B
 
-    The backward is written by hand: it keeps h times its gates alone, and adds products in place.
+    In the fused form, A holds the rows of all layers and routers those of all their slots, so that
+    h and the gates of all come from one product each. The backward is written by hand: it keeps h
+    times its gates alone, and adds products in place. From dy of a layer, g for repeated gates:
+
+        d_gates = sum over an expert's r columns of (dy @ B.T) * h
+        d_logits = gates * (d_gates - sum over experts of gates * d_gates)
+        dx = dy @ W + (g * (dy @ B.T)) @ A + d_logits @ router
+        dA = (g * (dy @ B.T)).T @ x,   dB = (g * h).T @ dy,   d_router = d_logits.T @ x
+
     Compared with `reference.Mixture` in
     tests/method/test_experts.py::test_forward_and_every_gradient_equal_the_reference.
     """

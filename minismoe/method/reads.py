@@ -5,6 +5,7 @@ is held out: it judges what was fitted to the others.
 Letters: T tokens, D inputs of a layer.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,28 +24,24 @@ def reads(layers: Mapping[str, nn.Module], runs: Iterable[ForwardCall],
           ) -> Iterator[tuple[list[str], Tensor]]:
     """The layers' names, group by group, and x (T, D) in float32 or better that a group reads."""
     names = {layer: name for name, layer in layers.items()}
-    groups: dict[str, list[str]] = {}        # by the first of its layers that is called
-    parts: dict[str, list[Tensor]] = {}
-    x: Any = None
-    first: str = ""
-    wanted: Any = slice(None)
+    seen: list[tuple[Tensor, list[str]]] = []        # in one call: an input, and who reads it
+    parts = defaultdict[tuple[str, ...], list[Tensor]](list)         # of all calls, by group
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        nonlocal x, first
-        if args[0] is not x:
-            x, first = args[0], names[layer]
-            rows = x.reshape(-1, x.shape[-1])
-            parts.setdefault(first, []).append(
-                rows[wanted].to(torch.promote_types(x.dtype, torch.float32)))
-            groups[first] = []
-        groups[first].append(names[layer])
+        if not seen or seen[-1][0] is not args[0]:
+            seen.append((args[0], []))
+        seen[-1][1].append(names[layer])
 
     with hooked(names, hook):
-        for run, rows in runs:
-            wanted = slice(None) if rows is None else rows
+        for run, wanted in runs:
             run()
-    for first, group in groups.items():
-        yield group, torch.cat(parts.pop(first))
+            for x, group in seen:
+                rows = x.reshape(-1, x.shape[-1])
+                parts[tuple(group)].append((rows if wanted is None else rows[wanted]).to(
+                    torch.promote_types(x.dtype, torch.float32)))
+            seen.clear()
+    for names_of_group in [*parts]:
+        yield [*names_of_group], torch.cat(parts.pop(names_of_group))
 
 
 def gram(x: Tensor) -> Tensor:

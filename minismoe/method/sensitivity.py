@@ -75,6 +75,7 @@ def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor
                    torch.promote_types(parameter.dtype, torch.float32), packs_tokens(model))
     with ExitStack() as afterwards, torch.enable_grad():
         afterwards.callback(setattr, ghost, "read", None)        # its graph holds the ghost
+        # Zeros that no loss depends on: `_Norms` puts the answers into their gradient.
         norms = ghost.mask.new_zeros(len(modules), len(ghost.mask), dtype=ghost.dtype,
                                      requires_grad=True)
         for module, column in zip(modules.values(), norms.unbind()):

@@ -104,8 +104,7 @@ def dequantize(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class BlockWeight(nn.Module):
-    """A frozen weight (N, K) stored in blocks; each call of `dense` computes it again, in `dtype`.
-    """
+    """A frozen weight (N, K) stored in blocks; each call of `dense` computes it in `dtype`."""
 
     data: Tensor
     scales: Tensor

@@ -1,5 +1,4 @@
-"""The training loop: a `Trainer` takes a batch to its gradients and a step; `train` logs and saves.
-"""
+"""The training loop: a `Trainer` takes a batch to gradients and a step; `train` logs and saves."""
 
 import json
 import math
@@ -27,9 +26,10 @@ from ..model.decoder import CausalLM
 from ..model.tokens import to_device_together
 from . import compiled, distributed, verdict
 from .copies import Copies
+from .distributed import rank0_only
 from .evaluate import Fitting, evaluating, supervised, token_scores
 from .rate import default_lr, learning_rate
-from .resume import first_state, save_checkpoint
+from .resume import TrainingState, first_state, save_checkpoint
 
 MEASURES = 10                 # of the loss of validation lines in a run, if no flag says otherwise
 REMEDY = "try a lower --lr, or --dtype float32"
@@ -168,7 +168,7 @@ class Trainer:
                 "grad_norm": round(norm, 5), "lr": lr,
                 "tokens_per_second": round(tokens / (time.perf_counter() - start), 1)}
 
-    def validate(self, examples: Sequence[Example], state: dict[str, Any]) -> float:
+    def validate(self, examples: Sequence[Example], state: TrainingState) -> float:
         """Mean loss of validation examples. `state` notes the least, and how often it was not
         reached since; `best` holds its experts."""
         loss = round(self.evaluating(partial(
@@ -180,9 +180,9 @@ class Trainer:
                 self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         return loss
 
-    def gives_up(self, state: dict[str, Any]) -> bool:
+    def gives_up(self, state: TrainingState) -> bool:
         """Whether as many measures as --patience says have passed without a better one."""
-        return bool(self.cfg.patience) and state["since_best"] >= self.cfg.patience
+        return bool(self.cfg.patience and state["since_best"] >= self.cfg.patience)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the experts, the best ones, and what AdamW holds for each."""
@@ -191,17 +191,17 @@ class Trainer:
                     f"{name}/best": tensor for name, tensor in self.best.items()}
 
     def begin(self, run: Path, batches: Sequence[Sequence[Example]], resume: bool,
-              valid: Sequence[Example]) -> dict[str, Any]:
+              valid: Sequence[Example]) -> TrainingState:
         """The state to begin with, whose tensors are taken over; see `first_state`. metrics.jsonl
         ends with its step; at step 0 it holds the loss of `valid`, if there is any."""
         state, tensors = first_state(run, batches, self.parameters, resume)
         metrics, line = run / "metrics.jsonl", ""
         if state["step"]:
-            distributed.rank0_only(os.truncate, metrics, state["metrics"])
+            rank0_only(os.truncate, metrics, state["metrics"])
         else:
             if valid and batches:
                 line = json.dumps({"step": 0, "valid_loss": self.validate(valid, state)}) + "\n"
-            distributed.rank0_only(metrics.write_text, line, "utf-8", None, "\n")
+            rank0_only(metrics.write_text, line, "utf-8", None, "\n")
         for full in [*tensors]:              # it is emptied: the file may not stay mapped
             name, _, key = full.rpartition("/")
             parameter = self.parameters[name]
@@ -234,41 +234,41 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     trainer = Trainer(model, cfg, pad_id, same_shapes=compiling)
     peak = default_lr(model) if cfg.lr is None else cfg.lr
     state = trainer.begin(run, batches, resume, valid if continued else ())
-    every = cfg.eval_every or math.ceil(len(batches) / MEASURES)
-    with (compiled.compiled_layers(model, lambda: trainer.fitting(partial(
-            trainer.gradients, batches[0]))) if compiling else nullcontext(),
-          (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
-          progress_bar(range(state["step"], len(batches)), "train", len(batches), unit="step",
-                       initial=state["step"], smoothing=0.1, disable=distributed.rank() > 0) as bar,
+    steps, first = len(batches), state["step"]
+    every = cfg.eval_every or math.ceil(steps / MEASURES)
+    compilation = compiled.compiled_layers(model, lambda: trainer.fitting(partial(
+        trainer.gradients, batches[0]))) if compiling else nullcontext()
+    with (compilation, (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
+          progress_bar(range(first, steps), "train", steps, unit="step", initial=first,
+                       smoothing=0.1, disable=distributed.rank() > 0) as bar,
           waiting(distributed.rank() == 0) as signals):
         begun, note = time.perf_counter() - state["seconds"], ""
         for step in bar:
             if trainer.gives_up(state):
-                distributed.rank0_only(print_above_bar, f"ended after step {step} by --patience")
+                rank0_only(print_above_bar, f"ended after step {step} by --patience")
                 break
-            line = trainer.step(step, batches[step],
-                                learning_rate(step, len(batches), peak, cfg.warmup))
-            if valid and ((step + 1) % every == 0 or step + 1 == len(batches)):
-                line["valid_loss"] = measured = trainer.validate(valid, state)
-                note = f", validation {measured:.3f}"
-            distributed.rank0_only(metrics.write, json.dumps(line) + "\n")
+            lr, done = learning_rate(step, steps, peak, cfg.warmup), step + 1
+            line = trainer.step(step, batches[step], lr)
+            if valid and (done % every == 0 or done == steps):
+                line["valid_loss"] = trainer.validate(valid, state)
+                note = f", validation {line['valid_loss']:.3f}"
+            rank0_only(metrics.write, json.dumps(line) + "\n")
             metrics.flush()
-            if step + 1 == len(batches) // 2:
-                distributed.rank0_only(
-                    verdict.warn, run, examples, peak, default_lr(model), continued)
-            state |= {"step": step + 1, "tokens": state["tokens"] + line["tokens"],
+            if done == steps // 2:
+                rank0_only(verdict.warn, run, examples, peak, default_lr(model), continued)
+            state |= {"step": done, "tokens": state["tokens"] + line["tokens"],
                       "seconds": time.perf_counter() - begun, "loss": line["loss"],
                       "metrics": os.fstat(metrics.fileno()).st_size}
-            if ((stop := _signal_to_any(signals)) or trainer.gives_up(state)
-                    or step + 1 == len(batches) or (step + 1) % cfg.checkpoint_every == 0):
+            signal, saves = _signal_to_any(signals), done % cfg.checkpoint_every == 0
+            if saves or signal or trainer.gives_up(state) or done == steps:
                 os.fsync(metrics.fileno())           # a checkpoint counts on the lines before it
-                distributed.rank0_only(save_checkpoint, run, trainer.tensors(), state)
+                rank0_only(save_checkpoint, run, trainer.tensors(), state)
             bar.set_postfix_str(f"loss {line['loss']:.3f}{note}, {line['tokens_per_second']:.0f} "
                                 "tok/s", refresh=False)
-            if stop:
+            if signal:
                 break
-        if stop := _signal_to_any(signals):          # one may come after the last step, too
-            raise Interrupted(f"saved after step {state['step']} of {len(batches)}", stop)
+        if signal := _signal_to_any(signals):        # one may come after the last step, too
+            raise Interrupted(f"saved after step {state['step']} of {steps}", signal)
     trainer.finish()
     return {k: state[k] for k in ("step", "tokens", "seconds", "loss")}
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +22,20 @@ from . import distributed
 
 KEPT = 2                                     # checkpoints of a run
 TENSORS = "experts.safetensors"              # see `Trainer.tensors`
+
+
+class TrainingState(TypedDict):
+    """How far a run is."""
+
+    step: int                # optimizer steps that are done
+    tokens: int              # of all of them
+    seconds: float           # that they took
+    loss: float              # of the last one; nan before
+    metrics: int             # bytes of metrics.jsonl
+    best_loss: float         # the least of validation lines
+    since_best: int          # measures of that loss since
+    order: str               # hash of the batches
+    layout: str              # hash of the names and shapes of what is trained
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -47,7 +61,7 @@ def _remove(folders: Sequence[Path]) -> None:
         shutil.rmtree(folder)
 
 
-def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest(run: Path) -> tuple[Path, TrainingState] | None:
     """Folder and state of the newest whole checkpoint, if there is one. Damaged ones are named on
     stderr and renamed: they would count among the two that are kept."""
     for folder in reversed(checkpoints(run)):
@@ -63,19 +77,19 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _checked_state(folder: Path) -> dict[str, Any]:
+def _checked_state(folder: Path) -> TrainingState:
     """The state of a checkpoint; an exception if a file is missing or not what was written."""
     saved = read_json(folder / "state.json")
-    state: dict[str, Any] = saved["state"]
-    if saved["sha256"] != sha256_of_json(state):
+    if saved["sha256"] != sha256_of_json(saved["state"]):
         raise ValueError("state.json does not have its checksum")
-    if sha256(folder / TENSORS) != state["sha256"]:
+    if sha256(folder / TENSORS) != saved["state"]["sha256"]:
         raise ValueError(f"{TENSORS} does not have its checksum")
+    state: TrainingState = saved["state"]
     return state
 
 
 def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Mapping[str, Tensor],
-                resume: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+                resume: bool) -> tuple[TrainingState, dict[str, Tensor]]:
     """The state and tensors to begin with: those of the newest whole checkpoint if the run is
     resumed, or zeros and no tensor. A run that begins anew loses its old checkpoints.
 
@@ -84,8 +98,8 @@ def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Map
     """
     order = sha256_of_json([[(e.task, e.index) for e in batch] for batch in batches])
     layout = sha256_of_json([[name, *p.shape] for name, p in parameters.items()])
-    fresh = {"step": 0, "tokens": 0, "seconds": 0.0, "loss": math.nan, "metrics": 0,
-             "best_loss": math.inf, "since_best": 0, "order": order, "layout": layout}
+    fresh = TrainingState(step=0, tokens=0, seconds=0.0, loss=math.nan, metrics=0,
+                          best_loss=math.inf, since_best=0, order=order, layout=layout)
     run.mkdir(parents=True, exist_ok=True)
     if not resume:
         distributed.rank0_only(_remove, checkpoints(run))
