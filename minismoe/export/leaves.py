@@ -66,6 +66,11 @@ def matrix(leaf: Any) -> Any:
     return leaf.weight.detach() if isinstance(leaf.weight, Tensor) else leaf.weight.dense()
 
 
+def routed(layer: nn.Module) -> bool:
+    """Whether a layer has several experts."""
+    return isinstance(layer, ExpertLinear) and layer.router is not None
+
+
 def vocabularies(model: CausalLM) -> list[str]:
     """The modules that hold a table of the vocabulary: that of the head first."""
     return [EMBEDDING] if model.config.tie_word_embeddings else [HEAD, EMBEDDING]

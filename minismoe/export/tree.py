@@ -30,16 +30,9 @@ from ..model.checkpoint import load_adapter, load_model
 from ..model.decoder import CausalLM
 from ..model.quantize import BlockLinear, Blocks, BlockWeight, WideWeight, quantize
 from .bits import choose_bits
-from .calibration import (
-    Batches,
-    Calibration,
-    Samples,
-    calibration_batches,
-    routed,
-    shuffled_samples,
-)
+from .calibration import Batches, Calibration, Samples, calibration_batches, shuffled_samples
 from .gptq import DAMPING, TIED_DAMPING, gptq
-from .leaves import AdapterLinear, MergedWeight, matrix, put_weight, vocabularies
+from .leaves import AdapterLinear, MergedWeight, matrix, put_weight, routed, vocabularies
 from .mixture import round_experts
 from .ranges import PROMPTS, TEXTS, Ranges, activation_ranges, answered
 from .settings import ExportConfig, Source

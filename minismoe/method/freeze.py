@@ -13,7 +13,7 @@ each group of matrices.
 Letters: T tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -211,20 +211,19 @@ def merged_layer(layer: ExpertLinear, fit: Fit) -> nn.Linear:
 def freeze(model: nn.Module, fits: Mapping[str, Fit]) -> None:
     """Replace each mixture by its `frozen_layer`, in place. Raises ValueError, before anything is
     changed, with the names that have no fit."""
-    for name, layer in _replaced(model, fits).items():
-        model.set_submodule(name, frozen_layer(layer, fits[name]))
+    _replace(model, fits, frozen_layer)
 
 
 def merge(model: nn.Module, fits: Mapping[str, Fit]) -> None:
     """Replace each adapted layer by its `merged_layer`, in place. A merged layer has no experts, so
     a second call changes nothing. Raises ValueError as `freeze` does."""
-    for name, layer in _replaced(model, fits).items():
-        model.set_submodule(name, merged_layer(layer, fits[name]))
+    _replace(model, fits, merged_layer)
 
 
-def _replaced(model: nn.Module, fits: Mapping[str, Fit]) -> dict[str, ExpertLinear]:
-    """The layers to replace, each of which has a fit."""
+def _replace(model: nn.Module, fits: Mapping[str, Fit],
+             make: Callable[[ExpertLinear, Fit], nn.Linear]) -> None:
     layers = expert_layers(model)
     if missing := [n for n in layers if n not in fits]:
         raise ValueError(f"no fit for {', '.join(missing)}: freeze the adapter again")
-    return layers
+    for name, layer in layers.items():
+        model.set_submodule(name, make(layer, fits[name]))

@@ -18,9 +18,9 @@ from minismoe.data.tokenizer import (
     FileTokenizer,
     Message,
     Tokenizer,
-    copy_tokenizer,
     load_tokenizer,
 )
+from minismoe.export.layouts import copy_tokenizer
 
 TEXT = "the naïve café 日本 🙂\u2028\u0085 <|im_end|> end"
 
