@@ -85,11 +85,11 @@ def in_words(config: ExportConfig, has_texts: bool) -> str:
     """What will be written, and how to have something else, in one line."""
     what = config.precision if config.graph else "weights" if config.layout == "hf" else "a LoRA"
     blocks = f" in blocks of {config.block}" if (config.block or 0) > 0 else (
-        ", 4 or 8 bits a matrix" if config.chooses else "")
+        ", 4 or 8 bits a matrix" if config.size else "")
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
     nearest = "" if has_texts or 4 not in PRECISIONS[config.precision] else (
         ", each number rounded to the nearest (--prompts FILE rounds for what the model reads)")
-    return f"writes {what}{blocks}{nearest}{floats if config.block or config.chooses else ''}"
+    return f"writes {what}{blocks}{nearest}{floats if config.block or config.size else ''}"
 
 
 def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:

@@ -97,20 +97,10 @@ class ExportConfig:
         return self.layout not in ("peft", "hf")
 
     @property
-    def merges(self) -> bool:
-        """Whether the mixtures become part of the base's weights."""
-        return self.routing == "merge" and not self.adapters
-
-    @property
-    def chooses(self) -> bool:
-        """Whether each matrix gets bits of its own."""
-        return self.size is not None
-
-    @property
     def form(self) -> GraphFormat:
         """How the graph is written."""
         return GraphFormat(self.target, self.precision, self.context or 0, self.block or BLOCK,
-                           self.static, self.chooses)
+                           self.static, self.size is not None)
 
     @property
     def kind(self) -> str:

@@ -70,7 +70,7 @@ class Part:
             of_tasks: Any = {task: of_task[name] for task, of_task in self.fits.items()}
             if config.adapters:
                 new = AdapterLinear(layer, of_tasks)
-            elif config.merges and config.graph:
+            elif config.routing == "merge" and config.graph:
                 new = BlockLinear(MergedWeight(layer.weight, of_tasks[config.task]), layer.bias)
             else:
                 new = frozen_layer(layer, of_tasks[config.task])

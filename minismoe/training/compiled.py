@@ -18,9 +18,6 @@ from ..io.text import error_line, out_of_memory
 from ..model.decoder import CausalLM
 from .distributed import print0
 
-CHOICES = ("auto", "on", "off")
-HELP = ("compile the decoder layers, which takes a minute, and saves the time that small models "
-        "wait for kernels to start. auto (default): on CUDA, for work long enough to pay")
 # Compiling took 48 to 118 s on two CPU cores, and saves 1.5 ms a layer and step that a small model
 # waits for kernels to start: with 30 layers, so many steps.
 STEPS = 1500
