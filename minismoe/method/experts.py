@@ -60,7 +60,7 @@ class _Group(torch.autograd.Function):
     times its gates alone, and adds products in place. From dy of a layer, g for repeated gates:
 
         d_gates = sum over an expert's r columns of (dy @ B.T) * h
-        d_logits = gates * (d_gates - sum over experts of gates * d_gates)
+        d_logits = gates * (d_gates - sum over experts of gates * d_gates) + the balance loss's
         dx = dy @ W + (g * (dy @ B.T)) @ A + d_logits @ router
         dA = (g * (dy @ B.T)).T @ x,   dB = (g * h).T @ dy,   d_router = d_logits.T @ x
 
