@@ -91,11 +91,10 @@ def supervised_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, lab
             raise ValueError(f"{kind} transforms its logits ({name}): the loss does not support it")
     if getattr(model.lm_head, "bias", None) is not None:
         raise ValueError(f"the head of {kind} has a bias: the loss does not support it")
-    rows, columns = predicting(attention_mask, labels).nonzero(as_tuple=True)
+    needed, rows, targets = supervised_tokens(attention_mask, labels)
     hidden = model.model(input_ids=input_ids, attention_mask=attention_mask)
     hidden = getattr(hidden, "last_hidden_state", hidden).flatten(0, 1)          # (B * T, D)
-    at, targets = (to_device(t, hidden.device) for t in (
-        rows * labels.shape[1] + columns, labels[rows, columns + 1]))
+    at, targets = (to_device(t, hidden.device) for t in (needed.flatten().nonzero()[:, 0], targets))
     return head_losses(hidden.index_select(0, at), model.lm_head.weight, targets), rows
 
 
@@ -105,7 +104,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
 
 
-def predicting(attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """The positions (B, T) that predict a supervised token. The first token after left padding is
-    predicted by a pad, so it does not count."""
-    return attention_mask.bool() & F.pad(labels[:, 1:] != IGNORE, (0, 1))
+def supervised_tokens(attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions (B, T) that predict a supervised token; of each such token, (S,), the batch row
+    and the token. The first token after left padding is predicted by a pad, so it does not count.
+    """
+    needed = attention_mask.bool() & F.pad(labels[:, 1:] != IGNORE, (0, 1))
+    rows, columns = needed.nonzero(as_tuple=True)
+    return needed, rows, labels[rows, columns + 1]

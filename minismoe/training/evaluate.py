@@ -15,7 +15,7 @@ from ..data.tokenizer import Message, Tokenizer
 from ..io.files import naming
 from ..io.progress import print_above_bar
 from ..io.text import out_of_memory
-from ..method.loss import head_scores, predicting
+from ..method.loss import head_scores, supervised_tokens
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens, to_device_together
 from .compiled import uncompiled
@@ -112,11 +112,10 @@ def supervised(model: CausalLM, examples: Sequence[Example], pad_id: int, recomp
     one's example (S,), and all tokens of the examples, packed.
     """
     ids, mask, labels = collate(examples, pad_id)
-    needed, device = predicting(mask, labels), model.lm_head.weight.device
-    rows, columns = needed.nonzero(as_tuple=True)
-    at = to_device_together({"targets": labels[rows, columns + 1], "rows": rows}, device)
+    (needed, rows, targets), device = supervised_tokens(mask, labels), model.lm_head.weight.device
+    there = to_device_together({"targets": targets, "rows": rows}, device)
     tokens = Tokens(ids, mask, model.config, device, needed)
-    return model.model.rows(tokens, recompute), at["targets"], at["rows"], tokens
+    return model.model.rows(tokens, recompute), there["targets"], there["rows"], tokens
 
 
 @torch.no_grad()

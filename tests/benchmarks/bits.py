@@ -37,7 +37,7 @@ from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.flags import above_zero, positive
 from minismoe.method.bits import spend, total
 from minismoe.method.freeze import merge
-from minismoe.method.loss import predicting, supervised_losses
+from minismoe.method.loss import supervised_losses, supervised_tokens
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM
 from minismoe.model.quantize import Blocks, BlockWeight, dequantize, quantize
@@ -118,7 +118,7 @@ class Lines:
             ids, mask, labels = collate(sorted(examples, key=lambda e: e.ids), pad_id)
             own = own_tokens(ids, mask)
             self.batches.append((ids, mask, own))
-            answers.append(predicting(mask, labels)[own])
+            answers.append(supervised_tokens(mask, labels)[0][own])
         self.answers, self.head = torch.cat(answers), model.lm_head.weight.clone()
         self.hidden = [self.read(model, i) for i in range(len(batches))]
 

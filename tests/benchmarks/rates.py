@@ -37,7 +37,7 @@ from minismoe.data.tasks import Example, Task, collate, encode_all, load_tasks, 
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.method.allocate import Allocation, allocate
 from minismoe.method.experts import add_experts, linear_layers
-from minismoe.method.loss import predicting
+from minismoe.method.loss import supervised_tokens
 from minismoe.method.sensitivity import probe, shapes_of
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
@@ -114,7 +114,7 @@ def measure(model: CausalLM, examples: Sequence[Example], pad_id: int) -> tuple[
     order = sorted(examples, key=lambda e: e.ids)
     for i in range(0, len(order), BATCH):
         ids, mask, labels = collate(order[i:i + BATCH], pad_id)
-        needed = predicting(mask, labels)
+        needed = supervised_tokens(mask, labels)[0]
         rows, columns = needed.nonzero(as_tuple=True)
         hidden = model.model(ids, mask, needed=needed)[rows, columns]            # (S, D)
         logits, targets = model.lm_head(hidden).float(), labels[rows, columns + 1]

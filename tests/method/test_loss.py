@@ -11,8 +11,8 @@ from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.loss import (
     IGNORE,
     head_losses,
-    predicting,
     supervised_losses,
+    supervised_tokens,
 )
 from minismoe.model.decoder import CausalLM, Config
 from minismoe.model.tokens import Tokens
@@ -236,7 +236,7 @@ def test_a_shared_prefix_changes_nothing(case: str, window: int | None) -> None:
     found = []
     for shared in (False, True):
         if shared:
-            needed = predicting(mask, labels)
+            needed = supervised_tokens(mask, labels)[0]
             tokens = Tokens(ids, mask, model.config, torch.device("cpu"), needed)
             targets = F.pad(labels[:, 1:], (0, 1))[needed]
             losses = head_losses(model.model.rows(tokens), model.lm_head.weight, targets)
