@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +20,6 @@ from ..io.text import out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-SUM: Callable[[Tensor], Any] = dist.all_reduce                   # over the processes
-BROADCAST: Callable[[Tensor], Any] = partial(dist.broadcast, src=0)      # those of the first one
 _joined = False                              # a group that another program made is not ours
 
 
@@ -122,15 +119,16 @@ def all_sum(x: Tensor, times: float = 1.0) -> Tensor:
     return y.to(x.device)
 
 
-def exchange(tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
-    """Replace tensors of one dtype by what SUM or BROADCAST makes of them, all at once."""
+def exchange(tensors: Sequence[Tensor], first: bool = False) -> None:
+    """Replace tensors of one dtype, all at once, by their sums over the processes or, with `first`,
+    by those of the first process."""
     if world() == 1:
         return
     together = torch.cat([t.detach().flatten() for t in tensors])
     if together.device.type != "cuda":       # MPS has no exchange of its own
         together = together.cpu()
     with _peers():
-        collective(together)
+        dist.broadcast(together, src=0) if first else dist.all_reduce(together)
     with torch.no_grad():
         for t, part in zip(tensors, together.split([t.numel() for t in tensors])):
             t.copy_(part.view_as(t))

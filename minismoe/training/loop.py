@@ -101,7 +101,7 @@ class Trainer:
         if not self.parameters:
             raise ValueError("the model has no experts to train: call add_experts first")
         self.best: dict[str, Tensor] = {}
-        distributed.exchange([*self.parameters.values()], distributed.BROADCAST)
+        distributed.exchange([*self.parameters.values()], first=True)
         # With a smaller eps, an entry whose gradient is only rounding noise would move by the full
         # rate.
         self.optimizer = torch.optim.AdamW(
@@ -148,8 +148,7 @@ class Trainer:
         changes nothing, if the loss or the norm of its gradient is not finite."""
         start = time.perf_counter()
         sums = self.fitting(partial(self.gradients, batch))
-        distributed.exchange([p.grad for p in self.parameters.values() if p.grad is not None],
-                             distributed.SUM)
+        distributed.exchange([p.grad for p in self.parameters.values() if p.grad is not None])
         clipped = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.max_grad_norm)
         # The one wait for the device: all figures are read at once.
         *by_task, balance, norm = torch.cat([distributed.all_sum(sums), clipped[None]]).tolist()
