@@ -5,6 +5,7 @@ import json
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import BYTES, python
@@ -23,10 +24,10 @@ KINDS = {"ort": ("ort", None), "portable": ("portable", None),
          "static": ("portable", (1, 1, 96)), "chunks": ("portable", (1, 4, 96))}
 
 
-def random_model(seed: int) -> CausalLM:
+def random_model(seed: int = 0, **changes: Any) -> CausalLM:
     """A model of CONFIG whose answers vary: its weights are larger than usual."""
     torch.manual_seed(seed)
-    model = CausalLM(Config.from_dict(CONFIG))
+    model = CausalLM(Config.from_dict(CONFIG | changes))
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)

@@ -9,11 +9,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from tiny import python
+from tiny import ROOT, python
 
 import minismoe
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted((ROOT / "minismoe").rglob("*.py"))
 

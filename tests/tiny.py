@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BYTES = {"model_type": "llama", "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48,
          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "tie_word_embeddings": True, "eos_token_id": 257}
+DELTA = {"model_type": "qwen3_5_text", "head_dim": 64, "layer_types": [     # beside BYTES
+    "linear_attention", "full_attention"], "linear_num_key_heads": 2,
+         "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
@@ -188,14 +191,18 @@ def tiny_config(**changes: Any) -> Config:
     return Config(**sizes)
 
 
-def save_bytes_model(folder: Path, **changes: Any) -> Path:
-    """Write a random checkpoint of BYTES, with some of its config.json changed."""
+def save_bytes_model(folder: Path, large: bool = False, seed: int = 0, **changes: Any) -> Path:
+    """Write a random checkpoint of BYTES, with some of its config.json changed. large: answers
+    vary, as weights are larger than usual."""
     config = BYTES | changes
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(dict(CausalLM(Config.from_dict(config)).named_parameters()),
-              folder / "model.safetensors")
+    model = CausalLM(Config.from_dict(config))
+    for p in model.parameters():
+        if large and p.dim() == 2:
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    save_file(dict(model.named_parameters()), folder / "model.safetensors")
     return folder
 
 
@@ -264,6 +271,14 @@ def finish(main: Callable[[Sequence[str]], None], *args: str,
     from minismoe.cli.script import run_script
 
     return (exit_code(lambda: run_script(main), *args), *capsys.readouterr())
+
+
+def succeed(main: Callable[[Sequence[str]], None], *args: str,
+            capsys: pytest.CaptureFixture[str]) -> str:
+    """What a script prints on stdout, which ends with exit code 0."""
+    code, out, err = finish(main, *args, capsys=capsys)
+    assert code == 0, err
+    return out
 
 
 def python(*words: object, input: str = "", timeout: float = 120, folder: Path = ROOT,

@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from minismoe.data.tasks import Task, closed_answers, load_tasks
 from minismoe.io.text import table

@@ -24,8 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # Import neither torch nor numpy here: this file is also the child that measures start and memory.
 from minismoe.io.process import peak_resident
 

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, median
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import export
 from minismoe.export.calibration import calibration_batches, shuffled_samples

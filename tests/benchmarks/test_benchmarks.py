@@ -22,17 +22,16 @@ from minismoe.training.rate import default_lr
 
 if sys.platform != "linux":
     pytest.skip("they read peak memory as Linux tells it", allow_module_level=True)
-sys.path.insert(0, str(Path(__file__).parent))
-import bits  # noqa: E402
-import decode_speed  # noqa: E402
-import export_loss  # noqa: E402
-import family_speed  # noqa: E402
-import growth  # noqa: E402
-import merging  # noqa: E402
-import probe_speed  # noqa: E402
-import providers  # noqa: E402
-import rates  # noqa: E402
-import train_speed  # noqa: E402
+import bits
+import decode_speed
+import export_loss
+import family_speed
+import growth
+import merging
+import probe_speed
+import providers
+import rates
+import train_speed
 
 
 @pytest.mark.parametrize("side", decode_speed.OURS)

@@ -1,8 +1,7 @@
 """The ways of bits.py to choose among options: what each spends, and on what."""
 
-import sys
-from pathlib import Path
 
+import bits
 import pytest
 import torch
 from tiny import examples, tiny
@@ -10,9 +9,6 @@ from tiny import examples, tiny
 from minismoe.method.bits import total
 from minismoe.method.experts import linear_layers
 from minismoe.model.quantize import dequantize, quantize
-
-sys.path.insert(0, str(Path(__file__).parent))
-import bits  # noqa: E402
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 NAMES = [*(f"model.layers.{i}.{kind}" for i in range(24) for kind in KINDS), "model.embed_tokens"]

@@ -4,21 +4,18 @@ import json
 import math
 import random
 import sys
-from pathlib import Path
 
+import compare
+import compare_cells
+import compare_report
 import pytest
 import torch
+from compare_cells import SEARCH, Cell
 from safetensors.torch import save_file
 
 from minismoe.data import toy
 from minismoe.data.tasks import Task
 from minismoe.method.allocate import allocate
-
-sys.path.insert(0, str(Path(__file__).parent))
-import compare  # noqa: E402
-import compare_cells  # noqa: E402
-import compare_report  # noqa: E402
-from compare_cells import SEARCH, Cell  # noqa: E402
 
 H, M, KV = 96, 256, 64
 SHAPES = {f"model.layers.{i}.{part}": shape for i in range(4) for part, shape in {

@@ -1,18 +1,14 @@
 """The control of compare.py against its definition, and the sum of sensitivities."""
 
 import itertools
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+import controls
 import pytest
+from controls import draw, shares
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-import controls  # noqa: E402
-from controls import draw, shares  # noqa: E402
 
 NAMES = [f"h.{layer}.{kind}" for layer in (9, 10, 11) for kind in ("attn.q", "mlp.down", "mlp.up")]
 

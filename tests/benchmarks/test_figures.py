@@ -1,16 +1,13 @@
 """The READMEs: their pictures come from the records, and their links lead somewhere."""
 
 import re
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import figures
 import pytest
+from tiny import ROOT
 
-sys.path.insert(0, str(Path(__file__).parent))
-import figures  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
 READMES = sorted(file.relative_to(ROOT).as_posix() for file in (
     ROOT / "README.md", *ROOT.glob("minismoe/**/README.md"), *ROOT.glob("tests/**/README.md")))
 

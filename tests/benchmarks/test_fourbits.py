@@ -1,17 +1,14 @@
 """The benchmark of four bits: its table, and a run of it."""
 
 import json
-import sys
 from pathlib import Path
 
+import fourbits
 import pytest
 from tiny import save_bytes_model
 
 import train
 from minismoe.io.files import read_json
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fourbits  # noqa: E402
 
 SIZES = {"hidden_size": 64, "max_position_embeddings": 128}      # heads of 16, as attention takes
 

@@ -1,18 +1,14 @@
 """How many kernels a training step starts: the counts are exact, and may only fall."""
 
-import sys
-from pathlib import Path
 
+import launches
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import launches  # noqa: E402
-
-from minismoe.data.tasks import collate  # noqa: E402
-from minismoe.method.experts import linear_layers  # noqa: E402
-from minismoe.method.sensitivity import sample_norms  # noqa: E402
-from minismoe.model.decoder import CausalLM, Config  # noqa: E402
+from minismoe.data.tasks import collate
+from minismoe.method.experts import linear_layers
+from minismoe.method.sensitivity import sample_norms
+from minismoe.model.decoder import CausalLM, Config
 
 
 @pytest.mark.parametrize("side, dtype, most", [

@@ -2,7 +2,7 @@
 
 import re
 
-from tiny import finish
+from tiny import succeed
 
 import probe
 from minismoe.cli.flags import InputConfig
@@ -13,9 +13,8 @@ from minismoe.model.quantize import dequantize, quantize
 
 
 def test_bits_prints_the_harm_of_each_matrix_and_makes_no_folder(inputs, tmp_path, capsys) -> None:
-    code, out, err = finish(probe.main, *inputs, "--bits", "--samples", "4", "--dtype", "float32",
-                            "--out", str(tmp_path / "run"), capsys=capsys)
-    assert code == 0, err
+    out = succeed(probe.main, *inputs, "--bits", "--samples", "4", "--dtype", "float32", "--out",
+                  str(tmp_path / "run"), capsys=capsys)
     assert not (tmp_path / "run").exists()
     printed = dict(re.findall(r"4 bits in blocks of (\d+): (\S+) nats a token in all", out))
     read = load_inputs(InputConfig(model=inputs[1], data=inputs[3], device="cpu", dtype="float32"))

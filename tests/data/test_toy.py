@@ -2,7 +2,6 @@
 
 import random
 import re
-from pathlib import Path
 
 import make_toy
 import pytest
@@ -13,8 +12,6 @@ from minismoe import load_model, load_tokenizer
 from minismoe.data import toy
 from minismoe.data.tasks import encode
 from minismoe.io.files import read_json, sha256
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def lines(task):

@@ -53,7 +53,7 @@ class Run(NamedTuple):
     merged: CausalLM
     prompt: list[int]
     tokens: list[int]                                # greedy, without the stop id
-    text: str
+    text: str = ""
 
     def weight(self, name: str) -> Tensor:
         return self.merged.get_parameter(name).data

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import exported
 import onnx
 import onnxruntime as ort
 import pytest
@@ -31,17 +33,8 @@ T, P = 8, 64
 SIZES = CONFIG | {"intermediate_size": 96}           # whole blocks of 32, which QNN wants
 needs_qnn = pytest.mark.skipif(importlib.util.find_spec("onnxruntime_qnn") is None,
                                reason="onnxruntime-qnn is not installed")
+random_model = partial(exported.random_model, **SIZES)
 TOLERANCES = {"fp16": 5e-3, "w8a16": 5e-3, "w4a16": 5e-3}      # beside the same rounded weights
-
-
-def random_model(seed: int = 0, **changes: Any) -> CausalLM:
-    """A model of SIZES whose answers vary: its weights are larger than usual."""
-    torch.manual_seed(seed)
-    model = CausalLM(Config.from_dict(SIZES | changes))
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
-    return model.eval()
 
 
 def texts(vocab: int, count: int = 12, length: int = 21) -> list[list[int]]:

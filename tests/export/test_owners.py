@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from exported import stored
-from test_layouts import CHAT, CONTEXT, LIMIT, genai_says, needs_node, web_says
-from tiny import BYTES, finish, random_hf, save_imaged
+from test_layouts import CHAT, CONTEXT, LIMIT, Run, genai_says, needs_node, web_says
+from tiny import BYTES, random_hf, save_imaged, succeed
 
 import export
 from minismoe.data.tokenizer import load_tokenizer
@@ -18,23 +17,13 @@ from minismoe.export.weights import GraphFormat
 from minismoe.method.experts import linear_layers
 from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_model
-from minismoe.model.decoder import CausalLM
 from minismoe.training.evaluate import generate
-
-
-class Run(NamedTuple):
-    """A base, a model with a low-rank pair in all of its matrices, and what that says to CHAT."""
-
-    base: Path
-    pairs: dict[str, Fit]
-    merged: CausalLM
-    prompt: list[int]
-    tokens: list[int]
 
 
 @pytest.fixture(scope="module", params=["smollm3", "granite", "granite4", "gemma3", "lfm2",
                                         "qwen3_5"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A low-rank pair in each of a family's matrices."""
     base, g = tmp_path_factory.mktemp(request.param), torch.Generator().manual_seed(0)
     random_hf(request.param, vocab_size=BYTES["vocab_size"], hidden_size=64,
               head_dim=32 if request.param == "qwen3_5" else 16, eos_token_id=257,
@@ -98,9 +87,8 @@ def test_transformers_js_opens_the_text_of_a_model_with_images(
     """What export.py writes of a checkpoint with images says what PyTorch does."""
     base, web = tmp_path / "base", tmp_path / "web"
     save_imaged(base, True)
-    code, _, err = finish(export.main, "--model", str(base), "--out", str(web), "--layout", "web",
-                          "--precision", precision, capsys=capsys)
-    assert code == 0, err
+    succeed(export.main, "--model", str(base), "--out", str(web), "--layout", "web", "--precision",
+            precision, capsys=capsys)
     model, tokenizer = load_model(base), load_tokenizer(base)
     if precision == "q8":
         model = stored(model, GraphFormat("ort", precision, CONTEXT))

@@ -1,12 +1,17 @@
-"""Exports of the `model` of a test file, one of each kind, and a generator of the first."""
+"""A random `model`, exports of each kind, and a generator of the first."""
 
 from pathlib import Path
 
 import pytest
-from exported import KINDS, export
+from exported import KINDS, export, random_model
 
 from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return random_model(seed=3)
 
 
 @pytest.fixture(scope="module")

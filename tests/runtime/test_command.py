@@ -8,23 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from exported import command, describe, export, random_model
-from tiny import python
+from exported import command, describe, export
+from tiny import ROOT, python
 
-from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime import __main__ as terminal
 from minismoe.runtime.folder import read_prefix
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def model() -> CausalLM:
-    return random_model(seed=3)
 
 
 def test_a_missing_onnxruntime_is_one_line(folders) -> None:

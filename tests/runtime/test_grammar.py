@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
-from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime import __main__ as terminal
 from minismoe.runtime.grammar import call_grammar, grammar_tokens, json_grammar, new_matcher
@@ -20,11 +19,6 @@ jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
 
 LIMIT = 160                                  # tokens of an answer
-
-
-@pytest.fixture(scope="module")
-def model() -> CausalLM:
-    return random_model(seed=3)
 
 
 @pytest.fixture(scope="module", params=[3, 4])

@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from accelerators import needs
-from exported import KINDS, command, describe, export, random_model
+from exported import KINDS, command, describe, export
 from tiny import BYTES, FAMILIES, random_hf
 
 from export import main
@@ -25,7 +25,6 @@ from minismoe.export.leaves import AdapterLinear
 from minismoe.io import process
 from minismoe.method.experts import ExpertLinear, linear_layers
 from minismoe.method.freeze import Fit
-from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator, providers
 from minismoe.runtime import __main__ as terminal
 from minismoe.runtime.providers import CPU, Device, find_device, open_session
@@ -37,11 +36,6 @@ TOLERANCES = {"fp32": 1e-5, "int8": 1e-5, "int4": 1e-5, "fp16": 3e-2}     # of t
 # What onnxruntime's own operators need of attention, and sizes without which families are alike.
 SIZES = {"vocab_size": BYTES["vocab_size"], "hidden_size": 64, "head_dim": 16, "eos_token_id": 257,
          "mamba_n_heads": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def model() -> CausalLM:
-    return random_model(seed=3)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

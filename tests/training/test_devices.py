@@ -13,14 +13,13 @@ import pytest
 import torch
 import torchgen
 from safetensors.torch import load_file
-from tiny import needs_other_device, python
+from tiny import ROOT, needs_other_device, python
 from torchgen.gen import parse_native_yaml
 from torchgen.model import DispatchKey, NativeFunction
 
 import train
 from minismoe.io.files import read_json
 
-ROOT = Path(__file__).resolve().parents[2]
 REAL = [name for name, there in (("cuda", torch.cuda.is_available()),
                                  ("mps", torch.backends.mps.is_available())) if there]
 pytestmark = needs_other_device

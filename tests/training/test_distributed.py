@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import needs_other_device
+from tiny import ROOT, needs_other_device
 
 import train
 from minismoe.training import distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 # The last micro-batch of an epoch has fewer examples than four processes.
 FLAGS = ["--samples", "20", "--batch-size", "6", "--micro-batch-size", "4", "--epochs", "2",
          "--dtype", "float32", "--device", "cpu"]

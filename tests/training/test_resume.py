@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import tqdm.std
-from tiny import examples, finish, python, tiny
+from tiny import ROOT, examples, finish, python, succeed, tiny
 
 import minismoe.training.loop as training
 import probe
@@ -26,7 +26,6 @@ from minismoe.io.signals import ENDING, Interrupted, handling, interrupt, locked
 from minismoe.training import resume
 from minismoe.training.loop import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 CFG = TrainConfig(epochs=2, batch_size=4, micro_batch_size=4, lr=1e-2, checkpoint_every=4)
 QUICK = ("--samples", "8", "--epochs", "1", "--batch-size", "8", "--checkpoint-every", "3",
          "--rank", "2", "--dtype", "float32")
@@ -225,7 +224,7 @@ def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, tmp_path, 
     shutil.copytree(inputs[1], model)
     shutil.copytree(inputs[3], data)
     flags = ["--model", str(model), "--data", str(data), *QUICK, "--out", str(run)]
-    assert finish(train.main, *flags, capsys=capsys)[0] == 0
+    succeed(train.main, *flags, capsys=capsys)
     (run / "results.json").unlink()
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     again = ["--resume", "--out", str(run)]
@@ -260,13 +259,13 @@ def test_a_run_interrupted_while_probing_can_start_anew(inputs, tmp_path, capsys
         code, _, err = finish(probe.main, *flags, capsys=capsys)
     assert code == 130 and "go on with: python probe.py --model" in err
     assert [f.name for f in (tmp_path / "run").iterdir()] == [".lock"]
-    assert finish(probe.main, *flags, capsys=capsys)[0] == 0
+    succeed(probe.main, *flags, capsys=capsys)
     begin = (*inputs, *QUICK, "--out", str(tmp_path / "trained"))
     with monkeypatch.context() as patch:
         patch.setattr("minismoe.method.sensitivity.sample_norms", interrupted)
         assert finish(train.main, *begin, capsys=capsys)[0] == 130
     assert not (tmp_path / "trained").exists()
-    assert finish(train.main, *begin, capsys=capsys)[0] == 0
+    succeed(train.main, *begin, capsys=capsys)
 
 
 def test_resume_restores_the_number_of_threads(capsys) -> None:
