@@ -25,16 +25,12 @@ import pytest
 import torch
 from browser import VENDORED, Browser, needs_browser, vendor
 from exported import log_probabilities
-from safetensors.torch import save_file
+from tiny import DELTA, ROOT, edit_tensors, save_bytes_model
 
 import export
 from minismoe.data.tokenizer import load_tokenizer
-from minismoe.model.decoder import CausalLM, Config
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96,
-          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "tie_word_embeddings": True, "eos_token_id": 257, "max_position_embeddings": 4096}
+CONFIG = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 4096}
 CHOICES = ["alpha", "alpine", "alp", "beta", "gamma"]
 DATA = "onnx/model_quantized.onnx_data"
 TEMPLATE = ("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
@@ -58,17 +54,11 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_random(folder: Path, config: dict[str, Any], seed: int = 0) -> None:
     """Write a random checkpoint that answers in letters."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(seed)
-    model = CausalLM(Config.from_dict(config))
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=1.0 * p.shape[1] ** -0.5)
-    with torch.no_grad():
-        others = [i for i in range(259) if i not in PRINTABLE]
-        model.model.embed_tokens.weight[others] *= 0.01
-    save_file(dict(model.named_parameters()), folder / "model.safetensors")
+    save_bytes_model(folder, large=True, seed=seed, **config)
+    scale = torch.full((259, 1), 0.01)
+    scale[PRINTABLE] = 1
+    edit_tensors(folder / "model.safetensors",
+                 lambda tensors: tensors["model.embed_tokens.weight"].mul_(scale))
 
 
 def write_tasks(folder: Path) -> None:
@@ -175,6 +165,8 @@ def test_the_server_gives_only_files_of_the_folder(web: Path) -> None:
         assert status == 200 and content == (web / "index.html").read_bytes()
         assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
         assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-cache"
         assert get("/offline.js")[1]["Content-Type"].startswith("text/javascript")
         for path in ("/../secret", "/%2e%2e/secret", "/link", "/onnx/../../secret", "/onnx/",
                      f"/{web.parent}/secret", "/nothing", "/%00"):
@@ -488,11 +480,7 @@ def test_a_large_model_is_asked_for(web: Path, tmp_path: Path) -> None:
 @needs_browser
 def test_gated_delta_nets_in_a_browser(tmp_path: Path) -> None:
     """Qwen3.5's memories go from step to step as keys and values do."""
-    config = CONFIG | {
-        "model_type": "qwen3_5_text", "head_dim": 64, "num_hidden_layers": 2,
-        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
-    save_random(tmp_path / "base", config)
+    save_random(tmp_path / "base", CONFIG | DELTA)
     export.main(["--model", str(tmp_path / "base"), "--layout", "web", "--precision", "q8",
                  "--context", "224", "--out", str(tmp_path / "web")])
     vendor(tmp_path / "web")

@@ -13,13 +13,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exported import KINDS, describe, export, random_model
+from exported import KINDS, describe, export
 
 from minismoe import generate
 from minismoe.export.layouts import write_adapter
 from minismoe.export.leaves import AdapterLinear
 from minismoe.method.freeze import Fit
-from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime import model as opened
 from minismoe.runtime.providers import CPU, Device
@@ -27,11 +26,6 @@ from minismoe.runtime.sampling import Sampling
 
 PROMPTS = [b"a", b"some words", b"longer: the quick brown fox jumps"]
 LORA = "model.layers.0.mlp.up_proj"
-
-
-@pytest.fixture(scope="module")
-def model() -> CausalLM:
-    return random_model(seed=3)
 
 
 def spoil_sampler(folder: Path, rank: int) -> None:
@@ -333,6 +327,16 @@ def test_a_batch_draws_anew_for_each_prompt_and_names_a_wrong_one_first(generato
 def test_a_hundred_thousand_threads_are_not_started(folders, generator) -> None:
     many = Generator(folders["ort"], threads=100_000)
     assert list(many.generate(PROMPTS[1], 4)) == list(generator.generate(PROMPTS[1], 4))
+
+
+def test_a_large_model_moves_to_huge_pages_once(folders, monkeypatch) -> None:
+    seen: list[set[int]] = []
+    monkeypatch.setattr(opened, "use_huge_pages", seen.append)
+    for least, count in ((1 << 40, 0), (0, 1)):
+        monkeypatch.setattr(opened, "LARGE", least)
+        generator = Generator(folders["ort"], threads=1)
+        assert len([*generator.generate(PROMPTS[1], 4)]) == 4
+        assert len(seen) == count
 
 
 def test_text_comes_in_whole_characters(generator) -> None:

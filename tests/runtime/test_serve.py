@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import command, describe, export, random_model
+from exported import command, describe, export
 
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.export.layouts import write_adapter
 from minismoe.export.leaves import AdapterLinear
 from minismoe.method.freeze import Fit
-from minismoe.model.decoder import CausalLM
 from minismoe.runtime import Generator
 from minismoe.runtime import __main__ as terminal
 from minismoe.runtime import serve as server
-from minismoe.runtime.api import Api, RequestError
+from minismoe.runtime.api import CHAT, Api, RequestError
+from minismoe.runtime.grammar import CALLS
 from minismoe.runtime.sampling import Sampling
 
 openai = pytest.importorskip("openai")
@@ -41,15 +41,11 @@ GOOD = b'{"prompt": "a", "max_tokens": 2}'
 SPARE = 100_000_000
 DOOR = {"type": "function", "function": {"name": "door"}}
 TEMPLATE = (
-    "{{ tools | tojson if tools }}{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    "{{ tools | tojson if tools }}{% for m in messages %}"
+    "{{ m.role }}{{ m.tool_call_id }}: {{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function | tojson }}</call>{% endfor %}"
     "{{ '<|end|>' if m.role == 'assistant' }}\n{% endfor %}"
     "{{ 'assistant: ' if add_generation_prompt }}")
-
-
-@pytest.fixture(scope="module")
-def model() -> CausalLM:
-    return random_model(seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +63,12 @@ def serving(generator: Generator, defaults: Sampling | None = None, **settings: 
         thread = threading.Thread(target=running.run, args=([listening],))
         thread.start()
         port = listening.getsockname()[1]
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=30,
-                            api_key=settings.get("key") or "none")
-        running.should_exit = True
-        thread.join()
+        try:
+            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=30,
+                                api_key=settings.get("key") or "none")
+        finally:
+            running.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +254,14 @@ def test_a_prompt_beyond_the_context(client) -> None:
         assert refused.value.code == "context_length_exceeded"
 
 
+def test_an_answer_that_was_cut_off_says_so(generator, client, monkeypatch) -> None:
+    """After 16 tokens, which are OpenAI's default for a text, and where the context is full."""
+    monkeypatch.setattr(generator.tokenizer, "stop_ids", [])
+    for prompt, limits, count in ("once", {}, 16), ("x" * 2040, {"max_tokens": 99}, 8):
+        text = client.completions.create(model="x", prompt=prompt, **limits)
+        assert (text.choices[0].finish_reason, text.usage.completion_tokens) == ("length", count)
+
+
 def test_what_no_request_is_to_blame_for(generator, client, monkeypatch, capfd) -> None:
     """It reaches the client, in the middle of a stream, too, and the log."""
     def broken(*args: object, **options: object) -> Iterator[int]:
@@ -419,6 +425,7 @@ def test_other_sites_are_refused_unless_they_are_named(generator, client) -> Non
 
 @pytest.mark.parametrize("part", [HEAD[:60], HEAD % 999 + b"{"], ids=["head", "body"])
 def test_a_slow_client_delays_nobody_and_is_given_up(client, monkeypatch, part) -> None:
+    assert server.PATIENCE < 60
     monkeypatch.setattr(server, "PATIENCE", 0.5)
     with socket.create_connection(address(client)) as slow:
         slow.sendall(part)
@@ -432,6 +439,14 @@ def test_a_slow_client_delays_nobody_and_is_given_up(client, monkeypatch, part) 
                         break
             else:
                 pytest.fail("the client was not given up")
+
+
+def test_a_connection_without_a_request_is_closed(generator, monkeypatch) -> None:
+    monkeypatch.setattr(server, "PATIENCE", 0.5)
+    with serving(generator) as client:
+        connection = http.client.HTTPConnection(*address(client), timeout=9)
+        connection.request("GET", "/v1/models")
+        assert connection.getresponse().read() and connection.sock.recv(1) == b""
 
 
 def test_connections_are_bounded_and_a_body_is_not_awaited_without_the_key(generator, monkeypatch,
@@ -480,7 +495,7 @@ def test_json_by_a_schema(generator, client) -> None:
         ask(client, response_format=form)
 
 
-def test_calls_are_of_offered_functions(client, with_tools) -> None:
+def test_calls_are_of_offered_functions(generator, client, with_tools) -> None:
     pytest.importorskip("llguidance")
 
     def called(choice: object, **more: object) -> object:
@@ -497,11 +512,18 @@ def test_calls_are_of_offered_functions(client, with_tools) -> None:
     assert chunks[0].choices[0].delta.tool_calls[0].function.arguments == call.function.arguments
     assert called("none").choices[0].message.tool_calls is None
     assert called("auto").choices[0].message.content          # a random model writes free text
-    history = [*ASK, named.message, {"role": "tool", "content": "done", "tool_call_id": call.id},
-               {"role": "assistant", "content": None, "tool_calls": [
-                   {"id": "x", "type": "function", "function": {"name": "f", "arguments": ""}}]},
-               {"role": "tool", "content": "done", "tool_call_id": "x"}]
-    assert ask(client, 5, history, tools=[LIGHT]).choices
+
+    def length(id: str) -> int:
+        """Of a prompt whose template writes to which call a result belongs."""
+        calls = [{"id": id, "type": "function", "function": {"name": "f", "arguments": ""}}]
+        history = [*ASK, named.message, {"role": "assistant", "content": None, "tool_calls": calls},
+                   {"role": "tool", "content": "done", "tool_call_id": id}]
+        return ask(client, 5, history, tools=[LIGHT]).usage.prompt_tokens
+    assert length("xyz") == length("x") + 2
+    for parallel, most in ((None, CALLS), (True, CALLS), (False, 1)):
+        asked = {"messages": ASK, "tools": [LIGHT], "parallel_tool_calls": parallel}
+        assert Api(generator.folder, lambda: generator).read(CHAT, asked).options["grammar"] == (
+            generator.call_grammar([LIGHT], most=most))
 
 
 @pytest.mark.parametrize("written, parts, calls", [
@@ -588,9 +610,12 @@ def test_a_folder_with_a_page_is_checked_before_it_is_served(folder, tmp_path) -
     describe(tmp_path / "web")
     done = command(tmp_path / "web", "--serve", "0", "--provider", "nosuch")
     assert done.returncode == 1 and "no provider nosuch" in done.stderr
-    (tmp_path / "web" / "model.onnx").write_bytes(b"cut")
-    done = command(tmp_path / "web", "--serve", "0")
-    assert done.returncode == 1 and "it was cut or changed" in done.stderr
+    flipped = (folder / "model.onnx.data").read_bytes()[:-1] + b"x"
+    for name, content, flags, says in (("model.onnx.data", flipped, ["--verify"], "hash differs"),
+                                       ("model.onnx", b"cut", [], "it was cut or changed")):
+        (tmp_path / "web" / name).write_bytes(content)
+        done = command(tmp_path / "web", "--serve", "0", *flags)
+        assert done.returncode == 1 and says in done.stderr
 
     def broken() -> Generator:
         raise ValueError("no adapter of this task")
