@@ -18,7 +18,8 @@ from minismoe.model.checkpoint import load_model
 
 FETCHED = ["config.json", "generation_config.json", "model.safetensors",
            "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
-           "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+           "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "LICENSE",
+           "LICENSE.md", "NOTICE.txt", "USE_POLICY.md"]
 LEFT = ["modeling_custom.py", "pytorch_model.bin", "model.pkl", "consolidated.safetensors",
         "original/model.safetensors", "onnx/model.onnx", "README.md", "model.gguf",
         "adapter_model.safetensors", "training_args.bin", "tokenizer.model", ".gitattributes"]
