@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import finish, python
+from tiny import ROOT, finish, python, succeed
 
 import export
 import probe
 import train
 from minismoe.cli import probing, runs
-from minismoe.cli.inputs import load_base, resolve_auto
-
-ROOT = Path(__file__).resolve().parents[2]
+from minismoe.cli.flags import InputConfig
+from minismoe.cli.inputs import load_base, load_inputs, resolve_auto
+from minismoe.method.experts import expert_layers
 
 
 def allocation_file(folder: Path, value: dict) -> str:
@@ -32,9 +32,8 @@ def allocation_file(folder: Path, value: dict) -> str:
 
 
 def test_probe_writes_its_three_files(inputs, tmp_path, capsys) -> None:
-    code, out, _ = finish(probe.main, *inputs, "--out", str(tmp_path), "--samples", "8",
-                          "--rank", "4", capsys=capsys)
-    assert code == 0
+    out = succeed(probe.main, *inputs, "--out", str(tmp_path), "--samples", "8", "--rank", "4",
+                  capsys=capsys)
     sensitivity = json.loads((tmp_path / "sensitivity.json").read_text())
     allocation = json.loads((tmp_path / "allocation.json").read_text())
     assert sensitivity["format"] == "minismoe.sensitivity/1"
@@ -50,9 +49,8 @@ def test_probe_writes_its_three_files(inputs, tmp_path, capsys) -> None:
 
 def test_train_end_to_end(inputs, tmp_path, capsys) -> None:
     out_dir = tmp_path / "run"
-    code, out, _ = finish(train.main, *inputs, "--out", str(out_dir), "--samples", "8",
-                          "--epochs", "1", capsys=capsys)
-    assert code == 0, out
+    out = succeed(train.main, *inputs, "--out", str(out_dir), "--samples", "8", "--epochs", "1",
+                  capsys=capsys)
     results = json.loads((out_dir / "results.json").read_text())
     allocation = json.loads((out_dir / "allocation.json").read_text())
     adapter = load_file(out_dir / "adapter" / "adapter.safetensors")
@@ -95,8 +93,20 @@ def test_a_cpu_computes_in_what_it_multiplies(inputs, monkeypatch, capsys, units
     config = resolve_auto(train.parse([*inputs, "--device", "cpu"]).inputs)
     multiplies = bool({"amx_tile", "avx512_bf16"} & set(units))
     assert config.dtype == ("bfloat16" if multiplies else "float32")
+    assert resolve_auto(InputConfig(device="cpu")).dtype == "float32"        # of the toy
     load_base(replace(config, dtype="bfloat16"), Path(inputs[1]))
     assert ("--dtype bfloat16: this CPU has no instr" in capsys.readouterr().out) != multiplies
+
+
+def test_the_seed_draws_the_experts(inputs) -> None:
+    """Whatever was drawn before, as by a probe."""
+    def drawn(seed: int) -> torch.Tensor:
+        config = train.parse([*inputs, "--strategy", "uniform", "--seed", str(seed)])
+        loaded = load_inputs(resolve_auto(config.inputs))
+        torch.rand(3)
+        train.give_experts(config, loaded, {})
+        return torch.cat([layer.lora_A.flatten() for layer in expert_layers(loaded.model).values()])
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
 
 
 @pytest.mark.parametrize("main", [train.main, probe.main])
@@ -113,9 +123,8 @@ def test_train_takes_an_allocation_as_it_is(inputs, tmp_path, capsys, bare) -> N
     value = experts if bare else {"format": "minismoe.allocation/1", "rank": 2, "alpha": 5,
                                   "top_k": 3, "strategy": "mine", "experts": experts}
     (tmp_path / "a.json").write_text(json.dumps(value))
-    code, _, err = finish(train.main, *inputs, "--allocation", str(tmp_path / "a.json"), "--out",
-                          str(tmp_path / "run"), "--epochs", "1", "--rank", "3", capsys=capsys)
-    assert code == 0, err
+    succeed(train.main, *inputs, "--allocation", str(tmp_path / "a.json"), "--out",
+            str(tmp_path / "run"), "--epochs", "1", "--rank", "3", capsys=capsys)
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     rank = 3 if bare else 2
     assert {n: tuple(t.shape) for n, t in adapter.items()} == {
@@ -141,17 +150,15 @@ def test_an_allocation_leaves_nothing_to_choose_or_to_probe(inputs, tmp_path, ca
 def test_a_file_steers_the_vote(inputs, tmp_path, capsys) -> None:
     """The paper's: a matrix without a vote has no expert."""
     file = allocation_file(tmp_path, {"keep": 0.25, "min_experts": 0, "top_k": 3})
-    code, _, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--allocation",
-                          file, "--out", str(tmp_path / "run"), capsys=capsys)
-    assert code == 0, err
+    succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", "--allocation", file, "--out",
+            str(tmp_path / "run"), capsys=capsys)
     allocation = json.loads((tmp_path / "run" / "allocation.json").read_text())
     # Two tasks vote for 2 of 8 matrices of attention and 2 of 6 of MLPs.
     assert sum(allocation["experts"].values()) == 8 and allocation["top_k"] == 3
     assert allocation["keep"] == 0.25
     Path(file).unlink()                                  # a run goes on without its file
     (tmp_path / "run" / "results.json").unlink()
-    code, _, err = finish(train.main, "--resume", "--out", str(tmp_path / "run"), capsys=capsys)
-    assert code == 0, err
+    succeed(train.main, "--resume", "--out", str(tmp_path / "run"), capsys=capsys)
 
 
 def test_one_task_is_a_plain_lora_without_a_probe(inputs, tmp_path, capsys, monkeypatch) -> None:
@@ -160,9 +167,8 @@ def test_one_task_is_a_plain_lora_without_a_probe(inputs, tmp_path, capsys, monk
     monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",
                         lambda *_: pytest.fail("it probes"))
     run = tmp_path / "run"
-    code, out, err = finish(train.main, *inputs, "--only-tasks", "sum", "--epochs", "1", "--rank",
-                            "4", "--out", str(run), capsys=capsys)
-    assert code == 0, err
+    out = succeed(train.main, *inputs, "--only-tasks", "sum", "--epochs", "1", "--rank", "4",
+                  "--out", str(run), capsys=capsys)
     assert ("one task: a plain LoRA of rank 4, without a probe; several tasks share experts by "
             "votes\n") in out and "probe.py" not in out
     allocation = json.loads((run / "allocation.json").read_text())
@@ -228,13 +234,12 @@ def test_show_ends_each_of_several_processes_as_a_run_does(inputs, capsys, monke
     """A usual end is at times an abort: torch's threads."""
     codes: list[int] = []
     monkeypatch.setattr("minismoe.training.distributed.exit_together", codes.append)
-    assert finish(train.main, *inputs, "--show", "1", capsys=capsys)[0] == 0
+    succeed(train.main, *inputs, "--show", "1", capsys=capsys)
     assert codes == [0]
 
 
 def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
-    code, out, _ = finish(train.main, *inputs, "--show", "2", capsys=capsys)
-    assert code == 0
+    out = succeed(train.main, *inputs, "--show", "2", capsys=capsys)
     assert "Assistant:[[ N0<|end|>]]" in out and out.count("---") == 4
 
 
@@ -243,6 +248,10 @@ def test_show_marks_the_supervised_tokens(inputs, capsys) -> None:
     (["--resume"], 2, "--resume needs --out"),
     (["--model", "nowhere-at-all"], 1, "no such model folder"),
     (["--model", "."], 1, "--model and --data go together"),
+    (["--max-length", "3"], 1, "within 3 tokens (--max-length, or what the model was made for)"),
+    (["--epochs", "0"], 2, "--epochs 0 trains nothing: name a run to judge by --init RUN"),
+    (["--init", "x", "--rank", "4", "--target-modules", "q_proj"], 2,
+     "leave out --target-modules, --rank"),
 ])
 def test_failures_are_one_clear_line(inputs, args, code, says, tmp_path, capsys) -> None:
     extra = [] if args == ["--model", "."] else inputs
@@ -343,8 +352,7 @@ def test_matrices_below_the_rank_are_left_out_unless_they_are_named(inputs, tmp_
     for main in probe.main, train.main:
         run = tmp_path / main.__module__
         more = ("--epochs", "1") if main is train.main else ()
-        code, out, err = finish(main, *known, *more, "--out", str(run), capsys=capsys)
-        assert code == 0, err
+        out = succeed(main, *known, *more, "--out", str(run), capsys=capsys)
         assert ("4 matrices get no experts, as they have a side below --rank 20: k_proj, v_proj\n"
                 ) in out
         experts = json.loads((run / "allocation.json").read_text())["experts"]
@@ -360,7 +368,7 @@ def test_a_rank_that_no_matrix_has_leaves_no_run_behind(inputs, tmp_path, capsys
     code, _, err = finish(train.main, *known, *flags.split(), capsys=capsys)
     assert code == 1 and "more than the matrix itself has: model.layers." in err
     assert not (tmp_path / "run" / "config.json").exists()
-    assert finish(train.main, *known, "--rank", "2", capsys=capsys)[0] == 0
+    succeed(train.main, *known, "--rank", "2", capsys=capsys)
 
 
 def test_what_was_probed_is_kept_if_the_scores_do_not_fit(inputs, tmp_path, capsys,
@@ -403,9 +411,8 @@ def test_a_folder_that_holds_anything_is_not_written_to(inputs, tmp_path, capsys
 def test_init_takes_the_lines_of_its_run(inputs, tmp_path, capsys) -> None:
     """Else it would be judged on lines that it was trained on."""
     run, again = tmp_path / "run", tmp_path / "again"
-    code, _, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--seed", "3",
-                          "--system", "Be brief.", "--out", str(run), capsys=capsys)
-    assert code == 0, err
+    succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", "--seed", "3", "--system",
+            "Be brief.", "--out", str(run), capsys=capsys)
     size = json.loads((run / "results.json").read_text())["trainable_parameters"]
     code, out, err = finish(train.main, "--init", str(run), "--epochs", "0", "--out", str(again),
                             capsys=capsys)
@@ -436,7 +443,7 @@ def test_settings_that_are_wrong_are_named(inputs, tmp_path, capsys, settings, s
 
 def test_a_damaged_before_json_is_one_clear_line(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
-    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    succeed(train.main, *known, capsys=capsys)
     before = (tmp_path / "before.json").read_text()
     (tmp_path / "results.json").unlink()
     for damaged in ("[]", "{}", '{"sum": 1, "upper": 2}',
@@ -446,13 +453,13 @@ def test_a_damaged_before_json_is_one_clear_line(inputs, tmp_path, capsys) -> No
         code, _, err = finish(train.main, *known, "--resume", capsys=capsys)
         assert code == 1 and "before.json is damaged: remove it" in err, err
     (tmp_path / "before.json").unlink()
-    assert finish(train.main, *known, "--resume", capsys=capsys)[0] == 0
+    succeed(train.main, *known, "--resume", capsys=capsys)
     assert (tmp_path / "before.json").read_text() == before
 
 
 def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "2", "--out", str(tmp_path)
-    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    succeed(train.main, *known, capsys=capsys)
     (tmp_path / "results.json").unlink()
     for file in (tmp_path / "checkpoints").iterdir():
         shutil.rmtree(file)
@@ -464,11 +471,6 @@ def test_what_was_too_large_goes_on_in_less_memory(inputs, tmp_path, capsys) -> 
         saved = json.loads((tmp_path / "config.json").read_text())["arguments"]
         assert (saved["micro_batch_size"], saved["recompute"]) == (4, True)
         (tmp_path / "results.json").unlink()
-
-
-def test_a_run_needs_an_example(inputs, tmp_path, capsys) -> None:
-    code, _, err = finish(train.main, *inputs, "--max-length", "3", capsys=capsys)
-    assert code == 1 and "within 3 tokens (--max-length, or what the model was made for)" in err
 
 
 def test_a_place_that_cannot_be_written_is_seen_before_the_probe(inputs, tmp_path, capsys,
@@ -490,7 +492,7 @@ def test_a_place_that_cannot_be_written_is_seen_before_the_probe(inputs, tmp_pat
 
 def test_another_device_and_other_processes_are_said(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
-    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    succeed(train.main, *known, capsys=capsys)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["processes"] == 1
     arguments = config["arguments"] | {"device": "cuda"}
@@ -526,15 +528,13 @@ def test_a_model_in_this_folder_names_the_run(inputs, tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize("bits", ["16", "4"])
 def test_a_run_on_few_bits(inputs, tmp_path, capsys, bits) -> None:
-    code, out, err = finish(train.main, *inputs, "--base-bits", bits, "--epochs", "1", "--samples",
-                            "4", "--rank", "2", "--out", str(tmp_path / "run"), capsys=capsys)
-    assert code == 0, err
+    out = succeed(train.main, *inputs, "--base-bits", bits, "--epochs", "1", "--samples", "4",
+                  "--rank", "2", "--out", str(tmp_path / "run"), capsys=capsys)
     assert f"linear layers in {bits} bits" in out
     meta = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
     assert meta["base_bits"] == int(bits)
     code, out, err = finish(train.main, "--init", str(tmp_path / "run"), "--epochs", "0", "--out",
                             str(tmp_path / "judged"), capsys=capsys)
     assert code == 0 and f"linear layers in {bits} bits" in out, err
-    code, out, err = finish(export.main, str(tmp_path / "run"), "--layout", "hf", "--out",
-                            str(tmp_path / "hf"), capsys=capsys)
-    assert code == 0, err
+    succeed(export.main, str(tmp_path / "run"), "--layout", "hf", "--out", str(tmp_path / "hf"),
+            capsys=capsys)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import finish
+from tiny import finish, succeed
 from torch import nn
 
 import export
@@ -51,9 +51,8 @@ def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, capsys) -> None:
     with (tmp_path / "t" / "test.jsonl").open("a") as f:
         f.write(json.dumps({"prompt": "x" * 2 * context, "completion": "y"}) + "\n")
     run = tmp_path / "run"
-    code, out, err = finish(train.main, *inputs[:2], "--data", str(tmp_path / "t"), "--epochs", "1",
-                            "--out", str(run), capsys=capsys)
-    assert code == 0, err
+    out = succeed(train.main, *inputs[:2], "--data", str(tmp_path / "t"), "--epochs", "1", "--out",
+                  str(run), capsys=capsys)
     assert "1 test lines left out: their prompts fill the model's context" in out
     task = json.loads((run / "results.json").read_text())["tasks"]["t"]
     assert "after" not in task and 0 <= task["token_accuracy"]["after"] <= 1
@@ -61,6 +60,9 @@ def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, capsys) -> None:
     assert [s.keys() for s in answers["samples"]] == [{"prompt", "expected", "before", "after"}] * 5
     assert [s["prompt"] for s in answers["samples"]] == [f"tell {i}" for i in range(30, 35)]
     assert out.count("t: prompt:") == 5 and "exact match" not in out
+    code, out, err = finish(train.main, "--init", str(run), "--epochs", "0", "--exact-match", "on",
+                            "--out", str(tmp_path / "compared"), capsys=capsys)
+    assert code == 0 and re.search(r"t +0.000 +0.000 .* 8\n", out), err
 
 
 def test_a_test_that_overflows_goes_on_in_halves(inputs, tmp_path, capsys, monkeypatch) -> None:
@@ -72,9 +74,8 @@ def test_a_test_that_overflows_goes_on_in_halves(inputs, tmp_path, capsys, monke
         return pack(ids, *rest)
 
     monkeypatch.setattr(evaluate, "Tokens", tight)
-    code, out, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--out",
-                            str(tmp_path / "run"), capsys=capsys)
-    assert code == 0, err
+    out = succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", "--out",
+                  str(tmp_path / "run"), capsys=capsys)
     halves = [line for line in out.splitlines() if "out of memory" in line]
     assert halves == [f"out of memory, so from now on evaluation takes {n} examples at a time"
                       for n in (16, 8, 4, 2)] * 3        # before, in training, and after
@@ -93,9 +94,8 @@ def test_a_long_validation_line_is_left_out(inputs, tmp_path, capsys) -> None:
 
 
 def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path, capsys) -> None:
-    code, out, err = finish(train.main, *inputs, "--samples", "2", "--epochs", "1", "--limit-test",
-                            "0", "--out", str(tmp_path), capsys=capsys)
-    assert code == 0, err
+    out = succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", "--limit-test", "0",
+                  "--out", str(tmp_path), capsys=capsys)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["mean"] == {} and results["tasks"]["sum"]["loss"]["after"] is None
     assert out.count(": prompt:") == 5 and "perplexity" not in out
@@ -177,7 +177,7 @@ def test_a_rank_that_a_file_overrules_is_said(inputs, tmp_path, capsys) -> None:
 
 def test_a_finished_run_is_left_as_it_is(inputs, tmp_path, capsys, monkeypatch) -> None:
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
-    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    succeed(train.main, *known, capsys=capsys)
     monkeypatch.setattr(train, "load_inputs", lambda *_: pytest.fail("it loads"))
     code, out, _ = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
     assert code == 0 and out == f"nothing is missing: {tmp_path} holds its results\n"
@@ -188,21 +188,21 @@ def test_a_finished_run_is_left_as_it_is(inputs, tmp_path, capsys, monkeypatch) 
 
 def test_a_resumed_run_may_change_few_flags(inputs, tmp_path, capsys) -> None:
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
-    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    succeed(train.main, *known, capsys=capsys)
     (tmp_path / "results.json").unlink()
     more = "--resume", "--out", str(tmp_path), "--checkpoint-every", "5", "--patience", "9"
     code, _, err = finish(train.main, *more, "--lr", "0.5", "--epochs", "2", capsys=capsys)
     assert code == 1 and re.search(r"flags: --epochs 2 \(was 1\), --lr 0.5 \(was .*\)\. It may "
                                    "change --model, --data, --checkpoint-every, --patience, "
                                    f".*; another run .*: --init {tmp_path}$", err)
-    assert finish(train.main, *more, capsys=capsys)[0] == 0
+    succeed(train.main, *more, capsys=capsys)
     assert runs.saved_config(tmp_path)["arguments"]["checkpoint_every"] == 5
 
 
 def test_a_run_goes_on_where_its_model_and_data_moved_to(inputs, tmp_path, capsys) -> None:
     run, model, data = (tmp_path / name for name in ("run", "model", "data"))
     known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(run)
-    assert finish(train.main, *known, capsys=capsys)[0] == 0
+    succeed(train.main, *known, capsys=capsys)
     results = json.loads((run / "results.json").read_text())["tasks"]
     shutil.copytree(inputs[1], model)
     shutil.copytree(inputs[3], data)
@@ -229,7 +229,7 @@ def test_a_name_that_another_run_took_meanwhile_is_left_to_it(inputs, tmp_path, 
         return measure(*args)
 
     monkeypatch.setattr(probing, "measure", slow)
-    assert finish(train.main, *inputs, "--samples", "2", "--epochs", "1", capsys=capsys)[0] == 0
+    succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", capsys=capsys)
     assert [f.name for f in first.iterdir()] == ["config.json"]
     assert (tmp_path / "runs" / "model-2" / "results.json").exists()
 
@@ -270,12 +270,10 @@ def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path,
     own = [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "q"}]
     assert with_system(own, "Be brief.") == own
     run, out = str(tmp_path / "run"), tmp_path / "out"
-    code, _, err = finish(train.main, *inputs, "--only-tasks", "sum", "--epochs", "1", "--system",
-                          "Be brief.", "--out", run, capsys=capsys)
-    assert code == 0, err
-    code, _, err = finish(export.main, run, "--precision", "fp32", "--target", "portable",
-                          "--out", str(out), capsys=capsys)
-    assert code == 0, err
+    succeed(train.main, *inputs, "--only-tasks", "sum", "--epochs", "1", "--system", "Be brief.",
+            "--out", run, capsys=capsys)
+    succeed(export.main, run, "--precision", "fp32", "--target", "portable", "--out", str(out),
+            capsys=capsys)
     assert trained_system(out) == [{"role": "system", "content": "Be brief."}]
 
 
@@ -285,12 +283,12 @@ def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_pa
     assert finish(train.main, *inputs, *quick, "--epochs", "4", "--lr", "0.02", "--out", str(first),
                   capsys=capsys)[0] == 0
     for flags, out in ((("--epochs", "0"), judged), (("--epochs", "1", "--lr", "1e-3"), more)):
-        code, _, err = finish(train.main, "--init", str(first), *flags, *quick[4:], "--out",
-                              str(out), capsys=capsys)
-        assert code == 0, err
+        succeed(train.main, "--init", str(first), *flags, *quick[4:], "--out", str(out),
+                capsys=capsys)
     tasks = [json.loads((run / "results.json").read_text())["tasks"]
              for run in (first, judged, more)]
     for name, task in tasks[0].items():
+        assert "after" not in task
         assert task["loss"]["after"] < task["loss"]["before"] - 0.1
         for later in tasks[1:]:
             assert later[name]["loss"]["before"] == pytest.approx(task["loss"]["after"], abs=2e-5)
@@ -305,12 +303,3 @@ def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_pa
     for run in (judged, more):
         identity = json.loads((run / "config.json").read_text())["identity"]
         assert identity["the adapter of --init"] == hashlib.sha256(adapters[0]).hexdigest()[:16]
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--epochs", "0"], "--epochs 0 trains nothing: name a run to judge by --init RUN"),
-    (["--init", "x", "--rank", "4", "--target-modules", "q_proj"],
-     "leave out --target-modules, --rank")])
-def test_flags_that_contradict_each_other_are_refused(flags, words, capsys) -> None:
-    code, _, err = finish(train.main, *flags, capsys=capsys)
-    assert code == 2 and words in err

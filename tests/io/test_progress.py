@@ -34,11 +34,13 @@ def written(monkeypatch, now: list[float], terminal: bool, seconds: float, leave
 
 
 @pytest.mark.parametrize("leave", [True, False])
-def test_a_file_gets_a_line_every_ten_seconds_and_one_at_the_end(monkeypatch, now, leave) -> None:
-    said = written(monkeypatch, now, terminal=False, seconds=0.5, leave=leave)        # 30 s
+@pytest.mark.parametrize("seconds, steps", [(0.5, 20), (10, 1)])         # of a step; in 10 s
+def test_a_file_gets_a_line_every_ten_seconds_and_one_at_the_end(monkeypatch, now, leave, seconds,
+                                                                 steps) -> None:
+    said = written(monkeypatch, now, terminal=False, seconds=seconds, leave=leave)
     assert "\r" not in said and said.endswith("\n")
     counts = [line.split(" [")[0].split()[-1] for line in said.splitlines()]
-    assert counts == ["20/60", "40/60", "60/60"] + ["60/60"] * leave
+    assert counts == [f"{n}/60" for n in range(steps, 61, steps)] + ["60/60"] * leave
     assert all(line.startswith("train: ") for line in said.splitlines())
 
 
