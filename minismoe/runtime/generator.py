@@ -204,6 +204,8 @@ class Generator(CachedModel):
         folder says nothing of such answers.
         """
         known: dict[str, Any] = self.info.get("sure", {})
+        if not known:
+            return None
         tasks = [name for name, entry in known_tasks(self.folder).items()
                  if {*entry["choices"]} == {*choices}] if choices else [self.task or ""]
         ways = [known[name] for name in tasks if name in known] or [

@@ -45,4 +45,5 @@ def test_greedy_equals_torch(model: CausalLM, tmp_path: Path, kind: str) -> None
         generator.tokenizer, ("yes", "no", "nobody")).items()}
     wanted = log_probabilities(
         answers, lambda start: model(torch.tensor([[*PROMPTS[1], *start]]))[0, -1])
-    assert dict(generator.choose(PROMPTS[1], [*answers], 3)) == pytest.approx(wanted, abs=1e-4)
+    found = {a.text: a.logprob for a in generator.choose(PROMPTS[1], [*answers], 3)}
+    assert found == pytest.approx(wanted, abs=1e-4)

@@ -76,7 +76,7 @@ def answers(folder: Path) -> dict[str, Any]:
         count = value.shape()[-1]
         logits += ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_float))[:count]
     return {"texts": texts, "batch": batch, "logits": logits,
-            "choices": [text for text, _ in generator.choose(prompts[1], CHOICES, 3)]}
+            "choices": [a.text for a in generator.choose(prompts[1], CHOICES, 3)]}
 
 
 def write_exports(folder: Path) -> list[Path]:
