@@ -234,8 +234,8 @@ def test_each_kind_of_file_holds_the_same_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.jsonl.gz", b"no gzip"), ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-6]), ("a.jsonl", b"[{}"),
-    ("a.jsonl", b"\xff\xfea"), ("a.jsonl", b"[" * 100_000)])
+    ("a.jsonl.gz", b"no gzip"), ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-6]),
+    ("a.jsonl", b"[{}"), ("a.jsonl", b"\xff\xfea"), ("a.jsonl", b"[" * 100_000)])
 def test_a_file_that_cannot_be_read_is_one_reason(tmp_path: Path, name: str, content: bytes,
                                                   ) -> None:
     (tmp_path / name).write_bytes(content)
