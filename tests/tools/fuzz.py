@@ -38,7 +38,7 @@ from minismoe.data.tasks import encode_all, load_tasks  # noqa: E402
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer  # noqa: E402
 from minismoe.export import graph, steps  # noqa: E402
 from minismoe.export.weights import GraphFormat  # noqa: E402
-from minismoe.io.files import sha256  # noqa: E402
+from minismoe.io.files import naming, sha256  # noqa: E402
 from minismoe.io.text import error_line  # noqa: E402
 from minismoe.method.allocation import Allocation  # noqa: E402
 from minismoe.method.experts import add_experts  # noqa: E402
@@ -283,7 +283,8 @@ class Fuzz:
 
     def request(self, rng: Rng) -> Any:
         path = rng.choice([*REQUESTS])
-        request = json.loads(rng.text(REQUESTS[path]).decode("utf-8", "replace"))
+        with naming("a request", RecursionError):        # as the server reads it
+            request = json.loads(rng.text(REQUESTS[path]).decode("utf-8", "replace"))
         if not isinstance(request, dict):
             return
         if rng.random() < 0.3 and path == TEXT:
