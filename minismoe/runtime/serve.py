@@ -177,7 +177,7 @@ async def _events(first: Json, parts: AsyncGenerator[Json, None]) -> AsyncIterat
             async for part in parts:
                 yield f"data: {json.dumps(part)}\n\n"
         yield "data: [DONE]\n\n"
-    except ClientDisconnect:
+    except ClientDisconnect:                 # nobody is left to hear what ended the answer
         pass
     except Exception as e:
         yield f"data: {bytes(_refusal(None, e).body).decode()}\n\n"
