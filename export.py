@@ -102,6 +102,8 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     name = inputs.model.name
     if config.vocab:
         before = trimming.logprobs(inputs)
+        if config.max_error:                 # lines that judge answers may not choose tokens
+            inputs = replace(inputs, valid={name: [] for name in inputs.valid})
         inputs = trimming.trimmed(inputs, settings, config.vocab, scratch / "base")
         load_adapter(inputs.model, run / "adapter")
         trimming.print_logprobs(before, trimming.logprobs(inputs))

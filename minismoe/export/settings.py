@@ -76,7 +76,8 @@ class ExportConfig:
     max_error: float | None = flag(
         None, "find, on the validation lines, how likely an answer must be so that at most this "
         "share of such answers is wrong, as 2%%: the runtime then says of each whether it is sure",
-        checked(share_of_wrong, lambda x: 0 < x < 1, "is not between 0 and 100%"), metavar="SHARE")
+        checked(share_of_wrong, lambda x: 0 < x < 1, "is no share: write 2% or 0.02"),
+        metavar="SHARE")
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))

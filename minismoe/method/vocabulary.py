@@ -88,7 +88,8 @@ def tokens_to_keep(bpe: BPE, needed: Iterable[int], order: Iterable[int], count:
     texts = {i: text for text, i in ids.items()}
     kept = {ids[text] for text in (*bpe.special, *bpe.bytes)}
     for token in {*needed} - kept:
-        kept.update(ids[text] for text in bpe.way(texts[token]))
+        # Encodings with ignore_merges take a whole word as it is, if no merges lead to it, too.
+        kept.update([token, *(ids[text] for text in bpe.way(texts[token]))])
     if len(kept) > count:
         raise ValueError(f"{count} tokens are too few: special tokens, bytes and the texts take "
                          f"{len(kept)}")

@@ -143,7 +143,8 @@ class Api:
     def _sampling(self, is_chat: bool, request: Json) -> Json:
         """Fields of Sampling: the request's, or else the defaults. Clients write "any" as -1, whole
         numbers as 5.0, and "the likeliest alone" as a top_p of 0."""
-        limit = request.get("max_completion_tokens", request.get("max_tokens"))
+        limit = request.get("max_completion_tokens")
+        limit = request.get("max_tokens") if limit is None else limit
         limit = TEXT_TOKENS if limit is None and not is_chat else limit
         given = {f.name: request.get(f.name) for f in fields(Sampling)} | {"max_tokens": limit}
         given = {name: int(value) if isinstance(value, float) and value.is_integer() else value

@@ -50,6 +50,7 @@ class Generator(CachedModel):
     ended = ""
     # Log-probability of the last answer and its stop token, among the tokens of the sampler.
     logprob = 0.0
+    _as_tested = False                       # whether it is whole, and is the model's likeliest
     prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
 
     @cached_property
@@ -76,7 +77,7 @@ class Generator(CachedModel):
         steps = room if max_tokens is None else min(room, max_tokens)
         rng, stops = random.Random(settings.seed), {*self.tokenizer.stop_ids}
         read, written = {*tokens}, Counter[int]()
-        self.logprob = 0.0
+        self.logprob, self._as_tested = 0.0, False
         self.ended, ended = "", "max_tokens" if steps == max_tokens else "context"
         logits = self.prefill(tokens)
         begun, self.prompt_tokens = self._begun, len(tokens) - self.cached_tokens
@@ -101,6 +102,7 @@ class Generator(CachedModel):
             if steps:
                 logits = self.read(new)
         self.ended = ended
+        self._as_tested = ended == "stop" and settings.is_greedy and not matcher
 
     def _sample(self, logits: ort.OrtValue, sampling: Sampling, rng: random.Random,
                 mask: bytes | None) -> int:
@@ -200,8 +202,9 @@ class Generator(CachedModel):
         """Whether an answer of this log-probability may stand: one that was written, or one of a
         task's set. It may if so few of such answers were wrong as `export.py --max-error` asked.
 
-        Where the adapter in use or the set tells no task, the strictest of all counts. None if the
-        folder says nothing of such answers.
+        A written answer that was cut, drawn, or changed by a penalty or a grammar may not, as none
+        such was tested. Where the adapter in use or the set tells no task, the strictest of all
+        counts. None if the folder says nothing of such answers.
         """
         known: dict[str, Any] = self.info.get("sure", {})
         if not known:
@@ -213,7 +216,8 @@ class Generator(CachedModel):
         least = [way[kind] for way in ways if (kind := "set" if choices else "text") in way]
         if not least:
             return None
-        return None not in least and logprob >= max(least)
+        return None not in least and logprob >= max(least) and (
+            bool(choices) or self._as_tested)
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
               seed: int | None = None, **sampling: Any) -> list[list[int]]:

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import make_toy
 import pytest
@@ -76,6 +77,18 @@ def test_answers_above_the_threshold_are_right(folder: Path, task: Task,
     done = command(folder, "--lines", "--sure", "--max-tokens", "30", input=f"{first}\n{last}\n")
     assert done.stdout == "".join(f"{'sure' if answers[q][1] else 'unsure'}\t{answers[q][0]}\n"
                                   for q in (first, last))
+
+
+@pytest.mark.parametrize("changes", [
+    {"max_tokens": 1}, {"stop": ["e"]}, {"temperature": 0.001, "seed": 0},
+    {"repetition_penalty": 1.001}, {"presence_penalty": 0.001}, {"frequency_penalty": 0.001}])
+def test_answers_that_are_cut_or_drawn_or_penalized_are_not_sure(
+        folder: Path, task: Task, changes: dict[str, Any]) -> None:
+    """Only answers as they were tested may be, however likely these are."""
+    describe(folder, sure={"known": {"text": -100.0}})
+    generator, (question, _) = Generator(folder, threads=1), task.test[0]
+    assert generator.reply([question], max_tokens=30)["sure"] is True
+    assert generator.reply([question], **{"max_tokens": 30} | changes)["sure"] is False
 
 
 def test_of_a_set_and_of_unknown_tasks(folder: Path, tmp_path: Path) -> None:

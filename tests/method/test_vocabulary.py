@@ -25,6 +25,18 @@ def trimmed(old: Tokenizer, kept: list[int]) -> tuple[Tokenizer, dict[int, int]]
     return Tokenizer.from_str(json.dumps(trimmed_tokenizer(json.loads(old.to_str()), new))), new
 
 
+def test_a_word_that_no_merges_make_stays_whole() -> None:
+    """With ignore_merges, as in Llama 3, the encoding looks a whole word up before it merges."""
+    content = json.loads(byte_level(ignore_merges=True).to_str())
+    model, word = content["model"], "cats"
+    model["vocab"].setdefault(word, len(model["vocab"]))
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) != word]
+    old = Tokenizer.from_str(json.dumps(content))
+    (token,) = old.encode(word).ids
+    new, ids = trimmed(old, tokens_to_keep(BPE(content), [token], (), 400))
+    assert new.encode(word).ids == [ids[token]]
+
+
 @pytest.mark.parametrize("kind", MADE)
 @settings(max_examples=60)
 @given(data=st.data())

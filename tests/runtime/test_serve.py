@@ -257,7 +257,9 @@ def test_a_prompt_beyond_the_context(client) -> None:
 def test_an_answer_that_was_cut_off_says_so(generator, client, monkeypatch) -> None:
     """After 16 tokens, which are OpenAI's default for a text, and where the context is full."""
     monkeypatch.setattr(generator.tokenizer, "stop_ids", [])
-    for prompt, limits, count in ("once", {}, 16), ("x" * 2040, {"max_tokens": 99}, 8):
+    both: dict[str, object] = {"max_tokens": 3, "extra_body": {"max_completion_tokens": None}}
+    for prompt, limits, count in (
+            ("once", {}, 16), ("x" * 2040, {"max_tokens": 99}, 8), ("once", both, 3)):
         text = client.completions.create(model="x", prompt=prompt, **limits)
         assert (text.choices[0].finish_reason, text.usage.completion_tokens) == ("length", count)
 
