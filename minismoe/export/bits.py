@@ -25,15 +25,15 @@ AT_ONCE = 640                    # of them: 1 MB of activations each (SmolLM2-13
 def choose_bits(storages: Mapping[str, Sequence[Storage]],
                 in_4_bits: Mapping[str, Sequence[Blocks]], tree: CausalLM, model: CausalLM,
                 batches: Batches, size: float) -> dict[str, int]:
-    """The number of the way in which each module is stored, of its `storages`, of which those in 4
-    bits come first. size: megabytes for all of them. The rest is as for `harm_of`."""
+    """How each module is stored: an index of its `storages`, of which those in 4 bits come first.
+    size: megabytes for all of them. The rest is as for `harm_of`."""
     give_back_memory()                       # of freezing and rounding: measuring takes the most
     leaves: Any = {name: tree.get_submodule(name) for name in storages}
     shapes: dict[str, torch.Size] = {name: leaf.weight.shape for name, leaf in leaves.items()}
     cost = {name: [way.nbytes(shapes[name]) for way in ways] for name, ways in storages.items()}
     harm = harm_of(in_4_bits, tree, model, batches)
     # 8 bits do a fiftieth of the harm of 4: none is counted.
-    harm = {name: [*harm.get(name, []), *[0.0] * len(ways)][:len(ways)]
+    harm = {name: harm.get(name, []) + [0.0] * (len(ways) - len(harm.get(name, [])))
             for name, ways in storages.items()}
     chosen = spend(harm, cost, int(size * 1e6))
     print(terminal_heatmap("bits a weight, with its share of a scale", {

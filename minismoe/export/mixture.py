@@ -106,7 +106,8 @@ class LinearLayers:
             F.pad(torch.eye(len(router)).repeat_interleave(leaf.rank, 1),
                   (0, 0, 0, E - len(router))) if len(router) else torch.zeros(0, len(A))
             for leaf, A, router in zip(leaves, As, routers)))
-        of_ranks[:E, of_ranks.sum(0) == 0] = 1   # always 1: the gates of any matrix sum to 1
+        # Ranks of matrices without a router have the gate 1: the sum of the first matrix's gates.
+        of_ranks[:E, of_ranks.sum(0) == 0] = 1
         routed = [leaf for leaf, router in zip(leaves, routers) if len(router)]
         gates = self.gates(f"{label}.router", x, [router for router in routers if len(router)],
                            [leaf.top_k for leaf in routed])

@@ -105,9 +105,11 @@ class Part:
         texts = calibration_batches(shuffled_samples(self.config, source, unseen=True), source)
         for name, number in choose_bits(storages, self.in_4_bits, self.tree, source.model, texts,
                                         self.config.size or 0).items():
-            of_name, weight = self.in_4_bits.pop(name, []), matrix(self.tree.get_submodule(name))
-            (blocks,) = of_name[number:number + 1] or self.rounded(
-                [weight], storages[name][number])
+            in_4_bits, storage = self.in_4_bits.pop(name, []), storages[name][number]
+            if storage.bits == 4:            # these come first in `storages`
+                blocks = in_4_bits[number]
+            else:
+                (blocks,) = self.rounded([matrix(self.tree.get_submodule(name))], storage)
             put_weight(self.tree, name, BlockWeight(blocks, torch.float32))
 
 

@@ -95,7 +95,7 @@ def allocate(scores: Sensitivities, settings: AllocationSettings | None = None, 
             f"({'what votes spend' if budget_params is None else 'the budget'}) are too few for "
             f"{given.strategy!r} with min_experts {min_experts}: the nearest possible is "
             f"{-(-least // unit)}")
-    best = [option for option in options if cost(option) <= budget][-1]
+    best = [option for option in options if cost(option) <= budget][-1]     # they ascend in cost
     if given.strategy == "lora":         # one rank costs as much as another
         best = replace(best, rank=budget // least, alpha=alpha * (budget // least) / rank)
     return replace(best, trainable_parameters=None if unknown else best.trainable(sizes), experts={

@@ -48,8 +48,9 @@ def harms(model: Any, options: Mapping[str, Options], batches: Iterable[Sequence
 
 def sample_sums(model: Any, options: Mapping[str, Options], input_ids: Tensor,
                 attention_mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """sum_t d_t . (dW x_t), (B, O), of each sample of one batch, for each of the modules. `model`
-    has a decoder `.model` under a linear `.lm_head` without a bias."""
+    """sum_t d_t . (dW x_t), (B, O), of each sample of one batch, for each of the modules: the
+    backward pass returns them as gradients of zeros that stand in for them. `model` has a decoder
+    `.model` under a linear `.lm_head` without a bias."""
     head, sums = model.lm_head.weight, dict[str, Any]()
     mask = attention_mask.to(head.device).bool()
     dtype = torch.promote_types(head.dtype, torch.float32)
@@ -57,7 +58,7 @@ def sample_sums(model: Any, options: Mapping[str, Options], input_ids: Tensor,
     with ExitStack() as afterwards, torch.enable_grad():
         for name, ways in options.items():
             weight = model.get_submodule(name).weight
-            # Zeros that no loss depends on: `_Sums` puts the answers into their gradient.
+            # No loss depends on these: `_Sums` puts the answers into their gradient.
             sums[name] = mask.new_zeros(len(mask), len(ways), dtype=dtype, requires_grad=True)
             sums[name].grad = torch.zeros_like(sums[name])           # each end adds to it
             for module in model.model.modules():

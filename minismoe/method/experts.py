@@ -56,8 +56,9 @@ class _Group(torch.autograd.Function):
         y = x @ W.T + (h * gates.repeat_interleave(r, 1)) @ B
 
     In the fused form, A holds the rows of all layers and routers those of all their slots, so that
-    h and the gates of all come from one product each. The backward is written by hand: it keeps h
-    times its gates alone, and adds products in place. From dy of a layer, g for repeated gates:
+    h and the gates of all come from one product each. The backward is written by hand, and adds
+    products in place. Beside x and the weights it keeps the gates and g * h, but not h: the sum of
+    (dy @ B.T) * (g * h) is gates * d_gates already. From dy of a layer, g for repeated gates:
 
         d_gates = sum over an expert's r columns of (dy @ B.T) * h
         d_logits = gates * (d_gates - sum over experts of gates * d_gates) + the balance loss's

@@ -69,13 +69,14 @@ def probe(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]]) -> 
 
 def sample_norms(model: nn.Module, modules: Mapping[str, Any], input_ids: Tensor,
                  attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules."""
+    """|| dL_i / dW ||_F^2 (B, M) of each sample of one batch, for each of the modules: the backward
+    pass returns them as the gradient of zeros that stand in for them."""
     parameter = next(model.parameters())
     ghost = _Ghost(to_device(attention_mask, parameter.device),
                    torch.promote_types(parameter.dtype, torch.float32), packs_tokens(model))
     with ExitStack() as afterwards, torch.enable_grad():
         afterwards.callback(setattr, ghost, "read", None)        # its graph holds the ghost
-        # Zeros that no loss depends on: `_Norms` puts the answers into their gradient.
+        # No loss depends on these: `_Norms` puts the answers into their gradient.
         norms = ghost.mask.new_zeros(len(modules), len(ghost.mask), dtype=ghost.dtype,
                                      requires_grad=True)
         for module, column in zip(modules.values(), norms.unbind()):

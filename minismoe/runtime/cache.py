@@ -80,7 +80,8 @@ class GraphCache:
     def cut(self, n: int) -> bool:
         """Keep the first n tokens alone; False, and no change, if that is impossible.
 
-        Values that are fed back hold all tokens: none of these can be taken out.
+        Values that are fed back hold all tokens, and none of these can be taken out: only a cut
+        that removes nothing succeeds.
         """
         return len(self.tokens) <= n
 

@@ -123,14 +123,14 @@ class CachedModel:
         `spare_bytes`: the latest of the others stay, as many as fit. Without another it is a new
         one.
         """
-        def given(cache: GraphCache) -> int:
+        def reusable_length(cache: GraphCache) -> int:
             length = len(os.path.commonprefix([cache.tokens, tokens]))
-            is_for_it = 2 * length >= len(cache.tokens) or cache.bytes > spare_bytes
-            return length if is_for_it and cache.adapter is self._adapter else -1
+            is_spared = 2 * length < len(cache.tokens) and cache.bytes <= spare_bytes
+            return -1 if is_spared or cache.adapter is not self._adapter else length
 
         self._begun += 1
-        taken = max(self._caches, key=given, default=None)
-        length = given(taken) if taken else -1
+        taken = max(self._caches, key=reusable_length, default=None)
+        length = reusable_length(taken) if taken else -1
         if taken and length >= 0 and taken.cut(length):
             self._caches.remove(taken)
         else:
