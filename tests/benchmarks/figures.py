@@ -7,6 +7,7 @@ rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json
 bits.svg      the bits of each matrix (bits.json: `bits` of export.json, two exports with --size)
 rates.svg     the loss at other learning rates than the default's (rates.jsonl)
 shipped.svg   exact match, size and speed of exports with fewer bits and tokens (shipped.jsonl)
+decoding.svg  size and speed of exports beside those of other tools (decoding.jsonl)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
 holds no script and no font: GitHub shows an SVG as an image. layer.svg shows no figure: edit it.
@@ -33,6 +34,7 @@ BLUE, LIGHT_BLUE, ORANGE, LIGHT_ORANGE = "#0a5cbf", "#d6e6f7", "#b3500b", "#f3d9
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 RULES = {"lora": "a plain LoRA", "uniform": "as many everywhere", "random": "at random",
          "votes-floor": "votes, at least one", "votes": "votes (the paper)"}
+SHOWN = {"MB": "megabytes", "rate": "tokens/s"}
 Parts = list[str]
 
 
@@ -255,25 +257,38 @@ def losses(left: float, top: float, height: float, *groups: Sequence[Sequence[Ma
     return parts + means
 
 
-def shipped(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Exact match, size and decoding speed of exports, as bars."""
-    parts, y, columns = Parts(), 52.0, {"MB": (330.0, "megabytes"), "rate": (610.0, "tokens/s")}
-    parts += [text(260, 30, "exact match", anchor="end", size=12, color=GREY), *(
-        text(x, 30, says, size=12, color=GREY) for x, says in columns.values())]
+def bars(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str],
+         number: str = "") -> str:
+    """A row for each of `rows`, which have a base and a name, below the name of each base: bars of
+    `columns` ({key: what it is}), blue where the row says "blue". number: a key shown as text."""
+    parts, y, wide = Parts(), 52.0, 190
+    left = {key: 330.0 + 280 * i for i, key in enumerate(columns)}
+    parts += [text(260, 30, number, anchor="end", size=12, color=GREY), *(
+        text(left[key], 30, says, size=12, color=GREY) for key, says in columns.items())]
     for i, row in enumerate(rows):
         if i == 0 or row["base"] != rows[i - 1]["base"]:
             y += 14 * (i > 0)
             parts.append(text(24, y + 4, row["base"], size=15, bold=True))
             y += 26
-        fewer = row["tokens"] is not None
-        parts += [text(24, y + 4, f"{row['tokens']:,} tokens" if fewer else "all tokens"),
-                  text(260, y + 4, f"{100 * row['exact']:.1f}", anchor="end")]
-        for key, (x, _) in columns.items():
-            wide = 190 * row[key] / max(other[key] for other in rows)
-            parts += [box(x, y - 7, wide, 14, BLUE if fewer else GREY, corner=2),
-                      text(x + wide + 8, y + 4, f"{row[key]:.0f}", size=12)]
+        parts += [text(24, y + 4, row["name"]),
+                  text(260, y + 4, f"{row[number]:.1f}" if number else "", anchor="end")]
+        for key, x in left.items():
+            end = x + wide * row[key] / max(other[key] for other in rows)
+            parts += [box(x, y - 7, end - x, 14, BLUE if row["blue"] else GREY, corner=2),
+                      text(end + 8, y + 4, f"{row[key]:.0f}", size=12)]
         y += 24
-    return card(y + 4, "Exact match, size and speed of exports", parts)
+    return card(y + 4, title, parts)
+
+
+def shipped(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of shipped.jsonl as a row of `bars`."""
+    fewer = row["tokens"] is not None
+    return {**row, "name": f"{row['tokens']:,} tokens" if fewer else "all tokens", "blue": fewer,
+            "exact match": 100 * row["exact"]}
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [*map(json.loads, (RESULTS / f"{name}.jsonl").open(encoding="utf-8"))]
 
 
 def record(name: str) -> Any:
@@ -286,7 +301,9 @@ PICTURES: dict[str, Callable[[], str]] = {
         "SmolLM2-135M, three tasks, three other seeds": record("floor")}),
     "bits": lambda: bits(record("bits")),
     "rates": lambda: rates(complete()),
-    "shipped": lambda: shipped([*map(json.loads, (RESULTS / "shipped.jsonl").open())])}
+    "shipped": lambda: bars("Exact match, size and speed of exports", [*map(shipped, lines(
+        "shipped"))], SHOWN, "exact match"),
+    "decoding": lambda: bars("Decoding beside other tools", lines("decoding"), SHOWN)}
 
 
 def main() -> None:
