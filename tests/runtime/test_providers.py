@@ -244,6 +244,16 @@ def test_threads_are_those_that_a_control_group_grants(tmp_path, monkeypatch) ->
     assert counts == [48, 4, 2, 1]
 
 
+@pytest.mark.parametrize("allowed, asked, given", [(3, None, 3), (3, 2, 2), (8, None, 0)])
+def test_a_session_gets_the_threads_of_the_processors_that_it_may_use(
+        folders, monkeypatch, allowed, asked, given) -> None:
+    """Of eight; 0 lets onnxruntime take all physical cores."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(providers, "processors", lambda: allowed)
+    session = open_session(folders["ort"] / "model.onnx", Device(), asked)
+    assert session.get_session_options().intra_op_num_threads == given
+
+
 def test_a_missing_package_is_named_with_its_command(monkeypatch) -> None:
     for name, (module, package, _) in providers.PLUGINS.items():
         monkeypatch.setitem(sys.modules, module, None)
