@@ -25,7 +25,6 @@ from minismoe.export.layouts import write_adapter
 from minismoe.export.leaves import AdapterLinear
 from minismoe.method.freeze import Fit
 from minismoe.runtime import Generator
-from minismoe.runtime import __main__ as terminal
 from minismoe.runtime import serve as server
 from minismoe.runtime.api import CHAT, Api, RequestError
 from minismoe.runtime.grammar import CALLS
@@ -618,16 +617,6 @@ def test_a_host_of_another_machine_is_refused_at_once(generator) -> None:
     with pytest.raises(OSError, match=r"192\.0\.2\.1 cannot be opened: .* --host an address"):
         server.serve(Api(generator.folder, lambda: generator), [0], "192.0.2.1", "k")
     assert time.monotonic() - start < 2
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--serve", "--host", "0.0.0.0"], "--host needs --api-key"),
-    (["x", "--api-key", "k"], "--api-key needs --serve"), (["--cors", "*"], "--cors needs --serve"),
-    (["--serve", "--best", "2"], "--best needs --choices")])
-def test_another_host_needs_a_key(folder, flags, says, capsys) -> None:
-    with pytest.raises(SystemExit):
-        terminal.main([str(folder), *flags])
-    assert says in capsys.readouterr().err
 
 
 def test_a_folder_with_a_page_is_checked_before_it_is_served(folder, tmp_path) -> None:
