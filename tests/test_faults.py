@@ -34,8 +34,7 @@ from minismoe.runtime import __main__ as terminal
 
 MODEL = {"hidden_size": 64, "max_position_embeddings": 128}
 SHORT = (*QUICK, "--batch-size", "8", "--dtype", "float32")
-BAR = re.compile(r"^\s*$|^(evaluate|probe|train|freeze|round)[^:]*: "
-                 r".*(\d+/\d+|\d+%|/s|sample)")
+BAR = re.compile(r"^\s*$|^(evaluate|probe|train|freeze|round)[^:]*: " r".*(\d+/\d+|\d+%|/s|sample)")
 
 
 @dataclass

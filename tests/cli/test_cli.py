@@ -335,8 +335,7 @@ def test_another_device_and_other_processes_are_said(run, capsys) -> None:
     config = read_json(run / "config.json")
     assert config["processes"] == 1
     arguments = config["arguments"] | {"device": "cuda"}
-    write_json(run / "config.json", config | {
-        "threads": 7, "processes": 4, "arguments": arguments})
+    write_json(run / "config.json", config | {"threads": 7, "processes": 4, "arguments": arguments})
     code, out, err = finish(train.main, "--resume", "--out", run, "--device", "cpu", capsys=capsys)
     assert code == 0 and torch.get_num_threads() == config["threads"] and "threads:" not in out
     assert "the last bits may differ: device cpu (was cuda), processes 1 (was 4)" in err

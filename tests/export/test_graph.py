@@ -182,8 +182,7 @@ def test_experts(model: Callable[..., CausalLM], tmp_path: Path, E: int, k: int)
     for target in ("ort", "portable"):
         m = model("llama_biases", num_hidden_layers=1)
         beside = mixed(m, lambda i, part: (E, k))
-        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m,
-                1e-4)
+        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, 1e-4)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -208,8 +207,7 @@ def test_equal_router_logits_choose_k_experts(model: Callable[..., CausalLM], tm
             layer.router.data[1:] = 0
             for p in (layer.lora_A, layer.lora_B):
                 p.data[1:] = p.data[1:2].clone()
-        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m,
-                1e-4)
+        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, 1e-4)
 
 
 # Precisions
@@ -246,8 +244,7 @@ def test_few_bits(model: Callable[..., CausalLM], tmp_path: Path, family: str, t
     beside = mixed(m, lambda i, part: (2, 2) if "q" in part else (0, 1), scale=0.1)
     file = write(tmp_path / "m.onnx", m, beside, target=target, precision=precision,
                  all_logits=True)
-    caches = {i.type for n, i in Runner(file).kinds.items()
-              if "past" in n and "recurrent" not in n}
+    caches = {i.type for n, i in Runner(file).kinds.items() if "past" in n and "recurrent" not in n}
     assert caches == {"tensor(float16)" if "f" in precision else "tensor(float)"}
     amplifies = family == "qwen3_5"          # what activations lose
     if precision == "fp16":
@@ -294,8 +291,7 @@ def test_adapters_beside_blocks(model: Callable[..., CausalLM], tmp_path: Path, 
     for name, layer in beside.items():
         layer.lora_A.data, layer.lora_B.data = floats[name]
     without = m(random_ids())
-    near, far = ((got - other).square().mean().sqrt() / other.std()
-                 for other in (want, without))
+    near, far = ((got - other).square().mean().sqrt() / other.std() for other in (want, without))
     assert near <= 1e-5
     assert far > 1e-4 and (k == 2 or far < 1e-2)
 

@@ -135,8 +135,7 @@ def test_the_run_stops_where_only_the_template_says(run: Run) -> None:
 def test_base_files_name_every_stop_id(run: Run, tmp_path: Path) -> None:
     copy_base_files(run.base, tmp_path)
     tokenizer = load_tokenizer(run.base)
-    assert read_json(tmp_path / "generation_config.json")["eos_token_id"] == [
-        *tokenizer.stop_ids]
+    assert read_json(tmp_path / "generation_config.json")["eos_token_id"] == [*tokenizer.stop_ids]
     copy = load_tokenizer(tmp_path)
     assert copy.stop_ids == tokenizer.stop_ids
     assert copy.render(CHAT, True) == tokenizer.render(CHAT, True)

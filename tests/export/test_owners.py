@@ -88,8 +88,7 @@ def test_transformers_js_opens_the_text_of_a_model_with_images(
     """What export.py writes of a checkpoint with images says what PyTorch does."""
     base, web = tmp_path / "base", tmp_path / "web"
     save_imaged(base, True)
-    succeed(export.main, "--model", base, "--out", web, "--layout", "web", "--precision",
-            precision)
+    succeed(export.main, "--model", base, "--out", web, "--layout", "web", "--precision", precision)
     model, tokenizer = load_model(base), load_tokenizer(base)
     if precision == "q8":
         model = stored(model, GraphFormat("ort", precision, CONTEXT))

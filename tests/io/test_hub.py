@@ -111,6 +111,5 @@ def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
                  "except FileNotFoundError as e: print(e)",
                  HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(
-        "no-such-org/no-such-model is no folder here, and the hub says: ")
+    assert run.stdout.startswith("no-such-org/no-such-model is no folder here, and the hub says: ")
     assert run.stdout.count("\n") == 1, "the error takes more than one line"
