@@ -318,6 +318,11 @@ def test_a_graph_of_few_bits_computes_the_rounded_weights(base: Path) -> None:
 
 # --- by hand ------------------------------------------------------------------------------------
 
+def test_half_votes_round_up_as_they_are_written() -> None:
+    modules = [str(i) for i in range(100)]         # 0.145 * 100 is a little below 14.5 in floats
+    assert sum(reference.vote({"1": dict.fromkeys(modules, 1.0)}, [modules], 0.145).values()) == 15
+
+
 def test_balance_is_perfect_where_all_experts_are_chosen() -> None:
     loss = reference.balance_loss(torch.randn(5, 3, dtype=torch.float64), k=4)
     assert abs(loss.item() - 1) < 1e-12
