@@ -144,13 +144,3 @@ class Browser:
                        f"{json.dumps(selector)}).getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def screenshot(self, file: Path, width: int = 1000, height: int = 700, dark: bool = False,
-                   ) -> None:
-        import base64
-
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                  deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

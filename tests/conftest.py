@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")    # of torch, also in the process
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from tiny import random_hf, save_bytes_model  # noqa: E402
+from tiny import QUICK, finish, random_hf, save_bytes_model, write_lines  # noqa: E402
 
 torch.set_num_threads(1)            # on tensors this small, threads wait for each other
 settings.register_profile("minismoe", max_examples=50, deadline=None, database=None,
@@ -90,12 +91,50 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """--model and --data of a random byte-level checkpoint and two small tasks."""
     root = tmp_path_factory.mktemp("inputs")
     save_bytes_model(root / "model")
-    (root / "data" / "upper").mkdir(parents=True)
     for name, low, high in (("train", 0, 24), ("test", 24, 30)):
-        (root / "data" / "upper" / f"{name}.jsonl").write_text("".join(
-            json.dumps({"prompt": f"say {i}", "completion": f"N{i}"}) + "\n"
-            for i in range(low, high)))
+        write_lines(root / "data" / "upper" / f"{name}.jsonl",
+                    ((f"say {i}", f"N{i}") for i in range(low, high)))
     (root / "data" / "sum.jsonl").write_text("".join(
         json.dumps({"instruction": "add", "input": f"{i}+1", "output": str(i + 1)}) + "\n"
         for i in range(30)))
     return ["--model", str(root / "model"), "--data", str(root / "data")]
+
+
+@pytest.fixture(scope="session")
+def finished(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of train.py on `inputs`, which no test changes."""
+    import train
+
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train.main([*inputs, *QUICK, "--dtype", "float32", "--out", str(run)])
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run, which lacks its results: --resume goes on with it."""
+    copied = Path(shutil.copytree(finished, tmp_path / "run"))
+    (copied / "results.json").unlink()
+    return copied
+
+
+@pytest.fixture
+def succeed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A script's main and its arguments -> what it prints on stdout; it ends with exit code 0."""
+    def call(*command: Any) -> str:
+        code, out, err = finish(*command, capsys=capsys)
+        assert code == 0, err
+        return out
+
+    return call
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """The same of a script that ends with exit code 1 and one line of error, which `says` so."""
+    def call(*command: Any, says: str) -> None:
+        code, _, err = finish(*command, capsys=capsys)
+        last = err.splitlines()[-1]
+        assert code == 1 and last.startswith("error: ") and says in last, err
+
+    return call

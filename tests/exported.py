@@ -1,4 +1,4 @@
-"""A tiny exported folder, written without export.py, and the runtime in a bare process."""
+"""Tiny exported folders, written by export.py or without it, and the runtime in a bare process."""
 
 import hashlib
 import json
@@ -11,12 +11,14 @@ import torch
 from tiny import BYTES, python
 from torch import nn
 
+import export as script
 from minismoe.export import graph, steps
 from minismoe.export.calibration import Batches
 from minismoe.export.mixture import round_experts
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import Part, freeze_and_round, sharing_copy
 from minismoe.export.weights import GraphFormat
+from minismoe.io.files import read_json
 from minismoe.model.decoder import CausalLM, Config
 
 CONFIG = BYTES | {"hidden_size": 64, "max_position_embeddings": 96}
@@ -72,6 +74,12 @@ def export(model: CausalLM, folder: Path, kind: str = "ort", context: int = 96,
              cache_type="float16" if precision == "fp16" else "float32",
              format="minismoe.export/1", adapters={})
     return folder
+
+
+def ship(out: Path, *flags: object) -> dict[str, Any]:
+    """Call export.py with these flags, each a word or several; returns export.json."""
+    script.main([*" ".join(map(str, flags)).split(), "--out", str(out)])
+    return read_json(out / "export.json")
 
 
 def describe(folder: Path, **info: object) -> None:

@@ -1,15 +1,12 @@
 """A tiny mixture of experts and its calibration batches, for the tests of freezing and rounding."""
 
 import torch
-from tiny import SMALL, randomise
+from tiny import SMALL, randomise, small_model
 from torch import Tensor, nn
 
 from minismoe.method.experts import add_experts
-from minismoe.model.config import Config
-from minismoe.model.decoder import CausalLM
 
-SIZES = SMALL | {"tie_word_embeddings": True}
-V, D = SIZES["vocab_size"], SIZES["hidden_size"]
+V, D = SMALL["vocab_size"], SMALL["hidden_size"]
 COUNTS = {f"model.layers.{i}.{name}": count for i in range(2) for name, count in {
     "self_attn.q_proj": 3, "self_attn.k_proj": 2, "self_attn.v_proj": 1, "self_attn.o_proj": 4,
     "mlp.gate_proj": 2, "mlp.up_proj": 3, "mlp.down_proj": 3}.items()}
@@ -17,18 +14,10 @@ ROUTED = [name for name, count in COUNTS.items() if count > 1]
 Data = tuple[Tensor, Tensor, Tensor]
 
 
-def model_of(kind: str = "ours", dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A tiny random model with experts: ours, or one of transformers."""
-    torch.manual_seed(0)
-    base: nn.Module
-    if kind == "ours":
-        base = CausalLM(Config.from_dict(dict(SIZES, model_type="llama")))
-    else:
-        import transformers
-        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
-    for name, parameter in base.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
-    return randomise(add_experts(base.to(dtype), COUNTS, rank=2)).eval()
+def model_of(kind: str = "llama", dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A tiny random model with experts: ours, or "hf-llama"."""
+    model = small_model(kind, tie_word_embeddings=True).to(dtype)
+    return randomise(add_experts(model, COUNTS, rank=2)).eval()
 
 
 def batch(seed: int, rows: int = 8, pad: str = "right") -> Data:

@@ -18,6 +18,7 @@ from tiny import python, randomise, save_bytes_model
 from minismoe import reference
 from minismoe.data.tasks import Example, collate, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
+from minismoe.io.files import read_json
 from minismoe.method import bits, freeze
 from minismoe.method.allocate import allocate
 from minismoe.method.experts import add_experts, expert_layers
@@ -94,7 +95,7 @@ def refusal(folder: Path, *files: Path) -> str:
 def test_a_model_that_is_not_implemented_is_refused_in_one_line(
         tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     folder = save_bytes_model(tmp_path / "base", intermediate_size=64 if changes else 48)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | changes))
     said = refusal(folder, TOY / "smaller.jsonl")
     assert message in said and str(folder) in said
@@ -225,8 +226,7 @@ def test_fits_merged_weights_and_greedy_text_equal_the_package(base: Path, tmp_p
     found = freeze.fit(ours, {"": [collate([example("", s) for s in samples], 258)]})
     residuals = reference.merge(model, samples)
     for name, residual in residuals.items():
-        assert residual == pytest.approx(
-            found[None][f"model.{name}"].residual, rel=0.02, abs=1e-6)
+        assert residual == pytest.approx(found[None][f"model.{name}"].residual, rel=0.02, abs=1e-6)
     freeze.merge(ours, found[None])
     for name, W in model.weights.items():
         if "_proj" in name:
@@ -299,15 +299,6 @@ def test_harm_and_choice_equal_the_package(base: Path, monkeypatch: pytest.Monke
         name: 8 if expected[f"model.{name}"] else 4 for name in weights}
 
 
-def test_bits_go_where_they_save_most_harm_a_weight() -> None:
-    h = {"a": {4: 1.0, 8: 0.0}, "b": {4: 3.0, 8: 0.0}, "c": {4: 2.5, 8: 2.4}}
-    weights = {"a": torch.zeros(10), "b": torch.zeros(40), "c": torch.zeros(10)}
-    assert reference.choose_bits(h, weights, 4.0) == {"a": 4, "b": 4, "c": 4}
-    assert reference.choose_bits(h, weights, 5.0) == {"a": 8, "b": 4, "c": 4}
-    assert reference.choose_bits(h, weights, 7.4) == {"a": 8, "b": 8, "c": 4}
-    assert reference.choose_bits(h, weights, 8.0) == {"a": 8, "b": 8, "c": 8}
-
-
 def test_a_graph_of_few_bits_computes_the_rounded_weights(base: Path) -> None:
     model, _, tasks = both(base)
     names = [name for name in model.weights if "_proj" in name]
@@ -326,23 +317,6 @@ def test_a_graph_of_few_bits_computes_the_rounded_weights(base: Path) -> None:
 
 
 # --- by hand ------------------------------------------------------------------------------------
-
-def test_top_k_gates_equal_those_by_hand() -> None:
-    layer = reference.Mixture(torch.eye(1), None, torch.ones(3, 1, 1), torch.ones(3, 1, 1),
-                              torch.tensor([[0.0], [1.0], [2.0]]), 2, 1.0)
-    gates = layer.gates(torch.ones(1, 1))
-    e = torch.tensor(1.0).exp()
-    torch.testing.assert_close(gates, torch.stack([0 * e, 1 / (1 + e), e / (1 + e)])[None])
-    torch.testing.assert_close(layer(torch.ones(2, 3, 1)), torch.full((2, 3, 1), 2.0))
-
-
-@pytest.mark.parametrize(("keep", "expected"), [
-    (0.5, {"q": 1, "k": 0, "v": 2, "o": 1}), (0.01, {"q": 1, "k": 0, "v": 1, "o": 0})])
-def test_votes_equal_counts_by_hand(keep: float, expected: dict[str, int]) -> None:
-    scores = {"1": {"q": 9.0, "k": 1.0, "v": 5.0, "o": 2.0},
-              "2": {"q": 0.1, "k": 0.2, "v": 0.9, "o": 0.3}}
-    assert reference.vote(scores, ["qkvo"], keep) == expected
-
 
 def test_half_votes_round_up_as_they_are_written() -> None:
     modules = [str(i) for i in range(100)]         # 0.145 * 100 is a little below 14.5 in floats

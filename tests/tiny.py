@@ -2,9 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ SMALL = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidd
          "max_position_embeddings": 64}          # of the tests that count in float64
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64, "rope_theta": 500.0}
+QUICK = ("--samples", "2", "--epochs", "1")      # for train.py: the least that still probes
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
 {{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}\
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\
@@ -206,6 +208,29 @@ def save_bytes_model(folder: Path, large: bool = False, seed: int = 0, **changes
     return folder
 
 
+def small_model(kind: str, **sizes: Any) -> torch.nn.Module:
+    """A random model of SMALL sizes: ours of a model_type, or of transformers ("hf-llama"). Biases
+    and norms are no neutral ones."""
+    sizes = SMALL | sizes
+    torch.manual_seed(0)
+    model: torch.nn.Module
+    if kind.startswith("hf-"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind[3:], **sizes))
+    else:
+        model = CausalLM(Config.from_dict(sizes | {"model_type": kind}))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
+    return model.eval()
+
+
+def write_lines(file: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """Write a task's file of prompts and completions, into a folder that it makes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"prompt": prompt, "completion": completion}) + "\n"
+                            for prompt, completion in pairs))
+
+
 def padded(lengths: Sequence[int], pad: str = "right", seed: int = 1,
            vocabulary: int = SMALL["vocab_size"]) -> tuple[Tensor, Tensor]:
     """Random tokens and their mask, (B, T) each, of rows of these lengths with pads on one side."""
@@ -213,6 +238,13 @@ def padded(lengths: Sequence[int], pad: str = "right", seed: int = 1,
                         generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     return ids, mask if pad == "right" else mask.flip(1)
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 2e-5) -> None:
+    """Assert that no logit differs by more than this share of the largest."""
+    assert ours.shape == theirs.shape
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= tolerance, f"relative error {error:.2e}"
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -253,6 +285,23 @@ def examples(count: int = 24) -> list[Example]:
     return result
 
 
+def interrupt_in(monkeypatch: pytest.MonkeyPatch, method: str, turn: int,
+                 number: int = signal.SIGINT) -> list[str]:
+    """Send this process a signal in a Trainer's method, at its call number `turn`; its calls."""
+    from minismoe.training.loop import Trainer
+
+    calls, original = list[str](), getattr(Trainer, method)
+
+    def counted(*args: Any) -> Any:
+        calls.append(method)
+        if len(calls) == turn:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(Trainer, method, counted)
+    return calls
+
+
 def exit_code(command: Callable[[], object], *args: object) -> int:
     """The exit code of a command that reads these arguments, in this process."""
     before, sys.argv = sys.argv, ["script", *map(str, args)]
@@ -265,20 +314,12 @@ def exit_code(command: Callable[[], object], *args: object) -> int:
     return 0
 
 
-def finish(main: Callable[[Sequence[str]], None], *args: str,
+def finish(main: Callable[[Sequence[str]], None], *args: object,
            capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a script's main as the command line calls it."""
     from minismoe.cli.script import run_script
 
     return (exit_code(lambda: run_script(main), *args), *capsys.readouterr())
-
-
-def succeed(main: Callable[[Sequence[str]], None], *args: str,
-            capsys: pytest.CaptureFixture[str]) -> str:
-    """What a script prints on stdout, which ends with exit code 0."""
-    code, out, err = finish(main, *args, capsys=capsys)
-    assert code == 0, err
-    return out
 
 
 def python(*words: object, input: str = "", timeout: float = 120, folder: Path = ROOT,

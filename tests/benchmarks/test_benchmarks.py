@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from exported import export, random_model
-from tiny import save_bytes_model
+from tiny import save_bytes_model, write_lines
 
 import train
 from minismoe.data.tasks import Task, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
+from minismoe.io.files import read_json
 from minismoe.method.experts import add_experts, linear_layers
 from minismoe.model.checkpoint import load_model
 from minismoe.training.evaluate import evaluate, questions, token_scores
@@ -102,11 +103,9 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp_path = tmp_path_factory.mktemp("odd")
     model = save_bytes_model(tmp_path / "model", hidden_size=128, intermediate_size=128,
                              num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    (tmp_path / "data" / "odd").mkdir(parents=True)
     for name, first, count in (("train", 0, 40), ("test", 40, 6)):
-        (tmp_path / "data" / "odd" / f"{name}.jsonl").write_text("".join(
-            json.dumps({"prompt": f"odd {i}", "completion": ("no", "yes")[i % 2]}) + "\n"
-            for i in range(first, first + count)))
+        write_lines(tmp_path / "data" / "odd" / f"{name}.jsonl", (
+            (f"odd {i}", ("no", "yes")[i % 2]) for i in range(first, first + count)))
     train.main(["--model", str(model), "--data", str(tmp_path / "data"), "--samples", "2",
                 "--epochs", "3", "--lr", "0.05", "--warmup", "0.05", "--rank", "2",
                 "--dtype", "float32", "--out", str(tmp_path / "run")])
@@ -128,7 +127,7 @@ def test_export_loss_scores_ways_against_the_mixture(odd_run, tmp_path, monkeypa
     args = [str(odd_run), "--out", str(tmp_path / "out"), "--ways", "int4, blocks of 32"]
     export_loss.main(args)
     said = capsys.readouterr().out
-    records = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
+    records = {p.name: read_json(p) for p in (tmp_path / "out").glob("*.json")}
     assert [*sorted(records)] == ["run, int4, blocks of 32.json", "run, merged, float32.json"]
     rounded, merged = (record["tasks"]["odd"] for _, record in sorted(records.items()))
     assert abs(merged["KL"]) < rounded["KL"] and merged["log p"] < 0     # it may be -1e-8

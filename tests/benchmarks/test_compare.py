@@ -236,8 +236,7 @@ def test_a_cell_goes_on_diverges_or_fails(args, monkeypatch, tmp_path) -> None:
 def test_other_settings_need_another_folder(args, monkeypatch, capsys) -> None:
     flags = ["--out", str(args.out), "--model", args.model, "--data", args.data, "--plan"]
     args.out.mkdir()
-    (args.out / "compare.json").write_text(json.dumps(
-        {n: getattr(args, n) for n in compare.FIXED}))
+    (args.out / "compare.json").write_text(json.dumps({n: getattr(args, n) for n in compare.FIXED}))
     compare.main([*flags, "--seeds", "7"])             # a larger grid is no other setting
     with pytest.raises(ValueError, match="choose another --out"):
         compare.main([*flags, "--", "--batch-size", "8"])

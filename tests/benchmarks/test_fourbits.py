@@ -1,11 +1,10 @@
 """The benchmark of four bits: its table, and a run of it."""
 
-import json
 from pathlib import Path
 
 import fourbits
 import pytest
-from tiny import save_bytes_model
+from tiny import save_bytes_model, write_lines
 
 import train
 from minismoe.io.files import read_json
@@ -36,11 +35,9 @@ def test_the_table_has_a_line_a_row_and_means_over_runs() -> None:
 
 def test_it_measures_a_run_says_what_it_left_out_and_goes_on(checkpoint, tmp_path, monkeypatch,
                                                              capsys) -> None:
-    (tmp_path / "data" / "number").mkdir(parents=True)
     for part, first in ("train", 0), ("test", 30):
-        (tmp_path / "data" / "number" / f"{part}.jsonl").write_text("".join(
-            json.dumps({"prompt": f"number {i}", "completion": f"N{i % 3}"}) + "\n"
-            for i in range(first, first + 8)))
+        write_lines(tmp_path / "data" / "number" / f"{part}.jsonl", (
+            (f"number {i}", f"N{i % 3}") for i in range(first, first + 8)))
     run = tmp_path / "run"
     train.main(["--model", str(checkpoint), "--data", str(tmp_path / "data"), "--only-tasks",
                 "number", "--strategy", "uniform", "--budget-params", "4000", "--rank", "2",

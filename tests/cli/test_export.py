@@ -18,29 +18,22 @@ import onnx
 import onnx.numpy_helper
 import pytest
 import torch
+from exported import ship
 from onnxruntime import OrtValue
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, edit_tensors, python, save_bytes_model
+from tiny import edit_tensors, save_bytes_model, write_lines
 
 import export
 import train
 from minismoe.cli.export_flags import parse
-from minismoe.export import (
-    calibration,
-    compare,
-    layouts,
-    plan,
-    ranges,
-    tree,
-    verify,
-    write,
-)
+from minismoe.export import calibration, compare, layouts, plan, ranges, tree, verify, write
 from minismoe.export import graph as graphs
 from minismoe.export.calibration import shuffled_samples
 from minismoe.export.nodes import Graph
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import sharing_copy
 from minismoe.export.write import export_model
+from minismoe.io.files import read_json, write_json
 from minismoe.method import freeze
 from minismoe.method.allocation import Allocation
 from minismoe.method.experts import add_experts, expert_layers
@@ -61,20 +54,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two experts on each matrix of a random byte-level model, for two tasks."""
     root = tmp_path_factory.mktemp("export")
     save_bytes_model(root / "model", head_dim=16, max_position_embeddings=128)
-    (root / "data").mkdir()
     for name, answer in (("number", "N{}"), ("twice", "{0} {0}")):
-        (root / "data" / f"{name}.jsonl").write_text("".join(
-            json.dumps({"prompt": f"say {i}", "completion": answer.format(i)}) + "\n"
-            for i in range(45)))
+        write_lines(root / "data" / f"{name}.jsonl",
+                    ((f"say {i}", answer.format(i)) for i in range(45)))
     train.main(["--model", str(root / "model"), "--data", str(root / "data"), "--strategy",
                 "uniform", "--budget-params", "5600", "--rank", "2", "--epochs", "4", "--lr",
                 "0.02", "--batch-size", "16", "--out", str(root / "run"), "--seed", "1"])
     return root / "run"
 
 
+def copied(run: Path, folder: Path, **arguments: object) -> Path:
+    """A copy of a run that was begun with other arguments."""
+    shutil.copytree(run, folder)
+    saved = read_json(folder / "config.json")
+    saved["arguments"] |= arguments
+    write_json(folder / "config.json", saved)
+    return folder
+
+
 def frozen_of(run: Path, folder: Path, *flags: str) -> dict[str, Fit]:
     """The linear maps of a run's mixtures, as layout peft holds them."""
-    export.main([str(run), "--layout", "peft", "--out", str(folder), *flags])
+    ship(folder, run, "--layout peft", *flags)
     tensors, start = load_file(folder / "adapter_model.safetensors"), "base_model.model."
     names = {key.removeprefix(start).partition(".lora_")[0] for key in tensors}
     return {name: Fit(*(tensors[f"{start}{name}.lora_{part}.weight"] for part in "AB"))
@@ -83,13 +83,13 @@ def frozen_of(run: Path, folder: Path, *flags: str) -> dict[str, Fit]:
 
 @pytest.mark.parametrize("flags", [
     "", "--routing dynamic", "--routing dynamic --precision int4", "--routing freeze",
-    "--task twice", "--adapters", "--target portable", "--precision int4",
-    "--precision int8 --target portable", "--precision fp16", "--static 1x1x64 --target portable",
-    "--layout genai", "--layout genai --adapters", "--layout genai --target portable",
-    "--layout web --precision int4", "--layout peft", "--layout peft --routing freeze",
-    "--layout hf", "--prompts", "--precision int4 --block 128",
+    "--task twice", "--adapters", "--adapters --target portable", "--target portable",
+    "--precision int4", "--precision int8 --target portable", "--precision fp16",
+    "--static 1x1x64 --target portable", "--layout genai", "--layout genai --adapters",
+    "--layout genai --target portable", "--layout web --precision int4", "--layout peft",
+    "--layout peft --routing freeze", "--layout hf", "--prompts", "--precision int4 --block 128",
     "--precision int4 --routing freeze", "--precision int8 --adapters",
-])
+    "--precision int4 --adapters --target portable"])
 def test_every_way_out(run: Path, tmp_path: Path, flags: str,
                        capsys: pytest.CaptureFixture[str]) -> None:
     """Each passes its own check against PyTorch, and says what it holds."""
@@ -99,10 +99,13 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str,
         args += [str(tmp_path / "lines")]
     if flags and not {"--precision", "peft", "hf"} & set(args):
         args += ["--precision", "fp32"]
-    export.main([str(run), "--out", str(out), *args])
-    info = json.loads((out / "export.json").read_text())
-    freezes = args[:2] != ["--routing", "dynamic"]
-    assert ("median residual" in capsys.readouterr().out) == freezes
+    info = ship(out, run, *args)
+    freezes, said = args[:2] != ["--routing", "dynamic"], capsys.readouterr().out
+    assert ("median residual" in said) == freezes
+    if "--adapters" in args:             # each is compared, and in few bits without their rounding
+        assert info["checked"].keys() == {"", "number", "twice"}
+        assert all(seen["graph_error"] < 1e-5 for seen in info["checked"].values())
+        assert said.count(": computes its weights within ") == 3
     for file in out.rglob("model*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph
         blocks = {node.op_type for node in graph.node} & {"MatMulNBits", "DequantizeLinear"}
@@ -113,7 +116,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str,
     assert files == {*info["files"], "export.json"}
     assert ("tasks.json" in files) == bool([*out.rglob("model*.onnx")])
     if "hf" in args:                     # no path of this machine goes out
-        assert json.loads((out / "config.json").read_text())["minismoe_merged"] == "model"
+        assert read_json(out / "config.json")["minismoe_merged"] == "model"
     assert info["checked"] and not list(tmp_path.glob(".*.tmp"))
     if "--layout" in args:
         opened = {"genai": "genai_config.json", "web": "onnx/model_q4.onnx",
@@ -128,7 +131,7 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str,
         load_adapter(model, run / "adapter")
         if freezes:
             task = info["arguments"]["task"]
-            merge(model, frozen_of(run, tmp_path / "peft", *["--task", task] * bool(task)))
+            merge(model, frozen_of(run, tmp_path / "peft", f"--task {task}" if task else ""))
         (expected,) = generate(model, [PROMPT], 20, [257])
         assert len(expected) > 3
         assert list(Generator(out, threads=1).generate(PROMPT, 20)) == expected
@@ -199,8 +202,8 @@ def test_what_only_a_long_prompt_shows_is_refused(tmp_path: Path, broken: str, m
     """A window that is a few tokens too long, and a cache that loses a token where it is cut."""
     save_bytes_model(tmp_path / "model", model_type="mistral", sliding_window=96, head_dim=16,
                      max_position_embeddings=256)
-    flags = ["--model", str(tmp_path / "model"), "--precision", "fp32", "--out"]
-    export.main([*flags, str(tmp_path / "whole")])
+    flags = "--model", tmp_path / "model", "--precision fp32"
+    ship(tmp_path / "whole", *flags)
     if broken == "window":
         write = layouts.write_decoder
         wrong = {"windows": (112,) * 2}
@@ -209,28 +212,33 @@ def test_what_only_a_long_prompt_shows_is_refused(tmp_path: Path, broken: str, m
     else:
         monkeypatch.setattr(SharedCache, "cut", cut_one_too_many)
     with pytest.raises(ValueError, match="not what PyTorch computes"):
-        export.main([*flags, str(tmp_path / "out")])
+        ship(tmp_path / "out", *flags)
 
 
 def test_a_folder_knows_answers_and_instructions(run: Path, tmp_path: Path) -> None:
     """Those of all training lines, however few of them the run used."""
-    shutil.copytree(run.parent, home := tmp_path / "home")
-    (home / "data" / "number.jsonl").write_text("".join(
+    data = Path(shutil.copytree(run.parent / "data", tmp_path / "data"))
+    (data / "number.jsonl").write_text("".join(
         json.dumps({"instruction": "Say it.\nNow:", "input": f"say {i}", "output": f"N{i % 5}"})
         + "\n" for i in range(40)))
-    config = (home / "run" / "config.json").read_text().replace(str(run.parent), str(home))
-    (home / "run" / "config.json").write_text(json.dumps(json.loads(config) | {"limit_train": 2}))
-    export.main([str(home / "run"), "--out", str(tmp_path / "out")])
-    info = read_info(tmp_path / "out", verify=True)
-    assert "tasks.json" in info["files"]
+    few = copied(run, tmp_path / "run", data=str(data), limit_train=2)
+    assert "tasks.json" in ship(tmp_path / "out", few)["files"]
+    read_info(tmp_path / "out", verify=True)
     assert known_tasks(tmp_path / "out") == {
         "number": {"choices": ["N0", "N1", "N2", "N3", "N4"], "instruction": "Say it.\nNow:\n"},
         "twice": {"choices": [], "instruction": ""}}
 
 
-def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:
-    """Not twice, and not to take it out again: the weights are no longer those of the base."""
-    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "hf"])
+def test_a_merged_folder_tells_no_path_and_takes_no_adapter(run: Path, tmp_path: Path) -> None:
+    """It tells what it was made of, by hashes and versions. An adapter cannot be added twice, nor
+    taken out again: the weights are no longer those of the base."""
+    info = ship(tmp_path / "out", run, "--layout hf")
+    text = (tmp_path / "out" / "export.json").read_text()
+    assert str(tmp_path) not in text and str(run.parent) not in text
+    assert info["versions"].keys() == {"torch", "safetensors", "onnx", "onnxruntime"}
+    saved = read_json(run / "adapter" / "adapter.json")
+    assert (info["base"], info["adapter"]) == (saved["fingerprint"], saved["sha256"])
+    assert (info["arguments"]["run"], info["model"]) == ("run", "model")
     with pytest.raises(ValueError, match="merged into it, which can't be taken out again"):
         load_adapter(load_model(tmp_path / "out"), run / "adapter")
     model = load_model(tmp_path / "out")                 # but it can be trained again
@@ -241,11 +249,7 @@ def test_what_is_merged_takes_no_adapter(run: Path, tmp_path: Path) -> None:
 
 def test_other_data_than_in_training_are_told(run: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(run.parent / "data", tmp_path / "data")
-    shutil.copytree(run, tmp_path / "run")
-    saved = json.loads((run / "config.json").read_text())
-    saved["arguments"]["data"] = str(tmp_path / "data")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
-    config = ExportConfig(run=str(tmp_path / "run"))
+    config = ExportConfig(run=str(copied(run, tmp_path / "run", data=str(tmp_path / "data"))))
     export.load_run(config)
     assert "trained on" not in capsys.readouterr().err
     (tmp_path / "data" / "twice.jsonl").unlink()
@@ -257,15 +261,17 @@ def test_other_data_than_in_training_are_told(run: Path, tmp_path: Path, capsys)
 def test_a_place_that_cannot_be_written_is_seen_before_the_work(
         run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(PermissionError, match="file is no folder that can be written"):
-        export.main([str(run), "--out", str(tmp_path / "file" / "out")])
-    with pytest.raises(FileExistsError, match="exists already"):
-        export.main([str(run), "--out", str(tmp_path / "dangling")])
+    for place, error, says in (("file/out", PermissionError, "file is no folder that can be wri"),
+                               ("dangling", FileExistsError, "exists already"),
+                               (".", FileExistsError, "exists already")):
+        with pytest.raises(error, match=says):
+            ship(tmp_path / place, run)
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(PermissionError, match="is no folder that can be written"):
-        export.main([str(run), "--out", str(tmp_path / "new" / "out")])
+        ship(tmp_path / "new" / "out", run)
+    assert (tmp_path / "file").read_text() == "mine" and len([*tmp_path.iterdir()]) == 2
 
 
 def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path,
@@ -273,13 +279,9 @@ def test_transformers_opens_a_peft_folder(run: Path, tmp_path: Path,
     """By itself where its base lies, which it names without a path of this machine."""
     pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    shutil.copytree(run, tmp_path / "run")               # trained with a path that is relative
-    saved = json.loads((run / "config.json").read_text())
-    saved["arguments"]["model"] = "model"
-    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
-    monkeypatch.chdir(run.parent)
-    export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--layout", "peft"])
-    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    monkeypatch.chdir(run.parent)                        # it was trained with a relative path
+    ship(tmp_path / "out", copied(run, tmp_path / "run", model="model"), "--layout peft")
+    settings = read_json(tmp_path / "out" / "adapter_config.json")
     assert settings["base_model_name_or_path"] == "model"
     load_adapter(model := load_model(run.parent / "model"), run / "adapter")
     merge(model, frozen_of(run, tmp_path / "again"))
@@ -297,28 +299,8 @@ def test_the_path_of_a_web_folder_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_activations_are_not_rounded_without_texts(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give --prompts FILE, or take --precision fp16"):
-        export.main(["--model", str(run.parent / "model"), "--out", str(tmp_path / "out"),
-                     "--target", "npu", "--precision", "w8a16"])
+        ship(tmp_path / "out", "--model", run.parent / "model", "--target npu --precision w8a16")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_base_alone(run: Path, tmp_path: Path) -> None:
-    base = run.parent / "model"
-    export.main(["--model", str(base), "--out", str(tmp_path / "out")])
-    (expected,) = generate(load_model(base), [PROMPT], 20, [257])
-    assert list(Generator(tmp_path / "out", threads=1).generate(PROMPT, 20)) == expected
-
-
-def test_a_published_folder_tells_no_path(run: Path, tmp_path: Path) -> None:
-    """But what it was made of: hashes, and versions of libraries."""
-    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "hf"])
-    text = (tmp_path / "out" / "export.json").read_text()
-    assert str(tmp_path) not in text and str(run.parent) not in text
-    info = json.loads(text)
-    assert info["versions"].keys() == {"torch", "safetensors", "onnx", "onnxruntime"}
-    saved = json.loads((run / "adapter" / "adapter.json").read_text())
-    assert (info["base"], info["adapter"]) == (saved["fingerprint"], saved["sha256"])
-    assert (info["arguments"]["run"], info["model"]) == ("run", "model")
 
 
 def test_the_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,21 +324,6 @@ def test_the_newest_run_is_taken_and_named(run: Path, tmp_path: Path, monkeypatc
     assert capsys.readouterr().out.startswith("exports runs/mine\n")
 
 
-@pytest.mark.parametrize("flags", ["--task number", "--routing freeze",
-                                   "--layout peft", "--adapters",
-                                   "--limit-test 5"])
-def test_what_needs_adapters_is_refused_without_them(run: Path, tmp_path: Path, flags: str,
-                                                     capsys: pytest.CaptureFixture[str],
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)                                # where no run is
-    flag = flags.split()[0]
-    with pytest.raises(ValueError, match=f"no run yet .* base has no adapters .* out {flag}"):
-        export.main(flags.split())
-    with pytest.raises(SystemExit):
-        export.main(["--model", str(run.parent / "model"), *flags.split()])
-    assert f"leave out {flag}" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
 def test_a_run_that_has_not_finished_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               ) -> None:
     """The untrained toy would go out in its place."""
@@ -370,11 +337,13 @@ def test_a_run_that_has_not_finished_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 def test_flags_that_are_not_given_have_their_defaults(run: Path, tmp_path: Path) -> None:
-    export.main([str(run), "--out", str(tmp_path / "out")])
-    arguments = json.loads((tmp_path / "out" / "export.json").read_text())["arguments"]
+    """And nothing is written into the run, which may lie where nothing can be."""
+    before = {f: f.stat().st_mtime_ns for f in (run, *run.rglob("*"))}
+    arguments = ship(tmp_path / "out", run)["arguments"]
     wanted = ExportConfig(run="run", out=arguments["out"], context=128, precision="int4-8",
                           block=32)
     assert arguments == asdict(wanted)
+    assert before == {f: f.stat().st_mtime_ns for f in (run, *run.rglob("*"))}
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [
@@ -398,12 +367,16 @@ def test_what_auto_becomes(flags: str, wanted: tuple[str, int | None]) -> None:
     assert (resolved.precision, resolved.block) == wanted
 
 
-def test_a_base_is_rounded_for_its_prompts(run: Path, tmp_path: Path) -> None:
+def test_a_base_is_rounded_for_its_prompts_or_to_the_nearest(
+        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In 4 bits without prompts, it is said."""
     (tmp_path / "lines").write_text("".join(f"say {i}\n" for i in range(32)))
     tensors = []
-    for name, more in (("plain", []), ("prompts", ["--prompts", str(tmp_path / "lines")])):
-        export.main(["--model", str(run.parent / "model"), "--precision", "int4",
-                     "--out", str(tmp_path / name), *more])
+    for name, more, said in (("a", "int4", True), ("b", "int4 --prompts", False),
+                             ("c", "int8", False)):
+        more += f" {tmp_path / 'lines'}" * more.endswith("prompts")
+        ship(tmp_path / name, "--model", run.parent / "model", "--precision", more)
+        assert ("each number rounded to the nearest (--prompts" in capsys.readouterr().out) == said
         graph = onnx.load(tmp_path / name / "model.onnx").graph
         tensors.append({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer})
     for name, before in tensors[0].items():
@@ -467,25 +440,22 @@ def test_an_npu_cache_ends_within_a_window(run: Path) -> None:
 
 
 def test_a_static_graph_is_compared_as_far_as_its_past_reaches(run: Path, tmp_path: Path) -> None:
-    flags = [str(run), "--target", "portable", "--out", str(tmp_path / "out"), "--static"]
-    for sizes, more in ("1x16x30", []), ("1x80x64", ["--context", "64"]):    # least of the two
+    flags = run, "--target portable --static"
+    for sizes in "1x16x30", "1x80x64 --context 64":           # the least of the two
         with pytest.raises(ValueError, match=r"--static with \d+ past .* need \d+$") as said:
-            export.main([*flags, sizes, *more])
+            ship(tmp_path / "out", *flags, sizes)
     with pytest.raises(ValueError, match=r"--static with 30 past positions .* need \d+$") as said:
-        export.main([*flags, "1x16x30"])
+        ship(tmp_path / "out", *flags, "1x16x30")
     least = int(str(said.value).split()[-1])
     assert least >= len(PROMPT) + 16
-    export.main([*flags, f"1x16x{least}"])                     # room for one token alone
-    assert json.loads((tmp_path / "out" / "export.json").read_text())["checked"]
+    assert ship(tmp_path / "out", *flags, f"1x16x{least}")["checked"]    # room for one token alone
 
 
 def test_answers_that_a_static_past_cannot_hold_are_left_out(run: Path, tmp_path: Path,
                                                              capsys) -> None:
-    flags = [str(run), "--target", "portable", "--static"]
-    export.main([*flags, "1x8x40", "--out", str(tmp_path / "a")])
+    checked = ship(tmp_path / "a", run, "--target portable --static 1x8x40")["checked"]
     assert capsys.readouterr().out.count("no exact match, as an answer may have") == 2
-    checked = json.loads((tmp_path / "a" / "export.json").read_text())
-    assert checked["checked"][""]["exact_match"] == {}
+    assert checked[""]["exact_match"] == {}
 
 
 def test_an_export_is_measured_beside_the_model_as_it_was_trained(
@@ -500,9 +470,8 @@ def test_an_export_is_measured_beside_the_model_as_it_was_trained(
     with mock.patch.object(freeze, "RIDGES", ()), mock.patch.object(
             freeze, "constant_gates", lambda layer, h, gh: 0 * h[0, :layer.experts]
             ), mock.patch.object(verify, "evaluate", all_right):
-        export.main([str(run), "--out", str(tmp_path / "out"), "--precision", "fp32", "--prompts",
-                     str(tmp_path / "lines")])
-    checked = json.loads((tmp_path / "out" / "export.json").read_text())["checked"][""]
+        checked = ship(tmp_path / "out", run, "--precision fp32 --prompts", tmp_path / "lines"
+                       )["checked"][""]
     assert checked["graph_error"] < 1e-4 and checked["texts_equal"] < checked["texts"]
     said, warned = capsys.readouterr()
     assert "one linear map misses 100 % of what the mixtures write" in warned
@@ -521,14 +490,13 @@ def test_what_float16_does_not_hold_is_refused_before_the_work(
     for part, factor in (("gate_proj", 3e3), ("up_proj", 4e2), ("down_proj", 3e-5)):
         tensors[f"model.layers.1.mlp.{part}.weight"] *= factor
     save_file(tensors, base / "model.safetensors")
-    args = ["--model", str(base), "--out", str(tmp_path / "out"), "--precision", precision,
-            "--layout", layout]
+    args = "--model", base, "--precision", precision, "--layout", layout
     if not ends:
-        export.main(args)
+        ship(tmp_path / "out", *args)
         return
     monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj reads or writes .*e\+.*65504"):
-        export.main(args)
+        ship(tmp_path / "out", *args)
 
 
 @pytest.mark.parametrize("flags", ["--precision fp32", "--size 0.05"])
@@ -541,21 +509,11 @@ def test_a_base_of_16_bits_is_exported_without_a_copy_in_float32(run: Path, tmp_
     assert sum(w.nbytes for w in model.parameters()) < 1.1 * sum(
         w.nbytes // 2 for w in tensors.values())
     (tmp_path / "lines").write_text("say 5\nsay 6\n")
-    export.main(["--model", str(base), "--out", str(tmp_path / "out"), "--dtype", "float32",
-                 *flags.split(), *["--prompts", str(tmp_path / "lines")] * ("--size" in flags)])
+    prompts = f"--prompts {tmp_path / 'lines'}" if "--size" in flags else ""
+    ship(tmp_path / "out", "--model", base, "--dtype float32", flags, prompts)
     given = torch.from_dlpack(next(Generator(tmp_path / "out").forced(PROMPT, []))).flatten()
     wanted = load_model(base)(torch.tensor([PROMPT]))[0, -1]
     assert (given - wanted).abs().max() < (0.2 if "--size" in flags else 1e-4) * wanted.abs().max()
-
-
-def test_a_base_that_no_text_calibrates_is_said_to_be_rounded_to_the_nearest(
-        run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "lines").write_text("say 5\nsay 6\n")
-    flags = ["--model", str(run.parent / "model"), "--out"]
-    for name, more, said in (("a", [], True), ("b", ["--prompts", str(tmp_path / "lines")], False),
-                             ("c", ["--precision", "int8"], False)):
-        export.main([*flags, str(tmp_path / name), *more])
-        assert ("each number rounded to the nearest (--prompts" in capsys.readouterr().out) == said
 
 
 def test_calibration_takes_a_share_of_the_tokens(run: Path, monkeypatch) -> None:
@@ -580,12 +538,11 @@ def test_calibration_takes_a_share_of_the_tokens(run: Path, monkeypatch) -> None
 
 def test_a_browser_gets_one_graph_for_wasm_and_one_for_webgpu(
         run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export.main([str(run), "--out", str(tmp_path / "web"), "--layout", "web"])
+    info = ship(tmp_path / "web", run, "--layout web")
     said = capsys.readouterr().out
     assert "writes q4f16 in blocks of 32; --precision" in said and "writes q8; --precision" in said
     assert said.count("median residual") == 1                # both graphs share one freezing
     assert f"python -m minismoe.runtime {tmp_path / 'web'} --serve" in said
-    info = json.loads((tmp_path / "web" / "export.json").read_text())
     assert info["precision"] == "q8" and "index.html" in info["files"]
     other = info["other_graph"]
     assert (info["arguments"]["precision"], other["arguments"]["precision"]) == ("q8", "q4f16")
@@ -639,8 +596,7 @@ def test_a_browsers_graph_is_compared_as_it_ships(run: Path, tmp_path: Path,
 
     monkeypatch.setattr(graphs, "put_in_steps", break_logits)
     with pytest.raises(ValueError, match="not what PyTorch computes with the same rounded weights"):
-        export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "web", "--precision",
-                     "q8"])
+        ship(tmp_path / "out", run, "--layout web --precision q8")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -658,17 +614,16 @@ def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precis
                 other.set_submodule(name, BlockLinear(layer.weight, layer.bias))
         write(file, other, form)
 
-    args = [str(run), "--out", str(tmp_path / "out"), "--precision", precision, *flags.split()]
+    args = run, "--precision", precision, flags
     monkeypatch.setattr(layouts, "write_decoder", broken)
     with pytest.raises(ValueError, match="with the same rounded weights: .* explains 0.0001"):
-        export.main(args)
+        ship(tmp_path / "out", *args)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(verify, "compare_rounded", lambda *_: {"graph_error": 0.0})
-    export.main(args)
+    ship(tmp_path / "out", *args)
     monkeypatch.setattr(verify, "compare_rounded", check)
     monkeypatch.setattr(layouts, "write_decoder", write)
-    export.main([*args, "--out", str(tmp_path / "whole")])
-    checked = json.loads((tmp_path / "whole" / "export.json").read_text())["checked"][""]
+    checked = ship(tmp_path / "whole", *args)["checked"][""]
     assert checked["graph_error"] < 1e-5 < checked["logits_error"]
 
 
@@ -685,17 +640,8 @@ def test_experts_are_compared_as_the_graph_stores_them(run: Path, tmp_path: Path
         return check(model, *args)
 
     monkeypatch.setattr(verify, "compare_rounded", compare_and_see)
-    export.main([str(run), "--out", str(tmp_path / "out"), "--layout", "web", "--routing",
-                 "dynamic", "--precision", precision])
+    ship(tmp_path / "out", run, "--layout web --routing dynamic --precision", precision)
     assert seen and set(seen) == {rounds}
-
-
-def test_every_adapter_is_compared_in_few_bits(run: Path, tmp_path: Path, capsys) -> None:
-    export.main([str(run), "--out", str(tmp_path / "out"), "--precision", "int4-8", "--adapters"])
-    checked = json.loads((tmp_path / "out" / "export.json").read_text())["checked"]
-    assert set(checked) == {"", "number", "twice"}
-    assert all(seen["graph_error"] < 1e-5 for seen in checked.values())
-    assert capsys.readouterr().out.count(": computes its weights within ") == 3
 
 
 @pytest.mark.parametrize("tolerance", [verify.FLOAT32, math.inf])
@@ -713,80 +659,6 @@ def test_what_is_no_number_is_refused(run: Path, tolerance: float, wrong: float)
         broken = SimpleNamespace(lm_head=base.lm_head, model=decoder)
         with pytest.raises(ValueError, match="not what PyTorch computes"):
             compare.compare_logits(wanted, compare.logits(broken, prompts, texts), tolerance)
-
-
-def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(FileExistsError, match="exists already"):
-        export.main([str(run), "--out", str(tmp_path / "out"), "--routing", "dynamic"])
-    assert (tmp_path / "out" / "mine").read_text() == "x"
-
-
-@pytest.mark.parametrize("flags, reason", [
-    ("--static 1x1x8", "--static needs --target portable or npu"),
-    ("--static 1xtwo", "invalid 1xTxP value"),
-    ("--layout hf --routing dynamic", "holds no graph: leave out --routing dynamic"),
-    ("--layout hf --precision int4", "holds no graph"),
-    ("--routing dynamic --task number", "--routing dynamic freezes nothing"),
-    ("--adapters --routing freeze", "--adapters freezes for each task, beside a base"),
-    ("--layout web --target portable", "--layout web needs --target ort"),
-    ("--precision q8 --target portable", "--precision q8 needs --target ort"),
-    ("--precision q8 --block 32", "--precision q8 of --target ort has no blocks"),
-    ("--target npu --block 32", "of --target npu has no blocks: leave out --block"),
-    ("--precision fp32 --block 32", "--precision fp32 of --target ort has no blocks"),
-    ("--layout peft --model x", "a base has no adapters (--prompts FILE calibrates 4 bits and "
-     "NPUs): leave out RUN and --layout peft"),
-    ("--task number --prompts x", "--prompts has no tasks"),
-    ("--adapters --layout web", "layout onnx or genai: leave out --layout web"),
-    ("--adapters --task number", "--adapters freezes for each task, beside a base"),
-    ("--static 1x1x9 --target portable --layout genai", "layout onnx: leave out --layout genai"),
-    ("--layout hf --routing freeze", "holds no graph: leave out --routing freeze"),
-    ("--layout peft --context 64 --block 32", "holds no graph: leave out --context and --block"),
-    ("--routing dynamic --task x", "--routing dynamic freezes nothing: leave out --task"),
-    ("--target npu --precision int4", "--precision int4 needs --target ort or portable"),
-    ("--precision w8a16", "--precision w8a16 needs --target npu"),
-    ("--provider qnn:60", "--provider qnn needs --target npu"),
-    ("--layout hf --provider webgpu", "holds no graph: leave out --provider"),
-    ("--target npu --static 2x8x64", "invalid 1xTxP value: '2x8x64'"),
-    ("--target npu --static 1x8x64 --context 64", "leave out --context"),
-    ("--target npu --layout genai", "--layout genai needs --target ort or portable"),
-    ("--target npu --routing dynamic", "--target npu holds one merged model"),
-    ("--size 9 --layout web", "transformers.js takes one kind of blocks: leave out --size"),
-    ("--size 9 --layout hf", "holds no graph: leave out --size"),
-    ("--size 9 --routing freeze", "experts beside the weights take blocks of one size"),
-    ("--size 9 --adapters", "experts beside the weights take blocks of one size"),
-    ("--size 9 --block 32", "--block stores all matrices alike: leave out --size"),
-    ("--size 9 --precision int4", "int4 of --target ort stores all matrices alike"),
-    ("--size 9 --target portable", "of --target portable stores all matrices alike"),
-    ("--size 9 --target npu --precision w8a16", "w8a16 of --target npu stores all matrices"),
-    ("--size 0", "0 is not above 0"),
-])
-def test_wrong_usage(run: Path, flags: str, reason: str,
-                     capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        export.main([str(run), *flags.split()])
-    assert end.value.code == 2 and reason in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", ["--precision int8", "--precision q8", "--precision fp32",
-                                   "--layout hf"])
-def test_prompts_that_change_nothing_in_a_base_are_refused(
-        flags: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)                                # where no run is
-    with pytest.raises(ValueError, match="no run yet .* calibrates .*: leave out .*--prompts"):
-        parse(["--prompts", "x", *flags.split()], "")
-    with pytest.raises(SystemExit):
-        parse(["--model", "base", "--prompts", "x", *flags.split()], "")
-    assert "calibrates 4 bits and NPUs): leave out " in (said := capsys.readouterr().err)
-    assert "--prompts" in said.partition("leave out")[2]
-
-
-def test_an_export_writes_nothing_into_its_run(run: Path, tmp_path: Path) -> None:
-    """It may lie where nothing can be written."""
-    before = {f: f.stat().st_mtime_ns for f in (run, *run.rglob("*"))}
-    export.main([str(run), "--out", str(tmp_path / "out")])
-    assert before == {f: f.stat().st_mtime_ns for f in (run, *run.rglob("*"))}
 
 
 @pytest.mark.parametrize("flags, reason", [
@@ -816,7 +688,7 @@ def test_a_disk_without_room_is_seen_before_the_work(run: Path, tmp_path: Path, 
     monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9_000))
     with pytest.raises(OSError, match=r"out: the disk has 0.0 MB left, and the weights take 0.\d"):
-        export.main([str(run), "--out", str(tmp_path / "out"), *flags.split()])
+        ship(tmp_path / "out", run, flags)
     assert not list(tmp_path.iterdir())
 
 
@@ -829,20 +701,11 @@ def test_a_base_in_this_folder_keeps_its_name(run: Path, tmp_path: Path,
         "merge-onnx-int4-8"]
 
 
-def test_a_folder_that_is_no_run_is_one_line() -> None:
-    done = python("export.py", ROOT / "tests")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "is no run of train.py" in done.stderr
-
-
 @pytest.mark.parametrize("name", ["model", "data"])
 def test_a_run_whose_inputs_moved_says_how_to_name_them(run, tmp_path, name) -> None:
-    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
-    saved = json.loads((run / "config.json").read_text())
-    saved["arguments"][name] = str(tmp_path / "elsewhere")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    moved = copied(run, tmp_path / "run", **{name: str(tmp_path / "elsewhere")})
     with pytest.raises(ValueError, match=f"--{name} FOLDER .*no such {name} folder: .*elsewhere"):
-        export.main([str(tmp_path / "run")])
+        export.main([str(moved)])
 
 
 def test_every_task_is_checked_until_there_are_enough_prompts() -> None:

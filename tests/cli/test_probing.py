@@ -2,8 +2,6 @@
 
 import re
 
-from tiny import succeed
-
 import probe
 from minismoe.cli.flags import InputConfig
 from minismoe.cli.inputs import load_inputs
@@ -12,9 +10,9 @@ from minismoe.method.bits import harms
 from minismoe.model.quantize import dequantize, quantize
 
 
-def test_bits_prints_the_harm_of_each_matrix_and_makes_no_folder(inputs, tmp_path, capsys) -> None:
+def test_bits_prints_the_harm_of_each_matrix_and_makes_no_folder(inputs, tmp_path, succeed) -> None:
     out = succeed(probe.main, *inputs, "--bits", "--samples", "4", "--dtype", "float32", "--out",
-                  str(tmp_path / "run"), capsys=capsys)
+                  tmp_path / "run")
     assert not (tmp_path / "run").exists()
     printed = dict(re.findall(r"4 bits in blocks of (\d+): (\S+) nats a token in all", out))
     read = load_inputs(InputConfig(model=inputs[1], data=inputs[3], device="cpu", dtype="float32"))

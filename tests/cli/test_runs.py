@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import finish, succeed
+from tiny import QUICK, finish, write_lines
 from torch import nn
 
 import export
@@ -20,6 +20,7 @@ from minismoe.cli.flags import AllocationConfig, InputConfig
 from minismoe.data.lines import with_system
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
+from minismoe.io.files import read_json
 from minismoe.runtime.folder import trained_system
 from minismoe.training import evaluate, verdict
 
@@ -40,32 +41,27 @@ def test_results_hold_shares_intervals_and_their_mean() -> None:
     assert runs.results_json({"text": before["text"]}, {"text": after["text"]}, {})["mean"] == {}
 
 
-def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, capsys) -> None:
+def test_free_text_is_judged_by_its_tokens(inputs, tmp_path, succeed) -> None:
     """Answers are generated for the samples alone; one prompt fills the context."""
     story, context = "once upon a time " * 4, 2048
-    (tmp_path / "t").mkdir()
-    for name, first in ("train", 0), ("test", 30):
-        (tmp_path / "t" / f"{name}.jsonl").write_text("".join(
-            json.dumps({"prompt": f"tell {i}", "completion": f"{story}{i}"}) + "\n"
-            for i in range(first, first + 8)))
-    with (tmp_path / "t" / "test.jsonl").open("a") as f:
-        f.write(json.dumps({"prompt": "x" * 2 * context, "completion": "y"}) + "\n")
+    for name, first, more in ("train", 0, []), ("test", 30, [("x" * 2 * context, "y")]):
+        write_lines(tmp_path / "t" / f"{name}.jsonl", more + [
+            (f"tell {i}", f"{story}{i}") for i in range(first, first + 8)])
     run = tmp_path / "run"
-    out = succeed(train.main, *inputs[:2], "--data", str(tmp_path / "t"), "--epochs", "1", "--out",
-                  str(run), capsys=capsys)
+    out = succeed(train.main, *inputs[:2], "--data", tmp_path / "t", *QUICK, "--out", run)
     assert "1 test lines left out: their prompts fill the model's context" in out
-    task = json.loads((run / "results.json").read_text())["tasks"]["t"]
+    task = read_json(run / "results.json")["tasks"]["t"]
     assert "after" not in task and 0 <= task["token_accuracy"]["after"] <= 1
-    (answers,) = json.loads((run / "after.json").read_text()).values()
+    (answers,) = read_json(run / "after.json").values()
     assert [s.keys() for s in answers["samples"]] == [{"prompt", "expected", "before", "after"}] * 5
     assert [s["prompt"] for s in answers["samples"]] == [f"tell {i}" for i in range(30, 35)]
     assert out.count("t: prompt:") == 5 and "exact match" not in out
-    code, out, err = finish(train.main, "--init", str(run), "--epochs", "0", "--exact-match", "on",
-                            "--out", str(tmp_path / "compared"), capsys=capsys)
-    assert code == 0 and re.search(r"t +0.000 +0.000 .* 8\n", out), err
+    out = succeed(train.main, "--init", run, "--epochs", "0", "--exact-match", "on", "--out",
+                  tmp_path / "compared")
+    assert re.search(r"t +0.000 +0.000 .* 8\n", out)
 
 
-def test_a_test_that_overflows_goes_on_in_halves(inputs, tmp_path, capsys, monkeypatch) -> None:
+def test_a_test_that_overflows_goes_on_in_halves(inputs, tmp_path, succeed, monkeypatch) -> None:
     pack = evaluate.Tokens
 
     def tight(ids, *rest):
@@ -74,29 +70,26 @@ def test_a_test_that_overflows_goes_on_in_halves(inputs, tmp_path, capsys, monke
         return pack(ids, *rest)
 
     monkeypatch.setattr(evaluate, "Tokens", tight)
-    out = succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", "--out",
-                  str(tmp_path / "run"), capsys=capsys)
+    out = succeed(train.main, *inputs, *QUICK, "--out", tmp_path / "run")
     halves = [line for line in out.splitlines() if "out of memory" in line]
     assert halves == [f"out of memory, so from now on evaluation takes {n} examples at a time"
                       for n in (16, 8, 4, 2)] * 3        # before, in training, and after
 
 
-def test_a_long_validation_line_is_left_out(inputs, tmp_path, capsys) -> None:
+def test_a_long_validation_line_is_left_out(inputs, tmp_path, succeed) -> None:
     """Without test lines, answers to validation lines are shown, and none fits behind it."""
-    (tmp_path / "t").mkdir()
     for name, prompts in ("train", "ab"), ("valid", ("x" * 4096, "c")):
-        (tmp_path / "t" / f"{name}.jsonl").write_text("".join(
-            json.dumps({"prompt": prompt, "completion": "y"}) + "\n" for prompt in prompts))
-    code, out, err = finish(train.main, *inputs[:2], "--data", str(tmp_path / "t"), "--epochs", "1",
-                            "--limit-test", "0", "--out", str(tmp_path / "run"), capsys=capsys)
-    assert code == 0 and "1 validation lines left out: their prompts fill" in out, err
+        write_lines(tmp_path / "t" / f"{name}.jsonl", ((prompt, "y") for prompt in prompts))
+    out = succeed(train.main, *inputs[:2], "--data", tmp_path / "t", "--epochs", "1",
+                  "--limit-test", "0", "--out", tmp_path / "run")
+    assert "1 validation lines left out: their prompts fill" in out
     assert out.count("t: prompt:") == 1
 
 
-def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path, capsys) -> None:
+def test_a_run_without_a_test_shows_answers_to_validation_lines(inputs, tmp_path, succeed) -> None:
     out = succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", "--limit-test", "0",
-                  "--out", str(tmp_path), capsys=capsys)
-    results = json.loads((tmp_path / "results.json").read_text())
+                  "--out", tmp_path)
+    results = read_json(tmp_path / "results.json")
     assert results["mean"] == {} and results["tasks"]["sum"]["loss"]["after"] is None
     assert out.count(": prompt:") == 5 and "perplexity" not in out
 
@@ -175,63 +168,40 @@ def test_a_rank_that_a_file_overrules_is_said(inputs, tmp_path, capsys) -> None:
         assert ("says rank 2, which is taken, and not 3" in capsys.readouterr().err) == said
 
 
-def test_a_finished_run_is_left_as_it_is(inputs, tmp_path, capsys, monkeypatch) -> None:
-    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
-    succeed(train.main, *known, capsys=capsys)
+def test_a_finished_run_is_left_as_it_is(finished, tmp_path, succeed, monkeypatch) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
     monkeypatch.setattr(train, "load_inputs", lambda *_: pytest.fail("it loads"))
-    code, out, _ = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
-    assert code == 0 and out == f"nothing is missing: {tmp_path} holds its results\n"
-    shutil.rmtree(tmp_path / "adapter")
+    out = succeed(train.main, "--resume", "--out", run)
+    assert out == f"nothing is missing: {run} holds its results\n"
+    shutil.rmtree(run / "adapter")
     with pytest.raises(pytest.fail.Exception, match="it loads"):
-        finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
+        succeed(train.main, "--resume", "--out", run)
 
 
-def test_a_resumed_run_may_change_few_flags(inputs, tmp_path, capsys) -> None:
-    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(tmp_path)
-    succeed(train.main, *known, capsys=capsys)
-    (tmp_path / "results.json").unlink()
-    more = "--resume", "--out", str(tmp_path), "--checkpoint-every", "5", "--patience", "9"
+def test_a_resumed_run_may_change_few_flags(run, capsys, succeed) -> None:
+    more = "--resume", "--out", run, "--checkpoint-every", "5", "--patience", "9"
     code, _, err = finish(train.main, *more, "--lr", "0.5", "--epochs", "2", capsys=capsys)
     assert code == 1 and re.search(r"flags: --epochs 2 \(was 1\), --lr 0.5 \(was .*\)\. It may "
                                    "change --model, --data, --checkpoint-every, --patience, "
-                                   f".*; another run .*: --init {tmp_path}$", err)
-    succeed(train.main, *more, capsys=capsys)
-    assert runs.saved_config(tmp_path)["arguments"]["checkpoint_every"] == 5
+                                   f".*; another run .*: --init {run}$", err)
+    succeed(train.main, *more)
+    assert runs.saved_config(run)["arguments"]["checkpoint_every"] == 5
 
 
-def test_a_run_goes_on_where_its_model_and_data_moved_to(inputs, tmp_path, capsys) -> None:
-    run, model, data = (tmp_path / name for name in ("run", "model", "data"))
-    known = *inputs, "--samples", "2", "--epochs", "1", "--out", str(run)
-    succeed(train.main, *known, capsys=capsys)
-    results = json.loads((run / "results.json").read_text())["tasks"]
-    shutil.copytree(inputs[1], model)
-    shutil.copytree(inputs[3], data)
-    moved = "--resume", "--out", str(run), "--model", str(model), "--data", str(data)
-    assert finish(train.main, *moved, capsys=capsys)[0] == 0         # finished, but now elsewhere
+def test_a_run_goes_on_where_its_model_and_data_moved_to(inputs, finished, tmp_path, succeed, fails,
+                                                         ) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    model, data = (shutil.copytree(inputs[i], tmp_path / f"copy-{i}") for i in (1, 3))
+    results = read_json(run / "results.json")["tasks"]
+    moved = "--resume", "--out", run, "--model", model, "--data", data
+    succeed(train.main, *moved)                          # finished, but now elsewhere
     arguments = runs.saved_config(run)["arguments"]
     assert (arguments["model"], arguments["data"]) == (str(model), str(data))
-    assert json.loads((run / "results.json").read_text())["tasks"] == results
-    assert "nothing is missing" in finish(train.main, *moved, capsys=capsys)[1]
+    assert read_json(run / "results.json")["tasks"] == results
+    assert "nothing is missing" in succeed(train.main, *moved)
     (run / "results.json").unlink()
     (file := next(data.rglob("test.jsonl"))).write_text(file.read_text().split("\n")[0] + "\n")
-    code, _, err = finish(train.main, *moved, capsys=capsys)
-    assert code == 1 and "began with other inputs: task " in err
-
-
-def test_a_name_that_another_run_took_meanwhile_is_left_to_it(inputs, tmp_path, monkeypatch,
-                                                              capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    measure, first = probing.measure, tmp_path / "runs" / "model-1"
-
-    def slow(*args):
-        first.mkdir(parents=True)
-        (first / "config.json").write_text("another's")
-        return measure(*args)
-
-    monkeypatch.setattr(probing, "measure", slow)
-    succeed(train.main, *inputs, "--samples", "2", "--epochs", "1", capsys=capsys)
-    assert [f.name for f in first.iterdir()] == ["config.json"]
-    assert (tmp_path / "runs" / "model-2" / "results.json").exists()
+    fails(train.main, *moved, says="began with other inputs: task ")
 
 
 def measured(monkeypatch, count: int, **flags: object) -> list[list[float]]:
@@ -261,7 +231,7 @@ def test_the_overlap_is_that_of_the_targets(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.split()[-1] == f"{float(even == odd):.2f}"
 
 
-def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path, capsys) -> None:
+def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path, succeed) -> None:
     config = InputConfig(model=inputs[1], data=inputs[3], system="Be brief.")
     for task in cli.read_tasks(config):
         for lines in (task.train, task.valid, task.test):
@@ -269,24 +239,21 @@ def test_a_system_prompt_is_added_and_remembered_by_the_export(inputs, tmp_path,
             assert all([m["role"] for m in line[1:]] == ["user", "assistant"] for line in lines)
     own = [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "q"}]
     assert with_system(own, "Be brief.") == own
-    run, out = str(tmp_path / "run"), tmp_path / "out"
+    run, out = tmp_path / "run", tmp_path / "out"
     succeed(train.main, *inputs, "--only-tasks", "sum", "--epochs", "1", "--system", "Be brief.",
-            "--out", run, capsys=capsys)
-    succeed(export.main, run, "--precision", "fp32", "--target", "portable", "--out", str(out),
-            capsys=capsys)
+            "--out", run)
+    succeed(export.main, run, "--precision", "fp32", "--target", "portable", "--out", out)
     assert trained_system(out) == [{"role": "system", "content": "Be brief."}]
 
 
-def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_path, capsys) -> None:
+def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_path, succeed,
+                                                                  ) -> None:
     quick = ("--samples", "2", "--rank", "2", "--dtype", "float32", "--exact-match", "off")
     first, judged, more = (tmp_path / name for name in ("first", "judged", "more"))
-    assert finish(train.main, *inputs, *quick, "--epochs", "4", "--lr", "0.02", "--out", str(first),
-                  capsys=capsys)[0] == 0
+    succeed(train.main, *inputs, *quick, "--epochs", "4", "--lr", "0.02", "--out", first)
     for flags, out in ((("--epochs", "0"), judged), (("--epochs", "1", "--lr", "1e-3"), more)):
-        succeed(train.main, "--init", str(first), *flags, *quick[4:], "--out", str(out),
-                capsys=capsys)
-    tasks = [json.loads((run / "results.json").read_text())["tasks"]
-             for run in (first, judged, more)]
+        succeed(train.main, "--init", first, *flags, *quick[4:], "--out", out)
+    tasks = [read_json(run / "results.json")["tasks"] for run in (first, judged, more)]
     for name, task in tasks[0].items():
         assert "after" not in task
         assert task["loss"]["after"] < task["loss"]["before"] - 0.1
@@ -301,5 +268,5 @@ def test_a_run_goes_on_from_the_experts_of_another_or_judges_them(inputs, tmp_pa
     adapters = [(run / "adapter" / "adapter.safetensors").read_bytes() for run in (first, judged)]
     assert adapters[0] == adapters[1]
     for run in (judged, more):
-        identity = json.loads((run / "config.json").read_text())["identity"]
+        identity = read_json(run / "config.json")["identity"]
         assert identity["the adapter of --init"] == hashlib.sha256(adapters[0]).hexdigest()[:16]

@@ -25,7 +25,7 @@ from minismoe.data.tasks import (
     shared_instruction,
     supervised_spans,
 )
-from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Message, Tokenizer, load_tokenizer
+from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Message, Tokenizer
 from minismoe.method.loss import IGNORE
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -127,8 +127,7 @@ def test_unicode_line_ends_and_crlf_survive(tmp_path: Path, form: str) -> None:
     ('{"prompt": "a", "completion": "b", "system": 1}', "system must be a string, and is int"),
     ('{"prompt": " ", "completion": "b"}', "is empty"),
     ('{"prompt": "a", "completion": "\\n"}', "is empty"),
-    ('{"messages": []}', "no list, or empty"),
-    ('{"messages": {"role": "user"}}', "no list, or empty"),
+    *((f'{{"messages": {wrong}}}', "no list, or empty") for wrong in ("[]", '{"role": "user"}')),
     ('{"messages": [{"role": "assistant"}]}', "a string role and a string content"),
     ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "parts that are no text"),
     ('{"conversations": [{"from": 1}]}', "a string role"),
@@ -231,6 +230,9 @@ def test_each_kind_of_file_holds_the_same_lines(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(text)
     with pytest.raises(ValueError, match="holds b twice: b.json and b.jsonl"):
         load_tasks(tmp_path)
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(ValueError, match="holds b twice, as a folder and as a file"):
+        load_tasks(put(tmp_path, b__train=text))
 
 
 @pytest.mark.parametrize("name, content", [
@@ -416,8 +418,7 @@ def test_supervised_are_the_assistants_turns(chatml: Tokenizer) -> None:
     end = chatml.backend.special["<|im_end|>"]
     assert example.labels.count(end) == 3
     taught = [t for t in example.labels if t != IGNORE]
-    assert chatml.decode(taught) == "".join(
-        m["content"] for m in MULTI if m["role"] == "assistant")
+    assert chatml.decode(taught) == "".join(m["content"] for m in MULTI if m["role"] == "assistant")
 
 
 @pytest.mark.parametrize("backend", ["bytes", "bpe"])
@@ -500,8 +501,7 @@ def test_truncated_and_dropped_are_counted() -> None:
     edge = conversation(9, 5)                    # one answer token is left
     result = encode_all(Task("t", [fits, lost, cut, edge], []), tokenizer, max_length=10)
     a, no = ord("a"), IGNORE
-    assert [e.labels for e in result] == [
-        [no] * 4 + [a] * 6, [no] * 6 + [a] * 4, [no] * 9 + [a]]
+    assert [e.labels for e in result] == [[no] * 4 + [a] * 6, [no] * 6 + [a] * 4, [no] * 9 + [a]]
     assert all(len(e.ids) == 10 and e.task == "t" for e in result)
     assert [(e.index, e.cut) for e in result] == [(0, False), (2, True), (3, True)]
     # A label at position 0 is never predicted, so alone it teaches nothing.
@@ -564,23 +564,6 @@ def test_probe_batches_hold_the_examples_asked_for() -> None:
     assert [tuple(ids.shape) for ids, _, _ in batches] == [(3, 3), (1, 4)]
     assert [mask.sum(1).tolist() for _, mask, _ in batches] == [[1, 2, 3], [4]]
     assert [ids[:, 0].tolist() for ids, _, _ in batches] == [[1, 3, 4], [2]]
-
-
-def test_a_real_tokenizer_end_to_end(bpe: Path, tmp_path: Path) -> None:
-    """From lines on disk to a batch whose labels spell the answers."""
-    (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
-        {"eos_token": "<|im_end|>", "chat_template": CHATML}))
-    tokenizer = load_tokenizer(tmp_path)
-    task, = load_tasks(put(tmp_path / "data", a__train=lines(PAIR, {"messages": MULTI})))
-    encoded = encode_all(task, tokenizer, 512)
-    assert not any(e.cut for e in encoded)
-    ids, mask, labels = collate(encoded, tokenizer.pad_id)
-    assert [tokenizer.decode(row[row != IGNORE].tolist()) for row in labels] == [
-        "".join(m["content"] for m in c if m["role"] == "assistant") for c in task.train]
-    taught = labels != IGNORE
-    assert torch.equal(labels[taught], ids[taught])
-    assert mask[taught].all()
 
 
 def test_a_byte_order_mark_and_what_a_mac_leaves_are_no_lines(tmp_path) -> None:

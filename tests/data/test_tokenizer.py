@@ -21,30 +21,11 @@ from minismoe.data.tokenizer import (
     load_tokenizer,
 )
 from minismoe.export.layouts import copy_tokenizer
+from minismoe.io.files import read_json
 
 TEXT = "the naïve café 日本 🙂\u2028\u0085 <|im_end|> end"
 
 # In the style of published templates, written for these tests.
-LLAMA3 = """{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content'] | trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{%- if tools is not none %}
-    {{- "Environment: ipython\\n" }}
-{%- endif %}
-{{- system_message + "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {{- message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
 GEMMA = """{{- bos_token -}}
 {%- set start = namespace(text='', turns=messages) -%}
 {%- if messages[0].role == 'system' -%}
@@ -70,36 +51,12 @@ GEMMA = """{{- bos_token -}}
     {{- '<start_of_turn>model\n' -}}
 {%- endif -%}
 """
-MISTRAL = """{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-{%- set ns = namespace(index=0) %}
-{{- bos_token }}
-{%- for message in loop_messages %}
-    {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
-        {{- raise_exception("roles must alternate user/assistant") }}
-    {%- endif %}
-    {%- set ns.index = ns.index + 1 %}
-    {%- if message["role"] == "user" %}
-        {%- if loop.last and system_message is defined %}
-            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
-        {%- else %}
-            {{- "[INST] " + message["content"] + "[/INST]" }}
-        {%- endif %}
-    {%- else %}
-        {{- " " + message["content"] | trim + eos_token }}
-    {%- endif %}
-{%- endfor %}
-"""
 CONTROLS = """{% for message in messages %}
     {% if message.role == 'system' %}{% continue %}{% endif %}
     {% if loop.index > 3 %}{% break %}{% endif %}
 {{ message | tojson }}{{ message.content | tojson(indent=2) }}
 {{ message | tojson(separators=(',', ':'), sort_keys=true) }}
-    {% endfor %}{{ documents is none }}"""
+    {% endfor %}{{ tools is none }}{{ documents is none }}"""
 GENERATION = """{% for message in messages %}
 {% if message.role == 'assistant' %}{{ 'Bot: ' }}{% set end = eos_token %}\
 {% generation %}{{ message.content }}{{ end }}{% endgeneration %}
@@ -108,8 +65,7 @@ GENERATION = """{% for message in messages %}
 {% endif %}
 {% endfor %}
 {% if add_generation_prompt %}{{ 'Bot: ' }}{% endif %}"""
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "controls": CONTROLS,
-             "generation": GENERATION}
+TEMPLATES = {"chatml": CHATML, "controls": CONTROLS, "generation": GENERATION}
 
 USER = {"role": "user", "content": " Is <it> \"1 & 2\"? 日本 \n"}
 ANSWER = {"role": "assistant", "content": "yes 🙂"}
@@ -137,6 +93,7 @@ def test_bytes_of_special_tokens_and_others() -> None:
     assert ids == [*"é".encode(), 257, *"🙂".encode(), 256, 258, *b"a<|x|>"]
     assert starts == [0, 0, 1, 8, 8, 8, 8, 9, 16, *range(23, 29)]
     assert ByteTokenizer().decode(ids) == "é🙂a<|x|>"
+    assert ByteTokenizer().decode("é".encode()[:1]) == "\N{REPLACEMENT CHARACTER}"
 
 
 @given(st.text().filter(lambda text: "<|" not in text))
@@ -146,10 +103,6 @@ def test_bytes_round_trip(text: str) -> None:
     assert ids == list(text.encode())
     assert starts == [i for i, c in enumerate(text) for _ in c.encode()]
     assert ByteTokenizer().decode(ids) == text
-
-
-def test_a_cut_character_decodes_to_a_replacement() -> None:
-    assert ByteTokenizer().decode("é".encode()[:1]) == "\N{REPLACEMENT CHARACTER}"
 
 
 # tokenizer.json
@@ -275,7 +228,7 @@ def test_gemma_stops_at_the_end_of_a_turn_whatever_files_say(gemma: Path, tmp_pa
 
 
 def test_a_token_beyond_the_model_is_refused_in_a_text_alone(gemma: Path) -> None:
-    size = json.loads((gemma / "config.json").read_text())["vocab_size"]
+    size = read_json(gemma / "config.json")["vocab_size"]
     tokenizer = load_tokenizer(gemma)
     assert tokenizer.special["<image_soft_token>"] == size
     with pytest.raises(ValueError, match=f"token {size}, and the model has only {size}"):
@@ -290,7 +243,7 @@ def test_a_lean_copy_is_the_same_tokenizer(request: pytest.FixtureRequest, tmp_p
     file = request.getfixturevalue(kind)
     file, lean = file / "tokenizer.json" if kind == "gemma" else file, tmp_path / "tokenizer.json"
     copy_tokenizer(file, lean)
-    whole, content = json.loads(file.read_text()), json.loads(lean.read_text())
+    whole, content = read_json(file), read_json(lean)
     assert len(whole["model"]["merges"]) == len(content["model"]["merges"]) > 3
     assert {type(m) for m in whole["model"]["merges"]} == {list}
     assert {type(m) for m in content["model"]["merges"]} == {str}
@@ -301,11 +254,11 @@ def test_a_lean_copy_is_the_same_tokenizer(request: pytest.FixtureRequest, tmp_p
                   {"merges": [["#version", "a"]]}, {"type": "WordLevel", "vocab": {"a": 0}}):
         (tmp_path / "odd.json").write_text(json.dumps({"model": model}))
         copy_tokenizer(tmp_path / "odd.json", lean)
-        assert json.loads(lean.read_text()) == {"model": model}
+        assert read_json(lean) == {"model": model}
 
 
 def test_a_text_that_cannot_be_encoded_is_refused(bpe: Path, tmp_path: Path) -> None:
-    content = json.loads(bpe.read_text())
+    content = read_json(bpe)
     content["model"]["vocab"]["Ġcat"] = 5000             # few tokens, but a number out of range
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "config.json").write_text('{"vocab_size": 400}')
@@ -378,16 +331,6 @@ def test_the_default_template_renders_plain_text() -> None:
         "<|bos|>System: Be brief.\nUser: a\nAssistant: yes 🙂<|end|>\nAssistant:")
 
 
-def test_what_a_template_refuses_is_said() -> None:
-    with pytest.raises(ValueError, match="roles must alternate user/assistant"):
-        tokenizer_of(MISTRAL).render([USER, USER])
-    with pytest.raises(ValueError, match="the chat template fails: .*no_such"):
-        tokenizer_of("{{ messages[0].no_such.thing }}").render([USER])
-    for broken in ("{% if %}", "{% for x in y %}", "{{ a"):
-        with pytest.raises(ValueError, match="the chat template is broken"):
-            tokenizer_of(broken)
-
-
 @pytest.mark.parametrize("template", [
     "{{ ''.__class__.__mro__ }}",
     "{{ ().__class__.__base__.__subclasses__() }}",
@@ -451,7 +394,7 @@ def test_an_end_that_is_no_token_is_none(bpe: Path, tmp_path: Path, number: int)
 
 def test_an_end_token_is_special_whatever_tokenizer_json_says(bpe: Path, tmp_path: Path) -> None:
     """As one that was added as a word, and then named: transformers leaves it out of texts."""
-    content = json.loads(bpe.read_text())
+    content = read_json(bpe)
     for token in content["added_tokens"]:
         token["special"] = token["content"] != "<|im_end|>"
     write(tmp_path, bpe, tokenizer_config={"eos_token": "<|im_end|>"})
@@ -463,7 +406,7 @@ def test_an_end_token_is_special_whatever_tokenizer_json_says(bpe: Path, tmp_pat
 
 
 def test_a_special_token_goes_on_stripping_the_spaces_beside_it(bpe: Path, tmp_path: Path) -> None:
-    content = json.loads(bpe.read_text())
+    content = read_json(bpe)
     for token in content["added_tokens"]:
         token["lstrip"] = token["content"] == "</s>"
     write(tmp_path, bpe, tokenizer_config={"eos_token": "</s>"})
@@ -477,7 +420,7 @@ def test_a_special_token_goes_on_stripping_the_spaces_beside_it(bpe: Path, tmp_p
     (CHATML.replace("add_generation_prompt", "false"), "<|im_end|>"),
     ("<s>" + CHATML.replace("message['content']", "message['content'] | upper"), "<|im_end|>"),
     (CHATML.replace("+ message['content']", "+ '<s>' + message['content']"), "<|im_end|>"),
-    (CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>"), (GENERATION, "</s>")])
+    (CHATML, "<|im_end|>"), (GENERATION, "</s>")])
 def test_a_turn_end_is_read_off_the_template(bpe: Path, template: str, end: str) -> None:
     backend = FileTokenizer(bpe)
     tokenizer = Tokenizer(backend, template.replace("eos_token", "'</s>'"), "<s>", "")

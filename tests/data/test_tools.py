@@ -281,25 +281,17 @@ def test_show_prints_tools_and_marks_calls(both: Both, tmp_path: Path,
 # Lines
 
 @pytest.mark.parametrize(("bad", "reason"), [
-    (line(USER, CALL, tools=["set_light"]), "tools is no list of {\"type\": \"function\", "),
-    (line(USER, CALL, tools=[{"name": "set_light"}]), "tools is no list of"),
-    (line(USER, CALL, tools=[{"function": {"name": 1}}]), "tools is no list of"),
-    (line(USER, CALL, tools={"a": 1}), "tools is no list of"),
-    (line(USER, CALL, tools=7), "tools is no list of"),
+    *((line(USER, CALL, tools=wrong), 'tools is no list of {"type": "function", ') for wrong in (
+        ["set_light"], [{"name": "set_light"}], [{"function": {"name": 1}}], {"a": 1}, 7)),
     (line(USER, CALL, tools="x"), "tools: Expecting value"),
     (line(USER, CALL, tools=TOOLS[1:]), "a call of 'set_light', which is not among tools: add"),
     (line(USER, CALL, tools=None), "a call of 'set_light', which is not among tools: none"),
-    (line(USER, CALL | {"tool_calls": [call("add", "[1, 2]")]}),
-     "the arguments of 'add' are no JSON object"),
-    (line(USER, CALL | {"tool_calls": [call("add", "{")]}), "the arguments of 'add' are no JSON"),
-    (line(USER, CALL | {"tool_calls": [call("add", None)]}), "the arguments of 'add' are no JSON"),
-    (line(USER, CALL | {"tool_calls": [{"name": "add", "arguments": {}}]}),
-     "tool_calls is no list of"),
-    (line(USER, CALL | {"tool_calls": {"a": 1}}), "tool_calls is no list of"),
-    (line(USER, CALL | {"tool_calls": 5}), "tool_calls is no list of"),
-    (line(USER, RESULT, ANSWER), "a tool turn follows no call"),
-    (line(RESULT, ANSWER), "a tool turn follows no call"),
-    (line(USER, CALL, USER, RESULT, ANSWER), "a tool turn follows no call"),
+    *((line(USER, CALL | {"tool_calls": [call("add", wrong)]}),
+       "the arguments of 'add' are no JSON") for wrong in ("[1, 2]", "{", None)),
+    *((line(USER, CALL | {"tool_calls": wrong}), "tool_calls is no list of") for wrong in (
+        [{"name": "add", "arguments": {}}], {"a": 1}, 5)),
+    *((line(*turns, RESULT, ANSWER), "a tool turn follows no call") for turns in (
+        [USER], [], [USER, CALL, USER])),
     (line(USER, CALL, RESULT | {"content": {"done": 1}}, ANSWER), "a string content"),
     (line(USER, CALL, RESULT), "the last message is not the assistant's"),
     (line(USER, {"role": "assistant", "tool_calls": []}), "a string content"),

@@ -145,13 +145,6 @@ def test_base_is_a_loadable_checkpoint():
     assert torch.isfinite(model(torch.tensor([[make_toy.BOS, 65, 66]]))).all()
 
 
-def test_base_is_what_transformers_computes():
-    transformers = pytest.importorskip("transformers")
-    ids = torch.tensor([[make_toy.BOS, *b"User: max 12 34"]])
-    other = transformers.AutoModelForCausalLM.from_pretrained(toy.FOLDER, dtype=torch.float32)
-    torch.testing.assert_close(load_model(toy.FOLDER)(ids), other(ids).logits, atol=1e-5, rtol=1e-4)
-
-
 def test_base_is_the_one_that_was_made_and_knows_what_it_was_taught():
     assert sha256(toy.FOLDER / "model.safetensors") == make_toy.SHA256
     skills = make_toy.skills(load_model(toy.FOLDER))

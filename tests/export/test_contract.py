@@ -1,13 +1,13 @@
 """What export.json says to other programs: a graph is run by it alone, without our code."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from exported import ship
 from tiny import DELTA, ROOT, save_bytes_model
 
 import export
@@ -15,6 +15,7 @@ from minismoe.export import write
 from minismoe.export.contract import ONNXRUNTIME
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.write import export_model
+from minismoe.io.files import read_json
 
 LEGAL = "LICENSE.txt", "licence", "NOTICE", "COPYING", "USE_POLICY.md"
 LLAMA = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
@@ -25,7 +26,7 @@ def exported(root: Path, config: dict[str, Any], *flags: str) -> Path:
     save_bytes_model(root / "base", large=True, **config)
     for name in LEGAL:
         (root / "base" / name).write_text(f"{name}: do as you like")
-    export.main(["--model", str(root / "base"), "--out", str(root / "out"), *flags])
+    ship(root / "out", "--model", root / "base", *flags)
     return root / "out"
 
 
@@ -67,7 +68,7 @@ def replay(folder: Path, said: dict[str, Any]) -> None:
 
 def in_one_buffer(folder: Path) -> None:
     """The golden tokens, with one buffer of the whole context as past and present."""
-    info = json.loads((folder / "export.json").read_text())
+    info = read_json(folder / "export.json")
     said, session = info["contract"], ort.InferenceSession(folder / "model.onnx")
     io, new, tokens, read = session.io_binding(), said["golden"]["input_ids"], [], 0
     for given in said["inputs"]:
@@ -90,7 +91,7 @@ def in_one_buffer(folder: Path) -> None:
 
 def replay_on_slots(folder: Path) -> None:
     """Run the golden vector of an NPU's graphs by what the contract says."""
-    said = json.loads((folder / "export.json").read_text())["contract"]
+    said = read_json(folder / "export.json")["contract"]
     assert said["padding"] == "left"
     options = ort.SessionOptions()
     for name, setting in said["cpu_session"].items():
@@ -137,7 +138,7 @@ def test_the_golden_vector_by_plain_onnxruntime(config: dict[str, Any], flags: l
                                                 tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(write, "SHARD", 50_000)
     folder = exported(tmp_path, config, *flags)
-    info = json.loads((folder / "export.json").read_text())
+    info = read_json(folder / "export.json")
     for said in (info, *([info["other_graph"]] if "web" in flags else [])):
         replay(folder, said["contract"])
     for name, entry in info["files"].items():            # what a page loads at once, and checks

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from minismoe.export import graph as graphs
 from minismoe.export.graph import DecoderBuilder, write_decoder
-from minismoe.export.leaves import AdapterLinear
 from minismoe.export.nodes import Graph
 from minismoe.export.plan import refuse
 from minismoe.export.steps import put_in_steps, write_sampler
@@ -137,11 +136,14 @@ def compare(file: Path, model: CausalLM, tolerance: float, exact: bool = False) 
 
 # Families
 
-@pytest.mark.parametrize(("family", "target"), on_targets(*FAMILIES))
+@pytest.mark.parametrize(("family", "target", "adapted"), [
+    *((*pair, False) for pair in on_targets(*FAMILIES)),
+    *((*pair, True) for pair in on_targets(*NEW))])
 def test_logits_equal_the_decoder(model: Callable[..., CausalLM], tmp_path: Path, family: str,
-                                  target: str) -> None:
+                                  target: str, adapted: bool) -> None:
     m = model(family)
-    compare(write(tmp_path / "m.onnx", m, target=target, all_logits=True), m, 1e-4)
+    beside = mixed(m, lambda i, part: (i + len(part) % 3, 2) if adapted else (-1, 0), scale=0.1)
+    compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, 1e-4)
 
 
 @torch.no_grad()
@@ -155,14 +157,6 @@ def test_logits_of_the_last_token_alone(model: Callable[..., CausalLM], tmp_path
 
 
 # Beside the matrices
-
-@pytest.mark.parametrize(("family", "target"), on_targets(*NEW))
-def test_experts_of_other_families(model: Callable[..., CausalLM], tmp_path: Path, family: str,
-                                   target: str) -> None:
-    m = model(family)
-    beside = mixed(m, lambda i, part: (i + len(part) % 3, 2), scale=0.1)
-    compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, 1e-4)
-
 
 def mixed(m: CausalLM, experts: Callable[[int, str], tuple[int, int]], scale: float = 0.3,
           ) -> dict[str, Any]:
@@ -188,8 +182,7 @@ def test_experts(model: Callable[..., CausalLM], tmp_path: Path, E: int, k: int)
     for target in ("ort", "portable"):
         m = model("llama_biases", num_hidden_layers=1)
         beside = mixed(m, lambda i, part: (E, k))
-        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m,
-                1e-4)
+        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, 1e-4)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -214,49 +207,7 @@ def test_equal_router_logits_choose_k_experts(model: Callable[..., CausalLM], tm
             layer.router.data[1:] = 0
             for p in (layer.lora_A, layer.lora_B):
                 p.data[1:] = p.data[1:2].clone()
-        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m,
-                1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("target", ["ort", "portable"])
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_two_adapters_on_one_base(model: Callable[..., CausalLM], tmp_path: Path, target: str,
-                                  precision: str) -> None:
-    """Given at run time, each is its frozen model; none given, the base is as it was."""
-    m = model("llama", num_hidden_layers=1)
-    names = [f"model.layers.0.{part}" for part in PARTS if part != "self_attn.k_proj"]
-    inputs = {name: AdapterLinear(m.get_submodule(name), {}) for name in names}
-    file = write(tmp_path / "base.onnx", m, inputs, target=target, precision=precision)
-    # Exact: activations rounded to int8 would differ, as only one graph has the ranks among them.
-    plain = Runner(write(tmp_path / "plain.onnx", m, target=target, precision=precision),
-                   exact=True)
-    tolerance = 1e-5 if precision == "fp32" else 0.01
-    alone = plain(random_ids())
-    for seed, rank in ((1, 5), (2, 3)):
-        g, parameters, beside = torch.Generator().manual_seed(seed), {}, {}
-        for name in names:
-            out, inputs = m.get_submodule(name).weight.shape
-            A, B = (torch.randn(s, generator=g) * 0.2 for s in ((inputs, rank), (rank, out)))
-            parameters |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
-            beside[name] = layer = ExpertLinear(m.get_submodule(name), 1, rank, rank, 1)
-            layer.lora_A.data, layer.lora_B.data = A.T[None], B[None]
-        adapter = ort.AdapterFormat()
-        adapter.set_parameters({n: ort.OrtValue.ortvalue_from_numpy(t.numpy())
-                                for n, t in parameters.items()})
-        adapter.export_adapter(str(tmp_path / "task.onnx_adapter"))
-        loaded = ort.LoraAdapter()
-        loaded.Load(str(tmp_path / "task.onnx_adapter"))
-        options = ort.RunOptions()
-        options.add_active_adapter(loaded)
-        got = Runner(file, exact=True)(random_ids(), options)
-        frozen = Runner(write(tmp_path / "frozen.onnx", m, beside, target=target,
-                              precision=precision), exact=True)
-        want = frozen(random_ids())
-        assert (got - want).abs().max() <= tolerance * want.abs().max()
-        assert (got - alone).abs().max() > 0.1 * want.abs().max()
-        base = Runner(file, exact=True)
-        torch.testing.assert_close(base(random_ids()), alone, rtol=1e-5, atol=1e-5)
+        compare(write(tmp_path / "m.onnx", m, beside, target=target, all_logits=True), m, 1e-4)
 
 
 # Precisions
@@ -276,18 +227,34 @@ def rounded(m: CausalLM, bits: int, table_bits: int, size: int = 32) -> CausalLM
     return m
 
 
-@pytest.mark.parametrize(("family", "target"), on_targets(
-    "llama", "smollm2", "qwen3", "llama_biases", "gemma3", "granite4", "lfm2_long", "qwen3_5"))
-@pytest.mark.parametrize("precision", ["int4", "int4-8", "int8"])
-def test_blocks(model: Callable[..., CausalLM], tmp_path: Path, family: str, target: str,
-                precision: str) -> None:
-    """onnxruntime rounds what it multiplies with blocks to int8 too: hence the tolerance."""
-    m = model(family)
+@pytest.mark.parametrize(("family", "target", "precision"), [
+    *((*pair, precision) for precision in ("int4", "int4-8", "int8") for pair in on_targets(
+        "llama", "smollm2", "qwen3", "llama_biases", "gemma3", "granite4", "lfm2_long", "qwen3_5")),
+    *((*pair, "fp16") for pair in on_targets(
+        "llama", "qwen3", "smollm2", "gemma3", "lfm2", "qwen3_5")),
+    *((family, "ort", "q8") for family in ("llama", "smollm2", "qwen3", "llama_biases")),
+    ("smollm2", "ort", "q4f16")])
+def test_few_bits(model: Callable[..., CausalLM], tmp_path: Path, family: str, target: str,
+                  precision: str) -> None:
+    """Blocks, floats of 16 bits, and both; q8, for browsers, has a byte a weight.
+
+    onnxruntime rounds what it multiplies with blocks to int8 too: hence the tolerance.
+    """
+    m = model(family, **{"hidden_size": 64, "intermediate_size": 192} if precision == "q8" else {})
     beside = mixed(m, lambda i, part: (2, 2) if "q" in part else (0, 1), scale=0.1)
     file = write(tmp_path / "m.onnx", m, beside, target=target, precision=precision,
                  all_logits=True)
-    exact = family == "qwen3_5"              # which amplifies what activations lose
-    compare(file, rounded(m, *PRECISIONS[precision]), 1e-3 if exact else 0.06, exact)
+    caches = {i.type for n, i in Runner(file).kinds.items() if "past" in n and "recurrent" not in n}
+    assert caches == {"tensor(float16)" if "f" in precision else "tensor(float)"}
+    amplifies = family == "qwen3_5"          # what activations lose
+    if precision == "fp16":
+        compare(file, m, 0.05 if amplifies else 0.02)
+    elif precision == "q8":
+        compare(file, rounded(m, 8, 8, ROW), 2e-5)
+    else:
+        bits = (4, 4) if precision == "q4f16" else PRECISIONS[precision]
+        exact = amplifies and precision != "q4f16"
+        compare(file, rounded(m, *bits), 1e-3 if exact else 0.06, exact)
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -301,28 +268,6 @@ def test_blocks_of_other_sizes(model: Callable[..., CausalLM], tmp_path: Path, s
     file = write(tmp_path / "m.onnx", m, {}, target=target, precision=precision, block=size,
                  all_logits=True)
     compare(file, rounded(m, *PRECISIONS[precision], size), 0.06)
-
-
-@pytest.mark.parametrize("family", ["llama", "smollm2", "qwen3", "llama_biases"])
-def test_rows_for_browsers(model: Callable[..., CausalLM], tmp_path: Path, family: str) -> None:
-    """q8 stores a byte a weight, and computes in float32."""
-    m = model(family, hidden_size=64, intermediate_size=192, vocab_size=97)
-    beside = mixed(m, lambda i, part: (2, 2) if "q" in part else (0, 1), scale=0.1)
-    file = write(tmp_path / "m.onnx", m, beside, precision="q8", all_logits=True)
-    (table,) = [t for t in onnx.load(file, load_external_data=False).graph.initializer
-                if t.name.endswith("embed_tokens.weight")]
-    assert (table.data_type, list(table.dims)) == (onnx.TensorProto.INT8, [97, 64])
-    compare(file, rounded(m, 8, 8, ROW), 2e-5)
-
-
-def test_four_bits_in_float16(model: Callable[..., CausalLM], tmp_path: Path) -> None:
-    """q4f16, for WebGPU."""
-    m = model("smollm2")
-    beside = mixed(m, lambda i, part: (2, 2) if "q" in part else (0, 1), scale=0.1)
-    file = write(tmp_path / "m.onnx", m, beside, precision="q4f16", all_logits=True)
-    assert {i.type for n, i in Runner(file).kinds.items()
-            if "past" in n and "recurrent" not in n} == {"tensor(float16)"}
-    compare(file, rounded(m, 4, 4), 0.06)
 
 
 @torch.no_grad()
@@ -346,21 +291,9 @@ def test_adapters_beside_blocks(model: Callable[..., CausalLM], tmp_path: Path, 
     for name, layer in beside.items():
         layer.lora_A.data, layer.lora_B.data = floats[name]
     without = m(random_ids())
-    near, far = ((got - other).square().mean().sqrt() / other.std()
-                 for other in (want, without))
+    near, far = ((got - other).square().mean().sqrt() / other.std() for other in (want, without))
     assert near <= 1e-5
     assert far > 1e-4 and (k == 2 or far < 1e-2)
-
-
-@pytest.mark.parametrize(("family", "target"), on_targets(
-    "llama", "qwen3", "smollm2", "gemma3", "lfm2", "qwen3_5"))
-def test_float16(model: Callable[..., CausalLM], tmp_path: Path, target: str, family: str) -> None:
-    m = model(family)
-    beside = mixed(m, lambda i, part: (3, 3), scale=0.1)
-    file = write(tmp_path / "m.onnx", m, beside, target=target, precision="fp16", all_logits=True)
-    assert {i.type for n, i in Runner(file).kinds.items()
-            if "past" in n and "recurrent" not in n} == {"tensor(float16)"}
-    compare(file, m, 0.05 if family == "qwen3_5" else 0.02)      # it amplifies what is lost
 
 
 @torch.no_grad()
@@ -404,43 +337,22 @@ def test_portable_graphs_are_standard(model: Callable[..., CausalLM], tmp_path: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen3", "gemma3", "lfm2_long"])
-def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: str) -> None:
-    """18 tokens, more than the past holds, in chunks of 4; the first is padded on the left."""
-    m, T, P = model(family), 4, 16
-    beside = mixed(m, lambda i, part: (3, 2), scale=0.1)
+@pytest.mark.parametrize(("adapted", "P", "chunks"), [
+    (True, 16, (2, 4, 4, 4, 4)), (False, 40, (3, 1, 1, 4, 1, 2, 1, 1, 2))])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen2_window", "qwen3", "gemma3",
+                                    "lfm2", "lfm2_long"])
+def test_static_shapes(model: Callable[..., CausalLM], tmp_path: Path, family: str, adapted: bool,
+                       P: int, chunks: tuple[int, ...]) -> None:
+    """More tokens than the past holds; and as in generation, where each chunk holds a few tokens
+    behind pads, which no window counts."""
+    m, T, seen, mask = model(family), 4, 0, [0] * P
+    beside = mixed(m, lambda i, part: (3, 2) if adapted else (-1, 0), scale=0.1)
     run = Runner(write(tmp_path / "m.onnx", m, beside, target="portable", static=(1, T, P),
                        all_logits=True))
     run.past = {n: torch.zeros(i.shape).numpy() for n, i in run.kinds.items() if n in run.past}
-    ids = random_ids(18)
-    want, seen = m(ids), 0
-    while seen < ids.shape[1]:
-        new = (ids.shape[1] - seen) % T or T
-        chunk = torch.cat([torch.zeros(1, T - new, dtype=torch.long), ids[:, seen:seen + new]], 1)
-        mask = torch.arange(P + T) >= P + T - new - seen
-        places = torch.arange(seen - (T - new), seen + new).clamp(min=0)
-        logits, *present = run.session.run(None, {
-            "input_ids": chunk.numpy(), "attention_mask": mask.long()[None].numpy(),
-            "position_ids": places[None].numpy(), **run.past})
-        run.past = dict(zip(run.past, present))
-        got = torch.from_numpy(logits)[T - new:, 0]
-        error = (got - want[0, seen:seen + new]).abs().max() / want.abs().max()
-        assert error <= 1e-4, f"{error:.2e} after {seen}"
-        seen += new
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "qwen2_window", "gemma3", "lfm2"])
-def test_static_chunks_with_pads_between(model: Callable[..., CausalLM], tmp_path: Path,
-                                         family: str) -> None:
-    """As in generation: each chunk holds a few tokens behind pads, which no window counts."""
-    m, T, P = model(family), 4, 40
-    run = Runner(write(tmp_path / "m.onnx", m, target="portable", static=(1, T, P),
-                       all_logits=True))
-    run.past = {n: torch.zeros(i.shape).numpy() for n, i in run.kinds.items() if n in run.past}
-    ids, seen, mask = random_ids(16), 0, [0] * P
+    ids = random_ids(sum(chunks))
     want = m(ids)
-    for new in (3, 1, 1, 4, 1, 2, 1, 1, 2):
+    for new in chunks:
         chunk = torch.cat([torch.zeros(1, T - new, dtype=torch.long), ids[:, seen:seen + new]], 1)
         mask += [0] * (T - new) + [1] * new
         places = torch.arange(seen - (T - new), seen + new).clamp(min=0)
@@ -451,7 +363,6 @@ def test_static_chunks_with_pads_between(model: Callable[..., CausalLM], tmp_pat
         error = (torch.from_numpy(logits)[T - new:, 0] - want[0, seen:seen + new]).abs().max()
         assert error <= 1e-4 * want.abs().max(), f"{error:.2e} after {seen}"
         seen += new
-    assert seen == ids.shape[1]
 
 
 SHARES = {"fp32": 1.0, "fp16": 1 / 2, "int8": 0.3, "int4-8": 0.3, "int4": 0.18, "q8": 0.26,

@@ -29,6 +29,7 @@ from minismoe.export.layouts import (
 )
 from minismoe.export.leaves import AdapterLinear
 from minismoe.export.weights import GraphFormat
+from minismoe.io.files import read_json
 from minismoe.method.freeze import Fit
 from minismoe.model.checkpoint import load_model
 from minismoe.model.config import Config
@@ -134,12 +135,11 @@ def test_the_run_stops_where_only_the_template_says(run: Run) -> None:
 def test_base_files_name_every_stop_id(run: Run, tmp_path: Path) -> None:
     copy_base_files(run.base, tmp_path)
     tokenizer = load_tokenizer(run.base)
-    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [
-        *tokenizer.stop_ids]
+    assert read_json(tmp_path / "generation_config.json")["eos_token_id"] == [*tokenizer.stop_ids]
     copy = load_tokenizer(tmp_path)
     assert copy.stop_ids == tokenizer.stop_ids
     assert copy.render(CHAT, True) == tokenizer.render(CHAT, True)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+    assert read_json(tmp_path / "tokenizer_config.json")["chat_template"] == CHATML
 
 
 def test_bytes_become_a_tokenizer_json(tmp_path: Path) -> None:
@@ -167,28 +167,6 @@ def test_bytes_become_a_tokenizer_json(tmp_path: Path) -> None:
 
 
 # PEFT
-
-def test_peft_computes_what_the_frozen_model_does(run: Run, tmp_path: Path) -> None:
-    """Loaded, and saved by PEFT and loaded again; only what has a pair is adapted."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    write_peft(tmp_path / "ours", run.pairs, str(run.base))
-    ids = torch.randint(3, 330, (2, 20))
-    folder = tmp_path / "ours"
-    for _ in range(2):
-        base = transformers.AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
-        model = peft.PeftModel.from_pretrained(base, folder).eval()
-        adapted = {name.removeprefix("base_model.model.") for name, module in model.named_modules()
-                   if isinstance(module, peft.tuners.lora.LoraLayer)}
-        assert adapted == set(run.pairs)
-        with torch.no_grad():
-            assert torch.allclose(model(ids).logits, run.merged(ids), atol=1e-4)
-            with model.disable_adapter():
-                assert not torch.allclose(model(ids).logits, run.merged(ids), atol=1e-1)
-        folder = tmp_path / "theirs"
-        model.save_pretrained(folder)
-    with torch.no_grad():
-        assert torch.allclose(model.merge_and_unload()(ids).logits, run.merged(ids), atol=1e-4)
-
 
 def test_peft_of_every_matrix(run: Run, tmp_path: Path) -> None:
     """More names than PEFT keeps apart (it shortens lists from 20 on), in layers 1 and 11."""
@@ -430,11 +408,11 @@ def test_genai_without_a_stop(run: Run, tmp_path: Path, bos: int | None) -> None
     og = pytest.importorskip("onnxruntime_genai")
     decoder(run, tmp_path)
     file = tmp_path / "generation_config.json"
-    generation = json.loads(file.read_text()) | {"eos_token_id": []}
+    generation = read_json(file) | {"eos_token_id": []}
     generation.pop("bos_token_id", None)
     file.write_text(json.dumps(generation | ({} if bos is None else {"bos_token_id": bos})))
     write_genai(tmp_path, CONTEXT)
-    written = json.loads((tmp_path / "genai_config.json").read_text())["model"]
+    written = read_json(tmp_path / "genai_config.json")["model"]
     assert written.get("bos_token_id") == bos and written["eos_token_id"] == []
     assert genai_says(og.Model(str(tmp_path)))[1][:len(run.tokens)] == run.tokens
 
@@ -497,7 +475,7 @@ def test_a_web_folder_holds_graphs_that_open(any_run: Run, tmp_path: Path) -> No
     assert greedy(any_run, ort_step(session_of(web / "onnx/model.onnx"))) == expected
     for name in ("model_fp16", "model_quantized", "model_q4"):
         assert session_of(web / f"onnx/{name}.onnx").get_outputs()[0].name == "logits"
-    config = json.loads((web / "config.json").read_text())["transformers.js_config"]
+    config = read_json(web / "config.json")["transformers.js_config"]
     assert config["dtype"] == "q4" and config["kv_cache_dtype"]["fp16"] == "float16"
 
 
@@ -508,11 +486,11 @@ def test_a_web_folder_holds_graphs_that_open(any_run: Run, tmp_path: Path) -> No
 def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: Any) -> None:
     """In whatever form, it is of the base's own files, some of which the folder lacks."""
     base = shutil.copytree(run.base, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
+    config = read_json(base / "config.json")
     (base / "config.json").write_text(json.dumps(config | {"transformers.js_config": theirs}))
     copy_base_files(base, tmp_path / "out")
     write_web(tmp_path / "out", run.merged, GraphFormat("ort", "fp32", CONTEXT), [])
-    found = json.loads((tmp_path / "out/config.json").read_text())["transformers.js_config"]
+    found = read_json(tmp_path / "out/config.json")["transformers.js_config"]
     assert found == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1},
                      "kv_cache_dtype": {"fp32": "float32"},
                      "device_config": {"webgpu": {"dtype": "fp32"}}}
@@ -523,7 +501,7 @@ def test_what_a_base_says_for_transformers_js(run: Run, tmp_path: Path, theirs: 
 def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path, block: int) -> None:
     """Precisions in one folder: three are asked for by name, int4 is what the config says."""
     web, tokenizer = web_folder(any_run, tmp_path / "web", block), load_tokenizer(any_run.base)
-    data = json.loads((web / "config.json").read_text())["transformers.js_config"][
+    data = read_json(web / "config.json")["transformers.js_config"][
         "use_external_data_format"]                  # Node finds the data without, a browser not
     assert {file.name for file in (web / "onnx").iterdir()} == {
         *data, *(f"{name}_data" for name in data)} and len(data) == 4
@@ -539,51 +517,28 @@ def test_transformers_js_says_the_same(any_run: Run, tmp_path: Path, block: int)
 
 # .onnx_adapter
 
-@pytest.fixture(scope="module")
-def tasks(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
-    """One base graph with two adapters beside it, and what the model frozen on each task says."""
-    out, said = tmp_path_factory.mktemp("tasks"), {}
-    copy_base_files(run.base, out)
-    base, tokenizer = load_model(run.base), load_tokenizer(run.base)
-    for task, pairs in (("trec", run.pairs), ("clinc", random_pairs(base, seed=2))):
-        write_adapter(out / f"{task}.onnx_adapter", pairs)
-        said[task] = generate(merge(run.base, pairs), [run.prompt], LIMIT, ())[0]
-    said[""] = generate(base, [run.prompt], LIMIT, ())[0]
+def test_genai_switches_tasks(run: Run, tmp_path: Path) -> None:
+    """One base graph with two adapters beside it says what the model frozen on each task says."""
+    og, said = pytest.importorskip("onnxruntime_genai"), {}
+    copy_base_files(run.base, tmp_path)
+    base, stops = load_model(run.base), load_tokenizer(run.base).stop_ids
+    frozen = {"trec": run.pairs, "clinc": random_pairs(base, seed=2), "": {}}
+    for task, pairs in frozen.items():
+        tokens = generate(merge(run.base, pairs), [run.prompt], LIMIT, ())[0]
+        end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+        said[task] = tokens[:end]
+    assert len({*map(tuple, said.values())}) == 3
     for name in run.pairs:
         base.set_submodule(name, AdapterLinear(base.get_submodule(name), {}))
-    write_decoder(out / "model.onnx", base, GraphFormat("ort", "fp32", CONTEXT))
-    write_genai(out, CONTEXT)
-    return out, {task: upto_stop(tokens, tokenizer.stop_ids) for task, tokens in said.items()}
-
-
-def upto_stop(tokens: list[int], stops: list[int]) -> list[int]:
-    return tokens[:next((i + 1 for i, t in enumerate(tokens) if t in stops), len(tokens))]
-
-
-def test_onnxruntime_switches_tasks(run: Run, tasks: tuple[Path, dict[str, list[int]]]) -> None:
-    import onnxruntime as ort
-
-    folder, said = tasks
-    assert len({*map(tuple, said.values())}) == 3
-    session, adapters = session_of(folder / "model.onnx"), {}
-    assert not any("lora" in x.name for x in session.get_inputs())       # they have defaults
-    for task in ("trec", "clinc"):
-        adapters[task] = ort.LoraAdapter()
-        adapters[task].Load(str(folder / f"{task}.onnx_adapter"))
-    for task in ("trec", "clinc", "", "trec"):
-        options = ort.RunOptions()
-        if task:
-            options.add_active_adapter(adapters[task])
-        assert greedy(run, ort_step(session, options)) == said[task]
-
-
-def test_genai_switches_tasks(run: Run, tasks: tuple[Path, dict[str, list[int]]]) -> None:
-    og = pytest.importorskip("onnxruntime_genai")
-    folder, said = tasks
-    model = og.Model(str(folder))
+    write_decoder(tmp_path / "model.onnx", base, GraphFormat("ort", "fp32", CONTEXT))
+    inputs = session_of(tmp_path / "model.onnx").get_inputs()
+    assert not any("lora" in x.name for x in inputs)     # they have defaults
+    write_genai(tmp_path, CONTEXT)
+    model = og.Model(str(tmp_path))
     adapters = og.Adapters(model)
     for task in ("trec", "clinc"):
-        adapters.load(str(folder / f"{task}.onnx_adapter"), task)
+        write_adapter(tmp_path / f"{task}.onnx_adapter", frozen[task])
+        adapters.load(str(tmp_path / f"{task}.onnx_adapter"), task)
     for task in ("trec", "clinc", "", "trec"):
         assert genai_says(model, adapters, task)[1] == said[task]
 

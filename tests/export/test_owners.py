@@ -1,4 +1,4 @@
-"""Folders of families beside Llama, opened by the programs that they are for."""
+"""Folders of each family, opened by the programs that they are for."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from exported import stored
 from test_layouts import CHAT, CONTEXT, LIMIT, Run, genai_says, needs_node, web_says
-from tiny import BYTES, random_hf, save_imaged, succeed
+from tiny import BYTES, random_hf, save_imaged
 
 import export
 from minismoe.data.tokenizer import load_tokenizer
@@ -20,10 +20,10 @@ from minismoe.model.checkpoint import load_model
 from minismoe.training.evaluate import generate
 
 
-@pytest.fixture(scope="module", params=["smollm3", "granite", "granite4", "gemma3", "lfm2",
+@pytest.fixture(scope="module", params=["llama", "smollm3", "granite", "granite4", "gemma3", "lfm2",
                                         "qwen3_5"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A low-rank pair in each of a family's matrices."""
+    """Low-rank pairs of several ranks in a family's matrices."""
     base, g = tmp_path_factory.mktemp(request.param), torch.Generator().manual_seed(0)
     random_hf(request.param, vocab_size=BYTES["vocab_size"], hidden_size=64,
               head_dim=32 if request.param == "qwen3_5" else 16, eos_token_id=257,
@@ -36,7 +36,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     merged, pairs = load_model(base), {}
     for name, linear in linear_layers(merged).items():
         out, inputs = linear.weight.shape
-        A, B = torch.randn(3, inputs, generator=g) * 0.1, torch.randn(out, 3, generator=g) * 0.1
+        R = 2 + len(pairs) % 3
+        A, B = torch.randn(R, inputs, generator=g) * 0.1, torch.randn(out, R, generator=g) * 0.1
         pairs[name] = Fit(A, B)
         linear.weight = torch.nn.Parameter(linear.weight + B @ A, requires_grad=False)
     tokenizer = load_tokenizer(base)
@@ -83,12 +84,11 @@ def test_transformers_js_says_the_same(run: Run, tmp_path: Path) -> None:
 @needs_node
 @pytest.mark.parametrize("precision", ["fp32", "q8"])
 def test_transformers_js_opens_the_text_of_a_model_with_images(
-        precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        precision: str, tmp_path: Path, succeed) -> None:
     """What export.py writes of a checkpoint with images says what PyTorch does."""
     base, web = tmp_path / "base", tmp_path / "web"
     save_imaged(base, True)
-    succeed(export.main, "--model", str(base), "--out", str(web), "--layout", "web", "--precision",
-            precision, capsys=capsys)
+    succeed(export.main, "--model", base, "--out", web, "--layout", "web", "--precision", precision)
     model, tokenizer = load_model(base), load_tokenizer(base)
     if precision == "q8":
         model = stored(model, GraphFormat("ort", precision, CONTEXT))

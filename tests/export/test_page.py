@@ -24,11 +24,11 @@ import onnxruntime as ort
 import pytest
 import torch
 from browser import VENDORED, Browser, needs_browser, vendor
-from exported import log_probabilities
+from exported import log_probabilities, ship
 from tiny import DELTA, ROOT, edit_tensors, save_bytes_model
 
-import export
 from minismoe.data.tokenizer import load_tokenizer
+from minismoe.io.files import read_json
 
 CONFIG = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 4096}
 CHOICES = ["alpha", "alpine", "alp", "beta", "gamma"]
@@ -46,8 +46,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("page")
     save_random(root / "base", CONFIG)
     (root / "base" / "chat_template.jinja").write_text(TEMPLATE)
-    export.main(["--model", str(root / "base"), "--layout", "web", "--context", "2048",
-                 "--out", str(root / "web")])
+    ship(root / "web", "--model", root / "base", "--layout web --context 2048")
     write_tasks(root / "web")
     return root / "web"
 
@@ -73,7 +72,7 @@ def relist(folder: Path, name: str, shard: int = 0) -> None:
     """Say in export.json what a file holds now; shard: bytes that the page loads at once."""
     content = (folder / name).read_bytes()
     parts = [content[i:i + shard] for i in range(0, len(content), shard)] if shard else []
-    info = json.loads((folder / "export.json").read_text())
+    info = read_json(folder / "export.json")
     info["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     if shard:
         info["files"][name]["shards"] = {
@@ -104,7 +103,7 @@ class Graph:
     def __init__(self, folder: Path, name: str = "model_quantized.onnx"):
         self.session = ort.InferenceSession(str(folder / "onnx" / name))
         self.tokenizer = load_tokenizer(folder)
-        self.system = json.loads((folder / "export.json").read_text()).get("system")
+        self.system = read_json(folder / "export.json").get("system")
         kinds = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
         self.empty = {x.name: torch.zeros([d if isinstance(d, int) else 0 for d in x.shape],
                                           dtype=kinds[x.type]).numpy()
@@ -139,9 +138,9 @@ class Graph:
 def test_a_web_folder_holds_what_a_browser_loads(web: Path) -> None:
     assert {f.name for f in (web / "onnx").iterdir()} == {
         f"model_{name}.onnx{part}" for name in ("quantized", "q4f16") for part in ("", "_data")}
-    config = json.loads((web / "config.json").read_text())["transformers.js_config"]
+    config = read_json(web / "config.json")["transformers.js_config"]
     assert config["dtype"] == "q8" and config["device_config"] == {"webgpu": {"dtype": "q4f16"}}
-    info = json.loads((web / "export.json").read_text())
+    info = read_json(web / "export.json")
     assert {"index.html", "offline.js", "onnx/model_q4f16.onnx"} <= info["files"].keys()
     for name in ("quantized", "q4f16"):          # the pipeline would pad others on the wrong side
         graph = onnx.load(web / "onnx" / f"model_{name}.onnx", load_external_data=False).graph
@@ -202,7 +201,7 @@ def test_a_web_folder_answers_programs_too(web: Path) -> None:
             assert chat[-1]["content"] == graph.says(12, *(m["content"] for m in chat[:-1])).strip()
     first = len(graph.prompt("Hello"))
     assert answer.usage.prompt_tokens_details.cached_tokens > first
-    info = json.loads((web / "export.json").read_text())
+    info = read_json(web / "export.json")
     older = {name: file for name, file in info["files"].items() if name != "sampler.onnx"}
     try:
         (web / "export.json").write_text(json.dumps(info | {"files": older}))
@@ -230,6 +229,12 @@ def proxy() -> Iterator[tuple[str, list[str]]]:
         threading.Thread(target=listen, daemon=True).start()
         yield f"127.0.0.1:{server.getsockname()[1]}", seen
         server.shutdown(socket.SHUT_RDWR)
+
+
+def load(tab: Browser, address: str, seconds: float = 60) -> str:
+    """Open the page; its status line once the model is loaded."""
+    tab.open(address)
+    return tab.wait_status("Ready", seconds=seconds)
 
 
 def ask(tab: Browser, text: str, *starts: str, seconds: float = 60) -> str:
@@ -261,8 +266,7 @@ def test_the_page_in_a_browser(web: Path) -> None:
     with proxy() as (outside, asked), Browser(f"--proxy-server={outside}",
                                               "--proxy-bypass-list=127.0.0.1") as tab:
         with served(web) as address:
-            tab.open(address)
-            assert "WASM" in tab.wait_status("Ready")
+            assert "WASM" in load(tab, address)
             assert tab.js("crossOriginIsolated")
             assert tab.js("document.querySelector('#task').value") == "count"    # the first task
             take(tab, "")
@@ -297,8 +301,7 @@ def test_a_chat_and_its_settings(web: Path) -> None:
     vendor(web)
     graph = Graph(web)
     with served(web) as address, Browser() as tab:
-        tab.open(address)
-        tab.wait_status("Ready")
+        load(tab, address)
         take(tab, "")
         set_up(tab, tokens=12)
         first = ask(tab, "Hello")
@@ -397,8 +400,8 @@ class _Answer(SimpleHTTPRequestHandler):
 def test_a_new_export_replaces_the_old(web: Path, tmp_path: Path) -> None:
     """Though the browser may keep files for a year. Then another program takes the port."""
     save_random(tmp_path / "base", CONFIG, seed=1)
-    export.main(["--model", str(tmp_path / "base"), "--layout", "web", "--precision", "q8",
-                 "--context", "256", "--out", str(tmp_path / "new")])
+    ship(tmp_path / "new", "--model", tmp_path / "base",
+         "--layout web --precision q8 --context 256")
     for folder in (web, tmp_path / "new"):
         vendor(folder)
     (tmp_path / "other").mkdir()
@@ -414,13 +417,12 @@ def test_a_new_export_replaces_the_old(web: Path, tmp_path: Path) -> None:
             take(tab, "")
             set_up(tab, tokens=20)
             assert ask(tab, "Hello") == Graph(folder).says(20, "Hello")
-            files = json.loads((folder / "export.json").read_text())["files"].values()
+            files = read_json(folder / "export.json")["files"].values()
             kept = {h for h in tab.js(hashes) if len(h) == 64}
             ours = {f["sha256"] for f in files}
             assert len(kept & ours) > 5 and len(kept - ours) == 3        # transformers.js
         host.cut = ("export.json", 20)           # the connection breaks: as if there were no server
-        tab.open(host.address)
-        tab.wait_status("Ready")
+        load(tab, host.address)
         set_up(tab, tokens=20)
         assert ask(tab, "Hello") == Graph(folder).says(20, "Hello")
         host.folder = tmp_path / "other"
@@ -439,7 +441,7 @@ def test_a_load_that_broke_off_goes_on(web: Path, tmp_path: Path) -> None:
     vendor(web)
     shard = (web / DATA).stat().st_size // 4
     relist(web, DATA, shard)
-    info = json.loads((web / "export.json").read_text())
+    info = read_json(web / "export.json")
     (web / "export.json").write_text(json.dumps(info | {"system": "Be brief."}))
     with Host(web) as host, Browser() as tab:
         for host.ranges in (True, False):
@@ -447,8 +449,7 @@ def test_a_load_that_broke_off_goes_on(web: Path, tmp_path: Path) -> None:
             tab.open(host.address)
             assert "reload" in tab.wait_status(f"the connection broke at {DATA}")
             host.cut, host.requests = ("", 0), []
-            tab.open(host.address)
-            tab.wait_status("Ready")
+            load(tab, host.address)
             assert host.requests.count("export.json") == 1
             assert any(f"{DATA} from " in r for r in host.requests) == host.ranges
             take(tab, "")
@@ -464,7 +465,7 @@ def test_a_load_that_broke_off_goes_on(web: Path, tmp_path: Path) -> None:
 def test_a_large_model_is_asked_for(web: Path, tmp_path: Path) -> None:
     web = shutil.copytree(web, tmp_path / "web")
     vendor(web)
-    info = json.loads((web / "export.json").read_text())
+    info = read_json(web / "export.json")
     info["files"][DATA]["bytes"] = 200_000_000
     (web / "export.json").write_text(json.dumps(info))
     with Host(web) as host, Browser() as tab:
@@ -481,16 +482,12 @@ def test_a_large_model_is_asked_for(web: Path, tmp_path: Path) -> None:
 def test_gated_delta_nets_in_a_browser(tmp_path: Path) -> None:
     """Qwen3.5's memories go from step to step as keys and values do."""
     save_random(tmp_path / "base", CONFIG | DELTA)
-    export.main(["--model", str(tmp_path / "base"), "--layout", "web", "--precision", "q8",
-                 "--context", "224", "--out", str(tmp_path / "web")])
+    ship(tmp_path / "web", "--model", tmp_path / "base",
+         "--layout web --precision q8 --context 224")
     vendor(tmp_path / "web")
     with Browser() as tab, served(tmp_path / "web") as address:
-        tab.open(address)
-        tab.wait_status("Ready", seconds=120)
-        tab.type("Hello")
-        tab.press("Enter", 13)
-        tab.wait_status("First token after")
-        answer = tab.text(".assistant")
+        load(tab, address, 120)
+        answer = ask(tab, "Hello")
         assert len(answer) > 20 and answer == Graph(tmp_path / "web").says(len(answer), "Hello")
 
 
@@ -501,13 +498,12 @@ def test_a_graph_that_writes_one_token_a_run(web: Path, tmp_path: Path, precisio
                                              flags: tuple[str, ...], setting: str) -> None:
     """The same text on WebGPU as on WASM; stopped in between, and offline."""
     text = "A prompt that WebGPU reads in several steps. " * 2
-    export.main(["--model", str(web.parent / "base"), "--layout", "web", "--precision",
-                 precision, "--context", "160", "--out", str(tmp_path / "web")])
+    ship(tmp_path / "web", "--model", web.parent / "base", "--layout web --context 160",
+         "--precision", precision)
     vendor(tmp_path / "web")
     with Browser(*flags) as tab:
         with served(tmp_path / "web") as address:
-            tab.open(address)
-            assert tab.wait_status("Ready", seconds=120).startswith(f"Ready on {setting}")
+            assert load(tab, address, 120).startswith(f"Ready on {setting}")
             tab.type(text)
             tab.press("Enter", 13)
             assert f"on {setting}" in tab.wait_status("First token after", seconds=120)
@@ -528,39 +524,25 @@ def test_a_graph_that_writes_one_token_a_run(web: Path, tmp_path: Path, precisio
 
 
 @needs_browser
-def test_a_gpu_without_float16_is_left_for_wasm(web: Path) -> None:
-    """As Chromium's in software is; the page's graph for WebGPU has float16."""
-    vendor(web)
-    with served(web) as address, Browser(*GPU) as tab:
-        tab.open(address)
-        said = tab.wait_status("Ready")
-        assert re.fullmatch(r"Ready on WASM, \d+ threads?, as this GPU has no float16", said)
-        tab.js("document.querySelector('#task').value = ''")
-        tab.type("Hello")
-        tab.press("Enter", 13)
-        tab.wait("document.querySelector('.assistant')?.textContent.length > 20")
-        tab.press("Escape", 27)
-        tab.wait_status("First token after")
-        answer = tab.text(".assistant")[:100]
-        assert answer == Graph(web).says(len(answer), "Hello")
-
-
-@needs_browser
-def test_a_gpu_that_does_not_start_is_left_for_wasm(web: Path, tmp_path: Path) -> None:
-    """Nor do the files of a model stay in memory once it has started."""
+@pytest.mark.parametrize("broken, reason", [
+    (False, "has no float16"), (True, "does not start the model")])
+def test_a_gpu_that_is_of_no_use_is_left_for_wasm(web: Path, tmp_path: Path, broken: bool,
+                                                  reason: str) -> None:
+    """Chromium's in software lacks float16, which the page's graph for WebGPU has. Nor do the files
+    of a model stay in memory once it has started."""
     web = shutil.copytree(web, tmp_path / "web")
     vendor(web)
-    adapter = ("{ features: new Set(['shader-f16']), limits: {}, info: {}, "
-               "requestDevice: async () => { throw new Error('no device'); } }")
-    broken = ("Object.defineProperty(navigator, 'gpu', { value: { requestAdapter: async () => ("
-              + adapter + ") } });")
-    page = (web / "index.html").read_text()
-    (web / "index.html").write_text(re.sub('(class="worker"[^>]*>)', rf"\1{broken}", page, count=1))
-    relist(web, "index.html")
-    with served(web) as address, Browser() as tab:
-        tab.open(address)
-        said = tab.wait_status("Ready")
-        assert re.fullmatch(r"Ready on WASM, .*, as this GPU does not start the model", said)
+    if broken:
+        adapter = ("{ features: new Set(['shader-f16']), limits: {}, info: {}, "
+                   "requestDevice: async () => { throw new Error('no device'); } }")
+        gpu = ("Object.defineProperty(navigator, 'gpu', { value: { requestAdapter: async () => ("
+               + adapter + ") } });")
+        file = web / "index.html"
+        file.write_text(re.sub('(class="worker"[^>]*>)', rf"\1{gpu}", file.read_text(), count=1))
+        relist(web, "index.html")
+    with served(web) as address, Browser(*(() if broken else GPU)) as tab:
+        said = load(tab, address)
+        assert re.fullmatch(rf"Ready on WASM, \d+ threads?, as this GPU {reason}", said)
         assert tab.js("document.querySelectorAll('#task option').length") == 3
         take(tab, "")
         set_up(tab, tokens=20)

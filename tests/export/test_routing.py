@@ -12,13 +12,13 @@ from mixture import ROUTED, model_of, tasks
 from torch import Tensor
 
 import export
-import train
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.export import compare, tree, verify
 from minismoe.export.calibration import Calibration, shuffled_samples
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.settings import ExportConfig, Source
+from minismoe.io.files import read_json
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact
 from minismoe.training.evaluate import Accuracy
@@ -126,18 +126,10 @@ def test_a_loss_is_told_if_chance_does_not_explain_it(lost: int, won: int, told:
             f" model answers rightly, and {won} rightly" in warned) == told
 
 
-@pytest.fixture(scope="module")
-def run(inputs, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("new") / "run"
-    train.main([*inputs, "--samples", "2", "--epochs", "1", "--rank", "2",
-                "--dtype", "float32", "--out", str(run)])
-    return run
-
-
-def test_an_export_is_calibrated_on_what_its_run_was_trained_on(run: Path) -> None:
-    source = export.load_run(ExportConfig(run=str(run), limit_test=2))
+def test_an_export_is_calibrated_on_what_its_run_was_trained_on(finished: Path) -> None:
+    source = export.load_run(ExportConfig(run=str(finished), limit_test=2))
     assert [len(t.test) for t in source.tasks] == [2, 2]
-    samples = shuffled_samples(ExportConfig(run=str(run)), source)
+    samples = shuffled_samples(ExportConfig(run=str(finished)), source)
     assert {n: sorted(e.index for e in examples) for n, examples in samples.items()} == {
         n: sorted(e.index for e in examples) for n, examples in source.examples.items()}
 
@@ -148,9 +140,9 @@ def test_what_a_base_says_of_sampling_reaches_genai(inputs, tmp_path: Path) -> N
         {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "do_sample": True, "max_length": None,
          "repetition_penalty": 1.1}))
     copy_base_files(base, tmp_path / "out")
-    assert "max_length" not in json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert "max_length" not in read_json(tmp_path / "out/generation_config.json")
     write_genai(tmp_path / "out", 64)
-    found = json.loads((tmp_path / "out/genai_config.json").read_text())
+    found = read_json(tmp_path / "out/genai_config.json")
     assert found["model"]["context_length"] == 64
     assert {k: found["search"][k] for k in ("temperature", "top_p", "top_k", "do_sample",
             "repetition_penalty")} == {"temperature": 0.7, "top_p": 0.9, "top_k": 5,

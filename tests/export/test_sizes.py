@@ -1,6 +1,5 @@
 """The bits of an export: sizes, what is listed and stored, and which matrices get them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,11 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from exported import CONFIG, part_of, random_model, stored
+from exported import CONFIG, part_of, random_model, ship, stored
 from safetensors.torch import save_file
 from tiny import padded, save_bytes_model
 from torch import Tensor
 
-import export
 from minismoe.export import bits
 from minismoe.export.bits import choose_bits
 from minismoe.export.plan import with_precision
@@ -134,19 +132,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def info_of(base: Path, out: Path, flags: str) -> dict[str, Any]:
-    export.main(["--model", str(base), "--out", str(out), *flags.split()])
-    info: dict[str, Any] = json.loads((out / "export.json").read_text())
-    return info
-
-
 @pytest.mark.parametrize("flags", ["", "--layout genai", "--target npu"])
 def test_export_json_lists_the_bits_that_the_graph_has(base: Path, tmp_path: Path, flags: str,
                                                        ) -> None:
     """Each folder passes its check beside PyTorch with the same rounded weights."""
     size = 0.055 if flags == "--target npu" else 0.09
-    info = info_of(base, tmp_path / "out", f"{flags} --prompts {base.parent / 'lines'} "
-                   f"--size {size}")
+    info = ship(tmp_path / "out", "--model", base, flags, "--prompts", base.parent / "lines",
+                "--size", size)
     of_layers = {tuple(each) for name, each in info["bits"].items() if ".layers." in name}
     assert of_layers <= ({(4, 32), (8, 64), (8, 48)} if "npu" in flags else
                          {(4, 128), (4, 32), (8, 128)}) and {b for b, _ in of_layers} == {4, 8}
@@ -161,7 +153,7 @@ def test_export_json_lists_the_bits_that_the_graph_has(base: Path, tmp_path: Pat
 
 
 def test_without_texts_embedding_and_head_get_8_bits(base: Path, tmp_path: Path) -> None:
-    info = info_of(base, tmp_path / "out", "")
+    info = ship(tmp_path / "out", "--model", base)
     assert {(".layers." in name, *each) for name, each in info["bits"].items()} == {
         (True, 4, 32), (False, 8, 32)}
     with pytest.raises(ValueError, match="--size chooses bits by what texts show"):

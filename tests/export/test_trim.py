@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bpes import byte_level
-from tiny import finish, random_hf, randomise
+from tiny import random_hf, randomise, write_lines
 from torch import Tensor
 
 import export
@@ -78,7 +78,7 @@ def test_ids_in_all_files_are_the_new_ones(make: Make, tmp_path: Path) -> None:
     kept = [i for i in some_tokens(base) if i not in (0, 2, 333)]
     write_trimmed(base, tmp_path / "out", kept, [])
     config, settings, generation, tokenizer = (
-        json.loads((tmp_path / "out" / name).read_text()) for name in (
+        read_json(tmp_path / "out" / name) for name in (
             "config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"))
     assert (config["vocab_size"], config["eos_token_id"]) == (len(kept), 0)
     assert "bos_token_id" not in config and [*settings["added_tokens_decoder"]] == ["0"]
@@ -126,11 +126,9 @@ def test_an_adapter_of_the_whole_base_fits_and_that_of_another_does_not(
 @pytest.fixture
 def data(tmp_path: Path) -> list[str]:
     """--data of one task, whose test has a token that no training line has."""
-    (tmp_path / "data").mkdir()
     for name, words in (("train", "cat mat hat"), ("valid", "sat"), ("test", "answer")):
-        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(
-            json.dumps({"prompt": f"say {word} {i}", "completion": word}) + "\n"
-            for i in range(4) for word in words.split()))
+        write_lines(tmp_path / "data" / f"{name}.jsonl", (
+            (f"say {word} {i}", word) for i in range(4) for word in words.split()))
     return ["--data", str(tmp_path / "data")]
 
 
@@ -142,43 +140,39 @@ def logits_of(run: Path, text: str) -> Tensor:
 
 
 def test_a_run_trains_resumes_and_ships_its_own_base(make: Make, data: list[str], tmp_path: Path,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
-    base, run = make("llama"), tmp_path / "run"
-    flags = ["--model", str(base), *data, "--epochs", "2", "--batch-size", "6"]
-    code, out, err = finish(train.main, *flags, "--vocab", "300", "--out", str(run), capsys=capsys)
-    assert code == 0, err
+                                                     succeed: Callable[..., str]) -> None:
+    base, run, more = make("llama"), tmp_path / "run", tmp_path / "more"
+    out = succeed(train.main, "--model", base, *data, "--epochs", "2", "--batch-size", "6",
+                  "--vocab", "300", "--out", run)
     assert "vocabulary: 320 of 334 tokens" in out                        # a multiple of 64
     assert load_model(run / "base").config.vocab_size == 320
-    assert json.loads((run / "config.json").read_text())["arguments"]["model"] == str(base)
+    assert read_json(run / "config.json")["arguments"]["model"] == str(base)
     (run / "results.json").unlink()
-    code, _, err = finish(train.main, "--resume", "--out", str(run), capsys=capsys)
-    assert code == 0 and (run / "results.json").exists(), err
-    more = tmp_path / "more"
-    code, _, err = finish(train.main, "--init", str(run), "--epochs", "1", "--out", str(more),
-                          capsys=capsys)
-    assert code == 0 and not (more / "base").exists(), err               # it names that of run
+    succeed(train.main, "--resume", "--out", run)
+    assert (run / "results.json").exists()
+    succeed(train.main, "--init", run, "--epochs", "1", "--out", more)
+    assert not (more / "base").exists()                  # it names that of run
     export.main([str(run), "--precision", "fp32", "--out", str(tmp_path / "onnx")])
     generator, ids = Generator(tmp_path / "onnx"), load_tokenizer(run / "base").encode("say cat")[0]
     (given,) = generator.forced(ids, [])
     wanted = logits_of(run, "say cat")[0, -1]
     torch.testing.assert_close(torch.from_dlpack(given).flatten(), wanted, rtol=1e-4, atol=1e-4)
     export.main([str(more), "--layout", "peft", "--out", str(tmp_path / "peft")])
-    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    settings = read_json(tmp_path / "peft" / "adapter_config.json")
     assert settings["base_model_name_or_path"] == "base"
 
 
 def test_an_export_leaves_tokens_out_of_a_whole_run(make: Make, data: list[str], tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
-    train.main(["--model", str(make("llama")), *data, "--epochs", "1", "--out", str(run)])
-    export.main([str(run), "--vocab", "320", "--precision", "fp32", "--out", str(tmp_path / "out")])
-    said = capsys.readouterr().out
+                                                    succeed: Callable[..., str]) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    succeed(train.main, "--model", make("llama"), *data, "--epochs", "1", "--out", run)
+    said = succeed(export.main, run, "--vocab", "320", "--precision", "fp32", "--out", out)
     assert "log-probability of right answers" in said and "test lines" in said
-    info = json.loads((tmp_path / "out" / "export.json").read_text())
+    info = read_json(out / "export.json")
     assert (info["vocab_size"], info["model"]) == (320, "base")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "data", "out", "run"]
-    export.main(["--model", str(tmp_path / "base"), "--vocab", "320", "--layout", "hf", "--prompts",
-                 str(tmp_path / "data" / "train.jsonl"), "--out", str(tmp_path / "hf")])
+    succeed(export.main, "--model", tmp_path / "base", "--vocab", "320", "--layout", "hf",
+            "--prompts", tmp_path / "data" / "train.jsonl", "--out", tmp_path / "hf")
     assert load_model(tmp_path / "hf").config.vocab_size == 320
 
 
@@ -213,13 +207,7 @@ def test_a_large_vocabulary_is_named_with_what_fewer_tokens_would_take(make: Mak
     (["--vocab", "330"], "--vocab 384: the base has 334 tokens, so none would be left out")])
 def test_sizes_that_cannot_be_meant_are_refused(make: Make, data: list[str], tmp_path: Path,
                                                 flags: list[str], says: str,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = finish(train.main, "--model", str(make("llama")), *data, *flags, "--out",
-                          str(tmp_path / "run"), capsys=capsys)
-    assert code == 1 and says in err and not (tmp_path / "run" / "base").exists()
-
-
-def test_bytes_have_nothing_to_leave_out(inputs: Any, tmp_path: Path,
-                                         capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = finish(train.main, *inputs, "--vocab", "200", capsys=capsys)
-    assert code == 1 and "--vocab: the model reads bytes" in err
+                                                fails: Callable[..., None]) -> None:
+    run = tmp_path / "run"
+    fails(train.main, "--model", make("llama"), *data, *flags, "--out", run, says=says)
+    assert not (run / "base").exists()

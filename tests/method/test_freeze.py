@@ -19,17 +19,7 @@ from minismoe.export.settings import ExportConfig, Source
 from minismoe.export.tree import fits_to_make, freeze_and_round
 from minismoe.method import freeze as module
 from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
-from minismoe.method.freeze import (
-    KINDS,
-    Fit,
-    TaskFits,
-    exact,
-    fit,
-    freeze,
-    merge,
-    merged,
-    solve,
-)
+from minismoe.method.freeze import KINDS, Fit, TaskFits, exact, fit, freeze, merge, merged, solve
 from minismoe.method.reads import reads as groups
 
 
@@ -68,7 +58,8 @@ def loss(fit_: Fit, layer: ExpertLinear, x: Tensor) -> float:
 # --- the fits -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("kind", "pad", "ridge"), [
-    ("ours", "right", 1e-13), ("ours", "right", 0.1), ("hf", "right", 1e-13), ("hf", "left", 0.1)])
+    ("llama", "right", 1e-13), ("llama", "right", 0.1), ("hf-llama", "right", 1e-13),
+    ("hf-llama", "left", 0.1)])
 def test_fits_and_residuals_equal_the_reference(kind: str, pad: str, ridge: float,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RIDGES", (ridge,))
@@ -123,8 +114,7 @@ def test_equal_gates_are_frozen_without_loss(k: int) -> None:
     x, before = batch(99), copy.deepcopy(model)
     fits = fits_by_kind(model, tasks())
     for kind, found in fits.items():
-        assert all(f.residual < 1e-12 for task in (None, "a", "b")
-                   for f in found[task].values())
+        assert all(f.residual < 1e-12 for task in (None, "a", "b") for f in found[task].values())
         frozen = copy.deepcopy(model)
         freeze(frozen, found[None])
         torch.testing.assert_close(frozen(*x[:2]), before(*x[:2]), msg=kind)
@@ -231,7 +221,7 @@ def same(a: TaskFits, b: TaskFits, **tolerance: float) -> None:
             assert found.kind == b[task][name].kind
 
 
-@pytest.mark.parametrize("kind", ["ours", "hf"])
+@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
 def test_pads_are_left_out(kind: str) -> None:
     model = model_of(kind)
     alone = {t: [tuple(x[i:i + 1, :n] for x in b) for b in batches
@@ -291,7 +281,7 @@ def test_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- freezing and merging -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["ours", "hf"])
+@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
 def test_frozen_and_merged_compute_the_same(kind: str) -> None:
     model, (ids, mask, _) = model_of(kind), batch(3)
     fits = fit(model, tasks())[None]

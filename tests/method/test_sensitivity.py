@@ -8,22 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from tiny import SMALL, Shapes, padded, plain
+from tiny import SMALL, Shapes, padded, plain, small_model
 from torch import Tensor, nn
 
 from minismoe import reference
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.loss import IGNORE
 from minismoe.method.sensitivity import _Ghost, probe, sample_norms
-from minismoe.model.attention import RMSNorm
-from minismoe.model.decoder import CausalLM, Config
 
-SIZES = SMALL | {"tie_word_embeddings": True}
-V, D = SIZES["vocab_size"], SIZES["hidden_size"]
-HF = {"hf-llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-      "hf-qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}
-KINDS = ["llama", "qwen2", "qwen3", *HF]
+V, D = SMALL["vocab_size"], SMALL["hidden_size"]
+KINDS = ["llama", "qwen2", "qwen3", "hf-llama", "hf-qwen2"]
 MATRICES = [f"model.layers.{i}.{name}" for i in range(2) for name in (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
@@ -34,18 +28,8 @@ Data = tuple[Tensor, Tensor, Tensor]
 
 
 def model_of(kind: str, experts: bool = False) -> nn.Module:
-    """A random tiny model: ours, or one of transformers; biases and norms are no neutral ones."""
-    torch.manual_seed(0)
-    model: nn.Module
-    if kind in HF:
-        config, cls = HF[kind]
-        model = cls(config(**SIZES))
-    else:
-        model = CausalLM(Config.from_dict(dict(SIZES, model_type=kind)))
-        norm = model.model.layers[0].self_attn.q_norm
-        assert isinstance(norm, RMSNorm) == (kind == "qwen3")
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name), std=0.25)
+    """A random tiny model: ours, or one of transformers."""
+    model = small_model(kind, tie_word_embeddings=True)
     if kind.endswith("qwen2"):
         assert model.model.layers[0].self_attn.q_proj.bias is not None
     if experts:
@@ -145,21 +129,6 @@ def test_takes_the_cheaper_of_gram_and_product(kind: str, which: str) -> None:
     assert grams == len(by_gram) + len(inputs)             # D D^T of each, X X^T once an input
 
 
-@pytest.mark.parametrize("kind", ["llama", "hf-llama"])
-def test_the_head_meets_supervised_positions_only(kind: str,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minismoe.method.loss.CHUNK", 4 * V)
-    model, data = model_of(kind), batch([13, 6, 9])
-    supervised = int((data[2][:, 1:] != IGNORE).sum())
-    assert 4 < supervised < data[1].sum() - 3
-    with Shapes() as shapes:
-        norms_of(model, data)
-    logits = [s for _, s in shapes.seen if s[-1:] == (V,) and s != (D, V)]
-    assert max(s[0] for s in logits) == 4
-    products = [s[0] for name, s in shapes.seen if name == "mm" and s[-1:] == (V,)]
-    assert sum(products) == supervised
-
-
 # --- samples, batches, tasks --------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["llama", "hf-llama"])
@@ -225,8 +194,7 @@ def test_works_under_no_grad() -> None:
 
 
 def test_dropout_is_off() -> None:
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, attention_dropout=0.5))
+    model = small_model("hf-llama", attention_dropout=0.5)
     data = batch([7, 3, 5])
     torch.testing.assert_close(norms_of(model.train(), data), expected_norms(model.eval(), data),
                                rtol=1e-4, atol=0)

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import make_dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from minismoe.io.files import read_json, write_json
 from minismoe.method.allocate import Allocation
-from minismoe.method.experts import ExpertLinear, add_experts, expert_layers
+from minismoe.method.experts import add_experts, expert_layers
 from minismoe.model.checkpoint import (
     fingerprint,
     load_adapter,
@@ -138,10 +139,11 @@ def test_fingerprint_stays_if_a_later_version_has_more_settings(folder: Path) ->
 
 
 def test_fingerprint_knows_every_tensor_and_setting(folder: Path) -> None:
+    """Rows from the first to the last, and any of those between."""
     file, found = folder / "model.safetensors", {load_model(folder).fingerprint}
     whole, names = file.read_bytes(), list(load_file(file))
-    for name in names:
-        edit(folder, lambda t, name=name: t[name].neg_())
+    for name, rows in product(names, (slice(1), slice(10, 20), slice(-1, None))):
+        edit(folder, lambda t, name=name, rows=rows: t[name][rows].neg_())
         found.add(load_model(folder).fingerprint)
         file.write_bytes(whole)
     edit(folder, lambda t: t.update({names[0]: t[names[0]].bfloat16()}))
@@ -150,19 +152,7 @@ def test_fingerprint_knows_every_tensor_and_setting(folder: Path) -> None:
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "rms_norm_eps": 1e-3})
     found.add(load_model(folder).fingerprint)
-    assert len(found) == len(names) + 3
-
-
-def test_fingerprint_reads_rows_from_the_first_to_the_last(folder: Path) -> None:
-    """A base that differs in its last rows, or in those of the middle, is another base."""
-    file, found = folder / "model.safetensors", {load_model(folder).fingerprint}
-    whole, names = file.read_bytes(), list(load_file(file))
-    for rows in (slice(-1, None), slice(10, 20)):
-        for name in names:
-            edit(folder, lambda t, name=name, rows=rows: t[name][rows].neg_())
-            found.add(load_model(folder).fingerprint)
-            file.write_bytes(whole)
-    assert len(found) == 2 * len(names) + 1
+    assert len(found) == 3 * len(names) + 3
 
 
 @torch.no_grad()
@@ -227,8 +217,7 @@ def overwrite(file: Path, place: int, new: bytes) -> None:
     (lambda f: overwrite(f / "model.safetensors", 6, b"\x10"), ValueError, "no valid safetensors"),
     (lambda f: (f / "model.safetensors").write_bytes(b""), ValueError, "no valid safetensors file"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), ValueError,
-     "no valid safetensors file"),
-])
+     "no valid safetensors file")])
 def test_broken_folders_are_refused(
         folder: Path, spoil: Callable[[Path], object], error: type[Exception], named: str) -> None:
     load_model(folder)
@@ -239,10 +228,8 @@ def test_broken_folders_are_refused(
 
 
 @pytest.mark.parametrize(("index", "error", "named"), [
-    ({"weight_map": {"a": "../secret.safetensors"}}, ValueError, "points out of its folder"),
-    ({"weight_map": {"a": "/etc/passwd"}}, ValueError, "points out of its folder"),
-    ({"weight_map": {"a": ".."}}, ValueError, "points out of its folder"),
-    ({"weight_map": {"a": "file:///etc/passwd"}}, ValueError, "points out of its folder"),
+    *(({"weight_map": {"a": place}}, ValueError, "points out of its folder") for place in (
+        "../secret.safetensors", "/etc/passwd", "..", "file:///etc/passwd")),
     ({"weight_map": {"a": "sub/x.safetensors", "b": "x.safetensors"}}, ValueError, "sub/x"),
     ({"weight_map": {"a": ["x"]}}, ValueError, "weight_map"),
     ({"weight_map": ["x.safetensors"]}, ValueError, "weight_map"),
@@ -365,7 +352,7 @@ def test_adapter_files_hold_what_loading_needs(folder: Path, adapter: Path) -> N
         f"{V}.lora_A": (1, 4, 32), f"{V}.lora_B": (1, 4, 16),        # E = 1: no router
         f"{DOWN}.lora_A": (2, 4, 48), f"{DOWN}.lora_B": (2, 4, 32), f"{DOWN}.router": (2, 48)}
     assert {t.dtype for t in tensors.values()} == {torch.float32}
-    meta = json.loads((adapter / "adapter.json").read_text())
+    meta = read_json(adapter / "adapter.json")
     assert meta["format"] == "minismoe.adapter/1"
     assert meta["base_model"] == str(folder)
     assert meta["fingerprint"] == load_model(folder).fingerprint
@@ -416,20 +403,10 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused(folder: Path, adapter: P
     (lambda f: (f / "adapter.json").rename(f.parent / "a.json") and (f / "adapter.json").symlink_to(
         f.parent / "a.json"), ValueError, "leads out of"),
 ])
-def test_broken_adapters_are_refused(
-        folder: Path, adapter: Path, spoil: Callable[[Path], object], error: type[Exception],
-        named: str) -> None:
+def test_broken_adapters_are_refused(folder: Path, adapter: Path, spoil: Callable[[Path], object],
+                                     error: type[Exception], named: str) -> None:
+    model = load_model(folder)
     spoil(adapter)
     with pytest.raises(error, match=re.escape(named)):
-        load_adapter(load_model(folder), adapter)
-
-
-def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path, adapter: Path) -> None:
-    model, whole = load_model(folder), (adapter / "adapter.safetensors").read_bytes()
-    cut(adapter / "adapter.safetensors")
-    with pytest.raises(ValueError):
         load_adapter(model, adapter)
     assert not expert_layers(model)
-    (adapter / "adapter.safetensors").write_bytes(whole)
-    load_adapter(model, adapter)
-    assert isinstance(model.get_submodule(Q), ExpertLinear)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_hf, randomise
+from tiny import close, padded, random_hf, randomise
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -73,22 +73,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, CausalLM]:
     return hf, load_model(folder)
 
 
-def texts() -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(97, (3, LENGTHS[0]), generator=g)
-    return ids, (torch.arange(LENGTHS[0]) < torch.tensor(LENGTHS)[:, None]).long()
-
-
-def close(ours: Tensor, theirs: Tensor) -> None:
-    error = (ours - theirs).abs().max() / theirs.abs().max()
-    assert error <= 2e-5, f"relative error {error:.2e}"
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 @torch.no_grad()
 def test_long_texts_equal_transformers(pair: tuple[Any, CausalLM], side: str) -> None:
     """In one pass, and prompts of unequal lengths in a cache, before a chunk and single tokens."""
-    (hf, model), (ids, mask) = pair, texts()
+    (hf, model), (ids, mask) = pair, padded(LENGTHS, vocabulary=97)
     whole = [hf(torch.cat((row[:n], row[:9]))[None]).logits[0] for row, n in zip(ids, LENGTHS)]
     rows, real = (x if side == "right" else torch.stack([
         row.roll(LENGTHS[0] - n) for row, n in zip(x, LENGTHS)]) for x in (ids, mask))
@@ -104,7 +93,7 @@ def test_long_texts_equal_transformers(pair: tuple[Any, CausalLM], side: str) ->
 def test_shared_prefixes_change_neither_logits_nor_gradients(pair: tuple[Any, CausalLM]) -> None:
     """Sequences of a prefix of 66 tokens, which linear layers hold once."""
     model = pair[1].requires_grad_(True)
-    ids = texts()[0]
+    ids = padded(LENGTHS, vocabulary=97)[0]
     ids[1:, :66] = ids[0, :66]
     mask, found = torch.ones_like(ids), []
     needed = torch.arange(LENGTHS[0]).expand_as(ids) >= 70

@@ -47,7 +47,6 @@ def test_command_in_a_bare_process(generator, folders) -> None:
 def test_failures_are_one_line(folders, args, line) -> None:
     run = command(*(a.replace("FOLDER", str(folders["ort"])) for a in args))
     assert run.returncode == 1 and re.fullmatch(f"error: .*{line}.*\n", run.stderr), run.stderr
-    assert command(folders["ort"], "a", "--threads", "0").returncode == 2
 
 
 def test_chat(generator, folders) -> None:
@@ -173,32 +172,6 @@ def test_the_end_of_the_context_is_said(model, folders, monkeypatch, capsys) -> 
         setattr(self, "ended", "context"), iter(b"ab"))[1])
     terminal.main([str(folders["ort"]), "x"])
     assert capsys.readouterr().err == "[the context of 96 tokens is full]\n"
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--serve", "web"], "--serve: invalid int value: 'web'"), (["--serve=-1"], "-1 is below 0"),
-    (["x", "--best", "2"], "--best needs --choices"),
-    (["--chat", "--lines"], "--chat cannot be beside --lines"),
-    (["--serve", "--stats"], "--serve cannot be beside --stats"),
-    (["y", "--serve", "--stop", "t"], "--serve cannot be beside PROMPT, --stop"),
-    (["x", "--choices", "f", "--stop", "t"], "--choices cannot be beside --stop"),
-    (["x", "--schema", "f", "--choices", "g"], "--schema cannot be beside --choices"),
-    (["x", "--schema", "f", "--tools", "g"], "--schema cannot be beside --tools"),
-    (["x", "--tools", "f", "--raw"], "--tools cannot be beside --raw"),
-    (["x", "--repetition-penalty", "0"], "is not above 0"),
-    (["x", "--seed", "1"], "--seed needs --temperature"),
-    (["x", "--temperature", "nan"], "nan is no number of at least 0"),
-    (["x", "--top-p", "2"], "2 is not in (0, 1]"), (["x", "--top-k", "-1"], "-1 is below 0"),
-    (["x", "--choices="], "it is empty"),
-    (["x", "--top-p", "0.5"], "--top-p needs --temperature"),
-    (["x", "--top-k", "4", "--temperature", "0"], "--top-k needs --temperature"),
-    (["x", "--chat", "--raw"], "--chat cannot be beside PROMPT, --raw"),
-    (["x", "--presence-penalty", "3"], "3 is not in [-2, 2]")])
-def test_what_is_wrong_with_flags_is_said(folders, flags, says, capsys) -> None:
-    """In the last line: the usage above it names every flag."""
-    with pytest.raises(SystemExit) as end:
-        terminal.main([str(folders["ort"]), *flags])
-    assert end.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_too_little_memory_names_the_context(monkeypatch, capsys) -> None:

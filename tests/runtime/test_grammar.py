@@ -1,8 +1,6 @@
 """Answers that a grammar holds: JSON by random schemas, and calls as templates write them."""
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 
 from minismoe.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from minismoe.runtime import Generator
-from minismoe.runtime import __main__ as terminal
 from minismoe.runtime.grammar import call_grammar, grammar_tokens, json_grammar, new_matcher
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -260,11 +257,3 @@ def test_a_schema_on_the_command_line(model, tmp_path, capsys) -> None:
     wrong = command(folder, "hello", "--schema", file)
     assert (wrong.returncode, wrong.stdout) == (1, "") and wrong.stderr.startswith(
         "error: the schema cannot be compiled: ") and wrong.stderr.count("\n") == 1
-
-
-def test_a_missing_library_is_one_line(model, tmp_path, monkeypatch) -> None:
-    folder: Path = export(model, tmp_path / "f")
-    (tmp_path / "schema.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ModuleNotFoundError, match="need llguidance: pip install 'llguid"):
-        terminal.main([str(folder), "x", "--schema", str(tmp_path / "schema.json")])

@@ -1,6 +1,5 @@
 """Plugin providers, on software where there is no device: the CPU's texts, and what ran where."""
 
-import json
 import os
 import random
 import re
@@ -23,6 +22,7 @@ from minismoe.export.compare import logits, stop_rounding
 from minismoe.export.layouts import write_adapter
 from minismoe.export.leaves import AdapterLinear
 from minismoe.io import process
+from minismoe.io.files import read_json
 from minismoe.method.experts import ExpertLinear, linear_layers
 from minismoe.method.freeze import Fit
 from minismoe.runtime import Generator, providers
@@ -78,8 +78,7 @@ def test_logits_are_those_of_the_cpu(model, tmp_path, precision, provider) -> No
     stop_rounding(exact)
     for prompt in PROMPTS:
         text = list(exact.generate(prompt, 12))
-        wanted, found = (logits(g, [list(prompt)], [text])[0]
-                         for g in (exact, generator))
+        wanted, found = (logits(g, [list(prompt)], [text])[0] for g in (exact, generator))
         assert (found - wanted).abs().max() < TOLERANCES[precision] * wanted.abs().max()
 
 
@@ -165,7 +164,7 @@ def test_an_export_is_checked_there_as_well(tmp_path, monkeypatch, capsys, preci
     said = capsys.readouterr().out
     assert re.search(rf"{provider}: logits within \S+ of the CPU's largest, 3 of 3 texts the", said)
     assert said.endswith(f"python -m minismoe.runtime out --chat --provider {provider}\n")
-    info = json.loads((tmp_path / "out" / "export.json").read_text())
+    info = read_json(tmp_path / "out" / "export.json")
     assert info["providers"] == [provider]
     seen = info["checked"][""]["providers"][provider]
     assert seen["logits_error"] < (0.05 if precision == "int4" else 1e-5)
@@ -242,6 +241,16 @@ def test_threads_are_those_that_a_control_group_grants(tmp_path, monkeypatch) ->
         (tmp_path / group / "cpu.max").write_text(quota + "\n")
         counts.append(process.processors())
     assert counts == [48, 4, 2, 1]
+
+
+@pytest.mark.parametrize("allowed, asked, given", [(3, None, 3), (3, 2, 2), (8, None, 0)])
+def test_a_session_gets_the_threads_of_the_processors_that_it_may_use(
+        folders, monkeypatch, allowed, asked, given) -> None:
+    """Of eight; 0 lets onnxruntime take all physical cores."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(providers, "processors", lambda: allowed)
+    session = open_session(folders["ort"] / "model.onnx", Device(), asked)
+    assert session.get_session_options().intra_op_num_threads == given
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch) -> None:

@@ -16,6 +16,7 @@ import torch
 from exported import KINDS, describe, export
 
 from minismoe import generate
+from minismoe.data.tokenizer import FileTokenizer
 from minismoe.export.layouts import write_adapter
 from minismoe.export.leaves import AdapterLinear
 from minismoe.method.freeze import Fit
@@ -40,26 +41,6 @@ def spoil_sampler(folder: Path, rank: int) -> None:
         opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), folder / "sampler.onnx")
     describe(folder, files={p.name: {"bytes": p.stat().st_size, "sha256": ""}
                             for p in folder.iterdir() if p.name != "export.json"})
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_greedy_equals_torch(model, folders, kind) -> None:
-    generator = Generator(folders[kind], threads=1)
-    expected = generate(model, PROMPTS, 12, generator.tokenizer.stop_ids)
-    assert len(set(map(tuple, expected))) == len(PROMPTS) and min(map(len, expected)) > 2
-    assert [list(generator.generate(p, 12)) for p in PROMPTS] == expected
-    assert generator.batch(PROMPTS, 12) == expected
-    assert [list(generator.generate(p.decode(), 12)) for p in PROMPTS] == expected
-
-
-@pytest.mark.parametrize("kind", ["ort", "portable", "static"])
-def test_goes_on_from_what_was_read(folders, kind) -> None:
-    generator = Generator(folders[kind], threads=1)
-    first = list(generator.generate(PROMPTS[2], 8))
-    for longer, fed in ((PROMPTS[2] + bytes(first) + b"xyz", 4), (PROMPTS[2][:20] + b"q", 1)):
-        given = list(generator.generate(longer, 8))
-        assert generator.prompt_tokens == (fed if kind == "ort" or fed == 4 else len(longer))
-        assert given == list(Generator(folders[kind], threads=1).generate(longer, 8))
 
 
 @pytest.mark.parametrize("kind, left", [("ort", 1), ("portable", 1), ("static", 0)])
@@ -346,29 +327,22 @@ def test_text_comes_in_whole_characters(generator) -> None:
     assert {"ä", "ß", "€", "🙂", "é"} <= {p.strip("\ufffd") for p in pieces}
 
 
-def test_text_of_a_bpe(generator, bpe, monkeypatch) -> None:
-    from minismoe.data.tokenizer import FileTokenizer
-    tokenizer = FileTokenizer(bpe)
+@pytest.mark.parametrize("kind, text", [
+    ("bpe", "the answer is yes"), ("bpe", " naïve 🙂🙂 cat<|im_end|>mat "), ("bpe", "\n\n日本"),
+    *(("sentencepiece", text) for text in (
+        "hi 🙂🙂 ok", "日本語 hi", "é日🙂é", "hi  ho\n日", "🙂"))])
+def test_text_is_what_a_tokenizer_decodes(generator, request, monkeypatch, kind, text) -> None:
+    """With byte fallback, half a character spoils all bytes beside it, not itself alone; and a
+    text's first token begins with a space, which is the answer's after a prompt."""
+    tokenizer = FileTokenizer(request.getfixturevalue(kind))
     monkeypatch.setattr(generator, "tokenizer", tokenizer)
-    for text in ("the answer is yes", " naïve 🙂🙂 cat<|im_end|>mat ", "\n\n日本"):
-        ids = tokenizer.encode(text)[0]
-        assert "".join(generator.text(ids)) == tokenizer.decode(ids)
-
-
-@pytest.mark.parametrize("text", ["hi 🙂🙂 ok", "日本語 hi", "é日🙂é", "hi  ho\n日", "🙂"])
-def test_text_of_byte_fallback(generator, sentencepiece, monkeypatch, text) -> None:
-    """As of Llama 2 and Mistral: half a character spoils all bytes beside it, not itself alone.
-
-    A text's first token begins with a space, which is the answer's after a prompt.
-    """
-    from minismoe.data.tokenizer import FileTokenizer
-    tokenizer = FileTokenizer(sentencepiece)
-    monkeypatch.setattr(generator, "tokenizer", tokenizer)
-    ids = tokenizer.encode(text)[0]
+    ids, space = tokenizer.encode(text)[0], " " * (kind == "sentencepiece")
     pieces = list(generator.text(ids))
-    assert "".join(pieces) == f" {tokenizer.decode(ids)}" == f" {text}"
+    assert "".join(pieces) == space + tokenizer.decode(ids)
     assert len(pieces) > 1                   # streamed, not kept to the end
-    assert [*generator.text([tokenizer.backend.token_to_id("▁")])] == [" "]
+    if space:
+        assert tokenizer.decode(ids) == text
+        assert [*generator.text([tokenizer.backend.token_to_id("▁")])] == [" "]
 
 
 def test_an_old_onnxruntime_and_another_layout_are_named(folders, tmp_path, monkeypatch) -> None:
@@ -428,6 +402,8 @@ def test_tasks(model, tmp_path, folders) -> None:
     (lambda f: describe(f, cache_type="float16"), "export.json is not of this model.onnx"),
     (lambda f: describe(f, target="portable"), "export.json is not of this model.onnx"),
     (lambda f: describe(f, static=[2, 4, 96]), r"not understood: .* static \[2, 4, 96\]"),
+    (lambda f: describe(f, context=1 << 40), "not understood"),
+    (lambda f: (f / "export.json").write_text("[" * 100_000), "not valid JSON"),
     (lambda f: describe(f, target=None), "not understood: .* target None"),
     (lambda f: describe(f, target=["ort"]), r"not understood: .* target \['ort'\]"),
     (lambda f: spoil_sampler(f, 0), "export.json is not of this model.onnx and sampler.onnx"),

@@ -1,5 +1,6 @@
 """The server, asked by OpenAI's own client: answers, streams, tools, JSON, clients that leave."""
 
+import gc
 import http.client
 import json
 import re
@@ -24,7 +25,6 @@ from minismoe.export.layouts import write_adapter
 from minismoe.export.leaves import AdapterLinear
 from minismoe.method.freeze import Fit
 from minismoe.runtime import Generator
-from minismoe.runtime import __main__ as terminal
 from minismoe.runtime import serve as server
 from minismoe.runtime.api import CHAT, Api, RequestError
 from minismoe.runtime.grammar import CALLS
@@ -443,6 +443,32 @@ def test_a_slow_client_delays_nobody_and_is_given_up(client, monkeypatch, part) 
                 pytest.fail("the client was not given up")
 
 
+@pytest.mark.xfail(strict=True, reason="its answer keeps the turn until Python collects garbage")
+def test_a_client_that_reads_nothing_is_dropped(client, monkeypatch, capfd) -> None:
+    """Its stream is longer than what sockets hold; then the next client is answered, though Python
+    has collected no garbage meanwhile."""
+    def long(*args: object) -> Iterator[dict]:
+        for _ in range(1000):
+            yield {"text": "a" * 100_000}
+
+    monkeypatch.setattr(server, "PATIENCE", 0.5)
+    gc.disable()
+    try:
+        with monkeypatch.context() as patch, socket.create_connection(address(client)) as deaf:
+            patch.setattr(Api, "answer", long)
+            body = json.dumps({"prompt": "a", "stream": True}).encode()
+            deaf.sendall(HEAD % len(body) + body)
+            assert deaf.recv(99).startswith(b"HTTP/1.1 200 ")
+            patch.undo()
+            assert completed(client, "b", timeout=5).choices[0].text
+            deaf.settimeout(9)
+            with suppress(ConnectionError):
+                assert sum(map(len, iter(lambda: deaf.recv(1 << 20), b""))) < 90_000_000
+    finally:
+        gc.enable()
+    assert not capfd.readouterr().err
+
+
 def test_a_connection_without_a_request_is_closed(generator, monkeypatch) -> None:
     monkeypatch.setattr(server, "PATIENCE", 0.5)
     with serving(generator) as client:
@@ -593,16 +619,6 @@ def test_a_host_of_another_machine_is_refused_at_once(generator) -> None:
     with pytest.raises(OSError, match=r"192\.0\.2\.1 cannot be opened: .* --host an address"):
         server.serve(Api(generator.folder, lambda: generator), [0], "192.0.2.1", "k")
     assert time.monotonic() - start < 2
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--serve", "--host", "0.0.0.0"], "--host needs --api-key"),
-    (["x", "--api-key", "k"], "--api-key needs --serve"), (["--cors", "*"], "--cors needs --serve"),
-    (["--serve", "--best", "2"], "--best needs --choices")])
-def test_another_host_needs_a_key(folder, flags, says, capsys) -> None:
-    with pytest.raises(SystemExit):
-        terminal.main([str(folder), *flags])
-    assert says in capsys.readouterr().err
 
 
 def test_a_folder_with_a_page_is_checked_before_it_is_served(folder, tmp_path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import tqdm.std
-from tiny import ROOT, examples, finish, python, succeed, tiny
+from tiny import ROOT, examples, finish, interrupt_in, python, tiny
 
 import minismoe.training.loop as training
 import probe
@@ -162,19 +162,11 @@ def test_seconds_add_up_over_resumes(tmp_path, clock) -> None:
 
 def test_every_ending_signal_lets_the_step_end_and_saves_it(inputs, tmp_path, capsys,
                                                             monkeypatch, signals) -> None:
-    run, step = tmp_path / "a run", training.Trainer.gradients
+    run = tmp_path / "a run"
     for saved, number in zip((2, 4, 6), ENDING):
-        calls: list[int] = []
-
-        def interrupting(*args, calls=calls, number=number):
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), number)
-            return step(*args)
-
-        monkeypatch.setattr(training.Trainer, "gradients", interrupting)
+        interrupt_in(monkeypatch, "gradients", 2, number)
         args = ["--resume"] if run.exists() else [*inputs, *QUICK]
-        code, _, err = finish(train.main, *args, "--out", str(run), capsys=capsys)
+        code, _, err = finish(train.main, *args, "--out", run, capsys=capsys)
         assert code == 128 + number
         assert err.splitlines()[-1] == (f"interrupted: saved after step {saved} of 6; go on with: "
                                         f"python train.py --resume --out '{run}'")
@@ -219,27 +211,18 @@ with locked(Path({str(tmp_path)!r})): print("held", flush=True); time.sleep(60)"
         pass
 
 
-def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, tmp_path, capsys) -> None:
-    run, model, data = tmp_path / "run", tmp_path / "model", tmp_path / "data"
-    shutil.copytree(inputs[1], model)
-    shutil.copytree(inputs[3], data)
-    flags = ["--model", str(model), "--data", str(data), *QUICK, "--out", str(run)]
-    succeed(train.main, *flags, capsys=capsys)
-    (run / "results.json").unlink()
+def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, run, tmp_path, capsys, fails,
+                                                              ) -> None:
+    model, data = (shutil.copytree(inputs[i], tmp_path / f"copy-{i}") for i in (1, 3))
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
-    again = ["--resume", "--out", str(run)]
-    code, _, err = finish(train.main, "--resume", "--out", str(tmp_path), capsys=capsys)
-    assert code == 1 and "holds no run: config.json is missing" in err
-
-    code, _, err = finish(train.main, *again, "--seed", "1", "--rank", "3", capsys=capsys)
-    assert code == 1 and "--seed 1 (was 0), --rank 3 (was 2)" in err.splitlines()[-1]
-
+    fails(train.main, "--resume", "--out", tmp_path, says="holds no run: config.json is missing")
     (data / "upper" / "train.jsonl").write_text('{"prompt": "say 1", "completion": "N2"}\n')
     header = int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little")
     flip(model / "model.safetensors", 8 * (8 + header))          # the first weight
     allocation = read_json(run / "allocation.json")
     write_json(run / "allocation.json", {**allocation, "alpha": 7})
-    code, _, err = finish(train.main, *again, capsys=capsys)
+    code, _, err = finish(train.main, "--resume", "--out", run, "--model", model, "--data", data,
+                          capsys=capsys)
     last = err.splitlines()[-1]
     assert code == 1 and "began with other inputs" in last
     assert all(f"{name} " in last for name in ("the model", "task upper", "the allocation"))
@@ -249,7 +232,7 @@ def test_resuming_with_other_inputs_is_refused_and_says_which(inputs, tmp_path, 
 
 
 def test_a_run_interrupted_while_probing_can_start_anew(inputs, tmp_path, capsys,
-                                                        monkeypatch) -> None:
+                                                        monkeypatch, succeed) -> None:
     def interrupted(*_: object) -> None:
         raise Interrupted()
 
@@ -259,13 +242,13 @@ def test_a_run_interrupted_while_probing_can_start_anew(inputs, tmp_path, capsys
         code, _, err = finish(probe.main, *flags, capsys=capsys)
     assert code == 130 and "go on with: python probe.py --model" in err
     assert [f.name for f in (tmp_path / "run").iterdir()] == [".lock"]
-    succeed(probe.main, *flags, capsys=capsys)
+    succeed(probe.main, *flags)
     begin = (*inputs, *QUICK, "--out", str(tmp_path / "trained"))
     with monkeypatch.context() as patch:
         patch.setattr("minismoe.method.sensitivity.sample_norms", interrupted)
         assert finish(train.main, *begin, capsys=capsys)[0] == 130
     assert not (tmp_path / "trained").exists()
-    succeed(train.main, *begin, capsys=capsys)
+    succeed(train.main, *begin)
 
 
 def test_resume_restores_the_number_of_threads(capsys) -> None:
