@@ -72,6 +72,9 @@ class _Guard:
             await _refusal(None, e)(scope, receive, sending)
         except TimeoutError:                 # the client takes nothing
             pass
+        finally:                             # not when Python collects it: it holds the turn
+            if parts := scope.get("parts"):
+                await parts.aclose()
         if not self.quiet:
             call: Call | None = scope.get("call")
             tokens = f" {call.usage['prompt_tokens']} tokens, {call.cached} of them cached, and " \
@@ -123,7 +126,7 @@ class _Endpoints:
             body = await _body(request)
             call = request.scope["call"] = await run_in_threadpool(
                 self.api.read, request.url.path, body)
-            parts = self._parts(request, call)
+            parts = request.scope["parts"] = self._parts(request, call)
             first = await anext(parts)       # before anything is sent, as it may raise
             if call.stream:
                 return StreamingResponse(_events(first, parts), media_type="text/event-stream")

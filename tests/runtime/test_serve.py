@@ -443,7 +443,6 @@ def test_a_slow_client_delays_nobody_and_is_given_up(client, monkeypatch, part) 
                 pytest.fail("the client was not given up")
 
 
-@pytest.mark.xfail(strict=True, reason="its answer keeps the turn until Python collects garbage")
 def test_a_client_that_reads_nothing_is_dropped(client, monkeypatch, capfd) -> None:
     """Its stream is longer than what sockets hold; then the next client is answered, though Python
     has collected no garbage meanwhile."""
