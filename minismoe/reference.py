@@ -404,8 +404,8 @@ def read_samples(file: Path, encode: Callable[[str], list[int]], c: Any) -> list
         samples.append((torch.tensor(ids), len(begin + encode(prompt))))
     return samples
 
-# 9. All of it. The first line of each task is asked, and not trained on.
 def main() -> None:
+    """9. All of it. The first line of each task is asked, and not trained on."""
     torch.manual_seed(0)
     toy = Path(__file__).parent / "data" / "toy_base"
     folder, *files = map(Path, sys.argv[1:] or (toy, *sorted(toy.glob("*.jsonl"))))
