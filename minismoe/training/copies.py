@@ -6,7 +6,7 @@ their gradients. So all are copied at once, those of matrices that read the same
 `experts.Stack`), and autograd takes the gradients of all copies to the parameters at once. Plainly,
 for a group of layers:
 
-    A = cat([lora_A of each layer, padded to E experts of rank r]).to(dtype)         (n*E*r, in)
+    A = cat([lora_A of each layer, padded to E experts]).to(dtype)         (n*E*r, in)
     B = [(scaling * lora_B of each layer, padded alike).to(dtype)]                   (E*r, out) each
     routers = cat([router of each layer, padded to E experts])                       (n*E, in)
 """
@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method.experts import ExpertLinear, Stack, expert_layers, groups
@@ -94,8 +93,6 @@ class Copies:
                 if (tensor := getattr(layer, part)) is None:     # one expert: no router
                     pieces.append(self.zeros[:E * width])
                     continue
-                if part != "router" and layer.rank < r:
-                    tensor = F.pad(tensor, (0, 0, 0, r - layer.rank))
                 pieces.append(tensor.flatten())
                 if layer.experts < E:
                     pieces.append(self.zeros[:(E - layer.experts) * r * width])

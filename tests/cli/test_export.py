@@ -33,6 +33,7 @@ from minismoe.export.nodes import Graph
 from minismoe.export.settings import ExportConfig
 from minismoe.export.tree import sharing_copy
 from minismoe.export.write import export_model
+from minismoe.io import progress
 from minismoe.io.files import read_json, write_json
 from minismoe.method import freeze
 from minismoe.method.allocation import Allocation
@@ -135,6 +136,43 @@ def test_every_way_out(run: Path, tmp_path: Path, flags: str,
         (expected,) = generate(model, [PROMPT], 20, [257])
         assert len(expected) > 3
         assert list(Generator(out, threads=1).generate(PROMPT, 20)) == expected
+
+
+def test_every_long_stage_counts_to_its_end(run: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    """Bars that would be printed every ten seconds are printed at once."""
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    train.main(["--model", str(run.parent / "model"), "--data", str(run.parent / "data"), "--out",
+                str(tmp_path / "run"), "--samples", "4", "--epochs", "1", "--limit-test", "3"])
+    ship(tmp_path / "out", tmp_path / "run", "--size 0.02 --max-error 50%")
+    counts, seen = re.compile(r"(.*?): +\d+%.* (\d+/\d+) .*?([a-z]+)/s"), dict[str, str]()
+    for line in capsys.readouterr().err.splitlines():
+        if found := counts.match(line):
+            seen[f"{found[1]}, {found[3]}"] = found[2]               # at last
+    assert seen == {
+        "probe, sample": "8/8", "evaluate before, line": "6/6", "train, step": "10/10",
+        "evaluate after, line": "6/6", "freeze and round, layer": "2/2", "harm, batch": "2/2",
+        "evaluate number, line": "3/3", "evaluate twice, line": "3/3",
+        "sure of number, line": "3/3", "sure of twice, line": "3/3"}
+
+
+def test_of_long_answers_8_are_checked_and_none_is_sure(run: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step for each token of an answer takes long, and hardly any is the same to its end."""
+    for name, answer in ("number", "N{}"), ("twice", "a long answer that ends with the number {}"):
+        for split, numbers in (("train", range(20)), ("valid", range(20, 30)),
+                               ("test", range(30, 42))):
+            write_lines(tmp_path / "data" / name / f"{split}.jsonl",
+                        ((f"say {i}", answer.format(i)) for i in numbers))
+    other = copied(run, tmp_path / "run", data=str(tmp_path / "data"))
+    match, answered = verify.exact_match, []
+    monkeypatch.setattr(verify, "exact_match", lambda tokenizer, asked, complete: answered.append(
+        len(asked.lines)) or match(tokenizer, asked, complete))
+    info = ship(tmp_path / "out", other, "--max-error 50%")
+    assert answered == [12, 8] and info["sure"].keys() == {"number"}
+    ship(tmp_path / "ten", other, "--limit-test 10")
+    assert answered[2:] == [10] * 2
 
 
 @pytest.mark.parametrize("flags", ["", "--precision fp16 --static 1x8x64",
@@ -666,14 +704,16 @@ def test_what_is_no_number_is_refused(run: Path, tolerance: float, wrong: float)
     ("--context 4096", "--context 4096: .* ends at 128$"),
     ("--context 32", "--context 32: .* need 4[0-9], "),
     ("--size 0.001", "--size 0.001: the matrices take 0.01. MB at least"),
-    ("--prompts nowhere.txt", "nowhere.txt"),
+    ("--prompts nowhere.txt", "nowhere.txt"), ("--prompts EMPTY", "empty.txt holds no prompt"),
     ("--target npu --static 1x8x32", "--static with 32 past positions: .* need 4[0-9]"),
     ("--target portable --block 128", "--block 128: rows of 32 weights are no whole blocks"),
     ("--target npu --provider qnn:60", "needs pip install onnxruntime-qnn, and Python"),
     ("--provider nowhere", "no provider nowhere; here are .*cpu"),
 ])
-def test_errors_come_before_the_work(run: Path, flags: str, reason: str,
+def test_errors_come_before_the_work(run: Path, flags: str, reason: str, tmp_path: Path,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    flags = flags.replace("EMPTY", str(tmp_path / "empty.txt"))
     monkeypatch.setattr(write, "new_folder", lambda folder: pytest.fail("there is no folder yet"))
     if "--prompts" not in flags:                               # which freezing reads
         monkeypatch.setattr(write, "ship", lambda *_: pytest.fail("it was frozen"))

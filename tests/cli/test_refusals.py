@@ -123,7 +123,8 @@ REFUSED = [
         "--task number", "--routing freeze", "--layout peft", "--adapters", "--limit-test 5")),
     *((export, f"--prompts x {flags}", {}, "calibrates 4 bits and NPUs): leave out ") for flags in
       ("--precision int8", "--precision q8", "--precision fp32", "--layout hf")),
-    (export, ".", {}, "is no run of train.py")]
+    (export, ".", {}, "is no run of train.py"),
+    (probe, "INPUTS --bits --base-bits 8", {}, "leave out --base-bits")]
 
 
 @pytest.mark.parametrize("script, flags, says", [

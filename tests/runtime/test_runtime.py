@@ -293,6 +293,8 @@ def test_a_text_ends_before_a_stop_text(generator, stop, text) -> None:
     """Whatever the pieces are, nothing of it is given away before."""
     pieces = [*generator.text(b"one, two, three", stop)]
     assert "".join(pieces) == text and "" not in pieces
+    with pytest.raises(ValueError, match="stop is the text 'two': give a list of texts"):
+        [*generator.text(b"one, two, three", "two")]
 
 
 def test_a_batch_draws_anew_for_each_prompt_and_names_a_wrong_one_first(generator) -> None:
