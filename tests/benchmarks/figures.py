@@ -7,6 +7,7 @@ rules.svg     what each allocation rule reaches against plain LoRA (smollm2.json
 bits.svg      the bits of each matrix (bits.json: `bits` of export.json, two exports with --size)
 rates.svg     the loss at other learning rates than the default's (rates.jsonl)
 shipped.svg   exact match, size and speed of exports with fewer bits and tokens (shipped.jsonl)
+orders.svg    what fewer tokens cost, by the order in which they are kept (vocabulary.jsonl)
 decoding.svg  size and speed of exports beside those of other tools (decoding.jsonl)
 
 Every picture stands on a white card of its own, so that it reads on light and on dark pages. It
@@ -35,6 +36,8 @@ KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 RULES = {"lora": "a plain LoRA", "uniform": "as many everywhere", "random": "at random",
          "votes-floor": "votes, at least one", "votes": "votes (the paper)"}
 SHOWN = {"MB": "megabytes", "rate": "tokens/s"}
+ORDERS = {"expected": "by expectation", "id": "by id", "random": "at random"}
+COSTS = {"more": "more tokens, in 10,000", "lost": "log-probability lost, in thousandths"}
 Parts = list[str]
 
 
@@ -287,6 +290,25 @@ def shipped(row: Mapping[str, Any]) -> dict[str, Any]:
             "exact match": 100 * row["exact"]}
 
 
+def orders(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each base, number of tokens and order, a row of `bars`: how many more tokens unseen lines
+    take, and what their right answers lose of their log-probability in the run of seed 0."""
+    rows = []
+    kept = [r for r in records if r.get("seed") == 0 and r["order"] in ORDERS
+            and "trained on them" not in r]
+    for r in sorted(kept, key=lambda r: (r["base"], r["tokens"], r["order"])):
+        alike = [other for other in records if other["base"] == r["base"]]
+        (all_tokens,) = (o for o in alike if o["order"] == "all" and o["seed"] == 0)
+        (count,) = (o for o in alike if "lines" in o and all(
+            o[key] == r[key] for key in ("order", "tokens")))
+        rows.append({
+            "base": r["base"], "name": f"{r['tokens']:,} {ORDERS[r['order']]}",
+            "blue": r["order"] == "expected",
+            "more": 1e4 * (count["tokens_after"] / count["tokens_before"] - 1),
+            "lost": max(0, 1000 * (all_tokens["logprob"] - r["logprob"]))})
+    return rows
+
+
 def lines(name: str) -> list[dict[str, Any]]:
     return [*map(json.loads, (RESULTS / f"{name}.jsonl").open(encoding="utf-8"))]
 
@@ -303,6 +325,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "rates": lambda: rates(complete()),
     "shipped": lambda: bars("Exact match, size and speed of exports", [*map(shipped, lines(
         "shipped"))], SHOWN, "exact match"),
+    "orders": lambda: bars("What fewer tokens cost", orders(lines("vocabulary")), COSTS),
     "decoding": lambda: bars("Decoding beside other tools", lines("decoding"), SHOWN)}
 
 

@@ -15,13 +15,23 @@ import export
 from minismoe.data.tasks import Task
 from minismoe.data.tokenizer import ByteTokenizer, Tokenizer
 from minismoe.export import compare, tree, verify
-from minismoe.export.calibration import Calibration, shuffled_samples
+from minismoe.export.calibration import Calibration, shuffled_samples, unlabelled
 from minismoe.export.layouts import copy_base_files, write_genai
 from minismoe.export.settings import ExportConfig, Source
 from minismoe.io.files import read_json
 from minismoe.method.experts import expert_layers
 from minismoe.method.freeze import exact
 from minismoe.training.evaluate import Accuracy
+
+
+def test_prompts_are_turns_of_a_user_and_end_at_the_context(tmp_path) -> None:
+    (tmp_path / "lines").write_text("\ufeffhi\n\n a longer prompt\n", encoding="utf-8")
+    tokenizer = Tokenizer(ByteTokenizer(), None, "<|bos|>", "<|end|>", 258, [257])
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=28))
+    found = unlabelled(str(tmp_path / "lines"), SimpleNamespace(tokenizer=tokenizer, model=model))
+    assert [bytes(e.ids[1:]) for e in found] == [b"User: hi\nAssistant:",
+                                                 b"User:  a longer prompt\nAssi"]
+    assert all({*e.labels} == {-100} and len(e.labels) == len(e.ids) for e in found)
 
 
 @pytest.mark.parametrize("task", [None, "a"])
