@@ -89,7 +89,7 @@ def in_words(config: ExportConfig, has_texts: bool) -> str:
     floats = f"; --precision fp{16 if config.target == 'npu' else 32} keeps floats"
     nearest = "" if has_texts or 4 not in PRECISIONS[config.precision] else (
         ", each number rounded to the nearest (--prompts FILE rounds for what the model reads)")
-    return f"writes {what}{blocks}{nearest}{floats if config.block or config.size else ''}"
+    return f"writes {what}{blocks}{nearest}{floats if any(PRECISIONS[config.precision]) else ''}"
 
 
 def check_prompts(source: Source, count: int = CHECKED) -> list[list[int]]:

@@ -111,7 +111,7 @@ class Positions:
         and T new inputs: the pads that begin the new ones move before the past."""
         name, past = "conv", self.config.conv_size - 1
         new = self.node("Slice", name, "attention_mask", [-T], [END], [1])
-        pads = self.node("Sub", name, T, self.node("ReduceSum", name, new, [1]))         # (1, 1)
+        pads = self.node("Sub", name, T, self.node("ReduceSum", name, new))              # (1, 1)
         at = self.node("Range", name, 0, T + past, 1)
         moved = self.node("Max", name, self.node("Sub", f"{name}.moved", at, pads), 0)
         real = self.node("GreaterOrEqual", name, at, self.node("Add", name, pads, past))

@@ -177,7 +177,8 @@ def test_of_long_answers_8_are_checked_and_none_is_sure(run: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("flags", ["", "--precision fp16 --static 1x8x64",
                                    "--precision w4a16 --prompts"])
-def test_an_npu_folder(run: Path, tmp_path: Path, flags: str) -> None:
+def test_an_npu_folder(run: Path, tmp_path: Path, flags: str,
+                       capsys: pytest.CaptureFixture[str]) -> None:
     out, args = tmp_path / "out", flags.split()
     if "--prompts" in args:
         (tmp_path / "lines").write_text("say 5\nsay 77\nsing\nwhat?\nsay 6\n")
@@ -185,6 +186,7 @@ def test_an_npu_folder(run: Path, tmp_path: Path, flags: str) -> None:
     elif find_spec("onnxruntime_qnn") and "w4a16" not in flags:   # QNN takes whole blocks only
         args += ["--provider", "qnn:60"]
     export.main([str(run), "--out", str(out), "--target", "npu", *args])
+    assert ("; --precision fp16 keeps floats" in capsys.readouterr().out) == ("fp16" not in flags)
     info = read_info(out, verify=True)
     assert info["static"] == ([1, 8, 64] if "--static" in args else [1, 64, 128])
     assert info["precision"] == (args[1] if "--precision" in args else "w8a16")
