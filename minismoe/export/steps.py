@@ -18,9 +18,9 @@ def put_in_steps(graph: Graph, stops: Sequence[int]) -> None:
     """Put a decoder of `write_decoder` into a Loop that chooses tokens greedily.
 
     The largest number N of attention_mask says how many tokens a run writes; a mask of 0 and 1 asks
-    for one, so that the graph can be used as before. The loop ends earlier once it writes one of
-    the token ids `stops`. logits and the cache are those of the last step. The new output `tokens`
-    (n, 1, 1), n <= N, holds what was chosen.
+    for one, so that the graph can be used as before: the decoder reads the mask's length alone. The
+    loop ends earlier once it writes one of the token ids `stops`. logits and the cache are those of
+    the last step. The new output `tokens` (n, 1, 1), n <= N, holds what was chosen.
     """
     constant, step, outer = {"", *graph.tensors}, Graph(), Graph()
     for node in graph.nodes:
@@ -49,8 +49,7 @@ def put_in_steps(graph: Graph, stops: Sequence[int]) -> None:
         value(longer, TensorProto.INT64, None), *_inner(*graph.outputs[1:], graph.outputs[0]),
         value(chosen, TensorProto.INT64, None)])
     outer.node("Loop", "steps", outer.node("ReduceMax", "steps", mask, keepdims=0), "",
-               ids, outer.node("Min", "steps.mask", mask, 1), *past,
-               outer.constant([[[0.0]]], torch.float32), body=body,
+               ids, mask, *past, outer.constant([[[0.0]]], torch.float32), body=body,
                named=["steps.ids", "steps.mask", *present, logits, "tokens"])
     graph.nodes = outer.nodes
     graph.tensors |= step.tensors | outer.tensors

@@ -684,6 +684,26 @@ def test_experts_are_compared_as_the_graph_stores_them(run: Path, tmp_path: Path
     assert seen and set(seen) == {rounds}
 
 
+@pytest.mark.parametrize("layout, tolerance", [
+    ("hf", verify.BFLOAT16), ("peft", verify.FLOAT32)])
+def test_weights_may_differ_as_far_as_they_are_rounded(run: Path, tmp_path: Path, layout: str,
+                                                       tolerance: float, monkeypatch) -> None:
+    """Merged weights are stored in the dtype of the base's, and a LoRA in float32."""
+    def rounded(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+    shutil.copytree(run.parent / "model", tmp_path / "model")
+    edit_tensors(tmp_path / "model/model.safetensors", rounded)
+    other = copied(run, tmp_path / "run", model=str(tmp_path / "model"))
+    write_json(other / "adapter/adapter.json", read_json(other / "adapter/adapter.json") | {
+        "fingerprint": load_model(tmp_path / "model").fingerprint})
+    check, allowed = verify.compare_logits, []
+    monkeypatch.setattr(verify, "compare_logits", lambda wanted, given, *args: allowed.extend(
+        args[:1]) or check(wanted, given, *args))
+    ship(tmp_path / "out", other, "--layout", layout)
+    assert allowed == [tolerance]
+
+
 @pytest.mark.parametrize("tolerance", [verify.FLOAT32, math.inf])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_what_is_no_number_is_refused(run: Path, tolerance: float, wrong: float) -> None:
