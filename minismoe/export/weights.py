@@ -180,8 +180,7 @@ class WeightStore:
         row = -(-D // w.size) * w.size
         data = self.graph.alias(stored[0], [self.config.vocab_size, row * w.bits // 8])
         x = self.node("GatherBlockQuantized", name, data, "input_ids", stored[1],
-                      domain="com.microsoft", bits=w.bits, block_size=w.size, gather_axis=0,
-                      quantize_axis=1)
+                      domain="com.microsoft", bits=w.bits, block_size=w.size)
         return x if row == D else self.node("Slice", name, x, [0], [D], [-1])
 
     def embed_columns(self, name: str, data: str, scales: str, w: Blocks) -> str:

@@ -1,8 +1,13 @@
-"""What is drawn is where it belongs, fits, parses, and lets no control character through."""
+"""What is drawn is where it belongs, fits, parses, and lets no control character through.
+
+drawings.txt holds pictures that were looked at; `PYTHONPATH=. python tests/io/test_drawing.py`
+writes it anew after a change that is meant.
+"""
 
 import math
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +18,7 @@ from minismoe.io.text import clean, table
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+DRAWINGS = Path(__file__).with_name("drawings.txt")
 SVG = "{http://www.w3.org/2000/svg}"
 EVIL = "tr\x1b[31mec\r\n\x07\x9b\u202e<&>\""  # colours, newlines, a bell, C1, right-to-left, markup
 
@@ -208,3 +214,26 @@ def test_losses_are_drawn_by_step_with_a_dot_at_the_step_that_was_kept() -> None
     (dot,) = root.iter(f"{SVG}circle")
     assert (dot.get("cx"), dot.get("cy")) == ("185.0", "40.0")
     assert ET.fromstring(loss_svg({1: 1.0}, {}, 1)) is not None              # no validation line
+
+
+def drawings() -> str:
+    """Small pictures of each kind; escapes are readable."""
+    few = {f"layers.{i}.{kind}": 10.0 ** -i * (1 + len(kind))
+           for i in range(2) for kind in KINDS[:3]}
+    many = {f"layers.{i}.q_proj": 1.0 + i for i in range(26)} | {"layers.3.a_long_projection": 0.5}
+    shades = (terminal_heatmap("t" * 90, many, scale=scale, color=color).replace("\x1b", "ESC")
+              for scale in ("linear", "log") for color in (False, True))
+    return "\n\n".join([
+        allocation_svg({"first": few, "x" * 90: {**few, "layers.1.mlp.up_proj": 3e-7}},
+                       {name: n for n, name in enumerate(few)}),
+        allocation_svg({"many": many}, dict.fromkeys(many, 12)),
+        loss_svg({1: 4.0, 2: 2.0, 3: 1.0}, {2: 3.0}, 2), *shades,
+        terminal_heatmap("counts", dict.fromkeys(many, 12), digits=True, color=False)]) + "\n"
+
+
+def test_drawings_are_those_that_were_looked_at() -> None:
+    assert drawings() == DRAWINGS.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    DRAWINGS.write_text(drawings(), encoding="utf-8")
