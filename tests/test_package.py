@@ -103,6 +103,15 @@ def test_numpy_is_never_imported_and_nothing_unpickled() -> None:
         assert not found, file
 
 
+def test_text_is_utf_8_on_every_system() -> None:
+    """Windows would take another encoding where none is named; process.py reads Linux's /proc."""
+    for file in {*MODULES, *SCRIPTS} - {ROOT / "minismoe/io/process.py"}:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
+                    "read_text", "write_text"):
+                assert "encoding" in {k.arg for k in node.keywords}, f"{file}:{node.lineno}"
+
+
 def test_arrows_of_the_table_run_one_way() -> None:
     seen: set[str] = set()
     for room, allowed in ARROWS.items():

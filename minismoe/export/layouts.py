@@ -139,7 +139,7 @@ def copy_tokenizer(file: Path, out: Path) -> None:
     if merges and all(isinstance(pair, list) and " " not in "".join(pair)
                       and not pair[0].startswith("#version") for pair in merges):    # a comment
         content["model"]["merges"] = [" ".join(pair) for pair in merges]
-    out.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), "utf-8")
+    out.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def byte_level() -> dict[str, Any]:

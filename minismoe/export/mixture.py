@@ -137,13 +137,14 @@ class LinearLayers:
 
     def no_choice(self, G: int, E: int) -> str:
         """-inf (1, T, G, E), or (1, T, E) for one matrix: the chosen logits overwrite it."""
-        name, sizes = f"router.none.{G}x{E}", [G, E] if G > 1 else [E]
-        if (G, E) not in self.no_choices and (static := self.weights.form.static):
-            self.no_choices[G, E] = self.tensor(name, torch.full((*static[:2], *sizes), -math.inf))
-        elif (G, E) not in self.no_choices:
-            shape = self.node("Concat", name, self.node("Shape", name, "input_ids"), sizes, axis=0)
-            self.no_choices[G, E] = self.node("ConstantOfShape", name, shape, value=make_tensor(
-                "value", TensorProto.FLOAT, [1], [-math.inf]))
+        if (G, E) not in self.no_choices:
+            name, sizes = f"router.none.{G}x{E}", [G, E] if G > 1 else [E]
+            static = self.weights.form.static
+            self.no_choices[G, E] = self.tensor(
+                name, torch.full((*static[:2], *sizes), -math.inf)) if static else self.node(
+                "ConstantOfShape", name, self.node("Concat", name, self.node(
+                    "Shape", name, "input_ids"), sizes, axis=0),
+                value=make_tensor("value", TensorProto.FLOAT, [1], [-math.inf]))
         return self.no_choices[G, E]
 
 

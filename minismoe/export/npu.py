@@ -84,16 +84,10 @@ class NpuWeights(WeightStore):
                          bits=w.bits, block_size=BLOCK if w.bits == 8 else w.size,
                          domain="com.microsoft")
 
-    def vocabulary(self, name: str) -> list[str]:
-        """The stored tensors of an embedding or head (V, D); in few bits, 8 with a scale a row."""
-        w = matrix(self.leaf(name))
-        if isinstance(w, Tensor):
-            return super().vocabulary(name)
-        if name not in self.vocabularies:
-            self.vocabularies[name] = [
-                self.tensor(f"{name}.weight", w.data.flatten(1) ^ 0x80, TensorProto.INT8),
-                self.tensor(f"{name}.scales", w.scales.flatten())]
-        return self.vocabularies[name]
+    def blocks(self, label: str, w: Blocks) -> list[str]:
+        """The data and scales of an embedding or head (V, D), in 8 bits with a scale a row."""
+        return [self.tensor(f"{label}.weight", w.data.flatten(1) ^ 0x80, TensorProto.INT8),
+                self.tensor(f"{label}.scales", w.scales.flatten())]
 
 
 class NpuBuilder(DecoderBuilder):

@@ -2,7 +2,7 @@
 
 Each linear layer of the run becomes what the folder stores in its place:
 
-    merge      an nn.Linear of merged weights, or in few bits a BlockLinear
+    merge      a BlockLinear of merged weights; in layouts hf and peft as freeze
     freeze     an ExpertLinear of one expert, beside floats or blocks
     dynamic    the ExpertLinear as it was trained, beside floats or blocks
     adapters   an AdapterLinear, beside floats or blocks
@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..io.drawing import terminal_heatmap
 from ..io.progress import progress_bar
@@ -55,30 +55,22 @@ class Part:
         self.ranges: Ranges = {}
         self.in_4_bits = defaultdict[str, list[Blocks]](list)        # what --size may choose
 
-    def storages(self, name: str) -> list[Storage]:
-        """The ways to store the matrix of a module in few bits; none if it stays in floats."""
-        form = self.config.form
-        return form.options_of(name) if self.config.graph and form.rounds else []
-
     def place(self, names: Sequence[str]) -> None:
         """Put into the tree, in place of some modules, what ships of their experts."""
         config = self.config
         for name in names:
-            layer, new = self.tree.get_submodule(name), nn.Module()
-            if not isinstance(layer, ExpertLinear) or config.routing == "dynamic":
-                continue
-            of_tasks: Any = {task: of_task[name] for task, of_task in self.fits.items()}
-            if config.adapters:
-                new = AdapterLinear(layer, of_tasks)
-            elif config.routing == "merge" and config.graph:
-                new = BlockLinear(MergedWeight(layer.weight, of_tasks[config.task]), layer.bias)
-            else:
-                new = frozen_layer(layer, of_tasks[config.task])
-            self.tree.set_submodule(name, new)
+            layer: Any = self.tree.get_submodule(name)
+            if isinstance(layer, ExpertLinear) and config.routing != "dynamic":
+                of_tasks: Any = {task: of_task[name] for task, of_task in self.fits.items()}
+                fit = of_tasks.get(config.task)          # none with --adapters
+                self.tree.set_submodule(name, (
+                    AdapterLinear(layer, of_tasks) if config.adapters else
+                    BlockLinear(MergedWeight(layer.weight, fit), layer.bias)
+                    if config.routing == "merge" and config.graph else frozen_layer(layer, fit)))
 
     def round(self, names: Sequence[str], R: Tensor | None) -> None:
         """Store matrices that read the same in few bits, for inputs whose `factor` is R."""
-        for storage in self.storages(names[0]) if names else ():
+        for storage in self.config.form.options_of(names[0]) if names else ():
             if self.config.size and storage.bits == 8:
                 continue                     # rounded once it is chosen
             weights = [matrix(self.tree.get_submodule(name)) for name in names]
@@ -101,15 +93,13 @@ class Part:
         """Store each matrix in the bits that --size gives it, by the harm on lines that the run was
         not trained on, as it is not certain of them."""
         names = [*linear_layers(self.tree), *vocabularies(self.tree)]
-        storages = {name: self.storages(name) for name in names}
+        storages = {name: self.config.form.options_of(name) for name in names}
         texts = calibration_batches(shuffled_samples(self.config, source, unseen=True), source)
         for name, number in choose_bits(storages, self.in_4_bits, self.tree, source.model, texts,
                                         self.config.size or 0).items():
-            in_4_bits, storage = self.in_4_bits.pop(name, []), storages[name][number]
-            if storage.bits == 4:            # these come first in `storages`
-                blocks = in_4_bits[number]
-            else:
-                (blocks,) = self.rounded([matrix(self.tree.get_submodule(name))], storage)
+            kept, storage = self.in_4_bits.pop(name, []), storages[name][number]
+            blocks = kept[number] if storage.bits == 4 else self.rounded(      # 4 bits come first
+                [matrix(self.tree.get_submodule(name))], storage)[0]
             put_weight(self.tree, name, BlockWeight(blocks, torch.float32))
 
 
@@ -145,7 +135,8 @@ def freeze_and_round(parts: Sequence[Part], model: CausalLM, batches: Batches, f
     linears = linear_layers(model)
 
     def in_4_bits(name: str) -> bool:
-        return any(storage.bits == 4 for part in parts for storage in part.storages(name))
+        return any(storage.bits == 4
+                   for part in parts for storage in part.config.form.options_of(name))
 
     to_fit = any(routed(linears[name]) for of_task in fits.values() for name in of_task)
     texts = Calibration(model, batches if to_fit or any(map(in_4_bits, (*linears, table))) else {})

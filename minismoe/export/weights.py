@@ -74,18 +74,16 @@ class GraphFormat:
         """Whether any weight is stored in few bits."""
         return any(PRECISIONS[self.precision])
 
-    def bits_of(self, name: str) -> Storage:
-        """How the matrix of a module is stored where the precision alone decides."""
+    def options_of(self, name: str) -> list[Storage]:
+        """The ways to store the matrix of a module in few bits, of which one is chosen; none if it
+        stays in floats."""
         bits = PRECISIONS[self.precision][".layers." not in name]
         whole = self.rows or bits == 8 and self.precision in NPU_PRECISIONS
-        return Storage(bits, ROW if whole else self.block)
-
-    def options_of(self, name: str) -> list[Storage]:
-        """The ways to store the matrix of a module of which one is chosen."""
+        usual = Storage(bits, ROW if whole else self.block)
         if not self.chooses:
-            return [self.bits_of(name)]
+            return [usual] if bits else []
         if self.target == "npu":
-            return [*{self.bits_of(name): None, Storage(8, ROW): None}]
+            return [*{usual: None, Storage(8, ROW): None}]
         return [Storage(4, 128), Storage(4, 32), Storage(8, 128)]
 
 

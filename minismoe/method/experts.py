@@ -73,16 +73,16 @@ class _Group(torch.autograd.Function):
     def forward(ctx: Any, layers: Sequence["ExpertLinear"], x: Tensor, stack: Stack, A: Tensor,
                 routers: Tensor | None, *B: Tensor) -> tuple[Tensor, ...]:
         """x (N, in) -> y (N, out) of each layer; and router logits (N, n, E), if routed."""
-        h, gates, logits = x @ A.T, None, []
+        gh, gates, logits = x @ A.T, None, []
         if routers is not None:
             logits = [F.linear(x.to(routers.dtype), routers, stack.empty).unflatten(
                 1, (len(layers), -1))]
             gates = top_k_gates(logits[0], stack.top_k)
-            h.unflatten(1, (*gates.shape[1:], -1)).mul_(gates[..., None])        # (N, n, E, r)
-        outputs = [F.linear(x, layer.dense(), layer.bias).addmm_(h_i, B_i)
-                   for layer, h_i, B_i in zip(layers, h.split([len(b) for b in B], 1), B)]
+            gh.unflatten(1, (*gates.shape[1:], -1)).mul_(gates[..., None])       # (N, n, E, r)
+        outputs = [F.linear(x, layer.dense(), layer.bias).addmm_(gh_i, B_i)
+                   for layer, gh_i, B_i in zip(layers, gh.split([len(b) for b in B], 1), B)]
         ctx.layers = layers
-        ctx.save_for_backward(x, h, gates, A, routers, *B)
+        ctx.save_for_backward(x, gh, gates, A, routers, *B)
         return *outputs, *logits
 
     @staticmethod
@@ -92,14 +92,14 @@ class _Group(torch.autograd.Function):
         if _casts(gradients[0]):
             with torch.autocast(gradients[0].device.type, enabled=False):
                 return _Group.backward(ctx, *gradients)
-        layers, (x, h, gates, A, routers, *B) = ctx.layers, ctx.saved_tensors
+        layers, (x, gh, gates, A, routers, *B) = ctx.layers, ctx.saved_tensors
         dys, d_logits, d_routers = gradients[:len(layers)], None, None
         dhs = [dy @ b.T for dy, b in zip(dys, B)]
         dh = dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1)                      # (N, R)
         if routers is not None:
-            # Of the softmax: d_logits = g * dg - g * sum of g * dg. (h holds g * h.)
+            # Of the softmax: d_logits = g * dg - g * sum of g * dg.
             by_expert = dh.unflatten(1, (*gates.shape[1:], -1))                  # (N, n, E, r)
-            g_dg = (by_expert * h.view_as(by_expert)).sum(-1, dtype=gates.dtype)
+            g_dg = (by_expert * gh.view_as(by_expert)).sum(-1, dtype=gates.dtype)
             d_logits = g_dg.addcmul(gates, g_dg.sum(-1, keepdim=True), value=-1)
             d_logits = (d_logits + gradients[-1]).flatten(1)
             d_routers = d_logits.T @ x.to(routers.dtype)
@@ -111,7 +111,7 @@ class _Group(torch.autograd.Function):
                 dx.addmm_(d_logits.to(x.dtype), routers.to(x.dtype))
             for layer, dy in zip(layers, dys):
                 dx.addmm_(dy, layer.dense())
-        dBs = [h_i.T @ dy for h_i, dy in zip(h.split([len(b) for b in B], 1), dys)]
+        dBs = [gh_i.T @ dy for gh_i, dy in zip(gh.split([len(b) for b in B], 1), dys)]
         return None, dx, None, dh.T @ x, d_routers, *dBs
 
 

@@ -5,14 +5,14 @@ of graph has its own cache, which reads as the graph wants it:
 
     SharedCache    target ort: one buffer for the whole context is the past and the present:
                    attention writes into it. Its memory is taken as it is written, and then stays.
-    GrowingCache   target portable: the present of a step is the past of the next step.
+    GraphCache     target portable: the present of a step is the past of the next step.
     FixedCache     target portable, static: the present is the next past as well, but sizes are
                    fixed: T tokens a step, the first of which may be padding, and the last P
                    positions as the past.
     SlotCache      target npu (npu.py): P slots, into which new keys and values are copied.
 
 The last inputs of convolutions and the memory of delta nets go from step to step as in
-GrowingCache, whatever the target.
+GraphCache, whatever the target.
 
 Letters: T new tokens, P past positions, K key/value heads, C head size, V vocabulary.
 """
@@ -32,7 +32,8 @@ PAGE = 64                # tokens of a head: memory is taken in pages; on a GPU,
 
 
 class GraphCache:
-    """What all caches share: the tokens that were read, and the values that a step reads and gives.
+    """The tokens that were read, and the values that a step reads and gives: keys and values grow
+    by those of each step.
 
     info: export.json; memory: kind and number of the device where keys and values stay; adapter:
     {input of the graph: value}; T: tokens that a step reads at most; P: positions of the past at
@@ -40,8 +41,8 @@ class GraphCache:
     """
 
     def __init__(self, session: ort.InferenceSession, info: Mapping[str, Any],
-                 memory: tuple[str, int], adapter: Mapping[str, Any], T: int, *, P: int,
-                 in_place: bool = False):
+                 memory: tuple[str, int], adapter: Mapping[str, Any], T: int, *,
+                 P: int = 0, in_place: bool = False):
         self.session, self.memory, self.adapter, self.T, self.P = session, memory, adapter, T, P
         self.tokens: list[int] = []
         inputs = {i.name: i for i in session.get_inputs()}
@@ -128,13 +129,6 @@ class SharedCache(GraphCache):
             return super().cut(n)
         del self.tokens[n:]
         return True
-
-
-class GrowingCache(GraphCache):
-    """Keys and values that grow by those of each step."""
-
-    def __init__(self, *others: Any):
-        super().__init__(*others, P=0)
 
 
 class FixedCache(GraphCache):

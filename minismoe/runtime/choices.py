@@ -85,14 +85,9 @@ def likeliest(read: Callable[[Sequence[int]], ort.OrtValue], answers: dict[Token
         by_token: dict[int, list[Tokens]] = {}
         for tokens in group:
             by_token.setdefault(tokens[len(shared)], []).append(tokens)
-        for part, more in zip(by_token.values(), _losses(read(shared), [*by_token])):
-            heapq.heappush(heap, (loss + more, part))
+        logits = read(shared)                # holds the memory of `floats`
+        floats = floats_of(logits)
+        total = log_of_sum([floats[token] for token in by_token])    # of these tokens alone
+        for token, part in by_token.items():
+            heapq.heappush(heap, (loss + (total - floats[token]), part))
     return likely
-
-
-def _losses(logits: ort.OrtValue, following: Sequence[int]) -> list[float]:
-    """-log-probability of each token that may follow, among these alone; logits (1, 1, V)."""
-    floats = floats_of(logits)
-    values = [floats[token] for token in following]
-    total = log_of_sum(values)
-    return [total - value for value in values]

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from ..data.tokenizer import load_tokenizer
 from ..io.files import naming
 from ..io.process import give_back_memory, huge_page_ranges, use_huge_pages
-from .cache import FixedCache, GraphCache, GrowingCache, SharedCache
+from .cache import FixedCache, GraphCache, SharedCache
 from .folder import graph_of, plain_file, read_info
 from .npu import NpuSteps, SlotCache
 from .providers import CPU, Device, find_device, nodes_by_provider, open_session, preferred
@@ -68,7 +68,7 @@ class CachedModel:
         in_place = info.get("contract", {}).get("shared_buffer", info["target"] == "ort")
         self._kind: Callable[..., GraphCache] = (
             partial(SlotCache, steps) if steps else FixedCache if self.static else
-            SharedCache if in_place else GrowingCache)
+            SharedCache if in_place else GraphCache)
         # The cache is where attention is: CUDA's takes 16 bits only, and leaves others to the CPU.
         on_cpu = self._kind is SharedCache and "GroupQueryAttention" in self.nodes.get(CPU, "")
         self._memory = ("cpu", 0) if on_cpu else device.memory
@@ -123,15 +123,15 @@ class CachedModel:
         `spare_bytes`: the latest of the others stay, as many as fit. Without another it is a new
         one.
         """
-        def reusable_length(cache: GraphCache) -> int:
-            length = len(os.path.commonprefix([cache.tokens, tokens]))
-            is_spared = 2 * length < len(cache.tokens) and cache.bytes <= spare_bytes
-            return -1 if is_spared or cache.adapter is not self._adapter else length
+        def shared(cache: GraphCache) -> int:
+            return len(os.path.commonprefix([cache.tokens, tokens]))
 
         self._begun += 1
-        taken = max(self._caches, key=reusable_length, default=None)
-        length = reusable_length(taken) if taken else -1
-        if taken and length >= 0 and taken.cut(length):
+        usable = [c for c in self._caches if c.adapter is self._adapter and not (
+            2 * shared(c) < len(c.tokens) and c.bytes <= spare_bytes)]       # these are spared
+        taken = max(usable, key=shared, default=None)
+        length = shared(taken) if taken else 0
+        if taken and taken.cut(length):
             self._caches.remove(taken)
         else:
             taken, length = None, 0

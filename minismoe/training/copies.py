@@ -56,8 +56,8 @@ class Copies:
                        for size in ("experts", "rank", "top_k"))
             some_lack = any(layer.experts < E for layer in every)
             for layers in of_shape:
-                lacking = torch.arange(E) >= torch.tensor([[layer.experts] for layer in layers])
-                empty = torch.zeros(lacking.shape).masked_fill_(lacking, -math.inf).flatten()
+                counts = torch.tensor([[layer.experts] for layer in layers])
+                empty = torch.where(torch.arange(E) < counts, 0.0, -math.inf).flatten()
                 self.groups.append(Group(layers, E, r, k, empty.to(layers[0].lora_A)
                                          if some_lack else None))
             widest = max(max(layer.in_features, layer.out_features) for layer in every)
@@ -66,11 +66,11 @@ class Copies:
     @contextmanager
     def multiplying(self) -> Iterator[None]:
         """Meanwhile the layers multiply with copies of what their parameters are now."""
-        A = self._copied("lora_A", self.groups)
-        B = self._copied("lora_B", [group._replace(layers=[layer])
-                                    for group in self.groups for layer in group.layers])
-        routers = self._copied("router", [
-            group._replace(rank=1) for group in self.groups if group.experts > 1])
+        A = self._copied("lora_A", [(g.layers, g.experts * g.rank) for g in self.groups])
+        B = self._copied("lora_B", [([layer], g.experts * g.rank)
+                                    for g in self.groups for layer in g.layers])
+        routers = self._copied("router", [(g.layers, g.experts)
+                                          for g in self.groups if g.experts > 1])
         for layers, _, _, top_k, empty in self.groups:
             first = layers[0]
             first.stack = Stack(A[first], [B[layer] for layer in layers], routers.get(first), empty,
@@ -81,21 +81,20 @@ class Copies:
             for group in self.groups:
                 group.layers[0].stack = None
 
-    def _copied(self, part: str, groups: Sequence[Group]) -> dict[ExpertLinear, Tensor]:
-        """By the first layer of each group, the copy (layers * E * r, in or out) of their lora_A,
+    def _copied(self, part: str, groups: Sequence[tuple[Sequence[ExpertLinear], int]],
+                ) -> dict[ExpertLinear, Tensor]:
+        """By the first layer of each group, the copy (layers * rows, in or out) of their lora_A,
         lora_B or router; 0 in slots that hold no expert. In the dtype of the weights, but of
-        routers; lora_B times scaling."""
+        routers; lora_B times scaling. groups: with the rows that each of their layers gets."""
         pieces, shapes = list[Tensor](), dict[ExpertLinear, tuple[int, int]]()
-        for layers, E, r, *_ in groups:
+        for layers, rows in groups:
             width = layers[0].out_features if part == "lora_B" else layers[0].in_features
-            shapes[layers[0]] = len(layers) * E * r, width
+            shapes[layers[0]] = len(layers) * rows, width
             for layer in layers:
-                if (tensor := getattr(layer, part)) is None:     # one expert: no router
-                    pieces.append(self.zeros[:E * width])
-                    continue
-                pieces.append(tensor.flatten())
-                if layer.experts < E:
-                    pieces.append(self.zeros[:(E - layer.experts) * r * width])
+                tensor = getattr(layer, part)            # None: one expert has no router
+                held = 0 if tensor is None else tensor.numel()
+                pieces += [tensor.flatten()] if held else []
+                pieces += [self.zeros[:rows * width - held]] if held < rows * width else []
         if not groups:
             return {}
         together = torch.cat(pieces)

@@ -204,10 +204,11 @@ def main(argv: Sequence[str]) -> None:
     merge(tree := trees.sharing_copy(mixture), fits[None])
     tree.eval().requires_grad_(False)
     harm = harm_of(part.in_4_bits, tree, source.model, unseen)
-    options = {name: [*ways, quantize(matrix(tree.get_submodule(name)), *part.storages(name)[-1])]
+    ways_of = part.config.form.options_of
+    options = {name: [*ways, quantize(matrix(tree.get_submodule(name)), *ways_of(name)[-1])]
                for name, ways in part.in_4_bits.items()}
     harm = {name: [*harms, 0.0] for name, harms in harm.items()}
-    cost = {name: [storage.nbytes(ways[0].shape) for storage in part.storages(name)]
+    cost = {name: [storage.nbytes(ways[0].shape) for storage in ways_of(name)]
             for name, ways in options.items()}
     names, lines = [*options], test_lines(source, args.lines, tree)
     of_32, of_rule = total(cost, plain(names, MIDDLE, MIDDLE)), total(cost, down_in_8(names))
