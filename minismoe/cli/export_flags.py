@@ -68,12 +68,10 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (config.prompts, "--prompts has no tasks", "task"),
         (layout == "peft", "an adapter belongs to the base with all tokens (train.py --vocab "
          "trains on one with fewer)", "vocab"),
-        (config.model and not config.prompts,
-         "texts show which tokens are needed: give --prompts FILE", "vocab"),
         (config.static, "--static fixes all sizes of layout onnx", "layout" + " context" * npu),
         (layout == "web", "transformers.js takes one kind of blocks", "size"),
         (config.model and not config.prompts,
-         "texts show which matrices need bits: give --prompts FILE", "size"),
+         "texts show which tokens and bits are needed: give --prompts FILE", "vocab size"),
         (beside, "experts beside the weights take blocks of one size", "size"),
         (config.block, "--block stores all matrices alike", "size"),
         (precision not in ("auto", "int4-8", "w4a16") or config.target == "portable",

@@ -228,10 +228,10 @@ def encode_all(task: Task, tokenizer: Tokenizer, max_length: int, split: str = "
     return examples
 
 
-def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """input_ids, attention_mask and labels, each (B, T), of right-padded examples."""
     def padded(rows: Iterable[list[int]], fill: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], True, fill).to(device)
+        return pad_sequence([torch.tensor(row) for row in rows], True, fill)
     return (padded((e.ids for e in examples), pad_id),
             padded(([1] * len(e.ids) for e in examples), 0),
             padded((e.labels for e in examples), IGNORE))
@@ -251,8 +251,8 @@ def bucket(examples: Sequence[Example], batch_size: int, seed: int) -> list[list
 
 
 def probe_batches(examples: Sequence[Example], count: int, batch_size: int, pad_id: int,
-                  device: torch.device | str = "cpu") -> Iterator[Batch]:
+                  ) -> Iterator[Batch]:
     """Batches, of similar length within each, from the first `count` examples."""
     chosen = sorted(examples[:count], key=lambda e: len(e.ids))
     for i in range(0, len(chosen), batch_size):
-        yield collate(chosen[i:i + batch_size], pad_id, device)
+        yield collate(chosen[i:i + batch_size], pad_id)

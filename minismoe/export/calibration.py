@@ -58,11 +58,10 @@ def unlabelled(file: str, source: Source) -> list[Example]:
 
 
 def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batch]]:
-    """Padded batches of the first examples of each task, on the model's device: at most SAMPLES,
-    and two at least, whose tokens are the task's share of TOKENS. What a text and the one before
-    begin with alike counts once."""
-    device, pad_id = source.model.lm_head.weight.device, source.tokenizer.pad_id
-    batches = {}
+    """Padded batches of the first examples of each task: at most SAMPLES, and two at least, whose
+    tokens are the task's share of TOKENS. What a text and the one before begin with alike counts
+    once."""
+    batches, pad_id = {}, source.tokenizer.pad_id
     for name, examples in samples.items():
         chosen, left = list[Example](), TOKENS // len(samples)
         for example in examples[:SAMPLES]:
@@ -72,7 +71,7 @@ def calibration_batches(samples: Samples, source: Source) -> dict[str, list[Batc
             if left < 0 and len(chosen) >= 2:
                 break
             chosen.append(cut)
-        batches[name] = [*probe_batches(chosen, SAMPLES, BATCH, pad_id, device)]
+        batches[name] = [*probe_batches(chosen, SAMPLES, BATCH, pad_id)]
     return batches
 
 

@@ -59,12 +59,6 @@ def compare_logits(wanted: Sequence[Tensor], given: Sequence[Tensor], tolerance:
             "tokens_agreed": round(torch.cat(same).double().mean().item(), 4)}
 
 
-def greedy_texts(generator: Generator, prompts: Prompts) -> list[list[int]]:
-    """What a graph says after each prompt: TOKENS at most, and what its context has room for."""
-    count = min(TOKENS, generator.room(max(map(len, prompts))))
-    return [[*generator.generate(prompt, count)] for prompt in prompts]
-
-
 def compare_texts(model: CausalLM, generator: Generator, prompts: Prompts, texts: Prompts,
                   ) -> dict[str, float]:
     """Compare a graph with `model` along the graph's greedy texts. A text is the same if the model

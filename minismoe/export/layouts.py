@@ -180,11 +180,9 @@ def write_peft(out: Path, fits: Fits, base_model: str) -> None:
 
 def write_hf(out: Path, base: Path, fits: Fits) -> None:
     """Write the weights of `base` with the fits merged into them."""
-    def change(name: str, tensor: Tensor) -> Tensor:
-        fit = fits.get(name.removesuffix(".weight"))
-        return merged(tensor, fit) if fit else tensor
-
-    rewrite_weights(base, out, change)
+    named = {f"{module}.weight": fit for module, fit in fits.items()}
+    rewrite_weights(base, out, lambda name, weight: (
+        merged(weight, named[name]) if name in named else weight))
 
 
 def rewrite_weights(base: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
@@ -268,11 +266,13 @@ def write_web(out: Path, model: CausalLM, form: GraphFormat, stops: Sequence[int
 
 def write_page(out: Path) -> None:
     """Write index.html, with its scripts inside, and the service worker that opens it offline."""
-    page = Path(__file__).with_name("page")
-    html = re.sub(r' src="(\w+\.js)">', lambda name: f">\n{(page / name[1]).read_text('utf-8')}",
-                  (page / "index.html").read_text("utf-8"))
+    def content(name: str) -> str:
+        return (Path(__file__).with_name("page") / name).read_text(encoding="utf-8")
+
+    html = re.sub(r' src="(\w+\.js)">', lambda script: f">\n{content(script[1])}",
+                  content("index.html"))
     (out / "index.html").write_text(html, encoding="utf-8")
-    (out / "offline.js").write_text((page / "offline.js").read_text("utf-8"), encoding="utf-8")
+    (out / "offline.js").write_text(content("offline.js"), encoding="utf-8")
 
 
 def write_adapter(file: Path, fits: Fits) -> None:

@@ -62,22 +62,17 @@ def nbytes(config: ExportConfig, source: Source) -> int:
     if not config.graph:
         return sum(file.stat().st_size for file in weight_files(source.base)) * (
             config.layout == "hf")
-    return matrix_bytes(config, source, *linear_layers(source.model)) + vocabulary_bytes(
-        config, source)
-
-
-def vocabulary_bytes(config: ExportConfig, source: Source) -> int:
-    """The bytes of a graph's embedding and head, at least."""
-    return matrix_bytes(config, source, *vocabularies(source.model))
+    return matrix_bytes(config, source, *linear_layers(source.model), *vocabularies(source.model))
 
 
 def matrix_bytes(config: ExportConfig, source: Source, *names: str) -> int:
+    """The bytes of some modules' matrices in a graph, at least."""
     form, total = config.form, 0
     for name in names:
         leaf: Any = source.model.get_submodule(name)
         shape = leaf.weight.shape
-        total += min(way.nbytes(shape) for way in form.options_of(name)) if form.rounds else (
-            shape.numel() * form.dtype.itemsize)
+        total += min((way.nbytes(shape) for way in form.options_of(name)),
+                     default=shape.numel() * form.dtype.itemsize)
     return total
 
 

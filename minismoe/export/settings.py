@@ -28,8 +28,6 @@ def share_of_wrong(text: str) -> float:
     return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
-
-
 @dataclass(frozen=True)
 class ExportConfig:
     """How a run is frozen, and what the exported folder holds. Without run and model: the built-in

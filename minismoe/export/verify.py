@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from ..data.tasks import Task
@@ -23,24 +22,12 @@ from ..io.progress import progress_bar
 from ..io.text import clean, table
 from ..method.experts import expert_layers
 from ..method.freeze import Fit, merge
-from ..model.checkpoint import load_model, text_name, weights
+from ..model.checkpoint import load_model, stored_tensors, text_name
 from ..model.decoder import CausalLM
 from ..runtime import Generator
 from ..training.evaluate import Accuracy, evaluate, exact_match, questions
-from .compare import (
-    FEW,
-    TOKENS,
-    Prompts,
-    compare_floats,
-    compare_logits,
-    compare_rounded,
-    compare_texts,
-    greedy_texts,
-    last_tokens,
-    logits,
-    stop_rounding,
-    with_long,
-)
+from . import compare
+from .compare import FEW, TOKENS, Prompts
 from .leaves import AdapterLinear
 from .plan import check_prompts
 from .settings import ExportConfig, Source
@@ -69,10 +56,11 @@ def check(part: Part, source: Source, folder: Path) -> dict[str, Any]:
         task, alone = adapter or config.task, config.adapters and not adapter
         trained = without_experts(source.model) if alone else source.model
         generator.use(adapter)
-        texts = greedy_texts(generator, prompts)
-        figures: dict[str, Any] = exact[adapter] if rounds else compare_floats(
+        count = min(TOKENS, generator.room(max(map(len, prompts))))
+        texts = [[*generator.generate(prompt, count)] for prompt in prompts]
+        figures: dict[str, Any] = exact[adapter] if rounds else compare.compare_floats(
             with_adapter(part.tree, adapter), generator, prompts, texts, tolerance)
-        figures |= compare_texts(trained, generator, prompts, texts)
+        figures |= compare.compare_texts(trained, generator, prompts, texts)
         show_logits(task or source.name, figures)
         for name in config.provider or ():
             figures.setdefault("providers", {})[name] = compare_provider(
@@ -94,11 +82,11 @@ def check_rounded(part: Part, folder: Path, prompts: Prompts, tolerance: float,
     written from; returns figures by adapter. Its session is closed before another one opens."""
     generator, figures = Generator(folder), {}
     if part.config.target != "npu":
-        stop_rounding(generator)
+        compare.stop_rounding(generator)
     for adapter in (None, *generator.tasks):
         generator.use(adapter)
-        figures[adapter] = compare_rounded(with_adapter(part.tree, adapter), generator, prompts,
-                                           tolerance)
+        figures[adapter] = compare.compare_rounded(with_adapter(part.tree, adapter), generator,
+                                                   prompts, tolerance)
     return figures
 
 
@@ -114,14 +102,14 @@ def check_weights(part: Part, source: Source, folder: Path, prompts: Prompts) ->
         ours = {exported.config.name(name): name for name in fits}
         merge(exported, {ours[text_name(n)]: Fit(tensors[key(n, "A")], tensors[key(n, "B")])
                          for n in read_json(folder / "adapter_config.json")["target_modules"]})
-    stored = weights(source.base)                          # merged weights have its dtypes
-    exact = part.config.layout == "peft" or all(
-        stored(f"{n}.weight").dtype == torch.float32 for n in fits)
-    read, texts = last_tokens(prompts)
-    figures: dict[str, Any] = {"graph_error": compare_logits(
-        logits(part.tree, read, texts), given := logits(exported, read, texts),
+    stored, name = stored_tensors(source.base), source.model.config.name
+    exact = part.config.layout == "peft" or all(           # merged weights have the base's dtypes
+        stored[name(f"{n}.weight")].content.get_dtype() == "F32" for n in fits)
+    read, texts = compare.last_tokens(prompts)
+    figures: dict[str, Any] = {"graph_error": compare.compare_logits(
+        compare.logits(part.tree, read, texts), given := compare.logits(exported, read, texts),
         FLOAT32 if exact else BFLOAT16)["logits_error"]}
-    figures |= compare_logits(logits(source.model, read, texts), given)
+    figures |= compare.compare_logits(compare.logits(source.model, read, texts), given)
     show_logits(source.name, figures)
     scores = scored(source, part.config.task,
                     partial(accuracy_in_torch, exported, source.tokenizer))
@@ -138,10 +126,11 @@ def compare_provider(generator: Generator, other: Generator, name: str, model: C
     npu = other.info["target"] == "npu"      # an emulated one is slow
     prompts, count = (prompts[:1], FEW - 1) if npu else (prompts, TOKENS)
     texts = [[*generator.generate(prompt, count)] for prompt in prompts]
-    read = (prompts, texts) if npu else with_long(generator, model, prompts, texts)
+    read = (prompts, texts) if npu else compare.with_long(generator, model, prompts, texts)
     wrong = f"{name} does not compute what the CPU does"
-    figures = compare_logits(logits(generator, *read), logits(other, *read), tolerance,
-                             f"{wrong} (try another T in --static 1xTxP)" if npu else wrong)
+    figures = compare.compare_logits(
+        compare.logits(generator, *read), compare.logits(other, *read), tolerance,
+        f"{wrong} (try another T in --static 1xTxP)" if npu else wrong)
     same = sum([*other.generate(p, count)] == text for p, text in zip(prompts, texts))
     return figures | {"texts": len(prompts), "texts_equal": same}
 

@@ -18,7 +18,8 @@ from ..runtime.folder import TASKS
 from . import layouts, verify
 from .calibration import shuffled_samples
 from .contract import golden
-from .plan import check_prompts, in_words, nbytes, resolved, vocabulary_bytes
+from .leaves import vocabularies
+from .plan import check_prompts, in_words, matrix_bytes, nbytes, resolved
 from .ranges import refuse_float16
 from .settings import ExportConfig, Source
 from .surety import least_logprobs
@@ -67,7 +68,7 @@ def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
     info = about(config, source)
     if config.graph:
         graph = layouts.write_graph(part, folder)
-        graph["vocabulary_bytes"] = vocabulary_bytes(config, source)
+        graph["vocabulary_bytes"] = matrix_bytes(config, source, *vocabularies(source.model))
         if source.tasks:
             write_json(folder / TASKS, {
                 t.name: {"choices": t.choices, "instruction": t.instruction} for t in source.tasks})

@@ -4,7 +4,7 @@ import ctypes
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -146,12 +146,6 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     config = read_json(file)
     with naming(file, ValueError):
         return Config.from_dict(config), config
-
-
-def weights(folder: Path) -> Callable[[str], Tensor]:
-    """A function that reads one tensor of a checkpoint folder by name, in its stored dtype."""
-    stored, config = stored_tensors(folder), read_config(folder)[0]
-    return lambda name: stored[config.name(name)].read(None, "cpu")
 
 
 def text_name(stored: str) -> str:

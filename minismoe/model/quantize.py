@@ -45,7 +45,8 @@ def quantize(weight: Tensor, bits: int, size: int = BLOCK, positive: bool = Fals
     for rows in few_rows(weight):
         w = F.pad(weight[rows].float(), (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
         scale = block_scales(w, zero, positive)
-        data.append(pack(integers(w, scale, zero), bits))
+        q = (w / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).byte()
+        data.append(pack(q, bits))
         scales.append(scale.squeeze(2))
     return Blocks(bits, size, weight.shape, torch.cat(data), torch.cat(scales))
 
@@ -57,11 +58,6 @@ def block_scales(w: Tensor, zero: int, positive: bool = False) -> Tensor:
         return (torch.maximum(high, -low) / (zero - 1)).clamp_min(TINY)
     scale = torch.where(high > -low, high, low) / -zero
     return torch.where(scale.abs() < TINY, TINY, scale)
-
-
-def integers(w: Tensor, scale: Tensor, zero: int) -> Tensor:
-    """q (..., n) uint8 of weights, from 0 to 2 * zero - 1."""
-    return (w / scale).round_().add_(zero).clamp_(0, 2 * zero - 1).byte()
 
 
 def few_rows(weight: Any) -> list[slice]:

@@ -270,7 +270,7 @@ class Generator(CachedModel):
         its neighbours: those as of Llama 2 leave out the first space of a text. (The library's
         DecodeStream raises where bytes are no characters.)
         """
-        piece, new = self._others, list[int]()
+        piece, new = self.tokenizer.encode("a")[0], list[int]()      # for what comes before
         length = len(self.tokenizer.decode(piece))
         for token in tokens:
             new.append(token)
@@ -281,8 +281,3 @@ class Generator(CachedModel):
                 length = len(self.tokenizer.decode(piece))
         if rest := self.tokenizer.decode(piece + new)[length:]:
             yield rest
-
-    @property
-    def _others(self) -> list[int]:
-        """Tokens of a text that stands for what comes before an answer."""
-        return self.tokenizer.encode("a")[0]

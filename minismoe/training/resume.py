@@ -53,12 +53,8 @@ def save_checkpoint(run: Path, tensors: dict[str, Tensor], state: Mapping[str, A
         state = {**state, "sha256": sha256(tmp / TENSORS)}
         (tmp / "state.json").write_text(json.dumps(
             {"state": state, "sha256": sha256_of_json(state)}))
-    _remove(checkpoints(run)[:-KEPT])
-
-
-def _remove(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder)
+    for old in checkpoints(run)[:-KEPT]:
+        shutil.rmtree(old)
 
 
 def newest(run: Path) -> tuple[Path, TrainingState] | None:
@@ -101,8 +97,8 @@ def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Map
     fresh = TrainingState(step=0, tokens=0, seconds=0.0, loss=math.nan, metrics=0,
                           best_loss=math.inf, since_best=0, order=order, layout=layout)
     run.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        distributed.rank0_only(_remove, checkpoints(run))
+    for old in () if resume else checkpoints(run):
+        distributed.rank0_only(shutil.rmtree, old)
     with distributed.one_first():            # the first may rename a damaged checkpoint
         checkpoint = newest(run) if resume else None
     step = checkpoint[1]["step"] if checkpoint else 0

@@ -645,7 +645,7 @@ def test_a_browsers_graph_is_compared_as_it_ships(run: Path, tmp_path: Path,
 def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precision: str,
                                                flags: str, monkeypatch) -> None:
     """Rounding explains more than they do, until PyTorch's weights are rounded too."""
-    write, check = layouts.write_decoder, verify.compare_rounded
+    write, check = layouts.write_decoder, compare.compare_rounded
 
     def broken(file, model, form) -> None:
         other = sharing_copy(model)
@@ -659,9 +659,9 @@ def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precis
     with pytest.raises(ValueError, match="with the same rounded weights: .* explains 0.0001"):
         ship(tmp_path / "out", *args)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(verify, "compare_rounded", lambda *_: {"graph_error": 0.0})
+    monkeypatch.setattr(compare, "compare_rounded", lambda *_: {"graph_error": 0.0})
     ship(tmp_path / "out", *args)
-    monkeypatch.setattr(verify, "compare_rounded", check)
+    monkeypatch.setattr(compare, "compare_rounded", check)
     monkeypatch.setattr(layouts, "write_decoder", write)
     checked = ship(tmp_path / "whole", *args)["checked"][""]
     assert checked["graph_error"] < 1e-5 < checked["logits_error"]
@@ -671,7 +671,7 @@ def test_experts_left_out_are_seen_in_few_bits(run: Path, tmp_path: Path, precis
 def test_experts_are_compared_as_the_graph_stores_them(run: Path, tmp_path: Path, precision: str,
                                                        rounds: bool, monkeypatch) -> None:
     """Beside a base in 4 bits with activations in float16, lora_A stays in float32."""
-    check, seen = verify.compare_rounded, list[bool]()
+    check, seen = compare.compare_rounded, list[bool]()
     stored = load_file(run / "adapter" / "adapter.safetensors")
 
     def compare_and_see(model, *args) -> dict[str, Any]:
@@ -679,7 +679,7 @@ def test_experts_are_compared_as_the_graph_stores_them(run: Path, tmp_path: Path
                     for name, layer in expert_layers(model).items())
         return check(model, *args)
 
-    monkeypatch.setattr(verify, "compare_rounded", compare_and_see)
+    monkeypatch.setattr(compare, "compare_rounded", compare_and_see)
     ship(tmp_path / "out", run, "--layout web --routing dynamic --precision", precision)
     assert seen and set(seen) == {rounds}
 
@@ -697,8 +697,8 @@ def test_weights_may_differ_as_far_as_they_are_rounded(run: Path, tmp_path: Path
     other = copied(run, tmp_path / "run", model=str(tmp_path / "model"))
     write_json(other / "adapter/adapter.json", read_json(other / "adapter/adapter.json") | {
         "fingerprint": load_model(tmp_path / "model").fingerprint})
-    check, allowed = verify.compare_logits, []
-    monkeypatch.setattr(verify, "compare_logits", lambda wanted, given, *args: allowed.extend(
+    check, allowed = compare.compare_logits, []
+    monkeypatch.setattr(compare, "compare_logits", lambda wanted, given, *args: allowed.extend(
         args[:1]) or check(wanted, given, *args))
     ship(tmp_path / "out", other, "--layout", layout)
     assert allowed == [tolerance]

@@ -560,7 +560,7 @@ def test_bucket_shuffles_by_seed_and_saves_pads() -> None:
 
 def test_probe_batches_hold_the_examples_asked_for() -> None:
     all_ = examples([1, 4, 2, 3, 9, 9])
-    batches = list(probe_batches(all_, count=4, batch_size=3, pad_id=0, device="cpu"))
+    batches = list(probe_batches(all_, count=4, batch_size=3, pad_id=0))
     assert [tuple(ids.shape) for ids, _, _ in batches] == [(3, 3), (1, 4)]
     assert [mask.sum(1).tolist() for _, mask, _ in batches] == [[1, 2, 3], [4]]
     assert [ids[:, 0].tolist() for ids, _, _ in batches] == [[1, 3, 4], [2]]
