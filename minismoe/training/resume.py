@@ -52,7 +52,7 @@ def save_checkpoint(run: Path, tensors: dict[str, Tensor], state: Mapping[str, A
             save_file(tensors, file)
         state = {**state, "sha256": sha256(tmp / TENSORS)}
         (tmp / "state.json").write_text(json.dumps(
-            {"state": state, "sha256": sha256_of_json(state)}))
+            {"state": state, "sha256": sha256_of_json(state)}), encoding="utf-8")
     for old in checkpoints(run)[:-KEPT]:
         shutil.rmtree(old)
 
