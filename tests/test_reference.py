@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
-from tiny import python, randomise, save_bytes_model
+from tiny import edit_tensors, python, randomise, save_bytes_model
 
 from minismoe import reference
 from minismoe.data.tasks import Example, collate, encode_all, load_tasks
@@ -133,6 +134,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
     save_bytes_model(folder / "base", intermediate_size=64, max_position_embeddings=99,
                      bos_token_id=256)
+    edit_tensors(folder / "base/model.safetensors", lambda tensors: [
+        tensor.uniform_(0.5, 1.5) for name, tensor in tensors.items() if "norm" in name])
     (folder / "data").mkdir()
     for task in ("capitals", "smaller"):
         lines = (TOY / f"{task}.jsonl").read_text().splitlines()[:24]
@@ -197,7 +200,6 @@ def test_scores_and_votes_equal_the_package(base: Path) -> None:
     assert allocate(theirs, keep=0.6).experts == expected
 
 
-@pytest.mark.slow
 def test_training_equals_the_package(base: Path, tmp_path: Path) -> None:
     model, ours, tasks = both(base)
     start_alike(model, ours, some_experts(model))
@@ -215,7 +217,6 @@ def test_training_equals_the_package(base: Path, tmp_path: Path) -> None:
                                    layer.lora_B.data, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_fits_merged_weights_and_greedy_text_equal_the_package(base: Path, tmp_path: Path) -> None:
     model, ours, tasks = both(base)
     start_alike(model, ours, some_experts(model))
@@ -237,6 +238,26 @@ def test_fits_merged_weights_and_greedy_text_equal_the_package(base: Path, tmp_p
     session = onnxruntime.InferenceSession(reference.Graph(model, {}).decoder().SerializeToString())
     assert merged == [reference.greedy(reference.with_cache(session, model.config), prompt, 257)
                       for prompt in prompts]
+
+
+def test_main_takes_all_steps(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                              capsys: pytest.CaptureFixture[str]) -> None:
+    """The second line of each task is trained on and probed, the first is asked."""
+    for file in (base / "data").iterdir():
+        (tmp_path / file.name).write_text("\n".join(file.read_text().split("\n")[:9]))
+    files = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reference", str(base / "base"), *map(str, files)])
+    reference.main()
+    said = capsys.readouterr().out
+    experts, first, last, residual, eight, four = map(float, re.search(
+        r"vote: (\d+) experts on 14 matrices\n3. train: 6 steps, loss (\S+) to (\S+)\n"
+        r"4. merge: worst residual (\S+)%\n5. bits: 8 for (\d+) matrices, 4 for (\d+)\n", said
+        ).groups())
+    assert 14 < experts < 28 and last < first and 0 < residual < 20
+    assert eight + four == 14 and 0 < eight < four
+    assert len(re.findall("User: .*\nAssistant:\n  before training: ", said)) == 2
+    onnx.checker.check_model(str(tmp_path / "reference.onnx"))
 
 
 # --- bits ---------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def pair(folder: Path, bits: int, dtype: torch.dtype) -> tuple[CausalLM, CausalL
     ours, plain = load_model(folder, dtype, base_bits=bits), load_model(folder, dtype)
     for name, layer in linear_layers(ours).items():
         assert isinstance(layer, BlockLinear), name
+        assert not any(p.requires_grad for p in layer.parameters()), name
         plain.get_submodule(name).weight = torch.nn.Parameter(layer.weight.dense(), False)
     return ours, plain
 

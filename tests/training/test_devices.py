@@ -129,6 +129,21 @@ def test_what_rounding_costs_is_measured_on_the_device(inputs: list[str], tmp_pa
     assert "4 bits in blocks of 32: " in said
 
 
+def test_which_tokens_a_model_expects_is_found_on_the_device(inputs: list[str],
+                                                             tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(f"""
+import torch
+from minismoe import load_model
+from minismoe.method.vocabulary import expected
+ids = torch.tensor([[5, 60, 256, 7], [80, 3, 0, 0]])
+for device in "cpu", "other":
+    found = expected(load_model({inputs[1]!r}, device=device), [(ids, (ids > 0).long())])
+    print(*found.cpu().tolist())
+""")
+    cpu, other = (map(float, line.split()) for line in script(str(tmp_path / "x.py")).splitlines())
+    assert [*other] == pytest.approx([*cpu], rel=1e-5)
+
+
 @pytest.mark.skipif(not REAL, reason="there is neither CUDA nor MPS here")
 @pytest.mark.parametrize("flags, near", [
     ("--dtype float32", 1e-3), ("--dtype bfloat16 --recompute", 0.2), ("--base-bits 4", 1e-3)])
