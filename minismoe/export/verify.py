@@ -56,8 +56,7 @@ def check(part: Part, source: Source, folder: Path) -> dict[str, Any]:
         task, alone = adapter or config.task, config.adapters and not adapter
         trained = without_experts(source.model) if alone else source.model
         generator.use(adapter)
-        count = min(TOKENS, generator.room(max(map(len, prompts))))
-        texts = [[*generator.generate(prompt, count)] for prompt in prompts]
+        texts = generator.batch(prompts, min(TOKENS, generator.room(max(map(len, prompts)))))
         figures: dict[str, Any] = exact[adapter] if rounds else compare.compare_floats(
             with_adapter(part.tree, adapter), generator, prompts, texts, tolerance)
         figures |= compare.compare_texts(trained, generator, prompts, texts)
