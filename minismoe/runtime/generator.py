@@ -206,8 +206,7 @@ class Generator(CachedModel):
         such was tested. Where the adapter in use or the set tells no task, the strictest of all
         counts. None if the folder says nothing of such answers.
         """
-        known: dict[str, Any] = self.info.get("sure", {})
-        if not known:
+        if not (known := self.info.get("sure")):
             return None
         tasks = [name for name, entry in known_tasks(self.folder).items()
                  if {*entry["choices"]} == {*choices}] if choices else [self.task or ""]

@@ -139,16 +139,18 @@ def test_interrupt_stops_the_answer_and_not_the_chat(model, tmp_path, signals) -
     assert (single.returncode, err) == (130, b"interrupted\n")
 
 
-def test_a_terminal_gets_no_control_characters(folders, monkeypatch) -> None:
+def test_a_terminal_gets_no_control_characters(folders, tmp_path, monkeypatch) -> None:
     written = io.StringIO()
     monkeypatch.setattr(Generator, "generate", lambda *a, **k: iter(b"a\x1b[31mb\r\n\tc"))
     monkeypatch.setattr(sys, "stdout", written)
+    (tmp_path / "set").write_text("a\x1b[31m")
     for tty, expected in ((False, "a\x1b[31mb\r\n\tc\n"), (True, "a\ufffd[31mb\ufffd\n\tc\n")):
         written.seek(0)
         written.truncate()
         written.isatty = lambda tty=tty: tty
         terminal.main([str(folders["ort"]), "x"])
-        assert written.getvalue() == expected
+        terminal.main([str(folders["ort"]), "x", "--choices", str(tmp_path / "set")])
+        assert written.getvalue() == expected + expected[:6] + "\n"
 
 
 def test_a_raw_prompt_at_a_terminal_is_read_as_it_is(folders, generator, monkeypatch, capsys,
