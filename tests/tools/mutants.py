@@ -29,7 +29,7 @@ PAIRS = "Add Sub Mult Div BitAnd BitOr Lt LtE Gt GtE Eq NotEq In NotIn Is IsNot 
 SWAPS = dict(zip(PAIRS[::2], PAIRS[1::2])) | dict(zip(PAIRS[1::2], PAIRS[::2])) | {
     "Mod": "Mult", "FloorDiv": "Mult", "Pow": "Mult", "LShift": "RShift", "RShift": "LShift"}
 DRIVES = {own: (f"tests/{own}/", "tests/cli/", "tests/test_faults.py", "tests/test_readme.py")
-          for own in ("scripts", "cli", "io", "data", "training", "export")}    # run by scripts
+          for own in ("scripts", "cli", "io", "data", "training", "export", "runtime")}
 
 
 def variants(node: Any) -> Iterator[dict[str, Any]]:
