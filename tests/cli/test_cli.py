@@ -188,17 +188,20 @@ def test_a_run_that_came_meanwhile_is_left_as_it_is(inputs, tmp_path, fails, suc
     assert {file.name for file in run.iterdir()} - {".lock"} == {"config.json"}
 
 
-def test_show_marks_the_supervised_tokens(inputs, succeed, monkeypatch) -> None:
+@pytest.mark.parametrize("script", [train, probe])
+def test_show_marks_the_supervised_tokens(script, inputs, succeed, fails, monkeypatch) -> None:
     """By brackets where there are no colours; each of several processes ends as a run does: a usual
     end is at times an abort of torch's threads."""
     codes: list[int] = []
     monkeypatch.setattr("minismoe.training.distributed.exit_together", codes.append)
-    out = succeed(train.main, *inputs, "--show", "2")
+    out = succeed(script.main, *inputs, "--show", "2")
     assert "Assistant:[[ N0<|end|>]]" in out and out.count("---") == 4 and codes == [0]
+    fails(script.main, *inputs, "--show", "2", "--only-tasks", "no", says="has no task no")
+    assert codes == [0, 1]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     for value, mark in (("1", "[["), ("", "\x1b[32m")):
         monkeypatch.setenv("NO_COLOR", value)
-        assert mark in succeed(train.main, *inputs, "--only-tasks", "sum, upper,", "--show", "1")
+        assert mark in succeed(script.main, *inputs, "--only-tasks", "sum, upper,", "--show", "1")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell closes streams")

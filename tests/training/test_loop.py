@@ -181,7 +181,7 @@ def overfitting(run: Path, resume: bool = False, continued: bool = False, **sett
     return model, token_scores(model, valid, 0)[0]
 
 
-def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path) -> None:
+def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path, capsys) -> None:
     _, last = overfitting(tmp_path / "last", keep="last")
     _, best = overfitting(tmp_path / "best")
     assert [*measured(tmp_path / "best")] == [2, 4, 6, 8, 10, 12, 14, 16]     # a tenth, rounded up
@@ -192,8 +192,10 @@ def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path) -> None:
     place = losses.index(min(losses))
     overfitting(tmp_path / "patient", patience=2)
     assert [*measured(tmp_path / "patient").values()] == losses[:place + 3] != losses
+    last_step = [*measured(tmp_path / "patient")][-1]
+    assert f"ended after step {last_step} by --patience\n" in capsys.readouterr().out
     saved, = (tmp_path / "patient" / "checkpoints").iterdir()    # --resume trains no more
-    assert saved.name == f"step-{[*measured(tmp_path / 'patient')][-1]:08d}"
+    assert saved.name == f"step-{last_step:08d}"
 
 
 def test_experts_that_were_better_before_are_kept(tmp_path, monkeypatch) -> None:
