@@ -20,6 +20,7 @@ import train
 from minismoe.cli import probing, runs
 from minismoe.cli.flags import InputConfig
 from minismoe.cli.inputs import load_base, load_inputs, resolve_auto
+from minismoe.data import toy
 from minismoe.io.files import read_json, write_json
 from minismoe.method.experts import expert_layers
 
@@ -202,6 +203,12 @@ def test_show_marks_the_supervised_tokens(script, inputs, succeed, fails, monkey
     for value, mark in (("1", "[["), ("", "\x1b[32m")):
         monkeypatch.setenv("NO_COLOR", value)
         assert mark in succeed(script.main, *inputs, "--only-tasks", "sum, upper,", "--show", "1")
+
+
+def test_the_tasks_of_the_toy_are_chosen_by_name(succeed) -> None:
+    for flags, names in (((), {*toy.TASKS}), (("--only-tasks", "count"), {"count"})):
+        shown = succeed(train.main, "--show", "1", *flags)
+        assert {line.split()[1] for line in shown.splitlines() if line.startswith("---")} == names
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell closes streams")
