@@ -41,6 +41,7 @@ def test_probe_writes_its_three_files(inputs, tmp_path, succeed) -> None:
     assert all(1 <= e <= 2 for e in allocation["experts"].values())
     assert ET.parse(tmp_path / "allocation.svg").getroot().tag.endswith("svg")
     assert "split-half overlap" in out and "experts a matrix" in out
+    assert "chat template: the checkpoint brings none, so a turn is" in out
     assert ("sum: 30 lines of instruction and output; no test.jsonl: 3 of 30 training lines held "
             "out; no valid.jsonl: 3 of 27 training lines held out\n") in out
 
@@ -140,7 +141,7 @@ def test_a_file_steers_the_vote(inputs, tmp_path, succeed) -> None:
 
 @pytest.mark.parametrize("flags", [
     "--only-tasks sum", "--strategy uniform --budget-params 5000",
-    "--strategy lora --budget-params 5000"])
+    "--strategy lora --budget-params 5000 --rank 4000"])         # the budget says which rank
 def test_no_probe_where_it_decides_nothing(inputs, tmp_path, monkeypatch, succeed, flags) -> None:
     """As for one task, which gets a plain LoRA; who asks for a probe gets one all the same."""
     known, run = (*inputs, *flags.split(), "--rank", "4"), tmp_path / "run"

@@ -264,6 +264,12 @@ def test_a_template_that_leaves_out_calls_is_refused(both: Both) -> None:
     supervised_spans(to_messages(CHATS["answer"]), ours)
 
 
+def test_a_template_that_refuses_other_roles_still_shows_its_call(both: Both) -> None:
+    strict = "{% for m in messages if m.role not in ('system', 'user', 'assistant', 'tool') %}" \
+             "{{ raise_exception('roles') }}{% endfor %}"
+    assert '"name": "shown"' in both(strict + make_calls.TEMPLATE)[1].shown_call()
+
+
 def test_show_prints_tools_and_marks_calls(both: Both, tmp_path: Path,
                                            capsys: pytest.CaptureFixture[str]) -> None:
     both(make_calls.TEMPLATE)
