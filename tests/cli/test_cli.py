@@ -144,7 +144,7 @@ def test_a_file_steers_the_vote(inputs, tmp_path, succeed) -> None:
     "--strategy lora --budget-params 5000 --rank 4000"])         # the budget says which rank
 def test_no_probe_where_it_decides_nothing(inputs, tmp_path, monkeypatch, succeed, flags) -> None:
     """As for one task, which gets a plain LoRA; who asks for a probe gets one all the same."""
-    known, run = (*inputs, *flags.split(), "--rank", "4"), tmp_path / "run"
+    known, run = (*inputs, "--rank", "4", *flags.split()), tmp_path / "run"
     said = succeed(probe.main, *known, "--samples", "2", "--out", tmp_path / "probe")
     assert "without a probe" not in said
     monkeypatch.setattr("minismoe.method.sensitivity.sample_norms",

@@ -33,6 +33,9 @@ def exported(root: Path, config: dict[str, Any], *flags: str) -> Path:
 def replay(folder: Path, said: dict[str, Any]) -> None:
     """Run the golden vector by what the contract says."""
     assert said["padding"] == "none"
+    named = {size for i in said["inputs"] for size in i["shape"] if isinstance(size, str)}
+    assert named <= said["dimensions"].keys()
+    assert all(said[name] for name in ("attention_mask", "past", "position_ids"))
     types = {"int64": np.int64, "float": np.float32, "float16": np.float16}
     session = ort.InferenceSession(folder / said["graph"])
     assert [i.name for i in session.get_inputs()] == [i["name"] for i in said["inputs"]]
