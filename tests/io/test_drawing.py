@@ -220,7 +220,8 @@ def drawings() -> str:
     """Small pictures of each kind; escapes are readable."""
     few = {f"layers.{i}.{kind}": 10.0 ** -i * (1 + len(kind))
            for i in range(2) for kind in KINDS[:3]}
-    many = {f"layers.{i}.q_proj": 1.0 + i for i in range(26)} | {"layers.3.a_long_projection": 0.5}
+    many = {f"layers.{i}.q_proj": 1.0 + i for i in range(26)} | {
+        f"layers.3.{'long_' * 9}projection": 0.5}
     shades = (terminal_heatmap("t" * 90, many, scale=scale, color=color).replace("\x1b", "ESC")
               for scale in ("linear", "log") for color in (False, True))
     return "\n\n".join([
