@@ -178,7 +178,7 @@ MINIMAL: dict[str, Any] = {
     "num_hidden_layers": 2, "num_attention_heads": 4}
 YARN = {"rope_type": "yarn", "factor": 4.0}
 WRONG: dict[str, tuple[Any, ...]] = {                # values of a key, which the message names
-    "vocab_size": (None, (1 << 20) + 1), "hidden_size": ("32", 32.0, True), "intermediate_size": (-48,),
+    "vocab_size": (None, 1048577), "hidden_size": ("32", 32.0, True), "intermediate_size": (-48,),
     "num_hidden_layers": (0, 257), "max_position_embeddings": (-1,), "head_dim": ([8], 7),
     "num_key_value_heads": (3,), "num_attention_heads": ([4],), "rope_theta": ("ten", -1.0),
     "rms_norm_eps": ("small", math.nan), "partial_rotary_factor": (0.5,),
