@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -100,6 +101,18 @@ def test_placeholders_are_no_special_tokens() -> None:
 def test_other_tokenizers_are_refused_by_name(model: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         BPE({"model": model, "added_tokens": []})
+
+
+def test_a_character_without_a_token_takes_its_bytes() -> None:
+    vocab = {text: n for n, text in enumerate(["a", "aé", *(f"<0x{n:02X}>" for n in range(128)),
+                                               "<0xC3>", "<0xA9>"])}
+    model = {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True}
+    assert BPE({"model": model, "added_tokens": []}).way("aé") == ["a", "<0xC3>", "<0xA9>"]
+    for byte in (127, 126, 125):             # 129, 128 and 127 are left
+        del vocab[f"<0x{byte:02X}>"]
+        enough = nullcontext() if byte > 125 else pytest.raises(ValueError, match="of bytes")
+        with enough:
+            BPE({"model": model, "added_tokens": []})
 
 
 def test_what_a_model_expects_is_the_largest_of_its_probabilities(monkeypatch) -> None:

@@ -257,6 +257,7 @@ def test_published_sizes_make_the_published_models(name: str) -> None:
     ("LFM2-350M", {"model_type": "lfm2_moe"}, "lfm2_moe"),
     ("LFM2-350M", {"conv_bias": True}, "conv_bias = True"),
     ("LFM2-350M", {"conv_L_cache": 1}, "conv_L_cache = 1"),
+    ("LFM2-350M", {"conv_L_cache": 65}, "conv_L_cache = 65"),
     ("LFM2-350M", {"full_attn_idxs": 3}, "3 does not tell"),
     ("LFM2-350M", {"layer_types": ["conv", {}] * 8}, "layer_types")])
 def test_what_is_not_implemented_is_refused(name: str, change: dict[str, Any], named: str) -> None:
