@@ -184,6 +184,15 @@ def test_tokens_and_logits_equal_the_package(base: Path) -> None:
         torch.testing.assert_close(model(ids), ours(ids[None])[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_tokenizer_of_its_own_is_taken(tmp_path: Path, bpe: Path) -> None:
+    save_bytes_model(tmp_path / "base", intermediate_size=64, vocab_size=330)
+    shutil.copy(bpe, tmp_path / "base/tokenizer.json")
+    model, encode, decode = reference.load(tmp_path / "base")
+    ids = encode("the cat sat")
+    assert decode(ids) == "the cat sat" and len(ids) < 11
+    assert model(torch.tensor(ids)).shape == (len(ids), 330)
+
+
 def test_scores_and_votes_equal_the_package(base: Path) -> None:
     model, ours, tasks = both(base)
     weights = {name: W.requires_grad_() for name, W in model.weights.items() if "_proj" in name}

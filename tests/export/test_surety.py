@@ -98,7 +98,7 @@ def test_of_a_set_and_of_unknown_tasks(folder: Path, tmp_path: Path) -> None:
                                                                 "instruction": ""}}))
     best = Generator(folder, threads=1).choose("User: up\nAssistant:", SET)[0]
     assert best.sure is None
-    describe(folder, sure={"side": {"set": best.logprob - 0.01, "text": None},
+    describe(folder, sure={"side": {"set": best.logprob, "text": None},
                            "never": {"set": None}})
     generator = Generator(folder, threads=1)
     first, second, _ = generator.choose("User: up\nAssistant:", SET, 3)
