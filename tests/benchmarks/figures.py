@@ -293,9 +293,9 @@ def shipped(row: Mapping[str, Any]) -> dict[str, Any]:
 def orders(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each base, number of tokens and order, a row of `bars`: how many more tokens unseen lines
     take, and what their right answers lose of their log-probability in the run of seed 0."""
-    rows = []
+    rows, counted = [], {r["base"] for r in records if "lines" in r}
     kept = [r for r in records if r.get("seed") == 0 and r["order"] in ORDERS
-            and "trained on them" not in r]
+            and r["base"] in counted and "trained on them" not in r]
     for r in sorted(kept, key=lambda r: (r["base"], r["tokens"], r["order"])):
         alike = [other for other in records if other["base"] == r["base"]]
         (all_tokens,) = (o for o in alike if o["order"] == "all" and o["seed"] == 0)

@@ -57,6 +57,8 @@ def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
     assert results["trainable_parameters"] == allocation["trainable_parameters"]
     assert results["trainable_parameters"] == sum(t.numel() for t in adapter.values())
     assert {n: t["examples"] for n, t in results["tasks"].items()} == {"sum": 3, "upper": 6}
+    shown = [len(of_task["samples"]) for of_task in read_json(out_dir / "after.json").values()]
+    assert sorted(shown) == [2, 3]                       # five of all tasks
     assert set(results["mean"]) == {"before", "after"} and set(results["seconds"]) == {
         "probe", "train"}
     config = read_json(out_dir / "config.json")
