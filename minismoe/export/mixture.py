@@ -139,12 +139,14 @@ class LinearLayers:
         """-inf (1, T, G, E), or (1, T, E) for one matrix: the chosen logits overwrite it."""
         if (G, E) not in self.no_choices:
             name, sizes = f"router.none.{G}x{E}", [G, E] if G > 1 else [E]
-            static = self.weights.form.static
-            self.no_choices[G, E] = self.tensor(
-                name, torch.full((*static[:2], *sizes), -math.inf)) if static else self.node(
-                "ConstantOfShape", name, self.node("Concat", name, self.node(
-                    "Shape", name, "input_ids"), sizes, axis=0),
-                value=make_tensor("value", TensorProto.FLOAT, [1], [-math.inf]))
+            if static := self.weights.form.static:
+                y = self.tensor(name, torch.full((*static[:2], *sizes), -math.inf))
+            else:
+                shape = self.node("Concat", name, self.node("Shape", name, "input_ids"), sizes,
+                                  axis=0)
+                y = self.node("ConstantOfShape", name, shape, value=make_tensor(
+                    "value", TensorProto.FLOAT, [1], [-math.inf]))
+            self.no_choices[G, E] = y
         return self.no_choices[G, E]
 
 

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..io.drawing import terminal_heatmap
 from ..io.progress import progress_bar
@@ -59,14 +59,18 @@ class Part:
         """Put into the tree, in place of some modules, what ships of their experts."""
         config = self.config
         for name in names:
-            layer: Any = self.tree.get_submodule(name)
-            if isinstance(layer, ExpertLinear) and config.routing != "dynamic":
-                of_tasks: Any = {task: of_task[name] for task, of_task in self.fits.items()}
-                fit = of_tasks.get(config.task)          # none with --adapters
-                self.tree.set_submodule(name, (
-                    AdapterLinear(layer, of_tasks) if config.adapters else
-                    BlockLinear(MergedWeight(layer.weight, fit), layer.bias)
-                    if config.routing == "merge" and config.graph else frozen_layer(layer, fit)))
+            layer = self.tree.get_submodule(name)
+            if not isinstance(layer, ExpertLinear) or config.routing == "dynamic":
+                continue
+            of_tasks: Any = {task: of_task[name] for task, of_task in self.fits.items()}
+            new: nn.Module
+            if config.adapters:
+                new = AdapterLinear(layer, of_tasks)
+            elif config.routing == "merge" and config.graph:
+                new = BlockLinear(MergedWeight(layer.weight, of_tasks[config.task]), layer.bias)
+            else:
+                new = frozen_layer(layer, of_tasks[config.task])
+            self.tree.set_submodule(name, new)
 
     def round(self, names: Sequence[str], R: Tensor | None) -> None:
         """Store matrices that read the same in few bits, for inputs whose `factor` is R."""

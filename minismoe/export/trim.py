@@ -48,14 +48,18 @@ def trimmed_tokenizer(content: Mapping[str, Any], new: Mapping[int, int]) -> dic
     model, added = content["model"], content["added_tokens"]
     ids = model["vocab"] | {token["content"]: token["id"] for token in added}
     vocab = {text: new[i] for text, i in ids.items() if i in new}
-    merges = [merge for merge in model["merges"]
-              for a, b in [merge.split(" ") if isinstance(merge, str) else merge]
-              if {a, b, a + b} <= vocab.keys()]
+    merges = [merge for merge in model["merges"] if _stays(merge, vocab)]
     return {**content, "model": {**model, "vocab": vocab, "merges": merges},
             "added_tokens": [token | {"id": new[token["id"]]} for token in added
                              if token["id"] in new],
             "post_processor": _with_ids_of(content.get("post_processor"), vocab),
             "padding": None}
+
+
+def _stays(merge: str | Sequence[str], vocab: Mapping[str, int]) -> bool:
+    """Whether both parts of a merge, and what they make, are in a vocabulary."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return {left, right, left + right} <= vocab.keys()
 
 
 def _with_ids_of(value: Any, vocab: Mapping[str, int]) -> Any:

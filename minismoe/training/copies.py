@@ -93,8 +93,10 @@ class Copies:
             for layer in layers:
                 tensor = getattr(layer, part)            # None: one expert has no router
                 held = 0 if tensor is None else tensor.numel()
-                pieces += [tensor.flatten()] if held else []
-                pieces += [self.zeros[:rows * width - held]] if held < rows * width else []
+                if held:
+                    pieces.append(tensor.flatten())
+                if held < rows * width:
+                    pieces.append(self.zeros[:rows * width - held])
         if not groups:
             return {}
         together = torch.cat(pieces)

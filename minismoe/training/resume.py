@@ -97,8 +97,9 @@ def first_state(run: Path, batches: Sequence[Sequence[Example]], parameters: Map
     fresh = TrainingState(step=0, tokens=0, seconds=0.0, loss=math.nan, metrics=0,
                           best_loss=math.inf, since_best=0, order=order, layout=layout)
     run.mkdir(parents=True, exist_ok=True)
-    for old in () if resume else checkpoints(run):
-        distributed.rank0_only(shutil.rmtree, old)
+    if not resume:
+        for old in checkpoints(run):
+            distributed.rank0_only(shutil.rmtree, old)
     with distributed.one_first():            # the first may rename a damaged checkpoint
         checkpoint = newest(run) if resume else None
     step = checkpoint[1]["step"] if checkpoint else 0
