@@ -71,8 +71,9 @@ def room(file: str) -> str:
 def passes(tree: Path, files: list[str], limit: float) -> bool:
     """Whether test files pass in a tree within so many seconds: a hang is seen, too."""
     process = subprocess.Popen(
-        [sys.executable, *"-m pytest -xq -n 0 -p no:cacheprovider".split(), *files], cwd=tree,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        [sys.executable, *"-m pytest -xq -n 0 -p no:cacheprovider --basetemp ../tmp".split(),
+         *files], cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True)
     with suppress(subprocess.TimeoutExpired):
         return process.wait(limit) == 0
     return bool(os.killpg(process.pid, signal.SIGKILL))
