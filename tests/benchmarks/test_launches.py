@@ -58,6 +58,7 @@ def test_a_batch_of_the_probe_waits_for_nothing() -> None:
     assert norms.is_meta and norms.shape == (4, 14)
 
 
+@pytest.mark.slow
 def test_peft_is_counted_in_the_same_way() -> None:
     """56 products: 7 matrices, A and B of each, and 5 gradients of these less one of x."""
     layer, _, _ = launches.kernels("PEFT")

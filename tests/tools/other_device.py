@@ -92,6 +92,10 @@ def run(op: Any, args: Sequence, kwargs: Mapping[str, Any]) -> Any:
 class Watch(TorchDispatchMode):
     """Sees operators that make tensors, which none of the device's own are given to."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False                         # or torch imports its compiler, for two seconds
+
     def __torch_dispatch__(self, op: Any, types: Any, args: Sequence = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
         return run(op, args, kwargs or {})

@@ -144,6 +144,7 @@ def struck(folder: Path, victim: int, number: signal.Signals, step: int = 10) ->
     return str(file)
 
 
+@pytest.mark.slow
 def test_if_one_process_is_killed_the_other_ends_and_the_run_resumes(inputs, one, tmp_path) -> None:
     run = tmp_path / "run"
     alive, _ = processes = by_hand(2, struck(tmp_path, 1, signal.SIGKILL), *inputs, *FLAGS,
@@ -159,6 +160,7 @@ def test_if_one_process_is_killed_the_other_ends_and_the_run_resumes(inputs, one
     assert [line["step"] for line in read(run / "metrics.jsonl")] == list(range(1, 17))
 
 
+@pytest.mark.slow
 def test_if_one_process_is_interrupted_both_stop_after_that_step(inputs, one, tmp_path) -> None:
     run = tmp_path / "run"
     processes = by_hand(2, struck(tmp_path, 1, signal.SIGINT), *inputs, *FLAGS, "--out", str(run))
