@@ -60,12 +60,12 @@ def compare_logits(wanted: Sequence[Tensor], given: Sequence[Tensor], tolerance:
 
 
 def compare_texts(model: CausalLM, generator: Generator, prompts: Prompts, texts: Prompts,
-                  ) -> dict[str, float]:
-    """Compare a graph with `model` along the graph's greedy texts. A text is the same if the model
-    finds each of its tokens likeliest, and its end too."""
+                  most: int) -> dict[str, float]:
+    """Compare a graph with `model` along the graph's greedy texts, of at most `most` tokens. A text
+    is the same if the model finds each of its tokens likeliest, and its end too."""
     wanted, stops = logits(model, prompts, texts), generator.tokenizer.stop_ids
     said = [of_text.argmax(-1).tolist() for of_text in wanted]
-    same = sum(tokens[:-1] == text and (tokens[-1] in stops or len(text) == max(map(len, texts)))
+    same = sum(tokens[:-1] == text and (tokens[-1] in stops or len(text) == most)
                for tokens, text in zip(said, texts))
     return compare_logits(wanted, logits(generator, prompts, texts)) | {
         "texts": len(texts), "texts_equal": same}

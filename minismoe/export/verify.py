@@ -56,10 +56,11 @@ def check(part: Part, source: Source, folder: Path) -> dict[str, Any]:
         task, alone = adapter or config.task, config.adapters and not adapter
         trained = without_experts(source.model) if alone else source.model
         generator.use(adapter)
-        texts = generator.batch(prompts, min(TOKENS, generator.room(max(map(len, prompts)))))
+        most = min(TOKENS, generator.room(max(map(len, prompts))))
+        texts = generator.batch(prompts, most)
         figures: dict[str, Any] = exact[adapter] if rounds else compare.compare_floats(
             with_adapter(part.tree, adapter), generator, prompts, texts, tolerance)
-        figures |= compare.compare_texts(trained, generator, prompts, texts)
+        figures |= compare.compare_texts(trained, generator, prompts, texts, most)
         show_logits(task or source.name, figures)
         for name in config.provider or ():
             figures.setdefault("providers", {})[name] = compare_provider(

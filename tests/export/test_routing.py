@@ -114,14 +114,16 @@ def test_another_text_in_floats_is_refused_unless_it_is_a_near_tie(
 
 
 def test_texts_are_the_same_up_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trained model goes on after the second; nothing says where the longest would end."""
+    """The trained model goes on after the second; nothing says where the longest would end, unless
+    it might have been longer."""
     given = [b"yes", b"no", b"no"]
     trained = [logits_of(b"yes", 7), logits_of(b"no", 7), logits_of(b"no")]
     monkeypatch.setattr(compare, "logits", lambda model, prompts, texts: trained if (
         model is None) else [logits_of(bytes(text)) for text in texts])
-    found = compare.compare_texts(None, Says(), [[1]] * 3, [[*text] for text in given])
-    assert found["texts_equal"] == 2 and found["texts"] == 3
-    assert found["tokens_agreed"] == round(8 / 10, 4)
+    for most, equal in (3, 2), (4, 1):
+        found = compare.compare_texts(None, Says(), [[1]] * 3, [[*text] for text in given], most)
+        assert found["texts_equal"] == equal and found["texts"] == 3
+        assert found["tokens_agreed"] == round(8 / 10, 4)
 
 
 @pytest.mark.parametrize("lost, won, told", [(4, 0, False), (5, 0, True), (9, 4, False),
