@@ -42,22 +42,22 @@ def test_commands_work_in_their_order_in_an_empty_folder(tmp_path: Path) -> None
     """RUN is the run that the first command made, and OUT its export."""
     for script in "train.py", "probe.py", "export.py":
         (tmp_path / script).symlink_to(ROOT / script)
-    (tmp_path / "questions.txt").write_text("Which is less, 31 or 13?\nWhich is less, 20 or 19?\n")
+    (tmp_path / "questions.txt").write_text("Which is less, 52 or 37?\nWhich is less, 28 or 61?\n")
     seen = dict[str, str]()
     for line in (line for room in ("", "minismoe/export/", "minismoe/runtime/")
                  for line in commands(f"{room}README.md")):
         run = next((tmp_path / "runs").glob("*"), None) if (tmp_path / "runs").exists() else ""
         command = re.sub(r"\bRUN\b", str(run), re.sub(r"\bOUT\b", "toy", line))
-        command = command.replace("TASK", "smaller").replace('"..."', '"Which is less, 31 or 13?"')
+        command = command.replace("TASK", "smaller").replace('"..."', '"Which is less, 52 or 37?"')
         done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, input="Which is less, 20 or 19?\n", text=True,
+            ["bash", "-c", command], cwd=tmp_path, input="Which is less, 28 or 61?\n", text=True,
             capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600)
         assert done.returncode == 0, (command, done.stderr)
         seen[line] = done.stdout
     assert [*seen][:3] == ["python train.py", "python export.py --out toy",
-                           'python -m minismoe.runtime toy "Which is less, 31 or 13?"']
-    assert seen[[*seen][2]].strip() == "13"
-    assert seen["python -m minismoe.runtime OUT --lines < questions.txt"].split() == ["13", "19"]
-    assert seen['python -m minismoe.runtime OUT "..." --choices TASK'].strip() == "13"
+                           'python -m minismoe.runtime toy "Which is less, 52 or 37?"']
+    assert seen[[*seen][2]].strip() == "37"
+    assert seen["python -m minismoe.runtime OUT --lines < questions.txt"].split() == ["37", "28"]
+    assert seen['python -m minismoe.runtime OUT "..." --choices TASK'].strip() == "37"
     assert (tmp_path / "hf" / "model.safetensors").exists()
     assert (tmp_path / "web" / "index.html").exists()

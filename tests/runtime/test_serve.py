@@ -120,8 +120,10 @@ def length_of(generator: Generator, messages: list) -> int:
 
 def test_a_chat_a_stream_and_a_text(generator, client) -> None:
     expected, length = said(generator, 20), length_of(generator, ASK)
-    assert client.models.retrieve("tiny").owned_by == "minismoe"
+    known = client.models.retrieve("tiny")
+    assert (known.owned_by, known.created) == ("minismoe", 0)
     whole = ask(client, 20, model="tiny")
+    assert 0 <= time.time() - whole.created < 60
     assert whole.choices[0].message.content == expected.strip() and whole.model == "tiny"
     assert whole.choices[0].finish_reason == "length"
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (length, 20)
