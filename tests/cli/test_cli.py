@@ -64,6 +64,11 @@ def test_train_end_to_end(inputs, tmp_path, succeed, fails) -> None:
     config = read_json(out_dir / "config.json")
     rate = config["arguments"]["lr"]
     assert f"learning rate: {rate}, by the size of the base's weights" in out
+    assert [line.split() for line in out.splitlines()[1:5]] == [row.split() for row in (
+        "task   train  valid  test  tokens  longest  supervised  cut  left out",
+        "-----  -----  -----  ----  ------  -------  ----------  ---  --------",
+        "sum       24      3     3      30       31         3.7    0         0",
+        "upper     22      2     6      29       30         4.5    0         0")]
     assert 'a turn is "User: ...", and an answer "Assistant: ...<|end|>" (--show 1' in out
     assert 1e-4 < rate < 1e-2 and config["arguments"]["dtype"] != "auto"
     assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 6        # 46 examples / 8
