@@ -128,6 +128,13 @@ def test_tasks_are_deterministic_and_depend_on_the_seed():
     assert other.stdout.strip() == str([vars(t) for t in toy.tasks(3)])
 
 
+def test_the_first_lines_are_of_many_words():
+    """--limit-train takes them; in order, each word would be asked for in both wordings."""
+    for task in toy.tasks():
+        if task.name in ("capitals", "second"):
+            assert len({messages[-1]["content"] for messages in task.train[:20]}) > 15
+
+
 def test_sequences_are_short_and_fit_the_base():
     tokenizer = load_tokenizer(toy.FOLDER)
     longest = max(len(encode(t.name, m, tokenizer).ids) for t in toy.tasks() for m in t.train)
