@@ -241,6 +241,11 @@ def test_threads_are_those_that_a_control_group_grants(tmp_path, monkeypatch) ->
         (tmp_path / group / "cpu.max").write_text(quota + "\n")
         counts.append(process.processors())
     assert counts == [48, 4, 2, 1]
+    monkeypatch.setattr(process, "CGROUPS", Path("/nowhere"))
+    monkeypatch.delattr(os, "sched_getaffinity")         # as on macOS
+    for known, found in (64, 64), (None, 1):
+        monkeypatch.setattr(os, "cpu_count", lambda known=known: known)
+        assert process.processors() == found
 
 
 @pytest.mark.parametrize("allowed, asked, given", [(3, None, 3), (3, 2, 2), (8, None, 0)])
