@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIRS = "Add Sub Mult Div BitAnd BitOr Lt LtE Gt GtE Eq NotEq In NotIn Is IsNot And Or".split()
 SWAPS = dict(zip(PAIRS[::2], PAIRS[1::2])) | dict(zip(PAIRS[1::2], PAIRS[::2])) | {
     "Mod": "Mult", "FloorDiv": "Mult", "Pow": "Mult", "LShift": "RShift", "RShift": "LShift"}
+PYTEST = [sys.executable, *"-m pytest -xq -n 0 -p no:cacheprovider --basetemp ../tmp".split()]
 DRIVES = {own: (f"tests/{own}/", "tests/cli/", "tests/test_")       # of scripts, or of all
           for own in ("scripts", "cli", "io", "data", "training", "export", "runtime")}
 
@@ -70,13 +70,15 @@ def room(file: str) -> str:
 
 def passes(tree: Path, files: list[str], limit: float) -> bool:
     """Whether test files pass in a tree within so many seconds: a hang is seen, too."""
-    process = subprocess.Popen(
-        [sys.executable, *"-m pytest -xq -n 0 -p no:cacheprovider --basetemp ../tmp".split(),
-         *files], cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True)
-    with suppress(subprocess.TimeoutExpired):
+    process = subprocess.Popen([*PYTEST, *files], cwd=tree, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
         return process.wait(limit) == 0
-    return bool(os.killpg(process.pid, signal.SIGKILL))
+    except subprocess.TimeoutExpired:
+        return False
+    finally:                                             # also where SIGTERM ends this tool
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def survives(file: str, source: str, tree: Path, seconds: dict[str, Any]) -> bool:
@@ -97,10 +99,11 @@ def survives(file: str, source: str, tree: Path, seconds: dict[str, Any]) -> boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=20)
+    for name, usual in ("--seed", 0), ("--count", 20):
+        parser.add_argument(name, type=int, default=usual)
     parser.add_argument("--room", help="of minismoe, or scripts (default: all)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     files = [f.relative_to(ROOT).as_posix() for f in sorted(
         [*ROOT.glob("*.py"), *ROOT.glob("minismoe/**/*.py")])]
     places = [(f, n) for f in files if args.room in (None, room(f))
