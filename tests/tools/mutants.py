@@ -99,8 +99,8 @@ def survives(file: str, source: str, tree: Path, seconds: dict[str, Any]) -> boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, usual in ("--seed", 0), ("--count", 20):
-        parser.add_argument(name, type=int, default=usual)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--room", help="of minismoe, or scripts (default: all)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
