@@ -90,20 +90,16 @@ def load_run(config: ExportConfig, scratch: Path = Path()) -> Source:
     # A base that was trained in a few bits is exported from its own weights: base_bits stays None.
     limit = config.limit_test or (CHECKED if saved.limit_test == 0 else saved.limit_test)
     settings = stored_on_cpus(cli.resolve_auto(replace(
-        saved, device=config.device, dtype=config.dtype, limit_test=limit,
-        limit_valid=sys.maxsize if config.max_error else saved.limit_valid)), config)
+        saved, device=config.device, dtype=config.dtype, limit_test=limit)), config)
     with naming(f"{run / 'config.json'} ({resume} --model FOLDER --data FOLDER says where they are "
                 "now)", FileNotFoundError):
         inputs = cli.load_inputs(settings)
-    same = limit == saved.limit_test and not config.max_error
-    if same and (other := runs.other_tasks(run, inputs)):
+    if limit == saved.limit_test and (other := runs.other_tasks(run, inputs)):
         print(f"not what the run was trained on: {other}", file=sys.stderr)
     load_adapter(inputs.model, run / "adapter")
     name = inputs.model.name
     if config.vocab:
         before = trimming.logprobs(inputs)
-        if config.max_error:                 # lines that judge answers may not choose tokens
-            inputs = replace(inputs, valid={name: [] for name in inputs.valid})
         inputs = trimming.trimmed(inputs, settings, config.vocab, scratch / "base")
         load_adapter(inputs.model, run / "adapter")
         trimming.print_logprobs(before, trimming.logprobs(inputs))

@@ -43,6 +43,7 @@ def test_commands_work_in_their_order_in_an_empty_folder(tmp_path: Path) -> None
     for script in "train.py", "probe.py", "export.py":
         (tmp_path / script).symlink_to(ROOT / script)
     (tmp_path / "questions.txt").write_text("Which is less, 52 or 37?\nWhich is less, 28 or 61?\n")
+    (tmp_path / "answers.txt").write_text("37\n28\n")
     seen = dict[str, str]()
     for line in (line for room in ("", "minismoe/export/", "minismoe/runtime/")
                  for line in commands(f"{room}README.md")):

@@ -56,10 +56,10 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
     alike = f"--precision {precision} of --target {config.target}"
     idle = [                     # kinds of exports, and the flags that have no effect on them
         (not config.graph, f"--layout {layout} holds no graph", "target static provider context "
-         "precision block size adapters max_error" + " routing" * (
+         "precision block size adapters" + " routing" * (
              layout == "hf" or config.routing == "dynamic")),
         (config.model, "a base has no adapters (--prompts FILE calibrates 4 bits and NPUs)",
-         "run routing adapters task limit_test max_error" + " layout" * (layout == "peft")
+         "run routing adapters task limit_test" + " layout" * (layout == "peft")
          + " prompts" * (not config.vocab and (not rounded or precision in ("int8", "q8")))),
         (npu, "--target npu holds one merged model", "routing adapters"),
         (config.routing == "dynamic", "--routing dynamic freezes nothing", "prompts task adapters"),

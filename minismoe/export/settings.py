@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data.tasks import Example, Task
 from ..data.tokenizer import Tokenizer
-from ..io.flags import above_zero, checked, flag, positive, text
+from ..io.flags import above_zero, flag, positive, text
 from ..model.decoder import CausalLM
 from ..model.quantize import BLOCK, BLOCKS
 from .weights import PRECISIONS, GraphFormat
@@ -21,11 +21,6 @@ def static_sizes(text: str) -> tuple[int, int, int]:
 
 
 static_sizes.__name__ = "1xTxP"              # as argparse calls it in a message
-
-
-def share_of_wrong(text: str) -> float:
-    """An argparse type: 2% or 0.02."""
-    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,6 @@ class ExportConfig:
         None, "keep N tokens alone: those of the run's lines or of --prompts, and those that the "
         "model expects in such texts; a smaller, faster file for a narrow task (default: all)",
         positive, metavar="N")
-    max_error: float | None = flag(
-        None, "find, on the validation lines, how likely an answer must be so that at most this "
-        "share of such answers is wrong, as 2%%: the runtime then says of each whether it is sure",
-        checked(share_of_wrong, lambda x: 0 < x < 1, "is no share: write 2% or 0.02"),
-        metavar="SHARE")
     target: str = flag("ort", "onnxruntime's fused operators (default), standard ONNX operators "
                        "only, or static graphs for NPUs, in fp16, w8a16 (their default) or w4a16",
                        choices=("ort", "portable", "npu"))

@@ -22,7 +22,6 @@ from .leaves import vocabularies
 from .plan import check_prompts, in_words, matrix_bytes, nbytes, resolved
 from .ranges import refuse_float16
 from .settings import ExportConfig, Source
-from .surety import least_logprobs
 from .tree import Part, in_float32, ship
 
 SHARD = 64_000_000                           # bytes
@@ -58,7 +57,7 @@ def export_model(config: ExportConfig, source: Source,
         *others, info = [write(part, source, folder) for part in parts]
         for other in others:                 # of a web folder
             info["other_graph"] = {name: other[name] for name in (
-                "arguments", "checked", "cache_type", "contract", "sure") if name in other}
+                "arguments", "checked", "cache_type", "contract") if name in other}
         return out, record(info, folder)
 
 
@@ -83,18 +82,7 @@ def write(part: Part, source: Source, folder: Path) -> dict[str, Any]:
     providers = [name for name in config.provider or () if all(      # that auto may take
         (there := figures["providers"][name])["texts_equal"] == there["texts"]
         for figures in checked.values())]
-    if config.max_error:
-        graph["sure"] = sure(part, source, folder)
     return info | graph | {"checked": checked, "providers": providers}
-
-
-def sure(part: Part, source: Source, folder: Path) -> dict[str, Any]:
-    """What export.json says of `least_logprobs`; of a folder of adapters, each task by its own."""
-    generator, config, found = Generator(folder), part.config, dict[str, Any]()
-    for adapter in generator.tasks or (None,):
-        generator.use(adapter)
-        found |= least_logprobs(generator, source, adapter or config.task, config.max_error or 0)
-    return found
 
 
 def about(config: ExportConfig, source: Source) -> dict[str, Any]:

@@ -32,21 +32,19 @@ PORT, PORTS = 8471, 100                      # the first that --serve tries, and
 NEEDS = {**dict.fromkeys(("api_key", "cors", "cache", "quiet"), "serve"), "host": "api_key",
          "best": "choices",
          **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "temperature")}    # above 0
-SURE = {True: "sure\t", False: "unsure\t", None: "unsure\t"}          # None: not tested
 CONFLICTS = {                                # a flag, and what cannot stand beside it
     "chat": "prompt raw lines", "tools": "raw choices", "schema": "choices tools",
-    "sure": "chat raw serve best stop schema tools temperature",     # of answers as tested
     "choices": "chat raw max_tokens temperature stop repetition_penalty "        # a whole answer
                "frequency_penalty presence_penalty",
     "serve": "prompt chat raw instructions tools schema choices lines stop stats"}   # of a request
 
 
 def _answer(generator: Generator, question: str | Sequence[Message], options: Mapping[str, Any],
-            stop: Sequence[str], stats: bool, sure: bool = False) -> tuple[Message, bool]:
+            stop: Sequence[str], stats: bool) -> tuple[Message, bool]:
     """Print the answer to a prompt or a chat as it comes; returns it, and whether Ctrl-C ended it.
 
     options: of `Generator.generate`; stop: as of `Generator.text`. Where the chat offers tools, the
-    answer is printed at its end: as calls, one a line, or as text; and with `sure`, after the word.
+    answer is printed at its end: as calls, one a line, or as text.
     """
     is_raw = isinstance(question, str)
     chat: Sequence[Message] = [{}] if isinstance(question, str) else question
@@ -65,15 +63,13 @@ def _answer(generator: Generator, question: str | Sequence[Message], options: Ma
         tokens = map(timed, generator.generate(prompt, **options))
         for piece in generator.text(tokens, stop, strip=not is_raw):
             answer += piece
-            show("" if offers_tools or sure else piece)
+            show("" if offers_tools else piece)
     except KeyboardInterrupt:
         interrupted = True
     message = generator.tokenizer.parse(chat, answer)
     if offers_tools:
         show("\n".join(json.dumps(call["function"], ensure_ascii=False)
                        for call in message.get("tool_calls", ())) or message["content"])
-    if sure:
-        show(SURE[generator.sure(generator.logprob)] + answer)
     print(flush=True)
     if generator.ended == "context":
         print(f"[the context of {generator.context} tokens is full]", file=sys.stderr)
@@ -89,16 +85,14 @@ def _answer(generator: Generator, question: str | Sequence[Message], options: Ma
 
 
 def _choose(generator: Generator, prompts: Sequence[str], name: str, best: int | None,
-            stats: bool, sure: bool) -> None:
-    """Print the likeliest of --choices to each prompt, with `sure` after the word; with --best N of
-    them, and probabilities."""
+            stats: bool) -> None:
+    """Print the likeliest of --choices to each prompt; with --best N of them, and probabilities."""
     choices, start = read_choices(generator.folder, name), time.perf_counter()
     longest = max(map(len, answer_tokens(generator.tokenizer, tuple(choices))))
     for tokens in generator.encoded(prompts, longest):       # before the first answer: it may fail
         for answer in generator.choose(tokens, choices, best or 1):
             text = clean(answer.text) if sys.stdout.isatty() else answer.text
-            print((SURE[answer.sure] if sure else "") + (
-                f"{math.exp(answer.logprob):.4f}\t{text}" if best else text), flush=True)
+            print(f"{math.exp(answer.logprob):.4f}\t{text}" if best else text, flush=True)
     if stats:
         seconds = (time.perf_counter() - start) / len(prompts)
         print(f"[one of {len(choices)} answers in {seconds:.3f} s, "
@@ -170,8 +164,6 @@ def _parser() -> argparse.ArgumentParser:
         "a file, or the answers of a task that the folder knows")
     add("--best", type=positive, metavar="N", help="with --choices: the N likeliest answers, each "
         "after its probability")
-    add("--sure", action="store_true", help="print sure or unsure, and a tab, before each answer, "
-        "by what export.py --max-error found")
     add("--lines", action="store_true", help="each line is a prompt of its own")
     add("--task", help="use the adapter of this task, if the folder has adapters")
     add("--stop", type=text, action="append", default=[], metavar="TEXT", help="end the answer "
@@ -237,8 +229,6 @@ def main(argv: Sequence[str]) -> None:
         serve(api, ports, args.host, args.api_key, args.cors, args.quiet)
         return
     generator = _open(args)
-    if args.sure and "sure" not in generator.info:
-        raise ValueError(f"{args.folder} does not say when it is sure: export with --max-error 2%")
     options = as_flags(from_flags(Sampling, vars(args)))
     system, before = (trained_system(generator.folder), "") if args.instructions is None else (
         read_prefix(generator.folder, args.instructions, args.raw))
@@ -267,11 +257,11 @@ def main(argv: Sequence[str]) -> None:
         print(f"[{count} lines are one prompt; --lines answers each line]", file=sys.stderr)
     if args.choices is not None:
         _choose(generator, [generator.tokenizer.render(chat(p), True) for p in prompts],
-                args.choices, args.best, args.stats, args.sure)
+                args.choices, args.best, args.stats)
         return
     for prompt in prompts:
         question = before + prompt if args.raw else chat(prompt)
-        if _answer(generator, question, options, args.stop, args.stats, args.sure)[1]:
+        if _answer(generator, question, options, args.stop, args.stats)[1]:
             raise KeyboardInterrupt
 
 

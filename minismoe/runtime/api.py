@@ -211,9 +211,7 @@ class Api:
             logprobs = None if call.likeliest is None else _logprobs(call.is_chat, probabilities)
             probabilities.clear()            # the next part has those of its own tokens
             key = "text" if not call.is_chat else "delta" if call.stream else "message"
-            sure = generator.sure(generator.logprob) if call.is_chat and reason else None
-            return {key: content, "logprobs": logprobs, "finish_reason": reason} | (
-                {} if sure is None else {"sure": sure})
+            return {key: content, "logprobs": logprobs, "finish_reason": reason}
 
         for piece in generator.text(read(), call.stop, strip=call.is_chat):
             text += piece

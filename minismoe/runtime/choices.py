@@ -32,12 +32,10 @@ Tokens = tuple[int, ...]                     # of an answer, with the token that
 
 
 class Answer(NamedTuple):
-    """An answer of the set, its log-probability if only answers of the set can be written, and
-    `Generator.sure` of it."""
+    """An answer of the set, and its log-probability if only answers of the set can be written."""
 
     text: str
     logprob: float
-    sure: bool | None = None
 
 
 def answer_tokens(tokenizer: Tokenizer, choices: tuple[str, ...]) -> dict[Tokens, str]:

@@ -62,8 +62,6 @@ def _checks(info: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "cache_type", info["cache_type"] in CACHE_TYPES
     yield "adapters", isinstance(info.get("adapters") or {}, dict)
     yield "providers", all(isinstance(name, str) for name in info.get("providers", []))
-    yield "sure", all(least is None or isinstance(least, float) for ways in
-                      info.get("sure", {}).values() for least in ways.values())
     yield "soc", type(info.get("soc", 0)) is int
     static = info.get("static") or []
     yield "static", not static or (len(static) == 3 and static[0] == 1)

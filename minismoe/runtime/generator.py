@@ -28,7 +28,7 @@ import onnxruntime as ort
 
 from ..data.tools import Function, Message, with_tools
 from .choices import Answer, Tokens, answer_tokens, likeliest
-from .folder import FLOAT, INT64, known_tasks
+from .folder import FLOAT, INT64
 from .grammar import CALLS, call_grammar, follow, grammar_tokens, new_matcher
 from .model import CachedModel
 from .sampling import Sampling, floats_of, log_of_sum, penalized, permitted
@@ -48,9 +48,6 @@ class Generator(CachedModel):
     # "max_tokens" or "context"; "" while they go on, and if the caller, or `text` at a stop text,
     # took no more of them.
     ended = ""
-    # Log-probability of the last answer and its stop token, among the tokens of the sampler.
-    logprob = 0.0
-    _as_tested = False                       # whether it is whole, and is the model's likeliest
     prompt_tokens = 0                        # tokens the last generation read, cached ones excluded
 
     @cached_property
@@ -77,7 +74,6 @@ class Generator(CachedModel):
         steps = room if max_tokens is None else min(room, max_tokens)
         rng, stops = random.Random(settings.seed), {*self.tokenizer.stop_ids}
         read, written = {*tokens}, Counter[int]()
-        self.logprob, self._as_tested = 0.0, False
         self.ended, ended = "", "max_tokens" if steps == max_tokens else "context"
         logits = self.prefill(tokens)
         begun, self.prompt_tokens = self._begun, len(tokens) - self.cached_tokens
@@ -102,7 +98,6 @@ class Generator(CachedModel):
             if steps:
                 logits = self.read(new)
         self.ended = ended
-        self._as_tested = ended == "stop" and settings.is_greedy and not matcher
 
     def _sample(self, logits: ort.OrtValue, sampling: Sampling, rng: random.Random,
                 mask: bytes | None) -> int:
@@ -119,9 +114,7 @@ class Generator(CachedModel):
         self._last, values, tokens = logits, [*best], [*ids]
         if mask is not None:
             values, tokens = permitted(logits, values, tokens, mask)
-        chosen = sampling.draw(values, rng)
-        self.logprob += values[chosen] - log_of_sum([*best])
-        return tokens[chosen]
+        return tokens[sampling.draw(values, rng)]
 
     def logprobs(self, token: int, count: int) -> list[tuple[str, float]]:
         """Text and log-probability of the token that was given last and, after it, of the `count`
@@ -183,8 +176,7 @@ class Generator(CachedModel):
 
     def reply(self, messages: Sequence[Message], tools: Sequence[Function] = (),
               stop: Sequence[str] = (), **options: Any) -> Message:
-        """The assistant's next message of a chat, with tool_calls if it calls any of `tools`, and
-        with "sure" if the folder says of its task how likely an answer has to be.
+        """The assistant's next message of a chat, with tool_calls if it calls any of `tools`.
 
         Messages and tools are as transformers has them, stop as of `text`, options of `generate`.
         """
@@ -194,29 +186,7 @@ class Generator(CachedModel):
         if tools:
             options.setdefault("grammar", self.call_grammar(tools))
         tokens = self.generate(self.tokenizer.render(chat, True), **options)
-        message = self.tokenizer.parse(chat, "".join(self.text(tokens, stop)))
-        sure = self.sure(self.logprob)
-        return message if sure is None else {**message, "sure": sure}
-
-    def sure(self, logprob: float, choices: Sequence[str] = ()) -> bool | None:
-        """Whether an answer of this log-probability may stand: one that was written, or one of a
-        task's set. It may if so few of such answers were wrong as `export.py --max-error` asked.
-
-        A written answer that was cut, drawn, or changed by a penalty or a grammar may not, as none
-        such was tested. Where the adapter in use or the set tells no task, the strictest of all
-        counts. None if the folder says nothing of such answers.
-        """
-        if not (known := self.info.get("sure")):
-            return None
-        tasks = [name for name, entry in known_tasks(self.folder).items()
-                 if {*entry["choices"]} == {*choices}] if choices else [self.task or ""]
-        ways = [known[name] for name in tasks if name in known] or [
-            {} if choices else way for way in known.values()]
-        least = [way[kind] for way in ways if (kind := "set" if choices else "text") in way]
-        if not least:
-            return None
-        return None not in least and logprob >= max(least) and (
-            bool(choices) or self._as_tested)
+        return self.tokenizer.parse(chat, "".join(self.text(tokens, stop)))
 
     def batch(self, prompts: Sequence[str | Sequence[int]], max_tokens: int | None = None,
               seed: int | None = None, **sampling: Any) -> list[list[int]]:
@@ -237,8 +207,7 @@ class Generator(CachedModel):
             raise ValueError(f"the answers are the text {choices!r}: give a list of texts")
         answers = self._answer_tokens(tuple(choices))
         tokens, = self.encoded([prompt], max(map(len, answers)))
-        found = likeliest(lambda start: self.prefill([*tokens, *start]), answers, best)
-        return [answer._replace(sure=self.sure(answer.logprob, choices)) for answer in found]
+        return likeliest(lambda start: self.prefill([*tokens, *start]), answers, best)
 
     def text(self, tokens: Iterable[int], stop: Sequence[str] = (), strip: bool = False,
              ) -> Iterator[str]:

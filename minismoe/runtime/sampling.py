@@ -61,12 +61,6 @@ class Sampling:
             except ValueError:
                 raise ValueError(f"{f.name} {value!r} is no {kind.__name__}") from None
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether each token is the likeliest by the model's own probabilities."""
-        return (self.temperature, self.frequency_penalty, self.presence_penalty,
-                self.repetition_penalty) == (0, 0, 0, 1)
-
     def draw(self, logits: Sequence[float], rng: random.Random) -> int:
         """Choose an index of `logits`, which are sorted from the largest."""
         if self.temperature == 0:

@@ -176,20 +176,6 @@ def test_an_export_leaves_tokens_out_of_a_whole_run(make: Make, data: list[str],
     assert load_model(tmp_path / "hf").config.vocab_size == 320
 
 
-def test_lines_that_judge_answers_choose_no_tokens(make: Make, data: list[str], tmp_path: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --max-error: on tokens of their own, they would be surer than unseen lines are."""
-    run, given, needed_tokens = tmp_path / "run", [], trimming.needed_tokens
-    train.main(["--model", str(make("llama")), *data, "--epochs", "1", "--out", str(run)])
-    monkeypatch.setattr(trimming, "needed_tokens", lambda *args: (
-        given.extend(args[2]["data"]), needed_tokens(*args))[1])
-    for flags, lines in ([], 16), (["--max-error", "10%"], 12):
-        export.main([str(run), "--vocab", "320", "--precision", "fp32", *flags, "--out",
-                     str(tmp_path / f"out{lines}")])
-        assert len(given) == lines
-        given.clear()
-
-
 def test_a_large_vocabulary_is_named_with_what_fewer_tokens_would_take(make: Make) -> None:
     def hint(total: int) -> str:
         config = SimpleNamespace(vocab_size=total)

@@ -211,7 +211,7 @@ def test_command(generator, folders, model, tmp_path) -> None:
     asked = [folders["ort"], "hello", "--choices", tmp_path / "lines", "--threads", 1]
     assert command(*asked).stdout == expected[0].text + "\n"
     several = command(*asked, "--best", 3, "--stats")
-    assert several.stdout == "".join(f"{math.exp(p):.4f}\t{text}\n" for text, p, _ in expected)
+    assert several.stdout == "".join(f"{math.exp(p):.4f}\t{text}\n" for text, p in expected)
     assert re.match(r"\[one of 8 answers in \S+ s, peak", several.stderr)
     folder = export(model, tmp_path / "f")
     (folder / "tasks.json").write_text(json.dumps({
@@ -234,7 +234,7 @@ def test_lines_are_prompts_of_their_own(generator, folders, tmp_path) -> None:
     assert command(*asked, input="\r\n".join(said) + "\n").stdout.splitlines() == [
         best.text for best, _ in found]
     assert command(*asked, "--best", 2, input="\n".join(said)).stdout.splitlines() == [
-        f"{math.exp(p):.4f}\t{text}" for answers in found for text, p, _ in answers]
+        f"{math.exp(p):.4f}\t{text}" for answers in found for text, p in answers]
     for text, message in (("a\n \nb", "the prompt, line 2 is empty: write one question a line"),
                           ("a\n" * 70 + "x" * 96, "prompt 71 of 71 has .* tokens, which leaves")):
         wrong = command(*asked, input=text)

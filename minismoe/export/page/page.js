@@ -99,7 +99,7 @@ const hear = {
     $.status.title = `The chat has ${length} of ${context} tokens; ${read} of them were new`;
   },
   // The likeliest answers of a task's set, each with its probability.
-  chosen({ best, seconds, sure }) {
+  chosen({ best, seconds }) {
     if (best.length) {
       question.bubbles[1].textContent = best[0].text;
       messages.push({ role: "assistant", content: best[0].text });
@@ -115,8 +115,7 @@ const hear = {
       takeBack();
     }
     enter("ready");
-    const word = { true: ": sure", false: ": not sure" }[sure] ?? "";
-    say(best.length ? `Answered after ${seconds.toFixed(2)} s on ${setting}${word}` : "Stopped");
+    say(best.length ? `Answered after ${seconds.toFixed(2)} s on ${setting}` : "Stopped");
   },
   failed({ text, fatal }) {
     if (fatal) return broken(state === "loading" ? text : `${text}: reload the page`);

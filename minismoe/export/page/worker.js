@@ -4,7 +4,7 @@
 // and computes with copies of them.
 const TAKEN = { wasm: 13, webgpu: 3 };
 
-let files, reader, tokenizer, streamerOf, context, system, stops, sure, go, answers = {}, stopped = false;
+let files, reader, tokenizer, streamerOf, context, system, stops, go, answers = {}, stopped = false;
 
 const post = (is, data) => self.postMessage({ is, ...data });
 const does = {
@@ -51,7 +51,6 @@ async function load({ home, lacks: reason }) {
   const most = gpu && /Linux|CrOS/.test(navigator.userAgent) ? 31 : Infinity;
   reader = new Reader(model, parts, most);
   context = info.context;
-  sure = [info, info.other_graph].find(graph => graph?.arguments.precision === dtype)?.sure ?? {};
   system = info.system ? [{ role: "system", content: info.system }] : [];    // as in training
   stops = [model.generation_config.eos_token_id].flat();
   streamerOf = say => new parts.TextStreamer(
@@ -120,9 +119,7 @@ async function choose({ messages, task, choices }) {
   const ids = prompt(messages, longest), start = performance.now();
   stopped = false;
   const best = await likeliest(reader, ids, answers[task], 3, () => stopped);
-  const least = sure[task]?.set;                     // null: no answer is likely enough
-  post("chosen", { best, seconds: (performance.now() - start) / 1000, sure: least === undefined || !best.length
-    ? undefined : least !== null && Math.log(best[0].probability) >= least });
+  post("chosen", { best, seconds: (performance.now() - start) / 1000 });
 }
 
 // The tokens of a chat; throws if they leave no room for `more`.
