@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from minismoe.cli import flags, probing, runs, script, trimming
+from minismoe.cli import flags, probing, runs, script
 from minismoe.cli.inputs import Inputs, load_inputs, print_examples, resolve_auto
 from minismoe.io.files import write_json
 from minismoe.io.flags import from_flags, new_parser, option
@@ -51,18 +51,10 @@ def main(argv: Sequence[str]) -> None:
     if config.inputs.show:
         print_examples(config.inputs, config.inputs.show)
         return
-    run = runs.folder_of(config)
-    runs.check_free(run, config.resume)          # before hours of work
+    runs.check_free(runs.folder_of(config), config.resume)       # before hours of work
 
-    # Load; with --vocab, a copy of the model that has fewer tokens.
-    base = run / runs.BASE
-    if config.vocab and config.resume:
-        inputs = load_inputs(replace(config.inputs, model=str(base)))
-    else:
-        inputs = load_inputs(config.inputs)
-        if count := config.vocab:
-            config = replace(config, out=str(run))           # the name is taken from now on
-            inputs = trimming.trimmed(inputs, config.inputs, count, base)
+    # Load.
+    inputs = load_inputs(config.inputs)
     if config.inputs.limit_test != 0 and (bare := [t.name for t in inputs.tasks if not t.test]):
         raise ValueError(f"task {', '.join(bare)} has no test line: add a test.jsonl, or write at "
                          "least two lines into its only file; --limit-test 0 skips the test")

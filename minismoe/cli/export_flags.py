@@ -66,8 +66,7 @@ def contradiction(config: ExportConfig, given: Mapping[str, Any]) -> str:
         (config.adapters, "--adapters freezes for each task, beside a base of layout onnx or genai",
          "routing task prompts" + " layout" * (layout == "web")),
         (config.prompts, "--prompts has no tasks", "task"),
-        (layout == "peft", "an adapter belongs to the base with all tokens (train.py --vocab "
-         "trains on one with fewer)", "vocab"),
+        (layout == "peft", "an adapter belongs to the base with all tokens", "vocab"),
         (config.static, "--static fixes all sizes of layout onnx", "layout" + " context" * npu),
         (layout == "web", "transformers.js takes one kind of blocks", "size"),
         (config.model and not config.prompts,

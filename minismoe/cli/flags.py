@@ -96,6 +96,3 @@ class RunConfig:
         None, "begin with the experts of RUN, its model and system prompt and, unless --data names "
         "others, its lines; with --epochs 0 they are only judged", text, metavar="RUN")
     resume: bool = flag(False, "go on with the run in --out, from its newest checkpoint")
-    vocab: int | None = flag(
-        None, "train on a copy of the base, RUN/base, that has N tokens: those of the lines, and "
-        "those that the model expects in such lines (default: all)", positive, metavar="N")

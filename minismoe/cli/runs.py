@@ -34,14 +34,13 @@ from .script import command, working_in
 ROUNDING = ("device", "micro_batch_size")    # these change the order of sums
 UPDATED = ("model", "data", "checkpoint_every", "patience", "recompute", *ROUNDING)
 RESUMABLE = ("out", "resume", "debug", "show", *UPDATED)
-BASE = "base"                            # the folder of a run's own base, of --vocab
 # Flags that export.py takes over from a run.
 EXPORTED = ("model", "data", "only_tasks", "system", "limit_train", "limit_valid", "limit_test",
             "max_length", "seed")
 
 
-def check_free(run: Path, resume: bool, ours: Sequence[str] = ()) -> None:
-    """Raise FileExistsError if a new run would lie in a folder that holds anything but `ours`, and
+def check_free(run: Path, resume: bool) -> None:
+    """Raise FileExistsError if a new run would lie in a folder that holds anything, and
     PermissionError if no file can be made in it."""
     if run.exists() and not run.is_dir():
         raise FileExistsError(f"{run} is a file: choose another --out")
@@ -54,8 +53,7 @@ def check_free(run: Path, resume: bool, ours: Sequence[str] = ()) -> None:
     if (run / "sensitivity.json").exists():
         raise FileExistsError(f"{run} is what probe.py measured: choose another --out, with "
                               f"--allocation {run}/allocation.json to train on it")
-    if run.exists() and (found := [path.name for path in run.iterdir()
-                                   if path.name[0] != "." and path.name not in ours]):
+    if run.exists() and (found := [path.name for path in run.iterdir() if path.name[0] != "."]):
         raise FileExistsError(f"{run} is not empty (it holds {clean(found[0])}): choose another "
                               "--out")
 
@@ -77,7 +75,7 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
     run = folder_of(config)              # again: another run may have taken the name meanwhile
     with working_in(run, f"{command('train')} --resume --out {shlex.quote(str(run))}"):
         # Again: another process may have filled it meanwhile.
-        check_free(run, config.resume, [BASE] * bool(config.vocab))
+        check_free(run, config.resume)
         distributed.gather(None)             # no process writes before all have looked
         yield run
 
@@ -107,7 +105,6 @@ def with_inputs_of(parser: argparse.ArgumentParser, argv: Sequence[str], run: Pa
                                 f"--out {shlex.quote(str(run))}")
     same = parser.parse_args(argv).data in (None, kept["data"])
     names = ("base_bits", *(EXPORTED if same else ("model", "system")))
-    kept["model"] = model_of(run, kept)
     return parser.parse_args(argv, argparse.Namespace(**{name: kept[name] for name in names}))
 
 
@@ -150,18 +147,11 @@ def saved_config(run: Path) -> dict[str, Any]:
 def read_run(run: Path) -> InputConfig:
     """The model and data of a run's config.json; device and dtype are the defaults. Raises
     ValueError as `saved_config` does, and for a value that no flag can have."""
-    for name in ("config.json", "adapter", "export", BASE):
+    for name in ("config.json", "adapter", "export"):
         files.inside(run, name)
     saved = saved_config(run)["arguments"]
-    saved["model"] = model_of(run, saved)
     return from_flags(InputConfig, vars(as_typed(
         new_parser(None, {"": InputConfig}), run, {name: saved.get(name) for name in EXPORTED})))
-
-
-def model_of(run: Path, saved: Mapping[str, Any]) -> str | None:
-    """The model that a run was trained on, by its flags: one of its own with fewer tokens, if it
-    has one."""
-    return str(run / BASE) if saved.get("vocab") else saved.get("model")
 
 
 def finished(config: RunConfig) -> bool:

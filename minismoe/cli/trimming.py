@@ -13,8 +13,6 @@ from ..io.files import naming, new_folder, read_json
 from ..io.text import clean, table
 from ..method.vocabulary import BPE, expected, tokens_to_keep
 from ..model.decoder import CausalLM
-from ..training import distributed
-from ..training.distributed import print0
 from ..training.evaluate import token_scores
 from .flags import InputConfig
 from .inputs import Inputs, load_inputs
@@ -30,11 +28,10 @@ def trimmed(inputs: Inputs, config: InputConfig, count: int, out: Path) -> Input
     BPE.
     """
     texts = {name: [*inputs.encoded[name], *inputs.valid[name]] for name in inputs.encoded}
-    with distributed.one_first():
-        if not out.exists():
-            trim(inputs.folder, inputs.model, inputs.tokenizer, texts, inputs.tasks, count, out)
+    trim(inputs.folder, inputs.model, inputs.tokenizer, texts, inputs.tasks, count, out)
     found = load_inputs(replace(config, model=str(out)), quiet=True)
-    found.model.name = inputs.model.name
+    # It takes the same adapters: no expert is on the embedding or the head.
+    found.model.name, found.model.fingerprint = inputs.model.name, inputs.model.fingerprint
     print_lost(inputs.tasks, inputs.tokenizer, found.tokenizer)
     return found
 
@@ -58,8 +55,8 @@ def trim(base: Path, model: CausalLM, tokenizer: Tokenizer, texts: Mapping[str, 
         kept = tokens_to_keep(bpe, needed, likely, count)
     del bpe                                              # 0.3 GB of Gemma 3's, which is read again
     with new_folder(out) as folder:
-        write_trimmed(base, folder, kept, [*model.trimmed, model.fingerprint])
-    print0(f"vocabulary: {len(kept):,} of {total:,} tokens; {len(needed):,} are those of the texts")
+        write_trimmed(base, folder, kept)
+    print(f"vocabulary: {len(kept):,} of {total:,} tokens; {len(needed):,} are those of the texts")
 
 
 def needed_tokens(tokenizer: Tokenizer, tasks: Sequence[Task],
@@ -87,8 +84,8 @@ def print_lost(tasks: Sequence[Task], before: Tokenizer, after: Tokenizer) -> No
         sizes = [sum(map(len, side)) for side in (old, new)]
         rows.append([clean(task.name), len(texts), changed, *map("{:,}".format, sizes),
                      f"{100 * (sizes[1] / max(1, sizes[0]) - 1):+.1f} %"])
-    print0(table(["test lines", "all", "with a token that is gone", "tokens before", "after", ""],
-                 rows))
+    print(table(["test lines", "all", "with a token that is gone", "tokens before", "after", ""],
+                rows))
 
 
 def logprobs(inputs: Inputs) -> dict[str, float]:

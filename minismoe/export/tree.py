@@ -212,6 +212,7 @@ def in_float32(source: Source) -> CausalLM:
     for name, weight in model.named_parameters():        # the same pages as in the run's model
         if loaded[name].dtype == weight.dtype and loaded[name].device == weight.device:
             weight.data = loaded[name].data
+    model.fingerprint = source.model.fingerprint         # a base of fewer tokens has another
     if expert_layers(source.model):
         load_adapter(model, source.run / "adapter")
     return widened(model)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import read_json, write_json
-from ..model.checkpoint import TRIMMED
 from .layouts import copy_base_files, rewrite_weights
 from .leaves import EMBEDDING, HEAD
 
@@ -17,12 +16,8 @@ from .leaves import EMBEDDING, HEAD
 IDS = re.compile(r"(token_ids?|token_index|suppress_tokens|bad_words_ids)$")
 
 
-def write_trimmed(base: Path, out: Path, kept: Sequence[int], fingerprints: Sequence[str]) -> None:
-    """Write the checkpoint `base` with the tokens `kept` alone, which are sorted, to `out`.
-
-    fingerprints: of `base`, and of those that it was trimmed from: their adapters fit the result,
-    as no expert is on the embedding or the head.
-    """
+def write_trimmed(base: Path, out: Path, kept: Sequence[int]) -> None:
+    """Write the checkpoint `base` with the tokens `kept` alone, which are sorted, to `out`."""
     new = {old: number for number, old in enumerate(kept)}
     copy_base_files(base, out)
     write_json(out / "tokenizer.json", trimmed_tokenizer(read_json(out / "tokenizer.json"), new))
@@ -34,7 +29,7 @@ def write_trimmed(base: Path, out: Path, kept: Sequence[int], fingerprints: Sequ
     generation = read_json(out / "generation_config.json")
     write_json(out / "generation_config.json", renumbered(generation, new))
     write_json(out / "config.json", renumbered(read_json(out / "config.json"), new) | {
-        "vocab_size": len(new), TRIMMED: [*fingerprints]})
+        "vocab_size": len(new)})
     tables = {f"{name}.weight" for name in (EMBEDDING, HEAD)}
     rewrite_weights(base, out, lambda name, w: w[[*kept]] if name in tables else w)
 

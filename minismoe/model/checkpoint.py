@@ -29,9 +29,7 @@ ROWS = 8                                 # of each tensor, that the fingerprint 
 ADAPTER_FORMAT = "minismoe.adapter/1"
 # Tensors of images, and of heads that predict several tokens.
 LEFT_OUT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.|mtp\.")
-# In config.json: the base that adapters were merged into; the fingerprints of the bases that this
-# one was trimmed from, to fewer tokens.
-MERGED, TRIMMED = "minismoe_merged", "minismoe_trimmed"
+MERGED = "minismoe_merged"               # in config.json: the base that adapters were merged into
 
 
 class StoredTensor(NamedTuple):
@@ -70,7 +68,6 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32,
     tensors = _fitting(folder, config, model)
     model.name, model.fingerprint = str(path), fingerprint(cfg, tensors)
     model.merged, model.base_bits = str(config.get(MERGED, "")), base_bits
-    model.trimmed = config.get(TRIMMED, ())
     _fill(model, tensors, dtype, device)
     if cfg.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -266,7 +263,7 @@ def _check_base(model: nn.Module, meta: Mapping[str, Any]) -> None:
     if getattr(model, "merged", "") and ours != its:
         raise ValueError(f"{model.name} has adapters merged into it, which can't be taken out "
                          f"again: load this adapter onto {model.merged}")
-    if ours and its and its not in (ours, *getattr(model, "trimmed", ())):
+    if ours and its and its != ours:
         raise ValueError(f"the adapter was trained on another base: {clean(its)} "
                          f"({clean(meta.get('base_model'))}), and this one is {ours} "
                          f"({getattr(model, 'name', '?')}); if it is the same one, another "

@@ -8,7 +8,6 @@ Letters: B batch, T time, N packed tokens, S of them that are read, D hidden, C 
 V vocabulary.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -150,7 +149,6 @@ class CausalLM(nn.Module):
     name = ""              # the path or hub name that it was loaded from
     fingerprint = ""       # a hash that tells this base from others
     merged = ""            # if adapters are merged into it: the name of the base without them
-    trimmed: Sequence[str] = ()        # fingerprints of bases with more tokens that it comes from
     base_bits: int | None = None       # 8 or 4, if its linear layers are quantised
 
     def __init__(self, config: Config):

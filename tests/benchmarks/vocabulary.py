@@ -92,9 +92,9 @@ def main(argv: list[str]) -> None:
         for count in args.tokens if order in args.orders else ():
             base = args.out / f"{args.run.name}-{order}-{count}"
             if not base.exists():
-                write_trimmed(whole.folder, base, tokens_to_keep(bpe, needed, ids, count),
-                              [whole.model.fingerprint])
+                write_trimmed(whole.folder, base, tokens_to_keep(bpe, needed, ids, count))
             inputs = load_inputs(replace(settings, model=str(base)), quiet=True)
+            inputs.model.fingerprint = whole.model.fingerprint
             load_adapter(inputs.model, args.run / "adapter")
             after = texts_of(whole, inputs.tokenizer)
             records.append({

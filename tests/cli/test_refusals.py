@@ -118,7 +118,6 @@ REFUSED = [
       for name in ("no", "../model", "..", "a/b")),
     (train, "--only-tasks count,count", {}, "named twice"),
     (train, "--only-tasks no", {}, "no task no; it has capitals"),
-    (train, "INPUTS --vocab 200", {}, "--vocab: the model reads bytes"),
     *((export, flags, {}, f"leave out {flags.split()[0]}") for flags in (
         "--task number", "--routing freeze", "--layout peft", "--adapters", "--limit-test 5")),
     *((export, f"--prompts x {flags}", {}, "calibrates 4 bits and NPUs): leave out ") for flags in

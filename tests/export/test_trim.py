@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bpes import byte_level
-from tiny import random_hf, randomise, write_lines
-from torch import Tensor
+from tiny import random_hf, save_bytes_model, write_lines
 
 import export
 import train
@@ -18,10 +17,8 @@ from minismoe.cli import trimming
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export.trim import trimmed_tokenizer, write_trimmed
 from minismoe.io.files import read_json
-from minismoe.method.allocation import Allocation
-from minismoe.method.experts import add_experts
 from minismoe.method.vocabulary import BPE, tokens_to_keep
-from minismoe.model.checkpoint import load_adapter, load_model, save_adapter
+from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.runtime import Generator
 
 TEXTS = ["the cat sat on the mat", "a man ran again"]
@@ -59,9 +56,9 @@ def test_logits_of_tokens_that_stay_are_those_of_the_whole_model(
     transformers = pytest.importorskip("transformers")
     base, out = make(family), tmp_path / "out"
     kept = some_tokens(base)
-    write_trimmed(base, out, kept, ["full"])
+    write_trimmed(base, out, kept)
     whole, ours = load_model(base), load_model(out)
-    assert (ours.config.vocab_size, ours.trimmed) == (len(kept), ["full"])
+    assert ours.config.vocab_size == len(kept)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     their_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(out)
     for text in TEXTS:
@@ -76,7 +73,7 @@ def test_logits_of_tokens_that_stay_are_those_of_the_whole_model(
 def test_ids_in_all_files_are_the_new_ones(make: Make, tmp_path: Path) -> None:
     base = make("llama")
     kept = [i for i in some_tokens(base) if i not in (0, 2, 333)]
-    write_trimmed(base, tmp_path / "out", kept, [])
+    write_trimmed(base, tmp_path / "out", kept)
     config, settings, generation, tokenizer = (
         read_json(tmp_path / "out" / name) for name in (
             "config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"))
@@ -104,25 +101,6 @@ def test_a_post_processor_has_the_new_ids() -> None:
             assert (inner["sep"], inner["cls"]) == (["</s>", 1], ["<s>", 0])
 
 
-def test_an_adapter_of_the_whole_base_fits_and_that_of_another_does_not(
-        make: Make, tmp_path: Path) -> None:
-    base, out, again = make("llama"), tmp_path / "out", tmp_path / "again"
-    whole, kept = load_model(base), some_tokens(base)
-    allocation = Allocation({"model.layers.0.mlp.up_proj": 2}, rank=2)
-    save_adapter(randomise(add_experts(whole, allocation)), tmp_path / "adapter", allocation)
-    write_trimmed(base, out, kept, [whole.fingerprint])
-    once = load_model(out)
-    write_trimmed(out, again, [*range(len(kept) - 5)], [*once.trimmed, once.fingerprint])
-    for folder in out, again:
-        load_adapter(model := load_model(folder), tmp_path / "adapter")
-        x = torch.randn(3, 32)
-        assert torch.equal(model.model.layers[0].mlp.up_proj(x),
-                           whole.model.layers[0].mlp.up_proj(x))
-    write_trimmed(make("llama3", "other"), tmp_path / "foreign", kept, ["another"])
-    with pytest.raises(ValueError, match="was trained on another base"):
-        load_adapter(load_model(tmp_path / "foreign"), tmp_path / "adapter")
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> list[str]:
     """--data of one task, whose test has a token that no training line has."""
@@ -132,48 +110,36 @@ def data(tmp_path: Path) -> list[str]:
     return ["--data", str(tmp_path / "data")]
 
 
-def logits_of(run: Path, text: str) -> Tensor:
-    model = load_model(run / "base")
-    load_adapter(model, run / "adapter")
-    with torch.no_grad():
-        return model(torch.tensor([load_tokenizer(run / "base").encode(text)[0]]))
-
-
-def test_a_run_trains_resumes_and_ships_its_own_base(make: Make, data: list[str], tmp_path: Path,
-                                                     succeed: Callable[..., str]) -> None:
-    base, run, more = make("llama"), tmp_path / "run", tmp_path / "more"
-    out = succeed(train.main, "--model", base, *data, "--epochs", "2", "--batch-size", "6",
-                  "--vocab", "300", "--out", run)
-    assert "vocabulary: 320 of 334 tokens" in out                        # a multiple of 64
-    assert load_model(run / "base").config.vocab_size == 320
-    assert read_json(run / "config.json")["arguments"]["model"] == str(base)
-    (run / "results.json").unlink()
-    succeed(train.main, "--resume", "--out", run)
-    assert (run / "results.json").exists()
-    succeed(train.main, "--init", run, "--epochs", "1", "--out", more)
-    assert not (more / "base").exists()                  # it names that of run
-    export.main([str(run), "--precision", "fp32", "--out", str(tmp_path / "onnx")])
-    generator, ids = Generator(tmp_path / "onnx"), load_tokenizer(run / "base").encode("say cat")[0]
-    (given,) = generator.forced(ids, [])
-    wanted = logits_of(run, "say cat")[0, -1]
-    torch.testing.assert_close(torch.from_dlpack(given).flatten(), wanted, rtol=1e-4, atol=1e-4)
-    export.main([str(more), "--layout", "peft", "--out", str(tmp_path / "peft")])
-    settings = read_json(tmp_path / "peft" / "adapter_config.json")
-    assert settings["base_model_name_or_path"] == "base"
-
-
-def test_an_export_leaves_tokens_out_of_a_whole_run(make: Make, data: list[str], tmp_path: Path,
-                                                    succeed: Callable[..., str]) -> None:
-    run, out = tmp_path / "run", tmp_path / "out"
-    succeed(train.main, "--model", make("llama"), *data, "--epochs", "1", "--out", run)
-    said = succeed(export.main, run, "--vocab", "320", "--precision", "fp32", "--out", out)
+def test_an_export_leaves_tokens_out_of_a_run(make: Make, data: list[str], tmp_path: Path,
+                                              succeed: Callable[..., str]) -> None:
+    """Its logits of the tokens that stay are those of the run; a multiple of 64 tokens stays."""
+    base, run, out = make("llama"), tmp_path / "run", tmp_path / "out"
+    succeed(train.main, "--model", base, *data, "--epochs", "1", "--out", run)
+    said = succeed(export.main, run, "--vocab", "300", "--precision", "fp32", "--out", out)
     assert "log-probability of right answers" in said and "test lines" in said
+    assert "vocabulary: 320 of 334 tokens" in said
     info = read_json(out / "export.json")
     assert (info["vocab_size"], info["model"]) == (320, "base")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "data", "out", "run"]
-    succeed(export.main, "--model", tmp_path / "base", "--vocab", "320", "--layout", "hf",
+    load_adapter(model := load_model(base), run / "adapter")
+    before, after = (read_json(folder / "tokenizer.json") for folder in (base, out))
+    ids = before["model"]["vocab"] | {t["content"]: t["id"] for t in before["added_tokens"]}
+    kept = [ids[text] for text, _ in sorted(after["model"]["vocab"].items(), key=lambda x: x[1])]
+    with torch.no_grad():
+        wanted = model(torch.tensor([load_tokenizer(base).encode("say cat")[0]]))[0, -1, kept]
+    generator = Generator(out)
+    (given,) = generator.forced(generator.tokenizer.encode("say cat")[0], [])
+    torch.testing.assert_close(torch.from_dlpack(given).flatten(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_smaller_base_can_be_trained(make: Make, data: list[str], tmp_path: Path,
+                                       succeed: Callable[..., str]) -> None:
+    """It is an ordinary checkpoint."""
+    succeed(export.main, "--model", make("llama"), "--vocab", "320", "--layout", "hf",
             "--prompts", tmp_path / "data" / "train.jsonl", "--out", tmp_path / "hf")
     assert load_model(tmp_path / "hf").config.vocab_size == 320
+    succeed(train.main, "--model", tmp_path / "hf", *data, "--epochs", "1", "--out",
+            tmp_path / "run")
 
 
 def test_a_large_vocabulary_is_named_with_what_fewer_tokens_would_take(make: Make) -> None:
@@ -188,12 +154,20 @@ def test_a_large_vocabulary_is_named_with_what_fewer_tokens_would_take(make: Mak
     assert hint(262144) == ""
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--vocab", "64"], "--vocab: 64 tokens are too few: special tokens, bytes and the texts take"),
-    (["--vocab", "330"], "--vocab 384: the base has 334 tokens, so none would be left out")])
+@pytest.mark.parametrize("count, says", [
+    (64, "--vocab: 64 tokens are too few: special tokens, bytes and the texts take"),
+    (330, "--vocab 384: the base has 334 tokens, so none would be left out")])
 def test_sizes_that_cannot_be_meant_are_refused(make: Make, data: list[str], tmp_path: Path,
-                                                flags: list[str], says: str,
+                                                count: int, says: str,
                                                 fails: Callable[..., None]) -> None:
-    run = tmp_path / "run"
-    fails(train.main, "--model", make("llama"), *data, *flags, "--out", run, says=says)
-    assert not (run / "base").exists()
+    fails(export.main, "--model", make("llama"), "--vocab", count, "--prompts",
+          tmp_path / "data" / "train.jsonl", "--out", tmp_path / "out", says=says)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "data"]
+
+
+def test_a_model_of_bytes_has_no_token_to_leave_out(data: list[str], tmp_path: Path,
+                                                    fails: Callable[..., None]) -> None:
+    save_bytes_model(tmp_path / "bytes")
+    fails(export.main, "--model", tmp_path / "bytes", "--vocab", 200, "--prompts",
+          tmp_path / "data" / "train.jsonl", "--out", tmp_path / "out",
+          says="--vocab: the model reads bytes")

@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     needed = {*tokenizer.encode("the cat sat")[0]}
     kept = tokens_to_keep(BPE(read_json(folder / "whole" / "tokenizer.json")), needed, (), 334)
     assert len(kept) < 300
-    write_trimmed(folder / "whole", folder / "base", kept, [])
+    write_trimmed(folder / "whole", folder / "base", kept)
     return folder / "base"
 
 
