@@ -14,7 +14,6 @@ _HOME = {
     "load_tasks": "data.tasks", "encode_all": "data.tasks", "probe_batches": "data.tasks",
     "probe": "method.sensitivity", "allocate": "method.allocate",
     "Allocation": "method.allocation", "add_experts": "method.experts",
-    "fit": "method.freeze", "freeze": "method.freeze", "merge": "method.freeze",
     "train": "training.loop", "TrainConfig": "training.loop", "generate": "training.evaluate",
     "export_model": "export.write", "ExportConfig": "export.settings", "Source": "export.settings",
     "Generator": "runtime.generator",

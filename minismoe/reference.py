@@ -189,21 +189,19 @@ def train(model: Decoder, batches: Sequence[Sequence[Sample]], peak: float) -> l
 
 # 4. Freeze (ours). A and B are all experts' stacked. Find the A' (E*r, in) of one plain LoRA:
 #    A'  =  argmin  sum over tokens x of  || y - scaling * B^T A' x ||^2,   y = what the experts add
-#    mean    A' = each A_e times c_e,  c = mean gates over the tokens
 #    gates   A' = each A_e times c_e,  c = argmin || y - sum over e of c_e scaling B_e^T A_e x ||^2
 #    linear  A' = that of gates + S,  S = argmin || (g(x) - c) * A x - S x ||^2 + ridge || S ||^2
 def fits(layer: Mixture, x: Tensor, ridge: float) -> dict[str, Tensor]:
-    """{"mean", "gates", "linear": A' (E*r, in)} from tokens x (N, in)."""
+    """{"gates", "linear": A' (E*r, in)} from tokens x (N, in)."""
     g, each = layer.gates(x), torch.stack(layer.outputs(x), dim=2)       # (N, E), (N, out, E)
     c = torch.linalg.lstsq(each.flatten(0, 1), layer.added(x).reshape(-1, 1)).solution
-    A_mean = torch.cat([g[:, e].mean() * A for e, A in enumerate(layer.lora_A)])
     A_gates = torch.cat([c[e] * A for e, A in enumerate(layer.lora_A)])
     left = torch.cat([(g[:, e, None] - c[e]) * (x @ A.T) for e, A in enumerate(layer.lora_A)], 1)
     # The ridge, times the mean diagonal of x^T x, is `in` more equations: pull S = 0.
     pull = (ridge * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
     S = torch.linalg.lstsq(torch.cat([x, pull]), torch.cat([left, 0 * pull @ A_gates.T]),
                            driver="gels").solution
-    return {"mean": A_mean, "gates": A_gates, "linear": A_gates + S.T}
+    return {"gates": A_gates, "linear": A_gates + S.T}
 
 def frozen(layer: Mixture, A: Tensor) -> Mixture:
     """The layer with one expert A' of rank E*r in place of E experts and a router."""

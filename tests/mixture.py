@@ -1,10 +1,16 @@
 """A tiny mixture of experts and its calibration batches, for the tests of freezing and rounding."""
 
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from tiny import SMALL, randomise, small_model
 from torch import Tensor, nn
 
-from minismoe.method.experts import add_experts
+from minismoe.export.tree import freeze_and_round
+from minismoe.method.experts import add_experts, expert_layers
+from minismoe.method.freeze import Fit, TaskFits, frozen_layer, no_fits
 
 V, D = SMALL["vocab_size"], SMALL["hidden_size"]
 COUNTS = {f"model.layers.{i}.{name}": count for i in range(2) for name, count in {
@@ -32,3 +38,18 @@ def batch(seed: int, rows: int = 8, pad: str = "right") -> Data:
 
 def tasks(rows: int = 8, pad: str = "right") -> dict[str, list[Data]]:
     return {t: [batch(10 * i + j, rows, pad) for j in range(3)] for i, t in enumerate("ab")}
+
+
+def fit(model: Any, data: dict[str, list[Any]]) -> TaskFits:
+    """The fits of an export: of each task, and of all of them together (None)."""
+    fits = no_fits(expert_layers(model), data, (None, *data))
+    freeze_and_round([], model, data, fits)
+    return fits
+
+
+def frozen(model: Any, fits: Mapping[str, Fit]) -> Any:
+    """A copy of a model with one LoRA in place of each mixture."""
+    copied = copy.deepcopy(model)
+    for name, layer in expert_layers(copied).items():
+        copied.set_submodule(name, frozen_layer(layer, fits[name]))
+    return copied

@@ -14,15 +14,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from mixture import fit
 from tiny import edit_tensors, python, randomise, save_bytes_model
 
 from minismoe import reference
 from minismoe.data.tasks import Example, collate, encode_all, load_tasks
 from minismoe.data.tokenizer import load_tokenizer
 from minismoe.io.files import read_json
-from minismoe.method import bits, freeze
+from minismoe.method import bits
 from minismoe.method.allocate import allocate
 from minismoe.method.experts import add_experts, expert_layers
+from minismoe.method.freeze import merge
 from minismoe.method.sensitivity import probe
 from minismoe.model.checkpoint import load_model
 from minismoe.model.decoder import CausalLM
@@ -233,11 +235,11 @@ def test_fits_merged_weights_and_greedy_text_equal_the_package(base: Path, tmp_p
     prompts = [ids[:length].tolist() for ids, length in samples[::6]]
     mixed = [reference.greedy(model, prompt, 257) for prompt in prompts]
     assert mixed == generate(ours, prompts, 24, [257])
-    found = freeze.fit(ours, {"": [collate([example("", s) for s in samples], 258)]})
+    found = fit(ours, {"": [collate([example("", s)], 258) for s in samples]})
     residuals = reference.merge(model, samples)
     for name, residual in residuals.items():
         assert residual == pytest.approx(found[None][f"model.{name}"].residual, rel=0.02, abs=1e-6)
-    freeze.merge(ours, found[None])
+    merge(ours, found[None])
     for name, W in model.weights.items():
         if "_proj" in name:
             torch.testing.assert_close(W, ours.get_submodule(f"model.{name}").weight,

@@ -116,7 +116,7 @@ class Calibration:
         linears = {f"model.layers.{number}.{name}": m for name, m in linear_layers(layer).items()}
         if not self.states:
             yield from (({name: linear}, None) for name, linear in linears.items())
-        for names, x in reads(linears, [(partial(s.run, layer, rope), None) for s in self.states]):
+        for names, x in reads(linears, [partial(s.run, layer, rope) for s in self.states]):
             yield {name: linears[name] for name in names}, x
 
     def of_head(self) -> Tensor | None:

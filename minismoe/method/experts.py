@@ -89,9 +89,6 @@ class _Group(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """dy (N, out) of each layer, and that of the logits -> gradients of the inputs."""
-        if _casts(gradients[0]):
-            with torch.autocast(gradients[0].device.type, enabled=False):
-                return _Group.backward(ctx, *gradients)
         layers, (x, gh, gates, A, routers, *B) = ctx.layers, ctx.saved_tensors
         dys, d_logits, d_routers = gradients[:len(layers)], None, None
         dhs = [dy @ b.T for dy, b in zip(dys, B)]
@@ -166,9 +163,6 @@ def linear_outputs(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
 
 def _apply(x: Tensor, layers: Sequence[ExpertLinear], stack: Stack | None) -> list[Tensor]:
     """The outputs of a group; or of one layer by its parameters, if there is no stack."""
-    if _casts(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return _apply(x.to(layers[0].weight.dtype), layers, stack)
     if stack is None:
         (m,) = layers
         stack = Stack(m.lora_A.flatten(0, 1).to(x.dtype), [(m.scaling * m.lora_B.flatten(0, 1)).to(
@@ -178,13 +172,6 @@ def _apply(x: Tensor, layers: Sequence[ExpertLinear], stack: Stack | None) -> li
         for layer, logits in zip(layers, y[-1].unbind(1)):
             layer.router_logits = logits
     return [part.view(*x.shape[:-1], part.shape[-1]) for part in y[:len(layers)]]
-
-
-def _casts(x: Tensor) -> bool:
-    """Whether autocast would change the dtypes of products on x's device: experts cast by
-    themselves, so they switch it off."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def groups(model: nn.Module) -> list[list[ExpertLinear]]:

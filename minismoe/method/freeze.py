@@ -1,30 +1,26 @@
 """Freeze: the mixture of one matrix as one linear map of rank R = E*r, which is a plain LoRA.
 
 The fits are those of `reference.fits`, to calibration tokens x (T, D). With h = x A^T of the
-stacked experts, gh each expert's r entries of h times its gate, and A_g the fit "gates",
+stacked experts, gh each expert's r entries of h times its gate, and A_g the fit by constant gates,
 
     linear = A_g + d^T x (x^T x + ridge I)^-1 = A_g + d^T (x x^T + ridge I)^-1 x
 
 whatever B is, where d = gh - x A_g^T is what A_g misses. The smaller of the two systems is solved.
-Tokens that are held out choose the ridge (or `gates`, if no ridge does better), and give the
-residual, the share of the mixture's output energy that the fit misses. `fit` holds what all
-mixtures of a model read; an export goes through our decoder layer by layer, and calls `solve` for
-each group of matrices.
+Tokens that are held out choose the ridge (or A_g, if no ridge does better), and give the residual,
+the share of the mixture's output energy that the fit misses. An export goes through the decoder
+layer by layer, and calls `solve` for each group of matrices that read the same x.
 Letters: T tokens, E experts of a matrix, r rank of each, R = E*r, D inputs of the matrix.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLinear, expert_layers, packs_tokens, top_k_gates
-from .hooks import measuring
-from .reads import HOLD, gram, reads
+from .experts import ExpertLinear, expert_layers, top_k_gates
+from .reads import gram
 
-KINDS = ("mean", "gates", "linear")
 RIDGES = (1e-2, 1e-1)    # times trace(x^T x) / D; 1e-3 or 1 won 3 of 54 on SmolLM2
 
 
@@ -34,46 +30,12 @@ class Fit:
 
     lora_A: Tensor               # (R, D), float32 or better
     lora_B: Tensor               # (out, R)
-    kind: str = "exact"          # mean, gates or linear; exact for one expert
+    kind: str = "exact"          # gates or linear; exact for one expert
     residual: float = 0.0        # share of the mixture's output energy that it misses, held out
 
 
 # {task: {module: Fit}}; under None those of all tasks together.
 TaskFits = dict[str | None, dict[str, Fit]]
-
-
-@torch.no_grad()
-def fit(model: nn.Module, tasks: Mapping[str, Iterable[Sequence[Tensor]]], kind: str = "linear",
-        ) -> TaskFits:
-    """Fits of all mixtures of `model`, one of KINDS.
-
-    tasks: batches of (input_ids, attention_mask, ...), each (B, T). With "linear", a matrix keeps
-    its fit "gates" if no ridge does better on held-out samples. Fit.kind tells.
-    Raises ValueError as `no_fits` and `solve` do, and without a sample.
-    """
-    batches = {task: [*of_task] for task, of_task in tasks.items()}
-    if not batches:
-        raise ValueError("calibration takes samples of one task or more")
-    layers, decoder = expert_layers(model), getattr(model, "model", model)
-    fits = no_fits(layers, batches, (None, *batches))
-    runs, task_of, held = [], list[Tensor](), list[Tensor]()             # of real tokens
-    for number, of_task in enumerate(batches.values()):
-        samples = 0
-        for ids, mask, *_ in of_task:
-            rows = None if packs_tokens(model) else mask.flatten().nonzero()[:, 0]
-            runs.append((partial(decoder, input_ids=ids, attention_mask=mask), rows))
-            sample = samples + mask.nonzero()[:, 0]
-            held.append(sample % HOLD == 1)
-            task_of.append(torch.full_like(sample, number))
-            samples += len(mask)
-    with measuring(model):
-        groups = reads({name: m for name, m in layers.items() if m.router is not None}, runs)
-    for names, x in groups:
-        for number, task in enumerate((*batches, None)):
-            own = slice(None) if task is None else torch.cat(task_of) == number
-            fits[task] |= solve({name: layers[name] for name in names}, x[own],
-                                torch.cat(held)[own], kind=kind)
-    return fits
 
 
 def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Sequence[Tensor]]],
@@ -89,7 +51,7 @@ def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Seq
 
 @torch.no_grad()
 def solve(layers: Mapping[str, ExpertLinear], x: Tensor, held: Tensor, times: Tensor | None = None,
-          kind: str = "linear") -> dict[str, Fit]:
+          ) -> dict[str, Fit]:
     """{module: fit} of mixtures that read x (T, D).
 
     held (T,): tokens that judge, and are not fitted. times (T,): how often each token counts, by
@@ -109,17 +71,15 @@ def solve(layers: Mapping[str, ExpertLinear], x: Tensor, held: Tensor, times: Te
         if not all(t.isfinite().all() for t in (weighted, gh, layer.lora_B)):
             wrong.append(name)
             continue
-        c = (gates * root_times.square())[~held].mean(0) / root_times[~held].square().mean() if (
-            kind == "mean") else constant_gates(layer, h[~held], gh[~held])
+        c = constant_gates(layer, h[~held], gh[~held])
         A = A * c.to(A).repeat_interleave(r)[:, None]
-        best[name] = measured(layer, A, "mean" if kind == "mean" else "gates", unseen, gh[held])
+        best[name] = measured(layer, A, "gates", unseen, gh[held])
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: what the mixture reads or writes on the calibration "
                          "samples is not finite: freeze with --dtype float32, or train again with "
                          "a lower --lr")
     starts = [start.lora_A.to(x) for start in best.values()]
-    for As in linear(starts, fitted, [gh[~held] for gh in targets.values()]) if (
-            kind == "linear") else ():
+    for As in linear(starts, fitted, [gh[~held] for gh in targets.values()]):
         for (name, layer), A in zip(layers.items(), As):
             found = measured(layer, A, "linear", unseen, targets[name][held])
             if found.residual < best[name].residual:
@@ -209,22 +169,12 @@ def merged_layer(layer: ExpertLinear, fit: Fit) -> nn.Linear:
     return new
 
 
-def freeze(model: nn.Module, fits: Mapping[str, Fit]) -> None:
-    """Replace each mixture by its `frozen_layer`, in place. Raises ValueError, before anything is
-    changed, with the names that have no fit."""
-    _replace(model, fits, frozen_layer)
-
-
 def merge(model: nn.Module, fits: Mapping[str, Fit]) -> None:
     """Replace each adapted layer by its `merged_layer`, in place. A merged layer has no experts, so
-    a second call changes nothing. Raises ValueError as `freeze` does."""
-    _replace(model, fits, merged_layer)
-
-
-def _replace(model: nn.Module, fits: Mapping[str, Fit],
-             make: Callable[[ExpertLinear, Fit], nn.Linear]) -> None:
+    a second call changes nothing. Raises ValueError, before anything is changed, with the names
+    that have no fit."""
     layers = expert_layers(model)
     if missing := [n for n in layers if n not in fits]:
         raise ValueError(f"no fit for {', '.join(missing)}: freeze the adapter again")
     for name, layer in layers.items():
-        model.set_submodule(name, make(layer, fits[name]))
+        model.set_submodule(name, merged_layer(layer, fits[name]))

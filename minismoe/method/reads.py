@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from .hooks import hooked
 
 HOLD = 4                                     # one sample of so many is held out
-# Runs the layers on a batch; and which rows of what they read are wanted, None for all.
-ForwardCall = tuple[Callable[[], Any], Tensor | None]
 
 
 @torch.no_grad()
-def reads(layers: Mapping[str, nn.Module], runs: Iterable[ForwardCall],
+def reads(layers: Mapping[str, nn.Module], runs: Iterable[Callable[[], Any]],
           ) -> Iterator[tuple[list[str], Tensor]]:
-    """The layers' names, group by group, and x (T, D) in float32 or better that a group reads."""
+    """The layers' names, group by group, and x (T, D) in float32 or better that a group reads.
+    Each of `runs` runs the layers on a batch."""
     names = {layer: name for name, layer in layers.items()}
     seen: list[tuple[Tensor, list[str]]] = []        # in one call: an input, and who reads it
     parts = defaultdict[tuple[str, ...], list[Tensor]](list)         # of all calls, by group
@@ -33,11 +32,10 @@ def reads(layers: Mapping[str, nn.Module], runs: Iterable[ForwardCall],
         seen[-1][1].append(names[layer])
 
     with hooked(names, hook):
-        for run, wanted in runs:
+        for run in runs:
             run()
             for x, group in seen:
-                rows = x.reshape(-1, x.shape[-1])
-                parts[tuple(group)].append((rows if wanted is None else rows[wanted]).to(
+                parts[tuple(group)].append(x.reshape(-1, x.shape[-1]).to(
                     torch.promote_types(x.dtype, torch.float32)))
             seen.clear()
     for names_of_group in [*parts]:

@@ -1,14 +1,16 @@
-"""What merging costs: exact match of a run's mixture, and of the run merged by each fit.
+"""What merging costs: exact match of a run's mixture, and of the run merged for all tasks together
+and for each task by itself.
 
     python tests/benchmarks/merging.py RUN
 
-"missed" is the median share of the mixture's output energy that a fit lacks on held-out samples.
+"missed" is the median share of the mixture's output energy that the fits lack on held-out samples.
 export_loss.py says what rounding costs.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -17,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import export
 from minismoe.export.calibration import calibration_batches, shuffled_samples
 from minismoe.export.settings import ExportConfig, Source
-from minismoe.export.tree import sharing_copy
+from minismoe.export.tree import fits_to_make, freeze_and_round, sharing_copy
 from minismoe.io.text import clean, table
-from minismoe.method.freeze import KINDS, Fit, fit, merge
+from minismoe.method.freeze import Fit, merge
 from minismoe.training.evaluate import evaluate, questions
 
 
@@ -46,11 +48,12 @@ def main(argv: list[str]) -> None:
     source = export.load_run(config)
     batches = calibration_batches(shuffled_samples(config, source), source)
     names = [task.name for task in source.tasks]
-    kinds = {kind: fit(source.model, batches, kind) for kind in KINDS}
-    rows = [row("mixture", source, {})]
-    rows += [row(f"merged, {kind}", source, dict.fromkeys(names, found[None]))
-             for kind, found in kinds.items()]
-    rows.append(row("merged, linear for each task", source, kinds["linear"]))
+    fits = fits_to_make(config, source, batches) | fits_to_make(
+        replace(config, adapters=True), source, batches)
+    freeze_and_round([], source.model, batches, fits)
+    rows = [row("mixture", source, {}),
+            row("merged", source, dict.fromkeys(names, fits[None])),
+            row("merged for each task", source, fits)]
     print(table(["exact match", *map(clean, names), "mean", "missed"], rows))
 
 

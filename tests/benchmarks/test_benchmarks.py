@@ -72,18 +72,16 @@ def test_probe_speed_times_three_sides(inputs, capsys) -> None:
     assert "x cheaper" in said
 
 
-def test_merging_has_a_row_for_the_mixture_and_for_every_fit(inputs, tmp_path, capsys) -> None:
+def test_merging_has_a_row_for_the_mixture_and_for_its_fits(inputs, tmp_path, capsys) -> None:
     train.main([*inputs, "--samples", "2", "--epochs", "3", "--lr", "0.05", "--rank", "2", "--out",
                 str(tmp_path / "run")])
     capsys.readouterr()
     merging.main([str(tmp_path / "run")])
-    head, _, *rows = capsys.readouterr().out.splitlines()[-7:]
+    head, _, *rows = capsys.readouterr().out.splitlines()[-5:]
     assert head.split() == ["exact", "match", "sum", "upper", "mean", "missed"]
     assert [re.split("  +", row)[0] for row in rows] == [
-        "mixture", "merged, mean", "merged, gates", "merged, linear",
-        "merged, linear for each task"]
-    missed = [float(row.split()[-2]) for row in rows[1:]]
-    assert missed[0] >= missed[1] > missed[2]
+        "mixture", "merged", "merged for each task"]
+    assert all(0 < float(row.split()[-2]) < 100 for row in rows[1:])
 
 
 def test_providers_are_measured_beside_the_cpu(tmp_path, monkeypatch, capsys) -> None:

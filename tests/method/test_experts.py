@@ -284,18 +284,6 @@ def test_uneven_experts_in_one_model_equal_the_reference() -> None:
             assert found[model][1][name] is None, f"frozen {name} has a gradient"
 
 
-def test_under_autocast_a_transformers_model_trains_as_without() -> None:
-    """As in a Trainer with bf16=True; the experts compute in their weights' precision."""
-    model, (ids, mask), found = randomise(add_experts(llama(), COUNTS, rank=2)), batch(), []
-    for cast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            logits = model(input_ids=ids, attention_mask=mask).logits
-            F.cross_entropy(logits[mask.bool()].float(), ids[mask.bool()]).backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-        model.zero_grad()
-    assert F.cosine_similarity(*found, dim=0) > 0.99 and not torch.equal(*found)
-
-
 @pytest.mark.parametrize("experts", [COUNTS, Allocation(COUNTS, rank=3, alpha=12, top_k=1)])
 def test_add_experts_in_place(experts: Any) -> None:
     base, model = llama(), llama()
