@@ -31,7 +31,7 @@ from .evaluate import Fitting, evaluating, supervised, token_scores
 from .rate import default_lr, learning_rate
 from .resume import TrainingState, first_state, save_checkpoint
 
-MEASURES = 10                 # of the loss of validation lines in a run, if no flag says otherwise
+MEASURES = 10                 # of the loss of validation lines in a run
 REMEDY = "try a lower --lr, or --dtype float32"
 
 
@@ -55,19 +55,11 @@ class TrainConfig:
                             "(default: it follows the size of the base's weights)", flags.number)
     checkpoint_every: int = flag(
         200, "optimizer steps (default: %(default)s)", flags.positive, metavar="N")
-    eval_every: int | None = flag(
-        None, "steps between two measures of the loss of validation lines (default: a tenth of "
-        "the run)", flags.positive, metavar="N")
     keep: str = flag("best", "the experts of the step with the least loss of validation lines "
                      "(default), or of the last step", choices=("best", "last"))
     patience: int | None = flag(
         None, "end after N measures of the loss of validation lines without a better one "
         "(default: never)", flags.positive, metavar="N")
-    warmup: float | None = flag(
-        None, "share of the steps in which the learning rate rises (default: a twentieth, but at "
-        "least 10 steps)", flags.fraction_or_zero, metavar="F")
-    weight_decay: float = flag(0.0, "weight decay of AdamW (default: %(default)s)",
-                               flags.fraction_or_zero, metavar="F")
     seed: int = 0
     # Without a flag:
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
@@ -105,8 +97,7 @@ class Trainer:
         # With a smaller eps, an entry whose gradient is only rounding noise would move by the full
         # rate.
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), betas=(0.9, 0.99), eps=1e-6,
-            weight_decay=cfg.weight_decay, fused=True)
+            self.parameters.values(), betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0, fused=True)
 
     def gradients(self, batch: Sequence[Example], micro: int) -> Tensor:
         """The gradients of one optimizer step, added up in micro-batches of `micro` examples.
@@ -237,7 +228,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
     peak = default_lr(model) if cfg.lr is None else cfg.lr
     state = trainer.begin(run, batches, resume, valid if continued else ())
     steps, first = len(batches), state["step"]
-    every = cfg.eval_every or math.ceil(steps / MEASURES)
+    every = math.ceil(steps / MEASURES)
     compilation = compiled.compiled_layers(model, lambda: trainer.fitting(partial(
         trainer.gradients, batches[0]))) if compiling else nullcontext()
     with (compilation, (run / "metrics.jsonl").open("a", encoding="utf-8", newline="\n") as metrics,
@@ -249,7 +240,7 @@ def train(model: CausalLM, examples: Sequence[Example], cfg: TrainConfig, run: P
             if trainer.gives_up(state):
                 rank0_only(print_above_bar, f"ended after step {step} by --patience")
                 break
-            lr, done = learning_rate(step, steps, peak, cfg.warmup), step + 1
+            lr, done = learning_rate(step, steps, peak), step + 1
             line = trainer.step(step, batches[step], lr)
             if valid and (done % every == 0 or done == steps):
                 line["valid_loss"] = trainer.validate(valid, state)

@@ -27,15 +27,14 @@ def default_lr(model: nn.Module) -> float:
     return float(f"{LR * w ** 0.75 / math.sqrt(alpha):.1e}")
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float | None = None) -> float:
-    """Linear warm-up to the peak over a share of the steps, then half a cosine to 0.
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up to the peak over WARMUP of the steps, then half a cosine to 0.
 
-    Default: WARMUP, but at least LEAST steps, or half of all. The first steps of AdamW move each
-    entry by the rate, however noisy its gradient is, and a run of few steps has no time to mend
-    what they break: rates.py in tests/benchmarks saw runs of 26 steps end at guessing.
+    The warm-up has at least LEAST steps, or half of all. The first steps of AdamW move each entry
+    by the rate, however noisy its gradient is, and a run of few steps has no time to mend what they
+    break: rates.py in tests/benchmarks saw runs of 26 steps end at guessing.
     """
-    least, share = (1, warmup) if warmup is not None else (min(LEAST, steps // 2), WARMUP)
-    warm = max(1, least, round(share * steps))
+    warm = max(1, min(LEAST, steps // 2), round(WARMUP * steps))
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

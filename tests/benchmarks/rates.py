@@ -64,7 +64,7 @@ class Cell:
     epochs: int = 2
     rescaled: float = 1.0                # see `rescale`
     seed: int = 0                        # of the experts, and of the order of the lines
-    warmup: str = ""                     # a share of the steps; "": train.py's default
+    warmup: str = ""                     # a share of the steps, in older runs; "": train.py's
 
 
 FEW = [Cell(strategy=strategy, rank=rank, dtype=dtype)
@@ -153,8 +153,7 @@ def run(cell: Cell, times: float, folder: str | Path, data: str | None) -> dict[
     add_experts(model, allocation)
     default = default_lr(model)
     cfg = TrainConfig(epochs=cell.epochs, lr=times * default, checkpoint_every=10 ** 6,
-                      compile="off", seed=cell.seed,
-                      warmup=float(cell.warmup) if cell.warmup else None)
+                      compile="off", seed=cell.seed)
     with tempfile.TemporaryDirectory() as work, contextlib.suppress(ArithmeticError):
         train(model, sum(known.values(), []), cfg, Path(work), tokenizer.pad_id)
     after = [measure(model, lines, tokenizer.pad_id) for lines in unseen.values()]

@@ -105,7 +105,7 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_lines(tmp_path / "data" / "odd" / f"{name}.jsonl", (
             (f"odd {i}", ("no", "yes")[i % 2]) for i in range(first, first + count)))
     train.main(["--model", str(model), "--data", str(tmp_path / "data"), "--samples", "2",
-                "--epochs", "3", "--lr", "0.05", "--warmup", "0.05", "--rank", "2",
+                "--epochs", "6", "--lr", "0.02", "--rank", "2",
                 "--dtype", "float32", "--out", str(tmp_path / "run")])
     return tmp_path / "run"
 
