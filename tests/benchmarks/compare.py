@@ -78,8 +78,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         help="seeds of the search, apart from the final ones (default: "
                         "%(default)s)")
     parser.add_argument("--lrs", default="2e-3,4e-3,8e-3", help="comma list to search")
-    parser.add_argument("--draws", type=flags.positive, default=2,
-                        help="random allocations for each seed (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="print the cells, and run nothing")
     parser.add_argument("--report", action="store_true", help="record what is finished, "
                         "and run nothing")

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from controls import allocate, shares
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -20,11 +19,10 @@ from minismoe.data import toy
 from minismoe.data.tasks import Task, load_tasks
 from minismoe.io.files import read_json
 from minismoe.io.hub import resolve
-from minismoe.method.allocate import Allocation
+from minismoe.method.allocate import Allocation, allocate
 
-STRATEGIES: dict[str, dict[str, Any]] = {             # arguments of controls.allocate
+STRATEGIES: dict[str, dict[str, Any]] = {             # arguments of allocate
     "lora": {"strategy": "lora"}, "uniform": {"strategy": "uniform"},
-    "random": {"strategy": "random"},
     "votes": {"strategy": "votes"},
     "votes-floor": {"strategy": "votes", "min_experts": 1},
 }
@@ -48,7 +46,6 @@ class Cell:
     strategy: str = ""
     budget: str = ""                  # experts a matrix of the uniform mixture, or "paper"
     lr: float | None = None           # None: not chosen yet
-    draw: int = 0                     # of "random"
 
     @property
     def name(self) -> str:
@@ -56,8 +53,7 @@ class Cell:
         rate = "?" if self.lr is None else f"{self.lr:g}"
         budget = self.budget if self.budget == "paper" else f"x{self.budget}"
         parts = [self.strategy, budget, f"lr{rate}"] if self.strategy else []
-        draw = [f"draw{self.draw}"] if self.strategy == "random" else []
-        return "-".join([self.phase, *parts, f"seed{self.seed}", *draw])
+        return "-".join([self.phase, *parts, f"seed{self.seed}"])
 
 
 def search_cells(args: argparse.Namespace) -> list[Cell]:
@@ -70,9 +66,8 @@ def final_cells(args: argparse.Namespace) -> list[Cell]:
     """Ordered by seed, so that the grid is a fair comparison before it is complete."""
     rates = {row: chosen_rate(args, *row) for row in rows(args)}
     return [cell for seed in range(args.first_seed, args.first_seed + args.seeds) for cell in (
-        Cell("probe", seed), *(Cell("final", seed, strategy, budget, lr, draw)
-        for (budget, strategy), lr in rates.items()
-        for draw in range(args.draws if strategy == "random" else 1)))]
+        Cell("probe", seed), *(Cell("final", seed, strategy, budget, lr)
+        for (budget, strategy), lr in rates.items()))]
 
 
 def all_cells(args: argparse.Namespace) -> Iterator[Cell]:
@@ -198,7 +193,7 @@ def allocation_of(args: argparse.Namespace, cell: Cell) -> Allocation:
     scores = probed(args, cell.seed)
     shapes = shapes_of(args, list(next(iter(scores.values()))))
     settings = {**STRATEGIES[cell.strategy], "rank": args.rank, "top_k": args.top_k,
-                "shapes": shapes, "seed": 100 * cell.seed + cell.draw}
+                "shapes": shapes}
     if cell.budget != "paper" or cell.strategy == "lora":     # LoRA is as large as the control
         experts = len(scores) if cell.budget == "paper" else int(cell.budget)
         target = budget_parameters(shapes, experts, args.rank)
@@ -246,7 +241,10 @@ def fit(scores: Mapping[str, Mapping[str, float]], target: int, settings: dict[s
     if settings["strategy"] in ("lora", "uniform"):
         return min(under, over, key=lambda a: abs((a.trainable_parameters or 0) - target))
     counts = {m: under.experts.get(m, 0) for m in shapes}
-    weights = shares(scores, [list(shapes)])
+    weights = dict.fromkeys(shapes, 0.0)     # parts of a task's sensitivity, summed over tasks
+    for of_task in scores.values():
+        total = math.fsum(of_task.values())
+        weights = {m: weights[m] + of_task[m] / total for m in shapes}
     for m in sorted(shapes, key=weights.__getitem__, reverse=True):
         while (counts[m] < over.experts.get(m, 0)
                and size(more := {**counts, m: counts[m] + 1}) <= target):

@@ -115,7 +115,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             "settings": {name: getattr(args, name) for name in compare_cells.FIXED} | {
                 name: Path(value).name for name in ("model", "data")
                 if (value := getattr(args, name))},
-            "seeds": args.seeds, "draws": args.draws, "lrs": args.lrs, "new_lines": not args.model,
+            "seeds": args.seeds, "lrs": args.lrs, "new_lines": not args.model,
             "targets": targets(args, found),
             "rows": [row for row in found.values() if row["runs"]]}
 

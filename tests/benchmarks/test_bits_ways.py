@@ -64,15 +64,3 @@ def test_llama_cpps_rule_gives_more_to_v_and_down_of_some_layers() -> None:
         "model.embed_tokens", *(f"model.layers.{i}.{kind}" for i in layers
                                 for kind in ("self_attn.v_proj", "mlp.down_proj"))}
     assert set(chosen.values()) == {bits.MIDDLE, bits.LARGE}
-
-
-def test_importance_is_the_mean_square_of_what_a_matrix_reads() -> None:
-    pytest.importorskip("llama_cpp")
-    import imatrix
-    model = tiny().eval()
-    ids, mask = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]), torch.tensor([[1] * 4, [1, 1, 0, 0]])
-    with torch.no_grad():
-        found = imatrix.importance(model, {"": [(ids, mask)]})
-        read = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids[mask.bool()]))
-    assert torch.allclose(found["blk.0.attn_v.weight"], read.square().mean(0), rtol=1e-4)
-    assert len(found) == 2 * 7 and found["blk.1.ffn_down.weight"].shape == (48,)
