@@ -46,8 +46,8 @@ class InputConfig:
     device: str = flag("auto", "cpu, cuda, mps, or auto (default)")
     dtype: str = flag(
         "auto", "of the frozen weights and activations; experts are held, and routers and norms "
-        "computed, in float32 anyway. auto: bfloat16 if the device multiplies it in hardware, "
-        "and float32 for the toy model", choices=("auto", "float32", "bfloat16"))
+        "computed, in float32 anyway. auto (default): bfloat16 if the device multiplies it in "
+        "hardware, and float32 for the toy model", choices=("auto", "float32", "bfloat16"))
     base_bits: int | None = flag(None, "hold the frozen linear layers in so many bits: less "
                                  "memory, a little slower, and below 16 less exact", int,
                                  choices=(16, 8, 4))

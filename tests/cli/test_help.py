@@ -1,41 +1,33 @@
-"""What --help prints, word for word; `python -m pytest tests/cli/test_help.py` says what differs.
+"""--help explains each flag, and says the default of each that has one."""
 
-After a change that is meant, `python tests/cli/test_help.py` in the folder of the project, with
-PYTHONPATH=. before it, writes help.txt anew.
-"""
-
-import io
-import os
-from contextlib import redirect_stdout, suppress
-from pathlib import Path
+import re
+from dataclasses import MISSING, fields
+from typing import Any
 
 import pytest
+from tiny import finish
 
 import export
 import probe
 import train
+from minismoe.cli.flags import AllocationConfig, InputConfig, RunConfig
+from minismoe.export.settings import ExportConfig
+from minismoe.io.flags import option
 from minismoe.runtime import __main__ as runtime
-
-HELP = Path(__file__).with_name("help.txt")
-WIDTH = {"COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0"}
-
-
-def shown() -> str:
-    """The help of all commands, without their usage, which differs between versions of Python."""
-    texts = []
-    for name, script in ("train", train), ("probe", probe), ("export", export), ("chat", runtime):
-        with redirect_stdout(io.StringIO()) as out, suppress(SystemExit):
-            script.main(["--help"])
-        texts.append(f"minismoe {name}\n\n" + out.getvalue().partition("\n\n")[2])
-    return "\n".join(texts)
+from minismoe.runtime.sampling import Sampling
+from minismoe.training.loop import TrainConfig
 
 
-def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in WIDTH.items():
-        monkeypatch.setenv(name, value)
-    assert shown() == HELP.read_text(encoding="utf-8")
-
-
-if __name__ == "__main__":
-    os.environ.update(WIDTH)
-    HELP.write_text(shown(), encoding="utf-8")
+@pytest.mark.parametrize(("script", "configs"), [
+    (train, (RunConfig, InputConfig, AllocationConfig, TrainConfig)),
+    (probe, (InputConfig, AllocationConfig)), (export, (ExportConfig,)), (runtime, (Sampling,))])
+def test_each_flag_has_a_help_and_says_its_default(script: Any, configs: tuple[type, ...],
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = finish(script.main, "--help", capsys=capsys)
+    helps = {flag: " ".join(text.split()) for flag, text in re.findall(
+        r"^  (--[\w-]+)(?: {[^}]*}| [A-Z\[][^ \n]*)?\s+(.*(?:\n {4}.*)*)", out, re.MULTILINE)}
+    flags = {option(f.name): f.default for kind in configs for f in fields(kind) if f.metadata}
+    assert code == 0 and {*flags} <= {*helps} and all(map(str.split, helps.values()))
+    assert not [flag for flag, text in helps.items() if "None" in text]
+    assert not [flag for flag, default in flags.items() if default not in (None, False, MISSING)
+                and "default" not in helps[flag]]
