@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +21,13 @@ import torch
 from exported import ship
 from onnxruntime import OrtValue
 from safetensors.torch import load_file, save_file
-from tiny import edit_tensors, save_bytes_model, write_lines
+from tiny import edit_tensors, randomise, save_bytes_model, write_lines
 
 import export
 import train
 from minismoe.cli.export_flags import parse
+from minismoe.data.tasks import Example
+from minismoe.data.tokenizer import load_tokenizer
 from minismoe.export import calibration, compare, layouts, plan, ranges, tree, verify, write
 from minismoe.export import graph as graphs
 from minismoe.export.calibration import shuffled_samples
@@ -35,7 +37,6 @@ from minismoe.export.tree import sharing_copy
 from minismoe.export.write import export_model
 from minismoe.io import progress
 from minismoe.io.files import read_json, write_json
-from minismoe.method import freeze
 from minismoe.method.allocation import Allocation
 from minismoe.method.experts import add_experts, expert_layers
 from minismoe.method.freeze import Fit, merge
@@ -45,7 +46,7 @@ from minismoe.model.quantize import BlockLinear
 from minismoe.runtime import Generator, read_info
 from minismoe.runtime.cache import SharedCache
 from minismoe.runtime.folder import known_tasks
-from minismoe.training.evaluate import Accuracy, Questions, generate
+from minismoe.training.evaluate import generate
 
 PROMPT = [256, *b"User: say 3\nAssistant:"]
 
@@ -83,14 +84,11 @@ def frozen_of(run: Path, folder: Path, *flags: str) -> dict[str, Fit]:
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--routing dynamic", "--routing dynamic --precision int4", "--routing freeze",
-    "--task twice", "--adapters", "--adapters --target portable", "--target portable",
-    "--precision int4", "--precision int8 --target portable", "--precision fp16",
-    "--static 1x1x64 --target portable", "--layout genai", "--layout genai --adapters",
-    "--layout genai --target portable", "--layout web --precision int4", "--layout peft",
-    "--layout peft --routing freeze", "--layout hf", "--prompts", "--precision int4 --block 128",
-    "--precision int4 --routing freeze", "--precision int8 --adapters",
-    "--precision int4 --adapters --target portable"])
+    "", "--routing dynamic", "--routing freeze --task twice", "--precision fp16",
+    "--precision int4 --block 128 --prompts", "--static 1x1x64 --target portable",
+    "--adapters --target portable --precision int4", "--layout genai --adapters --precision int8",
+    "--layout genai --target portable", "--layout web --precision int4",
+    "--layout peft --routing freeze", "--layout hf"])
 def test_every_way_out(run: Path, tmp_path: Path, flags: str,
                        capsys: pytest.CaptureFixture[str]) -> None:
     """Each passes its own check against PyTorch, and says what it holds."""
@@ -342,12 +340,6 @@ def test_activations_are_not_rounded_without_texts(run: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_the_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--help"], "")
-    assert "None" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", ["qnn:60", "qnn:npu:60", "qnn"])
 def test_a_chip_is_the_number_of_its_provider(name: str) -> None:
     assert ExportConfig(provider=["cpu", name]).chip == (None if name == "qnn" else 60)
@@ -436,23 +428,21 @@ def test_prompts_come_from_the_whole_file_and_end_where_the_model_does(run: Path
     assert all(len(e.ids) == len(e.labels) for e in lines)
 
 
-def test_harm_is_measured_on_lines_that_the_run_was_not_trained_on(
-        run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harm_is_measured_on_lines_that_the_run_was_not_trained_on(run: Path) -> None:
     """Of the task that is exported: its validation lines, or training lines if it has none."""
-    seen: list[Any] = []
-    monkeypatch.setattr(tree, "choose_bits", lambda storages, blocks, tree, model, batches, size: (
-        seen.append(batches) or dict.fromkeys(storages, 0)))
-    config = ExportConfig(run=str(run), precision="int4-8", size=1.0, task="twice")
+    config = ExportConfig(run=str(run), precision="int4-8", size=0.0225, task="twice")
     source = export.load_run(config)
-    lines = {name: {tuple(e.ids) for e in of_task["twice"]} for name, of_task in (
-        ("unseen", source.unseen), ("trained on", source.examples))}
-    assert len(lines["unseen"]) > 1 and not lines["unseen"] & lines["trained on"]
-    for given in (source, replace(source, unseen={})):
-        tree.ship([config], given, source.model, shuffled_samples(config, source))
-    for batches, name in zip(seen, ("unseen", "trained on"), strict=True):
-        assert [*batches] == ["twice"]
-        assert {tuple(row[real.bool()].tolist()) for ids, mask, *_ in batches["twice"]
-                for row, real in zip(ids, mask)} == lines[name]
+
+    def bits(**unseen: Sequence[Example]) -> dict[str, int]:
+        given = replace(source, unseen=unseen)
+        (part,) = tree.ship([config], given, given.model, shuffled_samples(config, given))
+        return {name: layer.weight.blocks.bits for name, layer in part.tree.named_modules()
+                if isinstance(layer, BlockLinear)}
+
+    lines, trained_on = source.unseen["twice"], source.examples["twice"]
+    noise = [replace(e, ids=[13 * i % 256 for i in e.ids]) for e in lines]
+    assert bits(twice=lines) == bits(twice=lines, number=noise) != bits(twice=noise)
+    assert bits() == bits(twice=trained_on)
 
 
 def test_activations_of_prompts_are_those_of_their_answers_too(
@@ -499,24 +489,30 @@ def test_answers_that_a_static_past_cannot_hold_are_left_out(run: Path, tmp_path
 
 def test_an_export_is_measured_beside_the_model_as_it_was_trained(
         run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Calibrated on nonsense, it says other texts; the frozen model would say these, too."""
-    (tmp_path / "lines").write_text("zzzzzzzzzzzzzzzzzzzzzzz\n%%%%%%%%%%%%%%%%%%%%\n")
-
-    def all_right(model: CausalLM, tokenizer: Any, asked: Questions) -> Accuracy:
-        assert any(layer.router is not None for layer in expert_layers(model).values())
-        return Accuracy(len(asked.lines), len(asked.lines), [], [1] * len(asked.lines))
-
-    with mock.patch.object(freeze, "RIDGES", ()), mock.patch.object(
-            freeze, "constant_gates", lambda layer, h, gh: 0 * h[0, :layer.experts]
-            ), mock.patch.object(verify, "evaluate", all_right):
-        checked = ship(tmp_path / "out", run, "--precision fp32 --prompts", tmp_path / "lines"
-                       )["checked"][""]
+    """Test lines have the answers of mixtures that no linear map follows."""
+    allocation = load_adapter(model := load_model(run.parent / "model"), run / "adapter")
+    for layer in expert_layers(randomise(model, 1)).values():
+        layer.lora_B.data *= 3
+        layer.router.data *= 10                          # nearly one expert a token
+    other = copied(run, tmp_path / "run", data=str(tmp_path / "data"))
+    save_adapter(model, other / "adapter", allocation, ["number", "twice"])
+    tokenizer = load_tokenizer(run.parent / "model")
+    prompts = {f"say {i}": tokenizer.encode(tokenizer.render(
+        [{"role": "user", "content": f"say {i}"}], True))[0] for i in range(50, 90)}
+    answers = [tokenizer.decode(ids).strip() if len(ids) < 12 else "" for ids in generate(
+        model, [*prompts.values()], 12, tokenizer.stop_ids)]             # "": it did not end
+    for name in ("number", "twice"):
+        folder = tmp_path / "data" / name
+        write_lines(folder / "test.jsonl", ((p, a) for p, a in zip(prompts, answers) if a))
+        shutil.copy(run.parent / "data" / f"{name}.jsonl", folder / "train.jsonl")
+    checked = ship(tmp_path / "out", other, "--precision fp32 --dtype float32")["checked"][""]
     assert checked["graph_error"] < 1e-4 and checked["texts_equal"] < checked["texts"]
     said, warned = capsys.readouterr()
-    assert "one linear map misses 100 % of what the mixtures write" in warned
+    assert re.search(r"one linear map misses \d\d % of what the mixtures write", warned)
     assert "This is more than chance explains" in warned
     assert re.search(r"exact match +trained +fp32", said)
-    assert [*checked["exact_match"].values()] == [{"trained": 1.0, "fp32": 0.0}] * 2
+    for shares in checked["exact_match"].values():
+        assert shares.keys() == {"trained", "fp32"} and shares["trained"] == 1 > shares["fp32"]
 
 
 @pytest.mark.parametrize("precision, layout, ends", [
