@@ -13,15 +13,14 @@ the error of the weights alone, by the first-order score <gradient, dW>, and by 
 import argparse
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import torch.nn.functional as F
 from compare_report import table
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import export
@@ -39,7 +38,7 @@ from minismoe.method.freeze import merge
 from minismoe.method.loss import supervised_losses, supervised_tokens
 from minismoe.model.checkpoint import load_adapter, load_model
 from minismoe.model.decoder import CausalLM
-from minismoe.model.quantize import Blocks, BlockWeight, dequantize, quantize
+from minismoe.model.quantize import Blocks, BlockWeight, quantize
 from minismoe.model.tokens import Tokens
 
 Chosen = dict[str, int]                      # module -> number of its option
@@ -146,40 +145,6 @@ def test_lines(source: Source, count: int, model: CausalLM) -> Lines:
                   for task in source.tasks], source.tokenizer.pad_id, model)
 
 
-class Scaled(nn.Module):
-    """Blocks whose scales are trained, as a linear layer and as an embedding."""
-
-    def __init__(self, blocks: Blocks):
-        super().__init__()
-        self.columns, self.values = blocks.shape[1], F.pad(
-            dequantize(blocks), (0, -blocks.shape[1] % blocks.size)).unflatten(1, (-1, blocks.size))
-        self.change = nn.Parameter(torch.zeros(self.values.shape[:2]))           # relative
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = slice(None) if x.is_floating_point() else x.flatten()
-        weight = (self.values[rows] * (1 + self.change[rows, :, None])).flatten(1)[:, :self.columns]
-        return x @ weight.T if x.is_floating_point() else weight.unflatten(0, x.shape)
-
-
-def train_scales(model: CausalLM, options: Mapping[str, Blocks], lines: Lines,
-                 steps: int) -> Iterator[int]:
-    """Put blocks in place, and train all their scales towards the float model on a batch a step, as
-    mlx-lm's DWQ does; yields after a half of the steps, and after all of them."""
-    for name, blocks in options.items():
-        model.set_submodule(name, Scaled(blocks))
-    if model.config.tie_word_embeddings:
-        model.lm_head = model.model.embed_tokens
-    changes = [module.change for module in model.modules() if isinstance(module, Scaled)]
-    optimizer = torch.optim.Adam(changes, lr=1e-3)
-    for step in tqdm(range(1, steps + 1), "train scales", unit="step"):
-        with torch.enable_grad():
-            optimizer.zero_grad()
-            lines.kl(model, step % len(lines.batches)).mean().backward()
-        optimizer.step()
-        if step in (steps // 2, steps):
-            yield step
-
-
 @torch.no_grad()
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
@@ -189,8 +154,6 @@ def main(argv: Sequence[str]) -> None:
                         "bits in blocks of 32)")
     parser.add_argument("--lines", type=positive, default=24, help="test lines of each task")
     parser.add_argument("--seed", type=int, default=0, help="of the samples that calibrate")
-    parser.add_argument("--train-scales", type=positive, default=0, metavar="STEPS",
-                        help="train the block scales of the probe's choice, 16 lines a step")
     args = parser.parse_args(argv)
     config = with_precision(ExportConfig(run=args.run, size=1.0), has_texts=True)
     source = export.load_run(config)
@@ -234,18 +197,6 @@ def main(argv: Sequence[str]) -> None:
         every, answers = lines.divergence(stored)
         rows.append([way, f"{total(cost, chosen) / 1e6:.1f}", f"{every:.3f}", f"{answers:.4f}",
                      f"{total(harm, chosen):.3f}"])
-    if args.train_scales:
-        samples = [e for examples in source.examples.values() for e in examples]
-        random.Random(args.seed).shuffle(samples)
-        trained = Lines([samples[i:i + 16] for i in range(0, len(samples) - 15, 16)],
-                        source.tokenizer.pad_id, tree)
-        chosen = ways["by the probe"]
-        stored = trees.sharing_copy(tree)
-        for step in train_scales(stored, {n: options[n][chosen[n]] for n in names}, trained,
-                                 args.train_scales):
-            every, answers = lines.divergence(stored)
-            rows.append([f"by the probe, scales trained for {step} steps",
-                         f"{total(cost, chosen) / 1e6:.1f}", f"{every:.3f}", f"{answers:.4f}", ""])
     print(table(["", "MB", "KL", "of answers", "predicted"], rows))
 
 

@@ -1,14 +1,9 @@
 """The ways of bits.py to choose among options: what each spends, and on what."""
 
-
 import bits
 import pytest
-import torch
-from tiny import examples, tiny
 
 from minismoe.method.bits import total
-from minismoe.method.experts import linear_layers
-from minismoe.model.quantize import dequantize, quantize
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 NAMES = [*(f"model.layers.{i}.{kind}" for i in range(24) for kind in KINDS), "model.embed_tokens"]
@@ -33,27 +28,6 @@ def test_the_rule_of_thumb_gives_8_bits_to_down_proj_alone() -> None:
     assert {name for name, option in chosen.items() if option == bits.LARGE} == {
         name for name in NAMES if name.endswith("down_proj")}
     assert set(chosen.values()) == {bits.SMALL, bits.LARGE}
-
-
-@pytest.mark.parametrize("size", [32, 128])              # 128: a row ends within a block
-def test_scaled_blocks_are_a_linear_layer_and_an_embedding(size: int) -> None:
-    torch.manual_seed(0)
-    blocks = quantize(torch.randn(7, 96), 4, size)
-    scaled, ids, x = bits.Scaled(blocks), torch.tensor([[3, 0], [6, 3]]), torch.randn(5, 96)
-    with torch.no_grad():
-        scaled.change.fill_(0.5)
-    weight = 1.5 * dequantize(blocks)
-    assert torch.equal(scaled(ids), weight[ids])
-    assert torch.allclose(scaled(x), x @ weight.T, atol=1e-5)
-
-
-def test_trained_scales_come_nearer_to_the_float_model() -> None:
-    model = tiny()
-    lines = bits.Lines([examples(16), examples(24)[16:]], 0, model.eval().requires_grad_(False))
-    names = [*linear_layers(model), "model.embed_tokens"]
-    options = {name: quantize(model.get_submodule(name).weight, 4, 32) for name in names}
-    rounded = [lines.divergence(model)[0] for _ in bits.train_scales(model, options, lines, 60)]
-    assert lines.divergence(tiny().eval())[0] < 1e-6 < rounded[1] < rounded[0]
 
 
 def test_llama_cpps_rule_gives_more_to_v_and_down_of_some_layers() -> None:
