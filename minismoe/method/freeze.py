@@ -50,15 +50,15 @@ def no_fits(layers: Mapping[str, ExpertLinear], tasks: Mapping[str, Sequence[Seq
 
 
 @torch.no_grad()
-def solve(layers: Mapping[str, ExpertLinear], x: Tensor, held: Tensor, times: Tensor | None = None,
+def solve(layers: Mapping[str, ExpertLinear], x: Tensor, held: Tensor, times: Tensor,
           ) -> dict[str, Fit]:
     """{module: fit} of mixtures that read x (T, D).
 
-    held (T,): tokens that judge, and are not fitted. times (T,): how often each token counts, by
-    default once. Raises ValueError with the modules whose inputs or experts are not finite.
+    held (T,): tokens that judge, and are not fitted. times (T,): how often each token counts.
+    Raises ValueError with the modules whose inputs or experts are not finite.
     """
     # Squares of what is multiplied by it count a token `times` times.
-    root_times = x.new_ones(len(x), 1) if times is None else times.to(x).sqrt()[:, None]
+    root_times = times.to(x).sqrt()[:, None]
     weighted = x * root_times
     fitted, unseen = weighted[~held], weighted[held]
     best, targets, wrong = dict[str, Fit](), dict[str, Tensor](), list[str]()
