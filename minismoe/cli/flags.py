@@ -6,7 +6,7 @@ another.
 
 from dataclasses import dataclass
 
-from ..io.flags import above_zero, flag, natural, positive, seed, text
+from ..io.flags import above_zero, flag, natural, positive, seed, text, two_names
 from ..method.allocate import STRATEGIES, Allocation, AllocationSettings
 from ..training.loop import TrainConfig
 
@@ -23,8 +23,12 @@ class InputConfig:
     model: str | None = flag(
         None, "checkpoint folder or hub name org/name; default: the built-in toy model", text)
     data: str | None = flag(
-        None, "folder with a sub-folder (train.jsonl, valid.jsonl, test.jsonl) or one .jsonl file "
-        "a task, or one such sub-folder or file; default: the tasks of the toy model", text)
+        None, "folder with a sub-folder (train.jsonl, valid.jsonl, test.jsonl) or one .jsonl or "
+        ".csv file a task, or one such sub-folder or file; default: the tasks of the toy model",
+        text)
+    columns: str | None = flag(
+        None, "the columns of .csv files that hold prompt and answer, such as question,answer "
+        "(default: the names of one of the forms of lines)", two_names, metavar="PROMPT,ANSWER")
     only_tasks: str | None = flag(
         None, "comma list of task names; default: all of --data", text, metavar="NAMES")
     limit_train: int | None = flag(

@@ -134,7 +134,8 @@ def read_tasks(config: InputConfig) -> list[Task]:
     if len(set(names)) < len(names):
         raise ValueError(f"a task is named twice: {', '.join(names)}")
     if config.data is not None:
-        tasks = load_tasks(config.data, names, config.seed)
+        columns = [name.strip() for name in config.columns.split(",")] if config.columns else []
+        tasks = load_tasks(config.data, names, config.seed, columns)
     else:
         if missing := [name for name in names if name not in toy.TASKS]:
             raise ValueError(f"the built-in toy has no task {', '.join(missing)}; it has "

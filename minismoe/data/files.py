@@ -1,33 +1,39 @@
 """Which files hold task lines, and these lines, not parsed yet.
 
 A file is NAME.jsonl, with a JSON object a line, or NAME.json, with such lines or a list of them, or
-either as NAME.jsonl.gz; in UTF-8, or in UTF-16 with a byte order mark.
+a table NAME.csv or NAME.tsv, whose first row names its columns; or one of these with .gz at its
+end. The text is UTF-8, or UTF-16 with a byte order mark.
 """
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from .forms import form_of
+
 WORDS = {"train": "training", "valid": "validation", "test": "test"}     # of splits
-ENDING = re.compile(r"\.jsonl?(\.gz)?$", re.IGNORECASE)
-READERS = {".csv": "read_csv('{}', dtype=str)", ".tsv": "read_table('{}', dtype=str)",
-           ".parquet": "read_parquet('{}')"}                     # of pandas, for tables
+ENDING = re.compile(r"\.(jsonl?|csv|tsv)(\.gz)?$", re.IGNORECASE)
+TABLE = re.compile(r"\.[ct]sv(\.gz)?$", re.IGNORECASE)
+Columns = Sequence[str]          # those of prompt and answer in tables; () if a form names them
 
 
-def task_places(data: Path) -> tuple[dict[str, Path], list[str]]:
+def task_places(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[str]]:
     """{task: its folder or file}, and what to say of files beside them. A sub-folder with a
     train.jsonl, or a file of lines, is a task; so is `data`, if it is a file or holds train.jsonl.
     """
     if not data.exists():
         raise FileNotFoundError(f"no such data folder: {data}")
-    (files, folders, others), places = scan(data), dict[str, Path]()
+    (files, folders, others), places = scan(data, columns), dict[str, Path]()
     for folder in folders:
-        own, _, tables = scan(folder)
+        own, _, tables = scan(folder, columns)
         if "train" in own:
             places[folder.name] = folder
         elif not own:
@@ -51,7 +57,7 @@ def task_places(data: Path) -> tuple[dict[str, Path], list[str]]:
     return {data.resolve().name: data}, []
 
 
-def scan(data: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
+def scan(data: Path, columns: Columns = ()) -> tuple[dict[str, Path], list[Path], list[str]]:
     """Files of task lines, by name without ending; folders; and what to say of other files that may
     hold lines: in a folder, or of one file. Hidden folders are left out, and what macOS (._*) and
     Emacs (.#*) put beside files. FileNotFoundError for a link that leads nowhere, ValueError for
@@ -59,7 +65,7 @@ def scan(data: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
     """
     files, folders, others = dict[str, Path](), list[Path](), list[str]()
     for path in sorted(data.iterdir()) if data.is_dir() else [data]:
-        name, read = ENDING.sub("", path.name), READERS.get(path.suffix.lower())
+        name = ENDING.sub("", path.name)
         if path.name.startswith(("._", ".#")) or path.is_dir() and path.name[0] == ".":
             continue
         if not path.exists():
@@ -67,29 +73,37 @@ def scan(data: Path) -> tuple[dict[str, Path], list[Path], list[str]]:
                                     "exist: mend or remove it")
         if path.is_dir():
             folders.append(path)
-        elif read:
-            others.append(f'{path.name} not read: with pandas, python -c "import pandas; pandas.'
-                          f"{read.format(path)}.to_json('{path.with_suffix('.jsonl')}', "
-                          "orient='records', lines=True)\" writes its lines into a .jsonl file")
-        elif name != path.name and not holds_lines(path):
-            others.append(f"{path.name} not read: it holds no task lines")
+        elif path.suffix.lower() == ".parquet":
+            others.append(f"{path.name} not read: write its lines into a .jsonl or .csv file")
+        elif name != path.name and (reason := holds_no_lines(path, columns)):
+            others.append(f"{path.name} not read: {reason}")
         elif name != path.name and files.setdefault(name, path) != path:
             raise ValueError(f"{data} holds {name} twice: {files[name].name} and {path.name}")
     return files, folders, others
 
 
-def holds_lines(file: Path) -> bool:
-    """Whether a file holds task lines, good or bad, as each .jsonl does; many a .json does not."""
+def holds_no_lines(file: Path, columns: Columns) -> str:
+    """Why a file is none of task lines, good or bad; "" if it is one, as each .jsonl is. Many a
+    .json or .csv is not."""
+    if ".jsonl" in file.name.lower():
+        return ""
     with suppress(ValueError, RecursionError):
-        return ".jsonl" in file.name.lower() or isinstance(
-            json.loads(next(filter(bytes.strip, raw_lines(file)), b"")), dict)
-    return False
+        first = json.loads(next(filter(bytes.strip, raw_lines(file, columns)), b""))
+        if TABLE.search(file.name):
+            try:
+                form_of(first)
+            except ValueError:
+                return (f"its columns are {', '.join(map(str, first))}: name the prompt's and the "
+                        "answer's, such as --columns question,answer")
+        return "" if isinstance(first, dict) else "it holds no task lines"
+    return "" if TABLE.search(file.name) else "it holds no task lines"
 
 
-def raw_lines(file: Path) -> list[bytes]:
-    """The lines of a file, in UTF-8; of a JSON list its items. ValueError if it cannot be read.
+def raw_lines(file: Path, columns: Columns = ()) -> list[bytes]:
+    """The lines of a file, in UTF-8; of a JSON list its items, of a table its rows as JSON objects,
+    in the place of the line where each ends. ValueError if it cannot be read.
 
-    Lines end at "\\n" only: str.splitlines would also split at U+0085 and U+2028 inside strings.
+    Lines end at "\n" only: str.splitlines would also split at U+0085 and U+2028 inside strings.
     """
     content = file.read_bytes()
     try:
@@ -98,8 +112,43 @@ def raw_lines(file: Path) -> list[bytes]:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             content = content.decode("utf-16").encode()
         content = content.removeprefix(codecs.BOM_UTF8)
+        if TABLE.search(file.name):
+            return table_rows(content, ".tsv" in file.name.lower(), columns)
         if content.lstrip()[:1] == b"[":
             return [json.dumps(item).encode() for item in json.loads(content)]
-    except (EOFError, OSError, RecursionError, ValueError, zlib.error) as e:
+    except (EOFError, OSError, RecursionError, ValueError, csv.Error, zlib.error) as e:
         raise ValueError(f"it cannot be read: {e}") from None
     return content.split(b"\n")
+
+
+def table_rows(content: bytes, tabs: bool, columns: Columns) -> list[bytes]:
+    """The rows of a table as JSON objects, at the number of the line where each ends. Its first row
+    names the columns; of `columns`, two names, only these are read, as prompt and completion.
+
+    Columns are separated by tabs, or by what the first row has more of, commas or semicolons (which
+    Excel writes where a comma is the decimal point).
+    """
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as e:
+        line = content[:e.start].count(b"\n") + 1
+        raise ValueError(f"line {line} is not UTF-8: save the table as CSV UTF-8") from None
+    first = text.partition("\n")[0]
+    between = "\t" if tabs else max(",;", key=first.count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True)
+    names, lines = [name.strip() for name in next(rows, [])], [b""]
+    if missing := [name for name in columns if name not in names]:
+        raise ValueError(f"it has no column {', '.join(missing)}; it has {', '.join(names)}")
+    if len({*names}) < len(names):
+        raise ValueError(f"two of its columns have one name: {', '.join(names)}")
+    for row in rows:
+        lines += [b""] * (rows.line_num - 1 - len(lines))
+        if any(map(str.strip, row)) and len(row) != len(names):
+            raise ValueError(f"line {rows.line_num} has {len(row)} fields where the first row "
+                             f"names {len(names)}; a text with {between!r} stands in quotes")
+        fields = dict(zip(names, row))
+        if columns:
+            fields = {key: fields.get(name, "") for key, name in
+                      zip(("prompt", "completion"), columns)}
+        lines.append(json.dumps(fields).encode() if any(map(str.strip, row)) else b"")
+    return lines

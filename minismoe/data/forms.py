@@ -3,6 +3,7 @@
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"prompt": ..., "completion": ...}                 two texts, or two lists of messages (TRL)
     {"instruction": ..., "input": ..., "output": ...}          ("input" may be absent or empty)
+    {"question": ..., "answer": ...}   {"text": ..., "label": ...}
     {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}   (ShareGPT)
 """
 
@@ -13,6 +14,7 @@ Json = Mapping[str, Any]
 # Form -> its keys; a line of the form has at least the first and the last.
 FORMS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"),
          "instruction and output": ("instruction", "input", "output"),
+         "question and answer": ("question", "answer"), "text and label": ("text", "label"),
          "conversations": ("conversations",)}
 KEYS: Any = {"from": "role", "value": "content"}         # of a message
 ROLES = {"human": "user", "gpt": "assistant", "function": "tool"}
@@ -23,8 +25,8 @@ def form_of(line: Json) -> str:
     for form, keys in FORMS.items():
         if {keys[0], keys[-1]} <= line.keys():
             return form
-    raise ValueError("needs messages, or prompt and completion, or instruction and output; "
-                     f"it has {', '.join(map(str, line)) or 'nothing'}")
+    raise ValueError(f"needs {', or '.join(FORMS)}; it has "
+                     f"{', '.join(map(str, line)) or 'nothing'}")
 
 
 def messages_of(line: Json, form: str) -> Sequence[Json]:

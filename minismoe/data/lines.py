@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import raw_lines
+from .files import Columns, raw_lines
 from .forms import FORMS, form_of, messages_of, text_of, tools_of
 from .tokenizer import Message
 from .tools import Function, calls_of, functions, with_tools
@@ -59,11 +59,12 @@ def refuse_lines(bad: BadLines) -> None:
                          + "; ".join(reasons[:10]) + more)
 
 
-def read_lines(file: Path, bad: BadLines, contents: Contents) -> list[list[Message]]:
+def read_lines(file: Path, bad: BadLines, contents: Contents, columns: Columns = (),
+               ) -> list[list[Message]]:
     """The conversations of a file; lines that are none are added to `bad`."""
     conversations, lines = [], list[bytes]()
     try:
-        lines = raw_lines(file)
+        lines = raw_lines(file, columns)
     except ValueError as e:
         bad[file, str(e)].append(0)
     for number, line in enumerate(lines, 1):

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..io.files import naming
 from ..method.loss import IGNORE
-from .files import WORDS, scan, task_places
+from .files import WORDS, Columns, scan, task_places
 from .lines import BadLines, Contents, read_lines, refuse_lines
 from .tokenizer import Message, Tokenizer
 
@@ -63,24 +63,25 @@ class Example:
         return sum(label != IGNORE for label in self.labels[1:])
 
 
-def load_tasks(data: str | Path, names: Sequence[str] = (), seed: int = 0) -> list[Task]:
+def load_tasks(data: str | Path, names: Sequence[str] = (), seed: int = 0, columns: Columns = (),
+               ) -> list[Task]:
     """The tasks of a folder or file, or those of `names`, sorted by name. `seed` draws the lines
-    that are held out.
+    that are held out; `columns` name the prompt's and the answer's column of tables.
 
     Raises FileNotFoundError if the folder or a task is missing, and ValueError with file, line and
     reason for the bad lines of all files.
     """
-    places, others = task_places(Path(data))
+    places, others = task_places(Path(data), columns)
     if missing := [name for name in names if name not in places]:
         raise FileNotFoundError(f"{data} has no task {', '.join(missing)}; "
                                 f"it has {', '.join(places) or 'none'}")
     if not places:
         entries = [path.name for path in sorted(Path(data).glob("*"))]
         raise FileNotFoundError("; ".join([
-            f"{data} holds no task: no .jsonl file, and no folder with a train.jsonl. It holds "
-            f"{', '.join(entries[:10]) or 'nothing'}", *others]))
+            f"{data} holds no task: no .jsonl or .csv file, and no folder with a train.jsonl. It "
+            f"holds {', '.join(entries[:10]) or 'nothing'}", *others]))
     bad = BadLines(list)
-    tasks = [_load_task(name, places[name], seed, bad) for name in sorted(names or places)]
+    tasks = [_load_task(name, places[name], seed, columns, bad) for name in sorted(names or places)]
     refuse_lines(bad)
     tasks[0].notes += others             # beside the tasks
     trained = {task.name: {comparable(messages) for messages in task.train} for task in tasks}
@@ -96,19 +97,19 @@ def comparable(messages: Sequence[Message]) -> str:
     return json.dumps([{**m, "content": m.get("content", "").strip()} for m in messages])
 
 
-def _load_task(name: str, path: Path, seed: int, bad: BadLines) -> Task:
+def _load_task(name: str, path: Path, seed: int, columns: Columns, bad: BadLines) -> Task:
     """A task with its three splits. Lines for a split without a file are held out from training; no
     line is in two splits."""
-    (files, _, others), contents = scan(path), Contents()
+    (files, _, others), contents = scan(path, columns), Contents()
     files = files if path.is_dir() else {"train": path}
-    train = read_lines(files["train"], bad, contents)
+    train = read_lines(files["train"], bad, contents, columns)
     if not train and not any(files["train"] == place for place, _ in bad):
         bad[files["train"], "it holds no example"].append(0)
     splits, notes, left_out = dict[str, list[list[Message]]](), [], 0
     for split, least, most in ("test", 1, len(train)), ("valid", 0, MOST_HELD_OUT):
         count, held_out = len(train), 0
         if split in files:
-            lines = read_lines(files[split], bad, contents)
+            lines = read_lines(files[split], bad, contents, columns)
             splits[split] = without(lines, splits.get("test", ()))
             if known := len(lines) - len(splits[split]):
                 notes.append(f"{known} validation lines left out, as they are in the test")

@@ -63,6 +63,8 @@ positive = checked(int, lambda n: n >= 1, "is not at least 1")
 natural = checked(int, lambda n: n >= 0, "is below 0")
 seed = checked(int, lambda n: -1 << 63 <= n < 1 << 63, "has more than 64 bits")
 text = checked(str, bool, "is empty")          # an unset variable of a shell
+two_names = checked(str, lambda t: len([*filter(str.strip, t.split(","))]) == t.count(",") + 1 == 2,
+                    "is not two names with a comma between them")
 number = checked(float, lambda x: 0 <= x < math.inf, "is no number of at least 0")
 fraction = checked(float, lambda x: 0 < x <= 1, "is not in (0, 1]")
 fraction_or_zero = checked(float, lambda x: 0 <= x <= 1, "is not in [0, 1]")
