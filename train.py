@@ -29,7 +29,9 @@ from minismoe.method.allocate import Allocation
 from minismoe.method.experts import add_experts
 from minismoe.method.sensitivity import Scores
 from minismoe.model.checkpoint import load_adapter, save_adapter
+from minismoe.model.decoder import meta_model
 from minismoe.training import distributed
+from minismoe.training.copies import multiplying_copies
 from minismoe.training.distributed import print0, rank0_only
 from minismoe.training.evaluate import evaluating
 from minismoe.training.judge import SHOWN, Judgement, has_short_answers, judge
@@ -57,7 +59,8 @@ def main(argv: Sequence[str]) -> None:
     inputs = load_inputs(config.inputs)
     if config.inputs.limit_test != 0 and (bare := [t.name for t in inputs.tasks if not t.test]):
         raise ValueError(f"task {', '.join(bare)} has no test line: add a test.jsonl, or write at "
-                         "least two lines into its only file; --limit-test 0 skips the test")
+                         "least two different lines into its only file; --limit-test 0 skips the "
+                         "test")
 
     # Probe and allocate, unless the flags, or the run that goes on, name the allocation.
     seconds = dict[str, float]()
@@ -105,7 +108,9 @@ def train_and_evaluate(run: Path, config: flags.RunConfig, inputs: Inputs, alloc
                        seconds: dict[str, float]) -> None:
     """Evaluate, train, evaluate again, save; what `run` holds already is not done again."""
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
-    print0(f"{allocation}, {trainable:,} trainable parameters")
+    base = sum(p.numel() for p in meta_model(inputs.model.config).parameters())
+    print0(f"{allocation}, {trainable:,} trainable parameters, {trainable / base:.1%} of the "
+           "base's")
     if 1 < max(allocation.experts.values()) <= allocation.top_k:
         print0(f"no matrix has more than {allocation.top_k} experts, and {allocation.top_k} are "
                "active for each token: so all always are, and routers need no balance loss")
@@ -180,11 +185,13 @@ def parse(argv: Sequence[str]) -> flags.RunConfig:
                       training=from_flags(TrainConfig, values))
 
 
+@torch.no_grad()
 def score(inputs: Inputs, when: str, config: flags.RunConfig) -> dict[str, Judgement]:
     """What the model does with the test lines of each task, with a bar."""
     judgements, fitting = {}, evaluating(config.training.micro)
-    with progress_bar(total=sum(len(asked.lines) for asked in inputs.asked.values()), unit="line",
-                      desc=f"evaluate {when}", disable=distributed.rank() > 0) as bar:
+    with multiplying_copies(inputs.model), progress_bar(
+            total=sum(len(asked.lines) for asked in inputs.asked.values()), unit="line",
+            desc=f"evaluate {when}", disable=distributed.rank() > 0) as bar:
         for i, (name, asked) in enumerate(inputs.asked.items()):
             exact = config.inputs.limit_test != 0 and (
                 config.exact_match == "on" or config.exact_match == "auto"

@@ -405,13 +405,13 @@ def read_samples(file: Path, encode: Callable[[str], list[int]], c: Any) -> list
 def main() -> None:
     """9. All of it. The first line of each task is asked, and not trained on."""
     torch.manual_seed(0)
-    toy = Path(__file__).parent / "data" / "toy_base"
+    toy, file = Path(__file__).parent / "data" / "toy_base", Path("reference.onnx")
     folder, *files = map(Path, sys.argv[1:] or (toy, *sorted(toy.glob("*.jsonl"))))
     try:
         model, encode, decode = load(folder)
         tasks = {str(file): read_samples(file, encode, model.config) for file in files}
-        if min(map(len, tasks.values()), default=0) < 2:
-            raise ValueError("each task takes a FILE.jsonl of two lines or more")
+        if min(map(len, tasks.values()), default=0) < 2 or file.exists():
+            raise ValueError(f"a task takes two lines or more, and {file} must be new")
         c, prompts = model.config, [ids[:n].tolist() for (ids, n), *_ in tasks.values()]
         before = [greedy(model, prompt, c.eos_token_id) for prompt in prompts]
     except Exception as e:
@@ -436,10 +436,10 @@ def main() -> None:
              tokens=sum(len(ids) for ids, _ in probed))
     bits = choose_bits(h, weights, mean=5.0)
     print(f"5. bits: 8 for {[*bits.values()].count(8)} matrices, 4 for {[*bits.values()].count(4)}")
-    size = Path("reference.onnx").write_bytes(Graph(model, bits).decoder().SerializeToString())
-    shipped = [greedy(with_cache(InferenceSession("reference.onnx"), c), prompt, c.eos_token_id)
+    size = file.write_bytes(Graph(model, bits).decoder().SerializeToString())
+    shipped = [greedy(with_cache(InferenceSession(file), c), prompt, c.eos_token_id)
                for prompt in prompts]
-    print(f"6, 7. ONNX: reference.onnx, {size / 1e6:.1f} MB")
+    print(f"6, 7. ONNX: {file}, {size / 1e6:.1f} MB")
     for texts in zip(prompts, before, mixture, shipped):
         print("\n{}\n  before training: {}\n  the mixture:     {}\n  onnxruntime:     {}".format(
             *(decode(ids).strip() for ids in texts)))

@@ -352,7 +352,7 @@ def test_one_example_trains_but_no_test_line_is_refused(world: World) -> None:
     shutil.rmtree(world.data / "t")
     write_lines(world.data / "t.jsonl", numbered(1))
     world.fails(train.main, *world.inputs, "--out", world.root / "2",
-                says="task t has no test line: .* at least two lines into its only file")
+                says="task t has no test line: .* at least two different lines into its only file")
 
 
 def test_odd_names_of_tasks_are_no_paths_and_no_terminal_commands(world: World) -> None:

@@ -269,6 +269,10 @@ def test_main_takes_all_steps(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert eight + four == 14 and 0 < eight < four
     assert len(re.findall("User: .*\nAssistant:\n  before training: ", said)) == 2
     onnx.checker.check_model(str(tmp_path / "reference.onnx"))
+    (tmp_path / "reference.onnx").write_text("precious")
+    with pytest.raises(SystemExit, match="and reference.onnx must be new"):
+        reference.main()
+    assert (tmp_path / "reference.onnx").read_text() == "precious"
 
 
 # --- bits ---------------------------------------------------------------------------------------

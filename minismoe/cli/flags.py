@@ -63,15 +63,17 @@ class AllocationConfig(AllocationSettings):
 
     samples: int = flag(32, "training examples a task to probe (default: %(default)s)", positive,
                         metavar="N")
-    strategy: str = flag("votes", "how experts are given to matrices (default: %(default)s; of one "
-                         "task, each matrix gets one expert)", choices=STRATEGIES)
+    strategy: str = flag("votes", "how experts are given to matrices: by votes of the tasks "
+                         "(default; of one task, each matrix gets one), the same number everywhere "
+                         "(uniform), or one everywhere (lora)", choices=STRATEGIES)
     budget_params: int | None = flag(
         None, "at most N trainable parameters (default: as many as it takes if each task votes for "
         "60 %% of the matrices)", positive, metavar="N")
     target_modules: str | None = flag(
         None, "comma list of projections (q_proj) or of module patterns (model.layers.1?.*) that "
         "may get experts; default: all linear layers")
-    rank: int = flag(8, "rank of each expert (default: %(default)s)", positive)
+    rank: int = flag(8, "rank of each expert (default: %(default)s); lora with --budget-params "
+                     "takes the largest rank that fits", positive)
     alpha: float | None = flag(None, "an expert's output is scaled by alpha / rank (default: "
                                "twice the rank)", above_zero)
     allocation: str | None = flag(

@@ -2,7 +2,6 @@
 
 import random
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from ..io.drawing import terminal_heatmap
 from ..io.files import naming, read_json
 from ..io.progress import progress_bar
 from ..io.text import clean, table
-from ..method.allocate import Allocation, allocate, select
-from ..method.allocation import FORMAT, Infeasible, is_whole
+from ..method.allocate import KEEP, Allocation, allocate, select
+from ..method.allocation import FORMAT, is_whole
 from ..method.experts import linear_layers
 from ..method.sensitivity import Scores, probe, shapes_of
 from ..model.quantize import quantize
@@ -32,8 +31,7 @@ BITS_HELP = "print what storing each matrix in 4 bits costs, and stop"
 
 
 def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
-    """The allocation that the flags ask for; Infeasible if the scores choose one that
-    does not fit."""
+    """The allocation that the flags ask for. ValueError if it does not fit."""
     allocation = allocate(scores, allocating)
     allocation.check_rank(scores.shapes)
     if {*allocation.experts.values()} == {1} and len(allocation.experts) == len(
@@ -45,25 +43,20 @@ def choose(allocating: AllocationConfig, scores: Scores) -> Allocation:
 def known_allocation(allocating: AllocationConfig, inputs: Inputs) -> Allocation | None:
     """The allocation that the flags alone, or their file, decide; None if it takes a probe.
 
-    Raises ValueError for flags that are wrong whatever the probe finds: random scores are tried.
+    Raises ValueError for flags that are wrong whatever the probe finds.
     """
-    shapes, blind = shapes_of(inputs.model), allocating.strategy in ("uniform", "lora")
     if allocating.fixed:                     # `add_experts` checks it
         return allocating.fixed
-    if allocating.min_experts > 0 and allocating.strategy != "lora":     # each matrix gets experts
-        one_each = dict.fromkeys(select(shapes, allocating.target_modules), 1)
-        Allocation(one_each, allocating.rank).check_rank(shapes)
-    rng, scores = random.Random(0), Scores(dict(shapes))
-    common = {name: rng.random() for name in shapes}
-    for task in inputs.encoded:              # tasks mostly agree
-        scores[task] = {name: value + 0.1 * rng.random() for name, value in common.items()}
-    # Given a budget, the blind read no score. One task gives no matrix more than one expert, so
-    # where each has at least one, all have the same.
-    if (allocating.budget_params and blind
-            or len(inputs.encoded) == 1 and allocating.min_experts > 0):
-        return choose(allocating, scores)
-    with suppress(Infeasible):                    # with other scores it may fit
-        choose(allocating, scores)
+    equal = Scores(shapes_of(inputs.model))
+    for task in inputs.encoded:
+        equal[task] = dict.fromkeys(equal.shapes, 0.0)
+    every = allocating.min_experts > 0       # each matrix gets an expert
+    # One task gives no matrix more than one expert, so where each has at least one, all have the
+    # same, whatever the scores.
+    if allocating.strategy != "votes" or every and len(inputs.encoded) == 1:
+        return choose(allocating, equal)
+    if every:                                # the smallest that any scores can give must fit
+        choose(replace(allocating, strategy="uniform"), equal)
     return None
 
 
@@ -134,10 +127,11 @@ def measure(allocating: AllocationConfig, inputs: Inputs, size: int = PROBE_BATC
 
 def print_overlap(allocating: AllocationConfig, scores: Scores) -> None:
     """Print how many of the matrices that one half of a task's samples votes for the other half
-    votes for, too, as a share."""
+    votes for, too, as a share. Random votes for a share `keep` of all agree in that share."""
+    keep = allocating.keep or KEEP           # a budget takes the keep that fits only afterwards
     def voted(samples: Tensor) -> set[str]:
         one_task = dict(zip(scores.shapes, samples.sum(0).tolist()))
-        return {*allocate({"": one_task}, keep=allocating.keep,
+        return {*allocate({"": one_task}, keep=keep,
                           target_modules=allocating.target_modules).experts}
 
     rows = []
@@ -145,7 +139,7 @@ def print_overlap(allocating: AllocationConfig, scores: Scores) -> None:
         halves = voted(samples[::2]), voted(samples[1::2])
         overlap = len(halves[0] & halves[1]) / len(halves[0])
         rows.append([clean(task), len(samples), f"{overlap:.2f}" if len(samples) > 1 else "-"])
-    print0(table(["task", "samples probed", "split-half overlap"], rows))
+    print0(table(["task", "samples probed", f"split-half overlap (by chance: {keep:.2f})"], rows))
 
 
 def allocation_heatmap(model: nn.Module, allocation: Allocation) -> str:

@@ -10,19 +10,22 @@ say. A matrix without a vote gets no adapter. With keep = 0.5 of one group of fo
     experts        1     0     2     1
 
 A budget of parameters takes the largest keep that fits it. With min_experts 1, as the scripts have
-it, a matrix without a vote gets one expert all the same. "uniform" and "lora" spend the same budget
-elsewhere, for comparison. No count depends on the order of tasks or modules.
+it, a matrix without a vote gets one expert all the same. "uniform" and "lora" read no score: the
+first gives each matrix a share `keep` of as many experts as there are tasks, the second gives each
+one expert; given a budget, as many experts as fit, and one of the largest rank that fits. No count
+depends on the order of tasks or modules.
 """
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
-from .allocation import MOST, Allocation, Counts, Infeasible, Sensitivities, is_number, is_whole
+from .allocation import MOST, Allocation, Counts, Sensitivities, is_number, is_whole
 
 GROUP = "attention_mlp"  # what is ranked together: matrices of attention, and those of MLPs
 STRATEGIES = ("votes", "uniform", "lora")
@@ -35,19 +38,23 @@ def vote(scores: Sensitivities, groups: Sequence[Sequence[str]], keep: float) ->
     votes = {module: 0 for members in groups for module in members}
     for values in scores.values():
         for members in groups:
-            # Halves round up. 0.145 * 100 is a little below 14.5 in floating point, hence the 1e-9.
-            kept = max(1, math.floor(keep * len(members) + 0.5 + 1e-9))
-            for module in sorted(members, key=values.__getitem__, reverse=True)[:kept]:
+            best = sorted(members, key=values.__getitem__, reverse=True)
+            for module in best[:_kept(keep, len(members))]:
                 votes[module] += 1
     return votes
+
+
+def _kept(keep: float, count: int) -> int:
+    """A share of `count`, at least 1. Halves round up. 0.145 * 100 is a little below 14.5 in
+    floating point, hence the 1e-9."""
+    return max(1, math.floor(keep * count + 0.5 + 1e-9))
 
 
 @dataclass(frozen=True)
 class AllocationSettings:
     """How `allocate` gives experts to matrices."""
 
-    strategy: str = "votes"              # "uniform": each module gets as many experts as fit;
-    #                                      "lora": one of the largest rank that fits
+    strategy: str = "votes"              # or "uniform", or "lora"
     keep: float | None = None            # share of its group that a task votes for; None: KEEP
     budget_params: int | None = None     # at most so many trainable parameters, in place of keep
     min_experts: int = 0                 # votes that fall short of it are raised to it
@@ -61,61 +68,64 @@ def allocate(scores: Sensitivities, settings: AllocationSettings | None = None, 
              shapes: Mapping[str, tuple[int, int]] | None = None, **changes: Any) -> Allocation:
     """Give each module of {task: {module: sensitivity}} its number of experts.
 
-    settings: the defaults of `AllocationSettings` if None; `changes` are fields of it. "uniform"
-    and "lora" spend what votes do, or the budget; "lora" keeps alpha / rank. shapes:
+    settings: the defaults of `AllocationSettings` if None; `changes` are fields of it. shapes:
     {module: (out, in)}, by default `scores.shapes`. Raises ValueError for wrong settings and for a
-    budget that is too small, with the nearest possible one; Infeasible if it is too small for these
-    scores only.
+    budget that is too small, with the nearest possible one.
     """
     given = replace(settings or AllocationSettings(), **changes)
-    rank, budget_params, min_experts = given.rank, given.budget_params, given.min_experts
-    keep = KEEP if given.keep is None and budget_params is None else given.keep
-    alpha = (2 * rank if is_whole(rank, 1) else 1) if given.alpha is None else given.alpha
-    draft = Allocation({}, rank, alpha, given.top_k, given.strategy, GROUP, keep)
-    _check(scores, draft, budget_params, min_experts)
+    budget, least = given.budget_params, given.min_experts
+    keep = KEEP if given.keep is None and budget is None else given.keep
+    alpha = given.alpha
+    if alpha is None:
+        alpha = 2 * given.rank if is_whole(given.rank, 1) else 1
+    draft = Allocation({}, given.rank, alpha, given.top_k, given.strategy, GROUP, keep)
+    _check(scores, draft, budget, least)
     modules = select(next(iter(scores.values())), given.target_modules)
     sizes = (getattr(scores, "shapes", None) if shapes is None else shapes) or {}
     unknown = [module for module in modules if module not in sizes]
-    if budget_params is not None and unknown:
+    if budget is not None and unknown:
         raise ValueError(f"budget_params needs the shapes of modules, and lacks those of {unknown}")
-    in_params = budget_params is not None or (given.strategy == "lora" and not unknown)
-    unit = 1 if in_params else rank      # else an expert costs its rank, which lora chooses itself
-
-    def cost(option: Allocation) -> int:
-        return option.trainable(sizes) if in_params else option.rank * sum(option.experts.values())
-
-    groups, budget = grouped(modules), budget_params
-    if budget is None:                   # what votes spend
-        budget = cost(_options(replace(draft, strategy="votes"), scores, groups, min_experts)[0])
-    options = _options(draft, scores, groups, min_experts)
-    if (least := cost(options[0])) > budget:
-        floor = cost(replace(draft, experts=dict.fromkeys(modules, min_experts)))
-        raise (ValueError if floor > budget else Infeasible)(
-            f"{budget // unit} {'parameters' if in_params else 'experts'} "
-            f"({'what votes spend' if budget_params is None else 'the budget'}) are too few for "
-            f"{given.strategy!r} with min_experts {min_experts}: the nearest possible is "
-            f"{-(-least // unit)}")
-    best = [option for option in options if cost(option) <= budget][-1]     # they ascend in cost
-    if given.strategy == "lora":         # one rank costs as much as another
-        best = replace(best, rank=budget // least, alpha=alpha * (budget // least) / rank)
+    if given.strategy == "lora":
+        best = replace(draft, experts=dict.fromkeys(modules, 1))
+        if budget is not None:           # alpha / rank stays
+            rank = max(1, budget // replace(best, rank=1).trainable(sizes))
+            best = _largest([replace(best, rank=rank, alpha=alpha * rank / given.rank)], sizes,
+                            budget)
+    else:
+        options = _options(draft, scores, grouped(modules), least)
+        best = next(options) if budget is None else _largest(options, sizes, budget)
     return replace(best, trainable_parameters=None if unknown else best.trainable(sizes), experts={
         m: best.experts[m] for m in next(iter(scores.values())) if best.experts.get(m)})
 
 
 def _options(draft: Allocation, scores: Sensitivities, groups: Sequence[Sequence[str]], least: int,
-             ) -> list[Allocation]:
-    """What draft.strategy may allocate, from few experts to many; of lora only rank 1."""
-    modules = [module for members in groups for module in members]
-    if draft.strategy == "lora":
-        return [replace(draft, experts=dict.fromkeys(modules, 1), rank=1)]
+             ) -> Iterator[Allocation]:
+    """What the strategy of `draft`, "votes" or "uniform", may allocate: with its keep, or without
+    one for a budget, from few experts to many."""
     if draft.strategy == "uniform":
-        return [replace(draft, experts=dict.fromkeys(modules, each))
-                for each in range(max(1, least), MOST + 1)]
+        few = max(1, least, _kept(draft.keep, len(scores)) if draft.keep else 1)
+        for each in range(few, MOST + 1):
+            yield replace(draft, experts=dict.fromkeys(chain(*groups), each))
     # Every keep that gives a task one more vote in a group of n: (i - 1/2) / n rounds up to i.
     keeps = {(2 * i - 1) / (2 * n) for n in map(len, groups) for i in range(1, n + 1)}
-    return [replace(draft, keep=keep, experts={
-        module: max(count, least) for module, count in vote(scores, groups, keep).items()})
-        for keep in ([draft.keep] if draft.keep else sorted(keeps))]
+    for keep in [draft.keep] if draft.keep else sorted(keeps):
+        yield replace(draft, keep=keep, experts={
+            module: max(count, least) for module, count in vote(scores, groups, keep).items()})
+
+
+def _largest(options: Iterable[Allocation], shapes: Mapping[str, tuple[int, int]], budget: int,
+             ) -> Allocation:
+    """The largest of the options, which ascend in size, that has at most `budget` trainable
+    parameters. ValueError if none has."""
+    best = None
+    for option in options:
+        if (size := option.trainable(shapes)) > budget:
+            break
+        best = option
+    if best is None:
+        raise ValueError(f"a budget of {budget} trainable parameters is too small: the nearest "
+                         f"possible is {size}")
+    return best
 
 
 def _check(scores: Sensitivities, draft: Allocation, budget: int | None, least: int) -> None:

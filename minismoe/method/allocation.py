@@ -11,10 +11,6 @@ FORMAT = "minismoe.allocation/1"
 MOST = 1 << 10  # experts of one matrix: bounds the memory that a file can ask for
 
 
-class Infeasible(ValueError):
-    """The request is valid, but these scores, matrices or this budget cannot meet it."""
-
-
 def is_whole(value: Any, least: float) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**50
 
@@ -41,10 +37,10 @@ class Allocation:
                 f"{len(self.experts)} matrices")
 
     def check_rank(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raise Infeasible with the modules whose smaller side of (out, in) is below the rank."""
+        """Raise ValueError with the modules whose smaller side of (out, in) is below the rank."""
         if small := [f"{module} {[*shapes[module]]}" for module in self.experts
                      if self.rank > min(shapes[module])]:
-            raise Infeasible(f"rank {self.rank} is more than the matrix itself has: "
+            raise ValueError(f"rank {self.rank} is more than the matrix itself has: "
                              f"{', '.join(small)}; give a smaller rank, or targets without them")
 
     def trainable(self, shapes: Mapping[str, Sequence[int]]) -> int:

@@ -24,6 +24,17 @@ from torch import Tensor, nn
 from ..method.experts import ExpertLinear, Stack, expert_layers, groups
 
 
+@contextmanager
+def multiplying_copies(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the layers of `model` multiply with copies, for an evaluation of many parts: those
+    of a block around this one, if there is one, or new ones."""
+    if any(layer.stack for layer in expert_layers(model).values()):
+        yield
+    else:
+        with Copies(model).multiplying():
+            yield
+
+
 class Group(NamedTuple):
     """Layers that read the same x, and the room that each of them gets in the copies."""
 

@@ -19,7 +19,7 @@ from ..method.loss import head_scores, supervised_tokens
 from ..model.decoder import CausalLM
 from ..model.tokens import Cache, Tokens, to_device_together
 from .compiled import uncompiled
-from .copies import Copies
+from .copies import multiplying_copies
 from .distributed import map_over_ranks, per_process, world
 
 Result = TypeVar("Result")
@@ -73,10 +73,12 @@ def generate(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: 
     limits = ([max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int)
               else max_new_tokens)
     batches, answers = alike([*map(len, prompts)], batch_size), dict[int, list[int]]()
-    for batch, found in zip(batches, map_over_ranks(lambda batch: _generate_batch(
-            model, [prompts[n] for n in batch], [limits[n] for n in batch], stop_ids), batches)):
-        answers |= zip(batch, found)
-        progress(len(batch))
+    with uncompiled(), multiplying_copies(model):
+        for batch, found in zip(batches, map_over_ranks(lambda batch: _generate_batch(
+                model, [prompts[n] for n in batch], [limits[n] for n in batch], stop_ids),
+                batches)):
+            answers |= zip(batch, found)
+            progress(len(batch))
     return [answers[n] for n in range(len(prompts))]
 
 
@@ -90,16 +92,15 @@ def _generate_batch(model: CausalLM, prompts: Sequence[Sequence[int]], limits: S
     cache = Cache(model, len(prompts), longest + max(limits))
     answers: list[list[int]] = [[] for _ in prompts]
     running, stops = {n for n, limit in enumerate(limits) if limit}, set(stop_ids)
-    with uncompiled(), Copies(model).multiplying():
-        while running:
-            tokens = Tokens(ids, mask, model.config, device, needed, cache)
-            chosen = model.lm_head(model.model.rows(tokens)).argmax(-1).tolist()     # the one wait
-            running -= {n for n in running if chosen[n] in stops}
-            for n in running:
-                answers[n].append(chosen[n])
-            running -= {n for n in running if len(answers[n]) == limits[n]}
-            ids = torch.tensor(chosen)[:, None]
-            mask = needed = torch.ones_like(ids, dtype=torch.bool)
+    while running:
+        tokens = Tokens(ids, mask, model.config, device, needed, cache)
+        chosen = model.lm_head(model.model.rows(tokens)).argmax(-1).tolist()     # the one wait
+        running -= {n for n in running if chosen[n] in stops}
+        for n in running:
+            answers[n].append(chosen[n])
+        running -= {n for n in running if len(answers[n]) == limits[n]}
+        ids = torch.tensor(chosen)[:, None]
+        mask = needed = torch.ones_like(ids, dtype=torch.bool)
     return answers
 
 
@@ -131,7 +132,7 @@ def token_scores(model: CausalLM, examples: Sequence[Example], pad_id: int, batc
         return losses.sum().item(), int(right.sum()), len(targets)
 
     batches = alike([len(e.ids) for e in examples], batch_size)
-    with uncompiled(), Copies(model).multiplying():
+    with uncompiled(), multiplying_copies(model):
         losses, rights, counts = zip(*map_over_ranks(sums, batches))
     return sum(losses) / sum(counts), sum(rights) / sum(counts)
 

@@ -100,7 +100,7 @@ REFUSED = [
         ("INPUTS", {"min_experts": "0"}, "min_experts must be a whole number >= 0, got '0'"),
         ("INPUTS", {"min_expert": 0}, "no module, and min_expert besides settings: keep, min_exp"),
         ("INPUTS --budget-params 13", {},
-         "13 parameters (the budget) are too few for 'votes' with min_experts 1"),
+         "a budget of 13 trainable parameters is too small: the nearest"),
         ("INPUTS --rank 40", {}, "more than the matrix itself has: model.layers.0."))),
     (train, "INPUTS --strategy lora --budget-params 999999", {}, "more than the matrix itself has"),
     (train, "INPUTS", FORM | {"rank": 65, "experts": {UP: 1}}, "rank 65 is more than the matrix"),

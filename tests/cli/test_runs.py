@@ -20,7 +20,7 @@ from minismoe.cli.flags import AllocationConfig, InputConfig
 from minismoe.data.lines import with_system
 from minismoe.data.tasks import Example, Task
 from minismoe.data.tokenizer import load_tokenizer
-from minismoe.io.files import read_json
+from minismoe.io.files import read_json, write_json
 from minismoe.runtime.folder import trained_system
 from minismoe.training import evaluate, verdict
 
@@ -131,6 +131,41 @@ def test_the_length_limit_bounds_every_loss(inputs, capsys, length: int) -> None
             assert [(e.ids, e.labels) for e in found[task.name]] == [
                 (ids, labels) for ids, labels in cut if any(x >= 0 for x in labels)]
     assert ("test lines have no loss" in capsys.readouterr().out) == (length == 26)
+
+
+def test_the_context_bounds_the_length_limit(inputs, tmp_path) -> None:
+    shutil.copytree(inputs[1], tmp_path / "model")
+    config = read_json(tmp_path / "model" / "config.json")
+    write_json(tmp_path / "model" / "config.json", config | {"max_position_embeddings": 27})
+    loaded = cli.load_inputs(cli.resolve_auto(InputConfig(
+        model=str(tmp_path / "model"), data=inputs[3], max_length=40)))
+    assert max(len(e.ids) for lines in loaded.encoded.values() for e in lines) == 27
+
+
+def test_the_seed_draws_the_lines_that_are_held_out(inputs) -> None:
+    drawn = [[task.test for task in cli.read_tasks(InputConfig(
+        model=inputs[1], data=inputs[3], seed=seed))] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("name", ["adapter", "export"])
+def test_a_run_whose_links_lead_out_of_it_is_refused(inputs, tmp_path, succeed, name) -> None:
+    """A run may come from others: an export would read or replace what the link names."""
+    run = tmp_path / "run"
+    succeed(train.main, *inputs, *QUICK, "--limit-test", "0", "--out", run)
+    if (run / name).exists():
+        (run / name).rename(tmp_path / "elsewhere")
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{name} is a link that leads out of"):
+        runs.read_run(run)
+
+
+def test_the_picture_marks_the_step_that_is_kept(tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+        {"step": 1, "loss": 2.0, "valid_loss": 1.0}, {"step": 2, "loss": 1.0, "valid_loss": 1.5})))
+    for keep, step in ("best", 1), ("last", 2):
+        runs.draw_losses(tmp_path, keep)
+        assert f"dot: step {step}, kept" in (tmp_path / "loss.svg").read_text()
 
 
 def test_limits_leave_the_first_lines_of_each_split(inputs) -> None:
